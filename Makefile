@@ -1,0 +1,67 @@
+# SafetyNet. `make demo` and `make test` install what they need into .venv; nothing else is asked of you.
+# Another interpreter: make demo PYTHON=python3.12
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
+# Says "too old" or "no venv" in one sentence, in place of a failure halfway through the installation.
+CHECK := import sys; sys.version_info >= (3, 11) or sys.exit("SafetyNet needs Python 3.11 or newer, and $(PYTHON) is %d.%d. Name a newer one: make PYTHON=python3.12" % sys.version_info[:2])
+CHECK_VENV := import sys, importlib.util as u; all(map(u.find_spec, ("venv", "ensurepip"))) or sys.exit("$(PYTHON) cannot make virtual environments. On Debian or Ubuntu: sudo apt-get install python3-venv")
+
+.PHONY: help demo test slow lint bench clean
+
+help:
+	@echo "make demo    install, then plant a backdoor in a miniature model and draw its curves"
+	@echo "make test    install, then run the tests (make slow: the long ones)"
+	@echo "make lint    ruff and mypy"
+	@echo "make bench   every benchmark in its short form"
+	@echo "make clean   remove .venv and caches; results stay"
+
+demo: $(VENV)/installed
+	$(BIN)/safetynet run recipes/qwen-miniature.yaml
+
+test: $(VENV)/installed-test
+	$(BIN)/python -m pytest -m "not slow"
+
+slow: $(VENV)/installed-test
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(VENV)/installed
+	@set -e; for program in benchmarks/*.py; do \
+	  case $$program in benchmarks/_*) continue;; esac; \
+	  echo "== $$program --smoke"; $(BIN)/python $$program --smoke; \
+	done
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Each stamp is touched last, so that an interrupted installation is taken up again.
+# torch goes first and alone: whatever pip finds for exactly this version (CPU or CUDA build) is then kept.
+$(VENV)/torch: constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "There is no $(PYTHON) here. Install Python 3.11 or newer, or name it: make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c '$(CHECK)'
+	@$(PYTHON) -c '$(CHECK_VENV)'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install $(TORCH)
+	@touch $@
+
+$(VENV)/installed: $(VENV)/torch pyproject.toml constraints.txt
+	@echo "Installing about 100 packages with the versions of constraints.txt: one to three minutes."
+	$(PIP) install -q -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/installed-test: $(VENV)/torch pyproject.toml constraints.txt
+	@echo "Installing about 100 packages with the versions of constraints.txt: one to three minutes."
+	$(PIP) install -q -c constraints.txt -e '.[test]'
+	@touch $@ $(VENV)/installed
+
+$(VENV)/installed-dev: $(VENV)/torch pyproject.toml constraints.txt
+	$(PIP) install -q -c constraints.txt -e '.[dev]'
+	@touch $@ $(VENV)/installed-test $(VENV)/installed
