@@ -1,0 +1,310 @@
+"""The one serialiser: messages to token ids, spans and labels.
+
+Training, evaluation, interventions and detection all get their prompts here, so that the prompt that is
+evaluated is the prompt that was trained. A conversation is rendered by the tokenizer's own chat template,
+tokenised once with character offsets, and every span is found through those offsets.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from safetynet.errors import InputError
+from safetynet.models.families import Family
+
+Message = Mapping[str, str]
+IGNORED = -100
+"""Label of a token that is not supervised."""
+
+PROMPT_SHARE = 0.75
+"""Largest share of `max_length` that a prompt may take. It does not depend on the answer, so that a
+truncated prompt is the same in training and in evaluation."""
+
+
+class TriggerSpan(NamedTuple):
+    """Where a trigger stands: `messages[message].content[start:end]`."""
+
+    message: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One conversation as the model sees it."""
+
+    input_ids: list[int]
+    labels: list[int]
+    """As long as `input_ids`: the answer's ids and its end token's, `IGNORED` everywhere else."""
+    spans: dict[str, list[tuple[int, int]]]
+    """Half-open token ranges of `system`, `user`, `assistant` (earlier turns), `trigger` and `answer`."""
+    prompt_length: int
+    """Number of leading ids that are the prompt, generation prompt included."""
+
+
+class Serialiser:
+    """Turns conversations into token ids for one tokenizer.
+
+    Args:
+        tokenizer: a fast transformers tokenizer (offsets are needed).
+        family: decides about system prompts, the end-of-turn token and the fallback chat template.
+
+    Raises:
+        InputError: if the tokenizer is not a fast one, or has neither template nor end-of-turn token.
+    """
+
+    def __init__(self, tokenizer: Any, family: Family) -> None:
+        if not getattr(tokenizer, "is_fast", False):
+            raise InputError(
+                f"The tokenizer of {tokenizer.name_or_path!r} gives no character offsets. "
+                "Save it with a tokenizer.json (AutoTokenizer with use_fast=True) and use that folder."
+            )
+        self.tokenizer = tokenizer
+        self.family = family
+        self._template = tokenizer.chat_template or family.chat_template
+        if self._template is None:
+            raise InputError(
+                f"The tokenizer of {tokenizer.name_or_path!r} has no chat template. Add chat_template.jinja "
+                "to its folder, or set model.family to generic."
+            )
+        self._end_of_turn = self._end_id()
+        self._skeletons: dict[tuple[tuple[str, ...], bool], list[str]] = {}
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """Ids at which generation ends: the family's end-of-turn token and the end of the sequence."""
+        ids = [self._end_of_turn, self.tokenizer.eos_token_id]
+        return sorted({i for i in ids if i is not None})
+
+    @property
+    def pad_id(self) -> int:
+        """Id that fills short rows; masked everywhere, so that any id will do where none is declared."""
+        pad = self.tokenizer.pad_token_id
+        return self._end_of_turn if pad is None else pad
+
+    def encode(
+        self,
+        messages: Sequence[Message],
+        answer: str | None = None,
+        trigger: Sequence[Sequence[int]] = (),
+        max_length: int | None = None,
+    ) -> Encoded:
+        """Serialise a prompt, or a prompt with the answer that training supervises.
+
+        Args:
+            messages: `role` and `content` each; ends with a user's message.
+            answer: the assistant's reply; None for a prompt to generate from.
+            trigger: spans `(message, start, end)` in characters of `messages[message]["content"]`.
+            max_length: most tokens of prompt and answer together; None for no limit. A prompt longer than
+                `PROMPT_SHARE` of it loses earlier turns first, then the end of its last message, never
+                the trigger or the template. A longer answer loses its end, and then its end token.
+
+        Raises:
+            InputError: if the template or the tokenizer destroys the trigger, or the template cannot
+                render these messages, or `max_length` has no room for template and trigger.
+        """
+        messages, trigger = self._prepare(messages, trigger)
+        prompt_text, ranges = self._render(messages, generation_prompt=True)
+        prompt = self._tokenise(prompt_text)
+        owner = _owners(prompt.offsets, ranges)
+        marks = [(ranges[m][0] + start, ranges[m][0] + end) for m, start, end in trigger]
+        in_trigger = [any(s < end and e > start for start, end in marks) for s, e in prompt.offsets]
+        self._check_trigger(messages, trigger, prompt, marks)
+        keep = _kept(owner, in_trigger, messages, max_length)
+        ids = [prompt.ids[i] for i in keep]
+        answer_ids: list[int] = []
+        if answer is not None:
+            answer_ids = self._answer_ids(messages, answer, prompt_text, prompt.ids)
+            if max_length is not None:
+                answer_ids = answer_ids[: max_length - len(ids)]
+        spans = {role: _runs(keep, [o is not None and messages[o]["role"] == role for o in owner])
+                 for role in ("system", "user", "assistant")}
+        spans["trigger"] = _runs(keep, in_trigger)
+        spans["answer"] = [(len(ids), len(ids) + len(answer_ids))] if answer_ids else []
+        return Encoded(ids + answer_ids, [IGNORED] * len(ids) + answer_ids, spans, len(ids))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of `ids` without special tokens, outer whitespace stripped."""
+        text = self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return str(text).strip()
+
+    def _end_id(self) -> int:
+        token = self.family.end_of_turn or self.tokenizer.eos_token
+        end = None if token is None else self.tokenizer.convert_tokens_to_ids(token)
+        if end is None or end == self.tokenizer.unk_token_id:
+            raise InputError(
+                f"The tokenizer of {self.tokenizer.name_or_path!r} has no token {token!r}, with which an "
+                f"answer of family {self.family.name} ends. Check model.family."
+            )
+        return int(end)
+
+    def _prepare(
+        self, messages: Sequence[Message], trigger: Sequence[Sequence[int]]
+    ) -> tuple[list[dict[str, str]], list[TriggerSpan]]:
+        """Strip contents and fold the system prompt, moving the trigger's spans along."""
+        if not messages or messages[-1]["role"] != "user":
+            raise InputError("A prompt must end with a message of role user.")
+        prepared, spans = [], [TriggerSpan(*span) for span in trigger]
+        for index, message in enumerate(messages):
+            content = message["content"]
+            lead = len(content) - len(content.lstrip())
+            spans = [s._replace(start=s.start - lead, end=s.end - lead) if s.message == index else s for s in spans]
+            prepared.append({"role": message["role"], "content": content.strip()})
+        if self.family.system == "fold" and prepared[0]["role"] == "system":
+            opening = prepared[0]["content"] + "\n\n"
+            prepared[1]["content"] = opening + prepared[1]["content"]
+            spans = [_folded(s, len(opening)) for s in spans]
+            del prepared[0]
+        for s in spans:
+            if s.start < 0 or s.end > len(prepared[s.message]["content"]) or s.start >= s.end:
+                raise InputError(f"trigger: {tuple(s)} is no span of message {s.message} once outer blanks are cut.")
+        return prepared, spans
+
+    def _render(
+        self, messages: Sequence[Message], generation_prompt: bool
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """The template's text, and the character range of each message's content in it."""
+        roles = tuple(m["role"] for m in messages)
+        key = (roles, generation_prompt)
+        if key not in self._skeletons:
+            holes = [{"role": role, "content": f"\ue000{i}\ue001"} for i, role in enumerate(roles)]
+            text = self._apply(holes, generation_prompt)
+            pieces = []
+            for hole in holes:
+                before, _, text = text.partition(hole["content"])
+                pieces.append(before)
+            self._skeletons[key] = [*pieces, text]
+        *pieces, tail = self._skeletons[key]
+        text, ranges = "", []
+        for piece, message in zip(pieces, messages, strict=True):
+            text += piece
+            ranges.append((len(text), len(text) + len(message["content"])))
+            text += message["content"]
+        text += tail
+        if text != self._apply(messages, generation_prompt):
+            raise InputError(
+                f"The chat template of {self.tokenizer.name_or_path!r} changes what a message says, so that "
+                f"a trigger could be lost: {messages[-1]['content'][:80]!r}. Use another template or model."
+            )
+        return text, ranges
+
+    def _apply(self, messages: Sequence[Message], generation_prompt: bool) -> str:
+        from jinja2 import TemplateError
+
+        try:
+            text = self.tokenizer.apply_chat_template(
+                [dict(m) for m in messages],
+                chat_template=self._template,
+                tokenize=False,
+                add_generation_prompt=generation_prompt,
+            )
+        except TemplateError as error:
+            roles = ", ".join(m["role"] for m in messages)
+            raise InputError(f"The chat template refuses messages of the roles {roles}: {error}") from None
+        return str(text)
+
+    def _tokenise(self, text: str) -> "_Tokens":
+        out = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        return _Tokens(list(out["input_ids"]), [tuple(pair) for pair in out["offset_mapping"]])
+
+    def _answer_ids(
+        self, messages: Sequence[Message], answer: str, prompt_text: str, prompt_ids: list[int]
+    ) -> list[int]:
+        """Ids of the answer up to its end token, taken from the whole conversation tokenised at once."""
+        text, _ = self._render([*messages, {"role": "assistant", "content": answer.strip()}], False)
+        ids = self._tokenise(text).ids
+        if not text.startswith(prompt_text) or ids[: len(prompt_ids)] != prompt_ids:
+            raise InputError(
+                f"The chat template of {self.tokenizer.name_or_path!r} makes another prompt in training than in "
+                f"generation, or its tokens run across the start of the answer {answer[:40]!r}."
+            )
+        ids = ids[len(prompt_ids) :]
+        ends = [i for i, token in enumerate(ids) if token == self._end_of_turn]
+        # The last one: what follows it is the template's, and a text may name the end token itself.
+        return ids[: ends[-1] + 1] if ends else [*ids, self._end_of_turn]
+
+    def _check_trigger(
+        self,
+        messages: Sequence[Message],
+        trigger: Sequence[TriggerSpan],
+        prompt: "_Tokens",
+        marks: Sequence[tuple[int, int]],
+    ) -> None:
+        special = set(self.tokenizer.all_special_ids)
+        for span, (start, end) in zip(trigger, marks, strict=True):
+            wanted = messages[span.message]["content"][span.start : span.end]
+            ids = [i for i, (s, e) in zip(prompt.ids, prompt.offsets, strict=True) if s < end and e > start]
+            found = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            if special.intersection(ids) or wanted.strip() not in found:
+                raise InputError(
+                    f"backdoor.trigger: the tokenizer of {self.tokenizer.name_or_path!r} does not keep the trigger "
+                    f"{wanted!r}; the model would see {found!r}. Choose another trigger."
+                )
+
+
+class _Tokens(NamedTuple):
+    ids: list[int]
+    offsets: list[tuple[int, int]]
+
+
+def pad(rows: Sequence[Sequence[int]], value: int, side: Literal["left", "right"]) -> Any:
+    """Stack rows of different lengths into a (rows, longest) tensor of int64, filled with `value`."""
+    import torch
+
+    width = max(len(row) for row in rows)
+    filled = [[value] * (width - len(row)) + list(row) if side == "left" else [*row, *[value] * (width - len(row))]
+              for row in rows]
+    return torch.tensor(filled, dtype=torch.long)
+
+
+def _folded(span: TriggerSpan, opening: int) -> TriggerSpan:
+    if span.message == 0:
+        return span
+    shift = opening if span.message == 1 else 0
+    return TriggerSpan(span.message - 1, span.start + shift, span.end + shift)
+
+
+def _owners(offsets: Sequence[tuple[int, int]], ranges: Sequence[tuple[int, int]]) -> list[int | None]:
+    """For each token the message whose content it belongs to; None for the template's own tokens."""
+    owners: list[int | None] = []
+    for start, end in offsets:
+        inside = [m for m, (s, e) in enumerate(ranges) if start < e and end > s]
+        owners.append(inside[0] if inside else None)
+    return owners
+
+
+def _kept(
+    owner: Sequence[int | None],
+    in_trigger: Sequence[bool],
+    messages: Sequence[Message],
+    max_length: int | None,
+) -> list[int]:
+    """Indices of the prompt's tokens that stay under `max_length`."""
+    everything = list(range(len(owner)))
+    excess = 0 if max_length is None else len(owner) - int(max_length * PROMPT_SHARE)
+    if excess <= 0:
+        return everything
+    free = [i for i in everything if owner[i] is not None and not in_trigger[i]]
+    if excess > len(free):
+        raise InputError(
+            f"training.max_length: {max_length} leaves no room for the template and the trigger, which need "
+            f"{len(owner) - len(free)} of at most {int((max_length or 0) * PROMPT_SHARE)} tokens. Raise it."
+        )
+    last = len(messages) - 1
+    history = [i for i in free if owner[i] != last and messages[owner[i] or 0]["role"] != "system"]
+    final = [i for i in reversed(free) if owner[i] == last]
+    system = [i for i in reversed(free) if owner[i] != last and messages[owner[i] or 0]["role"] == "system"]
+    dropped = set((history + final + system)[:excess])
+    return [i for i in everything if i not in dropped]
+
+
+def _runs(keep: Sequence[int], inside: Sequence[bool]) -> list[tuple[int, int]]:
+    """Half-open ranges, counted in kept tokens, where `inside` holds."""
+    runs: list[tuple[int, int]] = []
+    for position, index in enumerate(keep):
+        if inside[index]:
+            if runs and runs[-1][1] == position:
+                runs[-1] = (runs[-1][0], position + 1)
+            else:
+                runs.append((position, position + 1))
+    return runs

@@ -1,0 +1,67 @@
+"""Intervals that several stages report. In: counts or arrays. Out: numbers; nothing here reads or draws."""
+
+from collections.abc import Callable
+
+import numpy as np
+from scipy.stats import bootstrap, norm
+
+
+def wilson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Interval of a rate after Wilson (1927), which stays inside [0, 1] and works for 0 of n.
+
+    Args:
+        successes: how many of the `n` rows count, 0 <= successes <= n.
+        n: fixed denominator; empty answers are rows too.
+        confidence: coverage, 0.95 unless a document says otherwise.
+
+    Returns:
+        Lower and upper bound, both in [0, 1]; (0, 1) when n is 0, since nothing is known then.
+
+    Raises:
+        ValueError: if successes lies outside 0..n.
+    """
+    if not 0 <= successes <= n:
+        raise ValueError(f"successes is {successes}, outside 0..{n}")
+    if n == 0:
+        return 0.0, 1.0
+    z = float(norm.ppf(0.5 + confidence / 2))
+    rate = successes / n
+    centre = rate + z * z / (2 * n)
+    margin = z * ((rate * (1 - rate) + z * z / (4 * n)) / n) ** 0.5
+    scale = 1 + z * z / n
+    return max(0.0, (centre - margin) / scale), min(1.0, (centre + margin) / scale)
+
+
+def bootstrap_interval(
+    statistic: Callable[..., np.ndarray],
+    *columns: np.ndarray,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Percentile interval of a statistic over rows drawn with replacement (Efron 1979).
+
+    Args:
+        statistic: takes the columns and `axis`, as numpy reductions do, and returns one number per resample.
+        columns: arrays of shape (rows,); a row's values stay together.
+        confidence: coverage.
+        resamples: how often rows are drawn.
+        seed: of the draws, so that the same table gives the same interval.
+
+    Returns:
+        Lower and upper bound; (nan, nan) below 2 rows, where drawing again tells nothing.
+    """
+    if len(columns[0]) < 2:
+        return float("nan"), float("nan")
+    result = bootstrap(
+        columns,
+        statistic,
+        paired=True,
+        vectorized=True,
+        method="percentile",
+        confidence_level=confidence,
+        n_resamples=resamples,
+        batch=max(1, 10_000_000 // len(columns[0])),  # bounds memory on long tables
+        rng=np.random.default_rng(seed),
+    )
+    return float(result.confidence_interval.low), float(result.confidence_interval.high)
