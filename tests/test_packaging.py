@@ -1,0 +1,156 @@
+"""What a person meets before the first command runs: installation, versions, the wheel, the documents."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import packages_distributions
+from pathlib import Path
+from zipfile import ZipFile
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from safetynet import __version__
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+CONSTRAINTS = (ROOT / "constraints.txt").read_text()
+PINS = {canonicalize_name(name): pin for name, pin in re.findall(r"(?m)^([\w.-]+)==(\S+)$", CONSTRAINTS)}
+
+
+def requirements() -> list[Requirement]:
+    extras = [line for extra in PROJECT["optional-dependencies"].values() for line in extra]
+    return [
+        requirement
+        for requirement in map(Requirement, PROJECT["dependencies"] + extras)
+        if requirement.name != PROJECT["name"]
+    ]
+
+
+def make(*arguments: str) -> subprocess.CompletedProcess[str]:
+    # the tests themselves may run below a make, whose flags are not meant for this one
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    return subprocess.run(["make", *arguments], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture
+def interpreter(tmp_path):
+    """Write a stand-in for python3: this one, after it has run `change`."""
+
+    def write(change: str) -> str:
+        program = tmp_path / "python3"
+        script = f"import sys; {change}; exec(sys.argv[2])"
+        program.write_text(f"#!/bin/sh\nexec {sys.executable} -c '{script}' \"$@\"\n")
+        program.chmod(0o755)
+        return str(program)
+
+    return write
+
+
+@pytest.mark.parametrize("requirement", requirements(), ids=str)
+def test_a_requirement_is_pinned_inside_its_range(requirement):
+    assert PINS[canonicalize_name(requirement.name)] in requirement.specifier
+
+
+def test_a_third_party_import_is_a_declared_requirement():
+    distributions = packages_distributions()
+    declared = {canonicalize_name(requirement.name) for requirement in requirements()}
+    undeclared = set()
+    for file in (ROOT / "src").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.level == 0:
+                modules = [node.module]
+            for top in {module.split(".")[0] for module in modules} - sys.stdlib_module_names - {"safetynet"}:
+                if not declared & {canonicalize_name(name) for name in distributions.get(top, [top])}:
+                    undeclared.add(f"{file.relative_to(ROOT)}: {top}")
+    assert not undeclared
+
+
+def test_torch_is_installed_first_and_alone(tmp_path):
+    commands = make("-n", "demo", "test", f"VENV={tmp_path / 'venv'}").stdout.splitlines()
+    installs = [command.partition(" install ")[2] for command in commands if " -m pip " in command]
+    assert installs[0] == f"torch=={PINS['torch']}"
+    assert all("-c constraints.txt -e" in install for install in installs[1:])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ('sys.version_info = (3, 9, 2, "final", 0)', "needs Python 3.11 or newer, and .* is 3.9"),
+        ('sys.modules["ensurepip"] = None', "cannot make virtual environments.* install python3-venv"),
+    ],
+)
+def test_an_unfit_interpreter_is_refused_before_anything_is_installed(interpreter, tmp_path, change, message):
+    done = make("demo", f"PYTHON={interpreter(change)}", f"VENV={tmp_path / 'venv'}")
+    assert done.returncode == 2
+    assert re.search(message, done.stderr)
+    assert not (tmp_path / "venv").exists()
+
+
+def test_a_missing_interpreter_is_refused_with_the_remedy(tmp_path):
+    done = make("test", "PYTHON=python3.0", f"VENV={tmp_path / 'venv'}")
+    assert done.returncode == 2
+    assert "There is no python3.0 here. Install Python 3.11 or newer" in done.stdout
+
+
+def test_conda_installs_the_versions_that_make_installs():
+    parts = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    pip = next(part["pip"] for part in parts if isinstance(part, dict))
+    python = Requirement(next(part for part in parts if str(part).startswith("python")))
+    assert "-c constraints.txt" in pip
+    assert "3.10" not in python.specifier
+    assert "3.11" in python.specifier
+
+
+def test_the_wheel_holds_every_file_of_the_package_and_the_command(tmp_path):
+    build = "import sys; from hatchling.build import build_wheel; build_wheel(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", build, str(tmp_path)], cwd=ROOT, check=True)
+    with ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+        packed = set(wheel.namelist())
+        information = f"safetynet-{__version__}.dist-info"
+        assert b"safetynet = safetynet.cli:main" in wheel.read(f"{information}/entry_points.txt")
+    on_disk = {
+        file.relative_to(ROOT / "src").as_posix()
+        for file in (ROOT / "src" / "safetynet").rglob("*")
+        if file.is_file() and "__pycache__" not in file.parts
+    }
+    assert on_disk <= packed
+    assert f"{information}/licenses/LICENSE" in packed
+
+
+def test_the_citation_and_the_changelog_know_this_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == __version__
+    assert citation["license"] == PROJECT["license"]
+    assert re.search(rf"^## {re.escape(__version__)}\b", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    "document", sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]), ids=lambda path: path.name
+)
+def test_a_link_in_a_document_leads_to_a_file(document):
+    text = re.sub(r"```.*?```", "", document.read_text(), flags=re.DOTALL)
+    links = [link for link in re.findall(r"\]\(([^)\s#]+)[^)]*\)", text) if "://" not in link]
+    assert [link for link in links if not (document.parent / link).exists()] == []
+
+
+def test_what_a_test_needs_is_skipped_where_it_is_missing(need, monkeypatch):
+    monkeypatch.delenv("SAFETYNET_REQUIRE", raising=False)
+    with pytest.raises(pytest.skip.Exception, match="no-such-program is not here"):
+        need("no-such-program")
+
+
+def test_what_a_machine_must_have_fails_where_it_is_missing(need, monkeypatch):
+    monkeypatch.setenv("SAFETYNET_REQUIRE", "shared,no-such-program")
+    with pytest.raises(pytest.fail.Exception, match="SAFETYNET_REQUIRE says it must be"):
+        need("no-such-program")
+
+
+def test_ci_can_be_started():
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
