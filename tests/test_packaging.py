@@ -35,7 +35,8 @@ def requirements() -> list[Requirement]:
 def make(*arguments: str) -> subprocess.CompletedProcess[str]:
     # the tests themselves may run below a make, whose flags are not meant for this one
     env = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
-    return subprocess.run(["make", *arguments], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    command = ["make", "-C", str(ROOT), *arguments]
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture
