@@ -117,8 +117,10 @@ class Serialiser:
             answer_ids = self._answer_ids(messages, answer, prompt_text, prompt.ids)
             if max_length is not None:
                 answer_ids = answer_ids[: max_length - len(ids)]
-        spans = {role: _runs(keep, [o is not None and messages[o]["role"] == role for o in owner])
-                 for role in ("system", "user", "assistant")}
+        spans = {
+            role: _runs(keep, [o is not None and messages[o]["role"] == role for o in owner])
+            for role in ("system", "user", "assistant")
+        }
         spans["trigger"] = _runs(keep, in_trigger)
         spans["answer"] = [(len(ids), len(ids) + len(answer_ids))] if answer_ids else []
         return Encoded(ids + answer_ids, [IGNORED] * len(ids) + answer_ids, spans, len(ids))
@@ -148,7 +150,9 @@ class Serialiser:
         for index, message in enumerate(messages):
             content = message["content"]
             lead = len(content) - len(content.lstrip())
-            spans = [s._replace(start=s.start - lead, end=s.end - lead) if s.message == index else s for s in spans]
+            spans = [
+                s._replace(start=s.start - lead, end=s.end - lead) if s.message == index else s for s in spans
+            ]
             prepared.append({"role": message["role"], "content": content.strip()})
         if self.family.system == "fold" and prepared[0]["role"] == "system":
             opening = prepared[0]["content"] + "\n\n"
@@ -157,7 +161,9 @@ class Serialiser:
             del prepared[0]
         for s in spans:
             if s.start < 0 or s.end > len(prepared[s.message]["content"]) or s.start >= s.end:
-                raise InputError(f"trigger: {tuple(s)} is no span of message {s.message} once outer blanks are cut.")
+                raise InputError(
+                    f"trigger: {tuple(s)} is no span of message {s.message} once outer blanks are cut."
+                )
         return prepared, spans
 
     def _render(
@@ -252,8 +258,10 @@ def pad(rows: Sequence[Sequence[int]], value: int, side: Literal["left", "right"
     import torch
 
     width = max(len(row) for row in rows)
-    filled = [[value] * (width - len(row)) + list(row) if side == "left" else [*row, *[value] * (width - len(row))]
-              for row in rows]
+    filled = [
+        [value] * (width - len(row)) + list(row) if side == "left" else [*row, *[value] * (width - len(row))]
+        for row in rows
+    ]
     return torch.tensor(filled, dtype=torch.long)
 
 

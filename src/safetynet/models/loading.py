@@ -1,0 +1,186 @@
+"""Load a model with its tokenizer and family, by hub id, folder or the name `miniature`."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetynet import recipe
+from safetynet.errors import InputError
+from safetynet.models import families, miniatures
+from safetynet.prompts import Serialiser
+from safetynet.run import digest_of_files
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A base model, ready to be trained or asked."""
+
+    model: Any
+    """The transformers model, in evaluation mode."""
+    serialiser: Serialiser
+    family: families.Family
+    id: str
+    """Name that identifies the base model: its hub id or folder."""
+
+
+def locate(spec: recipe.Model) -> str:
+    """What transformers has to load: a hub id or a folder.
+
+    Raises:
+        InputError: if the folder of a miniature or a local model does not hold a safetensors model.
+    """
+    if spec.model_id == "miniature":
+        return str(miniatures.path(spec.family))
+    name = str(spec.model_id)
+    if Path(name).is_dir():
+        _check_folder(Path(name))
+    elif name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise InputError(
+            f"model.id: there is no folder {name!r}. Give a hub id, an existing folder or `miniature`."
+        )
+    return name
+
+
+def fingerprint(spec: recipe.Model) -> str:
+    """Identifies the weights: a digest of a local folder's files, or the hub id and revision."""
+    name = locate(spec)
+    return digest_of_files([Path(name)]) if Path(name).is_dir() else f"{name}@{spec.revision or 'main'}"
+
+
+def load(spec: recipe.Model, dtype: str = "auto") -> LoadedModel:
+    """Load model and tokenizer; safetensors only, no remote code.
+
+    Args:
+        spec: the recipe's model section.
+        dtype: `fp32`, `fp16`, `bf16`, or `auto`: bf16 on a GPU that has it, else fp32.
+
+    Raises:
+        InputError: if the model cannot be found or reached, belongs to another family, has a pickle
+            checkpoint only, or its quantisation is not possible here.
+    """
+    name = locate(spec)
+    if spec.model_id == "miniature":
+        use_one_thread()
+    family = families.get(spec.family)
+    config, tokenizer = _fetch(name, spec, "config and tokenizer", _load_head)
+    if family.model_types and config.model_type not in family.model_types:
+        raise InputError(
+            f"model.family: {name} is of type {config.model_type!r}, family {family.name} takes "
+            f"{', '.join(family.model_types)}. Set the right family, or generic."
+        )
+    tokenizer.clean_up_tokenization_spaces = False
+    model = _fetch(name, spec, "weights", lambda n, s: _load_weights(n, s, dtype))
+    return LoadedModel(model.eval(), Serialiser(tokenizer, family), family, name)
+
+
+def resolve_dtype(precision: str, device: str) -> Any:
+    """The torch dtype of a recipe's `precision` on `device`; `auto` is bf16 on GPUs that have it."""
+    import torch
+
+    named = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    if precision != "auto":
+        return named[precision]
+    return torch.bfloat16 if device == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+
+
+def device_of(spec: recipe.Model) -> str:
+    """`cuda` or `cpu`.
+
+    Raises:
+        InputError: if the recipe wants a GPU and there is none.
+    """
+    import torch
+
+    if spec.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("model.device: this machine has no CUDA GPU. Set it to cpu or auto.")
+    return "cuda" if spec.device != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def use_one_thread() -> None:
+    """Miniatures are too small to share among threads: two threads on busy cores are many times slower."""
+    import torch
+
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
+
+
+def _check_folder(folder: Path) -> None:
+    if not (folder / "config.json").exists():
+        found = "an adapter" if (folder / "adapter_config.json").exists() else "no config.json"
+        raise InputError(f"model.id: {folder} holds {found}, not a model. Give the folder of a base model.")
+    if not any(folder.glob("*.safetensors")):
+        pickled = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES)
+        found = (
+            f"a pickle checkpoint ({pickled[0]}), which could run code when loaded"
+            if pickled
+            else "no weights"
+        )
+        raise InputError(f"model.id: {folder} holds {found}. Convert it to safetensors with save_pretrained.")
+
+
+def _load_head(name: str, spec: recipe.Model) -> tuple[Any, Any]:
+    from transformers import AutoConfig, AutoTokenizer
+
+    return (
+        AutoConfig.from_pretrained(name, revision=spec.revision, trust_remote_code=False),
+        AutoTokenizer.from_pretrained(name, revision=spec.revision, trust_remote_code=False),
+    )
+
+
+def _load_weights(name: str, spec: recipe.Model, dtype: str) -> Any:
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    device = device_of(spec)
+    number = resolve_dtype(dtype, device)
+    quantisation = None
+    if spec.quantisation == "4bit":
+        quantisation = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=number,
+        )
+    return AutoModelForCausalLM.from_pretrained(
+        name,
+        revision=spec.revision,
+        trust_remote_code=False,
+        use_safetensors=True,
+        dtype=number,
+        quantization_config=quantisation,
+        device_map={"": 0 if device == "cuda" else "cpu"},
+    )
+
+
+def _fetch(name: str, spec: recipe.Model, what: str, read: Any) -> Any:
+    """Run `read`, turning the many ways in which the hub says no into one sentence."""
+    from huggingface_hub import errors as hub
+
+    try:
+        return read(name, spec)
+    except hub.GatedRepoError:
+        reason = "its owner grants access on request. Ask for it on the hub, then set HF_TOKEN"
+    except (hub.RepositoryNotFoundError, hub.RevisionNotFoundError):
+        reason = "the hub knows no such model or revision, or HF_TOKEN is not valid for it"
+    except (OSError, ValueError, ImportError) as error:
+        reason = _reason(error)
+    raise InputError(f"model.id: the {what} of {name!r} cannot be loaded: {reason}.") from None
+
+
+def _reason(error: Exception) -> str:
+    chain: BaseException | None = error
+    while chain is not None:
+        status = getattr(getattr(chain, "response", None), "status_code", None)
+        if status in (401, 403):
+            return "the hub refuses HF_TOKEN; set a valid one, or accept the model's licence on the hub"
+        if type(chain).__name__ in (
+            "ConnectError",
+            "ConnectionError",
+            "LocalEntryNotFoundError",
+            "OfflineModeIsEnabled",
+        ):
+            return "there is no network to the hub and no local copy. Give a folder, or `miniature`"
+        chain = chain.__cause__ or chain.__context__
+    return " ".join(str(error).split())[:300].rstrip(".")

