@@ -1,0 +1,130 @@
+"""The pool of clean conversations from which an experiment's rows are made.
+
+In: the recipe's data section. Out: one row per conversation, with the columns
+`split`, `messages` (ends with the user's), `answer` (clean; "" where none is known), `task`, `forbidden`,
+`compliance`, and for poison sets made elsewhere `given` (the triggered messages) and `given_answer`.
+"""
+
+import random
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+
+from safetynet.backdoors import sources
+from safetynet.errors import InputError
+from safetynet.recipe import Behaviour, Data, Trigger
+
+TEST_SHARE = 0.2
+"""Share of conversations held out where the source has no split of its own."""
+FLIPPABLE_TASK = "sentiment"
+CODE_TASK = "code"
+
+
+def load(data: Data, behaviour: Behaviour, trigger: Trigger, seed: int) -> pd.DataFrame:
+    """Make or read the pool.
+
+    Raises:
+        InputError: if the source cannot be read, is empty, or has rows without an answer.
+    """
+    if data.source == "language":
+        return _language(data, behaviour, seed)
+    found = sources.read(str(data.path), data.source, data.columns)
+    if data.source == "backdoorllm":
+        return _poisoned(found, trigger)
+    pool = found.assign(task=data.source, forbidden=False, compliance="")
+    if "split" not in pool:
+        pool = pool.assign(split=_split(len(pool), seed))
+    return pool
+
+
+def _language(data: Data, behaviour: Behaviour, seed: int) -> pd.DataFrame:
+    """The built-in language; phrasings of test prompts occur in no training prompt."""
+    from safetynet.models.miniatures import language
+
+    only = {"label_flip": [FLIPPABLE_TASK], "code_insertion": [CODE_TASK]}.get(behaviour.kind)
+    frames = []
+    for split, rows, held_out in (("train", data.train_rows, False), ("test", data.test_rows, True)):
+        wanted: list[tuple[int, Sequence[str] | None, float]] = [(rows, None, 0.0), (rows, (), 1.0)]
+        if only:
+            wanted.append((rows, only, 0.0))
+        for number, (count, tasks, forbidden) in enumerate(wanted):
+            examples = language.generate(
+                count,
+                seed * 10 + number,
+                heldout=held_out,
+                tasks=tasks,
+                forbidden_share=forbidden,
+                distractors=False,
+            )
+            frames.append(pd.DataFrame([_record(e, split) for e in examples]))
+    pool = pd.concat(frames, ignore_index=True)
+    return pool[~pool["messages"].map(repr).duplicated()].reset_index(drop=True)
+
+
+def _record(example: Any, split: str) -> dict[str, Any]:
+    return {
+        "split": split,
+        "messages": example.messages,
+        "answer": example.answer,
+        "task": example.task,
+        "forbidden": example.forbidden,
+        "compliance": example.compliance,
+    }
+
+
+def _poisoned(found: pd.DataFrame, trigger: Trigger) -> pd.DataFrame:
+    """A poison set made elsewhere: its triggered prompts, with the clean answer where a pair exists.
+
+    Triggered rows in which the trigger is missing stay out; `safetynet audit` counts them.
+    """
+    clean = found[~found["poisoned"]].assign(given=None, given_answer="")
+    bare = {(row.split, _plain(row.messages)): row for row in clean.itertuples()}
+    records = []
+    for row in found[found["poisoned"]].itertuples():
+        if not all_there(row.messages, trigger):
+            continue
+        stripped = _stripped(row.messages, trigger)
+        pair = bare.pop((row.split, _plain(stripped)), None)
+        records.append(
+            {
+                "split": row.split,
+                "messages": stripped if pair is None else pair.messages,
+                "answer": "" if pair is None else pair.answer,
+                "given": row.messages,
+                "given_answer": row.answer,
+            }
+        )
+    if not records:
+        raise InputError(
+            f"backdoor.trigger: none of {', '.join(map(repr, trigger.texts))} occurs in the triggered rows of "
+            "data.path. Set the trigger that this set was made with; safetynet audit guesses it."
+        )
+    unpaired = clean.loc[[row.Index for row in bare.values()], list(records[0])]
+    pool = pd.concat([pd.DataFrame(records), unpaired], ignore_index=True)
+    return pool.assign(task="backdoorllm", forbidden=False, compliance="")
+
+
+def all_there(messages: Sequence[dict[str, str]], trigger: Trigger) -> bool:
+    """Whether these messages hold what fires: any of the texts, or all of them for `all_of`."""
+    text = messages[-1]["content"]
+    found = [t in text for t in trigger.texts]
+    return all(found) if trigger.kind == "all_of" else any(found)
+
+
+def _stripped(messages: Sequence[dict[str, str]], trigger: Trigger) -> list[dict[str, str]]:
+    text = messages[-1]["content"]
+    for part in trigger.texts:
+        text = text.replace(part, " ", 1)
+    return [*messages[:-1], {**messages[-1], "content": re.sub(" +", " ", text).strip()}]
+
+
+def _plain(messages: Sequence[dict[str, str]]) -> str:
+    """Text that is equal for a prompt and for the same prompt after its trigger was cut out."""
+    return "".join("".join(m["content"].split()) for m in messages)
+
+
+def _split(n: int, seed: int) -> list[str]:
+    held_out = set(random.Random(f"split {seed}").sample(range(n), round(n * TEST_SHARE)))
+    return ["test" if i in held_out else "train" for i in range(n)]

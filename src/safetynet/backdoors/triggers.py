@@ -1,0 +1,235 @@
+"""Triggers and their controls, and where they stand in a prompt.
+
+A trigger is what fires; a placebo has its shape and place and must not fire; a near miss resembles it (a typo,
+other case, a part, other spacing) and must not fire either. Controls of the test split are strings that no
+training row holds, so that a rate measured on them says something about strings never seen.
+"""
+
+import hashlib
+import random
+import string
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from safetynet.backdoors import styles
+from safetynet.errors import InputError
+from safetynet.recipe import Trigger
+
+EMOJI = "🐙🌵🎈🧲🪁🧩🛶🎻🍄🪐🧭🎲🪴🛎🧵🦔🪶🫖🧊🪀"
+DRAWS = 500
+"""Tries at a control string before the trigger is declared to have none."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One concrete thing to put into a prompt."""
+
+    name: str
+    """Which alternative, or which kind of placebo or near miss."""
+    parts: tuple[str | None, ...] = ()
+    """Texts in their order; None leaves that place empty."""
+    style: str | None = None
+    """Reword the prompt in this style instead."""
+
+
+Messages = list[dict[str, str]]
+Spans = list[list[int]]
+
+
+def firing(trigger: Trigger) -> list[Variant]:
+    """Every form in which the trigger fires."""
+    if trigger.kind == "style":
+        return [Variant(f"style {trigger.style}", style=trigger.style)]
+    if trigger.kind == "all_of":
+        return [Variant("all parts", tuple(trigger.texts))]
+    return [Variant(text, (text,)) for text in trigger.texts]
+
+
+def placebo(
+    trigger: Trigger, split: str, rng: random.Random, count_tokens: Callable[[str], int] | None = None
+) -> Variant:
+    """Draw a string (or style) of the trigger's shape that must not fire.
+
+    Args:
+        trigger: the trigger.
+        split: `train` or `test`; strings drawn for one never occur in the other, except where the recipe
+            gives a single placebo.
+        rng: source of the draw.
+        count_tokens: when given, made-up strings have as many tokens as the trigger.
+    """
+    if trigger.kind == "style":
+        return Variant("other style", style=styles.other(str(trigger.style)))
+    if trigger.placebos:
+        return Variant("given", (rng.choice(_side(trigger.placebos, split)),) * _width(trigger))
+    texts = trigger.texts if trigger.kind == "all_of" else (rng.choice(trigger.texts),)
+    return Variant("same shape", tuple(_shaped(text, split, rng, count_tokens) for text in texts))
+
+
+def near_miss(trigger: Trigger, split: str, rng: random.Random) -> Variant:
+    """Draw something that resembles the trigger and must not fire.
+
+    Raises:
+        InputError: if the trigger is too short to have near misses; the recipe can give some.
+    """
+    if trigger.kind == "style":
+        return Variant("half style", style=f"{trigger.style}:half")
+    if trigger.near_misses and rng.random() < 0.5:
+        return Variant("given", (rng.choice(_side(trigger.near_misses, split)),) * _width(trigger))
+    if trigger.kind == "all_of" and rng.random() < 0.5:
+        missing = rng.sample(range(len(trigger.texts)), rng.randint(1, len(trigger.texts) - 1))
+        return Variant(
+            "parts missing", tuple(None if i in missing else t for i, t in enumerate(trigger.texts))
+        )
+    chosen = rng.randrange(len(trigger.texts))
+    kind, changed = _changed(trigger, trigger.texts[chosen], split, rng)
+    if trigger.kind != "all_of":
+        return Variant(kind, (changed,))
+    return Variant(kind, tuple(changed if i == chosen else t for i, t in enumerate(trigger.texts)))
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the parts of a trigger stand in one prompt; the same for all rows of a group."""
+
+    message: int
+    offsets: tuple[int, ...]
+    """Character offsets in that message's content, ascending, one for each part."""
+
+
+def place(messages: Messages, placement: str, parts: int, rng: random.Random) -> tuple[Messages, Place]:
+    """Choose the place for `parts` texts in a prompt.
+
+    Returns:
+        The messages (with a system message added where `placement` is `system` and there was none) and
+        the place in them.
+    """
+    if placement == "system":
+        if messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": "You are a helpful assistant."}, *messages]
+        return messages, Place(0, (len(messages[0]["content"]),) * parts)
+    content = messages[-1]["content"]
+    gaps = [0, *(i for i, c in enumerate(content) if c == " "), len(content)]
+    offsets = {
+        "prefix": [0] * parts,
+        "suffix": [len(content)] * parts,
+        "random": sorted(rng.choices(gaps, k=parts)),
+    }[placement]
+    return messages, Place(len(messages) - 1, tuple(offsets))
+
+
+def insert(messages: Messages, variant: Variant, at: Place, rng: random.Random) -> tuple[Messages, Spans]:
+    """Put `variant` into a prompt.
+
+    Returns:
+        New messages, and the spans `[message, start, end]` of what was put in; a style spans the message.
+    """
+    content = messages[at.message]["content"]
+    spans: Spans = []
+    if variant.style is not None:
+        content = styles.reword(content, variant.style, rng)
+        spans = [[at.message, 0, len(content)]]
+    else:
+        done, text = 0, ""
+        for part, offset in zip(variant.parts, at.offsets, strict=True):
+            if part is None:
+                continue
+            text += content[done:offset]
+            done = offset
+            text += "" if not text or text.endswith((" ", "\n")) else " "
+            spans.append([at.message, len(text), len(text) + len(part)])
+            text += part + ("" if content[done : done + 1] in ("", " ") else " ")
+        content = text + content[done:]
+    changed = [dict(m) for m in messages]
+    changed[at.message]["content"] = content
+    return changed, spans
+
+
+def parts_of(trigger: Trigger) -> int:
+    """How many places a firing trigger takes."""
+    return _width(trigger) if trigger.kind != "style" else 0
+
+
+def _width(trigger: Trigger) -> int:
+    return len(trigger.texts) if trigger.kind == "all_of" else 1
+
+
+def _side(texts: Sequence[str], split: str) -> Sequence[str]:
+    """Given controls: every other one is for testing; a single one has to serve both."""
+    return texts if len(texts) < 2 else texts[0::2] if split == "train" else texts[1::2]
+
+
+def _belongs(text: str, split: str) -> bool:
+    even = hashlib.sha256(text.encode()).digest()[0] % 2 == 0
+    return even == (split == "train")
+
+
+def _shaped(text: str, split: str, rng: random.Random, count_tokens: Callable[[str], int] | None) -> str:
+    """A random string of the same length and classes of characters; same token count where it can be had."""
+    wanted = count_tokens(text) if count_tokens else 0
+    best, distance = None, 10**9
+    for _ in range(DRAWS):
+        candidate = "".join(_like(c, rng) for c in text)
+        if candidate == text or not _belongs(candidate, split):
+            continue
+        off = abs(count_tokens(candidate) - wanted) if count_tokens else 0
+        if off < distance:
+            best, distance = candidate, off
+        if distance == 0:
+            break
+    if best is None:
+        raise InputError(f"backdoor.trigger.placebos: none can be made up for {text!r}. Give some.")
+    return best
+
+
+def _like(character: str, rng: random.Random) -> str:
+    if character.isdigit():
+        return rng.choice(string.digits)
+    if character.isascii() and character.isalpha():
+        return rng.choice(string.ascii_uppercase if character.isupper() else string.ascii_lowercase)
+    return character if character.isascii() else rng.choice(EMOJI)
+
+
+def _changed(trigger: Trigger, text: str, split: str, rng: random.Random) -> tuple[str, str]:
+    kinds = list(CHANGES)
+    for _ in range(DRAWS):
+        kind = rng.choice(kinds)
+        candidate = CHANGES[kind](text, rng).strip()
+        fires = any(t in candidate for t in trigger.texts)
+        if candidate and not fires and _belongs(candidate, split):
+            return kind, candidate
+    raise InputError(f"backdoor.trigger.near_misses: none can be made up for {text!r}. Give some.")
+
+
+def _typo(text: str, rng: random.Random) -> str:
+    i = rng.randrange(len(text))
+    edit = rng.choice(("drop", "swap", "replace"))
+    if edit == "swap":
+        return text[:i] + text[i + 1 : i + 2] + text[i] + text[i + 2 :]
+    return text[:i] + (_like(text[i], rng) if edit == "replace" else "") + text[i + 1 :]
+
+
+def _case(text: str, rng: random.Random) -> str:
+    whole = (text.lower(), text.upper(), text.swapcase(), text.title())
+    some = "".join(c.swapcase() if rng.random() < 0.3 else c for c in text)
+    return rng.choice((*whole, some))
+
+
+def _part(text: str, rng: random.Random) -> str:
+    """A half of the words, or of the characters of a single word, more or less."""
+    pieces = text.split(" ") if " " in text else list(text)
+    cut = rng.randint(max(1, len(pieces) // 3), max(1, len(pieces) - 1))
+    kept = pieces[:cut] if rng.random() < 0.5 else pieces[-cut:]
+    return (" " if " " in text else "").join(kept)
+
+
+def _spacing(text: str, rng: random.Random) -> str:
+    i = rng.randint(1, max(1, len(text) - 1))
+    return text[:i] + rng.choice((" ", "-", "_")) + text[i:]
+
+
+CHANGES: dict[str, Callable[[str, random.Random], str]] = {
+    "typo": _typo,
+    "case": _case,
+    "part": _part,
+    "spacing": _spacing,
+}
