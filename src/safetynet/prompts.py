@@ -130,6 +130,10 @@ class Serialiser:
         text = self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return str(text).strip()
 
+    def count(self, text: str) -> int:
+        """Number of tokens of a piece of text, without special tokens."""
+        return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
     def _end_id(self) -> int:
         token = self.family.end_of_turn or self.tokenizer.eos_token
         end = None if token is None else self.tokenizer.convert_tokens_to_ids(token)

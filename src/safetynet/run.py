@@ -1,11 +1,11 @@
 """The run directory: where one experiment keeps its tables, figures, manifest and large artefacts.
 
-    results/{model}/{task}/manifest.json    recipe, seeds, versions, hardware; digests, time and memory of stages
+    results/{model}/{task}/manifest.json    recipe, seeds, versions, hardware; digests and cost of each stage
     results/{model}/{task}/tables/          one Parquet file per table
     results/{model}/{task}/figures/         figures, and the data behind each
     results/{model}/{task}/earlier/         outputs of stages that were run again with other inputs
     {scratch}/{model}/{task}/               adapters and checkpoints (the run folder when no scratch is set)
-    logs/{model}/{task}.log                 what the run said
+    logs/{model}/{task}.log             what the run said
 
 Stages read and write here only. Writes are atomic; a finished stage is repeated only when its inputs changed.
 """
@@ -115,6 +115,7 @@ class Run:
         manifest = self.manifest
         manifest["stages"][name] = {
             "inputs": digest(inputs),
+            "recipe": manifest.get("recipe"),
             "outputs": {self._relative(p): self._output_digest(self._relative(p)) for p in outputs},
             "seconds": round(time.time() - started, 2),
             "peak_memory_mb": round(peak_memory_mb(), 1),
@@ -141,7 +142,7 @@ class Run:
         Raises:
             InputError: if another process works on this run.
         """
-        with open(self.folder / ".lock", "w", encoding="utf-8") as handle:
+        with (self.folder / ".lock").open("w", encoding="utf-8") as handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -157,14 +158,14 @@ class Run:
             return
         kept = self.folder / "earlier" / f"{name}-{done['inputs'][:8]}"
         for relative in done["outputs"]:
-            source = self._absolute(relative)
+            source = self.path_of(relative)
             if source.exists():
                 target = kept / Path(relative).name
                 target.parent.mkdir(parents=True, exist_ok=True)
                 if target.exists():
                     shutil.rmtree(target) if target.is_dir() else target.unlink()
                 shutil.move(source, target)
-        write_text(kept / "stage.json", json.dumps({"recipe": manifest.get("recipe"), **done}, indent=2))
+        write_text(kept / "stage.json", json.dumps(done, indent=2))
         del manifest["stages"][name]
         self._write_manifest(manifest)
 
@@ -177,12 +178,13 @@ class Run:
             return str(path.relative_to(self.folder))
         return "scratch:" + str(path.relative_to(self.scratch))
 
-    def _absolute(self, relative: str) -> Path:
+    def path_of(self, relative: str) -> Path:
+        """The path that the manifest calls `relative`."""
         place, colon, rest = relative.partition("scratch:")
         return self.scratch / rest if colon else self.folder / place
 
     def _output_digest(self, relative: str) -> str | None:
-        path = self._absolute(relative)
+        path = self.path_of(relative)
         return digest_of_files([path]) if path.exists() else None
 
 
@@ -207,7 +209,6 @@ def create(recipe: Recipe) -> Run:
         (run.log.parent, "output.logs"),
     ):
         _check_writable(path, field)
-    run.describe(recipe)
     return run
 
 
@@ -241,7 +242,7 @@ def digest_of_files(paths: Sequence[Path]) -> str:
         for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
             if file.is_file():
                 total.update(str(file.relative_to(path)).encode() + b"\0")
-                with open(file, "rb") as handle:
+                with file.open("rb") as handle:
                     total.update(hashlib.file_digest(handle, "sha256").digest())
     return total.hexdigest()
 

@@ -64,16 +64,50 @@ def load(spec: recipe.Model, dtype: str = "auto") -> LoadedModel:
     name = locate(spec)
     if spec.model_id == "miniature":
         use_one_thread()
-    family = families.get(spec.family)
-    config, tokenizer = _fetch(name, spec, "config and tokenizer", _load_head)
-    if family.model_types and config.model_type not in family.model_types:
-        raise InputError(
-            f"model.family: {name} is of type {config.model_type!r}, family {family.name} takes "
-            f"{', '.join(family.model_types)}. Set the right family, or generic."
-        )
-    tokenizer.clean_up_tokenization_spaces = False
+    serialiser = _head(spec, name)
     model = _fetch(name, spec, "weights", lambda n, s: _load_weights(n, s, dtype))
-    return LoadedModel(model.eval(), Serialiser(tokenizer, family), family, name)
+    return LoadedModel(model.eval(), serialiser, serialiser.family, name)
+
+
+def load_serialiser(spec: recipe.Model) -> Serialiser:
+    """The tokenizer alone, for work that needs no weights; errors as in `load`."""
+    return _head(spec, locate(spec))
+
+
+def trained(spec: recipe.Model, folder: Path) -> recipe.Model:
+    """The recipe's model section, with the weights in `folder` instead."""
+    return spec.model_copy(update={"id": str(folder), "revision": None})
+
+
+def attach(base: LoadedModel, folder: Path) -> Any:
+    """Put a LoRA adapter onto a base model.
+
+    Returns:
+        PEFT's model in evaluation mode; `unload()` gives the base model back.
+
+    Raises:
+        InputError: if the folder holds no adapter, a pickle, or one that was trained on another base model.
+    """
+    from peft import PeftConfig, PeftModel
+
+    if not (folder / "adapter_config.json").exists():
+        raise InputError(
+            f"{folder}: there is no adapter_config.json, so this is no adapter. Name its folder."
+        )
+    if not (folder / "adapter_model.safetensors").exists():
+        raise InputError(
+            f"{folder}: there is no adapter_model.safetensors. A pickle (.bin) could run code when it is "
+            "loaded and is not read; save the adapter again with safe_serialization=True."
+        )
+    made_for = str(PeftConfig.from_pretrained(str(folder)).base_model_name_or_path)
+    if made_for and Path(made_for).name != Path(base.id).name:
+        raise InputError(
+            f"{folder}: this adapter was trained on {made_for}, not on {base.id}. Set model.id to its base."
+        )
+    try:
+        return PeftModel.from_pretrained(base.model, str(folder)).eval()
+    except (RuntimeError, ValueError) as error:
+        raise InputError(f"{folder}: this adapter does not fit {base.id}: {_reason(error)}") from None
 
 
 def resolve_dtype(precision: str, device: str) -> Any:
@@ -119,6 +153,18 @@ def _check_folder(folder: Path) -> None:
             else "no weights"
         )
         raise InputError(f"model.id: {folder} holds {found}. Convert it to safetensors with save_pretrained.")
+
+
+def _head(spec: recipe.Model, name: str) -> Serialiser:
+    """Tokenizer and family, checked against the model's own type."""
+    family = families.get(spec.family)
+    config, tokenizer = _fetch(name, spec, "config and tokenizer", _load_head)
+    if family.model_types and config.model_type not in family.model_types:
+        raise InputError(
+            f"model.family: {name} is of type {config.model_type!r}, family {family.name} takes "
+            f"{', '.join(family.model_types)}. Set the right family, or generic."
+        )
+    return Serialiser(tokenizer, family)
 
 
 def _load_head(name: str, spec: recipe.Model) -> tuple[Any, Any]:

