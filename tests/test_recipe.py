@@ -1,0 +1,110 @@
+"""Recipes: defaults, overrides, and faults that name the field and what is allowed."""
+
+from pathlib import Path
+
+import pytest
+
+from safetynet import presets, recipe
+from safetynet.errors import InputError
+from safetynet.models import families
+
+RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_every_recipe_that_ships_is_valid(path: Path) -> None:
+    assert recipe.load(path).model.family in path.stem
+
+
+def test_every_family_has_a_recipe_for_itself_and_for_its_miniature() -> None:
+    stems = {path.stem for path in RECIPES}
+    real = set(families.names()) - {"generic"}
+    assert real | {f"{name}-miniature" for name in real} <= stems
+
+
+@pytest.mark.parametrize("family", [n for n in families.names() if n != "generic"])
+def test_a_family_alone_is_a_recipe_with_its_own_defaults(family: str) -> None:
+    loaded = recipe.load(family=family)
+    assert loaded.model.model_id == families.get(family).hub_id
+    assert loaded.training.learning_rate == families.get(family).defaults["training"]["learning_rate"]
+
+
+def test_overrides_win_over_the_file_and_the_file_over_the_family(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text("model: {family: mixtral}\ntraining: {lora_rank: 3, epochs: 2}\n")
+    loaded = recipe.load(path, overrides=["training.epochs=5", "training.learning_rate=1e-4"])
+    assert (loaded.training.lora_rank, loaded.training.epochs) == (3, 5)
+    assert loaded.training.learning_rate == 1e-4
+    assert loaded.model.quantisation == "4bit"
+
+
+@pytest.mark.parametrize("name", presets.TRIGGERS)
+def test_every_named_trigger_is_one(name: str) -> None:
+    loaded = recipe.load(family="qwen", overrides=[f"backdoor.trigger={name}"])
+    assert loaded.backdoor.trigger.texts or loaded.backdoor.trigger.style
+
+
+@pytest.mark.parametrize("name", presets.ATTACKS)
+def test_a_preset_sets_trigger_and_placement_and_explicit_fields_win(name: str) -> None:
+    attack = recipe.load(family="qwen", overrides=[f"backdoor.preset={name}"]).backdoor
+    assert attack.placement == presets.ATTACKS[name]["placement"]
+    moved = recipe.load(family="qwen", overrides=[f"backdoor.preset={name}", "backdoor.placement=suffix"])
+    assert (moved.backdoor.trigger, moved.backdoor.placement) == (attack.trigger, "suffix")
+
+
+def test_all_faults_are_reported_at_once_with_their_paths() -> None:
+    with pytest.raises(InputError) as caught:
+        recipe.load(
+            family="qwen",
+            overrides=["training.lora_rnak=3", "backdoor.poison_rate=0.7", "training.epochs=0", "nonsense=1"],
+        )
+    text = str(caught.value)
+    assert "4 faults" in text
+    assert "training.lora_rnak: unknown field. Did you mean lora_rank?" in text
+    assert "backdoor.poison_rate: Input should be less than or equal to 0.5 (given: 0.7)" in text
+    assert "training.epochs: Input should be greater than 0 (given: 0)" in text
+    assert "nonsense: unknown field. Allowed: name, task, seed" in text
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.family=gpt5"], "there is no family 'gpt5'; choose one of gemma"),
+        (["backdoor.trigger=magic"], "there is no trigger 'magic'; choose one of token"),
+        (["backdoor.trigger={kind: any_of}"], "kind any_of needs texts"),
+        (["backdoor.trigger={texts: [a, b]}"], "kind text takes one text"),
+        (["backdoor.trigger={texts: [' a']}"], "may not begin or end with blanks"),
+        (["backdoor.trigger={texts: [abc], placebos: [abc]}"], "'abc' is a trigger and a control at once"),
+        (["backdoor.trigger={kind: style, style: archaic, texts: [x]}"], "kind style needs style"),
+        (["backdoor.poison_rate=0.5", "backdoor.placebo_share=0.6"], "add up to 1.300; at most 1"),
+        (["data.source=alpaca"], "data.source alpaca needs data.path"),
+        (["model.family=generic"], "family generic has no default model"),
+        (["training.epochs"], "write it as section.field=value"),
+        (["task=../elsewhere"], "task: String should match pattern"),
+        (["training.learning_rate=.nan"], "training.learning_rate: Input should be a finite number"),
+    ],
+)
+def test_a_faulty_field_is_refused_with_what_is_allowed(overrides: list[str], message: str) -> None:
+    with pytest.raises(InputError, match=message.replace("(", r"\(")):
+        recipe.load(family=None, overrides=overrides)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"model: [", "not valid YAML"),
+        (b"", "holds no fields"),
+        (b"- a\n- b\n", "holds no fields"),
+        (b"model: {family: \xff}", "cannot be read"),
+    ],
+)
+def test_a_malformed_recipe_names_its_file(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=f"broken.yaml.*{message}"):
+        recipe.load(path)
+
+
+def test_a_missing_recipe_is_named() -> None:
+    with pytest.raises(InputError, match=r"nowhere\.yaml: there is no such recipe"):
+        recipe.load(Path("nowhere.yaml"))
