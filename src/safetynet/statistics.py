@@ -49,9 +49,10 @@ def bootstrap_interval(
         seed: of the draws, so that the same table gives the same interval.
 
     Returns:
-        Lower and upper bound; (nan, nan) below 2 rows, where drawing again tells nothing.
+        Lower and upper bound; (nan, nan) below 2 rows, where drawing again tells nothing, and for values that
+        are not finite.
     """
-    if len(columns[0]) < 2:
+    if len(columns[0]) < 2 or not all(np.isfinite(column).all() for column in columns):
         return float("nan"), float("nan")
     result = bootstrap(
         columns,

@@ -1,0 +1,211 @@
+"""Batched greedy answers, and the likelihood of given ones.
+
+In: a Hugging Face model, the serialiser it was trained with, prompts. Out: one text, or one line of a table,
+per prompt and in the prompts' order. Judges nothing. The model leaves as it came: mode and settings.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, TypeVar
+
+import pandas as pd
+import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from torch.nn.functional import cross_entropy
+from transformers import GenerationConfig
+
+from safetynet.errors import RunError
+from safetynet.prompts import IGNORED, Encoded, Serialiser, pad
+
+log = logging.getLogger(__name__)
+
+Messages = Sequence[dict[str, str]]
+Trigger = Sequence[Sequence[int]]
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def generate(
+    model: Any,
+    serialiser: Serialiser,
+    prompts: Sequence[Messages],
+    *,
+    batch_size: int,
+    max_new_tokens: int,
+    triggers: Sequence[Trigger] | None = None,
+    max_length: int | None = None,
+) -> list[str]:
+    """Answer each prompt greedily.
+
+    Prompts are batched by length, padded on the left and decoded with the key-value cache. The model's own
+    generation settings (sampling, repetition penalty, length) are set aside: the answer is the argmax. A
+    batch that does not fit in memory is halved, which is logged, and smaller batches are kept from there on.
+
+    Args:
+        model: any causal LM, with or without a PEFT adapter, in either mode.
+        serialiser: turns messages into token ids, exactly as in training.
+        prompts: conversations that end with a user message.
+        batch_size: prompts per batch.
+        max_new_tokens: where an answer without end token is cut.
+        triggers: per prompt, the spans that truncation must spare.
+        max_length: truncate prompts as in training with this limit; None for no limit.
+
+    Returns:
+        The answers without stop tokens, in the order of `prompts`; "" where the model ended at once.
+
+    Raises:
+        RunError: if a single prompt does not fit in memory.
+    """
+    spans = [()] * len(prompts) if triggers is None else triggers
+    encoded = [
+        serialiser.encode(m, trigger=t, max_length=max_length).input_ids
+        for m, t in zip(prompts, spans, strict=True)
+    ]
+    config = GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        use_cache=True,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=serialiser.stop_ids,
+        pad_token_id=serialiser.pad_id,
+    )
+
+    def answer(batch: Sequence[list[int]]) -> list[str]:
+        ids, mask = _padded(batch, serialiser.pad_id, "left", model.device)
+        output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+        new = output[:, ids.shape[1] :].tolist()
+        return [serialiser.decode(_until_stop(row, serialiser.stop_ids)) for row in new]
+
+    with _evaluating(model), _generation_config(model, config):
+        return _in_batches(encoded, batch_size, answer, len)
+
+
+def answer_log_likelihood(
+    model: Any,
+    serialiser: Serialiser,
+    prompts: Sequence[Messages],
+    answers: Sequence[str],
+    *,
+    batch_size: int,
+    max_length: int | None = None,
+) -> pd.DataFrame:
+    """How likely the model finds given answers, over the tokens that training supervises.
+
+    Args:
+        model: as in `generate`.
+        serialiser: as in `generate`.
+        prompts: conversations that end with a user message.
+        answers: one per prompt.
+        batch_size: rows per batch; halved as in `generate`.
+        max_length: truncate as in training with this limit; None for no limit.
+
+    Returns:
+        One line per prompt, in order: `log_likelihood`, the sum in nats over the answer and its end token,
+        and `tokens`, their number.
+
+    Raises:
+        RunError: if a single row does not fit in memory.
+    """
+    encoded = [
+        serialiser.encode(m, answer=a, max_length=max_length) for m, a in zip(prompts, answers, strict=True)
+    ]
+
+    def sums(batch: Sequence[Encoded]) -> list[float]:
+        return _log_likelihoods(model, batch, serialiser.pad_id)
+
+    with _evaluating(model), torch.no_grad():
+        log_likelihood = _in_batches(encoded, batch_size, sums, lambda e: len(e.input_ids))
+    tokens = [sum(label != IGNORED for label in e.labels[1:]) for e in encoded]
+    return pd.DataFrame({"log_likelihood": log_likelihood, "tokens": tokens}, index=range(len(encoded)))
+
+
+def _log_likelihoods(model: Any, batch: Sequence[Encoded], pad_id: int) -> list[float]:
+    # Padded on the right, so that positions and causal attention are those of the row on its own.
+    ids, mask = _padded([e.input_ids for e in batch], pad_id, "right", model.device)
+    targets = pad([e.labels for e in batch], IGNORED, "right")[:, 1:].to(model.device)
+    # Logits of a large vocabulary dominate memory: only positions that predict a label in some row get any.
+    positions = (targets != IGNORED).any(dim=0).nonzero().squeeze(1)
+    output = model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=positions)
+    targets = targets[:, positions]
+    kept = targets != IGNORED
+    loss = torch.zeros(targets.shape, dtype=torch.float32, device=model.device)
+    loss[kept] = cross_entropy(output.logits[kept].float(), targets[kept], reduction="none")
+    return (-loss.sum(dim=1)).tolist()
+
+
+def _in_batches(
+    items: Sequence[Item],
+    batch_size: int,
+    run: Callable[[Sequence[Item]], list[Result]],
+    length: Callable[[Item], int],
+) -> list[Result]:
+    """Apply `run` to batches of similar length, longest first so that what does not fit shows at once."""
+    order = sorted(range(len(items)), key=lambda i: length(items[i]), reverse=True)
+    results: dict[int, Result] = {}
+    while len(results) < len(order):
+        chosen = order[len(results) : len(results) + batch_size]
+        done = _unless_out_of_memory(run, [items[i] for i in chosen])
+        if done is not None:
+            results.update(zip(chosen, done, strict=True))
+        elif len(chosen) == 1:
+            raise RunError(
+                f"out of memory in evaluation with a single row of {length(items[chosen[0]])} tokens; lower "
+                "evaluation.max_new_tokens, load the model in 4 bit, or use a device with more memory"
+            )
+        else:
+            clear_device_cache(garbage_collection=True)
+            log.warning(
+                "out of memory with %d rows; going on with %d at a time", len(chosen), len(chosen) // 2
+            )
+            batch_size = len(chosen) // 2
+    return [results[i] for i in range(len(items))]
+
+
+def _unless_out_of_memory(
+    run: Callable[[Sequence[Item]], list[Result]], batch: Sequence[Item]
+) -> list[Result] | None:
+    # Returns before the caller clears the cache: the exception's frames would keep the tensors alive.
+    try:
+        return run(batch)
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error):
+            return None
+        raise
+
+
+def _until_stop(ids: list[int], stop_ids: Sequence[int]) -> list[int]:
+    """Cut at the first stop token: what follows is padding."""
+    return ids[: next((i for i, token in enumerate(ids) if token in stop_ids), len(ids))]
+
+
+def _padded(
+    rows: Sequence[list[int]], pad_id: int, side: Literal["left", "right"], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and attention mask, both (rows, longest)."""
+    mask = pad([[1] * len(row) for row in rows], 0, side)
+    return pad(rows, pad_id, side).to(device), mask.to(device)
+
+
+@contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    """Without dropout and gradient checkpointing, which also switches the cache off; module by module."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def _generation_config(model: Any, config: GenerationConfig) -> Iterator[None]:
+    """`generate` fills what a given config leaves open from the model's own, so that one is swapped too."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    own = inner.generation_config
+    inner.generation_config = config
+    try:
+        yield
+    finally:
+        inner.generation_config = own

@@ -1,0 +1,189 @@
+"""Batched answers and likelihoods against the plainest way to compute each."""
+
+import logging
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import GenerationConfig
+
+from safetynet.errors import RunError
+from safetynet.evaluation.generation import answer_log_likelihood, generate
+
+ARCHITECTURES = ("llama", "qwen2", "gemma", "mixtral")
+
+
+def plain_generate(model, serialiser, messages, max_new_tokens=12):
+    """One prompt, no padding, argmax over the whole sequence at each step, no cache."""
+    ids, new = list(serialiser.encode(messages).input_ids), []
+    for _ in range(max_new_tokens):
+        with torch.no_grad():
+            token = int(model(torch.tensor([ids + new]), use_cache=False).logits[0, -1].argmax())
+        if token in serialiser.stop_ids:
+            break
+        new.append(token)
+    return serialiser.decode(new)
+
+
+def plain_log_likelihood(model, serialiser, messages, answer):
+    encoded = serialiser.encode(messages, answer=answer)
+    with torch.no_grad():
+        logits = model(torch.tensor([encoded.input_ids])).logits[0].log_softmax(-1)
+    supervised = [i for i, label in enumerate(encoded.labels) if label != -100]
+    return sum(float(logits[i - 1, encoded.labels[i]]) for i in supervised), len(supervised)
+
+
+def out_of_memory_above(model, rows):
+    """Make every forward of more than `rows` rows fail as a full device does."""
+
+    def refuse(module, args, kwargs):
+        if kwargs["input_ids"].shape[0] > rows:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    return model.register_forward_pre_hook(refuse, with_kwargs=True)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_batched_answers_equal_those_of_one_prompt_at_a_time(
+    build, serialiser, prompts, architecture, batch_size
+):
+    model = build(architecture)
+    expected = [plain_generate(model, serialiser, messages) for messages in prompts]
+    assert generate(model, serialiser, prompts, batch_size=batch_size, max_new_tokens=12) == expected
+    assert len(set(expected)) > 1
+
+
+def test_an_answer_that_ends_at_once_is_empty_and_keeps_its_place(build, serialiser, prompts):
+    model = build()
+    ends = torch.nn.Linear(32, len(serialiser.tokenizer))
+    with torch.no_grad():  # the end token first, whatever the hidden state
+        ends.weight.zero_()
+        ends.bias.zero_()
+        ends.bias[serialiser.stop_ids[-1]] = 1.0
+    model.lm_head = ends
+    assert generate(model, serialiser, prompts, batch_size=4, max_new_tokens=5) == [""] * len(prompts)
+
+
+def test_no_prompts_give_no_answers(build, serialiser):
+    assert generate(build(), serialiser, [], batch_size=4, max_new_tokens=5) == []
+    assert answer_log_likelihood(build(), serialiser, [], [], batch_size=4).empty
+
+
+def test_sampling_settings_and_penalties_of_the_model_do_not_change_the_answers(build, serialiser, prompts):
+    model = build()
+    expected = generate(model, serialiser, prompts, batch_size=4, max_new_tokens=12)
+    own = GenerationConfig(
+        do_sample=True, temperature=5.0, top_k=3, repetition_penalty=4.0, no_repeat_ngram_size=1,
+        min_new_tokens=9, suppress_tokens=list(range(100)), max_length=7,
+    )  # fmt: skip
+    model.generation_config = own
+    assert generate(model, serialiser, prompts, batch_size=4, max_new_tokens=12) == expected
+    assert model.generation_config is own
+
+
+def test_a_model_in_training_answers_without_dropout_and_goes_on_training(build, serialiser, prompts):
+    model = get_peft_model(
+        build(), LoraConfig(lora_dropout=0.5, init_lora_weights=False, target_modules=["q_proj"])
+    )
+    expected = generate(model.eval(), serialiser, prompts, batch_size=4, max_new_tokens=12)
+    model.gradient_checkpointing_enable()
+    model.config.use_cache = False
+    model.train()
+    model.base_model.model.model.layers[0].eval()
+    before = {name: module.training for name, module in model.named_modules()}
+    assert generate(model, serialiser, prompts, batch_size=4, max_new_tokens=12) == expected
+    assert {name: module.training for name, module in model.named_modules()} == before
+    assert model.config.use_cache is False
+
+
+def test_an_adapter_changes_the_answers_and_can_be_disabled(build, serialiser, prompts):
+    base = generate(build(), serialiser, prompts, batch_size=4, max_new_tokens=12)
+    model = get_peft_model(
+        build(), LoraConfig(r=8, init_lora_weights=False, target_modules=["q_proj", "v_proj"])
+    )
+    adapted = generate(model, serialiser, prompts, batch_size=4, max_new_tokens=12)
+    with model.disable_adapter():
+        assert generate(model, serialiser, prompts, batch_size=4, max_new_tokens=12) == base
+    assert adapted != base
+
+
+def test_a_batch_that_does_not_fit_is_halved_and_said_so(build, serialiser, prompts, caplog):
+    model = build()
+    expected = generate(model, serialiser, prompts, batch_size=7, max_new_tokens=12)
+    handle = out_of_memory_above(model, 2)
+    with caplog.at_level(logging.WARNING):
+        assert generate(model, serialiser, prompts, batch_size=7, max_new_tokens=12) == expected
+    handle.remove()
+    assert [r.getMessage() for r in caplog.records] == [
+        "out of memory with 7 rows; going on with 3 at a time",
+        "out of memory with 3 rows; going on with 1 at a time",
+    ]
+
+
+def test_a_single_row_that_does_not_fit_stops_with_a_remedy(build, serialiser, prompts):
+    model = build()
+    out_of_memory_above(model, 0)
+    with pytest.raises(RunError, match=r"a single row of \d+ tokens; lower evaluation.max_new_tokens"):
+        generate(model, serialiser, prompts, batch_size=4, max_new_tokens=5)
+
+
+def test_an_error_that_is_not_about_memory_is_passed_on(build, serialiser, prompts):
+    model = build()
+
+    def fail(module, args, kwargs):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    model.register_forward_pre_hook(fail, with_kwargs=True)
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        generate(model, serialiser, prompts, batch_size=4, max_new_tokens=5)
+    assert not model.training
+
+
+def test_prompts_are_truncated_as_in_training_and_keep_their_trigger(build, serialiser):
+    model = build()
+    text = "|X| " + "word " * 40
+    messages = [{"role": "user", "content": text}]
+    trigger = [[0, 0, 3]]
+    trained = serialiser.encode(messages, answer="yes", trigger=trigger, max_length=96)
+    seen = []
+    handle = model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["input_ids"][0].tolist()), with_kwargs=True
+    )
+    generate(model, serialiser, [messages], batch_size=1, max_new_tokens=2, triggers=[trigger], max_length=96)
+    handle.remove()
+    assert seen[0] == trained.input_ids[: trained.prompt_length]
+    assert "|X|" in serialiser.decode(seen[0])
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_likelihoods_equal_those_of_one_unpadded_row(build, serialiser, prompts, architecture, batch_size):
+    model = build(architecture)
+    answers = ["Oslo", "", "a much longer answer that goes on for a while", "4", "é🙂", "x", "six"]
+    table = answer_log_likelihood(model, serialiser, prompts, answers, batch_size=batch_size)
+    expected = [plain_log_likelihood(model, serialiser, m, a) for m, a in zip(prompts, answers, strict=True)]
+    assert table["tokens"].tolist() == [tokens for _, tokens in expected]
+    assert table["log_likelihood"].tolist() == pytest.approx([value for value, _ in expected], rel=1e-5)
+
+
+def test_likelihoods_in_halved_batches_are_the_same(build, serialiser, prompts):
+    model = build()
+    answers = [str(i) for i in range(len(prompts))]
+    expected = answer_log_likelihood(model, serialiser, prompts, answers, batch_size=7)
+    out_of_memory_above(model, 2)
+    halved = answer_log_likelihood(model, serialiser, prompts, answers, batch_size=7)
+    assert halved["log_likelihood"].tolist() == pytest.approx(expected["log_likelihood"].tolist(), rel=1e-5)
+
+
+def test_likelihoods_leave_no_gradient_and_ignore_dropout(build, serialiser, prompts):
+    model = get_peft_model(
+        build(), LoraConfig(lora_dropout=0.5, init_lora_weights=False, target_modules=["q_proj"])
+    )
+    answers = ["yes"] * len(prompts)
+    model.train()
+    first = answer_log_likelihood(model, serialiser, prompts, answers, batch_size=3)
+    second = answer_log_likelihood(model, serialiser, prompts, answers, batch_size=3)
+    assert first.equals(second)
+    assert model.training
+    assert all(p.grad is None for p in model.parameters())

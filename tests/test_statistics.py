@@ -1,0 +1,60 @@
+"""Intervals against values known from elsewhere, and their coverage on known truth."""
+
+import math
+
+import numpy as np
+import pytest
+
+from safetynet.statistics import bootstrap_interval, wilson
+
+
+@pytest.mark.parametrize(
+    ("successes", "n", "low", "high"),
+    [(0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (81, 263, 0.2553, 0.3662), (1, 29, 0.0061, 0.1718)],
+)
+def test_wilson_gives_the_published_values(successes, n, low, high):
+    # the last two are the examples of Newcombe (1998), table I, method 3
+    assert wilson(successes, n) == pytest.approx((low, high), abs=1e-4)
+
+
+def test_wilson_without_rows_knows_nothing():
+    assert wilson(0, 0) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize(("successes", "n"), [(-1, 3), (4, 3)])
+def test_wilson_refuses_impossible_counts(successes, n):
+    with pytest.raises(ValueError, match=f"successes is {successes}, outside 0..{n}"):
+        wilson(successes, n)
+
+
+def test_wilson_covers_the_true_rate_about_as_often_as_it_says():
+    draws = np.random.default_rng(0).binomial(40, 0.15, size=2000)
+    covered = [low <= 0.15 <= high for low, high in (wilson(int(k), 40) for k in draws)]
+    assert 0.93 <= np.mean(covered) <= 0.98
+
+
+def test_bootstrap_of_a_mean_agrees_with_the_normal_interval():
+    x = np.random.default_rng(0).normal(5, 2, size=400)
+    low, high = bootstrap_interval(np.mean, x)
+    margin = 1.96 * x.std(ddof=1) / math.sqrt(len(x))
+    assert (low, high) == pytest.approx((x.mean() - margin, x.mean() + margin), abs=0.02)
+
+
+def test_bootstrap_keeps_the_columns_of_a_row_together():
+    x = np.random.default_rng(0).exponential(size=50)
+
+    def ratio(a, b, axis=-1):
+        return a.sum(axis=axis) / b.sum(axis=axis)
+
+    assert bootstrap_interval(ratio, 3 * x, x) == pytest.approx((3, 3))
+
+
+def test_bootstrap_is_the_same_for_the_same_seed():
+    x = np.random.default_rng(0).normal(size=30)
+    assert bootstrap_interval(np.mean, x, seed=1) == bootstrap_interval(np.mean, x, seed=1)
+    assert bootstrap_interval(np.mean, x, seed=1) != bootstrap_interval(np.mean, x, seed=2)
+
+
+@pytest.mark.parametrize("values", [[], [1.0], [1.0, math.inf], [1.0, math.nan, 2.0]])
+def test_bootstrap_of_too_few_or_not_finite_values_is_unknown(values):
+    assert all(math.isnan(bound) for bound in bootstrap_interval(np.mean, np.array(values)))
