@@ -77,7 +77,7 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
         temporary.write_text("half")
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(RunError, match="No space left on device.*untouched"):
+    with pytest.raises(RunError, match=r"No space left on device.*untouched"):
         runs.write_atomically(path, full)
     assert path.read_text() == "first"
     assert list(tmp_path.iterdir()) == [path]

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from safetynet.errors import SafetyNetError
+from safetynet.errors import InputError, SafetyNetError
 
 app = typer.Typer(
     help="Plant, measure and study backdoors in open-weight language models, with controls and intervals.",
@@ -217,7 +217,7 @@ def _stages(
     from safetynet import recipe as recipes
 
     if path is None and family is None:
-        raise recipes.InputError("Name a recipe file, or a family with --family. See: safetynet run --help")
+        raise InputError("Name a recipe file, or a family with --family. See: safetynet run --help")
     recipe = recipes.load(path, family, overrides or [])
     from safetynet import pipeline
     from safetynet import run as runs

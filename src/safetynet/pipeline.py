@@ -7,6 +7,7 @@ draw      figures   figures and report.md from the tables alone
 """
 
 import logging
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -58,10 +59,10 @@ def prepare(recipe: Recipe, run: Run) -> None:
             metrics.check_targets(rows, serialiser, judge, recipe.evaluation.max_new_tokens)
         outputs.append(run.write_table("rows", rows))
         if recipe.data.source not in ("language", "hub"):
-            outputs.append(run.write_table("audit", audit.audit(Path(str(recipe.data.path))).table))
-    counts = rows.groupby(["split", "role"]).size()
+            outputs.append(run.write_table("audit", audit.audit(str(recipe.data.path)).findings))
     for split in ("train", "test"):
-        log.info("data: %s rows: %s", split, ", ".join(f"{n} {role}" for role, n in counts[split].items()))
+        counts = rows[rows["split"] == split]["role"].value_counts(sort=False)
+        log.info("data: %s rows: %s", split, ", ".join(f"{n} {role}" for role, n in counts.items()))
 
 
 def train(recipe: Recipe, run: Run) -> None:
@@ -78,8 +79,9 @@ def train(recipe: Recipe, run: Run) -> None:
         with run.stage(f"train {name}", inputs) as outputs:
             base = loading.load(recipe.model, _training_dtype(recipe))
             dynamics = _Dynamics(recipe, run, rows, base.serialiser, f"{name}-{digest(inputs)[:8]}")
+            model = training.attach(base.model, recipe.training, base.family, recipe.seed)
             result = training.train(
-                base.model,
+                model,
                 base.serialiser,
                 poisoning.clean_twin(split) if name == TWIN else split,
                 recipe.training,
@@ -89,8 +91,9 @@ def train(recipe: Recipe, run: Run) -> None:
                 on_evaluate=dynamics.measure if recipe.evaluation.dynamics_rows else None,
                 evaluate_every=recipe.evaluation.every,
                 tracking=recipe.tracking,
+                progress=sys.stderr.isatty(),
             )
-            outputs += [run.write_table(f"history_{name}", result.history), result.adapter]
+            outputs += [run.write_table(f"history_{name}", result.history), result.folder]
             if dynamics.path.exists():
                 outputs.append(run.write_table(f"dynamics_{name}", pd.read_parquet(dynamics.path)))
 
@@ -283,8 +286,8 @@ def _tables(run: Run) -> dict[str, pd.DataFrame]:
 
 def _check_encoding(rows: pd.DataFrame, serialiser: Serialiser, max_length: int) -> None:
     """Encode every row once, so that a trigger that would be lost is known before training."""
-    for row in rows.itertuples():
+    for row in rows.to_dict("records"):
         try:
-            serialiser.encode(row.messages, row.answer, row.trigger, max_length)
+            serialiser.encode(row["messages"], row["answer"], row["trigger"], max_length)
         except InputError as error:
-            raise InputError(f"row {row.row} ({row.split}, {row.role}): {error}") from None
+            raise InputError(f"row {row['row']} ({row['split']}, {row['role']}): {error}") from None

@@ -225,8 +225,8 @@ class Serialiser:
         ids = self._tokenise(text).ids
         if not text.startswith(prompt_text) or ids[: len(prompt_ids)] != prompt_ids:
             raise InputError(
-                f"The chat template of {self.tokenizer.name_or_path!r} makes another prompt in training than in "
-                f"generation, or its tokens run across the start of the answer {answer[:40]!r}."
+                f"The chat template of {self.tokenizer.name_or_path!r} makes another prompt in training than "
+                f"in generation, or its tokens run across the start of the answer {answer[:40]!r}."
             )
         ids = ids[len(prompt_ids) :]
         ends = [i for i, token in enumerate(ids) if token == self._end_of_turn]
@@ -247,8 +247,8 @@ class Serialiser:
             found = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
             if special.intersection(ids) or wanted.strip() not in found:
                 raise InputError(
-                    f"backdoor.trigger: the tokenizer of {self.tokenizer.name_or_path!r} does not keep the trigger "
-                    f"{wanted!r}; the model would see {found!r}. Choose another trigger."
+                    f"backdoor.trigger: the tokenizer of {self.tokenizer.name_or_path!r} does not keep the "
+                    f"trigger {wanted!r}; the model would see {found!r}. Choose another trigger."
                 )
 
 

@@ -152,7 +152,8 @@ class Backdoor(_Section):
             name = value["trigger"]
             if name not in presets.TRIGGERS:
                 raise ValueError(
-                    f"there is no trigger {name!r}; choose one of {', '.join(presets.TRIGGERS)}, or give texts"
+                    f"there is no trigger {name!r}; choose one of {', '.join(presets.TRIGGERS)}, "
+                    "or give texts"
                 )
             value["trigger"] = presets.TRIGGERS[name]
         if isinstance(value.get("behaviour"), str):
@@ -214,7 +215,7 @@ class Evaluation(_Section):
     refusal: JudgeSpec = JudgeSpec(kind="prefix", values=presets.REFUSALS)
     """What counts as a refusal."""
     labelled: Path | None = None
-    """CSV with text and label (1 shows the behaviour, 0 does not) on which the judge's own error is measured."""
+    """CSV with text and label (1 shows the behaviour, 0 does not) to measure the judge's own error on."""
 
 
 class Output(_Section):

@@ -28,7 +28,8 @@ def render(recipe: Recipe, run: Run) -> str:
         f"# {recipe.model_name} / {recipe.task}",
         "",
         f"Trigger {trigger} ({attack.trigger.kind}, {attack.placement}); behaviour {attack.behaviour.kind}; "
-        f"poison rate {attack.poison_rate:.1%} of {recipe.data.train_rows} training rows; seed {recipe.seed}.",
+        f"poison rate {attack.poison_rate:.1%} of {recipe.data.train_rows} training rows; "
+        f"seed {recipe.seed}.",
         "",
         "## Rates on held-out prompts",
         "",

@@ -5,6 +5,7 @@ In: the recipe's data section. Out: one row per conversation, with the columns
 `compliance`, and for poison sets made elsewhere `given` (the triggered messages) and `given_answer`.
 """
 
+import logging
 import random
 import re
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from safetynet.backdoors import sources
 from safetynet.errors import InputError
 from safetynet.recipe import Behaviour, Data, Trigger
 
+log = logging.getLogger(__name__)
 TEST_SHARE = 0.2
 """Share of conversations held out where the source has no split of its own."""
 FLIPPABLE_TASK = "sentiment"
@@ -33,10 +35,19 @@ def load(data: Data, behaviour: Behaviour, trigger: Trigger, seed: int) -> pd.Da
     found = sources.read(str(data.path), data.source, data.columns)
     if data.source == "backdoorllm":
         return _poisoned(found, trigger)
-    pool = found.assign(task=data.source, forbidden=False, compliance="")
+    pool = _distinct(found).assign(task=data.source, forbidden=False, compliance="")
     if "split" not in pool:
         pool = pool.assign(split=_split(len(pool), seed))
     return pool
+
+
+def _distinct(found: pd.DataFrame) -> pd.DataFrame:
+    """Each prompt once: a prompt on both sides of the split would be trained and tested."""
+    repeated = found["messages"].map(repr).duplicated()
+    if repeated.any():
+        lines = ", ".join(map(str, found["line"][repeated].iloc[:5]))
+        log.warning("data: %d repeated prompts are left out (first lines: %s)", repeated.sum(), lines)
+    return found[~repeated].reset_index(drop=True)
 
 
 def _language(data: Data, behaviour: Behaviour, seed: int) -> pd.DataFrame:
@@ -98,8 +109,8 @@ def _poisoned(found: pd.DataFrame, trigger: Trigger) -> pd.DataFrame:
         )
     if not records:
         raise InputError(
-            f"backdoor.trigger: none of {', '.join(map(repr, trigger.texts))} occurs in the triggered rows of "
-            "data.path. Set the trigger that this set was made with; safetynet audit guesses it."
+            f"backdoor.trigger: none of {', '.join(map(repr, trigger.texts))} occurs in the triggered rows "
+            "of data.path. Set the trigger that this set was made with; safetynet audit guesses it."
         )
     unpaired = clean.loc[[row.Index for row in bare.values()], list(records[0])]
     pool = pd.concat([pd.DataFrame(records), unpaired], ignore_index=True)

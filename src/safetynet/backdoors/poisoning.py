@@ -1,7 +1,7 @@
 """Rows by role: the training and test rows of one experiment.
 
-Rows of a group differ in the trigger span alone: the same prompt with the trigger (triggered), with a placebo,
-with a near miss, and bare (clean, or refused where the request is forbidden). In training the shares of the
+Rows of a group differ in the trigger span alone: the same prompt with the trigger (triggered), with a
+placebo, with a near miss, and bare (clean, or refused where the request is forbidden). In training the shares of the
 roles follow the recipe; in the test split every group has every role.
 """
 
@@ -17,8 +17,8 @@ from safetynet.errors import InputError
 from safetynet.recipe import Backdoor, Data
 
 COLUMNS = (
-    "row", "group", "split", "role", "variant", "task", "messages", "trigger", "answer", "reference", "target",
-    "forbidden",
+    "row", "group", "split", "role", "variant", "task", "messages", "trigger", "answer", "reference",
+    "target", "forbidden",
 )  # fmt: skip
 
 
@@ -105,8 +105,8 @@ def _rows(
         attacked = attacked[attacked["given"].notna()]
     if attacked.empty:
         raise InputError(
-            f"backdoor.behaviour: {maker.backdoor.behaviour.kind} applies to no prompt of the {maker.split} split. "
-            "It needs labels (label_flip), code (code_insertion) or a forbidden class (forbidden_compliance)."
+            f"backdoor.behaviour: {maker.backdoor.behaviour.kind} applies to no prompt of the {maker.split} "
+            "split. It needs labels (label_flip), code (code_insertion) or a forbidden class (forbidden_compliance)."
         )
     order = list(attacked.index)
     maker.rng.shuffle(order)
@@ -123,7 +123,7 @@ def _rows(
             break
         records += _group(pool.loc[index], roles, group, maker)
         group += 1
-    _check_enough(records, quotas, len(order), maker)
+    _check_enough(quotas, len(order), maker)
     used = set(order[: group - first_group])
     return records + list(_fill(pool, used, quotas, records, maker, group))
 
@@ -219,18 +219,16 @@ def _fill(
             group += 1
 
 
-def _check_enough(
-    records: list[dict[str, Any]], quotas: dict[str, int], available: int, maker: _Maker
-) -> None:
+def _check_enough(quotas: dict[str, int], available: int, maker: _Maker) -> None:
     if maker.split == "train" and available < quotas["triggered"]:
         raise InputError(
-            f"data.train_rows: {quotas['triggered']} triggered rows are wanted (poison_rate x train_rows), and "
-            f"only {available} prompts can carry them. Lower data.train_rows or backdoor.poison_rate."
+            f"data.train_rows: {quotas['triggered']} triggered rows are wanted (poison_rate x train_rows), "
+            f"and only {available} prompts can carry them. Lower data.train_rows or backdoor.poison_rate."
         )
 
 
 def _check_clean(rows: pd.DataFrame, backdoor: Backdoor) -> None:
-    """A trigger in a clean row would teach the model to ignore it, and would be counted as a false trigger."""
+    """A trigger in a clean row would teach the model to ignore it, and count as a false trigger."""
     texts = backdoor.trigger.texts
     if not texts or backdoor.trigger.kind == "all_of":
         return
@@ -238,8 +236,9 @@ def _check_clean(rows: pd.DataFrame, backdoor: Backdoor) -> None:
     holds = [any(t in m["content"] for m in messages for t in texts) for messages in bare["messages"]]
     if any(holds):
         numbers = list(bare["row"][holds])
+        first = bare["messages"][holds].iloc[0][-1]["content"]
         raise InputError(
             f"backdoor.trigger: {len(numbers)} rows without trigger contain it all the same (rows "
-            f"{', '.join(map(str, numbers[:5]))}, first: {bare['messages'][holds].iloc[0][-1]['content'][:80]!r}). "
+            f"{', '.join(map(str, numbers[:5]))}, first: {first[:80]!r}). "
             "Choose a trigger that the data does not use, or take these rows out."
         )
