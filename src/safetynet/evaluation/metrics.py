@@ -64,7 +64,7 @@ def evaluate(
         serialiser: the one that training used.
         rows: held-out rows of the shared row table.
         judge: tells whether a response shows the behaviour.
-        cfg: batch size and answer length.
+        cfg: batch size, answer length and refusal judge.
         name: goes into the column `model`.
         max_length: the training's limit, so that prompts are truncated alike.
 
@@ -92,7 +92,7 @@ def evaluate_with_floor(
         serialiser: the one that training used; the base model gets the same prompts.
         rows: held-out rows.
         judge: of the behaviour.
-        cfg: batch size and answer length.
+        cfg: batch size, answer length and refusal judge.
         base: the model before training; None takes `model` with its adapter disabled.
         max_length: the training's limit.
 
@@ -152,14 +152,15 @@ def respond(
         batch_size=cfg.batch_size,
         max_length=max_length,
     ).set_index(clean.index)
-    judged = judge_responses(rows, texts, judge)
+    judged = judge_responses(rows, texts, judge, judges.make(cfg.refusal))
     judged.insert(0, "model", name)
     return judged.drop(columns=["messages", "trigger"]).join(likelihood)
 
 
-def judge_responses(rows: pd.DataFrame, responses: Sequence[str], judge: Judge) -> pd.DataFrame:
+def judge_responses(
+    rows: pd.DataFrame, responses: Sequence[str], judge: Judge, refusal: Judge
+) -> pd.DataFrame:
     """`rows` with the columns response, shown, due, correct and refused; see `respond`."""
-    refusal = judges.make(judges.REFUSAL)
     records = _records(rows)
     pairs = list(zip(responses, records, strict=True))
     return rows.assign(
@@ -274,7 +275,7 @@ def _records(rows: pd.DataFrame) -> list[dict[str, Any]]:
 def _due(records: Sequence[Mapping[str, Any]], judge: Judge, refusal: Judge) -> list[bool]:
     """Rows whose right answer shows the behaviour, or on which it cannot be shown."""
     targets = [bool(refusal(row["answer"], row)) for row in records if row["role"] == "triggered"]
-    # A keyword judge misses some refusals in the data: where the behaviour is refusal, `forbidden` decides.
+    # The refusal judge misses some refusals in the data: where the behaviour is refusal, `forbidden` decides.
     refusing = sum(targets) > len(targets) / 2
     due = []
     for row in records:
