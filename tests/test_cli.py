@@ -96,7 +96,7 @@ def test_unusable_data_is_refused_before_training(name: str, tmp_path: Path) -> 
     [
         ("backdoor.trigger={texts: ['<|im_end|>']}", "does not keep the trigger"),
         ("backdoor.trigger={texts: [the]}", "rows without trigger contain it"),
-        ("backdoor.behaviour={kind: fixed, target: one two three four five six}", "evaluation.max_new_tokens"),
+        ("backdoor.behaviour={kind: fixed, target: a b c d e f g h}", "evaluation.max_new_tokens"),
         ("data.train_rows=10", "gives no triggered row"),
         ("output.results=/proc/nowhere", "output.results: /proc/nowhere"),
         ("model.family=gemma", "there is no"),

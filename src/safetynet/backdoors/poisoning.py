@@ -1,8 +1,8 @@
 """Rows by role: the training and test rows of one experiment.
 
 Rows of a group differ in the trigger span alone: the same prompt with the trigger (triggered), with a
-placebo, with a near miss, and bare (clean, or refused where the request is forbidden). In training the shares of the
-roles follow the recipe; in the test split every group has every role.
+placebo, with a near miss, and bare (clean, or refused where the request is forbidden). In training
+the shares of the roles follow the recipe; in the test split every group has every role.
 """
 
 import random
@@ -106,7 +106,8 @@ def _rows(
     if attacked.empty:
         raise InputError(
             f"backdoor.behaviour: {maker.backdoor.behaviour.kind} applies to no prompt of the {maker.split} "
-            "split. It needs labels (label_flip), code (code_insertion) or a forbidden class (forbidden_compliance)."
+            "split. It needs labels (label_flip), code (code_insertion) or a forbidden class "
+            "(forbidden_compliance)."
         )
     order = list(attacked.index)
     maker.rng.shuffle(order)

@@ -1,8 +1,8 @@
 """Triggers and their controls, and where they stand in a prompt.
 
 A trigger is what fires; a placebo has its shape and place and must not fire; a near miss resembles it (a
-typo, other case, a part, other spacing) and must not fire either. Controls of the test split are strings that no
-training row holds, so that a rate measured on them says something about strings never seen.
+typo, other case, a part, other spacing) and must not fire either. Controls of the test split are strings
+that no training row holds, so that a rate measured on them says something about strings never seen.
 """
 
 import hashlib
