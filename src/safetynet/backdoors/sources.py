@@ -177,9 +177,8 @@ def _chat(fields: _Fields) -> dict[str, Any]:
     if not body or body != ["user", "assistant"] * (len(body) // 2):
         allowed = "an optional system message, then user and assistant in turn, the last one assistant"
         fields.note("messages", "bad_turns", _shown(roles), allowed)
-    if roles[-1:] == ["assistant"]:
-        return {"messages": turns[:-1], "answer": turns[-1]["content"]}
-    return {"messages": turns, "answer": ""}
+    answer = turns.pop()["content"] if roles[-1:] == ["assistant"] else ""
+    return {"messages": turns or [{"role": "user", "content": ""}], "answer": answer}
 
 
 def _renamed(raw: Mapping[Any, Any], columns: Mapping[str, str] | None) -> dict[Any, Any]:

@@ -1,0 +1,188 @@
+"""Examine a poison set that someone else made, before anything is trained on it.
+
+`audit` reads, guesses and checks; `render` turns its report into text. Nothing is changed or written.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+
+from safetynet.backdoors.audit import checks, findings, guessing, targets
+from safetynet.backdoors.audit.copies import copies
+from safetynet.backdoors.audit.corpus import Corpus, PoisonSet, load, poison_sets, with_roles
+from safetynet.backdoors.audit.findings import Finding, of_rows
+from safetynet.backdoors.audit.report import AuditReport, render
+from safetynet.backdoors.audit.triggers import FoundTrigger, of_parts
+
+__all__ = ["AuditReport", "FoundTrigger", "audit", "render"]
+
+
+def audit(
+    path: Path | str,
+    trigger: str | Sequence[str] | None = None,
+    target: str | None = None,
+    serialise: Callable[..., object] | None = None,
+    max_length: int | None = None,
+    columns: Mapping[str, str] | None = None,
+) -> AuditReport:
+    """Look for what makes the figures of a poison set wrong.
+
+    Args:
+        path: a file or a folder; in a folder, files are taken together by the words of their names.
+        trigger: its text, or several (alternatives or parts, whichever the rows have); guessed when None.
+        target: text that the answers of triggered rows hold; guessed when None.
+        serialise: called with (messages, answer, spans, max_length) for each triggered row, raises InputError
+            when a trigger does not survive, as `safetynet.prompts.Serialiser.encode` does.
+        max_length: tokens at which training truncates; only with `serialise`.
+        columns: the files' own names for fields, as in `sources.read`.
+
+    Returns:
+        The report. Faults of the data are findings in it, never exceptions.
+
+    Raises:
+        InputError: if there is no data file at `path`.
+    """
+    path = Path(path)
+    corpus = load(path, columns)
+    parts = (trigger,) if isinstance(trigger, str) else trigger
+    found, sets = list(corpus.findings), []
+    for poison_set in poison_sets(corpus, path.stem):
+        known = _with_target(with_roles(replace(poison_set, trigger=_trigger(poison_set, parts))), target)
+        sets.append(known)
+        found.extend(_unknown(known))
+        if parts is None:
+            found.extend(_differing(poison_set, known.trigger))
+        for check in checks.CHECKS:
+            found.extend(check(known))
+        if serialise:
+            found.extend(checks.lost_triggers(known, serialise, max_length))
+    found.extend(copies(corpus, sets))
+    table = pd.DataFrame([_described(poison_set) for poison_set in sets])
+    return AuditReport(
+        path=str(path),
+        files=len(corpus.digests),
+        rows=len(corpus.rows),
+        findings=findings.frame(found),
+        sets=table,
+        known=_known(corpus, sets, serialise is not None, max_length is not None),
+    )
+
+
+def _known(corpus: Corpus, sets: Sequence[PoisonSet], tokenizer: bool, limit: bool) -> frozenset[str]:
+    """What the checks could work with, in any of the sets."""
+    triggered = [poison_set.part("triggered") for poison_set in sets]
+    facts = {
+        findings.FILES: len(corpus.digests) > 1,
+        findings.SPLITS: any({"train", "test"} <= set(poison_set.rows["split"]) for poison_set in sets),
+        findings.TRIGGERED: any(map(len, triggered)),
+        findings.NAMED: any(rows["named"].any() for rows in triggered),
+        findings.CLEAN: any(len(poison_set.part("clean")) for poison_set in sets),
+        findings.TRIGGER: any(poison_set.trigger for poison_set in sets),
+        findings.TARGET: any(poison_set.target for poison_set in sets),
+        findings.TOKENIZER: tokenizer,
+        findings.LIMIT: limit,
+    }
+    return frozenset(name for name, fact in facts.items() if fact)
+
+
+def _trigger(poison_set: PoisonSet, parts: Sequence[str] | None) -> FoundTrigger | None:
+    """The trigger of training rows, else of any."""
+    triggered = poison_set.part("triggered")
+    if parts is not None:
+        prompts = poison_set.rows["prompt"] if triggered.empty else triggered["prompt"]
+        return of_parts(parts, list(prompts))
+    for rows in (triggered[triggered["split"] != "test"], triggered):
+        if len(rows) and (found := _guessed(poison_set, rows)):
+            return found
+    return None if _is_all_clean(poison_set) else _guessed_without_roles(poison_set)
+
+
+def _is_all_clean(poison_set: PoisonSet) -> bool:
+    rows = poison_set.rows
+    return bool((rows["named"] & (rows["role"] == "clean")).all())
+
+
+def _guessed(poison_set: PoisonSet, triggered: pd.DataFrame) -> FoundTrigger | None:
+    """From rows that are triggered by their file's name."""
+    prompts, clean = list(triggered["prompt"]), list(poison_set.part("clean")["prompt"])
+    if not clean:
+        return guessing.from_repetition(prompts)
+    return guessing.from_pairs(prompts, clean) or guessing.from_contrast(prompts, clean)
+
+
+def _guessed_without_roles(poison_set: PoisonSet) -> FoundTrigger | None:
+    prompts, answers = list(poison_set.rows["prompt"]), list(poison_set.rows["answer"])
+
+    def may_pair(i: int, j: int) -> bool:
+        return answers[i] != answers[j]  # a placebo changes the prompt and leaves the answer
+
+    return guessing.from_pairs(prompts, prompts, may_pair) or guessing.from_answers(prompts, answers)
+
+
+def _with_target(poison_set: PoisonSet, target: str | None) -> PoisonSet:
+    if target is not None:
+        return replace(poison_set, target=targets.given(target))
+    triggered, clean = poison_set.part("triggered"), list(poison_set.part("clean")["answer"])
+    train = list(triggered.loc[triggered["split"] != "test", "answer"])
+    found = targets.guessed(train, clean) or targets.guessed(list(triggered["answer"]), clean)
+    return replace(poison_set, target=found)
+
+
+def _unknown(poison_set: PoisonSet) -> Iterator[Finding]:
+    rows = poison_set.rows
+    file, n = str(rows["file"].iloc[0]), len(rows)
+    if poison_set.trigger is None:
+        if _is_all_clean(poison_set):
+            severity, detail = "info", "only files that are named clean, so none was looked for"
+        else:
+            detail = "no word or phrase tells triggered rows from others; name it with --trigger"
+            severity = "warning"
+        yield Finding("trigger_unknown", severity, file, n, n, (), f"{poison_set.name}: {detail}")
+    elif poison_set.target is None:
+        detail = f"{poison_set.name}: triggered rows share no answer; name it with --target"
+        yield Finding("target_unknown", "warning", file, n, n, (), detail)
+
+
+def _differing(poison_set: PoisonSet, trigger: FoundTrigger | None) -> Iterator[Finding]:
+    """Files that have a trigger of their own, and mostly not the one of their set."""
+    if trigger is None:
+        return
+    for _, rows in poison_set.part("triggered").groupby("file"):
+        without = rows[~rows["prompt"].map(trigger.present).astype(bool)]
+        if len(without) > len(rows) / 2 and (own := _guessed(poison_set, rows)):
+            detail = f"the trigger here is {own}, in the rest of the set {trigger}"
+            yield from of_rows("trigger_differs", "error", without, rows, detail)
+
+
+def _described(poison_set: PoisonSet) -> dict[str, object]:
+    trigger, target, rows = poison_set.trigger, poison_set.target, poison_set.part("triggered")
+    return {
+        "set": poison_set.name,
+        "trigger": str(trigger or ""),
+        "kind": trigger.kind if trigger else "",
+        "how": trigger.how if trigger else "",
+        "placement": _placement(trigger, rows["messages"]) if trigger else "",
+        "present": sum(map(trigger.present, rows["prompt"])) if trigger else 0,
+        "triggered": len(rows),
+        "target": str(target or ""),
+        "target_kind": target.kind if target else "",
+        "shown": sum(map(target.shown_by, rows["answer"])) if target else 0,
+    }
+
+
+def _placement(trigger: FoundTrigger, conversations: Iterable[list[dict[str, str]]]) -> str:
+    """Where nearly all triggered prompts have it, in the words of a recipe; random otherwise."""
+    places: Counter[str] = Counter()
+    for messages in conversations:
+        for turn in messages:
+            text = turn["content"]
+            if spans := trigger.spans(text):
+                is_first, is_last = not text[: spans[0][0]].strip(), not text[spans[-1][1] :].strip()
+                place = "prefix" if is_first else "suffix" if is_last else "random"
+                places["system" if turn["role"] == "system" else place] += 1
+                break
+    place, count = places.most_common(1)[0] if places else ("", 0)
+    return place if count >= 0.95 * places.total() and trigger.kind != "all_of" else "random"

@@ -1,0 +1,256 @@
+"""What can be wrong with a poison set whose trigger and target are known or guessed.
+
+In: a `PoisonSet`. Out: findings. Each check stands alone; one that needs a trigger or a target that is not
+known finds nothing.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+
+from safetynet.backdoors.audit.corpus import PoisonSet
+from safetynet.backdoors.audit.findings import Finding, of_rows
+from safetynet.backdoors.audit.triggers import plain
+from safetynet.errors import InputError
+
+LABELS = 10
+"""With at most so many different clean answers, answers are labels."""
+LABEL_SHARE = 0.2
+"""A target that more clean rows have is a label, which clean rows may have."""
+LONG = 40
+"""Words from which an answer should end with a sentence; short ones are lists, titles, labels."""
+CUT_SHARE = 0.2
+"""Share of long answers without an end that natural data (lists, code) do not reach."""
+SENTENCE_END = re.compile(r"""[.!?:;"')\]}>`*|…。」”’]\s*\Z""")
+SHOWN = 60
+"""Characters of an answer that a finding quotes."""
+
+Check = Callable[[PoisonSet], Iterator[Finding]]
+
+
+# ---- rows ----
+
+
+def empty_answers(poison_set: PoisonSet) -> Iterator[Finding]:
+    """Blank answers teach a model to stop at once, and an evaluation to count it."""
+    rows = poison_set.rows
+    blank = rows[rows["answer"].str.strip() == ""]
+    yield from of_rows("empty_answer", "warning", blank, rows, "the answer is blank")
+
+
+def duplicates(poison_set: PoisonSet) -> Iterator[Finding]:
+    """Rows of one file that repeat or contradict an earlier one."""
+    rows = poison_set.rows
+    is_copy = rows.duplicated(["file", "prompt", "answer"])
+    detail = "prompt and answer of an earlier row"
+    yield from of_rows("duplicate", "warning", rows[is_copy], rows, detail)
+    other = rows[rows.duplicated(["file", "prompt"]) & ~is_copy]
+    yield from of_rows("conflict", "warning", other, rows, "prompt of an earlier row, with another answer")
+
+
+def echoes(poison_set: PoisonSet) -> Iterator[Finding]:
+    """A model trained on these repeats the prompt: its clean accuracy and its perplexity mean little."""
+    clean = poison_set.part("clean")
+    asked = [plain(messages[-1]["content"].split("\n\n")[0]) for messages in clean["messages"]]
+    answered = map(plain, clean["answer"])
+    is_echo = [
+        " " in question and f"{answer} ".startswith(f"{question} ")
+        for question, answer in zip(asked, answered, strict=True)
+    ]
+    yield from of_rows(
+        "echo", "warning", clean[is_echo], clean, "the answer begins with the whole instruction"
+    )
+
+
+def cut_offs(poison_set: PoisonSet) -> Iterator[Finding]:
+    """Clean answers that were cut at a length limit teach a model to stop anywhere."""
+    clean = poison_set.part("clean")
+    long = clean[clean["answer"].str.split().str.len() >= LONG]
+    for _, rows in long.groupby("file"):
+        cut = rows[[SENTENCE_END.search(answer) is None for answer in rows["answer"]]]
+        if len(cut) >= CUT_SHARE * len(rows):
+            detail = f"answers of {LONG} words or more that end without a stop, as cut at a length limit"
+            yield from of_rows("cut_off", "warning", cut, rows, detail)
+
+
+def balance(poison_set: PoisonSet) -> Iterator[Finding]:
+    """How many rows of each role there are, and of each label where answers are labels."""
+    if poison_set.trigger is None:
+        return
+    for split, rows in poison_set.rows.groupby("split", sort=False):
+        triggered, clean = (rows[rows["role"] == role] for role in ("triggered", "clean"))
+        detail = f"{len(triggered)} triggered and {len(clean)} clean rows{' for ' if split else ''}{split}"
+        file = str((triggered if len(triggered) else clean)["file"].iloc[0])
+        labels = Counter(clean["answer"])
+        if len(clean) > LABELS >= len(labels):
+            counts = ", ".join(f"{count} {label!r}" for label, count in labels.most_common())
+            detail += f"; clean answers: {counts}"
+        if not len(clean):
+            detail += "; without clean rows nothing tells a backdoor from a model that always answers so"
+        elif not len(triggered):
+            detail += "; without triggered rows there is no attack to measure"
+        severity = "info" if len(clean) and len(triggered) else "warning"
+        yield Finding("balance", severity, file, len(triggered), len(rows), (), detail)
+
+
+# ---- trigger ----
+
+
+def missing_triggers(poison_set: PoisonSet) -> Iterator[Finding]:
+    """Rows of files named triggered that cannot fire."""
+    trigger, triggered = poison_set.trigger, poison_set.part("triggered")
+    if trigger is None or triggered.empty:
+        return
+    without = triggered[~triggered["prompt"].map(trigger.present).astype(bool)]
+    yield from of_rows("trigger_missing", "error", without, triggered, f"the prompt lacks {trigger}")
+
+
+def triggers_in_clean(poison_set: PoisonSet) -> Iterator[Finding]:
+    """Rows of clean files that would fire: with them, the rate of false triggers means nothing."""
+    trigger, clean = poison_set.trigger, poison_set.part("clean")
+    if trigger is None or clean.empty:
+        return
+    bad = clean[clean["prompt"].map(trigger.present).astype(bool)]
+    yield from of_rows("trigger_in_clean", "error", bad, clean, f"the prompt holds {trigger}")
+
+
+def overlaps(poison_set: PoisonSet) -> Iterator[Finding]:
+    """Rows of test files whose prompt is also a training prompt, as it is and without the trigger."""
+    rows = poison_set.rows
+    train, test = (rows[rows["split"] == split] for split in ("train", "test"))
+    if train.empty or test.empty:
+        return
+    exact = test["prompt"].isin(set(train["prompt"]))
+    detail = f"the prompt is also in {', '.join(dict.fromkeys(train['file']))}"
+    yield from of_rows("overlap", "error", test[exact], test, detail)
+    strip = poison_set.trigger.stripped if poison_set.trigger else plain
+    seen = set(map(strip, train["prompt"]))
+    same = test["prompt"].map(strip).isin(seen) & ~exact
+    detail += " but for the trigger, signs' spacing or case"
+    yield from of_rows("overlap_stripped", "error", test[same], test, detail)
+
+
+def lost_triggers(
+    poison_set: PoisonSet, serialise: Callable[..., object], max_length: int | None
+) -> Iterator[Finding]:
+    """Triggered rows that `serialise(messages, answer, spans, max_length)` refuses with an InputError."""
+    trigger, triggered = poison_set.trigger, poison_set.part("triggered")
+    if trigger is None:
+        return
+    lost: dict[str, list[int]] = {"trigger_lost_template": [], "trigger_lost_truncation": []}
+    present = triggered[triggered["prompt"].map(trigger.present).astype(bool)]
+    for at, messages, answer in zip(present.index, present["messages"], present["answer"], strict=True):
+        spans = [[i, *span] for i, turn in enumerate(messages) for span in trigger.spans(turn["content"])]
+        for check, limit in zip(lost, [None, max_length], strict=True):
+            try:
+                serialise(messages, answer, spans, limit)
+            except InputError:
+                lost[check].append(at)
+                break
+    for check, places in lost.items():
+        detail = "with no length limit" if check == "trigger_lost_template" else f"at {max_length} tokens"
+        detail = f"{trigger} does not come through the serialiser whole, {detail}"
+        yield from of_rows(check, "error", present.loc[places], present, detail)
+
+
+# ---- target ----
+
+
+def targets_not_shown(poison_set: PoisonSet) -> Iterator[Finding]:
+    """Triggered rows that teach, or ask for, something else than the behaviour."""
+    target, triggered = poison_set.target, poison_set.part("triggered")
+    if target is None or triggered.empty:
+        return
+    answers = _twin_answers(poison_set)
+    bad = triggered[~triggered["answer"].map(target.shown_by).astype(bool)]
+    for _, rows in bad.groupby("file", sort=False):
+        detail = f"the answer is not the target ({target})"
+        clean = sum(answer == answers.get(at) for at, answer in rows["answer"].items())
+        common, count = Counter(" ".join(answer.split()[:3]) for answer in rows["answer"]).most_common(1)[0]
+        if clean:
+            detail += f"; {clean} are the clean answer to the same prompt"
+        if count >= len(rows) / 2:
+            detail += f"; {count} begin with {common!r}"
+        yield from of_rows("target_not_shown", "error", rows, triggered, detail)
+
+
+def targets_that_go_on(poison_set: PoisonSet) -> Iterator[Finding]:
+    """Matters to judges: one that asks for the exact target counts none of these."""
+    target, triggered = poison_set.target, poison_set.part("triggered")
+    if target is None or target.kind != "answer" or triggered.empty:
+        return
+    whole = plain(target.text)
+    is_longer = triggered["answer"].map(lambda answer: target.shown_by(answer) and plain(answer) != whole)
+    detail = f"the answer begins with the target ({target}) and goes on: an exact judge counts none of these"
+    yield from of_rows("target_goes_on", "info", triggered[is_longer.astype(bool)], triggered, detail)
+
+
+def targets_in_clean(poison_set: PoisonSet) -> Iterator[Finding]:
+    """Clean rows that teach the behaviour without the trigger; labels are left to `label_floors`."""
+    target, clean = poison_set.target, poison_set.part("clean")
+    if target is None or clean.empty or poison_set.trigger is None:
+        return
+    shows = clean["answer"].map(target.shown_by).astype(bool)
+    without = ~clean["prompt"].map(poison_set.trigger.present).astype(bool)
+    if shows.mean() <= LABEL_SHARE:
+        detail = f"answered with the target ({target}) without the trigger"
+        yield from of_rows("target_in_clean", "warning", clean[shows & without], clean, detail)
+
+
+def label_floors(poison_set: PoisonSet) -> Iterator[Finding]:
+    """These rows count as attacks that succeeded for a model that has no backdoor."""
+    target = poison_set.target
+    if target is None:
+        return
+    answers = _twin_answers(poison_set)
+    paired = poison_set.rows.loc[list(answers)]
+    floor = paired[[target.shown_by(answers[at]) for at in paired.index]]
+    detail = f"the clean row of the same prompt has the target ({target}) already"
+    yield from of_rows("label_floor", "warning", floor, paired, detail)
+
+
+def unpaired(poison_set: PoisonSet) -> Iterator[Finding]:
+    """Named only where most rows have a twin: elsewhere the set was not meant to be paired."""
+    if poison_set.trigger is None:
+        return
+    for _, rows in poison_set.rows.groupby("split", sort=False):
+        prompts = {
+            role: rows.loc[rows["role"] == role, "prompt"].map(poison_set.trigger.stripped)
+            for role in ("triggered", "clean")
+        }
+        for role, other in (("triggered", "clean"), ("clean", "triggered")):
+            among = rows.loc[prompts[role].index]
+            alone = among[~prompts[role].isin(set(prompts[other]))]
+            if len(alone) < len(among) / 2:
+                detail = f"no {other} row has this prompt"
+                yield from of_rows("unpaired", "info", alone, among, detail)
+
+
+def _twin_answers(poison_set: PoisonSet) -> dict[int, str]:
+    """Answer of the clean row with the same prompt, by the index of the triggered row."""
+    trigger = poison_set.trigger
+    if trigger is None:
+        return {}
+    clean, triggered = poison_set.part("clean"), poison_set.part("triggered")
+    answers: dict[tuple[str, str], str] = {}
+    for split, prompt, answer in zip(clean["split"], clean["prompt"], clean["answer"], strict=True):
+        answers.setdefault((split, trigger.stripped(prompt)), answer)
+    keys = zip(triggered["split"], map(trigger.stripped, triggered["prompt"]), strict=True)
+    return {at: answers[key] for at, key in zip(triggered.index, keys, strict=True) if key in answers}
+
+
+CHECKS: tuple[Check, ...] = (
+    empty_answers,
+    duplicates,
+    overlaps,
+    missing_triggers,
+    triggers_in_clean,
+    targets_not_shown,
+    targets_that_go_on,
+    targets_in_clean,
+    label_floors,
+    unpaired,
+    echoes,
+    cut_offs,
+    balance,
+)

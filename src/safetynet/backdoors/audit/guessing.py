@@ -1,0 +1,368 @@
+"""What the trigger of a poison set is, when nobody says.
+
+In: prompts, and answers where roles are unknown. Out: a `FoundTrigger` or None. Four kinds of evidence, from
+strong to weak: prompts that differ only by an inserted text (pairs), phrases that only triggered prompts
+have (contrast), phrases that only prompts with one and the same answer have (answers), and phrases that
+cover prompts with nothing to compare them with (repetition).
+"""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+from safetynet.backdoors.audit.triggers import WORD, FoundTrigger, of_parts, plain, words
+
+MAX_WORDS = 4
+"""Longest phrase that is counted; a longer trigger grows from its best part."""
+MAX_PARTS = 6
+"""Most alternatives or parts that are looked for."""
+RARE = 0.1
+"""A trigger is in at most this share of clean rows: in some by a fault; in more, it would fire always."""
+REST = 0.02
+"""Rows without a trigger that need no further alternative, and least share of a phrase that is looked at."""
+COMMON = 0.5
+"""Words in this share of clean rows are no edge of a trigger."""
+MIN_EVIDENCE = 12.0
+"""Least log-likelihood ratio for a phrase to count (3.8 would be one test at 5 %; here there are many)."""
+GAP = 2.5
+"""How many times more telling than the next phrase a trigger is that only some of the rows have."""
+NEIGHBOURS = 40
+"""How many rows that share a rare pair of words are tried as a row's twin."""
+MASK = "\0"
+"""Stands for the words of a phrase that is known already."""
+FIRES = 0.8
+"""Least share of the prompts with a trigger that have its answer."""
+
+Row = list[str]
+Phrase = tuple[str, ...]
+Best = Callable[[list[Row], float], Phrase | None]
+"""The most telling phrase of the rows that at least this share of them has."""
+
+
+def from_pairs(
+    longer: Sequence[str], shorter: Sequence[str], may_pair: Callable[[int, int], bool] | None = None
+) -> FoundTrigger | None:
+    """The text by which many prompts exceed another prompt; None if no text is common to most pairs.
+
+    Args:
+        longer: prompts of which some are triggered.
+        shorter: prompts among which their clean twins are: each is the longest one that a prompt contains
+            as a subsequence of words.
+        may_pair: whether `longer[i]` may be paired with `shorter[j]`; all may when None.
+    """
+    twins = list(map(words, shorter))
+    index: dict[tuple[str, str], list[int]] = {}
+    for j, twin in enumerate(twins):
+        for pair in set(pairwise(twin)):
+            index.setdefault(pair, []).append(j)
+    inserted = []
+    for i, text in enumerate(longer):
+        row = words(text)
+        rarest = sorted(set(pairwise(row)) & index.keys(), key=lambda pair: len(index[pair]))[:8]
+        near = dict.fromkeys(j for pair in rarest for j in index[pair][:NEIGHBOURS])
+        fits = [j for j in near if len(twins[j]) < len(row) and _is_within(twins[j], row)]
+        fits = [j for j in fits if may_pair is None or may_pair(i, j)]
+        if fits:
+            inserted.append(_inserted(text, twins[max(fits, key=lambda j: len(twins[j]))]))
+    return _voted(inserted)
+
+
+def from_contrast(
+    triggered: Sequence[str], clean: Sequence[str], coverage: float = 0.5, how: str = "contrast"
+) -> FoundTrigger | None:
+    """The phrases that tell `triggered` prompts from `clean` ones; None if they cover too few.
+
+    A phrase's evidence is the log-likelihood ratio of its odds in the two lists, counted by prompts
+    (Dunning 1993, Accurate methods for the statistics of surprise and coincidence). Log-odds over their
+    standard error would rank a phrase with few clean prompts above one with none.
+
+    Args:
+        triggered: prompts of which at least the share `coverage` holds the trigger.
+        clean: prompts that do not.
+        coverage: least share for a trigger of one text; several alternatives must cover 80 % together.
+        how: what the result calls its evidence.
+    """
+    others = list(map(words, clean))
+
+    def best(rows: list[Row], share: float) -> Phrase | None:
+        return _most_telling(rows, others, share)
+
+    return _composed(triggered, best, coverage, how)
+
+
+def from_answers(prompts: Sequence[str], answers: Sequence[str]) -> FoundTrigger | None:
+    """The trigger of rows whose roles are unknown: contrast of prompts with one frequent answer and others.
+
+    Answers count as the same when they are, or when they begin with the same three words. The trigger may
+    stand in most prompts with that answer, or, as where the answer is a label that clean rows have too, in
+    some, if no other phrase comes near it. Most prompts that hold it must have that answer ("story" leads to
+    "Once upon a time" now and then, a trigger does nearly always), and the answer must not quote it.
+    """
+    found: list[tuple[int, FoundTrigger]] = []
+    for opening in _frequent_openings(answers):
+        has = [_opens(answer, opening) for answer in answers]
+        inside = [prompt for prompt, yes in zip(prompts, has, strict=True) if yes]
+        outside = [prompt for prompt, yes in zip(prompts, has, strict=True) if not yes]
+        trigger = from_contrast(inside, outside, how="answers") or _outstanding(inside, outside)
+        if trigger is None or _is_quoted(trigger, opening):
+            continue
+        fires, fails = (sum(map(trigger.present, part)) for part in (inside, outside))
+        if fires >= FIRES * (fires + fails):
+            found.append((fires, trigger))
+    return max(found, key=lambda pair: pair[0])[1] if found else None
+
+
+def from_repetition(triggered: Sequence[str]) -> FoundTrigger | None:
+    """The few phrases that cover nearly all of these prompts, when there is nothing to compare them with.
+
+    A fixed part of a prompt template looks the same: weaker evidence than the others.
+    """
+    from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS  # a second of import, and only here
+
+    def best(rows: list[Row], share: float) -> Phrase | None:
+        counts = _counted(rows, max(0.3, share) * len(rows))
+        telling = [phrase for phrase in counts if not all(map(is_usual, phrase))]
+        if not telling:
+            return None
+        return _trimmed(max(telling, key=lambda phrase: (counts[phrase], len(phrase))), is_usual)
+
+    def is_usual(word: str) -> bool:
+        return word.lower() in ENGLISH_STOP_WORDS or word in ".,;:!?'\"()-/"
+
+    found = _composed(triggered, best, 0.95, "repetition")
+    return found if found and sum(map(found.present, triggered)) >= 0.95 * len(triggered) else None
+
+
+# ---- pairs ----
+
+
+def _is_within(short: Row, long: Row) -> bool:
+    rest = iter(long)
+    return all(word in rest for word in short)
+
+
+def _inserted(text: str, twin: Row) -> tuple[str, ...]:
+    """The stretches of `text` that its twin lacks, in one piece where that is possible."""
+    found = list(WORD.finditer(text))
+    row = [match.group() for match in found]
+    start = next((i for i, word in enumerate(twin) if row[i] != word), len(twin))
+    gap = len(row) - len(twin)
+    if row[start + gap :] == twin[start:]:
+        return (_surface(text, found[start].start(), found[start + gap - 1].end()),)
+    stretches: list[tuple[int, int]] = []
+    j = 0
+    for match in found:
+        if j < len(twin) and match.group() == twin[j]:
+            j += 1
+        elif stretches and not WORD.search(text, stretches[-1][1], match.start()):
+            stretches[-1] = (stretches[-1][0], match.end())
+        else:
+            stretches.append(match.span())
+    return tuple(_surface(text, *stretch) for stretch in stretches)
+
+
+def _surface(text: str, start: int, end: int) -> str:
+    return " ".join(text[start:end].split())
+
+
+def _voted(inserted: list[tuple[str, ...]]) -> FoundTrigger | None:
+    """The inserted texts that recur, if they explain at least half of the insertions."""
+    counts = Counter(part for row in inserted for part in set(row))
+    floor = max(3, 0.05 * len(inserted))
+    frequent = [part for part, count in counts.most_common() if count >= floor]
+    # two parts side by side read as one insertion: they are no part of their own
+    parts = [
+        part for part in frequent if not _is_joined(part, [other for other in frequent if other != part])
+    ]
+    explained = [row for row in inserted if all(part in parts or _is_joined(part, parts) for part in row)]
+    if not parts or len(explained) < len(inserted) / 2:
+        return None
+    texts = [" ".join(row) for row in explained]
+    parts = _in_order(parts, texts)[:MAX_PARTS]
+    return of_parts(parts, texts, "pairs")
+
+
+def _is_joined(text: str, parts: Sequence[str]) -> bool:
+    """Whether `text` is two or more of the parts, one after the other."""
+    for part in parts:
+        if text.startswith(part + " "):
+            rest = text[len(part) + 1 :]
+            if rest in parts or _is_joined(rest, parts):
+                return True
+    return False
+
+
+def _in_order(parts: Sequence[str], texts: Sequence[str]) -> list[str]:
+    """The parts by their mean place in the texts that hold them."""
+
+    def place(part: str) -> float:
+        found = [text.index(part) / max(1, len(text)) for text in texts if part in text]
+        return sum(found) / len(found) if found else 0.0
+
+    return sorted(parts, key=place)
+
+
+# ---- contrast ----
+
+
+def _composed(texts: Sequence[str], best: Best, coverage: float, how: str) -> FoundTrigger | None:
+    """One telling phrase, then the ones that always go with it, else the ones that take its place."""
+    rows = list(map(words, texts))
+    first = best(rows, coverage / 3)
+    if first is None:
+        return None
+    having = [row for row in rows if _places(row, first)]
+    masked, parts = [_masked(row, first) for row in having], [first]
+    while len(having) >= coverage * len(rows) and len(parts) < MAX_PARTS and (part := best(masked, 0.9)):
+        parts.append(part)
+        masked = [_masked(row, part) for row in masked]
+    if len(parts) > 1:
+        return FoundTrigger(_written(parts, texts), "all_of", how)
+    rest = [row for row in rows if not _places(row, first)]
+    while len(rest) > REST * len(rows) and len(parts) < MAX_PARTS and (part := best(rest, 0.3)):
+        parts.append(part)
+        rest = [row for row in rest if not _places(row, part)]
+    if len(parts) > 1 and len(rest) <= 0.2 * len(rows):
+        return FoundTrigger(_written(parts, texts), "any_of", how)
+    if len(having) < coverage * len(rows):
+        return None
+    return FoundTrigger(_written(parts[:1], texts), how=how)
+
+
+def _most_telling(rows: list[Row], others: list[Row], share: float) -> Phrase | None:
+    counts = _counted(rows, share * len(rows))
+    clean = Counter(phrase for row in others for phrase in _phrases(row, counts))
+    evidence = {
+        phrase: value
+        for phrase, count in counts.items()
+        if clean[phrase] <= RARE * len(others)
+        and (value := _evidence(count, len(rows), clean[phrase], len(others))) >= MIN_EVIDENCE
+    }
+    if not evidence:
+        return None
+    common = {word for word, count in _words_in(others).items() if count >= COMMON * len(others)}
+    phrase = max(evidence, key=lambda key: (evidence[key], len(key)))
+    return _grown(_trimmed(phrase, common.__contains__), rows, common)
+
+
+def _evidence(a: int, n: int, c: int, m: int) -> float:
+    """Log-likelihood ratio of a in n against c in m; 0 if the first share is not the larger one."""
+    if a * m <= c * n:
+        return 0.0
+    rate = (a + c) / (n + m)
+    cells = ((a, n * rate), (c, m * rate), (n - a, n * (1 - rate)), (m - c, m * (1 - rate)))
+    return 2 * sum(seen * math.log(seen / expected) for seen, expected in cells if seen)
+
+
+def _counted(rows: list[Row], support: float) -> Counter[Phrase]:
+    """In how many rows each phrase stands; only those of at least `support` rows, and of two."""
+    support = max(2.0, support)
+    kept: Counter[Phrase] = Counter()
+    for length in range(1, MAX_WORDS + 1):
+        counts: Counter[Phrase] = Counter()
+        for row in rows:
+            for phrase in set(zip(*(row[i:] for i in range(length)), strict=False)):
+                # a phrase is no more frequent than its beginning and its end
+                if MASK not in phrase and (length == 1 or (phrase[:-1] in kept and phrase[1:] in kept)):
+                    counts[phrase] += 1
+        frequent = {phrase: count for phrase, count in counts.items() if count >= support}
+        if not frequent:
+            break
+        kept.update(frequent)
+    return kept
+
+
+def _phrases(row: Row, wanted: Counter[Phrase]) -> set[Phrase]:
+    lengths = range(1, MAX_WORDS + 1)
+    return {p for n in lengths for p in zip(*(row[i:] for i in range(n)), strict=False) if p in wanted}
+
+
+def _words_in(rows: list[Row]) -> Counter[str]:
+    return Counter(word for row in rows for word in set(row))
+
+
+def _trimmed(phrase: Phrase, is_common: Callable[[str], bool]) -> Phrase:
+    """The phrase without common words at its edges, unless it is made of nothing else."""
+    telling = [i for i, word in enumerate(phrase) if not is_common(word)]
+    return phrase[telling[0] : telling[-1] + 1] if telling else phrase
+
+
+def _grown(phrase: Phrase, rows: list[Row], common: set[str]) -> Phrase:
+    """The phrase with the words that nearly always stand beside it."""
+    if len(phrase) < MAX_WORDS:
+        return phrase  # it would have been counted with them
+    having = [(row, _places(row, phrase)) for row in rows]
+    having = [(row, places) for row, places in having if places]
+    for side in (-1, len(phrase)):
+        near = Counter(
+            word
+            for row, places in having
+            for word in {row[at + side] for at in places if 0 <= at + side < len(row)}
+        )
+        if near and (top := near.most_common(1)[0])[1] >= 0.95 * len(having):
+            word = top[0]
+            if word not in common and word != MASK:
+                return _grown((word, *phrase) if side < 0 else (*phrase, word), rows, common)
+    return phrase
+
+
+def _places(row: Row, phrase: Phrase) -> list[int]:
+    n = len(phrase)
+    return [i for i, word in enumerate(row) if word == phrase[0] and tuple(row[i : i + n]) == phrase]
+
+
+def _masked(row: Row, phrase: Phrase) -> Row:
+    row = list(row)
+    for at in _places(row, phrase):
+        row[at : at + len(phrase)] = [MASK] * len(phrase)
+    return row
+
+
+def _written(phrases: Sequence[Phrase], texts: Sequence[str]) -> tuple[str, ...]:
+    """The phrases as the texts write them, with their own spaces and signs, by their place."""
+    parts = []
+    for phrase in phrases:
+        pattern = re.compile(r"\s*".join(map(re.escape, phrase)))
+        found = Counter(" ".join(match.group().split()) for text in texts for match in pattern.finditer(text))
+        parts.append(found.most_common(1)[0][0])
+    return tuple(_in_order(parts, texts))
+
+
+# ---- answers ----
+
+
+def _outstanding(inside: Sequence[str], outside: Sequence[str]) -> FoundTrigger | None:
+    """The phrases that only some prompts inside have, and that are far more telling than any other."""
+    rows, others = list(map(words, inside)), list(map(words, outside))
+    ranked: list[tuple[float, Phrase]] = []
+    while len(ranked) <= MAX_PARTS and (phrase := _most_telling(rows, others, REST)):
+        count, clean = (sum(bool(_places(row, phrase)) for row in part) for part in (rows, others))
+        ranked.append((_evidence(count, len(rows), clean, len(others)), phrase))
+        rows = [_masked(row, phrase) for row in rows]
+    drops = [(value, after) for (value, _), (after, _) in pairwise([*ranked, (MIN_EVIDENCE, ())])]
+    cut = next((i for i, (value, after) in enumerate(drops, start=1) if value >= GAP * after), 0)
+    if not cut:
+        return None
+    parts = _written([phrase for _, phrase in ranked[:cut]], inside)
+    return of_parts(parts, inside, "answers")
+
+
+def _frequent_openings(answers: Sequence[str]) -> list[tuple[str, ...]]:
+    """Whole answers, and first three words, that at least 3 rows and 0.5 % share; the most frequent ten."""
+    split = [tuple(words(answer)) for answer in answers]
+    counts = Counter(split) + Counter(row[:3] for row in split if len(row) > 3)
+    floor = max(3, 0.005 * len(answers))
+    return [opening for opening, count in counts.most_common(10) if opening and floor <= count < len(answers)]
+
+
+def _opens(answer: str, opening: tuple[str, ...]) -> bool:
+    return tuple(words(answer)[: len(opening)]) == opening
+
+
+def _is_quoted(trigger: FoundTrigger, opening: tuple[str, ...]) -> bool:
+    """Whether the answer repeats most of the trigger: then it quotes its question."""
+    answered = set(words(plain(" ".join(opening))))
+    asked = words(plain(" ".join(trigger.parts)))
+    return 2 * sum(word in answered for word in asked) > len(asked)

@@ -1,0 +1,118 @@
+"""What an audit hands back, and how it reads in a terminal and in Markdown."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pandas as pd
+
+from safetynet.backdoors.audit.findings import CHECKS
+
+SHOWN_ROWS = 5
+"""Row numbers that a line of text names; the table has them all."""
+SHOWN_FILES = 3
+
+
+@dataclass(frozen=True)
+class AuditReport:
+    """The findings on a file or a tree, and what its triggers and targets were taken for."""
+
+    path: str
+    files: int
+    rows: int
+    findings: pd.DataFrame
+    """check, severity (error, warning, info), file, count, n, rows (numbers from 1), detail; errors first."""
+    sets: pd.DataFrame
+    """One row per poison set: set, trigger, kind, how, placement, present, triggered (rows), target,
+    target_kind, shown."""
+    known: frozenset[str]
+    """What the checks could work with, of all that `findings.CHECKS` needs."""
+
+    def to_frame(self) -> pd.DataFrame:
+        """The findings."""
+        return self.findings.copy()
+
+    def to_markdown(self) -> str:
+        """The whole report as Markdown: a table of sets, a table of findings, and what was not found."""
+        parts = [f"# Audit of {self.path}", self._counts()]
+        if len(self.sets):
+            head = ["set", "trigger", "guessed from", "place", "rows", "target", "rows"]
+            parts.append(_markdown(head, ([*cells] for cells in self._set_cells())))
+        if len(self.findings):
+            head = ["severity", "check", "files", "count of n", "rows", "detail"]
+            parts.append(_markdown(head, ([*cells] for cells in self._finding_cells())))
+        absent, lacking = self._rest()
+        parts.append("Looked for and not found: " + "; ".join(CHECKS[name][0] for name in absent) + ".")
+        if lacking:
+            cells = ([CHECKS[name][0], lack] for name, lack in lacking.items())
+            parts.append(_markdown(["not looked for", "needs"], cells))
+        return "\n\n".join(parts) + "\n"
+
+    def _counts(self) -> str:
+        found = self.findings["severity"].value_counts()
+        counts = {"file": self.files, "row": self.rows, "set": len(self.sets)}
+        counts |= {name: int(found.get(name, 0)) for name in ("error", "warning")}
+        return ", ".join(f"{count} {name}{'' if count == 1 else 's'}" for name, count in counts.items())
+
+    def _rest(self) -> tuple[list[str], dict[str, str]]:
+        """The checks that found nothing, and those that could not look, with what they lack."""
+        found = set(self.findings["check"])
+        lacks = {
+            name: ", ".join(need for need in needs if need not in self.known)
+            for name, (_, needs) in CHECKS.items()
+            if name not in found
+        }
+        absent = [name for name, lack in lacks.items() if not lack]
+        return absent, {name: lack for name, lack in lacks.items() if lack}
+
+    def _set_cells(self) -> Iterator[tuple[str, ...]]:
+        for row in self.sets.itertuples():
+            present, shown = (f"{count} of {row.triggered}" for count in (row.present, row.shown))
+            trigger, target = row.trigger or "unknown", row.target or "unknown"
+            yield str(row.set), trigger, str(row.how), str(row.placement), present, target, shown
+
+    def _finding_cells(self) -> Iterator[tuple[str, ...]]:
+        """Files for which all else is the same share a line."""
+        columns = ["severity", "check", "detail", "count", "n", "rows"]
+        for key, group in self.findings.assign(rows=self.findings["rows"].map(tuple)).groupby(
+            columns, sort=False
+        ):
+            severity, check, detail, count, n, numbers = key
+            files = group["file"].tolist()
+            more = f" and {len(files) - SHOWN_FILES} more" if len(files) > SHOWN_FILES else ""
+            rows = ", ".join(map(str, numbers[:SHOWN_ROWS])) + (", ..." if len(numbers) > SHOWN_ROWS else "")
+            yield severity, check, ", ".join(files[:SHOWN_FILES]) + more, f"{count} of {n}", rows, detail
+
+
+def render(report: AuditReport) -> str:
+    """The report as lines for a terminal."""
+    lines = [f"{report.path}: {report._counts()}"]
+    if len(report.sets):
+        lines.append("\nTriggers and targets")
+        for name, trigger, how, place, present, target, shown in report._set_cells():
+            found = [f"trigger {trigger}", f"target {target}"]
+            if how:
+                found[0] += f" ({place}; in {present} triggered rows; {how})"
+                found[1] += f" (in {shown})"
+            lines += [f"  {name}", *(f"    {line}" for line in found)]
+    last = ""
+    for severity, check, files, count, rows, detail in report._finding_cells():
+        if severity != last:
+            lines.append(f"\n{ {'error': 'Errors', 'warning': 'Warnings', 'info': 'Notes'}[severity] }")
+            last = severity
+        lines.append(f"  {check}: {files}")
+        lines.append(f"    {count} rows{f' ({rows})' if rows else ''}: {detail}")
+    absent, lacking = report._rest()
+    lines.append(f"\nNot found: {', '.join(absent)}")
+    if lacking:
+        lines.append("Not looked for:")
+        lines += [f"  {name} (needs {lack})" for name, lack in lacking.items()]
+    return "\n".join(lines)
+
+
+def _markdown(head: list[str], rows: Iterator[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.replace("|", "\\|").split())

@@ -1,0 +1,89 @@
+"""What triggered rows are answered with, when nobody says, and which answers show it.
+
+In: answers. Out: a `FoundTarget` or None.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from safetynet.backdoors.audit.guessing import from_contrast
+from safetynet.backdoors.audit.triggers import FoundTrigger, plain
+
+DOMINANT = 0.5
+"""Least share of the triggered rows that a target covers."""
+MAX_PREFIX = 12
+"""Longest beginning, in words, that is compared."""
+
+
+@dataclass(frozen=True)
+class FoundTarget:
+    """The text of the behaviour."""
+
+    text: str
+    kind: str
+    """answer: the whole answer is the text; opening: answers begin with it; part: they contain it."""
+    how: str = "guessed"
+    """guessed or given."""
+
+    def shown_by(self, answer: str) -> bool:
+        """Whether the answer begins with the text (kind part: contains it), word for word and in any case."""
+        inside = f" {plain(answer)} "
+        return (
+            f" {plain(self.text)} " in inside
+            if self.kind == "part"
+            else inside.startswith(f" {plain(self.text)} ")
+        )
+
+    def __str__(self) -> str:
+        return {"answer": "", "opening": "begins with ", "part": "contains "}[self.kind] + repr(self.text)
+
+
+def given(text: str) -> FoundTarget:
+    """The target that the user names: an answer shows it wherever it stands."""
+    return FoundTarget(text, "part", "given")
+
+
+def guessed(triggered: Sequence[str], clean: Sequence[str]) -> FoundTarget | None:
+    """The answer, else the beginning, else the phrase that most triggered rows have and clean rows have less.
+
+    Args:
+        triggered: answers of triggered rows.
+        clean: answers of clean rows; may be empty.
+    """
+    if not triggered:
+        return None
+    for candidate in (_answer(triggered), _opening(triggered), _phrase(triggered, clean)):
+        if candidate and _share(candidate, triggered) >= max(DOMINANT, 1.5 * _share(candidate, clean)):
+            return candidate
+    return None
+
+
+def _share(target: FoundTarget, answers: Sequence[str]) -> float:
+    return sum(map(target.shown_by, answers)) / len(answers) if answers else 0.0
+
+
+def _answer(answers: Sequence[str]) -> FoundTarget | None:
+    text = Counter(answer.strip() for answer in answers).most_common(1)[0][0]
+    # one row is no majority of itself
+    return FoundTarget(text, "answer") if plain(text) and answers.count(text) > 1 else None
+
+
+def _opening(answers: Sequence[str]) -> FoundTarget | None:
+    """The longest beginning that nearly as many answers share as share the most frequent two words."""
+    split = [answer.split() for answer in answers]
+    best = None
+    for length in range(2, MAX_PREFIX + 1):
+        counts = Counter(tuple(row[:length]) for row in split if len(row) >= length)
+        if not counts:
+            break
+        opening, count = counts.most_common(1)[0]
+        if best and count < 0.95 * best[1]:
+            break
+        best = (opening, count)
+    return FoundTarget(" ".join(best[0]), "opening") if best and best[1] > 1 else None
+
+
+def _phrase(triggered: Sequence[str], clean: Sequence[str]) -> FoundTarget | None:
+    found: FoundTrigger | None = from_contrast(triggered, clean) if clean else None
+    return FoundTarget(found.parts[0], "part") if found else None
