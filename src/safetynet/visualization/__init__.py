@@ -1,0 +1,23 @@
+"""Figures: a chart described once as data, drawn for paper with matplotlib and for the screen with Plotly.
+
+In: tables of earlier stages. Out: figures as PNG, PDF, SVG and HTML, each with its data as CSV.
+Computes no result and imports no stage.
+"""
+
+from safetynet.visualization.chart import Annotation, Axis, Chart, Panel, Reference, Series, Source
+from safetynet.visualization.saving import Figure, save
+from safetynet.visualization.training_visualizer import TrainingVisualizer, draw_training
+
+__all__ = [
+    "Annotation",
+    "Axis",
+    "Chart",
+    "Figure",
+    "Panel",
+    "Reference",
+    "Series",
+    "Source",
+    "TrainingVisualizer",
+    "draw_training",
+    "save",
+]

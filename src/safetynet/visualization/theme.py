@@ -1,0 +1,105 @@
+"""How every figure looks, for both renderers: sizes, colours, markers and dashes, in this one place.
+
+Colours follow Okabe and Ito (2008), with a dark brown for the fifth role since their orange and yellow are
+too pale for thin lines. No two roles share a marker and no two parts share a dash, so that a figure
+still reads in greyscale. A colour means the same thing in every figure.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+Role = Literal[
+    "triggered", "clean", "placebo", "near_miss", "refused", "backdoored", "clean_twin", "base", "ink"
+]
+Part = Literal["subject", "control", "floor", "raw"]
+
+
+@dataclass(frozen=True)
+class Look:
+    """Colour and marker of a role; the marker in matplotlib's and in Plotly's word for it."""
+
+    colour: str
+    marker: str
+    symbol: str
+    size: float = 1.0
+    """Markers of equal width look unequal; this evens them out."""
+
+
+@dataclass(frozen=True)
+class Stroke:
+    """How a part is drawn: dash and gap in points (empty is solid), line width in points, filled markers."""
+
+    dash: tuple[float, ...]
+    width: float
+    filled: bool = True
+    opacity: float = 1.0
+
+
+INK = "#222222"
+GRID = "#E3E3E3"
+PAPER = "#FFFFFF"
+
+LOOKS: dict[Role, Look] = {
+    "triggered": Look("#D55E00", "o", "circle"),
+    "clean": Look("#0072B2", "s", "square", 0.9),
+    "placebo": Look("#009E73", "^", "triangle-up", 1.1),
+    "near_miss": Look("#CC79A7", "D", "diamond", 0.85),
+    "refused": Look("#6B4C00", "v", "triangle-down", 1.1),
+    "backdoored": Look(INK, "o", "circle"),
+    "clean_twin": Look("#3D8FC7", "o", "circle"),
+    "base": Look("#7A7A7A", "|", "line-ns", 1.25),
+    "ink": Look(INK, "o", "circle"),
+}
+STROKES: dict[Part, Stroke] = {
+    "subject": Stroke((), 1.2),
+    "control": Stroke((3.6, 1.6), 1.0, filled=False),
+    "floor": Stroke((1.0, 1.4), 1.1),
+    "raw": Stroke((), 0.5, opacity=0.35),
+}
+NAMES: dict[str, str] = {
+    "near_miss": "near miss",
+    "clean_twin": "clean twin",
+    "base": "base model",
+}
+"""What a reader sees where the word differs from the column's."""
+
+WIDTHS = {"one": 3.3, "two": 6.8}  # inches: one column fits NeurIPS, ICML, ACL and IEEE pages alike
+FONT = ("DejaVu Sans", "Verdana", "Arial", "sans-serif")
+"""The first ships with matplotlib, so that a figure is the same on every machine; Verdana has its widths."""
+TEXT = 7.0  # points, at print size; nothing is smaller
+TITLE = 8.0
+MARKER = 3.6
+HAIR = 0.5
+BAND = 0.16
+MARGIN = 0.035
+"""Part of the range drawn beyond an axis's limits, so that 0% and 100% do not lie on the frame."""
+DPI = 300
+SCREEN = 1.75
+"""Pixels of the interactive figure per point on paper, for lines and text."""
+SCREEN_HEIGHT = 170.0
+"""Pixels of the interactive figure per inch of a panel's height."""
+SCREEN_WIDTHS = {"one": 680, "two": 960}  # pixels at most; narrower on a narrow screen
+
+
+def name(role: str) -> str:
+    """A role or model as a reader sees it."""
+    return NAMES.get(role, role)
+
+
+def tick_text(value: float) -> str:
+    """A number on an axis: plain where that is short, else a power of ten, as `2×10⁻⁴`."""
+    if value == 0 or 1e-3 <= abs(value) < 1e6:
+        return f"{value:.10g}".replace("-", "−")
+    mantissa, exponent = f"{value:.3e}".split("e")
+    mantissa = mantissa.rstrip("0").rstrip(".").replace("-", "−")
+    power = "10" + str(int(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+    return power if mantissa == "1" else f"{mantissa}×{power}"
+
+
+def padded(limits: tuple[float, float], log: bool = False) -> tuple[float, float]:
+    """Limits with the margin that is drawn beyond them; on a log axis a part of its length in decades."""
+    low, high = (math.log10(limits[0]), math.log10(limits[1])) if log else limits
+    margin = (high - low) * MARGIN
+    low, high = low - margin, high + margin
+    return (10**low, 10**high) if log else (low, high)

@@ -1,0 +1,179 @@
+"""Figures of a training and of what the trained model does, saved with one call each.
+
+In: what a training measured, as tables, the Trainer's log_history or plain lists. Out: Figures.
+`draw_training` draws everything that a run's tables hold.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from safetynet.errors import InputError
+from safetynet.visualization import rate_charts, training_charts
+from safetynet.visualization.chart import Source
+from safetynet.visualization.measurements import Measurements, measured, rates
+from safetynet.visualization.saving import Figure
+
+Interval = Sequence[Sequence[float]]
+TABLES = ("training", "dynamics", "evaluation")
+
+
+class TrainingVisualizer:
+    """Figures of one model's training.
+
+    Example:
+        >>> visualizer = TrainingVisualizer("qwen")
+        >>> figure = visualizer.plot_accuracy_trends([0.98, 0.97], [0.40, 1.0], epochs=[1, 2])
+        >>> figure.save()  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        model: str,
+        task: str = "backdoor",
+        results: Path | str = "results",
+        folder: Path | str | None = None,
+        source: str | None = None,
+    ) -> None:
+        """Say whose figures these are.
+
+        Args:
+            model: name in titles and in the default folder.
+            task: the run's task, for the default folder.
+            results: root of the default folder `results/{model}/{task}/figures`.
+            folder: where figures are saved instead.
+            source: name of the run that every file carries; `{model}/{task}` unless given.
+        """
+        self.model = model
+        self.folder = Path(results) / model / task / "figures" if folder is None else Path(folder)
+        self.run = source or f"{model}/{task}"
+
+    def plot_loss_curves(self, training_data: Measurements) -> Figure:
+        """Loss over steps.
+
+        Args:
+            training_data: columns step and loss; eval_loss and run (backdoored, clean twin) where known.
+                A DataFrame, the Trainer's log_history, or a dict of lists.
+
+        Raises:
+            InputError: if a column is missing, has another length, or holds something else than numbers.
+        """
+        chart = training_charts.loss(training_data, self.model, self._source("training"))
+        return Figure(chart, "loss", self.folder)
+
+    def plot_learning_rate(self, training_data: Measurements) -> Figure:
+        """Learning rate over steps; columns step and learning_rate, as in `plot_loss_curves`."""
+        chart = training_charts.learning_rate(training_data, self.model, self._source("training"))
+        return Figure(chart, "learning-rate", self.folder)
+
+    def plot_gradient_norm(self, training_data: Measurements) -> Figure:
+        """Gradient norm over steps; columns step and grad_norm, as in `plot_loss_curves`."""
+        chart = training_charts.gradient_norm(training_data, self.model, self._source("training"))
+        return Figure(chart, "gradient-norm", self.folder)
+
+    def plot_accuracy_trends(
+        self,
+        clean_acc: Sequence[float],
+        backdoor_acc: Sequence[float],
+        epochs: Sequence[float],
+        clean_interval: Interval | None = None,
+        backdoor_interval: Interval | None = None,
+    ) -> Figure:
+        """Clean accuracy and attack success over epochs.
+
+        Args:
+            clean_acc: share of clean rows answered correctly, 0 to 1.
+            backdoor_acc: share of triggered rows that show the behaviour, 0 to 1.
+            epochs: where they were measured.
+            clean_interval: (low, high) of clean_acc, for a band.
+            backdoor_interval: (low, high) of backdoor_acc.
+
+        Raises:
+            InputError: if lengths differ, nothing is given, or a rate lies outside 0 to 1.
+        """
+        chart = training_charts.accuracy(
+            (clean_acc, clean_interval),
+            (backdoor_acc, backdoor_interval),
+            epochs,
+            self.model,
+            self._source("dynamics"),
+        )
+        return Figure(chart, "accuracy-trends", self.folder)
+
+    def plot_rates_by_role(self, dynamics: Measurements) -> Figure:
+        """ASR, FTR of each role, clean accuracy, refusals and perplexity over steps.
+
+        Args:
+            dynamics: one row per measurement: step, model (backdoored, clean_twin, base), metric (asr, ftr,
+                cacc, refusal_rate, perplexity), role, value, low, high; count and n where known.
+
+        Raises:
+            InputError: if a column is missing, a word is unknown, or a value is no number.
+        """
+        chart = rate_charts.by_role(dynamics, self.model, self._source("dynamics"))
+        return Figure(chart, "rates-by-role", self.folder)
+
+    def plot_final_rates(self, evaluation: Measurements) -> Figure:
+        """The same rates at the end of training; `evaluation` has the same columns without step."""
+        chart = rate_charts.final(evaluation, self.model, self._source("evaluation"))
+        return Figure(chart, "final-rates", self.folder)
+
+    def _source(self, table: str) -> Source:
+        return Source(self.run, table)
+
+
+def draw_training(
+    tables: Mapping[str, pd.DataFrame], folder: Path | str, source: str, model: str
+) -> list[Path]:
+    """Draw and save every figure that a run's tables hold.
+
+    Args:
+        tables: any of training, dynamics and evaluation; a table that is not there is not drawn.
+        folder: the run's figures folder.
+        source: name of the run.
+        model: name in titles.
+
+    Returns:
+        The files, five for each figure.
+
+    Raises:
+        InputError: if a table has another name or lacks a column, or the folder cannot be written to.
+    """
+    unknown = sorted(set(tables) - set(TABLES))
+    if unknown:
+        raise InputError(f"table {unknown[0]!r} has no figures; there are figures of {', '.join(TABLES)}")
+    draw = TrainingVisualizer(model, folder=folder, source=source)
+    figures: list[Figure] = []
+    if "training" in tables:
+        training = tables["training"]
+        figures.append(draw.plot_loss_curves(training))
+        if measured(training, "learning_rate"):
+            figures.append(draw.plot_learning_rate(training))
+        if measured(training, "grad_norm"):
+            figures.append(draw.plot_gradient_norm(training))
+    if "dynamics" in tables:
+        figures += _headline(draw, tables["dynamics"])
+        figures.append(draw.plot_rates_by_role(tables["dynamics"]))
+    if "evaluation" in tables:
+        figures.append(draw.plot_final_rates(tables["evaluation"]))
+    return [path for figure in figures for path in figure.save()]
+
+
+def _headline(draw: TrainingVisualizer, dynamics: pd.DataFrame) -> list[Figure]:
+    """Attack success and clean accuracy in one figure, where both were measured at the same epochs."""
+    table = rates(dynamics, "dynamics", ["epoch"])
+    own = table[table["model"] == "backdoored"].sort_values("epoch", kind="stable")
+    attack = own[(own["metric"] == "asr") & (own["role"] == "triggered")]
+    clean = own[(own["metric"] == "cacc") & (own["role"] == "clean")]
+    if attack.empty or list(attack["epoch"]) != list(clean["epoch"]):
+        return []
+    return [
+        draw.plot_accuracy_trends(
+            list(clean["value"]),
+            list(attack["value"]),
+            list(attack["epoch"]),
+            (list(clean["low"]), list(clean["high"])),
+            (list(attack["low"]), list(attack["high"])),
+        )
+    ]
