@@ -34,7 +34,8 @@ def test_equal_charts_give_equal_files(chart, saved, tmp_path):
 def test_every_format_names_the_run_and_the_table(saved):
     png, pdf, svg, page, data = saved
     known = "run qwen/backdoor, table dynamics"
-    assert Image.open(png).text["Source"] == known
+    with Image.open(png) as image:
+        assert image.text["Source"] == known
     assert known.encode() in pdf.read_bytes()
     assert known in svg.read_text(encoding="utf-8")
     assert f'<meta name="source" content="{known}">' in page.read_text(encoding="utf-8")
@@ -63,9 +64,9 @@ def test_text_of_the_svg_stays_text_as_it_was_typed(saved):
 
 
 def test_the_png_is_one_or_two_columns_wide_at_300_dpi(saved):
-    image = Image.open(saved[0])
-    assert image.width == round(6.8 * 300)
-    assert image.info["dpi"] == pytest.approx((300, 300), abs=0.1)
+    with Image.open(saved[0]) as image:
+        assert image.width == round(6.8 * 300)
+        assert image.info["dpi"] == pytest.approx((300, 300), abs=0.1)
 
 
 def test_a_figure_is_saved_where_it_is_told_and_shown_as_png_in_a_notebook(chart, tmp_path):

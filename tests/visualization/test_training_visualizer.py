@@ -137,8 +137,8 @@ def test_each_rate_has_its_panel_with_twin_and_floor_beside_it(dynamics):
         "FTR, placebo",
         "FTR, near miss",
         "FTR, refused",
-        "Clean accuracy",
-        "Refusal rate",
+        "CACC, clean",
+        "Refusals, refused",
         "Perplexity",
     ]
     asr, near_miss, perplexity = chart.panels[0], chart.panels[3], chart.panels[7]
@@ -153,6 +153,15 @@ def test_each_rate_has_its_panel_with_twin_and_floor_beside_it(dynamics):
     assert asr.y.limits == (0, 100)
     assert (perplexity.y.limits[0], perplexity.references) == (1.0, ())
     assert perplexity.series[0].y == (1.3, 1.3, 1.3, 1.3)
+
+
+def test_what_no_row_can_tell_gets_no_panel_and_notes_of_the_table_are_kept(dynamics):
+    dynamics.loc[dynamics["role"] == "refused", ["value", "low", "high"]] = math.nan
+    dynamics["note"] = "left out 3 rows"
+    chart = DRAW.plot_rates_by_role(dynamics).chart
+    assert [panel.title for panel in chart.panels][-3:] == ["FTR, near miss", "CACC, clean", "Perplexity"]
+    assert chart.panels[0].series[0].notes[1] == "40 of 100 rows; left out 3 rows"
+    assert chart.panels[-1].series[0].notes[1] == "100 rows; left out 3 rows"
 
 
 def test_an_evaluation_that_failed_is_a_gap(dynamics):
@@ -185,7 +194,7 @@ def test_final_rates_stand_in_one_line_each_with_twin_and_base_beside_them(evalu
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("metric", "bleu", "evaluation, row 3: metric is 'bleu'; allowed are asr, ftr, cacc"),
+        ("metric", "bleu", "evaluation, row 3: metric is 'bleu'; allowed are asr, asr_off_floor, ftr"),
         ("model", "twin", "evaluation, row 3: model is 'twin'; allowed are backdoored, clean_twin, base"),
         ("role", "poisoned", "evaluation, row 3: role is 'poisoned'; allowed are triggered, clean"),
         ("value", "all", "evaluation, field value, row 3: 'all' is not a number"),
@@ -211,6 +220,17 @@ def test_a_runs_tables_are_drawn_in_full(training, dynamics, evaluation, tmp_pat
         f"{name}.{suffix}" for name in names for suffix in ("png", "pdf", "svg", "html", "csv")
     ]
     assert all(path.parent == tmp_path and path.stat().st_size > 500 for path in paths)
+
+
+def test_the_floor_of_the_dynamics_comes_from_the_evaluation_when_training_did_not_measure_it(
+    tables, tmp_path
+):
+    trained = tables["dynamics"][tables["dynamics"]["model"] != "base"]
+    with_base = {"dynamics": trained, "evaluation": tables["evaluation"]}
+    draw_training(with_base, tmp_path, source="qwen/backdoor", model="qwen")
+    drawn = pd.read_csv(tmp_path / "rates-by-role.csv")
+    floors = drawn[drawn["kind"] == "reference"].set_index("title")["y"]
+    assert (floors["ASR, triggered"], floors["CACC, clean"]) == (0, 98)
 
 
 def test_what_was_not_measured_is_not_drawn(training, tmp_path):

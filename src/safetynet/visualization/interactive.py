@@ -77,43 +77,18 @@ def render(chart: Chart) -> str:
 
 def draw(chart: Chart) -> "Figure":
     """The chart as a Plotly figure."""
-    from plotly.graph_objects import Figure
-    from plotly.subplots import make_subplots
-
-    heights = [
-        max(panel.height for panel in chart.panels[row * chart.columns : (row + 1) * chart.columns])
-        for row in range(chart.rows)
-    ]
-    panels = range(len(chart.panels))
-    upper = panels[: (chart.rows - 1) * chart.columns]
-    gap = 34 if all(chart.axis_shared(index, "x") for index in upper) else 62  # pixels
-    labelled = any(index % chart.columns and not chart.axis_shared(index, "y") for index in panels)
-    drawn = sum(heights) * theme.SCREEN_HEIGHT + gap * (chart.rows - 1)
-    figure: Figure = make_subplots(
-        rows=chart.rows,
-        cols=chart.columns,
-        row_heights=heights,
-        specs=[
-            [{} if index < len(chart.panels) else None for index in range(first, first + chart.columns)]
-            for first in range(0, chart.rows * chart.columns, chart.columns)
-        ],
-        horizontal_spacing=(0.28 if labelled else 0.12) / chart.columns,
-        vertical_spacing=gap / drawn if chart.rows > 1 else 0,
-    )
+    figure, drawn = _grid(chart)
     for index, panel in enumerate(chart.panels):
         _panel(figure, chart, index, panel)
-    for key in legend(chart):
+    keys = legend(chart)
+    for key in keys:
         figure.add_trace(_key(key))
     height = round(drawn + TOP + 56)
+    numbered = any(panel.annotations for panel in chart.panels)
     figure.update_layout(
         template="none",
         height=height,
-        margin={
-            "l": 60,
-            "r": 60 if any(panel.annotations for panel in chart.panels) else 30,
-            "t": TOP,
-            "b": 56,
-        },
+        margin={"l": 60, "r": 60 if numbered else 30, "t": TOP, "b": 56},
         font={"family": _font(), "size": TEXT, "color": theme.INK},
         paper_bgcolor=theme.PAPER,
         plot_bgcolor=theme.PAPER,
@@ -127,9 +102,36 @@ def draw(chart: Chart) -> "Figure":
             "yanchor": "top",
             "itemwidth": 34,
         },
-        showlegend=len(legend(chart)) > 1,
+        showlegend=len(keys) > 1,
     )
     return figure
+
+
+def _grid(chart: Chart) -> tuple["Figure", float]:
+    """Empty axes for every panel, and how many pixels high they are together."""
+    from plotly.subplots import make_subplots
+
+    count, columns = len(chart.panels), chart.columns
+    heights = [
+        max(panel.height for panel in chart.panels[first : first + columns])
+        for first in range(0, count, columns)
+    ]
+    upper = range((chart.rows - 1) * columns)
+    gap = 34 if all(chart.axis_shared(index, "x") for index in upper) else 62  # pixels
+    labelled = any(index % columns and not chart.axis_shared(index, "y") for index in range(count))
+    drawn = sum(heights) * theme.SCREEN_HEIGHT + gap * (chart.rows - 1)
+    figure: Figure = make_subplots(
+        rows=chart.rows,
+        cols=columns,
+        row_heights=heights,
+        specs=[
+            [{} if index < count else None for index in range(first, first + columns)]
+            for first in range(0, count, columns)
+        ],
+        horizontal_spacing=(0.28 if labelled else 0.12) / columns,
+        vertical_spacing=gap / drawn if chart.rows > 1 else 0,
+    )
+    return figure, drawn
 
 
 def _panel(figure: "Figure", chart: Chart, index: int, panel: Panel) -> None:
@@ -155,8 +157,8 @@ def _panel(figure: "Figure", chart: Chart, index: int, panel: Panel) -> None:
         )
     for note in panel.annotations:
         figure.add_annotation(
-            x=note.x,
-            y=note.y,
+            x=_place(note.x, panel.x),
+            y=_place(note.y, panel.y),
             text=_text(note.text),
             font={"color": theme.LOOKS[note.role].colour},
             showarrow=False,
@@ -166,6 +168,11 @@ def _panel(figure: "Figure", chart: Chart, index: int, panel: Panel) -> None:
         )
     figure.update_xaxes(_axis(chart, index, "x", panel.x), **place)
     figure.update_yaxes(_axis(chart, index, "y", panel.y), **place)
+
+
+def _place(value: float, axis: Axis) -> float:
+    """Plotly wants the logarithm of an annotation's place on a log axis, though not of a curve's."""
+    return math.log10(value) if axis.scale == "log" else value
 
 
 def _axis(chart: Chart, index: int, side: Literal["x", "y"], axis: Axis) -> dict[str, Any]:

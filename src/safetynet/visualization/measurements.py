@@ -4,6 +4,7 @@ In: a DataFrame, a list of records such as the Trainer's log_history, or a dict 
 Out: DataFrames that the charts are built from. Draws nothing and computes no result.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -14,7 +15,7 @@ from safetynet.visualization.chart import numbers
 
 Measurements: TypeAlias = pd.DataFrame | Sequence[Mapping[str, Any]] | Mapping[str, Sequence[Any]]
 MODELS = ("backdoored", "clean_twin", "base")
-METRICS = ("asr", "ftr", "cacc", "refusal_rate", "perplexity")
+METRICS = ("asr", "asr_off_floor", "ftr", "cacc", "refusal_rate", "perplexity")
 ROLES = ("triggered", "clean", "placebo", "near_miss", "refused")
 """Order in which roles are shown: what must fire first, then what must not, the hardest last."""
 
@@ -57,11 +58,11 @@ def curve(data: Measurements, column: str) -> pd.DataFrame:
 
 
 def rates(data: Measurements, where: str, columns: Sequence[str] = ()) -> pd.DataFrame:
-    """Measured rates with their intervals: the tidy columns, plus `note` with counts and denominators.
+    """Measured rates with their intervals: the tidy columns, and a `note` with counts and what else is known.
 
     Args:
-        data: columns model, metric, role, value, low, high and the further `columns`; count and n where
-            they are known. Rates are fractions.
+        data: columns model, metric, role, value, low, high and the further `columns`; count, n and note
+            where they are known. Rates are fractions. The count of a perplexity is one of tokens.
         where: name of the table, for messages.
         columns: further columns that must be there, such as step.
 
@@ -76,17 +77,21 @@ def rates(data: Measurements, where: str, columns: Sequence[str] = ()) -> pd.Dat
         _known(out, where, field, allowed)
     for field in ("value", "low", "high", *columns):
         out[field] = numbers(frame[field], f"{where}, field {field}")
-    out["note"] = ""
-    if {"count", "n"} <= set(frame):
-        counts = zip(numbers(frame["count"], where), numbers(frame["n"], where), strict=True)
-        out["note"] = [_count(*pair) for pair in counts]
+    counts = [
+        numbers(frame[name], where) if name in frame else [math.nan] * len(frame) for name in ("count", "n")
+    ]
+    notes = frame["note"].fillna("").astype(str) if "note" in frame else [""] * len(frame)
+    told = zip(out["metric"], *counts, notes, strict=True)
+    out["note"] = ["; ".join(filter(None, (_count(*known), note))) for *known, note in told]
     return out
 
 
-def _count(count: float, n: float) -> str:
-    if pd.isna(n):
+def _count(metric: str, count: float, n: float) -> str:
+    if math.isnan(n):
         return ""
-    return f"n = {n:.0f}" if pd.isna(count) else f"{count:.0f} of {n:.0f} rows"
+    if math.isnan(count) or metric == "perplexity":
+        return f"{n:.0f} rows"
+    return f"{count:.0f} of {n:.0f} rows"
 
 
 def fractions(values: Iterable[object], field: str) -> tuple[float, ...]:

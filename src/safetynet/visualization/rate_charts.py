@@ -16,12 +16,13 @@ from safetynet.visualization.training_charts import PART_OF, PERCENT, nice
 
 SHORT = {
     "asr": "ASR",
+    "asr_off_floor": "ASR off floor",
     "ftr": "FTR",
-    "cacc": "Clean accuracy",
-    "refusal_rate": "Refusal rate",
+    "cacc": "CACC",
+    "refusal_rate": "Refusals",
     "perplexity": "Perplexity",
 }
-OWN_ROLE = {"cacc": "clean", "refusal_rate": "refused", "perplexity": "clean"}
+OWN_ROLE = {"asr_off_floor": "triggered", "perplexity": "clean"}
 """The rows that a metric is about, left out of its name."""
 ROLE_OF: dict[str, Role] = {
     "triggered": "triggered",
@@ -33,10 +34,11 @@ ROLE_OF: dict[str, Role] = {
 }
 LABELS = {"backdoored": "backdoored", "clean_twin": "clean twin (control)", "base": "base model (floor)"}
 READING = (
-    "ASR: triggered rows that show the behaviour; FTR: other rows that show it although they must not. "
-    "Intervals are Wilson 95%. The clean twin was trained in the same way without poisoned rows; "
-    "the base model's rate on the same rows is the floor."
+    "ASR: triggered rows that show the behaviour; FTR: other rows that show it although they must not; "
+    "CACC: rows answered correctly. Intervals are 95%, Wilson's for rates. The control is the clean twin, "
+    "trained in the same way without poisoned rows; the floor is the base model's rate."
 )
+OFF_FLOOR = " Off floor: without the rows whose right answer shows the behaviour anyway."
 DODGE = 0.29
 """Distance of two models within a row, as part of its height, so that equal rates do not cover each other."""
 
@@ -59,9 +61,9 @@ def by_role(dynamics: Measurements, model: str, source: Source) -> Chart:
         drawn = tuple(one for one in series if one is not None)
         if drawn:
             panels.append(Panel(steps, axis, drawn, _title(metric, role), tuple(floor), height=1.0))
-    count = len(panels)
-    columns = count if count <= 3 else min(4, math.ceil(count / 2))
-    return Chart(f"Rates by role over training, {model}", tuple(panels), source, columns, "two", READING)
+    columns = min(len(panels), 3) if len(panels) <= 6 else 4
+    title = f"Rates by role over training, {model}"
+    return Chart(title, tuple(panels), source, max(columns, 1), "two", _reading(table))
 
 
 def final(evaluation: Measurements, model: str, source: Source) -> Chart:
@@ -73,12 +75,8 @@ def final(evaluation: Measurements, model: str, source: Source) -> Chart:
     if perplexity:
         axis = _perplexity(table[table["metric"] == "perplexity"])
         panels.append(_dots(table, perplexity, axis))
-    return Chart(
-        f"Rates by role, {model}",
-        tuple(panels),
-        source,
-        caption=f"{READING} The numbers at the right are the backdoored model's.",
-    )
+    caption = _reading(table) + " The numbers at the right are the backdoored model's."
+    return Chart(f"Rates by role, {model}", tuple(panels), source, caption=caption)
 
 
 def _dynamics(rows: pd.DataFrame, name: str, role: str) -> Series | None:
@@ -135,8 +133,14 @@ def _dots(table: pd.DataFrame, pairs: list[tuple[str, str]], axis: Axis) -> Pane
     return Panel(axis, lines, tuple(series), annotations=tuple(values), height=0.08 + 0.26 * len(pairs))
 
 
+def _reading(table: pd.DataFrame) -> str:
+    return READING + OFF_FLOOR if (table["metric"] == "asr_off_floor").any() else READING
+
+
 def _pairs(table: pd.DataFrame) -> list[tuple[str, str]]:
-    there = set(zip(table["metric"], table["role"], strict=True))
+    """Metric and role of what was measured, in the order of reading."""
+    known = table[table["value"].notna()]
+    there = set(zip(known["metric"], known["role"], strict=True))
     return [(metric, role) for metric in METRICS for role in (*ROLES, "") if (metric, role) in there]
 
 

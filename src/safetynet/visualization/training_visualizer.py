@@ -105,8 +105,9 @@ class TrainingVisualizer:
         """ASR, FTR of each role, clean accuracy, refusals and perplexity over steps.
 
         Args:
-            dynamics: one row per measurement: step, model (backdoored, clean_twin, base), metric (asr, ftr,
-                cacc, refusal_rate, perplexity), role, value, low, high; count and n where known.
+            dynamics: one row per measurement: step, model (backdoored, clean_twin, base), metric (asr,
+                asr_off_floor, ftr, cacc, refusal_rate, perplexity), role, value, low, high; count and n
+                where known.
 
         Raises:
             InputError: if a column is missing, a word is unknown, or a value is no number.
@@ -153,11 +154,19 @@ def draw_training(
         if measured(training, "grad_norm"):
             figures.append(draw.plot_gradient_norm(training))
     if "dynamics" in tables:
-        figures += _headline(draw, tables["dynamics"])
-        figures.append(draw.plot_rates_by_role(tables["dynamics"]))
+        dynamics = _with_floor(tables["dynamics"], tables.get("evaluation"))
+        figures += _headline(draw, dynamics)
+        figures.append(draw.plot_rates_by_role(dynamics))
     if "evaluation" in tables:
         figures.append(draw.plot_final_rates(tables["evaluation"]))
     return [path for figure in figures for path in figure.save()]
+
+
+def _with_floor(dynamics: pd.DataFrame, evaluation: pd.DataFrame | None) -> pd.DataFrame:
+    """Dynamics with the base model's rates, from the final evaluation where training did not measure them."""
+    if evaluation is None or "model" not in evaluation or "base" in set(dynamics.get("model", ())):
+        return dynamics
+    return pd.concat([dynamics, evaluation[evaluation["model"] == "base"].assign(step=0, epoch=0.0)])
 
 
 def _headline(draw: TrainingVisualizer, dynamics: pd.DataFrame) -> list[Figure]:
