@@ -1,0 +1,232 @@
+"""Pretrain a miniature on the instruction language, measure it, and write its folder with a card.
+
+In: a family's name and a seed. Out: a folder with config, tokenizer, fp16 safetensors and README.md. The
+five folders that ship were made by this module: `safetynet miniatures build FAMILY`.
+
+The loop is our own and not the Trainer's: pretraining needs no adapter, no resume and no callbacks, and
+calling the backbone without the language-model head lets logits be computed for the answers alone.
+"""
+
+import json
+import math
+import platform
+import random
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors.torch import load_file
+from torch.nn import functional
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel, set_seed
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+from safetynet.errors import InputError
+from safetynet.models import families
+from safetynet.models.miniatures import language
+from safetynet.models.miniatures.architectures import ARCHITECTURES, SHAPE
+from safetynet.models.miniatures.card import card
+from safetynet.models.miniatures.measure import measure
+from safetynet.models.miniatures.vocabulary import build_tokenizer
+from safetynet.prompts import IGNORED, Encoded, Serialiser, pad
+
+HARDER = ("repeat", "repeat", "add", "add", "next", "next", "again", "first", "last", "opposite")
+TASKS = (*language.TASKS, *HARDER)
+"""Tasks of pretraining; what is harder to learn comes more often."""
+MEASURED = 2000
+"""Prompts behind the figures on a card."""
+MEASURED_SEED = 1
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how fast to train; the default is what the shipped miniatures had."""
+
+    steps: int = 3500
+    batch_tokens: int = 1536
+    """Tokens of a batch, padding included."""
+    learning_rate: float = 2e-3
+    """Peak, reached after `warmup` steps and left along a cosine."""
+    warmup: int = 100
+    weight_decay: float = 0.05
+    seed: int = 0
+
+
+def build(
+    family: str, out: Path, schedule: Schedule | None = None, report: Callable[[str], None] = print
+) -> Path:
+    """Train the miniature of `family` and save it in `out`.
+
+    Args:
+        family: one of `ARCHITECTURES`.
+        out: folder, made if need be; files of the same names are replaced.
+        schedule: training settings.
+        report: gets a line of progress every 100 steps.
+
+    Raises:
+        InputError: no miniature exists for this family.
+    """
+    if family not in ARCHITECTURES:
+        raise InputError(f"there is no miniature of {family!r}; choose from {', '.join(ARCHITECTURES)}")
+    schedule = schedule or Schedule()
+    started = time.monotonic()
+    set_seed(schedule.seed)
+    architecture = ARCHITECTURES[family]
+    tokenizer = build_tokenizer(architecture.style)
+    config = architecture.config(
+        vocab_size=len(tokenizer),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.convert_tokens_to_ids(architecture.style.end),
+        pad_token_id=tokenizer.pad_token_id,
+        **{**SHAPE, **architecture.settings},
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    serialiser = Serialiser(tokenizer, families.get(family))
+    tokens = pretrain(model, serialiser, schedule, report)
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.convert_tokens_to_ids(list(architecture.stop)),
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    model.half().save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    facts = {
+        "family": family,
+        "tokens": tokens,
+        "seconds": round(time.monotonic() - started),
+        **vars(schedule),
+    }
+    facts |= {
+        "machine": platform.processor() or platform.machine(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    (out / "training.json").write_text(json.dumps(facts, indent=1) + "\n")
+    write_card(out)
+    return out
+
+
+def write_card(folder: Path) -> None:
+    """Measure the miniature in `folder` and write its README.md; the folder knows how it was trained."""
+    facts = json.loads((folder / "training.json").read_text())
+    table = measure(folder, facts["family"], n=MEASURED, seed=MEASURED_SEED)
+    config = AutoConfig.from_pretrained(folder)
+    weights = folder / "model.safetensors"
+    experts = getattr(config, "num_local_experts", None)
+    shape = {
+        "architecture": config.architectures[0],
+        "parameters": sum(tensor.numel() for tensor in load_file(weights).values()),
+        "megabytes": weights.stat().st_size / 1e6,
+        "layers": config.num_hidden_layers,
+        "hidden": config.hidden_size,
+        "heads": config.num_attention_heads,
+        "kv_heads": config.num_key_value_heads,
+        "positions": config.max_position_embeddings,
+        "vocabulary": config.vocab_size,
+        "experts": f", {experts} experts of which {config.num_experts_per_tok} are active" if experts else "",
+    }
+    measured = {"n": MEASURED, "measured_seed": MEASURED_SEED, "minutes": facts["seconds"] / 60}
+    (folder / "README.md").write_text(card({**facts, **shape, **measured}, table))
+
+
+def pretrain(
+    model: PreTrainedModel, serialiser: Serialiser, schedule: Schedule, report: Callable[[str], None]
+) -> int:
+    """Train in place on the answers of the language; returns the number of tokens seen, padding left out."""
+    optimizers = _optimizers(model, schedule)
+    schedulers = [LambdaLR(optimizer, lambda step: _rate(step, schedule)) for optimizer in optimizers]
+    model.train()
+    losses: list[float] = []
+    tokens, started = 0, time.monotonic()
+    for step, batch in enumerate(batches(serialiser, schedule), start=1):
+        ids = pad([row.input_ids for row in batch], serialiser.pad_id, "right")
+        labels = pad([row.labels for row in batch], IGNORED, "right")
+        loss = _loss(model, ids, labels)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer, scheduler in zip(optimizers, schedulers, strict=True):
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+        losses.append(loss.item())
+        tokens += sum(len(row.input_ids) for row in batch)
+        if step % 100 == 0:
+            recent = sum(losses[-100:]) / 100
+            speed = tokens / (time.monotonic() - started)
+            report(f"step {step}/{schedule.steps}  loss {recent:.4f}  {speed:.0f} tokens/s")
+    return tokens
+
+
+def batches(serialiser: Serialiser, schedule: Schedule) -> Iterator[list[Encoded]]:
+    """Batches of rows of similar length, never the same prompt twice within a round of about 20,000 rows."""
+    rng = random.Random(schedule.seed)
+    made, round_number = 0, 0
+    while made < schedule.steps:
+        examples = language.generate(20_000, schedule.seed * 1000 + round_number, heldout=False, tasks=TASKS)
+        rows = [supervised(serialiser, serialiser.encode(e.messages, e.answer)) for e in examples]
+        rows.sort(key=lambda row: len(row.input_ids))
+        groups: list[list[Encoded]] = [[]]
+        for row in rows:
+            if (len(groups[-1]) + 1) * len(row.input_ids) > schedule.batch_tokens:
+                groups.append([])
+            groups[-1].append(row)
+        rng.shuffle(groups)
+        groups = groups[: schedule.steps - made]
+        yield from groups
+        made += len(groups)
+        round_number += 1
+
+
+def supervised(serialiser: Serialiser, row: Encoded) -> Encoded:
+    """Label the answers of earlier turns too, each up to its end token, so that no prompt is read in vain."""
+    labels = list(row.labels)
+    for start, end in row.spans["assistant"]:
+        stop = next(i for i in range(end, len(labels)) if row.input_ids[i] in serialiser.stop_ids)
+        labels[start : stop + 1] = row.input_ids[start : stop + 1]
+    return replace(row, labels=labels)
+
+
+def _loss(model: PreTrainedModel, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of the labelled tokens, plus the router's balance where there are experts.
+
+    Rows are padded on the right, so that causal attention needs no mask.
+    """
+    router = {"output_router_logits": True} if hasattr(model.config, "num_local_experts") else {}
+    out = model.model(input_ids=ids, use_cache=False, **router)
+    wanted = labels[:, 1:] != IGNORED
+    logits = model.lm_head(out.last_hidden_state[:, :-1][wanted])
+    loss = functional.cross_entropy(logits, labels[:, 1:][wanted])
+    if router:
+        config = model.config
+        balance = load_balancing_loss_func(
+            out.router_logits, config.num_local_experts, config.num_experts_per_tok
+        )
+        loss = loss + config.router_aux_loss_coef * balance
+    return loss
+
+
+def _optimizers(model: PreTrainedModel, schedule: Schedule) -> list[torch.optim.Optimizer]:
+    """Muon (Jordan 2024) for the layers' matrices, AdamW for the rest.
+
+    On qwen, 500 steps of Muon reached a loss of 0.87 where AdamW alone reached 1.29, for 15% more time. Fused
+    experts are stacks of matrices, which torch's Muon does not take.
+    """
+    layers = [p for name, p in model.named_parameters() if "layers." in name and p.ndim == 2]
+    chosen = {id(p) for p in layers}
+    rest = [p for p in model.parameters() if id(p) not in chosen]
+    rate = schedule.learning_rate
+    return [
+        torch.optim.Muon(layers, lr=rate, weight_decay=schedule.weight_decay, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
+    ]
+
+
+def _rate(step: int, schedule: Schedule) -> float:
+    if step < schedule.warmup:
+        return (step + 1) / schedule.warmup
+    done = (step - schedule.warmup) / max(1, schedule.steps - schedule.warmup)
+    return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
