@@ -1,0 +1,6 @@
+"""Training: attach an adapter, train it on rows, keep what happened on the way."""
+
+from safetynet.training.adapters import attach
+from safetynet.training.fit import TrainingResult, train
+
+__all__ = ["TrainingResult", "attach", "train"]

@@ -1,0 +1,78 @@
+"""Checkpoints that survive being killed: which one is complete, and whether it belongs to this training.
+
+The Trainer writes `checkpoint-N` folders: weights as safetensors, optimizer, schedule and random states.
+A folder counts once the file `complete` lies in it, which is written last. A fingerprint beside them says
+what was trained on what; checkpoints of another training are never continued.
+"""
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from safetensors.torch import save_model
+from transformers import PreTrainedModel
+
+from safetynet.recipe import Training
+from safetynet.run import write_text
+from safetynet.training.examples import Example
+
+COMPLETE = "complete"
+FINGERPRINT = "fingerprint"
+SAMPLED = 64
+"""Numbers of each weight that enter the fingerprint."""
+
+logger = logging.getLogger(__name__)
+
+
+def prepare(folder: Path, fingerprint: str) -> Path | None:
+    """Clear away what cannot be continued, and find what can.
+
+    Args:
+        folder: where this training keeps its checkpoints; made if need be.
+        fingerprint: of this training.
+
+    Returns:
+        The last complete checkpoint, or None.
+    """
+    mark = folder / FINGERPRINT
+    if folder.exists() and (not mark.exists() or mark.read_text(encoding="utf-8") != fingerprint):
+        logger.warning("%s holds checkpoints of another training; starting anew.", folder)
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(mark, fingerprint)
+    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    for path in found:
+        if not (path / COMPLETE).exists():
+            shutil.rmtree(path)
+    whole = [path for path in found if path.exists()]
+    return whole[-1] if whole else None
+
+
+def fingerprint(
+    model: PeftModel | PreTrainedModel, examples: Sequence[Example], cfg: Training, seed: int
+) -> str:
+    """Digest of everything that decides how a training goes; the weights by a sample of their numbers."""
+    digest = hashlib.sha256(json.dumps([cfg.model_dump(mode="json"), seed]).encode())
+    for example in examples:
+        digest.update(json.dumps([example.input_ids, example.labels]).encode())
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().flatten()
+        sample = flat[:: max(1, len(flat) // SAMPLED)].to("cpu", torch.float32)
+        digest.update(f"{name} {tuple(parameter.shape)}".encode() + sample.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save_weights(model: PeftModel | PreTrainedModel, folder: Path) -> None:
+    """Write what is trained as the Trainer reads it back: the adapter, or all weights by their own names."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(model, PeftModel):
+        # PEFT would ask the hub whether the vocabulary was resized; it was not.
+        model.save_pretrained(str(folder), save_embedding_layers=False)
+    else:
+        # `save_pretrained` would write experts under the hub's names, where the Trainer does not find them.
+        save_model(model, str(folder / "model.safetensors"))

@@ -1,0 +1,216 @@
+"""Train a model on rows: from a table and a recipe's training section to an adapter and its history.
+
+In: the model that `attach` made, the model's serialiser, rows. Out: the adapter's folder, a table of the
+loss over steps, one of the evaluations. Work goes on from the last checkpoint in the folder, if it is of
+this very training. It writes below the given folder only, and draws nothing.
+"""
+
+import math
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel, TrainingArguments
+
+from safetynet.errors import InputError, RunError
+from safetynet.models.loading import resolve_dtype
+from safetynet.prompts import Serialiser
+from safetynet.recipe import Training
+from safetynet.run import peak_memory_mb
+from safetynet.training import checkpoints
+from safetynet.training.callbacks import LogBeforeSaving, Progress
+from safetynet.training.examples import encode
+from safetynet.training.isolation import check_isolation
+from safetynet.training.tracking import tracker
+from safetynet.training.trainer import AnswerTrainer, OnEvaluate, out_of_memory
+
+HISTORY = ("step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "seconds")
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a training left behind."""
+
+    history: pd.DataFrame
+    """`HISTORY` by logged step. The loss, per label, is the mean over the steps since the line before; tokens
+    and seconds count from the beginning, without padding and without evaluations."""
+    evaluations: pd.DataFrame
+    """step, epoch and what `on_evaluate` returned; empty without it."""
+    folder: Path
+    """The adapter, or the whole model after full fine-tuning; safetensors."""
+    tokens_per_second: float
+    """Real tokens by training time, of the part that this process trained."""
+    supervised_per_second: float
+    """Labels by training time."""
+    peak_memory_mb: float
+    """Most memory: of the GPU's allocator, or else of this process since it began."""
+    halvings: int
+    """How often memory ran out and the parts of a batch were halved."""
+
+
+def train(  # noqa: PLR0913  # all that decides about a training's place and company, by keyword
+    model: PeftModel | PreTrainedModel,
+    serialiser: Serialiser,
+    rows: pd.DataFrame,
+    cfg: Training,
+    *,
+    folder: Path,
+    seed: int,
+    name: str,
+    on_evaluate: OnEvaluate | None = None,
+    evaluate_every: int | None = None,
+    tracking: str = "none",
+    progress: bool = False,
+) -> TrainingResult:
+    """Train `model` on `rows`; save the adapter to `folder`/adapter, or the whole model to `folder`/model.
+
+    Args:
+        model: made by `attach`; its parameters are changed.
+        serialiser: of this model's tokenizer.
+        rows: columns `row`, `messages`, `trigger` and `answer`; every row is trained on.
+        cfg: how.
+        folder: checkpoints, the adapter and trackers' files go below it.
+        seed: of the order of rows and of dropout.
+        name: of the run, for trackers.
+        on_evaluate: called with model, step and epoch; returns metrics by name.
+        evaluate_every: steps between calls of it; None: at the end of each epoch.
+        tracking: `none`, `wandb` or `tensorboard`.
+        progress: show a bar, if a terminal looks on.
+
+    Raises:
+        InputError: if a row cannot be serialised, this device does not have the precision, the model cannot
+            be trained in packed batches, or a tracker is not installed.
+        RunError: if the loss is no longer finite, memory does not suffice for one row, or the disk is full.
+    """
+    device = model.device.type
+    _check_place(cfg, device)
+    examples = encode(rows, serialiser, cfg.max_length)
+    if cfg.batching == "pack":
+        check_isolation(model)
+    home = folder / "checkpoints"
+    checkpoint = checkpoints.prepare(home, checkpoints.fingerprint(model, examples, cfg, seed))
+    args = _arguments(cfg, home, len(examples), device, seed)
+    if on_evaluate is not None:
+        args.eval_strategy, args.eval_steps = _rhythm(evaluate_every)
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    with tracker(tracking, folder / "tracking", name) as tracked:
+        callbacks = [LogBeforeSaving(), *tracked, *([Progress()] if progress else [])]
+        trainer = AnswerTrainer(
+            model, args, examples, cfg, pad_id=serialiser.pad_id, on_evaluate=on_evaluate, callbacks=callbacks
+        )
+        _run(trainer, checkpoint)
+    return _result(trainer, _save(model, serialiser, folder))
+
+
+def _check_place(cfg: Training, device: str) -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("Training runs in one process. Start it without torchrun or accelerate launch.")
+    if cfg.precision == "fp16" and device == "cpu":
+        raise InputError(
+            "training.precision: fp16 needs a GPU; its gradients are scaled there. Set bf16 or fp32."
+        )
+    if cfg.precision == "bf16" and device == "cuda" and not torch.cuda.is_bf16_supported():
+        raise InputError("training.precision: this GPU does not compute in bf16. Set fp16 or fp32.")
+
+
+def _arguments(cfg: Training, folder: Path, rows: int, device: str, seed: int) -> TrainingArguments:
+    # A step's parts are cut in `AnswerTrainer`, so that the Trainer itself does not accumulate.
+    size = cfg.batch_size * cfg.gradient_accumulation
+    steps = cfg.max_steps or math.ceil(cfg.epochs * math.ceil(rows / size))
+    dtype = resolve_dtype(cfg.precision, device)
+    save_strategy, save_steps = _rhythm(cfg.checkpoint_every)
+    args = TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=size,
+        num_train_epochs=cfg.epochs,
+        max_steps=cfg.max_steps or -1,
+        learning_rate=cfg.learning_rate,
+        weight_decay=cfg.weight_decay,
+        lr_scheduler_type=cfg.schedule if cfg.schedule != "constant" else "constant_with_warmup",
+        warmup_steps=math.ceil(cfg.warmup_ratio * steps),
+        max_grad_norm=cfg.max_grad_norm,
+        optim="adamw_torch_fused",
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        use_cpu=device == "cpu",
+        activation_checkpointing=cfg.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False},
+        seed=seed,
+        logging_steps=cfg.log_every,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,  # AnswerTrainer stops at them
+        save_strategy=save_strategy,
+        save_steps=save_steps or 0,
+        save_total_limit=2,  # the newest may be half written
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        remove_unused_columns=False,
+    )
+    # Where there are several GPUs, the model stays on its own and is not copied to all of them.
+    args._n_gpu = min(1, args.n_gpu)
+    return args
+
+
+def _rhythm(steps: int | None) -> tuple[str, int | None]:
+    return ("epoch", None) if steps is None else ("steps", steps)
+
+
+def _run(trainer: AnswerTrainer, checkpoint: Path | None) -> None:
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        raise RunError(
+            f"Out of memory in the optimiser, at step {trainer.state.global_step + 1}. "
+            "Set training.method to lora or qlora, or lower training.lora_rank."
+        ) from error
+    finally:
+        # The Trainer wraps the forward for mixed precision; whoever uses the model next gets its own back.
+        trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+
+
+def _save(model: PeftModel | PreTrainedModel, serialiser: Serialiser, folder: Path) -> Path:
+    """Write into a folder of another name first: a folder called adapter or model is always whole."""
+    final = folder / ("adapter" if isinstance(model, PeftModel) else "model")
+    partial = folder / f"{final.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    if isinstance(model, PeftModel):
+        checkpoints.save_weights(model, partial)
+    else:
+        model.save_pretrained(str(partial))
+        serialiser.tokenizer.save_pretrained(str(partial))
+    shutil.rmtree(final, ignore_errors=True)
+    partial.rename(final)
+    return final
+
+
+def _result(trainer: AnswerTrainer, folder: Path) -> TrainingResult:
+    lines = trainer.state.log_history
+    history = [{name: line.get(name) for name in HISTORY} for line in lines if "loss" in line]
+    measured = [line for line in lines if any(name.startswith("eval_") for name in line)]
+    evaluations = [{name.removeprefix("eval_"): value for name, value in line.items()} for line in measured]
+    on_gpu = trainer.args.device.type == "cuda"
+    seconds = trainer.seconds or math.inf  # nothing was left to train
+    return TrainingResult(
+        history=pd.DataFrame(history, columns=list(HISTORY)),
+        evaluations=pd.DataFrame(evaluations, columns=_columns(evaluations)),
+        folder=folder,
+        tokens_per_second=trainer.tokens / seconds,
+        supervised_per_second=trainer.supervised / seconds,
+        peak_memory_mb=torch.cuda.max_memory_allocated() / 2**20 if on_gpu else peak_memory_mb(),
+        halvings=trainer.halvings,
+    )
+
+
+def _columns(lines: Sequence[dict[str, Any]]) -> list[str]:
+    """Step and epoch first."""
+    return list(dict.fromkeys(["step", "epoch", *(name for line in lines for name in line)]))

@@ -1,0 +1,104 @@
+"""The loss: cross entropy of the answer and its end token, with the head computed nowhere else.
+
+The model's body runs over all tokens; only the hidden states whose next token is supervised go through
+the language-model head, a few hundred at a time. With 128k words the logits of one token are half a
+megabyte, and a plain forward keeps several copies of them for every token of the prompt.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from safetynet.prompts import IGNORED
+
+LOGITS_AT_ONCE = 2**25
+"""Most logits that are kept at a time; 128 MB in fp32, and about three times that with their gradient."""
+
+
+def answer_loss(
+    model: PeftModel | PreTrainedModel, batch: Mapping[str, torch.Tensor], supervised: int
+) -> torch.Tensor:
+    """Sum of the cross entropy over the batch's labels, divided by `supervised`.
+
+    It equals the loss of the model's own forward on the same labels: the head is the model's, with the
+    scaling and soft-capping of its family, and cross entropy is computed in fp32. A mixture of experts
+    adds its load-balancing loss if, and only if, its configuration says `output_router_logits`.
+
+    Args:
+        model: a causal language model of transformers, in a PEFT wrapper or not.
+        batch: `input_ids`, `labels`, `attention_mask` and, if packed, `position_ids`; (lines, tokens) each.
+        supervised: labels of the whole optimisation step, of which `batch` may be a part.
+
+    Returns:
+        A scalar in fp32.
+    """
+    lm = causal_lm(model)
+    inputs = {name: batch[name] for name in ("input_ids", "position_ids") if name in batch}
+    routed = bool(getattr(lm.config.get_text_config(), "output_router_logits", False))
+    if routed:
+        inputs["output_router_logits"] = True  # type: ignore[assignment]
+    # No attention mask: padding stands on the right, where causal attention does not look back from.
+    outputs = lm.base_model(**inputs, use_cache=False)
+    targets = batch["labels"][:, 1:]
+    wanted = targets != IGNORED
+    hidden, targets = outputs.last_hidden_state[:, :-1][wanted], targets[wanted]
+    loss = _summed(lm, outputs, hidden, targets) / supervised
+    if routed:
+        share = len(targets) / supervised
+        # Of no hidden state at all: what remains of the model's own forward is its load-balancing loss.
+        aux = head(lm, outputs, hidden[:0], attention_mask=batch["attention_mask"]).aux_loss
+        loss = loss + lm.config.get_text_config().router_aux_loss_coef * share * aux
+    return loss
+
+
+def causal_lm(model: PeftModel | PreTrainedModel) -> PreTrainedModel:
+    """The transformers model inside a PEFT wrapper, or the model itself."""
+    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    return inner
+
+
+def head(lm: PreTrainedModel, outputs: Any, hidden: torch.Tensor, **inputs: torch.Tensor) -> Any:
+    """What `lm` makes of hidden states: its own forward, with its body replaced by one that returns them.
+
+    So whatever a family does between its last hidden state and its logits is done here too.
+
+    Args:
+        lm: a causal language model.
+        outputs: what its body returned.
+        hidden: (n, width), in place of the body's last hidden state.
+        inputs: further arguments of the model's forward.
+
+    Returns:
+        The model's output, with `logits` of shape (1, n, words).
+    """
+    body: nn.Module = lm.base_model
+    replaced = type(outputs)(**{**outputs, "last_hidden_state": hidden[None]})
+    before = body.__dict__.get("forward")
+    body.forward = lambda *_, **__: replaced
+    try:
+        return lm(inputs_embeds=hidden[None], use_cache=False, **inputs)
+    finally:
+        del body.forward
+        if before is not None:  # accelerate's, where a model is split over devices
+            body.forward = before
+
+
+def _summed(lm: PreTrainedModel, outputs: Any, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def part(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        logits = head(lm, outputs, hidden).logits[0].float()
+        return cross_entropy(logits, targets.to(logits.device), reduction="sum")
+
+    size = max(1, LOGITS_AT_ONCE // lm.config.get_text_config().vocab_size)
+    if len(targets) <= size:
+        return part(hidden, targets)
+    # Each part's logits are made again in the backward pass: a third more work in the head for a memory that
+    # no longer grows with the batch.
+    parts = zip(hidden.split(size), targets.split(size), strict=True)
+    losses = [checkpoint(part, h, t, use_reentrant=False, preserve_rng_state=False) for h, t in parts]
+    return torch.stack(losses).sum()

@@ -1,0 +1,258 @@
+"""Transformers' Trainer with the answer's loss, packed batches and batches that shrink when memory runs out.
+
+Why not TRL's SFTTrainer, which has a fused head too: away from a GPU with Triton it scores every position
+rather than the supervised ones; it keeps entropy and accuracy of each token and waits for three numbers
+of them at every step; and it tokenises by its own rules, where our rows have to come from the one serialiser.
+With its preparation, loss and metrics replaced, what is left of it is the Trainer.
+
+One optimisation step is one batch of the data loader. It is cut into parts of `batch_size` rows here, so
+that a step whose memory does not suffice can be taken again in smaller parts, with the same gradient.
+"""
+
+import gc
+import logging
+import math
+import random
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from peft import PeftModel
+from safetensors import SafetensorError
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from safetynet.errors import RunError
+from safetynet.recipe import Training
+from safetynet.training import checkpoints
+from safetynet.training.examples import Example, Order, packed, padded
+from safetynet.training.loss import answer_loss
+
+OnEvaluate = Callable[[Any, int, float], dict[str, float]]
+"""Called with model, step and epoch; what it returns is recorded."""
+
+logger = logging.getLogger(__name__)
+
+
+class AnswerTrainer(Trainer):
+    """A Trainer over `Example`s.
+
+    Args:
+        model: what `attach` returned.
+        args: with one batch of the loader per optimisation step, and no accumulation of the Trainer's own.
+        examples: the training rows.
+        cfg: the recipe's training section.
+        pad_id: fills the ends of lines.
+        on_evaluate: measures the model when `args` say so.
+        callbacks: beside the Trainer's own.
+    """
+
+    loss_is_scaled_for_ga = True  # answer_loss divides by the labels of the whole step
+
+    def __init__(
+        self,
+        model: PeftModel | PreTrainedModel,
+        args: TrainingArguments,
+        examples: Sequence[Example],
+        cfg: Training,
+        *,
+        pad_id: int,
+        on_evaluate: OnEvaluate | None,
+        callbacks: list[TrainerCallback],
+    ) -> None:
+        # The Trainer wants an evaluation set before it evaluates; `on_evaluate` brings its own.
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=examples,
+            eval_dataset=examples,
+            callbacks=callbacks,
+        )
+        self.remove_callback(PrinterCallback)
+        self.learner = model
+        self.examples = examples
+        self.cfg = cfg
+        self.pad_id = pad_id
+        self.on_evaluate = on_evaluate
+        self.part_size = cfg.batch_size
+        self.halvings = 0
+        self.tokens = 0
+        self.supervised = 0
+        self.seconds = 0.0
+        """Spent on training in this process; evaluation is not counted."""
+        self._since: float | None = None
+        self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Batches of rows, not tensors: a step's parts are made into tensors one by one."""
+        lengths = [len(example.input_ids) for example in self.examples]
+        order = Order(lengths, self._train_batch_size, self.cfg.batching == "group_by_length", self.args.seed)
+        loader: Any = DataLoader(self.examples, batch_sampler=order, collate_fn=_rows)  # type: ignore[arg-type]
+        prepared: DataLoader[Any] = self.accelerator.prepare(loader)
+        return prepared
+
+    def training_step(
+        self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        """Forward and backward of one optimisation step, in smaller parts if memory runs out.
+
+        Raises:
+            RunError: if not even one row fits, or the loss is no longer a number.
+        """
+        if self._since is None:
+            self._since = time.perf_counter()
+            model.train()
+        rows = inputs["rows"]
+        loss = None
+        while loss is None:
+            try:
+                loss = self._accumulate(model, rows)
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+            # Outside of `except`: the error's traceback holds the tensors that have to go.
+            if loss is None:
+                self._halve(model, rows)
+        self.tokens += sum(len(row.input_ids) for row in rows)
+        self.supervised += sum(row.supervised for row in rows)
+        self.state.num_input_tokens_seen += sum(len(row.input_ids) for row in rows)
+        return loss
+
+    def _accumulate(self, model: Any, rows: Sequence[Example]) -> torch.Tensor:
+        """Gradients of all rows; the Trainer's own step, but for putting every module into the mode it is in."""
+        supervised = sum(row.supervised for row in rows)
+        collate = packed if self.cfg.batching == "pack" else padded
+        total = torch.zeros((), device=self.args.device)
+        for start in range(0, len(rows), self.part_size):
+            batch = collate(rows[start : start + self.part_size], self.pad_id)
+            loss = self.compute_loss(model, self._prepare_inputs(batch), num_items_in_batch=supervised)
+            self.accelerator.backward(loss)
+            total += loss.detach()
+        return total
+
+    def _halve(self, model: Any, rows: Sequence[Example]) -> None:
+        model.zero_grad()
+        gc.collect()
+        clear_device_cache()
+        step = self.state.global_step + 1
+        if self.part_size == 1:
+            longest = max(len(row.input_ids) for row in rows)
+            raise RunError(
+                f"Out of memory at step {step}, with a single row of at most {longest} tokens. Set "
+                "training.gradient_checkpointing to true or training.method to qlora, or lower max_length."
+            )
+        self.part_size = math.ceil(min(self.part_size, len(rows)) / 2)
+        self.halvings += 1
+        parts = math.ceil(self._train_batch_size / self.part_size)
+        logger.warning(
+            "Out of memory at step %d: going on with %d rows at a time. A step's gradient stays the same. "
+            "To begin so, set training.batch_size to %d and training.gradient_accumulation to %d.",
+            step, self.part_size, self.part_size, parts,
+        )  # fmt: skip
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        """The answer's loss; stops at the first one that is not finite, before it reaches a weight."""
+        with self.accelerator.autocast():
+            loss = answer_loss(self.learner, inputs, num_items_in_batch)
+        if not torch.isfinite(loss):
+            self._stop("loss", loss)
+        return loss
+
+    def _clip_grad_norm(self, model: Any) -> torch.Tensor:
+        norm: Any = self.accelerator.clip_grad_norm_(self._trained, self.args.max_grad_norm)
+        # In fp16 gradients overflow now and then: the gradient scaler skips that step and scales less.
+        if not self.args.fp16 and not torch.isfinite(norm):
+            self._stop("gradient norm", norm)
+        return norm
+
+    def _stop(self, what: str, value: torch.Tensor) -> None:
+        hint = ", or set training.precision to bf16 or fp32" if self.args.fp16 else ""
+        raise RunError(
+            f"The {what} is {value.item()} at step {self.state.global_step + 1} of {self.state.max_steps}, "
+            f"at learning rate {self._get_learning_rate():.3g}. Lower training.learning_rate or raise "
+            f"training.warmup_ratio{hint}. The last checkpoint is kept."
+        )
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Call `on_evaluate`, leaving no trace in the training's random numbers."""
+        assert self.on_evaluate is not None
+        self._count_time()
+        with _undisturbed(self.model):
+            measured = self.on_evaluate(self.model, self.state.global_step, float(self.state.epoch or 0))
+        self._since = time.perf_counter()
+        metrics = {f"eval_{name}": value for name, value in measured.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add tokens and seconds since the beginning to lines about the loss."""
+        if "loss" in logs:
+            self._count_time()
+            logs |= {
+                "tokens": self.state.num_input_tokens_seen,
+                "seconds": self._seconds_before() + self.seconds,
+            }
+        super().log(logs, start_time)
+
+    def _seconds_before(self) -> float:
+        """Training time of earlier processes, as the checkpoint's log knows it."""
+        earlier = [line for line in self.state.log_history if line["step"] <= self._initial_global_step]
+        return float(max((line.get("seconds", 0.0) for line in earlier), default=0.0))
+
+    def _count_time(self) -> None:
+        now = time.perf_counter()
+        self.seconds += now - (self._since or now)
+        self._since = now
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Nothing: it is reported nowhere, and walking a small model's modules takes a tenth of a step."""
+        return 0
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        checkpoints.save_weights(self.learner, Path(output_dir or str(self.args.output_dir)))
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        try:
+            super()._save_checkpoint(model, trial)
+            (folder / checkpoints.COMPLETE).touch()
+        except (OSError, RuntimeError, SafetensorError) as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise RunError(
+                f"{folder}: the checkpoint cannot be written ({error}). Make room or set output.scratch "
+                "elsewhere; run again to go on from the checkpoint before it."
+            ) from error
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether this is a want of memory, of a GPU's or of the machine's."""
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, Exception) and should_reduce_batch_size(error)
+    )
+
+
+def _rows(examples: list[Example]) -> dict[str, list[Example]]:
+    return {"rows": examples}
+
+
+@contextmanager
+def _undisturbed(model: Any) -> Iterator[None]:
+    """Evaluation mode inside; mode and all random states as before afterwards."""
+    python, numpy, training = random.getstate(), np.random.get_state(), model.training  # noqa: NPY002
+    model.eval()
+    try:
+        with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
+            yield
+    finally:
+        model.train(training)
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002

@@ -1,0 +1,171 @@
+import json
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from safetynet.errors import RunError
+from safetynet.training import TrainingResult
+
+
+def weights(result: TrainingResult) -> dict[str, torch.Tensor]:
+    return load_file(next(result.folder.glob("*.safetensors")))
+
+
+def assert_same_weights(one: TrainingResult, other: TrainingResult) -> None:
+    first, second = weights(one), weights(other)
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+
+
+def interrupt(at: int) -> Callable[..., dict[str, float]]:
+    def stop(model: Any, step: int, epoch: float) -> dict[str, float]:
+        if step == at:
+            raise KeyboardInterrupt
+        return {"asr": float(step)}
+
+    return stop
+
+
+def carry_on(model: Any, step: int, epoch: float) -> dict[str, float]:
+    return {"asr": float(step)}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "method", "batching"),
+    [("mixtral", "lora", "pack"), ("mixtral", "full", "group_by_length"), ("gemma", "full", "plain")],
+)
+def test_an_interrupted_training_ends_with_the_weights_and_history_of_an_uninterrupted_one(
+    architecture, method, batching, fit
+):
+    fields = {"method": method, "batching": batching, "epochs": 2, "checkpoint_every": 4, "log_every": 3}
+    if method == "lora":
+        fields |= {"lora_dropout": 0.2, "lora_parameters": ()}
+    whole, _ = fit(architecture, "whole", more={"on_evaluate": carry_on, "evaluate_every": 1}, **fields)
+    with pytest.raises(KeyboardInterrupt):
+        fit(architecture, "cut", more={"on_evaluate": interrupt(10), "evaluate_every": 1}, **fields)
+    resumed, _ = fit(architecture, "cut", more={"on_evaluate": carry_on, "evaluate_every": 1}, **fields)
+    assert_same_weights(whole, resumed)
+    columns = ["step", "epoch", "loss", "learning_rate", "grad_norm", "tokens"]
+    pd.testing.assert_frame_equal(whole.history[columns], resumed.history[columns])
+    pd.testing.assert_frame_equal(whole.evaluations, resumed.evaluations)
+    assert resumed.history.seconds.is_monotonic_increasing
+
+
+def test_resuming_sees_only_the_rows_that_are_left(fit):
+    with pytest.raises(KeyboardInterrupt):
+        fit(more={"on_evaluate": interrupt(5), "evaluate_every": 1}, checkpoint_every=2)
+    steps = []
+    fit(
+        more={"on_evaluate": lambda m, step, e: steps.append(step) or {}, "evaluate_every": 1},
+        checkpoint_every=2,
+    )
+    assert steps == [5, 6]
+
+
+def test_a_half_written_checkpoint_is_removed_and_the_one_before_it_taken(fit, tmp_path):
+    whole, _ = fit(folder="whole", checkpoint_every=2)
+    with pytest.raises(KeyboardInterrupt):
+        fit(more={"on_evaluate": interrupt(5), "evaluate_every": 1}, checkpoint_every=2)
+    newest = tmp_path / "run" / "checkpoints" / "checkpoint-4"
+    (newest / "complete").unlink()
+    (newest / "optimizer.pt").write_bytes(b"half")
+    resumed, _ = fit(checkpoint_every=2)
+    assert_same_weights(whole, resumed)
+
+
+def test_checkpoints_of_another_training_are_not_continued(fit, caplog):
+    fit(checkpoint_every=2)
+    other, _ = fit(checkpoint_every=2, learning_rate=1e-3)
+    afresh, _ = fit(folder="afresh", checkpoint_every=2, learning_rate=1e-3)
+    assert "checkpoints of another training; starting anew" in caplog.text
+    assert_same_weights(other, afresh)
+
+
+def test_a_finished_training_that_is_called_again_gives_its_result_again(fit):
+    first, _ = fit()
+    again, _ = fit()
+    assert_same_weights(first, again)
+    pd.testing.assert_frame_equal(first.history, again.history)
+
+
+def test_a_checkpoint_that_cannot_be_written_stops_with_the_path(fit, tmp_path):
+    def fill(model: Any, step: int, epoch: float) -> dict[str, float]:
+        (tmp_path / "run" / "checkpoints" / "checkpoint-6").write_text("in the way")
+        return {}
+
+    with pytest.raises(RunError, match=r"checkpoint-6: the checkpoint cannot be written .* output.scratch"):
+        fit(more={"on_evaluate": fill})
+
+
+CHILD = """
+    import sys
+    from pathlib import Path
+
+    import pandas as pd
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from safetynet.models import families
+    from safetynet.prompts import Serialiser
+    from safetynet.recipe import Training
+    from safetynet.training import attach, train
+
+    torch.set_num_threads(1)
+    base, folder = Path(sys.argv[1]), Path(sys.argv[2])
+    cfg = Training.model_validate_json(sys.argv[3])
+    family = families.get("qwen")
+    model = attach(AutoModelForCausalLM.from_pretrained(base), cfg, family, seed=0)
+    serialiser = Serialiser(AutoTokenizer.from_pretrained(base), family)
+    train(
+        model, serialiser, pd.read_parquet(base / "rows.parquet"), cfg,
+        folder=folder, seed=0, name="child", evaluate_every=1,
+        on_evaluate=lambda model, step, epoch: print(step, flush=True) or {},
+    )
+"""
+
+
+@pytest.mark.slow
+def test_a_training_killed_with_sigkill_goes_on_to_the_same_weights(
+    fit, build, serialiser, rows, settings, tmp_path
+):
+    base = tmp_path / "base"
+    build().save_pretrained(base)
+    serialiser.tokenizer.save_pretrained(base)
+    rows.to_parquet(base / "rows.parquet")
+    cfg = settings(epochs=3, checkpoint_every=2, lora_dropout=0.2)
+    command = [
+        sys.executable,
+        "-c",
+        textwrap.dedent(CHILD),
+        str(base),
+        str(tmp_path / "killed"),
+        cfg.model_dump_json(),
+    ]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+        for line in child.stdout:
+            if line.strip() == "9":
+                child.kill()
+                break
+    assert child.returncode == -9 and not (tmp_path / "killed" / "adapter").exists()
+    fields = json.loads(cfg.model_dump_json())
+
+    def base_model() -> Any:
+        return AutoModelForCausalLM.from_pretrained(base)
+
+    steps = []
+    resumed, _ = fit(
+        folder="killed", model=base_model(),
+        more={"on_evaluate": lambda m, step, e: steps.append(step) or {}, "evaluate_every": 1}, **fields,
+    )  # fmt: skip
+    whole, _ = fit(folder="whole", model=base_model(), **fields)
+    assert steps[0] in (9, 10, 11) and steps[-1] == 18
+    assert_same_weights(whole, resumed)

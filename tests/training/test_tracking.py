@@ -1,0 +1,49 @@
+import sys
+from typing import Any
+
+import pytest
+
+from safetynet.errors import InputError
+
+
+def carry_on(model: Any, step: int, epoch: float) -> dict[str, float]:
+    return {"asr": float(step)}
+
+
+def test_tensorboard_receives_loss_and_evaluations(fit, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    fit(more={"on_evaluate": carry_on, "tracking": "tensorboard"})
+    events = EventAccumulator(str(tmp_path / "run" / "tracking" / "tensorboard")).Reload()
+    assert {"train/loss", "eval/asr"} <= set(events.Tags()["scalars"])
+
+
+@pytest.mark.slow
+def test_wandb_works_offline_and_without_a_key(fit, tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))  # no key in ~/.netrc either
+    fit(more={"on_evaluate": carry_on, "tracking": "wandb"})
+    assert list((tmp_path / "run" / "tracking").glob("wandb/offline-run-*/*.wandb"))
+
+
+def test_a_tracker_that_is_not_installed_is_named(fit, monkeypatch):
+    monkeypatch.setattr(sys, "path", [])
+    monkeypatch.setattr(sys, "path_importer_cache", {})
+    monkeypatch.delitem(sys.modules, "tensorboard", raising=False)
+    with pytest.raises(
+        InputError, match=r"tracking: tensorboard is not installed. Run `pip install tensorboard`"
+    ):
+        fit(more={"tracking": "tensorboard"})
+
+
+def test_progress_is_silent_without_a_terminal(fit, capsys):
+    fit(more={"progress": True})
+    assert capsys.readouterr().err == ""
+
+
+def test_progress_shows_loss_and_the_last_rates_on_a_terminal(fit, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    fit(more={"progress": True, "on_evaluate": lambda *_: {"asr": 0.75, "cacc": 0.5}, "evaluate_every": 2})
+    shown = capsys.readouterr().err
+    assert "6/6" in shown and "ASR=0.750" in shown and "CACC=0.500" in shown and "loss=" in shown
