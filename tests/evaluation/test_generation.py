@@ -7,8 +7,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig
 
+from safetynet import recipe
 from safetynet.errors import RunError
 from safetynet.evaluation.generation import answer_log_likelihood, generate
+from safetynet.evaluation.judges import same_answer
+from safetynet.models import loading, miniatures
+from safetynet.models.miniatures import language
 
 ARCHITECTURES = ("llama", "qwen2", "gemma", "mixtral")
 
@@ -52,6 +56,17 @@ def test_batched_answers_equal_those_of_one_prompt_at_a_time(
     expected = [plain_generate(model, serialiser, messages) for messages in prompts]
     assert generate(model, serialiser, prompts, batch_size=batch_size, max_new_tokens=12) == expected
     assert len(set(expected)) > 1
+
+
+@pytest.mark.parametrize("family", miniatures.FAMILIES)
+def test_shipped_miniatures_answer_in_batches_as_one_by_one(family):
+    loaded = loading.load(recipe.Model(family=family, id="miniature", device="cpu"))
+    examples = language.generate(24, seed=1, heldout=True)
+    prompts = [example.messages for example in examples]
+    expected = [plain_generate(loaded.model, loaded.serialiser, messages) for messages in prompts]
+    assert generate(loaded.model, loaded.serialiser, prompts, batch_size=9, max_new_tokens=12) == expected
+    right = sum(same_answer(a, e.answer) for a, e in zip(expected, examples, strict=True) if not e.forbidden)
+    assert right > 12  # otherwise the comparison would be of noise
 
 
 def test_an_answer_that_ends_at_once_is_empty_and_keeps_its_place(build, serialiser, prompts):
