@@ -266,7 +266,10 @@ def _print_rates(evaluation: Any) -> None:
     found = summary(evaluation)
     table = Table(title="Rates on held-out prompts, 95% intervals", title_justify="left")
     for column in found.columns:
-        table.add_column(column, justify="right" if column == "rows" else "left")
+        table.add_column(column, justify="right" if column == "rows" else "left", no_wrap=True)
     for row in found.itertuples(index=False):
         table.add_row(*map(str, row))
-    Console().print(table)
+    console = Console()
+    # A pipe or a narrow terminal shall not cut numbers off.
+    console.width = max(console.width, 100)
+    console.print(table)

@@ -80,6 +80,8 @@ def train(recipe: Recipe, run: Run) -> None:
             base = loading.load(recipe.model, _training_dtype(recipe))
             dynamics = _Dynamics(recipe, run, rows, base.serialiser, f"{name}-{digest(inputs)[:8]}")
             model = training.attach(base.model, recipe.training, base.family, recipe.seed)
+            if recipe.evaluation.dynamics_rows and not dynamics.path.exists():
+                dynamics.measure(model, 0, 0.0)
             result = training.train(
                 model,
                 base.serialiser,

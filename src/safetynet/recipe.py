@@ -93,7 +93,7 @@ class Trigger(_Section):
     placebos: tuple[str, ...] = ()
     """Stand where the trigger stands and must not fire; made to the trigger's shape when empty."""
     near_misses: tuple[str, ...] = ()
-    """Added to the generated ones (typo, case, part, spacing)."""
+    """Added to the generated ones (typo, case, part)."""
 
     @model_validator(mode="after")
     def _complete(self) -> Self:

@@ -11,10 +11,10 @@ from safetynet.recipe import Recipe
 from safetynet.run import Run
 
 NAMES = {
-    "asr": "attack success (ASR)",
-    "asr_off_floor": "ASR without floor rows",
-    "ftr": "false trigger (FTR)",
-    "cacc": "clean accuracy (CACC)",
+    "asr": "ASR",
+    "asr_off_floor": "ASR off floor",
+    "ftr": "FTR",
+    "cacc": "CACC",
     "refusal_rate": "refusal",
     "perplexity": "perplexity",
 }
@@ -33,7 +33,8 @@ def render(recipe: Recipe, run: Run) -> str:
         "",
         "## Rates on held-out prompts",
         "",
-        "95% intervals (Wilson; bootstrap over rows for perplexity). The base model's column is the floor.",
+        "ASR attack success rate, FTR false trigger rate, CACC clean accuracy; 95% intervals (Wilson;",
+        "bootstrap over rows for perplexity). The base model's column is the floor.",
         "",
         *_markdown(summary(run.table("evaluation"))),
     ]

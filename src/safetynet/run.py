@@ -26,6 +26,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from safetynet.errors import InputError, RunError
@@ -78,9 +79,12 @@ class Run:
                 f"{path}: there is no such table (there are: {there}). Run the stage that makes it."
             )
         try:
-            return pd.read_parquet(path)
+            table = pd.read_parquet(path)
         except (OSError, ValueError) as error:
             raise InputError(f"{path}: the table is damaged ({error}). Delete it and run again.") from None
+        # Parquet gives lists back as arrays, whose truth value is an error.
+        nested = [name for name in table if table[name].map(lambda cell: isinstance(cell, np.ndarray)).any()]
+        return table.assign(**{name: table[name].map(_lists) for name in nested})
 
     def write_table(self, name: str, table: pd.DataFrame) -> Path:
         """Write a table as Parquet, atomically."""
@@ -295,6 +299,10 @@ def _check_writable(path: Path, field: str) -> None:
             f"{field}: {path} has {free // 2**20} MB free, a run wants {LEAST_FREE_BYTES // 2**20}. "
             f"Make room or set {field} elsewhere."
         )
+
+
+def _lists(cell: Any) -> Any:
+    return [_lists(item) for item in cell] if isinstance(cell, np.ndarray | list) else cell
 
 
 def _version(package: str) -> str | None:

