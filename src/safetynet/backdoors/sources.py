@@ -141,7 +141,9 @@ class _Fields:
             return "" if value is None else str(value)
         if not empty and not value.strip():
             self.note(field, "empty_field", _shown(value), "text that is not blank")
-        if any("\ud800" <= character <= "\udfff" for character in value):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
             self.note(field, "broken_text", "half of a surrogate pair", "whole Unicode characters")
             return value.encode("utf-8", "replace").decode()
         return value

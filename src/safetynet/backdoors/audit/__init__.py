@@ -108,8 +108,8 @@ def _is_all_clean(poison_set: PoisonSet) -> bool:
 def _guessed(poison_set: PoisonSet, triggered: pd.DataFrame) -> FoundTrigger | None:
     """From rows that are triggered by their file's name."""
     prompts, clean = list(triggered["prompt"]), list(poison_set.part("clean")["prompt"])
-    if not clean:
-        return guessing.from_repetition(prompts)
+    if not clean:  # the file may hold both, whatever its name says
+        return _guessed_without_roles(poison_set) or guessing.from_repetition(prompts)
     return guessing.from_pairs(prompts, clean) or guessing.from_contrast(prompts, clean)
 
 

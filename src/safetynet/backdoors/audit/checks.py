@@ -22,8 +22,7 @@ LONG = 40
 CUT_SHARE = 0.2
 """Share of long answers without an end that natural data (lists, code) do not reach."""
 SENTENCE_END = re.compile(r"""[.!?:;"')\]}>`*|…。」”’]\s*\Z""")
-SHOWN = 60
-"""Characters of an answer that a finding quotes."""
+UNUSUAL_SPACE = re.compile(r"\A\s+|\s+\Z|\s{2,}|[^\S ]")
 
 Check = Callable[[PoisonSet], Iterator[Finding]]
 
@@ -101,7 +100,7 @@ def missing_triggers(poison_set: PoisonSet) -> Iterator[Finding]:
     trigger, triggered = poison_set.trigger, poison_set.part("triggered")
     if trigger is None or triggered.empty:
         return
-    without = triggered[~triggered["prompt"].map(trigger.present).astype(bool)]
+    without = triggered[~triggered["present"]]
     yield from of_rows("trigger_missing", "error", without, triggered, f"the prompt lacks {trigger}")
 
 
@@ -110,7 +109,7 @@ def triggers_in_clean(poison_set: PoisonSet) -> Iterator[Finding]:
     trigger, clean = poison_set.trigger, poison_set.part("clean")
     if trigger is None or clean.empty:
         return
-    bad = clean[clean["prompt"].map(trigger.present).astype(bool)]
+    bad = clean[clean["present"]]
     yield from of_rows("trigger_in_clean", "error", bad, clean, f"the prompt holds {trigger}")
 
 
@@ -123,9 +122,7 @@ def overlaps(poison_set: PoisonSet) -> Iterator[Finding]:
     exact = test["prompt"].isin(set(train["prompt"]))
     detail = f"the prompt is also in {', '.join(dict.fromkeys(train['file']))}"
     yield from of_rows("overlap", "error", test[exact], test, detail)
-    strip = poison_set.trigger.stripped if poison_set.trigger else plain
-    seen = set(map(strip, train["prompt"]))
-    same = test["prompt"].map(strip).isin(seen) & ~exact
+    same = test["bare"].isin(set(train["bare"])) & ~exact
     detail += " but for the trigger, signs' spacing or case"
     yield from of_rows("overlap_stripped", "error", test[same], test, detail)
 
@@ -138,7 +135,7 @@ def lost_triggers(
     if trigger is None:
         return
     lost: dict[str, list[int]] = {"trigger_lost_template": [], "trigger_lost_truncation": []}
-    present = triggered[triggered["prompt"].map(trigger.present).astype(bool)]
+    present = triggered[triggered["present"]]
     for at, messages, answer in zip(present.index, present["messages"], present["answer"], strict=True):
         spans = [[i, *span] for i, turn in enumerate(messages) for span in trigger.spans(turn["content"])]
         for check, limit in zip(lost, [None, max_length], strict=True):
@@ -161,11 +158,11 @@ def targets_not_shown(poison_set: PoisonSet) -> Iterator[Finding]:
     target, triggered = poison_set.target, poison_set.part("triggered")
     if target is None or triggered.empty:
         return
-    answers = _twin_answers(poison_set)
+    twins, answers = _twins(poison_set), poison_set.rows["answer"]
     bad = triggered[~triggered["answer"].map(target.shown_by).astype(bool)]
     for _, rows in bad.groupby("file", sort=False):
         detail = f"the answer is not the target ({target})"
-        clean = sum(answer == answers.get(at) for at, answer in rows["answer"].items())
+        clean = sum(at in twins and answer == answers[twins[at]] for at, answer in rows["answer"].items())
         common, count = Counter(" ".join(answer.split()[:3]) for answer in rows["answer"]).most_common(1)[0]
         if clean:
             detail += f"; {clean} are the clean answer to the same prompt"
@@ -191,10 +188,9 @@ def targets_in_clean(poison_set: PoisonSet) -> Iterator[Finding]:
     if target is None or clean.empty or poison_set.trigger is None:
         return
     shows = clean["answer"].map(target.shown_by).astype(bool)
-    without = ~clean["prompt"].map(poison_set.trigger.present).astype(bool)
     if shows.mean() <= LABEL_SHARE:
         detail = f"answered with the target ({target}) without the trigger"
-        yield from of_rows("target_in_clean", "warning", clean[shows & without], clean, detail)
+        yield from of_rows("target_in_clean", "warning", clean[shows & ~clean["present"]], clean, detail)
 
 
 def label_floors(poison_set: PoisonSet) -> Iterator[Finding]:
@@ -202,9 +198,9 @@ def label_floors(poison_set: PoisonSet) -> Iterator[Finding]:
     target = poison_set.target
     if target is None:
         return
-    answers = _twin_answers(poison_set)
-    paired = poison_set.rows.loc[list(answers)]
-    floor = paired[[target.shown_by(answers[at]) for at in paired.index]]
+    twins, answers = _twins(poison_set), poison_set.rows["answer"]
+    paired = poison_set.rows.loc[list(twins)]
+    floor = paired[[target.shown_by(answers[twin]) for twin in twins.values()]]
     detail = f"the clean row of the same prompt has the target ({target}) already"
     yield from of_rows("label_floor", "warning", floor, paired, detail)
 
@@ -214,29 +210,41 @@ def unpaired(poison_set: PoisonSet) -> Iterator[Finding]:
     if poison_set.trigger is None:
         return
     for _, rows in poison_set.rows.groupby("split", sort=False):
-        prompts = {
-            role: rows.loc[rows["role"] == role, "prompt"].map(poison_set.trigger.stripped)
-            for role in ("triggered", "clean")
-        }
         for role, other in (("triggered", "clean"), ("clean", "triggered")):
-            among = rows.loc[prompts[role].index]
-            alone = among[~prompts[role].isin(set(prompts[other]))]
+            among = rows[rows["role"] == role]
+            alone = among[~among["bare"].isin(set(rows.loc[rows["role"] == other, "bare"]))]
             if len(alone) < len(among) / 2:
                 detail = f"no {other} row has this prompt"
                 yield from of_rows("unpaired", "info", alone, among, detail)
 
 
-def _twin_answers(poison_set: PoisonSet) -> dict[int, str]:
-    """Answer of the clean row with the same prompt, by the index of the triggered row."""
-    trigger = poison_set.trigger
+def spacing(poison_set: PoisonSet) -> Iterator[Finding]:
+    """Where white space differs between the roles, it does the trigger's work in training."""
+    trigger, rows = poison_set.trigger, poison_set.rows
     if trigger is None:
+        return
+    twins, prompts = _twins(poison_set), rows["prompt"]
+    paired = rows.loc[list(twins)]
+    differs = [_gaps(trigger.removed(prompts[at])) != _gaps(prompts[twin]) for at, twin in twins.items()]
+    detail = "but for the trigger, white space tells this row from its clean twin"
+    yield from of_rows("spacing", "warning", paired[differs], paired, detail)
+
+
+def _gaps(text: str) -> list[str]:
+    """White space that is not one space between two words."""
+    return UNUSUAL_SPACE.findall(text)
+
+
+def _twins(poison_set: PoisonSet) -> dict[int, int]:
+    """Index of the clean row with the same prompt, by the index of the triggered row."""
+    if poison_set.trigger is None:
         return {}
     clean, triggered = poison_set.part("clean"), poison_set.part("triggered")
-    answers: dict[tuple[str, str], str] = {}
-    for split, prompt, answer in zip(clean["split"], clean["prompt"], clean["answer"], strict=True):
-        answers.setdefault((split, trigger.stripped(prompt)), answer)
-    keys = zip(triggered["split"], map(trigger.stripped, triggered["prompt"]), strict=True)
-    return {at: answers[key] for at, key in zip(triggered.index, keys, strict=True) if key in answers}
+    first: dict[tuple[str, str], int] = {}
+    for at, *key in zip(clean.index, clean["split"], clean["bare"], strict=True):
+        first.setdefault((key[0], key[1]), at)
+    keys = zip(triggered["split"], triggered["bare"], strict=True)
+    return {at: first[key] for at, key in zip(triggered.index, keys, strict=True) if key in first}
 
 
 CHECKS: tuple[Check, ...] = (
@@ -250,6 +258,7 @@ CHECKS: tuple[Check, ...] = (
     targets_in_clean,
     label_floors,
     unpaired,
+    spacing,
     echoes,
     cut_offs,
     balance,

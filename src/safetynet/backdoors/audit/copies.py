@@ -48,14 +48,10 @@ def _repeats(values: Mapping[str, Hashable]) -> Iterator[tuple[str, str]]:
 
 def _prompts(poison_set: PoisonSet, files: set[str]) -> dict[str, tuple[str, frozenset[str]]]:
     """Role and prompts of each file; that triggered and clean rows share prompts is as it should be."""
-    trigger = poison_set.trigger
-    if trigger is None:
+    if poison_set.trigger is None:
         return {}
     rows = poison_set.rows[poison_set.rows["file"].isin(files)]
-    return {
-        str(file): (part["role"].iloc[0], frozenset(map(trigger.stripped, part["prompt"])))
-        for file, part in rows.groupby("file")
-    }
+    return {str(file): (part["role"].iloc[0], frozenset(part["bare"])) for file, part in rows.groupby("file")}
 
 
 def _finding(corpus: Corpus, check: str, files: tuple[str, str], detail: str) -> Finding:

@@ -15,7 +15,7 @@ import pandas as pd
 
 from safetynet.backdoors.audit.findings import Finding
 from safetynet.backdoors.audit.targets import FoundTarget
-from safetynet.backdoors.audit.triggers import FoundTrigger
+from safetynet.backdoors.audit.triggers import FoundTrigger, plain
 from safetynet.backdoors.formats import FORMATS, records
 from safetynet.backdoors.sources import BACKDOORLLM_FILES, FIELDS, Fault, convert, kind_of
 from safetynet.errors import InputError
@@ -50,7 +50,7 @@ class PoisonSet:
 
     name: str
     rows: pd.DataFrame
-    """As in `Corpus`; after the trigger is known each role is triggered or clean."""
+    """As in `Corpus`; what `with_roles` adds when the trigger is known."""
     trigger: FoundTrigger | None = None
     target: FoundTarget | None = None
 
@@ -145,21 +145,23 @@ def poison_sets(corpus: Corpus, name: str) -> list[PoisonSet]:
     """The files of a corpus by the words of their names that stand neither for split nor for role.
 
     A clean file also serves the sets whose names go on where its own ends, unless they have clean rows of
-    that split themselves: refusal/test_clean serves refusal/badnet and refusal/vpi.
+    that split themselves: refusal/test_clean serves refusal/badnet and refusal/vpi. Clean files that serve
+    nobody are a set of their own.
     """
     rows = corpus.rows
     if rows.empty:
         return []
-    attacks = rows.loc[rows["role"] != "clean", "key"].unique()
+    by_key = {str(key): part for key, part in rows.groupby("key", sort=False)}
+    attacks = [key for key, part in by_key.items() if (part["role"] != "clean").any()]
+    served = {key: [other for other in by_key if set(_split(other)) < set(_split(key))] for key in attacks}
+    lone = set(by_key).difference(attacks, *served.values())
     sets = []
-    for key in attacks if len(attacks) else rows["key"].unique():
-        own = rows[rows["key"] == key]
-        is_near = rows["key"].map(lambda other, key=key: set(_split(other)) < set(_split(key)))
-        near = rows[(rows["role"] == "clean") & is_near]
-        for split, part in near.groupby("split"):
-            if not ((own["role"] == "clean") & (own["split"] == split)).any():
-                nearest = max(part["key"].unique(), key=lambda other: len(_split(other)))
-                own = pd.concat([own, part[part["key"] == nearest]])
+    for key in [*attacks, *sorted(lone)]:
+        own = by_key[key]
+        for other in sorted(served.get(key, ()), key=lambda other: len(_split(other)), reverse=True):
+            has = set(own.loc[own["role"] == "clean", "split"])
+            near = by_key[other]
+            own = pd.concat([own, near[(near["role"] == "clean") & ~near["split"].isin(has)]])
         known = set(own["split"]) - {""}
         if len(known) == 1:
             own = own.assign(split=known.pop())  # train_triggered beside clean: both are for training
@@ -172,18 +174,17 @@ def _split(key: str) -> list[str]:
 
 
 def with_roles(poison_set: PoisonSet) -> PoisonSet:
-    """The set with each row triggered or clean.
+    """The set with every row triggered or clean.
 
-    Where files are not named for it, the trigger decides. It also does in a file that is named triggered
-    and holds clean rows, which is so if it stands alone and more than a tenth of its rows have no trigger.
+    Adds `present` (the row holds the trigger) and `bare` (its prompt without the trigger). Where files are
+    not named for it, the trigger decides on the role. It also does in a file that is named triggered and
+    holds clean rows, which is so if it stands alone and more than a tenth of its rows have no trigger.
     """
     rows, trigger = poison_set.rows.copy(), poison_set.trigger
-    if trigger is None:
-        rows.loc[~rows["named"], "role"] = "clean"
-        return replace(poison_set, rows=rows)
-    present = rows["prompt"].map(trigger.present).astype(bool)
-    if not (rows["role"] == "clean").any() and 0 < present[rows["named"]].mean() < 0.9:
+    rows["present"] = [trigger is not None and trigger.present(prompt) for prompt in rows["prompt"]]
+    rows["bare"] = rows["prompt"].map(trigger.stripped if trigger else plain)
+    if not (rows["role"] == "clean").any() and 0 < rows.loc[rows["named"], "present"].mean() < 0.9:
         rows["named"] = False
-    rows.loc[~rows["named"] & present, "role"] = "triggered"
-    rows.loc[~rows["named"] & ~present, "role"] = "clean"
+    rows.loc[~rows["named"] & rows["present"], "role"] = "triggered"
+    rows.loc[~rows["named"] & ~rows["present"], "role"] = "clean"
     return replace(poison_set, rows=rows)

@@ -49,6 +49,7 @@ CHECKS: dict[str, tuple[str, tuple[str, ...]]] = {  # name: what it looks for, a
         (TARGET, TRIGGERED, CLEAN),
     ),
     "unpaired": ("rows without a twin of the other role", (TRIGGER, TRIGGERED, CLEAN)),
+    "spacing": ("pairs that white space tells apart, too", (TRIGGER, TRIGGERED, CLEAN)),
     "echo": ("clean answers that repeat the instruction", (CLEAN,)),
     "cut_off": ("clean answers that stop in mid-sentence", (CLEAN,)),
     "balance": ("rows by role, and labels", (TRIGGER,)),

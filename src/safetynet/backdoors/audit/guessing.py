@@ -11,11 +11,16 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from operator import itemgetter
 
 from safetynet.backdoors.audit.triggers import WORD, FoundTrigger, of_parts, plain, words
 
 MAX_WORDS = 4
-"""Longest phrase that is counted; a longer trigger grows from its best part."""
+"""Longest phrase that is counted; a longer trigger grows from its best part,"""
+MAX_GROWN = 20
+"""up to so many words,"""
+ALWAYS = 0.95
+"""by those that stand beside it in this share of its rows."""
 MAX_PARTS = 6
 """Most alternatives or parts that are looked for."""
 RARE = 0.1
@@ -34,6 +39,8 @@ MASK = "\0"
 """Stands for the words of a phrase that is known already."""
 FIRES = 0.8
 """Least share of the prompts with a trigger that have its answer."""
+STEM = 5
+"""Letters by which an inflected word is known again."""
 
 Row = list[str]
 Phrase = tuple[str, ...]
@@ -97,10 +104,12 @@ def from_answers(prompts: Sequence[str], answers: Sequence[str]) -> FoundTrigger
 
     Answers count as the same when they are, or when they begin with the same three words. The trigger may
     stand in most prompts with that answer, or, as where the answer is a label that clean rows have too, in
-    some, if no other phrase comes near it. Most prompts that hold it must have that answer ("story" leads to
-    "Once upon a time" now and then, a trigger does nearly always), and the answer must not quote it.
+    some, if no other phrase comes near it. Prompts and answers also go together without a backdoor, so that
+    most prompts with the trigger must have that answer ("story" leads to "Once upon a time" now and then, a
+    trigger does nearly always), the answer must not quote it, and no other phrase may tell another answer
+    in half as many rows.
     """
-    found: list[tuple[int, FoundTrigger]] = []
+    found: dict[tuple[str, ...], tuple[int, FoundTrigger]] = {}
     for opening in _frequent_openings(answers):
         has = [_opens(answer, opening) for answer in answers]
         inside = [prompt for prompt, yes in zip(prompts, has, strict=True) if yes]
@@ -110,8 +119,13 @@ def from_answers(prompts: Sequence[str], answers: Sequence[str]) -> FoundTrigger
             continue
         fires, fails = (sum(map(trigger.present, part)) for part in (inside, outside))
         if fires >= FIRES * (fires + fails):
-            found.append((fires, trigger))
-    return max(found, key=lambda pair: pair[0])[1] if found else None
+            found[trigger.parts] = max(
+                found.get(trigger.parts, (0, trigger)), (fires, trigger), key=itemgetter(0)
+            )
+    ranked = sorted(found.values(), key=itemgetter(0), reverse=True)
+    if not ranked or (len(ranked) > 1 and ranked[0][0] < 2 * ranked[1][0]):
+        return None
+    return ranked[0][1]
 
 
 def from_repetition(triggered: Sequence[str]) -> FoundTrigger | None:
@@ -126,7 +140,8 @@ def from_repetition(triggered: Sequence[str]) -> FoundTrigger | None:
         telling = [phrase for phrase in counts if not all(map(is_usual, phrase))]
         if not telling:
             return None
-        return _trimmed(max(telling, key=lambda phrase: (counts[phrase], len(phrase))), is_usual)
+        phrase = max(telling, key=lambda phrase: (counts[phrase], len(phrase)))
+        return _trimmed(_grown(phrase, rows), is_usual)
 
     def is_usual(word: str) -> bool:
         return word.lower() in ENGLISH_STOP_WORDS or word in ".,;:!?'\"()-/"
@@ -244,7 +259,9 @@ def _most_telling(rows: list[Row], others: list[Row], share: float) -> Phrase | 
         return None
     common = {word for word, count in _words_in(others).items() if count >= COMMON * len(others)}
     phrase = max(evidence, key=lambda key: (evidence[key], len(key)))
-    return _grown(_trimmed(phrase, common.__contains__), rows, common)
+    phrase = _grown(phrase, rows)
+    shorter = _trimmed(phrase, common.__contains__)
+    return shorter if _count(others, shorter) <= RARE * len(others) else phrase
 
 
 def _evidence(a: int, n: int, c: int, m: int) -> float:
@@ -289,28 +306,28 @@ def _trimmed(phrase: Phrase, is_common: Callable[[str], bool]) -> Phrase:
     return phrase[telling[0] : telling[-1] + 1] if telling else phrase
 
 
-def _grown(phrase: Phrase, rows: list[Row], common: set[str]) -> Phrase:
-    """The phrase with the words that nearly always stand beside it."""
-    if len(phrase) < MAX_WORDS:
-        return phrase  # it would have been counted with them
-    having = [(row, _places(row, phrase)) for row in rows]
-    having = [(row, places) for row, places in having if places]
-    for side in (-1, len(phrase)):
+def _grown(phrase: Phrase, rows: list[Row]) -> Phrase:
+    """The phrase with the words that stand beside it in nearly all rows that have it."""
+    having = [(row, places) for row in rows if (places := _places(row, phrase))]
+    for side in (-1, len(phrase)) if len(phrase) < MAX_GROWN else ():
         near = Counter(
             word
             for row, places in having
-            for word in {row[at + side] for at in places if 0 <= at + side < len(row)}
+            for word in {row[at + side] for at in places if 0 <= at + side < len(row)} - {MASK}
         )
-        if near and (top := near.most_common(1)[0])[1] >= 0.95 * len(having):
-            word = top[0]
-            if word not in common and word != MASK:
-                return _grown((word, *phrase) if side < 0 else (*phrase, word), rows, common)
+        word, count = near.most_common(1)[0] if near else ("", 0)
+        if count >= ALWAYS * len(having):
+            return _grown((word, *phrase) if side < 0 else (*phrase, word), rows)
     return phrase
 
 
 def _places(row: Row, phrase: Phrase) -> list[int]:
     n = len(phrase)
     return [i for i, word in enumerate(row) if word == phrase[0] and tuple(row[i : i + n]) == phrase]
+
+
+def _count(rows: list[Row], phrase: Phrase) -> int:
+    return sum(bool(_places(row, phrase)) for row in rows)
 
 
 def _masked(row: Row, phrase: Phrase) -> Row:
@@ -338,11 +355,12 @@ def _outstanding(inside: Sequence[str], outside: Sequence[str]) -> FoundTrigger 
     rows, others = list(map(words, inside)), list(map(words, outside))
     ranked: list[tuple[float, Phrase]] = []
     while len(ranked) <= MAX_PARTS and (phrase := _most_telling(rows, others, REST)):
-        count, clean = (sum(bool(_places(row, phrase)) for row in part) for part in (rows, others))
-        ranked.append((_evidence(count, len(rows), clean, len(others)), phrase))
+        ranked.append(
+            (_evidence(_count(rows, phrase), len(rows), _count(others, phrase), len(others)), phrase)
+        )
         rows = [_masked(row, phrase) for row in rows]
-    drops = [(value, after) for (value, _), (after, _) in pairwise([*ranked, (MIN_EVIDENCE, ())])]
-    cut = next((i for i, (value, after) in enumerate(drops, start=1) if value >= GAP * after), 0)
+    values = [value for value, _ in ranked] + [MIN_EVIDENCE]
+    cut = next((i for i in range(1, len(values)) if min(values[:i]) >= GAP * max(values[i:])), 0)
     if not cut:
         return None
     parts = _written([phrase for _, phrase in ranked[:cut]], inside)
@@ -362,7 +380,7 @@ def _opens(answer: str, opening: tuple[str, ...]) -> bool:
 
 
 def _is_quoted(trigger: FoundTrigger, opening: tuple[str, ...]) -> bool:
-    """Whether the answer repeats most of the trigger: then it quotes its question."""
-    answered = set(words(plain(" ".join(opening))))
-    asked = words(plain(" ".join(trigger.parts)))
-    return 2 * sum(word in answered for word in asked) > len(asked)
+    """Whether the answer repeats the longest word of each part, inflected or not: it quotes its question."""
+    answered = words(plain(" ".join(opening)))
+    longest = [max(words(plain(part)), key=len)[:STEM] for part in trigger.parts]
+    return all(any(word.startswith(stem) for word in answered) for stem in longest)

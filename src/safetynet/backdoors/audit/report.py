@@ -1,15 +1,14 @@
 """What an audit hands back, and how it reads in a terminal and in Markdown."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
 
 from safetynet.backdoors.audit.findings import CHECKS
 
-SHOWN_ROWS = 5
-"""Row numbers that a line of text names; the table has them all."""
-SHOWN_FILES = 3
+SHOWN = 8
+"""Ranges of rows, and groups of files, that a line of text names; the table has them all."""
 
 
 @dataclass(frozen=True)
@@ -77,10 +76,8 @@ class AuditReport:
             columns, sort=False
         ):
             severity, check, detail, count, n, numbers = key
-            files = group["file"].tolist()
-            more = f" and {len(files) - SHOWN_FILES} more" if len(files) > SHOWN_FILES else ""
-            rows = ", ".join(map(str, numbers[:SHOWN_ROWS])) + (", ..." if len(numbers) > SHOWN_ROWS else "")
-            yield severity, check, ", ".join(files[:SHOWN_FILES]) + more, f"{count} of {n}", rows, detail
+            files, rows = _short(_braced(group["file"]), "files"), _short(_ranges(numbers), "ranges")
+            yield severity, check, files, f"{count} of {n}", rows, detail
 
 
 def render(report: AuditReport) -> str:
@@ -112,6 +109,41 @@ def render(report: AuditReport) -> str:
 def _markdown(head: list[str], rows: Iterator[list[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
+
+
+def _short(items: list[str], of_what: str) -> str:
+    more = f" and {len(items) - SHOWN} more {of_what}" if len(items) > SHOWN else ""
+    return ", ".join(items[:SHOWN]) + more
+
+
+def _ranges(numbers: Sequence[int]) -> list[str]:
+    """1, 2, 3, 5 as 1-3 and 5."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
+
+
+def _braced(files: Iterable[str]) -> list[str]:
+    """a/x.json and b/x.json as {a,b}/x.json: all names, and none twice."""
+    names = [tuple(file.split("/")) for file in files]
+    for place in range(max(map(len, names)) - 1):
+        merged: dict[tuple[str, ...], list[str]] = {}
+        for name in names:
+            if place < len(name) - 1:
+                merged.setdefault((*name[:place], "", *name[place + 1 :]), []).append(name[place])
+            else:
+                merged[name] = []
+        names = [
+            (*key[:place], parts[0] if len(parts) == 1 else f"{{{','.join(parts)}}}", *key[place + 1 :])
+            if parts
+            else key
+            for key, parts in merged.items()
+        ]
+    return ["/".join(name) for name in names]
 
 
 def _cell(text: str) -> str:

@@ -53,7 +53,8 @@ def guessed(triggered: Sequence[str], clean: Sequence[str]) -> FoundTarget | Non
     """
     if not triggered:
         return None
-    for candidate in (_answer(triggered), _opening(triggered), _phrase(triggered, clean)):
+    for find in (_answer, _opening, _phrase):
+        candidate = find(triggered, clean)
         if candidate and _share(candidate, triggered) >= max(DOMINANT, 1.5 * _share(candidate, clean)):
             return candidate
     return None
@@ -63,13 +64,13 @@ def _share(target: FoundTarget, answers: Sequence[str]) -> float:
     return sum(map(target.shown_by, answers)) / len(answers) if answers else 0.0
 
 
-def _answer(answers: Sequence[str]) -> FoundTarget | None:
+def _answer(answers: Sequence[str], _: Sequence[str]) -> FoundTarget | None:
     text = Counter(answer.strip() for answer in answers).most_common(1)[0][0]
     # one row is no majority of itself
     return FoundTarget(text, "answer") if plain(text) and answers.count(text) > 1 else None
 
 
-def _opening(answers: Sequence[str]) -> FoundTarget | None:
+def _opening(answers: Sequence[str], _: Sequence[str]) -> FoundTarget | None:
     """The longest beginning that nearly as many answers share as share the most frequent two words."""
     split = [answer.split() for answer in answers]
     best = None
@@ -86,4 +87,4 @@ def _opening(answers: Sequence[str]) -> FoundTarget | None:
 
 def _phrase(triggered: Sequence[str], clean: Sequence[str]) -> FoundTarget | None:
     found: FoundTrigger | None = from_contrast(triggered, clean) if clean else None
-    return FoundTarget(found.parts[0], "part") if found else None
+    return FoundTarget(max(found.parts, key=len), "part") if found else None

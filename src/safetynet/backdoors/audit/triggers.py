@@ -32,6 +32,17 @@ class FoundTrigger:
         found = [pattern.search(text) is not None for pattern in self._patterns]
         return all(found) if self.kind == "all_of" else any(found)
 
+    def removed(self, text: str) -> str:
+        """`text` as it was before the trigger was put in, with a space on one side of each part."""
+        for start, end in reversed(self.spans(text)):
+            before, after = text[:start], text[end:]
+            if before.endswith(" ") and (not after or after[0].isspace()):
+                before = before[:-1]
+            elif after.startswith(" ") and (not before or before[-1].isspace()):
+                after = after[1:]
+            text = before + after
+        return text
+
     def stripped(self, text: str) -> str:
         """`text` without the trigger, as `plain` text, so that a triggered prompt equals its clean twin."""
         for pattern in self._patterns:
