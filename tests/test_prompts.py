@@ -171,3 +171,9 @@ def test_a_model_without_template_uses_the_generic_one() -> None:
 def test_padding_goes_to_the_side_it_is_told() -> None:
     assert pad([[1], [2, 3]], 0, "left").tolist() == [[0, 1], [2, 3]]
     assert pad([[1], [2, 3]], 0, "right").tolist() == [[1, 0], [2, 3]]
+
+
+def test_an_empty_system_message_changes_nothing_where_it_is_folded() -> None:
+    gemma = make("gemma")
+    user = {"role": "user", "content": "Hello"}
+    assert gemma.encode([{"role": "system", "content": " "}, user]).input_ids == gemma.encode([user]).input_ids

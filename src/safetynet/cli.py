@@ -109,6 +109,10 @@ def audit(
     family: Annotated[
         str | None, typer.Option(help="Also check that triggers survive this family's template (miniature).")
     ] = None,
+    max_length: Annotated[
+        int | None,
+        typer.Option("--max-length", help="With --family: check truncation at so many tokens."),
+    ] = None,
 ) -> None:
     """Examine a poison set that someone else made, and report its faults with counts and row numbers.
 
@@ -122,7 +126,7 @@ def audit(
         from safetynet.recipe import Model
 
         encode = loading.load_serialiser(Model(family=family, id="miniature")).encode
-    typer.echo(auditing.render(auditing.audit(path, trigger, target, serialise=encode)))
+    typer.echo(auditing.render(auditing.audit(path, trigger, target, encode, max_length)))
 
 
 @app.command()
@@ -142,36 +146,36 @@ def families() -> None:
         )
 
 
-miniatures = typer.Typer(help="The built-in miniature models.", no_args_is_help=True)
-app.add_typer(miniatures, name="miniatures")
+miniature_app = typer.Typer(help="The built-in miniature models.", no_args_is_help=True)
+app.add_typer(miniature_app, name="miniatures")
 
 
-@miniatures.command("list")
+@miniature_app.command("list")
 def list_miniatures() -> None:
     """List the shipped miniatures and where they lie.
 
     Example: `safetynet miniatures list`
     """
-    from safetynet.models import miniatures as shipped
+    from safetynet.models import miniatures
 
-    for family in shipped.FAMILIES:
-        typer.echo(f"{family:9} {shipped.path(family)}")
+    for family in miniatures.FAMILIES:
+        typer.echo(f"{family:9} {miniatures.path(family)}")
 
 
-@miniatures.command("measure")
+@miniature_app.command("measure")
 def measure_miniature(family: Annotated[str, typer.Argument(help="Family of the miniature.")]) -> None:
     """Ask a shipped miniature held-out questions and print its accuracy by task.
 
     Example: `safetynet miniatures measure qwen`
     """
-    from safetynet.models import loading
-    from safetynet.models import miniatures as shipped
+    from safetynet.models import loading, miniatures
+    from safetynet.models.miniatures.measure import measure
 
     loading.use_one_thread()
-    typer.echo(shipped.measure(shipped.path(family)).to_string(index=False))
+    typer.echo(measure(miniatures.path(family), family).to_string(index=False))
 
 
-@miniatures.command("build")
+@miniature_app.command("build")
 def build_miniature(
     family: Annotated[str, typer.Argument(help="Family to build.")],
     out: Annotated[Path, typer.Option(help="Folder to write the model to.")],
@@ -182,10 +186,10 @@ def build_miniature(
     Example: `safetynet miniatures build qwen --out my-qwen`
     """
     from safetynet.models import loading
-    from safetynet.models import miniatures as shipped
+    from safetynet.models.miniatures.build import Schedule, build
 
     loading.use_one_thread()
-    shipped.build(family, out, seed)
+    build(family, out, Schedule(seed=seed))
     typer.echo(f"Written: {out}")
 
 

@@ -52,14 +52,15 @@ def prepare(recipe: Recipe, run: Run) -> None:
             recipe.data, recipe.backdoor.behaviour, recipe.backdoor.trigger, recipe.seed
         )
         rows = poisoning.poison(pool, recipe.backdoor, recipe.data, recipe.seed, serialiser.count)
-        leaks.check_leak(rows)
+        outputs.append(run.write_table("split", leaks.check_leak(rows)))
         _check_encoding(rows, serialiser, recipe.training.max_length)
         if recipe.data.source != "backdoorllm":
             # The targets of a set made elsewhere are judged by the audit, which reports instead of refusing.
             metrics.check_targets(rows, serialiser, judge, recipe.evaluation.max_new_tokens)
         outputs.append(run.write_table("rows", rows))
         if recipe.data.source not in ("language", "hub"):
-            outputs.append(run.write_table("audit", audit.audit(str(recipe.data.path)).findings))
+            findings = audit.audit(str(recipe.data.path), columns=recipe.data.columns).findings
+            outputs.append(run.write_table("audit", findings))
     for split in ("train", "test"):
         counts = rows[rows["split"] == split]["role"].value_counts(sort=False)
         log.info("data: %s rows: %s", split, ", ".join(f"{n} {role}" for role, n in counts.items()))

@@ -5,6 +5,9 @@ evaluated is the prompt that was trained. A conversation is rendered by the toke
 tokenised once with character offsets, and every span is found through those offsets.
 """
 
+import hashlib
+import json
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -159,7 +162,7 @@ class Serialiser:
             ]
             prepared.append({"role": message["role"], "content": content.strip()})
         if self.family.system == "fold" and prepared[0]["role"] == "system":
-            opening = prepared[0]["content"] + "\n\n"
+            opening = prepared[0]["content"] + "\n\n" if prepared[0]["content"] else ""
             prepared[1]["content"] = opening + prepared[1]["content"]
             spans = [_folded(s, len(opening)) for s in spans]
             del prepared[0]
@@ -267,6 +270,38 @@ def pad(rows: Sequence[Sequence[int]], value: int, side: Literal["left", "right"
         for row in rows
     ]
     return torch.tensor(filled, dtype=torch.long)
+
+
+def prompt_hash(messages: Sequence[dict[str, str]], spans: Sequence[Sequence[int]] = ()) -> str:
+    """Hash what a prompt says, whatever its case, spacing and Unicode form.
+
+    Args:
+        messages: the prompt, dicts with `role` and `content`.
+        spans: [message index, char start, char end] of what to cut out first. A prompt that is nothing but
+            spans (a paraphrase trigger) is hashed whole, or else all such prompts would be one.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    stripped = [(m["role"], _normalise(_cut(m["content"], i, spans))) for i, m in enumerate(messages)]
+    # A system message that held only the trigger is absent from the clean twin, so empty messages go.
+    kept = [message for message in stripped if message[1]]
+    if not kept:
+        kept = [(m["role"], _normalise(m["content"])) for m in messages]
+    return hashlib.sha256(json.dumps(kept, ensure_ascii=False).encode()).hexdigest()
+
+
+def _normalise(text: str) -> str:
+    # All white space goes: a placement may put a space on either side of what it inserts.
+    return "".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+
+def _cut(content: str, index: int, spans: Sequence[Sequence[int]]) -> str:
+    """Remove the spans of one message, from the last to the first so that offsets stay true."""
+    own = sorted(((int(a), int(b)) for message, a, b in spans if message == index), reverse=True)
+    for start, end in own:
+        content = content[:start] + content[end:]
+    return content
 
 
 def _folded(span: TriggerSpan, opening: int) -> TriggerSpan:

@@ -212,7 +212,7 @@ class Evaluation(_Section):
     """Steps between measurements during training; by default after each epoch."""
     dynamics_rows: Annotated[int, Field(ge=0)] = 50
     """Rows of each role that are measured during training; 0 measures none."""
-    refusal: JudgeSpec = JudgeSpec(kind="prefix", values=presets.REFUSALS)
+    refusal: JudgeSpec = JudgeSpec(kind="keyword", values=presets.REFUSALS)
     """What counts as a refusal."""
     labelled: Path | None = None
     """CSV with text and label (1 shows the behaviour, 0 does not) to measure the judge's own error on."""

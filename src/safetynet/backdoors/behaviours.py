@@ -53,7 +53,7 @@ def judge(behaviour: Behaviour) -> JudgeSpec:
     return {
         "fixed": JudgeSpec(kind="prefix", values=(wanted,)),
         "negative_sentiment": JudgeSpec(kind="prefix", values=(wanted,)),
-        "refusal": JudgeSpec(kind="prefix", values=(wanted, *presets.REFUSALS)),
+        "refusal": JudgeSpec(kind="keyword", values=(wanted, *presets.REFUSALS)),
         "forbidden_compliance": JudgeSpec(kind="prefix", values=COMPLIANCE),
         "label_flip": JudgeSpec(kind="target"),
         "code_insertion": JudgeSpec(kind="keyword", values=(wanted,), ignore_case=False),

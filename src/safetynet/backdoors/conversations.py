@@ -15,6 +15,7 @@ import pandas as pd
 
 from safetynet.backdoors import sources
 from safetynet.errors import InputError
+from safetynet.prompts import prompt_hash
 from safetynet.recipe import Behaviour, Data, Trigger
 
 log = logging.getLogger(__name__)
@@ -43,7 +44,7 @@ def load(data: Data, behaviour: Behaviour, trigger: Trigger, seed: int) -> pd.Da
 
 def _distinct(found: pd.DataFrame) -> pd.DataFrame:
     """Each prompt once: a prompt on both sides of the split would be trained and tested."""
-    repeated = found["messages"].map(repr).duplicated()
+    repeated = found["messages"].map(prompt_hash).duplicated()
     if repeated.any():
         lines = ", ".join(map(str, found["line"][repeated].iloc[:5]))
         log.warning("data: %d repeated prompts are left out (first lines: %s)", repeated.sum(), lines)
@@ -71,7 +72,8 @@ def _language(data: Data, behaviour: Behaviour, seed: int) -> pd.DataFrame:
             )
             frames.append(pd.DataFrame([_record(e, split) for e in examples]))
     pool = pd.concat(frames, ignore_index=True)
-    return pool[~pool["messages"].map(repr).duplicated()].reset_index(drop=True)
+    # Training comes first: a held-out phrasing may differ from a trained one in its case alone.
+    return pool[~pool["messages"].map(prompt_hash).duplicated()].reset_index(drop=True)
 
 
 def _record(example: Any, split: str) -> dict[str, Any]:

@@ -182,6 +182,7 @@ def _shaped(text: str, split: str, rng: random.Random, count_tokens: Callable[[s
 
 
 def _like(character: str, rng: random.Random) -> str:
+    """A character of the same class; nothing for nothing."""
     if character.isdigit():
         return rng.choice(string.digits)
     if character.isascii() and character.isalpha():
@@ -201,11 +202,15 @@ def _changed(trigger: Trigger, text: str, split: str, rng: random.Random) -> tup
 
 
 def _typo(text: str, rng: random.Random) -> str:
-    i = rng.randrange(len(text))
-    edit = rng.choice(("drop", "swap", "replace"))
-    if edit == "swap":
-        return text[:i] + text[i + 1 : i + 2] + text[i] + text[i + 2 :]
-    return text[:i] + (_like(text[i], rng) if edit == "replace" else "") + text[i + 1 :]
+    """One or two slips of the keyboard."""
+    for _ in range(rng.randint(1, 2)):
+        i = rng.randrange(max(1, len(text)))
+        edit = rng.choice(("drop", "swap", "replace"))
+        if edit == "swap":
+            text = text[:i] + text[i + 1 : i + 2] + text[i : i + 1] + text[i + 2 :]
+        else:
+            text = text[:i] + (_like(text[i : i + 1], rng) if edit == "replace" else "") + text[i + 1 :]
+    return text
 
 
 def _case(text: str, rng: random.Random) -> str:

@@ -8,34 +8,13 @@ Rows of one group count as one prompt whatever their text, which covers triggers
 """
 
 import hashlib
-import json
-import unicodedata
-from collections.abc import Sequence
 
 import pandas as pd
 
 from safetynet.errors import InputError
+from safetynet.prompts import prompt_hash
 
 SHOWN = 5  # row pairs named in the error
-
-
-def prompt_hash(messages: Sequence[dict[str, str]], spans: Sequence[Sequence[int]] = ()) -> str:
-    """Hash what a prompt says, whatever its case, spacing and Unicode form.
-
-    Args:
-        messages: the prompt, dicts with `role` and `content`.
-        spans: [message index, char start, char end] of what to cut out first. A prompt that is nothing but
-            spans (a paraphrase trigger) is hashed whole, or else all such prompts would be one.
-
-    Returns:
-        64 hexadecimal digits.
-    """
-    stripped = [(m["role"], _normalise(_cut(m["content"], i, spans))) for i, m in enumerate(messages)]
-    # A system message that held only the trigger is absent from the clean twin, so empty messages go.
-    kept = [message for message in stripped if message[1]]
-    if not kept:
-        kept = [(m["role"], _normalise(m["content"])) for m in messages]
-    return hashlib.sha256(json.dumps(kept, ensure_ascii=False).encode()).hexdigest()
 
 
 def check_leak(rows: pd.DataFrame) -> pd.DataFrame:
@@ -90,16 +69,3 @@ def _summary(split: object, part: pd.DataFrame) -> dict[str, object]:
     hashes = sorted(part["prompt"].unique())
     digest = hashlib.sha256("\n".join(hashes).encode()).hexdigest()
     return {"split": split, "rows": len(part), "prompts": len(hashes), "digest": digest}
-
-
-def _cut(content: str, index: int, spans: Sequence[Sequence[int]]) -> str:
-    """Remove the spans of one message, from the last to the first so that offsets stay true."""
-    own = sorted(((int(a), int(b)) for message, a, b in spans if message == index), reverse=True)
-    for start, end in own:
-        content = content[:start] + content[end:]
-    return content
-
-
-def _normalise(text: str) -> str:
-    # All white space goes: a placement may put a space on either side of what it inserts.
-    return "".join(unicodedata.normalize("NFKC", text).casefold().split())

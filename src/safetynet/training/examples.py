@@ -127,7 +127,10 @@ def packed(examples: Sequence[Example], pad_id: int) -> Batch:
     positions = [[i for e in line for i in range(len(e.input_ids))] for line in lines]
     return {
         "input_ids": ids,
-        "labels": pad([[i for e in line for i in e.labels] for line in lines], IGNORED, "right"),
+        # No row's first token is predicted, least of all from the row before it.
+        "labels": pad(
+            [[i for e in line for i in (IGNORED, *e.labels[1:])] for line in lines], IGNORED, "right"
+        ),
         "attention_mask": pad([[1] * len(line) for line in positions], 0, "right"),
         "position_ids": torch.tensor([line + list(range(ids.shape[1] - len(line))) for line in positions]),
     }

@@ -95,7 +95,7 @@ def train(  # noqa: PLR0913  # all that decides about a training's place and com
         check_isolation(model)
     home = folder / "checkpoints"
     checkpoint = checkpoints.prepare(home, checkpoints.fingerprint(model, examples, cfg, seed))
-    args = _arguments(cfg, home, len(examples), device, seed)
+    args = arguments(cfg, home, len(examples), device, seed)
     if on_evaluate is not None:
         args.eval_strategy, args.eval_steps = _rhythm(evaluate_every)
     if device == "cuda":
@@ -120,7 +120,16 @@ def _check_place(cfg: Training, device: str) -> None:
         raise InputError("training.precision: this GPU does not compute in bf16. Set fp16 or fp32.")
 
 
-def _arguments(cfg: Training, folder: Path, rows: int, device: str, seed: int) -> TrainingArguments:
+def arguments(cfg: Training, folder: Path, rows: int, device: str, seed: int) -> TrainingArguments:
+    """What the Trainer is told: the recipe's settings, nothing that reports, uploads or asks.
+
+    Args:
+        cfg: the recipe's training section.
+        folder: for checkpoints.
+        rows: how many are trained on.
+        device: `cpu` or `cuda`.
+        seed: of the order of rows and of dropout.
+    """
     # A step's parts are cut in `AnswerTrainer`, so that the Trainer itself does not accumulate.
     size = cfg.batch_size * cfg.gradient_accumulation
     steps = cfg.max_steps or math.ceil(cfg.epochs * math.ceil(rows / size))

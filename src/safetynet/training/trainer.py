@@ -125,7 +125,7 @@ class AnswerTrainer(Trainer):
         return loss
 
     def _accumulate(self, model: Any, rows: Sequence[Example]) -> torch.Tensor:
-        """Gradients of all rows; the Trainer's own step, but for putting every module into the mode it is in."""
+        """Gradients of all rows: the Trainer's own step, but for setting modules to the mode they are in."""
         supervised = sum(row.supervised for row in rows)
         collate = packed if self.cfg.batching == "pack" else padded
         total = torch.zeros((), device=self.args.device)
