@@ -176,4 +176,5 @@ def test_padding_goes_to_the_side_it_is_told() -> None:
 def test_an_empty_system_message_changes_nothing_where_it_is_folded() -> None:
     gemma = make("gemma")
     user = {"role": "user", "content": "Hello"}
-    assert gemma.encode([{"role": "system", "content": " "}, user]).input_ids == gemma.encode([user]).input_ids
+    blank = {"role": "system", "content": " "}
+    assert gemma.encode([blank, user]).input_ids == gemma.encode([user]).input_ids
