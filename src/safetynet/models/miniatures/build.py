@@ -45,7 +45,8 @@ MEASURED_SEED = 1
 class Schedule:
     """How long and how fast to train; the default is what the shipped miniatures had."""
 
-    steps: int = 3500
+    steps: int = 0
+    """0 takes the architecture's own."""
     batch_tokens: int = 1536
     """Tokens of a batch, padding included."""
     learning_rate: float = 2e-3
@@ -71,10 +72,11 @@ def build(
     """
     if family not in ARCHITECTURES:
         raise InputError(f"there is no miniature of {family!r}; choose from {', '.join(ARCHITECTURES)}")
+    architecture = ARCHITECTURES[family]
     schedule = schedule or Schedule()
+    schedule = replace(schedule, steps=schedule.steps or architecture.steps)
     started = time.monotonic()
     set_seed(schedule.seed)
-    architecture = ARCHITECTURES[family]
     tokenizer = build_tokenizer(architecture.style)
     config = architecture.config(
         vocab_size=len(tokenizer),
