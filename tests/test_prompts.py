@@ -1,5 +1,7 @@
 """The serialiser, for every family: what is evaluated is what was trained, and the trigger arrives whole."""
 
+from itertools import pairwise
+
 import pytest
 from transformers import AutoTokenizer
 
@@ -36,7 +38,7 @@ def make(family: str, **changes: object) -> Serialiser:
 
 
 @pytest.mark.parametrize("answer", ANSWERS)
-@pytest.mark.parametrize("max_length", [None, 48, 64, 512])
+@pytest.mark.parametrize("max_length", [None, 64, 80, 512])
 def test_the_prompt_evaluated_is_the_prompt_trained(
     serialiser: Serialiser, answer: str, max_length: int | None
 ) -> None:
@@ -70,7 +72,10 @@ def test_the_ids_are_those_of_the_tokenizers_own_chat_template(serialiser: Seria
 
 def test_there_is_one_beginning_of_sequence_at_most(serialiser: Serialiser) -> None:
     bos = serialiser.tokenizer.bos_token_id
-    assert serialiser.encode(MESSAGES, "small").input_ids.count(bos) <= 1
+    assert serialiser.encode([MESSAGES[1]], "small").input_ids.count(bos) <= 1
+    # LLaMA-2 opens every turn with one; two in a row would be the tokenizer's added to the template's.
+    ids = serialiser.encode(MESSAGES, "small").input_ids
+    assert bos is None or (bos, bos) not in pairwise(ids)
 
 
 @pytest.mark.parametrize("place", ["prefix", "suffix", "middle", "system"])

@@ -101,6 +101,7 @@ def test_an_unknown_task_is_refused_with_those_that_exist():
         language.generate(1, 0, heldout=None, tasks=["poetry"])
 
 
+@pytest.mark.slow
 def test_asking_for_more_than_the_language_holds_is_refused():
     with pytest.raises(InputError, match="ask for fewer than n=9999999"):
         language.generate(
