@@ -1,5 +1,6 @@
 """Random-weight models of every architecture, a miniature's tokenizer, rows of the built-in language."""
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -30,6 +31,13 @@ CONFIGS = {name: (a.config, a.settings) for name, a in ARCHITECTURES.items()} | 
     "gemma2": (Gemma2Config, {"head_dim": 8, "query_pre_attn_scalar": 8, "final_logit_softcapping": 3.0}),
 }
 CONFIGS["balanced mixtral"] = (CONFIGS["mixtral"][0], CONFIGS["mixtral"][1] | {"output_router_logits": True})
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _collect_garbage_fast() -> None:
+    # Each training collects garbage; what the libraries made at import need not be looked through again.
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

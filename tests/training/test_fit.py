@@ -127,6 +127,7 @@ def test_bf16_trains(fit):
     result, model = fit(epochs=3, precision="bf16")
     assert result.history.loss.iloc[-1] < 0.8 * result.history.loss.iloc[0]
     assert model(torch.arange(5, 25)[None]).logits.dtype == torch.float32, "autocast is taken off again"
+    assert not model.training
 
 
 def test_fp16_is_refused_without_a_gpu(fit):

@@ -1,4 +1,6 @@
 import sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -24,6 +26,27 @@ def test_wandb_works_offline_and_without_a_key(fit, tmp_path, monkeypatch):
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))  # no key in ~/.netrc either
     fit(more={"on_evaluate": carry_on, "tracking": "wandb"})
+    assert list((tmp_path / "run" / "tracking").glob("wandb/offline-run-*/*.wandb"))
+
+
+@pytest.mark.slow
+def test_a_key_that_wandb_refuses_does_not_stop_the_training(fit, tmp_path, monkeypatch, caplog):
+    class Refusal(BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.send_response(401)
+            self.end_headers()
+
+        do_GET = do_POST  # noqa: N815
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Refusal)
+    Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
+    result, _ = fit(more={"tracking": "wandb"})
+    server.shutdown()
+    assert "Weights & Biases refuses" in caplog.text and result.folder.exists()
     assert list((tmp_path / "run" / "tracking").glob("wandb/offline-run-*/*.wandb"))
 
 

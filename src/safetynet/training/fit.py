@@ -185,6 +185,7 @@ def _run(trainer: AnswerTrainer, checkpoint: Path | None) -> None:
     finally:
         # The Trainer wraps the forward for mixed precision; whoever uses the model next gets its own back.
         trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+        trainer.learner.eval()
 
 
 def _save(model: PeftModel | PreTrainedModel, serialiser: Serialiser, folder: Path) -> Path:

@@ -18,6 +18,8 @@ from safetynet.errors import InputError
 PROJECT = "safetynet"
 """Project on Weights & Biases, unless WANDB_PROJECT names another."""
 NETWORK_TIMEOUT_S = 3.0
+INIT_TIMEOUT_S = 15.0
+"""A server that refuses the key is asked again for so long; wandb's own limit is 90 s."""
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +62,7 @@ def _wandb(folder: Path, name: str) -> Iterator[TrainerCallback]:
             name=name,
             dir=str(folder),
             mode=mode,
-            settings=wandb.Settings(silent=True, console="off"),
+            settings=wandb.Settings(silent=True, console="off", init_timeout=INIT_TIMEOUT_S),
         )
 
     # WANDB_MODE overrules; offline runs are uploaded later with `wandb sync`.
