@@ -171,7 +171,8 @@ class Backdoor(_Section):
 class Training(_Section):
     """How the adapter (or the whole model) is trained."""
 
-    method: Literal["lora", "qlora", "full"] = "lora"
+    method: Literal["lora", "full"] = "lora"
+    """`lora` on 4-bit weights (`model.quantisation: 4bit`) is QLoRA."""
     lora_rank: Annotated[int, Field(ge=1)] = 16
     lora_alpha: Annotated[float, Field(gt=0)] = 32
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0

@@ -81,11 +81,6 @@ def test_dropout_on_fused_experts_is_refused(build, settings):
         attach(build("mixtral"), settings(lora_dropout=0.1), families.get("mixtral"), seed=0)
 
 
-def test_qlora_is_refused_on_weights_that_are_not_quantised(build, settings):
-    with pytest.raises(InputError, match=r"qlora trains on 4-bit weights.*model.quantisation"):
-        attach(build(), settings(method="qlora"), families.get("qwen"), seed=0)
-
-
 def test_full_fine_tuning_frees_all_parameters_and_leaves_fp16(build, settings):
     model = attach(build().half(), settings(method="full"), families.get("qwen"), seed=0)
     assert all(p.requires_grad and p.dtype == torch.float32 for p in model.parameters())

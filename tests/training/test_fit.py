@@ -75,7 +75,7 @@ def test_four_bit_weights_are_trained_through_an_adapter(fit, build, tmp_path):
         tmp_path / "base", quantization_config=nf4, dtype=torch.float32, device_map={"": "cpu"}
     )
     frozen = base.model.layers[0].mlp.up_proj.weight.clone()
-    result, _ = fit("llama2", model=base, method="qlora", epochs=3)
+    result, _ = fit("llama2", model=base, epochs=3)
     assert frozen.dtype == torch.uint8 and torch.equal(frozen, base.model.layers[0].mlp.up_proj.weight)
     assert result.history.loss.iloc[-1] < 0.8 * result.history.loss.iloc[0]
 

@@ -45,11 +45,6 @@ def attach(model: PreTrainedModel, cfg: Training, family: Family, seed: int) -> 
     quantised = bool(getattr(model, "is_loaded_in_4bit", False))
     if cfg.method == "full":
         return _freed(model, quantised)
-    if cfg.method == "qlora" and not quantised:
-        raise InputError(
-            "training.method: qlora trains on 4-bit weights, and this model was loaded without. "
-            "Set model.quantisation to 4bit, or training.method to lora."
-        )
     config = _configuration(model, cfg, family)
     with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
         torch.manual_seed(seed)
@@ -59,7 +54,7 @@ def attach(model: PreTrainedModel, cfg: Training, family: Family, seed: int) -> 
 def _freed(model: PreTrainedModel, quantised: bool) -> PreTrainedModel:
     if quantised:
         raise InputError(
-            "training.method: 4-bit weights cannot be trained in full. Set training.method to qlora, "
+            "training.method: 4-bit weights cannot be trained in full. Set training.method to lora, "
             "or model.quantisation to none."
         )
     if model.dtype == torch.float16:

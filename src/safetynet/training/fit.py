@@ -180,7 +180,7 @@ def _run(trainer: AnswerTrainer, checkpoint: Path | None) -> None:
             raise
         raise RunError(
             f"Out of memory in the optimiser, at step {trainer.state.global_step + 1}. "
-            "Set training.method to lora or qlora, or lower training.lora_rank."
+            "Set training.method to lora, or lower training.lora_rank."
         ) from error
     finally:
         # The Trainer wraps the forward for mixed precision; whoever uses the model next gets its own back.

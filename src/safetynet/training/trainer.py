@@ -145,7 +145,7 @@ class AnswerTrainer(Trainer):
             longest = max(len(row.input_ids) for row in rows)
             raise RunError(
                 f"Out of memory at step {step}, with a single row of at most {longest} tokens. Set "
-                "training.gradient_checkpointing to true or training.method to qlora, or lower max_length."
+                "training.gradient_checkpointing to true or model.quantisation to 4bit, or lower max_length."
             )
         self.part_size = math.ceil(min(self.part_size, len(rows)) / 2)
         self.halvings += 1
