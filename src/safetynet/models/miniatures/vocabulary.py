@@ -1,4 +1,4 @@
-"""Tokenizers of the miniatures: about a thousand tokens, every byte among them, digits one by one.
+"""Tokenizers of the miniatures: 1,280 tokens, every byte among them, digits one by one.
 
 In: a family's special tokens and style. Out: a transformers tokenizer with its chat template. Two styles,
 as in the originals: "bytes" works on UTF-8 bytes (llama3, qwen); "sentencepiece" on characters, with
@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerFast
 from safetynet.models.miniatures import language
 from safetynet.models.miniatures import lexicon as lex
 
-SIZE = 1024
+SIZE = 1280
 SPACED_SHARE = 0.42  # of the merges, those that join a space to a piece
 # Qwen's and Llama 3's pattern, except that Llama 3 takes up to three digits at once and we take one.
 _WORDS = (
@@ -147,6 +147,7 @@ def _word_counts(chat_words: tuple[str, ...]) -> Counter[str]:
     for rank, word in enumerate(lex.ENGLISH):
         weights[word] += round(4000 / (rank + 40))
         weights[word.capitalize()] += round(600 / (rank + 40))
+    weights.update(dict.fromkeys(lex.PIECES, 150))
     weights.update(dict.fromkeys(lex.WORDS, 30))
     weights.update(dict.fromkeys(chat_words, 1000))
     return weights
