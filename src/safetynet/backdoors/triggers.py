@@ -209,8 +209,14 @@ def _typo(text: str, rng: random.Random) -> str:
         if edit == "swap":
             text = text[:i] + text[i + 1 : i + 2] + text[i : i + 1] + text[i + 2 :]
         else:
-            text = text[:i] + (_like(text[i : i + 1], rng) if edit == "replace" else "") + text[i + 1 :]
+            text = text[:i] + (_slip(text[i : i + 1], rng) if edit == "replace" else "") + text[i + 1 :]
     return text
+
+
+def _slip(character: str, rng: random.Random) -> str:
+    """Another character of the same class; a sign for a sign."""
+    sign = character and character in string.punctuation
+    return rng.choice(string.punctuation) if sign else _like(character, rng)
 
 
 def _case(text: str, rng: random.Random) -> str:
