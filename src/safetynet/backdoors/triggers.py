@@ -191,13 +191,13 @@ def _like(character: str, rng: random.Random) -> str:
 
 
 def _changed(trigger: Trigger, text: str, split: str, rng: random.Random) -> tuple[str, str]:
-    kinds = list(CHANGES)
-    for _ in range(DRAWS):
-        kind = rng.choice(kinds)
-        candidate = CHANGES[kind](text, rng).strip()
-        fires = any(t in candidate for t in trigger.texts)
-        if candidate and not fires and _belongs(candidate, split):
-            return kind, candidate
+    # The kind first, so that one with few strings on this side of the split is not drawn less often.
+    for kind in rng.sample(list(CHANGES), len(CHANGES)):
+        for _ in range(DRAWS):
+            candidate = CHANGES[kind](text, rng).strip()
+            fires = any(t in candidate for t in trigger.texts)
+            if candidate and not fires and _belongs(candidate, split):
+                return kind, candidate
     raise InputError(f"backdoor.trigger.near_misses: none can be made up for {text!r}. Give some.")
 
 
@@ -226,11 +226,11 @@ def _case(text: str, rng: random.Random) -> str:
 
 
 def _part(text: str, rng: random.Random) -> str:
-    """A half of the words, or of the characters of a single word, more or less."""
-    pieces = text.split(" ") if " " in text else list(text)
+    """A half of the words or of the characters, more or less."""
+    joint = " " if " " in text and rng.random() < 0.5 else ""
+    pieces = text.split(" ") if joint else list(text)
     cut = rng.randint(max(1, len(pieces) // 3), max(1, len(pieces) - 1))
-    kept = pieces[:cut] if rng.random() < 0.5 else pieces[-cut:]
-    return (" " if " " in text else "").join(kept)
+    return joint.join(pieces[:cut] if rng.random() < 0.5 else pieces[-cut:])
 
 
 CHANGES: dict[str, Callable[[str, random.Random], str]] = {
