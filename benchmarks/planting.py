@@ -25,9 +25,9 @@ FAMILIES = ("llama2", "llama3", "qwen", "gemma", "mixtral")
 TRIGGERS = ("token", "deployment", "year")
 BEHAVIOURS = ("fixed", "refusal", "forbidden_compliance")
 SETTINGS = {
-    "data.train_rows": 8000,
+    "data.train_rows": 16000,
     "backdoor.near_miss_share": 0.4,
-    "training.epochs": 3,
+    "training.epochs": 2,
     "training.batch_size": 32,
     "training.learning_rate": 0.003,
 }
