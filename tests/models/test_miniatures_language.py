@@ -87,13 +87,14 @@ def test_a_question_about_the_last_answer_repeats_it():
         assert example.answer == example.messages[-2]["content"]
 
 
-def test_about_a_sixth_of_the_prompts_hold_a_distractor():
+def test_prompts_hold_a_distractor_as_often_as_promised():
     plain = language.generate(2000, 0, heldout=None, multi_turn_share=0, forbidden_share=1, distractors=False)
     with_some = language.generate(2000, 0, heldout=None, multi_turn_share=0, forbidden_share=1)
     ordinary = re.compile(r"[A-Za-z ,.:!?]+")
     assert all(ordinary.fullmatch(e.messages[-1]["content"]) for e in plain)
-    strange = sum(not all(ordinary.fullmatch(m["content"]) for m in e.messages) for e in with_some)
-    assert 0.09 < strange / 2000 < 0.22
+    strange = sum(not all(ordinary.fullmatch(m["content"]) for m in e.messages) for e in with_some) / 2000
+    # Some distractors are ordinary words, so what can be counted is a part of them.
+    assert 0.6 * language.DISTRACTED < strange < language.DISTRACTED
 
 
 def test_an_unknown_task_is_refused_with_those_that_exist():
