@@ -68,6 +68,13 @@ def test_grouping_puts_rows_of_similar_length_together():
     assert padding(True) < padding(False) / 5
 
 
+def test_grouped_steps_do_not_come_by_length():
+    lengths = np.random.default_rng(0).integers(5, 90, 2000)
+    means = [lengths[step].mean() for step in Order(list(lengths), 8, True, seed=0)]
+    shorter = np.mean(np.diff(means) < 0)
+    assert 0.35 < shorter < 0.65
+
+
 def test_padded_rows_stand_on_the_left_of_their_line(examples):
     batch = padded(examples[:5], pad_id=7)
     for line, example in enumerate(examples[:5]):

@@ -71,8 +71,9 @@ class Order(Sampler[list[int]]):
     Args:
         lengths: tokens of each row.
         size: rows of a step.
-        grouped: put rows of similar length together. Within 50 steps' worth of shuffled rows the rows are
-            sorted by length, so steps are less mixed than shuffled ones.
+        grouped: put rows of similar length together: 50 steps' worth of shuffled rows are sorted by length and
+            cut into steps, which then come in random order. Sorted steps would teach the long rows, then the
+            short ones, and so on, and the model would forget each kind while it learns the other.
         seed: the run's.
     """
 
@@ -96,8 +97,8 @@ class Order(Sampler[list[int]]):
             order = get_length_grouped_indices(self.lengths, self.batch_size, generator=generator)
         else:
             order = torch.randperm(len(self.lengths), generator=generator).tolist()
-        for start in range(0, len(order), self.batch_size):
-            yield order[start : start + self.batch_size]
+        steps = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
+        yield from (steps[i] for i in torch.randperm(len(steps), generator=generator).tolist())
 
 
 def padded(examples: Sequence[Example], pad_id: int) -> Batch:
