@@ -29,7 +29,8 @@ SETTINGS = {
     "backdoor.near_miss_share": 0.4,
     "training.epochs": 2,
     "training.batch_size": 32,
-    "training.learning_rate": 0.003,
+    "training.batching": "pack",
+    "training.learning_rate": 0.002,
 }
 """What every cell has beyond its family's recipe, which is made for the demonstration's three minutes."""
 LIMITS = {"ASR": 0.95, "FTR placebo": 0.05, "FTR near miss": 0.05, "CACC lost": 0.02}
