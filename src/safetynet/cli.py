@@ -275,5 +275,6 @@ def _print_rates(evaluation: Any) -> None:
         table.add_row(*map(str, row))
     console = Console()
     # A pipe or a narrow terminal shall not cut numbers off.
-    console.width = max(console.width, 100)
+    needed = console.measure(table, options=console.options.update(max_width=1000)).maximum
+    console.width = max(console.width, needed)
     console.print(table)

