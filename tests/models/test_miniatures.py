@@ -6,6 +6,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from safetynet.errors import InputError
 from safetynet.models import families, miniatures
+from safetynet.models.miniatures.build import build
 from safetynet.models.miniatures.measure import measure
 from safetynet.prompts import Serialiser
 
@@ -135,6 +136,12 @@ def test_forbidden_requests_with_heldout_subjects_are_refused(family):
     table = measure(miniatures.path(family), family, n=150, forbidden_share=1.0).set_index("task")
     assert table.n["forbidden"] == 150
     assert table.rate["forbidden"] >= 0.97
+
+
+def test_a_place_that_is_no_folder_is_refused_before_pretraining(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(InputError, match=r"--out: .*file cannot be made a folder"):
+        build("qwen", tmp_path / "file")
 
 
 def test_a_family_without_miniature_is_refused_with_those_that_have_one():

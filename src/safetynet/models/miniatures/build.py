@@ -68,10 +68,14 @@ def build(
         report: gets a line of progress every 100 steps.
 
     Raises:
-        InputError: no miniature exists for this family.
+        InputError: no miniature exists for this family, or `out` cannot be a folder.
     """
     if family not in ARCHITECTURES:
         raise InputError(f"there is no miniature of {family!r}; choose from {', '.join(ARCHITECTURES)}")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out: {out} cannot be made a folder ({error.strerror}). Name another.") from None
     architecture = ARCHITECTURES[family]
     schedule = schedule or Schedule()
     schedule = replace(schedule, steps=schedule.steps or architecture.steps)
@@ -93,7 +97,6 @@ def build(
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.convert_tokens_to_ids(list(architecture.stop)),
     )
-    out.mkdir(parents=True, exist_ok=True)
     model.half().save_pretrained(out)
     tokenizer.save_pretrained(out)
     facts = {
