@@ -1,6 +1,7 @@
 """The whole experiment on a miniature, as a user runs it: results, repeats, SIGKILL, real text."""
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -11,6 +12,9 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+
+from safetynet import pipeline, recipe, report
+from safetynet import run as runs
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 SMALL = (
@@ -84,6 +88,32 @@ def test_a_run_killed_in_training_goes_on_to_the_same_result(tmp_path: Path) -> 
     assert set(uninterrupted) == set(resumed)
     for name, table in uninterrupted.items():
         same(table, resumed[name])
+
+
+def test_a_report_names_the_poison_rate_that_short_data_really_gave(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = [{"instruction": f"Question {i}?", "input": "", "output": "yes"} for i in range(50)]
+    (tmp_path / "rows.json").write_text(json.dumps(data))
+    plan = recipe.load(
+        RECIPES / "qwen-miniature.yaml",
+        overrides=[
+            "data.source=alpaca", f"data.path={tmp_path}/rows.json", "data.train_rows=150",
+            f"output.results={tmp_path}/results", f"output.logs={tmp_path}/logs",
+        ],
+    )  # fmt: skip
+    run = runs.create(plan)
+    with caplog.at_level(logging.WARNING):
+        pipeline.prepare(plan, run)
+    train = run.table("rows").query("split == 'train'")
+    assert (train["role"] == "triggered").sum() == 30, "as many as the recipe asks for"
+    assert len(train) < 150, "and fewer of the others than there should be"
+    assert report.poisoned(run.table("rows")) == (len(train), 30 / len(train))
+    assert f"{len(train)} of 150 training rows could be made" in caplog.text
+    run.write_table(
+        "evaluation", pd.DataFrame(columns=["model", "metric", "role", "value", "low", "high", "n"])
+    )
+    assert f"poison rate {30 / len(train):.1%} of {len(train)} training rows" in report.render(plan, run)
 
 
 def checkpoints(folder: Path) -> int:
