@@ -27,14 +27,6 @@ log = logging.getLogger("safetynet")
 BACKDOORED, TWIN = "backdoored", "clean_twin"
 
 
-def run_all(recipe: Recipe, run: Run) -> None:
-    """Every stage of a recipe in its run directory."""
-    prepare(recipe, run)
-    train(recipe, run)
-    evaluate(recipe, run)
-    draw(recipe, run)
-
-
 def prepare(recipe: Recipe, run: Run) -> None:
     """Make the rows and refuse, before any training, what would spoil the result; name the recipe in the run.
 

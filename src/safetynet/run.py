@@ -33,7 +33,17 @@ from pydantic import ValidationError
 from safetynet.errors import InputError, RunError
 from safetynet.recipe import Recipe
 
-PACKAGES = ("safetynet", "torch", "transformers", "peft", "trl", "tokenizers", "datasets", "numpy", "pandas")
+PACKAGES = (
+    "safetynet",
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "tokenizers",
+    "datasets",
+    "numpy",
+    "pandas",
+)
 LEAST_FREE_BYTES = 200 * 2**20
 """Room that a run wants before it starts; a miniature's run fills a tenth of it."""
 
