@@ -6,6 +6,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from safetynet.errors import InputError
 from safetynet.models import families, miniatures
+from safetynet.models.miniatures import language
 from safetynet.models.miniatures.build import build
 from safetynet.models.miniatures.measure import measure
 from safetynet.prompts import Serialiser
@@ -119,6 +120,12 @@ def test_the_weights_are_half_precision_and_at_most_two_and_a_half_megabytes(fam
     assert [f.name for f in files] == ["model.safetensors"]
     assert files[0].stat().st_size <= 2_500_000
     assert AutoConfig.from_pretrained(miniatures.path(family)).dtype == torch.float16
+
+
+def test_the_card_says_how_many_prompts_were_disturbed_and_how_to_build_it_again(family):
+    text = (miniatures.path(family) / "README.md").read_text()
+    assert f"About {language.DISTRACTED:.0%} of the prompts" in text
+    assert f"safetynet miniatures build {family} --out FOLDER" in text
 
 
 def test_mixtral_has_four_experts_of_which_two_are_active():
