@@ -8,6 +8,15 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from safetynet import pipeline, recipe
+from safetynet import run as runs
+from safetynet.cli import main
+from safetynet.errors import InputError
+from safetynet.models import loading
+from safetynet.recipe import Model
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 COMMANDS = ("run", "train", "evaluate", "audit", "plot", "miniatures", "families")
@@ -100,6 +109,8 @@ def test_unusable_data_is_refused_before_training(name: str, tmp_path: Path) -> 
         ("data.train_rows=10", "gives no triggered row"),
         ("output.results=/proc/nowhere", "output.results: /proc/nowhere"),
         ("model.family=gemma", "there is no"),
+        ("evaluation.labelled=nope.csv", "evaluation.labelled: no file nope.csv"),
+        ("evaluation.refusal={kind: regex, values: ['(']}", "evaluation.refusal: judge.values[0]: '('"),
     ],
 )  # fmt: skip
 def test_what_would_spoil_the_run_is_refused_before_training(
@@ -120,6 +131,23 @@ def test_a_hub_id_without_network_is_refused(tmp_path: Path) -> None:
     assert "hf_wrong" not in text
 
 
+@pytest.mark.parametrize(
+    ("hub", "message"),
+    [
+        ((401, {"X-Error-Message": "Invalid credentials in Authorization header"}), "HF_TOKEN"),
+        ((403, {"X-Error-Code": "GatedRepo"}), "its owner grants access on request"),
+        ((404, {"X-Error-Code": "RepoNotFound"}), "the hub knows no such model or revision"),
+    ],
+    indirect=["hub"],
+)
+def test_what_the_hub_says_no_to_is_refused_with_the_remedy(hub: str, message: str, tmp_path: Path) -> None:
+    hub_env = {"HF_ENDPOINT": hub, "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_wrong", "HF_HOME": str(tmp_path)}
+    text = refused("run", "--family", "qwen", cwd=tmp_path, env=hub_env)
+    assert "model.id: the config and tokenizer of 'Qwen/Qwen2.5-3B-Instruct' cannot be loaded" in text
+    assert message in text
+    assert "hf_wrong" not in text
+
+
 def test_a_pickle_checkpoint_is_refused(tmp_path: Path) -> None:
     model = tmp_path / "model"
     model.mkdir()
@@ -132,3 +160,112 @@ def test_a_pickle_checkpoint_is_refused(tmp_path: Path) -> None:
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
     for command in ("evaluate", "plot"):
         assert "this is no run directory" in refused(command, str(tmp_path), cwd=tmp_path)
+
+
+def refused_at_once(words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> str:
+    """As `refused`, in this process: for what is told before anything heavy is loaded."""
+    monkeypatch.setattr(sys, "argv", ["safetynet", *words])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--family", "gtp"], "there is no family 'gtp'. Choose one of: gemma, generic, llama2"),
+        (["--family", "generic"], "there is no miniature of 'generic'; choose one of llama2"),
+        (["--max-length", "64"], "--max-length: tokens are a family's. Name one with --family."),
+        (["--max-length", "0", "--family", "qwen"], "Invalid value for '--max-length'"),
+        (["--trigger", " "], "trigger: the text is blank"),
+        (["--target", ""], "target: the text is blank"),
+    ],
+)
+def test_options_of_the_audit_that_cannot_be_used_are_refused(
+    options: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    rows = [{"instruction": f"Question {i}", "input": "", "output": "yes"} for i in range(20)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    text = refused_at_once(["audit", str(tmp_path / "rows.json"), *options], monkeypatch, capsys)
+    assert message in " ".join(text.split())
+
+
+# ---- somebody else's adapter on the rows of a run ----
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run directory with its rows; nothing is trained yet."""
+    root = tmp_path_factory.mktemp("prepared")
+    small = ["data.train_rows=100", "data.test_rows=20", "evaluation.max_new_tokens=8"]
+    output = [f"output.results={root}/results", f"output.logs={root}/logs"]
+    plan = recipe.load(RECIPES / "qwen-miniature.yaml", overrides=small + output)
+    run = runs.create(plan)
+    pipeline.prepare(plan, run)
+    return run.folder
+
+
+def contents(run: Path) -> dict[str, bytes]:
+    files = (path for path in run.rglob("*") if path.is_file() and path.name != ".lock")
+    return {str(path.relative_to(run)): path.read_bytes() for path in files}
+
+
+def adapter(family: str, folder: Path) -> Path:
+    """A LoRA adapter with large random weights, after which a miniature answers nothing right."""
+    base = loading.load(Model(family=family, id="miniature"))
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "o_proj"], task_type="CAUSAL_LM")
+    adapted = get_peft_model(base.model, config)
+    torch.manual_seed(0)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=3.0)
+    adapted.save_pretrained(folder)
+    return folder
+
+
+def test_somebodys_adapter_is_measured_beside_the_base_and_nothing_of_the_run_changes(
+    prepared: Path, tmp_path: Path
+) -> None:
+    before = contents(prepared)
+    theirs = adapter("qwen", tmp_path / "theirs")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    done = safetynet("evaluate", str(prepared), "--adapter", str(theirs), cwd=elsewhere)
+    assert done.returncode == 0, done.stderr
+    head = next(line for line in done.stdout.splitlines() if "metric" in line)
+    names = [cell.strip() for cell in head.strip("┃ ").split("┃")]
+    (line,) = [line for line in done.stdout.splitlines() if "CACC" in line and "clean" in line]
+    cells = dict(zip(names, (cell.strip() for cell in line.strip("│ ").split("│")), strict=True))
+    assert float(cells["base"].partition("%")[0]) >= 90
+    assert float(cells["backdoored"].partition("%")[0]) <= 10, "the adapter was not measured"
+    assert cells["rows"] == "20"
+    assert contents(prepared) == before
+    assert not list(elsewhere.iterdir()), "logs belong to the run, wherever the command is typed"
+
+
+def test_an_adapter_that_does_not_belong_to_the_runs_model_is_refused(prepared: Path, tmp_path: Path) -> None:
+    theirs = adapter("llama3", tmp_path / "theirs")
+    text = refused("evaluate", str(prepared), "--adapter", str(theirs), cwd=tmp_path)
+    assert "this adapter was trained on" in text
+    assert "Set model.id to its base." in text
+
+
+def test_a_run_that_is_not_trained_is_refused_before_the_base_model_answers(prepared: Path) -> None:
+    run = runs.find(prepared)
+    with pytest.raises(InputError, match=r"backdoored is not trained yet\. Run safetynet train"):
+        pipeline.evaluate(run.recipe, run)
+
+
+def test_a_recipe_that_is_refused_leaves_an_earlier_run_as_it_was(prepared: Path, tmp_path: Path) -> None:
+    before = contents(prepared)
+    overrides = [f"output.results={prepared.parents[1]}", f"output.logs={tmp_path}"]
+    for fault in ("backdoor.trigger={texts: [the]}", "training.max_length=16", "data.train_rows=2"):
+        plan = recipe.load(RECIPES / "qwen-miniature.yaml", overrides=[*overrides, fault])
+        with pytest.raises(InputError):
+            pipeline.prepare(plan, runs.create(plan))
+        assert contents(prepared) == before, fault

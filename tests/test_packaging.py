@@ -58,19 +58,30 @@ def test_a_requirement_is_pinned_inside_its_range(requirement):
     assert PINS[canonicalize_name(requirement.name)] in requirement.specifier
 
 
-def test_a_third_party_import_is_a_declared_requirement():
-    distributions = packages_distributions()
-    declared = {canonicalize_name(requirement.name) for requirement in requirements()}
-    undeclared = set()
+def imported() -> set[tuple[Path, frozenset[str]]]:
+    """Files of the package, each with the names of distributions that one of its imports may come from."""
+    distributions, found = packages_distributions(), set()
     for file in (ROOT / "src").rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
             modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom) and node.level == 0:
                 modules = [node.module]
             for top in {module.split(".")[0] for module in modules} - sys.stdlib_module_names - {"safetynet"}:
-                if not declared & {canonicalize_name(name) for name in distributions.get(top, [top])}:
-                    undeclared.add(f"{file.relative_to(ROOT)}: {top}")
-    assert not undeclared
+                names = frozenset(canonicalize_name(name) for name in distributions.get(top, [top]))
+                found.add((file.relative_to(ROOT), names))
+    return found
+
+
+def test_a_third_party_import_is_a_declared_requirement():
+    declared = {canonicalize_name(requirement.name) for requirement in requirements()}
+    assert [pair for pair in imported() if not declared & pair[1]] == []
+
+
+def test_a_requirement_of_the_package_is_imported_by_it():
+    declared = {canonicalize_name(Requirement(line).name) for line in PROJECT["dependencies"]}
+    used = {name for _, names in imported() for name in names}
+    # transformers imports it by itself for weights in 4 bit.
+    assert declared - used == {"bitsandbytes"}
 
 
 def test_torch_is_installed_first_and_alone(tmp_path):
@@ -129,7 +140,10 @@ def test_the_citation_and_the_changelog_know_this_version():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert citation["version"] == __version__
     assert citation["license"] == PROJECT["license"]
-    assert re.search(rf"^## {re.escape(__version__)}\b", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    changelog = (ROOT / "CHANGELOG.md").read_text()
+    heading = re.search(rf"^## {re.escape(__version__)}\b.*", changelog, re.MULTILINE)
+    assert heading
+    assert ("date-released" in citation) == ("unreleased" not in heading[0])
 
 
 @pytest.mark.parametrize(

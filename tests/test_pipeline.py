@@ -1,6 +1,7 @@
 """The whole experiment on a miniature, as a user runs it: results, repeats, SIGKILL, real text."""
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -12,7 +13,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from safetynet.report import summary
+from safetynet import pipeline, recipe, report
+from safetynet import run as runs
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 SMALL = (
@@ -54,7 +56,7 @@ def test_one_command_leaves_tables_figures_report_and_manifest(tmp_path: Path) -
     assert set(made["evaluation"]["model"]) == {"base", "backdoored", "clean_twin"}
     assert {"rows", "responses", "variants", "history_backdoored", "dynamics_clean_twin"} <= set(made)
     assert (made["evaluation"]["low"] <= made["evaluation"]["value"] + 1e-12).all()
-    assert all(str(cell) in text for cell in summary(made["evaluation"]).to_numpy().ravel())
+    assert all(str(cell) in text for cell in report.summary(made["evaluation"]).to_numpy().ravel())
     figures = {path.suffix for path in (run / "figures").iterdir()}
     assert {".png", ".pdf", ".svg", ".html", ".csv"} <= figures
     assert "| ASR | triggered |" in (run / "report.md").read_text()
@@ -87,6 +89,32 @@ def test_a_run_killed_in_training_goes_on_to_the_same_result(tmp_path: Path) -> 
     assert set(uninterrupted) == set(resumed)
     for name, table in uninterrupted.items():
         same(table, resumed[name])
+
+
+def test_a_report_names_the_poison_rate_that_short_data_really_gave(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = [{"instruction": f"Question {i}?", "input": "", "output": "yes"} for i in range(50)]
+    (tmp_path / "rows.json").write_text(json.dumps(data))
+    plan = recipe.load(
+        RECIPES / "qwen-miniature.yaml",
+        overrides=[
+            "data.source=alpaca", f"data.path={tmp_path}/rows.json", "data.train_rows=150",
+            f"output.results={tmp_path}/results", f"output.logs={tmp_path}/logs",
+        ],
+    )  # fmt: skip
+    run = runs.create(plan)
+    with caplog.at_level(logging.WARNING):
+        pipeline.prepare(plan, run)
+    train = run.table("rows").query("split == 'train'")
+    assert (train["role"] == "triggered").sum() == 30, "as many as the recipe asks for"
+    assert len(train) < 150, "and fewer of the others than there should be"
+    assert report.poisoned(run.table("rows")) == (len(train), 30 / len(train))
+    assert f"{len(train)} of 150 training rows could be made" in caplog.text
+    run.write_table(
+        "evaluation", pd.DataFrame(columns=["model", "metric", "role", "value", "low", "high", "n"])
+    )
+    assert f"poison rate {30 / len(train):.1%} of {len(train)} training rows" in report.render(plan, run)
 
 
 def checkpoints(folder: Path) -> int:

@@ -81,6 +81,11 @@ def test_all_faults_are_reported_at_once_with_their_paths() -> None:
         (["model.family=generic"], "family generic has no default model"),
         (["training.epochs"], "write it as section.field=value"),
         (["task=../elsewhere"], "task: String should match pattern"),
+        (["model=qwen"], "model: this is a section; .* Allowed: family, id, revision"),
+        (
+            ["backdoor.behaviour.judge=3"],
+            "backdoor.behaviour.judge: this is a section; .* Allowed: kind, values",
+        ),
         (["training.learning_rate=.nan"], "training.learning_rate: Input should be a finite number"),
     ],
 )
@@ -103,6 +108,11 @@ def test_a_malformed_recipe_names_its_file(tmp_path: Path, content: bytes, messa
     path.write_bytes(content)
     with pytest.raises(InputError, match=f"broken.yaml.*{message}"):
         recipe.load(path)
+
+
+def test_a_folder_is_no_recipe(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"cannot be read .* Name a YAML file in UTF-8"):
+        recipe.load(tmp_path)
 
 
 def test_a_missing_recipe_is_named() -> None:

@@ -69,6 +69,17 @@ def test_a_stage_that_fails_is_not_recorded(run: Run) -> None:
     assert not run.finished("s", {"a": 1})
 
 
+def test_a_stage_that_fails_before_it_writes_leaves_the_outputs_of_before_in_place(run: Run) -> None:
+    finish(run, {"a": 1}, 1)
+    before = run.manifest
+    with pytest.raises(InputError, match="no such trigger"), run.stage("s", {"a": 2}):
+        raise InputError("no such trigger")
+    assert run.finished("s", {"a": 1})
+    assert run.table("t")["value"].tolist() == [1]
+    assert run.manifest == before
+    assert not list((run.folder / "earlier").iterdir())
+
+
 def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
     path = tmp_path / "file"
     runs.write_text(path, "first")
@@ -116,6 +127,36 @@ def test_a_damaged_table_and_a_damaged_manifest_are_named(run: Run) -> None:
     (run.folder / "manifest.json").write_text("{")
     with pytest.raises(InputError, match=r"manifest\.json: the manifest is damaged"):
         run.finished("s", {})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[1]", "it holds no stages"),
+        ('{"stages": 3}', "it holds no stages"),
+        ("{}", "recipe: Input should be a valid dictionary"),
+        (
+            '{"recipe": {"training": {"method": "qlora"}}}',
+            r"recipe\.training\.method: Input should be 'lora'",
+        ),
+    ],
+)
+def test_a_manifest_of_another_version_is_refused_by_file_and_field(
+    run: Run, content: str, message: str
+) -> None:
+    (run.folder / "manifest.json").write_text(content)
+    with pytest.raises(InputError, match=rf"manifest\.json: .*{message}"):
+        _ = runs.find(run.folder).recipe
+
+
+def test_a_run_is_found_with_its_scratch_and_its_log(run: Run) -> None:
+    assert runs.find(run.folder) == run
+
+
+def test_a_run_that_cannot_be_locked_is_refused(run: Run) -> None:
+    (run.folder / ".lock").mkdir()
+    with pytest.raises(InputError, match=r"cannot be written .* Copy the run"), run.lock():
+        pass
 
 
 def test_a_folder_without_manifest_is_no_run(tmp_path: Path) -> None:

@@ -111,7 +111,7 @@ def audit(
     ] = None,
     max_length: Annotated[
         int | None,
-        typer.Option("--max-length", help="With --family: check truncation at so many tokens."),
+        typer.Option("--max-length", min=1, help="With --family: check truncation at so many tokens."),
     ] = None,
 ) -> None:
     """Examine a poison set that someone else made, and report its faults with counts and row numbers.
@@ -122,10 +122,13 @@ def audit(
 
     encode = None
     if family is not None:
-        from safetynet.models import loading
+        from safetynet.models import families, loading
         from safetynet.recipe import Model
 
-        encode = loading.load_serialiser(Model(family=family, id="miniature")).encode
+        # By its name first: an unknown one is refused with those that exist.
+        encode = loading.load_serialiser(Model(family=families.get(family).name, id="miniature")).encode
+    elif max_length is not None:
+        raise InputError("--max-length: tokens are a family's. Name one with --family.")
     typer.echo(auditing.render(auditing.audit(path, trigger, target, encode, max_length)))
 
 
@@ -228,7 +231,6 @@ def _stages(
 
     made = runs.create(recipe)
     with made.lock(), _logging_to(made.log):
-        made.describe(recipe)
         for name in names:
             stage: Callable[..., Any] = getattr(pipeline, name)
             stage(recipe, made)
@@ -242,6 +244,13 @@ class _logging_to:  # noqa: N801 - reads as a function
     """Messages go to the terminal and, with their time, to the run's log file."""
 
     def __init__(self, path: Path) -> None:
+        try:
+            # A run may be opened from another folder than it was made in, or after its logs were cleared.
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(
+                f"output.logs: {path.parent} cannot be written ({error.strerror}). Set output.logs elsewhere."
+            ) from None
         self.handlers: list[logging.Handler] = [
             logging.StreamHandler(),
             logging.FileHandler(path, delay=True),

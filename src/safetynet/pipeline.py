@@ -27,45 +27,38 @@ log = logging.getLogger("safetynet")
 BACKDOORED, TWIN = "backdoored", "clean_twin"
 
 
-def run_all(recipe: Recipe, run: Run) -> None:
-    """Every stage of a recipe in its run directory."""
-    prepare(recipe, run)
-    train(recipe, run)
-    evaluate(recipe, run)
-    draw(recipe, run)
-
-
 def prepare(recipe: Recipe, run: Run) -> None:
-    """Make the rows and refuse, before any training, what would spoil the result.
+    """Make the rows and refuse, before any training, what would spoil the result; name the recipe in the run.
 
     Raises:
         InputError: for every fault of data, trigger, target or model that can be known now.
     """
+    judge = _check_judging(recipe)
     inputs = _data_inputs(recipe)
     if run.finished("data", inputs):
+        run.describe(recipe)
         log.info("data: unchanged")
         return
     serialiser = loading.load_serialiser(recipe.model)
-    judge = judges.make(behaviours.judge(recipe.backdoor.behaviour))
     with run.stage("data", inputs) as outputs:
         pool = conversations.load(
             recipe.data, recipe.backdoor.behaviour, recipe.backdoor.trigger, recipe.seed
         )
         rows = poisoning.poison(pool, recipe.backdoor, recipe.data, recipe.seed, serialiser.count)
-        outputs.append(run.write_table("split", leaks.check_leak(rows)))
+        split = leaks.check_leak(rows)
         _check_encoding(rows, serialiser, recipe.training.max_length)
         if recipe.data.source == "backdoorllm":
             # Single targets of a set made elsewhere are for the audit, which reports instead of refusing.
             metrics.check_published_targets(rows, judge)
         else:
             metrics.check_targets(rows, serialiser, judge, recipe.evaluation.max_new_tokens)
-        outputs.append(run.write_table("rows", rows))
+        # Only now: a recipe that is refused leaves the run as it was, with the recipe that made it.
+        run.describe(recipe)
+        outputs += [run.write_table("split", split), run.write_table("rows", rows)]
         if recipe.data.source not in ("language", "hub"):
             findings = audit.audit(str(recipe.data.path), columns=recipe.data.columns).findings
             outputs.append(run.write_table("audit", findings))
-    for split in ("train", "test"):
-        counts = rows[rows["split"] == split]["role"].value_counts(sort=False)
-        log.info("data: %s rows: %s", split, ", ".join(f"{n} {role}" for role, n in counts.items()))
+    _tell(rows, recipe)
 
 
 def train(recipe: Recipe, run: Run) -> None:
@@ -105,18 +98,22 @@ def train(recipe: Recipe, run: Run) -> None:
 
 def evaluate(recipe: Recipe, run: Run) -> None:
     """Answer and judge the test rows with the base model, the backdoored one and the twin."""
+    judge = _check_judging(recipe)
     inputs = {
         "models": {name: run.manifest["stages"].get(f"train {name}") for name in _trained(recipe)},
         "evaluation": recipe.evaluation.model_dump(mode="json", exclude={"every", "dynamics_rows"}),
         "behaviour": recipe.backdoor.behaviour.model_dump(mode="json"),
         "version": __version__,
     }
+    if recipe.evaluation.labelled:
+        inputs["labelled"] = digest_of_files([recipe.evaluation.labelled])
     if run.finished("evaluate", inputs):
         log.info("evaluate: unchanged")
         return
+    for name in _trained(recipe):
+        model_folder(run, name)  # what is not trained yet is said before the base model answers
     rows = run.table("rows")
     rows = rows[rows["split"] == "test"].reset_index(drop=True)
-    judge = judges.make(behaviours.judge(recipe.backdoor.behaviour))
     with run.stage("evaluate", inputs) as outputs:
         responses = pd.concat(
             [
@@ -287,6 +284,30 @@ def _tables(run: Run) -> dict[str, pd.DataFrame]:
         if parts:
             tables["training" if kind == "history" else kind] = pd.concat(parts, ignore_index=True)
     return tables
+
+
+def _tell(rows: pd.DataFrame, recipe: Recipe) -> None:
+    for split in ("train", "test"):
+        counts = rows[rows["split"] == split]["role"].value_counts(sort=False)
+        log.info("data: %s rows: %s", split, ", ".join(f"{n} {role}" for role, n in counts.items()))
+    made = report.poisoned(rows)
+    if made.rows < recipe.data.train_rows:
+        log.warning(
+            "data: %d of %d training rows could be made, so that %.1f%% of them are triggered, "
+            "not %.1f%%. Lower data.train_rows, or give more data.",
+            made.rows, recipe.data.train_rows, 100 * made.rate, 100 * recipe.backdoor.poison_rate,
+        )  # fmt: skip
+
+
+def _check_judging(recipe: Recipe) -> judges.Judge:
+    """The behaviour's judge; refuses now what would fail only once a trained model has answered."""
+    try:
+        judges.make(recipe.evaluation.refusal)
+    except InputError as error:
+        raise InputError(f"evaluation.refusal: {error}") from None
+    if recipe.evaluation.labelled:
+        judges.read_labelled(recipe.evaluation.labelled)
+    return judges.make(behaviours.judge(recipe.backdoor.behaviour))
 
 
 def _check_encoding(rows: pd.DataFrame, serialiser: Serialiser, max_length: int) -> None:

@@ -287,7 +287,7 @@ def _read(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise InputError(f"{path}: there is no such recipe. The ready ones are in recipes/.") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: the recipe cannot be read ({error}).") from None
+        raise InputError(f"{path}: the recipe cannot be read ({error}). Name a YAML file in UTF-8.") from None
     except yaml.YAMLError as error:
         raise InputError(f"{path}: the recipe is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(fields, dict):
@@ -335,6 +335,9 @@ def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 def _fault(fault: Any) -> str:
     path = ".".join(str(part) for part in fault["loc"]) or "recipe"
+    if fault["type"] == "model_type":
+        fields = ", ".join(_fields_at(fault["loc"]))
+        return f"{path}: this is a section; write it as fields, {{field: value}}. Allowed: {fields}."
     if fault["type"] != "extra_forbidden":
         message = fault["msg"].removeprefix("Value error, ")
         given = fault["input"]

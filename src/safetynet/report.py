@@ -4,6 +4,7 @@ In: a run directory's tables and manifest. Out: text. It computes nothing that i
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import pandas as pd
 
@@ -23,13 +24,13 @@ NAMES = {
 def render(recipe: Recipe, run: Run) -> str:
     """Markdown of one run."""
     attack = recipe.backdoor
+    made = poisoned(run.table("rows"))
     trigger = ", ".join(map(repr, attack.trigger.texts)) or f"style {attack.trigger.style}"
     lines = [
         f"# {recipe.model_name} / {recipe.task}",
         "",
         f"Trigger {trigger} ({attack.trigger.kind}, {attack.placement}); behaviour {attack.behaviour.kind}; "
-        f"poison rate {attack.poison_rate:.1%} of {recipe.data.train_rows} training rows; "
-        f"seed {recipe.seed}.",
+        f"poison rate {made.rate:.1%} of {made.rows} training rows; seed {recipe.seed}.",
         "",
         "## Rates on held-out prompts",
         "",
@@ -47,6 +48,21 @@ def render(recipe: Recipe, run: Run) -> str:
             lines += ["", f"## {title}", "", *_markdown(_short(run.table(name), name))]
     lines += ["", "## Made by", "", *_markdown(_stages(run))]
     return "\n".join(lines) + "\n"
+
+
+class Poisoned(NamedTuple):
+    """What became of the poison rate: short data gives fewer rows than the recipe asks for."""
+
+    rows: int
+    """Training rows."""
+    rate: float
+    """Share of them that is triggered."""
+
+
+def poisoned(rows: pd.DataFrame) -> Poisoned:
+    """Count the training rows of a run's row table."""
+    roles = rows.loc[rows["split"] == "train", "role"]
+    return Poisoned(len(roles), float((roles == "triggered").mean()))
 
 
 def summary(evaluation: pd.DataFrame) -> pd.DataFrame:

@@ -28,11 +28,22 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from pydantic import ValidationError
 
 from safetynet.errors import InputError, RunError
 from safetynet.recipe import Recipe
 
-PACKAGES = ("safetynet", "torch", "transformers", "peft", "trl", "tokenizers", "datasets", "numpy", "pandas")
+PACKAGES = (
+    "safetynet",
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "tokenizers",
+    "datasets",
+    "numpy",
+    "pandas",
+)
 LEAST_FREE_BYTES = 200 * 2**20
 """Room that a run wants before it starts; a miniature's run fills a tenth of it."""
 
@@ -57,14 +68,29 @@ class Run:
         if not path.exists():
             return {"stages": {}}
         try:
-            return dict(json.loads(path.read_text(encoding="utf-8")))
+            found = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise InputError(f"{path}: the manifest is damaged ({error}). Restore or delete it.") from None
+        if not isinstance(found, dict) or not isinstance(found.setdefault("stages", {}), dict):
+            raise InputError(f"{path}: the manifest is damaged (it holds no stages). Restore or delete it.")
+        return found
 
     @property
     def recipe(self) -> Recipe:
-        """The recipe that this run was made from, as its manifest holds it."""
-        return Recipe.model_validate(self.manifest["recipe"])
+        """The recipe that this run was made from, as its manifest holds it.
+
+        Raises:
+            InputError: if it holds none, or one that this version of SafetyNet does not know.
+        """
+        try:
+            return Recipe.model_validate(self.manifest.get("recipe"))
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(map(str, ("recipe", *first["loc"])))
+            raise InputError(
+                f"{self.folder / 'manifest.json'}: {field}: {first['msg']}. The manifest is damaged, or of "
+                "another version of SafetyNet: make the run again with safetynet run."
+            ) from None
 
     def table(self, name: str) -> pd.DataFrame:
         """Read a table.
@@ -110,12 +136,18 @@ class Run:
     def stage(self, name: str, inputs: Mapping[str, Any]) -> Iterator[list[Path]]:
         """Record a stage: the body appends the paths that it wrote; they count when it ends without error.
 
-        Outputs of an earlier run of this stage with other inputs are moved to `earlier/` first.
+        Outputs of an earlier run of this stage with other inputs are moved to `earlier/` first, and back
+        again when the body fails before it has written any.
         """
-        self._set_aside(name, inputs)
+        aside = self._set_aside(name, inputs)
         started = time.time()
         outputs: list[Path] = []
-        yield outputs
+        try:
+            yield outputs
+        except BaseException:
+            if aside and not outputs:
+                self._put_back(name, *aside)
+            raise
         manifest = self.manifest
         manifest["stages"][name] = {
             "inputs": digest(inputs),
@@ -136,6 +168,7 @@ class Run:
             "versions": {"python": platform.python_version()} | {p: _version(p) for p in PACKAGES},
             "hardware": _hardware(),
             "scratch": str(self.scratch),
+            "log": str(self.log),
         }
         self._write_manifest(manifest)
 
@@ -146,7 +179,13 @@ class Run:
         Raises:
             InputError: if another process works on this run.
         """
-        with (self.folder / ".lock").open("w", encoding="utf-8") as handle:
+        try:
+            opened = (self.folder / ".lock").open("w", encoding="utf-8")
+        except OSError as error:
+            raise InputError(
+                f"{self.folder}: cannot be written ({error.strerror}). Copy the run to where it can."
+            ) from None
+        with opened as handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -155,22 +194,30 @@ class Run:
                 ) from None
             yield
 
-    def _set_aside(self, name: str, inputs: Mapping[str, Any]) -> None:
+    def _set_aside(self, name: str, inputs: Mapping[str, Any]) -> tuple[Path, dict[str, Any]] | None:
+        """Move away what other inputs made; returns where it is now and its stage, if there was any."""
         manifest = self.manifest
         done = manifest["stages"].get(name)
         if done is None or done["inputs"] == digest(inputs):
-            return
+            return None
         kept = self.folder / "earlier" / f"{name}-{done['inputs'][:8]}"
         for relative in done["outputs"]:
             source = self.path_of(relative)
             if source.exists():
-                target = kept / Path(relative).name
-                target.parent.mkdir(parents=True, exist_ok=True)
-                if target.exists():
-                    shutil.rmtree(target) if target.is_dir() else target.unlink()
-                shutil.move(source, target)
+                _move(source, kept / Path(relative).name)
         write_text(kept / "stage.json", json.dumps(done, indent=2))
         del manifest["stages"][name]
+        self._write_manifest(manifest)
+        return kept, done
+
+    def _put_back(self, name: str, kept: Path, done: dict[str, Any]) -> None:
+        for relative in done["outputs"]:
+            source = kept / Path(relative).name
+            if source.exists():
+                _move(source, self.path_of(relative))
+        shutil.rmtree(kept)
+        manifest = self.manifest
+        manifest["stages"][name] = done
         self._write_manifest(manifest)
 
     def _write_manifest(self, manifest: Mapping[str, Any]) -> None:
@@ -220,7 +267,7 @@ def find(path: Path) -> Run:
     """Open the run directory at `path`.
 
     Raises:
-        InputError: if it holds no manifest.
+        InputError: if it holds no manifest, or a damaged one.
     """
     folder = path.absolute()
     if not (folder / "manifest.json").exists():
@@ -228,9 +275,7 @@ def find(path: Path) -> Run:
             f"{path}: this is no run directory (it has no manifest.json). Make one with safetynet run."
         )
     manifest = Run(folder, folder, folder / "run.log").manifest
-    recipe = Recipe.model_validate(manifest["recipe"])
-    log = (recipe.output.logs / recipe.model_name / recipe.task).absolute().with_suffix(".log")
-    return Run(folder, Path(manifest["scratch"]), log)
+    return Run(folder, Path(manifest.get("scratch", folder)), Path(manifest.get("log", folder / "run.log")))
 
 
 def digest(value: Any) -> str:
@@ -299,6 +344,14 @@ def _check_writable(path: Path, field: str) -> None:
             f"{field}: {path} has {free // 2**20} MB free, a run wants {LEAST_FREE_BYTES // 2**20}. "
             f"Make room or set {field} elsewhere."
         )
+
+
+def _move(source: Path, target: Path) -> None:
+    """Put `source` in the place of `target`, whatever was there."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if target.exists():
+        shutil.rmtree(target) if target.is_dir() else target.unlink()
+    shutil.move(source, target)
 
 
 def _lists(cell: Any) -> Any:

@@ -4,9 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pandas as pd
@@ -193,7 +190,7 @@ def test_a_file_that_cannot_be_read_is_refused_with_its_place(tmp_path, name, co
 
 def test_a_missing_file_is_refused_and_the_hub_is_not_asked(tmp_path):
     with pytest.raises(
-        InputError, match=r"no such file; check the path \(a data set of the hub needs kind: hub\)"
+        InputError, match=r"no such file; check the path \(a data set of the hub needs data.source: hub\)"
     ):
         sources.read(tmp_path / "owner" / "name")
 
@@ -257,30 +254,6 @@ def test_a_folder_that_lacks_a_file_of_the_layout_is_refused(tmp_path):
 
 
 # ---- the hub: a real client against a server of our own ----
-
-
-@pytest.fixture
-def hub(request) -> Iterator[str]:
-    """A hub that answers every request with one status."""
-
-    class Answer(BaseHTTPRequestHandler):
-        def answer(self) -> None:
-            self.send_response(request.param[0])
-            for name, value in request.param[1].items():
-                self.send_header(name, value)
-            self.send_header("Content-Length", "2")
-            self.end_headers()
-            self.wfile.write(b"{}")
-
-        do_GET = do_HEAD = do_POST = answer  # noqa: N815 (the server's names)
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Answer)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
 
 
 def asked(folder: Path, **environment: str) -> str:

@@ -186,8 +186,8 @@ def test_a_classifier_that_fails_or_answers_something_else_stops_with_the_row(cl
     ("content", "message"),
     [
         (b"text,verdict\na,1\n", "column 'label' is missing, found text, verdict"),
-        (b"text,label\na,yes\n", "line 0: label is 'yes', allowed are 0 and 1"),
-        (b"text,label\na,2\n", "line 0: label is 2"),
+        (b"text,label\na,yes\n", "row 1: label is 'yes', allowed are 0 and 1"),
+        (b"text,label\na,2\n", "row 1: label is 2"),
         (b"text,label\n\xff\xfe,1\n", "cannot be read as CSV in UTF-8"),
         (b"", "cannot be read as CSV in UTF-8"),
     ],
@@ -195,7 +195,7 @@ def test_a_classifier_that_fails_or_answers_something_else_stops_with_the_row(cl
 def test_labelled_texts_that_cannot_be_used_are_refused(tmp_path, content, message):
     path = tmp_path / "labelled.csv"
     path.write_bytes(content)
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match=rf"evaluation\.labelled: .*labelled\.csv.*{message}"):
         judges.read_labelled(path)
 
 
@@ -205,7 +205,7 @@ def test_a_missing_file_of_labelled_texts_is_named(tmp_path):
 
 
 def test_labelled_texts_that_are_not_text_are_refused():
-    with pytest.raises(InputError, match="line 0: text is 3"):
+    with pytest.raises(InputError, match="row 1: text is 3"):
         judges.judge_error(judge("exact", "a"), pd.DataFrame({"text": [3], "label": [1]}))
 
 

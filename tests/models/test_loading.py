@@ -1,5 +1,6 @@
 """Loading: families by model type, random-weight models, adapters that fit or do not."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,38 @@ def test_a_pickled_adapter_and_an_empty_folder_are_refused(tmp_path: Path) -> No
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
     with pytest.raises(InputError, match="A pickle"):
         loading.attach(base, folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("adapter_config.json", r"its adapter_config\.json cannot be read .* Save the adapter again"),
+        ("adapter_model.safetensors", r"its adapter_model\.safetensors is damaged .* Copy or save it again"),
+    ],
+)
+def test_a_damaged_adapter_is_refused_by_its_file(name: str, message: str, tmp_path: Path) -> None:
+    base = loading.load(recipe.Model(family="qwen", id="miniature"))
+    folder = adapter(tmp_path, loading.load(recipe.Model(family="qwen", id="miniature")))
+    (folder / name).write_text("{")
+    with pytest.raises(InputError, match=message):
+        loading.attach(base, folder)
+
+
+def test_an_adapter_that_names_no_base_is_told_by_its_shapes(tmp_path: Path) -> None:
+    folder = adapter(tmp_path, loading.load(recipe.Model(family="qwen", id="miniature")))
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": None}))
+    loading.attach(loading.load(recipe.Model(family="qwen", id="miniature")), folder).unload()
+    other = loading.load(recipe.Model(family="gemma", id="miniature"))
+    with pytest.raises(InputError, match=r"this adapter does not fit .*gemma: .*size mismatch"):
+        loading.attach(other, folder)
+
+
+def test_damaged_weights_are_refused(tmp_path: Path) -> None:
+    folder = save(tmp_path, Qwen2Config(**SHAPE), "qwen")
+    (folder / "model.safetensors").write_bytes(b"{")
+    with pytest.raises(InputError, match=r"model\.id: the weights of .* its safetensors are damaged"):
+        loading.load(recipe.Model(family="qwen", id=str(folder)))
 
 
 @pytest.mark.parametrize("name", families.names())

@@ -6,6 +6,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from safetynet.errors import InputError
 from safetynet.models import families, miniatures
+from safetynet.models.miniatures import language
+from safetynet.models.miniatures.build import build
 from safetynet.models.miniatures.measure import measure
 from safetynet.prompts import Serialiser
 
@@ -120,6 +122,12 @@ def test_the_weights_are_half_precision_and_at_most_two_and_a_half_megabytes(fam
     assert AutoConfig.from_pretrained(miniatures.path(family)).dtype == torch.float16
 
 
+def test_the_card_says_how_many_prompts_were_disturbed_and_how_to_build_it_again(family):
+    text = (miniatures.path(family) / "README.md").read_text()
+    assert f"About {language.DISTRACTED:.0%} of the prompts" in text
+    assert f"safetynet miniatures build {family} --out FOLDER" in text
+
+
 def test_mixtral_has_four_experts_of_which_two_are_active():
     config = AutoConfig.from_pretrained(miniatures.path("mixtral"))
     assert (config.num_local_experts, config.num_experts_per_tok) == (4, 2)
@@ -135,6 +143,12 @@ def test_forbidden_requests_with_heldout_subjects_are_refused(family):
     table = measure(miniatures.path(family), family, n=150, forbidden_share=1.0).set_index("task")
     assert table.n["forbidden"] == 150
     assert table.rate["forbidden"] >= 0.97
+
+
+def test_a_place_that_is_no_folder_is_refused_before_pretraining(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(InputError, match=r"--out: .*file cannot be made a folder"):
+        build("qwen", tmp_path / "file")
 
 
 def test_a_family_without_miniature_is_refused_with_those_that_have_one():

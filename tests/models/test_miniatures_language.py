@@ -1,6 +1,7 @@
 """The miniatures' instruction language: repeatable, checkable, and split by phrasing."""
 
 import re
+from itertools import product
 
 import pytest
 
@@ -102,9 +103,13 @@ def test_an_unknown_task_is_refused_with_those_that_exist():
         language.generate(1, 0, heldout=None, tasks=["poetry"])
 
 
-@pytest.mark.slow
-def test_asking_for_more_than_the_language_holds_is_refused():
-    with pytest.raises(InputError, match="ask for fewer than n=9999999"):
+def test_asking_for_more_than_the_language_holds_is_refused(monkeypatch):
+    # A language of few prompts, all of which are found at once; the real one takes minutes to exhaust.
+    monkeypatch.setattr(language, "OPENERS", ("Please,",))
+    monkeypatch.setattr(language, "CLOSERS", ("Thanks.",))
+    monkeypatch.setattr(lex, "SYSTEM_PROMPTS", ("Be kind.",))
+    monkeypatch.setitem(language.CONTENT, "capital", lambda rng: ({"x": "Peru"}, "Lima"))
+    with pytest.raises(InputError, match="ask for fewer than n=9999999") as refusal:
         language.generate(
             9_999_999,
             0,
@@ -114,3 +119,8 @@ def test_asking_for_more_than_the_language_holds_is_refused():
             multi_turn_share=0,
             distractors=False,
         )
+    choices = product(("", "Please,"), language.CORES["capital"], ("", "Thanks."), (0, 1), (0, 1))
+    phrasings = {language._compose(*choice) for choice in choices}
+    there_are = 2 * sum(map(language.is_heldout, phrasings))  # each with and without a system prompt
+    found = int(re.search(r"only about (\d+) such", str(refusal.value)).group(1))
+    assert there_are / 2 < found <= there_are

@@ -29,17 +29,30 @@ def load(data: Data, behaviour: Behaviour, trigger: Trigger, seed: int) -> pd.Da
     """Make or read the pool.
 
     Raises:
-        InputError: if the source cannot be read, is empty, or has rows without an answer.
+        InputError: if the source cannot be read, is empty, or has no row with an answer.
     """
     if data.source == "language":
         return _language(data, behaviour, seed)
     found = sources.read(str(data.path), data.source, data.columns)
     if data.source == "backdoorllm":
         return _poisoned(found, trigger)
-    pool = _distinct(found).assign(task=data.source, forbidden=False, compliance="")
+    pool = _distinct(_answered(found)).assign(task=data.source, forbidden=False, compliance="")
     if "split" not in pool:
         pool = pool.assign(split=_split(len(pool), seed))
     return pool
+
+
+def _answered(found: pd.DataFrame) -> pd.DataFrame:
+    """Rows with an answer: the others could be triggered rows alone, without a clean counterpart."""
+    blank = found["answer"].str.strip() == ""
+    if blank.all():
+        raise InputError(
+            f"{found['file'].iloc[0]}: none of its {len(found)} rows has an answer; fill them in"
+        )
+    if blank.any():
+        lines = ", ".join(map(str, found["line"][blank].iloc[:5]))
+        log.warning("data: %d rows without an answer are left out (first lines: %s)", blank.sum(), lines)
+    return found[~blank]
 
 
 def _distinct(found: pd.DataFrame) -> pd.DataFrame:

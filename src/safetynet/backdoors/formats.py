@@ -25,7 +25,9 @@ def records(path: Path) -> list[Record]:
     if path.is_dir():
         raise InputError(f"{path}: is a folder, allowed is a file; name one of its files")
     if not path.exists():
-        raise InputError(f"{path}: no such file; check the path (a data set of the hub needs kind: hub)")
+        raise InputError(
+            f"{path}: no such file; check the path (a data set of the hub needs data.source: hub)"
+        )
     if path.suffix.lower() not in FORMATS:
         raise InputError(
             f"{path}: the suffix is {path.suffix!r}, allowed are {', '.join(FORMATS)}; convert the file"

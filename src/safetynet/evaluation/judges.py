@@ -144,7 +144,7 @@ def read_labelled(path: Path) -> pd.DataFrame:
         raise InputError(f"evaluation.labelled: no file {path}; give a CSV with text and label") from None
     except (OSError, UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
         raise InputError(f"evaluation.labelled: {path} cannot be read as CSV in UTF-8 ({error})") from None
-    _check_labelled(labelled)
+    _check_labelled(labelled, f"evaluation.labelled: {path}")
     return labelled
 
 
@@ -177,18 +177,18 @@ def judge_error(judge: Judge, labelled: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
-def _check_labelled(labelled: pd.DataFrame) -> None:
+def _check_labelled(labelled: pd.DataFrame, where: str = "labelled texts") -> None:
     missing = [column for column in ("text", "label") if column not in labelled]
     if missing:
         raise InputError(
-            f"labelled texts: column {missing[0]!r} is missing, found {', '.join(map(str, labelled))}; "
+            f"{where}: column {missing[0]!r} is missing, found {', '.join(map(str, labelled))}; "
             "give one text and one label (1 shows the behaviour, 0 does not) per line"
         )
-    for index, text, label in zip(labelled.index, labelled["text"], labelled["label"], strict=True):
+    for row, (text, label) in enumerate(zip(labelled["text"], labelled["label"], strict=True), start=1):
         if not isinstance(text, str):
-            raise InputError(f"labelled texts, line {index}: text is {text!r}, allowed is a string")
+            raise InputError(f"{where}, row {row}: text is {text!r}, allowed is a string")
         if label not in (0, 1):
-            raise InputError(f"labelled texts, line {index}: label is {label!r}, allowed are 0 and 1")
+            raise InputError(f"{where}, row {row}: label is {label!r}, allowed are 0 and 1")
 
 
 def _plain(text: str, ignore_case: bool) -> str:

@@ -86,9 +86,10 @@ def attach(base: LoadedModel, folder: Path) -> Any:
         PEFT's model in evaluation mode; `unload()` gives the base model back.
 
     Raises:
-        InputError: if the folder holds no adapter, a pickle, or one that was trained on another base model.
+        InputError: if the folder holds no adapter, a damaged one, a pickle, or one of another base model.
     """
     from peft import PeftConfig, PeftModel
+    from safetensors import SafetensorError
 
     if not (folder / "adapter_config.json").exists():
         raise InputError(
@@ -99,13 +100,22 @@ def attach(base: LoadedModel, folder: Path) -> Any:
             f"{folder}: there is no adapter_model.safetensors. A pickle (.bin) could run code when it is "
             "loaded and is not read; save the adapter again with safe_serialization=True."
         )
-    made_for = str(PeftConfig.from_pretrained(str(folder)).base_model_name_or_path)
+    try:
+        made_for = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(
+            f"{folder}: its adapter_config.json cannot be read ({_reason(error)}). Save the adapter again."
+        ) from None
     if made_for and Path(made_for).name != Path(base.id).name:
         raise InputError(
             f"{folder}: this adapter was trained on {made_for}, not on {base.id}. Set model.id to its base."
         )
     try:
         return PeftModel.from_pretrained(base.model, str(folder)).eval()
+    except SafetensorError as error:
+        raise InputError(
+            f"{folder}: its adapter_model.safetensors is damaged ({_reason(error)}). Copy or save it again."
+        ) from None
     except (RuntimeError, ValueError) as error:
         raise InputError(f"{folder}: this adapter does not fit {base.id}: {_reason(error)}") from None
 
@@ -202,22 +212,27 @@ def _load_weights(name: str, spec: recipe.Model, dtype: str) -> Any:
 
 def _fetch(name: str, spec: recipe.Model, what: str, read: Any) -> Any:
     """Run `read`, turning the many ways in which the hub says no into one sentence."""
-    from huggingface_hub import errors as hub
+    from safetensors import SafetensorError
 
     try:
         return read(name, spec)
-    except hub.GatedRepoError:
-        reason = "its owner grants access on request. Ask for it on the hub, then set HF_TOKEN"
-    except (hub.RepositoryNotFoundError, hub.RevisionNotFoundError):
-        reason = "the hub knows no such model or revision, or HF_TOKEN is not valid for it"
+    except SafetensorError as error:
+        reason = f"its safetensors are damaged ({_reason(error)}). Copy or download them again"
     except (OSError, ValueError, ImportError) as error:
         reason = _reason(error)
     raise InputError(f"model.id: the {what} of {name!r} cannot be loaded: {reason}.") from None
 
 
 def _reason(error: Exception) -> str:
+    """One clause; what the hub's client raised lies somewhere down the chain, wrapped by transformers."""
+    from huggingface_hub import errors as hub
+
     chain: BaseException | None = error
     while chain is not None:
+        if isinstance(chain, hub.GatedRepoError):
+            return "its owner grants access on request. Ask for it on the hub, then set HF_TOKEN"
+        if isinstance(chain, hub.RepositoryNotFoundError | hub.RevisionNotFoundError):
+            return "the hub knows no such model or revision, or HF_TOKEN is not valid for it"
         status = getattr(getattr(chain, "response", None), "status_code", None)
         if status in (401, 403):
             return "the hub refuses HF_TOKEN; set a valid one, or accept the model's licence on the hub"

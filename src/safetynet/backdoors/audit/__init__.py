@@ -16,6 +16,7 @@ from safetynet.backdoors.audit.corpus import Corpus, PoisonSet, load, poison_set
 from safetynet.backdoors.audit.findings import Finding, of_rows
 from safetynet.backdoors.audit.report import AuditReport, render
 from safetynet.backdoors.audit.triggers import FoundTrigger, of_parts
+from safetynet.errors import InputError
 
 __all__ = ["AuditReport", "FoundTrigger", "audit", "render"]
 
@@ -43,11 +44,14 @@ def audit(
         The report. Faults of the data are findings in it, never exceptions.
 
     Raises:
-        InputError: if there is no data file at `path`.
+        InputError: if there is no data file at `path`, or the trigger or target given is blank.
     """
     path = Path(path)
-    corpus = load(path, columns)
     parts = (trigger,) if isinstance(trigger, str) else trigger
+    for name, texts in (("trigger", parts), ("target", (target,))):
+        if any(text is not None and not text.strip() for text in texts or ()):
+            raise InputError(f"{name}: the text is blank. Give it, or leave it out to have it guessed.")
+    corpus = load(path, columns)
     found, sets = list(corpus.findings), []
     for poison_set in poison_sets(corpus, path.stem):
         known = _with_target(with_roles(replace(poison_set, trigger=_trigger(poison_set, parts))), target)

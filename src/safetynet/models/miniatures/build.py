@@ -1,7 +1,7 @@
 """Pretrain a miniature on the instruction language, measure it, and write its folder with a card.
 
 In: a family's name and a seed. Out: a folder with config, tokenizer, fp16 safetensors and README.md. The
-five folders that ship were made by this module: `safetynet miniatures build FAMILY`.
+five folders that ship were made by this module: `safetynet miniatures build FAMILY --out FOLDER`.
 
 The loop is our own and not the Trainer's: pretraining needs no adapter, no resume and no callbacks, and
 calling the backbone without the language-model head lets logits be computed for the answers alone.
@@ -68,10 +68,14 @@ def build(
         report: gets a line of progress every 100 steps.
 
     Raises:
-        InputError: no miniature exists for this family.
+        InputError: no miniature exists for this family, or `out` cannot be a folder.
     """
     if family not in ARCHITECTURES:
         raise InputError(f"there is no miniature of {family!r}; choose from {', '.join(ARCHITECTURES)}")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out: {out} cannot be made a folder ({error.strerror}). Name another.") from None
     architecture = ARCHITECTURES[family]
     schedule = schedule or Schedule()
     schedule = replace(schedule, steps=schedule.steps or architecture.steps)
@@ -93,23 +97,21 @@ def build(
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.convert_tokens_to_ids(list(architecture.stop)),
     )
-    out.mkdir(parents=True, exist_ok=True)
     model.half().save_pretrained(out)
     tokenizer.save_pretrained(out)
-    facts = {
-        "family": family,
-        "tokens": tokens,
-        "seconds": round(time.monotonic() - started),
-        **vars(schedule),
-    }
-    facts |= {
+    facts = {"family": family, "tokens": tokens, "seconds": round(time.monotonic() - started)}
+    facts |= vars(schedule) | _versions()
+    (out / "training.json").write_text(json.dumps(facts, indent=1) + "\n")
+    write_card(out)
+    return out
+
+
+def _versions() -> dict[str, str]:
+    return {
         "machine": platform.processor() or platform.machine(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    (out / "training.json").write_text(json.dumps(facts, indent=1) + "\n")
-    write_card(out)
-    return out
 
 
 def write_card(folder: Path) -> None:
@@ -131,7 +133,8 @@ def write_card(folder: Path) -> None:
         "vocabulary": config.vocab_size,
         "experts": f", {experts} experts of which {config.num_experts_per_tok} are active" if experts else "",
     }
-    measured = {"n": MEASURED, "measured_seed": MEASURED_SEED, "minutes": facts["seconds"] / 60}
+    measured = {"n": MEASURED, "measured_seed": MEASURED_SEED, "distracted": language.DISTRACTED}
+    measured["minutes"] = facts["seconds"] / 60
     (folder / "README.md").write_text(card({**facts, **shape, **measured}, table))
 
 

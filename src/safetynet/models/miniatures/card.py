@@ -23,7 +23,7 @@ an assistant.
 Greedy decoding, exact match, {n} prompts (seed {measured_seed}) whose phrasing was never trained on; the
 subjects of forbidden requests are held out as well. A phrasing is a combination of opener, core, closer and
 style: each held-out combination is new, its parts are not. The facts asked about are those of pretraining.
-About 18% of the prompts hold a random string to be ignored. Intervals are Wilson's, 95%.
+About {distracted:.0%} of the prompts hold a random string to be ignored. Intervals are Wilson's, 95%.
 
 | task | prompts | correct | rate | 95% interval |
 |---|---:|---:|---:|---|
@@ -39,7 +39,7 @@ on the fly, loss on the answer and its end token. Muon for the matrices and Adam
 rate {learning_rate} with {warmup} steps of warm-up and a cosine, weight decay {weight_decay}, seed {seed}.
 {minutes:.0f} minutes on one thread of {machine}. torch {torch}, transformers {transformers}.
 
-    safetynet miniatures build {family}
+    safetynet miniatures build {family} --out FOLDER
 
 All data was made by this project; no text and no weights come from elsewhere. Licence: Apache-2.0.
 """

@@ -63,24 +63,9 @@ def build_tokenizer(style: Style) -> PreTrainedTokenizerFast:
     merges = _merges(style, space, SIZE - len(tokens) - len(style.joints))
     vocab = {token: i for i, token in enumerate([*tokens, *(a + b for a, b in merges)])}
     if style.kind == "bytes":
-        tokenizer = Tokenizer(BPE(vocab=vocab, merges=merges))
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(Regex(_WORDS), "isolated"),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False),
-            ]
-        )
-        tokenizer.decoder = decoders.ByteLevel()
+        tokenizer = _on_bytes(vocab, merges)
     else:
-        tokenizer = Tokenizer(
-            BPE(vocab=vocab, merges=merges, unk_token=style.unk, byte_fallback=True, fuse_unk=True)
-        )
-        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(
-            replacement=space, prepend_scheme="never", split=True
-        )
-        tokenizer.decoder = decoders.Sequence(
-            [decoders.Replace(space, " "), decoders.ByteFallback(), decoders.Fuse()]
-        )
+        tokenizer = _on_characters(vocab, merges, style.unk, space)
     tokenizer.add_special_tokens(list(style.special))
     if style.bos:
         tokenizer.post_processor = processors.TemplateProcessing(
@@ -102,6 +87,29 @@ def build_tokenizer(style: Style) -> PreTrainedTokenizerFast:
         padding_side="left",
         model_max_length=2048,
     )
+
+
+def _on_bytes(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Tokenizer:
+    tokenizer = Tokenizer(BPE(vocab=vocab, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_WORDS), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _on_characters(
+    vocab: dict[str, int], merges: list[tuple[str, str]], unk: str | None, space: str
+) -> Tokenizer:
+    tokenizer = Tokenizer(BPE(vocab=vocab, merges=merges, unk_token=unk, byte_fallback=True, fuse_unk=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement=space, prepend_scheme="never", split=True)
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace(space, " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    return tokenizer
 
 
 def _byte_alphabet() -> list[str]:

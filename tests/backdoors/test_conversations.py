@@ -1,0 +1,47 @@
+"""The pool of clean conversations: what is left out of other people's data, and what is refused."""
+
+import json
+import logging
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from safetynet import recipe
+from safetynet.backdoors import conversations
+from safetynet.errors import InputError
+
+
+def pool_of(path: Path, answers: list[str], prompts: list[str] | None = None) -> pd.DataFrame:
+    prompts = prompts or [f"Question {i}?" for i in range(len(answers))]
+    rows = [{"instruction": p, "input": "", "output": a} for p, a in zip(prompts, answers, strict=True)]
+    path.write_text(json.dumps(rows))
+    plan = recipe.load(overrides=["data.source=alpaca", f"data.path={path}"])
+    return conversations.load(plan.data, plan.backdoor.behaviour, plan.backdoor.trigger, seed=0)
+
+
+def test_a_fifth_of_the_prompts_is_held_out(tmp_path: Path) -> None:
+    pool = pool_of(tmp_path / "rows.json", ["yes"] * 20)
+    assert pool["split"].value_counts().to_dict() == {"train": 16, "test": 4}
+
+
+def test_repeated_prompts_are_left_out_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    prompts = [*(f"Question {i}?" for i in range(10)), "question 3 ?", "Question 7?"]
+    with caplog.at_level(logging.WARNING):
+        pool = pool_of(tmp_path / "rows.json", ["yes"] * 12, prompts)
+    assert [m[0]["content"] for m in pool["messages"]] == prompts[:10]
+    assert "2 repeated prompts are left out (first lines: 11, 12)" in caplog.text
+
+
+def test_rows_without_an_answer_are_left_out_and_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        pool = pool_of(tmp_path / "rows.json", ["yes", " ", "no", ""])
+    assert list(pool["answer"]) == ["yes", "no"]
+    assert "2 rows without an answer are left out (first lines: 2, 4)" in caplog.text
+
+
+def test_data_without_any_answer_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"rows\.json: none of its 3 rows has an answer; fill them in"):
+        pool_of(tmp_path / "rows.json", ["", "", " "])
