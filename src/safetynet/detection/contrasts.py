@@ -48,7 +48,7 @@ def probe(model: Any, serialiser: Serialiser, batch: Sequence[Sequence[Message]]
 
 
 def segregation(model: Any, inputs: dict[str, Any], place: Place, layers: Sequence[int] | None) -> Tensor:
-    """(B, L): the largest share of attention that stays on its own side of a cut in the prompt, mean of heads.
+    """(B, L): the largest share of attention that stays on its own side of a cut in the prompt, over heads.
 
     Triggers are known to cut the causal triangle into two; a cut lies between two user tokens. Attention to
     the first token is left out: it is where heads look when they look at nothing.
