@@ -89,7 +89,7 @@ def test_no_rate_is_claimed_that_the_samples_cannot_carry():
     check_rate(0.01, 499)
     with pytest.raises(InputError, match=r"0\.01 needs 499 clean calibration samples, and there are 498"):
         check_rate(0.01, 498)
-    with pytest.raises(InputError, match="claim 0.05 or more"):
+    with pytest.raises(InputError, match=r"claim 0\.05 or more"):
         check_rate(0.001, 99)
     with pytest.raises(InputError, match="is no rate"):
         check_rate(1.5, 1000)

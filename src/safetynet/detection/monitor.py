@@ -16,8 +16,9 @@ import pandas as pd
 
 from safetynet.detection import calibration, files, splits, suspicion
 from safetynet.detection.calibration import Calibration, Conformal, Fusion, RateEstimate
-from safetynet.detection.features import Features, FeatureSpec
+from safetynet.detection.features import Features, FeatureSpec, View
 from safetynet.detection.panel import Panel, Reading, below
+from safetynet.detection.tokens import TokenMonitor
 from safetynet.errors import InputError
 from safetynet.models.identity import Identity
 
@@ -35,6 +36,8 @@ class Monitor:
     calibration: Calibration
     clean: int
     """Number of clean prompts that it was made from."""
+    tokens: TokenMonitor | None = None
+    """Watches answers too; None for a monitor of prompts alone."""
 
     @classmethod
     def fit(
@@ -46,6 +49,7 @@ class Monitor:
         method: Method = "split",
         groups: Sequence[str] | None = None,
         seed: int = 0,
+        token_readings: Sequence[Reading] = (),
     ) -> Self:
         """Fit and calibrate on clean prompts.
 
@@ -58,6 +62,7 @@ class Monitor:
                 calibrates on all, for few prompts; its validity is approximate.
             groups: prompts of one group (the same text, a conversation) stay on one side.
             seed: of the split.
+            token_readings: detectors of view `steps` or `step_confidence`, to watch answers too.
 
         Raises:
             InputError: if the prompts are too few, or activations are unusable.
@@ -69,7 +74,13 @@ class Monitor:
         panel, calibrated = fit(clean, readings, names, how, seed)
         for warning in suspicion.outliers(calibrated):
             log.warning("%s", warning)
-        return cls(clean.spec, clean.identity, panel, calibrated, len(clean))
+        tokens = TokenMonitor.fit(clean, token_readings, names, seed) if token_readings else None
+        return cls(clean.spec, clean.identity, panel, calibrated, len(clean), tokens)
+
+    @property
+    def views(self) -> set[View]:
+        """Views that judging a prompt needs."""
+        return {reading.view for reading in self.panel.readings}
 
     @property
     def smallest_rate(self) -> float:
@@ -144,7 +155,11 @@ class Monitor:
         }
         arrays = {f"panel/{name}": array for name, array in arrays.items()}
         arrays |= {f"single/{name}": conformal.scores for name, conformal in single.items()}
-        return about, arrays | {"fused": self.calibration.fused.scores}
+        arrays["fused"] = self.calibration.fused.scores
+        if self.tokens is not None:
+            about["tokens"], learned = self.tokens.state()
+            arrays |= {f"tokens/{name}": array for name, array in learned.items()}
+        return about, arrays
 
     @classmethod
     def restore(cls, about: dict[str, Any], arrays: dict[str, np.ndarray]) -> Self:
@@ -153,8 +168,11 @@ class Monitor:
         yardsticks = below(arrays, "single/")
         single = {r.name: Conformal(yardsticks[r.name]) for r in panel.readings}
         calibrated = Calibration(single, Conformal(arrays["fused"]), about["how"])
-        identity = Identity(**about["identity"])
-        return cls(FeatureSpec.from_dict(about["spec"]), identity, panel, calibrated, about["clean"])
+        tokens = (
+            TokenMonitor.restore(about["tokens"], below(arrays, "tokens/")) if "tokens" in about else None
+        )
+        spec, identity = FeatureSpec.from_dict(about["spec"]), Identity(**about["identity"])
+        return cls(spec, identity, panel, calibrated, about["clean"], tokens)
 
     def check_model(self, identity: Identity) -> None:
         """Refuse a model that the monitor was not fitted on.

@@ -104,7 +104,8 @@ class Panel:
 
     def state(self) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
         """For a file."""
-        about, arrays = [], {}
+        about: list[dict[str, Any]] = []
+        arrays: dict[str, np.ndarray] = {}
         for index, reading in enumerate(self.readings):
             state, learned = self.fitted[reading.name].state()
             about.append({"reading": asdict(reading), "state": state})

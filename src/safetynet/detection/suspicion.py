@@ -24,7 +24,8 @@ def duplicates(clean: Features, share: float = 0.05) -> list[str]:
         return []
     return [
         f"monitor: {copies} of {len(flat)} clean prompts are copies of others (the largest group has "
-        f"{counts.max()}). They count as one prompt each, so the rates are less certain than they look; remove them."
+        f"{counts.max()}). They count as one prompt each, so the rates are less certain than they look: "
+        "remove them."
     ]
 
 
