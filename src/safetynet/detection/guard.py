@@ -20,7 +20,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from safetynet.detection.answers import confidence
 from safetynet.detection.capture import capture, padded
-from safetynet.detection.features import FeatureSpec
+from safetynet.detection.features import FeatureSpec, View
 from safetynet.detection.monitor import Monitor
 from safetynet.detection.readers import Place, Reader
 from safetynet.errors import InputError
@@ -28,7 +28,7 @@ from safetynet.models.identity import identify
 from safetynet.prompts import Message, Serialiser
 
 Action = Literal["flag", "stop", "adapter_off"]
-OF_ONE_PASS = frozenset({"last", "mean", "energy", "energy_max", "direction", "confidence"})
+OF_ONE_PASS: frozenset[View] = frozenset({"last", "mean", "energy", "energy_max", "direction", "confidence"})
 
 
 class Step(NamedTuple):
@@ -195,13 +195,13 @@ class Guard:
     def _live_spec(self) -> FeatureSpec:
         """What the answer's own passes are read for."""
         spec, wanted = self.monitor.spec, self.monitor.views & OF_ONE_PASS
-        steps = {"last", "confidence"} if self.monitor.tokens is not None else set()
-        views = tuple(sorted(wanted | steps)) or ("last",)
-        return FeatureSpec(views, spec.layers)
+        steps: set[View] = {"last", "confidence"} if self.monitor.tokens is not None else set()
+        # A pass that nothing is read of still needs one view.
+        return FeatureSpec(tuple(wanted | steps) or ("last",), spec.layers)
 
     def _extra(self, prompts: Sequence[Sequence[Message]]) -> dict[str, np.ndarray]:
         """Views that need passes of their own."""
-        extra = tuple(sorted(self.monitor.views - OF_ONE_PASS))
+        extra = tuple(self.monitor.views - OF_ONE_PASS)
         if not extra:
             return {}
         spec = FeatureSpec(extra, self.monitor.spec.layers, self.monitor.spec.tokens, self.monitor.spec.probe)
