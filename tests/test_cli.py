@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-COMMANDS = ("run", "train", "evaluate", "audit", "plot", "miniatures", "families")
+COMMANDS = ("run", "train", "evaluate", "detect", "guard", "audit", "plot", "miniatures", "families")
 
 
 def safetynet(*words: str, cwd: Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:

@@ -43,8 +43,7 @@ def capture(
         spec: what to keep.
         batch_size: prompts per batch; batches are of similar length.
         max_length: truncate as in training with this limit; None for no limit.
-        cache: a folder; features of the same model, adapter, number type, token ids and spec are read from
-        it.
+        cache: a folder, from which features of the same weights, number type, token ids and spec are read.
 
     Raises:
         InputError: if there are no prompts, a view is not possible with this model, or activations overflow.

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from queue import Queue
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -69,8 +69,7 @@ class Guard:
         log: file to which each decision is appended as one line of JSON; prompts appear as digests.
 
     Raises:
-        InputError: if the monitor is another model's, or cannot claim the rate, or there is no adapter to
-        switch off.
+        InputError: if the monitor is another model's, or cannot claim the rate, or no adapter can go off.
     """
 
     def __init__(
@@ -89,6 +88,10 @@ class Guard:
         monitor.check_rate(self.rate)
         if monitor.tokens is not None:
             monitor.tokens.check_rate(self.rate)
+        if action not in get_args(Action):
+            raise InputError(
+                f"guard: there is no action {action!r}; choose from {', '.join(get_args(Action))}."
+            )
         if action == "adapter_off" and not hasattr(model, "disable_adapter"):
             raise InputError("guard: action adapter_off needs a model with a PEFT adapter. Use flag or stop.")
         self.model, self.serialiser, self.monitor = model, serialiser, monitor

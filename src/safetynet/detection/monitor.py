@@ -58,8 +58,7 @@ class Monitor:
             readings: which detectors read which views.
             how: of the fusion.
             method: `split` keeps half for fitting and two quarters for calibration; `cross` fits five times
-            and
-                calibrates on all, for few prompts; its validity is approximate.
+                and calibrates on all, for few prompts; its validity is approximate.
             groups: prompts of one group (the same text, a conversation) stay on one side.
             seed: of the split.
             token_readings: detectors of view `steps` or `step_confidence`, to watch answers too.

@@ -70,8 +70,7 @@ def until_alarm(p_values: np.ndarray, rate: float, prompt_p: np.ndarray | None =
         prompt_p: p-values of the prompts, whose alarm comes before any token.
 
     Returns:
-        One row per answer: `alarm`, `tokens` given out before it (NaN without alarm), and `share` of the
-        answer.
+        One row per answer: `alarm`, `tokens` given out before it (NaN without alarm), and their `share`.
     """
     lengths = (~np.isnan(p_values)).sum(axis=1)
     hit = np.nan_to_num(p_values, nan=1.0) <= rate
