@@ -88,8 +88,8 @@ def fuse(p: np.ndarray, how: Fusion) -> np.ndarray:
 
     Args:
         p: p-values, (n, detectors).
-        how: `fisher`, minus the sum of logs; `cauchy` (Liu and Xie 2020); `max`, minus the smallest log: an OR
-            of the detectors, at a level that is calibrated for all of them together.
+        how: `fisher`, minus the sum of logs; `cauchy` (Liu and Xie 2020); `max`, minus the smallest log: an
+            OR of the detectors, at a level that is calibrated for all of them together.
 
     Returns:
         (n,). Its distribution under correlated detectors is unknown, which is why it is calibrated again.
