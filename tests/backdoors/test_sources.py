@@ -12,8 +12,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from safetynet.backdoors import sources
+from safetynet.backdoors import conversations, sources
 from safetynet.errors import InputError
+from safetynet.prompts import prompt_hash
+from safetynet.recipe import Behaviour, Data, Trigger
 
 PUBLISHED = Path("data", "backdoorllm")
 ALPACA = [
@@ -322,10 +324,6 @@ def test_a_hub_out_of_reach_is_named_as_the_cause(tmp_path):
 
 
 def test_fresh_prompts_are_distinct_and_none_of_the_experiments() -> None:
-    from safetynet.backdoors import conversations
-    from safetynet.prompts import prompt_hash
-    from safetynet.recipe import Behaviour, Data, Trigger
-
     data, attack = Data(train_rows=50, test_rows=20), (Behaviour(), Trigger(texts=("BadMagic",)))
     first = conversations.fresh(data, *attack, set(), 60, 0)
     used = {prompt_hash(messages) for messages in first["messages"][:30]}

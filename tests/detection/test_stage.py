@@ -3,7 +3,8 @@
 import pandas as pd
 import pytest
 
-from safetynet.detection.stage import Plan, detect
+from safetynet.detection import domains
+from safetynet.detection.stage import PER_DOMAIN, Plan, detect
 from safetynet.errors import InputError
 from safetynet.models.miniatures import language
 
@@ -30,13 +31,21 @@ def test_a_monitor_is_made_and_measured(build, serialiser, clean, rows, tmp_path
     assert found.estimate.n == 75
     assert found.monitor.clean == 225
     assert {"auroc", "tpr", "tpr_oracle", "fpr", "fpr_worst", "auroc_pair"} <= set(found.table["metric"])
-    assert len(found.scores) == 75 + 60
+    assert len(found.scores) == 75 + 60 + 6 * PER_DOMAIN
+    assert {"ood:code", "ood:languages", "ood:long"} <= set(found.table["rows"])
     assert {"score fused", "p fused", "p pca_residual:mean"} <= set(found.scores)
 
 
 def test_a_rate_too_small_is_refused_before_the_model_runs(serialiser, clean, rows):
     with pytest.raises(InputError, match="needs 499 clean calibration samples, and there are 56"):
         detect(None, serialiser, clean, rows, Plan.of(["mahalanobis"], 0.01))
+
+
+def test_benign_prompts_of_other_domains_are_the_same_each_time():
+    made = domains.generate(5, seed=1)
+    pd.testing.assert_frame_equal(made, domains.generate(5, seed=1))
+    assert made["domain"].value_counts().tolist() == [5] * len(domains.DOMAINS)
+    assert all(messages[-1]["role"] == "user" for messages in made["messages"])
 
 
 def test_a_plan_is_a_preset_or_detectors():

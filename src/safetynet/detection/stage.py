@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from safetynet.detection import domains
 from safetynet.detection.calibration import Fusion, RateEstimate, check_rate
 from safetynet.detection.capture import capture
 from safetynet.detection.features import FeatureSpec
@@ -22,6 +23,8 @@ from safetynet.detection.splits import PARTS, split
 from safetynet.errors import InputError
 from safetynet.prompts import Message, Serialiser, prompt_hash
 
+PER_DOMAIN = 100
+"""Benign prompts of each other domain."""
 TEST_SHARE = 0.25
 """Share of the clean prompts that the monitor never sees, to measure its false positives on."""
 
@@ -110,8 +113,9 @@ def detect(
     features = captured(list(clean["messages"]))
     known = [group for group, out in zip(groups, held, strict=True) if not out]
     monitor = Monitor.fit(features.take(~held), plan.readings, how=plan.how, groups=known, seed=plan.seed)
-    rows = pd.concat([_fresh(clean[held]), _tested(test)], ignore_index=True)
-    fresh, tested = features.take(held), captured(list(test["messages"]))
+    other = domains.generate(PER_DOMAIN, plan.seed)
+    rows = pd.concat([_fresh(clean[held]), _tested(test), _benign(other)], ignore_index=True)
+    fresh, tested = features.take(held), captured([*test["messages"], *other["messages"]])
     both = replace(fresh, arrays={v: np.concatenate([a, tested.arrays[v]]) for v, a in fresh.arrays.items()})
     scores, p_values = monitor.scores(both), monitor.p_values(both)
     table = measure(rows, scores, p_values, (plan.rate, 0.001) if plan.rate != 0.001 else (0.001,))
@@ -131,6 +135,12 @@ def _fresh(clean: pd.DataFrame) -> pd.DataFrame:
             "domain": "",
         }
     )
+
+
+def _benign(other: pd.DataFrame) -> pd.DataFrame:
+    """Prompts of other domains; their groups come below those of the fresh ones."""
+    lines = {"role": "clean", "group": -10_000_000 - np.arange(len(other)), "fired": None, "forbidden": False}
+    return pd.DataFrame(lines | {"domain": other["domain"].to_numpy()})
 
 
 def _tested(test: pd.DataFrame) -> pd.DataFrame:
