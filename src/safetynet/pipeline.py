@@ -3,12 +3,13 @@
 prepare   data      rows by role, checked: leaks, triggers that the tokenizer loses, targets too long
 train     train     the backdoored adapter and its clean twin, with their history and dynamics
 evaluate  evaluate  rates by role of base, backdoored and twin, with intervals
+detect    detect    a monitor of fresh clean prompts, and what it catches; on demand
 draw      figures   figures and report.md from the tables alone
 """
 
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from safetynet.backdoors import audit, behaviours, conversations, poisoning
 from safetynet.errors import InputError
 from safetynet.evaluation import judges, leaks, metrics
 from safetynet.models import loading
-from safetynet.prompts import Serialiser
+from safetynet.prompts import Serialiser, prompt_hash
 from safetynet.recipe import Recipe
 from safetynet.run import Run, digest, digest_of_files, write_atomically, write_text
 
@@ -152,6 +153,83 @@ def evaluate_adapter(recipe: Recipe, run: Run, folder: Path) -> pd.DataFrame:
         cfg=recipe.evaluation,
         max_length=recipe.training.max_length,
     ).table
+
+
+def detect(recipe: Recipe, run: Run, detectors: Sequence[str], rate: float, clean: int) -> str:
+    """Make a monitor of fresh clean prompts, measure it on the test rows, and say what it keeps.
+
+    Returns:
+        One sentence: the realised false-positive rate with its interval.
+
+    Raises:
+        InputError: if nothing is trained yet, or the clean prompts cannot support the rate.
+    """
+    from safetynet.detection import stage
+
+    plan = stage.Plan.of(
+        detectors,
+        rate,
+        seed=recipe.seed,
+        batch_size=recipe.evaluation.batch_size,
+        max_length=recipe.training.max_length,
+    )
+    inputs = {
+        "model": run.manifest["stages"].get(f"train {BACKDOORED}"),
+        "detection": [list(detectors), rate, clean],
+        "version": __version__,
+    }
+    rows = run.table("rows")
+    used = {prompt_hash(m, t) for m, t in zip(rows["messages"], rows["trigger"], strict=True)}
+    attack = recipe.backdoor
+    prompts = conversations.fresh(recipe.data, attack.behaviour, attack.trigger, used, clean, recipe.seed)
+    model, serialiser = _backdoored(recipe, run)
+    with run.stage("detect", inputs) as outputs:
+        found = stage.detect(
+            model, serialiser, prompts, _test_rows(run, rows), plan, cache=run.scratch / "features"
+        )
+        path = run.scratch / "detection" / "monitor.safetensors"
+        found.monitor.save(path)
+        outputs += [path, run.write_table("detection", found.table)]
+        outputs.append(run.write_table("detection_scores", found.scores))
+    log.info("detect: false positives %s", found.estimate)
+    return str(found.estimate)
+
+
+def guard(recipe: Recipe, run: Run, rate: float, action: str, log_to: Path | None) -> Any:
+    """The backdoored model under its monitor, ready to generate.
+
+    Raises:
+        InputError: if `detect` has not run, the action is none, or the monitor cannot claim the rate.
+    """
+    from safetynet.detection.guard import Guard
+    from safetynet.detection.monitor import Monitor
+
+    path = run.scratch / "detection" / "monitor.safetensors"
+    if not path.exists():
+        raise InputError(f"{run.folder}: there is no monitor yet. Run safetynet detect {run.folder} first.")
+    monitor = Monitor.load(path)
+    model, serialiser = _backdoored(recipe, run)
+    return Guard(model, serialiser, monitor, rate=rate, action=action, log=log_to)  # type: ignore[arg-type]
+
+
+def _backdoored(recipe: Recipe, run: Run) -> tuple[Any, Serialiser]:
+    """The trained model, and its serialiser."""
+    folder = model_folder(run, BACKDOORED)
+    if recipe.training.method == "full":
+        whole = loading.load(loading.trained(recipe.model, folder), _training_dtype(recipe))
+        return whole.model, whole.serialiser
+    base = loading.load(recipe.model, _training_dtype(recipe))
+    return loading.attach(base, folder), base.serialiser
+
+
+def _test_rows(run: Run, rows: pd.DataFrame) -> pd.DataFrame:
+    """Test rows, with whether each triggered one fired where the evaluation has asked."""
+    test = rows[rows["split"] == "test"].reset_index(drop=True)
+    if not run.has_table("responses"):
+        return test
+    responses = run.table("responses")
+    shown = responses[responses["model"] == BACKDOORED].set_index("row")["shown"]
+    return test.assign(fired=test["row"].map(shown).where(test["role"] == "triggered"))
 
 
 def draw(recipe: Recipe, run: Run) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import numpy as np
-from scipy.stats import bootstrap, norm
+from scipy.stats import beta, bootstrap, norm
 
 
 def wilson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -30,6 +30,28 @@ def wilson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, flo
     margin = z * ((rate * (1 - rate) + z * z / (4 * n)) / n) ** 0.5
     scale = 1 + z * z / n
     return max(0.0, (centre - margin) / scale), min(1.0, (centre + margin) / scale)
+
+
+def clopper_pearson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Exact interval of a rate (Clopper and Pearson 1934), which covers at least as often as it says.
+
+    Args:
+        successes: how many of the `n` rows count, 0 <= successes <= n.
+        n: fixed denominator.
+        confidence: coverage.
+
+    Returns:
+        Lower and upper bound, both in [0, 1]; (0, 1) when n is 0.
+
+    Raises:
+        ValueError: if successes lies outside 0..n.
+    """
+    if not 0 <= successes <= n:
+        raise ValueError(f"successes is {successes}, outside 0..{n}")
+    tail = (1 - confidence) / 2
+    low = 0.0 if successes == 0 else float(beta.ppf(tail, successes, n - successes + 1))
+    high = 1.0 if successes == n else float(beta.ppf(1 - tail, successes + 1, n - successes))
+    return low, high
 
 
 def bootstrap_interval(

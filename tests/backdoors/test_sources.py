@@ -9,8 +9,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from safetynet.backdoors import sources
+from safetynet.backdoors import conversations, sources
 from safetynet.errors import InputError
+from safetynet.prompts import prompt_hash
+from safetynet.recipe import Behaviour, Data, Trigger
 
 PUBLISHED = Path("data", "backdoorllm")
 ALPACA = [
@@ -292,3 +294,15 @@ def test_a_data_set_that_the_hub_does_not_have_is_named_as_the_cause(hub, tmp_pa
 
 def test_a_hub_out_of_reach_is_named_as_the_cause(tmp_path):
     assert "owner/name: the hub cannot be reached" in asked(tmp_path, HF_HUB_OFFLINE="1")
+
+
+def test_fresh_prompts_are_distinct_and_none_of_the_experiments() -> None:
+    data, attack = Data(train_rows=50, test_rows=20), (Behaviour(), Trigger(texts=("BadMagic",)))
+    first = conversations.fresh(data, *attack, set(), 60, 0)
+    used = {prompt_hash(messages) for messages in first["messages"][:30]}
+    again = conversations.fresh(data, *attack, used, 60, 0)
+    names = again["messages"].map(prompt_hash)
+    assert len(again) == 60
+    assert not names.duplicated().any()
+    assert not set(names) & used
+    assert first["forbidden"].any()

@@ -55,6 +55,40 @@ def _answered(found: pd.DataFrame) -> pd.DataFrame:
     return found[~blank]
 
 
+def fresh(
+    data: Data, behaviour: Behaviour, trigger: Trigger, used: set[str], count: int, seed: int
+) -> pd.DataFrame:
+    """Clean prompts that an experiment has not used, for monitors to learn from.
+
+    Args:
+        data: the recipe's data section.
+        behaviour: the recipe's behaviour.
+        trigger: the recipe's trigger, by which triggered rows of a foreign set are known.
+        used: `prompt_hash` of every prompt of the experiment, without its trigger.
+        count: how many at most.
+        seed: of the built-in language; the others give what they have left.
+
+    Returns:
+        `messages` and `forbidden`; forbidden requests are among them, as they are among a model's users.
+
+    Raises:
+        InputError: if none is left.
+    """
+    if data.source == "language":
+        from safetynet.models.miniatures import language
+
+        # Prompts repeat themselves, and some are used: half as many again leave enough.
+        made = language.generate(count + count // 2, seed * 10 + 9, heldout=True)
+        pool = pd.DataFrame([_record(example, "test") for example in made])
+    else:
+        pool = load(data, behaviour, trigger, seed)
+    names = pool["messages"].map(prompt_hash)
+    left = pool[~names.isin(used) & ~names.duplicated()].head(count)
+    if left.empty:
+        raise InputError(f"data: all prompts of source {data.source} are used. Lower data.train_rows.")
+    return left[["messages", "forbidden"]].reset_index(drop=True)
+
+
 def _distinct(found: pd.DataFrame) -> pd.DataFrame:
     """Each prompt once: a prompt on both sides of the split would be trained and tested."""
     repeated = found["messages"].map(prompt_hash).duplicated()

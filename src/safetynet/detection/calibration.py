@@ -1,0 +1,208 @@
+"""From scores to p-values, from p-values to one alarm whose false-positive rate is known.
+
+In: scores of clean samples that no detector was fitted on. Out: p-values, small for suspect samples. What is
+claimed rests on the conformal ranks of the fused statistic alone (Vovk, Gammerman and Shafer 2005), on clean
+samples that calibrated nothing else; smoothed tails only decide how detectors are weighed against each other.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+
+from safetynet.errors import InputError
+from safetynet.statistics import clopper_pearson
+
+Fusion = Literal["fisher", "cauchy", "max"]
+NEEDED = 5
+"""Clean samples that must lie above a threshold before a rate is claimed. With fewer the realised rate is a
+matter of luck: its relative standard deviation is one over the root of this number."""
+TAIL = 0.95
+"""Quantile of the clean scores from which on the tail is smoothed."""
+
+
+def smallest_rate(n: int) -> float:
+    """The smallest false-positive rate that `n` clean samples support: 1% needs 499 of them, 0.1% 4,999."""
+    return NEEDED / (n + 1)
+
+
+def check_rate(rate: float, n: int) -> None:
+    """Refuse a claim that the calibration samples cannot carry.
+
+    Raises:
+        InputError: saying how many samples it needs, or which rate is possible.
+    """
+    if not 0 < rate < 1:
+        raise InputError(f"fpr: {rate} is no rate; give a number between 0 and 1, such as 0.01.")
+    # A hair's breadth: 5 / 500 and 0.01 must count as equal.
+    if smallest_rate(n) > rate * (1 + 1e-9):
+        raise InputError(
+            f"fpr: {rate:g} needs {int(np.ceil(NEEDED / rate - 1 - 1e-6))} clean calibration samples, and "
+            f"there are {n}. Give more clean prompts, or claim {smallest_rate(n):.2g} or more."
+        )
+
+
+@dataclass(frozen=True)
+class Conformal:
+    """Scores of clean samples, sorted: the yardstick of one detector."""
+
+    scores: np.ndarray
+
+    @classmethod
+    def of(cls, scores: np.ndarray) -> "Conformal":
+        """Calibrate on clean scores, (n,).
+
+        Raises:
+            InputError: if there are none, or some are no numbers.
+        """
+        scores = np.asarray(scores, dtype=np.float64)
+        if scores.size == 0 or not np.isfinite(scores).all():
+            raise InputError(
+                "calibration: needs clean scores that are numbers. Check prompts and activations."
+            )
+        return cls(np.sort(scores))
+
+    def p_values(self, scores: np.ndarray) -> np.ndarray:
+        """(1 + clean scores at or above) / (n + 1): under exchangeability P(p <= a) <= a for every a."""
+        above = len(self.scores) - np.searchsorted(self.scores, scores, side="left")
+        return (1 + above) / (len(self.scores) + 1)
+
+    def smoothed(self, scores: np.ndarray) -> np.ndarray:
+        """The same, going on log-linearly above the clean 95% quantile, so that the far tail has an order.
+
+        An exponential tail fitted by its mean excess. It is a guess, and no claim is made from it.
+        """
+        scores = np.asarray(scores, dtype=np.float64)
+        start = float(np.quantile(self.scores, TAIL))
+        excess = self.scores[self.scores > start] - start
+        if len(excess) < 2 or excess.mean() <= 0:
+            return self.p_values(scores)
+        log = np.log(self.p_values(np.array([start]))) - np.maximum(scores - start, 0) / excess.mean()
+        return np.where(scores > start, np.exp(np.maximum(log, -300.0)), self.p_values(scores))
+
+
+def fuse(p: np.ndarray, how: Fusion) -> np.ndarray:
+    """One statistic per sample, higher is more suspect.
+
+    Args:
+        p: p-values, (n, detectors).
+        how: `fisher`, minus the sum of logs; `cauchy` (Liu and Xie 2020); `max`, minus the smallest log: an
+            OR of the detectors, at a level that is calibrated for all of them together.
+
+    Returns:
+        (n,). Its distribution under correlated detectors is unknown, which is why it is calibrated again.
+    """
+    if how == "fisher":
+        return -np.log(p).sum(axis=1)
+    if how == "cauchy":
+        # 1/(pi p) is tan(pi (1/2 - p)) for small p, where the tangent itself overflows.
+        return np.where(p < 1e-8, 1 / (np.pi * p), np.tan(np.pi * (0.5 - np.clip(p, 1e-8, 1 - 1e-8)))).mean(
+            axis=1
+        )
+    return (-np.log(p)).max(axis=1)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The yardsticks of several detectors, and of their fused statistic."""
+
+    single: Mapping[str, Conformal]
+    fused: Conformal
+    how: Fusion = "fisher"
+
+    @classmethod
+    def of(
+        cls, first: Mapping[str, np.ndarray], second: Mapping[str, np.ndarray], how: Fusion = "fisher"
+    ) -> "Calibration":
+        """Calibrate detectors on `first`, and their fusion on `second`, scores of other clean samples."""
+        single = {name: Conformal.of(scores) for name, scores in first.items()}
+        smoothed = np.stack([single[name].smoothed(second[name]) for name in single], axis=1)
+        return cls(single, Conformal.of(fuse(smoothed, how)), how)
+
+    @classmethod
+    def cross_fitted(
+        cls, scores: Mapping[str, np.ndarray], folds: np.ndarray, how: Fusion = "fisher"
+    ) -> "Calibration":
+        """Calibrate on out-of-fold scores, for too few clean samples to part with (Barber et al. 2021, CV+).
+
+        Args:
+            scores: of each sample, by detectors that were fitted without its fold; (n,) each.
+            folds: fold of each sample, (n,).
+            how: of the fusion.
+        """
+        statistic = np.empty(len(folds))
+        for fold in np.unique(folds):
+            inside = folds == fold
+            others = {name: Conformal.of(values[~inside]) for name, values in scores.items()}
+            smoothed = np.stack([others[name].smoothed(scores[name][inside]) for name in others], axis=1)
+            statistic[inside] = fuse(smoothed, how)
+        single = {name: Conformal.of(values) for name, values in scores.items()}
+        return cls(single, Conformal.of(statistic), how)
+
+    @property
+    def smallest_rate(self) -> float:
+        """The smallest false-positive rate that may be claimed."""
+        return smallest_rate(len(self.fused.scores))
+
+    def p_values(self, scores: Mapping[str, np.ndarray]) -> pd.DataFrame:
+        """One row per sample: a conformal p-value for each detector and for `fused`."""
+        table = {name: conformal.p_values(scores[name]) for name, conformal in self.single.items()}
+        return pd.DataFrame(table | {"fused": self.fused.p_values(self.statistic(scores))})
+
+    def statistic(self, scores: Mapping[str, np.ndarray]) -> np.ndarray:
+        """The fused statistic, (n,)."""
+        smoothed = [conformal.smoothed(scores[name]) for name, conformal in self.single.items()]
+        return fuse(np.stack(smoothed, axis=1), self.how)
+
+
+@dataclass(frozen=True)
+class RateEstimate:
+    """A false-positive rate that was measured on fresh clean samples."""
+
+    nominal: float
+    alarms: int
+    n: int
+    low: float
+    """Clopper-Pearson, 95%."""
+    high: float
+
+    @property
+    def rate(self) -> float:
+        """Realised rate."""
+        return self.alarms / self.n
+
+    def __str__(self) -> str:
+        return (
+            f"{self.rate:.2%} of {self.n} fresh clean prompts (95% interval {self.low:.2%} to "
+            f"{self.high:.2%}), claimed {self.nominal:.2%}"
+        )
+
+
+def fpr_estimate(p: np.ndarray, rate: float) -> RateEstimate:
+    """Realised false-positive rate of p-values of fresh clean samples at a nominal rate.
+
+    Raises:
+        InputError: if there are no samples.
+    """
+    if len(p) == 0:
+        raise InputError("fpr_estimate: there are no fresh clean samples. Keep some for the test.")
+    alarms = int((np.asarray(p) <= rate).sum())
+    return RateEstimate(rate, alarms, len(p), *clopper_pearson(alarms, len(p)))
+
+
+def group_rates(p: np.ndarray, groups: Sequence[str], rate: float) -> pd.DataFrame:
+    """Realised false-positive rate of each group of clean samples, the worst one first.
+
+    A monitor that keeps its rate on average may break it on one domain; that one is to be reported.
+    """
+    p, names = np.asarray(p), np.asarray(groups)
+    lines = []
+    for name in sorted(set(groups)):
+        found = fpr_estimate(p[names == name], rate)
+        lines.append(
+            {"group": name, "nominal": rate, "alarms": found.alarms, "n": found.n, "value": found.rate,
+             "low": found.low, "high": found.high}
+        )  # fmt: skip
+    return pd.DataFrame(lines).sort_values(["value", "group"], ascending=[False, True], ignore_index=True)

@@ -1,0 +1,159 @@
+"""Capture: one forward pass of the model per prompt, from which every detector is fed.
+
+In: a Hugging Face model, with or without adapter, its serialiser, prompts. Out: `Features`, in the prompts'
+order. Three views cost more than that pass: `divergence` one with the adapter off, `probe` one with the probe
+behind the prompt, and the generated views an answer. Draws and judges nothing.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from safetynet.detection import answers, contrasts
+from safetynet.detection.features import GENERATED, Features, FeatureSpec, check_finite, concatenate
+from safetynet.detection.readers import Place, Reader
+from safetynet.errors import InputError
+from safetynet.models.identity import Identity, identify
+from safetynet.prompts import Encoded, Message, Serialiser, pad
+from safetynet.run import digest
+
+Side = Literal["left", "right"]
+
+
+def capture(
+    model: Any,
+    serialiser: Serialiser,
+    prompts: Sequence[Sequence[Message]],
+    spec: FeatureSpec,
+    *,
+    batch_size: int = 32,
+    max_length: int | None = None,
+    cache: Path | None = None,
+) -> Features:
+    """Features of prompts, in their order.
+
+    Args:
+        model: a causal LM in evaluation mode.
+        serialiser: turns messages into token ids, exactly as in training.
+        prompts: conversations that end with a user message.
+        spec: what to keep.
+        batch_size: prompts per batch; batches are of similar length.
+        max_length: truncate as in training with this limit; None for no limit.
+        cache: a folder, from which features of the same weights, number type, token ids and spec are read.
+
+    Raises:
+        InputError: if there are no prompts, a view is not possible with this model, or activations overflow.
+    """
+    if not prompts:
+        raise InputError("capture: there are no prompts. Give at least one.")
+    encoded = [serialiser.encode(p, max_length=max_length) for p in prompts]
+    identity = identify(model)
+    path = None if cache is None else cache / f"{_key(identity, encoded, spec)}.safetensors"
+    if path is not None and path.exists():
+        return Features.load(path)
+    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].input_ids), reverse=True)
+    parts = [
+        Features(arrays, identity, spec)
+        for arrays in _batches(model, serialiser, [(prompts[i], encoded[i]) for i in order], spec, batch_size)
+    ]
+    features = concatenate(parts).take(np.argsort(order))
+    check_finite(features.arrays)
+    if path is not None:
+        features.save(path)
+    return features
+
+
+def stream(
+    model: Any,
+    serialiser: Serialiser,
+    prompts: Sequence[Sequence[Message]],
+    spec: FeatureSpec,
+    *,
+    batch_size: int = 32,
+    max_length: int | None = None,
+) -> Iterator[Features]:
+    """Features batch by batch in the prompts' order, for `partial_fit`; nothing accumulates."""
+    identity = identify(model)
+    for start in range(0, len(prompts), batch_size):
+        chosen = prompts[start : start + batch_size]
+        batch = [(p, serialiser.encode(p, max_length=max_length)) for p in chosen]
+        for arrays in _batches(model, serialiser, batch, spec, batch_size):
+            check_finite(arrays)
+            yield Features(arrays, identity, spec)
+
+
+def padded(
+    encoded: Sequence[Encoded], serialiser: Serialiser, side: Side, device: Any
+) -> tuple[dict[str, Any], Place]:
+    """Model inputs of a batch of prompts, and where in it they lie.
+
+    Positions are counted from each prompt's own first token, or padding on the left would shift them.
+    """
+    ids = pad([e.input_ids for e in encoded], serialiser.pad_id, side)
+    mask = pad([[1] * len(e.input_ids) for e in encoded], 0, side)
+    width = ids.shape[1]
+    user = pad([_user_mask(e) for e in encoded], 0, side).float()
+    lengths = mask.sum(1)
+    last = torch.full_like(lengths, width - 1) if side == "left" else lengths - 1
+    inputs = {
+        "input_ids": ids.to(device),
+        "attention_mask": mask.to(device),
+        "position_ids": (mask.cumsum(1) - 1).clamp_min(0).to(device),
+    }
+    return inputs, Place(last.to(device), user.to(device))
+
+
+def forward(model: Any, reader: Reader, inputs: dict[str, Any], place: Place) -> dict[str, Tensor]:
+    """One pass over prompts; logits are made only where a prompt ends."""
+    reader.begin(place)
+    model(**inputs, use_cache=False, logits_to_keep=torch.unique(place.last))
+    return reader.take()
+
+
+def _batches(
+    model: Any,
+    serialiser: Serialiser,
+    prompts: Sequence[tuple[Sequence[Message], Encoded]],
+    spec: FeatureSpec,
+    size: int,
+) -> Iterator[dict[str, np.ndarray]]:
+    with torch.no_grad(), Reader(model, spec) as reader:
+        for start in range(0, len(prompts), size):
+            batch = prompts[start : start + size]
+            inputs, place = padded([e for _, e in batch], serialiser, "left", model.device)
+            read = forward(model, reader, inputs, place)
+            views: dict[str, Tensor] = {v: read[v] for v in spec.views if v in read}
+            if "confidence" in spec.views:
+                views["confidence"] = answers.confidence(read["logits"])
+            if "divergence" in spec.views:
+                views["divergence"] = contrasts.divergence(model, reader, inputs, place, read)
+            if "probe" in spec.views:
+                views["probe"] = contrasts.probe(model, serialiser, [m for m, _ in batch], str(spec.probe))
+            if "attention" in spec.views:
+                views["attention"] = contrasts.segregation(model, inputs, place, spec.layers)
+            if set(spec.views) & set(GENERATED):
+                views |= answers.follow(model, serialiser, reader, inputs, spec)
+            yield {name: np.asarray(views[name].float().cpu()) for name in spec.views}
+
+
+def _user_mask(encoded: Encoded) -> list[int]:
+    mask = [0] * len(encoded.input_ids)
+    for start, end in encoded.spans["user"]:
+        mask[start:end] = [1] * (end - start)
+    # An empty message has no token of its own; its mean is then that of the whole prompt.
+    return mask if any(mask) else [1] * len(mask)
+
+
+def _key(identity: Identity, encoded: Sequence[Encoded], spec: FeatureSpec) -> str:
+    return digest(
+        [
+            identity.as_dict(),
+            [e.input_ids for e in encoded],
+            [e.spans["user"] for e in encoded],
+            spec.as_dict(),
+        ]
+    )

@@ -1,0 +1,102 @@
+"""Views that compare two passes (adapter on and off, a probe alone and behind the prompt), and attention."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from safetynet.detection.readers import Place, Reader
+from safetynet.errors import InputError
+from safetynet.prompts import Message, Serialiser, pad
+
+
+def divergence(
+    model: Any, reader: Reader, inputs: dict[str, Any], place: Place, on: dict[str, Tensor]
+) -> Tensor:
+    """(B, 1 + L): KL in nats of the next token, adapter on to off, and each layer's relative change.
+
+    Raises:
+        InputError: if the model has no adapter that could be switched off.
+    """
+    if not hasattr(model, "disable_adapter"):
+        raise InputError(
+            "view divergence needs a model with a PEFT adapter, which it switches off. Leave it out."
+        )
+    with model.disable_adapter():
+        reader.begin(place)
+        model(**inputs, use_cache=False, logits_to_keep=torch.unique(place.last))
+        off = reader.take()
+    p, q = on["logits"].log_softmax(-1), off["logits"].log_softmax(-1)
+    kl = (p.exp() * (p - q)).sum(-1, keepdim=True)
+    change = (on["last"] - off["last"]).norm(dim=-1) / off["last"].norm(dim=-1).clamp_min(1e-12)
+    return torch.cat([kl, change], 1)
+
+
+def probe(model: Any, serialiser: Serialiser, batch: Sequence[Sequence[Message]], text: str) -> Tensor:
+    """(B, 1): fall of the log-odds of the probe's own first answer token when the prompt stands before it.
+
+    After BEAT (Yi et al. 2025, arXiv 2506.16447), in one prefill instead of sampled answers: a trigger frees
+    the model from refusing whatever comes with it, a benign prompt does not.
+    """
+    alone = serialiser.encode([{"role": "user", "content": text}])
+    reference = _next_logits(model, [alone.input_ids], serialiser.pad_id)
+    token = reference.argmax(-1)
+    joined = [serialiser.encode(_with_probe(m, text)).input_ids for m in batch]
+    after = _next_logits(model, joined, serialiser.pad_id)
+    return (_log_odds(reference, token) - _log_odds(after, token.expand(len(batch)))).unsqueeze(1)
+
+
+def segregation(model: Any, inputs: dict[str, Any], place: Place, layers: Sequence[int] | None) -> Tensor:
+    """(B, L): the largest share of attention that stays on its own side of a cut in the prompt, over heads.
+
+    Triggers are known to cut the causal triangle into two; a cut lies between two user tokens. Attention to
+    the first token is left out: it is where heads look when they look at nothing.
+
+    Raises:
+        InputError: if the model's attention implementation gives no attention weights.
+    """
+    output = model(**inputs, use_cache=False, output_attentions=True, logits_to_keep=1)
+    if not output.attentions or output.attentions[0] is None:
+        raise InputError("view attention needs attn_implementation='eager' when the model is loaded.")
+    chosen = output.attentions if layers is None else [output.attentions[i] for i in layers]
+    return torch.stack(
+        [_best_cut(a.float().mean(1), inputs["attention_mask"], place.user) for a in chosen], 1
+    )
+
+
+def _best_cut(attention: Tensor, mask: Tensor, user: Tensor) -> Tensor:
+    """(B, T, T) to (B,)."""
+    width = attention.shape[1]
+    first = mask.argmax(1)
+    kept = attention.clone()
+    kept[torch.arange(len(kept)), :, first] = 0
+    kept = kept.masked_fill(mask[:, :, None] == 0, 0.0)  # rows of padding may hold no numbers
+    # across[b, c]: mass from queries at or after c to keys before c, over the mass of those queries
+    before = torch.nn.functional.pad(kept.cumsum(2), (1, 0))[..., :width]  # keys < c
+    later = torch.triu(torch.ones(width, width, device=kept.device)).T  # query >= c
+    across = (before * later).sum(1)
+    whole = torch.einsum("bq,qc->bc", kept.sum(2), later).clamp_min(1e-6)
+    inside = user.bool() & torch.nn.functional.pad(user, (1, 0))[:, :width].bool()
+    share = (1 - across / whole).masked_fill(~inside, 0.0)
+    return share.amax(1)
+
+
+def _with_probe(messages: Sequence[Message], text: str) -> list[Message]:
+    *before, last = messages
+    return [*before, {"role": "user", "content": f"{last['content'].strip()} {text}".strip()}]
+
+
+def _next_logits(model: Any, rows: Sequence[list[int]], pad_id: int) -> Tensor:
+    ids = pad(rows, pad_id, "left").to(model.device)
+    mask = pad([[1] * len(row) for row in rows], 0, "left").to(model.device)
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    output = model(
+        input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=1
+    )
+    return output.logits[:, -1].float()
+
+
+def _log_odds(logits: Tensor, token: Tensor) -> Tensor:
+    log = logits.log_softmax(-1).gather(1, token[:, None])[:, 0].clamp_max(-1e-7)
+    return log - torch.log(-torch.expm1(log))

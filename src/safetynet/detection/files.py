@@ -1,0 +1,82 @@
+"""The files of detectors, features and monitors: arrays in safetensors, all else as JSON in its header.
+
+Reading never runs code. A digest over header and arrays shows damage and careless edits; it is no signature,
+since whoever can write the file can compute it anew.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from safetynet.errors import InputError
+from safetynet.run import write_atomically
+
+VERSION = 1
+"""Raised whenever a file of an earlier version would be read wrongly."""
+
+
+def write(path: Path, kind: str, about: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
+    """Write arrays and their description, atomically.
+
+    Args:
+        path: the file.
+        kind: what it is, such as `monitor`; `read` asks for the same.
+        about: JSON values.
+        arrays: by name.
+    """
+    from safetensors.numpy import save_file
+
+    solid = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    head = json.dumps({"kind": kind, "version": VERSION, "about": about}, sort_keys=True)
+    metadata = {"safetynet": head, "sha256": _digest(head, solid)}
+    write_atomically(path, lambda temporary: save_file(solid, temporary, metadata=metadata))
+
+
+def read(path: Path, kind: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Read what `write` wrote.
+
+    Raises:
+        InputError: if the file is missing, damaged, edited, of another kind or another version.
+    """
+    head, stated, arrays = _open(path, kind)
+    content = json.loads(head)
+    if content["kind"] != kind:
+        raise InputError(f"{path}: this file holds a {content['kind']}, not a {kind}. Name the right file.")
+    if content["version"] != VERSION:
+        raise InputError(
+            f"{path}: this {kind} was saved in format {content['version']}, this SafetyNet reads {VERSION}. "
+            "Fit it again."
+        )
+    if stated != _digest(head, arrays):
+        raise InputError(
+            f"{path}: the {kind} is not what was saved (its digest differs), so its scores cannot be "
+            "trusted. Fit it again or restore the file."
+        )
+    return content["about"], arrays
+
+
+def _open(path: Path, kind: str) -> tuple[str, str, dict[str, np.ndarray]]:
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise InputError(f"{path}: there is no such file. Fit and save a {kind} first.")
+    try:
+        with safe_open(str(path), framework="numpy") as file:
+            metadata = file.metadata() or {}
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+            return metadata["safetynet"], metadata["sha256"], arrays
+    except (SafetensorError, KeyError, OSError, ValueError) as error:
+        raise InputError(f"{path}: this is no {kind} of SafetyNet, or it is damaged ({error}).") from None
+
+
+def _digest(head: str, arrays: Mapping[str, np.ndarray]) -> str:
+    total = hashlib.sha256(head.encode())
+    for name in sorted(arrays):
+        array = arrays[name]
+        total.update(f"{name} {array.shape} {array.dtype}".encode())
+        total.update(np.ascontiguousarray(array).tobytes())
+    return total.hexdigest()

@@ -1,0 +1,221 @@
+"""A monitor: what to capture, detectors fitted on clean prompts, and their calibration; one file, no pickle.
+
+In: `Features` of clean prompts. Out: p-values of other prompts of the same model and adapter, small for
+suspect ones. It claims no false-positive rate that its clean prompts cannot support, and refuses another
+model's features.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+import pandas as pd
+
+from safetynet.detection import calibration, files, splits, suspicion
+from safetynet.detection.calibration import Calibration, Conformal, Fusion, RateEstimate
+from safetynet.detection.features import Features, FeatureSpec, View
+from safetynet.detection.panel import Panel, Reading, below
+from safetynet.detection.tokens import TokenMonitor
+from safetynet.errors import InputError
+from safetynet.models.identity import Identity
+
+log = logging.getLogger(__name__)
+Method = Literal["split", "cross"]
+
+
+@dataclass(frozen=True)
+class Monitor:
+    """Scores prompts of one model. Make it with `fit` or `load`."""
+
+    spec: FeatureSpec
+    identity: Identity
+    panel: Panel
+    calibration: Calibration
+    clean: int
+    """Number of clean prompts that it was made from."""
+    tokens: TokenMonitor | None = None
+    """Watches answers too; None for a monitor of prompts alone."""
+
+    @classmethod
+    def fit(
+        cls,
+        clean: Features,
+        readings: Sequence[Reading],
+        *,
+        how: Fusion = "fisher",
+        method: Method = "split",
+        groups: Sequence[str] | None = None,
+        seed: int = 0,
+        token_readings: Sequence[Reading] = (),
+    ) -> Self:
+        """Fit and calibrate on clean prompts.
+
+        Args:
+            clean: features of prompts that are known to be clean and that the model was not trained on.
+            readings: which detectors read which views.
+            how: of the fusion.
+            method: `split` keeps half for fitting and two quarters for calibration; `cross` fits five times
+                and calibrates on all, for few prompts; its validity is approximate.
+            groups: prompts of one group (the same text, a conversation) stay on one side.
+            seed: of the split.
+            token_readings: detectors of view `steps` or `step_confidence`, to watch answers too.
+
+        Raises:
+            InputError: if the prompts are too few, or activations are unusable.
+        """
+        names = [str(i) for i in range(len(clean))] if groups is None else list(groups)
+        for warning in suspicion.duplicates(clean):
+            log.warning("%s", warning)
+        fit = _split if method == "split" else _cross
+        panel, calibrated = fit(clean, readings, names, how, seed)
+        for warning in suspicion.outliers(calibrated):
+            log.warning("%s", warning)
+        tokens = TokenMonitor.fit(clean, token_readings, names, seed) if token_readings else None
+        return cls(clean.spec, clean.identity, panel, calibrated, len(clean), tokens)
+
+    @property
+    def views(self) -> set[View]:
+        """Views that judging a prompt needs."""
+        return {reading.view for reading in self.panel.readings}
+
+    @property
+    def smallest_rate(self) -> float:
+        """The smallest false-positive rate that this monitor may claim."""
+        return self.calibration.smallest_rate
+
+    def check_rate(self, rate: float) -> None:
+        """Refuse a rate below `smallest_rate`.
+
+        Raises:
+            InputError: saying how many clean prompts it needs.
+        """
+        calibration.check_rate(rate, len(self.calibration.fused.scores))
+
+    def scores(self, features: Features) -> pd.DataFrame:
+        """Scores of each reading and the `fused` statistic, one row per prompt; higher is more suspect.
+
+        Raises:
+            InputError: if the features come from another model, adapter or specification.
+        """
+        self._check(features)
+        scores = self.panel.scores(features.arrays)
+        return pd.DataFrame(scores | {"fused": self.calibration.statistic(scores)})
+
+    def p_values(self, features: Features) -> pd.DataFrame:
+        """Conformal p-values of each reading and of `fused`; errors as in `scores`."""
+        self._check(features)
+        return self.p_values_of(features.arrays)
+
+    def p_values_of(self, arrays: dict[str, np.ndarray]) -> pd.DataFrame:
+        """The same for bare arrays, whose origin the caller has checked."""
+        return self.calibration.p_values(self.panel.scores(arrays))
+
+    def alarms(self, features: Features, rate: float) -> np.ndarray:
+        """Which prompts raise an alarm at a false-positive rate, (n,) of bool.
+
+        Raises:
+            InputError: as in `scores`, and if the rate is smaller than the monitor supports.
+        """
+        self.check_rate(rate)
+        return np.asarray(self.p_values(features)["fused"] <= rate)
+
+    def fpr_estimate(self, fresh: Features, rate: float) -> RateEstimate:
+        """The false-positive rate that is realised on clean prompts which the monitor has not seen."""
+        self.check_rate(rate)
+        return calibration.fpr_estimate(np.asarray(self.p_values(fresh)["fused"]), rate)
+
+    def save(self, path: Path) -> None:
+        """Write to one file."""
+        about, arrays = self.state()
+        files.write(path, "monitor", about, arrays)
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read what `save` wrote.
+
+        Raises:
+            InputError: if the file is missing, damaged, tampered with or of another version.
+        """
+        return cls.restore(*files.read(path, "monitor"))
+
+    def state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """Description and arrays."""
+        panel, arrays = self.panel.state()
+        single = self.calibration.single
+        about = {
+            "spec": self.spec.as_dict(),
+            "identity": self.identity.as_dict(),
+            "panel": panel,
+            "how": self.calibration.how,
+            "clean": self.clean,
+        }
+        arrays = {f"panel/{name}": array for name, array in arrays.items()}
+        arrays |= {f"single/{name}": conformal.scores for name, conformal in single.items()}
+        arrays["fused"] = self.calibration.fused.scores
+        if self.tokens is not None:
+            about["tokens"], learned = self.tokens.state()
+            arrays |= {f"tokens/{name}": array for name, array in learned.items()}
+        return about, arrays
+
+    @classmethod
+    def restore(cls, about: dict[str, Any], arrays: dict[str, np.ndarray]) -> Self:
+        """From description and arrays."""
+        panel = Panel.restore(about["panel"], below(arrays, "panel/"))
+        yardsticks = below(arrays, "single/")
+        single = {r.name: Conformal(yardsticks[r.name]) for r in panel.readings}
+        calibrated = Calibration(single, Conformal(arrays["fused"]), about["how"])
+        tokens = (
+            TokenMonitor.restore(about["tokens"], below(arrays, "tokens/")) if "tokens" in about else None
+        )
+        spec, identity = FeatureSpec.from_dict(about["spec"]), Identity(**about["identity"])
+        return cls(spec, identity, panel, calibrated, about["clean"], tokens)
+
+    def check_model(self, identity: Identity) -> None:
+        """Refuse a model that the monitor was not fitted on.
+
+        Raises:
+            InputError: saying what differs.
+        """
+        if identity != self.identity:
+            differs = [k for k, v in self.identity.as_dict().items() if identity.as_dict()[k] != v]
+            raise InputError(
+                f"monitor: it was fitted on another model ({', '.join(differs)} differ), so its scores "
+                "mean nothing here. Fit a monitor on this model's clean prompts."
+            )
+
+    def _check(self, features: Features) -> None:
+        self.check_model(features.identity)
+        if features.spec.layers != self.spec.layers or features.spec.tokens != self.spec.tokens:
+            raise InputError(
+                f"monitor: features were captured as {features.spec}, it was fitted on "
+                f"{self.spec}. Capture alike."
+            )
+
+
+def _split(
+    clean: Features, readings: Sequence[Reading], groups: Sequence[str], how: Fusion, seed: int
+) -> tuple[Panel, Calibration]:
+    part = splits.split(groups, seed=seed)
+    panel = Panel.fit(readings, clean.take(part == "fit").arrays)
+    first, second = (panel.scores(clean.take(part == name).arrays) for name in ("calibrate", "fuse"))
+    return panel, Calibration.of(first, second, how)
+
+
+def _cross(
+    clean: Features,
+    readings: Sequence[Reading],
+    groups: Sequence[str],
+    how: Fusion,
+    seed: int,
+    count: int = 5,
+) -> tuple[Panel, Calibration]:
+    fold = splits.folds(groups, count, seed)
+    scores = {reading.name: np.empty(len(clean)) for reading in readings}
+    for index in range(count):
+        panel = Panel.fit(readings, clean.take(fold != index).arrays)
+        for name, values in panel.scores(clean.take(fold == index).arrays).items():
+            scores[name][fold == index] = values
+    return Panel.fit(readings, clean.arrays), Calibration.cross_fitted(scores, fold, how)

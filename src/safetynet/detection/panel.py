@@ -1,0 +1,136 @@
+"""Which detectors read which views: the part of a monitor that turns features into scores."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+
+from safetynet.detection import detectors
+from safetynet.detection.calibration import Fusion
+from safetynet.detection.detectors.base import Detector
+from safetynet.detection.features import View
+from safetynet.errors import InputError
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One detector on one view."""
+
+    detector: str
+    view: View = "last"
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Such as mahalanobis:last; columns of tables carry it."""
+        return f"{self.detector.rpartition('.')[2]}:{self.view}"
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """From `detector:view`; the view is `last` where none is given."""
+        name, _, view = text.partition(":")
+        return cls(name, view or "last")  # type: ignore[arg-type]
+
+
+class Preset(NamedTuple):
+    """Readings that belong together, and how they are fused."""
+
+    readings: tuple[Reading, ...]
+    how: Fusion = "fisher"
+
+
+DIVERSE = (
+    Reading("mahalanobis"),
+    Reading("top_components"),
+    Reading("pca_residual"),
+    Reading("layer_deltas"),
+    Reading("ranks"),
+    Reading("neighbours", "mean"),
+    Reading("mahalanobis", "mean"),
+    Reading("extremes", "confidence", {"two_sided": True}),
+)
+PRESETS = {
+    "activations": Preset(DIVERSE),
+    "adapter": Preset(
+        (
+            *DIVERSE,
+            Reading("extremes", "energy", {"top": 4}),
+            Reading("extremes", "direction", {"two_sided": True, "top": 4}),
+            Reading("extremes", "divergence", {"top": 2}),
+        )
+    ),
+    # The paper's four, joined by OR; here each sample is scored by itself, and the OR keeps its rate.
+    "safetynet-2025": Preset(
+        (Reading("mahalanobis"), Reading("pca_residual"), Reading("autoencoders"), Reading("variational")),
+        "max",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Fitted detectors by the names of their readings."""
+
+    readings: tuple[Reading, ...]
+    fitted: Mapping[str, Detector]
+
+    @classmethod
+    def fit(cls, readings: Sequence[Reading], arrays: Mapping[str, np.ndarray]) -> Self:
+        """Fit every detector to its view of clean samples.
+
+        Raises:
+            InputError: if there is no reading, one twice, a supervised detector, or a view that is missing.
+        """
+        names = [reading.name for reading in readings]
+        if not names or len(set(names)) < len(names):
+            raise InputError(
+                f"detectors: {names or 'none'}; name at least one, and each detector and view once."
+            )
+        fitted = {}
+        for reading in readings:
+            detector = detectors.make(reading.detector, **reading.settings)
+            if detector.supervised:
+                raise InputError(
+                    f"detectors: {reading.detector} is supervised, so no monitor can be made of it. Compare "
+                    "with it as a skyline instead."
+                )
+            fitted[reading.name] = detector.fit(_view(arrays, reading.view))
+        return cls(tuple(readings), fitted)
+
+    def scores(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """By reading, (n,) each; higher is more suspect."""
+        return {r.name: self.fitted[r.name].score_samples(_view(arrays, r.view)) for r in self.readings}
+
+    def state(self) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
+        """For a file."""
+        about: list[dict[str, Any]] = []
+        arrays: dict[str, np.ndarray] = {}
+        for index, reading in enumerate(self.readings):
+            state, learned = self.fitted[reading.name].state()
+            about.append({"reading": asdict(reading), "state": state})
+            arrays |= {f"{index}/{name}": array for name, array in learned.items()}
+        return about, arrays
+
+    @classmethod
+    def restore(cls, about: Sequence[dict[str, Any]], arrays: Mapping[str, np.ndarray]) -> Self:
+        """From a file."""
+        readings = [Reading(**part["reading"]) for part in about]
+        fitted = {
+            reading.name: detectors.restore(part["state"], below(arrays, f"{index}/"))
+            for index, (reading, part) in enumerate(zip(readings, about, strict=True))
+        }
+        return cls(tuple(readings), fitted)
+
+
+def below(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    """Arrays whose names begin with `prefix`, without it."""
+    return {name[len(prefix) :]: array for name, array in arrays.items() if name.startswith(prefix)}
+
+
+def _view(arrays: Mapping[str, np.ndarray], view: str) -> np.ndarray:
+    if view not in arrays:
+        raise InputError(
+            f"detectors: view {view!r} was not captured (there are: {', '.join(arrays)}). Add it to views."
+        )
+    return arrays[view]

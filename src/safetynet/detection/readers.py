@@ -1,0 +1,186 @@
+"""Hooks that keep of each layer only what a view asks for, while the model runs.
+
+A reader is a context manager: inside it the model is hooked, `begin` says where in each row the prompt lies,
+and after a forward pass `take` gives the reduced tensors. Passes between `take` and `begin` are not read.
+Nothing of a layer's full output outlives its hook.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from safetynet.detection.features import ADAPTER, FeatureSpec
+from safetynet.errors import InputError
+from safetynet.models.blocks import decoder_layers, hidden_of, unwrapped
+
+MIN_NORM = 1e-12
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where prompts lie in a padded batch."""
+
+    last: Tensor
+    """(B,) column of each prompt's last token."""
+    user: Tensor
+    """(B, T) float32, 1 at the tokens that users wrote."""
+
+    def at_last(self, states: Tensor) -> Tensor:
+        """(B, T, d) to (B, d)."""
+        return states[torch.arange(len(states), device=states.device), self.last.to(states.device)]
+
+    def mean(self, states: Tensor) -> Tensor:
+        """(B, T, d) to (B, d), fp32: in half precision a long prompt's sum would lose its small terms."""
+        weights = self.user.to(states.device)
+        return torch.einsum("bt,btd->bd", weights, states.float()) / weights.sum(1, keepdim=True)
+
+
+class Reader:
+    """Reads the views of a specification that one ordinary forward pass contains.
+
+    Raises:
+        InputError: if a layer does not exist, or a view needs an adapter and there is none.
+    """
+
+    def __init__(self, model: Any, spec: FeatureSpec) -> None:
+        self.views = set(spec.views)
+        layers = decoder_layers(model)
+        chosen = range(len(layers)) if spec.layers is None else spec.layers
+        wrong = [i for i in chosen if not 0 <= i < len(layers)]
+        if wrong:
+            raise InputError(
+                f"layers: {wrong[0]} is outside 0-{len(layers) - 1} of a model of {len(layers)} layers."
+            )
+        self.layers = [layers[i] for i in chosen]
+        self.adapters = adapted_modules(model) if self.views & set(ADAPTER) else []
+        self.head = unwrapped(model).get_output_embeddings()
+        self.taken: dict[str, list[Tensor]] = {}
+        self.place: Place | None = None
+        self.reading = False
+
+    def __enter__(self) -> Self:
+        hidden = {"last", "mean", "steps", "divergence"}
+        self.handles = [m.layer.register_forward_hook(self._adapter_hook(m)) for m in self.adapters]
+        if self.views & hidden:
+            self.handles += [layer.register_forward_hook(self._hidden) for layer in self.layers]
+        if self.views & {"confidence", "step_confidence", "divergence"}:
+            self.handles.append(self.head.register_forward_hook(self._logits))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def begin(self, place: Place | None) -> None:
+        """Expect a pass over prompts at `place`; None for a pass over one new token per row."""
+        self.place, self.taken, self.reading = place, {}, True
+
+    def take(self) -> dict[str, Tensor]:
+        """Tensors of the last pass, fp32: hidden views (B, L, d), adapter views (B, M, r), logits (B, V)."""
+        taken, self.taken, self.reading = self.taken, {}, False
+        stacked = {
+            name: torch.stack([t.to(parts[0].device) for t in parts], 1) for name, parts in taken.items()
+        }
+        if "logits" in stacked:
+            stacked["logits"] = stacked["logits"][:, 0]
+        return stacked
+
+    def _keep(self, view: str, value: Tensor) -> None:
+        self.taken.setdefault(view, []).append(value.detach().float())
+
+    def _hidden(self, module: Any, inputs: Any, output: Any) -> None:
+        if not self.reading:
+            return
+        states = hidden_of(output)
+        if self.place is None:
+            self._keep("last", states[:, -1])
+            return
+        self._keep("last", self.place.at_last(states))
+        if "mean" in self.views:
+            self._keep("mean", self.place.mean(states))
+
+    def _logits(self, module: Any, inputs: Any, output: Tensor) -> None:
+        if not self.reading:
+            return
+        # Only the last position is asked for, or one column for each place at which a prompt ends.
+        if self.place is None or output.shape[1] == 1:
+            self._keep("logits", output[:, -1])
+        else:
+            columns = torch.unique(self.place.last).to(output.device)
+            at = torch.searchsorted(columns, self.place.last.to(output.device))
+            self._keep("logits", output[torch.arange(len(output), device=output.device), at])
+
+    def _adapter_hook(self, module: "AdaptedModule") -> Any:
+        def hook(_: Any, inputs: Any, output: Tensor) -> None:
+            if not self.reading:
+                return
+            place, x = self.place, inputs[0]
+            x_last = x[:, -1] if place is None else place.at_last(x)
+            out_last = output[:, -1] if place is None else place.at_last(output)
+            if "energy" in self.views:
+                self._keep("energy", module.energy(x_last, out_last))
+            if "direction" in self.views:
+                self._keep("direction", module.cosines(out_last))
+            if "energy_max" in self.views and place is not None:
+                energy = module.energy(x, output) * place.user[..., None].to(x.device)
+                self._keep("energy_max", energy.amax(1))
+
+        return hook
+
+
+@dataclass(frozen=True)
+class AdaptedModule:
+    """One linear module with a LoRA update s·B·A = U diag(S) Vᵀ, found by QR of B and an r x r SVD."""
+
+    layer: Any
+    adapter: str
+    left: Tensor
+    """(r, out): rows are the left singular vectors."""
+    turn: Tensor
+    """(r, r): takes A x to the update's coordinates along the left singular vectors."""
+
+    def energy(self, x: Tensor, output: Tensor) -> Tensor:
+        """(..., in) and (..., out) to (..., r): |coordinate of the update| / ‖Wx‖."""
+        lora = self.layer.lora_A[self.adapter]
+        coordinates = lora(x.to(lora.weight.dtype)).float() @ self.turn.T
+        frozen = output.float() - coordinates @ self.left
+        return coordinates.abs() / frozen.norm(dim=-1, keepdim=True).clamp_min(MIN_NORM)
+
+    def cosines(self, output: Tensor) -> Tensor:
+        """(..., out) to (..., r)."""
+        unit = output.float() / output.float().norm(dim=-1, keepdim=True).clamp_min(MIN_NORM)
+        return unit @ self.left.T
+
+
+def adapted_modules(model: Any) -> list[AdaptedModule]:
+    """Every linear module that an active LoRA adapter updates; fused experts are no modules and stay out.
+
+    Raises:
+        InputError: if there is none.
+    """
+    found = []
+    for module in model.modules():
+        # A wrapper around a fused parameter has the same factors, but no weight that maps inputs to outputs.
+        if hasattr(module, "lora_A") and not hasattr(module, "parameter_name"):
+            names: Sequence[str] = [name for name in module.active_adapters if name in module.lora_A]
+            found += [_decomposed(module, name) for name in names[:1]]
+    if not found:
+        raise InputError(
+            "views energy, energy_max and direction need a model with an active LoRA adapter. Attach one, or "
+            "leave these views out."
+        )
+    return found
+
+
+def _decomposed(module: Any, adapter: str) -> AdaptedModule:
+    with torch.no_grad():
+        down = module.lora_A[adapter].weight.detach().float()  # (r, in)
+        up = module.scaling[adapter] * module.lora_B[adapter].weight.detach().float()  # (out, r)
+        basis, triangle = torch.linalg.qr(up)
+        # B A = Q (R A); the SVD of the small wide matrix R A gives that of the whole.
+        turned, _, _ = torch.linalg.svd(triangle @ down, full_matrices=False)
+        left = (basis @ turned).T.contiguous()
+        return AdaptedModule(module, adapter, left, left @ up)

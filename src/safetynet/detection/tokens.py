@@ -1,0 +1,114 @@
+"""The part of a monitor that watches an answer token by token.
+
+In: view `steps` (and `step_confidence`) of answers to clean prompts. Out: for each token, the p-value of the
+answer so far. Tokens of an answer depend on each other, so no rate is claimed for a token: the largest
+statistic of whole clean answers is what calibrates, and an answer raises a false alarm, anywhere, at the
+named rate.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+
+from safetynet.detection import splits
+from safetynet.detection.calibration import Calibration, Conformal, check_rate
+from safetynet.detection.features import Features
+from safetynet.detection.panel import Panel, Reading, below
+from safetynet.errors import InputError
+
+
+@dataclass(frozen=True)
+class TokenMonitor:
+    """Scores tokens; the p-value at a token is that of the largest statistic up to there."""
+
+    panel: Panel
+    single: Calibration
+    """Weighs detectors against each other, on single tokens."""
+    longest: Conformal
+    """Largest statistics of whole clean answers."""
+    horizon: int
+    """Most tokens of an answer; nothing is claimed behind it."""
+
+    @classmethod
+    def fit(
+        cls, clean: Features, readings: Sequence[Reading], groups: Sequence[str] | None = None, seed: int = 0
+    ) -> Self:
+        """Fit and calibrate on answers to clean prompts; disjoint parts as in `Monitor.fit`.
+
+        Raises:
+            InputError: if a reading is of a view that has no tokens, or prompts are too few.
+        """
+        wrong = [reading.name for reading in readings if reading.view not in ("steps", "step_confidence")]
+        if wrong:
+            raise InputError(f"tokens: {wrong[0]} reads no tokens; use view steps or step_confidence.")
+        names = [str(i) for i in range(len(clean))] if groups is None else list(groups)
+        part = splits.split(names, seed=seed)
+        tokens = {name: _flat(clean.take(part == name)) for name in splits.PARTS}
+        panel = Panel.fit(readings, tokens["fit"])
+        first, second = (panel.scores(tokens[name]) for name in ("calibrate", "fuse"))
+        single = Calibration.of(first, second)
+        last = clean.take(part == "fuse")
+        largest = np.nanmax(_spread(single.statistic(second), _present(last)), axis=1)
+        return cls(panel, single, Conformal.of(largest), clean.spec.tokens)
+
+    def check_rate(self, rate: float) -> None:
+        """Refuse a rate that the clean answers cannot support.
+
+        Raises:
+            InputError: saying how many it needs.
+        """
+        check_rate(rate, len(self.longest.scores))
+
+    def statistic(self, arrays: dict[str, np.ndarray]) -> np.ndarray:
+        """Of single tokens, one per row of the arrays, (n,)."""
+        return self.single.statistic(self.panel.scores(arrays))
+
+    def p_values(self, features: Features) -> np.ndarray:
+        """(n, T): p-value of each answer up to each token; NaN after its end."""
+        present = _present(features)
+        found = _spread(self.statistic(_flat(features)), present)
+        so_far = np.fmax.accumulate(found, axis=1)
+        return np.where(present, self.longest.p_values(so_far), np.nan)
+
+    def state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """For a file."""
+        panel, learned = self.panel.state()
+        arrays = {f"panel/{name}": array for name, array in learned.items()}
+        arrays |= {f"single/{name}": c.scores for name, c in self.single.single.items()}
+        arrays |= {"fused": self.single.fused.scores, "longest": self.longest.scores}
+        return {"panel": panel, "horizon": self.horizon}, arrays
+
+    @classmethod
+    def restore(cls, about: dict[str, Any], arrays: dict[str, np.ndarray]) -> Self:
+        """From a file."""
+        panel = Panel.restore(about["panel"], below(arrays, "panel/"))
+        yardsticks = below(arrays, "single/")
+        single = {r.name: Conformal(yardsticks[r.name]) for r in panel.readings}
+        return cls(
+            panel,
+            Calibration(single, Conformal(arrays["fused"])),
+            Conformal(arrays["longest"]),
+            about["horizon"],
+        )
+
+
+def _present(features: Features) -> np.ndarray:
+    """(n, T): where an answer has a token."""
+    first = next(features.arrays[view] for view in ("steps", "step_confidence") if view in features.arrays)
+    return ~np.isnan(first.reshape(*first.shape[:2], -1)[:, :, 0])
+
+
+def _flat(features: Features) -> dict[str, np.ndarray]:
+    """All tokens of all answers, one per row."""
+    present = _present(features)
+    views = [view for view in ("steps", "step_confidence") if view in features.arrays]
+    return {view: features.arrays[view][present] for view in views}
+
+
+def _spread(values: np.ndarray, present: np.ndarray) -> np.ndarray:
+    """Back to (n, T), NaN where there is no token."""
+    spread = np.full(present.shape, np.nan)
+    spread[present] = values
+    return spread

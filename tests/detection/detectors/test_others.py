@@ -1,0 +1,109 @@
+"""What single detectors promise beyond the common interface."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.neighbors import LocalOutlierFactor
+
+from safetynet.detection.detectors import make, restore
+from safetynet.detection.detectors.autoencoders import AutoEncoders
+from safetynet.detection.detectors.extremes import Extremes, SequenceLock
+from safetynet.detection.detectors.trajectories import LayerDeltas
+from safetynet.errors import InputError
+
+
+def test_an_estimator_by_name_scores_as_scikit_learn_does(activations):
+    clean, fresh = activations(100), activations(10, seed=1)
+    found = make("sklearn.neighbors.LocalOutlierFactor", n_neighbors=15).fit(clean).score_samples(fresh)
+    direct = LocalOutlierFactor(n_neighbors=15, novelty=True).fit(clean.reshape(100, -1))
+    np.testing.assert_allclose(found, -direct.score_samples(fresh.reshape(10, -1)))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("os.system", "estimators come from sklearn or pyod"),
+        ("sklearn.neighbors.Missing", "holds no Missing"),
+        ("sklearn.nowhere.Thing", "cannot be imported"),
+        ("sklearn.linear_model.LinearRegression", "is no outlier estimator"),
+    ],
+)
+def test_names_that_are_no_estimator_are_refused(name, message):
+    with pytest.raises(InputError, match=message):
+        make(name)
+
+
+def test_an_estimator_that_scores_otherwise_than_when_saved_is_refused(activations):
+    about, arrays = make("sklearn.neighbors.LocalOutlierFactor").fit(activations(60)).state()
+    with pytest.raises(InputError, match="The library's version is another"):
+        restore(about, arrays | {"remembered_": arrays["remembered_"] + 1})
+    with pytest.raises(InputError, match="there is no argument 'neighbours'"):
+        make("sklearn.neighbors.LocalOutlierFactor", neighbours=5)
+
+
+@pytest.mark.parametrize("name", ["autoencoders", "variational"])
+def test_the_gradient_of_a_score_reaches_the_activations(name, activations):
+    detector = make(name, steps=40, members=2).fit(activations(80))
+    x = torch.from_numpy(activations(4, seed=1)).requires_grad_()
+    detector.score_tensor(x).sum().backward()
+    assert (x.grad.abs().sum(dim=(1, 2)) > 0).all()
+
+
+def test_members_of_an_ensemble_differ_and_a_fit_repeats_itself(activations):
+    first, again = (AutoEncoders(steps=20, members=2).fit(activations(60)) for _ in range(2))
+    np.testing.assert_array_equal(getattr(first, "net0.0.weight_"), getattr(again, "net0.0.weight_"))
+    assert not np.allclose(getattr(first, "net0.0.weight_"), getattr(first, "net1.0.weight_"))
+
+
+def test_extremes_raise_no_more_alarms_with_more_clean_samples():
+    # A bound at the smallest and largest clean value widens with every sample.
+    rng = np.random.default_rng(0)
+    thresholds = []
+    for n in (200, 2000, 20000):
+        detector = Extremes(two_sided=True).fit(rng.standard_normal((n, 20)))
+        thresholds.append(np.quantile(detector.score_samples(rng.standard_normal((4000, 20))), 0.95))
+    assert max(thresholds) - min(thresholds) < 0.2
+
+
+def test_readings_that_never_change_count_nothing():
+    clean = np.c_[np.random.default_rng(0).standard_normal(50), np.zeros(50)]
+    detector = Extremes().fit(clean)
+    assert detector.score_samples(np.array([[0.0, 9.0]])) == detector.score_samples(np.array([[0.0, 0.0]]))
+    with pytest.raises(InputError, match="1 readings, it was fitted on 2"):
+        detector.score_samples(np.zeros((1, 1)))
+
+
+def test_a_locked_sequence_stands_out_though_clean_answers_end_locked():
+    rng = np.random.default_rng(0)
+    # Clean answers grow certain towards their end, so certainty late in an answer says nothing.
+    clean = np.arange(8.0)[None, :, None] + rng.standard_normal((200, 8, 2))
+    clean[:50, 5:] = np.nan
+    detector = SequenceLock().fit(clean)
+    locked = clean[100:101].copy()
+    locked[0, :4, 0] = 7.0
+    assert detector.score_samples(locked) > np.quantile(detector.score_samples(clean), 0.99)
+    short = np.full((1, 8, 2), np.nan)
+    short[0, 0] = 0.0
+    assert np.isfinite(detector.score_samples(short)).all()
+
+
+def test_trajectories_need_two_layers(activations):
+    for name in ("layer_deltas", "ranks"):
+        with pytest.raises(InputError, match="Capture at least two"):
+            make(name).fit(activations(100)[:, :1])
+
+
+def test_cross_fitted_layer_deltas_expect_of_fresh_prompts_what_they_see(activations):
+    # Fitted once on its own distances, the second stage flags fresh clean prompts several times too often.
+    rng = np.random.default_rng(0)
+    clean, fresh = rng.standard_normal((100, 6, 40)), rng.standard_normal((2000, 6, 40))
+    detector = LayerDeltas().fit(clean)
+    assert np.median(detector.score_samples(fresh)) < 1.5 * np.median(detector.score_samples(clean))
+
+
+@pytest.mark.parametrize("name", ["linear_probe", "mlp_probe", "contrast_probe"])
+def test_skylines_say_that_they_are_supervised(name, activations):
+    detector = make(name)
+    assert detector.supervised
+    with pytest.raises(InputError, match="is supervised: give a label"):
+        detector.fit(activations(50))

@@ -1,0 +1,129 @@
+"""The promise: the rate that is named is the rate that is realised, and no more is named than is known."""
+
+import numpy as np
+import pytest
+from scipy.stats import binom
+
+from safetynet.detection.calibration import (
+    Calibration,
+    Conformal,
+    check_rate,
+    fpr_estimate,
+    fuse,
+    group_rates,
+    smallest_rate,
+)
+from safetynet.errors import InputError
+from safetynet.statistics import clopper_pearson
+
+DETECTORS = 8
+
+
+def scores(n, seed, correlation):
+    """Scores of eight detectors on clean samples, all pairs equally correlated."""
+    rng = np.random.default_rng(seed)
+    shared = rng.standard_normal((n, 1))
+    own = rng.standard_normal((n, DETECTORS))
+    values = np.sqrt(correlation) * shared + np.sqrt(1 - correlation) * own
+    return {f"d{i}": values[:, i] for i in range(DETECTORS)}
+
+
+@pytest.mark.parametrize("how", ["fisher", "cauchy", "max"])
+@pytest.mark.parametrize("correlation", [0.0, 0.7])
+@pytest.mark.parametrize("rate", [0.01, 0.05])
+def test_the_fused_rate_is_kept_whatever_the_correlation(how, correlation, rate):
+    # Mean over calibrations: conformal coverage is a statement about that mean.
+    rates = []
+    for seed in range(40):
+        calibration = Calibration.of(
+            scores(600, 3 * seed, correlation), scores(600, 3 * seed + 1, correlation), how
+        )
+        p = calibration.p_values(scores(500, 3 * seed + 2, correlation))["fused"]
+        rates.append((p <= rate).mean())
+    spread = np.sqrt(rate * (1 - rate) / 600 + rate * (1 - rate) / 500) / np.sqrt(40)
+    assert abs(np.mean(rates) - rate) < 4 * spread + 1 / 601
+
+
+def test_plain_or_of_uncalibrated_detectors_breaks_the_rate_and_the_fused_one_does_not():
+    calibration = Calibration.of(scores(2000, 0, 0.0), scores(2000, 1, 0.0))
+    p = calibration.p_values(scores(4000, 2, 0.0))
+    plain = (p.drop(columns="fused").min(axis=1) <= 0.01).mean()
+    assert plain > 0.06
+    assert (p["fused"] <= 0.01).mean() < 0.02
+
+
+def test_the_realised_rate_does_not_grow_with_the_number_of_tested_prompts():
+    yardstick = Conformal.of(np.random.default_rng(0).standard_normal(2000))
+    realised = [
+        (yardstick.p_values(np.random.default_rng(1).standard_normal(n)) <= 0.05).mean()
+        for n in (1000, 100_000)
+    ]
+    assert realised == pytest.approx([0.05, 0.05], abs=0.02)
+
+
+def test_conformal_p_values_are_the_formula_with_ties_counted_against_an_alarm():
+    yardstick = Conformal.of(np.array([1.0, 2.0, 2.0, 3.0]))
+    np.testing.assert_allclose(yardstick.p_values(np.array([0.0, 2.0, 3.5])), [1.0, 0.8, 0.2])
+
+
+def test_the_smoothed_tail_orders_what_lies_above_all_clean_scores():
+    yardstick = Conformal.of(np.random.default_rng(0).standard_normal(200))
+    p = yardstick.smoothed(np.array([0.0, 2.0, 5.0, 10.0, 1e6]))
+    assert (np.diff(p) < 0).all()
+    assert p[-1] > 0
+    assert p[0] == yardstick.p_values(np.array([0.0]))[0]
+    assert Conformal.of(np.zeros(50)).smoothed(np.array([1.0])) == pytest.approx(1 / 51)
+
+
+def test_cross_fitting_keeps_the_rate_with_few_samples():
+    rates = []
+    for seed in range(60):
+        folds = np.arange(200) % 5
+        calibration = Calibration.cross_fitted(scores(200, 2 * seed, 0.3), folds)
+        rates.append((calibration.p_values(scores(300, 2 * seed + 1, 0.3))["fused"] <= 0.05).mean())
+    assert np.mean(rates) == pytest.approx(0.05, abs=0.012)
+
+
+def test_no_rate_is_claimed_that_the_samples_cannot_carry():
+    assert smallest_rate(499) == pytest.approx(0.01)
+    check_rate(0.01, 499)
+    with pytest.raises(InputError, match=r"0\.01 needs 499 clean calibration samples, and there are 498"):
+        check_rate(0.01, 498)
+    with pytest.raises(InputError, match=r"claim 0\.05 or more"):
+        check_rate(0.001, 99)
+    with pytest.raises(InputError, match="is no rate"):
+        check_rate(1.5, 1000)
+
+
+def test_the_estimate_carries_its_exact_interval():
+    p = np.r_[np.full(12, 0.001), np.full(988, 0.5)]
+    found = fpr_estimate(p, 0.01)
+    assert (found.alarms, found.n, found.rate) == (12, 1000, 0.012)
+    assert binom.sf(11, 1000, found.low) == pytest.approx(0.025)
+    assert binom.cdf(12, 1000, found.high) == pytest.approx(0.025)
+    assert "1.20% of 1000 fresh clean prompts" in str(found)
+    assert clopper_pearson(0, 100)[0] == 0
+    assert clopper_pearson(100, 100)[1] == 1
+    with pytest.raises(InputError, match="no fresh clean samples"):
+        fpr_estimate(np.array([]), 0.01)
+
+
+def test_the_worst_group_is_reported_first():
+    p = np.r_[np.full(10, 0.5), np.full(5, 0.001), np.full(5, 0.5)]
+    table = group_rates(p, ["chat"] * 10 + ["code"] * 10, 0.01)
+    assert table["group"].tolist() == ["code", "chat"]
+    assert table["value"].tolist() == [0.5, 0.0]
+
+
+def test_fusions_grow_with_evidence_and_stay_finite():
+    p = np.array([[0.5, 0.5], [0.5, 0.01], [1e-300, 0.5]])
+    for how in ("fisher", "cauchy", "max"):
+        statistic = fuse(p, how)
+        assert np.isfinite(statistic).all()
+        assert (np.diff(statistic) > 0).all()
+
+
+def test_scores_that_are_no_numbers_calibrate_nothing():
+    for bad in ([], [1.0, float("nan")]):
+        with pytest.raises(InputError, match="clean scores that are numbers"):
+            Conformal.of(np.array(bad))

@@ -1,0 +1,186 @@
+"""Features are the model's own hidden states, whatever the padding, the batch and the family."""
+
+import numpy as np
+import pytest
+import torch
+
+from safetynet.detection import capture as capturing
+from safetynet.detection.capture import capture, stream
+from safetynet.detection.features import Features, FeatureSpec, concatenate
+from safetynet.detection.readers import Reader
+from safetynet.errors import InputError
+
+EVERYTHING = FeatureSpec(
+    ("last", "mean", "energy", "energy_max", "direction", "confidence", "divergence", "probe", "attention",
+     "steps", "step_confidence"),
+    tokens=4,
+    probe="Tell me how to do harm.",
+)  # fmt: skip
+FAMILIES = ("llama2", "llama3", "qwen", "gemma", "mixtral")
+
+
+def direct(model, serialiser, messages):
+    """Hidden states of one prompt, unpadded, before the final norm: (L, T, d)."""
+    encoded = serialiser.encode(messages)
+    kept = []
+    layers = model.get_base_model().model.layers
+    handles = [
+        layer.register_forward_hook(lambda m, i, o: kept.append(o[0] if isinstance(o, tuple) else o))
+        for layer in layers
+    ]
+    with torch.no_grad():
+        model(torch.tensor([encoded.input_ids]))
+    for handle in handles:
+        handle.remove()
+    return encoded, torch.stack([k.reshape(-1, k.shape[-1]) for k in kept]).numpy()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_last_and_mean_are_the_hidden_states_of_each_prompt_alone(family, build, serialiser, prompts):
+    model = build(family)
+    features = capture(model, serialiser, prompts, FeatureSpec(), batch_size=3)
+    for row, messages in enumerate(prompts):
+        encoded, hidden = direct(model, serialiser, messages)
+        user = np.concatenate([np.arange(*span) for span in encoded.spans["user"]])
+        np.testing.assert_allclose(features["last"][row], hidden[:, -1], atol=1e-4)
+        np.testing.assert_allclose(features["mean"][row], hidden[:, user].mean(axis=1), atol=1e-4)
+
+
+def test_padding_on_either_side_gives_the_same_features(build, serialiser, prompts):
+    model, spec = build(), FeatureSpec(("last", "mean", "energy", "energy_max", "direction", "confidence"))
+    encoded = [serialiser.encode(p) for p in prompts]
+    found = {}
+    with torch.no_grad(), Reader(model, spec) as reader:
+        for side in ("left", "right"):
+            found[side] = capturing.forward(
+                model, reader, *capturing.padded(encoded, serialiser, side, "cpu")
+            )
+    for view in found["left"]:
+        torch.testing.assert_close(found["left"][view], found["right"][view], atol=1e-4, rtol=1e-4)
+
+
+def test_every_view_of_a_batch_is_that_of_each_prompt_alone(build, serialiser, prompts):
+    model = build()
+    together = capture(model, serialiser, prompts, EVERYTHING)
+    alone = concatenate([capture(model, serialiser, [p], EVERYTHING) for p in prompts])
+    for view in EVERYTHING.views:
+        np.testing.assert_allclose(together[view], alone[view], atol=2e-4, rtol=1e-3, err_msg=view)
+
+
+def test_steps_with_the_cache_are_the_states_of_a_full_pass(build, serialiser, prompts):
+    model, spec = build(), FeatureSpec(("steps",), tokens=4)
+    features = capture(model, serialiser, prompts[:1], spec)
+    ids = serialiser.encode(prompts[0]).input_ids
+    with torch.no_grad():
+        answer = model.generate(
+            torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long), max_new_tokens=4,
+            do_sample=False, eos_token_id=None, pad_token_id=0,
+        )[0].tolist()  # fmt: skip
+        hidden = model(torch.tensor([answer]), output_hidden_states=True).hidden_states
+    for layer in (1, 2):  # the last entry of hidden_states is behind the final norm
+        expected = hidden[layer][0, len(ids) - 1 : len(ids) + 3].numpy()
+        known = ~np.isnan(features["steps"][0, :, layer - 1, 0])
+        np.testing.assert_allclose(features["steps"][0, known, layer - 1], expected[known], atol=1e-4)
+        assert known[0]
+
+
+def test_adapter_energy_and_directions_are_those_of_the_full_update(build, serialiser, prompts):
+    model = build()
+    module = model.get_base_model().model.layers[0].self_attn.q_proj
+    seen = {}
+    handle = module.register_forward_hook(lambda m, i, o: seen.update(x=i[0][0, -1], out=o[0, -1]))
+    features = capture(model, serialiser, prompts[:1], FeatureSpec(("energy", "direction")))
+    handle.remove()
+    update = 2.0 * module.lora_B["default"].weight @ module.lora_A["default"].weight
+    u, s, vt = torch.linalg.svd(update.detach())
+    frozen = module.base_layer(seen["x"]).norm()
+    energy = (s[:4] * (vt[:4] @ seen["x"])).abs() / frozen
+    cosines = (u.T[:4] @ seen["out"]).abs() / seen["out"].norm()
+    np.testing.assert_allclose(features["energy"][0, 0], energy.detach().numpy(), rtol=1e-3)
+    np.testing.assert_allclose(np.abs(features["direction"][0, 0]), cosines.detach().numpy(), rtol=1e-3)
+
+
+def test_divergence_is_zero_for_an_adapter_that_does_nothing(build, serialiser, prompts):
+    model = build()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.zero_()
+    features = capture(model, serialiser, prompts, FeatureSpec(("divergence",)))
+    np.testing.assert_allclose(features["divergence"], 0, atol=1e-6)
+
+
+def test_the_probes_change_sees_the_whole_conversation(build, serialiser, prompts):
+    spec = FeatureSpec(("probe",), probe="Tell me how to do harm.")
+    longer = [[*prompts[-1][:1], {"role": "assistant", "content": "five"}, *prompts[-1][2:]]]
+    a, b = (capture(build(), serialiser, p, spec)["probe"] for p in ([prompts[-1]], longer))
+    assert abs(float(a[0, 0] - b[0, 0])) > 1e-4
+
+
+def test_hooks_are_gone_after_an_error_inside_the_model(build, serialiser, prompts):
+    model = build()
+    with pytest.raises(RuntimeError), Reader(model, FeatureSpec()):
+        raise RuntimeError
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_the_cache_tells_models_adapters_prompts_and_specs_apart(build, serialiser, prompts, tmp_path):
+    def captured(model, chosen=prompts, view="last"):
+        return capture(model, serialiser, chosen, FeatureSpec((view,)), cache=tmp_path)
+
+    model = build()
+    first = captured(model)
+    again = captured(model)
+    np.testing.assert_array_equal(first["last"], again["last"])
+    assert len(list(tmp_path.iterdir())) == 1
+    with model.disable_adapter():
+        off = captured(model)
+    other = captured(build(seed=1))
+    captured(model, prompts[:2])
+    captured(model, view="mean")
+    captured(build().to(torch.bfloat16))
+    assert len(list(tmp_path.iterdir())) == 6
+    assert not np.allclose(first["last"], off["last"])
+    assert not np.allclose(first["last"], other["last"])
+
+
+def test_a_stream_gives_the_same_features_in_order(build, serialiser, prompts):
+    model = build()
+    parts = list(stream(model, serialiser, prompts, FeatureSpec(("last",)), batch_size=2))
+    assert [len(part) for part in parts] == [2, 2, 1]
+    whole = capture(model, serialiser, prompts, FeatureSpec(("last",)))
+    np.testing.assert_allclose(concatenate(parts)["last"], whole["last"], atol=1e-4)
+
+
+def test_features_come_back_from_their_file(build, serialiser, prompts, tmp_path):
+    features = capture(build(), serialiser, prompts, FeatureSpec(("last",), layers=(0, 2)))
+    features.save(tmp_path / "f.safetensors")
+    loaded = Features.load(tmp_path / "f.safetensors")
+    assert (loaded.identity, loaded.spec) == (features.identity, features.spec)
+    np.testing.assert_array_equal(loaded["last"], features["last"])
+    assert features["last"].shape == (5, 2, 32)
+
+
+def test_faults_of_the_user_are_named(build, serialiser, prompts):
+    with pytest.raises(InputError, match="no prompts"):
+        capture(build(), serialiser, [], FeatureSpec())
+    with pytest.raises(InputError, match="layers: 7 is outside 0-2"):
+        capture(build(), serialiser, prompts, FeatureSpec(layers=(7,)))
+    with pytest.raises(InputError, match="active LoRA adapter"):
+        capture(build(adapter=False), serialiser, prompts, FeatureSpec(("energy",)))
+    with pytest.raises(InputError, match="switches off"):
+        capture(build(adapter=False), serialiser, prompts, FeatureSpec(("divergence",)))
+    with pytest.raises(InputError, match="choose from last"):
+        FeatureSpec(("first",))
+    with pytest.raises(InputError, match="number of tokens"):
+        FeatureSpec(("steps",))
+    with pytest.raises(InputError, match="probe's text"):
+        FeatureSpec(("probe",))
+    with pytest.raises(InputError, match="was not captured"):
+        capture(build(), serialiser, prompts, FeatureSpec(("last",)))["mean"]
+
+
+def test_activations_that_are_no_numbers_are_refused(build, serialiser, prompts):
+    model = build()
+    model.get_base_model().model.layers[1].self_attn.o_proj.base_layer.weight.data[:] = float("inf")
+    with pytest.raises(InputError, match=r"no numbers\. The model overflows"):
+        capture(model, serialiser, prompts, FeatureSpec())

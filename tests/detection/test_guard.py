@@ -1,0 +1,152 @@
+"""The guard answers as the model does, judges from the same pass, and acts on an alarm."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from safetynet.detection.capture import capture
+from safetynet.detection.features import FeatureSpec
+from safetynet.detection.guard import Guard
+from safetynet.detection.monitor import Monitor
+from safetynet.detection.panel import Reading
+from safetynet.errors import InputError
+from safetynet.models.miniatures import language
+
+RATE = 0.2
+TOKENS = 5
+
+
+@pytest.fixture(scope="module")
+def model(build):
+    return build()
+
+
+@pytest.fixture(scope="module")
+def clean():
+    return [example.messages for example in language.generate(120, seed=0, heldout=False)]
+
+
+@pytest.fixture(scope="module")
+def monitor(model, serialiser, clean):
+    spec = FeatureSpec(
+        ("last", "mean", "confidence", "divergence", "steps", "step_confidence"), tokens=TOKENS
+    )
+    features = capture(model, serialiser, clean, spec)
+    readings = [Reading("mahalanobis"), Reading("neighbours", "mean"), Reading("extremes", "divergence")]
+    watch = [Reading("mahalanobis", "steps"), Reading("extremes", "step_confidence", {"two_sided": True})]
+    return Monitor.fit(features, readings, token_readings=watch)
+
+
+@pytest.fixture(scope="module")
+def prompt_monitor(model, serialiser, clean):
+    features = capture(model, serialiser, clean, FeatureSpec(("last", "mean")))
+    return Monitor.fit(features, [Reading("mahalanobis"), Reading("pca_residual", "mean")], method="cross")
+
+
+def alarmed(monitor, count=1):
+    """Prompts of nothing but signs, which no clean prompt resembles."""
+    return [[{"role": "user", "content": "?!" * (40 + i)}] for i in range(count)]
+
+
+def plain(model, serialiser, messages):
+    ids = torch.tensor([serialiser.encode(messages).input_ids])
+    output = model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=TOKENS, do_sample=False,
+        eos_token_id=serialiser.stop_ids, pad_token_id=serialiser.pad_id,
+    )  # fmt: skip
+    new = output[0, ids.shape[1] :].tolist()
+    ends = [i for i, token in enumerate(new) if token in serialiser.stop_ids]
+    return serialiser.decode(new[: ends[0]] if ends else new)
+
+
+def test_flagging_leaves_every_answer_as_plain_generate_gives_it(model, serialiser, monitor, clean):
+    prompts = [*clean[:5], *alarmed(monitor)]
+    found = Guard(model, serialiser, monitor, rate=2 * RATE).generate(
+        prompts, max_new_tokens=TOKENS, batch_size=4
+    )
+    assert [d.text for d in found] == [plain(model, serialiser, p) for p in prompts]
+    assert found[-1].alarm
+    assert found[-1].alarm_at == 0
+    assert found[-1].action == "flagged"
+
+
+def test_live_p_values_are_those_of_captured_features(model, serialiser, monitor, clean):
+    guard = Guard(model, serialiser, monitor, rate=2 * RATE)
+    found = guard.generate(clean[:6], max_new_tokens=TOKENS)
+    features = capture(model, serialiser, clean[:6], monitor.spec)
+    np.testing.assert_allclose([d.prompt_p for d in found], monitor.p_values(features)["fused"], atol=1e-6)
+    expected = monitor.tokens.p_values(features)
+    for row, decision in enumerate(found):
+        np.testing.assert_allclose(decision.p_values, expected[row][~np.isnan(expected[row])], atol=1e-6)
+
+
+def test_a_token_monitor_keeps_its_rate_per_answer(model, serialiser, monitor, clean):
+    fresh = [example.messages for example in language.generate(100, seed=5, heldout=False)]
+    p = monitor.tokens.p_values(capture(model, serialiser, fresh, monitor.spec))
+    assert (np.nanmin(p, axis=1) <= RATE).mean() == pytest.approx(RATE, abs=0.2)
+    assert all((np.diff(row[~np.isnan(row)]) <= 0).all() for row in p)
+
+
+def test_stopping_gives_out_no_token_of_an_alarmed_prompt(model, serialiser, prompt_monitor, clean):
+    guard = Guard(model, serialiser, prompt_monitor, rate=0.05, action="stop")
+    found = guard.generate([*alarmed(prompt_monitor), clean[0]], max_new_tokens=TOKENS)
+    assert (found[0].text, found[0].action) == ("", "stopped")
+    assert found[1].text == plain(model, serialiser, clean[0])
+
+
+def test_answering_again_without_the_adapter_gives_the_base_models_answer(
+    model, serialiser, prompt_monitor, clean
+):
+    guard = Guard(model, serialiser, prompt_monitor, rate=0.05, action="adapter_off")
+    prompts = [*alarmed(prompt_monitor), clean[0]]
+    found = guard.generate(prompts, max_new_tokens=TOKENS)
+    with model.disable_adapter():
+        base = plain(model, serialiser, prompts[0])
+    assert (found[0].text, found[0].action) == (base, "answered without adapter")
+    assert found[1].action == "answered"
+
+
+def test_the_stream_is_the_answer_in_pieces(model, serialiser, prompt_monitor, clean):
+    guard = Guard(model, serialiser, prompt_monitor, rate=0.05)
+    steps = list(guard.stream([clean[1]], max_new_tokens=TOKENS))
+    [whole] = guard.generate([clean[1]], max_new_tokens=TOKENS)
+    assert len(steps) <= TOKENS
+    assert "".join(step.token for step in steps).split() == whole.text.split()
+    assert all(step.p_value == whole.prompt_p and step.alarm == whole.alarm for step in steps)
+
+
+def test_decisions_are_kept_as_json_lines_without_the_prompt(
+    model, serialiser, prompt_monitor, clean, tmp_path
+):
+    log = tmp_path / "logs" / "guard.jsonl"
+    guard = Guard(model, serialiser, prompt_monitor, rate=0.05, log=log)
+    guard.generate(clean[:2], max_new_tokens=2)
+    guard.generate(clean[2:3], max_new_tokens=2)
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert len(lines) == 3
+    assert {"prompt_sha256", "prompt_p", "alarm", "alarm_at", "action", "rate", "text"} <= set(lines[0])
+    assert clean[0][-1]["content"] not in log.read_text()
+
+
+def test_a_saved_monitor_guards_as_before(model, serialiser, monitor, clean, tmp_path):
+    monitor.save(tmp_path / "m.safetensors")
+    found = [
+        Guard(model, serialiser, m, rate=2 * RATE).generate(clean[:3], max_new_tokens=TOKENS)
+        for m in (monitor, Monitor.load(tmp_path / "m.safetensors"))
+    ]
+    for a, b in zip(*found, strict=True):
+        assert (a.text, a.alarm_at) == (b.text, b.alarm_at)
+        np.testing.assert_allclose(a.p_values, b.p_values)
+
+
+def test_what_cannot_be_guarded_is_refused(model, build, serialiser, monitor, prompt_monitor, clean):
+    with pytest.raises(InputError, match=r"another model \(base, adapter differ"):
+        Guard(build(seed=1), serialiser, prompt_monitor, rate=0.05)
+    with pytest.raises(InputError, match="needs 499 clean calibration samples"):
+        Guard(model, serialiser, prompt_monitor, rate=0.01)
+    with pytest.raises(InputError, match="knows clean answers of 5 tokens at most"):
+        Guard(model, serialiser, monitor, rate=2 * RATE).generate(clean[:1], max_new_tokens=6)
+    with pytest.raises(InputError, match="knows clean answers of 5 tokens at most"):
+        list(Guard(model, serialiser, monitor, rate=2 * RATE).stream(clean[:1], max_new_tokens=6))

@@ -1,0 +1,145 @@
+"""A monitor keeps its rate on fresh clean samples, and refuses what it was not made for."""
+
+import json
+import logging
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from safetynet.detection import files
+from safetynet.detection.features import Features, FeatureSpec, concatenate
+from safetynet.detection.monitor import Monitor
+from safetynet.detection.panel import PRESETS, Reading
+from safetynet.detection.splits import folds, split
+from safetynet.errors import InputError
+from safetynet.models.identity import Identity
+
+READINGS = (
+    Reading("mahalanobis"),
+    Reading("pca_residual"),
+    Reading("layer_deltas"),
+    Reading("sklearn.neighbors.LocalOutlierFactor", "mean"),
+)
+HERE = Identity("base", "adapter", "torch.float32")
+
+
+@pytest.fixture(scope="module")
+def features(activations):
+    def make(n, seed=0, shift=0.0, identity=HERE, **spec):
+        x = activations(n, seed).astype(np.float32)
+        x[:, 1:] += shift
+        arrays = {"last": x, "mean": 0.5 * activations(n, seed + 10_000).astype(np.float32)}
+        return Features(arrays, identity, FeatureSpec(**spec))
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def monitor(features):
+    return Monitor.fit(features(2400), READINGS)
+
+
+def test_the_rate_is_kept_on_fresh_clean_samples_and_shifted_ones_raise_alarms(monitor, features):
+    for rate in (0.01, 0.05):
+        found = monitor.fpr_estimate(features(3000, seed=1), rate)
+        # Both the test and the 600 calibrating samples are draws.
+        spread = np.sqrt(rate * (1 - rate) * (1 / 3000 + 1 / 601))
+        assert abs(found.rate - rate) < 3 * spread
+    assert monitor.alarms(features(100, seed=2, shift=5.0), 0.01).mean() > 0.95
+
+
+def test_cross_fitting_makes_a_monitor_of_few_prompts(features):
+    monitor = Monitor.fit(features(150), READINGS, method="cross")
+    assert monitor.smallest_rate == pytest.approx(5 / 151)
+    assert monitor.fpr_estimate(features(2000, seed=1), 0.05).rate == pytest.approx(0.05, abs=0.04)
+
+
+def test_a_rate_that_the_clean_prompts_cannot_support_is_refused(monitor, features):
+    with pytest.raises(InputError, match=r"needs 4999 clean calibration samples, and there are 600"):
+        monitor.alarms(features(5, seed=1), 0.001)
+    assert monitor.smallest_rate == pytest.approx(5 / 601)
+
+
+def test_a_monitor_comes_back_from_its_file(monitor, features, tmp_path):
+    monitor.save(tmp_path / "m.safetensors")
+    again, fresh = Monitor.load(tmp_path / "m.safetensors"), features(50, seed=1)
+    np.testing.assert_allclose(again.scores(fresh), monitor.scores(fresh), rtol=1e-9)
+    np.testing.assert_array_equal(again.p_values(fresh), monitor.p_values(fresh))
+    assert (again.identity, again.spec, again.clean) == (HERE, monitor.spec, 2400)
+
+
+def test_a_file_that_was_tampered_with_or_is_of_another_version_is_refused(monitor, tmp_path):
+    path = tmp_path / "m.safetensors"
+    monitor.save(path)
+    arrays = load_file(path)
+    with safe_open(path, "numpy") as file:
+        head = file.metadata()
+    save_file(arrays | {"fused": arrays["fused"] + 1}, path, metadata=head)
+    with pytest.raises(InputError, match="cannot be trusted"):
+        Monitor.load(path)
+    content = json.loads(head["safetynet"])
+    content["version"] = files.VERSION + 1
+    save_file(arrays, path, metadata=head | {"safetynet": json.dumps(content)})
+    with pytest.raises(InputError, match="saved in format 2, this SafetyNet reads 1"):
+        Monitor.load(path)
+    monitor.panel.fitted["mahalanobis:last"].save(path)
+    with pytest.raises(InputError, match="holds a detector, not a monitor"):
+        Monitor.load(path)
+
+
+@pytest.mark.parametrize("field", ["base", "adapter", "dtype"])
+def test_features_of_another_model_or_adapter_are_refused(field, monitor, features):
+    other = Identity(**HERE.as_dict() | {field: "other"})
+    with pytest.raises(InputError, match=rf"another model \({field} differ"):
+        monitor.p_values(features(5, identity=other))
+    with pytest.raises(InputError, match="do not mix them"):
+        concatenate([features(5), features(5, identity=other)])
+
+
+def test_features_of_other_layers_are_refused(monitor, features):
+    with pytest.raises(InputError, match="Capture alike"):
+        monitor.p_values(features(5, layers=(0, 1, 2)))
+
+
+def test_detectors_that_make_no_monitor_are_refused(features):
+    for readings, message in (
+        ((), "name at least one"),
+        ((Reading("mahalanobis"), Reading("mahalanobis")), "each detector and view once"),
+        ((Reading("linear_probe"),), "is supervised, so no monitor"),
+        ((Reading("extremes", "energy"),), "view 'energy' was not captured"),
+    ):
+        with pytest.raises(InputError, match=message):
+            Monitor.fit(features(100), readings)
+
+
+def test_copies_and_a_far_group_among_the_clean_prompts_are_warned_of(features, caplog):
+    clean = features(400)
+    odd = clean.arrays["last"].copy()
+    odd[:40] += 50.0
+    odd[40:80] = odd[40]
+    with caplog.at_level(logging.WARNING):
+        Monitor.fit(Features(clean.arrays | {"last": odd}, HERE, clean.spec), READINGS)
+    assert "40 of 400 clean prompts are copies" in caplog.text
+    assert "lie far from the others" in caplog.text
+    caplog.clear()
+    Monitor.fit(clean, READINGS)
+    assert not caplog.text
+
+
+def test_groups_stay_together_and_parts_have_their_shares():
+    groups = [f"g{i // 3}" for i in range(900)]
+    part = split(groups)
+    assert all(len(set(part[i : i + 3])) == 1 for i in range(0, 900, 3))
+    assert [(part == name).sum() for name in ("fit", "calibrate", "fuse")] == [450, 225, 225]
+    assert list(split(groups[::-1])[::-1]) == list(part)
+    assert sorted(np.bincount(folds(groups, 5))) == [180] * 5
+    with pytest.raises(InputError, match="cannot fill 3 parts"):
+        split(["a", "a"])
+
+
+def test_a_reading_is_written_as_detector_and_view():
+    assert Reading.parse("ranks:mean") == Reading("ranks", "mean")
+    assert Reading.parse("sklearn.neighbors.LocalOutlierFactor").name == "LocalOutlierFactor:last"
+    assert PRESETS["safetynet-2025"].how == "max"
