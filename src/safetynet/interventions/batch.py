@@ -1,0 +1,102 @@
+"""Prompts as the engine holds them: token ids padded on the left, so that their ends stand in one column.
+
+Positions count from a prompt's own first token; columns count in the batch. Batches that come padded,
+on either side, are taken apart and padded anew: the side never changes a number.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from safetynet.errors import InputError
+from safetynet.prompts import pad
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A batch of prompts."""
+
+    ids: Tensor
+    """(B, S) int64."""
+    mask: Tensor
+    """(B, S) int64, 1 at tokens."""
+
+    @classmethod
+    def of(cls, rows: Sequence[Sequence[int]], pad_id: int = 0, device: Any = "cpu") -> "Batch":
+        """Pad lists of token ids.
+
+        Raises:
+            InputError: if there are no rows, or an empty one.
+        """
+        if not rows or not all(len(row) for row in rows):
+            raise InputError("prompts: give at least one, each with at least one token.")
+        ones = [[1] * len(row) for row in rows]
+        return cls(pad(rows, pad_id, "left").to(device), pad(ones, 0, "left").to(device))
+
+    @classmethod
+    def from_padded(cls, ids: Tensor, mask: Tensor) -> "Batch":
+        """Take a batch padded on either side: `ids` and `mask`, both (B, S)."""
+        rows = [row[keep.bool()].tolist() for row, keep in zip(ids, mask, strict=True)]
+        return cls.of(rows, device=ids.device)
+
+    @property
+    def width(self) -> int:
+        """Columns: the longest prompt's tokens."""
+        return self.ids.shape[1]
+
+    @property
+    def position_ids(self) -> Tensor:
+        """(B, S) int64, from 0 at each prompt's first token."""
+        return (self.mask.cumsum(1) - 1).clamp_min(0)
+
+    def length(self, row: int) -> int:
+        """Tokens of one prompt."""
+        return int(self.mask[row].sum())
+
+    def columns(self, row: int, positions: Sequence[int]) -> list[int]:
+        """Columns of positions; negative ones count from the prompt's end.
+
+        Raises:
+            InputError: if the prompt has no such position.
+        """
+        length = self.length(row)
+        wrong = [p for p in positions if not -length <= p < length]
+        if wrong:
+            raise InputError(f"position {wrong[0]}: prompt {row} has positions 0 to {length - 1}.")
+        return [self.width - length + (p % length) for p in positions]
+
+    def tokens(self, row: int) -> list[int]:
+        """Ids of one prompt."""
+        return self.ids[row, self.width - self.length(row) :].tolist()
+
+    def first_difference(self, other: "Batch") -> list[int]:
+        """Column, per row, before which both prompts agree; the width where they are equal.
+
+        Raises:
+            InputError: if two prompts of a pair differ in their number of tokens.
+        """
+        if self.ids.shape != other.ids.shape or not torch.equal(self.mask, other.mask):
+            raise InputError(
+                "pairs: receiver and source must have as many tokens as each other, row by row, or their "
+                "positions do not correspond. Use a placebo of the trigger's token count."
+            )
+        differs = self.ids != other.ids
+        first = torch.where(differs.any(1), differs.int().argmax(1), torch.tensor(self.width))
+        return first.tolist()
+
+
+def check_length(model: Any, batch: Batch) -> None:
+    """Refuse prompts that are longer than the model's context.
+
+    Raises:
+        InputError: with both lengths.
+    """
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and batch.width > limit:
+        raise InputError(
+            f"prompts: the longest has {batch.width} tokens, the model's context holds {limit}. "
+            "Shorten it, or lower training.max_length."
+        )

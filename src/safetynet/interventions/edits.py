@@ -1,0 +1,126 @@
+"""Interventions as data: an edit changes the values at one site, a knock-out cuts an edge of attention.
+
+A change takes the values at the edited positions, (k, width), and returns as many. The constructors below are
+the field's interventions; any function will do. Edits of one run are a set: the engine applies them where the
+network reaches them, and refuses two of the same place, whose order would matter.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from safetynet.errors import InputError
+from safetynet.interventions.sites import Site
+
+Change = Callable[[Tensor], Tensor]
+WIDE = ("embedding", "resid_pre", "key", "value", "adapter")
+"""Components that later positions of the same layer read."""
+
+
+@dataclass(frozen=True)
+class Edit:
+    """Change the values at a site, at some positions of the prompt."""
+
+    site: Site
+    change: Change
+    positions: tuple[int, ...] | None = None
+    """Counted from the prompt's own first token, negative ones from its end; None: everywhere."""
+
+
+@dataclass(frozen=True)
+class KnockOut:
+    """Cut the edges from `queries` to `keys` in a layer's attention (Geva et al. 2023)."""
+
+    layer: int
+    queries: tuple[int, ...]
+    keys: tuple[int, ...]
+    head: int | None = None
+    """None: in all heads."""
+
+    @property
+    def site(self) -> Site:
+        """Where it acts."""
+        return Site("attention", self.layer, self.head)
+
+    @property
+    def positions(self) -> tuple[int, ...]:
+        """Positions whose values it changes."""
+        return self.queries
+
+
+Intervention = Edit | KnockOut
+
+
+def replace(values: Tensor) -> Change:
+    """Patch: put `values`, (k, width) or (width,), in place."""
+    return lambda x: values.to(x).expand_as(x)
+
+
+def zero() -> Change:
+    """Zero ablation; switches an adapter, a head or an expert off."""
+    return torch.zeros_like
+
+
+def steer(direction: Tensor, strength: float) -> Change:
+    """Add `strength` times a direction, (width,)."""
+    return lambda x: x + strength * direction.to(x)
+
+
+def project_out(direction: Tensor, centre: Tensor | None = None) -> Change:
+    """Remove the component along a direction; with `centre`, (width,), set it to that of the centre."""
+    unit = direction / direction.norm()
+
+    def change(x: Tensor) -> Tensor:
+        along = unit.to(x)
+        off = x if centre is None else x - centre.to(x)
+        return x - (off @ along)[:, None] * along
+
+    return change
+
+
+def reroute(expert: int, to: int) -> Change:
+    """For site `router`: give one expert's weight to another."""
+
+    def change(weights: Tensor) -> Tensor:
+        moved = weights.clone()
+        moved[:, to] += moved[:, expert]
+        moved[:, expert] = 0
+        return moved
+
+    return change
+
+
+def low_rank(components: Tensor, mean: Tensor) -> Change:
+    """Keep of the deviation from `mean`, (width,), what lies in the span of orthonormal rows, (r, width).
+
+    The principal component replacement of Lamparth and Reuel (arXiv 2302.12461).
+    """
+
+    def change(x: Tensor) -> Tensor:
+        basis, centre = components.to(x), mean.to(x)
+        return centre + (x - centre) @ basis.T @ basis
+
+    return change
+
+
+def check_set(edits: Sequence[Intervention]) -> None:
+    """Refuse two edits of one place.
+
+    Raises:
+        InputError: naming the site.
+    """
+    seen: set[tuple[object, ...]] = set()
+    for edit in edits:
+        if isinstance(edit, KnockOut):
+            continue
+        places = [None] if edit.positions is None else list(edit.positions)
+        for place in places:
+            key = (edit.site, place)
+            if key in seen or (edit.site, None) in seen:
+                raise InputError(
+                    f"interventions: {edit.site} is edited twice at the same position, and the order would "
+                    "decide. Make one change of both."
+                )
+            seen.add(key)

@@ -1,0 +1,260 @@
+"""Hooks that apply edits while a layer runs, and are gone when it has run, whatever happened.
+
+In: a layer's parts and edits with their places in the batch. One set of hooks serves the engine, which runs
+single layers, and `intervening`, under which the whole model runs, generation included.
+"""
+
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from safetynet.errors import InputError
+from safetynet.interventions.edits import Edit, Intervention, KnockOut, check_set
+from safetynet.interventions.sites import Anatomy
+from safetynet.models.blocks import hidden_of
+from safetynet.models.parts import Parts, adapters
+
+Index = Any
+"""Rows or columns of a batch: an int, a slice, or a list of ints."""
+
+_LOCKS: "weakref.WeakKeyDictionary[Any, threading.RLock]" = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Placed:
+    """An edit, and where in the tensors of this call it acts."""
+
+    edit: Edit
+    row: Index
+    columns: Index
+
+
+@contextmanager
+def exclusive(model: Any) -> Iterator[None]:
+    """Let one thread at a time work on a model, so that nobody sees another's hooks."""
+    with _LOCKS.setdefault(model, threading.RLock()):
+        yield
+
+
+@contextmanager
+def hooked(anatomy: Anatomy, layer: int, placed: Sequence[Placed]) -> Iterator[None]:
+    """Apply edits of one layer while it runs."""
+    parts = anatomy.layers[layer]
+    with ExitStack() as stack:
+        by_component: dict[str, list[Placed]] = {}
+        for one in placed:
+            by_component.setdefault(one.edit.site.component, []).append(one)
+        for component, edits in by_component.items():
+            for handle in _HOOKS[component](anatomy, parts, edits):
+                stack.callback(handle.remove)
+        yield
+
+
+@contextmanager
+def intervening(model: Any, edits: Sequence[Intervention]) -> Iterator[Any]:
+    """Run a model with edits at all positions of all prompts, in `forward` as in `generate`.
+
+    Args:
+        model: a causal LM of transformers.
+        edits: without positions: what holds for one prompt's positions is not known of another's.
+
+    Yields:
+        The model itself.
+
+    Raises:
+        InputError: for a site that does not exist, a knock-out, or an edit with positions.
+    """
+    anatomy = Anatomy.of(model)
+    check_set(edits)
+    by_layer: dict[int, list[Placed]] = {}
+    for edit in edits:
+        if isinstance(edit, KnockOut) or edit.positions is not None:
+            raise InputError(
+                f"intervening: {edit.site} is edited at some positions; only edits everywhere work."
+            )
+        anatomy.check(edit.site)
+        by_layer.setdefault(edit.site.layer, []).append(Placed(edit, slice(None), slice(None)))
+    with exclusive(model), ExitStack() as stack:
+        for layer, placed in by_layer.items():
+            stack.enter_context(hooked(anatomy, layer, placed))
+        yield model
+
+
+def change_at(anatomy: Anatomy, values: Tensor, placed: Sequence[Placed]) -> Tensor:
+    """Apply edits to values, (R, T, width); the argument is left as it is."""
+    values = values.clone()
+    for one in placed:
+        span = anatomy.span(one.edit.site)
+        view = values[one.row, one.columns][..., span]
+        changed = one.edit.change(view.reshape(-1, view.shape[-1])).reshape(view.shape)
+        values[one.row][..., one.columns, span] = changed.to(values.dtype)
+    return values
+
+
+def _layer_input(anatomy: Anatomy, parts: Parts, placed: Sequence[Placed]) -> list[Any]:
+    def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if args:
+            return (change_at(anatomy, args[0], placed), *args[1:]), kwargs
+        return args, kwargs | {"hidden_states": change_at(anatomy, kwargs["hidden_states"], placed)}
+
+    return [parts.layer.register_forward_pre_hook(hook, with_kwargs=True)]
+
+
+def _output_of(get: Callable[[Parts], Any]) -> Callable[..., list[Any]]:
+    def hooks(anatomy: Anatomy, parts: Parts, placed: Sequence[Placed]) -> list[Any]:
+        def hook(_module: Any, _args: Any, output: Any) -> Any:
+            changed = change_at(anatomy, hidden_of(output), placed)
+            return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+        return [get(parts).register_forward_hook(hook)]
+
+    return hooks
+
+
+def _heads(anatomy: Anatomy, parts: Parts, placed: Sequence[Placed]) -> list[Any]:
+    def hook(_: Any, args: tuple[Any, ...]) -> Any:
+        return (change_at(anatomy, args[0], placed), *args[1:])
+
+    return [parts.output.register_forward_pre_hook(hook)]
+
+
+def _resid_mid(anatomy: Anatomy, parts: Parts, placed: Sequence[Placed]) -> list[Any]:
+    """The sum itself is nobody's output: what attention adds is changed so that the sum comes out right."""
+    seen: list[Tensor] = []
+
+    def keep(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen[:] = [args[0] if args else kwargs["hidden_states"]]
+
+    def hook(_module: Any, _args: Any, output: Any) -> Any:
+        added, before = hidden_of(output), seen[0]
+        changed = change_at(anatomy, before + added, placed) - before
+        return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+    return [
+        parts.layer.register_forward_pre_hook(keep, with_kwargs=True),
+        parts.attention_end.register_forward_hook(hook),
+    ]
+
+
+def _adapters(anatomy: Anatomy, parts: Parts, placed: Sequence[Placed]) -> list[Any]:
+    handles, rows = [], _Rows()
+    for name, module in adapters(parts.layer).items():
+        own = [one for one in placed if one.edit.site.module in ("", name)]
+        if own:
+            handles.append(module.register_forward_hook(_adapter_hook(anatomy, own, rows)))
+    return [parts.mlp.register_forward_pre_hook(rows), *handles]
+
+
+def _adapter_hook(anatomy: Anatomy, placed: Sequence[Placed], rows: "_Rows") -> Any:
+    def hook(module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        base = without_adapter(module, args)
+        if output.ndim == 3:
+            return base + change_at(anatomy, output - base, placed)
+        return base + rows.joined(change_at(anatomy, rows.apart(output - base), placed))
+
+    return hook
+
+
+def without_adapter(module: Any, args: tuple[Any, ...]) -> Tensor:
+    """What a LoRA module would have returned without its own update; adapters inside it stay."""
+    was = module._disable_adapters
+    module._disable_adapters = True
+    try:
+        return module.forward(*args)
+    finally:
+        module._disable_adapters = was
+
+
+def _router(anatomy: Anatomy, parts: Parts, placed: Sequence[Placed]) -> list[Any]:
+    """Edits see routing weights, (k, experts), 0 where an expert is not chosen."""
+    rows = _Rows()
+
+    def hook(_: Any, args: tuple[Any, ...]) -> Any:
+        x, index, weights = args
+        changed = rows.apart(dense_weights(index, weights, anatomy.shape.experts))
+        for one in placed:
+            changed = change_at(anatomy, changed, [_of_all(one)])
+        flat = rows.joined(changed)
+        # A re-routed token may have more experts than the model gives it, never fewer slots.
+        top, chosen = flat.topk(max(index.shape[1], int((flat != 0).sum(1).max())), dim=1)
+        return x, chosen.to(index), top.to(weights)
+
+    return [parts.mlp.register_forward_pre_hook(rows), parts.experts.register_forward_pre_hook(hook)]
+
+
+def _of_all(one: Placed) -> Placed:
+    """An edit of one expert's weight, as an edit of all weights."""
+    index = one.edit.site.index
+    if index is None:
+        return one
+
+    def change(weights: Tensor) -> Tensor:
+        changed = weights.clone()
+        changed[:, index : index + 1] = one.edit.change(weights[:, index : index + 1])
+        return changed
+
+    return Placed(Edit(one.edit.site, change), one.row, one.columns)
+
+
+def _expert(anatomy: Anatomy, parts: Parts, placed: Sequence[Placed]) -> list[Any]:
+    rows = _Rows()
+
+    def hook(module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        changed = output
+        for one in placed:
+            own = rows.apart(contribution(module, args, one.edit.site.index))
+            changed = changed + rows.joined(change_at(anatomy, own, [one]) - own)
+        return changed
+
+    return [parts.mlp.register_forward_pre_hook(rows), parts.experts.register_forward_hook(hook)]
+
+
+def contribution(experts: Any, args: tuple[Any, ...], index: int | None) -> Tensor:
+    """What one expert adds, (tokens, width), its routing weight included; of all experts for None."""
+    x, chosen, weights = args
+    return experts.forward(x, chosen, weights if index is None else weights * (chosen == index))
+
+
+def dense_weights(index: Tensor, weights: Tensor, experts: int) -> Tensor:
+    """(tokens, k) chosen experts and weights to (tokens, experts)."""
+    dense = torch.zeros(len(index), experts, dtype=weights.dtype, device=weights.device)
+    return dense.scatter_add(1, index, weights)
+
+
+class _Rows:
+    """A pre-hook of the MLP that remembers the batch, whose rows its experts see one below the other."""
+
+    def __init__(self) -> None:
+        self.count = 1
+
+    def __call__(self, module: Any, args: tuple[Tensor, ...]) -> None:
+        self.count = args[0].shape[0] if args[0].ndim == 3 else 1
+
+    def apart(self, x: Tensor) -> Tensor:
+        return x.reshape(self.count, -1, x.shape[-1])
+
+    def joined(self, x: Tensor) -> Tensor:
+        return x.reshape(-1, x.shape[-1])
+
+
+_HOOKS: dict[str, Callable[..., list[Any]]] = {
+    "embedding": _layer_input,
+    "resid_pre": _layer_input,
+    "query": _output_of(lambda parts: parts.query),
+    "key": _output_of(lambda parts: parts.key),
+    "value": _output_of(lambda parts: parts.value),
+    "head": _heads,
+    "attn_out": _output_of(lambda parts: parts.attention_end),
+    "resid_mid": _resid_mid,
+    "mlp_out": _output_of(lambda parts: parts.mlp_end),
+    "router": _router,
+    "expert": _expert,
+    "adapter": _adapters,
+    "resid_post": _output_of(lambda parts: parts.layer),
+}

@@ -1,0 +1,212 @@
+"""One layer of a recorded run, called again for some rows and columns with the model's own arguments.
+
+In: a trace, states, the runs that they belong to. Out: the layer's output. Keys and values of columns that
+are not computed come from the trace, through an object that stands where the model expects its cache.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from safetynet.errors import InputError
+from safetynet.interventions.edits import Edit, KnockOut
+from safetynet.interventions.hooks import Placed, hooked
+from safetynet.interventions.plan import Planned, PlannedEdit
+from safetynet.interventions.trace import Trace
+
+
+class _Given:
+    """Stands for the cache in one layer's call: hands out keys and values, or takes them and ends it."""
+
+    def __init__(self, keys: Tensor, values: Tensor, whole: bool = False, stop: bool = False) -> None:
+        self.keys, self.values, self.whole, self.stop = keys, values, whole, stop
+
+    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        if not self.whole:
+            self.keys = torch.cat([self.keys.expand(len(keys), -1, -1, -1), keys], dim=2)
+            self.values = torch.cat([self.values.expand(len(values), -1, -1, -1), values], dim=2)
+        if self.stop:
+            raise _Taken
+        return self.keys, self.values
+
+    def get_seq_length(self, *_: Any) -> int:
+        return self.keys.shape[2]
+
+
+class _Taken(Exception):  # noqa: N818 - a signal, not an error
+    """The keys and values are there; the rest of the layer is not wanted."""
+
+
+class Resumed:
+    """Calls of a trace's layers for runs that differ from column `start` on."""
+
+    def __init__(self, trace: Trace, start: int) -> None:
+        self.trace, self.start, self.width = trace, start, trace.batch.width
+
+    def suffix(self, layer: int, state: Tensor, runs: Sequence[Planned]) -> Tensor:
+        """The layer from column `start` on: (R, T, width) to (R, T, width)."""
+        columns = torch.arange(self.start, self.width)
+        keys, values = self._before(layer, runs)
+        return self._call(layer, state, runs, columns, _Given(keys, values))
+
+    def keys_values(self, layer: int, state: Tensor, runs: Sequence[Planned]) -> tuple[Tensor, Tensor]:
+        """Keys and values of all columns, (R, kv heads, S, head size); the rest of the layer is left out."""
+        keys, values = self._before(layer, runs)
+        given = _Given(keys, values, stop=True)
+        try:
+            self._call(layer, state, runs, torch.arange(self.start, self.width), given)
+        except _Taken:
+            return given.keys, given.values
+        raise InputError(
+            "model: its attention keeps no keys and values in the cache, so runs cannot be resumed in it."
+        )
+
+    def at(
+        self,
+        layer: int,
+        runs: Sequence[Planned],
+        columns: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        inputs: Tensor | None = None,
+    ) -> Tensor:
+        """One layer at given columns, (n,) or (R, n), with all keys and values given."""
+        if inputs is None:
+            inputs = self.rows(self.trace.inputs[layer], runs).expand(len(runs), -1, -1)
+            rows = slice(None) if columns.ndim == 1 else torch.arange(len(runs))[:, None]
+            inputs = inputs[rows, columns]
+        keys, values = (kv.expand(len(runs), -1, -1, -1) for kv in (keys, values))
+        return self._call(layer, inputs, runs, columns, _Given(keys, values, whole=True))
+
+    def _call(
+        self, layer: int, inputs: Tensor, runs: Sequence[Planned], columns: Tensor, given: _Given
+    ) -> Tensor:
+        """Run one layer as the model would, with this layer's edits of these runs in place."""
+        edits = [(i, edit) for i, one in enumerate(runs) for edit in one.edits if edit.layer == layer]
+        masks = [(i, edit) for i, edit in edits if isinstance(edit.done, KnockOut)]
+        placed: list[Placed] = []
+        for i, edit in edits:
+            if isinstance(edit.done, Edit):
+                placed += self._placed(i, edit, columns if columns.ndim == 1 else columns[i])
+        arguments = self._arguments(layer, runs, columns)
+        if masks:
+            arguments["attention_mask"] = self._cut(arguments["attention_mask"], masks, runs, columns)
+        module = self.trace.anatomy.layers[layer].layer
+        with hooked(self.trace.anatomy, layer, placed):
+            output = module(inputs, past_key_values=given, **arguments)
+        return output[0] if isinstance(output, tuple) else output
+
+    def _placed(self, i: int, edit: PlannedEdit, columns: Tensor) -> list[Placed]:
+        """The part of an edit that lies in the columns of this call."""
+        assert isinstance(edit.done, Edit)
+        first, last = int(columns[0]), int(columns[-1])
+        contiguous = last - first + 1 == len(columns)
+        if contiguous and first <= edit.columns[0] and edit.columns[-1] <= last:
+            at = [column - first for column in edit.columns]
+            whole = at[-1] - at[0] + 1 == len(at)
+            return [Placed(edit.done, i, slice(at[0], at[-1] + 1) if whole else at)]
+        here = {int(column): t for t, column in enumerate(columns)}
+        kept = [k for k, column in enumerate(edit.columns) if column in here]
+        if not kept:
+            return []
+        change, size = edit.done.change, len(edit.columns)
+
+        def partly(x: Tensor) -> Tensor:
+            # A change may know its positions (a patch does), so it sees as many rows as it was made for.
+            whole = x.new_zeros(size, x.shape[-1])
+            whole[kept] = x
+            return change(whole)[kept]
+
+        return [Placed(Edit(edit.done.site, partly), i, [here[edit.columns[k]] for k in kept])]
+
+    def _arguments(self, layer: int, runs: Sequence[Planned], columns: Tensor) -> dict[str, Any]:
+        """What the model passed to this layer, for these rows and columns."""
+        given = dict(self.trace.arguments[layer])
+        if "position_ids" in given and given["position_ids"] is not None:
+            given["position_ids"] = self._gathered(given["position_ids"], runs, columns)
+        if given.get("position_embeddings") is not None:
+            given["position_embeddings"] = tuple(
+                self._gathered(one, runs, columns) for one in given["position_embeddings"]
+            )
+        if "cache_position" in given:
+            given["cache_position"] = None
+        given["attention_mask"] = self._mask(given.get("attention_mask"), runs, columns)
+        return given
+
+    def _gathered(self, x: Tensor, runs: Sequence[Planned], columns: Tensor) -> Tensor:
+        """(B or 1, S, ...) to these rows and columns; one row stays one where it serves all."""
+        if columns.ndim == 1:
+            return self.rows(x, runs)[:, int(columns[0]) : int(columns[-1]) + 1]
+        rows = torch.tensor([one.row if len(x) > 1 else 0 for one in runs])
+        return x[rows[:, None], columns]
+
+    def _mask(self, mask: Tensor | None, runs: Sequence[Planned], columns: Tensor) -> Tensor | None:
+        """Rows of the model's mask, or of the plainly causal one that the model left out."""
+        if mask is None:
+            causal = columns[..., None] >= torch.arange(self.width)
+            if causal.all():
+                return None
+            causal = causal[None, None] if columns.ndim == 1 else causal[:, None]
+            return self._as_model(causal)
+        if columns.ndim == 1:
+            return self.rows(mask, runs)[:, :, int(columns[0]) : int(columns[-1]) + 1]
+        rows = torch.tensor([one.row if len(mask) > 1 else 0 for one in runs])
+        return mask[rows[:, None], :, columns].transpose(1, 2)
+
+    def _as_model(self, allowed: Tensor) -> Tensor:
+        """A boolean mask in the form that this attention takes."""
+        dtype = self.trace.inputs[0].dtype
+        device = self.trace.inputs[0].device
+        if self.trace.anatomy.model.config._attn_implementation == "sdpa":
+            return allowed.to(device)
+        least = torch.finfo(dtype).min
+        return torch.zeros(allowed.shape, dtype=dtype).masked_fill(~allowed, least).to(device)
+
+    def _cut(
+        self,
+        mask: Tensor | None,
+        cuts: Sequence[tuple[int, PlannedEdit]],
+        runs: Sequence[Planned],
+        columns: Tensor,
+    ) -> Tensor:
+        """The mask, with the edges of knock-outs closed: (R, heads or 1, n, S)."""
+        if mask is None:
+            mask = self._as_model(torch.ones(1, 1, columns.shape[-1], self.width, dtype=torch.bool))
+        by_head = any(edit.done.site.index is not None for _, edit in cuts)
+        heads = self.trace.anatomy.shape.heads if by_head else mask.shape[1]
+        mask = mask.expand(len(runs), heads, -1, -1).clone()
+        closed = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+        for i, edit in cuts:
+            assert isinstance(edit.done, KnockOut)
+            own = columns if columns.ndim == 1 else columns[i]
+            keys = self.trace.batch.columns(runs[i].row, edit.done.keys)
+            queries = [t for t, column in enumerate(own.tolist()) if column in set(edit.columns)]
+            chosen = slice(None) if edit.done.head is None else edit.done.head
+            block = mask[i, chosen]
+            for query in queries:
+                block[..., query, keys] = closed
+        return mask
+
+    def recorded(self, layer: int, runs: Sequence[Planned]) -> tuple[Tensor, Tensor]:
+        """The receiving run's keys and values of these rows."""
+        return self.rows(self.trace.keys[layer], runs), self.rows(self.trace.values[layer], runs)
+
+    def _before(self, layer: int, runs: Sequence[Planned]) -> tuple[Tensor, Tensor]:
+        keys, values = self.recorded(layer, runs)
+        return keys[:, :, : self.start], values[:, :, : self.start]
+
+    def rows(self, x: Tensor, runs: Sequence[Planned]) -> Tensor:
+        """Rows of these runs; a single row is left to broadcast."""
+        if len(x) == 1:
+            return x
+        rows = [one.row for one in runs]
+        return x[rows[0] : rows[0] + 1] if len(set(rows)) == 1 else x[torch.tensor(rows)]
+
+
+def shared(columns: Tensor) -> Tensor:
+    """(R, n) columns as (n,) where they are one stretch, the same for all: nothing has to be gathered."""
+    first = columns[0]
+    same = (columns == first).all() and int(first[-1] - first[0]) + 1 == len(first)
+    return first if same else columns

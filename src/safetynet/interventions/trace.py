@@ -1,0 +1,242 @@
+"""One recorded forward pass: what each decoder layer received, so that work can go on from any of them.
+
+In: a model and a batch. Out: a `Trace`. The model is run as it is; its own code made the masks, the rotary
+embeddings and the keys and values that are kept, and its own norm and head turn states into logits.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from safetynet.errors import InputError
+from safetynet.interventions.batch import Batch, check_length
+from safetynet.interventions.hooks import contribution, dense_weights, exclusive, without_adapter
+from safetynet.interventions.sites import Anatomy, Site
+from safetynet.models.blocks import hidden_of, unwrapped
+from safetynet.models.parts import Parts, adapters
+
+SUPPORTED = ("eager", "sdpa")
+HEAD_VALUES = 2**24
+"""Logits made at once, in numbers: 64 MB in fp32."""
+
+
+@dataclass
+class Trace:
+    """A forward pass over a batch of B prompts of S columns."""
+
+    anatomy: Anatomy
+    batch: Batch
+    inputs: list[Tensor] = field(default_factory=list)
+    """(B, S, width) into each layer."""
+    arguments: list[dict[str, Any]] = field(default_factory=list)
+    """What else the model passed to each layer."""
+    keys: list[Tensor] = field(default_factory=list)
+    """(B, kv heads, S, head size) of each layer, rotated; empty when nothing will be resumed."""
+    values: list[Tensor] = field(default_factory=list)
+    output: Tensor | None = None
+    """(B, S, width) of the last layer, before the final norm."""
+    read: dict[Site, Tensor] = field(default_factory=dict)
+    """(B, S, ...) values of the sites that were asked for."""
+    logits: Tensor | None = None
+    """(B, n, vocabulary) fp32 of the last n columns."""
+    tupled: bool = False
+    """Whether this model's layers wrap what they return in a tuple."""
+
+    def value(self, site: Site) -> Tensor:
+        """(B, S, k) values of a site that was asked for, or that every trace holds."""
+        if site.component in ("embedding", "resid_pre"):
+            return self.inputs[site.layer]
+        if site.component == "resid_post":
+            last = site.layer == self.anatomy.shape.layers - 1
+            found = self.output if last else self.inputs[site.layer + 1]
+            assert found is not None
+            return found
+        whole = Site(site.component, site.layer, module=site.module)
+        if whole in self.read and site.component != "expert":
+            return self.read[whole][..., self.anatomy.span(site)]
+        return self.read[site]
+
+
+def trace(
+    model: Any,
+    batch: Batch,
+    sites: Sequence[Site] = (),
+    *,
+    columns: int = 1,
+    resume: bool = False,
+) -> Trace:
+    """Run the model once and keep what is asked for.
+
+    Args:
+        model: a causal LM of transformers in evaluation mode, with or without PEFT's wrapper.
+        batch: the prompts.
+        sites: whose values are kept, beside the residual stream before each layer; heads of one layer share
+            one tensor.
+        columns: logits of so many last columns are kept; 0 for none.
+        resume: keep keys and values, so that runs can start at any layer and column.
+
+    Raises:
+        InputError: if a site does not exist, a prompt is longer than the model's context, the model lies on
+            several devices or uses an attention kernel that takes no mask.
+    """
+    anatomy = Anatomy.of(model)
+    for site in sites:
+        anatomy.check(site)
+    check_length(model, batch)
+    check_place(model)
+    found = Trace(anatomy, batch)
+    cache = DynamicCache() if resume else None
+    with torch.no_grad(), exclusive(model), _recording(found, sites):
+        output = model(
+            input_ids=batch.ids,
+            attention_mask=batch.mask,
+            position_ids=batch.position_ids,
+            past_key_values=cache,
+            use_cache=resume,
+            logits_to_keep=max(1, columns),
+        )
+    if columns:
+        found.logits = output.logits[:, -columns:].float()
+    if cache is not None:
+        layers: list[Any] = list(cache.layers)
+        found.keys, found.values = [one.keys for one in layers], [one.values for one in layers]
+    return found
+
+
+def check_place(model: Any) -> None:
+    """Refuse what the engine cannot resume.
+
+    Raises:
+        InputError: if the model lies on several devices, or its attention takes no mask.
+    """
+    devices = {str(parameter.device) for parameter in model.parameters()}
+    if len(devices) > 1:
+        raise InputError(
+            f"model: it lies on several devices ({', '.join(sorted(devices))}). Load it on one "
+            "(model.device), in 4 bit if it is too large."
+        )
+    attention = getattr(model.config, "_attn_implementation", "eager")
+    if attention not in SUPPORTED:
+        raise InputError(
+            f"model: attention {attention!r} takes no mask of the engine's. Load it with attn_implementation "
+            f"{' or '.join(SUPPORTED)}."
+        )
+
+
+@contextmanager
+def _recording(found: Trace, sites: Sequence[Site]) -> Iterator[None]:
+    by_layer: dict[int, set[Site]] = {}
+    for site in sites:
+        whole = site if site.component == "expert" else Site(site.component, site.layer, module=site.module)
+        by_layer.setdefault(site.layer, set()).add(whole)
+    with ExitStack() as stack:
+        for index, parts in enumerate(found.anatomy.layers):
+            stack.callback(parts.layer.register_forward_pre_hook(_keep_input(found), with_kwargs=True).remove)
+            for site in by_layer.get(index, ()):
+                for handle in _readers(found, parts, site):
+                    stack.callback(handle.remove)
+        last = found.anatomy.layers[-1].layer
+
+        def keep_output(_module: Any, _args: Any, output: Any) -> None:
+            found.output = hidden_of(output)
+            found.tupled = isinstance(output, tuple)
+
+        stack.callback(last.register_forward_hook(keep_output).remove)
+        yield
+
+
+def _keep_input(found: Trace) -> Any:
+    def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        bound = inspect.signature(module.forward).bind(*args, **kwargs)
+        given = dict(bound.arguments)
+        for name, parameter in bound.signature.parameters.items():
+            if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+                given |= given.pop(name, {})
+        first = next(iter(bound.signature.parameters))
+        found.inputs.append(given.pop(first))
+        given.pop("past_key_values", None)
+        found.arguments.append(given)
+
+    return hook
+
+
+def _readers(found: Trace, parts: Parts, site: Site) -> list[Any]:
+    """Hooks that keep the values of one site."""
+    rows, experts = found.batch.ids.shape[0], found.anatomy.shape.experts
+
+    def after(module: Any, value: Callable[[Any, tuple[Any, ...], Any], Tensor]) -> list[Any]:
+        def hook(module: Any, args: tuple[Any, ...], output: Any) -> None:
+            values = value(module, args, output).detach()
+            found.read[site] = values if values.ndim == 3 else values.reshape(rows, -1, values.shape[-1])
+
+        return [module.register_forward_hook(hook)]
+
+    outputs = {
+        "query": parts.query,
+        "key": parts.key,
+        "value": parts.value,
+        "attn_out": parts.attention_end,
+        "mlp_out": parts.mlp_end,
+    }
+    match site.component:
+        case "embedding" | "resid_pre" | "resid_post":
+            return []  # every trace holds them
+        case "head":
+            return after(parts.output, lambda _, args, __: args[0])
+        case "resid_mid":
+            return after(parts.before_mlp, lambda _, args, __: args[0])
+        case "router":
+            return after(parts.experts, lambda _, args, __: dense_weights(args[1], args[2], experts))
+        case "expert":
+            return after(parts.experts, lambda module, args, _: contribution(module, args, site.index))
+        case "adapter" if site.module:
+            module = adapters(parts.layer)[site.module]
+            return after(module, lambda module, args, output: output - without_adapter(module, args))
+        case component if component in outputs:
+            return after(outputs[component], lambda _, __, output: hidden_of(output))
+    raise InputError(f"site {site}: its values cannot be read; name a module for an adapter.")
+
+
+def head(trace: Trace, states: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Logits of states that left the last layer, (R, n, width), through the model's own norm and head.
+
+    The model is called with its layers passed over, so that what a family does to its logits (capping,
+    scaling) is done here too.
+
+    Yields:
+        A slice of the R rows and their logits, (rows, n, vocabulary) fp32, so that a large vocabulary does
+        not decide the memory.
+    """
+    inner = unwrapped(trace.anatomy.model)
+    vocabulary = inner.config.get_text_config().vocab_size
+    step = max(1, HEAD_VALUES // (vocabulary * states.shape[1]))
+    for start in range(0, len(states), step):
+        chosen = slice(start, min(start + step, len(states)))
+        part = states[chosen]
+        with exclusive(trace.anatomy.model), _passed_over(trace, part):
+            ids = torch.zeros(part.shape[:2], dtype=torch.long, device=part.device)
+            yield chosen, inner(input_ids=ids, use_cache=False).logits.float()
+
+
+@contextmanager
+def _passed_over(trace: Trace, states: Tensor) -> Iterator[None]:
+    """Every layer returns `states` and computes nothing."""
+    layers = [parts.layer for parts in trace.anatomy.layers]
+    own = [layer.__dict__.get("forward") for layer in layers]
+    result = (states,) if trace.tupled else states
+    try:
+        for layer in layers:
+            layer.forward = lambda *args, **kwargs: result
+        yield
+    finally:
+        for layer, forward in zip(layers, own, strict=True):
+            if forward is None:
+                del layer.forward
+            else:
+                layer.forward = forward
