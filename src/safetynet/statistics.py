@@ -88,3 +88,29 @@ def bootstrap_interval(
         rng=np.random.default_rng(seed),
     )
     return float(result.confidence_interval.low), float(result.confidence_interval.high)
+
+
+def bootstrap_ratios(
+    tops: np.ndarray, bottom: np.ndarray, confidence: float = 0.95, resamples: int = 2000, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Ratios of means with percentile intervals, all from the same draws of rows (Efron 1979).
+
+    Args:
+        tops: (S, rows), one line per ratio.
+        bottom: (rows,), shared by all; its mean is what is divided by.
+        confidence: coverage.
+        resamples: how often rows are drawn.
+        seed: of the draws.
+
+    Returns:
+        Value, lower and upper bound, each (S,); bounds are NaN below 2 rows.
+    """
+    rows = len(bottom)
+    value = tops.mean(1) / bottom.mean()
+    if rows < 2:
+        return value, np.full(len(tops), np.nan), np.full(len(tops), np.nan)
+    drawn = np.random.default_rng(seed).multinomial(rows, np.full(rows, 1 / rows), size=resamples)
+    ratios = (drawn @ tops.T) / (drawn @ bottom)[:, None]
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(ratios, [tail, 1 - tail], axis=0)
+    return value, low, high
