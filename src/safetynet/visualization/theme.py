@@ -64,6 +64,15 @@ NAMES: dict[str, str] = {
 }
 """What a reader sees where the word differs from the column's."""
 
+RAMPS: dict[str, tuple[str, ...]] = {
+    "diverging": ("#08306B", "#2171B5", "#8FBFDF", "#FBFBFB", "#F3B183", "#D55E00", "#6E2C00"),
+    "sequential": ("#FBFBFB", "#C5DFEA", "#74B3CE", "#2A7AA5", "#0B2F4A"),
+}
+"""Evenly spaced stops of the colour scales, blended in RGB. Blue and orange stay apart for every kind of
+colour blindness; either side grows darker throughout, so that greyscale keeps the size of a value."""
+MISSING = "#CFCFCF"
+HATCH = "#A8A8A8"
+
 WIDTHS = {"one": 3.3, "two": 6.8}  # inches: one column fits NeurIPS, ICML, ACL and IEEE pages alike
 FONT = ("DejaVu Sans", "Verdana", "Arial", "sans-serif")
 """The first ships with matplotlib, so that a figure is the same on every machine; Verdana has its widths."""
@@ -85,6 +94,23 @@ SCREEN_WIDTHS = {"one": 680, "two": 960}  # pixels at most; narrower on a narrow
 def name(role: str) -> str:
     """A role or model as a reader sees it."""
     return NAMES.get(role, role)
+
+
+def data_width(width: str, columns: int) -> float:
+    """About how many inches wide each of so many data areas side by side will be."""
+    return (WIDTHS[width] - 0.9) / columns - 0.2
+
+
+def dark(ramp: tuple[str, ...], depth: float) -> bool:
+    """Whether the colour at a place (0 to 1) of a ramp is so dark that text on it must be white."""
+    place = depth * (len(ramp) - 1)
+    first = min(int(place), len(ramp) - 2)
+    part = place - first
+    red, green, blue = (
+        (1 - part) * int(ramp[first][at : at + 2], 16) + part * int(ramp[first + 1][at : at + 2], 16)
+        for at in (1, 3, 5)
+    )
+    return 0.299 * red + 0.587 * green + 0.114 * blue < 140
 
 
 def tick_text(value: float) -> str:
