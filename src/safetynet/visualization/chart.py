@@ -18,6 +18,7 @@ from safetynet.visualization.values import numbers, unknown
 
 Kind = Literal["line", "marked", "points", "band", "step"]
 Scale = Literal["linear", "log"]
+Side = Literal["right", "upper right", "upper left", "lower right", "lower left"]
 
 
 @dataclass(frozen=True)
@@ -129,13 +130,13 @@ class Reference:
 
 @dataclass(frozen=True)
 class Annotation:
-    """Text at a point of the data, right of it or, clear of its error bars, in one of its upper corners."""
+    """Text at a point of the data: right of it, or on a short leader beyond a corner of its error bars."""
 
     x: float
     y: float
     text: str
     role: Role = "ink"
-    side: Literal["right", "upper right", "upper left"] = "right"
+    side: Side = "right"
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,18 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from safetynet.visualization import interactive_grid, theme
-from safetynet.visualization.chart import Axis, Chart, Key, Panel, Reference, Series, legend, legend_needed
+from safetynet.visualization.chart import (
+    Annotation,
+    Axis,
+    Chart,
+    Key,
+    Panel,
+    Reference,
+    Series,
+    legend,
+    legend_needed,
+)
+from safetynet.visualization.interactive_grid import TEXT
 from safetynet.visualization.plotly_text import escaped
 
 if TYPE_CHECKING:
@@ -22,8 +33,8 @@ POLICY = (
     "img-src data: blob:; font-src data:"
 )
 BUTTONS = ["toImage", "zoom2d", "pan2d", "resetScale2d"]  # none that would send data anywhere
-TEXT = 13  # pixels
-TOP = 92  # pixels above the panels: buttons, legend, title of the first row
+TOP = 92  # pixels above the panels: buttons, one line of legend, title of the first row
+LEGEND_LINE = 26  # pixels
 PAGE = """<!doctype html>
 <html lang="en">
 <head>
@@ -80,18 +91,19 @@ def render(chart: Chart) -> str:
 def draw(chart: Chart) -> "Figure":
     """The chart as a Plotly figure."""
     figure, drawn = _grid(chart)
+    _grids(figure, chart)  # before the lines, which Plotly leaves out of empty axes
     for index, panel in enumerate(chart.panels):
         _panel(figure, chart, index, panel)
-    _grids(figure, chart)
     keys = legend(chart)
     for key in keys:
         figure.add_trace(_key(key))
-    height = round(drawn + TOP + 56)
+    top = TOP + LEGEND_LINE * (_legend_lines(chart, keys) - 1)
+    height = round(drawn + top + 56)
     numbered = any(panel.annotations for panel in chart.panels)
     figure.update_layout(
         template="none",
         height=height,
-        margin={"l": 60, "r": 60 if numbered else 30, "t": TOP, "b": 56},
+        margin={"l": 60, "r": 60 if numbered else 30, "t": top, "b": 56},
         font={"family": _font(), "size": TEXT, "color": theme.INK},
         paper_bgcolor=theme.PAPER,
         plot_bgcolor=theme.PAPER,
@@ -110,6 +122,14 @@ def draw(chart: Chart) -> "Figure":
     return figure
 
 
+def _legend_lines(chart: Chart, keys: list[Key]) -> int:
+    """About how many lines the legend takes where the page is as wide as it gets."""
+    if not legend_needed(keys):
+        return 0
+    width = sum(len(key.label) * 7.5 + 48 for key in keys)
+    return math.ceil(width / (theme.SCREEN_WIDTHS[chart.width] - 120))
+
+
 def _grid(chart: Chart) -> tuple["Figure", float]:
     """Empty axes for every panel, and how many pixels high they are together."""
     from plotly.subplots import make_subplots
@@ -122,6 +142,7 @@ def _grid(chart: Chart) -> tuple["Figure", float]:
     upper = range((chart.rows - 1) * columns)
     gap = 34 if all(chart.axis_shared(index, "x") for index in upper) else 62  # pixels
     labelled = any(index % columns and not chart.axis_shared(index, "y") for index in range(count))
+    bars = columns > 1 and len(interactive_grid.shades(chart)) > 1  # between the panels
     drawn = sum(heights) * theme.SCREEN_HEIGHT + gap * (chart.rows - 1)
     figure: Figure = make_subplots(
         rows=chart.rows,
@@ -131,7 +152,7 @@ def _grid(chart: Chart) -> tuple["Figure", float]:
             [{} if index < count else None for index in range(first, first + columns)]
             for first in range(0, count, columns)
         ],
-        horizontal_spacing=(0.28 if labelled else 0.12) / columns,
+        horizontal_spacing=(0.36 if bars else 0.28 if labelled else 0.12) / columns,
         vertical_spacing=gap / drawn if chart.rows > 1 else 0,
     )
     return figure, drawn
@@ -175,19 +196,29 @@ def _panel(figure: "Figure", chart: Chart, index: int, panel: Panel) -> None:
             **place,
         )
     for note in panel.annotations:
-        figure.add_annotation(
-            x=_place(note.x, panel.x),
-            y=_place(note.y, panel.y),
-            text=escaped(note.text),
-            font={"color": theme.LOOKS[note.role].colour},
-            showarrow=False,
-            xanchor="right" if note.side == "upper left" else "left",
-            xshift=-6 if note.side == "upper left" else 8,
-            yanchor="middle" if note.side == "right" else "bottom",
-            **place,
-        )
+        figure.add_annotation(_annotation(panel, note), **place)
     figure.update_xaxes(_axis(chart, index, "x", panel.x), **place)
     figure.update_yaxes(_axis(chart, index, "y", panel.y), **place)
+
+
+def _annotation(panel: Panel, note: Annotation) -> dict[str, Any]:
+    style: dict[str, Any] = {
+        "x": _place(note.x, panel.x),
+        "y": _place(note.y, panel.y),
+        "text": escaped(note.text),
+        "font": {"color": theme.LOOKS[note.role].colour},
+    }
+    if note.side == "right":
+        return style | {"showarrow": False, "xanchor": "left", "xshift": 8}
+    left = note.side.endswith("left")
+    return style | {
+        "ax": -22 if left else 22,
+        "ay": -34 if note.side.startswith("upper") else 34,
+        "xanchor": "right" if left else "left",
+        "arrowhead": 0,
+        "arrowwidth": 1,
+        "bgcolor": theme.PAPER,
+    }
 
 
 def _place(value: float, axis: Axis) -> float:

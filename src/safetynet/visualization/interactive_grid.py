@@ -12,6 +12,8 @@ from safetynet.visualization.chart import Chart, Panel
 from safetynet.visualization.grid import Grid, Shade
 from safetynet.visualization.plotly_text import escaped
 
+TEXT = 13  # pixels
+
 
 def shades(chart: Chart) -> list[Shade]:
     """The colour scales of a chart, each once."""
@@ -70,7 +72,7 @@ def layout(chart: Chart, domains: Sequence[tuple[Sequence[float], Sequence[float
             "cmax": shade.limits[1],
             "colorscale": [[place / (len(stops) - 1), colour] for place, colour in enumerate(stops)],
             "colorbar": {
-                "title": {"text": escaped(shade.text), "side": "right"},
+                "title": {"text": escaped(shade.text), "side": "right", "font": {"size": TEXT}},
                 "x": right,
                 "xpad": 8,
                 "y": bottom,

@@ -13,7 +13,17 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 from safetynet.visualization import static_grid, theme
-from safetynet.visualization.chart import Axis, Chart, Key, Panel, Reference, Series, legend, legend_needed
+from safetynet.visualization.chart import (
+    Annotation,
+    Axis,
+    Chart,
+    Key,
+    Panel,
+    Reference,
+    Series,
+    legend,
+    legend_needed,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -189,18 +199,31 @@ def _panel(axes: "Axes", panel: Panel, bare_x: bool, bare_y: bool) -> None:
     for order, series in enumerate(panel.from_below()):
         _series(axes, series, 3 + order)
     for note in panel.annotations:
-        axes.annotate(
-            note.text,
-            (note.x, note.y),
-            xytext={"right": (5, 0), "upper right": (4, 3), "upper left": (-4, 3)}[note.side],
-            textcoords="offset points",
-            ha="right" if note.side == "upper left" else "left",
-            va="center_baseline" if note.side == "right" else "bottom",
-            color=theme.LOOKS[note.role].colour,
-            annotation_clip=False,
-        )
+        _annotate(axes, note)
     _axis(axes, "x", panel.x, bare_x, [value for series in panel.series for value in series.x])
     _axis(axes, "y", panel.y, bare_y, [value for series in panel.series for value in series.y])
+
+
+def _annotate(axes: "Axes", note: Annotation) -> None:
+    away: dict[str, Any] = {"xytext": (5, 0), "va": "center_baseline"}
+    if note.side != "right":
+        up, left = note.side.startswith("upper"), note.side.endswith("left")
+        away = {
+            "xytext": (-10 if left else 10, 14 if up else -14),
+            "ha": "right" if left else "left",
+            "va": "bottom" if up else "top",
+            "arrowprops": {"arrowstyle": "-", "linewidth": theme.HAIR, "shrinkA": 0, "shrinkB": 2},
+            "bbox": {"facecolor": theme.PAPER, "linewidth": 0, "pad": 0.5},
+        }
+    axes.annotate(
+        note.text,
+        (note.x, note.y),
+        textcoords="offset points",
+        color=theme.LOOKS[note.role].colour,
+        annotation_clip=False,
+        zorder=20,  # above all series
+        **away,
+    )
 
 
 def _axis(axes: "Axes", side: Literal["x", "y"], axis: Axis, bare: bool, values: list[float]) -> None:
