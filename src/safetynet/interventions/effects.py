@@ -22,7 +22,13 @@ LEAST_DISTANCE = 1.0
 
 
 def effects(
-    measured: Measured, controls: Mapping[str, Measured], *, layers: int, seed: int = 0, **about: str
+    measured: Measured,
+    controls: Mapping[str, Measured],
+    *,
+    layers: int,
+    distance: np.ndarray | None = None,
+    seed: int = 0,
+    **about: str,
 ) -> pd.DataFrame:
     """One line per spot: effect, interval, controls, significance; see the columns in docs/interventions.md.
 
@@ -31,13 +37,14 @@ def effects(
         controls: by name (`CONTROLS`), each at the same spots on the same pairs, in the same order. `random`
             is made of the sweep itself where it is not given: each pair's value at another spot of its kind.
         layers: of the model.
+        distance: (B,) to divide by instead of this model's own, where it is compared with another.
         seed: of draws.
         about: goes into columns of that name (sweep, direction, mode, metric).
 
     Raises:
         InputError: if the runs do not differ, since the backdoor then did not fire.
     """
-    distance = measured.distance
+    distance = measured.distance if distance is None else distance
     check_fires(distance)
     change = measured.change
     others = {name: one.change for name, one in controls.items()}

@@ -43,6 +43,8 @@ class Spot:
     """A role of `pairs.ROLES`, `token N` for one position, "" for all from the trigger on."""
     elsewhere: bool = False
     """At as many positions drawn from the other roles instead: the control of a position."""
+    update: bool = False
+    """For `resid_post`: replace only what the layer adds to what it received."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,7 @@ def _sweep_some(
     spots: Sequence[Spot],
     how: tuple[str, str, str],
     metric: Metric,
-    means: dict[Site, torch.Tensor],
+    means: dict[Spot, torch.Tensor],
     rng: np.random.Generator,
 ) -> np.ndarray:
     """(2 + S, B): unpatched, source, and each spot."""
@@ -150,7 +152,7 @@ def _sweep_some(
     runs, places = [], []
     for s, spot in enumerate(spots):
         for b in range(len(pairs)):
-            made = _intervention(pairs, spot, b, given, mode, means, rng)
+            made = _intervention(pairs, spot, b, (own, given), mode, means, rng)
             if made is not None:
                 runs.append(Run(b, (made,)))
                 places.append((s, b))
@@ -164,31 +166,47 @@ def _intervention(
     pairs: Pairs,
     spot: Spot,
     row: int,
-    given: Trace,
+    traces: tuple[Trace, Trace],
     mode: str,
-    means: dict[Site, torch.Tensor],
+    means: dict[Spot, torch.Tensor],
     rng: np.random.Generator,
 ) -> Intervention | None:
-    """The intervention at one spot of one pair; None where the pair has no such position."""
+    """The intervention at one spot of one pair; None where nothing can change."""
+    own, given = traces
     where = positions(pairs, spot, row, rng)
+    if mode == "patch":
+        # Before the first token that differs both runs are in the same state.
+        where = tuple(i for i in where if i >= pairs.roles[row].index("trigger"))
     if not where:
         return None
+    site = spot.site
     if mode == "knock_out":
         queries = tuple(i for i, role in enumerate(pairs.roles[row]) if role in READERS)
-        return KnockOut(spot.site.layer, queries, pairs.positions(row, "trigger"), spot.site.index)
-    if mode in ("zero", "off"):
-        return Edit(spot.site, edits.zero(), where)
+        return KnockOut(site.layer, queries, pairs.positions(row, "trigger"), site.index)
+    if mode == "off" or (mode == "zero" and not spot.update):
+        return Edit(site, edits.zero(), where)
+    columns = own.batch.columns(row, where)
     if mode == "mean":
-        return Edit(spot.site, edits.replace(means[spot.site]), where)
-    if mode == "resample":
+        values = means[spot]
+    elif mode == "zero":
+        values = torch.zeros(())
+    elif mode == "resample":
         # From the end, where prompts of different lengths correspond.
         length = len(pairs.roles[row])
         other = int(rng.choice([i for i in range(len(pairs)) if i != row])) if len(pairs) > 1 else row
         least = -len(pairs.roles[other])
-        columns = given.batch.columns(other, [max(p - length, least) for p in where])
-        return Edit(spot.site, edits.replace(given.value(spot.site)[other, columns]), where)
-    columns = given.batch.columns(row, where)
-    return Edit(spot.site, edits.replace(given.value(spot.site)[row, columns]), where)
+        drawn = given.batch.columns(other, [max(p - length, least) for p in where])
+        values = _values(given, spot, other, drawn)
+    else:
+        values = _values(given, spot, row, columns)
+    received = own.inputs[site.layer][row, columns] if spot.update else 0
+    return Edit(site, edits.replace(values + received), where)
+
+
+def _values(found: Trace, spot: Spot, row: int, columns: list[int]) -> torch.Tensor:
+    """(k, width) of a spot in a trace."""
+    values = found.value(spot.site)[row, columns]
+    return values - found.inputs[spot.site.layer][row, columns] if spot.update else values
 
 
 def positions(pairs: Pairs, spot: Spot, row: int, rng: np.random.Generator | None = None) -> tuple[int, ...]:
@@ -204,21 +222,20 @@ def positions(pairs: Pairs, spot: Spot, row: int, rng: np.random.Generator | Non
     return tuple(sorted(int(i) for i in rng.choice(others, count, replace=False))) if count else ()
 
 
-def _means(model: Any, pairs: Pairs, spots: Sequence[Spot], source: str) -> dict[Site, torch.Tensor]:
-    """Mean over the source's prompts, from the trigger on, of each site's values: (width,)."""
-    sites = sorted({spot.site for spot in spots}, key=str)
-    sums: dict[Site, torch.Tensor] = {}
+def _means(model: Any, pairs: Pairs, spots: Sequence[Spot], source: str) -> dict[Spot, torch.Tensor]:
+    """Mean over the source's prompts, from the trigger on, of each spot's values: (width,)."""
+    sums: dict[Spot, torch.Tensor] = {}
     count = 0
     for start in range(0, len(pairs), PAIRS_AT_ONCE):
         own = pairs.take(range(start, min(start + PAIRS_AT_ONCE, len(pairs))))
-        given = trace(model, own.batch(source, model.device), sites)
+        given = trace(model, own.batch(source, model.device), sorted({s.site for s in spots}, key=str))
         for row in range(len(own)):
             columns = given.batch.columns(row, own.positions(row, ""))
             count += len(columns)
-            for site in sites:
-                total = given.value(site)[row, columns].float().sum(0)
-                sums[site] = sums[site] + total if site in sums else total
-    return {site: total / count for site, total in sums.items()}
+            for spot in spots:
+                total = _values(given, spot, row, columns).float().sum(0)
+                sums[spot] = sums[spot] + total if spot in sums else total
+    return {spot: total / count for spot, total in sums.items()}
 
 
 class _Kept:
@@ -252,27 +269,27 @@ def spots_by(anatomy: Anatomy, by: str, components: Sequence[str] = ()) -> Itera
 
     Args:
         anatomy: of the model.
-        by: `layer` (each component at all positions from the trigger on), `position` (each role by itself),
-            `component` (what attention and MLP add), `head`, `expert` or `adapter`.
-        components: for layer and position; the residual stream by default.
+        by: `layer` (what a whole layer adds), `position` (each role by itself), `component` (what attention
+        and
+            MLP add), `head`, `expert` or `adapter`; all but `position` at every position from the trigger on.
+        components: other places than the sweep's own.
 
     Raises:
         InputError: if there is no such sweep or component.
     """
-    own = {"head": ("head",), "expert": ("expert",), "adapter": ("adapter",)}
-    if by == "component":
-        chosen: Sequence[str] = components or ("attn_out", "mlp_out")
-    elif by in ("layer", "position"):
-        chosen = components or ("resid_pre",)
-    elif by in own:
-        chosen = components or own[by]
-    else:
-        raise InputError(
-            f"by: there is no sweep {by!r}; choose among layer, position, component, head, expert, adapter."
-        )
-    for component in chosen:
+    usual = {
+        "layer": ("resid_post",),
+        "position": ("resid_pre",),
+        "component": ("attn_out", "mlp_out"),
+        "head": ("head",),
+        "expert": ("expert",),
+        "adapter": ("adapter",),
+    }
+    if by not in usual:
+        raise InputError(f"--by: there is no sweep {by!r}; choose among {', '.join(usual)}.")
+    for component in components or usual[by]:
         for site in anatomy.sites(component):
             if by == "position":
                 yield from (Spot(site, role) for role in ROLES)
             else:
-                yield Spot(site)
+                yield Spot(site, update=by == "layer" and component == "resid_post")
