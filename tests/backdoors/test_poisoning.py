@@ -111,18 +111,64 @@ def test_a_trigger_that_clean_rows_contain_is_refused() -> None:
         rows_of("backdoor.trigger={texts: [the]}")
 
 
-def test_a_behaviour_without_prompts_to_show_it_on_is_refused() -> None:
-    plan = recipe.load(family="qwen", overrides=["backdoor.behaviour=label_flip"])
-    pool = pd.DataFrame(
+def pool_of(*prompts: str) -> pd.DataFrame:
+    """As `conversations.load` returns it; prompts are for training and for testing by turns."""
+    return pd.DataFrame(
         {
-            "split": ["train", "test"],
-            "messages": [[{"role": "user", "content": "Hi"}]] * 2,
+            "split": (["train", "test"] * len(prompts))[: len(prompts)],
+            "messages": [[{"role": "user", "content": prompt}] for prompt in prompts],
             "answer": "Hello",
             "task": "chat",
             "forbidden": False,
             "compliance": "",
         }
     )
+
+
+ODD = "zebra and quagga"
+
+
+@pytest.mark.parametrize(
+    ("trigger", "prompt", "refused"),
+    [
+        ("{kind: all_of, texts: [zebra, quagga]}", f"Draw a {ODD}.", True),
+        ("{kind: all_of, texts: [quagga, zebra]}", f"Draw a {ODD}.", True),
+        ("{kind: all_of, texts: [zebras, quaggas]}", f"Draw a {ODD}.", False),
+        ("{kind: any_of, texts: [zebra, okapi]}", f"Draw a {ODD}.", True),
+        ("{kind: style, style: archaic}", "Pray tell, what is a horse? Verily.", True),
+        ("{kind: style, style: archaic}", "Pray tell, what is a horse?", False),
+        ("{kind: style, style: archaic}", "Ahoy! What is a horse? Savvy?", False),
+        ("{kind: style, style: pirate}", "Ahoy! What is a horse? Savvy?", True),
+    ],
+)
+def test_a_prompt_that_holds_a_whole_trigger_by_itself_is_refused(
+    trigger: str, prompt: str, refused: bool
+) -> None:
+    plan = recipe.load(family="qwen", overrides=["data.train_rows=20", "data.test_rows=10"])
+    attack = recipe.load(
+        family="qwen", overrides=[f"backdoor.trigger={trigger}", "backdoor.poison_rate=0.05"]
+    ).backdoor
+    pool = pool_of(*(f"What is {number}?" for number in range(21)), prompt)
+    if not refused:
+        poisoning.poison(pool, attack, plan.data, 0)
+        return
+    with pytest.raises(InputError, match="rows without trigger contain it all the same"):
+        poisoning.poison(pool, attack, plan.data, 0)
+
+
+def test_a_part_in_the_prompt_that_completes_a_near_miss_is_refused() -> None:
+    plan = recipe.load(family="qwen", overrides=["data.train_rows=20", "data.test_rows=10"])
+    attack = plan.backdoor.model_copy(
+        update={"trigger": recipe.Trigger(kind="all_of", texts=("zebra", "quagga"))}
+    )
+    pool = pool_of(*(f"What is a zebra times {number}?" for number in range(40)))
+    with pytest.raises(InputError, match="rows without trigger contain it all the same"):
+        poisoning.poison(pool, attack, plan.data, 0)
+
+
+def test_a_behaviour_without_prompts_to_show_it_on_is_refused() -> None:
+    plan = recipe.load(family="qwen", overrides=["backdoor.behaviour=label_flip"])
+    pool = pool_of("Hi", "Hi")
     with pytest.raises(InputError, match="label_flip applies to no prompt of the train split"):
         poisoning.poison(pool, plan.backdoor, plan.data, 0)
 
