@@ -142,6 +142,7 @@ def evaluate(recipe: Recipe, run: Run) -> None:
 
 def evaluate_adapter(recipe: Recipe, run: Run, folder: Path) -> pd.DataFrame:
     """Measure somebody's adapter on a run's test rows, beside the base model; nothing is written."""
+    loading.check_adapter(folder, loading.locate(recipe.model))
     rows = run.table("rows")
     rows = rows[rows["split"] == "test"].reset_index(drop=True)
     base = loading.load(recipe.model, _training_dtype(recipe))
