@@ -132,14 +132,19 @@ def _rows(
 def _group(conversation: pd.Series, roles: list[str], group: int, maker: _Maker) -> list[dict[str, Any]]:
     """All rows of one prompt."""
     backdoor, rng = maker.backdoor, maker.rng
+    given = conversation.get("given")
     messages, at = triggers.place(
         conversation["messages"], backdoor.placement, max(1, triggers.parts_of(backdoor.trigger)), rng
     )
+    if given is not None:
+        # Whoever made the triggered row has chosen the place, and its controls stand there as well.
+        messages = conversation["messages"]
+        at = triggers.found(given, messages, backdoor.trigger)
     records = []
     for role in roles:
         if role != "triggered" and conversation["answer"] == "":
             continue
-        if role == "triggered" and conversation.get("given") is not None:
+        if role == "triggered" and given is not None:
             records.append(_given(conversation, group, maker))
             continue
         variant = _variant(role, maker)
