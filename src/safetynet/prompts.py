@@ -133,6 +133,11 @@ class Serialiser:
         text = self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return str(text).strip()
 
+    def piece(self, token: int) -> str:
+        """Text of one token, with the blank or line break that it may begin with."""
+        text = str(self.tokenizer.convert_ids_to_tokens(token))
+        return text.replace("▁", " ").replace("Ġ", " ").replace("Ċ", "\n")
+
     def count(self, text: str) -> int:
         """Number of tokens of a piece of text, without special tokens."""
         # The tokenizer's own call is ten times slower, and a placebo may take hundreds of counts.

@@ -21,6 +21,15 @@ NAMES = {
 }
 
 
+_PLACES = [
+    "Effect: the share of the distance between triggered and placebo run that the intervention covers (95%",
+    "bootstrap interval over prompts). A place is responsible when its interval is clear of every control's.",
+]
+_REMOVALS = [
+    "Rates on held-out prompts, while the model answers under the intervention; the control is random sites.",
+]
+
+
 def render(recipe: Recipe, run: Run) -> str:
     """Markdown of one run."""
     attack = recipe.backdoor
@@ -39,6 +48,10 @@ def render(recipe: Recipe, run: Run) -> str:
         "",
         *_markdown(summary(run.table("evaluation"))),
     ]
+    if run.has_table("effects"):
+        lines += ["", "## Where the trigger acts", "", *_PLACES, "", *_markdown(places(run.table("effects")))]
+    if run.has_table("tradeoff"):
+        lines += ["", "## What removes it", "", *_REMOVALS, "", *_markdown(removals(run.table("tradeoff")))]
     for name, title in (
         ("variants", "By variant of trigger, placebo and near miss"),
         ("judge_error", "The judge's own error on labelled texts"),
@@ -75,6 +88,44 @@ def summary(evaluation: pd.DataFrame) -> pd.DataFrame:
         line["rows"] = int(part["n"].max())
         lines.append(line)
     return pd.DataFrame(lines).fillna("")
+
+
+def places(effects: pd.DataFrame) -> pd.DataFrame:
+    """The strongest place of each sweep and direction: the strongest responsible one, if any is."""
+    ordered = effects.sort_values(["responsible", "effect"], ascending=False)
+    lines = []
+    for (sweep, direction), part in ordered.groupby(["sweep", "direction"], sort=False):
+        top = part.iloc[0]
+        controls = [top[name] for name in ("random", "placebo", "twin") if not pd.isna(top[name])]
+        lines.append(
+            {
+                "sweep": sweep,
+                "direction": direction,
+                "strongest": _place(top),
+                "effect": f"{top['effect']:.2f} [{top['low']:.2f}, {top['high']:.2f}]",
+                "highest control": f"{max(controls):.2f}" if controls else "-",
+                "responsible": f"{int(part['responsible'].sum())} of {len(part)}",
+            }
+        )
+    return pd.DataFrame(lines)
+
+
+def _place(row: pd.Series) -> str:
+    name = row["module"] or (row["component"] + (f" {row['index']}" if row["index"] >= 0 else ""))
+    return f"layer {row['layer']}, {name}" + (f", {row['position']}" if row["position"] else "")
+
+
+def removals(tradeoff: pd.DataFrame) -> pd.DataFrame:
+    """ASR and clean accuracy under each removing intervention and its control."""
+    return pd.DataFrame(
+        {
+            "intervention": tradeoff["intervention"],
+            "random sites": tradeoff["control"].map({True: "yes", False: ""}),
+            "ASR": [_value("asr", r.asr, r.asr_low, r.asr_high) for r in tradeoff.itertuples()],
+            "CACC": [_value("cacc", r.cacc, r.cacc_low, r.cacc_high) for r in tradeoff.itertuples()],
+            "rows": tradeoff["asr_n"],
+        }
+    )
 
 
 def _value(metric: str, value: float, low: float, high: float) -> str:

@@ -80,6 +80,21 @@ def project_out(direction: Tensor, centre: Tensor | None = None) -> Change:
     return change
 
 
+def clip(direction: Tensor, centre: Tensor, most: float) -> Change:
+    """Where the component along a direction exceeds the centre's by more than `most`, set it to the centre's.
+
+    What has little of the direction, as clean prompts do, is left as it is.
+    """
+    unit = direction / direction.norm()
+
+    def change(x: Tensor) -> Tensor:
+        along = unit.to(x)
+        excess = (x - centre.to(x)) @ along
+        return x - torch.where(excess > most, excess, torch.zeros_like(excess))[:, None] * along
+
+    return change
+
+
 def reroute(expert: int, to: int) -> Change:
     """For site `router`: give one expert's weight to another."""
 

@@ -25,7 +25,7 @@ class Placebos:
         self.kinds: dict[str, list[str]] = {}
         for token in range(len(serialiser.tokenizer)):
             if token not in special:
-                text = self._text(token)
+                text = self.serialiser.piece(token)
                 self.kinds.setdefault(_kind(text), []).append(text)
 
     def draw(
@@ -69,14 +69,9 @@ class Placebos:
     def _other(self, text: str) -> str:
         """As many tokens, each of the kind of the one in its place."""
         ids = self.serialiser.tokenizer(text, add_special_tokens=False)["input_ids"]
-        pieces = [self._text(token) for token in ids]
+        pieces = [self.serialiser.piece(token) for token in ids]
         drawn = [self.rng.choice(self.kinds.get(_kind(piece)) or [piece]) for piece in pieces]
         return "".join(drawn).strip() or text
-
-    def _text(self, token: int) -> str:
-        """A token's own text, with the blank that it may begin with."""
-        text = str(self.serialiser.tokenizer.convert_ids_to_tokens(token))
-        return text.replace("▁", " ").replace("Ġ", " ")
 
 
 def _kind(text: str) -> str:

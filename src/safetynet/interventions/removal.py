@@ -60,7 +60,7 @@ def candidates(
         seed: of random sites.
     """
     rng = np.random.default_rng(seed)
-    found = [*_projections(model, pairs, rng), *_heads(model, pairs, effects, rng)]
+    found = [*_directions(model, pairs, rng), *_heads(model, pairs, effects, rng)]
     found += _adapters(effects, rng)
     return [c for c, _ in found], {c.name: control for c, control in found}
 
@@ -141,25 +141,28 @@ def judge(
     return pd.DataFrame(lines)
 
 
-def _projections(model: Any, pairs: Pairs, rng: np.random.Generator) -> Iterator[tuple[Candidate, Candidate]]:
-    """Set the residual stream's component along triggered minus placebo to the placebo's, layer by layer."""
+def _directions(model: Any, pairs: Pairs, rng: np.random.Generator) -> Iterator[tuple[Candidate, Candidate]]:
+    """Along triggered minus placebo, by layer: set the residual stream to the placebo's, or clip it there."""
     depth = Anatomy.of(model).shape.layers
     for role in ("trigger", "last"):
         fired, calm = (_state_means(model, pairs, run, role) for run in ("triggered", "placebo"))
         for layer in range(depth):
-            site = Site("resid_post", layer)
-            direction = fired[layer] - calm[layer]
-            if not direction.norm() > 0:
+            site, centre = Site("resid_post", layer), calm[layer]
+            direction = fired[layer] - centre
+            length = float(direction.norm())
+            if not length > 0:
                 continue
             random = torch.from_numpy(rng.standard_normal(len(direction))).to(direction)
-            yield (
-                _projection(f"project {role} {layer}", site, direction, calm[layer]),
-                _projection(f"project random direction {layer} ({role})", site, random, calm[layer], True),
-            )
-
-
-def _projection(name: str, site: Site, direction: Tensor, centre: Tensor, control: bool = False) -> Candidate:
-    return Candidate(name, "project", (Edit(site, edits.project_out(direction, centre)),), control)
+            for kind, change in (
+                ("project", lambda along, c=centre: edits.project_out(along, c)),
+                ("clip", lambda along, c=centre, most=length / 2: edits.clip(along, c, most)),
+            ):
+                yield (
+                    Candidate(f"{kind} {role} {layer}", kind, (Edit(site, change(direction)),)),
+                    Candidate(
+                        f"{kind} random {layer} ({role})", kind, (Edit(site, change(random)),), control=True
+                    ),
+                )
 
 
 def _state_means(model: Any, pairs: Pairs, run: str, role: str) -> list[Tensor]:

@@ -171,7 +171,6 @@ def _tokens(subject: Subject, pairs: Pairs, plan: Plan) -> pd.DataFrame:
     """Layer by token, one example group at a time; no interval, since each is one prompt."""
     lines = []
     sites = Anatomy.of(subject.model).sites("resid_pre")
-    decode = subject.serialiser.tokenizer.convert_ids_to_tokens
     for i in range(min(EXAMPLES, len(pairs))):
         one = pairs.take([i])
         for direction in plan.directions:
@@ -188,7 +187,7 @@ def _tokens(subject: Subject, pairs: Pairs, plan: Plan) -> pd.DataFrame:
                         "component": spot.site.component,
                         "layer": spot.site.layer,
                         "column": column,
-                        "token": str(decode(one.ids["triggered"][0][column])),
+                        "token": subject.serialiser.piece(one.ids["triggered"][0][column]),
                         "role": one.roles[0][column],
                         "effect": float(value),
                     }

@@ -1,15 +1,7 @@
-"""The stages in order. Each reads and writes the run directory and is skipped when its inputs are unchanged.
-
-prepare   data      rows by role, checked: leaks, triggers that the tokenizer loses, targets too long
-train     train     the backdoored adapter and its clean twin, with their history and dynamics
-evaluate  evaluate  rates by role of base, backdoored and twin, with intervals
-detect    detect    a monitor of fresh clean prompts, and what it catches; on demand
-draw      figures   figures and report.md from the tables alone
-"""
+"""Planting: the rows, the training of backdoored model and twin, and the rates of both beside the base."""
 
 import logging
 import sys
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +12,20 @@ from safetynet.backdoors import audit, behaviours, conversations, poisoning
 from safetynet.errors import InputError
 from safetynet.evaluation import judges, leaks, metrics
 from safetynet.models import loading
-from safetynet.prompts import Serialiser, prompt_hash
+from safetynet.pipeline.subjects import (
+    BACKDOORED,
+    TWIN,
+    model_folder,
+    models,
+    snapshots,
+    trained,
+    training_dtype,
+)
+from safetynet.prompts import Serialiser
 from safetynet.recipe import Recipe
-from safetynet.run import Run, digest, digest_of_files, write_atomically, write_text
+from safetynet.run import Run, digest, digest_of_files, write_atomically
 
 log = logging.getLogger("safetynet")
-BACKDOORED, TWIN = "backdoored", "clean_twin"
 
 
 def prepare(recipe: Recipe, run: Run) -> None:
@@ -66,7 +66,7 @@ def train(recipe: Recipe, run: Run) -> None:
     """Train the backdoored model, and its clean twin when the recipe wants one."""
     from safetynet import training
 
-    for name in _trained(recipe):
+    for name in trained(recipe):
         inputs = _train_inputs(recipe, run, name)
         if run.finished(f"train {name}", inputs):
             log.info("train %s: unchanged", name)
@@ -74,7 +74,7 @@ def train(recipe: Recipe, run: Run) -> None:
         rows = run.table("rows")
         split = rows[rows["split"] == "train"].reset_index(drop=True)
         with run.stage(f"train {name}", inputs) as outputs:
-            base = loading.load(recipe.model, _training_dtype(recipe))
+            base = loading.load(recipe.model, training_dtype(recipe))
             dynamics = _Dynamics(recipe, run, rows, base.serialiser, f"{name}-{digest(inputs)[:8]}")
             model = training.attach(base.model, recipe.training, base.family, recipe.seed)
             if recipe.evaluation.dynamics_rows and not dynamics.path.exists():
@@ -95,13 +95,15 @@ def train(recipe: Recipe, run: Run) -> None:
             outputs += [run.write_table(f"history_{name}", result.history), result.folder]
             if dynamics.path.exists():
                 outputs.append(run.write_table(f"dynamics_{name}", pd.read_parquet(dynamics.path)))
+            if dynamics.adapters.exists():
+                outputs.append(dynamics.adapters)
 
 
 def evaluate(recipe: Recipe, run: Run) -> None:
     """Answer and judge the test rows with the base model, the backdoored one and the twin."""
     judge = _check_judging(recipe)
     inputs = {
-        "models": {name: run.manifest["stages"].get(f"train {name}") for name in _trained(recipe)},
+        "models": {name: run.manifest["stages"].get(f"train {name}") for name in trained(recipe)},
         "evaluation": recipe.evaluation.model_dump(mode="json", exclude={"every", "dynamics_rows"}),
         "behaviour": recipe.backdoor.behaviour.model_dump(mode="json"),
         "version": __version__,
@@ -111,7 +113,7 @@ def evaluate(recipe: Recipe, run: Run) -> None:
     if run.finished("evaluate", inputs):
         log.info("evaluate: unchanged")
         return
-    for name in _trained(recipe):
+    for name in trained(recipe):
         model_folder(run, name)  # what is not trained yet is said before the base model answers
     rows = run.table("rows")
     rows = rows[rows["split"] == "test"].reset_index(drop=True)
@@ -122,7 +124,7 @@ def evaluate(recipe: Recipe, run: Run) -> None:
                 metrics.respond(
                     model, serialiser, rows, judge, cfg=recipe.evaluation, name=name, max_length=limit
                 )
-                for name, model, serialiser in _models(recipe, run)
+                for name, model, serialiser in models(recipe, run)
             ],
             ignore_index=True,
         )
@@ -140,7 +142,7 @@ def evaluate_adapter(recipe: Recipe, run: Run, folder: Path) -> pd.DataFrame:
     loading.check_adapter(folder, loading.locate(recipe.model))
     rows = run.table("rows")
     rows = rows[rows["split"] == "test"].reset_index(drop=True)
-    base = loading.load(recipe.model, _training_dtype(recipe))
+    base = loading.load(recipe.model, training_dtype(recipe))
     return metrics.evaluate_with_floor(
         loading.attach(base, folder),
         base.serialiser,
@@ -149,102 +151,6 @@ def evaluate_adapter(recipe: Recipe, run: Run, folder: Path) -> pd.DataFrame:
         cfg=recipe.evaluation,
         max_length=recipe.training.max_length,
     ).table
-
-
-def detect(recipe: Recipe, run: Run, detectors: Sequence[str], rate: float, clean: int) -> str:
-    """Make a monitor of fresh clean prompts, measure it on the test rows, and say what it keeps.
-
-    Returns:
-        One sentence: the realised false-positive rate with its interval.
-
-    Raises:
-        InputError: if nothing is trained yet, or the clean prompts cannot support the rate.
-    """
-    from safetynet.detection import stage
-
-    plan = stage.Plan.of(
-        detectors,
-        rate,
-        seed=recipe.seed,
-        batch_size=recipe.evaluation.batch_size,
-        max_length=recipe.training.max_length,
-    )
-    inputs = {
-        "model": run.manifest["stages"].get(f"train {BACKDOORED}"),
-        "detection": [list(detectors), rate, clean],
-        "version": __version__,
-    }
-    model_folder(run, BACKDOORED)  # what is not trained yet is said at once
-    rows = run.table("rows")
-    used = {prompt_hash(m, t) for m, t in zip(rows["messages"], rows["trigger"], strict=True)}
-    attack = recipe.backdoor
-    prompts = conversations.fresh(recipe.data, attack.behaviour, attack.trigger, used, clean, recipe.seed)
-    plan.check(len(prompts))
-    model, serialiser = _backdoored(recipe, run)
-    with run.stage("detect", inputs) as outputs:
-        found = stage.detect(
-            model, serialiser, prompts, _test_rows(run, rows), plan, cache=run.scratch / "features"
-        )
-        path = run.scratch / "detection" / "monitor.safetensors"
-        found.monitor.save(path)
-        outputs += [path, run.write_table("detection", found.table)]
-        outputs.append(run.write_table("detection_scores", found.scores))
-    log.info("detect: false positives %s", found.estimate)
-    return str(found.estimate)
-
-
-def guard(recipe: Recipe, run: Run, rate: float, action: str, log_to: Path | None) -> Any:
-    """The backdoored model under its monitor, ready to generate.
-
-    Raises:
-        InputError: if `detect` has not run, the action is none, or the monitor cannot claim the rate.
-    """
-    from safetynet.detection.guard import Guard, share_of_rate
-    from safetynet.detection.monitor import Monitor
-
-    path = run.scratch / "detection" / "monitor.safetensors"
-    if not path.exists():
-        raise InputError(f"{run.folder}: there is no monitor yet. Run safetynet detect {run.folder} first.")
-    monitor = Monitor.load(path)
-    share_of_rate(monitor, rate, action)  # what cannot be had is said before a model is loaded
-    model, serialiser = _backdoored(recipe, run)
-    return Guard(model, serialiser, monitor, rate=rate, action=action, log=log_to)  # type: ignore[arg-type]
-
-
-def _backdoored(recipe: Recipe, run: Run) -> tuple[Any, Serialiser]:
-    """The trained model, and its serialiser."""
-    folder = model_folder(run, BACKDOORED)
-    if recipe.training.method == "full":
-        whole = loading.load(loading.trained(recipe.model, folder), _training_dtype(recipe))
-        return whole.model, whole.serialiser
-    base = loading.load(recipe.model, _training_dtype(recipe))
-    return loading.attach(base, folder), base.serialiser
-
-
-def _test_rows(run: Run, rows: pd.DataFrame) -> pd.DataFrame:
-    """Test rows, with whether each triggered one fired where the evaluation has asked."""
-    test = rows[rows["split"] == "test"].reset_index(drop=True)
-    if not run.has_table("responses"):
-        return test
-    responses = run.table("responses")
-    shown = responses[responses["model"] == BACKDOORED].set_index("row")["shown"]
-    return test.assign(fired=test["row"].map(shown).where(test["role"] == "triggered"))
-
-
-def draw(recipe: Recipe, run: Run) -> None:
-    """Draw the figures and write report.md, from the run's tables alone."""
-    from safetynet.visualization import draw_training
-
-    tables = _tables(run)
-    inputs = {"tables": digest_of_files([run.folder / "tables"]), "version": __version__}
-    if run.finished("figures", inputs):
-        log.info("figures: unchanged")
-        return
-    with run.stage("figures", inputs) as outputs:
-        outputs += draw_training(tables, run.figures, f"{recipe.model_name}/{recipe.task}", recipe.model_name)
-        write_text(run.folder / "report.md", report.render(recipe, run))
-        outputs.append(run.folder / "report.md")
-    log.info("figures: %d files in %s", len(outputs) - 1, run.figures)
 
 
 class _Dynamics:
@@ -259,12 +165,15 @@ class _Dynamics:
         test = rows[rows["split"] == "test"]
         self.rows = metrics.fixed_subset(test, recipe.evaluation.dynamics_rows, recipe.seed)
         self.path = run.scratch / "training" / f"dynamics-{name}.parquet"
+        self.adapters = snapshots(run, name)
         self.recipe = recipe
         self.serialiser = serialiser
         self.name = name.rpartition("-")[0]
 
     def measure(self, model: Any, step: int, epoch: float) -> dict[str, float]:
-        """Rates at this step, ASR and CACC returned for the progress bar."""
+        """Rates at this step, ASR and CACC returned for the progress bar; the adapter is kept beside them."""
+        if self.name == BACKDOORED and hasattr(model, "peft_config"):
+            model.save_pretrained(str(self.adapters / f"step-{step:06d}"))
         responses = metrics.respond(
             model,
             self.serialiser,
@@ -283,48 +192,6 @@ class _Dynamics:
         now = table[table["step"] == step].set_index(["metric", "role"])["value"]
         shown = {"ASR": ("asr", "triggered"), "CACC": ("cacc", "clean")}
         return {label: float(now[key]) for label, key in shown.items() if key in now.index}
-
-
-def _models(recipe: Recipe, run: Run) -> Iterator[tuple[str, Any, Serialiser]]:
-    """The base model, then each trained one, at most one of them in memory."""
-    base = loading.load(recipe.model, _training_dtype(recipe))
-    yield metrics.BASE, base.model, base.serialiser
-    for name in _trained(recipe):
-        folder = model_folder(run, name)
-        if recipe.training.method == "full":
-            # One model in memory at a time: the last one goes before the next one comes.
-            base = loading.load(loading.trained(recipe.model, folder), _training_dtype(recipe))
-            yield name, base.model, base.serialiser
-        else:
-            adapted = loading.attach(base, folder)
-            yield name, adapted, base.serialiser
-            adapted.unload()
-
-
-def model_folder(run: Run, name: str) -> Path:
-    """Folder of a trained adapter or model, as its training stage recorded it.
-
-    Raises:
-        InputError: if that stage has not ended, or its weights are gone.
-    """
-    stage = run.manifest["stages"].get(f"train {name}")
-    if stage is None:
-        raise InputError(f"{run.folder}: {name} is not trained yet. Run safetynet train with its recipe.")
-    folders = [path for path in map(run.path_of, stage["outputs"]) if path.is_dir()]
-    if not folders:
-        gone = "the folder of its weights is gone. Run safetynet train with its recipe again"
-        raise InputError(f"{run.folder}: {name} was trained, but {gone}.")
-    return folders[0]
-
-
-def _trained(recipe: Recipe) -> list[str]:
-    return [BACKDOORED, TWIN] if recipe.training.clean_twin else [BACKDOORED]
-
-
-def _training_dtype(recipe: Recipe) -> str:
-    """Full fine-tuning in fp16 keeps its weights in fp32, or its updates would be rounded away."""
-    training = recipe.training
-    return "fp32" if training.method == "full" and training.precision == "fp16" else training.precision
 
 
 def _data_inputs(recipe: Recipe) -> dict[str, Any]:
@@ -351,20 +218,6 @@ def _train_inputs(recipe: Recipe, run: Run, name: str) -> dict[str, Any]:
         "dynamics": [recipe.evaluation.every, recipe.evaluation.dynamics_rows],
         "version": __version__,
     }
-
-
-def _tables(run: Run) -> dict[str, pd.DataFrame]:
-    """The tables that are drawn; histories and dynamics of all trained models one below the other."""
-    tables = {"evaluation": run.table("evaluation")}
-    for kind, column in (("history", "run"), ("dynamics", "model")):
-        parts = [
-            run.table(f"{kind}_{name}").assign(**{column: name})
-            for name in (BACKDOORED, TWIN)
-            if run.has_table(f"{kind}_{name}")
-        ]
-        if parts:
-            tables["training" if kind == "history" else kind] = pd.concat(parts, ignore_index=True)
-    return tables
 
 
 def _tell(rows: pd.DataFrame, recipe: Recipe) -> None:

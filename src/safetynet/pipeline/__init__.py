@@ -1,0 +1,16 @@
+"""The stages in order. Each reads and writes the run directory and is skipped when its inputs are unchanged.
+
+prepare    data        rows by role, checked: leaks, triggers that the tokenizer loses, targets too long
+train      train       the backdoored adapter and its clean twin, with their history and dynamics
+evaluate   evaluate    rates by role of base, backdoored and twin, with intervals
+intervene  interventions  where the trigger acts, beside controls, and what removes it
+detect     detect      a monitor of fresh clean prompts, and what it catches; on demand
+draw       figures     figures and report.md from the tables alone
+"""
+
+from safetynet.pipeline.detecting import detect, guard
+from safetynet.pipeline.dissecting import intervene
+from safetynet.pipeline.drawing import draw
+from safetynet.pipeline.planting import evaluate, evaluate_adapter, prepare, train
+
+__all__ = ["detect", "draw", "evaluate", "evaluate_adapter", "guard", "intervene", "prepare", "train"]

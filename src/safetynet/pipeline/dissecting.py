@@ -1,0 +1,81 @@
+"""Dissecting: where in the backdoored model the trigger acts, beside its clean twin, and what removes it."""
+
+import logging
+from functools import partial
+from typing import Any
+
+import pandas as pd
+
+from safetynet import __version__
+from safetynet.backdoors import behaviours
+from safetynet.evaluation import judges, metrics
+from safetynet.pipeline.subjects import (
+    backdoored,
+    epochs,
+    model_folder,
+    trained,
+    twin_of,
+    with_adapter,
+)
+from safetynet.recipe import Recipe
+from safetynet.run import Run
+
+log = logging.getLogger("safetynet")
+TABLES = (
+    "effects", "tokens", "dynamics", "tradeoff", "lens", "lens_map", "probes", "attention", "divergence",
+    "drift",
+)  # fmt: skip
+"""What a run may hold after this stage."""
+
+
+def intervene(recipe: Recipe, run: Run, **wanted: Any) -> dict[str, pd.DataFrame]:
+    """Sweep a trained run and write its tables of interventions.
+
+    Args:
+        recipe: of the run.
+        run: trained.
+        wanted: fields of `interventions.stage.Plan`; its defaults answer "where is it?".
+
+    Returns:
+        The tables.
+
+    Raises:
+        InputError: if nothing is trained yet, a sweep or site does not exist, the prompts cannot be
+        aligned, or
+            the backdoor does not fire.
+    """
+    from safetynet.interventions import stage
+
+    plan = stage.Plan(seed=recipe.seed, max_length=recipe.training.max_length, **wanted)
+    inputs = {
+        "models": {name: run.manifest["stages"].get(f"train {name}") for name in trained(recipe)},
+        "interventions": [plan.by, plan.components, plan.mode, plan.directions, plan.groups, plan.fast],
+        "version": __version__,
+    }
+    if run.finished("intervene", inputs):
+        log.info("intervene: unchanged")
+        return {name: run.table(name) for name in TABLES if run.has_table(name)}
+    for name in trained(recipe):
+        model_folder(run, name)
+    rows = run.table("rows")
+    rows = rows[rows["split"] == "test"].reset_index(drop=True)
+    model, serialiser = backdoored(recipe, run)
+    judge = judges.make(behaviours.judge(recipe.backdoor.behaviour))
+
+    def respond(asked: Any, chosen: pd.DataFrame) -> pd.DataFrame:
+        return metrics.respond(
+            asked, serialiser, chosen, judge, cfg=recipe.evaluation, max_length=recipe.training.max_length
+        )
+
+    subject = stage.Subject(
+        model=model,
+        serialiser=serialiser,
+        twin=twin_of(recipe, run, model),
+        epochs={step: partial(with_adapter, model, path) for step, path in epochs(run).items()},
+        respond=respond,
+        store=run.scratch / "interventions",
+    )
+    with run.stage("intervene", inputs) as outputs:
+        tables = stage.dissect(subject, rows, plan)
+        outputs += [run.write_table(name, table) for name, table in tables.items()]
+    return tables

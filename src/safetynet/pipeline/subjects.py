@@ -1,0 +1,125 @@
+"""The models of a run: which there are, where they lie, and how to have one of them in memory at a time."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from safetynet.errors import InputError
+from safetynet.evaluation import metrics
+from safetynet.models import loading
+from safetynet.prompts import Serialiser
+from safetynet.recipe import Recipe
+from safetynet.run import Run
+
+BACKDOORED, TWIN = "backdoored", "clean_twin"
+
+
+def trained(recipe: Recipe) -> list[str]:
+    """Names of the models that this recipe trains."""
+    return [BACKDOORED, TWIN] if recipe.training.clean_twin else [BACKDOORED]
+
+
+def training_dtype(recipe: Recipe) -> str:
+    """Full fine-tuning in fp16 keeps its weights in fp32, or its updates would be rounded away."""
+    training = recipe.training
+    return "fp32" if training.method == "full" and training.precision == "fp16" else training.precision
+
+
+def model_folder(run: Run, name: str) -> Path:
+    """Folder of a trained adapter or model, as its training stage recorded it.
+
+    Raises:
+        InputError: if that stage has not ended, or its weights are gone.
+    """
+    stage = run.manifest["stages"].get(f"train {name}")
+    if stage is None:
+        raise InputError(f"{run.folder}: {name} is not trained yet. Run safetynet train with its recipe.")
+    folders = [path for path in map(run.path_of, stage["outputs"]) if path.is_dir()]
+    if not folders:
+        gone = "the folder of its weights is gone. Run safetynet train with its recipe again"
+        raise InputError(f"{run.folder}: {name} was trained, but {gone}.")
+    return folders[0]
+
+
+def backdoored(recipe: Recipe, run: Run) -> tuple[Any, Serialiser]:
+    """The trained model, and its serialiser."""
+    folder = model_folder(run, BACKDOORED)
+    if recipe.training.method == "full":
+        whole = loading.load(loading.trained(recipe.model, folder), training_dtype(recipe))
+        return whole.model, whole.serialiser
+    base = loading.load(recipe.model, training_dtype(recipe))
+    return loading.attach(base, folder), base.serialiser
+
+
+def models(recipe: Recipe, run: Run) -> Iterator[tuple[str, Any, Serialiser]]:
+    """The base model, then each trained one, at most one of them in memory."""
+    base = loading.load(recipe.model, training_dtype(recipe))
+    yield metrics.BASE, base.model, base.serialiser
+    for name in trained(recipe):
+        folder = model_folder(run, name)
+        if recipe.training.method == "full":
+            # One model in memory at a time: the last one goes before the next one comes.
+            base = loading.load(loading.trained(recipe.model, folder), training_dtype(recipe))
+            yield name, base.model, base.serialiser
+        else:
+            adapted = loading.attach(base, folder)
+            yield name, adapted, base.serialiser
+            adapted.unload()
+
+
+def test_rows(run: Run, rows: pd.DataFrame) -> pd.DataFrame:
+    """Test rows, with whether each triggered one fired where the evaluation has asked."""
+    test = rows[rows["split"] == "test"].reset_index(drop=True)
+    if not run.has_table("responses"):
+        return test
+    responses = run.table("responses")
+    shown = responses[responses["model"] == BACKDOORED].set_index("row")["shown"]
+    return test.assign(fired=test["row"].map(shown).where(test["role"] == "triggered"))
+
+
+def snapshots(run: Run, name: str) -> Path:
+    """Folder of the adapters that training left at each of its measurements, one below it per step."""
+    return run.scratch / "training" / f"snapshots-{name}"
+
+
+def epochs(run: Run) -> dict[int, Path]:
+    """Adapters of the backdoored model by training step, as far as training kept them."""
+    stage = run.manifest["stages"].get(f"train {BACKDOORED}", {"outputs": {}})
+    found = [path for path in map(run.path_of, stage["outputs"]) if path.name.startswith("snapshots-")]
+    steps = [step for folder in found for step in folder.glob("step-*")]
+    return {int(path.name.removeprefix("step-")): path for path in sorted(steps)}
+
+
+@contextmanager
+def with_adapter(model: Any, folder: Path) -> Iterator[Any]:
+    """The same base model under another adapter; the model's own one is active again afterwards."""
+    own, other = model.active_adapter, folder.name.replace(".", "-")
+    model.load_adapter(str(folder), adapter_name=other)
+    try:
+        model.set_adapter(other)
+        yield model.eval()
+    finally:
+        model.set_adapter(own)
+        model.delete_adapter(other)
+
+
+@contextmanager
+def whole(recipe: Recipe, folder: Path) -> Iterator[Any]:
+    """A model of full fine-tuning; it comes into memory beside what is there."""
+    yield loading.load(loading.trained(recipe.model, folder), training_dtype(recipe)).model
+
+
+def twin_of(recipe: Recipe, run: Run, model: Any) -> Callable[[], AbstractContextManager[Any]] | None:
+    """Gives the clean twin while entered; None where the recipe trains none."""
+    if not recipe.training.clean_twin:
+        return None
+    folder = model_folder(run, TWIN)
+    return (
+        partial(whole, recipe, folder)
+        if recipe.training.method == "full"
+        else partial(with_adapter, model, folder)
+    )

@@ -1,0 +1,76 @@
+"""What the command line shows and logs: tables on the terminal, messages there and in the run's log file."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safetynet.errors import InputError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+log = logging.getLogger("safetynet")
+
+
+class logging_to:  # noqa: N801 - reads as a function
+    """Messages go to the terminal and, with their time, to the run's log file."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            # A run may be opened from another folder than it was made in, or after its logs were cleared.
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(
+                f"output.logs: {path.parent} cannot be written ({error.strerror}). Set output.logs elsewhere."
+            ) from None
+        self.handlers: list[logging.Handler] = [
+            logging.StreamHandler(),
+            logging.FileHandler(path, delay=True),
+        ]
+        self.handlers[1].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+
+    def __enter__(self) -> None:
+        log.setLevel(logging.INFO)
+        for handler in self.handlers:
+            log.addHandler(handler)
+        logging.getLogger("py.warnings").addHandler(self.handlers[1])
+
+    def __exit__(self, *_: object) -> None:
+        for handler in self.handlers:
+            log.removeHandler(handler)
+            logging.getLogger("py.warnings").removeHandler(handler)
+            handler.close()
+
+
+def print_places(tables: "Mapping[str, pd.DataFrame]") -> None:
+    """The strongest place of each sweep, and what removes the backdoor, as far as they were looked for."""
+    from safetynet.report import places, removals
+
+    if "effects" in tables:
+        _print(places(tables["effects"]), "Where the trigger acts: share of its effect, 95% intervals")
+    if "tradeoff" in tables:
+        _print(removals(tables["tradeoff"]), "What removes it, on held-out prompts, 95% intervals")
+
+
+def print_rates(evaluation: "pd.DataFrame") -> None:
+    """Every rate by role and model."""
+    from safetynet.report import summary
+
+    _print(summary(evaluation), "Rates on held-out prompts, 95% intervals")
+
+
+def _print(found: "pd.DataFrame", title: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for column in found.columns:
+        table.add_column(column, justify="right" if column == "rows" else "left", no_wrap=True)
+    for row in found.itertuples(index=False):
+        table.add_row(*map(str, row))
+    console = Console()
+    # A pipe or a narrow terminal shall not cut numbers off.
+    needed = console.measure(table, options=console.options.update(max_width=1000)).maximum
+    console.width = max(console.width, needed)
+    console.print(table)
