@@ -175,7 +175,7 @@ def main() -> int:
     args = parser.parse_args()
     args.python = dict(args.python)
     if args.smoke:
-        args.small, args.repeats = True, 1
+        args.small, args.repeats, args.threads = True, 1, 1
         args.engines = args.engines or [OURS, REFERENCE]
     results = {}
     for engine in args.engines or ENGINES:

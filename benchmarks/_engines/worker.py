@@ -83,6 +83,7 @@ def main() -> int:
             prepared = module.prepare(model, build_tokenizer(shape, Path(folder)))
         packages = ("torch", "transformers", *module.PACKAGES)
         versions = {"python": platform.python_version()} | {name: version(name) for name in packages}
+        forget_peak()  # loading needs more than keeping
         say({"versions": versions, "weights": weights, "loaded_mb": peak_mb()})
         for sweep in args.sweeps:
             say(measure(getattr(module, attribute), prepared, sweeps(shape)[sweep], args.repeats))
