@@ -4,6 +4,15 @@ from typing import Any
 
 import torch
 
+from safetynet.interventions import edits
+from safetynet.interventions.batch import Batch
+from safetynet.interventions.edits import Edit
+from safetynet.interventions.metrics import logit_difference
+from safetynet.interventions.plan import Run
+from safetynet.interventions.sites import Site
+from safetynet.interventions.trace import trace
+from safetynet.interventions.wave import measure
+
 from .workload import Sweep
 
 PACKAGES = ("safetynet",)
@@ -14,10 +23,26 @@ def prepare(model: Any, _tokenizer: Any) -> Any:
     return model
 
 
-# ----------------------------------------------------------------------------------------------------------
-# TO BE FILLED IN when `safetynet.interventions` has its engine. `sweep.sites` lists what to patch, in order;
-# `sweep.component` is `resid_pre` or `head` for all of them. Ids are (pairs, length); returns (sites, pairs).
-# ----------------------------------------------------------------------------------------------------------
-def run_safetynet(model, receiver_ids, source_ids, sweep: Sweep, tokens) -> torch.Tensor:  # noqa: ARG001
-    """The sweep by SafetyNet's engine."""
-    raise ImportError("safetynet.interventions has no engine yet")
+def run_safetynet(model, receiver_ids, source_ids, sweep: Sweep, tokens) -> torch.Tensor:
+    """The sweep by SafetyNet's engine: (sites, pairs).
+
+    Positions before the first token that differs are left out, as `safetynet.interventions.sweep` does: their
+    effect is zero.
+    """
+    pairs, length = receiver_ids.shape
+    receiver, source = (Batch(ids, torch.ones_like(ids)) for ids in (receiver_ids, source_ids))
+    first = receiver.first_difference(source)
+    sites = [Site(sweep.component, one.layer, one.head) for one in sweep.sites]
+    given = trace(model, source, sorted(set(sites), key=str))
+    own = trace(model, receiver, resume=True)
+    runs = []
+    for site, one in zip(sites, sweep.sites, strict=True):
+        values = given.value(site)
+        for row in range(pairs):
+            everywhere = one.position is None
+            positions = tuple(range(first[row], length)) if everywhere else (one.position,)
+            wanted = () if positions[0] < first[row] else positions
+            change = edits.replace(values[row, list(wanted)])
+            runs.append(Run(row, (Edit(site, change, wanted),)))
+    metric = logit_difference([tokens[0]] * pairs, [tokens[1]] * pairs)
+    return measure(own, runs, metric).reshape(len(sites), pairs)
