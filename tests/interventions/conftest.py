@@ -1,5 +1,6 @@
 """Random-weight models of every architecture with LoRA adapters that do something, and pairs of prompts."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -41,15 +42,21 @@ CONFIGS: dict[str, Callable[[], Any]] = {
         **SMALL, **SLIDING, layer_types=["sliding_attention", "full_attention", "sliding_attention"]
     ),
     "mixtral": lambda: MixtralConfig(**SMALL, num_local_experts=4, num_experts_per_tok=2),
-    "gpt2": lambda: GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=3, n_head=4, n_positions=64),
+    "gpt2": lambda: GPT2Config(
+        vocab_size=VOCABULARY, n_embd=32, n_layer=3, n_head=4, n_positions=64, initializer_range=0.2
+    ),
 }
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
 
 @pytest.fixture(scope="session")
 def build() -> Callable[..., Any]:
-    """`build("gemma2")` is a random-weight model with a LoRA adapter; `adapter=False` leaves that out."""
+    """`build("gemma2")` is a random-weight model with a LoRA adapter; `adapter=False` leaves that out.
 
+    Models are shared by the session: who changes one, copies it.
+    """
+
+    @functools.cache
     def make(name: str, adapter: bool = True, attention: str = "sdpa", seed: int = 0) -> Any:
         torch.manual_seed(seed)
         # Gemma 2 caps its scores, which sdpa cannot.

@@ -1,7 +1,8 @@
 """Interventions as data: an edit changes the values at one site, a knock-out cuts an edge of attention.
 
-A change takes the values at the edited positions, (k, width), and returns as many. The constructors below are
-the field's interventions; any function will do. Edits of one run are a set: the engine applies them where the
+A change takes the values at the edited positions, (k, width), and returns as many. It works row by row: of
+the last layer the engine computes only the rows that count. The constructors below are the field's
+interventions; any such function will do. Edits of one run are a set: the engine applies them where the
 network reaches them, and refuses two of the same place, whose order would matter.
 """
 
@@ -15,8 +16,6 @@ from safetynet.errors import InputError
 from safetynet.interventions.sites import Site
 
 Change = Callable[[Tensor], Tensor]
-WIDE = ("embedding", "resid_pre", "key", "value", "adapter")
-"""Components that later positions of the same layer read."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,16 @@ Intervention = Edit | KnockOut
 
 def replace(values: Tensor) -> Change:
     """Patch: put `values`, (k, width) or (width,), in place."""
-    return lambda x: values.to(x).expand_as(x)
+
+    def change(x: Tensor) -> Tensor:
+        if values.shape not in (x.shape, x.shape[1:]):
+            raise InputError(
+                f"replace: values of shape {tuple(values.shape)} were given where the site has "
+                f"{tuple(x.shape)}. Give a row for each position, or one for all."
+            )
+        return values.to(x).expand_as(x)
+
+    return change
 
 
 def zero() -> Change:
@@ -120,22 +128,37 @@ def low_rank(components: Tensor, mean: Tensor) -> Change:
     return change
 
 
-def check_set(edits: Sequence[Intervention]) -> None:
-    """Refuse two edits of one place.
+def check_set(placed: Sequence[tuple[Intervention, Sequence[int]]]) -> None:
+    """Refuse two edits of one place, each given with its columns, and edits of what only a knock-out changes.
 
     Raises:
         InputError: naming the site.
     """
-    seen: set[tuple[object, ...]] = set()
-    for edit in edits:
+    seen: dict[tuple[str, int], list[tuple[Site, set[int]]]] = {}
+    for edit, columns in placed:
         if isinstance(edit, KnockOut):
             continue
-        places = [None] if edit.positions is None else list(edit.positions)
-        for place in places:
-            key = (edit.site, place)
-            if key in seen or (edit.site, None) in seen:
+        if edit.site.component == "attention":
+            raise InputError(f"site {edit.site}: a pattern has no values to change. Cut it with a KnockOut.")
+        site = _where_it_is_edited(edit.site)
+        others = seen.setdefault((site.component, site.layer), [])
+        for other, taken in others:
+            if _meet(site, other) and not taken.isdisjoint(columns):
                 raise InputError(
                     f"interventions: {edit.site} is edited twice at the same position, and the order would "
                     "decide. Make one change of both."
                 )
-            seen.add(key)
+        others.append((site, set(columns)))
+
+
+def _where_it_is_edited(site: Site) -> Site:
+    """The stream between two layers has two names, as has the stream before the first."""
+    if site.component == "resid_post":
+        return Site("resid_pre", site.layer + 1)
+    return Site("resid_pre", 0) if site.component == "embedding" else site
+
+
+def _meet(site: Site, other: Site) -> bool:
+    """Whether two sites of one component and layer share values; no index or module stands for all."""
+    by_index = site.index is None or other.index is None or site.index == other.index
+    return by_index and (not site.module or not other.module or site.module == other.module)

@@ -17,7 +17,7 @@ from torch import Tensor
 from safetynet.errors import InputError
 from safetynet.interventions.edits import Edit, Intervention, KnockOut, check_set
 from safetynet.interventions.sites import Anatomy
-from safetynet.models.blocks import hidden_of
+from safetynet.models.blocks import hidden_of, unwrapped
 from safetynet.models.parts import Parts, adapters
 
 Index = Any
@@ -38,21 +38,25 @@ class Placed:
 @contextmanager
 def exclusive(model: Any) -> Iterator[None]:
     """Let one thread at a time work on a model, so that nobody sees another's hooks."""
-    with _LOCKS.setdefault(model, threading.RLock()):
+    # One lock for a model with PEFT's wrapper and without: the layers are the same.
+    with _LOCKS.setdefault(unwrapped(model), threading.RLock()):
         yield
 
 
 @contextmanager
 def hooked(anatomy: Anatomy, layer: int, placed: Sequence[Placed]) -> Iterator[None]:
-    """Apply edits of one layer while it runs."""
-    parts = anatomy.layers[layer]
+    """Apply edits of one layer while it runs, in the order in which it computes their sites."""
+    parts, rows = anatomy.layers[layer], _Rows()
+    by_component: dict[str, list[Placed]] = {}
+    for one in placed:
+        by_component.setdefault(one.edit.site.component, []).append(one)
     with ExitStack() as stack:
-        by_component: dict[str, list[Placed]] = {}
-        for one in placed:
-            by_component.setdefault(one.edit.site.component, []).append(one)
-        for component, edits in by_component.items():
-            for handle in _HOOKS[component](anatomy, parts, edits):
-                stack.callback(handle.remove)
+        if any(component in FLAT for component in by_component):
+            stack.callback(parts.mlp.register_forward_pre_hook(rows).remove)
+        for component, hooks in _HOOKS.items():
+            if component in by_component:
+                for handle in hooks(anatomy, parts, by_component[component], rows):
+                    stack.callback(handle.remove)
         yield
 
 
@@ -71,7 +75,6 @@ def intervening(model: Any, edits: Sequence[Intervention]) -> Iterator[Any]:
         InputError: for a site that does not exist, a knock-out, or an edit with positions.
     """
     anatomy = Anatomy.of(model)
-    check_set(edits)
     by_layer: dict[int, list[Placed]] = {}
     for edit in edits:
         if isinstance(edit, KnockOut) or edit.positions is not None:
@@ -80,6 +83,7 @@ def intervening(model: Any, edits: Sequence[Intervention]) -> Iterator[Any]:
             )
         anatomy.check(edit.site)
         by_layer.setdefault(edit.site.layer, []).append(Placed(edit, slice(None), slice(None)))
+    check_set([(edit, (0,)) for edit in edits])
     with exclusive(model), ExitStack() as stack:
         for layer, placed in by_layer.items():
             stack.enter_context(hooked(anatomy, layer, placed))
@@ -92,12 +96,18 @@ def change_at(anatomy: Anatomy, values: Tensor, placed: Sequence[Placed]) -> Ten
     for one in placed:
         span = anatomy.span(one.edit.site)
         view = values[one.row, one.columns][..., span]
-        changed = one.edit.change(view.reshape(-1, view.shape[-1])).reshape(view.shape)
-        values[one.row][..., one.columns, span] = changed.to(values.dtype)
+        changed = one.edit.change(view.reshape(-1, view.shape[-1]))
+        if changed.numel() != view.numel():
+            wanted = (view.numel() // view.shape[-1], view.shape[-1])
+            raise InputError(
+                f"site {one.edit.site}: the change was given values of shape {wanted} and returned "
+                f"{tuple(changed.shape)}. It has to return as many."
+            )
+        values[one.row][..., one.columns, span] = changed.reshape(view.shape).to(values.dtype)
     return values
 
 
-def _layer_input(anatomy: Anatomy, parts: Parts, placed: Sequence[Placed]) -> list[Any]:
+def _layer_input(anatomy: Anatomy, parts: Parts, placed: Sequence[Placed], _: Any) -> list[Any]:
     def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if args:
             return (change_at(anatomy, args[0], placed), *args[1:]), kwargs
@@ -107,7 +117,7 @@ def _layer_input(anatomy: Anatomy, parts: Parts, placed: Sequence[Placed]) -> li
 
 
 def _output_of(get: Callable[[Parts], Any]) -> Callable[..., list[Any]]:
-    def hooks(anatomy: Anatomy, parts: Parts, placed: Sequence[Placed]) -> list[Any]:
+    def hooks(anatomy: Anatomy, parts: Parts, placed: Sequence[Placed], _: Any) -> list[Any]:
         def hook(_module: Any, _args: Any, output: Any) -> Any:
             changed = change_at(anatomy, hidden_of(output), placed)
             return (changed, *output[1:]) if isinstance(output, tuple) else changed
@@ -117,14 +127,14 @@ def _output_of(get: Callable[[Parts], Any]) -> Callable[..., list[Any]]:
     return hooks
 
 
-def _heads(anatomy: Anatomy, parts: Parts, placed: Sequence[Placed]) -> list[Any]:
+def _heads(anatomy: Anatomy, parts: Parts, placed: Sequence[Placed], _: Any) -> list[Any]:
     def hook(_: Any, args: tuple[Any, ...]) -> Any:
         return (change_at(anatomy, args[0], placed), *args[1:])
 
     return [parts.output.register_forward_pre_hook(hook)]
 
 
-def _resid_mid(anatomy: Anatomy, parts: Parts, placed: Sequence[Placed]) -> list[Any]:
+def _resid_mid(anatomy: Anatomy, parts: Parts, placed: Sequence[Placed], _: Any) -> list[Any]:
     """The sum itself is nobody's output: what attention adds is changed so that the sum comes out right."""
     seen: list[Tensor] = []
 
@@ -142,13 +152,13 @@ def _resid_mid(anatomy: Anatomy, parts: Parts, placed: Sequence[Placed]) -> list
     ]
 
 
-def _adapters(anatomy: Anatomy, parts: Parts, placed: Sequence[Placed]) -> list[Any]:
-    handles, rows = [], _Rows()
+def _adapters(anatomy: Anatomy, parts: Parts, placed: Sequence[Placed], rows: "_Rows") -> list[Any]:
+    handles = []
     for name, module in adapters(parts.layer).items():
         own = [one for one in placed if one.edit.site.module in ("", name)]
         if own:
             handles.append(module.register_forward_hook(_adapter_hook(anatomy, own, rows)))
-    return [parts.mlp.register_forward_pre_hook(rows), *handles]
+    return handles
 
 
 def _adapter_hook(anatomy: Anatomy, placed: Sequence[Placed], rows: "_Rows") -> Any:
@@ -171,54 +181,40 @@ def without_adapter(module: Any, args: tuple[Any, ...]) -> Tensor:
         module._disable_adapters = was
 
 
-def _router(anatomy: Anatomy, parts: Parts, placed: Sequence[Placed]) -> list[Any]:
+def _router(anatomy: Anatomy, parts: Parts, placed: Sequence[Placed], rows: "_Rows") -> list[Any]:
     """Edits see routing weights, (k, experts), 0 where an expert is not chosen."""
-    rows = _Rows()
 
     def hook(_: Any, args: tuple[Any, ...]) -> Any:
+        if rows.asking:
+            return args
         x, index, weights = args
-        changed = rows.apart(dense_weights(index, weights, anatomy.shape.experts))
-        for one in placed:
-            changed = change_at(anatomy, changed, [_of_all(one)])
-        flat = rows.joined(changed)
+        dense = rows.apart(dense_weights(index, weights, anatomy.shape.experts))
+        flat = rows.joined(change_at(anatomy, dense, placed))
         # A re-routed token may have more experts than the model gives it, never fewer slots.
-        top, chosen = flat.topk(max(index.shape[1], int((flat != 0).sum(1).max())), dim=1)
-        return x, chosen.to(index), top.to(weights)
+        chosen = flat.abs().topk(max(index.shape[1], int((flat != 0).sum(1).max())), dim=1).indices
+        return x, chosen.to(index), flat.gather(1, chosen).to(weights)
 
-    return [parts.mlp.register_forward_pre_hook(rows), parts.experts.register_forward_pre_hook(hook)]
-
-
-def _of_all(one: Placed) -> Placed:
-    """An edit of one expert's weight, as an edit of all weights."""
-    index = one.edit.site.index
-    if index is None:
-        return one
-
-    def change(weights: Tensor) -> Tensor:
-        changed = weights.clone()
-        changed[:, index : index + 1] = one.edit.change(weights[:, index : index + 1])
-        return changed
-
-    return Placed(Edit(one.edit.site, change), one.row, one.columns)
+    return [parts.experts.register_forward_pre_hook(hook)]
 
 
-def _expert(anatomy: Anatomy, parts: Parts, placed: Sequence[Placed]) -> list[Any]:
-    rows = _Rows()
-
+def _expert(anatomy: Anatomy, parts: Parts, placed: Sequence[Placed], rows: "_Rows") -> list[Any]:
     def hook(module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        if rows.asking:
+            return output
         changed = output
         for one in placed:
-            own = rows.apart(contribution(module, args, one.edit.site.index))
+            with rows.ask():  # with the adapter's edits in place, and without the router's once more
+                own = rows.apart(contribution(module, args, one.edit.site.index))
             changed = changed + rows.joined(change_at(anatomy, own, [one]) - own)
         return changed
 
-    return [parts.mlp.register_forward_pre_hook(rows), parts.experts.register_forward_hook(hook)]
+    return [parts.experts.register_forward_hook(hook)]
 
 
-def contribution(experts: Any, args: tuple[Any, ...], index: int | None) -> Tensor:
+def contribution(experts: Callable[..., Tensor], args: tuple[Any, ...], index: int | None) -> Tensor:
     """What one expert adds, (tokens, width), its routing weight included; of all experts for None."""
     x, chosen, weights = args
-    return experts.forward(x, chosen, weights if index is None else weights * (chosen == index))
+    return experts(x, chosen, weights if index is None else weights * (chosen == index))
 
 
 def dense_weights(index: Tensor, weights: Tensor, experts: int) -> Tensor:
@@ -232,6 +228,16 @@ class _Rows:
 
     def __init__(self) -> None:
         self.count = 1
+        self.asking = False
+
+    @contextmanager
+    def ask(self) -> Iterator[None]:
+        """The experts are called once more, to be asked and not to be edited."""
+        self.asking = True
+        try:
+            yield
+        finally:
+            self.asking = False
 
     def __call__(self, module: Any, args: tuple[Tensor, ...]) -> None:
         self.count = args[0].shape[0] if args[0].ndim == 3 else 1
@@ -243,7 +249,12 @@ class _Rows:
         return x.reshape(-1, x.shape[-1])
 
 
+FLAT = ("router", "expert", "adapter")
+"""Components whose values may come as (tokens, width), rows below each other."""
+
+# In the order of computing: of two hooks on one module the later sees what the earlier made of its output.
 _HOOKS: dict[str, Callable[..., list[Any]]] = {
+    "adapter": _adapters,
     "embedding": _layer_input,
     "resid_pre": _layer_input,
     "query": _output_of(lambda parts: parts.query),
@@ -252,9 +263,8 @@ _HOOKS: dict[str, Callable[..., list[Any]]] = {
     "head": _heads,
     "attn_out": _output_of(lambda parts: parts.attention_end),
     "resid_mid": _resid_mid,
-    "mlp_out": _output_of(lambda parts: parts.mlp_end),
     "router": _router,
     "expert": _expert,
-    "adapter": _adapters,
+    "mlp_out": _output_of(lambda parts: parts.mlp_end),
     "resid_post": _output_of(lambda parts: parts.layer),
 }

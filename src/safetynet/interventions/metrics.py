@@ -49,7 +49,7 @@ def log_probability(targets: Sequence[Sequence[int]]) -> Metric:
     def compute(logits: Tensor, rows: Tensor) -> Tensor:
         wanted = labels.to(logits.device)[rows.to(logits.device)]
         found = logits.log_softmax(-1).gather(2, wanted.clamp_min(0)[..., None])[..., 0]
-        return (found * (wanted != IGNORED)).sum(1)
+        return found.where(wanted != IGNORED, 0).sum(1)  # not a product: padding may be infinite
 
     return Metric("log_probability", compute, longest)
 

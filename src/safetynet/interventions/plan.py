@@ -6,8 +6,10 @@ In: runs, rows of a trace with their edits. Out: the same runs with their first 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from safetynet.errors import InputError
-from safetynet.interventions.edits import WIDE, Edit, Intervention, check_set
+from safetynet.interventions.edits import Edit, Intervention, KnockOut, check_set
 from safetynet.interventions.sites import Site
 from safetynet.interventions.trace import Trace
 
@@ -52,46 +54,73 @@ class Planned:
 
 def plan(trace: Trace, number: int, run: Run, read: int) -> Planned | None:
     """Where a run begins to differ; None if nothing at the last `read` columns can change."""
-    check_set(run.edits)
+    if not 0 <= run.row < len(trace.batch.ids):
+        raise InputError(f"run {number}: prompt {run.row} does not exist; there are {len(trace.batch.ids)}.")
     depth, width = trace.anatomy.shape.layers, trace.batch.width
-    first = width - trace.batch.length(run.row)
-    edits = []
-    for edit in run.edits:
-        site = trace.anatomy.check(edit.site)
-        columns = (
-            tuple(range(first, width))
-            if edit.positions is None
-            else tuple(trace.batch.columns(run.row, edit.positions))
-        )
-        if not columns:
-            continue
-        if list(columns) != sorted(set(columns)):
-            raise InputError(f"site {site}: positions have to ascend, each once; given: {edit.positions}.")
-        layer, done = site.layer, edit
-        if site.component == "resid_post" and site.layer < depth - 1 and isinstance(edit, Edit):
-            # What leaves a layer is what enters the next, where it can be put without running this one.
-            layer, done = site.layer + 1, Edit(Site("resid_pre", site.layer + 1), edit.change, edit.positions)
-        edits.append(PlannedEdit(layer, columns, done, site.component in WIDE or layer != site.layer))
-    if not edits:
+    placed = [(edit, _columns(trace, run.row, edit)) for edit in run.edits]
+    check_set(placed)
+    edits = tuple(_planned(trace, edit, columns) for edit, columns in placed if columns)
+    first_read = width - read
+    seen = any(edit.layer < depth - 1 or edit.wide or edit.columns[-1] >= first_read for edit in edits)
+    if not seen or all(_idle(trace, run.row, edit) for edit in edits):
         return None
     start = min(edit.layer for edit in edits)
-    column = min(min(edit.columns) for edit in edits)
-    planned = Planned(number, run.row, start, column, tuple(edits))
-    first_read = width - read
-    seen = any(
-        edit.layer < depth - 1 or edit.wide or any(c >= first_read for c in edit.columns)
-        for edit in planned.edits
-    )
-    return planned if seen else None
+    column = min(edit.columns[0] for edit in edits)
+    return Planned(number, run.row, start, column, edits)
 
 
-def chunks(runs: Sequence[Planned], width: int, tokens: int) -> Iterator[list[Planned]]:
-    """Runs that start in the same stretch of columns, at most so many tokens of them."""
+def _columns(trace: Trace, row: int, edit: Intervention) -> tuple[int, ...]:
+    """Columns of an edit's positions, ascending."""
+    site, batch = trace.anatomy.check(edit.site), trace.batch
+    if isinstance(edit, KnockOut):
+        batch.columns(row, edit.keys)
+    if edit.positions is None:
+        return tuple(range(batch.width - batch.length(row), batch.width))
+    columns = batch.columns(row, edit.positions)
+    if columns != sorted(set(columns)):
+        raise InputError(f"site {site}: positions have to ascend, each once; given: {edit.positions}.")
+    return tuple(columns)
+
+
+def _planned(trace: Trace, edit: Intervention, columns: tuple[int, ...]) -> PlannedEdit:
+    site = edit.site
+    if (
+        isinstance(edit, Edit)
+        and site.component == "resid_post"
+        and site.layer < trace.anatomy.shape.layers - 1
+    ):
+        # What leaves a layer is what enters the next, where it can be put without running this one.
+        site = Site("resid_pre", site.layer + 1)
+        edit = Edit(site, edit.change, edit.positions)
+    return PlannedEdit(site.layer, columns, edit, trace.anatomy.wide(site))
+
+
+def _idle(trace: Trace, row: int, edit: PlannedEdit) -> bool:
+    """Whether an edit leaves the receiving run's values as they are, as far as the trace has kept them.
+
+    A run of such edits is the receiving run: patching before two prompts differ has exactly no effect.
+    """
+    if isinstance(edit.done, KnockOut):
+        return False
+    try:
+        own = trace.value(edit.done.site)[row, list(edit.columns)]
+    except KeyError:
+        return False
+    return torch.equal(edit.done.change(own).to(own.dtype), own)
+
+
+def chunks(runs: Sequence[Planned], width: int, tokens: int, read: int = 1) -> Iterator[list[Planned]]:
+    """Runs that start in the same stretch of columns, at most so many tokens of them.
+
+    A run is as long as its columns from the first changed one, or the read ones, or an eighth of all, whose
+    keys and values it carries.
+    """
+    least = max(read, width // 8)
     order = sorted(runs, key=lambda one: (one.column // GRAIN, one.row, one.layer))
     chunk: list[Planned] = []
     for one in order:
         start = min((other.column for other in chunk), default=one.column)
-        length = width - min(start, one.column)
+        length = max(width - min(start, one.column), least)
         same = not chunk or chunk[0].column // GRAIN == one.column // GRAIN
         if chunk and (not same or (len(chunk) + 1) * length > tokens):
             yield chunk

@@ -181,12 +181,16 @@ class Resumed:
         for i, edit in cuts:
             assert isinstance(edit.done, KnockOut)
             own = columns if columns.ndim == 1 else columns[i]
-            keys = self.trace.batch.columns(runs[i].row, edit.done.keys)
-            queries = [t for t, column in enumerate(own.tolist()) if column in set(edit.columns)]
-            chosen = slice(None) if edit.done.head is None else edit.done.head
+            keys = torch.tensor(self.trace.batch.columns(runs[i].row, edit.done.keys), dtype=torch.long)
+            queries = torch.isin(own, torch.tensor(edit.columns)).nonzero()[:, 0]
+            chosen = slice(None) if edit.done.head is None else slice(edit.done.head, edit.done.head + 1)
             block = mask[i, chosen]
-            for query in queries:
-                block[..., query, keys] = closed
+            block[:, queries[:, None], keys] = closed
+            if (block[:, queries] == closed).all(-1).any():
+                raise InputError(
+                    f"site {edit.done.site}: of prompt {runs[i].row} a query among {edit.done.queries} has "
+                    "no key left to attend to. Leave it one, such as its own position."
+                )
         return mask
 
     def recorded(self, layer: int, runs: Sequence[Planned]) -> tuple[Tensor, Tensor]:

@@ -11,10 +11,12 @@ from safetynet.models.blocks import decoder_layers
 from safetynet.models.parts import Parts, Shape, adapters, parts, shape
 
 COMPONENTS = (
-    "embedding", "resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out",
-    "head", "query", "key", "value", "attention", "router", "expert", "adapter",
+    "embedding", "resid_pre", "query", "key", "value", "attention", "head", "attn_out",
+    "resid_mid", "router", "expert", "mlp_out", "resid_post", "adapter",
 )  # fmt: skip
-"""In the order in which a layer computes them, as far as they have one."""
+"""In the order in which a layer computes them; adapters lie anywhere in it."""
+WIDE = ("embedding", "resid_pre", "key", "value", "adapter")
+"""Components that later positions of the same layer read."""
 INDEXED = ("head", "query", "key", "value", "attention", "router", "expert")
 
 
@@ -87,25 +89,43 @@ class Anatomy:
             InputError: if it does not exist here; the message says what does.
         """
         self._check_component(site.component)
-        last = self.shape.layers - 1
+        last = 0 if site.component == "embedding" else self.shape.layers - 1
         if not 0 <= site.layer <= last:
-            raise InputError(f"site {site}: layer {site.layer} does not exist; the layers are 0 to {last}.")
+            raise InputError(f"site {site}: layer {site.layer} does not exist; there are 0 to {last}.")
         if site.index is not None:
             count = self.count(site.component) if site.component in INDEXED else 0
             if not 0 <= site.index < count:
                 there = f"0 to {count - 1}" if count else "none"
                 raise InputError(f"site {site}: index {site.index} does not exist; there are {there}.")
-        if site.component == "adapter" and site.module:
-            found = adapters(self.layers[site.layer].layer)
-            if site.module not in found:
-                raise InputError(
-                    f"site {site}: layer {site.layer} has no adapter on {site.module!r}; "
-                    f"there are: {', '.join(found) or 'none'}."
-                )
+        if site.component == "adapter":
+            self._check_adapter(site)
         return site
+
+    def _check_adapter(self, site: Site) -> None:
+        found = adapters(self.layers[site.layer].layer)
+        if site.module and site.module not in found:
+            raise InputError(
+                f"site {site}: layer {site.layer} has no adapter on {site.module!r}; "
+                f"there are: {', '.join(found) or 'none'}."
+            )
+        if any(module.merged for module in found.values()):
+            raise InputError(
+                f"site {site}: the adapter is merged into the weights, so that it is no place of its own. "
+                "Call unmerge_adapter() first."
+            )
+
+    def wide(self, site: Site) -> bool:
+        """Whether later positions read what changes here in the same layer, through keys and values."""
+        if site.component != "adapter" or not site.module:
+            return site.component in WIDE
+        own = self.layers[site.layer]
+        module = adapters(own.layer)[site.module]
+        return not any(module is other for other in (own.query, own.output, *own.mlp.modules()))
 
     def span(self, site: Site) -> slice:
         """Columns of the component's values that belong to the site."""
+        if site.component == "router" and site.index is not None:
+            return slice(site.index, site.index + 1)
         if site.index is None or site.component not in ("head", "query", "key", "value"):
             return slice(None)
         size = self.shape.head_size

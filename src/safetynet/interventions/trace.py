@@ -112,8 +112,10 @@ def check_place(model: Any) -> None:
     """Refuse what the engine cannot resume.
 
     Raises:
-        InputError: if the model lies on several devices, or its attention takes no mask.
+        InputError: if the model lies on several devices, its attention takes no mask, or it is being trained.
     """
+    if model.training:
+        raise InputError("model: it is in training mode, where dropout decides. Call model.eval() first.")
     devices = {str(parameter.device) for parameter in model.parameters()}
     if len(devices) > 1:
         raise InputError(
@@ -195,7 +197,9 @@ def _readers(found: Trace, parts: Parts, site: Site, detach: bool) -> list[Any]:
         case "router":
             return after(parts.experts, lambda _, args, __: dense_weights(args[1], args[2], experts))
         case "expert":
-            return after(parts.experts, lambda module, args, _: contribution(module, args, site.index))
+            return after(
+                parts.experts, lambda module, args, _: contribution(module.forward, args, site.index)
+            )
         case "adapter" if site.module:
             module = adapters(parts.layer)[site.module]
             return after(module, lambda module, args, output: output - without_adapter(module, args))
@@ -222,7 +226,8 @@ def head(trace: Trace, states: Tensor) -> Iterator[tuple[slice, Tensor]]:
         part = states[chosen]
         with exclusive(trace.anatomy.model), _passed_over(trace, part):
             ids = torch.zeros(part.shape[:2], dtype=torch.long, device=part.device)
-            yield chosen, inner(input_ids=ids, use_cache=False).logits.float()
+            logits = inner(input_ids=ids, use_cache=False).logits.float()
+        yield chosen, logits  # with the layers in place: whoever takes them may run the model, or fail
 
 
 @contextmanager

@@ -49,16 +49,14 @@ def measure(
     """
     if not trace.keys:
         raise InputError("measure: the trace keeps no keys and values. Record it with resume=True.")
-    assert trace.logits is not None
-    rows = torch.tensor([run.row for run in runs])
-    unchanged = metric.compute(trace.logits[:, -metric.columns :], torch.arange(len(trace.logits))).cpu()
-    results = unchanged[rows].float() if runs else torch.zeros(0)
-    planned = [one for i, run in enumerate(runs) if (one := plan(trace, i, run, metric.columns)) is not None]
-    done = len(runs) - len(planned)
+    read = metric.columns
     with torch.no_grad():
-        for chunk in chunks(planned, trace.batch.width, tokens):
+        planned = [one for i, run in enumerate(runs) if (one := plan(trace, i, run, read)) is not None]
+        results = _unchanged(trace, metric)[torch.tensor([run.row for run in runs], dtype=torch.long)]
+        done = len(runs) - len(planned)
+        for chunk in chunks(planned, trace.batch.width, tokens, read):
             with exclusive(trace.anatomy.model):
-                states = _Wave(trace, chunk, metric.columns).travel()
+                states = _Wave(trace, chunk, read).travel()
             chosen = torch.tensor([one.row for one in chunk])
             for part, logits in head(trace, states):
                 values = metric.compute(logits, chosen[part]).float().cpu()
@@ -74,6 +72,21 @@ def measure(
             "be finite: half precision may overflow (load the model in bf16 or fp32)."
         )
     return results
+
+
+def _unchanged(trace: Trace, metric: Metric) -> Tensor:
+    """The metric of every prompt of the receiving batch, (B,) fp32."""
+    read, rows = metric.columns, torch.arange(len(trace.batch.ids))
+    if read > trace.batch.width:
+        raise InputError(
+            f"metric {metric.name}: it reads {read} columns, and the longest prompt has {trace.batch.width}. "
+            "Prompts carry the answer's tokens, all but the last."
+        )
+    if trace.logits is not None and trace.logits.shape[1] >= read:
+        return metric.compute(trace.logits[:, -read:], rows).float().cpu()
+    assert trace.output is not None
+    parts = [metric.compute(logits, rows[part]) for part, logits in head(trace, trace.output[:, -read:])]
+    return torch.cat(parts).float().cpu()
 
 
 class _Wave:
