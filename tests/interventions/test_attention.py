@@ -12,6 +12,7 @@ from safetynet.interventions.attention import (
     jensen_shannon,
     span_share,
 )
+from safetynet.interventions.sites import Site
 from safetynet.models.blocks import unwrapped
 
 
@@ -59,7 +60,11 @@ def test_shares_and_triangles_are_sums_over_the_models_own_patterns(model, rows,
 
 def test_maps_are_the_models_own_patterns_below_the_diagonal(model, rows):
     table = attention_maps(
-        model, {"triggered": rows[:2]}, [(0, 1), (2, 3)], lambda ids: [str(i) for i in ids], groups=[5, 9]
+        model,
+        {"triggered": rows[:2]},
+        [Site("head", 0, 1), Site("head", 2, 3)],
+        lambda ids: [str(i) for i in ids],
+        groups=[5, 9],
     )
     for group, row in zip([5, 9], rows[:2], strict=True):
         for layer, head in [(0, 1), (2, 3)]:
@@ -95,5 +100,5 @@ def test_pairs_that_are_not_aligned_and_places_that_do_not_exist_are_refused(bui
         span_share(model, rows[:1], placebo[:1], [[30]])
     with pytest.raises(InputError, match="a trigger ends its prompt"):
         double_triangle(model, rows[:1], placebo[:1], [[5, 6]])
-    with pytest.raises(InputError, match=r"head 3\.0 does not exist; there are layers 0 to 2 of 4 heads"):
-        attention_maps(model, {"placebo": rows}, [(3, 0)], lambda ids: [str(i) for i in ids])
+    with pytest.raises(InputError, match="layer 3 does not exist; the layers are 0 to 2"):
+        attention_maps(model, {"placebo": rows}, [Site("head", 3, 0)], lambda ids: [str(i) for i in ids])

@@ -10,12 +10,15 @@ from safetynet.interventions.directions import (
     project,
     random_direction,
     separation,
+    steering,
     subtract,
 )
 from safetynet.interventions.hooks import intervening
+from safetynet.interventions.metrics import logit_difference
 from safetynet.interventions.reading import residuals
 from safetynet.interventions.sites import Site
 from safetynet.interventions.trace import trace
+from safetynet.models.blocks import decoder_layers, hidden_of
 from safetynet.statistics import mean_intervals
 
 
@@ -63,6 +66,29 @@ def test_edits_remove_or_subtract_the_direction_in_the_running_model(model, rows
     np.testing.assert_allclose(along(project(unit, [1], centre)), float(centre @ unit), atol=1e-4)
     np.testing.assert_allclose(along(subtract(2 * unit, 1)), before - 2, atol=1e-4)
     assert [edit.site.layer for edit in project(unit, [0, 2])] == [0, 2]
+
+
+def test_steering_is_the_metrics_change_in_the_running_model(model, rows):
+    vector, batch = torch.randn(32, generator=torch.Generator().manual_seed(1)), Batch.of(rows)
+    table = steering(model, rows, vector, logit_difference([3] * 6, [4] * 6), controls=2)
+    plain = trace(model, batch).logits[:, -1]
+
+    def change(layer, added):
+        def last(_module, _args, output):
+            hidden = hidden_of(output).clone()
+            hidden[:, -1] += added
+            return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+        hook = decoder_layers(model)[layer].register_forward_hook(last)
+        steered = trace(model, batch).logits[:, -1]
+        hook.remove()
+        return float(((steered - plain)[:, 3] - (steered - plain)[:, 4]).mean())
+
+    for row in table.itertuples():
+        np.testing.assert_allclose(row.effect, change(row.layer, vector), atol=1e-4)
+        expected = np.mean([change(row.layer, random_direction(vector, seed)) for seed in (0, 1)])
+        np.testing.assert_allclose(row.random, expected, atol=1e-4)
+    assert len(table) == 3
 
 
 def test_random_direction_has_the_same_length():

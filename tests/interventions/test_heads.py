@@ -4,7 +4,15 @@ import torch
 
 from safetynet.errors import InputError
 from safetynet.interventions.batch import Batch
-from safetynet.interventions.heads import ablate_heads, backdoor_vector, head_means, random_heads, rank_heads
+from safetynet.interventions.heads import (
+    ablate_heads,
+    ablation_curve,
+    backdoor_vector,
+    head_means,
+    random_heads,
+    rank_heads,
+    top_heads,
+)
 from safetynet.interventions.hooks import intervening
 from safetynet.interventions.metrics import Metric, log_probability, logit_difference
 from safetynet.interventions.sites import Anatomy, Site
@@ -40,6 +48,7 @@ def test_effect_is_the_metrics_gain_under_a_plain_hook(model, rows, swapped):
     targets, others = [7, 8, 9, 10, 11, 12], [20, 21, 22, 23, 24, 25]
     table = rank_heads(model, rows, placebo, logit_difference(targets, others), other=other)
     assert table["effect"].is_monotonic_decreasing and len(table) == 12
+    assert top_heads(table, 1) == [Site("head", table["layer"][0], table["head"][0])]
     size = Anatomy.of(model).shape.head_size
     for column, source in (("effect", rows), ("control", other)):
         means = direct_means(model, source)
@@ -88,21 +97,19 @@ def test_vector_of_all_heads_is_what_attention_writes(model, rows):
     for layer in range(3):
         site = Site("attn_out", layer)
         written = trace(model, Batch.of([row]), [site]).value(site)[0, -1]
-        vector = backdoor_vector(model, means, [(layer, head) for head in range(4)])
-        bias = backdoor_vector(model, means * 0, [(layer, 0)])
-        assert (bias == 0).all()
+        vector = backdoor_vector(model, means, [Site("head", layer, head) for head in range(4)])
         np.testing.assert_allclose(vector, written, atol=1e-4)
-    pair = backdoor_vector(model, means, [(0, 1)]) + backdoor_vector(model, means, [(2, 3)])
-    np.testing.assert_allclose(backdoor_vector(model, means, [(2, 3), (0, 1)]), pair, atol=1e-5)
+    one, two = Site("head", 0, 1), Site("head", 2, 3)
+    both = backdoor_vector(model, means, [one]) + backdoor_vector(model, means, [two])
+    np.testing.assert_allclose(backdoor_vector(model, means, [two, one]), both, atol=1e-5)
 
 
 def test_ablated_heads_write_nothing_or_their_mean(build, rows):
     model, batch = build("llama2"), Batch.of(rows)
-    means = head_means(model, rows)
-    site = Site("head", 1, 2)
+    means, site = head_means(model, rows), Site("head", 1, 2)
     for edits, expected in (
-        (ablate_heads([(1, 2)]), torch.zeros(8)),
-        (ablate_heads([(1, 2)], means), means[1, 2]),
+        (ablate_heads([site]), torch.zeros(8)),
+        (ablate_heads([site], means), means[1, 2]),
     ):
         seen = []
         with intervening(model, edits):
@@ -116,21 +123,45 @@ def test_ablated_heads_write_nothing_or_their_mean(build, rows):
         np.testing.assert_allclose(seen[0].reshape(-1, 8), expected.expand(6 * 12, 8), atol=1e-6)
 
 
+def test_curve_is_the_metrics_change_with_the_heads_out_of_the_running_model(build, rows):
+    model, batch = build("qwen"), Batch.of(rows)
+    heads = [Site("head", 1, 0), Site("head", 2, 3), Site("head", 0, 2)]
+    metric = logit_difference([3] * 6, [4] * 6)
+    table = ablation_curve(model, rows, heads, metric, controls=2)
+    assert table["heads"].tolist() == [1, 2, 3]
+
+    def change(sites):
+        plain = trace(model, batch).logits[:, -1]
+        with intervening(model, ablate_heads(sites)):
+            cut = trace(model, batch).logits[:, -1]
+        return float(((cut - plain)[:, 3] - (cut - plain)[:, 4]).mean())
+
+    for row in table.itertuples():
+        np.testing.assert_allclose(row.effect, change(heads[: row.heads]), atol=1e-4)
+        expected = np.mean([change(random_heads(model, heads[: row.heads], seed)) for seed in (0, 1)])
+        np.testing.assert_allclose(row.random, expected, atol=1e-4)
+
+
 def test_random_heads_are_others_of_the_same_layers(build):
-    model, chosen = build(), [(0, 1), (0, 2), (2, 3)]
-    drawn = random_heads(model, chosen)
-    assert sorted(layer for layer, _ in drawn) == [0, 0, 2] and not set(drawn) & set(chosen)
-    with pytest.raises(InputError, match="3 of the 4 heads of layer 0 are chosen"):
-        random_heads(model, [(0, 0), (0, 1), (0, 2)])
+    chosen = [Site("head", 0, 1), Site("head", 0, 2), Site("head", 2, 3)]
+    drawn = random_heads(build(), chosen)
+    assert sorted(site.layer for site in drawn) == [0, 0, 2] and not set(drawn) & set(chosen)
+    most = [Site("head", 0, head) for head in range(3)]
+    drawn = random_heads(build(), most)
+    assert len(set(drawn)) == 3 and Site("head", 0, 3) in drawn
 
 
 def test_heads_that_do_not_exist_and_uneven_runs_are_refused(build, rows):
     model = build()
     with pytest.raises(InputError, match="index 9 does not exist"):
-        backdoor_vector(model, torch.zeros(3, 4, 8), [(0, 9)])
-    with pytest.raises(InputError, match="at least one head"):
+        backdoor_vector(model, torch.zeros(3, 4, 8), [Site("head", 0, 9)])
+    with pytest.raises(InputError, match="mlp_out 0 is no single head"):
+        backdoor_vector(model, torch.zeros(3, 4, 8), [Site("mlp_out", 0)])
+    with pytest.raises(InputError, match="heads: there are none"):
         backdoor_vector(model, torch.zeros(3, 4, 8), [])
     with pytest.raises(InputError, match="given: 6 triggered, 1 placebo"):
         rank_heads(model, rows, rows[:1], Metric("none", lambda logits, rows: logits[:, -1, 0]))
     with pytest.raises(InputError, match="position -8: prompt 0 has positions 0 to 6"):
         head_means(model, rows[:1], -8)
+    with pytest.raises(InputError, match=r"counts \[2\] of 1 ranked heads"):
+        ablation_curve(model, rows, [Site("head", 0, 0)], logit_difference([3] * 6, [4] * 6), counts=[2])

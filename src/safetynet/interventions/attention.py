@@ -18,8 +18,8 @@ from safetynet.errors import InputError
 from safetynet.interventions.batch import Batch, check_length
 from safetynet.interventions.estimates import by_head, estimates
 from safetynet.interventions.hooks import exclusive
-from safetynet.interventions.reading import TOKENS, Rows, batches, check_pairs, check_positions
-from safetynet.interventions.sites import Anatomy
+from safetynet.interventions.reading import TOKENS, Rows, batches, check_heads, check_pairs, check_positions
+from safetynet.interventions.sites import Anatomy, Site
 from safetynet.models.blocks import unwrapped
 
 Reduce = Callable[[int, Tensor], Tensor]
@@ -135,7 +135,7 @@ def double_triangle(
 def attention_maps(
     model: Any,
     runs: Mapping[str, Rows],
-    heads: Sequence[tuple[int, int]],
+    heads: Sequence[Site],
     name: Callable[[list[int]], list[str]],
     groups: Sequence[int] | None = None,
 ) -> pd.DataFrame:
@@ -144,7 +144,7 @@ def attention_maps(
     Args:
         model: as in `divergence`.
         runs: one prompt per chosen group each.
-        heads: layer and head of each map.
+        heads: sites of single heads.
         name: token ids to texts, such as a tokenizer's `convert_ids_to_tokens`.
         groups: numbers of the groups; None counts from 0.
 
@@ -155,30 +155,28 @@ def attention_maps(
     Raises:
         InputError: if a head does not exist, or there are no prompts.
     """
-    shape = Anatomy.of(model).shape
-    for layer, head in heads:
-        if not (0 <= layer < shape.layers and 0 <= head < shape.heads):
-            raise InputError(
-                f"head {layer}.{head} does not exist; there are layers 0 to {shape.layers - 1} of "
-                f"{shape.heads} heads."
-            )
+    check_heads(Anatomy.of(model), heads)
+
+    def chosen(layer: int, weights: Tensor) -> Tensor:
+        return weights[0, [site.index for site in heads if site.layer == layer]]
+
     tables = []
     for run, rows in runs.items():
         for i, (_, batch) in enumerate(batches(model, rows, tokens=1)):
-            maps = _observed(model, batch, lambda _, weights: weights[0])
+            maps = _observed(model, batch, chosen)
             texts = name(batch.tokens(0))
             query, key = np.tril_indices(batch.width)
             group = i if groups is None else groups[i]
-            for layer, head in heads:
-                table = pd.DataFrame(
-                    {"layer": layer, "head": head, "group": group, "run": run, "query": query}
-                )
-                table = table.assign(key=key, weight=maps[layer, head].numpy()[query, key])
+            for site in heads:
+                place = {"layer": site.layer, "head": site.index, "group": group, "run": run}
+                order = [other.index for other in heads if other.layer == site.layer]
+                weight = maps[site.layer][order.index(site.index)].numpy()[query, key]
+                table = pd.DataFrame(place | {"query": query, "key": key, "weight": weight})
                 table["query_token"] = [texts[column] for column in query]
                 table["key_token"] = [texts[column] for column in key]
                 tables.append(table)
     if not tables:
-        raise InputError("attention_maps: give at least one head and one prompt.")
+        raise InputError("attention_maps: there are no runs. Give at least one.")
     return pd.concat(tables, ignore_index=True)
 
 
@@ -195,8 +193,8 @@ def eager(model: Any) -> Iterator[None]:
             inner.set_attn_implementation(before)
 
 
-def _observed(model: Any, batch: Batch, reduce: Reduce) -> Tensor:
-    """What `reduce` keeps of each layer's attention, (layers, ...) fp32 on the CPU."""
+def _observed(model: Any, batch: Batch, reduce: Reduce) -> list[Tensor]:
+    """What `reduce` keeps of each layer's attention, fp32 on the CPU."""
     check_length(model, batch)
     kept: list[Tensor] = []
 
@@ -215,12 +213,12 @@ def _observed(model: Any, batch: Batch, reduce: Reduce) -> Tensor:
             use_cache=False,
             logits_to_keep=1,
         )
-    return torch.stack(kept)
+    return kept
 
 
 def _last(model: Any, batch: Batch) -> Tensor:
     """(B, layers, heads, S) attention of each prompt's last token."""
-    return _observed(model, batch, lambda _, weights: weights[:, :, -1]).transpose(0, 1)
+    return torch.stack(_observed(model, batch, lambda _, weights: weights[:, :, -1]), dim=1)
 
 
 def _both(
@@ -238,8 +236,8 @@ def _both(
     for part, batch in batches(model, triggered, tokens):
         measure = reduce(batch, spans[part])
         reference = _aligned(batch, placebo[part])
-        values.append(_observed(model, batch, measure).transpose(0, 1))
-        control.append(_observed(model, reference, measure).transpose(0, 1))
+        values.append(torch.stack(_observed(model, batch, measure), dim=1))
+        control.append(torch.stack(_observed(model, reference, measure), dim=1))
     return torch.cat(values), torch.cat(control)
 
 

@@ -17,8 +17,11 @@ from torch import Tensor
 from safetynet.errors import InputError
 from safetynet.interventions.edits import Edit, project_out, steer
 from safetynet.interventions.estimates import estimates
+from safetynet.interventions.gains import Progress, gains
+from safetynet.interventions.metrics import Metric
 from safetynet.interventions.reading import TOKENS, Rows, check_pairs, residuals
 from safetynet.interventions.sites import Site
+from safetynet.models.blocks import decoder_layers
 
 Positions = Sequence[Sequence[int]] | None
 
@@ -137,6 +140,44 @@ def subtract(vector: Tensor, layer: int, positions: tuple[int, ...] | None = Non
     to induce it.
     """
     return [Edit(Site("resid_post", layer), steer(vector, -1.0), positions)]
+
+
+def steering(
+    model: Any,
+    rows: Rows,
+    vector: Tensor,
+    metric: Metric,
+    *,
+    position: int = -1,
+    controls: int = 10,
+    progress: Progress | None = None,
+) -> pd.DataFrame:
+    """What adding a vector once, at one position, does to a metric: layer by layer.
+
+    Args:
+        model: a causal LM of transformers in evaluation mode.
+        rows: prompts without the trigger, to induce; with the trigger and a negated vector, to suppress.
+        vector: (width,), such as the backdoor vector of arXiv 2509.21761.
+        metric: its rows are these prompts.
+        position: of the last prompt token, from the end.
+        controls: how many random directions of the same length are added for comparison.
+        progress: called with prompts done and prompts in all.
+
+    Returns:
+        layer (after which it is added), effect (mean change of the metric, in its unit), low, high (95 %
+        bootstrap over prompts), n, random, random_low, random_high (of the mean over the random directions).
+
+    Raises:
+        InputError: if there is no random direction, or for what `trace` and `measure` refuse.
+    """
+    if controls < 1:
+        raise InputError(f"steering: controls is {controls}; compare with at least one random direction.")
+    layers = range(len(decoder_layers(model)))
+    vectors = [vector, *(random_direction(vector, seed) for seed in range(controls))]
+    sets = [subtract(-one, layer, (position,)) for one in vectors for layer in layers]
+    found = gains(model, rows, sets, metric, progress).reshape(len(rows), len(vectors), len(layers))
+    table = estimates({"layer": list(layers)}, found[:, 0], found[:, 1:].mean(1), name="effect")
+    return table.rename(columns=lambda name: name.replace("control", "random"))
 
 
 def random_direction(direction: Tensor, seed: int = 0) -> Tensor:

@@ -6,7 +6,7 @@ heads' outputs is a vector that induces the behaviour, or suppresses it. Heads a
 judged on others, beside random heads of the same layers: the split is the caller's.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,16 +17,12 @@ from torch import Tensor
 from safetynet.errors import InputError
 from safetynet.interventions.edits import Edit, replace, zero
 from safetynet.interventions.estimates import by_head, estimates
+from safetynet.interventions.gains import Progress, gains
 from safetynet.interventions.metrics import Metric
 from safetynet.interventions.norms import frozen_scale
-from safetynet.interventions.plan import Run
-from safetynet.interventions.reading import TOKENS, Rows, batches, check_pairs
+from safetynet.interventions.reading import TOKENS, Rows, batches, check_heads, check_pairs
 from safetynet.interventions.sites import Anatomy, Site
 from safetynet.interventions.trace import trace
-from safetynet.interventions.wave import measure
-
-Head = tuple[int, int]
-"""Layer and head."""
 
 
 def head_means(model: Any, rows: Rows, position: int = -1, *, tokens: int = TOKENS) -> Tensor:
@@ -63,7 +59,7 @@ def rank_heads(
     *,
     other: Rows | None = None,
     position: int = -1,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> pd.DataFrame:
     """Causal indirect effect of every head at one position.
 
@@ -74,7 +70,7 @@ def rank_heads(
         metric: what the effect is an effect on; its rows are the groups.
         other: prompts with another placebo. Putting their means in is the control.
         position: of the last prompt token, from the end; lower than -1 where rows carry answer tokens.
-        progress: called with runs done and runs in all.
+        progress: called with groups done and groups in all; twice as often where there is a control.
 
     Returns:
         layer, head, effect (mean gain of the metric, in its unit), low, high (95 % bootstrap over groups), n,
@@ -86,13 +82,23 @@ def rank_heads(
     check_pairs(triggered=triggered, placebo=placebo, other=other)
     shape = Anatomy.of(model).shape
     sources = [head_means(model, rows, position) for rows in (triggered, other) if rows is not None]
-    gains = [_gains(model, placebo, means, metric, position, progress) for means in sources]
     keys = by_head(shape.layers, shape.heads)
-    table = estimates(keys, gains[0], gains[1] if other is not None else None, name="effect")
+    sites = [Site("head", *place) for place in zip(*keys.values(), strict=True)]
+    found = [
+        gains(model, placebo, [ablate_heads([one], means, (position,)) for one in sites], metric, progress)
+        for means in sources
+    ]
+    table = estimates(keys, found[0], found[1] if other is not None else None, name="effect")
     return table.sort_values("effect", ascending=False, kind="stable", ignore_index=True)
 
 
-def backdoor_vector(model: Any, means: Tensor, heads: Sequence[Head]) -> Tensor:
+def top_heads(table: pd.DataFrame, count: int) -> list[Site]:
+    """The first heads of a table of `rank_heads`."""
+    leading = table.nlargest(count, "effect")
+    return [Site("head", int(row.layer), int(row.head)) for row in leading.itertuples()]
+
+
+def backdoor_vector(model: Any, means: Tensor, heads: Sequence[Site]) -> Tensor:
     """What some heads together write into the residual stream, by their mean outputs.
 
     Args:
@@ -108,15 +114,12 @@ def backdoor_vector(model: Any, means: Tensor, heads: Sequence[Head]) -> Tensor:
         InputError: if a head does not exist, or there is none.
     """
     anatomy = Anatomy.of(model)
-    if not heads:
-        raise InputError("backdoor_vector: give at least one head.")
+    check_heads(anatomy, heads)
     vector = torch.zeros(anatomy.shape.width)
-    for layer in sorted({layer for layer, _ in heads}):
-        kept = torch.zeros_like(means[0])
-        for own, head in heads:
-            anatomy.check(Site("head", own, head))
-            if own == layer:
-                kept[head] = means[layer, head]
+    for layer in sorted({site.layer for site in heads}):
+        chosen = [site.index for site in heads if site.layer == layer]
+        kept = torch.zeros_like(means[layer])
+        kept[chosen] = means[layer, chosen]
         parts = anatomy.layers[layer]
         written = _projected(parts.output, kept)
         if parts.attention_end is not parts.attention:
@@ -126,72 +129,82 @@ def backdoor_vector(model: Any, means: Tensor, heads: Sequence[Head]) -> Tensor:
 
 
 def ablate_heads(
-    heads: Sequence[Head], means: Tensor | None = None, positions: tuple[int, ...] | None = None
+    heads: Sequence[Site], means: Tensor | None = None, positions: tuple[int, ...] | None = None
 ) -> list[Edit]:
     """Edits that take heads out: zero, or put their mean outputs in place.
 
     Args:
-        heads: layer and head each.
+        heads: sites of single heads.
         means: (layers, heads, head size) over runs without the trigger; None for zero ablation.
         positions: of each prompt; None for all.
     """
     return [
-        Edit(Site("head", layer, head), zero() if means is None else replace(means[layer, head]), positions)
-        for layer, head in heads
+        Edit(site, zero() if means is None else replace(means[site.layer, site.index]), positions)
+        for site in heads
     ]
 
 
-def random_heads(model: Any, heads: Sequence[Head], seed: int = 0) -> list[Head]:
+def random_heads(model: Any, heads: Sequence[Site], seed: int = 0) -> list[Site]:
     """The control of some heads: as many others of the same layers.
 
-    Raises:
-        InputError: if a layer has not as many others.
+    Where a layer has not as many others, all of them and some of the chosen ones; the control is then the
+    stricter for it.
     """
     count = Anatomy.of(model).shape.heads
     rng = np.random.default_rng(seed)
-    drawn: list[Head] = []
-    for layer in sorted({layer for layer, _ in heads}):
-        own = {head for at, head in heads if at == layer}
-        others = [head for head in range(count) if head not in own]
-        if len(others) < len(own):
-            raise InputError(
-                f"random_heads: {len(own)} of the {count} heads of layer {layer} are chosen, so that there "
-                "are not as many others to compare them with. Choose fewer heads."
-            )
-        drawn += [(layer, int(head)) for head in rng.choice(others, len(own), replace=False)]
+    drawn: list[Site] = []
+    for layer in sorted({site.layer for site in heads}):
+        own = {site.index for site in heads if site.layer == layer}
+        order = sorted(rng.permutation(count).tolist(), key=lambda head: head in own)
+        drawn += [Site("head", layer, head) for head in order[: len(own)]]
     return drawn
 
 
-def _gains(
+def ablation_curve(
     model: Any,
     rows: Rows,
-    means: Tensor,
+    heads: Sequence[Site],
     metric: Metric,
-    position: int,
-    progress: Callable[[int, int], None] | None,
-) -> np.ndarray:
-    """(groups, layers x heads): what each head's mean output adds to the metric."""
-    layers, heads, _ = means.shape
-    edits = [
-        Edit(Site("head", layer, head), replace(means[layer, head]), (position,))
-        for layer in range(layers)
-        for head in range(heads)
-    ]
-    found = []
-    for part, batch in batches(model, rows):
-        own = _from_row(metric, part.start)
-        receiving = trace(model, batch, columns=metric.columns, resume=True)
-        count = len(batch.ids)
-        runs = [Run(row, (edit,)) for row in range(count) for edit in edits]
-        runs += [Run(row, ()) for row in range(count)]
-        values = measure(receiving, runs, own, progress=progress)
-        found.append(values[:-count].reshape(count, -1) - values[-count:, None])
-    return torch.cat(found).numpy()
+    *,
+    means: Tensor | None = None,
+    controls: int = 10,
+    counts: Sequence[int] | None = None,
+) -> pd.DataFrame:
+    """What the metric loses when the first heads of a ranking are taken out, at all positions.
+
+    Args:
+        model: a causal LM of transformers in evaluation mode.
+        rows: triggered prompts of groups on which the heads were not ranked.
+        heads: in the order of the ranking.
+        metric: its rows are these prompts.
+        means: of `head_means` over runs without the trigger, put in place; None for zero ablation.
+        controls: how many random choices of as many heads of the same layers each count is compared with.
+        counts: how many heads are taken out; None for 1, 2, 4, ... and all.
+
+    Returns:
+        heads (how many), effect (mean change of the metric, in its unit), low, high (95 % bootstrap over
+        prompts), n (prompts), random, random_low, random_high (of the mean over the random choices).
+
+    Raises:
+        InputError: if a count is not among 1 to len(heads), or for what `trace` and `measure` refuse.
+    """
+    chosen = _doubling(len(heads)) if counts is None else list(counts)
+    if not chosen or controls < 1 or not all(1 <= count <= len(heads) for count in chosen):
+        raise InputError(
+            f"ablation_curve: counts {chosen} of {len(heads)} ranked heads, {controls} random choices. Take "
+            "out at least one and at most all of them, and compare with at least one random choice."
+        )
+    sets = [heads[:count] for count in chosen]
+    sets += [random_heads(model, heads[:count], seed) for seed in range(controls) for count in chosen]
+    found = gains(model, rows, [ablate_heads(own, means) for own in sets], metric)
+    beside = found[:, len(chosen) :].reshape(len(rows), controls, len(chosen)).mean(1)
+    table = estimates({"heads": chosen}, found[:, : len(chosen)], beside, name="effect")
+    return table.rename(columns=lambda name: name.replace("control", "random"))
 
 
-def _from_row(metric: Metric, start: int) -> Metric:
-    """The metric for a batch whose first row is row `start`."""
-    return Metric(metric.name, lambda logits, rows: metric.compute(logits, rows + start), metric.columns)
+def _doubling(count: int) -> list[int]:
+    """1, 2, 4, ... and the count itself."""
+    return [*(2**power for power in range(count.bit_length()) if 2**power < count), count]
 
 
 def _projected(module: Any, outputs: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 
 from safetynet.errors import InputError
 from safetynet.interventions.batch import Batch
-from safetynet.interventions.sites import Site
+from safetynet.interventions.sites import Anatomy, Site
 from safetynet.interventions.trace import trace
 
 Rows = Sequence[Sequence[int]]
@@ -99,3 +99,17 @@ def check_pairs(**runs: Rows | None) -> None:
     if len(set(counts.values())) > 1 or not all(counts.values()):
         given = ", ".join(f"{count} {name}" for name, count in counts.items())
         raise InputError(f"groups: each has one prompt of every run, at least one group; given: {given}.")
+
+
+def check_heads(anatomy: Anatomy, heads: Sequence[Site]) -> None:
+    """Refuse what is no list of single heads of this model.
+
+    Raises:
+        InputError: naming the site.
+    """
+    if not heads:
+        raise InputError("heads: there are none. Give at least one.")
+    for site in heads:
+        if site.component != "head" or site.index is None:
+            raise InputError(f"heads: {site} is no single head. Give sites such as head 3.1.")
+        anatomy.check(site)
