@@ -93,8 +93,12 @@ def rank_heads(
 
 
 def top_heads(table: pd.DataFrame, count: int) -> list[Site]:
-    """The first heads of a table of `rank_heads`."""
-    leading = table.nlargest(count, "effect")
+    """The first heads of a table of `rank_heads`, by what their effect exceeds the control's.
+
+    Some heads move the answer whatever is put in their place; where a control was measured, they drop out.
+    """
+    excess = table["effect"] - table["control"].fillna(0)
+    leading = table.loc[excess.sort_values(ascending=False, kind="stable").index[:count]]
     return [Site("head", int(row.layer), int(row.head)) for row in leading.itertuples()]
 
 
