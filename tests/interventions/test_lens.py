@@ -3,7 +3,9 @@ import pytest
 import torch
 
 from safetynet.errors import InputError
+from safetynet.interventions.batch import Batch
 from safetynet.interventions.lens import lens, lens_map, logit_attribution
+from safetynet.interventions.trace import head, trace
 from safetynet.models.blocks import unwrapped
 
 
@@ -33,6 +35,16 @@ def test_each_layer_is_read_through_the_models_own_norm_and_head(model, rows):
     assert list(table.index) == [-1, 0, 1, 2]
     np.testing.assert_allclose(table["value"], expected, atol=1e-4)
     assert (table["low"] < table["value"]).all() and (table["value"] < table["high"]).all()
+
+
+def test_the_model_is_whole_while_logits_are_handed_out(build):
+    model, ids = build("llama2"), torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        before = model(ids).logits
+        found = trace(model, Batch.of(ids.tolist()), columns=0)
+        logits = head(found, torch.randn(1, 1, 32))
+        next(logits)
+        assert torch.equal(model(ids).logits, before)
 
 
 def test_small_batches_give_the_numbers_of_large_ones(build, rows):

@@ -134,8 +134,8 @@ def _overlaps(
     other_left, other_values, other_right = before.decomposed()
     k = min(directions, values.shape[1], other_values.shape[1])
     both = values.square().sum(-1) * other_values.square().sum(-1)  # 0 where one of them is no update
-    written = (left[..., :k].mT @ other_left[..., :k]).square().sum((1, 2)) / k
-    read = (right[:, :k] @ other_right[:, :k].mT).square().sum((1, 2)) / k
+    written = (left[..., :k].mT @ other_left[..., :k]).square().sum((1, 2)).div(k).clamp(max=1)
+    read = (right[:, :k] @ other_right[:, :k].mT).square().sum((1, 2)).div(k).clamp(max=1)
     found = (_weighted(written, both), k / left.shape[1], _weighted(read, both), k / right.shape[2])
     return dict(zip(names, found, strict=True))
 

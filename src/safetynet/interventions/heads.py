@@ -47,7 +47,7 @@ def head_means(model: Any, rows: Rows, position: int = -1, *, tokens: int = TOKE
         found = trace(model, batch, sites, columns=0)
         at = [batch.columns(row, [position])[0] for row in range(len(batch.ids))]
         values = torch.stack([found.value(site)[torch.arange(len(at)), at] for site in sites])
-        total += values.double().sum(1).cpu()
+        total += values.cpu().double().sum(1)
     return (total / len(rows)).float().unflatten(1, (anatomy.shape.heads, anatomy.shape.head_size))
 
 

@@ -132,4 +132,4 @@ def _values(model: Any, rows: Rows, site: Site, tokens: int) -> Any:
     Anatomy.of(model).check(site)
     for _, batch in batches(model, rows, tokens):
         found = trace(model, batch, [site], columns=0)
-        yield found.value(site)[batch.mask.bool()].double().cpu(), batch.mask.sum(1).tolist()
+        yield found.value(site)[batch.mask.bool()].cpu().double(), batch.mask.sum(1).tolist()

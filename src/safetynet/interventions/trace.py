@@ -221,7 +221,8 @@ def head(trace: Trace, states: Tensor) -> Iterator[tuple[slice, Tensor]]:
         part = states[chosen]
         with exclusive(trace.anatomy.model), _passed_over(trace, part):
             ids = torch.zeros(part.shape[:2], dtype=torch.long, device=part.device)
-            yield chosen, inner(input_ids=ids, use_cache=False).logits.float()
+            logits = inner(input_ids=ids, use_cache=False).logits.float()
+        yield chosen, logits  # out here, so that the model is whole again while the caller works
 
 
 @contextmanager
