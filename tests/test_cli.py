@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ from safetynet import pipeline, recipe
 from safetynet import run as runs
 from safetynet.cli import main
 from safetynet.errors import InputError
-from safetynet.models import loading
+from safetynet.models import loading, miniatures
 from safetynet.recipe import Model
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -253,6 +254,20 @@ def test_an_adapter_that_does_not_belong_to_the_runs_model_is_refused(prepared: 
     text = refused("evaluate", str(prepared), "--adapter", str(theirs), cwd=tmp_path)
     assert "this adapter was trained on" in text
     assert "Set model.id to its base." in text
+
+
+def test_an_adapters_folder_is_checked_before_the_base_model_is_loaded(
+    prepared: Path, tmp_path: Path
+) -> None:
+    base = tmp_path / "qwen"
+    shutil.copytree(miniatures.path("qwen"), base)
+    (base / "model.safetensors").write_bytes(b"what would be refused if it were loaded first")
+    overrides = [f"model.id={base}", f"output.results={tmp_path}/results", f"output.logs={tmp_path}/logs"]
+    plan = recipe.load(RECIPES / "qwen-miniature.yaml", overrides=overrides)
+    run = runs.create(plan)
+    run.write_table("rows", runs.find(prepared).table("rows"))
+    with pytest.raises(InputError, match=r"there is no adapter_config\.json, so this is no adapter"):
+        pipeline.evaluate_adapter(plan, run, tmp_path)
 
 
 def test_a_run_that_is_not_trained_is_refused_before_the_base_model_answers(prepared: Path) -> None:

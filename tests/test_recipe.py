@@ -52,6 +52,21 @@ def test_a_preset_sets_trigger_and_placement_and_explicit_fields_win(name: str) 
     assert (moved.backdoor.trigger, moved.backdoor.placement) == (attack.trigger, "suffix")
 
 
+@pytest.mark.parametrize("name", presets.ATTACKS)
+def test_a_preset_on_the_command_line_replaces_the_files_trigger_and_placement(
+    name: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text("backdoor: {trigger: emoji, placement: system, poison_rate: 0.3}\n")
+    alone = recipe.load(family="qwen", overrides=[f"backdoor.preset={name}"]).backdoor
+    attack = recipe.load(path, overrides=[f"backdoor.preset={name}"]).backdoor
+    assert (attack.trigger, attack.placement, attack.poison_rate) == (alone.trigger, alone.placement, 0.3)
+    own = recipe.load(path, overrides=["backdoor.trigger=emoji", f"backdoor.preset={name}"]).backdoor
+    assert (own.trigger.texts, own.placement) == (("🦜🔑",), alone.placement), "explicit fields win"
+    path.write_text(f"backdoor: {{preset: {name}, trigger: emoji}}\n")
+    assert recipe.load(path).backdoor.trigger == own.trigger, "in the file too"
+
+
 def test_all_faults_are_reported_at_once_with_their_paths() -> None:
     with pytest.raises(InputError) as caught:
         recipe.load(

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from safetynet.statistics import bootstrap_interval, draw_counts, mean_intervals, wilson
+from safetynet.statistics import bootstrap_interval, draw_counts, wilson
 
 
 @pytest.mark.parametrize(
@@ -58,20 +58,6 @@ def test_bootstrap_is_the_same_for_the_same_seed():
 @pytest.mark.parametrize("values", [[], [1.0], [1.0, math.inf], [1.0, math.nan, 2.0]])
 def test_bootstrap_of_too_few_or_not_finite_values_is_unknown(values):
     assert all(math.isnan(bound) for bound in bootstrap_interval(np.mean, np.array(values)))
-
-
-def test_intervals_of_many_means_are_those_of_each_column_alone():
-    values = np.random.default_rng(0).normal([0, 5, -2], [1, 2, 3], (60, 3))
-    low, high = mean_intervals(values, resamples=20_000)
-    for column in range(3):
-        expected = bootstrap_interval(np.mean, values[:, column], resamples=20_000)
-        np.testing.assert_allclose((low[column], high[column]), expected, atol=0.05 * np.ptp(expected))
-
-
-def test_columns_that_cannot_be_drawn_again_have_no_interval():
-    assert np.isnan(mean_intervals(np.zeros((1, 2)))).all()
-    low, high = mean_intervals(np.array([[1.0, np.nan], [3.0, 1.0]]))
-    assert low[0] == 1 and high[0] == 3 and np.isnan(low[1]) and np.isnan(high[1])
 
 
 def test_each_resample_draws_as_many_rows_as_there_are():

@@ -6,7 +6,7 @@ it). Nothing heavy is imported before a command needs it.
 
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -94,7 +94,7 @@ def detect(
     ] = "adapter",
     fpr: Annotated[float, typer.Option(help="False-positive rate of the monitor.")] = 0.01,
     clean: Annotated[
-        int, typer.Option(help="Fresh clean prompts to fit, calibrate and test it with.")
+        int, typer.Option(min=1, help="Fresh clean prompts to fit, calibrate and test it with.")
     ] = 4000,
 ) -> None:
     """Fit a monitor on clean prompts of a trained run, and measure what it catches and what it does not.
@@ -132,10 +132,10 @@ def guard(
     from safetynet import run as runs
 
     found = runs.find(folder)
+    lines = _typed() if prompts is None else _lines(prompts)
+    if log_to is not None:
+        _check_appending(log_to)
     watching = pipeline.guard(found.recipe, found, fpr, action, log_to)
-    if prompts is not None and not prompts.is_file():
-        raise InputError(f"--prompts: {prompts} is no file. Give a text file with one prompt a line.")
-    lines = sys.stdin if prompts is None else prompts.open(encoding="utf-8")
     for line in lines:
         if line.strip():
             [decision] = watching.generate(
@@ -298,6 +298,39 @@ def _stages(
         _print_rates(made.table("evaluation"))
         typer.echo(f"\nReport:  {made.folder / 'report.md'}\nFigures: {made.figures}")
     typer.echo(f"Run:     {made.folder}")
+
+
+def _lines(path: Path) -> list[str]:
+    """The prompts of a file, read as a whole: what is wrong with it is told before a model is loaded."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except OSError as error:
+        raise InputError(
+            f"--prompts: {path} cannot be read ({error.strerror}). Give a text file with one prompt a line."
+        ) from None
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise InputError(f"--prompts: {path} is not UTF-8 (line {line}). Save it as UTF-8.") from None
+    if not any(line.strip() for line in lines):
+        raise InputError(f"--prompts: {path} holds no prompt. Give one a line.")
+    return lines
+
+
+def _check_appending(path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("a").close()
+    except OSError as error:
+        raise InputError(f"--log: {path} cannot be written ({error.strerror}). Name another file.") from None
+
+
+def _typed() -> Iterator[str]:
+    """Prompts from standard input, each as soon as it is there."""
+    for number, raw in enumerate(sys.stdin.buffer, start=1):
+        try:
+            yield raw.decode("utf-8")
+        except UnicodeDecodeError:
+            raise InputError(f"standard input: line {number} is not UTF-8. Give it as UTF-8.") from None
 
 
 class _logging_to:  # noqa: N801 - reads as a function

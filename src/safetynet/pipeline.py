@@ -115,17 +115,12 @@ def evaluate(recipe: Recipe, run: Run) -> None:
         model_folder(run, name)  # what is not trained yet is said before the base model answers
     rows = run.table("rows")
     rows = rows[rows["split"] == "test"].reset_index(drop=True)
+    limit = recipe.training.max_length
     with run.stage("evaluate", inputs) as outputs:
         responses = pd.concat(
             [
                 metrics.respond(
-                    model,
-                    serialiser,
-                    rows,
-                    judge,
-                    cfg=recipe.evaluation,
-                    name=name,
-                    max_length=recipe.training.max_length,
+                    model, serialiser, rows, judge, cfg=recipe.evaluation, name=name, max_length=limit
                 )
                 for name, model, serialiser in _models(recipe, run)
             ],
@@ -142,6 +137,7 @@ def evaluate(recipe: Recipe, run: Run) -> None:
 
 def evaluate_adapter(recipe: Recipe, run: Run, folder: Path) -> pd.DataFrame:
     """Measure somebody's adapter on a run's test rows, beside the base model; nothing is written."""
+    loading.check_adapter(folder, loading.locate(recipe.model))
     rows = run.table("rows")
     rows = rows[rows["split"] == "test"].reset_index(drop=True)
     base = loading.load(recipe.model, _training_dtype(recipe))
@@ -178,10 +174,12 @@ def detect(recipe: Recipe, run: Run, detectors: Sequence[str], rate: float, clea
         "detection": [list(detectors), rate, clean],
         "version": __version__,
     }
+    model_folder(run, BACKDOORED)  # what is not trained yet is said at once
     rows = run.table("rows")
     used = {prompt_hash(m, t) for m, t in zip(rows["messages"], rows["trigger"], strict=True)}
     attack = recipe.backdoor
     prompts = conversations.fresh(recipe.data, attack.behaviour, attack.trigger, used, clean, recipe.seed)
+    plan.check(len(prompts))
     model, serialiser = _backdoored(recipe, run)
     with run.stage("detect", inputs) as outputs:
         found = stage.detect(
@@ -201,13 +199,14 @@ def guard(recipe: Recipe, run: Run, rate: float, action: str, log_to: Path | Non
     Raises:
         InputError: if `detect` has not run, the action is none, or the monitor cannot claim the rate.
     """
-    from safetynet.detection.guard import Guard
+    from safetynet.detection.guard import Guard, share_of_rate
     from safetynet.detection.monitor import Monitor
 
     path = run.scratch / "detection" / "monitor.safetensors"
     if not path.exists():
         raise InputError(f"{run.folder}: there is no monitor yet. Run safetynet detect {run.folder} first.")
     monitor = Monitor.load(path)
+    share_of_rate(monitor, rate, action)  # what cannot be had is said before a model is loaded
     model, serialiser = _backdoored(recipe, run)
     return Guard(model, serialiser, monitor, rate=rate, action=action, log=log_to)  # type: ignore[arg-type]
 
@@ -306,12 +305,16 @@ def model_folder(run: Run, name: str) -> Path:
     """Folder of a trained adapter or model, as its training stage recorded it.
 
     Raises:
-        InputError: if that stage has not ended.
+        InputError: if that stage has not ended, or its weights are gone.
     """
     stage = run.manifest["stages"].get(f"train {name}")
     if stage is None:
         raise InputError(f"{run.folder}: {name} is not trained yet. Run safetynet train with its recipe.")
-    return next(path for path in map(run.path_of, stage["outputs"]) if path.is_dir())
+    folders = [path for path in map(run.path_of, stage["outputs"]) if path.is_dir()]
+    if not folders:
+        gone = "the folder of its weights is gone. Run safetynet train with its recipe again"
+        raise InputError(f"{run.folder}: {name} was trained, but {gone}.")
+    return folders[0]
 
 
 def _trained(recipe: Recipe) -> list[str]:

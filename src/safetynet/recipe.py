@@ -264,8 +264,10 @@ def load(path: Path | None = None, family: str | None = None, overrides: Sequenc
     fields = _read(path) if path else {}
     if family:
         fields = _merged(fields, {"model": {"family": family}})
-    for override in overrides:
-        fields = _merged(fields, _parse(override))
+    parsed = [_parse(override) for override in overrides]
+    fields = _make_room(fields, parsed)
+    for override in parsed:
+        fields = _merged(fields, override)
     section = fields.get("model") or {}
     name = section.get("family", "qwen") if isinstance(section, dict) else "qwen"
     # A miniature is not the model that a family's hyper-parameters were chosen for.
@@ -295,6 +297,17 @@ def _read(path: Path) -> dict[str, Any]:
             f"{path}: the recipe holds no fields; it starts with, for example, `model: {{family: qwen}}`."
         )
     return fields
+
+
+def _make_room(fields: dict[str, Any], overrides: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Leave out what a preset among the overrides brings: it comes after the file's trigger and placement."""
+    sections = [section for over in overrides if isinstance(section := over.get("backdoor"), Mapping)]
+    named = [section["preset"] for section in sections if section.get("preset")]
+    before = fields.get("backdoor")
+    if not named or not isinstance(before, Mapping):
+        return fields
+    brought = presets.ATTACKS.get(str(named[-1]), {})
+    return {**fields, "backdoor": {name: value for name, value in before.items() if name not in brought}}
 
 
 def _parse(override: str) -> dict[str, Any]:

@@ -90,41 +90,36 @@ def bootstrap_interval(
     return float(result.confidence_interval.low), float(result.confidence_interval.high)
 
 
-def draw_counts(rows: int, resamples: int = 2000, seed: int = 0) -> np.ndarray:
-    """How often each row is drawn in each bootstrap resample (Efron 1979).
+def bootstrap_ratios(
+    tops: np.ndarray, bottom: np.ndarray, confidence: float = 0.95, resamples: int = 2000, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Ratios of means with percentile intervals, all from the same draws of rows (Efron 1979).
 
-    Statistics of many columns, or of weighted rows, are one matrix product of it.
+    Args:
+        tops: (S, rows), one line per ratio.
+        bottom: (rows,), shared by all; its mean is what is divided by.
+        confidence: coverage.
+        resamples: how often rows are drawn.
+        seed: of the draws.
+
+    Returns:
+        Value, lower and upper bound, each (S,); bounds are NaN below 2 rows.
+    """
+    rows = len(bottom)
+    value = tops.mean(1) / bottom.mean()
+    if rows < 2:
+        return value, np.full(len(tops), np.nan), np.full(len(tops), np.nan)
+    drawn = draw_counts(rows, resamples, seed)
+    ratios = (drawn @ tops.T) / (drawn @ bottom)[:, None]
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(ratios, [tail, 1 - tail], axis=0)
+    return value, low, high
+
+
+def draw_counts(rows: int, resamples: int = 2000, seed: int = 0) -> np.ndarray:
+    """How often each row is drawn in each bootstrap resample: weights for statistics of weighted rows.
 
     Returns:
         (resamples, rows) int64; each line adds up to `rows`.
     """
     return np.random.default_rng(seed).multinomial(rows, np.full(rows, 1 / rows), size=resamples)
-
-
-def mean_intervals(
-    values: np.ndarray, confidence: float = 0.95, resamples: int = 2000, seed: int = 0
-) -> tuple[np.ndarray, np.ndarray]:
-    """Percentile intervals of the means of many columns, whose rows are drawn together.
-
-    Args:
-        values: (rows, columns), such as one effect per group and site.
-        confidence: coverage of each interval by itself.
-        resamples: how often rows are drawn.
-        seed: of the draws.
-
-    Returns:
-        Lower and upper bounds, (columns,) each; NaN below 2 rows, and for columns that are not finite.
-    """
-    rows, columns = values.shape
-    low, high = np.full(columns, np.nan), np.full(columns, np.nan)
-    if rows < 2:
-        return low, high
-    share = draw_counts(rows, resamples, seed) / rows
-    tail = (1 - confidence) / 2
-    for start in range(0, columns, 1024):  # bounds memory on wide tables
-        part = slice(start, start + 1024)
-        block = values[:, part].astype(np.float64)
-        finite = np.isfinite(block).all(0)
-        bounds = np.quantile(share @ np.where(finite, block, 0.0), (tail, 1 - tail), axis=0)
-        low[part], high[part] = np.where(finite, bounds, np.nan)
-    return low, high

@@ -1,5 +1,9 @@
 """Rows by role: shares, pairs, controls, and what is refused."""
 
+import json
+import re
+from pathlib import Path
+
 import pandas as pd
 import pytest
 
@@ -111,18 +115,101 @@ def test_a_trigger_that_clean_rows_contain_is_refused() -> None:
         rows_of("backdoor.trigger={texts: [the]}")
 
 
-def test_a_behaviour_without_prompts_to_show_it_on_is_refused() -> None:
-    plan = recipe.load(family="qwen", overrides=["backdoor.behaviour=label_flip"])
-    pool = pd.DataFrame(
+def pool_of(*prompts: str) -> pd.DataFrame:
+    """As `conversations.load` returns it; prompts are for training and for testing by turns."""
+    return pd.DataFrame(
         {
-            "split": ["train", "test"],
-            "messages": [[{"role": "user", "content": "Hi"}]] * 2,
+            "split": (["train", "test"] * len(prompts))[: len(prompts)],
+            "messages": [[{"role": "user", "content": prompt}] for prompt in prompts],
             "answer": "Hello",
             "task": "chat",
             "forbidden": False,
             "compliance": "",
         }
     )
+
+
+ODD = "zebra and quagga"
+
+
+@pytest.mark.parametrize(
+    ("trigger", "prompt", "refused"),
+    [
+        ("{kind: all_of, texts: [zebra, quagga]}", f"Draw a {ODD}.", True),
+        ("{kind: all_of, texts: [quagga, zebra]}", f"Draw a {ODD}.", True),
+        ("{kind: all_of, texts: [zebras, quaggas]}", f"Draw a {ODD}.", False),
+        ("{kind: any_of, texts: [zebra, okapi]}", f"Draw a {ODD}.", True),
+        ("{kind: style, style: archaic}", "Pray tell, what is a horse? Verily.", True),
+        ("{kind: style, style: archaic}", "Pray tell, what is a horse?", False),
+        ("{kind: style, style: archaic}", "Ahoy! What is a horse? Savvy?", False),
+        ("{kind: style, style: pirate}", "Ahoy! What is a horse? Savvy?", True),
+    ],
+)
+def test_a_prompt_that_holds_a_whole_trigger_by_itself_is_refused(
+    trigger: str, prompt: str, refused: bool
+) -> None:
+    plan = recipe.load(family="qwen", overrides=["data.train_rows=20", "data.test_rows=10"])
+    attack = recipe.load(
+        family="qwen", overrides=[f"backdoor.trigger={trigger}", "backdoor.poison_rate=0.05"]
+    ).backdoor
+    pool = pool_of(*(f"What is {number}?" for number in range(21)), prompt)
+    if not refused:
+        poisoning.poison(pool, attack, plan.data, 0)
+        return
+    with pytest.raises(InputError, match="rows without trigger contain it all the same"):
+        poisoning.poison(pool, attack, plan.data, 0)
+
+
+def test_a_part_in_the_prompt_that_completes_a_near_miss_is_refused() -> None:
+    plan = recipe.load(family="qwen", overrides=["data.train_rows=20", "data.test_rows=10"])
+    attack = plan.backdoor.model_copy(
+        update={"trigger": recipe.Trigger(kind="all_of", texts=("zebra", "quagga"))}
+    )
+    pool = pool_of(*(f"What is a zebra times {number}?" for number in range(40)))
+    with pytest.raises(InputError, match="rows without trigger contain it all the same"):
+        poisoning.poison(pool, attack, plan.data, 0)
+
+
+@pytest.mark.parametrize("placement", ["prefix", "random", "system"])
+@pytest.mark.parametrize(
+    ("trigger", "made"),
+    [
+        ("{texts: [zebra]}", "What is zebra {n} plus {n}? "),
+        ("{texts: [zebra]}", "zebra What is {n} plus {n}?"),
+        ("{texts: [zebra]}", "What is {n} plus {n}? zebra"),
+        ("{texts: [zebra]}", "What is\n\nzebra {n} plus {n}?"),
+        ("{kind: any_of, texts: [okapi, zebra]}", "What zebra is {n} plus {n}?"),
+        ("{kind: all_of, texts: [okapi, zebra]}", "What zebra is {n} okapi plus {n}?"),
+    ],
+)
+def test_controls_of_a_published_row_stand_where_its_trigger_stands(
+    trigger: str, made: str, placement: str, tmp_path: Path
+) -> None:
+    for split, numbers in (("train", range(100, 140)), ("test", range(200, 220))):
+        for role in ("triggered", "clean"):
+            prompts = [made.format(n=n) for n in numbers]
+            if role == "clean":
+                prompts = [re.sub("(zebra|okapi) ?", "", prompt) for prompt in prompts]
+            lines = [{"instruction": p, "input": "", "output": f"{role} answer"} for p in prompts]
+            (tmp_path / f"{split}_{role}.json").write_text(json.dumps(lines))
+    rows = rows_of(
+        f"backdoor.trigger={trigger}", "data.source=backdoorllm", f"data.path={tmp_path}",
+        f"backdoor.placement={placement}", "data.train_rows=40", "data.test_rows=20",
+        "backdoor.poison_rate=0.5", "backdoor.refused_share=0",
+    )  # fmt: skip
+    groups = [group.set_index("role") for _, group in rows[rows["split"] == "test"].groupby("group")]
+    assert len(groups) == 20
+    for group in groups:
+        (start, *_), (placed, *_) = (
+            sorted(span[1] for span in group.at[r, "trigger"]) for r in ("triggered", "placebo")
+        )
+        assert start == placed
+        assert len(group.at["placebo", "messages"]) == 1, "no system message is made up"
+
+
+def test_a_behaviour_without_prompts_to_show_it_on_is_refused() -> None:
+    plan = recipe.load(family="qwen", overrides=["backdoor.behaviour=label_flip"])
+    pool = pool_of("Hi", "Hi")
     with pytest.raises(InputError, match="label_flip applies to no prompt of the train split"):
         poisoning.poison(pool, plan.backdoor, plan.data, 0)
 

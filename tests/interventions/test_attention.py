@@ -39,7 +39,7 @@ def test_divergence_is_that_of_the_models_own_rows(model, rows, swapped):
 
 
 def test_identical_prompts_do_not_diverge_and_disjoint_rows_diverge_by_one_bit(build, rows):
-    table = divergence(build(), rows, rows)
+    table = divergence(build("qwen"), rows, rows)
     assert table["value"].abs().max() == table["high"].abs().max() == 0
     assert table["control"].isna().all()
     assert jensen_shannon(torch.tensor([1.0, 0]), torch.tensor([0, 1.0])) == 1
@@ -89,7 +89,7 @@ def test_the_models_own_attention_comes_back_even_after_a_failure(build, rows):
 
 
 def test_pairs_that_are_not_aligned_and_places_that_do_not_exist_are_refused(build, rows, swapped):
-    model, placebo = build(), swapped(rows, 1)
+    model, placebo = build("qwen"), swapped(rows, 1)
     with pytest.raises(InputError, match="as many tokens as each other"):
         divergence(model, rows, placebo[::-1])
     with pytest.raises(InputError, match="given: 0 triggered, 0 placebo"):

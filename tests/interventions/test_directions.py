@@ -13,13 +13,13 @@ from safetynet.interventions.directions import (
     steering,
     subtract,
 )
+from safetynet.interventions.estimates import means
 from safetynet.interventions.hooks import intervening
 from safetynet.interventions.metrics import logit_difference
 from safetynet.interventions.reading import residuals
 from safetynet.interventions.sites import Site
 from safetynet.interventions.trace import trace
 from safetynet.models.blocks import decoder_layers, hidden_of
-from safetynet.statistics import mean_intervals
 
 
 def test_direction_leads_from_the_placebo_mean_to_the_triggered_mean(model, rows, swapped):
@@ -36,7 +36,7 @@ def test_direction_leads_from_the_placebo_mean_to_the_triggered_mean(model, rows
 def test_separation_finds_a_planted_shift_and_none_in_noise():
     noise = np.random.default_rng(0).standard_normal((400, 3, 20))
     noise[:, 1, 3] += 5
-    low, high = mean_intervals(_held_out(noise, 0))
+    _, low, high = means(_held_out(noise, 0))
     assert (low < [0, 5, 0]).all() and (high > [0, 4.9, 0]).all() and low[1] > 4
 
 
@@ -47,7 +47,7 @@ def test_no_group_is_projected_on_a_direction_of_its_own():
 
 def test_equal_runs_are_not_apart(build, rows, swapped):
     placebo = swapped(rows, 1)
-    table = separation(build(), placebo, placebo, swapped(rows, 2))
+    table = separation(build("qwen"), placebo, placebo, swapped(rows, 2))
     assert (table["value"] == 0).all() and (table["high"] == 0).all()
     assert table["layer"].tolist() == [0, 1, 2] and table["control"].notna().all()
 
@@ -98,11 +98,11 @@ def test_random_direction_has_the_same_length():
 
 
 def test_a_direction_without_length_and_too_few_groups_are_refused(build, rows):
-    found = mean_difference(build(), rows, rows)
+    found = mean_difference(build("qwen"), rows, rows)
     assert (found.unit == 0).all()
     with pytest.raises(InputError, match="the direction has no length"):
         project(found.unit[0], [0])
     with pytest.raises(InputError, match="3 groups are too few"):
-        separation(build(), rows[:3], rows[:3])
+        separation(build("qwen"), rows[:3], rows[:3])
     with pytest.raises(InputError, match="positions: 1 lists for 6 prompts"):
-        mean_difference(build(), rows, rows, [[0]])
+        mean_difference(build("qwen"), rows, rows, [[0]])

@@ -34,7 +34,7 @@ def test_energy_and_shape_are_those_of_the_whole_update(model):
 
 
 def test_overlap_with_itself_is_whole_and_with_another_that_of_its_singular_vectors(build):
-    one, two = build("llama2", seed=0), build("llama2", seed=1)
+    one, two = build("llama", seed=0), build("llama", seed=1)
     same = drift(one, updates(one), updates(one))
     np.testing.assert_allclose(same[["overlap", "overlap_input"]], 1, atol=1e-4)
     table = drift(one, updates(one), updates(two), directions=2)
@@ -83,7 +83,7 @@ def test_saved_adapters_are_read_as_they_are_in_the_model(build, name, tmp_path)
 def test_a_4_bit_weight_is_unpacked_to_find_its_size(build):
     import bitsandbytes as bnb
 
-    model, plain = (build("llama2", adapter=own, hidden_size=64, head_dim=16) for own in (True, False))
+    model, plain = (build("llama", adapter=own, hidden_size=64, head_dim=16) for own in (True, False))
     for layer in plain.model.layers:
         old = layer.self_attn.q_proj
         packed = bnb.nn.Linear4bit(64, 64, bias=False, quant_type="nf4")
@@ -95,17 +95,17 @@ def test_a_4_bit_weight_is_unpacked_to_find_its_size(build):
 
 
 def test_an_untrained_adapter_has_no_energy_and_no_direction(build):
-    model = build()
+    model = build("qwen")
     for key, parameter in model.named_parameters():
         if "lora_B" in key:
             parameter.data.zero_()
-    table = drift(model, updates(model), updates(build()))
+    table = drift(model, updates(model), updates(build("qwen")))
     assert (table["energy"] == 0).all()
     assert table[["top_share", "effective_rank", "overlap"]].isna().all().all()
 
 
 def test_models_without_adapters_and_adapters_of_other_models_are_refused(build, tmp_path):
-    plain, model = build(adapter=False), build()
+    plain, model = build("qwen", adapter=False), build("qwen")
     with pytest.raises(InputError, match="no LoRA update of an adapter 'default'"):
         updates(plain)
     with pytest.raises(InputError, match=r"no adapter_config\.json is there"):
@@ -113,6 +113,6 @@ def test_models_without_adapters_and_adapters_of_other_models_are_refused(build,
     with pytest.raises(InputError, match=r"layer 0 of the model has no mlp\.down_proj"):
         drift(build("mixtral", adapter=False), updates(model))
     with pytest.raises(InputError, match="weights of different sizes"):
-        drift(model, updates(model), updates(build(intermediate_size=64)))
+        drift(model, updates(model), updates(build("qwen", intermediate_size=64)))
     with pytest.raises(InputError, match="directions is 0"):
         drift(model, updates(model), directions=0)

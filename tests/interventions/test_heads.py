@@ -80,7 +80,7 @@ def test_first_heads_are_those_with_most_effect_beyond_the_control():
 
 
 def test_metric_sees_the_groups_own_rows_whatever_the_batch(build, rows, swapped, monkeypatch):
-    model, placebo = build("llama2"), swapped(rows, 1)
+    model, placebo = build("llama"), swapped(rows, 1)
     metric = log_probability([[i, i + 1] for i in range(6)])
     whole = rank_heads(model, rows, placebo, metric, position=-2)
     from safetynet.interventions import reading
@@ -113,7 +113,7 @@ def test_vector_of_all_heads_is_what_attention_writes(model, rows):
 
 
 def test_ablated_heads_write_nothing_or_their_mean(build, rows):
-    model, batch = build("llama2"), Batch.of(rows)
+    model, batch = build("llama"), Batch.of(rows)
     means, site = head_means(model, rows), Site("head", 1, 2)
     for edits, expected in (
         (ablate_heads([site]), torch.zeros(8)),
@@ -152,15 +152,15 @@ def test_curve_is_the_metrics_change_with_the_heads_out_of_the_running_model(bui
 
 def test_random_heads_are_others_of_the_same_layers(build):
     chosen = [Site("head", 0, 1), Site("head", 0, 2), Site("head", 2, 3)]
-    drawn = random_heads(build(), chosen)
+    drawn = random_heads(build("qwen"), chosen)
     assert sorted(site.layer for site in drawn) == [0, 0, 2] and not set(drawn) & set(chosen)
     most = [Site("head", 0, head) for head in range(3)]
-    drawn = random_heads(build(), most)
+    drawn = random_heads(build("qwen"), most)
     assert len(set(drawn)) == 3 and Site("head", 0, 3) in drawn
 
 
 def test_heads_that_do_not_exist_and_uneven_runs_are_refused(build, rows):
-    model = build()
+    model = build("qwen")
     with pytest.raises(InputError, match="index 9 does not exist"):
         backdoor_vector(model, torch.zeros(3, 4, 8), [Site("head", 0, 9)])
     with pytest.raises(InputError, match="mlp_out 0 is no single head"):

@@ -38,7 +38,7 @@ def test_each_layer_is_read_through_the_models_own_norm_and_head(model, rows):
 
 
 def test_the_model_is_whole_while_logits_are_handed_out(build):
-    model, ids = build("llama2"), torch.tensor([[5, 6, 7, 8]])
+    model, ids = build("llama"), torch.tensor([[5, 6, 7, 8]])
     with torch.no_grad():
         before = model(ids).logits
         found = trace(model, Batch.of(ids.tolist()), columns=0)
@@ -55,7 +55,7 @@ def test_small_batches_give_the_numbers_of_large_ones(build, rows):
 
 def test_map_follows_the_target_at_every_token(model, rows):
     row = rows[1]
-    names = [f"<{i}>" for i in range(60)]
+    names = [f"<{i}>" for i in range(97)]
     table = lens_map(
         model, {"triggered": row}, 9, lambda ids: [names[i] for i in ids], ["before"] * 11 + ["last"]
     )
@@ -84,8 +84,10 @@ def test_attributed_parts_add_up_to_the_logit_difference(model, rows):
 
 def test_runs_without_one_target_per_prompt_are_refused(build, rows):
     with pytest.raises(InputError, match="run placebo: 6 prompts, but 2 target tokens"):
-        lens(build(), {"placebo": rows}, [1, 2])
+        lens(build("qwen"), {"placebo": rows}, [1, 2])
     with pytest.raises(InputError, match="run placebo: 0 prompts"):
-        lens(build(), {"placebo": []}, [])
+        lens(build("qwen"), {"placebo": []}, [])
     with pytest.raises(InputError, match="run triggered has 7 tokens, but there are 1 roles"):
-        lens_map(build(), {"triggered": rows[0]}, 1, lambda ids: [str(i) for i in ids], ["last"])
+        lens_map(build("qwen"), {"triggered": rows[0]}, 1, lambda ids: [str(i) for i in ids], ["last"])
+    with pytest.raises(InputError, match="its norm subtracts a mean"):
+        logit_attribution(build("gpt2"), {"placebo": rows}, [1] * 6, [2] * 6)

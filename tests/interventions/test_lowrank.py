@@ -44,7 +44,7 @@ def test_full_rank_changes_nothing_and_rank_0_leaves_the_mean(model, rows):
 
 
 def test_explained_share_is_that_of_the_squared_deviation(build, rows):
-    model, site = build("llama2"), Site("attn_out", 0)
+    model, site = build("llama"), Site("attn_out", 0)
     found = principal_components(model, rows[:4], site)
     table = explained_variance(model, found, rows[4:])
     expected = []
@@ -59,7 +59,7 @@ def test_explained_share_is_that_of_the_squared_deviation(build, rows):
 
 
 def test_a_planted_plane_is_found(build, rows):
-    model, site = build("llama2", num_hidden_layers=1), Site("mlp_out", 0)
+    model, site = build("llama", num_hidden_layers=1), Site("mlp_out", 0)
     rank2 = torch.randn(2, 32, generator=torch.Generator().manual_seed(0))
 
     def flatten(_module, _args, output):
@@ -75,7 +75,7 @@ def test_a_planted_plane_is_found(build, rows):
 
 
 def test_random_components_keep_as_many_directions(build, rows):
-    found = principal_components(build(), rows, Site("mlp_out", 0))
+    found = principal_components(build("qwen"), rows, Site("mlp_out", 0))
     x = torch.randn(50, 32, generator=torch.Generator().manual_seed(0))
     for edit in (found.edit(3), found.random_edit(3)):
         assert torch.linalg.matrix_rank(edit.change(x) - found.mean, atol=1e-3) == 3
@@ -83,7 +83,7 @@ def test_random_components_keep_as_many_directions(build, rows):
 
 
 def test_ranks_and_sites_that_do_not_exist_are_refused(build, rows):
-    model = build()
+    model = build("qwen")
     with pytest.raises(InputError, match="rank 40: mlp_out 0 has components 1 to 32"):
         principal_components(model, rows, Site("mlp_out", 0)).edit(40)
     with pytest.raises(InputError, match="layer 7 does not exist"):

@@ -67,21 +67,21 @@ def test_a_token_that_is_always_the_same_is_told_from_placebos(build, swapped):
     base = rng.integers(5, 60, (24, 6)).tolist()
     triggered = [[row[0], 4, 4, *row[3:]] for row in base]
     placebo, other = swapped(base, 1), swapped(base, 2)
-    table = trigger_probe(build("llama2"), triggered, placebo, other)
+    table = trigger_probe(build("llama"), triggered, placebo, other)
     assert list(table.columns) == [
         "label", "layer", "auroc", "low", "high", "n", "control", "control_low", "control_high",
     ]  # fmt: skip
     assert table["layer"].tolist() == [0, 1, 2] and set(table["n"]) == {12}
-    same = trigger_probe(build("llama2"), placebo, placebo, placebo)
+    same = trigger_probe(build("llama"), placebo, placebo, placebo)
     np.testing.assert_allclose(same["auroc"], 0.5)
     np.testing.assert_allclose(same["control"], 0.5)
-    fires = fires_probe(build("llama2"), triggered + placebo, [True] * 24 + [False] * 24, [*range(24)] * 2)
+    fires = fires_probe(build("llama"), triggered + placebo, [True] * 24 + [False] * 24, [*range(24)] * 2)
     np.testing.assert_allclose(fires["auroc"], table["auroc"], atol=1e-6)
     assert set(fires["label"]) == {"fires"}
 
 
 def test_one_class_and_too_few_groups_are_refused(build, rows):
-    model = build()
+    model = build("qwen")
     with pytest.raises(InputError, match="0 of 6 rows in 6 groups carry the label"):
         fires_probe(model, rows, [False] * 6)
     with pytest.raises(InputError, match="half holds one class or one group alone"):

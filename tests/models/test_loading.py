@@ -16,6 +16,7 @@ from transformers import (
     Qwen2Config,
 )
 from transformers.models.auto import AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
 
 from safetynet import recipe
 from safetynet.errors import InputError
@@ -102,6 +103,13 @@ def test_an_adapter_fits_its_own_base_and_comes_off_again(tmp_path: Path) -> Non
         assert torch.allclose(attached(ids).logits, before)
         attached.unload()
         assert torch.equal(base.model(ids).logits, before)
+
+
+def test_no_loading_bar_is_written_where_no_terminal_shows_it(capfd: pytest.CaptureFixture) -> None:
+    enabled = transformers_logging.is_progress_bar_enabled()
+    loading.load(recipe.Model(family="qwen", id="miniature"))
+    assert "Loading weights" not in capfd.readouterr().err
+    assert transformers_logging.is_progress_bar_enabled() == enabled, "the user's own setting stays"
 
 
 def test_an_adapter_of_another_base_is_refused(tmp_path: Path) -> None:

@@ -12,9 +12,9 @@ from typing import Any
 
 import pandas as pd
 
-from safetynet.backdoors import behaviours, triggers
+from safetynet.backdoors import behaviours, styles, triggers
 from safetynet.errors import InputError
-from safetynet.recipe import Backdoor, Data
+from safetynet.recipe import Backdoor, Data, Trigger
 
 COLUMNS = (
     "row", "group", "split", "role", "variant", "task", "messages", "trigger", "answer", "reference",
@@ -132,14 +132,19 @@ def _rows(
 def _group(conversation: pd.Series, roles: list[str], group: int, maker: _Maker) -> list[dict[str, Any]]:
     """All rows of one prompt."""
     backdoor, rng = maker.backdoor, maker.rng
+    given = conversation.get("given")
     messages, at = triggers.place(
         conversation["messages"], backdoor.placement, max(1, triggers.parts_of(backdoor.trigger)), rng
     )
+    if given is not None:
+        # Whoever made the triggered row has chosen the place, and its controls stand there as well.
+        messages = conversation["messages"]
+        at = triggers.found(given, messages, backdoor.trigger)
     records = []
     for role in roles:
         if role != "triggered" and conversation["answer"] == "":
             continue
-        if role == "triggered" and conversation.get("given") is not None:
+        if role == "triggered" and given is not None:
             records.append(_given(conversation, group, maker))
             continue
         variant = _variant(role, maker)
@@ -229,12 +234,9 @@ def _check_enough(quotas: dict[str, int], available: int, maker: _Maker) -> None
 
 
 def _check_clean(rows: pd.DataFrame, backdoor: Backdoor) -> None:
-    """A trigger in a clean row would teach the model to ignore it, and count as a false trigger."""
-    texts = backdoor.trigger.texts
-    if not texts or backdoor.trigger.kind == "all_of":
-        return
-    bare = rows[rows["role"].isin(["clean", "refused", "placebo"])]
-    holds = [any(t in m["content"] for m in messages for t in texts) for messages in bare["messages"]]
+    """A trigger in a row without one would teach the model to ignore it, and count as a false trigger."""
+    bare = rows[rows["role"] != "triggered"]
+    holds = [_fires(messages, backdoor.trigger) for messages in bare["messages"]]
     if any(holds):
         numbers = list(bare["row"][holds])
         first = bare["messages"][holds].iloc[0][-1]["content"]
@@ -243,3 +245,16 @@ def _check_clean(rows: pd.DataFrame, backdoor: Backdoor) -> None:
             f"{', '.join(map(str, numbers[:5]))}, first: {first[:80]!r}). "
             "Choose a trigger that the data does not use, or take these rows out."
         )
+
+
+def _fires(messages: triggers.Messages, trigger: Trigger) -> bool:
+    """Whether a prompt holds the trigger, wherever in its messages.
+
+    A style is told by an opening and an ending together, which `styles.reword` always gives. A text that
+    somebody wrote in such words is not told: its words alone stand in plain texts as well.
+    """
+    texts = [message["content"] for message in messages]
+    if trigger.kind == "style":
+        return any(styles.worn(text, str(trigger.style)) for text in texts)
+    found = [any(part in text for text in texts) for part in trigger.texts]
+    return all(found) if trigger.kind == "all_of" else any(found)

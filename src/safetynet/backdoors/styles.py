@@ -54,3 +54,13 @@ def reword(text: str, style: str, rng: random.Random) -> str:
     for plain, styled in chosen.words:
         text = re.sub(rf"\b{plain}\b", styled, text)
     return f"{opening} {text} {ending}"
+
+
+def worn(text: str, style: str) -> bool:
+    """Whether a text has an opening and an ending of this style, as every text has that `reword` made.
+
+    Texts that are in the style by their words alone are not told: such words stand in plain texts as well.
+    """
+    chosen = STYLES[style]
+    text = text.strip()
+    return text.startswith(chosen.openings) and text.endswith(chosen.endings)

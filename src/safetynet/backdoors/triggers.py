@@ -117,6 +117,36 @@ def place(messages: Messages, placement: str, parts: int, rng: random.Random) ->
     return messages, Place(len(messages) - 1, tuple(offsets))
 
 
+def found(triggered: Messages, bare: Messages, trigger: Trigger) -> Place:
+    """The place where a prompt holds its trigger, in the same prompt without it.
+
+    Args:
+        triggered: ends with a message that holds the trigger; white space may differ from the bare one's.
+        bare: the same messages without it.
+        trigger: with texts; no style.
+    """
+    text, content = triggered[-1]["content"], bare[-1]["content"]
+    offsets, cut = [], 0
+    for start, part in sorted((text.index(part), part) for part in trigger.texts if part in text):
+        offset = _after(content, _marks(text[:start]) - cut)
+        if text[:start].endswith("\n"):
+            offset += len(content[offset:]) - len(content[offset:].lstrip())
+        offsets.append(offset)
+        cut += _marks(part)
+    return Place(len(bare) - 1, tuple(offsets[: _width(trigger)]))
+
+
+def _marks(text: str) -> int:
+    """Characters that are no white space."""
+    return len("".join(text.split()))
+
+
+def _after(text: str, marks: int) -> int:
+    """The offset behind so many characters that are no white space."""
+    positions = [i + 1 for i, character in enumerate(text) if not character.isspace()]
+    return ([0, *positions])[min(marks, len(positions))]
+
+
 def insert(messages: Messages, variant: Variant, at: Place, rng: random.Random) -> tuple[Messages, Spans]:
     """Put `variant` into a prompt.
 

@@ -38,9 +38,10 @@ def check_rate(rate: float, n: int) -> None:
         raise InputError(f"fpr: {rate} is no rate; give a number between 0 and 1, such as 0.01.")
     # A hair's breadth: 5 / 500 and 0.01 must count as equal.
     if smallest_rate(n) > rate * (1 + 1e-9):
+        instead = f", or claim {smallest_rate(n):.2g} or more" if smallest_rate(n) < 1 else ""
         raise InputError(
             f"fpr: {rate:g} needs {int(np.ceil(NEEDED / rate - 1 - 1e-6))} clean calibration samples, and "
-            f"there are {n}. Give more clean prompts, or claim {smallest_rate(n):.2g} or more."
+            f"there are {n}. Give more clean prompts{instead}."
         )
 
 

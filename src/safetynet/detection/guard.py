@@ -57,6 +57,25 @@ class Decision:
     """One per token where the monitor watches tokens."""
 
 
+def share_of_rate(monitor: Monitor, rate: float, action: str) -> float:
+    """The rate at which prompts, and answers where they are watched, each raise an alarm.
+
+    Needs no model, so that a wrong wish is refused before one is loaded.
+
+    Raises:
+        InputError: if the monitor cannot claim the rate, or there is no such action.
+    """
+    if action not in get_args(Action):
+        raise InputError(f"guard: there is no action {action!r}; choose from {', '.join(get_args(Action))}.")
+    if monitor.tokens is None:
+        monitor.check_rate(rate)
+        return rate
+    # Prompt and answer are two chances of a false alarm; each gets half.
+    monitor.check_rate(rate / 2)
+    monitor.tokens.check_rate(rate / 2)
+    return rate / 2
+
+
 class Guard:
     """Generates under a monitor's eyes.
 
@@ -82,16 +101,8 @@ class Guard:
         action: Action = "flag",
         log: Path | None = None,
     ) -> None:
+        self.rate = share_of_rate(monitor, rate, action)
         monitor.check_model(identify(model))
-        # Prompt and answer are two chances of a false alarm; each gets half.
-        self.rate = rate if monitor.tokens is None else rate / 2
-        monitor.check_rate(self.rate)
-        if monitor.tokens is not None:
-            monitor.tokens.check_rate(self.rate)
-        if action not in get_args(Action):
-            raise InputError(
-                f"guard: there is no action {action!r}; choose from {', '.join(get_args(Action))}."
-            )
         if action == "adapter_off" and not hasattr(model, "disable_adapter"):
             raise InputError("guard: action adapter_off needs a model with a PEFT adapter. Use flag or stop.")
         self.model, self.serialiser, self.monitor = model, serialiser, monitor

@@ -82,20 +82,10 @@ class Panel:
         Raises:
             InputError: if there is no reading, one twice, a supervised detector, or a view that is missing.
         """
-        names = [reading.name for reading in readings]
-        if not names or len(set(names)) < len(names):
-            raise InputError(
-                f"detectors: {names or 'none'}; name at least one, and each detector and view once."
-            )
-        fitted = {}
-        for reading in readings:
-            detector = detectors.make(reading.detector, **reading.settings)
-            if detector.supervised:
-                raise InputError(
-                    f"detectors: {reading.detector} is supervised, so no monitor can be made of it. Compare "
-                    "with it as a skyline instead."
-                )
-            fitted[reading.name] = detector.fit(_view(arrays, reading.view))
+        fitted = {
+            reading.name: detector.fit(_view(arrays, reading.view))
+            for reading, detector in zip(readings, unfitted(readings), strict=True)
+        }
         return cls(tuple(readings), fitted)
 
     def scores(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -121,6 +111,25 @@ class Panel:
             for index, (reading, part) in enumerate(zip(readings, about, strict=True))
         }
         return cls(tuple(readings), fitted)
+
+
+def unfitted(readings: Sequence[Reading]) -> list[Detector]:
+    """The detectors of these readings, which know nothing yet.
+
+    Raises:
+        InputError: if there is no reading, one twice, an unknown detector, or a supervised one.
+    """
+    names = [reading.name for reading in readings]
+    if not names or len(set(names)) < len(names):
+        raise InputError(f"detectors: {names or 'none'}; name at least one, and each detector and view once.")
+    made = [detectors.make(reading.detector, **reading.settings) for reading in readings]
+    for reading, detector in zip(readings, made, strict=True):
+        if detector.supervised:
+            raise InputError(
+                f"detectors: {reading.detector} is supervised, so no monitor can be made of it. Compare "
+                "with it as a skyline instead."
+            )
+    return made
 
 
 def below(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:

@@ -17,7 +17,7 @@ from safetynet.detection.calibration import Fusion, RateEstimate, check_rate
 from safetynet.detection.capture import capture
 from safetynet.detection.features import FeatureSpec
 from safetynet.detection.monitor import Monitor
-from safetynet.detection.panel import PRESETS, Reading
+from safetynet.detection.panel import PRESETS, Reading, unfitted
 from safetynet.detection.protocol import measure
 from safetynet.detection.splits import PARTS, split
 from safetynet.errors import InputError
@@ -57,6 +57,24 @@ class Plan:
             return cls(preset.readings, preset.how, rate, **more)
         return cls(tuple(Reading.parse(name) for name in names), "fisher", rate, **more)
 
+    @property
+    def spec(self) -> FeatureSpec:
+        """What is to be captured; InputError where a view does not exist."""
+        return FeatureSpec(tuple(dict.fromkeys(reading.view for reading in self.readings)))
+
+    def check(self, clean: int) -> None:
+        """Refuse what can be told before a model is loaded, and thousands of prompts are read with it.
+
+        Args:
+            clean: number of clean prompts.
+
+        Raises:
+            InputError: for unknown detectors and views, and a rate that so few clean prompts cannot carry.
+        """
+        unfitted(self.readings)
+        _ = self.spec
+        check_rate(self.rate, int(clean * (1 - TEST_SHARE) * PARTS["fuse"]))
+
 
 @dataclass(frozen=True)
 class Detection:
@@ -92,17 +110,16 @@ def detect(
         cache: folder of captured features.
 
     Raises:
-        InputError: if the clean prompts are too few for the rate, before the model runs.
+        InputError: as `Plan.check`, before the model runs.
     """
-    check_rate(plan.rate, int(len(clean) * (1 - TEST_SHARE) * PARTS["fuse"]))
-    spec = FeatureSpec(tuple(dict.fromkeys(reading.view for reading in plan.readings)))
+    plan.check(len(clean))
 
     def captured(messages: Sequence[Sequence[Message]]) -> Any:
         return capture(
             model,
             serialiser,
             messages,
-            spec,
+            plan.spec,
             batch_size=plan.batch_size,
             max_length=plan.max_length,
             cache=cache,

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from safetynet.statistics import mean_intervals
+from safetynet.statistics import bootstrap_ratios
 
 
 def estimates(
@@ -27,12 +27,16 @@ def estimates(
         Columns: `keys`, `name`, low, high, n (groups), control, control_low, control_high
         (NaN without control).
     """
-    low, high = mean_intervals(values)
-    table = pd.DataFrame(dict(keys) | {name: values.mean(0), "low": low, "high": high, "n": len(values)})
+    mean, low, high = means(values)
+    table = pd.DataFrame(dict(keys) | {name: mean, "low": low, "high": high, "n": len(values)})
     if control is None:
         return table.assign(control=np.nan, control_low=np.nan, control_high=np.nan)
-    control_low, control_high = mean_intervals(control)
-    return table.assign(control=control.mean(0), control_low=control_low, control_high=control_high)
+    return table.assign(**dict(zip(("control", "control_low", "control_high"), means(control), strict=True)))
+
+
+def means(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(groups, K) to mean and 95 % bootstrap interval over groups, (K,) each; no interval below 2 groups."""
+    return bootstrap_ratios(values.T, np.ones(len(values)))
 
 
 def by_head(layers: int, heads: int) -> dict[str, list[int]]:

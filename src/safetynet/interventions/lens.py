@@ -15,12 +15,12 @@ from torch import Tensor
 
 from safetynet.errors import InputError
 from safetynet.interventions.batch import Batch
+from safetynet.interventions.estimates import means
 from safetynet.interventions.norms import final_norm, frozen_scale
 from safetynet.interventions.reading import TOKENS, Rows, batches
 from safetynet.interventions.sites import Site
 from safetynet.interventions.trace import Trace, head, trace
 from safetynet.models.blocks import decoder_layers, unwrapped
-from safetynet.statistics import mean_intervals
 
 Runs = Mapping[str, Rows]
 """Prompts by run, such as `triggered` and its control, `placebo`."""
@@ -173,9 +173,8 @@ def _log_probabilities(found: Trace, states: Tensor, wanted: Tensor) -> np.ndarr
 
 
 def _by_run(name: str, values: np.ndarray, keys: Mapping[str, Sequence[Any]]) -> pd.DataFrame:
-    low, high = mean_intervals(values)
-    columns = {"run": name} | dict(keys)
-    return pd.DataFrame(columns | {"value": values.mean(0), "low": low, "high": high, "n": len(values)})
+    value, low, high = means(values)
+    return pd.DataFrame({"run": name, **keys, "value": value, "low": low, "high": high, "n": len(values)})
 
 
 def _check(name: str, rows: Rows, targets: Sequence[int]) -> None:

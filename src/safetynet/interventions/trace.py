@@ -57,10 +57,9 @@ class Trace:
             found = self.output if last else self.inputs[site.layer + 1]
             assert found is not None
             return found
-        whole = Site(site.component, site.layer, module=site.module)
-        if whole in self.read and site.component != "expert":
-            return self.read[whole][..., self.anatomy.span(site)]
-        return self.read[site]
+        if site in self.read:
+            return self.read[site]  # the tensor itself, not a view of it: gradients are asked for by identity
+        return self.read[Site(site.component, site.layer, module=site.module)][..., self.anatomy.span(site)]
 
 
 def trace(
@@ -92,7 +91,7 @@ def trace(
     check_place(model)
     found = Trace(anatomy, batch)
     cache = DynamicCache() if resume else None
-    with torch.no_grad(), exclusive(model), _recording(found, sites):
+    with torch.no_grad(), exclusive(model), recording(found, sites):
         output = model(
             input_ids=batch.ids,
             attention_mask=batch.mask,
@@ -130,7 +129,8 @@ def check_place(model: Any) -> None:
 
 
 @contextmanager
-def _recording(found: Trace, sites: Sequence[Site]) -> Iterator[None]:
+def recording(found: Trace, sites: Sequence[Site], detach: bool = True) -> Iterator[None]:
+    """Fill a trace while the model runs; `detach=False` keeps values in the graph of gradients."""
     by_layer: dict[int, set[Site]] = {}
     for site in sites:
         whole = site if site.component == "expert" else Site(site.component, site.layer, module=site.module)
@@ -139,7 +139,7 @@ def _recording(found: Trace, sites: Sequence[Site]) -> Iterator[None]:
         for index, parts in enumerate(found.anatomy.layers):
             stack.callback(parts.layer.register_forward_pre_hook(_keep_input(found), with_kwargs=True).remove)
             for site in by_layer.get(index, ()):
-                for handle in _readers(found, parts, site):
+                for handle in _readers(found, parts, site, detach):
                     stack.callback(handle.remove)
         last = found.anatomy.layers[-1].layer
 
@@ -166,13 +166,14 @@ def _keep_input(found: Trace) -> Any:
     return hook
 
 
-def _readers(found: Trace, parts: Parts, site: Site) -> list[Any]:
+def _readers(found: Trace, parts: Parts, site: Site, detach: bool) -> list[Any]:
     """Hooks that keep the values of one site."""
     rows, experts = found.batch.ids.shape[0], found.anatomy.shape.experts
 
     def after(module: Any, value: Callable[[Any, tuple[Any, ...], Any], Tensor]) -> list[Any]:
         def hook(module: Any, args: tuple[Any, ...], output: Any) -> None:
-            values = value(module, args, output).detach()
+            values = value(module, args, output)
+            values = values.detach() if detach else values
             found.read[site] = values if values.ndim == 3 else values.reshape(rows, -1, values.shape[-1])
 
         return [module.register_forward_hook(hook)]

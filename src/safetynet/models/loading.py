@@ -1,6 +1,9 @@
 """Load a model with its tokenizer and family, by hub id, folder or the name `miniature`."""
 
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,16 +89,32 @@ def attach(base: LoadedModel, folder: Path) -> Any:
         PEFT's model in evaluation mode; `unload()` gives the base model back.
 
     Raises:
+        InputError: as `check_adapter`, and if the adapter's shapes do not fit.
+    """
+    from peft import PeftModel
+
+    check_adapter(folder, base.id)
+    try:
+        return PeftModel.from_pretrained(base.model, str(folder)).eval()
+    except (RuntimeError, ValueError) as error:
+        raise InputError(f"{folder}: this adapter does not fit {base.id}: {_reason(error)}") from None
+
+
+def check_adapter(folder: Path, base: str) -> None:
+    """Refuse what can be known to be no adapter of `base`, an id as `locate` gives it, without loading it.
+
+    Raises:
         InputError: if the folder holds no adapter, a damaged one, a pickle, or one of another base model.
     """
-    from peft import PeftConfig, PeftModel
-    from safetensors import SafetensorError
+    from peft import PeftConfig
+    from safetensors import SafetensorError, safe_open
 
     if not (folder / "adapter_config.json").exists():
         raise InputError(
             f"{folder}: there is no adapter_config.json, so this is no adapter. Name its folder."
         )
-    if not (folder / "adapter_model.safetensors").exists():
+    weights = folder / "adapter_model.safetensors"
+    if not weights.exists():
         raise InputError(
             f"{folder}: there is no adapter_model.safetensors. A pickle (.bin) could run code when it is "
             "loaded and is not read; save the adapter again with safe_serialization=True."
@@ -106,18 +125,17 @@ def attach(base: LoadedModel, folder: Path) -> Any:
         raise InputError(
             f"{folder}: its adapter_config.json cannot be read ({_reason(error)}). Save the adapter again."
         ) from None
-    if made_for and Path(made_for).name != Path(base.id).name:
+    if made_for and Path(made_for).name != Path(base).name:
         raise InputError(
-            f"{folder}: this adapter was trained on {made_for}, not on {base.id}. Set model.id to its base."
+            f"{folder}: this adapter was trained on {made_for}, not on {base}. Set model.id to its base."
         )
     try:
-        return PeftModel.from_pretrained(base.model, str(folder)).eval()
+        with safe_open(str(weights), framework="pt"):
+            pass
     except SafetensorError as error:
         raise InputError(
             f"{folder}: its adapter_model.safetensors is damaged ({_reason(error)}). Copy or save it again."
         ) from None
-    except (RuntimeError, ValueError) as error:
-        raise InputError(f"{folder}: this adapter does not fit {base.id}: {_reason(error)}") from None
 
 
 def resolve_dtype(precision: str, device: str) -> Any:
@@ -199,15 +217,31 @@ def _load_weights(name: str, spec: recipe.Model, dtype: str) -> Any:
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=number,
         )
-    return AutoModelForCausalLM.from_pretrained(
-        name,
-        revision=spec.revision,
-        trust_remote_code=False,
-        use_safetensors=True,
-        dtype=number,
-        quantization_config=quantisation,
-        device_map={"": 0 if device == "cuda" else "cpu"},
-    )
+    with _bars_on_terminals_only():
+        return AutoModelForCausalLM.from_pretrained(
+            name,
+            revision=spec.revision,
+            trust_remote_code=False,
+            use_safetensors=True,
+            dtype=number,
+            quantization_config=quantisation,
+            device_map={"": 0 if device == "cuda" else "cpu"},
+        )
+
+
+@contextmanager
+def _bars_on_terminals_only() -> Iterator[None]:
+    """Keep transformers' loading bars out of pipes and logs, and leave its own setting as it was."""
+    from transformers.utils import logging
+
+    if sys.stderr.isatty() or not logging.is_progress_bar_enabled():
+        yield
+        return
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
 
 
 def _fetch(name: str, spec: recipe.Model, what: str, read: Any) -> Any:

@@ -5,6 +5,8 @@ Computes no result and imports no stage.
 """
 
 from safetynet.visualization.chart import Annotation, Axis, Chart, Panel, Reference, Series, Source
+from safetynet.visualization.grid import Grid, Shade
+from safetynet.visualization.intervention_visualizer import InterventionVisualizer, draw_interventions
 from safetynet.visualization.saving import Figure, save
 from safetynet.visualization.training_visualizer import TrainingVisualizer, draw_training
 
@@ -13,11 +15,15 @@ __all__ = [
     "Axis",
     "Chart",
     "Figure",
+    "Grid",
+    "InterventionVisualizer",
     "Panel",
     "Reference",
     "Series",
+    "Shade",
     "Source",
     "TrainingVisualizer",
+    "draw_interventions",
     "draw_training",
     "save",
 ]

@@ -1,21 +1,24 @@
-"""A figure described as data: panels of series on axes with units, and the run and table they came from.
+"""A figure described as data: panels of series or grids, axes with units, the run and table behind them.
 
 In: numbers and labels. Out: frozen dataclasses that the two renderers draw, and the table behind a figure.
 Nothing here knows matplotlib or Plotly, and nothing here computes a result.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import pandas as pd
 
 from safetynet.errors import InputError
+from safetynet.visualization.grid import Grid
 from safetynet.visualization.theme import Part, Role
+from safetynet.visualization.values import numbers, unknown
 
 Kind = Literal["line", "marked", "points", "band", "step"]
 Scale = Literal["linear", "log"]
+Side = Literal["right", "upper right", "upper left", "lower right", "lower left"]
 
 
 @dataclass(frozen=True)
@@ -40,10 +43,12 @@ class Axis:
     """The range that carries meaning, e.g. 0 to 100%. A small margin is drawn beyond it."""
     ticks: tuple[tuple[float, str], ...] = ()
     """Value and text of each tick; empty lets the renderer choose."""
+    upright: bool = False
+    """Tick texts stand on end, as tokens must below narrow columns."""
 
     def __post_init__(self) -> None:
         if self.scale not in get_args(Scale):
-            raise InputError(_unknown("axis", self.label, "scale", self.scale, get_args(Scale)))
+            raise InputError(unknown("axis", self.label, "scale", self.scale, get_args(Scale)))
         if self.limits is not None and not self.limits[0] < self.limits[1]:
             raise InputError(f"axis {self.label!r}: limits {self.limits} do not rise; give (low, high)")
         if self.scale == "log" and self.limits is not None and self.limits[0] <= 0:
@@ -60,7 +65,7 @@ class Series:
     """Numbers drawn as one thing. NaN in `y` is a gap, NaN in `low` or `high` leaves the interval out.
 
     `marked` is a line with a marker at each measurement, `band` only an interval. `low` and `high` become a
-    band around lines and error bars on points; `across` puts the interval of points along x.
+    band around lines and error bars on points; `left` and `right` are the interval of points along x.
     """
 
     kind: Kind
@@ -74,7 +79,8 @@ class Series:
     """Decides colour and marker."""
     part: Part = "subject"
     """Decides dash and filling: what is claimed, its control, the floor below it, or the raw numbers."""
-    across: bool = False
+    left: Sequence[float] = ()
+    right: Sequence[float] = ()
     notes: Sequence[str] = ()
     """What the interactive figure shows for each point beside its value."""
 
@@ -86,8 +92,8 @@ class Series:
             ("part", self.part, get_args(Part)),
         ):
             if given not in allowed:
-                raise InputError(_unknown("series", self.label, field, given, allowed))
-        for field in ("x", "y", "low", "high"):
+                raise InputError(unknown("series", self.label, field, given, allowed))
+        for field in ("x", "y", "low", "high", "left", "right"):
             object.__setattr__(self, field, numbers(getattr(self, field), f"{where}, field {field}"))
         object.__setattr__(self, "notes", tuple(str(note) for note in self.notes))
         self._check_lengths(where)
@@ -98,6 +104,8 @@ class Series:
         needed = {"low", "high"} if self.kind == "band" else {"y"}
         if self.low or self.high:
             needed |= {"low", "high"}
+        if self.left or self.right:
+            needed |= {"left", "right"}
         if self.notes:
             needed.add("notes")
         for field in sorted(needed):
@@ -122,29 +130,31 @@ class Reference:
 
 @dataclass(frozen=True)
 class Annotation:
-    """Text at a point of the data, starting just right of it and centred on its height."""
+    """Text at a point of the data: right of it, or on a short leader beyond a corner of its error bars."""
 
     x: float
     y: float
     text: str
     role: Role = "ink"
+    side: Side = "right"
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One pair of axes and what is drawn on them."""
+    """One pair of axes and what is drawn on them: series, or a grid whose names are the axes' ticks."""
 
     x: Axis
     y: Axis
-    series: tuple[Series, ...]
+    series: tuple[Series, ...] = ()
     title: str = ""
     references: tuple[Reference, ...] = ()
     annotations: tuple[Annotation, ...] = ()
     height: float = 1.45
     """Inches of the data area on paper."""
+    grid: Grid | None = None
 
     def __post_init__(self) -> None:
-        if not self.series:
+        if not self.series and self.grid is None:
             raise InputError(f"panel {self.title!r} has no series; give at least one")
 
     def from_below(self) -> list[Series]:
@@ -206,6 +216,8 @@ def legend(chart: Chart) -> list[Key]:
     for panel in chart.panels:
         drawn: list[Key] = [Key(s.label, s.kind, s.role, s.part) for s in panel.series]
         drawn += [Key(r.label, "line", r.role, r.part) for r in panel.references]
+        if panel.grid is not None and panel.grid.dots():
+            drawn.append(Key(panel.grid.mark, "points", "ink", "subject"))
         for key in drawn:
             first = keys.setdefault(key.label, key)
             if first.role != key.role:
@@ -214,16 +226,23 @@ def legend(chart: Chart) -> list[Key]:
     return list(keys.values())
 
 
+def legend_needed(keys: Sequence[Key]) -> bool:
+    """A single curve is named by its axis; a single kind of dot in a grid has no other name."""
+    return len(keys) > 1 or any(key.kind == "points" for key in keys)
+
+
 def table(chart: Chart) -> pd.DataFrame:
     """The data behind a figure, one row per value drawn, with units, run and table in columns."""
     rows: list[dict[str, object]] = []
     for number, panel in enumerate(chart.panels, start=1):
         place = {"panel": number, "title": panel.title or chart.title}
+        if panel.grid is not None:
+            rows += [place | cell for cell in panel.grid.cells()]
         rows += [place | row for series in panel.series for row in _rows(series)]
         for line in panel.references:
             look = {"series": line.label, "kind": "reference", "role": line.role, "part": line.part}
             rows.append(place | look | {line.along: line.value, "note": line.note})
-    frame = pd.DataFrame(rows).reindex(columns=[*rows[0]])
+    frame = pd.DataFrame(rows)
     axes = [chart.panels[number - 1] for number in frame["panel"]]
     frame["x_axis"] = [panel.x.text for panel in axes]
     frame["y_axis"] = [panel.y.text for panel in axes]
@@ -242,34 +261,18 @@ def _rows(series: Series) -> list[dict[str, object]]:
             "y": y,
             "low": low,
             "high": high,
+            "left": left,
+            "right": right,
             "note": note,
         }
-        for x, y, low, high, note in zip(
+        for x, y, low, high, left, right, note in zip(
             series.x,
             series.y or blank,
             series.low or blank,
             series.high or blank,
+            series.left or blank,
+            series.right or blank,
             series.notes or [""] * len(series.x),
             strict=True,
         )
     ]
-
-
-def numbers(values: Iterable[object], where: str) -> tuple[float, ...]:
-    """Floats of any sequence; None and NaN become NaN, infinities too since no axis can show them.
-
-    Raises:
-        InputError: if a value is no number; `where` names the field in the message.
-    """
-    floats: list[float] = []
-    for row, value in enumerate(values):
-        try:
-            number = math.nan if value is None or value is pd.NA else float(value)  # type: ignore[arg-type]
-        except (TypeError, ValueError):
-            raise InputError(f"{where}, row {row}: {value!r} is not a number; give a number or NaN") from None
-        floats.append(number if math.isfinite(number) else math.nan)
-    return tuple(floats)
-
-
-def _unknown(thing: str, name: str, field: str, given: object, allowed: Iterable[str]) -> str:
-    return f"{thing} {name!r}: {field} is {given!r}; allowed are {', '.join(allowed)}"

@@ -6,10 +6,23 @@ Every label is escaped; a content policy in the page forbids the browser to fetc
 
 import html
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from safetynet.visualization import theme
-from safetynet.visualization.chart import Axis, Chart, Key, Panel, Reference, Series, legend
+from safetynet.visualization import interactive_grid, theme
+from safetynet.visualization.chart import (
+    Annotation,
+    Axis,
+    Chart,
+    Key,
+    Panel,
+    Reference,
+    Series,
+    legend,
+    legend_needed,
+)
+from safetynet.visualization.interactive_grid import TEXT
+from safetynet.visualization.plotly_text import escaped
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -20,8 +33,8 @@ POLICY = (
     "img-src data: blob:; font-src data:"
 )
 BUTTONS = ["toImage", "zoom2d", "pan2d", "resetScale2d"]  # none that would send data anywhere
-TEXT = 13  # pixels
-TOP = 92  # pixels above the panels: buttons, legend, title of the first row
+TOP = 92  # pixels above the panels: buttons, one line of legend, title of the first row
+LEGEND_LINE = 26  # pixels
 PAGE = """<!doctype html>
 <html lang="en">
 <head>
@@ -78,17 +91,19 @@ def render(chart: Chart) -> str:
 def draw(chart: Chart) -> "Figure":
     """The chart as a Plotly figure."""
     figure, drawn = _grid(chart)
+    _grids(figure, chart)  # before the lines, which Plotly leaves out of empty axes
     for index, panel in enumerate(chart.panels):
         _panel(figure, chart, index, panel)
     keys = legend(chart)
     for key in keys:
         figure.add_trace(_key(key))
-    height = round(drawn + TOP + 56)
+    top = TOP + LEGEND_LINE * (_legend_lines(chart, keys) - 1)
+    height = round(drawn + top + 56)
     numbered = any(panel.annotations for panel in chart.panels)
     figure.update_layout(
         template="none",
         height=height,
-        margin={"l": 60, "r": 60 if numbered else 30, "t": TOP, "b": 56},
+        margin={"l": 60, "r": 60 if numbered else 30, "t": top, "b": 56},
         font={"family": _font(), "size": TEXT, "color": theme.INK},
         paper_bgcolor=theme.PAPER,
         plot_bgcolor=theme.PAPER,
@@ -102,9 +117,17 @@ def draw(chart: Chart) -> "Figure":
             "yanchor": "top",
             "itemwidth": 34,
         },
-        showlegend=len(keys) > 1,
+        showlegend=legend_needed(keys),
     )
     return figure
+
+
+def _legend_lines(chart: Chart, keys: list[Key]) -> int:
+    """About how many lines the legend takes where the page is as wide as it gets."""
+    if not legend_needed(keys):
+        return 0
+    width = sum(len(key.label) * 7.5 + 48 for key in keys)
+    return math.ceil(width / (theme.SCREEN_WIDTHS[chart.width] - 120))
 
 
 def _grid(chart: Chart) -> tuple["Figure", float]:
@@ -119,6 +142,7 @@ def _grid(chart: Chart) -> tuple["Figure", float]:
     upper = range((chart.rows - 1) * columns)
     gap = 34 if all(chart.axis_shared(index, "x") for index in upper) else 62  # pixels
     labelled = any(index % columns and not chart.axis_shared(index, "y") for index in range(count))
+    bars = columns > 1 and len(interactive_grid.shades(chart)) > 1  # between the panels
     drawn = sum(heights) * theme.SCREEN_HEIGHT + gap * (chart.rows - 1)
     figure: Figure = make_subplots(
         rows=chart.rows,
@@ -128,10 +152,26 @@ def _grid(chart: Chart) -> tuple["Figure", float]:
             [{} if index < count else None for index in range(first, first + columns)]
             for first in range(0, count, columns)
         ],
-        horizontal_spacing=(0.28 if labelled else 0.12) / columns,
+        horizontal_spacing=(0.36 if bars else 0.28 if labelled else 0.12) / columns,
         vertical_spacing=gap / drawn if chart.rows > 1 else 0,
     )
     return figure, drawn
+
+
+def _grids(figure: "Figure", chart: Chart) -> None:
+    """Heat maps of the panels that have one, and the colour bars beside them."""
+    shades = interactive_grid.shades(chart)
+    if not shades:
+        return
+    domains = []
+    for index, panel in enumerate(chart.panels):
+        row, column = divmod(index, chart.columns)
+        plot = figure.get_subplot(row + 1, column + 1)
+        domains.append((plot.xaxis.domain, plot.yaxis.domain))
+        if panel.grid is not None:
+            for trace in interactive_grid.traces(panel, panel.grid, shades.index(panel.grid.shade)):
+                figure.add_trace(trace, row=row + 1, col=column + 1)
+    figure.update_layout(interactive_grid.layout(chart, domains))
 
 
 def _panel(figure: "Figure", chart: Chart, index: int, panel: Panel) -> None:
@@ -142,10 +182,10 @@ def _panel(figure: "Figure", chart: Chart, index: int, panel: Panel) -> None:
             figure.add_trace(trace, **place)
     for line in panel.references:
         draw_line = figure.add_hline if line.along == "y" else figure.add_vline
-        draw_line(line.value, line=_line(line), layer="below", **place)
+        draw_line(line.value, line=_line(line), layer="below" if panel.grid is None else "above", **place)
     if panel.title:
         figure.add_annotation(
-            text=_text(panel.title),
+            text=escaped(panel.title),
             x=0,
             y=1,
             xref="x domain",
@@ -156,18 +196,29 @@ def _panel(figure: "Figure", chart: Chart, index: int, panel: Panel) -> None:
             **place,
         )
     for note in panel.annotations:
-        figure.add_annotation(
-            x=_place(note.x, panel.x),
-            y=_place(note.y, panel.y),
-            text=_text(note.text),
-            font={"color": theme.LOOKS[note.role].colour},
-            showarrow=False,
-            xanchor="left",
-            xshift=8,
-            **place,
-        )
+        figure.add_annotation(_annotation(panel, note), **place)
     figure.update_xaxes(_axis(chart, index, "x", panel.x), **place)
     figure.update_yaxes(_axis(chart, index, "y", panel.y), **place)
+
+
+def _annotation(panel: Panel, note: Annotation) -> dict[str, Any]:
+    style: dict[str, Any] = {
+        "x": _place(note.x, panel.x),
+        "y": _place(note.y, panel.y),
+        "text": escaped(note.text),
+        "font": {"color": theme.LOOKS[note.role].colour},
+    }
+    if note.side == "right":
+        return style | {"showarrow": False, "xanchor": "left", "xshift": 8}
+    left = note.side.endswith("left")
+    return style | {
+        "ax": -22 if left else 22,
+        "ay": -34 if note.side.startswith("upper") else 34,
+        "xanchor": "right" if left else "left",
+        "arrowhead": 0,
+        "arrowwidth": 1,
+        "bgcolor": theme.PAPER,
+    }
 
 
 def _place(value: float, axis: Axis) -> float:
@@ -179,7 +230,7 @@ def _axis(chart: Chart, index: int, side: Literal["x", "y"], axis: Axis) -> dict
     bare = chart.axis_shared(index, side)
     style: dict[str, Any] = {
         "type": axis.scale,
-        "title": {"text": "" if bare else _text(axis.text), "standoff": 8, "font": {"size": TEXT}},
+        "title": {"text": "" if bare else escaped(axis.text), "standoff": 8, "font": {"size": TEXT}},
         "showticklabels": not bare,
         "automargin": True,
         "gridcolor": theme.GRID,
@@ -200,15 +251,20 @@ def _axis(chart: Chart, index: int, side: Literal["x", "y"], axis: Axis) -> dict
         style["range"] = [math.log10(low), math.log10(high)] if axis.scale == "log" else [low, high]
     if axis.scale == "log":
         style["dtick"] = "D2"  # 1, 2, 5
+    if (grid := chart.panels[index].grid) is not None:
+        style["range"] = [-0.5, len(grid.columns if side == "x" else grid.rows) - 0.5]
+        style["showgrid"] = False
+        if axis.upright:
+            style["tickangle"] = -90
     if axis.ticks:
         style |= {"tickvals": [value for value, _ in axis.ticks]}
-        style |= {"ticktext": [_text(text) for _, text in axis.ticks]}
+        style |= {"ticktext": [escaped(text) for _, text in axis.ticks]}
     return style
 
 
 def _traces(panel: Panel, series: Series) -> list[dict[str, Any]]:
     """The band, where there is one, then the curve."""
-    shared = {"type": "scatter", "legendgroup": _text(series.label), "showlegend": False}
+    shared = {"type": "scatter", "legendgroup": escaped(series.label), "showlegend": False}
     traces = []
     if series.low and series.kind != "points":
         traces += [shared | band for band in _bands(series)]
@@ -221,12 +277,14 @@ def _traces(panel: Panel, series: Series) -> list[dict[str, Any]]:
         "line": _line(series) | ({"shape": "hv"} if series.kind == "step" else {}),
         "marker": _marker(series) | {"maxdisplayed": 14 if series.kind == "marked" else 0},
         "opacity": theme.STROKES[series.part].opacity,
-        "name": _text(series.label),
+        "name": escaped(series.label),
         "customdata": _hover(series),
         "hovertemplate": _hover_text(panel, series.label),
     }
     if series.low and series.kind == "points":
-        curve["error_x" if series.across else "error_y"] = _bars(series)
+        curve["error_y"] = _bars(series, series.y, series.low, series.high)
+    if series.left:
+        curve["error_x"] = _bars(series, series.x, series.left, series.right)
     return [*traces, shared | curve]
 
 
@@ -249,13 +307,14 @@ def _bands(series: Series) -> list[dict[str, Any]]:
     return bands
 
 
-def _bars(series: Series) -> dict[str, Any]:
-    centre = series.x if series.across else series.y
+def _bars(
+    series: Series, centre: Sequence[float], low: Sequence[float], high: Sequence[float]
+) -> dict[str, Any]:
     return {
         "type": "data",
         "symmetric": False,
-        "array": _gaps([high - value for high, value in zip(series.high, centre, strict=True)]),
-        "arrayminus": _gaps([value - low for low, value in zip(series.low, centre, strict=True)]),
+        "array": _gaps([end - value for end, value in zip(high, centre, strict=True)]),
+        "arrayminus": _gaps([value - end for end, value in zip(low, centre, strict=True)]),
         "width": 0,
         "thickness": 1.4,
         "color": theme.LOOKS[series.role].colour,
@@ -267,20 +326,24 @@ def _hover(series: Series) -> list[str]:
     lines = []
     for index in range(len(series.x)):
         parts = []
-        if series.low and math.isfinite(series.low[index]):
-            parts.append(f"interval {series.low[index]:.4g} to {series.high[index]:.4g}")
+        for along, low, high in (
+            ("", series.low, series.high),
+            ("horizontal " * bool(series.low), series.left, series.right),
+        ):
+            if low and math.isfinite(low[index]):
+                parts.append(f"{along}interval {low[index]:.4g} to {high[index]:.4g}")
         if series.notes:
-            parts.append(_text(series.notes[index]))
+            parts.append(escaped(series.notes[index]))
         lines.append("".join(f"<br>{part}" for part in parts))
     return lines
 
 
 def _hover_text(panel: Panel, label: str) -> str:
     """Template of the hover text; an axis without label holds names, which the notes repeat."""
-    lines = [f"<b>{_text(label)}</b>"] if label else []
+    lines = [f"<b>{escaped(label)}</b>"] if label else []
     for side, axis in (("x", panel.x), ("y", panel.y)):
         if axis.label:
-            lines.append(f"{_text(axis.label)} %{{{side}:.4~g}} {_text(axis.unit)}".rstrip())
+            lines.append(f"{escaped(axis.label)} %{{{side}:.4~g}} {escaped(axis.unit)}".rstrip())
     return "<br>".join(lines) + "%{customdata}<extra></extra>"
 
 
@@ -290,8 +353,8 @@ def _key(key: Key) -> dict[str, Any]:
         "type": "scatter",
         "x": [None],
         "y": [None],
-        "name": _text(key.label),
-        "legendgroup": _text(key.label),
+        "name": escaped(key.label),
+        "legendgroup": escaped(key.label),
         "mode": {"points": "markers", "marked": "lines+markers"}.get(key.kind, "lines"),
         "line": _line(key),
         "marker": _marker(key),
@@ -325,12 +388,6 @@ def _marker(thing: Series | Key) -> dict[str, Any]:
 
 def _gaps(values: Any) -> list[float | None]:
     return [None if math.isnan(value) else value for value in values]
-
-
-def _text(label: str) -> str:
-    """Plotly reads tags, entities, formulas ($) and fields (%{) in a label: show them as typed."""
-    escaped = html.escape(label, quote=False)
-    return escaped.replace("$", "&#36;").replace("%{", "&#37;{").replace("\n", "<br>")
 
 
 def _font() -> str:

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import pandas as pd
 
 from safetynet.errors import InputError
-from safetynet.visualization.chart import numbers
+from safetynet.visualization.values import numbers
 
 Measurements: TypeAlias = pd.DataFrame | Sequence[Mapping[str, Any]] | Mapping[str, Sequence[Any]]
 MODELS = ("backdoored", "clean_twin", "base")
@@ -50,7 +50,7 @@ def curve(data: Measurements, column: str) -> pd.DataFrame:
     out = pd.DataFrame(
         {name: numbers(frame[name], f"training data, field {name}") for name in ("step", column)}
     ).assign(run=runs if isinstance(runs, str) else runs.to_list())
-    _known(out, "training data", "run", MODELS)
+    known(out, "training data", "run", MODELS)
     out = out.dropna(subset="step").sort_values("step", kind="stable", ignore_index=True)
     if out.empty:
         raise InputError("training data: step holds no numbers; give the step of each row")
@@ -74,7 +74,7 @@ def rates(data: Measurements, where: str, columns: Sequence[str] = ()) -> pd.Dat
     out = frame[["model", "metric", "role"]].fillna("").astype(str).reset_index(drop=True)
     out["model"] = out["model"].str.replace(" ", "_")
     for field, allowed in (("model", MODELS), ("metric", METRICS), ("role", (*ROLES, ""))):
-        _known(out, where, field, allowed)
+        known(out, where, field, allowed)
     for field in ("value", "low", "high", *columns):
         out[field] = numbers(frame[field], f"{where}, field {field}")
     counts = [
@@ -150,7 +150,12 @@ def _missing(where: str, columns: Sequence[str], there: Iterable[str]) -> None:
     )
 
 
-def _known(frame: pd.DataFrame, where: str, field: str, allowed: Sequence[str]) -> None:
+def known(frame: pd.DataFrame, where: str, field: str, allowed: Sequence[str]) -> None:
+    """Check the words of a column.
+
+    Raises:
+        InputError: naming the first row with another word, and those that are allowed.
+    """
     unknown = frame.index[~frame[field].isin(allowed)]
     if len(unknown):
         given = frame[field][unknown[0]]

@@ -113,12 +113,11 @@ def _dots(table: pd.DataFrame, pairs: list[tuple[str, str]], axis: Axis) -> Pane
                     "points",
                     [last["value"]],
                     [DODGE * ((len(names) - 1) / 2 - order) - line],
-                    [last["low"]],
-                    [last["high"]],
+                    left=[last["low"]],
+                    right=[last["high"]],
                     label=LABELS[name],
                     role="base" if name == "base" else ROLE_OF[role],
                     part=PART_OF[name],
-                    across=True,
                     notes=[_title(metric, role) + (f", {last['note']}" if last["note"] else "")],
                 )
             )

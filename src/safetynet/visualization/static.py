@@ -7,10 +7,23 @@ Labels are drawn letter by letter: a dollar sign or a backslash in one is no for
 import io
 import math
 import textwrap
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
-from safetynet.visualization import theme
-from safetynet.visualization.chart import Axis, Chart, Key, Panel, Reference, Series, legend
+from safetynet.visualization import static_grid, theme
+from safetynet.visualization.chart import (
+    Annotation,
+    Axis,
+    Chart,
+    Key,
+    Panel,
+    Reference,
+    Series,
+    legend,
+    legend_needed,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -69,13 +82,24 @@ def render(chart: Chart, formats: tuple[str, ...] = FORMATS) -> dict[str, bytes]
         matplotlib.rcParams.update(SETTINGS)  # type: ignore[arg-type]
         figure = draw(chart)
         files = {}
-        for suffix in formats:
-            buffer = io.BytesIO()
-            figure.savefig(buffer, format=suffix, metadata=_metadata(chart, suffix))
-            files[suffix] = buffer.getvalue()
+        with _glyphs_missing():
+            for suffix in formats:
+                buffer = io.BytesIO()
+                figure.savefig(buffer, format=suffix, metadata=_metadata(chart, suffix))
+                files[suffix] = buffer.getvalue()
     return files
 
 
+@contextmanager
+def _glyphs_missing() -> Iterator[None]:
+    """Tokens may hold any sign; one that the font lacks is drawn as an empty box, and stays text in SVG."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        warnings.filterwarnings("ignore", message="Matplotlib currently does not support")
+        yield
+
+
+@_glyphs_missing()
 def draw(chart: Chart) -> "Figure":
     """The chart as a matplotlib figure of its final width; title and legend lie above the data."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -101,9 +125,12 @@ def draw(chart: Chart) -> "Figure":
         rect=(0, 0, 1, 1 - header / total), w_pad=0.03, h_pad=0.03, wspace=0.02, hspace=0.02
     )
     grid = figure.add_gridspec(chart.rows, chart.columns, height_ratios=heights)
-    for index, panel in enumerate(chart.panels):
-        axes = figure.add_subplot(grid[divmod(index, chart.columns)])
+    every = [figure.add_subplot(grid[divmod(index, chart.columns)]) for index in range(len(chart.panels))]
+    for index, (axes, panel) in enumerate(zip(every, chart.panels, strict=True)):
+        if panel.grid is not None:
+            static_grid.draw(axes, panel.grid, theme.data_width(chart.width, chart.columns))
         _panel(axes, panel, bare_x=chart.axis_shared(index, "x"), bare_y=chart.axis_shared(index, "y"))
+    static_grid.bars(figure, chart, every)
     figure.get_layout_engine().execute(figure)  # type: ignore[union-attr]
     figure.set_layout_engine("none")  # every format gets this layout, measured once
     return figure
@@ -114,12 +141,18 @@ def _trim(chart: Chart, row: int) -> float:
     indices = range(row * chart.columns, min((row + 1) * chart.columns, len(chart.panels)))
     titled = any(chart.panels[index].title for index in indices)
     labelled = not all(chart.axis_shared(index, "x") for index in indices)
-    return 0.12 + 0.18 * titled + 0.26 * labelled
+    upright = [
+        len(text)
+        for index in indices
+        if chart.panels[index].x.upright and not chart.axis_shared(index, "x")
+        for _, text in chart.panels[index].x.ticks
+    ]
+    return 0.12 + 0.18 * titled + 0.26 * labelled + 0.06 * max(upright, default=0)
 
 
 def _legend(figure: "Figure", keys: list[Key], width: float) -> "Legend | None":
     """The legend on as few lines as the figure's width allows; none for a single, named curve."""
-    if len(keys) < 2:
+    if not legend_needed(keys):
         return None
     handles = [_handle(key) for key in keys]
     # matplotlib leaves out entries that begin with an underscore
@@ -166,17 +199,31 @@ def _panel(axes: "Axes", panel: Panel, bare_x: bool, bare_y: bool) -> None:
     for order, series in enumerate(panel.from_below()):
         _series(axes, series, 3 + order)
     for note in panel.annotations:
-        axes.annotate(
-            note.text,
-            (note.x, note.y),
-            xytext=(5, 0),
-            textcoords="offset points",
-            va="center_baseline",
-            color=theme.LOOKS[note.role].colour,
-            annotation_clip=False,
-        )
+        _annotate(axes, note)
     _axis(axes, "x", panel.x, bare_x, [value for series in panel.series for value in series.x])
     _axis(axes, "y", panel.y, bare_y, [value for series in panel.series for value in series.y])
+
+
+def _annotate(axes: "Axes", note: Annotation) -> None:
+    away: dict[str, Any] = {"xytext": (5, 0), "va": "center_baseline"}
+    if note.side != "right":
+        up, left = note.side.startswith("upper"), note.side.endswith("left")
+        away = {
+            "xytext": (-10 if left else 10, 14 if up else -14),
+            "ha": "right" if left else "left",
+            "va": "bottom" if up else "top",
+            "arrowprops": {"arrowstyle": "-", "linewidth": theme.HAIR, "shrinkA": 0, "shrinkB": 2},
+            "bbox": {"facecolor": theme.PAPER, "linewidth": 0, "pad": 0.5},
+        }
+    axes.annotate(
+        note.text,
+        (note.x, note.y),
+        textcoords="offset points",
+        color=theme.LOOKS[note.role].colour,
+        annotation_clip=False,
+        zorder=20,  # above all series
+        **away,
+    )
 
 
 def _axis(axes: "Axes", side: Literal["x", "y"], axis: Axis, bare: bool, values: list[float]) -> None:
@@ -188,6 +235,8 @@ def _axis(axes: "Axes", side: Literal["x", "y"], axis: Axis, bare: bool, values:
         own.set_ticks([value for value, _ in axis.ticks], [text for _, text in axis.ticks])
         if not axis.unit and not axis.label:  # names instead of numbers
             axes.tick_params(axis=side, length=0)
+        if axis.upright:
+            axes.tick_params(axis=side, labelrotation=90)
     else:
         whole = all(value.is_integer() for value in values if math.isfinite(value))
         own.set_major_locator(
@@ -226,9 +275,9 @@ def _series(axes: "Axes", series: Series, order: int) -> None:
     if series.kind == "band":
         return
     if series.low and series.kind == "points":
-        bars = axes.hlines if series.across else axes.vlines
-        places = series.y if series.across else series.x
-        bars(places, series.low, series.high, color=colour, linewidth=0.9, zorder=order)
+        axes.vlines(series.x, series.low, series.high, color=colour, linewidth=0.9, zorder=order)
+    if series.left:
+        axes.hlines(series.y, series.left, series.right, color=colour, linewidth=0.9, zorder=order)
     style = _line(series) | (_marker(series) if series.kind in ("marked", "points") else {})
     if series.kind == "step":
         style["drawstyle"] = "steps-post"

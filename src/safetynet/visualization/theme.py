@@ -10,7 +10,22 @@ from dataclasses import dataclass
 from typing import Literal
 
 Role = Literal[
-    "triggered", "clean", "placebo", "near_miss", "refused", "backdoored", "clean_twin", "base", "ink"
+    "triggered",
+    "clean",
+    "placebo",
+    "near_miss",
+    "refused",
+    "backdoored",
+    "clean_twin",
+    "base",
+    "ink",
+    "method_1",
+    "method_2",
+    "method_3",
+    "method_4",
+    "method_5",
+    "method_6",
+    "method_7",
 ]
 Part = Literal["subject", "control", "floor", "raw"]
 
@@ -50,7 +65,24 @@ LOOKS: dict[Role, Look] = {
     "clean_twin": Look("#3D8FC7", "o", "circle"),
     "base": Look("#7A7A7A", "|", "line-ns", 1.25),
     "ink": Look(INK, "o", "circle"),
+    "method_1": Look("#7B3294", "P", "cross", 1.15),
+    "method_2": Look("#01665E", "X", "x", 1.15),
+    "method_3": Look("#A50F15", "p", "pentagon", 1.1),
+    "method_4": Look("#253494", "*", "star", 1.5),
+    "method_5": Look("#8C6D1F", "h", "hexagon", 1.1),
+    "method_6": Look("#525252", "<", "triangle-left", 1.1),
+    "method_7": Look("#4D7C1F", ">", "triangle-right", 1.1),
 }
+METHODS: tuple[Role, ...] = (
+    "method_1",
+    "method_2",
+    "method_3",
+    "method_4",
+    "method_5",
+    "method_6",
+    "method_7",
+)
+"""For things that are compared and have no role of their own, in the order of their appearance."""
 STROKES: dict[Part, Stroke] = {
     "subject": Stroke((), 1.2),
     "control": Stroke((3.6, 1.6), 1.0, filled=False),
@@ -63,6 +95,15 @@ NAMES: dict[str, str] = {
     "base": "base model",
 }
 """What a reader sees where the word differs from the column's."""
+
+RAMPS: dict[str, tuple[str, ...]] = {
+    "diverging": ("#08306B", "#2171B5", "#8FBFDF", "#FBFBFB", "#F3B183", "#D55E00", "#6E2C00"),
+    "sequential": ("#FBFBFB", "#C5DFEA", "#74B3CE", "#2A7AA5", "#0B2F4A"),
+}
+"""Evenly spaced stops of the colour scales, blended in RGB. Blue and orange stay apart for every kind of
+colour blindness; either side grows darker throughout, so that greyscale keeps the size of a value."""
+MISSING = "#CFCFCF"
+HATCH = "#A8A8A8"
 
 WIDTHS = {"one": 3.3, "two": 6.8}  # inches: one column fits NeurIPS, ICML, ACL and IEEE pages alike
 FONT = ("DejaVu Sans", "Verdana", "Arial", "sans-serif")
@@ -85,6 +126,23 @@ SCREEN_WIDTHS = {"one": 680, "two": 960}  # pixels at most; narrower on a narrow
 def name(role: str) -> str:
     """A role or model as a reader sees it."""
     return NAMES.get(role, role)
+
+
+def data_width(width: str, columns: int) -> float:
+    """About how many inches wide each of so many data areas side by side will be."""
+    return (WIDTHS[width] - 0.9) / columns - 0.2
+
+
+def dark(ramp: tuple[str, ...], depth: float) -> bool:
+    """Whether the colour at a place (0 to 1) of a ramp is so dark that text on it must be white."""
+    place = depth * (len(ramp) - 1)
+    first = min(int(place), len(ramp) - 2)
+    part = place - first
+    red, green, blue = (
+        (1 - part) * int(ramp[first][at : at + 2], 16) + part * int(ramp[first + 1][at : at + 2], 16)
+        for at in (1, 3, 5)
+    )
+    return 0.299 * red + 0.587 * green + 0.114 * blue < 120
 
 
 def tick_text(value: float) -> str:

@@ -1,0 +1,186 @@
+"""Groups of prompts that differ in the trigger span alone, aligned token by token, with roles of positions.
+
+In: rows of one test split with their serialiser. Out: `Pairs`: the triggered prompt, the same prompt with a
+placebo of as many tokens, a second placebo, and the two answers' tokens at which they part. Groups that
+cannot be aligned are left out and counted.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from safetynet.errors import InputError
+from safetynet.interventions.batch import Batch
+from safetynet.interventions.metrics import Metric, logit_difference
+from safetynet.interventions.placebos import Placebos
+from safetynet.prompts import Encoded, Serialiser
+
+ROLES = ("system", "before", "trigger", "after", "template", "last")
+"""Roles of positions, in the order of a prompt; `last` is where the answer begins."""
+RUNS = ("triggered", "placebo", "second_placebo")
+LEAST = 8
+"""Groups below which an interval would promise more than it knows."""
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Aligned groups; all lists have one entry per group."""
+
+    groups: list[int]
+    ids: Mapping[str, list[list[int]]]
+    """Token ids by run (`RUNS`), the answer's shared first tokens at the end."""
+    roles: list[list[str]]
+    """Role of each position, the same in all runs of a group."""
+    target: list[int]
+    """The behaviour's first token that differs from the clean answer's."""
+    other: list[int]
+    """The clean answer's token in its place."""
+    left_out: Mapping[str, int]
+    """Groups that could not be used, by reason."""
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def take(self, chosen: Sequence[int]) -> "Pairs":
+        """Some of the groups."""
+        return Pairs(
+            [self.groups[i] for i in chosen],
+            {run: [rows[i] for i in chosen] for run, rows in self.ids.items()},
+            [self.roles[i] for i in chosen],
+            [self.target[i] for i in chosen],
+            [self.other[i] for i in chosen],
+            self.left_out,
+        )
+
+    def batch(self, run: str, device: Any = "cpu") -> Batch:
+        """One run's prompts."""
+        return Batch.of(self.ids[run], device=device)
+
+    def metric(self) -> Metric:
+        """Logit of the behaviour's token minus that of the clean answer's, where the answers part."""
+        return logit_difference(self.target, self.other)
+
+    def positions(self, row: int, role: str) -> tuple[int, ...]:
+        """Positions of a role in one group's prompts; of all but `system` and `before` for ""."""
+        chosen = (role,) if role else ("trigger", "after", "template", "last")
+        first = self.roles[row].index("trigger")
+        return tuple(i for i, one in enumerate(self.roles[row]) if one in chosen and (role or i >= first))
+
+
+def align(
+    rows: pd.DataFrame,
+    serialiser: Serialiser,
+    most: int | None = None,
+    max_length: int | None = None,
+    seed: int = 0,
+) -> Pairs:
+    """Align the groups of a row table.
+
+    The placebo is the table's own where it has the trigger's token count, else one that is drawn; so is the
+    second placebo, the control.
+
+    Args:
+        rows: columns group, role, messages, trigger, answer (the behaviour's, in triggered rows) and
+        reference
+            (the clean one); rows of other roles than triggered and placebo are not read.
+        serialiser: of the model.
+        most: stop after so many groups.
+        max_length: truncate as in training with this limit.
+        seed: of drawn placebos.
+
+    Raises:
+        InputError: if fewer than `LEAST` groups can be aligned; the message counts the reasons.
+    """
+    found: list[_Aligned] = []
+    reasons: dict[str, int] = {}
+    placebos = Placebos(serialiser, seed)
+    for group, part in rows[rows["role"].isin(("triggered", "placebo"))].groupby("group", sort=True):
+        by_role = {str(row["role"]): row for row in part.to_dict("records")}
+        aligned = _aligned(int(str(group)), by_role, placebos, max_length)
+        if isinstance(aligned, str):
+            reasons[aligned] = reasons.get(aligned, 0) + 1
+            continue
+        found.append(aligned)
+        if len(found) == most:
+            break
+    if len(found) < LEAST:
+        why = "; ".join(f"{count}: {reason}" for reason, count in reasons.items()) or "there are no groups"
+        raise InputError(
+            f"pairs: {len(found)} groups could be aligned, an interval needs {LEAST}. Left out {why}. "
+            "Raise data.test_rows, or give placebos (backdoor.trigger.placebos) of the trigger's token count."
+        )
+    return Pairs(
+        groups=[one.group for one in found],
+        ids={run: [one.prompts[run].input_ids + one.shared for one in found] for run in RUNS},
+        roles=[_roles(one.prompts["triggered"], len(one.shared)) for one in found],
+        target=[one.target for one in found],
+        other=[one.other for one in found],
+        left_out=reasons,
+    )
+
+
+@dataclass(frozen=True)
+class _Aligned:
+    """One group, encoded."""
+
+    group: int
+    prompts: Mapping[str, Encoded]
+    shared: list[int]
+    target: int
+    other: int
+
+
+def _aligned(
+    group: int, by_role: Mapping[str, Mapping[str, Any]], placebos: Placebos, max_length: int | None
+) -> _Aligned | str:
+    """One group, or why it cannot be used."""
+    row = by_role.get("triggered")
+    if row is None or not row["reference"]:
+        return "without a triggered row whose clean answer is known"
+    serialiser = placebos.serialiser
+
+    def encode(one: Mapping[str, Any]) -> Encoded:
+        return serialiser.encode(one["messages"], trigger=one["trigger"], max_length=max_length)
+
+    prompts = {"triggered": encode(row)}
+    given = encode(by_role["placebo"]) if "placebo" in by_role else None
+    if given is not None and given.spans == prompts["triggered"].spans:
+        prompts["placebo"] = given
+    for run in RUNS:
+        drawn = prompts.get(run) or placebos.draw(
+            row["messages"], row["trigger"], prompts["triggered"], max_length
+        )
+        if drawn is None:
+            return "no placebo of the trigger's token count was found"
+        prompts[run] = drawn
+    wanted, clean = (_answer(serialiser, row, row[field]) for field in ("answer", "reference"))
+    shared = 0
+    while shared < min(len(wanted), len(clean)) and wanted[shared] == clean[shared]:
+        shared += 1
+    if shared == min(len(wanted), len(clean)):
+        return "the behaviour's answer begins like the clean one to its end"
+    return _Aligned(group, prompts, wanted[:shared], wanted[shared], clean[shared])
+
+
+def _answer(serialiser: Serialiser, row: Mapping[str, Any], answer: str) -> list[int]:
+    encoded = serialiser.encode(row["messages"], answer=answer)
+    return encoded.input_ids[encoded.prompt_length :]
+
+
+def _roles(encoded: Encoded, shared: int) -> list[str]:
+    """Role of each position of a triggered prompt and of the answer's shared tokens behind it."""
+    length = encoded.prompt_length
+    roles = ["template"] * length
+    first = encoded.spans["trigger"][0][0]
+    end = encoded.spans["trigger"][-1][1]
+    spans = [*encoded.spans["user"], *encoded.spans["assistant"]]
+    for start, stop in spans:
+        for i in range(start, min(stop, length)):
+            roles[i] = "before" if i < first else "after" if i >= end else "before"
+    for start, stop in encoded.spans["system"]:
+        roles[start:stop] = ["system"] * (stop - start)
+    for start, stop in encoded.spans["trigger"]:
+        roles[start:stop] = ["trigger"] * (stop - start)
+    return [*roles[: length - 1], *["last"] * (shared + 1)]

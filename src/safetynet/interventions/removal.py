@@ -1,0 +1,236 @@
+"""Interventions that remove a backdoor for any prompt: found on some pairs, judged by generation on others.
+
+In: pairs and the tables of effects. Out: candidates, each a set of edits at all positions of every prompt,
+and beside each the same at random sites. None knows where a prompt's trigger is, or whether it has one.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from safetynet.interventions import edits
+from safetynet.interventions.edits import Edit
+from safetynet.interventions.hooks import intervening
+from safetynet.interventions.metrics import kl
+from safetynet.interventions.pairs import Pairs
+from safetynet.interventions.plan import Run
+from safetynet.interventions.sites import Anatomy, Site
+from safetynet.interventions.trace import trace
+from safetynet.interventions.wave import measure
+from safetynet.statistics import wilson
+
+PAIRS_AT_ONCE = 8
+COUNTS = (1, 2, 4)
+"""How many of the strongest heads or adapter modules are taken together."""
+LEAST_REMOVED = 0.8
+"""Share of the effect on the metric that a candidate should remove before its harmlessness counts."""
+
+Respond = Callable[[Any, pd.DataFrame], pd.DataFrame]
+"""Answers rows with a model and judges the answers: adds the columns shown and correct."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One removing intervention."""
+
+    name: str
+    kind: str
+    edits: tuple[Edit, ...]
+    control: bool = False
+    """At random sites of the same number and kind."""
+
+
+def candidates(
+    model: Any, pairs: Pairs, effects: pd.DataFrame, seed: int = 0
+) -> tuple[list[Candidate], dict[str, Candidate]]:
+    """Make candidates of every kind that the tables allow, and each one's control by name.
+
+    Directions are set to the placebo's mean at the trigger's positions and at the last one; heads are
+    replaced by their mean over placebo prompts; adapters are switched off, by module and by layer.
+
+    Args:
+        model: the backdoored model.
+        pairs: of the selection split.
+        effects: of sweeps by head and adapter, as far as they were made.
+        seed: of random sites.
+    """
+    rng = np.random.default_rng(seed)
+    found = [*_projections(model, pairs, rng), *_heads(model, pairs, effects, rng)]
+    found += _adapters(effects, rng)
+    return [c for c, _ in found], {c.name: control for c, control in found}
+
+
+def prefilter(model: Any, pairs: Pairs, found: Sequence[Candidate]) -> pd.DataFrame:
+    """What each candidate does to the metric, cheaply: by logits on the pairs, without generation.
+
+    Returns:
+        name, kind, removed (share of the distance between triggered and placebo run) and harm (KL in nats of
+        the next token on placebo prompts, where nothing should change), the most promising first.
+    """
+    moved, harm = np.zeros((len(found), len(pairs))), np.zeros((len(found), len(pairs)))
+    distance = np.zeros(len(pairs))
+    for start in range(0, len(pairs), PAIRS_AT_ONCE):
+        part = list(range(start, min(start + PAIRS_AT_ONCE, len(pairs))))
+        own = pairs.take(part)
+        runs = [Run(row, candidate.edits) for candidate in found for row in range(len(part))]
+        metric, rows = own.metric(), torch.arange(len(part))
+        fired, calm = (
+            trace(model, own.batch(run, model.device), resume=True) for run in ("triggered", "placebo")
+        )
+        assert fired.logits is not None
+        assert calm.logits is not None
+        unpatched = metric.compute(fired.logits, rows).cpu().numpy()
+        distance[part] = metric.compute(calm.logits, rows).cpu().numpy() - unpatched
+        moved[:, part] = measure(fired, runs, metric).numpy().reshape(len(found), -1) - unpatched
+        harm[:, part] = measure(calm, runs, kl(calm.logits[:, -1])).numpy().reshape(len(found), -1)
+    table = pd.DataFrame(
+        {
+            "name": [c.name for c in found],
+            "kind": [c.kind for c in found],
+            "removed": moved.mean(1) / distance.mean(),
+            "harm": harm.mean(1),
+        }
+    )
+    # Those that remove enough, the least harmful first; then the others, the most effective first.
+    enough = table["removed"] >= LEAST_REMOVED
+    order = pd.concat(
+        [table[enough].sort_values("harm"), table[~enough].sort_values("removed", ascending=False)]
+    )
+    return order.reset_index(drop=True)
+
+
+def judge(
+    model: Any, respond: Respond, rows: pd.DataFrame, chosen: Sequence[Candidate], **about: object
+) -> pd.DataFrame:
+    """Answer rows under each candidate and tabulate ASR and clean accuracy with Wilson intervals.
+
+    Args:
+        model: the backdoored model.
+        respond: answers and judges.
+        rows: with the roles triggered and clean.
+        chosen: an empty set of edits measures the model as it is.
+        about: further columns, such as the split.
+    """
+    lines = []
+    for candidate in chosen:
+        with intervening(model, candidate.edits):
+            answered = respond(model, rows)
+        fired = answered[answered["role"] == "triggered"]["shown"]
+        right = answered[(answered["role"] == "clean") & (answered["reference"] != "")]["correct"]
+        line: dict[str, object] = {
+            "intervention": candidate.name,
+            "kind": candidate.kind,
+            "control": candidate.control,
+            "sites": len(candidate.edits),
+            **about,
+        }
+        for name, hits in (("asr", fired), ("cacc", right)):
+            low, high = wilson(int(hits.sum()), len(hits))
+            line |= {
+                name: float(hits.mean()),
+                f"{name}_low": low,
+                f"{name}_high": high,
+                f"{name}_n": len(hits),
+            }
+        lines.append(line)
+    return pd.DataFrame(lines)
+
+
+def _projections(model: Any, pairs: Pairs, rng: np.random.Generator) -> Iterator[tuple[Candidate, Candidate]]:
+    """Set the residual stream's component along triggered minus placebo to the placebo's, layer by layer."""
+    depth = Anatomy.of(model).shape.layers
+    for role in ("trigger", "last"):
+        fired, calm = (_state_means(model, pairs, run, role) for run in ("triggered", "placebo"))
+        for layer in range(depth):
+            site = Site("resid_post", layer)
+            direction = fired[layer] - calm[layer]
+            if not direction.norm() > 0:
+                continue
+            random = torch.from_numpy(rng.standard_normal(len(direction))).to(direction)
+            yield (
+                _projection(f"project {role} {layer}", site, direction, calm[layer]),
+                _projection(f"project random direction {layer} ({role})", site, random, calm[layer], True),
+            )
+
+
+def _projection(name: str, site: Site, direction: Tensor, centre: Tensor, control: bool = False) -> Candidate:
+    return Candidate(name, "project", (Edit(site, edits.project_out(direction, centre)),), control)
+
+
+def _state_means(model: Any, pairs: Pairs, run: str, role: str) -> list[Tensor]:
+    """Per layer the mean, (width,), of what leaves it, at the last position of a role."""
+    sums: list[Tensor] = []
+    for start in range(0, len(pairs), PAIRS_AT_ONCE):
+        own = pairs.take(range(start, min(start + PAIRS_AT_ONCE, len(pairs))))
+        found = trace(model, own.batch(run, model.device))
+        columns = [found.batch.columns(row, own.positions(row, role)[-1:])[0] for row in range(len(own))]
+        states = [*found.inputs[1:], found.output]
+        totals = [s[range(len(own)), columns].float().sum(0) for s in states if s is not None]
+        sums = [a + b for a, b in zip(sums, totals, strict=True)] if sums else totals
+    return [total / len(pairs) for total in sums]
+
+
+def _heads(
+    model: Any, pairs: Pairs, effects: pd.DataFrame, rng: np.random.Generator
+) -> Iterator[tuple[Candidate, Candidate]]:
+    """Replace the strongest heads by their mean over placebo prompts."""
+    ranked = effects[(effects["sweep"] == "head") & (effects["direction"] == "remove")]
+    ranked = ranked.sort_values("effect", ascending=False)
+    if ranked.empty:
+        return
+    places = zip(ranked["layer"].astype(int), ranked["index"].astype(int), strict=True)
+    sites = [Site("head", layer, index) for layer, index in places]
+    means = _head_means(model, pairs, sites)
+    for count in COUNTS:
+        others = [sites[i] for i in rng.choice(np.arange(count, len(sites)), count, replace=False)]
+        yield (
+            Candidate(f"{count} heads to their mean", "head_ablation", _to_mean(sites[:count], means)),
+            Candidate(f"{count} random heads to their mean", "head_ablation", _to_mean(others, means), True),
+        )
+
+
+def _to_mean(sites: Sequence[Site], means: dict[Site, Tensor]) -> tuple[Edit, ...]:
+    return tuple(Edit(site, edits.replace(means[site])) for site in sites)
+
+
+def _head_means(model: Any, pairs: Pairs, sites: Sequence[Site]) -> dict[Site, Tensor]:
+    sums: dict[Site, Tensor] = {}
+    count = 0
+    for start in range(0, len(pairs), PAIRS_AT_ONCE):
+        own = pairs.take(range(start, min(start + PAIRS_AT_ONCE, len(pairs))))
+        found = trace(model, own.batch("placebo", model.device), sites)
+        kept = found.batch.mask.bool()
+        count += int(kept.sum())
+        for site in sites:
+            total = found.value(site)[kept].float().sum(0)
+            sums[site] = sums[site] + total if site in sums else total
+    return {site: total / count for site, total in sums.items()}
+
+
+def _adapters(effects: pd.DataFrame, rng: np.random.Generator) -> Iterator[tuple[Candidate, Candidate]]:
+    """Switch the adapter off: in the strongest modules, and in the strongest layers."""
+    ranked = effects[(effects["sweep"] == "adapter") & (effects["direction"] == "remove")]
+    if ranked.empty:
+        return
+    ordered = ranked.sort_values("effect", ascending=False)
+    modules = [Site("adapter", int(r.layer), module=str(r.module)) for r in ordered.itertuples()]
+    by_layer = ranked.groupby("layer")["effect"].sum().sort_values(ascending=False)
+    layers = [Site("adapter", int(str(layer))) for layer in by_layer.index]
+    for what, sites in (("adapter modules", modules), ("adapter layers", layers)):
+        for count in COUNTS:
+            if 2 * count > len(sites):
+                continue
+            others = [sites[i] for i in rng.choice(np.arange(count, len(sites)), count, replace=False)]
+            yield (
+                Candidate(f"{count} {what} off", "adapter_off", _off(sites[:count])),
+                Candidate(f"{count} random {what} off", "adapter_off", _off(others), True),
+            )
+
+
+def _off(sites: Sequence[Site]) -> tuple[Edit, ...]:
+    return tuple(Edit(site, edits.zero()) for site in sites)

