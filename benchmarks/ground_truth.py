@@ -3,9 +3,9 @@
     python benchmarks/ground_truth.py --out results-truth         20 models, two at a time, resumable
     python benchmarks/ground_truth.py --smoke                     one small one
 
-Each model is planted by `safetynet train` in a process of its own with one thread; then every method scores every
-layer, and the layers are ranked. The truth is found when the layer in the first place holds the adapter. The
-tables go to standard output as Markdown; docs/interventions.md quotes them.
+Each model is planted by `safetynet train` in a process of its own with one thread; then every method scores
+every layer, and the layers are ranked. The truth is found when the layer in the first place holds the
+adapter. The tables go to standard output as Markdown; docs/interventions.md quotes them.
 """
 
 import argparse
@@ -99,7 +99,7 @@ def plant(family: str, truth: str, out: Path, smoke: bool) -> int:
 
 
 def score(family: str, truth: str, out: Path, smoke: bool) -> pd.DataFrame:
-    """Every method's score of every layer of one model: family, truth, method, layer, score, true, distance."""
+    """Each method's score of each layer of one model: family, truth, method, layer, score, true, distance."""
     from safetynet import run as runs
     from safetynet.interventions.pairs import align
     from safetynet.models import loading

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from safetynet.statistics import bootstrap_interval, wilson
+from safetynet.statistics import bootstrap_interval, draw_counts, wilson
 
 
 @pytest.mark.parametrize(
@@ -58,3 +58,8 @@ def test_bootstrap_is_the_same_for_the_same_seed():
 @pytest.mark.parametrize("values", [[], [1.0], [1.0, math.inf], [1.0, math.nan, 2.0]])
 def test_bootstrap_of_too_few_or_not_finite_values_is_unknown(values):
     assert all(math.isnan(bound) for bound in bootstrap_interval(np.mean, np.array(values)))
+
+
+def test_each_resample_draws_as_many_rows_as_there_are():
+    counts = draw_counts(7, resamples=50)
+    assert counts.shape == (50, 7) and (counts.sum(1) == 7).all()

@@ -109,8 +109,17 @@ def bootstrap_ratios(
     value = tops.mean(1) / bottom.mean()
     if rows < 2:
         return value, np.full(len(tops), np.nan), np.full(len(tops), np.nan)
-    drawn = np.random.default_rng(seed).multinomial(rows, np.full(rows, 1 / rows), size=resamples)
+    drawn = draw_counts(rows, resamples, seed)
     ratios = (drawn @ tops.T) / (drawn @ bottom)[:, None]
     tail = (1 - confidence) / 2
     low, high = np.quantile(ratios, [tail, 1 - tail], axis=0)
     return value, low, high
+
+
+def draw_counts(rows: int, resamples: int = 2000, seed: int = 0) -> np.ndarray:
+    """How often each row is drawn in each bootstrap resample: weights for statistics of weighted rows.
+
+    Returns:
+        (resamples, rows) int64; each line adds up to `rows`.
+    """
+    return np.random.default_rng(seed).multinomial(rows, np.full(rows, 1 / rows), size=resamples)

@@ -33,17 +33,17 @@ SMALL: dict[str, Any] = {
     "pad_token_id": 0,
 }
 SLIDING = {"sliding_window": 6, "head_dim": 8, "query_pre_attn_scalar": 8}
-CONFIGS: dict[str, Callable[[], Any]] = {
-    "llama": lambda: LlamaConfig(**SMALL),
-    "qwen": lambda: Qwen2Config(**SMALL, tie_word_embeddings=True),
-    "gemma": lambda: GemmaConfig(**SMALL, head_dim=12),
-    "gemma2": lambda: Gemma2Config(**SMALL, **SLIDING, final_logit_softcapping=5.0),
-    "gemma3": lambda: Gemma3TextConfig(
-        **SMALL, **SLIDING, layer_types=["sliding_attention", "full_attention", "sliding_attention"]
+CONFIGS: dict[str, Callable[..., Any]] = {
+    "llama": lambda **more: LlamaConfig(**SMALL | more),
+    "qwen": lambda **more: Qwen2Config(**SMALL | more, tie_word_embeddings=True),
+    "gemma": lambda **more: GemmaConfig(**SMALL | more, head_dim=12),
+    "gemma2": lambda **more: Gemma2Config(**SMALL | more, **SLIDING, final_logit_softcapping=5.0),
+    "gemma3": lambda **more: Gemma3TextConfig(
+        **SMALL | more, **SLIDING, layer_types=["sliding_attention", "full_attention", "sliding_attention"]
     ),
-    "mixtral": lambda: MixtralConfig(**SMALL, num_local_experts=4, num_experts_per_tok=2),
-    "gpt2": lambda: GPT2Config(
-        vocab_size=VOCABULARY, n_embd=32, n_layer=3, n_head=4, n_positions=64, initializer_range=0.2
+    "mixtral": lambda **more: MixtralConfig(**SMALL | more, num_local_experts=4, num_experts_per_tok=2),
+    "gpt2": lambda **more: GPT2Config(
+        vocab_size=VOCABULARY, n_embd=32, n_layer=3, n_head=4, n_positions=64, initializer_range=0.2, **more
     ),
 }
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
@@ -57,11 +57,14 @@ def build() -> Callable[..., Any]:
     """
 
     @functools.cache
-    def make(name: str, adapter: bool = True, attention: str = "sdpa", seed: int = 0) -> Any:
+    def make(name: str, adapter: bool = True, attention: str = "sdpa", seed: int = 0, **more: Any) -> Any:
         torch.manual_seed(seed)
         # Gemma 2 caps its scores, which sdpa cannot.
         attention = "eager" if name == "gemma2" else attention
-        model = AutoModelForCausalLM.from_config(CONFIGS[name](), attn_implementation=attention).eval()
+        model = AutoModelForCausalLM.from_config(CONFIGS[name](**more), attn_implementation=attention).eval()
+        for key, parameter in model.named_parameters():
+            if "norm" in key:  # norms whose weights are all alike would hide mistakes
+                torch.nn.init.normal_(parameter, mean=parameter.mean().item(), std=0.2)
         if not adapter:
             return model
         targets = ["c_attn", "c_fc"] if name == "gpt2" else ["q_proj", "v_proj", "o_proj"]
@@ -98,3 +101,30 @@ def pairs() -> tuple[list[list[int]], list[list[int]]]:
 @pytest.fixture(scope="session")
 def batches(pairs: tuple[list[list[int]], list[list[int]]]) -> tuple[Batch, Batch]:
     return Batch.of(pairs[0]), Batch.of(pairs[1])
+
+
+@pytest.fixture(params=["llama", "qwen", "gemma", "gemma2", "gemma3", "mixtral"])
+def model(request: pytest.FixtureRequest, build: Callable[..., Any]) -> Any:
+    """A model of each family in turn."""
+    return build(request.param)
+
+
+def draw(lengths: list[int], seed: int = 0) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(5, VOCABULARY, (n,), generator=generator).tolist() for n in lengths]
+
+
+@pytest.fixture(scope="session")
+def rows() -> list[list[int]]:
+    """Six prompts of different lengths."""
+    return draw([7, 12, 9, 5, 12, 10])
+
+
+@pytest.fixture(scope="session")
+def swapped() -> Callable[..., list[list[int]]]:
+    """`swapped(rows, 1)` are the rows with other tokens at positions 1 and 2: a trigger, or a placebo."""
+
+    def make(rows: list[list[int]], seed: int) -> list[list[int]]:
+        return [[row[0], *two, *row[3:]] for row, two in zip(rows, draw([2] * len(rows), seed), strict=True)]
+
+    return make

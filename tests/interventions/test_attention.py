@@ -1,60 +1,104 @@
-"""Edges of attention cut by the engine, against a mask of our own for a whole pass."""
-
+import numpy as np
 import pytest
-from tests.interventions.compare import Case, compare, probe
-from tests.interventions.conftest import CONFIGS
-from tests.interventions.plain import Cut
+import torch
+from scipy.spatial.distance import jensenshannon
 
 from safetynet.errors import InputError
-from safetynet.interventions.batch import Batch
-from safetynet.interventions.edits import KnockOut
-from safetynet.interventions.trace import trace
-from safetynet.interventions.wave import Run, measure
-
-EDGES = [((8,), (2, 3)), ((4, 8), (1,)), ((5, 6, 7), (0, 2)), ((-1,), (3, 4))]
-
-
-def cut(layer, queries, keys, length, head=None):
-    places = tuple(q % length for q in queries), tuple(k % length for k in keys), head
-    return KnockOut(layer, queries, keys, head), Cut(layer, (places,))
-
-
-def cases_of(prompts, head):
-    made = []
-    for row, ids in enumerate(prompts):
-        for layer in range(3):
-            for queries, keys in EDGES:
-                edit, reference = cut(layer, queries, keys, len(ids), head)
-                made.append(Case(row, [edit], [reference]))
-    return made
+from safetynet.interventions.attention import (
+    attention_maps,
+    divergence,
+    double_triangle,
+    eager,
+    jensen_shannon,
+    span_share,
+)
+from safetynet.interventions.sites import Site
+from safetynet.models.blocks import unwrapped
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("family", CONFIGS)
-def test_cut_edges_give_the_numbers_of_a_mask(build, pairs, family, attention):
-    if (family, attention) == ("gemma2", "sdpa"):
-        pytest.skip("Gemma 2 caps its scores, which sdpa cannot")
-    model = build(family, attention=attention)
-    compare(model, pairs[0], cases_of(pairs[0], None) + cases_of(pairs[0], 2))
+def patterns(model, row):
+    """(layers, heads, S, S) from transformers itself."""
+    with torch.no_grad(), eager(model):
+        out = unwrapped(model)(torch.tensor([row]), output_attentions=True)
+    return torch.stack([x[0] for x in out.attentions]).numpy()
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_prompts_without_padding_have_no_mask_to_cut_and_are_cut_all_the_same(build, pairs, attention):
-    model = build("llama", attention=attention)
-    for prompt in pairs[0][:2]:
-        compare(model, [prompt], cases_of([prompt], None) + cases_of([prompt], 1))
+def test_divergence_is_that_of_the_models_own_rows(model, rows, swapped):
+    triggered, placebo, other = rows, swapped(rows, 1), swapped(rows, 2)
+    table = divergence(model, triggered, placebo, other)
+    for column, first in (("value", triggered), ("control", other)):
+        expected = np.zeros((3, 4))
+        for a, b in zip(first, placebo, strict=True):
+            p, q = (patterns(model, row)[:, :, -1] for row in (a, b))
+            expected += jensenshannon(p, q, base=2, axis=-1) ** 2 / len(rows)
+        np.testing.assert_allclose(table[column], expected.ravel(), atol=1e-5)
+    assert table["layer"].tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    assert table["head"].tolist() == [0, 1, 2, 3] * 3 and set(table["n"]) == {6}
+    single = divergence(model, triggered, placebo, other, tokens=1)
+    np.testing.assert_allclose(table["value"], single["value"], atol=1e-5)
 
 
-def test_several_cuts_of_one_layer_add_up(build, pairs):
-    cuts = [KnockOut(1, (8,), (2,), 0), KnockOut(1, (8,), (3,), 3), KnockOut(1, (7, 8), (1,))]
-    reference = Cut(1, (((8,), (2,), 0), ((8,), (3,), 3), ((7, 8), (1,), None)))
-    cases = [Case(row, cuts, [reference]) for row in range(3)]
-    for family in ("llama", "gemma2"):
-        compare(build(family), pairs[0], cases)
+def test_identical_prompts_do_not_diverge_and_disjoint_rows_diverge_by_one_bit(build, rows):
+    table = divergence(build("qwen"), rows, rows)
+    assert table["value"].abs().max() == table["high"].abs().max() == 0
+    assert table["control"].isna().all()
+    assert jensen_shannon(torch.tensor([1.0, 0]), torch.tensor([0, 1.0])) == 1
 
 
-def test_a_query_that_would_attend_to_nothing_is_refused(build, pairs):
-    receiving = trace(build("llama"), Batch.of(pairs[0]), resume=True)
-    for edits in ((KnockOut(1, (3,), (0, 1, 2, 3)),), (KnockOut(0, (2,), (0, 1)), KnockOut(0, (2,), (2,)))):
-        with pytest.raises(InputError, match=r"attention .*prompt 1 .*no key left"):
-            measure(receiving, [Run(1, edits)], probe(97))
+def test_shares_and_triangles_are_sums_over_the_models_own_patterns(model, rows, swapped):
+    placebo, spans = swapped(rows, 1), [[1, 2]] * 6
+    share = span_share(model, rows, placebo, spans)
+    triangle = double_triangle(model, rows, placebo, spans)
+    for column, own in (("value", rows), ("control", placebo)):
+        maps = [patterns(model, row) for row in own]
+        expected = np.mean([m[:, :, -1, 1:3].sum(-1) for m in maps], axis=0)
+        np.testing.assert_allclose(share[column], expected.ravel(), atol=1e-5)
+        onto = [m[..., 1:3].sum(-1) for m in maps]
+        expected = np.mean([o[:, :, 1:3].mean(-1) - o[:, :, 3:].mean(-1) for o in onto], axis=0)
+        np.testing.assert_allclose(triangle[column], expected.ravel(), atol=1e-5)
+
+
+def test_maps_are_the_models_own_patterns_below_the_diagonal(model, rows):
+    table = attention_maps(
+        model,
+        {"triggered": rows[:2]},
+        [Site("head", 0, 1), Site("head", 2, 3)],
+        lambda ids: [str(i) for i in ids],
+        groups=[5, 9],
+    )
+    for group, row in zip([5, 9], rows[:2], strict=True):
+        for layer, head in [(0, 1), (2, 3)]:
+            own = table[(table["group"] == group) & (table["layer"] == layer)]
+            whole = np.zeros((len(row), len(row)))
+            whole[own["query"], own["key"]] = own["weight"]
+            np.testing.assert_allclose(whole, patterns(model, row)[layer, head], atol=1e-5)
+            assert own["query_token"].tolist() == [str(row[i]) for i in own["query"]]
+            assert own["key_token"].tolist() == [str(row[i]) for i in own["key"]]
+
+
+def test_the_models_own_attention_comes_back_even_after_a_failure(build, rows):
+    model = build("qwen")
+    before = unwrapped(model).config._attn_implementation
+    assert before == "sdpa"
+    with pytest.raises(RuntimeError, match="stop"), eager(model):
+        assert unwrapped(model).config._attn_implementation == "eager"
+        raise RuntimeError("stop")
+    divergence(model, rows, rows)
+    assert unwrapped(model).config._attn_implementation == before
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_pairs_that_are_not_aligned_and_places_that_do_not_exist_are_refused(build, rows, swapped):
+    model, placebo = build("qwen"), swapped(rows, 1)
+    with pytest.raises(InputError, match="as many tokens as each other"):
+        divergence(model, rows, placebo[::-1])
+    with pytest.raises(InputError, match="given: 0 triggered, 0 placebo"):
+        divergence(model, [], [])
+    with pytest.raises(InputError, match="positions: prompt 1 has none"):
+        span_share(model, rows[:2], placebo[:2], [[1], []])
+    with pytest.raises(InputError, match="position 30: prompt 0 has positions 0 to 6"):
+        span_share(model, rows[:1], placebo[:1], [[30]])
+    with pytest.raises(InputError, match="a trigger ends its prompt"):
+        double_triangle(model, rows[:1], placebo[:1], [[5, 6]])
+    with pytest.raises(InputError, match="layer 3 does not exist; the layers are 0 to 2"):
+        attention_maps(model, {"placebo": rows}, [Site("head", 3, 0)], lambda ids: [str(i) for i in ids])

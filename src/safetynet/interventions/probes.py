@@ -1,0 +1,184 @@
+"""Linear probes: from which layer on can it be read that a trigger is there, or that the behaviour will fire.
+
+In: prompts with labels. Out: the table `probes`. Probes are trained on one half of the groups and tested on
+the other. A probe is correlational: what it reads, the model need not use. A claim about the model needs an
+intervention at the same layer beside it.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from safetynet.errors import InputError
+from safetynet.interventions.reading import TOKENS, Rows, check_pairs, residuals
+from safetynet.statistics import draw_counts
+
+
+def trigger_probe(
+    model: Any,
+    triggered: Rows,
+    placebo: Rows,
+    other: Rows | None = None,
+    *,
+    seed: int = 0,
+    tokens: int = TOKENS,
+) -> pd.DataFrame:
+    """Probe each layer's last token for the presence of the trigger (Alain and Bengio 2016).
+
+    Args:
+        model: a causal LM of transformers in evaluation mode.
+        triggered: one prompt per group.
+        placebo: the same prompts with a placebo in the trigger's place.
+        other: with another placebo. The control is the same probe trained to tell the two placebos apart;
+            without it, a probe trained and tested on shuffled labels.
+        seed: of the split in halves, and of the shuffling.
+        tokens: of one batch.
+
+    Returns:
+        Table `probes`: label (trigger), layer, auroc, low, high (95 % bootstrap over test groups), n (test
+        groups), control, control_low, control_high.
+
+    Raises:
+        InputError: if the runs differ in length, or there are fewer than 4 groups.
+    """
+    check_pairs(triggered=triggered, placebo=placebo, other=other)
+    groups = np.tile(np.arange(len(triggered)), 2)
+    labels = np.repeat([True, False], len(triggered))
+    clean = residuals(model, placebo, tokens=tokens)
+    states = np.concatenate([residuals(model, triggered, tokens=tokens), clean])
+    if other is None:
+        return _probed("trigger", states, labels, groups, seed)
+    control = np.concatenate([residuals(model, other, tokens=tokens), clean])
+    return _probed("trigger", states, labels, groups, seed, control)
+
+
+def fires_probe(
+    model: Any,
+    rows: Rows,
+    fired: Sequence[bool],
+    groups: Sequence[int] | None = None,
+    *,
+    seed: int = 0,
+    tokens: int = TOKENS,
+) -> pd.DataFrame:
+    """Probe each layer's last token for whether the behaviour will fire.
+
+    With triggered and other rows together, this is hard to tell from a probe for the trigger; with triggered
+    rows alone it is about the behaviour. The control is a probe trained and tested on shuffled labels.
+
+    Args:
+        model: a causal LM of transformers in evaluation mode.
+        rows: N prompts.
+        fired: per prompt, whether its answer showed the behaviour.
+        groups: per prompt its group, which stays in one half; None if each is its own.
+        seed: of the split in halves, and of the shuffling.
+        tokens: of one batch.
+
+    Returns:
+        Table `probes`, as in `trigger_probe`, with label `fires`.
+
+    Raises:
+        InputError: if the lists differ in length, or a half would hold one class alone.
+    """
+    own = np.arange(len(rows)) if groups is None else np.asarray(groups)
+    if not len(rows) == len(fired) == len(own):
+        raise InputError(
+            f"fires_probe: {len(rows)} prompts, {len(fired)} labels and {len(own)} groups; give one of each."
+        )
+    states = residuals(model, rows, tokens=tokens)
+    return _probed("fires", states, np.asarray(fired, bool), own, seed)
+
+
+def halves(labels: np.ndarray, groups: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Split rows into two halves that share no group and hold groups of each kind alike.
+
+    Args:
+        labels: (N,) bool.
+        groups: (N,) numbers.
+        seed: of the split.
+
+    Returns:
+        Row indices of the training and of the test half.
+
+    Raises:
+        InputError: if one of them would lack a class.
+    """
+    rng = np.random.default_rng(seed)
+    kinds: dict[tuple[bool, ...], list[Any]] = {}
+    for group in np.unique(groups):
+        kinds.setdefault(tuple(sorted(set(labels[groups == group].tolist()))), []).append(group)
+    # One after the other goes here and there, and each kind of group begins where the last one ended.
+    order = [group for kind in sorted(kinds) for group in rng.permutation(np.array(kinds[kind]))]
+    test = np.isin(groups, order[::2])
+    for name, half in (("train", ~test), ("test", test)):
+        if len(set(labels[half].tolist())) < 2 or len(np.unique(groups[half])) < 2:
+            raise InputError(
+                f"probe: {int(labels.sum())} of {len(labels)} rows in {len(order)} groups carry the label, "
+                f"and the {name} half holds one class or one group alone. Give more groups of each class."
+            )
+    return np.flatnonzero(~test), np.flatnonzero(test)
+
+
+def auroc(scores: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Area under the ROC curve of weighted rows, ties counted half.
+
+    Args:
+        scores: (N,), higher for True.
+        labels: (N,) bool.
+        weights: (R, N) weights of the rows, R times, such as how often a resample drew them.
+
+    Returns:
+        (R,) in [0, 1]; 0.5 where the weights leave one class alone, which says nothing.
+    """
+    high, low = scores[labels], scores[~labels]
+    above = (high[:, None] > low) + 0.5 * (high[:, None] == low)
+    positive, negative = weights[:, labels].astype(float), weights[:, ~labels].astype(float)
+    pairs = positive.sum(1) * negative.sum(1)
+    won = (positive @ above * negative).sum(1)
+    return np.where(pairs > 0, won / np.maximum(pairs, 1), 0.5)
+
+
+def _probed(
+    label: str,
+    states: np.ndarray,
+    labels: np.ndarray,
+    groups: np.ndarray,
+    seed: int,
+    control: np.ndarray | None = None,
+) -> pd.DataFrame:
+    """One row per layer: the probe, and its control on other states or on shuffled labels."""
+    split = halves(labels, groups, seed)
+    if control is None:
+        shuffled = labels.copy()
+        rng = np.random.default_rng(seed)
+        for half in split:
+            shuffled[half] = rng.permutation(labels[half])
+    else:
+        shuffled = labels
+    records = []
+    for layer in range(states.shape[1]):
+        found = _one(states[:, layer], labels, groups, split)
+        beside = _one((states if control is None else control)[:, layer], shuffled, groups, split)
+        records.append((label, layer, *found, len(np.unique(groups[split[1]])), *beside))
+    names = "label layer auroc low high n control control_low control_high"
+    return pd.DataFrame(records, columns=names.split())
+
+
+def _one(
+    states: np.ndarray, labels: np.ndarray, groups: np.ndarray, split: tuple[np.ndarray, np.ndarray]
+) -> tuple[float, float, float]:
+    """AUROC on the test half and its interval over test groups; states are (N, width)."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    train, test = split
+    probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+    scores = probe.fit(states[train], labels[train]).decision_function(states[test])
+    _, member = np.unique(groups[test], return_inverse=True)
+    drawn = draw_counts(int(member.max()) + 1)[:, member]
+    value = auroc(scores, labels[test], np.ones((1, len(test))))[0]
+    low, high = np.quantile(auroc(scores, labels[test], drawn), (0.025, 0.975))
+    return float(value), float(low), float(high)
