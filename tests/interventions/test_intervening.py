@@ -1,5 +1,6 @@
 """The whole model under edits, generation included; whatever happens, it is left as it was."""
 
+import functools
 import threading
 
 import pytest
@@ -30,6 +31,12 @@ PLAIN = [
     At(component, layer, EVERYWHERE, push)
     for component, layer in sorted(SET, key=lambda one: one[0] == "resid_mid")
 ]
+
+
+@pytest.fixture(scope="module")
+def build(build):
+    """Models of this file's own: where another test read attentions, transformers has left hooks behind."""
+    return functools.partial(build, seed=7)
 
 
 def hooks_of(model):
