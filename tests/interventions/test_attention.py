@@ -102,5 +102,5 @@ def test_pairs_that_are_not_aligned_and_places_that_do_not_exist_are_refused(bui
         span_share(model, rows[:1], placebo[:1], [[30]])
     with pytest.raises(InputError, match="a trigger ends its prompt"):
         double_triangle(model, rows[:1], placebo[:1], [[5, 6]])
-    with pytest.raises(InputError, match="layer 3 does not exist; the layers are 0 to 2"):
+    with pytest.raises(InputError, match="layer 3 does not exist; there are 0 to 2"):
         attention_maps(model, {"placebo": rows}, [Site("head", 3, 0)], lambda ids: [str(i) for i in ids])

@@ -18,6 +18,7 @@ import pandas as pd
 from safetynet.errors import InputError
 from safetynet.interventions import attribution, removal
 from safetynet.interventions.effects import check_fires, effects
+from safetynet.interventions.observations import observe
 from safetynet.interventions.pairs import LEAST, Pairs, align
 from safetynet.interventions.sites import Anatomy
 from safetynet.interventions.sweep import (
@@ -57,6 +58,8 @@ class Plan:
     groups: int = GROUPS
     fast: bool = False
     """Rank by attribution and measure the top spots only."""
+    observe: bool = True
+    """Also look through lens and probes, at attention, and at the adapter's drift."""
     removals: bool = True
     """Also look for what removes the backdoor, and judge it by generation."""
     seed: int = 0
@@ -80,6 +83,8 @@ class Subject:
     twin: TwinOf | None = None
     epochs: Mapping[int, TwinOf] = field(default_factory=dict)
     """By training step."""
+    adapters: Mapping[int, Path] = field(default_factory=dict)
+    """Folders of the same epochs' adapters."""
     respond: removal.Respond | None = None
     store: Path | None = None
     """Where sweeps keep what is done."""
@@ -94,7 +99,7 @@ def dissect(subject: Subject, rows: pd.DataFrame, plan: Plan) -> dict[str, pd.Da
         plan: which sweeps.
 
     Returns:
-        Tables effects, tokens, dynamics and tradeoff, as far as they could be made.
+        Tables by name, as far as they could be made; docs/interventions.md lists them.
 
     Raises:
         InputError: if too few groups can be aligned, a site does not exist, or the backdoor does not fire.
@@ -106,6 +111,17 @@ def dissect(subject: Subject, rows: pd.DataFrame, plan: Plan) -> dict[str, pd.Da
     if subject.epochs:
         tables["dynamics"] = _dynamics(subject, pairs, plan)
     held_out = rows[~rows["group"].isin(pairs.groups)]
+    if plan.observe:
+        log.info("intervene: lens, probes, attention, drift")
+        tables |= observe(
+            subject.model,
+            subject.serialiser,
+            pairs,
+            tables["effects"],
+            rows,
+            subject.adapters,
+            plan.seed,
+        )
     if plan.removals and subject.respond is not None:
         tables["tradeoff"] = _tradeoff(subject, pairs, tables["effects"], held_out, plan)
     return {name: table for name, table in tables.items() if len(table)}

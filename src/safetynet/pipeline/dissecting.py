@@ -10,6 +10,7 @@ from safetynet import __version__
 from safetynet.backdoors import behaviours
 from safetynet.evaluation import judges, metrics
 from safetynet.pipeline.subjects import (
+    BACKDOORED,
     backdoored,
     epochs,
     model_folder,
@@ -57,8 +58,7 @@ def intervene(recipe: Recipe, run: Run, **wanted: Any) -> dict[str, pd.DataFrame
         return {name: run.table(name) for name in TABLES if run.has_table(name)}
     for name in trained(recipe):
         model_folder(run, name)
-    rows = run.table("rows")
-    rows = rows[rows["split"] == "test"].reset_index(drop=True)
+    rows = _test_rows(run)
     model, serialiser = backdoored(recipe, run)
     judge = judges.make(behaviours.judge(recipe.backdoor.behaviour))
 
@@ -72,6 +72,7 @@ def intervene(recipe: Recipe, run: Run, **wanted: Any) -> dict[str, pd.DataFrame
         serialiser=serialiser,
         twin=twin_of(recipe, run, model),
         epochs={step: partial(with_adapter, model, path) for step, path in epochs(run).items()},
+        adapters=epochs(run),
         respond=respond,
         store=run.scratch / "interventions",
     )
@@ -79,3 +80,14 @@ def intervene(recipe: Recipe, run: Run, **wanted: Any) -> dict[str, pd.DataFrame
         tables = stage.dissect(subject, rows, plan)
         outputs += [run.write_table(name, table) for name, table in tables.items()]
     return tables
+
+
+def _test_rows(run: Run) -> pd.DataFrame:
+    """Test rows, with whether the backdoored model showed the behaviour on each, where that was asked."""
+    rows = run.table("rows")
+    rows = rows[rows["split"] == "test"].reset_index(drop=True)
+    if not run.has_table("responses"):
+        return rows
+    responses = run.table("responses")
+    shown = responses[responses["model"] == BACKDOORED].set_index("row")["shown"]
+    return rows.assign(fired=rows["row"].map(shown))

@@ -1,0 +1,113 @@
+"""What can be seen without intervening: lens, probes, attention, drift; each with its control.
+
+In: the model under study, aligned pairs, the effects that were measured. Out: tables by name. These
+observations are correlational: they say where something is visible, the effects say where it matters.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from safetynet.errors import InputError
+from safetynet.interventions.attention import attention_maps, divergence
+from safetynet.interventions.drift import drift, updates
+from safetynet.interventions.lens import lens, lens_map
+from safetynet.interventions.pairs import Pairs
+from safetynet.interventions.probes import fires_probe, trigger_probe
+from safetynet.interventions.sites import Anatomy, Site
+from safetynet.prompts import Serialiser
+
+log = logging.getLogger(__name__)
+TOP_HEADS = 3
+"""Heads whose attention is shown."""
+RUNS = ("triggered", "placebo")
+
+
+def observe(
+    model: Any,
+    serialiser: Serialiser,
+    pairs: Pairs,
+    effects: pd.DataFrame,
+    rows: pd.DataFrame,
+    epochs: Mapping[int, Path],
+    seed: int = 0,
+) -> dict[str, pd.DataFrame]:
+    """Tables lens, lens_map, probes, divergence, attention and drift, as far as this model has them.
+
+    Args:
+        model: the backdoored model.
+        serialiser: of its tokenizer.
+        pairs: aligned prompts.
+        effects: whose strongest heads are shown.
+        rows: test rows; where they have a column `fired`, a probe for the behaviour is trained.
+        epochs: adapter folders by training step.
+        seed: of the probes' halves.
+    """
+
+    def names(ids: list[int]) -> list[str]:
+        return [serialiser.piece(token) for token in ids]
+
+    both = {run: pairs.ids[run] for run in RUNS}
+    triggered, placebo, other = (pairs.ids[run] for run in (*RUNS, "second_placebo"))
+    first = {run: ids[0] for run, ids in both.items()}
+    return {
+        "lens": lens(model, both, pairs.target),
+        "lens_map": lens_map(model, first, pairs.target[0], names, pairs.roles[0], pairs.groups[0]),
+        "probes": pd.concat(
+            [
+                trigger_probe(model, triggered, placebo, other, seed=seed),
+                *_fires(model, serialiser, rows, seed),
+            ],
+            ignore_index=True,
+        ),
+        "divergence": divergence(model, triggered, placebo, other),
+        "attention": attention_maps(
+            model,
+            {run: ids[:1] for run, ids in both.items()},
+            _top_heads(model, effects),
+            names,
+            pairs.groups[:1],
+        ),
+        **_drift(model, epochs),
+    }
+
+
+def _fires(model: Any, serialiser: Serialiser, rows: pd.DataFrame, seed: int) -> list[pd.DataFrame]:
+    """The probe for the behaviour itself, on triggered, placebo and near-miss rows that were answered."""
+    if "fired" not in rows:
+        return []
+    asked = rows[rows["role"].isin(("triggered", "placebo", "near_miss")) & rows["fired"].notna()]
+    fired = asked["fired"].astype(bool).tolist()
+    ids = [
+        serialiser.encode(m, trigger=t).input_ids
+        for m, t in zip(asked["messages"], asked["trigger"], strict=True)
+    ]
+    try:
+        return [fires_probe(model, ids, fired, asked["group"].tolist(), seed=seed)]
+    except InputError as error:
+        log.info("intervene: no probe for the behaviour. %s", error)
+        return []
+
+
+def _top_heads(model: Any, effects: pd.DataFrame) -> Sequence[Site]:
+    heads = effects[effects["sweep"] == "head"]
+    if heads.empty:
+        return Anatomy.of(model).sites("head")[:TOP_HEADS]
+    mean = heads.groupby(["layer", "index"])["effect"].mean().sort_values(ascending=False)
+    return [Site("head", int(layer), int(index)) for layer, index in mean.index[:TOP_HEADS]]
+
+
+def _drift(model: Any, epochs: Mapping[int, Path]) -> dict[str, pd.DataFrame]:
+    """Each saved epoch's adapter beside the one before it; of the finished adapter where none was saved."""
+    if "adapter" not in Anatomy.of(model).components():
+        return {}
+    saved = [(step, updates(model, folder=path)) for step, path in epochs.items()]
+    saved = saved or [(-1, updates(model))]
+    before = [None, *(found for _, found in saved[:-1])]
+    parts = [drift(model, found, earlier, step) for (step, found), earlier in zip(saved, before, strict=True)]
+    table = pd.concat(parts, ignore_index=True)
+    return {"drift": table[np.isfinite(table["energy"])]}
