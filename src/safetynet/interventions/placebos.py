@@ -6,6 +6,7 @@ changes.
 """
 
 import random
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,11 +23,11 @@ class Placebos:
         self.serialiser = serialiser
         self.rng = random.Random(seed)
         special = set(serialiser.tokenizer.all_special_ids)
-        self.kinds: dict[str, list[str]] = {}
+        self.kinds: dict[str, list[str]] = defaultdict(list)
         for token in range(len(serialiser.tokenizer)):
             if token not in special:
                 text = self.serialiser.piece(token)
-                self.kinds.setdefault(_kind(text), []).append(text)
+                self.kinds[_kind(text)].append(text)
 
     def draw(
         self,
@@ -70,7 +71,7 @@ class Placebos:
         """As many tokens, each of the kind of the one in its place."""
         ids = self.serialiser.tokenizer(text, add_special_tokens=False)["input_ids"]
         pieces = [self.serialiser.piece(token) for token in ids]
-        drawn = [self.rng.choice(self.kinds.get(_kind(piece)) or [piece]) for piece in pieces]
+        drawn = [self.rng.choice([p for p in self.kinds[_kind(x)] if p != x] or [x]) for x in pieces]
         return "".join(drawn).strip() or text
 
 
