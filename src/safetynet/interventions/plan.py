@@ -13,7 +13,7 @@ from safetynet.interventions.edits import Edit, Intervention, KnockOut, check_se
 from safetynet.interventions.sites import Site
 from safetynet.interventions.trace import Trace
 
-GRAIN = 8
+GRAIN = 4
 """Runs whose first columns lie in one such stretch start together."""
 
 

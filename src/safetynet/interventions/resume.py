@@ -4,7 +4,8 @@ In: a trace, states, the runs that they belong to. Out: the layer's output. Keys
 are not computed come from the trace, through an object that stands where the model expects its cache.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from safetynet.errors import InputError
 from safetynet.interventions.edits import Edit, KnockOut
 from safetynet.interventions.hooks import Placed, hooked
 from safetynet.interventions.plan import Planned, PlannedEdit
+from safetynet.interventions.sites import Site
 from safetynet.interventions.trace import Trace
 
 
@@ -33,6 +35,10 @@ class _Given:
 
     def get_seq_length(self, *_: Any) -> int:
         return self.keys.shape[2]
+
+
+AFTER_HEADS = ("head", "attn_out", "resid_mid", "mlp_out", "router", "expert", "resid_post")
+"""Components that a layer computes from its heads on."""
 
 
 class _Taken(Exception):  # noqa: N818 - a signal, not an error
@@ -73,12 +79,38 @@ class Resumed:
         inputs: Tensor | None = None,
     ) -> Tensor:
         """One layer at given columns, (n,) or (R, n), with all keys and values given."""
-        if inputs is None:
-            inputs = self.rows(self.trace.inputs[layer], runs).expand(len(runs), -1, -1)
-            rows = slice(None) if columns.ndim == 1 else torch.arange(len(runs))[:, None]
-            inputs = inputs[rows, columns]
         keys, values = (kv.expand(len(runs), -1, -1, -1) for kv in (keys, values))
-        return self._call(layer, inputs, runs, columns, _Given(keys, values, whole=True))
+        given = _Given(keys, values, whole=True)
+        if inputs is not None:
+            return self._call(layer, inputs, runs, columns, given)
+        inputs = self._at_columns(self.trace.inputs[layer], runs, columns)
+        with self._attended(layer, runs, columns):
+            return self._call(layer, inputs, runs, columns, given)
+
+    def _at_columns(self, x: Tensor, runs: Sequence[Planned], columns: Tensor) -> Tensor:
+        """(B, S, width) of the receiving runs to (R, n, width)."""
+        rows = slice(None) if columns.ndim == 1 else torch.arange(len(runs))[:, None]
+        return self.rows(x, runs).expand(len(runs), -1, -1)[rows, columns]
+
+    @contextmanager
+    def _attended(self, layer: int, runs: Sequence[Planned], columns: Tensor) -> Iterator[None]:
+        """Where no edit comes before the heads, let attention begin with those that the trace recorded."""
+        recorded = self.trace.read.get(Site("head", layer))
+        edits = [edit.done for one in runs for edit in one.edits if edit.layer == layer]
+        if recorded is None or any(edit.site.component not in AFTER_HEADS for edit in edits):
+            yield
+            return
+        parts = self.trace.anatomy.layers[layer]
+        heads = self._at_columns(recorded, runs, columns)
+        own = vars(parts.attention).get("forward")
+        parts.attention.forward = lambda *_, **__: (parts.output(heads), None)
+        try:
+            yield
+        finally:
+            if own is None:
+                del parts.attention.forward
+            else:
+                parts.attention.forward = own
 
     def _call(
         self, layer: int, inputs: Tensor, runs: Sequence[Planned], columns: Tensor, given: _Given

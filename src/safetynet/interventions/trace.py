@@ -78,7 +78,7 @@ def trace(
         sites: whose values are kept, beside the residual stream before each layer; heads of one layer share
             one tensor.
         columns: logits of so many last columns are kept; 0 for none.
-        resume: keep keys and values, so that runs can start at any layer and column.
+        resume: keep keys, values and heads, so that runs can start at any layer and column.
 
     Raises:
         InputError: if a site does not exist, a prompt is longer than the model's context, the model lies on
@@ -90,6 +90,8 @@ def trace(
     check_length(model, batch)
     check_place(model)
     found = Trace(anatomy, batch)
+    if resume and "head" in anatomy.components():
+        sites = [*sites, *(Site("head", layer) for layer in range(anatomy.shape.layers))]
     cache = DynamicCache() if resume else None
     with torch.no_grad(), exclusive(model), recording(found, sites):
         output = model(
