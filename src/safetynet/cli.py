@@ -97,14 +97,21 @@ def intervene(
         str, typer.Option(help="Places for the sweeps instead of their own, such as resid_post,mlp_out.")
     ] = "",
     mode: Annotated[
-        str, typer.Option(help="patch, zero, mean, resample, off (adapters, heads, experts) or knock_out.")
+        str,
+        typer.Option(
+            help="patch, zero, mean, resample, off (heads, experts, adapters) or knock_out (by layer, head). "
+            "Adapters are always switched off."
+        ),
     ] = "patch",
     direction: Annotated[
         str, typer.Option(help="remove (placebo states into triggered runs), induce, or both.")
     ] = "both",
     groups: Annotated[int, typer.Option(help="Prompts that effects are measured on.")] = 24,
     fast: Annotated[
-        bool, typer.Option("--fast", help="Rank places by attribution, measure the top ones exactly.")
+        bool,
+        typer.Option(
+            "--fast", help="By position and component: rank places by attribution, measure the top ones."
+        ),
     ] = False,
 ) -> None:
     """Find where in a trained run's model the trigger acts, beside controls, and what removes the backdoor.

@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from safetynet.interventions.batch import Batch
+from safetynet.interventions.pairs import RUNS, Pairs
 
 VOCABULARY = 97
 SMALL: dict[str, Any] = {
@@ -128,3 +129,29 @@ def swapped() -> Callable[..., list[list[int]]]:
         return [[row[0], *two, *row[3:]] for row, two in zip(rows, draw([2] * len(rows), seed), strict=True)]
 
     return make
+
+
+def make_pairs(count: int = 10, seed: int = 0) -> Pairs:
+    """Aligned groups of random tokens: system, before, trigger (2), after, template, last (1 or 2)."""
+    generator = torch.Generator().manual_seed(seed)
+    ids: dict[str, list[list[int]]] = {run: [] for run in RUNS}
+    roles = []
+    for group in range(count):
+        own = ["system"] * (group % 2) + ["before"] * (2 + group % 3) + ["trigger"] * 2
+        own += ["after"] * (group % 4) + ["template"] * 2 + ["last"] * (1 + group % 2)
+        base = torch.randint(2, VOCABULARY, (len(own),), generator=generator).tolist()
+        for number, run in enumerate(RUNS):
+            row = [
+                2 + (token + 31 * number) % (VOCABULARY - 2) if role == "trigger" else token
+                for token, role in zip(base, own, strict=True)
+            ]
+            ids[run].append(row)
+        roles.append(own)
+    target = torch.randint(2, VOCABULARY - 1, (count,), generator=generator).tolist()
+    return Pairs(list(range(count)), ids, roles, target, [token + 1 for token in target], {})
+
+
+@pytest.fixture(scope="session")
+def aligned() -> Pairs:
+    """Ten aligned groups of different lengths."""
+    return make_pairs()

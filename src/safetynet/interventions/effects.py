@@ -98,9 +98,9 @@ def _places(measured: Measured, layers: int, about: Mapping[str, str]) -> pd.Dat
 
 
 def _elsewhere(measured: Measured, rng: np.random.Generator) -> np.ndarray:
-    """(S, B): for each spot and pair the change at another spot, drawn among those of its kind."""
+    """(S, B): for each spot and pair the change at another spot of its kind; NaN where there is no other."""
     change = measured.change
-    drawn = np.zeros_like(change)
+    drawn = np.full_like(change, np.nan)
     kinds = [(spot.site.component, spot.position, spot.site.module) for spot in measured.spots]
     for s, kind in enumerate(kinds):
         same = [i for i, other in enumerate(kinds) if other == kind and i != s]
@@ -110,5 +110,6 @@ def _elsewhere(measured: Measured, rng: np.random.Generator) -> np.ndarray:
 
 
 def _p(difference: np.ndarray) -> float:
-    """Two-sided Wilcoxon signed-rank test over pairs; 1 where nothing changed anywhere."""
-    return float(wilcoxon(difference).pvalue) if np.any(difference != 0) else 1.0
+    """Two-sided Wilcoxon signed-rank test over pairs; 1 where nothing differs, or there is no control."""
+    known = np.isfinite(difference).all() and np.any(difference != 0)
+    return float(wilcoxon(difference).pvalue) if known else 1.0

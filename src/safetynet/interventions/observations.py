@@ -94,7 +94,8 @@ def _fires(model: Any, serialiser: Serialiser, rows: pd.DataFrame, seed: int) ->
 
 
 def _top_heads(model: Any, effects: pd.DataFrame) -> Sequence[Site]:
-    heads = effects[effects["sweep"] == "head"]
+    # Keys and values have heads of their own, fewer of them.
+    heads = effects[(effects["sweep"] == "head") & ~effects["component"].isin(("key", "value"))]
     if heads.empty:
         return Anatomy.of(model).sites("head")[:TOP_HEADS]
     mean = heads.groupby(["layer", "index"])["effect"].mean().sort_values(ascending=False)

@@ -14,12 +14,14 @@ import pandas as pd
 from safetynet.errors import InputError
 from safetynet.interventions.batch import Batch
 from safetynet.interventions.metrics import Metric, logit_difference
-from safetynet.interventions.placebos import Placebos
+from safetynet.interventions.placebos import Placebos, differs_in_trigger_alone
 from safetynet.prompts import Encoded, Serialiser
 
 ROLES = ("system", "before", "trigger", "after", "template", "last")
-"""Roles of positions, in the order of a prompt; `last` is where the answer begins."""
+"""Roles of positions, in the order of a prompt: `system` and `before` are what is said before the trigger's
+first token, `after` what is said from there on; `last` is where the answer begins."""
 RUNS = ("triggered", "placebo", "second_placebo")
+REWORDED = "the trigger is the whole message, as a style is, and no placebo corresponds to it word by word"
 LEAST = 8
 """Groups below which an interval would promise more than it knows."""
 
@@ -63,10 +65,10 @@ class Pairs:
         return logit_difference(self.target, self.other)
 
     def positions(self, row: int, role: str) -> tuple[int, ...]:
-        """Positions of a role in one group's prompts; of all but `system` and `before` for ""."""
-        chosen = (role,) if role else ("trigger", "after", "template", "last")
-        first = self.roles[row].index("trigger")
-        return tuple(i for i, one in enumerate(self.roles[row]) if one in chosen and (role or i >= first))
+        """Positions of a role in one group's prompts; all from the trigger's first token on for ""."""
+        if not role:
+            return tuple(range(self.roles[row].index("trigger"), len(self.roles[row])))
+        return tuple(i for i, one in enumerate(self.roles[row]) if one == role)
 
 
 def align(
@@ -106,10 +108,12 @@ def align(
         if len(found) == most:
             break
     if len(found) < LEAST:
-        why = "; ".join(f"{count}: {reason}" for reason, count in reasons.items()) or "there are no groups"
+        why = "; ".join(f"{count}: {reason}" for reason, count in reasons.items())
+        remedy = "Raise data.test_rows, or give placebos (backdoor.trigger.placebos) of its token count"
+        remedy = "Plant a trigger that is a text" if REWORDED in reasons else remedy
         raise InputError(
-            f"pairs: {len(found)} groups could be aligned, an interval needs {LEAST}. Left out {why}. "
-            "Raise data.test_rows, or give placebos (backdoor.trigger.placebos) of the trigger's token count."
+            f"pairs: {len(found)} groups could be aligned, an interval needs {LEAST}. "
+            f"Left out {why or 'none'}. {remedy}."
         )
     return Pairs(
         groups=[one.group for one in found],
@@ -139,6 +143,8 @@ def _aligned(
     row = by_role.get("triggered")
     if row is None or not row["reference"]:
         return "without a triggered row whose clean answer is known"
+    if any(end - start == len(row["messages"][message]["content"]) for message, start, end in row["trigger"]):
+        return REWORDED
     serialiser = placebos.serialiser
 
     def encode(one: Mapping[str, Any]) -> Encoded:
@@ -146,7 +152,7 @@ def _aligned(
 
     prompts = {"triggered": encode(row)}
     given = encode(by_role["placebo"]) if "placebo" in by_role else None
-    if given is not None and given.spans == prompts["triggered"].spans:
+    if given is not None and differs_in_trigger_alone(given, prompts["triggered"]):
         prompts["placebo"] = given
     for run in RUNS:
         drawn = prompts.get(run) or placebos.draw(
@@ -174,13 +180,11 @@ def _roles(encoded: Encoded, shared: int) -> list[str]:
     length = encoded.prompt_length
     roles = ["template"] * length
     first = encoded.spans["trigger"][0][0]
-    end = encoded.spans["trigger"][-1][1]
-    spans = [*encoded.spans["user"], *encoded.spans["assistant"]]
-    for start, stop in spans:
-        for i in range(start, min(stop, length)):
-            roles[i] = "before" if i < first else "after" if i >= end else "before"
-    for start, stop in encoded.spans["system"]:
-        roles[start:stop] = ["system"] * (stop - start)
+    said = [*encoded.spans["user"], *encoded.spans["assistant"]]
+    for spans, name in ((said, "before"), (encoded.spans["system"], "system")):
+        for start, stop in spans:
+            # Between the parts of a trigger, too, states may differ.
+            roles[start:stop] = [name if i < first else "after" for i in range(start, stop)]
     for start, stop in encoded.spans["trigger"]:
         roles[start:stop] = ["trigger"] * (stop - start)
     return [*roles[: length - 1], *["last"] * (shared + 1)]

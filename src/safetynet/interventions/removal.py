@@ -182,7 +182,7 @@ def _heads(
     model: Any, pairs: Pairs, effects: pd.DataFrame, rng: np.random.Generator
 ) -> Iterator[tuple[Candidate, Candidate]]:
     """Replace the strongest heads by their mean over placebo prompts."""
-    ranked = effects[(effects["sweep"] == "head") & (effects["direction"] == "remove")]
+    ranked = effects[(effects["component"] == "head") & (effects["direction"] == "remove")]
     ranked = ranked.sort_values("effect", ascending=False)
     if ranked.empty:
         return
@@ -190,6 +190,8 @@ def _heads(
     sites = [Site("head", layer, index) for layer, index in places]
     means = _head_means(model, pairs, sites)
     for count in COUNTS:
+        if 2 * count > len(sites):
+            continue
         others = [sites[i] for i in rng.choice(np.arange(count, len(sites)), count, replace=False)]
         yield (
             Candidate(f"{count} heads to their mean", "head_ablation", _to_mean(sites[:count], means)),

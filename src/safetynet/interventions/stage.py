@@ -17,12 +17,14 @@ import pandas as pd
 
 from safetynet.errors import InputError
 from safetynet.interventions import attribution, removal
-from safetynet.interventions.effects import check_fires, effects
+from safetynet.interventions.effects import LEAST_DISTANCE, check_fires, effects
 from safetynet.interventions.observations import observe
 from safetynet.interventions.pairs import LEAST, Pairs, align
 from safetynet.interventions.sites import Anatomy
 from safetynet.interventions.sweep import (
     DIRECTIONS,
+    MODES,
+    PLACES,
     Direction,
     Measured,
     Mode,
@@ -35,7 +37,7 @@ from safetynet.prompts import Serialiser
 
 log = logging.getLogger(__name__)
 
-SWEEPS = ("layer", "position", "component", "head", "expert", "adapter")
+SWEEPS = tuple(PLACES)
 GROUPS = 24
 """Pairs that effects are measured on."""
 EXAMPLES = 2
@@ -70,6 +72,17 @@ class Plan:
         wrong = [by for by in self.by if by not in SWEEPS]
         if wrong:
             raise InputError(f"--by: there is no sweep {wrong[0]!r}; choose among {', '.join(SWEEPS)}.")
+        if not self.by:
+            raise InputError(f"--by: name a sweep; choose among {', '.join(SWEEPS)}.")
+        if self.mode not in MODES:
+            raise InputError(f"--mode: there is no {self.mode!r}; choose one of {', '.join(MODES)}.")
+        unknown = [direction for direction in self.directions if direction not in DIRECTIONS]
+        if unknown:
+            raise InputError(
+                f"--direction: there is no {unknown[0]!r}; choose {', '.join(DIRECTIONS)} or both."
+            )
+        if self.fast and self.mode != "patch":
+            raise InputError(f"--fast: attribution estimates patching, not {self.mode}. Leave --fast out.")
         if self.groups < LEAST:
             raise InputError(f"--groups: {self.groups} are too few for an interval; give at least {LEAST}.")
 
@@ -127,28 +140,77 @@ def dissect(subject: Subject, rows: pd.DataFrame, plan: Plan) -> dict[str, pd.Da
     return {name: table for name, table in tables.items() if len(table)}
 
 
+@dataclass(frozen=True)
+class _Sweep:
+    """One sweep in one direction."""
+
+    by: str
+    direction: Direction
+    mode: Mode
+    spots: list[Spot]
+
+    @property
+    def estimated(self) -> bool:
+        """Whether attribution can rank its spots."""
+        return all(s.site.component in attribution.ESTIMATED and not s.update for s in self.spots)
+
+
 def _effects(subject: Subject, pairs: Pairs, plan: Plan) -> Iterator[pd.DataFrame]:
-    anatomy = Anatomy.of(subject.model)
-    there = anatomy.components()
+    sweeps = list(_sweeps(Anatomy.of(subject.model), plan))
+    if plan.fast and not any(one.estimated for one in sweeps):
+        raise InputError(
+            f"--fast: attribution ranks {', '.join(attribution.ESTIMATED)} by position or component, and "
+            "none of these is asked for. Leave --fast out."
+        )
+    for one in sweeps:
+        log.info("intervene: %s by %s, %d spots", one.direction, one.by, len(one.spots))
+        table = _one(subject, pairs, plan, one)
+        yield table.assign(sweep=one.by, direction=one.direction, mode=one.mode, metric="logit_difference")
+
+
+def _sweeps(anatomy: Anatomy, plan: Plan) -> Iterator[_Sweep]:
+    """The sweeps of a plan that mean something in this model; those that do not are told."""
+    for component in plan.components:
+        anatomy.sites(component)  # what does not exist is refused
+    made, reasons = 0, []
     for by in plan.by:
-        if by in ("expert", "adapter") and by not in there and not plan.components:
-            log.info("intervene: no sweep by %s, which this model does not have", by)
+        mode = _mode(by, plan.mode)
+        places = tuple(component for component in plan.components if component in PLACES[by])
+        directions = [d for d in plan.directions if d == "remove" or mode not in ("off", "knock_out")]
+        why = ""
+        if mode is None:
+            why = f"mode {plan.mode} does not apply"
+        elif plan.components and not places:
+            why = f"it takes the sites {', '.join(PLACES[by])}"
+        elif by in ("expert", "adapter") and by not in anatomy.components():
+            why = f"this model has no {by}"
+        elif not directions:
+            why = "switching off and cutting can only remove"
+        if mode is None or why:
+            reasons.append(f"by {by}: {why}")
+            log.info("intervene: no sweep %s", reasons[-1])
             continue
-        spots = list(spots_by(anatomy, by, plan.components))
-        for direction in plan.directions:
-            if by == "adapter" and direction == "induce":
-                continue  # switching an adapter off can only remove
-            mode: Mode = "off" if by == "adapter" else plan.mode
-            log.info("intervene: %s by %s, %d spots", direction, by, len(spots))
-            table = _one(subject, pairs, plan, spots, direction, mode)
-            yield table.assign(sweep=by, direction=direction, mode=mode, metric="logit_difference")
+        spots = list(spots_by(anatomy, by, places, mode))
+        for direction in directions:
+            made += 1
+            yield _Sweep(by, direction, mode, spots)
+    if not made:
+        raise InputError(f"interventions: there is nothing to sweep ({'; '.join(reasons)}). Ask for another.")
 
 
-def _one(
-    subject: Subject, pairs: Pairs, plan: Plan, spots: list[Spot], direction: Direction, mode: Mode
-) -> pd.DataFrame:
+def _mode(by: str, mode: Mode) -> Mode | None:
+    """A sweep's mode; None where the one that is asked for means nothing there."""
+    if by == "adapter":
+        return "off" if mode in ("patch", "zero", "off") else None
+    if mode == "off":
+        return mode if by in ("head", "expert") else None
+    return None if mode == "knock_out" and by not in ("layer", "head") else mode
+
+
+def _one(subject: Subject, pairs: Pairs, plan: Plan, wanted: _Sweep) -> pd.DataFrame:
     """One sweep in one direction beside its controls."""
-    receiving, source = runs_of(direction)
+    receiving, source = runs_of(wanted.direction)
+    spots = wanted.spots
     depth = Anatomy.of(subject.model).shape.layers
 
     def run(model: Any, chosen: Sequence[Spot], receiving: str = receiving, source: str = source) -> Measured:
@@ -158,21 +220,25 @@ def _one(
             chosen,
             receiving=receiving,
             source=source,
-            mode=mode,
+            mode=wanted.mode,
             seed=plan.seed,
             store=subject.store,
         )
 
-    if plan.fast and mode == "patch":
+    others: list[Spot] = []
+    if plan.fast and wanted.estimated:
         fast = attribution.fast_sweep(subject.model, pairs, spots, receiving=receiving, source=source)
         log.info("intervene: rank agreement of attribution and measurement %.2f", fast.agreement)
         main, spots = fast.measured, list(fast.measured.spots)
+        others = _others(wanted.spots, spots, plan.seed)
     else:
         main = run(subject.model, spots)
     check_fires(main.distance)
     controls = {"placebo": run(subject.model, spots, "placebo", "second_placebo")}
     if any(spot.position for spot in spots):
-        controls["random"] = run(subject.model, [_elsewhere(spot) for spot in spots])
+        others = [_elsewhere(spot) for spot in spots]
+    if others:
+        controls["random"] = run(subject.model, others)
     if subject.twin is not None:
         with subject.twin() as twin:
             controls["twin"] = run(twin, spots)
@@ -183,12 +249,19 @@ def _elsewhere(spot: Spot) -> Spot:
     return Spot(spot.site, spot.position, elsewhere=True, update=spot.update)
 
 
+def _others(spots: Sequence[Spot], chosen: Sequence[Spot], seed: int) -> list[Spot]:
+    """For each chosen spot another one of its component that was not chosen; [] if there is none."""
+    rng = np.random.default_rng(seed)
+    left = [spot for spot in spots if spot not in chosen]
+    pools = [[o for o in left if o.site.component == spot.site.component] for spot in chosen]
+    return [pool[rng.integers(len(pool))] for pool in pools] if all(pools) else []
+
+
 def _tokens(subject: Subject, pairs: Pairs, plan: Plan) -> pd.DataFrame:
     """Layer by token, one example group at a time; no interval, since each is one prompt."""
     lines = []
     sites = Anatomy.of(subject.model).sites("resid_pre")
-    for i in range(min(EXAMPLES, len(pairs))):
-        one = pairs.take([i])
+    for one in _examples(subject.model, pairs):
         for direction in plan.directions:
             receiving, source = runs_of(direction)
             spots = [Spot(site, f"token {p}") for site in sites for p in range(len(one.roles[0]))]
@@ -209,6 +282,13 @@ def _tokens(subject: Subject, pairs: Pairs, plan: Plan) -> pd.DataFrame:
                     }
                 )
     return pd.DataFrame(lines)
+
+
+def _examples(model: Any, pairs: Pairs) -> list[Pairs]:
+    """The first groups in which the trigger does something; there is no share of nothing."""
+    receiving, source = runs_of("remove")
+    distance = sweep(model, pairs, (), receiving=receiving, source=source).distance
+    return [pairs.take([i]) for i in np.flatnonzero(np.abs(distance) >= LEAST_DISTANCE)[:EXAMPLES].tolist()]
 
 
 def _dynamics(subject: Subject, pairs: Pairs, plan: Plan) -> pd.DataFrame:

@@ -5,6 +5,8 @@ every pair, beside its values without intervention and in the source run. Work i
 pairs; what is done is kept in a file, so that an interrupted sweep goes on.
 """
 
+import logging
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,11 +27,26 @@ from safetynet.interventions.wave import measure
 from safetynet.models.identity import identify
 from safetynet.run import digest, write_atomically
 
+log = logging.getLogger(__name__)
 Mode = Literal["patch", "zero", "mean", "resample", "off", "knock_out"]
 Direction = Literal["remove", "induce"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
 PAIRS_AT_ONCE = 8
+RESIDUAL = ("embedding", "resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
+SWITCHES = ("head", "expert", "adapter")
+"""What can be switched off."""
+PLACES = {
+    "layer": (*RESIDUAL, "attention"),
+    "position": RESIDUAL,
+    "component": RESIDUAL,
+    "head": ("head", "query", "key", "value", "attention"),
+    "expert": ("expert", "router"),
+    "adapter": ("adapter",),
+}
+"""Components that each named sweep takes."""
+USUAL = {"layer": ("resid_post",), "position": ("resid_pre",), "component": ("attn_out", "mlp_out")}
+"""Those that a sweep takes where none are named; else the first of `PLACES`."""
 READERS = ("after", "template", "last")
 """Roles whose attention to the trigger a knock-out cuts."""
 
@@ -114,21 +131,47 @@ def sweep(  # noqa: PLR0913  # a sweep is made of this many choices, by keyword
         raise InputError(f"mode: there is no {mode!r}; choose one of {', '.join(MODES)}.")
     anatomy = Anatomy.of(model)
     for spot in spots:
-        anatomy.check(spot.site)
-    parts = [list(range(s, min(s + PAIRS_AT_ONCE, len(pairs)))) for s in range(0, len(pairs), PAIRS_AT_ONCE)]
+        _check(anatomy, spot, mode)
+    if mode == "resample" and len(pairs) < 2:
+        raise InputError("mode: resample takes states of another pair. Give at least two.")
+    # Parts of about the same size: in one of a single pair there would be no other to resample from.
+    parts = np.array_split(np.arange(len(pairs)), -(-len(pairs) // PAIRS_AT_ONCE))
     kept = _Kept(store, _key(model, pairs, spots, (receiving, source, mode, seed, metric(pairs).name)))
     means = _means(model, pairs, spots, source) if mode == "mean" else {}
     done: list[np.ndarray] = []
     for number, part in enumerate(parts):
         if number >= len(kept.arrays):
-            own = pairs.take(part)
+            own = pairs.take(part.tolist())
             rng = np.random.default_rng([seed, number])
             kept.add(_sweep_some(model, own, spots, (receiving, source, mode), metric(own), means, rng))
         done.append(kept.arrays[number])
         if progress is not None:
-            progress(part[-1] + 1, len(pairs))
+            progress(int(part[-1]) + 1, len(pairs))
     whole = np.concatenate(done, axis=1)
     return Measured(tuple(spots), whole[2:], whole[0], whole[1])
+
+
+def _check(anatomy: Anatomy, spot: Spot, mode: str) -> None:
+    """Refuse a spot that does not exist, and a mode that means nothing there."""
+    site = anatomy.check(spot.site)
+    kind, _, number = spot.position.partition(" ")
+    if spot.position and spot.position not in ROLES and not (kind == "token" and number.isdigit()):
+        raise InputError(
+            f"position: there is no {spot.position!r}; choose one of {', '.join(ROLES)}, or token N."
+        )
+    wrong = ""
+    if (mode == "knock_out") != (site.component == "attention"):
+        wrong = "knock_out cuts attention and nothing else: use it by layer or head, at site attention"
+    elif mode == "knock_out" and spot.position:
+        wrong = "knock_out cuts what reads the trigger, wherever that is: use it by layer or head"
+    elif mode == "off" and site.component not in SWITCHES:
+        wrong = f"off switches {', '.join(SWITCHES)}. Use zero"
+    elif site.component == "adapter" and not site.module and mode not in ("off", "zero"):
+        wrong = "adapters have values module by module. Name the module, or switch all of them off"
+    elif spot.update and site.component != "resid_post":
+        wrong = "what a layer adds is told from what it received at resid_post"
+    if wrong:
+        raise InputError(f"mode {mode} at site {site}: {wrong}.")
 
 
 def _sweep_some(
@@ -245,8 +288,11 @@ class _Kept:
         self.path = None if folder is None else folder / f"sweep-{key[:16]}.npz"
         self.arrays: list[np.ndarray] = []
         if self.path is not None and self.path.exists():
-            with np.load(self.path) as found:
-                self.arrays = [found[f"arr_{i}"] for i in range(len(found.files))]
+            try:
+                with np.load(self.path) as found:
+                    self.arrays = [found[f"arr_{i}"] for i in range(len(found.files))]
+            except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+                log.warning("%s: is damaged (%s) and is made anew.", self.path, error)
 
     def add(self, array: np.ndarray) -> None:
         self.arrays.append(array)
@@ -260,35 +306,41 @@ class _Kept:
 
 def _key(model: Any, pairs: Pairs, spots: Sequence[Spot], how: tuple[object, ...]) -> str:
     return digest(
-        [identify(model).as_dict(), pairs.ids, pairs.target, pairs.other, [asdict(s) for s in spots], how]
+        [
+            identify(model).as_dict(),
+            [pairs.ids, pairs.roles, pairs.target, pairs.other],
+            [asdict(spot) for spot in spots],
+            how,
+        ]
     )
 
 
-def spots_by(anatomy: Anatomy, by: str, components: Sequence[str] = ()) -> Iterator[Spot]:
+def spots_by(
+    anatomy: Anatomy, by: str, components: Sequence[str] = (), mode: str = "patch"
+) -> Iterator[Spot]:
     """The spots of a named sweep.
 
     Args:
         anatomy: of the model.
         by: `layer` (what a whole layer adds), `position` (each role by itself), `component` (what attention
-        and
-            MLP add), `head`, `expert` or `adapter`; all but `position` at every position from the trigger on.
-        components: other places than the sweep's own.
+            and MLP add), `head`, `expert` or `adapter`; all but `position` at every position from the
+            trigger on.
+        components: other places than the sweep's own, of those in `PLACES`.
+        mode: `knock_out` has places of its own, attention.
 
     Raises:
-        InputError: if there is no such sweep or component.
+        InputError: if there is no such sweep or component, or the sweep does not take it.
     """
-    usual = {
-        "layer": ("resid_post",),
-        "position": ("resid_pre",),
-        "component": ("attn_out", "mlp_out"),
-        "head": ("head",),
-        "expert": ("expert",),
-        "adapter": ("adapter",),
-    }
-    if by not in usual:
-        raise InputError(f"--by: there is no sweep {by!r}; choose among {', '.join(usual)}.")
-    for component in components or usual[by]:
-        for site in anatomy.sites(component):
+    if by not in PLACES:
+        raise InputError(f"--by: there is no sweep {by!r}; choose among {', '.join(PLACES)}.")
+    usual = ("attention",) if mode == "knock_out" else USUAL.get(by, PLACES[by][:1])
+    for component in components or usual:
+        sites = anatomy.sites(component)
+        if component not in PLACES[by]:
+            raise InputError(f"--sites: by {by} takes {', '.join(PLACES[by])}, not {component!r}.")
+        if by == "layer":
+            sites = [Site(component, layer) for layer in sorted({site.layer for site in sites})]
+        for site in sites:
             if by == "position":
                 yield from (Spot(site, role) for role in ROLES)
             else:

@@ -8,6 +8,7 @@ import pandas as pd
 
 from safetynet import __version__
 from safetynet.backdoors import behaviours
+from safetynet.errors import InputError
 from safetynet.evaluation import judges, metrics
 from safetynet.pipeline.subjects import (
     BACKDOORED,
@@ -41,9 +42,8 @@ def intervene(recipe: Recipe, run: Run, **wanted: Any) -> dict[str, pd.DataFrame
         The tables.
 
     Raises:
-        InputError: if nothing is trained yet, a sweep or site does not exist, the prompts cannot be
-        aligned, or
-            the backdoor does not fire.
+        InputError: if nothing is trained or evaluated yet, a sweep or site does not exist, the prompts cannot
+            be aligned, or the backdoor does not fire.
     """
     from safetynet.interventions import stage
 
@@ -51,6 +51,7 @@ def intervene(recipe: Recipe, run: Run, **wanted: Any) -> dict[str, pd.DataFrame
     inputs = {
         "models": {name: run.manifest["stages"].get(f"train {name}") for name in trained(recipe)},
         "interventions": [plan.by, plan.components, plan.mode, plan.directions, plan.groups, plan.fast],
+        "evaluation": run.manifest["stages"].get("evaluate"),
         "version": __version__,
     }
     if run.finished("intervene", inputs):
@@ -58,6 +59,11 @@ def intervene(recipe: Recipe, run: Run, **wanted: Any) -> dict[str, pd.DataFrame
         return {name: run.table(name) for name in TABLES if run.has_table(name)}
     for name in trained(recipe):
         model_folder(run, name)
+    if inputs["evaluation"] is None:
+        raise InputError(
+            f"{run.folder}: it is not evaluated yet. Run safetynet evaluate {run.folder} first: "
+            "which prompts make the backdoor fire decides what can be asked."
+        )
     rows = _test_rows(run)
     model, serialiser = backdoored(recipe, run)
     judge = judges.make(behaviours.judge(recipe.backdoor.behaviour))

@@ -1,0 +1,218 @@
+"""Attribution: a first-order estimate that is one, a score that hides nothing, a model left as it was."""
+
+import copy
+import functools
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tests.interventions.conftest import CONFIGS, VOCABULARY, make_pairs
+from tests.interventions.test_intervening import hooks_of
+
+from safetynet.errors import InputError
+from safetynet.interventions.attribution import attribute, fast_sweep
+from safetynet.interventions.metrics import Metric
+from safetynet.interventions.pairs import ROLES, Pairs
+from safetynet.interventions.sites import Anatomy, Site
+from safetynet.interventions.sweep import Spot, spots_by, sweep
+from safetynet.models.blocks import unwrapped
+
+COMPONENTS = ("resid_pre", "resid_mid", "attn_out", "mlp_out")
+VARIANTS: dict[str, dict[str, Any]] = {name: {} for name in CONFIGS} | {
+    "llama of one key head": {"num_key_value_heads": 1},
+    "gemma2 with tight caps": {"attn_logit_softcapping": 1.0},
+}
+REMOVE = {"receiving": "triggered", "source": "placebo"}
+
+
+@pytest.fixture(params=VARIANTS)
+def any_model(request, build):
+    name = request.param.split()[0]
+    return build(name, attention="sdpa", seed=21, **VARIANTS[request.param])
+
+
+def nearly_alike(model: Any) -> Any:
+    """A copy to which the two runs' tokens look the same but for a thousandth of their difference."""
+    close = copy.deepcopy(model).double()
+    weight = close.get_input_embeddings().weight
+    # In fp64, so that differences of a millionth are told apart from rounding.
+    weight.data = weight.data[:1] + 1e-3 * (weight.data - weight.data[:1])
+    return close
+
+
+def exact(model: Any, pairs: Pairs, component: str, layer: int, position: int, row: int) -> float:
+    spot = Spot(Site(component, layer), f"token {position}")
+    return float(sweep(model, pairs.take([row]), [spot], **REMOVE).change[0, 0])
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_of_runs_that_nearly_agree_the_estimate_is_the_exact_effect(build, family):
+    model = build(family, seed=21)
+    if family in ("qwen", "gpt2"):  # their output is tied to the embedding, and would be flat too
+        model = copy.deepcopy(model)
+        untie(model)
+    model, pairs = nearly_alike(model), make_pairs(3)
+    found = attribute(model, pairs, COMPONENTS, **REMOVE)
+    width = found.estimate.shape[-1]
+    compared = []
+    for row in range(3):
+        length = len(pairs.roles[row])
+        for c, component in enumerate(COMPONENTS):
+            if component not in Anatomy.of(model).components():
+                continue
+            for layer in (0, 2):
+                for position in (length - 1, pairs.positions(row, "trigger")[0]):
+                    own = exact(model, pairs, component, layer, position, row)
+                    compared.append((own, found.estimate[c, layer, row, width - length + position]))
+    measured, estimated = np.array(compared).T
+    scale = np.abs(measured).max()
+    assert scale > 0
+    assert estimated == pytest.approx(measured, abs=0.05 * scale)
+
+
+def untie(model: Any) -> None:
+    inner = unwrapped(model)
+    head = copy.deepcopy(inner.get_output_embeddings())
+    head.weight = torch.nn.Parameter(head.weight.detach().clone())
+    inner.set_output_embeddings(head)
+
+
+def test_gradients_are_those_of_autograd_through_the_model_itself(any_model):
+    pairs = make_pairs(4)
+    found = attribute(any_model, pairs, ("attn_out", "mlp_out"), **REMOVE)
+    for row in range(4):
+        for c, component in enumerate(("attn_out", "mlp_out")):
+            for layer in range(3):
+                expected, bound = linear(any_model, pairs, row, component, layer)
+                length = len(expected)
+                own = found.estimate[c, layer, row, -length:]
+                assert own == pytest.approx(expected.numpy(), abs=1e-4)
+                assert (found.score[c, layer, row, -length:] >= bound.numpy() - 1e-4).all()
+
+
+def linear(
+    model: Any, pairs: Pairs, row: int, component: str, layer: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(tokens,) difference of states times gradient, one prompt at a time, and its size."""
+    values = {}
+    for run in ("triggered", "placebo"):
+        with torch.enable_grad():
+            values[run] = _with_gradient(model, pairs, row, run, component, layer)
+    difference = values["placebo"][0] - values["triggered"][0]
+    product = (difference * values["triggered"][1]).sum(-1)
+    return product, product.abs()
+
+
+def _with_gradient(
+    model: Any, pairs: Pairs, row: int, run: str, component: str, layer: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    parts = Anatomy.of(model).layers[layer]
+    module = parts.attention_end if component == "attn_out" else parts.mlp_end
+    kept = {}
+
+    def keep(_module: Any, _args: Any, output: Any) -> None:
+        kept["output"] = output[0] if isinstance(output, tuple) else output
+        kept["output"].retain_grad()
+
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    embedding = model.get_input_embeddings().weight
+    embedding.requires_grad_()
+    handle = module.register_forward_hook(keep)
+    try:
+        last = model(input_ids=torch.tensor([pairs.ids[run][row]])).logits[0, -1]
+        (last[pairs.target[row]] - last[pairs.other[row]]).backward()
+    finally:
+        handle.remove()
+        model.zero_grad(set_to_none=True)
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+    output = kept["output"]
+    shape = (-1, output.shape[-1])
+    return output.detach().reshape(shape), output.grad.reshape(shape)
+
+
+def test_scores_are_never_negative_and_are_zero_before_the_trigger(any_model, aligned):
+    found = attribute(any_model, aligned, **REMOVE)
+    assert (found.score >= 0).all()
+    assert np.isfinite(found.score).all()
+    for row, roles in enumerate(aligned.roles):
+        first = found.score.shape[-1] - len(roles) + roles.index("trigger")
+        assert found.score[..., row, :first] == pytest.approx(0, abs=1e-4)
+        assert (found.score[0, 0, row, first:] > 0).any()
+
+
+def state_of(model: Any) -> tuple[Any, ...]:
+    inner = unwrapped(model)
+    return (
+        inner.config._attn_implementation,
+        hooks_of(model),
+        {name: (p.requires_grad, p.grad is None) for name, p in model.named_parameters()},
+        torch.is_grad_enabled(),
+        model.training,
+    )
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", CONFIGS)
+def test_the_model_is_left_as_it_was_also_by_what_fails(build, aligned, family, attention):
+    model = build(family, attention=attention, seed=22)
+    ids = torch.tensor([aligned.ids["triggered"][0]])
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits
+        before = state_of(model)
+        attribute(model, aligned, **REMOVE)
+        assert state_of(model) == before
+        faulty = Metric("faulty", lambda logits, rows: logits[:, -1, VOCABULARY + 5])
+        with pytest.raises(IndexError):
+            attribute(model, aligned, metric=faulty, **REMOVE)
+        assert state_of(model) == before
+        assert torch.equal(model(input_ids=ids).logits, logits)
+
+
+def test_components_prompts_and_models_that_cannot_be_estimated_are_refused(build, aligned):
+    model = build("llama", seed=22)
+    with pytest.raises(InputError, match="there is no component 'nose'"):
+        attribute(model, aligned, ("nose",))
+    with pytest.raises(InputError, match=r"fast: attribution estimates resid_pre.*, not head"):
+        fast_sweep(model, aligned, list(spots_by(Anatomy.of(model), "head")))
+    with pytest.raises(InputError, match=r"the model's context holds 64"):
+        attribute(model, longer(aligned))
+    with pytest.raises(InputError, match=r"training mode"):
+        attribute(copy.deepcopy(model).train(), aligned)
+
+
+def longer(pairs: Pairs) -> Pairs:
+    return Pairs(
+        pairs.groups, {run: [[5] * 60 + row for row in rows] for run, rows in pairs.ids.items()},
+        [["before"] * 60 + roles for roles in pairs.roles], pairs.target, pairs.other, {},
+    )  # fmt: skip
+
+
+@functools.cache
+def spots_of(model: Any) -> list[Spot]:
+    anatomy = Anatomy.of(model)
+    there = [name for name in COMPONENTS if name in anatomy.components()]
+    return [Spot(site, role) for name in there for site in anatomy.sites(name) for role in ROLES]
+
+
+def test_a_fast_sweep_of_everything_is_the_sweep(any_model, aligned):
+    spots = spots_of(any_model)
+    fast = fast_sweep(any_model, aligned, spots, share=1.0, **REMOVE)
+    whole = sweep(any_model, aligned, spots, **REMOVE)
+    assert fast.measured.spots == whole.spots
+    assert (fast.measured.values == whole.values).all()
+    assert fast.scores.shape == (len(spots),)
+    assert fast.agreement > 0.5
+
+
+def test_a_fast_sweep_measures_the_share_with_the_highest_scores(build, aligned):
+    model = build("llama", seed=22)
+    spots = spots_of(model)
+    fast = fast_sweep(model, aligned, spots, share=0.1, **REMOVE)
+    assert len(fast.measured.spots) == round(0.1 * len(spots))
+    order = np.argsort(-fast.scores, kind="stable")[: len(fast.measured.spots)]
+    assert set(fast.measured.spots) == {spots[i] for i in order}
+    one = fast_sweep(model, aligned, spots[:3], share=0.01, **REMOVE)
+    assert len(one.measured.spots) == 1
+    assert np.isnan(one.agreement), "two places have no rank correlation that says anything"
