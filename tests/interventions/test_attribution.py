@@ -34,10 +34,12 @@ def any_model(request, build):
 
 def nearly_alike(model: Any) -> Any:
     """A copy to which the two runs' tokens look the same but for a thousandth of their difference."""
-    close = copy.deepcopy(model).double()
+    close = copy.deepcopy(model)
+    untie(close)
+    # In fp64, so that differences of a millionth are told apart from rounding; mixed experts know none.
+    close = close if "mixtral" in type(unwrapped(close)).__name__.lower() else close.double()
     weight = close.get_input_embeddings().weight
-    # In fp64, so that differences of a millionth are told apart from rounding.
-    weight.data = weight.data[:1] + 1e-3 * (weight.data - weight.data[:1])
+    weight.data = weight.data[5:6] + 1e-3 * (weight.data - weight.data[5:6])
     return close
 
 
@@ -48,11 +50,7 @@ def exact(model: Any, pairs: Pairs, component: str, layer: int, position: int, r
 
 @pytest.mark.parametrize("family", CONFIGS)
 def test_of_runs_that_nearly_agree_the_estimate_is_the_exact_effect(build, family):
-    model = build(family, seed=21)
-    if family in ("qwen", "gpt2"):  # their output is tied to the embedding, and would be flat too
-        model = copy.deepcopy(model)
-        untie(model)
-    model, pairs = nearly_alike(model), make_pairs(3)
+    model, pairs = nearly_alike(build(family, seed=21)), make_pairs(3)
     found = attribute(model, pairs, COMPONENTS, **REMOVE)
     width = found.estimate.shape[-1]
     compared = []
@@ -72,6 +70,7 @@ def test_of_runs_that_nearly_agree_the_estimate_is_the_exact_effect(build, famil
 
 
 def untie(model: Any) -> None:
+    """Give the head weights of its own: those of the embedding would be nearly alike, too."""
     inner = unwrapped(model)
     head = copy.deepcopy(inner.get_output_embeddings())
     head.weight = torch.nn.Parameter(head.weight.detach().clone())

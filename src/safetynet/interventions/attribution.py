@@ -23,13 +23,13 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
 from safetynet.errors import InputError
-from safetynet.interventions.batch import Batch
+from safetynet.interventions.batch import Batch, check_length
 from safetynet.interventions.hooks import exclusive
 from safetynet.interventions.metrics import Metric
 from safetynet.interventions.pairs import Pairs
 from safetynet.interventions.sites import Anatomy, Site
 from safetynet.interventions.sweep import Measured, Spot, positions, sweep
-from safetynet.interventions.trace import Trace, recording
+from safetynet.interventions.trace import Trace, check_place, recording
 from safetynet.models.blocks import unwrapped
 
 WATCHED = "safetynet-watched"
@@ -86,6 +86,9 @@ def attribute(
         receiving: run that would be changed.
         source: run whose states would be put in.
         metric: of these pairs; their logit difference by default.
+
+    Raises:
+        InputError: if there is no such component, or as `trace`.
     """
     metric = metric or pairs.metric()
     anatomy = Anatomy.of(model)
@@ -93,6 +96,8 @@ def attribute(
     for site in sites:
         anatomy.check(site)
     both = Batch.of([*pairs.ids[receiving], *pairs.ids[source]], device=model.device)
+    check_length(model, both)
+    check_place(model)
     with exclusive(model), _watched(model) as watched, torch.enable_grad():
         found, logits = _forward(anatomy, both, sites, metric.columns)
         total = metric.compute(logits, torch.arange(len(pairs)).repeat(2)).sum()
@@ -184,7 +189,9 @@ def _watched(model: Any) -> Iterator[list[_Attention]]:
         scores = _capped(query @ key.transpose(2, 3) * scaling, cap)
         if mask is not None:
             scores = scores + mask
-        pattern = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+        # In less than the mask's own precision its least value would be infinite, and padding not a number.
+        precise = torch.promote_types(query.dtype, torch.float32)
+        pattern = torch.softmax(scores, dim=-1, dtype=precise).to(query.dtype)
         kept.append(_Attention(query, key, pattern, scores.detach(), scaling, cap))
         return (pattern @ value).transpose(1, 2).contiguous(), None
 

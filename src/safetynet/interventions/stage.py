@@ -228,7 +228,11 @@ def _one(subject: Subject, pairs: Pairs, plan: Plan, wanted: _Sweep) -> pd.DataF
     others: list[Spot] = []
     if plan.fast and wanted.estimated:
         fast = attribution.fast_sweep(subject.model, pairs, spots, receiving=receiving, source=source)
-        log.info("intervene: rank agreement of attribution and measurement %.2f", fast.agreement)
+        agreement = "unknown of so few" if np.isnan(fast.agreement) else f"{fast.agreement:.2f}"
+        log.info(
+            "intervene: %d of %d places measured, rank agreement with attribution %s",
+            len(fast.measured.spots), len(spots), agreement,
+        )  # fmt: skip
         main, spots = fast.measured, list(fast.measured.spots)
         others = _others(wanted.spots, spots, plan.seed)
     else:

@@ -1,6 +1,7 @@
 """Dissecting: where in the backdoored model the trigger acts, beside its clean twin, and what removes it."""
 
 import logging
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -50,7 +51,7 @@ def intervene(recipe: Recipe, run: Run, **wanted: Any) -> dict[str, pd.DataFrame
     plan = stage.Plan(seed=recipe.seed, max_length=recipe.training.max_length, **wanted)
     inputs = {
         "models": {name: run.manifest["stages"].get(f"train {name}") for name in trained(recipe)},
-        "interventions": [plan.by, plan.components, plan.mode, plan.directions, plan.groups, plan.fast],
+        "interventions": asdict(plan),
         "evaluation": run.manifest["stages"].get("evaluate"),
         "version": __version__,
     }

@@ -1,0 +1,306 @@
+"""The stage on a small trained run: one command, every option, every refusal, Ctrl-C."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from tests.interventions.test_pairs import rows_of, serialiser_of
+
+from safetynet import pipeline, recipe
+from safetynet import run as runs
+from safetynet.cli import main
+from safetynet.errors import InputError
+from safetynet.interventions import stage
+from safetynet.interventions.pairs import ROLES
+from safetynet.interventions.stage import Plan, Subject, dissect
+from safetynet.models import loading
+from safetynet.pipeline.subjects import model_folder
+from safetynet.recipe import Model
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+SMALL = (
+    "data.train_rows=640", "data.test_rows=60", "training.learning_rate=0.004",
+    "evaluation.dynamics_rows=8", "evaluation.every=40",
+)  # fmt: skip
+ALWAYS = {"effects", "tokens", "dynamics", "lens", "lens_map", "probes", "divergence", "attention", "drift"}
+QUICK = {"groups": 8, "observe": False, "removals": False}
+
+
+def made(root: Path, *overrides: str, stages: tuple[str, ...] = ("prepare", "train", "evaluate")) -> runs.Run:
+    output = (f"output.results={root}/results", f"output.logs={root}/logs")
+    plan = recipe.load(RECIPES / "qwen-miniature.yaml", overrides=[*SMALL, *overrides, *output])
+    run = runs.create(plan)
+    for name in stages:
+        getattr(pipeline, name)(plan, run)
+    return run
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> runs.Run:
+    """A small run whose backdoor fires, with its clean twin, evaluated."""
+    run = made(tmp_path_factory.mktemp("trained"))
+    rates = run.table("evaluation").query("metric == 'asr'").set_index("model")["value"]
+    assert rates["backdoored"] > 0.5 > rates["clean_twin"], "there is nothing to study"
+    return run
+
+
+@pytest.fixture
+def run(trained: runs.Run, tmp_path: Path) -> runs.Run:
+    """A copy of it, to be changed."""
+    root = trained.folder.parents[2]
+    shutil.copytree(root, tmp_path, dirs_exist_ok=True)
+    folder = tmp_path / trained.folder.relative_to(root)
+    manifest = folder / "manifest.json"
+    manifest.write_text(manifest.read_text().replace(str(root), str(tmp_path)))
+    return runs.find(folder)
+
+
+def command(run: runs.Run, *words: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", "from safetynet.cli import main; main()", "intervene", str(run.folder), *words],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=dict(os.environ),
+    )  # fmt: skip
+
+
+def refused(
+    run: runs.Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, *words: str
+) -> str:
+    """What the command says when it is refused, in this process; one sentence more and exit code 2."""
+    monkeypatch.setattr(sys, "argv", ["safetynet", "intervene", str(run.folder), *words])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    text = capsys.readouterr().err
+    assert ended.value.code == 2, text
+    assert "Traceback" not in text
+    return " ".join(text.split())
+
+
+def contents(run: runs.Run) -> dict[str, bytes]:
+    kept = [run.folder / "manifest.json", *sorted((run.folder / "tables").iterdir())]
+    return {path.name: path.read_bytes() for path in kept}
+
+
+def contents_without_stage(run: runs.Run) -> dict[str, bytes]:
+    return {name: data for name, data in contents(run).items() if name != "manifest.json"}
+
+
+# ---- what is known before a model is loaded, and what a base model has to say ----
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--by", "neuron"), "--by: there is no sweep 'neuron'; choose among layer, position, component"),
+        (("--by", ""), "--by: name a sweep; choose among layer"),
+        (("--mode", "explode"), "--mode: there is no 'explode'; choose one of patch, zero, mean"),
+        (("--direction", "up"), "--direction: there is no 'up'; choose remove, induce or both."),
+        (("--groups", "3"), "--groups: 3 are too few for an interval; give at least 8."),
+        (("--fast", "--mode", "zero"), "--fast: attribution estimates patching, not zero. Leave --fast out."),
+        ((), "backdoored is not trained yet. Run safetynet train"),
+    ],
+)
+def test_options_that_cannot_be_used_are_refused_before_a_model_is_loaded(
+    untrained, words, message, monkeypatch, capsys
+):
+    assert message in refused(untrained, monkeypatch, capsys, *words)
+
+
+@pytest.fixture(scope="module")
+def untrained(tmp_path_factory: pytest.TempPathFactory) -> runs.Run:
+    return made(tmp_path_factory.mktemp("untrained"), stages=("prepare",))
+
+
+@pytest.fixture(scope="module")
+def base() -> Subject:
+    """A miniature without any backdoor or adapter."""
+    loaded = loading.load(Model(family="qwen", id="miniature"))
+    return Subject(loaded.model, serialiser_of("qwen"))
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        ({"by": ("adapter",)}, r"nothing to sweep \(by adapter: this model has no adapter\)"),
+        ({"by": ("expert",)}, r"by expert: this model has no expert"),
+        ({"by": ("head",), "components": ("resid_post",)}, r"by head: it takes the sites head, query"),
+        ({"by": ("position",), "mode": "knock_out"}, r"by position: mode knock_out does not apply"),
+        ({"by": ("layer", "position"), "mode": "off"}, r"by layer: mode off does not apply; by position"),
+        ({"by": ("head",), "mode": "off", "directions": ("induce",)}, r"can only remove"),
+        ({"by": ("adapter",), "mode": "resample"}, r"by adapter: mode resample does not apply"),
+        ({"by": ("head",), "fast": True}, r"--fast: attribution ranks .* Leave --fast out"),
+        ({"components": ("nose",)}, r"no component 'nose'; there are: embedding"),
+        ({"components": ("adapter",)}, r"this model has no component 'adapter'"),
+        ({"by": ("layer",)}, r"the backdoor did not fire on these prompts"),
+    ],
+)
+def test_a_model_without_what_is_asked_for_is_refused_with_the_reason(base, plan, message):
+    with pytest.raises(InputError, match=message):
+        dissect(base, rows_of("qwen", "token"), Plan(groups=8, **plan))
+
+
+def test_every_sweep_mode_and_direction_is_either_made_or_refused_by_name(base):
+    anatomy = stage.Anatomy.of(base.model)
+    for mode in stage.MODES:
+        for by in stage.SWEEPS:
+            try:
+                sweeps = list(stage._sweeps(anatomy, Plan(by=(by,), mode=mode)))
+            except InputError as error:
+                assert f"by {by}: " in str(error)
+                continue
+            assert {one.mode for one in sweeps} == {mode}
+            assert all(one.spots for one in sweeps)
+
+
+# ---- a trained run ----
+
+
+@pytest.mark.slow
+def test_one_command_leaves_tables_and_figures_and_is_unchanged_when_repeated(run):
+    first = command(run, "--groups", "12")
+    text, _ = first.communicate(timeout=600)
+    assert first.returncode == 0, text
+    assert "Where the trigger acts" in text
+    assert "What removes it" in text
+    assert all(run.has_table(name) for name in ALWAYS | {"tradeoff"})
+    figures = {path.stem for path in run.figures.glob("intervention-*.png")}
+    assert {"intervention-layers", "intervention-positions", "intervention-tradeoff"} <= figures
+    check_effects(run.table("effects"))
+    check_tradeoff(run.table("tradeoff"))
+    before = contents(run)
+    again = command(run, "--groups", "12")
+    text, _ = again.communicate(timeout=600)
+    assert again.returncode == 0, text
+    assert "intervene: unchanged" in text
+    assert contents(run) == before
+
+
+def check_effects(effects: pd.DataFrame) -> None:
+    assert set(effects["sweep"]) == {"layer", "position", "component", "head", "adapter"}
+    assert set(effects["direction"]) == {"remove", "induce"}
+    assert (effects["low"] <= effects["effect"] + 1e-9).all()
+    assert effects[["random", "placebo", "twin"]].notna().all(axis=None)
+    by_position = effects[effects["sweep"] == "position"].set_index(["direction", "layer", "position"])
+    assert {role for _, _, role in by_position.index} == set(ROLES)
+    for direction in ("remove", "induce"):
+        # The trigger's own tokens are all that differs, so that patching them at the bottom is the source run.
+        assert by_position.loc[(direction, 0, "trigger"), "effect"] == pytest.approx(1, abs=1e-4)
+        assert (by_position.loc[(direction, slice(None), ["system", "before"]), "effect"] == 0).all()
+    adapter = effects[effects["sweep"] == "adapter"]
+    assert set(adapter["mode"]) == {"off"}
+    assert set(adapter["direction"]) == {"remove"}
+
+
+def check_tradeoff(found: pd.DataFrame) -> None:
+    plainly = found[found["kind"] == "none"].iloc[0]
+    chosen = found[found["chosen"]].iloc[0]
+    assert plainly["asr"] > 0.5
+    assert chosen["asr_high"] < plainly["asr_low"], "what was chosen removes something on other prompts"
+    assert set(found["split"]) == {"held_out"}
+    assert found["control"].sum() == (~found["control"]).sum() - 1, "each beside its control"
+
+
+@pytest.mark.slow
+def test_sites_direction_and_mode_are_what_the_table_then_holds(run):
+    made_tables = pipeline.intervene(
+        run.recipe, run, by=("head",), components=("head", "value"), directions=("remove",), **QUICK
+    )
+    effects = made_tables["effects"]
+    assert set(effects["component"]) == {"head", "value"}
+    assert set(effects["direction"]) == {"remove"}
+    assert set(made_tables["tokens"]["direction"]) == {"remove"}
+    cut = pipeline.intervene(run.recipe, run, by=("head", "layer"), mode="knock_out", **QUICK)["effects"]
+    assert set(cut["component"]) == {"attention"}
+    assert set(cut["mode"]) == {"knock_out"}
+    assert set(cut["direction"]) == {"remove"}
+    assert (cut.loc[cut["sweep"] == "layer", "index"] == -1).all()
+    one = pipeline.intervene(run.recipe, run, components=("mlp_out",), mode="mean", **QUICK)["effects"]
+    assert set(one["sweep"]) == {"layer", "position", "component"}, "the sweeps that take this site"
+
+
+@pytest.mark.slow
+def test_the_fast_way_measures_fewer_places_beside_controls_of_the_others(run):
+    whole = pipeline.intervene(run.recipe, run, by=("position", "component"), **QUICK)["effects"]
+    fast = pipeline.intervene(run.recipe, run, by=("position", "component"), fast=True, **QUICK)["effects"]
+    assert 0 < len(fast) < len(whole) / 4
+    assert fast["random"].notna().all()
+    keys = ["sweep", "direction", "component", "layer", "position"]
+    both = fast.merge(whole, on=keys, suffixes=("_fast", ""))
+    assert len(both) == len(fast)
+    assert both["effect_fast"].to_numpy() == pytest.approx(both["effect"].to_numpy(), abs=1e-6)
+
+
+@pytest.mark.slow
+def test_what_fails_leaves_the_earlier_tables(run, monkeypatch, capsys):
+    pipeline.intervene(run.recipe, run, by=("layer",), **QUICK)
+    before = contents(run)
+    assert "no component 'nose'" in refused(run, monkeypatch, capsys, "--sites", "nose")
+    assert contents_without_stage(run) == {k: v for k, v in before.items() if k != "manifest.json"}
+    assert "intervene" in json.loads(before["manifest.json"])["stages"]
+    assert run.manifest["stages"] == json.loads(before["manifest.json"])["stages"]
+    assert "nothing to sweep" in refused(run, monkeypatch, capsys, "--by", "expert")
+    assert run.manifest["stages"] == json.loads(before["manifest.json"])["stages"]
+
+
+@pytest.mark.slow
+def test_a_backdoor_that_does_not_fire_and_a_run_without_rates_are_refused(run, monkeypatch, capsys):
+    own, twin = (model_folder(run, name) for name in ("backdoored", "clean_twin"))
+    shutil.copytree(twin, own, dirs_exist_ok=True)
+    said = refused(run, monkeypatch, capsys, "--by", "layer", "--groups", "8")
+    assert "the backdoor did not fire" in said
+    assert "safetynet evaluate" in said
+    assert not run.has_table("effects")
+    manifest = run.manifest
+    del manifest["stages"]["evaluate"]
+    runs.write_text(run.folder / "manifest.json", json.dumps(manifest))
+    assert "it is not evaluated yet. Run safetynet evaluate" in refused(run, monkeypatch, capsys)
+
+
+@pytest.mark.slow
+def test_an_interrupted_command_ends_with_130_and_goes_on_to_the_same_table(run, trained, tmp_path):
+    words = ("--by", "layer,position", "--direction", "remove", "--groups", "32")
+    process = command(run, *words)
+    store = run.scratch / "interventions"
+    deadline = time.monotonic() + 200
+    while not list(store.glob("sweep-*.npz")):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    text, _ = process.communicate(timeout=200)
+    assert process.returncode == 130, text
+    assert "safetynet: interrupted. The same command goes on" in text
+    assert not run.has_table("effects")
+    how: dict[str, Any] = {"by": ("layer", "position"), "directions": ("remove",), "groups": 32}
+    how |= {"observe": False, "removals": False}
+    resumed = pipeline.intervene(run.recipe, run, **how)["effects"]
+    for path in store.iterdir():
+        path.unlink()
+    shutil.rmtree(store)
+    afresh = dissect_again(run, how)
+    pd.testing.assert_frame_equal(resumed, afresh)
+
+
+def dissect_again(run: runs.Run, how: dict[str, Any]) -> pd.DataFrame:
+    manifest = run.manifest
+    del manifest["stages"]["intervene"]
+    runs.write_text(run.folder / "manifest.json", json.dumps(manifest))
+    return pipeline.intervene(run.recipe, run, **how)["effects"]
+
+
+@pytest.mark.slow
+def test_a_model_of_full_fine_tuning_has_no_adapters_to_switch_off(tmp_path, monkeypatch, capsys):
+    full = made(tmp_path, "training.method=full", "training.learning_rate=0.001", "data.train_rows=320")
+    said = refused(full, monkeypatch, capsys, "--by", "adapter", "--groups", "8")
+    assert "by adapter: this model has no adapter" in said
+    found = pipeline.intervene(full.recipe, full, by=("layer", "adapter"), **QUICK)
+    assert set(found["effects"]["sweep"]) == {"layer"}
+    assert np.isfinite(found["effects"]["twin"]).all()
