@@ -93,7 +93,7 @@ def removals(family: str, folder: Path) -> pd.DataFrame:
     """ASR and clean accuracy under each removing intervention and its control."""
     from safetynet.report import removals as shown
 
-    table = pd.read_parquet(folder / "tables" / "tradeoff.parquet")
+    table = pd.read_parquet(folder / "tables" / "tradeoff.parquet").query("split == 'held_out'")
     chosen = table["chosen"].map({True: "yes", False: ""})
     return shown(table).assign(family=family, chosen=chosen)[
         ["family", "intervention", "random sites", "chosen", "ASR", "CACC"]

@@ -116,7 +116,8 @@ def _place(row: pd.Series) -> str:
 
 
 def removals(tradeoff: pd.DataFrame) -> pd.DataFrame:
-    """ASR and clean accuracy under each removing intervention and its control."""
+    """ASR and clean accuracy, on held-out prompts, under each removing intervention and its control."""
+    tradeoff = tradeoff[tradeoff["split"] == "held_out"]
     return pd.DataFrame(
         {
             "intervention": tradeoff["intervention"],

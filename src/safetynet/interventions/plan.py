@@ -13,9 +13,6 @@ from safetynet.interventions.edits import Edit, Intervention, KnockOut, check_se
 from safetynet.interventions.sites import Site
 from safetynet.interventions.trace import Trace
 
-GRAIN = 4
-"""Runs whose first columns lie in one such stretch start together."""
-
 
 @dataclass(frozen=True)
 class Run:
@@ -109,22 +106,24 @@ def _idle(trace: Trace, row: int, edit: PlannedEdit) -> bool:
     return torch.equal(edit.done.change(own).to(own.dtype), own)
 
 
-def chunks(runs: Sequence[Planned], width: int, tokens: int, read: int = 1) -> Iterator[list[Planned]]:
-    """Runs that start in the same stretch of columns, at most so many tokens of them.
+def chunks(
+    runs: Sequence[Planned], width: int, tokens: int, read: int = 1, slack: int = 0
+) -> Iterator[list[Planned]]:
+    """Runs that travel together: at most so many tokens, of which `slack` may be computed for nothing.
 
-    A run is as long as its columns from the first changed one, or the read ones, or an eighth of all, whose
-    keys and values it carries.
+    A run is as long as its columns from the chunk's first changed one, or the read ones, or an eighth of all,
+    whose keys and values it carries.
     """
     least = max(read, width // 8)
-    order = sorted(runs, key=lambda one: (one.column // GRAIN, one.row, one.layer))
     chunk: list[Planned] = []
-    for one in order:
-        start = min((other.column for other in chunk), default=one.column)
-        length = max(width - min(start, one.column), least)
-        same = not chunk or chunk[0].column // GRAIN == one.column // GRAIN
-        if chunk and (not same or (len(chunk) + 1) * length > tokens):
-            yield chunk
-            chunk = []
+    wasted = 0
+    for one in sorted(runs, key=lambda one: (one.column, one.row, one.layer)):
+        if chunk:
+            wasted += one.column - chunk[0].column
+            length = max(width - chunk[0].column, least)
+            if wasted > slack or (len(chunk) + 1) * length > tokens:
+                yield chunk
+                chunk, wasted = [], 0
         chunk.append(one)
     if chunk:
         yield chunk

@@ -1,7 +1,7 @@
 """The stage of a run: where does the trigger act, how sure is that, and what removes it?
 
 In: the backdoored model, the test rows, and ways to run its clean twin and its earlier epochs. Out: tidy
-tables by name, as docs/interventions.md lists them. One half of the groups is for finding, the other for
+tables by name, as docs/interventions.md lists them. Some groups are for finding, the others for
 judging what was found. Writes nothing but what an interrupted sweep goes on from.
 """
 
@@ -18,6 +18,7 @@ import pandas as pd
 from safetynet.errors import InputError
 from safetynet.interventions import attribution, removal
 from safetynet.interventions.effects import LEAST_DISTANCE, check_fires, effects
+from safetynet.interventions.firing import telling
 from safetynet.interventions.observations import observe
 from safetynet.interventions.pairs import LEAST, Pairs, align
 from safetynet.interventions.sites import Anatomy
@@ -44,6 +45,9 @@ EXAMPLES = 2
 """Groups whose tokens are shown one by one."""
 JUDGED = 100
 """Held-out rows of each role that answer under a removing intervention."""
+TRIED = 2
+"""Candidates of each kind that answer prompts before the best one is judged."""
+AS_IT_IS = removal.Candidate("as it is", "none", ())
 TwinOf = Callable[[], AbstractContextManager[Any]]
 """Gives a model with another adapter while it is entered: the clean twin's, or an earlier epoch's."""
 
@@ -117,13 +121,13 @@ def dissect(subject: Subject, rows: pd.DataFrame, plan: Plan) -> dict[str, pd.Da
     Raises:
         InputError: if too few groups can be aligned, a site does not exist, or the backdoor does not fire.
     """
-    pairs = align(rows, subject.serialiser, plan.groups, plan.max_length, plan.seed)
+    aligned = align(rows, subject.serialiser, 2 * plan.groups, plan.max_length, plan.seed)
+    pairs = telling(subject.model, aligned, plan.groups)
     log.info("intervene: %d groups, left out: %s", len(pairs), dict(pairs.left_out) or "none")
     tables = {"effects": pd.concat(list(_effects(subject, pairs, plan)), ignore_index=True)}
     tables["tokens"] = _tokens(subject, pairs, plan)
     if subject.epochs:
         tables["dynamics"] = _dynamics(subject, pairs, plan)
-    held_out = rows[~rows["group"].isin(pairs.groups)]
     if plan.observe:
         log.info("intervene: lens, probes, attention, drift")
         tables |= observe(
@@ -136,7 +140,7 @@ def dissect(subject: Subject, rows: pd.DataFrame, plan: Plan) -> dict[str, pd.Da
             plan.seed,
         )
     if plan.removals and subject.respond is not None:
-        tables["tradeoff"] = _tradeoff(subject, pairs, tables["effects"], held_out, plan)
+        tables["tradeoff"] = _tradeoff(subject, pairs, tables["effects"], rows, plan)
     return {name: table for name, table in tables.items() if len(table)}
 
 
@@ -316,21 +320,26 @@ def _dynamics(subject: Subject, pairs: Pairs, plan: Plan) -> pd.DataFrame:
 
 
 def _tradeoff(
-    subject: Subject, pairs: Pairs, found: pd.DataFrame, held_out: pd.DataFrame, plan: Plan
+    subject: Subject, pairs: Pairs, found: pd.DataFrame, rows: pd.DataFrame, plan: Plan
 ) -> pd.DataFrame:
-    """The best candidate of each kind, chosen on the pairs, and its control, judged on other prompts."""
+    """The best candidate of each kind and its control, chosen on the pairs' prompts and judged on others."""
     assert subject.respond is not None
+    asked = rows[rows["role"].isin(("triggered", "clean"))]
+    inside = asked["group"].isin(pairs.groups)
+    ours, others = asked[inside], asked[~inside].groupby("role").head(JUDGED)
+    if ours["role"].nunique() < 2 or others["role"].nunique() < 2:
+        log.warning("intervene: no rows are left to judge removals on; raise data.test_rows")
+        return pd.DataFrame()
     made, controls = removal.candidates(subject.model, pairs, found, plan.seed)
     ranked = removal.prefilter(subject.model, pairs, made)
     by_name = {candidate.name: candidate for candidate in made}
-    best = [str(name) for name in ranked.groupby("kind", sort=False).head(1)["name"]]
-    judged = [removal.Candidate("as it is", "none", ())]
-    for name in best:
-        judged += [by_name[name], controls[name]]
-    chosen = held_out[held_out["role"].isin(("triggered", "clean"))]
-    chosen = chosen.groupby("role").head(JUDGED)
-    if chosen["role"].nunique() < 2:
-        log.warning("intervene: no rows are left to judge removals on; raise data.test_rows")
-        return pd.DataFrame()
-    table = removal.judge(subject.model, subject.respond, chosen, judged, split="held_out")
-    return table.assign(chosen=table["intervention"] == best[0])
+    tried = [by_name[str(name)] for name in ranked.groupby("kind", sort=False).head(TRIED)["name"]]
+    selection = removal.judge(subject.model, subject.respond, ours, tried, split="selection")
+    best = [removal.best(part) for _, part in selection.groupby("kind", sort=False)]
+    judged = [AS_IT_IS, *(one for name in best for one in (by_name[name], controls[name]))]
+    held_out = removal.judge(subject.model, subject.respond, others, judged, split="held_out")
+    chosen = removal.best(selection[selection["intervention"].isin(best)])
+    return pd.concat(
+        [table.assign(chosen=table["intervention"] == chosen) for table in (held_out, selection)],
+        ignore_index=True,
+    )

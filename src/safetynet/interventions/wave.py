@@ -22,6 +22,9 @@ from safetynet.interventions.trace import Trace, head
 TOKENS = 4096
 """Tokens that travel at once. More gain nothing once the processor is full, and memory stays flat."""
 
+CALL = 3e8
+"""Multiplications in the time that a layer's call takes beside them: small models better waste tokens."""
+
 
 def measure(
     trace: Trace,
@@ -54,7 +57,8 @@ def measure(
         planned = [one for i, run in enumerate(runs) if (one := plan(trace, i, run, read)) is not None]
         results = _unchanged(trace, metric)[torch.tensor([run.row for run in runs], dtype=torch.long)]
         done = len(runs) - len(planned)
-        for chunk in chunks(planned, trace.batch.width, tokens, read):
+        weights = sum(parameter.numel() for parameter in trace.anatomy.layers[0].layer.parameters())
+        for chunk in chunks(planned, trace.batch.width, tokens, read, int(CALL / weights)):
             with exclusive(trace.anatomy.model):
                 states = _Wave(trace, chunk, read).travel()
             chosen = torch.tensor([one.row for one in chunk])
