@@ -12,7 +12,7 @@ from tests.interventions.plain import At
 from safetynet.interventions import edits, removal
 from safetynet.interventions.edits import Edit
 from safetynet.interventions.hooks import intervening
-from safetynet.interventions.removal import COUNTS, LEAST_REMOVED, Candidate
+from safetynet.interventions.removal import COUNTS, Candidate
 from safetynet.interventions.sites import Anatomy, Site
 from safetynet.interventions.sweep import runs_of, spots_by, sweep
 
@@ -107,14 +107,12 @@ def test_models_with_few_heads_or_no_adapter_have_the_candidates_that_they_can_h
     assert {c.kind for c in removal.candidates(small, aligned, bare)[0]} == {"project", "clip"}
 
 
-def test_candidates_are_ranked_by_harm_where_they_remove_enough_and_by_effect_after_these(made, aligned):
+def test_candidates_that_leave_no_pair_come_first_the_least_harmful_of_them_at_the_top(made, aligned):
     model, _, candidates, _ = made
     found = removal.prefilter(model, aligned, candidates)
     assert sorted(found["name"]) == sorted(c.name for c in candidates)
-    enough = found["removed"] >= LEAST_REMOVED
-    assert enough.tolist() == sorted(enough, reverse=True), "these first"
-    assert found.loc[enough, "harm"].is_monotonic_increasing
-    assert found.loc[~enough, "removed"].is_monotonic_decreasing
+    assert found["left"].is_monotonic_increasing
+    assert all(part["harm"].is_monotonic_increasing for _, part in found.groupby("left"))
     assert (found["harm"] >= -1e-6).all()
 
 
@@ -164,3 +162,19 @@ def test_rates_have_the_rows_of_their_role_and_a_known_answer_as_denominators(bu
     assert (found["asr_low"] < found["asr"]).all()
     assert (found["asr"] < found["asr_high"]).all()
     assert not torch.equal(*seen), "the second was asked under its edit"
+
+
+def line(name: str, asr: float, cacc: float, kind: str = "clip", control: bool = False) -> dict[str, object]:
+    return {"intervention": name, "kind": kind, "control": control, "asr": asr, "cacc": cacc}
+
+
+def test_the_best_removal_keeps_most_accuracy_among_those_that_remove():
+    lines = [
+        line("as it is", 1.0, 1.0, kind="none"),
+        line("random", 0.0, 1.0, control=True),
+        line("harsh", 0.0, 0.6),
+        line("gentle", 0.05, 0.9),
+        line("weak", 0.4, 1.0),
+    ]
+    assert removal.best(pd.DataFrame(lines)) == "gentle"
+    assert removal.best(pd.DataFrame([lines[0], lines[1], lines[4], line("weaker", 0.5, 1.0)])) == "weak"
