@@ -319,7 +319,9 @@ def main() -> None:
             raise
         typer.echo(f"safetynet: {error}", err=True)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as ended:
+        if isinstance(ended, SystemExit) and ended.code != 130:  # which typer makes of the former
+            raise
         typer.echo("safetynet: interrupted. The same command goes on from the last checkpoint.", err=True)
         sys.exit(130)
     except Exception as error:

@@ -66,7 +66,7 @@ def run(trained: runs.Run, tmp_path: Path) -> runs.Run:
 
 def command(run: runs.Run, *words: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-c", "from safetynet.cli import main; main()", "intervene", str(run.folder), *words],
+        [sys.executable, "-c", "from safetynet.cli import main; main()", "intervene", run.folder, *words],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=dict(os.environ),
     )  # fmt: skip
 
@@ -191,7 +191,7 @@ def check_effects(effects: pd.DataFrame) -> None:
     by_position = effects[effects["sweep"] == "position"].set_index(["direction", "layer", "position"])
     assert {role for _, _, role in by_position.index} == set(ROLES)
     for direction in ("remove", "induce"):
-        # The trigger's own tokens are all that differs, so that patching them at the bottom is the source run.
+        # The trigger's tokens are all that differs: patching them at the bottom gives the source run.
         assert by_position.loc[(direction, 0, "trigger"), "effect"] == pytest.approx(1, abs=1e-4)
         assert (by_position.loc[(direction, slice(None), ["system", "before"]), "effect"] == 0).all()
     adapter = effects[effects["sweep"] == "adapter"]

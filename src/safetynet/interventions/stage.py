@@ -166,6 +166,9 @@ def _effects(subject: Subject, pairs: Pairs, plan: Plan) -> Iterator[pd.DataFram
             f"--fast: attribution ranks {', '.join(attribution.ESTIMATED)} by position or component, and "
             "none of these is asked for. Leave --fast out."
         )
+    receiving, source = runs_of("remove")
+    plainly = sweep(subject.model, pairs, (), receiving=receiving, source=source)
+    check_fires(plainly.distance, plainly.unpatched)
     for one in sweeps:
         log.info("intervene: %s by %s, %d spots", one.direction, one.by, len(one.spots))
         table = _one(subject, pairs, plan, one)
@@ -241,7 +244,6 @@ def _one(subject: Subject, pairs: Pairs, plan: Plan, wanted: _Sweep) -> pd.DataF
         others = _others(wanted.spots, spots, plan.seed)
     else:
         main = run(subject.model, spots)
-    check_fires(main.distance)
     controls = {"placebo": run(subject.model, spots, "placebo", "second_placebo")}
     if any(spot.position for spot in spots):
         others = [_elsewhere(spot) for spot in spots]
