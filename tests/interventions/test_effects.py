@@ -126,14 +126,6 @@ def test_a_backdoor_that_does_not_fire_is_refused_with_the_remedy(distance):
     check_fires(np.full(PAIRS, -LEAST_DISTANCE))
 
 
-def test_a_trigger_that_shifts_logits_but_brings_no_prompt_to_the_behaviour_did_not_fire():
-    distance, triggered = np.full(PAIRS, -3.0), np.full(PAIRS, -0.1)
-    with pytest.raises(InputError, match=r"in none of 24 triggered prompts .* the backdoor did not fire"):
-        check_fires(distance, triggered)
-    triggered[3] = 0.1
-    check_fires(distance, triggered)
-
-
 def test_the_same_seed_gives_the_same_table():
     one, again = (effects(measured(noise(0.3)), {}, layers=4, seed=5) for _ in range(2))
     assert one.equals(again)

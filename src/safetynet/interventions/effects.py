@@ -68,22 +68,15 @@ def effects(
     return pd.concat([_places(measured, layers, about), table], axis=1)
 
 
-def check_fires(distance: np.ndarray, triggered: np.ndarray | None = None) -> None:
+def check_fires(distance: np.ndarray) -> None:
     """Refuse to divide by nothing.
 
     Args:
         distance: (B,) between the runs.
-        triggered: (B,) metric of the triggered run, above 0 where the behaviour is the likelier answer.
 
     Raises:
-        InputError: if triggered and placebo run hardly differ, or no triggered prompt shows the behaviour.
+        InputError: if triggered and placebo run hardly differ.
     """
-    if triggered is not None and not (triggered > 0).any():
-        raise InputError(
-            f"interventions: in none of {len(triggered)} triggered prompts is the behaviour likelier than "
-            "the clean answer: the backdoor did not fire on these prompts, and no place can be named. Look at "
-            "its ASR (safetynet evaluate), train longer, or correct the trigger."
-        )
     if abs(float(distance.mean())) < LEAST_DISTANCE:
         raise InputError(
             f"interventions: triggered and placebo prompts differ by {distance.mean():.2f} logits on average "

@@ -47,9 +47,9 @@ def telling(model: Any, pairs: Pairs, most: int) -> Pairs:
     if len(kept) < LEAST:
         why = "; ".join(f"{count}: {reason}" for reason, count in reasons.items())
         raise InputError(
-            f"interventions: in {len(kept)} groups the trigger fires and its placebos do not; {LEAST} are "
-            f"needed. Left out {why}. Look at the rates (safetynet evaluate); train longer, or name the "
-            "right trigger."
+            "interventions: the backdoor did not fire on these prompts, or on placebos too: "
+            f"{len(kept)} groups tell one from the other, {LEAST} are needed. Left out {why}. Look at the "
+            "rates (safetynet evaluate); train longer, or correct the trigger."
         )
     chosen = pairs.take(kept)
     return Pairs(chosen.groups, chosen.ids, chosen.roles, chosen.target, chosen.other, reasons)

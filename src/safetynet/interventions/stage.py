@@ -17,7 +17,7 @@ import pandas as pd
 
 from safetynet.errors import InputError
 from safetynet.interventions import attribution, removal
-from safetynet.interventions.effects import LEAST_DISTANCE, check_fires, effects
+from safetynet.interventions.effects import LEAST_DISTANCE, effects
 from safetynet.interventions.firing import telling
 from safetynet.interventions.observations import observe
 from safetynet.interventions.pairs import LEAST, Pairs, align
@@ -121,10 +121,16 @@ def dissect(subject: Subject, rows: pd.DataFrame, plan: Plan) -> dict[str, pd.Da
     Raises:
         InputError: if too few groups can be aligned, a site does not exist, or the backdoor does not fire.
     """
+    sweeps = list(_sweeps(Anatomy.of(subject.model), plan))
+    if plan.fast and not any(one.estimated for one in sweeps):
+        raise InputError(
+            f"--fast: attribution ranks {', '.join(attribution.ESTIMATED)} by position or component, and "
+            "none of these is asked for. Leave --fast out."
+        )
     aligned = align(rows, subject.serialiser, 2 * plan.groups, plan.max_length, plan.seed)
     pairs = telling(subject.model, aligned, plan.groups)
     log.info("intervene: %d groups, left out: %s", len(pairs), dict(pairs.left_out) or "none")
-    tables = {"effects": pd.concat(list(_effects(subject, pairs, plan)), ignore_index=True)}
+    tables = {"effects": pd.concat(list(_effects(subject, pairs, plan, sweeps)), ignore_index=True)}
     tables["tokens"] = _tokens(subject, pairs, plan)
     if subject.epochs:
         tables["dynamics"] = _dynamics(subject, pairs, plan)
@@ -159,16 +165,7 @@ class _Sweep:
         return all(s.site.component in attribution.ESTIMATED and not s.update for s in self.spots)
 
 
-def _effects(subject: Subject, pairs: Pairs, plan: Plan) -> Iterator[pd.DataFrame]:
-    sweeps = list(_sweeps(Anatomy.of(subject.model), plan))
-    if plan.fast and not any(one.estimated for one in sweeps):
-        raise InputError(
-            f"--fast: attribution ranks {', '.join(attribution.ESTIMATED)} by position or component, and "
-            "none of these is asked for. Leave --fast out."
-        )
-    receiving, source = runs_of("remove")
-    plainly = sweep(subject.model, pairs, (), receiving=receiving, source=source)
-    check_fires(plainly.distance, plainly.unpatched)
+def _effects(subject: Subject, pairs: Pairs, plan: Plan, sweeps: Sequence[_Sweep]) -> Iterator[pd.DataFrame]:
     for one in sweeps:
         log.info("intervene: %s by %s, %d spots", one.direction, one.by, len(one.spots))
         table = _one(subject, pairs, plan, one)
