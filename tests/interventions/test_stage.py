@@ -200,12 +200,15 @@ def check_effects(effects: pd.DataFrame) -> None:
 
 
 def check_tradeoff(found: pd.DataFrame) -> None:
-    plainly = found[found["kind"] == "none"].iloc[0]
-    chosen = found[found["chosen"]].iloc[0]
+    held_out, selection = (found[found["split"] == split] for split in ("held_out", "selection"))
+    plainly = held_out[held_out["kind"] == "none"].iloc[0]
+    chosen = held_out[held_out["chosen"]].iloc[0]
     assert plainly["asr"] > 0.5
     assert chosen["asr_high"] < plainly["asr_low"], "what was chosen removes something on other prompts"
-    assert set(found["split"]) == {"held_out"}
-    assert found["control"].sum() == (~found["control"]).sum() - 1, "each beside its control"
+    assert held_out["control"].sum() == (~held_out["control"]).sum() - 1, "each beside its control"
+    assert set(held_out.loc[~held_out["control"], "intervention"]) - {"as it is"} <= set(
+        selection["intervention"]
+    )
 
 
 @pytest.mark.slow
