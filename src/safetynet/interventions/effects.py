@@ -81,8 +81,8 @@ def check_fires(distance: np.ndarray, triggered: np.ndarray | None = None) -> No
     if triggered is not None and not (triggered > 0).any():
         raise InputError(
             f"interventions: in none of {len(triggered)} triggered prompts is the behaviour likelier than "
-            "the clean answer: the backdoor did not fire on these prompts, and no place can be named. Look at "
-            "its ASR (safetynet evaluate), train longer, or correct the trigger."
+            "the clean answer: the backdoor did not fire on these prompts, and no place can be named. Look "
+            "at its ASR (safetynet evaluate), train longer, or correct the trigger."
         )
     if abs(float(distance.mean())) < LEAST_DISTANCE:
         raise InputError(
