@@ -20,7 +20,9 @@ from safetynet.models import loading, miniatures
 from safetynet.recipe import Model
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-COMMANDS = ("run", "train", "evaluate", "detect", "guard", "audit", "plot", "miniatures", "families")
+COMMANDS = (
+    "run", "train", "evaluate", "intervene", "detect", "guard", "audit", "plot", "miniatures", "families",
+)  # fmt: skip
 
 
 def safetynet(*words: str, cwd: Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
