@@ -48,6 +48,10 @@ def main() -> None:
         print(markdown(pd.DataFrame([times(*item) for item in found.items()])), end="\n\n")
         print(markdown(pd.concat([removals(*item) for item in found.items()])), end="\n\n")
         print(markdown(pd.DataFrame([agreement(*item) for item in found.items()])))
+    if not args.smoke:
+        print(
+            f"\nAttribution on a Llama of 8 layers of 512: {cost():.1f} forward passes of 8 prompts of 64 tokens."
+        )
 
 
 def run(family: str, out: Path, smoke: bool) -> None:
@@ -166,6 +170,34 @@ def forward_seconds(model: Any, pairs: Any, run: str) -> float:
             model(input_ids=ids, use_cache=False)
             seconds.append(time.perf_counter() - start)
     return min(seconds) / 2
+
+
+def cost() -> float:
+    """Time of attributing all sites of eight pairs, by that of a forward pass over their eight prompts."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from safetynet.interventions.attribution import attribute
+    from safetynet.interventions.pairs import Pairs
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8, "num_attention_heads": 8}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=32_000)).eval()
+    rows = torch.randint(5, 32_000, (8, 64)).tolist()
+    others = [[*row[:4], 7, 9, *row[6:]] for row in rows]
+    roles = [["template"] * 4 + ["trigger"] * 2 + ["after"] * 57 + ["last"]] * 8
+    ids = {"triggered": rows, "placebo": others, "second_placebo": others}
+    pairs = Pairs(list(range(8)), ids, roles, [10] * 8, [20] * 8, {})
+    forward, both = [], []
+    for _ in range(4):
+        start = time.perf_counter()
+        with torch.no_grad():
+            model(torch.tensor(rows), use_cache=False)
+        forward.append(time.perf_counter() - start)
+        start = time.perf_counter()
+        attribute(model, pairs, COMPONENTS)
+        both.append(time.perf_counter() - start)
+    return min(both) / min(forward)
 
 
 def markdown(table: pd.DataFrame) -> str:

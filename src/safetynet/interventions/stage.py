@@ -332,7 +332,9 @@ def _tradeoff(
     made, controls = removal.candidates(subject.model, pairs, found, plan.seed)
     ranked = removal.prefilter(subject.model, pairs, made)
     by_name = {candidate.name: candidate for candidate in made}
-    tried = [by_name[str(name)] for name in ranked.groupby("kind", sort=False).head(TRIED)["name"]]
+    # Of those that answer alike, the one that removes most has most to spare on other prompts.
+    first = ranked.groupby("kind", sort=False).head(TRIED).sort_values("removed", ascending=False)
+    tried = [by_name[str(name)] for name in first["name"]]
     selection = removal.judge(subject.model, subject.respond, ours, tried, split="selection")
     best = [removal.best(part) for _, part in selection.groupby("kind", sort=False)]
     judged = [AS_IT_IS, *(one for name in best for one in (by_name[name], controls[name]))]
