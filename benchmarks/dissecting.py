@@ -49,9 +49,7 @@ def main() -> None:
         print(markdown(pd.concat([removals(*item) for item in found.items()])), end="\n\n")
         print(markdown(pd.DataFrame([agreement(*item) for item in found.items()])))
     if not args.smoke:
-        print(
-            f"\nAttribution on a Llama of 8 layers of 512: {cost():.1f} forward passes of 8 prompts of 64 tokens."
-        )
+        print(f"\nAttribution in a Llama of 8 layers of 512: {cost():.1f} forward passes over the pairs.")
 
 
 def run(family: str, out: Path, smoke: bool) -> None:
