@@ -47,7 +47,11 @@ def main() -> None:
             sys.exit("No backdoor fired, so that nothing was analysed.")
         print(markdown(pd.DataFrame([times(*item) for item in found.items()])), end="\n\n")
         print(markdown(pd.concat([removals(*item) for item in found.items()])), end="\n\n")
-        print(markdown(pd.DataFrame([agreement(*item) for item in found.items()])))
+        print(
+            markdown(
+                pd.DataFrame([agreement(*item, pairs=8 if args.smoke else PAIRS) for item in found.items()])
+            )
+        )
     if not args.smoke:
         print(f"\nAttribution in a Llama of 8 layers of 512: {cost():.1f} forward passes over the pairs.")
 
@@ -56,7 +60,8 @@ def run(family: str, out: Path, smoke: bool) -> None:
     """One `safetynet run`; stops the benchmark if it fails."""
     fields: dict[str, Any] = {"output.results": out, "output.logs": out / "logs"}
     if smoke:
-        fields |= {"data.train_rows": 800, "data.test_rows": 40, "evaluation.dynamics_rows": 0}
+        fields |= {"data.train_rows": 640, "data.test_rows": 40, "evaluation.dynamics_rows": 0}
+        fields |= {"training.learning_rate": 0.004, "training.clean_twin": "false"}
     sets = [word for name, value in fields.items() for word in ("--set", f"{name}={value}")]
     recipe = ROOT / "recipes" / f"{family}-miniature.yaml"
     done = subprocess.run(
@@ -102,7 +107,7 @@ def removals(family: str, folder: Path) -> pd.DataFrame:
     ]
 
 
-def agreement(family: str, folder: Path) -> dict[str, object]:
+def agreement(family: str, folder: Path, pairs: int) -> dict[str, object]:
     """How many of the ten strongest places attribution has among its first five per cent, pair by pair."""
     from safetynet import run as runs
     from safetynet.interventions.attribution import attribute
@@ -116,12 +121,12 @@ def agreement(family: str, folder: Path) -> dict[str, object]:
     found = runs.find(folder)
     model, serialiser = backdoored(found.recipe, found)
     rows = found.table("rows")
-    pairs = align(rows[rows["split"] == "test"], serialiser, PAIRS)
+    aligned = align(rows[rows["split"] == "test"], serialiser, pairs)
     depth = Anatomy.of(model).shape.layers
     counts: dict[str, list[int]] = {"gradient": [], "score": []}
     passes, exact = [], []
-    for i in range(len(pairs)):
-        one = pairs.take([i])
+    for i in range(len(aligned)):
+        one = aligned.take([i])
         for direction in ("remove", "induce"):
             receiving, source = runs_of(direction)  # type: ignore[arg-type]
             start = time.perf_counter()
