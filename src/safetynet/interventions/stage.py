@@ -43,8 +43,10 @@ GROUPS = 24
 """Pairs that effects are measured on."""
 EXAMPLES = 2
 """Groups whose tokens are shown one by one."""
-JUDGED = 100
+JUDGED = 80
 """Held-out rows of each role that answer under a removing intervention."""
+CHOOSING = 48
+"""Rows of each role that candidates answer before one is chosen; the pairs' own prompts among them."""
 TRIED = 2
 """Candidates of each kind that answer prompts before the best one is judged."""
 AS_IT_IS = removal.Candidate("as it is", "none", ())
@@ -325,7 +327,10 @@ def _tradeoff(
     assert subject.respond is not None
     asked = rows[rows["role"].isin(("triggered", "clean"))]
     inside = asked["group"].isin(pairs.groups)
-    ours, others = asked[inside], asked[~inside].groupby("role").head(JUDGED)
+    others = asked[~inside].groupby("role").head(JUDGED)
+    # Groups that are neither held out nor pairs choose too: few prompts tell no two points of accuracy.
+    rest = asked[~inside & ~asked["group"].isin(others["group"])]
+    ours = pd.concat([asked[inside], rest]).groupby("role").head(CHOOSING)
     if ours["role"].nunique() < 2 or others["role"].nunique() < 2:
         log.warning("intervene: no rows are left to judge removals on; raise data.test_rows")
         return pd.DataFrame()
