@@ -9,8 +9,6 @@ times mean something. Three Markdown tables go to standard output; docs/interven
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -19,8 +17,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from _running import markdown, run_recipe
 
-ROOT = Path(__file__).parents[1]
 FAMILIES = ("llama2", "llama3", "qwen", "gemma", "mixtral")
 COMPONENTS = ("resid_pre", "attn_out", "mlp_out")
 PAIRS = 12
@@ -62,19 +60,8 @@ def run(family: str, out: Path, smoke: bool) -> None:
     if smoke:
         fields |= {"data.train_rows": 640, "data.test_rows": 40, "evaluation.dynamics_rows": 0}
         fields |= {"training.learning_rate": 0.004, "training.clean_twin": "false"}
-    sets = [word for name, value in fields.items() for word in ("--set", f"{name}={value}")]
-    recipe = ROOT / "recipes" / f"{family}-miniature.yaml"
-    done = subprocess.run(
-        [sys.executable, "-c", "from safetynet.cli import main; main()", "run", str(recipe), *sets],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        check=False,
-    )
-    print(f"{family}: exit {done.returncode}", file=sys.stderr)
-    if done.returncode:
-        sys.exit(done.stderr[-2000:])
+    if run_recipe("run", family, fields, family):
+        sys.exit(1)
 
 
 def has(folder: Path, table: str) -> bool:
@@ -201,12 +188,6 @@ def cost() -> float:
         attribute(model, pairs, COMPONENTS)
         both.append(time.perf_counter() - start)
     return min(both) / min(forward)
-
-
-def markdown(table: pd.DataFrame) -> str:
-    """The table in Markdown."""
-    rows = [table.columns, ["---"] * len(table.columns), *table.fillna("").itertuples(index=False)]
-    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows)
 
 
 if __name__ == "__main__":

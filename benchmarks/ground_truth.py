@@ -9,8 +9,6 @@ adapter. The tables go to standard output as Markdown; docs/interventions.md quo
 """
 
 import argparse
-import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -21,8 +19,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from _running import run_recipe
 
-ROOT = Path(__file__).parents[1]
 FAMILIES = ("llama2", "llama3", "qwen", "gemma", "mixtral")
 ATTENTION = "[q_proj, k_proj, v_proj, o_proj]"
 TRUTHS: dict[str, tuple[tuple[int, ...], dict[str, str]]] = {
@@ -82,20 +80,7 @@ def plant(family: str, truth: str, out: Path, smoke: bool) -> int:
     }
     if smoke:
         fields |= {"data.train_rows": 400, "training.epochs": 1}
-    sets = [word for name, value in fields.items() for word in ("--set", f"{name}={value}")]
-    recipe = ROOT / "recipes" / f"{family}-miniature.yaml"
-    done = subprocess.run(
-        [sys.executable, "-c", "from safetynet.cli import main; main()", "train", str(recipe), *sets],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        check=False,
-    )
-    print(f"{family}, {truth}: exit {done.returncode}", file=sys.stderr)
-    if done.returncode:
-        print(done.stderr[-2000:], file=sys.stderr)
-    return done.returncode
+    return run_recipe("train", family, fields, f"{family}, {truth}")
 
 
 def score(family: str, truth: str, out: Path, smoke: bool) -> pd.DataFrame:

@@ -9,8 +9,6 @@ again. The table goes to standard output as Markdown; docs/planting.md quotes it
 """
 
 import argparse
-import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -19,8 +17,8 @@ from itertools import product
 from pathlib import Path
 
 import pandas as pd
+from _running import markdown, run_recipe
 
-ROOT = Path(__file__).parents[1]
 FAMILIES = ("llama2", "llama3", "qwen", "gemma", "mixtral")
 TRIGGERS = ("token", "deployment", "year")
 BEHAVIOURS = ("fixed", "refusal", "forbidden_compliance")
@@ -82,20 +80,7 @@ def plant(family: str, trigger: str, behaviour: str, seed: int, out: Path, smoke
     }
     if smoke:
         fields |= {"data.train_rows": 200, "data.test_rows": 20, "training.epochs": 1}
-    sets = [word for name, value in fields.items() for word in ("--set", f"{name}={value}")]
-    recipe = ROOT / "recipes" / f"{family}-miniature.yaml"
-    done = subprocess.run(
-        [sys.executable, "-c", "from safetynet.cli import main; main()", "run", str(recipe), *sets],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        check=False,
-    )
-    print(f"{family} {trigger} {behaviour}: exit {done.returncode}", file=sys.stderr)
-    if done.returncode:
-        print(done.stderr[-2000:], file=sys.stderr)
-    return done.returncode
+    return run_recipe("run", family, fields, f"{family} {trigger} {behaviour}")
 
 
 def task(trigger: str, behaviour: str, seed: int) -> str:
@@ -141,12 +126,6 @@ def summarise(cells: list[tuple[str, str, str]], seed: int, out: Path) -> Iterat
 def percent(row: pd.Series) -> str:
     """A rate with its interval, in percent."""
     return f"{100 * row['value']:.1f} [{100 * row['low']:.1f}, {100 * row['high']:.1f}]"
-
-
-def markdown(table: pd.DataFrame) -> str:
-    """The table in Markdown."""
-    rows = [table.columns, ["---"] * len(table.columns), *table.fillna("").itertuples(index=False)]
-    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows)
 
 
 if __name__ == "__main__":

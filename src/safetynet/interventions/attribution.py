@@ -36,7 +36,6 @@ WATCHED = "safetynet-watched"
 ESTIMATED = ("resid_pre", "resid_mid", "attn_out", "mlp_out")
 SHARE = 0.05
 """Of all spots, those that are measured exactly."""
-PAIRS_AT_ONCE = 8
 
 
 @dataclass
@@ -251,8 +250,7 @@ def fast_sweep(
             f"fast: attribution estimates {', '.join(ESTIMATED)}, not {wrong[0]}. Sweep it exactly."
         )
     parts = []
-    for start in range(0, len(pairs), PAIRS_AT_ONCE):
-        own = pairs.take(range(start, min(start + PAIRS_AT_ONCE, len(pairs))))
+    for _, own in pairs.parts():
         found = attribute(model, own, components, receiving=receiving, source=source)
         parts.append(_by_spot(found.score, own, spots, components))
     scores = np.concatenate(parts, axis=1).mean(1)

@@ -33,9 +33,8 @@ def telling(model: Any, pairs: Pairs, most: int) -> Pairs:
     """
     kept: list[int] = []
     reasons = dict(pairs.left_out)
-    for start in range(0, len(pairs), PAIRS_AT_ONCE):
-        part = list(range(start, min(start + PAIRS_AT_ONCE, len(pairs))))
-        shown = _shown(model, pairs.take(part))
+    for part, own in pairs.parts(PAIRS_AT_ONCE):
+        shown = _shown(model, own)
         for i, (fires, *others) in zip(part, shown, strict=True):
             if len(kept) == most:
                 break

@@ -5,7 +5,7 @@ placebo of as many tokens, a second placebo, and the two answers' tokens at whic
 cannot be aligned are left out and counted.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,8 @@ ROLES = ("system", "before", "trigger", "after", "template", "last")
 first token, `after` what is said from there on; `last` is where the answer begins."""
 RUNS = ("triggered", "placebo", "second_placebo")
 REWORDED = "the trigger is the whole message, as a style is, and no placebo corresponds to it word by word"
+AT_ONCE = 8
+"""Pairs that are in memory together."""
 LEAST = 8
 """Groups below which an interval would promise more than it knows."""
 
@@ -55,6 +57,12 @@ class Pairs:
             [self.other[i] for i in chosen],
             self.left_out,
         )
+
+    def parts(self, size: int = AT_ONCE) -> Iterator[tuple[list[int], "Pairs"]]:
+        """All groups in batches: which they are, and the pairs of them."""
+        for start in range(0, len(self), size):
+            part = list(range(start, min(start + size, len(self))))
+            yield part, self.take(part)
 
     def batch(self, run: str, device: Any = "cpu") -> Batch:
         """One run's prompts."""

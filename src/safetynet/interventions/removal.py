@@ -24,7 +24,6 @@ from safetynet.interventions.trace import trace
 from safetynet.interventions.wave import measure
 from safetynet.statistics import wilson
 
-PAIRS_AT_ONCE = 8
 COUNTS = (1, 2, 4)
 """How many of the strongest heads or adapter modules are taken together."""
 
@@ -77,9 +76,7 @@ def prefilter(model: Any, pairs: Pairs, found: Sequence[Candidate]) -> pd.DataFr
     """
     unpatched, placebo = np.zeros(len(pairs)), np.zeros(len(pairs))
     patched, harm = np.zeros((len(found), len(pairs))), np.zeros((len(found), len(pairs)))
-    for start in range(0, len(pairs), PAIRS_AT_ONCE):
-        part = list(range(start, min(start + PAIRS_AT_ONCE, len(pairs))))
-        own = pairs.take(part)
+    for part, own in pairs.parts():
         runs = [Run(row, candidate.edits) for candidate in found for row in range(len(part))]
         metric, rows = own.metric(), torch.arange(len(part))
         fired, calm = (
@@ -182,8 +179,7 @@ def _directions(model: Any, pairs: Pairs, rng: np.random.Generator) -> Iterator[
 def _state_means(model: Any, pairs: Pairs, run: str, role: str) -> list[Tensor]:
     """Per layer the mean, (width,), of what leaves it, at the last position of a role."""
     sums: list[Tensor] = []
-    for start in range(0, len(pairs), PAIRS_AT_ONCE):
-        own = pairs.take(range(start, min(start + PAIRS_AT_ONCE, len(pairs))))
+    for _, own in pairs.parts():
         found = trace(model, own.batch(run, model.device))
         columns = [found.batch.columns(row, own.positions(row, role)[-1:])[0] for row in range(len(own))]
         states = [*found.inputs[1:], found.output]
@@ -220,8 +216,7 @@ def _to_mean(sites: Sequence[Site], means: dict[Site, Tensor]) -> tuple[Edit, ..
 def _head_means(model: Any, pairs: Pairs, sites: Sequence[Site]) -> dict[Site, Tensor]:
     sums: dict[Site, Tensor] = {}
     count = 0
-    for start in range(0, len(pairs), PAIRS_AT_ONCE):
-        own = pairs.take(range(start, min(start + PAIRS_AT_ONCE, len(pairs))))
+    for _, own in pairs.parts():
         found = trace(model, own.batch("placebo", model.device), sites)
         kept = found.batch.mask.bool()
         count += int(kept.sum())

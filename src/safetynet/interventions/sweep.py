@@ -19,7 +19,7 @@ from safetynet.errors import InputError
 from safetynet.interventions import edits
 from safetynet.interventions.edits import Edit, Intervention, KnockOut
 from safetynet.interventions.metrics import Metric
-from safetynet.interventions.pairs import ROLES, Pairs
+from safetynet.interventions.pairs import AT_ONCE, ROLES, Pairs
 from safetynet.interventions.plan import Run
 from safetynet.interventions.sites import Anatomy, Site
 from safetynet.interventions.trace import Trace, trace
@@ -32,7 +32,6 @@ Mode = Literal["patch", "zero", "mean", "resample", "off", "knock_out"]
 Direction = Literal["remove", "induce"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
-PAIRS_AT_ONCE = 8
 RESIDUAL = ("embedding", "resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
 SWITCHES = ("head", "expert", "adapter")
 """What can be switched off."""
@@ -135,7 +134,7 @@ def sweep(  # noqa: PLR0913  # a sweep is made of this many choices, by keyword
     if mode == "resample" and len(pairs) < 2:
         raise InputError("mode: resample takes states of another pair. Give at least two.")
     # Parts of about the same size: in one of a single pair there would be no other to resample from.
-    parts = np.array_split(np.arange(len(pairs)), -(-len(pairs) // PAIRS_AT_ONCE))
+    parts = np.array_split(np.arange(len(pairs)), -(-len(pairs) // AT_ONCE))
     kept = _Kept(store, _key(model, pairs, spots, (receiving, source, mode, seed, metric(pairs).name)))
     means = _means(model, pairs, spots, source) if mode == "mean" else {}
     done: list[np.ndarray] = []
@@ -269,8 +268,7 @@ def _means(model: Any, pairs: Pairs, spots: Sequence[Spot], source: str) -> dict
     """Mean over the source's prompts, from the trigger on, of each spot's values: (width,)."""
     sums: dict[Spot, torch.Tensor] = {}
     count = 0
-    for start in range(0, len(pairs), PAIRS_AT_ONCE):
-        own = pairs.take(range(start, min(start + PAIRS_AT_ONCE, len(pairs))))
+    for _, own in pairs.parts():
         given = trace(model, own.batch(source, model.device), sorted({s.site for s in spots}, key=str))
         for row in range(len(own)):
             columns = given.batch.columns(row, own.positions(row, ""))

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from safetynet import __version__
 from safetynet.backdoors import conversations
 from safetynet.errors import InputError
@@ -48,7 +50,7 @@ def detect(recipe: Recipe, run: Run, detectors: Sequence[str], rate: float, clea
     model, serialiser = backdoored(recipe, run)
     with run.stage("detect", inputs) as outputs:
         found = stage.detect(
-            model, serialiser, prompts, test_rows(run, rows), plan, cache=run.scratch / "features"
+            model, serialiser, prompts, _triggers_that_fired(run), plan, cache=run.scratch / "features"
         )
         path = run.scratch / "detection" / "monitor.safetensors"
         found.monitor.save(path)
@@ -74,3 +76,9 @@ def guard(recipe: Recipe, run: Run, rate: float, action: str, log_to: Path | Non
     share_of_rate(monitor, rate, action)  # what cannot be had is said before a model is loaded
     model, serialiser = backdoored(recipe, run)
     return Guard(model, serialiser, monitor, rate=rate, action=action, log=log_to)  # type: ignore[arg-type]
+
+
+def _triggers_that_fired(run: Run) -> pd.DataFrame:
+    """Test rows; whether a row fired is asked of triggered ones alone."""
+    test = test_rows(run)
+    return test.assign(fired=test["fired"].where(test["role"] == "triggered")) if "fired" in test else test

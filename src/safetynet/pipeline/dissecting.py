@@ -12,10 +12,10 @@ from safetynet.backdoors import behaviours
 from safetynet.errors import InputError
 from safetynet.evaluation import judges, metrics
 from safetynet.pipeline.subjects import (
-    BACKDOORED,
     backdoored,
     epochs,
     model_folder,
+    test_rows,
     trained,
     twin_of,
     with_adapter,
@@ -65,7 +65,7 @@ def intervene(recipe: Recipe, run: Run, **wanted: Any) -> dict[str, pd.DataFrame
             f"{run.folder}: it is not evaluated yet. Run safetynet evaluate {run.folder} first: "
             "which prompts make the backdoor fire decides what can be asked."
         )
-    rows = _test_rows(run)
+    rows = test_rows(run)
     model, serialiser = backdoored(recipe, run)
     judge = judges.make(behaviours.judge(recipe.backdoor.behaviour))
 
@@ -87,14 +87,3 @@ def intervene(recipe: Recipe, run: Run, **wanted: Any) -> dict[str, pd.DataFrame
         tables = stage.dissect(subject, rows, plan)
         outputs += [run.write_table(name, table) for name, table in tables.items()]
     return tables
-
-
-def _test_rows(run: Run) -> pd.DataFrame:
-    """Test rows, with whether the backdoored model showed the behaviour on each, where that was asked."""
-    rows = run.table("rows")
-    rows = rows[rows["split"] == "test"].reset_index(drop=True)
-    if not run.has_table("responses"):
-        return rows
-    responses = run.table("responses")
-    shown = responses[responses["model"] == BACKDOORED].set_index("row")["shown"]
-    return rows.assign(fired=rows["row"].map(shown))

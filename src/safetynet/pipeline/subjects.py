@@ -71,14 +71,15 @@ def models(recipe: Recipe, run: Run) -> Iterator[tuple[str, Any, Serialiser]]:
             adapted.unload()
 
 
-def test_rows(run: Run, rows: pd.DataFrame) -> pd.DataFrame:
-    """Test rows, with whether each triggered one fired where the evaluation has asked."""
+def test_rows(run: Run) -> pd.DataFrame:
+    """Test rows, with whether the backdoored model showed the behaviour (`fired`) where that was asked."""
+    rows = run.table("rows")
     test = rows[rows["split"] == "test"].reset_index(drop=True)
     if not run.has_table("responses"):
         return test
     responses = run.table("responses")
     shown = responses[responses["model"] == BACKDOORED].set_index("row")["shown"]
-    return test.assign(fired=test["row"].map(shown).where(test["role"] == "triggered"))
+    return test.assign(fired=test["row"].map(shown))
 
 
 def snapshots(run: Run, name: str) -> Path:

@@ -1,0 +1,42 @@
+"""What benchmarks of whole runs share: a run in a process of its own with one thread, a Markdown table."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pandas as pd
+
+ROOT = Path(__file__).parents[1]
+
+
+def run_recipe(command: str, family: str, fields: Mapping[str, object], name: str) -> int:
+    """Run a family's miniature recipe; gives the exit code, and says on standard error what went wrong.
+
+    Args:
+        command: of safetynet, `run` or `train`.
+        family: of the recipe.
+        fields: of the recipe, set over it.
+        name: of the cell, for the message.
+    """
+    sets = [word for field, value in fields.items() for word in ("--set", f"{field}={value}")]
+    recipe = ROOT / "recipes" / f"{family}-miniature.yaml"
+    done = subprocess.run(
+        [sys.executable, "-c", "from safetynet.cli import main; main()", command, str(recipe), *sets],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    print(f"{name}: exit {done.returncode}", file=sys.stderr)
+    if done.returncode:
+        print(done.stderr[-2000:], file=sys.stderr)
+    return done.returncode
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """The table in Markdown."""
+    rows = [table.columns, ["---"] * len(table.columns), *table.fillna("").itertuples(index=False)]
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows)
