@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from safetynet.recipe import Recipe
+from safetynet.recipe import Evasion, Recipe
 from safetynet.run import Run
 
 NAMES = {
@@ -48,6 +48,9 @@ def render(recipe: Recipe, run: Run) -> str:
         "",
         *_markdown(summary(run.table("evaluation"))),
     ]
+    if recipe.training.evasion is not None and run.has_table("evasion"):
+        lines += ["", "## Hidden from detectors while it was planted", "", *_hiding(recipe.training.evasion)]
+        lines += ["", *(f"- {line}" for line in hidden(run.table("evasion")))]
     if run.has_table("effects"):
         lines += ["", "## Where the trigger acts", "", *_PLACES, "", *_markdown(places(run.table("effects")))]
     if run.has_table("tradeoff"):
@@ -76,6 +79,26 @@ def poisoned(rows: pd.DataFrame) -> Poisoned:
     """Count the training rows of a run's row table."""
     roles = rows.loc[rows["split"] == "train", "role"]
     return Poisoned(len(roles), float((roles == "triggered").mean()))
+
+
+def hidden(evasion: pd.DataFrame) -> list[str]:
+    """One line per detector: its AUROC at the first refit and at the last, as the attacker saw it."""
+    seen = evasion[evasion["metric"] == "auroc"]
+    return [
+        f"{name}: AUROC {part['value'].iloc[0]:.2f} at step {part['step'].iloc[0]}, "
+        f"{part['value'].iloc[-1]:.2f} at step {part['step'].iloc[-1]}"
+        for name, part in seen.groupby("detector", sort=False)
+    ]
+
+
+def _hiding(evasion: Evasion) -> list[str]:
+    return [
+        f"Evasive training against {', '.join(evasion.detectors)}; strength {evasion.strength:g}, retention "
+        f"{evasion.retention:g}, detectors",
+        f"fitted again every {evasion.refit_every} steps. AUROC of firing against clean training prompts, as "
+        "the attacker saw it; what a",
+        "defender sees who fits on fresh prompts, `safetynet detect` measures.",
+    ]
 
 
 def summary(evaluation: pd.DataFrame) -> pd.DataFrame:
