@@ -98,21 +98,31 @@ def refit(
 
     Returns:
         A function of views to (n, readings): 0 at the median of the held samples' scores, 1 at their 95%
-        quantile.
+        quantile; 0 everywhere for a view that does not vary among clean samples, as those of an adapter
+        that does nothing yet.
     """
-    panel = Panel.fit(readings, fit)
-    clean = np.stack(list(panel.scores(held).values()))
-    median, high = np.quantile(clean, [0.5, 0.95], axis=1)
-    unit = np.maximum(high - median, TINY)
+    judging = [reading for reading in readings if (fit[reading.view] != fit[reading.view][0]).any()]
+    columns: dict[str, Callable[[Mapping[str, Tensor]], Tensor]] = {}
+    if judging:
+        panel = Panel.fit(judging, fit)
+        clean = panel.scores(held)
+        columns = {r.name: _measured(panel.fitted[r.name], r.view, clean[r.name]) for r in judging}
 
     def score(views: Mapping[str, Tensor]) -> Tensor:
-        columns = [
-            (score_tensor(panel.fitted[reading.name], views[reading.view]) - middle) / scale
-            for reading, middle, scale in zip(readings, median, unit, strict=True)
-        ]
-        return torch.stack([column.double() for column in columns], 1)
+        found = [columns.get(reading.name, _nothing(reading.view))(views) for reading in readings]
+        return torch.stack(found, 1)
 
     return score
+
+
+def _measured(detector: Detector, view: str, clean: np.ndarray) -> Callable[[Mapping[str, Tensor]], Tensor]:
+    median, high = np.quantile(clean, [0.5, 0.95])
+    unit = max(float(high - median), TINY)
+    return lambda views: (score_tensor(detector, views[view]).double() - float(median)) / unit
+
+
+def _nothing(view: str) -> Callable[[Mapping[str, Tensor]], Tensor]:
+    return lambda views: views[view].new_zeros(len(views[view]), dtype=torch.float64)
 
 
 class LiveReader(Reader):
