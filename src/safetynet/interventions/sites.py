@@ -75,9 +75,7 @@ class Anatomy:
             return [Site(component, 0)]
         layers = range(self.shape.layers)
         if component == "adapter":
-            return [
-                Site(component, i, module=name) for i in layers for name in self.adapters[i]
-            ]
+            return [Site(component, i, module=name) for i in layers for name in self.adapters[i]]
         if component in INDEXED:
             return [Site(component, i, index) for i in layers for index in range(self.count(component))]
         return [Site(component, i) for i in layers]
