@@ -180,11 +180,6 @@ class Evasion(_Section):
     refit_every: Annotated[int, Field(ge=1)] = 25
     """Steps after which the detectors are fitted again, on the activations as they then are."""
 
-    @field_validator("detectors", mode="before")
-    @classmethod
-    def _listed(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str) else value
-
 
 class Training(_Section):
     """How the adapter (or the whole model) is trained."""

@@ -52,7 +52,7 @@ def hide(fit, serialiser, rows):
     """`hide("gemma")` trains a tiny model that hides from `detectors`."""
 
     def run(*names: str, more: dict | None = None, evasion: dict | None = None, **fields):
-        section = Evasion(**{"detectors": "mahalanobis"} | (evasion or {}))
+        section = Evasion(**{"detectors": ["mahalanobis"]} | (evasion or {}))
         given = {"opponents": opponents(section, serialiser), "rows": rows} | (more or {})
         return fit(*names, more=given, **{"evasion": section, "max_steps": 4} | fields)
 
@@ -179,6 +179,7 @@ def test_detectors_are_fitted_again_on_the_activations_of_that_moment(hide, seri
     np.testing.assert_allclose(seen[0], base[np.arange(len(base)) % 5 > 0], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_attacked_detector_loses_sight_of_a_backdoor_that_still_fires(serialiser, settings, tmp_path):
     rows = poisoned(480, seed=1, heldout=False)
     seen = {}
