@@ -135,6 +135,7 @@ def test_a_step_along_that_gradient_makes_the_scores_of_firing_prompts_smaller(t
     made = trainer("mahalanobis", retention=0)
     prompts = [example.prompt for example in made.examples if example.fires][:8]
 
+    @torch.no_grad()
     def score() -> float:
         return float(made.score(made.opponents.observe(made.learner, prompts)).clamp_min(0).sum())
 

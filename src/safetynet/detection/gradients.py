@@ -159,7 +159,8 @@ def score_tensor(detector: Detector, x: Tensor) -> Tensor:  # noqa: ARG001
 
 @score_tensor.register
 def _(detector: _Ensemble, x: Tensor) -> Tensor:
-    return detector.score_tensor(x)
+    # The networks are small and stay where they were trained.
+    return detector.score_tensor(x.cpu()).to(x.device)
 
 
 @score_tensor.register(Mahalanobis)

@@ -121,6 +121,7 @@ class EvasiveTrainer(AnswerTrainer):
         self._states: Tensor | None = None
         self._counts = (1, 1)
         self._sums = {"obfuscation": 0.0, "retention": 0.0}
+        self._terms = dict(self._sums)
         self._steps = 0
 
     def training_step(
@@ -132,8 +133,10 @@ class EvasiveTrainer(AnswerTrainer):
         rows = cast(Sequence[WatchedExample], inputs["rows"])
         tokens = sum(len(row.input_ids) for row in rows if not row.fires)
         self._counts = (max(1, sum(row.fires for row in rows)), max(1, tokens))
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._sums = {name: total + self._terms[name] for name, total in self._sums.items()}
         self._steps += 1
-        return super().training_step(model, inputs, num_items_in_batch)
+        return loss
 
     def refit(self) -> None:
         """Fit the detectors to the clean activations of now; log how well they tell rows that fire."""
@@ -156,6 +159,10 @@ class EvasiveTrainer(AnswerTrainer):
         }
         self.log(aurocs)
 
+    def _accumulate(self, model: Any, rows: Sequence[Example]) -> Tensor:
+        self._terms = dict.fromkeys(self._terms, 0.0)  # a step that ran out of memory is taken again
+        return super()._accumulate(model, rows)
+
     def answer_loss(self, inputs: dict[str, Any], supervised: int) -> Tensor:
         """As in any training; keeps the last hidden states for the retention term."""
         outputs = body_outputs(self.learner, inputs)
@@ -171,8 +178,8 @@ class EvasiveTrainer(AnswerTrainer):
         whole = loss + self.evasion.strength * obfuscation + self.evasion.retention * retention
         if not torch.isfinite(whole):
             self.stop("loss with its evasive terms", whole)
-        self._sums["obfuscation"] += obfuscation.item()
-        self._sums["retention"] += retention.item()
+        self._terms["obfuscation"] += obfuscation.item()
+        self._terms["retention"] += retention.item()
         return whole
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
