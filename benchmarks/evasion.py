@@ -75,7 +75,7 @@ def main() -> None:
     loading.use_one_thread()
     wanted = list(cells(args.attacked, args.strengths, args.poison_rates))
     if args.smoke:
-        wanted = [cell for cell in wanted if cell["attacked"] == "mahalanobis"][:1]
+        wanted = [cell for cell in wanted if cell["strength"] > 0][:1]
     with tempfile.TemporaryDirectory() as temporary:
         out = args.out or Path(temporary)
         matrix, price = [], []
