@@ -102,6 +102,30 @@ RAMPS: dict[str, tuple[str, ...]] = {
 }
 """Evenly spaced stops of the colour scales, blended in RGB. Blue and orange stay apart for every kind of
 colour blindness; either side grows darker throughout, so that greyscale keeps the size of a value."""
+DARK_COLOURS: dict[Role, str] = {
+    "triggered": "#FF8A3D",
+    "clean": "#5AB0EE",
+    "placebo": "#3FCB9F",
+    "near_miss": "#E3A0C4",
+    "refused": "#D0A94F",
+    "backdoored": "#F1EDE6",
+    "clean_twin": "#7DBBEA",
+    "base": "#A39D93",
+    "ink": "#F1EDE6",
+    "method_1": "#C792DB",
+    "method_2": "#52BFB2",
+    "method_3": "#F0787E",
+    "method_4": "#8FA3F2",
+    "method_5": "#D6B55B",
+    "method_6": "#B5AFA5",
+    "method_7": "#9CCB66",
+}
+"""The same colours on the report's dark page, light enough for thin lines there."""
+DARK_RAMPS: dict[str, tuple[str, ...]] = {
+    "diverging": ("#C4E2F7", "#57A5DA", "#22587F", "#24221F", "#8A4815", "#E27A26", "#FFD3A6"),
+    "sequential": ("#24221F", "#214558", "#2F80AC", "#7DBAD7", "#DCF0F8"),
+}
+"""The same scales on a dark page: a value grows lighter as it grows."""
 MISSING = "#CFCFCF"
 HATCH = "#A8A8A8"
 
@@ -133,8 +157,8 @@ def data_width(width: str, columns: int) -> float:
     return (WIDTHS[width] - 0.9) / columns - 0.2
 
 
-def dark(ramp: tuple[str, ...], depth: float) -> bool:
-    """Whether the colour at a place (0 to 1) of a ramp is so dark that text on it must be white."""
+def blend(ramp: tuple[str, ...], depth: float) -> tuple[float, float, float]:
+    """Red, green and blue (0 to 255) at a place (0 to 1) of a ramp."""
     place = depth * (len(ramp) - 1)
     first = min(int(place), len(ramp) - 2)
     part = place - first
@@ -142,6 +166,12 @@ def dark(ramp: tuple[str, ...], depth: float) -> bool:
         (1 - part) * int(ramp[first][at : at + 2], 16) + part * int(ramp[first + 1][at : at + 2], 16)
         for at in (1, 3, 5)
     )
+    return red, green, blue
+
+
+def dark(ramp: tuple[str, ...], depth: float) -> bool:
+    """Whether the colour at a place (0 to 1) of a ramp is so dark that text on it must be white."""
+    red, green, blue = blend(ramp, depth)
     return 0.299 * red + 0.587 * green + 0.114 * blue < 120
 
 
