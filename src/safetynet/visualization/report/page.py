@@ -78,14 +78,22 @@ def _style() -> str:
         for step in range(svg.STEPS + 1):
             depth = step / svg.STEPS
             both = f"light-dark({_hex(light, depth)},{_hex(dark, depth)})"
-            inks = ["#fff" if theme.dark(one, depth) else "#161513" for one in (light, dark)]
+            inks = [_ink(theme.blend(one, depth)) for one in (light, dark)]
             rules.append(
                 f".{letter}{step}{{fill:{both};background:{both};--on:light-dark({inks[0]},{inks[1]})}}"
                 f".on-{letter}{step}{{--on:light-dark({inks[0]},{inks[1]})}}"
             )
-        stops = (",".join(f"light-dark({a},{b})" for a, b in zip(light, dark, strict=True)),)
-        rules.append(f".bar-{ramp}{{background:linear-gradient(90deg,{stops[0]})}}")
+        stops = ",".join(f"light-dark({a},{b})" for a, b in zip(light, dark, strict=True))
+        rules.append(f".bar-{ramp}{{background:linear-gradient(90deg,{stops})}}")
     return _file("style.css") + "\n".join(rules) + "\n"
+
+
+def _ink(colour: tuple[float, float, float]) -> str:
+    """Black or white, whichever has more contrast on a colour (WCAG 2.2): always 4.5 to 1 or more."""
+    parts = (part / 255 for part in colour)
+    linear = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+    red, green, blue = linear
+    return "#fff" if 0.2126 * red + 0.7152 * green + 0.0722 * blue < 0.179 else "#000"
 
 
 def _hex(ramp: tuple[str, ...], depth: float) -> str:
