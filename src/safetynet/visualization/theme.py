@@ -129,7 +129,14 @@ DARK_RAMPS: dict[str, tuple[str, ...]] = {
 MISSING = "#CFCFCF"
 HATCH = "#A8A8A8"
 
-WIDTHS = {"one": 3.3, "two": 6.8}  # inches: one column fits NeurIPS, ICML, ACL and IEEE pages alike
+VENUES: dict[str, dict[str, float]] = {
+    "general": {"one": 3.3, "two": 6.8},
+    "neurips": {"one": 3.3, "two": 5.5},
+    "icml": {"one": 3.25, "two": 6.75},
+    "acl": {"one": 3.03, "two": 6.3},
+    "ieee": {"one": 3.5, "two": 7.16},
+}
+"""Inches of one column of text and of the whole page; in NeurIPS's single column a small figure stands alone."""
 FONT = ("DejaVu Sans", "Verdana", "Arial", "sans-serif")
 """The first ships with matplotlib, so that a figure is the same on every machine; Verdana has its widths."""
 TEXT = 7.0  # points, at print size; nothing is smaller
@@ -152,9 +159,9 @@ def name(role: str) -> str:
     return NAMES.get(role, role)
 
 
-def data_width(width: str, columns: int) -> float:
+def data_width(width: str, columns: int, venue: str = "general") -> float:
     """About how many inches wide each of so many data areas side by side will be."""
-    return (WIDTHS[width] - 0.9) / columns - 0.2
+    return (VENUES[venue][width] - 0.9) / columns - 0.2
 
 
 def blend(ramp: tuple[str, ...], depth: float) -> tuple[float, float, float]:

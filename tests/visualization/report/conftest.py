@@ -49,7 +49,8 @@ def detection() -> pd.DataFrame:
     lines = []
     for rate in (0.01, 0.001):
         for metric, rows, value in (
-            ("tpr", "triggered", 0.9), ("tpr", "fired", 0.95), ("fpr", "clean", 0.01), ("fpr_worst", "near_miss", 0.04),
+            ("tpr", "triggered", 0.9), ("tpr", "fired", 0.95), ("fpr", "clean", 0.01),
+            ("fpr_worst", "near_miss", 0.04),
         ):  # fmt: skip
             lines.append(
                 {"detector": "fused", "metric": metric, "rows": rows, "rate": rate, "value": value}

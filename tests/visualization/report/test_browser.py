@@ -186,7 +186,7 @@ def test_a_screen_reader_finds_landmarks_headings_and_labels(opened, file):
     assert levels[0] == 1
     assert all(below - above <= 1 for above, below in pairwise(levels))
     unnamed = """[...document.querySelectorAll('select, input, button, [tabindex="0"], svg[role=img]')]
-      .filter((el) => !el.labels?.length && !el.getAttribute('aria-label') && !el.textContent.trim()).length"""
+      .filter((el) => !(el.labels?.length || el.ariaLabel || el.textContent.trim())).length"""
     assert page.evaluate(unnamed) == 0
     ids = page.evaluate("[...document.querySelectorAll('[id]')].map((el) => el.id)")
     assert len(ids) == len(set(ids))

@@ -47,8 +47,8 @@ READINGS: dict[str, Reading] = {
     ),
     "intervention-positions": Reading(
         "inside",
-        "The effect starts at the trigger's own tokens in low layers and moves to the last position: where it "
-        "changes place, information is moved.",
+        "The effect starts at the trigger's own tokens in low layers and moves to the last position: where "
+        "it changes place, information is moved.",
         CLEAR,
     ),
     "intervention-layers": Reading(
