@@ -136,7 +136,7 @@ VENUES: dict[str, dict[str, float]] = {
     "acl": {"one": 3.03, "two": 6.3},
     "ieee": {"one": 3.5, "two": 7.16},
 }
-"""Inches of one column of text and of the whole page; in NeurIPS's single column a small figure stands alone."""
+"""Inches of one column of text and of the whole page; in NeurIPS a small figure stands alone."""
 FONT = ("DejaVu Sans", "Verdana", "Arial", "sans-serif")
 """The first ships with matplotlib, so that a figure is the same on every machine; Verdana has its widths."""
 TEXT = 7.0  # points, at print size; nothing is smaller
