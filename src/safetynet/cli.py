@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from safetynet.comparing_command import compare
 from safetynet.errors import InputError, SafetyNetError
 from safetynet.terminal import logging_to, print_places, print_rates
 
@@ -211,6 +212,9 @@ def plot(folder: RunFolder) -> None:
     with found.lock(), logging_to(found.log):
         pipeline.draw(found.recipe, found)
         typer.echo(f"Figures: {found.figures}")
+
+
+app.command()(compare)
 
 
 @app.command()
