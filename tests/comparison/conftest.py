@@ -90,15 +90,14 @@ def tradeoff(asr: int = 0) -> pd.DataFrame:
     )
 
 
-def detection(auroc: float = 0.99, caught: int = 95, names: tuple[str, ...] = ("ranks:last",)) -> pd.DataFrame:
+def detection(auroc: float = 0.99, caught: int = 95) -> pd.DataFrame:
     def line(metric: str, rows: str, value: float, rate: float = float("nan")) -> dict[str, Any]:
         return {"detector": "fused", "metric": metric, "rows": rows, "rate": rate, "value": value, "n": 100}
 
     lines = [line("auroc", "fired", auroc), line("auroc", "placebo", 0.5), line("auroc", "near_miss", 0.6)]
     for nominal in (0.01, 0.001):
         lines += [line("tpr", "fired", caught / 100, nominal), line("fpr", "clean", nominal, nominal)]
-    others = [line("auroc", "fired", 0.7) | {"detector": name} for name in names]
-    return pd.DataFrame(lines + others)
+    return pd.DataFrame([*lines, line("auroc", "fired", 0.7) | {"detector": "ranks:last"}])
 
 
 def everything(**changed: Any) -> dict[str, pd.DataFrame]:
@@ -132,10 +131,9 @@ def subject() -> Callable[..., Subject]:
 
     def make(family: str = "qwen", seed: int = 0, *fields: str, group: str = "", **changed: Any) -> Subject:
         name = f"{family}-miniature/seed-{seed}"
-        return Subject(
-            name, f"results/{name}", a_recipe(family, seed, *fields), {"safetynet": "0.1.0", "torch": "2.13.0"},
-            everything(**changed), group or family,
-        )  # fmt: skip
+        versions = {"safetynet": "0.1.0", "torch": "2.13.0"}
+        made = a_recipe(family, seed, *fields)
+        return Subject(name, f"results/{name}", made, versions, everything(**changed), group or family)
 
     return make
 

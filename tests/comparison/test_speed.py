@@ -73,7 +73,8 @@ def test_a_group_with_a_censored_seed_has_a_lower_bound_and_no_upper_end(
     subject: Callable, curve: Callable
 ) -> None:
     seeds = [
-        subject(seed=at, dynamics_backdoored=curve({0: 0.0, 100: value})) for at, value in enumerate((1.0, 0.4))
+        subject(seed=at, dynamics_backdoored=curve({0: 0.0, 100: value}))
+        for at, value in enumerate((1.0, 0.4))
     ]
     found = speed.by_group(speed.speeds(seeds)).set_index(["threshold", "unit"])
     line = found.loc[(0.5, "steps")]

@@ -5,7 +5,7 @@ runs, and sentences about what is missing or mixed. Reads no file and computes n
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
@@ -84,7 +84,9 @@ def check(subjects: Sequence[Subject]) -> None:
                     f"{subject.folder}/tables/{name}.parquet: the table is damaged or of another version (it "
                     f"{fault}). Delete it and make it again: {maker(name, subject)}."
                 )
-    versions = {subject.versions.get("safetynet", "unknown"): subject for subject in reversed(subjects)}
+    versions: dict[str, Subject] = {}
+    for subject in subjects:
+        versions.setdefault(subject.versions.get("safetynet", "unknown"), subject)
     if len(versions) > 1:
         told = "; ".join(f"{one.folder} by {version}" for version, one in versions.items())
         raise InputError(
@@ -101,19 +103,19 @@ def grouped(subjects: Sequence[Subject]) -> list[Subject]:
     Raises:
         InputError: if two runs have the same settings and the same seed: they are one measurement, not two.
     """
-    settings = {subject.name: _settings(subject.recipe) for subject in subjects}
-    keys = {name: tuple(map(str, own.values())) for name, own in settings.items()}
+    settings = [_settings(subject.recipe) for subject in subjects]
+    keys = [tuple(map(str, own.values())) for own in settings]
     seen: dict[tuple[object, ...], Subject] = {}
-    for subject in subjects:
-        one = (keys[subject.name], subject.recipe.seed)
+    for subject, key in zip(subjects, keys, strict=True):
+        one = (key, subject.recipe.seed)
         if one in seen:
             raise InputError(
                 f"compare: {seen[one].folder} and {subject.folder} have the same settings and the same seed "
                 f"({subject.recipe.seed}), so that they are one measurement. Leave one of them out."
             )
         seen[one] = subject
-    names = _names(settings, keys)
-    named = [Subject(**{**vars(one), "group": names[keys[one.name]]}) for one in subjects]
+    names = _names(dict(zip(keys, settings, strict=True)))
+    named = [replace(one, group=names[key]) for one, key in zip(subjects, keys, strict=True)]
     order = list(dict.fromkeys(one.group for one in named))
     return sorted(named, key=lambda one: (order.index(one.group), one.recipe.seed))
 
@@ -145,7 +147,7 @@ def notes(subjects: Sequence[Subject]) -> list[str]:
     lone = [str(group) for group, size in sizes.items() if size == 1]
     if lone:
         said.append(
-            f"One seed only: {', '.join(lone)}. Numbers of one seed have no interval here, and nothing is "
+            f"One seed only: {'; '.join(lone)}. Numbers of one seed have no interval here, and nothing is "
             "claimed of them. Make more with --set seed=1 and another task."
         )
     return said
@@ -228,11 +230,8 @@ def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, value
 
 
-def _names(
-    settings: Mapping[str, Mapping[str, Any]], keys: Mapping[str, tuple[str, ...]]
-) -> dict[tuple[str, ...], str]:
+def _names(groups: Mapping[tuple[str, ...], Mapping[str, Any]]) -> dict[tuple[str, ...], str]:
     """A name for each group: its family, and the fields in which groups of one family differ."""
-    groups = {keys[name]: own for name, own in settings.items()}
     fields = list(dict.fromkeys(field for own in groups.values() for field in own))
     varied = [field for field in fields if _varies(field, groups.values())]
     # a trigger's or behaviour's texts are told by its name, unless only the texts differ
@@ -255,6 +254,8 @@ def _varies(field: str, groups: Any) -> bool:
 
 def _told(field: str, value: Any) -> str:
     text = " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-    if field in ("backdoor.trigger", "backdoor.behaviour", "model.id"):
+    if field == "backdoor.behaviour":
         return text.replace("_", " ")
+    if field in ("backdoor.trigger", "model.id"):
+        return text
     return f"{field.rpartition('.')[2].replace('_', ' ')} {text}"

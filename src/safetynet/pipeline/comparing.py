@@ -83,7 +83,10 @@ def _subject(run: Run, name: str) -> Subject:
     Raises:
         InputError: if a table is gone, cannot be read, or is no longer what its stage wrote.
     """
-    manifest, recipe = run.manifest, run.recipe
+    manifest = run.manifest
+    if "compare" in manifest["stages"]:
+        raise InputError(f"{run.folder}: this is a comparison, not a run. Name run directories.")
+    recipe = run.recipe
     recorded: dict[str, str] = {}
     for stage in manifest["stages"].values():
         recorded |= stage.get("outputs", {})

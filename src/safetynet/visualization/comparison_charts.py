@@ -69,7 +69,7 @@ def speed(by_group: Measurements, by_run: Measurements, source: Source) -> Chart
         axis = Axis(label, limits=(0.0, max(filter(math.isfinite, ends), default=1.0)))
         for threshold in sorted(set(groups["threshold"])):
             part = own[own["threshold"] == threshold]
-            seeds = runs[runs["threshold"] == threshold].assign(value=runs[unit])
+            seeds = runs.assign(value=runs[unit])[runs["threshold"] == threshold]
             drawn = [
                 _marks(part[part["censored"] == 0], names, label=MEAN),
                 _marks(part[part["censored"] > 0], names, label="not reached by every seed", part="control"),
@@ -175,7 +175,7 @@ def components(by_group: Measurements, by_run: Measurements, source: Source) -> 
             up = DODGE * (1 - place)
             mine = _percent(own[own["part"] == name], ("value", "low", "high"))
             drawn.append(_marks(mine, names, label=PART_NAMES[name], role=role, up=up))
-            each = _percent(seeds[seeds["part"] == name].assign(value=seeds["share"]), ("value",))
+            each = seeds.assign(value=100 * seeds["share"])[seeds["part"] == name]
             drawn.append(_marks(each, names, role=role, part="raw", up=up))
         panels.append(_lines(axis, names, drawn, direction, LINE * 1.7))
     control = groups["control"].max()
