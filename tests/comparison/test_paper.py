@@ -11,8 +11,8 @@ from safetynet import comparison
 from safetynet.comparison.paper import PaperTable, cell, page, paper_tables
 from safetynet.comparison.subjects import grouped, notes
 
-DOCUMENT = r"""\documentclass{article}
-\usepackage[margin=1cm,landscape]{geometry}
+DOCUMENT = r"""\documentclass[twocolumn]{article}
+\usepackage[paperwidth=8.5in,textwidth=7in]{geometry}
 \usepackage{booktabs}
 \begin{document}
 %s
@@ -70,19 +70,36 @@ def test_markdown_keeps_a_bar_within_its_cell() -> None:
     assert table.markdown() == "| x\\|y |\n| --- |\n| 1\\|2 |\n"
 
 
-def test_every_table_compiles(
-    compared: dict[str, pd.DataFrame], need: Callable[[str], Path], tmp_path: Path
-) -> None:
+@pytest.fixture
+def typeset(need: Callable[[str], Path], tmp_path: Path) -> Callable[[dict[str, pd.DataFrame]], str]:
+    """`typeset(tables)` is what pdfLaTeX says of a paper of two columns with all tables in it."""
     latex = need("pdflatex")
     if not subprocess.run([need("kpsewhich"), "booktabs.sty"], capture_output=True, check=False).stdout:
         pytest.skip("LaTeX's package booktabs is not here")
-    tables = "\n".join(table.latex() for table in paper_tables(compared))
-    (tmp_path / "tables.tex").write_text(DOCUMENT % tables, encoding="utf-8")
-    command = [latex, "-interaction=nonstopmode", "-halt-on-error", "tables.tex"]
-    done = subprocess.run(
-        command, cwd=tmp_path, capture_output=True, text=True, errors="replace", check=False
-    )
-    assert done.returncode == 0, done.stdout[-2000:]
+
+    def make(tables: dict[str, pd.DataFrame]) -> str:
+        text = "\n".join(table.latex() for table in paper_tables(tables))
+        (tmp_path / "paper.tex").write_text(DOCUMENT % text, encoding="utf-8")
+        command = [latex, "-interaction=nonstopmode", "-halt-on-error", "paper.tex"]
+        done = subprocess.run(
+            command, cwd=tmp_path, capture_output=True, text=True, errors="replace", check=False
+        )
+        assert done.returncode == 0, done.stdout[-2000:]
+        return done.stdout
+
+    return make
+
+
+def test_every_table_compiles_whatever_the_trigger_is(
+    compared: dict[str, pd.DataFrame], typeset: Callable
+) -> None:
+    typeset(compared)
+
+
+def test_tables_of_five_families_fit_the_page(subject: Callable, typeset: Callable) -> None:
+    families = ("llama2", "llama3", "qwen", "gemma", "mixtral")
+    runs = [subject(family, seed) for family in families for seed in range(3)]
+    assert "Overfull" not in typeset(comparison.compare(grouped(runs)))
 
 
 def test_the_page_says_what_is_missing_before_it_shows_what_is_there(subject: Callable) -> None:

@@ -64,8 +64,7 @@ def differences(made: dict[str, pd.DataFrame]) -> pd.DataFrame:
 
     Returns:
         Columns quantity, groups, runs, p (permutation test, `seeds.groups_differ`) and q (Benjamini and
-        Hochberg 1995, over all lines). A quantity that some run lacks, or never reached, is asked of the
-        others.
+        Hochberg 1995, over all lines). A quantity that some run lacks is asked of the others.
     """
     lines = []
     for quantity, table in _quantities(made):
@@ -85,7 +84,9 @@ def _quantities(made: dict[str, pd.DataFrame]) -> list[tuple[str, pd.DataFrame]]
     """Each number of a run that groups may differ in, with its runs."""
     found = []
     for threshold, part in _parts(made, "speeds", "threshold"):
-        found.append((f"steps until ASR {100 * threshold:g}%", part.assign(number=part["steps"])))
+        # a seed that never got there counts with its last measurement: leaving the slow out would hide them
+        reached = part["steps"].fillna(part["last_step"])
+        found.append((f"steps until ASR {100 * threshold:g}%", part.assign(number=reached)))
     for (view, direction), part in _parts(made, "centres", ["view", "direction"]):
         found += [
             (f"{number}, {view}, {direction}", part.assign(number=part[number]))

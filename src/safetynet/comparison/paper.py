@@ -15,6 +15,8 @@ INTERVAL = (
     "Mean over seeds [95% interval over seeds]; of one seed no interval is given and nothing is claimed."
 )
 VIEW_NAMES = {"mlp": "MLP", "expert": "experts", "adapter": "adapter off", "layer": "layers"}
+NARROW = 3
+"""Columns that fit one column of a page."""
 PARTS = ("attention", "mlp", "expert")
 SHOWN = (
     ("layer", "remove"), ("layer", "induce"), ("attention", "remove"), ("mlp", "remove"),
@@ -44,9 +46,12 @@ class PaperTable:
         return {"tex": self.latex(), "md": self.markdown(), "csv": self.csv()}
 
     def latex(self) -> str:
-        """A floating table for the package booktabs; characters that pdfLaTeX lacks are given as U+ codes."""
+        """A floating table for the package booktabs, over both columns of the page where it is wide.
+
+        Characters that pdfLaTeX lacks are given as U+ codes.
+        """
         escaped = self.cells.map(_latex).rename(columns=_latex)
-        return escaped.to_latex(
+        text = escaped.to_latex(
             index=False,
             escape=False,
             column_format="l" + "r" * (len(escaped.columns) - 1),
@@ -54,6 +59,10 @@ class PaperTable:
             label=f"tab:{self.name}",
             position="t",
         )
+        if len(escaped.columns) <= NARROW:
+            return text
+        small = "\\begin{table*}[t]\n\\scriptsize\\setlength{\\tabcolsep}{2.5pt}"
+        return text.replace("\\begin{table}[t]", small).replace("\\end{table}", "\\end{table*}")
 
     def markdown(self) -> str:
         """A pipe table."""
@@ -178,7 +187,7 @@ def _shares(tables: Mapping[str, pd.DataFrame]) -> PaperTable:
         own = heads[(heads["group"] == group) & (heads["direction"] == direction)]
         for row in own.itertuples():
             line["responsible heads"] = f"{cell(row.count, row.low, row.high, row.seeds, 1)} of {row.of}"
-            line["in every seed"] = row.in_all or "none"
+            line["in every seed"] = "-" if row.seeds < 2 else row.in_all or "none"
             alike = "-" if math.isnan(row.jaccard) else f"{row.jaccard:.2f} ({row.chance:.2f})"
             line["overlap (chance)"] = alike
         lines.append(line)
@@ -251,7 +260,7 @@ def _outcomes(tables: Mapping[str, pd.DataFrame]) -> PaperTable:
 
 
 def _percent(value: float, low: float, high: float, seeds: float) -> str:
-    return cell(value, low, high, seeds, 1 if value < 0.1 or value > 0.9 else 0, 100)
+    return cell(value, low, high, seeds, 1 if value < 0.1 else 0, 100)
 
 
 def _tests(tables: Mapping[str, pd.DataFrame]) -> Iterator[tuple[str, str, str, pd.DataFrame]]:

@@ -47,7 +47,7 @@ VIEW_TITLES = {
 DIRECTION_ROLES: dict[str, Role] = {"remove": "backdoored", "induce": "triggered"}
 PART_ROLES: dict[str, Role] = {"attention": "method_1", "mlp": "method_2", "expert": "method_3"}
 PART_NAMES = {"attention": "attention", "mlp": "MLP", "expert": "single experts"}
-PERCENT_OF = Axis("", "%", limits=PERCENT.limits, ticks=PERCENT.ticks)
+PERCENT_OF = Axis("Percent", limits=PERCENT.limits, ticks=PERCENT.ticks)
 DEPTH = Axis("Relative depth", limits=(0.0, 1.0), ticks=((0.0, "0"), (0.5, "0.5"), (1.0, "1")))
 READING = (
     "Marks are means over seeds with 95% intervals over seeds; faint marks are single seeds, and a group "
@@ -64,12 +64,11 @@ def speed(by_group: Measurements, by_run: Measurements, source: Source) -> Chart
     names = _names(groups)
     panels = []
     for unit, label in (("steps", "Steps"), ("rows", "Poisoned rows")):
-        own = groups[(groups["unit"] == unit) & groups["value"].notna()]
-        ends = [nice(value) for value in (own["value"].max(), own["high"].max(), runs[unit].max())]
-        axis = Axis(label, limits=(0.0, max(filter(math.isfinite, ends), default=1.0)))
         for threshold in sorted(set(groups["threshold"])):
-            part = own[own["threshold"] == threshold]
+            part = groups[(groups["unit"] == unit) & (groups["threshold"] == threshold)]
             seeds = runs.assign(value=runs[unit])[runs["threshold"] == threshold]
+            ends = [part["value"].max(), part["high"].max(), seeds["value"].max()]
+            axis = Axis(label, limits=(0.0, nice(max(filter(math.isfinite, ends), default=1.0))))
             drawn = [
                 _marks(part[part["censored"] == 0], names, label=MEAN),
                 _marks(part[part["censored"] > 0], names, label="not reached by every seed", part="control"),
@@ -251,19 +250,24 @@ def outcomes(by_group: Measurements, source: Source) -> Chart:
     )
 
 
-def _names(table: pd.DataFrame) -> list[str]:
-    """Groups from top to bottom."""
-    return list(dict.fromkeys(table["group"]))
+def _names(table: pd.DataFrame) -> dict[str, str]:
+    """Groups from top to bottom, and what stands on their lines: a lone seed is told."""
+    seeds = table.groupby("group", sort=False)["seeds"].max()
+    lone = " (1 seed)"
+    return {
+        str(group): shortened(str(group), NAME) if n > 1 else shortened(str(group), NAME - len(lone)) + lone
+        for group, n in seeds.items()
+    }
 
 
 def _lines(
-    axis: Axis, names: Sequence[str], drawn: Sequence[Series | None], title: str, line: float = LINE
+    axis: Axis, names: Mapping[str, str], drawn: Sequence[Series | None], title: str, line: float = LINE
 ) -> Panel | None:
     """A panel with one line for each group; None where nothing is to be drawn."""
     series = tuple(one for one in drawn if one is not None)
     if not series:
         return None
-    ticks = tuple((-float(place), shortened(name, NAME)) for place, name in enumerate(names))
+    ticks = tuple((-float(place), name) for place, name in enumerate(names.values()))
     y = Axis("", limits=(0.6 - len(names), 0.4) if len(names) > 1 else (-0.5, 0.5), ticks=ticks)
     references = (Reference(0.5, "x"),) if axis is DEPTH else ()
     return Panel(axis, y, series, title, references, height=0.15 + line * len(names))
@@ -271,7 +275,7 @@ def _lines(
 
 def _marks(
     rows: pd.DataFrame,
-    names: Sequence[str],
+    names: Mapping[str, str],
     *,
     label: str = "",
     role: Role = "ink",
@@ -282,7 +286,8 @@ def _marks(
     rows = rows[rows["value"].notna()]
     if rows.empty:
         return None
-    y = [up - names.index(group) for group in rows["group"]]
+    place = {group: float(at) for at, group in enumerate(names)}
+    y = [up - place[group] for group in rows["group"]]
     interval = {}
     notes = list(rows["group"])
     if "low" in rows:
@@ -300,7 +305,8 @@ def _percent(rows: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
 
 
 def _rho(row: Mapping[str, Any]) -> str:
-    return f"{row['rho']:.1f}".replace("-", "−") + ("*" if row["q"] < 0.05 else "")
+    shown = f"{row['rho']:.1f}".replace("-0.0", "0.0").replace("-", "−")
+    return shown + ("*" if row["q"] < 0.05 and row["seeds"] > 1 else "")
 
 
 def _agreed(row: Mapping[str, Any]) -> str:

@@ -27,7 +27,7 @@ SHARES = Form(
     "shares_by_group", (*_MEAN, "control"), texts=("group",), words={"direction": DIRECTIONS, "part": PARTS}
 )
 AGREEMENT = Form(
-    "agreement", ("rho", "low", "high", "pairs", "p", "q"), texts=("first", "second"), words=_PLACE
+    "agreement", ("rho", "low", "high", "pairs", "seeds", "p", "q"), texts=("first", "second"), words=_PLACE
 )
 OUTCOMES = Form(
     "outcomes_by_group", (*_MEAN, *interval("control")), texts=("group", "aspect", "measure", "control_is")

@@ -85,7 +85,7 @@ class ComparisonVisualizer:
         """Rank correlation of layer profiles of each two groups.
 
         Args:
-            agreement: view, direction, first, second, rho, low, high, pairs, p and q.
+            agreement: view, direction, first, second, rho, low, high, pairs, seeds, p and q.
         """
         chart = comparison_charts.agreement(agreement, self._source("agreement"))
         return Figure(chart, "compare-agreement", self.folder)
