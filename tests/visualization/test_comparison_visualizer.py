@@ -55,7 +55,9 @@ def compared():
             for group, run in runs for part in ("attention", "mlp")
         ],
         "shares_by_group": [
-            line for part in ("attention", "mlp") for line in both(direction="remove", part=part, control=0.01)
+            line
+            for part in ("attention", "mlp")
+            for line in both(direction="remove", part=part, control=0.01)
         ],
         "agreement": [
             {"view": "layer", "direction": "remove", "first": first, "second": second, "rho": 0.9, "low": NAN}

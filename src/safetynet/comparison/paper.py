@@ -50,7 +50,7 @@ class PaperTable:
 
         Characters that pdfLaTeX lacks are given as U+ codes.
         """
-        escaped = self.cells.map(_latex).rename(columns=_latex)
+        escaped = self.cells.map(_latex).rename(columns=_heading)
         text = escaped.to_latex(
             index=False,
             escape=False,
@@ -303,6 +303,15 @@ def _text(value: object) -> str:
 
 def _markdown(value: object) -> str:
     return str(value).replace("|", "\\|").replace("\n", " ")
+
+
+def _heading(name: object) -> str:
+    """A column's name, in two lines where it is long."""
+    words = str(name).split(" ")
+    if len(str(name)) < 10 or len(words) < 2:
+        return _latex(name)
+    first = next(at for at in range(1, len(words)) if 2 * len(" ".join(words[: at + 1])) > len(str(name)))
+    return rf"\shortstack[r]{{{_latex(' '.join(words[:first]))}\\{_latex(' '.join(words[first:]))}}}"
 
 
 def _latex(value: object) -> str:
