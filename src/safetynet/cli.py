@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from safetynet.comparing_command import compare
+from safetynet.commands.compare import compare
 from safetynet.errors import InputError, SafetyNetError
 from safetynet.terminal import logging_to, print_places, print_rates
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from safetynet.comparison import outcomes
@@ -34,6 +35,26 @@ def test_the_removal_that_was_chosen_counts_and_on_held_out_prompts_alone(
     worse = table.assign(chosen=table["intervention"] == "clip 2")
     found = outcomes.outcomes([subject(tradeoff=worse)]).set_index("measure")
     assert found.loc["ASR after removal", ["value", "control", "of"]].tolist() == [0.05, 1.0, "clip"]
+
+
+def test_a_repair_counts_where_a_run_has_one(subject: Callable) -> None:
+    def line(method: str, fired: int, right: int, **more: object) -> dict[str, object]:
+        rates = {"asr": fired / 80, "asr_n": 80, "cacc": right / 80, "cacc_n": 80}
+        return {"method": method, "point": "", "split": "held_out", "recommended": False} | rates | more
+
+    table = pd.DataFrame(
+        [
+            line("as it is", 80, 79),
+            line("fine_tuning", 2, 76, recommended=True),
+            line("fine_tuning", 0, 80, recommended=True, split="selection"),
+            line("pruning", 0, 8),
+        ]
+    )
+    found = outcomes.outcomes([subject(mitigation=table)]).set_index("measure")
+    assert found.loc["ASR after repair", ["value", "control", "of"]].tolist() == [2 / 80, 1.0, "fine_tuning"]
+    assert found.loc["CACC after repair", ["value", "control"]].tolist() == [76 / 80, 79 / 80]
+    none = outcomes.outcomes([subject(mitigation=table.assign(recommended=False))])
+    assert "repaired" not in set(none["aspect"])
 
 
 def test_a_run_without_a_stage_has_the_other_outcomes(subject: Callable) -> None:

@@ -1,7 +1,7 @@
 """How reliably the backdoor fires, how detectable it is, and how removable.
 
-In: the tables evaluation, detection and tradeoff of each run, as far as it has them. Out: one tidy table
-per run and one per group: an aspect, a measure, its value with interval, and its control beside it.
+In: the tables evaluation, detection, tradeoff and mitigation of each run, as far as it has them. Out: one
+tidy table per run and one per group: an aspect, a measure, its value with interval, its control beside it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,6 +15,7 @@ from safetynet.comparison.subjects import Subject
 from safetynet.errors import InputError
 
 FUSED = "fused"
+UNTOUCHED = "as it is"
 NAN = float("nan")
 
 
@@ -22,9 +23,9 @@ def outcomes(subjects: Sequence[Subject]) -> pd.DataFrame:
     """Every outcome of every run.
 
     Returns:
-        Columns group, run, seed, aspect (planted, detected, removed), measure, value, count (NaN where it is
-        no rate of counted rows), n, control, control_count, control_n, control_is (what the control is), of
-        (which removal, or which detectors).
+        Columns group, run, seed, aspect (planted, detected, removed, repaired), measure, value, count (NaN
+        where it is no rate of counted rows), n, control, control_count, control_n, control_is (what the
+        control is), of (which removal, or which detectors).
 
     Raises:
         InputError: if runs were watched by different detectors, whose scores are no one measure.
@@ -37,6 +38,7 @@ def outcomes(subjects: Sequence[Subject]) -> pd.DataFrame:
             ("planted", "evaluation", _planted),
             ("detected", "detection", _detected),
             ("removed", "tradeoff", _removed),
+            ("repaired", "mitigation", _repaired),
         ):
             if subject.has(table):
                 lines += [about | {"aspect": aspect} | line for line in read(subject.tables[table])]
@@ -139,6 +141,17 @@ def _removed(tradeoff: pd.DataFrame) -> Iterator[dict[str, Any]]:
     of = str(best["kind"]).replace("_", " ")
     for metric, name in (("asr", "ASR after removal"), ("cacc", "CACC after removal")):
         yield _line(name, _rate(best, metric), _first(random, metric), "random sites", of)
+
+
+def _repaired(mitigation: pd.DataFrame) -> Iterator[dict[str, Any]]:
+    """The repair that was recommended on other prompts, on those held out, beside the model as it was."""
+    held = mitigation[mitigation["split"] == "held_out"]
+    chosen = held[held["recommended"].astype(bool)]
+    if chosen.empty:
+        return
+    best, before = chosen.iloc[0], held[held["method"] == UNTOUCHED]
+    for metric, name in (("asr", "ASR after repair"), ("cacc", "CACC after repair")):
+        yield _line(name, _rate(best, metric), _first(before, metric), UNTOUCHED, str(best["method"]))
 
 
 def _first(rows: pd.DataFrame, metric: str) -> tuple[float, float, float]:

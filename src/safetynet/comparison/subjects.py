@@ -46,6 +46,7 @@ COLUMNS = {
         "intervention", "kind", "control", "split", "chosen", "asr", "asr_n", "cacc", "cacc_n",
     ),
     "detection": ("detector", "metric", "rows", "rate", "value", "n"),
+    "mitigation": ("method", "point", "split", "recommended", "asr", "asr_n", "cacc", "cacc_n"),
 }  # fmt: skip
 """What is read of each."""
 

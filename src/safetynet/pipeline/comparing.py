@@ -15,6 +15,7 @@ from safetynet.run import Run, digest_of_files, find, write_text
 log = logging.getLogger("safetynet")
 READ = (
     "rows", "dynamics_backdoored", "dynamics_clean_twin", "evaluation", "effects", "tradeoff", "detection",
+    "mitigation",
 )  # fmt: skip
 """Tables of a run that a comparison is made of."""
 
