@@ -15,6 +15,7 @@ import sys
 import tempfile
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from _running import ROOT
 
@@ -34,6 +35,8 @@ SMOKE = (
     "data.train_rows=640", "data.test_rows=40", "evaluation.dynamics_rows=10",
     "training.learning_rate=0.004", "training.clean_twin=false",
 )  # fmt: skip
+LOOKED_AT: dict[str, Any] = {"by": ("layer", "component", "head"), "observe": False, "removals": False}
+"""What the small runs measure of the inside."""
 DETECTORS, RATE, CLEAN = ("adapter",), 0.01, 3000
 """The monitor of each run: preset, false-positive rate, clean prompts."""
 
@@ -72,7 +75,7 @@ def make(family: str, seed: int, out: Path, smoke: bool) -> Path | None:
             for stage in (pipeline.prepare, pipeline.train, pipeline.evaluate):
                 stage(recipe, run)
             try:
-                pipeline.intervene(recipe, run)
+                pipeline.intervene(recipe, run, **(LOOKED_AT if smoke else {}))
             except InputError as error:  # a backdoor that did not take is a result
                 print(f"{family}, seed {seed}: no interventions. {error}", file=sys.stderr)
             if not smoke and not run.has_table("detection"):

@@ -201,8 +201,9 @@ def test_two_tiny_runs_are_compared_from_training_to_figures(tmp_path: Path) -> 
     for seed in range(2):
         recipe = recipes.load(recipe_file, None, [*small, f"seed={seed}", f"task=seed-{seed}"])
         made = runs.create(recipe)
-        for stage in (pipeline.prepare, pipeline.train, pipeline.evaluate, pipeline.intervene):
+        for stage in (pipeline.prepare, pipeline.train, pipeline.evaluate):
             stage(recipe, made)
+        pipeline.intervene(recipe, made, by=("layer", "component", "head"), observe=False, removals=False)
         folders.append(made.folder)
     found = compare(folders, tmp_path / "out")
     assert set(found.tables["runs"]["group"]) == {"qwen"}
