@@ -22,6 +22,7 @@ from safetynet.recipe import Model
 RECIPES = Path(__file__).parents[1] / "recipes"
 COMMANDS = (
     "run", "train", "evaluate", "intervene", "detect", "guard", "audit", "plot", "report", "miniatures",
+    "run", "train", "evaluate", "intervene", "detect", "guard", "audit", "plot", "compare", "miniatures",
     "families",
 )  # fmt: skip
 

@@ -14,6 +14,7 @@ import typer
 
 from safetynet.commands.miniatures import miniature_app
 from safetynet.commands.report import report
+from safetynet.commands.compare import compare
 from safetynet.errors import InputError, SafetyNetError
 from safetynet.terminal import logging_to, print_places, print_rates
 
@@ -221,6 +222,9 @@ def plot(
 
 
 app.command()(report)
+
+
+app.command()(compare)
 
 
 @app.command()

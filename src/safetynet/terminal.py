@@ -53,6 +53,14 @@ def print_places(tables: "Mapping[str, pd.DataFrame]") -> None:
         _print(removals(tables["tradeoff"]), "What removes it, on held-out prompts, 95% intervals")
 
 
+def print_comparison(tables: "Mapping[str, pd.DataFrame]") -> None:
+    """The tables that stand beside a comparison's figures."""
+    from safetynet.comparison.paper import paper_tables
+
+    for table in paper_tables(tables):
+        _print(table.cells, f"{table.title}, mean over seeds [95% interval over seeds]")
+
+
 def print_rates(evaluation: "pd.DataFrame") -> None:
     """Every rate by role and model."""
     from safetynet.findings import summary

@@ -6,14 +6,18 @@ evaluate   evaluate    rates by role of base, backdoored and twin, with interval
 intervene  interventions  where the trigger acts, beside controls, and what removes it
 detect     detect      a monitor of fresh clean prompts, and what it catches; on demand
 draw       figures     figures and the report from the tables alone
+draw       figures     figures and report.md from the tables alone
+compare    compare     finished runs side by side; on demand
 """
 
+from safetynet.pipeline.comparing import compare
 from safetynet.pipeline.detecting import detect, guard
 from safetynet.pipeline.dissecting import intervene
 from safetynet.pipeline.drawing import draw, index, report
 from safetynet.pipeline.planting import evaluate, evaluate_adapter, prepare, train
 
 __all__ = [
+    "compare",
     "detect",
     "draw",
     "evaluate",
@@ -23,5 +27,7 @@ __all__ = [
     "intervene",
     "prepare",
     "report",
+    "intervene",
+    "prepare",
     "train",
 ]
