@@ -12,9 +12,9 @@ from typing import Annotated, Any
 
 import typer
 
+from safetynet.commands.compare import compare
 from safetynet.commands.miniatures import miniature_app
 from safetynet.commands.report import report
-from safetynet.commands.compare import compare
 from safetynet.errors import InputError, SafetyNetError
 from safetynet.terminal import logging_to, print_places, print_rates
 

@@ -6,7 +6,6 @@ evaluate   evaluate    rates by role of base, backdoored and twin, with interval
 intervene  interventions  where the trigger acts, beside controls, and what removes it
 detect     detect      a monitor of fresh clean prompts, and what it catches; on demand
 draw       figures     figures and the report from the tables alone
-draw       figures     figures and report.md from the tables alone
 compare    compare     finished runs side by side; on demand
 """
 
@@ -27,7 +26,5 @@ __all__ = [
     "intervene",
     "prepare",
     "report",
-    "intervene",
-    "prepare",
     "train",
 ]
