@@ -73,7 +73,7 @@ def test_a_model_without_adapter_is_repaired_in_a_copy(planted, merged, logits, 
         ("adapter_off_on_alarm", {}),
         ("abstain", {}),
         ("cleangen", {"ratio": 2}),
-        ("unlearning", {"epochs": 8}),
+        ("unlearning", {"epochs": 4}),
     ],
 )
 def test_what_knows_enough_removes_the_backdoor_and_keeps_clean_answers(planted, judged, name, knobs):
