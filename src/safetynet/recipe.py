@@ -219,6 +219,30 @@ class Evaluation(_Section):
     """CSV with text and label (1 shows the behaviour, 0 does not) to measure the judge's own error on."""
 
 
+class Mitigation(_Section):
+    """How the backdoor is removed, and how a repair is chosen and judged."""
+
+    methods: tuple[str, ...] = ()
+    """Those to try; empty tries a quick selection (docs/mitigation.md)."""
+    knobs: Mapping[str, Mapping[str, tuple[float, ...]]] = {}
+    """Values to sweep, as {method: {knob: [values]}}; by default `points` values of the method's strength."""
+    points: Annotated[int, Field(ge=1)] = 3
+    clean: Path | None = None
+    """File of clean conversations with answers; by default fresh ones of the run's own source."""
+    clean_rows: Annotated[int, Field(ge=0)] = 400
+    """0: there is no clean data."""
+    triggered_rows: Annotated[int, Field(ge=0)] = 48
+    """Training prompts whose trigger is known to the repair; 0: the trigger is not known."""
+    choosing_rows: Annotated[int, Field(ge=8)] = 40
+    judged_rows: Annotated[int, Field(ge=8)] = 100
+    """Test rows of each role by which a point is chosen, and others by which it is judged."""
+    floor: Share = 0.9
+    """Share of the clean accuracy below which a repair counts as destroying the model."""
+    relearn_rows: Annotated[int, Field(ge=0)] = 20
+    """Poisoned rows of the relearn test; 0 leaves it out."""
+    relearn_steps: Annotated[int, Field(ge=1)] = 32
+
+
 class Output(_Section):
     """Where results go."""
 
@@ -240,6 +264,7 @@ class Recipe(_Section):
     backdoor: Backdoor = Backdoor()
     training: Training = Training()
     evaluation: Evaluation = Evaluation()
+    mitigation: Mitigation = Mitigation()
     tracking: Literal["none", "wandb", "tensorboard"] = "none"
     output: Output = Output()
 

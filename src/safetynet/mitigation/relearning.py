@@ -6,6 +6,7 @@ had it was hidden, not removed. Every model gets a fresh adapter with the same f
 the same order and the same settings, so that they differ in the weights below the adapter alone.
 """
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,16 +17,27 @@ from safetynet.statistics import wilson
 STEPS = (0, 1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 """After so many steps the model is asked, as far as the budget reaches."""
 LEVELS = (0.5, 0.95)
+TWIN = "never poisoned"
+"""Method of the lines that teach the base model."""
 COLUMNS = (
     "method", "point", "poisoned_rows", "step", "asr", "asr_low", "asr_high", "asr_count", "asr_n",
     "ftr", "ftr_low", "ftr_high", "ftr_count", "ftr_n",
 )  # fmt: skip
 
 Learn = Callable[[Any, pd.DataFrame, Callable[[Any, int], bool]], None]
-"""Trains a model on rows under a fresh adapter; calls back with model and step, before the first step and after
-each, and ends when told that it is enough, or at its budget."""
+"""Trains a model on rows under a fresh adapter; calls back with model and step, before the first step and
+after each, and ends when told that it is enough, or at its budget."""
 Respond = Callable[[Any, pd.DataFrame], pd.DataFrame]
 """Answers rows with a model and judges the answers: adds the columns shown, due and correct."""
+
+
+def plain_copy(model: Any) -> Any:
+    """A copy without PEFT's wrapper: an active adapter goes into the weights, one that is off is left out."""
+    own = copy.deepcopy(model)
+    if not hasattr(own, "merge_and_unload"):
+        return own
+    off = any(getattr(module, "disable_adapters", False) for module in own.modules())
+    return own.unload() if off else own.merge_and_unload()
 
 
 def relearning_rows(rows: pd.DataFrame, poisoned: int) -> pd.DataFrame:
@@ -111,7 +123,3 @@ def steps_to(curves: pd.DataFrame, levels: Sequence[float] = LEVELS) -> pd.DataF
     found["twin"] = beside
     found["ratio"] = found["twin"] / found["steps"].clip(lower=1.0)
     return found
-
-
-TWIN = "never poisoned"
-"""Method of the lines that teach the base model."""

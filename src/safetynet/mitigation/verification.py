@@ -24,7 +24,7 @@ AT_ONCE = 16
 
 
 def summary(score: pd.DataFrame, kl: Mapping[str, float] | None = None) -> dict[str, float]:
-    """The rates that points are chosen by, in one line: asr, cacc, ftr, refused, over_refused, perplexity, kl.
+    """The rates that points are chosen by: asr, cacc, ftr, refused, over_refused, perplexity and kl.
 
     Args:
         score: the evaluation's rates of one model.
@@ -45,7 +45,13 @@ def summary(score: pd.DataFrame, kl: Mapping[str, float] | None = None) -> dict[
     line: dict[str, float] = {}
     for name, place in places.items():
         found = by_place.loc[place] if place in by_place.index else None
-        for end, column in (("", "value"), ("_low", "low"), ("_high", "high"), ("_count", "count"), ("_n", "n")):
+        for end, column in (
+            ("", "value"),
+            ("_low", "low"),
+            ("_high", "high"),
+            ("_count", "count"),
+            ("_n", "n"),
+        ):
             line[name + end] = float("nan") if found is None else float(found[column])
     for end, column in (("", "value"), ("_low", "low"), ("_high", "high"), ("_n", "n")):
         line["kl" + end] = float("nan") if kl is None else float(kl[column])
@@ -99,7 +105,7 @@ def divergence(before: Sequence[Tensor], after: Sequence[Tensor]) -> dict[str, f
         after: of the repaired one, on the same rows.
 
     Returns:
-        value: mean over rows of the mean over tokens, in nats; low and high: 95% bootstrap over rows; n: rows.
+        value: mean over rows of the mean over tokens, in nats; low, high: 95% bootstrap over rows; n: rows.
     """
     rows = []
     for old, new in zip(before, after, strict=True):
@@ -118,7 +124,7 @@ def divergence(before: Sequence[Tensor], after: Sequence[Tensor]) -> dict[str, f
 def kl_line(kl: Mapping[str, float] | None, note: str = "") -> pd.DataFrame:
     """One line of the table of verification; without a value where there is none, and the note says why."""
     nan = float("nan")
-    line = dict(kl) if kl else {"count": nan, "n": 0, "value": nan, "low": nan, "high": nan}
+    line: dict[str, Any] = dict(kl) if kl else {"count": nan, "n": 0, "value": nan, "low": nan, "high": nan}
     line |= {"metric": "kl", "role": "clean", "variant": "", "note": note}
     return pd.DataFrame([line])[COLUMNS]
 
