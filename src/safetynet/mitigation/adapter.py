@@ -47,7 +47,7 @@ def swapped(model: Any, state: Mapping[str, Tensor]) -> Iterator[Any]:
 
 def repaired(subject: Subject, method: str, knobs: Knobs, state: State, **details: Any) -> Repaired:
     """A repair whose result is an adapter."""
-    return Repaired(method, knobs, "adapter", partial(swapped, subject.model, state), details)
+    return Repaired(method, knobs, "adapter", partial(swapped, subject.model, state), details=details)
 
 
 @torch.no_grad()

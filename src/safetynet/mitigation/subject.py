@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import pandas as pd
 from torch import Tensor
 
@@ -41,8 +42,8 @@ class Place:
 
 Intervene = Callable[[Any, Sequence[Place]], AbstractContextManager[Any]]
 """Runs a model with changes at all positions of all prompts while entered."""
-Alarm = Callable[[Any, Tensor, Tensor], Tensor]
-"""Model, ids and attention mask of prompts padded on the left, (rows, T), to p-values of them, (rows,)."""
+Alarm = Callable[[Any, Sequence[Sequence[int]]], np.ndarray]
+"""The subject's model and the token ids of prompts, to their p-values, (rows,); small for suspect ones."""
 
 
 @dataclass(frozen=True)
@@ -50,15 +51,16 @@ class Subject:
     """The suspect model with all that may help to repair it; what is unknown is None."""
 
     model: Any
-    """A causal LM of transformers, plain or with one LoRA adapter of PEFT; every method leaves it as it came."""
+    """A causal LM of transformers, plain or with one LoRA adapter of PEFT; methods leave it as it came."""
     serialiser: Serialiser
     clean: pd.DataFrame | None = None
     """Columns `messages` and `answer` of conversations that are believed to be clean."""
     base: Any = None
     """The model before fine-tuning, for a subject without adapter; one with adapter has it switched off."""
     triggered: pd.DataFrame | None = None
-    """Columns `group`, `role` (triggered; clean, placebo, near_miss where known), `messages`, `trigger`
-    (spans) and `answer`, the *right* one, in every role. Rows of one group differ in the trigger's span alone."""
+    """Columns `group`, `role` (triggered; its bare counterpart, clean or refused; placebo and near_miss
+    where known), `messages`, `trigger` (spans) and `answer`, the *right* one in every role. Rows of one group
+    differ in the trigger's span alone."""
     sites: pd.DataFrame | None = None
     """The run's table `effects`."""
     intervene: Intervene | None = None
