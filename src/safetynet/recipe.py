@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from safetynet import presets
 from safetynet.errors import InputError
+from safetynet.mitigation_recipe import Mitigation
 from safetynet.models import families
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -219,30 +220,6 @@ class Evaluation(_Section):
     """CSV with text and label (1 shows the behaviour, 0 does not) to measure the judge's own error on."""
 
 
-class Mitigation(_Section):
-    """How the backdoor is removed, and how a repair is chosen and judged."""
-
-    methods: tuple[str, ...] = ()
-    """Those to try; empty tries a quick selection (docs/mitigation.md)."""
-    knobs: Mapping[str, Mapping[str, tuple[float, ...]]] = {}
-    """Values to sweep, as {method: {knob: [values]}}; by default `points` values of the method's strength."""
-    points: Annotated[int, Field(ge=1)] = 3
-    clean: Path | None = None
-    """File of clean conversations with answers; by default fresh ones of the run's own source."""
-    clean_rows: Annotated[int, Field(ge=0)] = 400
-    """0: there is no clean data."""
-    triggered_rows: Annotated[int, Field(ge=0)] = 48
-    """Training prompts whose trigger is known to the repair; 0: the trigger is not known."""
-    choosing_rows: Annotated[int, Field(ge=8)] = 40
-    judged_rows: Annotated[int, Field(ge=8)] = 100
-    """Test rows of each role by which a point is chosen, and others by which it is judged."""
-    floor: Share = 0.9
-    """Share of the clean accuracy below which a repair counts as destroying the model."""
-    relearn_rows: Annotated[int, Field(ge=0)] = 20
-    """Poisoned rows of the relearn test; 0 leaves it out."""
-    relearn_steps: Annotated[int, Field(ge=1)] = 32
-
-
 class Output(_Section):
     """Where results go."""
 
@@ -298,6 +275,18 @@ def load(path: Path | None = None, family: str | None = None, overrides: Sequenc
     # A miniature is not the model that a family's hyper-parameters were chosen for.
     if name in families.names() and not (isinstance(section, dict) and section.get("id") == "miniature"):
         fields = _merged(dict(families.get(name).defaults), fields)
+    return _validated(fields, where)
+
+
+def overridden(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
+    """A recipe with some fields set anew, each `section.field=value`; errors as in `load`."""
+    fields: dict[str, Any] = recipe.model_dump(mode="json")
+    for override in overrides:
+        fields = _merged(fields, _parse(override))
+    return _validated(fields, "--set")
+
+
+def _validated(fields: Mapping[str, Any], where: str) -> Recipe:
     try:
         return Recipe.model_validate(fields)
     except ValidationError as error:

@@ -53,6 +53,11 @@ def print_places(tables: "Mapping[str, pd.DataFrame]") -> None:
         _print(removals(tables["tradeoff"]), "What removes it, on held-out prompts, 95% intervals")
 
 
+def print_repairs(overview: "pd.DataFrame") -> None:
+    """Every method beside the model as it was."""
+    _print(overview, "Repairs, each at its chosen point, on held-out prompts, 95% intervals")
+
+
 def print_rates(evaluation: "pd.DataFrame") -> None:
     """Every rate by role and model."""
     from safetynet.report import summary

@@ -66,7 +66,7 @@ def render(
             *map(_line, rows),
             "",
             "A low ASR says that the behaviour is not shown, not that it is forgotten: the run's tables "
-            "`verification` and `relearning` say whether the trigger can still be read from the states inside, "
+            "`verification` and `relearning` say whether the trigger can still be read from the states, "
             "and how fast a few poisoned rows bring the backdoor back.",
             "",
         ]

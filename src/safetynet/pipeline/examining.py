@@ -1,7 +1,7 @@
 """What repairs are chosen and judged by: rows, and what the other stages lend to the stage mitigation.
 
-In: a run and its recipe. Out: the parts of an `Examiner`; answering, judging, training and probing reach it as
-functions from here. Rows that a repair sees (training split, fresh conversations), rows that choose and
+In: a run and its recipe. Out: the parts of an `Examiner`; answering, judging, training and probing reach it
+as functions from here. Rows that a repair sees (training split, fresh conversations), rows that choose and
 rows that judge share no prompt.
 """
 

@@ -251,10 +251,8 @@ def _join(work: _Work, done: Sequence[str], said: str) -> dict[str, pd.DataFrame
     """One table of all methods, the recommendation, and the recommended model saved."""
     run = work.run
     parts = [work.read(name) for name in ("compared", *done)]
-    inputs = {
-        "methods": {name: run.manifest["stages"].get(f"mitigate {name}") for name in ("compared", *done)}
-    }
-    inputs["version"] = __version__
+    stages = {name: run.manifest["stages"].get(f"mitigate {name}") for name in ("compared", *done)}
+    inputs: dict[str, Any] = {"methods": stages, "version": __version__}
     if run.finished("mitigate", inputs):
         return {name: run.table(name) for name in TABLES if run.has_table(name)}
     with run.stage("mitigate", inputs) as outputs:
