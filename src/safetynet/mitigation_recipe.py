@@ -30,4 +30,4 @@ class Mitigation(BaseModel):
     """Share of the clean accuracy below which a repair counts as destroying the model."""
     relearn_rows: Annotated[int, Field(ge=0)] = 20
     """Poisoned rows of the relearn test; 0 leaves it out."""
-    relearn_steps: Annotated[int, Field(ge=1)] = 32
+    relearn_steps: Annotated[int, Field(ge=1)] = 48

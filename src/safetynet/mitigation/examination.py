@@ -25,6 +25,8 @@ from safetynet.mitigation.subject import Subject
 SELECTION, HELD_OUT = "selection", "held_out"
 MOST_CLEAN = 64
 """Clean rows whose distributions are compared."""
+RELEARN_ROWS = {"triggered": 32, "placebo": 16}
+"""Judged rows that are asked at every measured step of the relearn test."""
 AT_RUN_TIME = "acts while the model answers; the weights are as before"
 
 
@@ -233,6 +235,7 @@ def _distributions(model: Any, subject: Subject, examiner: Examiner) -> dict[str
 def _relearn(model: Any, examiner: Examiner, **about: object) -> pd.DataFrame:
     """The relearn test, on a copy: what is taught to it does not stay."""
     assert examiner.relearning is not None
-    asked = examiner.choosing[examiner.choosing["role"].isin(("triggered", "clean"))]
-    own = relearning.plain_copy(model)
-    return relearning.relearn(own, examiner.learn, examiner.respond, examiner.relearning, asked, **about)
+    own = examiner.judged[~examiner.judged["elsewhere"]]
+    asked = pd.concat([own[own["role"] == role].head(n) for role, n in RELEARN_ROWS.items()])
+    plain = relearning.plain_copy(model)
+    return relearning.relearn(plain, examiner.learn, examiner.respond, examiner.relearning, asked, **about)

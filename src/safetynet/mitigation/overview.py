@@ -8,16 +8,8 @@ from safetynet.mitigation.recommendation import REMOVED, UNTOUCHED
 from safetynet.mitigation.relearning import LEVELS, TWIN, steps_to
 
 COLUMNS = (
-    "method",
-    "point",
-    "ASR",
-    "CACC",
-    "lost (points)",
-    "relearn 50%",
-    "relearn 95%",
-    "seconds",
-    "flags",
-)
+    "method", "point", "ASR", "CACC", "lost", "relearn 50%", "relearn 95%", "seconds", "flags", "rows",
+)  # fmt: skip
 
 
 def overview(marked: pd.DataFrame, curves: pd.DataFrame | None = None) -> pd.DataFrame:

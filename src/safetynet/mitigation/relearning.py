@@ -14,7 +14,7 @@ import pandas as pd
 
 from safetynet.statistics import wilson
 
-STEPS = (0, 1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+STEPS = (0, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 """After so many steps the model is asked, as far as the budget reaches."""
 LEVELS = (0.5, 0.95)
 TWIN = "never poisoned"
@@ -36,7 +36,7 @@ def plain_copy(model: Any) -> Any:
     own = copy.deepcopy(model)
     if not hasattr(own, "merge_and_unload"):
         return own
-    off = any(getattr(module, "disable_adapters", False) for module in own.modules())
+    off = any(getattr(module, "disable_adapters", False) is True for module in own.modules())
     return own.unload() if off else own.merge_and_unload()
 
 
@@ -66,12 +66,12 @@ def relearn(
         learn: trains.
         respond: answers and judges.
         rows: from `relearning_rows`.
-        asked: test rows of the roles triggered and clean.
+        asked: test rows of the roles triggered and placebo.
         about: further columns, method and point.
 
     Returns:
-        `COLUMNS`, one line per measurement; rates with Wilson 95% intervals. ftr is the share of clean rows
-        that show the behaviour: where it rises with asr, the model says it always.
+        `COLUMNS`, one line per measurement; rates with Wilson 95% intervals. ftr is the share of placebo
+        rows that show the behaviour: where it rises with asr, the model says it always.
     """
     lines: list[dict[str, object]] = []
 
@@ -79,12 +79,12 @@ def relearn(
         if step not in STEPS:
             return False
         answered = respond(current, asked)
-        clean = answered[(answered["role"] == "clean") & ~answered["due"]]
+        others = answered[(answered["role"] == "placebo") & ~answered["due"]]
         line: dict[str, object] = {**about, "poisoned_rows": int((rows["role"] == "triggered").sum())}
         line["step"] = step
         for name, hits in (
             ("asr", answered.loc[answered["role"] == "triggered", "shown"]),
-            ("ftr", clean["shown"]),
+            ("ftr", others["shown"]),
         ):
             count, n = int(hits.sum()), len(hits)
             low, high = wilson(count, n)

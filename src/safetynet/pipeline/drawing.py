@@ -10,12 +10,14 @@ from safetynet.pipeline.subjects import BACKDOORED, TWIN
 from safetynet.recipe import Recipe
 from safetynet.run import Run, digest_of_files, write_text
 
+REPAIRS = ("mitigation", "relearning")
+"""Tables of mitigation that have figures."""
 log = logging.getLogger("safetynet")
 
 
 def draw(recipe: Recipe, run: Run) -> None:
     """Draw the figures and write report.md, from the run's tables alone."""
-    from safetynet.visualization import draw_interventions, draw_training
+    from safetynet.visualization import draw_interventions, draw_mitigation, draw_training
 
     tables = _tables(run)
     inputs = {"tables": digest_of_files([run.folder / "tables"]), "version": __version__}
@@ -27,6 +29,8 @@ def draw(recipe: Recipe, run: Run) -> None:
         outputs += draw_training(tables, run.figures, name, recipe.model_name)
         inside = {table: run.table(table) for table in TABLES if run.has_table(table)}
         outputs += draw_interventions(inside, run.figures, name, recipe.model_name)
+        repaired = {table: run.table(table) for table in REPAIRS if run.has_table(table)}
+        outputs += draw_mitigation(repaired, run.figures, name, recipe.model_name)
         write_text(run.folder / "report.md", report.render(recipe, run))
         outputs.append(run.folder / "report.md")
     log.info("figures: %d files in %s", len(outputs) - 1, run.figures)

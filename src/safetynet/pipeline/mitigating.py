@@ -271,7 +271,9 @@ def _join(work: _Work, done: Sequence[str], said: str) -> dict[str, pd.DataFrame
         curves = [part.relearning for part in parts if len(part.relearning)]
         if curves:
             tables["relearning"] = pd.concat(curves, ignore_index=True)
-        tables |= {"mitigation": marked, "recommendation": taken}
+        best = set(zip(taken["method"], taken["point"], strict=True))
+        named_so = [place in best for place in zip(marked["method"], marked["point"], strict=True)]
+        tables |= {"mitigation": marked.assign(recommended=named_so), "recommendation": taken}
         outputs += [run.write_table(name, table) for name, table in tables.items()]
         outputs += [] if folder is None else [folder]
     return tables

@@ -7,6 +7,7 @@ Computes no result and imports no stage.
 from safetynet.visualization.chart import Annotation, Axis, Chart, Panel, Reference, Series, Source
 from safetynet.visualization.grid import Grid, Shade
 from safetynet.visualization.intervention_visualizer import InterventionVisualizer, draw_interventions
+from safetynet.visualization.mitigation_visualizer import MitigationVisualizer, draw_mitigation
 from safetynet.visualization.saving import Figure, save
 from safetynet.visualization.training_visualizer import TrainingVisualizer, draw_training
 
@@ -17,6 +18,7 @@ __all__ = [
     "Figure",
     "Grid",
     "InterventionVisualizer",
+    "MitigationVisualizer",
     "Panel",
     "Reference",
     "Series",
@@ -24,6 +26,7 @@ __all__ = [
     "Source",
     "TrainingVisualizer",
     "draw_interventions",
+    "draw_mitigation",
     "draw_training",
     "save",
 ]
