@@ -13,7 +13,7 @@ class Mitigation(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     methods: tuple[str, ...] = ()
-    """Those to try; empty tries a quick selection (docs/mitigation.md)."""
+    """Those to try; `all` for every one whose needs are met; empty for a quick selection."""
     knobs: Mapping[str, Mapping[str, tuple[float, ...]]] = {}
     """Values to sweep, as {method: {knob: [values]}}; by default `points` values of the method's strength."""
     points: Annotated[int, Field(ge=1)] = 3

@@ -60,12 +60,11 @@ def _overridden(recipe: Any, methods: str, clean: Path | None, overrides: list[s
         InputError: for a field that is none of that section, or a value that it does not take.
     """
     from safetynet import recipe as recipes
-    from safetynet.mitigation import METHODS
 
     names = [name.strip() for name in methods.split(",") if name.strip()]
     changes = [text if text.startswith("mitigation.") else f"mitigation.{text}" for text in overrides]
     if names:
-        changes.append(f"mitigation.methods={list(METHODS) if names == ['all'] else names}")
+        changes.append(f"mitigation.methods={names}")
     changed = recipes.overridden(recipe, changes)
     if clean is not None:
         if not clean.is_file():

@@ -41,6 +41,8 @@ from safetynet.run import Run, digest_of_files, write_atomically, write_text
 log = logging.getLogger("safetynet")
 TABLES = ("mitigation", "verification", "relearning", "recommendation")
 """What a run may hold after this stage."""
+ALL = ("all",)
+"""In place of names: every method whose needs are met."""
 QUICK = ("adapter_scaling",)
 """Tried unless methods are named: those that need no hour on a miniature, one of each kind."""
 COMPARED = "mitigate compared"
@@ -189,7 +191,8 @@ def mitigate(recipe: Recipe, run: Run, adapter: Path | None = None) -> dict[str,
         InputError: before any model is loaded for an unknown method or knob, a value out of range or a file
             that cannot be read; then if a method that was named lacks what it needs.
     """
-    chosen = named(recipe.mitigation.methods or QUICK)
+    asked = recipe.mitigation.methods
+    chosen = list(METHODS.values()) if asked == ALL else named(asked or QUICK)
     _check_knobs(recipe)
     if adapter is not None:
         loading.check_adapter(adapter, loading.locate(recipe.model))
@@ -197,7 +200,7 @@ def mitigate(recipe: Recipe, run: Run, adapter: Path | None = None) -> dict[str,
         model_folder(run, BACKDOORED)
     work = _Work(recipe, run, adapter, chosen)
     pending = [m for m in chosen if not run.finished(f"mitigate {m.name}", work.inputs(m.name))]
-    if pending and recipe.mitigation.methods:
+    if pending and asked not in ((), ALL):
         refuse_unmet(pending, work.subject)
     said = _compare(work)
     if said:

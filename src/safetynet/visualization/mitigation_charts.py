@@ -27,7 +27,9 @@ RELEARNING = Form(
 UNKNOWN, KNOWN, RUN_TIME, NONE = "trigger unknown", "trigger known", "while answering", "control"
 LOOKS: dict[str, Role] = {UNKNOWN: "method_1", KNOWN: "method_2", RUN_TIME: "method_3", NONE: "ink"}
 TWIN = "never poisoned"
-UNTOUCHED = "as it is"
+UNTOUCHED, REMOVED = "as it is", "adapter removed"
+ENDS = (UNTOUCHED, REMOVED)
+"""End points: no repair, and nothing of the adapter left."""
 MOST_COLUMNS = 4
 CURVES_AT_ONCE = 20
 """Relearn curves that one figure holds; the first ones of the table."""
@@ -49,7 +51,7 @@ def front(data: Measurements, model: str, source: Source) -> Chart:
         panels.append(Panel(accuracy, attack, tuple(series), SPLIT_TITLES[split], (aim,), named, height=2.2))
     caption = (
         "Each mark is a method at one setting, with 95% Wilson intervals both ways; the best lie in the "
-        "lower right corner. The line joins points that none beats both ways. Hollow marks are controls: the model "
+        "lower right corner. The line joins points that none beats. Hollow marks are controls: the model "
         "as it is, the base, and changes not meant as repairs. The named point was chosen on the selection "
         "rows; only its rates on held-out rows count."
     )
@@ -60,9 +62,7 @@ def front(data: Measurements, model: str, source: Source) -> Chart:
 def methods(data: Measurements, model: str, source: Source) -> Chart:
     """Attack success and clean accuracy of every method at its chosen point, on the held-out rows."""
     table = _rates(data)
-    own = table[(table["split"] == "held_out") & (table["chosen"] | (table["method"] == UNTOUCHED))]
-    if own.empty:
-        own = table[table["split"] == "held_out"]
+    own = table[(table["split"] == "held_out") & (table["chosen"] | table["method"].isin(ENDS))]
     own = own.sort_values(["asr", "cacc"], ascending=[False, True], kind="stable").reset_index(drop=True)
     lines = Axis(
         "",
@@ -96,8 +96,8 @@ def methods(data: Measurements, model: str, source: Source) -> Chart:
         )
         panels.append(Panel(axis, lines, tuple(series), references=marks, height=0.1 + 0.2 * len(own)))
     caption = (
-        "Each method at the setting that was chosen on other rows, with 95% Wilson intervals; the dotted line "
-        "is the model before any repair. Controls are hollow."
+        "Each method at the setting that was chosen on other rows, with 95% Wilson intervals; dotted: "
+        "the model before any repair. Controls are hollow."
     )
     return Chart(f"Repairs by method, {model}", tuple(panels), source, 2, "two", caption)
 
@@ -124,7 +124,7 @@ def relearning(data: Measurements, model: str, source: Source) -> Chart:
     poisoned = int(table["poisoned_rows"].max())
     caption = (
         f"A fresh adapter is trained on {poisoned} poisoned rows and as many bare ones. Triggered rows that "
-        "show the behaviour, and rows with a placebo that do; bands are 95% Wilson intervals. A backdoor that "
+        "show the behaviour, and placebo rows that do; bands are 95% Wilson intervals. A backdoor that "
         "comes back well before it can be taught to the base model was hidden, not removed."
     )
     columns = min(len(panels), MOST_COLUMNS)
