@@ -6,8 +6,8 @@
 
 A cell is a family's miniature with the token trigger and one behaviour, as benchmarks/planting.py plants it;
 --planted takes its runs from there, else they are trained. In each cell `safetynet intervene` and `detect`
-come first, for the methods that need what they find, then `safetynet mitigate --methods all`. Each is a process
-of its own with one thread. What is finished is not repeated; --table prints what is there and runs nothing.
+come first, for the methods that need what they find, then `safetynet mitigate --methods all`. Each is a
+process of its own with one thread. What is finished is not repeated; --table prints what is there and runs nothing.
 """
 
 import argparse
