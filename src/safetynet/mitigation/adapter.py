@@ -4,7 +4,7 @@ A repair that is an adapter is a dictionary of the adapter's own parameters with
 can be kept beside one model, and rank, targets and configuration stay.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -54,3 +54,19 @@ def repaired(subject: Subject, method: str, knobs: Knobs, state: State, **detail
 def _put(own: Mapping[str, Any], values: Mapping[str, Tensor]) -> None:
     for name, value in values.items():
         own[name].copy_(value)
+
+
+def learned(model: Any, start: Mapping[str, Tensor], learn: Callable[[Any], None]) -> State:
+    """The adapter's values after training from `start`, or from its own; the model leaves as it came."""
+    frozen = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    with swapped(model, {**state_of(model), **start}):
+        try:
+            model.requires_grad_(False)
+            for _, parameter in parameters(model):
+                parameter.requires_grad_(True)
+            learn(model)
+            return state_of(model)
+        finally:
+            for parameter, wanted in frozen:
+                parameter.requires_grad_(wanted)
+                parameter.grad = None

@@ -29,6 +29,8 @@ class Knob:
     high: float
     whole: bool = False
     """Takes whole numbers only."""
+    listed: bool = False
+    """Takes the values of the grid only."""
 
     def check(self, name: str, value: float) -> float:
         """The value itself.
@@ -36,6 +38,9 @@ class Knob:
         Raises:
             InputError: if it is out of range.
         """
+        if self.listed and value not in self.grid:
+            values = ", ".join(f"{one:g}" for one in self.grid)
+            raise InputError(f"{name}: {value:g} given; it takes {values}.")
         if not self.low <= value <= self.high or (self.whole and value != int(value)):
             kind = "a whole number" if self.whole else "a number"
             raise InputError(f"{name}: {value:g} given; it takes {kind} from {self.low:g} to {self.high:g}.")

@@ -3,11 +3,59 @@
 from collections.abc import Mapping, Sequence
 
 from safetynet.errors import InputError
-from safetynet.mitigation import scaling
+from safetynet.mitigation.clipping import ACTIVATION_CLIPPING, DIRECTION_CLIPPING
+from safetynet.mitigation.consistency import CROW
+from safetynet.mitigation.directions import TRIGGER_CLIPPING, TRIGGER_PROJECTION
+from safetynet.mitigation.fine_tuning import FINE_TUNING
+from safetynet.mitigation.gating import ABSTAIN, ADAPTER_OFF_ON_ALARM
+from safetynet.mitigation.guided import CLEANGEN
+from safetynet.mitigation.latent import BEEAR, LAT
+from safetynet.mitigation.merging import MERGING
 from safetynet.mitigation.method import Knobs, Method, Repaired
+from safetynet.mitigation.pruning import FINE_PRUNING, MAGNITUDE, WANDA
+from safetynet.mitigation.quantisation import QUANTISATION
+from safetynet.mitigation.scaling import ADAPTER_SCALING, COMPONENT_ABLATION
+from safetynet.mitigation.signature import SIGNATURE_PRUNING
+from safetynet.mitigation.sites import (
+    ADAPTER_OFF_LAYERS,
+    ADAPTER_OFF_MODULES,
+    BACKDOOR_VECTOR,
+    HEAD_ABLATION,
+    SITE_ABLATION,
+)
 from safetynet.mitigation.subject import NEEDS, Subject
+from safetynet.mitigation.unlearning import UNLEARNING
 
-METHODS: Mapping[str, Method] = {method.name: method for method in (scaling.ADAPTER_SCALING,)}
+METHODS: Mapping[str, Method] = {
+    method.name: method
+    for method in (
+        FINE_TUNING,
+        ADAPTER_SCALING,
+        COMPONENT_ABLATION,
+        ACTIVATION_CLIPPING,
+        DIRECTION_CLIPPING,
+        MAGNITUDE,
+        WANDA,
+        FINE_PRUNING,
+        QUANTISATION,
+        CROW,
+        LAT,
+        BEEAR,
+        SIGNATURE_PRUNING,
+        MERGING,
+        CLEANGEN,
+        ADAPTER_OFF_LAYERS,
+        ADAPTER_OFF_MODULES,
+        HEAD_ABLATION,
+        SITE_ABLATION,
+        TRIGGER_PROJECTION,
+        TRIGGER_CLIPPING,
+        BACKDOOR_VECTOR,
+        UNLEARNING,
+        ABSTAIN,
+        ADAPTER_OFF_ON_ALARM,
+    )
+}
 """In the order of the documentation: without the trigger, with what is known of it, at run time."""
 
 

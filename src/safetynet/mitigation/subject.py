@@ -68,6 +68,8 @@ class Subject:
     max_length: int = 512
     """Most tokens of a conversation, as in training."""
     batch_size: int = 16
+    learning_rate: float = 2e-4
+    """Suits an adapter of this model; repairs that train use it."""
 
     def __post_init__(self) -> None:
         if self.adapted:

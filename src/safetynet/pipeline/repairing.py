@@ -44,6 +44,7 @@ def suspect(recipe: Recipe, run: Run, *, clean: int = 1000, known: int = 0, rate
         alarm=alarm(run, serialiser, rate),
         max_length=recipe.training.max_length,
         batch_size=recipe.training.batch_size,
+        learning_rate=recipe.training.learning_rate,
     )
 
 
