@@ -7,7 +7,7 @@
 A cell is a family's miniature with the token trigger and one behaviour, as benchmarks/planting.py plants it;
 --planted takes its runs from there, else they are trained. In each cell `safetynet intervene` and `detect`
 come first, for the methods that need what they find, then `safetynet mitigate --methods all`. Each is a
-process of its own with one thread. What is finished is not repeated; --table prints what is there and runs nothing.
+process of its own with one thread. What is finished is not repeated; --table prints what is there.
 """
 
 import argparse
@@ -24,11 +24,16 @@ import pandas as pd
 from _running import markdown, run_recipe
 from planting import BEHAVIOURS, FAMILIES, SETTINGS, task
 
+from safetynet.mitigation import METHODS
 from safetynet.mitigation.overview import overview
 from safetynet.mitigation.recommendation import ENOUGH, REMOVED, UNTOUCHED
 from safetynet.mitigation.relearning import steps_to
 
-FEW = ("points=2", "choosing_rows=32", "judged_rows=100", "clean_rows=400", "relearn_steps=48")
+ONE_POINT = (
+    "fine_tuning", "fine_pruning", "crow", "lat", "beear", "signature_pruning", "merging", "unlearning",
+)  # fmt: skip
+"""Methods that train are tried at their defaults alone; of the others three settings are tried."""
+FEW = ("points=3", "choosing_rows=24", "judged_rows=100", "clean_rows=200", "relearn_steps=48")
 LEAST_LOSS = 0.02
 """Clean accuracy that a repair may lose and still count as one."""
 INTERVENE = ("--by", "layer,adapter,head", "--direction", "remove", "--groups", "16")
@@ -83,7 +88,8 @@ def repair(cell: tuple[str, str], out: Path, args: argparse.Namespace) -> bool:
     if not folder.exists() and plant(cell, out, args.smoke):
         return False
     methods = "adapter_scaling,fine_tuning" if args.smoke else args.methods
-    sets = [word for field in FEW for word in ("--set", field)]
+    default = {name: dict.fromkeys([METHODS[name].strength], [value]) for name, value in defaults().items()}
+    sets = [word for field in (*FEW, f"knobs={json.dumps(default)}") for word in ("--set", field)]
     if args.smoke:
         sets = ["--set", "choosing_rows=8", "--set", "judged_rows=8", "--set", "relearn_steps=4"]
     else:
@@ -91,6 +97,11 @@ def repair(cell: tuple[str, str], out: Path, args: argparse.Namespace) -> bool:
             if not done(folder, words[0]):
                 command(*words)  # what it finds is missing to some methods, which then say so
     return command("mitigate", str(folder), "--methods", methods, *sets) == 0
+
+
+def defaults() -> dict[str, float]:
+    """The strength's default of the methods that train."""
+    return {name: METHODS[name].settings()[METHODS[name].strength] for name in ONE_POINT}
 
 
 def copy(source: Path, folder: Path) -> None:

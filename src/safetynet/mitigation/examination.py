@@ -130,7 +130,7 @@ def examine(
             repaired = repair(method, subject, knobs, examiner.seed)
         name = point_name(method, knobs, points)
         with repaired.open() as model:
-            line, _ = measure(model, subject, examiner, SELECTION, known)
+            line, _ = measure(model, subject, examiner, SELECTION, known, repaired)
         lines.append(line | {"point": name, "seconds": cost.seconds, "memory_mb": cost.memory_mb})
         made[name] = repaired
     about = {"method": method.name, "control": method.control, "needs": ", ".join(sorted(method.needs))}
@@ -171,14 +171,19 @@ def _verify(
 ) -> tuple[dict[str, Any], pd.DataFrame, pd.DataFrame]:
     curves = pd.DataFrame()
     with repaired.open() as model:
-        line, verified = measure(model, subject, examiner, HELD_OUT, known, repaired.form == "run_time")
+        line, verified = measure(model, subject, examiner, HELD_OUT, known, repaired)
         if examiner.relearning is not None and repaired.form != "run_time":
             curves = _relearn(model, examiner)
     return line, verified, curves
 
 
 def measure(
-    model: Any, subject: Subject, examiner: Examiner, split: str, known: Reference, run_time: bool = False
+    model: Any,
+    subject: Subject,
+    examiner: Examiner,
+    split: str,
+    known: Reference,
+    repaired: Repaired | None = None,
 ) -> tuple[dict[str, Any], pd.DataFrame]:
     """Answer and measure one split's rows.
 
@@ -188,7 +193,8 @@ def measure(
         examiner: answers and judges.
         split: `SELECTION` or `HELD_OUT`.
         known: from `distances`.
-        run_time: leave the probes out: they would read the states that the repair leaves as they are.
+        repaired: what is open, if it is a repair. Of one that acts at run time no states are probed: they
+            are those before. Of one that changes `generate` alone no likelihoods are told.
 
     Returns:
         One line of rates; and for the judged rows everything, one row per measurement (else an empty table).
@@ -199,19 +205,24 @@ def measure(
     about = {"split": split, "answer_seconds": time.perf_counter() - started}
     own = answered[~answered["elsewhere"]] if "elsewhere" in answered else answered
     score, _ = examiner.score(own)
-    now = verification.distributions(
-        model, subject.serialiser, clean_part(examiner, split), subject.max_length
-    )
-    kl = verification.divergence(known.before[split], now)
-    line = verification.summary(score, kl) | about
-    to_base = verification.divergence(known.base[split], now)["value"] if known.base else float("nan")
-    line["kl_to_base"] = to_base
+    kl = None
+    line: dict[str, Any] = about | {"kl_to_base": float("nan")}
+    if repaired is None or repaired.forward_too:
+        part = clean_part(examiner, split)
+        now = verification.distributions(model, subject.serialiser, part, subject.max_length)
+        kl = verification.divergence(known.before[split], now)
+        if known.base is not None:
+            line["kl_to_base"] = verification.divergence(known.base[split], now)["value"]
+    else:
+        score = score[score["metric"] != "perplexity"]
+    line |= verification.summary(score, kl)
     if split == SELECTION:
         return line, pd.DataFrame()
+    run_time = repaired is not None and repaired.form == "run_time"
     probes = pd.DataFrame() if run_time else examiner.probe(model)
     parts = [
         verification.rates(score, examiner.score(answered)[1]),
-        verification.kl_line(kl),
+        verification.kl_line(kl, "" if kl else AT_RUN_TIME),
         verification.probe_lines(probes, AT_RUN_TIME if run_time else "prompts cannot be aligned"),
     ]
     return line, pd.concat(parts, ignore_index=True)

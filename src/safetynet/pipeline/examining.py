@@ -23,7 +23,7 @@ from safetynet.recipe import Recipe
 
 log = logging.getLogger("safetynet")
 PLACEMENTS = ("prefix", "suffix", "random", "system")
-ELSEWHERE = 24
+ELSEWHERE = 16
 """Rows with the trigger in a place that training did not use, for each such place."""
 LEAST = 8
 """Rows of a role below which an interval would say nothing."""

@@ -162,6 +162,8 @@ def points(
 ) -> list[dict[str, float]]:
     """Settings of a method to try: all combinations of the values given, or some of its strength's grid.
 
+    One is the default; several lie evenly about the middle of the grid, and as many as it has are all of it.
+
     Raises:
         InputError: for a knob that it does not have, or a value out of range.
     """
@@ -169,10 +171,13 @@ def points(
     if given:
         return [method.settings(chosen) for chosen in _combinations(given)]
     grid = list(method.sweep())
-    last, count = len(grid) - 1, min(most, len(grid))
-    if count == 1:
+    if most == 1:
         return [method.settings()]
-    return [grid[round(i * last / (count - 1))] for i in range(count)]
+    if most >= len(grid):
+        return grid
+    # The ends of a grid are the least likely to be taken.
+    places = [round((i + 1) * (len(grid) + 1) / (most + 1)) - 1 for i in range(most)]
+    return [grid[place] for place in places]
 
 
 def mitigate(recipe: Recipe, run: Run, adapter: Path | None = None) -> dict[str, pd.DataFrame]:
@@ -301,9 +306,7 @@ def _save(work: _Work, taken: pd.DataFrame, marked: pd.DataFrame) -> Path | None
         repaired, work.subject, work.folder("repaired"), card.render(method, repaired, about, lines)
     )
     with _loaded(work, folder, repaired.form) as model:
-        lines["saved"], _ = examination.measure(
-            model, work.subject, work.examiner, HELD_OUT, work.distances, run_time=True
-        )
+        lines["saved"], _ = examination.measure(model, work.subject, work.examiner, HELD_OUT, work.distances)
     write_text(folder / "README.md", card.render(method, repaired, about, lines))
     return folder
 
