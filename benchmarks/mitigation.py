@@ -88,7 +88,7 @@ def repair(cell: tuple[str, str], out: Path, args: argparse.Namespace) -> bool:
     if not folder.exists() and plant(cell, out, args.smoke):
         return False
     methods = "adapter_scaling,fine_tuning" if args.smoke else args.methods
-    default = {name: dict.fromkeys([METHODS[name].strength], [value]) for name, value in defaults().items()}
+    default = {name: {METHODS[name].strength: [value]} for name, value in defaults().items()}
     sets = [word for field in (*FEW, f"knobs={json.dumps(default)}") for word in ("--set", field)]
     if args.smoke:
         sets = ["--set", "choosing_rows=8", "--set", "judged_rows=8", "--set", "relearn_steps=4"]
