@@ -75,6 +75,7 @@ class _Work:
                 intervene=repairing.intervene,
                 max_length=recipe.training.max_length,
                 batch_size=recipe.training.batch_size,
+                learning_rate=recipe.training.learning_rate,
             )
         if options.clean is None or options.clean_rows == 0:
             return found
