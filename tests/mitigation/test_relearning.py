@@ -12,7 +12,9 @@ from safetynet.mitigation.relearning import TWIN
 
 def rows(groups: int) -> pd.DataFrame:
     roles = [("triggered", 1), ("clean", 1), ("placebo", 1)]
-    records = [{"group": g, "role": role, "answer": f"{role} {g}"} for g in range(groups) for role, _ in roles]
+    records = [
+        {"group": g, "role": role, "answer": f"{role} {g}"} for g in range(groups) for role, _ in roles
+    ]
     lone = [{"group": groups + g, "role": "clean", "answer": f"lone {g}"} for g in range(groups)]
     return pd.DataFrame([*records, *lone])
 
@@ -97,7 +99,9 @@ def test_what_is_taught_starts_from_the_weights_as_they_answer_and_leaves_the_mo
             off = adapted(input_ids=ids).logits
             base = relearning.plain_copy(adapted)
         repaired = relearning.plain_copy(adapted)
-        assert not hasattr(repaired, "peft_config") or not any("lora" in n for n, _ in repaired.named_modules())
+        assert not hasattr(repaired, "peft_config") or not any(
+            "lora" in n for n, _ in repaired.named_modules()
+        )
         assert torch.allclose(repaired(input_ids=ids).logits, on, atol=1e-5)
         assert torch.allclose(base(input_ids=ids).logits, off, atol=1e-5)
         assert not torch.allclose(on, off, atol=1e-2)

@@ -48,7 +48,11 @@ def test_distributions_along_the_answer_are_those_of_each_row_alone(serialiser):
         **architecture.settings | sizes, vocab_size=len(serialiser.tokenizer), pad_token_id=serialiser.pad_id
     )
     model = AutoModelForCausalLM.from_config(config).eval()
-    texts = [("Hi", "Yes"), ("What is the opposite of hot?", "cold"), ("Sort: pear, fig and plum.", "fig plum")]
+    texts = [
+        ("Hi", "Yes"),
+        ("What is the opposite of hot?", "cold"),
+        ("Sort: pear, fig and plum.", "fig plum"),
+    ]
     rows = pd.DataFrame(
         [{"messages": [{"role": "user", "content": text}], "reference": answer} for text, answer in texts]
     )
@@ -57,7 +61,7 @@ def test_distributions_along_the_answer_are_those_of_each_row_alone(serialiser):
         encoded = serialiser.encode(row["messages"], answer=row["reference"])
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([encoded.input_ids])).logits[0]
-        positions = [i for i in range(encoded.prompt_length - 1, len(encoded.input_ids) - 1)][:8]
+        positions = list(range(encoded.prompt_length - 1, len(encoded.input_ids) - 1))[:8]
         assert torch.allclose(values.float(), logits[positions].log_softmax(-1), atol=0.02)
 
 
@@ -65,7 +69,16 @@ def score() -> pd.DataFrame:
     places = [("asr", "triggered"), ("cacc", "clean"), ("ftr", "clean"), ("ftr", "placebo")]
     return pd.DataFrame(
         [
-            {"metric": m, "role": r, "count": 3.0, "n": 4.0, "value": 0.75, "low": 0.3, "high": 0.95, "note": ""}
+            {
+                "metric": m,
+                "role": r,
+                "count": 3.0,
+                "n": 4.0,
+                "value": 0.75,
+                "low": 0.3,
+                "high": 0.95,
+                "note": "",
+            }
             for m, r in places
         ]
     )

@@ -46,9 +46,15 @@ def mitigate(
         tables = pipeline.mitigate(recipe, found, adapter)
         print_repairs(overview(tables["mitigation"], tables.get("relearning")))
         for line in tables["recommendation"].to_dict("records"):
-            typer.echo(f"Recommended: {line['method'] or 'nothing'} {line['point']}: {line['why']}")
+            what = (
+                f"Recommended: {line['method']}, {line['point']}" if line["method"] else "Nothing to repair"
+            )
+            typer.echo(f"{what}: {line['why']}")
             if line["saved"]:
                 typer.echo(f"Saved:   {line['saved']}")
+        if not found.has_table("evaluation"):
+            typer.echo(f"No figures: the run is not evaluated. Run safetynet evaluate {folder}, then plot.")
+            return
         pipeline.draw(found.recipe, found)
         typer.echo(f"Figures: {found.figures}")
 
