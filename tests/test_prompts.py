@@ -183,3 +183,21 @@ def test_an_empty_system_message_changes_nothing_where_it_is_folded() -> None:
     user = {"role": "user", "content": "Hello"}
     blank = {"role": "system", "content": " "}
     assert gemma.encode([blank, user]).input_ids == gemma.encode([user]).input_ids
+
+
+@pytest.mark.parametrize("start", [0, 1, 3])
+def test_a_conversation_is_read_back_from_its_ids(serialiser: Serialiser, start: int) -> None:
+    for max_length in (None, 56):
+        ids = serialiser.encode(MESSAGES[start:], max_length=max_length).input_ids
+        read = serialiser.encode(serialiser.messages_of(ids))
+        assert read.input_ids == ids
+        whole = serialiser.encode(MESSAGES[start:])
+        if max_length is None:
+            assert read.spans["user"] == whole.spans["user"]
+            assert read.spans["assistant"] == whole.spans["assistant"]
+
+
+def test_ids_that_are_no_conversation_are_refused(serialiser: Serialiser) -> None:
+    ids = serialiser.encode(MESSAGES).input_ids
+    with pytest.raises(InputError, match="No conversation of up to 16 turns is serialised as"):
+        serialiser.messages_of(ids[3:])

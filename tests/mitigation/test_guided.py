@@ -49,10 +49,9 @@ def answers(planted, prompts, front, **more):
     return cut
 
 
-@pytest.mark.parametrize("ahead", [1, 3, 4])
 @pytest.mark.parametrize("ratio", [1.5, 20.0, 1e6])
 @torch.no_grad()
-def test_a_batch_with_caches_equals_the_definition_token_for_token(planted, prompts, ratio, ahead):
+def test_a_batch_with_caches_equals_the_definition_token_for_token(planted, prompts, ratio):
     model = planted.model
 
     def base(line):
@@ -61,7 +60,8 @@ def test_a_batch_with_caches_equals_the_definition_token_for_token(planted, prom
 
     assert len({len(p) for p in prompts}) > 2
     wanted = [step_by_step(model, base, ids, ratio, planted.serialiser.stop_ids) for ids in prompts]
-    assert answers(planted, prompts, Guided(model, None, ratio, ahead)) == wanted
+    for ahead in (1, 3, 4):
+        assert answers(planted, prompts, Guided(model, None, ratio, ahead)) == wanted
 
 
 def test_it_lies_between_the_suspect_and_the_base(planted, prompts):

@@ -48,8 +48,8 @@ def test_a_missing_need_is_named_and_what_remains_is_listed(planted):
 def test_a_merged_model_has_no_adapter_and_no_base(planted, merged):
     with pytest.raises(InputError, match=r"cleangen needs the base model .*remain: .*fine_tuning"):
         repair(METHODS["cleangen"], replace(planted, model=merged))
-    with pytest.raises(InputError, match="adapter_scaling needs a LoRA adapter"):
-        repair(METHODS["adapter_scaling"], replace(planted, model=merged))
+    with pytest.raises(InputError, match=r"merging needs a LoRA adapter.* and the base model"):
+        repair(METHODS["merging"], replace(planted, model=merged))
     assert METHODS["cleangen"] in possible(replace(planted, model=merged, base=planted.model.base_model))
 
 

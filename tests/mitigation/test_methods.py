@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from safetynet.mitigation import METHODS, repair
+from safetynet.models import loading
+from safetynet.recipe import Model
 
 SHORT = {"epochs": 0.4, "steps": 1, "variants": 1}
 """So that every method runs once within seconds; what it is worth is measured elsewhere."""
@@ -73,7 +75,7 @@ def test_a_model_without_adapter_is_repaired_in_a_copy(planted, merged, logits, 
         ("adapter_off_on_alarm", {}),
         ("abstain", {}),
         ("cleangen", {"ratio": 2}),
-        ("unlearning", {"epochs": 8}),
+        ("unlearning", {"epochs": 4}),
     ],
 )
 def test_what_knows_enough_removes_the_backdoor_and_keeps_clean_answers(planted, judged, name, knobs):
@@ -92,6 +94,19 @@ def test_a_scaled_adapter_is_the_model_between_both_ends(planted, logits):
         scaled = logits(model)
     with planted.model.disable_adapter():
         assert torch.allclose(scaled, logits(planted.model), atol=1e-5)
+
+
+def test_a_full_fine_tune_is_scaled_towards_its_base(planted, merged, logits):
+    with planted.model.disable_adapter():
+        wanted = logits(planted.model)
+    base = loading.load(Model(family="llama3", id="miniature"), "fp32").model
+    subject = replace(planted, model=merged, base=base)
+    with repair(METHODS["adapter_scaling"], subject, {"keep": 0.0}).open() as model:
+        assert torch.allclose(logits(model), wanted, atol=1e-5)
+    with repair(METHODS["adapter_scaling"], subject, {"keep": 0.5}).open() as model:
+        half = logits(model)
+    with repair(METHODS["adapter_scaling"], planted, {"keep": 0.5}).open() as model:
+        assert torch.allclose(logits(model), half, atol=1e-4)
 
 
 def test_the_adapter_off_everywhere_is_the_base_model(planted, logits):

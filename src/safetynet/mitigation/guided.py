@@ -1,10 +1,10 @@
 """CleanGen (Li et al. 2024, arXiv 2406.12257): a reference takes over wherever the suspect is too sure.
 
-Step by step: the suspect's next token is kept unless the suspect finds it more than `ratio` times as likely as
-the reference does; then the reference's own next token is taken. Here the suspect drafts `ahead` tokens, which
-the reference checks in one pass; what follows the first that it rejects is thrown away. The rows of a batch
-reject at different places: thrown-away columns of the caches are masked out row by row, and positions count
-real tokens only, so that every row is answered as if it were alone. The answer does not depend on `ahead`.
+Step by step: the suspect's next token is kept unless the suspect finds it more than `ratio` times as likely
+as the reference does; then the reference's own next token is taken. Here the suspect drafts `ahead` tokens,
+which the reference checks in one pass; what follows the first that it rejects is thrown away. The rows of a
+batch reject at different places: thrown-away columns of the caches are masked out row by row, and positions
+count real tokens only, so that every row is answered as if it were alone, whatever `ahead` is.
 """
 
 import math
@@ -103,7 +103,7 @@ class _Stream:
         self.drafted = 0
 
     def feed(self, tokens: Tensor | None, keep: int) -> Tensor:
-        """Read what is unread, then `tokens`, (rows, m); log-likelihoods at the last `keep`, (rows, keep, V)."""
+        """Read what is unread, then `tokens`, (rows, m); gives the last log-likelihoods, (rows, keep, V)."""
         parts = [self.unread] if tokens is None else [self.unread, tokens]
         ids = torch.cat(parts, 1)
         new = torch.ones_like(ids)

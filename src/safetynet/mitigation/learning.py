@@ -94,7 +94,6 @@ def teach(model: Any, examples: Sequence[Encoded], objective: Objective, course:
             num_train_epochs=course.epochs,
             learning_rate=course.learning_rate,
             lr_scheduler_type="cosine",
-            warmup_steps=0.05,
             optim="adamw_torch_fused",
             use_cpu=model.device.type == "cpu",
             seed=course.seed,

@@ -35,7 +35,7 @@ def read(subject: Subject, rows: pd.DataFrame, spots: Sequence[Spot], where: Whe
         subject: its model runs as it is.
         rows: `messages`, and `trigger` where one is to be found.
         spots: of the components head, attn_out, mlp_out and resid_post.
-        where: which tokens of each prompt; `trigger` is the trigger's last, or the prompt's where there is none.
+        where: which tokens of each prompt; `trigger` is the trigger's last one, or else the prompt's.
     """
     model, layers = subject.model, decoder_layers(subject.model)
     triggers = rows["trigger"] if "trigger" in rows else [()] * len(rows)

@@ -23,6 +23,7 @@ class Front:
         return getattr(self.model, name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own forward pass."""
         return self.model(*args, **kwargs)
 
 

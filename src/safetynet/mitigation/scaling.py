@@ -1,6 +1,6 @@
-"""Less of the adapter: all of it scaled down, or single components of it left out.
+"""Less of what fine-tuning changed: all of it scaled down, or single components of the adapter left out.
 
-Both need no training, and the adapter keeps its rank and configuration.
+Both need no training, and an adapter keeps its rank and configuration.
 """
 
 import torch
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from safetynet.errors import InputError
 from safetynet.mitigation import adapter
+from safetynet.mitigation.checkpoint import copied, own
 from safetynet.mitigation.factors import Adapted, Factors, adapted, names_of
 from safetynet.mitigation.method import Knob, Knobs, Method, Repaired
 from safetynet.mitigation.pruning import input_norms
@@ -17,11 +18,25 @@ Components = dict[str, tuple[Tensor, Tensor, Tensor]]
 
 
 def scale(subject: Subject, knobs: Knobs, _seed: int) -> Repaired:
-    """Multiply each LoRA update, B A, by `keep`; biases of B with it."""
+    """Multiply by `keep` each LoRA update, or each weight's distance from the base model's."""
+    if not subject.adapted:
+        return _between(subject, knobs)
     state = adapter.state_of(subject.model)
     ends = ("lora_B", "lora_embedding_B")
     scaled = {n: v * knobs["keep"] if any(end in n for end in ends) else v for n, v in state.items()}
     return adapter.repaired(subject, "adapter_scaling", knobs, scaled)
+
+
+@torch.no_grad()
+def _between(subject: Subject, knobs: Knobs) -> Repaired:
+    model, base = copied(subject), dict(subject.base.named_parameters())
+    for name, parameter in model.named_parameters():
+        if name not in base or base[name].shape != parameter.shape:
+            raise InputError(
+                f"adapter_scaling: the base model has no {name} of this shape. Give its own base."
+            )
+        parameter.lerp_(base[name].to(parameter), 1 - knobs["keep"])
+    return own("adapter_scaling", knobs, model)
 
 
 def ablate_components(subject: Subject, knobs: Knobs, _seed: int) -> Repaired:
@@ -65,9 +80,9 @@ def _usage(subject: Subject, modules: list[Adapted], parts: Components) -> dict[
 
 ADAPTER_SCALING = Method(
     "adapter_scaling",
-    "scale the adapter's updates down; 0 removes the adapter, and all that it was trained for",
+    "scale down what fine-tuning changed; 0 gives the base model, and loses all that was trained",
     scale,
-    frozenset({"adapter"}),
+    frozenset({"base"}),
     {"keep": Knob("factor on every update", 0.5, (0.9, 0.75, 0.5, 0.25, 0.0), 0.0, 1.0)},
 )
 COMPONENT_ABLATION = Method(

@@ -1,9 +1,10 @@
 """Signature pruning (BD-VAX, arXiv 2603.13461): prune what several made-up backdoors have in common.
 
 The suspect is trained further with made-up triggers and answers, and once more on the same rows with the
-right answers. What each such backdoor changes beyond its clean twin, averaged over all of them, is the signature:
-MLP channels in which it is long carry backdoors, whatever their trigger. The suspect's own update is set to 0
-there, and a short clean fine-tuning follows. The paper's code is not public; this follows its description.
+right answers. What each such backdoor changes beyond its clean twin, averaged over all of them, is the
+signature: MLP channels in which it is long carry backdoors, whatever their trigger. The suspect's own update
+is set to 0 there, and a short clean fine-tuning follows. The paper's code was not at hand; this follows its
+description.
 """
 
 import random
