@@ -135,7 +135,7 @@ class Serialiser:
         return str(text).strip()
 
     def messages_of(self, ids: Sequence[int], turns: int = 16) -> list[dict[str, str]]:
-        """The conversation of a prompt's ids, the inverse of `encode`; truncation is no hindrance.
+        """The conversation of a prompt's ids, the inverse of `encode`, unless truncation has emptied a turn.
 
         Raises:
             InputError: if no conversation of up to `turns` messages of the user gives these ids.

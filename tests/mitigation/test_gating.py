@@ -55,5 +55,6 @@ def test_the_alarm_of_a_run_is_its_monitors(planted, held_out, tmp_path):
     ids = [planted.serialiser.encode(m).input_ids for m in asked["messages"]]
     direct = capture(planted.model, planted.serialiser, list(asked["messages"]), spec)
     assert np.allclose(p_values(planted.model, ids), monitor.p_values(direct)["fused"])
+    assert p_values(planted.model, [ids[0][:-3]]).tolist() == [0]
     with pytest.raises(InputError, match="clean"):
         alarm(run, planted.serialiser, 1e-4)

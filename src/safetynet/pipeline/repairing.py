@@ -1,5 +1,6 @@
 """Repairing: the suspect of a run, with what a defender may have, as the methods of mitigation take it."""
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,8 @@ from safetynet.pipeline.subjects import backdoored, training_dtype
 from safetynet.prompts import Serialiser, prompt_hash
 from safetynet.recipe import Recipe
 from safetynet.run import Run
+
+log = logging.getLogger("safetynet")
 
 
 def suspect(recipe: Recipe, run: Run, *, clean: int = 1000, known: int = 0, rate: float = 0.01) -> Subject:
@@ -90,6 +93,8 @@ def intervene(model: Any, places: Sequence[Place]) -> Any:
 def alarm(run: Run, serialiser: Serialiser, rate: float) -> Alarm | None:
     """P-values of prompts under the run's monitor; None where `detect` has not run.
 
+    A prompt that cannot be read back from its ids, as when truncation has emptied a turn, counts as suspect.
+
     Raises:
         InputError: if the monitor cannot support the rate.
     """
@@ -103,8 +108,19 @@ def alarm(run: Run, serialiser: Serialiser, rate: float) -> Alarm | None:
     monitor.check_rate(rate)
 
     def p_values(model: Any, prompts: Sequence[Sequence[int]]) -> np.ndarray:
-        messages = [serialiser.messages_of(ids) for ids in prompts]
-        features = capture(model, serialiser, messages, monitor.spec, batch_size=len(prompts))
-        return np.asarray(monitor.p_values(features)["fused"])
+        read = {row: messages for row, ids in enumerate(prompts) if (messages := _read(serialiser, ids))}
+        found = np.zeros(len(prompts))
+        if read:
+            features = capture(model, serialiser, list(read.values()), monitor.spec, batch_size=len(read))
+            found[list(read)] = monitor.p_values(features)["fused"]
+        return found
 
     return p_values
+
+
+def _read(serialiser: Serialiser, ids: Sequence[int]) -> list[dict[str, str]] | None:
+    try:
+        return serialiser.messages_of(ids)
+    except InputError as error:
+        log.warning("alarm: a prompt counts as suspect. %s", error)
+        return None
