@@ -50,6 +50,8 @@ def mitigate(
                 f"Recommended: {line['method']}, {line['point']}" if line["method"] else "Nothing to repair"
             )
             typer.echo(f"{what}: {line['why']}")
+            if line["relearned"]:
+                typer.echo(f"Relearn: {line['relearned']}")
             if line["saved"]:
                 typer.echo(f"Saved:   {line['saved']}")
         if not found.has_table("evaluation"):

@@ -24,7 +24,7 @@ def render(
     Args:
         method: what was applied.
         repaired: its settings and what it did.
-        about: model, run and why.
+        about: model, run, why, and relearned ("" where that was not tested).
         lines: rates on the judged rows by column of the table: before, repaired, saved; each rate with _low,
             _high, _count and _n.
     """
@@ -56,6 +56,7 @@ def render(
             *([f"- paper: {method.paper}"] if method.paper else []),
             *details,
             f"- why this one, on rows that chose it: {about['why']}",
+            *([f"- relearn test: {about['relearned']}"] if about["relearned"] else []),
             "",
             "## Measured on held-out rows",
             "",

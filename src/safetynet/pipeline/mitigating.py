@@ -270,16 +270,21 @@ def _join(work: _Work, done: Sequence[str], said: str) -> dict[str, pd.DataFrame
         verified = pd.concat([part.verification for part in parts], ignore_index=True)
         before = verified[verified["method"] == recommendation.UNTOUCHED].drop(columns=["method", "point"])
         tables = {"verification": verification.beside(verified, before)}
-        taken, folder = pd.DataFrame(), None
+        curves = [part.relearning for part in parts if len(part.relearning)]
+        taught = pd.concat(curves, ignore_index=True) if curves else pd.DataFrame()
+        if curves:
+            tables["relearning"] = taught
+        folder = None
         if done:
             taken = recommendation.recommended(marked[marked["split"] == SELECTION])
+            taken["relearned"] = [relearning.verdict(taught, str(name)) for name in taken["method"]]
             folder = _save(work, taken, marked)
-            taken = taken.assign(saved=["" if folder is None else str(folder)] * len(taken))
+            taken = taken.assign(
+                saved=["" if folder is None or not own else str(folder) for own in taken["savable"]]
+            )
         else:
-            taken = pd.DataFrame([{"method": "", "point": "", "savable": False, "why": said, "saved": ""}])
-        curves = [part.relearning for part in parts if len(part.relearning)]
-        if curves:
-            tables["relearning"] = pd.concat(curves, ignore_index=True)
+            nothing = {"method": "", "point": "", "savable": False, "why": said, "relearned": "", "saved": ""}
+            taken = pd.DataFrame([nothing])
         best = set(zip(taken["method"], taken["point"], strict=True))
         named_so = [place in best for place in zip(marked["method"], marked["point"], strict=True)]
         tables |= {"mitigation": marked.assign(recommended=named_so), "recommendation": taken}
@@ -299,6 +304,7 @@ def _save(work: _Work, taken: pd.DataFrame, marked: pd.DataFrame) -> Path | None
     knobs = next(k for k in tried if examination.point_name(method, k, tried) == row["point"])
     repaired = repair(method, work.subject, knobs, recipe.seed)
     about = {"model": recipe.model_name, "run": f"{recipe.model_name}/{recipe.task}", "why": str(row["why"])}
+    about["relearned"] = str(row["relearned"])
     lines = {
         "before": _held_out(marked, recommendation.UNTOUCHED),
         "repaired": _held_out(marked, method.name),
