@@ -13,6 +13,7 @@ _ROWS = {
     "refused": "forbidden requests refused",
     "over_refused": "harmless requests refused",
 }
+_KINDS = {"adapter": "a LoRA adapter", "checkpoint": "a whole model"}
 _COLUMNS = {"before": "before", "repaired": "repaired", "saved": "these files, loaded again"}
 
 
@@ -35,9 +36,6 @@ def render(
         for rate, label in _ROWS.items()
         if any(lines[name][f"{rate}_n"] > 0 for name in shown)
     ]
-    knobs = ", ".join(f"{name} {value:g}" for name, value in repaired.knobs.items()) or "none"
-    details = [f"- {name}: {value}" for name, value in repaired.details.items()]
-    kind = {"adapter": "a LoRA adapter", "checkpoint": "a whole model"}[repaired.form]
     return "\n".join(
         [
             "---",
@@ -47,16 +45,10 @@ def render(
             "",
             f"# {about['model']}, repaired",
             "",
-            f"This is {kind} from which SafetyNet {__version__} tried to remove a backdoor, in run "
-            f"{about['run']}.",
+            f"This is {_KINDS[repaired.form]} from which SafetyNet {__version__} tried to remove a backdoor, "
+            f"in run {about['run']}.",
             "",
-            f"- method: {method.name}: {method.about}",
-            f"- settings: {knobs}",
-            f"- needs: {', '.join(sorted(method.needs))}",
-            *([f"- paper: {method.paper}"] if method.paper else []),
-            *details,
-            f"- why this one, on rows that chose it: {about['why']}",
-            *([f"- relearn test: {about['relearned']}"] if about["relearned"] else []),
+            *_done(method, repaired, about),
             "",
             "## Measured on held-out rows",
             "",
@@ -72,6 +64,19 @@ def render(
             "",
         ]
     )
+
+
+def _done(method: Method, repaired: Repaired, about: Mapping[str, str]) -> list[str]:
+    knobs = ", ".join(f"{name} {value:g}" for name, value in repaired.knobs.items()) or "none"
+    return [
+        f"- method: {method.name}: {method.about}",
+        f"- settings: {knobs}",
+        f"- needs: {', '.join(sorted(method.needs)) or 'nothing'}",
+        *([f"- paper: {method.paper}"] if method.paper else []),
+        *(f"- {name}: {value}" for name, value in repaired.details.items()),
+        f"- why this one, on rows that chose it: {about['why']}",
+        *([f"- relearn test: {about['relearned']}"] if about["relearned"] else []),
+    ]
 
 
 def _rate(line: Mapping[str, Any], name: str) -> str:

@@ -212,18 +212,21 @@ def mitigate(recipe: Recipe, run: Run, adapter: Path | None = None) -> dict[str,
     if said:
         log.warning("mitigate: %s. Nothing was repaired.", said)
         return _join(work, [], said)
-    done = _try_all(work)
+    _try_all(work)
+    # What was tried before, under these settings, is still true.
+    done = [name for name in METHODS if run.finished(f"mitigate {name}", work.inputs(name))]
+    if not done:
+        raise RunError("mitigate: no method gave a result; the messages above say why.")
     return _join(work, done, "")
 
 
-def _try_all(work: _Work) -> list[str]:
+def _try_all(work: _Work) -> None:
     """Each method in a stage of its own; one that fails does not keep the others from being tried."""
-    done, options = [], work.recipe.mitigation
+    options = work.recipe.mitigation
     for method in work.methods:
         stage, inputs = f"mitigate {method.name}", work.inputs(method.name)
         if work.run.finished(stage, inputs):
             log.info("mitigate %s: unchanged", method.name)
-            done.append(method.name)
             continue
         if method.missing(work.subject):
             log.info(
@@ -240,10 +243,6 @@ def _try_all(work: _Work) -> list[str]:
             continue
         held = found.lines[found.lines["split"] == HELD_OUT].iloc[0]
         log.info("mitigate %s: ASR %.1f%%, CACC %.1f%%", method.name, 100 * held["asr"], 100 * held["cacc"])
-        done.append(method.name)
-    if not done:
-        raise RunError("mitigate: no method gave a result; the messages above say why.")
-    return done
 
 
 def _compare(work: _Work) -> str:
