@@ -19,7 +19,7 @@ class Mitigation(BaseModel):
     points: Annotated[int, Field(ge=1)] = 3
     clean: Path | None = None
     """File of clean conversations with answers; by default fresh ones of the run's own source."""
-    clean_rows: Annotated[int, Field(ge=0)] = 400
+    clean_rows: Annotated[int, Field(ge=0)] = 200
     """0: there is no clean data."""
     triggered_rows: Annotated[int, Field(ge=0)] = 48
     """Training prompts whose trigger is known to the repair; 0: the trigger is not known."""

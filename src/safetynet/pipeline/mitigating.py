@@ -43,8 +43,8 @@ TABLES = ("mitigation", "verification", "relearning", "recommendation")
 """What a run may hold after this stage."""
 ALL = ("all",)
 """In place of names: every method whose needs are met."""
-QUICK = ("adapter_scaling",)
-"""Tried unless methods are named: those that need no hour on a miniature, one of each kind."""
+QUICK = ("fine_tuning", "adapter_scaling", "component_ablation", "cleangen", "trigger_projection")
+"""Tried unless methods are named, as far as their needs are met: quick ones, of each kind."""
 COMPARED = "mitigate compared"
 
 
