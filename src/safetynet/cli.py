@@ -14,6 +14,7 @@ import typer
 
 from safetynet.commands.compare import compare
 from safetynet.commands.miniatures import miniature_app
+from safetynet.commands.mitigate import mitigate
 from safetynet.commands.report import report
 from safetynet.errors import InputError, SafetyNetError
 from safetynet.terminal import logging_to, print_places, print_rates
@@ -199,6 +200,9 @@ def guard(
             )
             alarm = "ALARM " if decision.alarm else ""
             typer.echo(f"{alarm}p={decision.prompt_p:.4f} {decision.action}: {decision.text}")
+
+
+app.command()(mitigate)
 
 
 @app.command()

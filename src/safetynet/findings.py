@@ -49,7 +49,8 @@ def hidden(evasion: pd.DataFrame) -> pd.DataFrame:
     lines = []
     for name, part in evasion[evasion["metric"] == "auroc"].groupby("detector", sort=False):
         first, last = part.iloc[0], part.iloc[-1]
-        seen = f"{name}: AUROC {first['value']:.2f} at step {first['step']}, {last['value']:.2f} at step {last['step']}"
+        then, now = (f"{one['value']:.2f} at step {one['step']}" for one in (first, last))
+        seen = f"{name}: AUROC {then}, {now}"
         lines.append({"detector": name, "first": first["value"], "last": last["value"], "seen": seen})
     return pd.DataFrame(lines, columns=["detector", "first", "last", "seen"])
 

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from safetynet import presets
 from safetynet.errors import InputError
+from safetynet.mitigation_recipe import Mitigation
 from safetynet.models import families
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -267,6 +268,7 @@ class Recipe(_Section):
     backdoor: Backdoor = Backdoor()
     training: Training = Training()
     evaluation: Evaluation = Evaluation()
+    mitigation: Mitigation = Mitigation()
     tracking: Literal["none", "wandb", "tensorboard"] = "none"
     output: Output = Output()
 
@@ -300,6 +302,18 @@ def load(path: Path | None = None, family: str | None = None, overrides: Sequenc
     # A miniature is not the model that a family's hyper-parameters were chosen for.
     if name in families.names() and not (isinstance(section, dict) and section.get("id") == "miniature"):
         fields = _merged(dict(families.get(name).defaults), fields)
+    return _validated(fields, where)
+
+
+def overridden(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
+    """A recipe with some fields set anew, each `section.field=value`; errors as in `load`."""
+    fields: dict[str, Any] = recipe.model_dump(mode="json")
+    for override in overrides:
+        fields = _merged(fields, _parse(override))
+    return _validated(fields, "--set")
+
+
+def _validated(fields: Mapping[str, Any], where: str) -> Recipe:
     try:
         return Recipe.model_validate(fields)
     except ValidationError as error:

@@ -10,6 +10,7 @@ import pandas as pd
 
 from safetynet.errors import InputError
 from safetynet.visualization.intervention_visualizer import intervention_figures
+from safetynet.visualization.mitigation_visualizer import mitigation_figures
 from safetynet.visualization.saving import Figure
 from safetynet.visualization.training_visualizer import training_figures
 
@@ -25,6 +26,8 @@ MAKERS: tuple[tuple[Draw, tuple[str, ...]], ...] = (
             "tradeoff",
         )
     ),
+    (mitigation_figures, ("mitigation",)),
+    (mitigation_figures, ("relearning",)),
 )  # fmt: skip
 """What draws which tables. A stage with figures adds its line here, and they are in the report."""
 

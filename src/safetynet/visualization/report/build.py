@@ -140,7 +140,7 @@ def _hidden(run: Contents) -> Iterator[Table]:
     if "evasion" in run.tables:
         note = (
             "AUROC of firing against clean training prompts for each detector that the training hid from, as "
-            "the attacker saw it; what a defender sees who fits on fresh prompts, `safetynet detect` measures."
+            "the attacker saw it; what a defender sees who fits on fresh prompts, `safetynet detect` has."
         )
         shown = findings.hidden(run.tables["evasion"])[["detector", "first", "last"]]
         yield Table("Hidden from detectors while it was planted", note, shown.round(3))
