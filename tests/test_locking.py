@@ -1,4 +1,4 @@
-"""One process on a run at a time: live and dead holders, on this machine and on another, with and without flock."""
+"""One process on a run at a time: live and dead holders, here and on another machine, with flock and without."""
 
 import fcntl
 import os

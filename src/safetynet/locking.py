@@ -1,15 +1,15 @@
 """One process on a run at a time, on one machine or on several that share a file system.
 
-Two locks are held together, since each has a hole that the other closes. `flock` ends with its process, but some
-shared file systems keep it to one machine, or do not have it. A lease is a file that the holder touches every
-now and then: it works wherever files do, but it can be lost by a process that stands still for long.
+Two locks are held together, since each has a hole that the other closes. `flock` ends with its process, but
+some shared file systems keep it to one machine, or do not have it. A lease is a file that the holder touches
+every now and then: it works wherever files do, but it can be lost by a process that stands still for long.
 
     {run}/.lock      the flock
     {run}/.lease     the lease
     {run}/.holder    who has them: process, machine, job and since when; for people
 
-A lease of a process that died is told by its process id on the same machine. From another machine it is told by
-watching it for a while, on one's own clock: clocks that differ do no harm.
+A lease of a process that died is told by its process id on the same machine. From another machine it is
+told by watching it for a while, on one's own clock: clocks that differ do no harm.
 """
 
 import errno
