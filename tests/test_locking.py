@@ -1,4 +1,4 @@
-"""One process on a run at a time: live and dead holders, here and on another machine, with flock and without."""
+"""One process on a run at a time: live and dead holders, here and elsewhere, with flock and without."""
 
 import fcntl
 import os

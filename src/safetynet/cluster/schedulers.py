@@ -180,10 +180,10 @@ def parse_qstat(text: str) -> dict[str, State]:
     """Jobs by id from what `qstat -f` prints, of PBS Pro, OpenPBS, Torque and Slurm's wrapper.
 
     Args:
-        text: blocks of `Job Id: ...` and indented lines `name = value`, long values going on after a tab.
+        text: blocks of `Job Id: ...` and indented lines `name = value`; a value goes on after a tab.
     """
     found = {}
-    for block in re.split(r"(?m)^Job Id:\s*", text.replace("\n\t\t", "").replace("\n\t    ", ""))[1:]:
+    for block in re.split(r"(?m)^Job Id:\s*", re.sub(r"\n\t(?![\w.]+ = )", "", text))[1:]:
         first, *lines = block.splitlines()
         fields = dict(line.strip().split(" = ", 1) for line in lines if " = " in line)
         id_ = first.strip().partition(".")[0]

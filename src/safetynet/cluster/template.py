@@ -117,7 +117,7 @@ def render(script: Script) -> str:
 
 
 def _directives(script: Script) -> list[str]:
-    """What the scheduler reads. Slurm takes the #PBS lines, too, but for GPUs, which need a line of its own."""
+    """What the scheduler reads. Slurm takes the #PBS lines, too, but those of GPUs."""
     need = script.resources
     if script.dialect == "torque":
         gpus = f":gpus={need.gpus}" if need.gpus else ""
