@@ -109,7 +109,7 @@ def hold(folder: Path, wait_s: float | None = None, lease_s: float = LEASE_S) ->
 
 
 def _flock(handle: int, folder: Path, until: float) -> None:
-    while True:
+    for _ in _tries(folder, until):
         try:
             return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -117,34 +117,38 @@ def _flock(handle: int, folder: Path, until: float) -> None:
                 return None
             if error.errno not in (errno.EAGAIN, errno.EACCES):
                 raise
-        _wait(folder, until)
+    return None
 
 
 def _acquire(lease: SoftFileLease, folder: Path, until: float, lease_s: float) -> None:
     """Take the lease; one from another machine is watched for as long as tells whether its holder lives."""
     found = holder(folder)
     if found is not None and found.host != socket.gethostname() and (folder / ".lease").exists():
-        log.info("Waiting %.0f s to see whether the run is still worked on (%s).", 1.25 * lease_s, found)
         until = max(until, time.monotonic() + 1.25 * lease_s)
-    while True:
+    for _ in _tries(folder, until):
         try:
             lease.acquire(timeout=0)
             return
         except Timeout:
-            _wait(folder, until)
+            continue
         except OSError as error:
             raise InputError(
                 f"{folder}: cannot be written ({error.strerror}). Copy the run to where it can."
             ) from None
 
 
-def _wait(folder: Path, until: float) -> None:
-    if time.monotonic() >= until:
-        who = f" ({found})" if (found := holder(folder)) else ""
-        raise InputError(
-            f"{folder}: another process works on this run{who}. Wait for it, or set another task."
+def _tries(folder: Path, until: float) -> Iterator[None]:
+    """One try, and others until then; whoever is still not served is told who works on the run."""
+    yield
+    who = f" ({found})" if (found := holder(folder)) else ""
+    if (left := until - time.monotonic()) > 0:
+        log.warning(
+            "%s: another process works on this run%s. Waiting for it, at most %.0f s.", folder, who, left
         )
-    time.sleep(1.0)
+    while time.monotonic() < until:
+        time.sleep(1.0)
+        yield
+    raise InputError(f"{folder}: another process works on this run{who}. Wait for it, or set another task.")
 
 
 def _lost(_: object) -> None:

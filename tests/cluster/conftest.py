@@ -26,7 +26,7 @@ SlurmdUser={user}
 AuthType=auth/munge
 CryptoType=crypto/munge
 # A requeued job may start this many seconds later; the default is two minutes.
-AuthInfo=socket={folder}/munge/socket,cred_expire=2
+AuthInfo=socket={folder}/munge/socket,cred_expire=5
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool
 SlurmctldPidFile={folder}/slurmctld.pid
