@@ -119,3 +119,17 @@ def test_a_job_reads_the_time_it_has_in_each_way_schedulers_write_it(written, se
         check=True,
     )
     assert int(done.stdout) == seconds
+
+
+def test_a_script_submitted_from_elsewhere_says_where_it_wants_to_be_submitted(tmp_path):
+    env = {"PATH": "/usr/bin:/bin", "SLURM_SUBMIT_DIR": str(tmp_path)}
+    done = subprocess.run(["bash", str(SCRIPTS[0])], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == "Submit this from inside the checkout of SafetyNet.\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_a_shared_file_system_shows_late_is_waited_for(tmp_path):
+    late = tmp_path / "recipe.yaml"
+    code = f". {template.BODY}; (sleep 1; touch {late}) & await {late}; echo there"
+    assert subprocess.check_output(["bash", "-c", code]) == b"there\n"
