@@ -201,20 +201,18 @@ def test_two_jobs_on_one_run_take_turns(tiny):
 
 
 def test_the_last_words_of_a_job_that_died_before_python_started_are_shown(tiny, tmp_path):
-    job = submitted(tiny, SAFETYNET_SCRATCH=str(tmp_path / "no" / "scratch"))
+    environment = tiny.parent / "scripts" / "environment.sh"
+    before = environment.read_text()
+    environment.write_text(f"{before}SAFETYNET_SCRATCH={tmp_path}/no/scratch\n")
+    job = submitted(tiny)
     assert ended(job) == "FAILED"
     said = safetynet("status", RUN)
     assert "FAILED" in said
     assert f"{tmp_path}/no is not there on node" in said
-    broken = checkout_script(tiny, "echo no such module >&2; exit 7")
+    environment.write_text(f"{before}echo no such module >&2; exit 7\n")
+    broken = command("sbatch", "--parsable", f"--export=ALL,RECIPE={tiny}", "scripts/qwen/run.sh")
     assert ended(broken) == "FAILED"
     assert "no such module" in log_of(broken)
-
-
-def checkout_script(tiny: Path, environment: str) -> str:
-    with (tiny.parent / "scripts" / "environment.sh").open("a") as handle:
-        handle.write(environment + "\n")
-    return command("sbatch", "--parsable", f"--export=ALL,RECIPE={tiny}", "scripts/qwen/run.sh")
 
 
 def test_a_job_that_fails_in_python_is_not_started_again_and_says_why(tiny):
@@ -288,7 +286,9 @@ def test_an_interrupted_submission_leaves_no_half_recorded_job(tiny, tmp_path, m
 
 
 def test_a_dry_run_prints_the_script_and_leaves_nothing(tiny):
-    said = safetynet("submit", tiny, "--dry-run", "--account", "lab", "--gpus", "2", "--walltime", "02:00:00")
+    words = ("--dry-run", "--account", "lab", "--gpus", "2", "--walltime", "02:00:00")
+    said = safetynet("submit", tiny, *words, SAFETYNET_SCRATCH="/fast/mine")
+    assert "SAFETYNET_SCRATCH=/fast/mine\n" in said
     assert "#PBS -l select=1:ncpus=2:ngpus=2:mem=8gb" in said
     assert "#PBS -A lab" in said
     assert "sbatch --parsable" in said

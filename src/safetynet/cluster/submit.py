@@ -3,6 +3,7 @@
 In: a recipe, a scheduler and what to ask it for. Out: a job, and a record in each of its runs. Runs nothing.
 """
 
+import os
 import secrets
 import shlex
 import time
@@ -76,6 +77,7 @@ def plan(recipe: Recipe, request: Request) -> Plan:
             logs=str(logs),
             folder=str(Path.cwd()),
             path=str(script),
+            scratch=os.environ.get("SAFETYNET_SCRATCH"),
             queue=request.queue,
             account=request.account,
             dialect=dialect,

@@ -77,6 +77,8 @@ class Script:
     """Absolute path in which it works; None: the checkout that it was submitted from."""
     path: str = ""
     """Of the script: below the checkout, or absolute where `folder` is."""
+    scratch: str | None = None
+    """SAFETYNET_SCRATCH of whoever submits, which PBS does not hand on."""
     usage: tuple[str, ...] = ()
     queue: str | None = None
     account: str | None = None
@@ -100,6 +102,8 @@ def render(script: Script) -> str:
             f"BIN={shlex.quote(str(Path(sys.executable).parent))}",
             f". {shlex.quote(str(BODY))} || exit 1",
         ]
+    if script.scratch:
+        place.append(f'[ -n "${{SAFETYNET_SCRATCH:-}}" ] || SAFETYNET_SCRATCH={shlex.quote(script.scratch)}')
     lines = [
         "#!/bin/bash",
         *(f"# {line}".rstrip() for line in comment),
