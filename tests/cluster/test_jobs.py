@@ -282,7 +282,7 @@ def test_an_interrupted_submission_leaves_no_half_recorded_job(tiny, tmp_path, m
         id_ = json.loads(record.read_text())["id"]
         assert f"job {id_} (slurm" in said
         assert "is for this run already" in safetynet("submit", tiny, code=2)
-        assert ended(id_) == "COMPLETED"
+        assert f"Cancelled: {id_}" in safetynet("cancel", RUN)
 
 
 def test_a_dry_run_prints_the_script_and_leaves_nothing(tiny):
