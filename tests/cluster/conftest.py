@@ -97,15 +97,18 @@ def slurm() -> Iterator[Path]:
     # Not pytest's own folder: the path of a socket may have 107 signs.
     folder = Path(tempfile.mkdtemp(prefix="sn-slurm-"))
     folder.chmod(0o755)
-    stop = _start(folder)
-    yield folder
-    for pid in stop:
-        _end(pid)
-    del os.environ["SLURM_CONF"]
-    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        _start(folder)
+        yield folder
+    finally:
+        for file in ("slurmd.pid", "slurmctld.pid", "munge/pid"):
+            if (folder / file).exists():
+                _end(int((folder / file).read_text()))
+        os.environ.pop("SLURM_CONF", None)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def _start(folder: Path) -> list[int]:
+def _start(folder: Path) -> None:
     for name in ("munge", "state", "spool"):
         (folder / name).mkdir(mode=0o755)
     for name in ("gpu0", "gpu1", "gpu2", "gpu3"):
@@ -135,8 +138,6 @@ def _start(folder: Path) -> list[int]:
         eventually(lambda: "idle" in subprocess.getoutput("sinfo -h -o %t").split(), seconds=60)
     except AssertionError:
         raise AssertionError((folder / "slurmd.log").read_text()) from None
-    files = (folder / "slurmd.pid", folder / "slurmctld.pid", munge / "pid")
-    return [int(file.read_text()) for file in files]
 
 
 def _end(pid: int) -> None:
