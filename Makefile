@@ -27,7 +27,7 @@ test: $(VENV)/installed-test
 	$(BIN)/python -m pytest -m "not slow and not cluster"
 
 slow: $(VENV)/installed-test
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m "slow and not cluster"
 
 cluster: $(VENV)/installed-test
 	$(BIN)/python -m pytest -m cluster
