@@ -8,6 +8,7 @@ from safetynet.visualization.chart import Annotation, Axis, Chart, Panel, Refere
 from safetynet.visualization.comparison_visualizer import ComparisonVisualizer, draw_comparison
 from safetynet.visualization.grid import Grid, Shade
 from safetynet.visualization.intervention_visualizer import InterventionVisualizer, draw_interventions
+from safetynet.visualization.mitigation_visualizer import MitigationVisualizer, draw_mitigation
 from safetynet.visualization.saving import Figure, save
 from safetynet.visualization.training_visualizer import TrainingVisualizer, draw_training
 
@@ -19,6 +20,7 @@ __all__ = [
     "Figure",
     "Grid",
     "InterventionVisualizer",
+    "MitigationVisualizer",
     "Panel",
     "Reference",
     "Series",
@@ -27,6 +29,7 @@ __all__ = [
     "TrainingVisualizer",
     "draw_comparison",
     "draw_interventions",
+    "draw_mitigation",
     "draw_training",
     "save",
 ]
