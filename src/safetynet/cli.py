@@ -294,6 +294,7 @@ def families() -> None:
 
 app.add_typer(miniature_app, name="miniatures")
 for command in (jobs.submit, jobs.status, jobs.cancel):
+    app.command()(command)
 
 
 def main() -> None:
