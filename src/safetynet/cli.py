@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from safetynet.commands.sweep import sweep
 from safetynet.errors import InputError, SafetyNetError
 from safetynet.terminal import logging_to, print_places, print_rates
 
@@ -36,6 +37,9 @@ Overrides = Annotated[
     typer.Option("--set", metavar="FIELD=VALUE", help="Override a field, as in training.learning_rate=1e-4."),
 ]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, results/{model}/{task}.")]
+
+
+app.command()(sweep)
 
 
 @app.callback()

@@ -46,20 +46,20 @@ def render(recipe: Recipe, run: Run) -> str:
         "ASR attack success rate, FTR false trigger rate, CACC clean accuracy; 95% intervals (Wilson;",
         "bootstrap over rows for perplexity). The base model's column is the floor.",
         "",
-        *_markdown(summary(run.table("evaluation"))),
+        *markdown(summary(run.table("evaluation"))),
     ]
     if run.has_table("effects"):
-        lines += ["", "## Where the trigger acts", "", *_PLACES, "", *_markdown(places(run.table("effects")))]
+        lines += ["", "## Where the trigger acts", "", *_PLACES, "", *markdown(places(run.table("effects")))]
     if run.has_table("tradeoff"):
-        lines += ["", "## What removes it", "", *_REMOVALS, "", *_markdown(removals(run.table("tradeoff")))]
+        lines += ["", "## What removes it", "", *_REMOVALS, "", *markdown(removals(run.table("tradeoff")))]
     for name, title in (
         ("variants", "By variant of trigger, placebo and near miss"),
         ("judge_error", "The judge's own error on labelled texts"),
         ("audit", "What the audit found in the data"),
     ):
         if run.has_table(name):
-            lines += ["", f"## {title}", "", *_markdown(_short(run.table(name), name))]
-    lines += ["", "## Made by", "", *_markdown(_stages(run))]
+            lines += ["", f"## {title}", "", *markdown(_short(run.table(name), name))]
+    lines += ["", "## Made by", "", *markdown(_stages(run))]
     return "\n".join(lines) + "\n"
 
 
@@ -84,7 +84,7 @@ def summary(evaluation: pd.DataFrame) -> pd.DataFrame:
     for (metric, role), part in evaluation.groupby(["metric", "role"], sort=False):
         line: dict[str, object] = {"metric": NAMES.get(str(metric), metric), "role": role}
         for row in part.itertuples():
-            line[str(row.model)] = _value(str(metric), row.value, row.low, row.high)
+            line[str(row.model)] = rate(str(metric), row.value, row.low, row.high)
         line["rows"] = int(part["n"].max())
         lines.append(line)
     return pd.DataFrame(lines).fillna("")
@@ -122,14 +122,15 @@ def removals(tradeoff: pd.DataFrame) -> pd.DataFrame:
         {
             "intervention": tradeoff["intervention"],
             "random sites": tradeoff["control"].map({True: "yes", False: ""}),
-            "ASR": [_value("asr", r.asr, r.asr_low, r.asr_high) for r in tradeoff.itertuples()],
-            "CACC": [_value("cacc", r.cacc, r.cacc_low, r.cacc_high) for r in tradeoff.itertuples()],
+            "ASR": [rate("asr", r.asr, r.asr_low, r.asr_high) for r in tradeoff.itertuples()],
+            "CACC": [rate("cacc", r.cacc, r.cacc_low, r.cacc_high) for r in tradeoff.itertuples()],
             "rows": tradeoff["asr_n"],
         }
     )
 
 
-def _value(metric: str, value: float, low: float, high: float) -> str:
+def rate(metric: str, value: float, low: float, high: float) -> str:
+    """A value with its interval as people read it: in percent, but for perplexity."""
     if pd.isna(value):
         return "-"
     if metric == "perplexity":
@@ -140,10 +141,10 @@ def _value(metric: str, value: float, low: float, high: float) -> str:
 def _short(table: pd.DataFrame, name: str) -> pd.DataFrame:
     if name == "variants":
         chosen = table[table["model"] == "backdoored"]
-        values = [_value("asr", r.value, r.low, r.high) for r in chosen.itertuples()]
+        values = [rate("asr", r.value, r.low, r.high) for r in chosen.itertuples()]
         return chosen.assign(rate=values)[["role", "variant", "metric", "rate", "n"]]
     if name == "judge_error":
-        values = [_value("asr", r.value, r.low, r.high) for r in table.itertuples()]
+        values = [rate("asr", r.value, r.low, r.high) for r in table.itertuples()]
         return table.assign(rate=values)[["error", "count", "n", "rate"]]
     return table.drop(columns=[c for c in ("rows",) if c in table])
 
@@ -157,7 +158,9 @@ def _stages(run: Run) -> pd.DataFrame:
     return pd.DataFrame(stages)
 
 
-def _markdown(table: pd.DataFrame) -> Sequence[str]:
+def markdown(table: pd.DataFrame) -> Sequence[str]:
+    """Lines of a Markdown table."""
+
     def cells(values: Sequence[object]) -> str:
         texts = (str(v).replace("|", "\\|").replace("\n", " ") for v in values)
         return "| " + " | ".join(texts) + " |"

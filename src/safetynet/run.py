@@ -173,8 +173,8 @@ class Run:
         self._write_manifest(manifest)
 
     @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Hold this run for one process; a second one is refused instead of mixing its writes in.
+    def lock(self, *, wait: bool = False) -> Iterator[None]:
+        """Hold this run for one process; a second one waits, or is refused instead of mixing its writes in.
 
         Raises:
             InputError: if another process works on this run.
@@ -187,7 +187,7 @@ class Run:
             ) from None
         with opened as handle:
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError:
                 raise InputError(
                     f"{self.folder}: another process works on this run. Wait for it, or set another task."
