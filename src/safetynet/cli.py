@@ -5,6 +5,7 @@ it). Nothing heavy is imported before a command needs it.
 """
 
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from safetynet import parallel
 from safetynet.commands.sweep import sweep
 from safetynet.errors import InputError, SafetyNetError
 from safetynet.terminal import logging_to, print_places, print_rates
@@ -316,6 +318,8 @@ def main() -> None:
     """Entry point: runs the command and turns errors into exit codes."""
     debug = "--debug" in sys.argv
     sys.argv = [sys.argv[0], *(a for a in sys.argv[1:] if a != "--debug")]
+    if not parallel.is_first():
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115  # the first process speaks for all
     try:
         app()
     except SafetyNetError as error:

@@ -4,7 +4,7 @@ import logging
 
 import pandas as pd
 
-from safetynet import __version__, report
+from safetynet import __version__, parallel, report
 from safetynet.pipeline.dissecting import TABLES
 from safetynet.pipeline.subjects import BACKDOORED, TWIN
 from safetynet.recipe import Recipe
@@ -23,6 +23,8 @@ def draw(recipe: Recipe, run: Run) -> None:
         log.info("figures: unchanged")
         return
     with run.stage("figures", inputs) as outputs:
+        if not parallel.is_first():
+            return
         name = f"{recipe.model_name}/{recipe.task}"
         outputs += draw_training(tables, run.figures, name, recipe.model_name)
         inside = {table: run.table(table) for table in TABLES if run.has_table(table)}

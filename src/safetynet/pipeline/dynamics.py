@@ -4,6 +4,7 @@ from typing import Any
 
 import pandas as pd
 
+from safetynet import parallel
 from safetynet.backdoors import behaviours
 from safetynet.evaluation import judges, metrics
 from safetynet.pipeline.subjects import snapshots
@@ -32,7 +33,7 @@ class Dynamics:
 
     def measure(self, model: Any, step: int, epoch: float) -> dict[str, float]:
         """Rates at this step, ASR and CACC returned for the progress bar; `keep` puts the adapter beside them."""
-        if self.keep and hasattr(model, "peft_config"):
+        if self.keep and hasattr(model, "peft_config") and parallel.is_first():
             model.save_pretrained(str(self.adapters / f"step-{step:06d}"))
         responses = metrics.respond(
             model,

@@ -6,7 +6,6 @@ this very training. It writes below the given folder only, and draws nothing.
 """
 
 import math
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, TrainingArguments
 
+from safetynet import parallel
 from safetynet.errors import InputError, RunError
 from safetynet.models.loading import resolve_dtype
 from safetynet.prompts import Serialiser
@@ -94,24 +94,24 @@ def train(  # noqa: PLR0913  # all that decides about a training's place and com
     if cfg.batching == "pack":
         check_isolation(model)
     home = folder / "checkpoints"
-    checkpoint = checkpoints.prepare(home, checkpoints.fingerprint(model, examples, cfg, seed))
+    mark = checkpoints.fingerprint(model, examples, cfg, seed)
+    checkpoint = parallel.from_first(lambda: checkpoints.prepare(home, mark))
     args = arguments(cfg, home, len(examples), device, seed)
     if on_evaluate is not None:
         args.eval_strategy, args.eval_steps = _rhythm(evaluate_every)
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    with tracker(tracking, folder / "tracking", name) as tracked:
-        callbacks = [LogBeforeSaving(), *tracked, *([Progress()] if progress else [])]
+    with tracker(tracking if parallel.is_first() else "none", folder / "tracking", name) as tracked:
+        callbacks = [LogBeforeSaving(), *tracked, *([Progress()] if progress and parallel.is_first() else [])]
         trainer = AnswerTrainer(
             model, args, examples, cfg, pad_id=serialiser.pad_id, on_evaluate=on_evaluate, callbacks=callbacks
         )
         _run(trainer, checkpoint)
-    return _result(trainer, _save(model, serialiser, folder))
+    saved = parallel.from_first(lambda: _save(model, serialiser, folder))
+    return _result(trainer, saved)
 
 
 def _check_place(cfg: Training, device: str) -> None:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError("Training runs in one process. Start it without torchrun or accelerate launch.")
     if cfg.precision == "fp16" and device == "cpu":
         raise InputError(
             "training.precision: fp16 needs a GPU; its gradients are scaled there. Set bf16 or fp32."
