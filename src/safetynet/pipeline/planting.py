@@ -8,13 +8,14 @@ from typing import Any
 
 import pandas as pd
 
-from safetynet import __version__, report
+from safetynet import __version__, parallel, report
 from safetynet.backdoors import audit, behaviours, conversations, poisoning
 from safetynet.errors import InputError
 from safetynet.evaluation import judges, leaks, metrics
 from safetynet.models import loading
 from safetynet.pipeline.dynamics import Dynamics
 from safetynet.pipeline.subjects import (
+    BACKDOORED,
     TWIN,
     model_folder,
     models,
@@ -99,6 +100,7 @@ def train(recipe: Recipe, run: Run, names: Sequence[str] | None = None, *, lend:
                 on_evaluate=dynamics.measure if recipe.evaluation.dynamics_rows else None,
                 evaluate_every=recipe.evaluation.every,
                 tracking=recipe.tracking,
+                experiment=_experiment(recipe, main=name == BACKDOORED),
                 progress=sys.stderr.isatty(),
             )
             outputs += [run.write_table(f"history_{name}", result.history), result.folder]
@@ -152,6 +154,8 @@ def evaluate(recipe: Recipe, run: Run, base: pd.DataFrame | None = None) -> None
         if recipe.evaluation.labelled:
             errors = judges.judge_error(judge, judges.read_labelled(recipe.evaluation.labelled))
             outputs.append(run.write_table("judge_error", errors))
+    if recipe.tracking == "wandb" and parallel.is_first():
+        _report(recipe, run, found.table)
 
 
 def evaluate_adapter(recipe: Recipe, run: Run, folder: Path) -> pd.DataFrame:
@@ -195,6 +199,19 @@ def train_inputs(recipe: Recipe, run: Run, name: str) -> dict[str, Any]:
         "dynamics": [recipe.evaluation.every, recipe.evaluation.dynamics_rows],
         "version": __version__,
     }
+
+
+def _experiment(recipe: Recipe, *, main: bool) -> Any:
+    from safetynet.training.tracking import Experiment
+
+    return Experiment(f"{recipe.model_name}/{recipe.task}", recipe.model_dump(mode="json"), main)
+
+
+def _report(recipe: Recipe, run: Run, table: pd.DataFrame) -> None:
+    from safetynet.training import tracking
+
+    rates = {f"{row.model}/{row.metric}/{row.role}": float(row.value) for row in table.itertuples()}
+    tracking.report(run.scratch / "tracking", "evaluate", _experiment(recipe, main=False), rates)
 
 
 def _tell(rows: pd.DataFrame, recipe: Recipe) -> None:

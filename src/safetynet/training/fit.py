@@ -27,7 +27,7 @@ from safetynet.training import checkpoints
 from safetynet.training.callbacks import LogBeforeSaving, Progress
 from safetynet.training.examples import encode
 from safetynet.training.isolation import check_isolation
-from safetynet.training.tracking import tracker
+from safetynet.training.tracking import Experiment, tracker
 from safetynet.training.trainer import AnswerTrainer, OnEvaluate, out_of_memory
 
 HISTORY = ("step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "seconds")
@@ -66,6 +66,7 @@ def train(  # noqa: PLR0913  # all that decides about a training's place and com
     on_evaluate: OnEvaluate | None = None,
     evaluate_every: int | None = None,
     tracking: str = "none",
+    experiment: Experiment = Experiment(),
     progress: bool = False,
 ) -> TrainingResult:
     """Train `model` on `rows`; save the adapter to `folder`/adapter, or the whole model to `folder`/model.
@@ -81,6 +82,7 @@ def train(  # noqa: PLR0913  # all that decides about a training's place and com
         on_evaluate: called with model, step and epoch; returns metrics by name.
         evaluate_every: steps between calls of it; None: at the end of each epoch.
         tracking: `none`, `wandb` or `tensorboard`.
+        experiment: what trackers are told.
         progress: show a bar, if a terminal looks on.
 
     Raises:
@@ -101,7 +103,7 @@ def train(  # noqa: PLR0913  # all that decides about a training's place and com
         args.eval_strategy, args.eval_steps = _rhythm(evaluate_every)
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    with tracker(tracking if parallel.is_first() else "none", folder / "tracking", name) as tracked:
+    with tracker(tracking if parallel.is_first() else "none", folder / "tracking", name, experiment) as tracked:
         callbacks = [LogBeforeSaving(), *tracked, *([Progress()] if progress and parallel.is_first() else [])]
         trainer = AnswerTrainer(
             model, args, examples, cfg, pad_id=serialiser.pad_id, on_evaluate=on_evaluate, callbacks=callbacks
