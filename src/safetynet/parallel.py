@@ -1,10 +1,12 @@
 """Several processes that work on one run together, as torchrun and `accelerate launch` start them.
 
-Every process goes through the same stages. What can be divided is: parts are computed in turn and brought together
-in order, so that each process has the same numbers as a single one would. The first process alone writes the run
-directory. With one process, which is the ordinary case, nothing here does anything or loads torch.
+Every process goes through the same stages. What can be divided is: parts are computed in turn and brought
+together in order, so that each process has the same numbers as a single one would. The first process alone
+writes the run directory. With one process, which is the ordinary case, nothing here does anything or loads
+torch.
 """
 
+import atexit
 import os
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -56,8 +58,8 @@ def from_first(compute: Callable[[], Result]) -> Result:
 def in_turn(parts: Sequence[Part], work: Callable[[Part], Result]) -> list[Result]:
     """`work` of each part, in their order; parts are dealt to the processes one by one.
 
-    A part's result does not depend on how many processes there are, as long as `work` looks at that part alone.
-    An error of any process is every process's error.
+    A part's result does not depend on how many processes there are, as long as `work` looks at that part
+    alone. An error of any process is every process's error.
     """
     if count() == 1:
         return [work(part) for part in parts]
@@ -92,4 +94,5 @@ def _joined() -> Any:
         if gpus:
             torch.cuda.set_device(device_index())
         distributed.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=PATIENCE)
+        atexit.register(distributed.destroy_process_group)  # its threads do not survive the interpreter's end
     return distributed

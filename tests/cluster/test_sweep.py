@@ -23,6 +23,13 @@ evaluation: {max_new_tokens: 16, batch_size: 100, dynamics_rows: 0}
 """
 TWELVE = ("--grid", "training.lora_rank=2,4,8", "data.test_rows=11,12", "--seeds", "0:2", "--workers", "2")
 PATIENCE_S = 900
+# A shell starts background processes deaf to Ctrl-C, and they hand that on.
+PROGRAM = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from safetynet.cli import main
+main()
+"""
 
 
 @pytest.fixture
@@ -33,7 +40,7 @@ def home(tmp_path: Path) -> Path:
 
 def started(home: Path, *words: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-c", "from safetynet.cli import main; main()", "sweep", "tiny.yaml", *words],
+        [sys.executable, "-c", PROGRAM, "sweep", "tiny.yaml", *words],
         cwd=home, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
 
@@ -58,7 +65,9 @@ def results(home: Path) -> pd.DataFrame:
     return pd.read_parquet(path)
 
 
-def until(home: Path, stage: str, count: int, process: subprocess.Popen[str]) -> Mapping[tuple[str, str], str]:
+def until(
+    home: Path, stage: str, count: int, process: subprocess.Popen[str]
+) -> Mapping[tuple[str, str], str]:
     """Wait until `count` points have ended a stage; what has ended by then."""
     deadline = time.monotonic() + PATIENCE_S
     while time.monotonic() < deadline:

@@ -27,7 +27,11 @@ def test_a_grid_has_every_combination_with_a_run_directory_of_its_own():
 def test_values_are_yaml_and_their_names_are_safe_and_distinct():
     found = sweep_grid.points(
         QWEN,
-        ["training.learning_rate=1e-3,2e-3", "training.layers=[0, 1],[2]", "backdoor.behaviour.target=a/b,a|b"],
+        [
+            "training.learning_rate=1e-3,2e-3",
+            "training.layers=[0, 1],[2]",
+            "backdoor.behaviour.target=a/b,a|b",
+        ],
         overrides=["backdoor.behaviour.kind=fixed"],
     )
     assert {point.recipe.training.learning_rate for point in found} == {1e-3, 2e-3}

@@ -1,8 +1,10 @@
-"""A program that trains small random models, to be started by itself or by torchrun: what they lose, step by step.
+"""A program that trains small random models, to be started by itself or by torchrun: what they lose, step by
+step.
 
-    python processes.py OUT          torchrun --nproc-per-node 2 processes.py OUT
+python processes.py OUT          torchrun --nproc-per-node 2 processes.py OUT
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -44,14 +46,19 @@ def main(out: Path) -> None:
     found = {}
     for name, (family, more) in CASES.items():
         cfg = Training(
-            **{"batch_size": 8, "epochs": 2, "learning_rate": 1e-2, "precision": "fp32", "log_every": 1, **more}
+            **{
+                "batch_size": 8,
+                "epochs": 2,
+                "learning_rate": 1e-2,
+                "precision": "fp32",
+                "log_every": 1,
+                **more,
+            }
         )
         folder = out / name
         if name == "interrupted":
-            try:
+            with contextlib.suppress(KeyboardInterrupt):
                 trained(family, cfg, folder, stop=7)
-            except KeyboardInterrupt:
-                pass
         found[name] = trained(family, cfg, folder)
     if parallel.is_first():
         (out / "losses.json").write_text(json.dumps(found))
@@ -77,7 +84,15 @@ def trained(family: str, cfg: Training, folder: Path, stop: int | None = None) -
         return {}
 
     result = train(
-        model, serialiser, rows, cfg, folder=folder, seed=0, name="test", on_evaluate=on_evaluate, evaluate_every=1
+        model,
+        serialiser,
+        rows,
+        cfg,
+        folder=folder,
+        seed=0,
+        name="test",
+        on_evaluate=on_evaluate,
+        evaluate_every=1,
     )
     return result.history[["loss", "grad_norm"]].to_numpy().tolist()
 

@@ -25,7 +25,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @pytest.mark.parametrize("case", ["plain", "grouped", "packed", "experts", "full", "interrupted"])
-def test_two_processes_lose_at_each_step_what_one_process_loses(case: str, trained: tuple[Path, Path]) -> None:
+def test_two_processes_lose_at_each_step_what_one_process_loses(
+    case: str, trained: tuple[Path, Path]
+) -> None:
     one, two = (np.array(json.loads((folder / "losses.json").read_text())[case]) for folder in trained)
     assert one.shape == two.shape
     assert len(one) >= 6
@@ -37,5 +39,7 @@ def test_two_processes_lose_at_each_step_what_one_process_loses(case: str, train
 
 def test_two_processes_that_were_interrupted_end_with_the_weights_of_two_that_were_not(trained) -> None:
     # The learning rate, the order of rows and Adam's moments of steps 1 to 6 have to come back for that.
-    weights = [load_file(folder / "interrupted" / "adapter" / "adapter_model.safetensors") for folder in trained]
+    weights = [
+        load_file(folder / "interrupted" / "adapter" / "adapter_model.safetensors") for folder in trained
+    ]
     assert all(np.allclose(weights[0][name], weights[1][name], atol=1e-4) for name in weights[0])

@@ -1,9 +1,9 @@
 """A sweep: every point of a grid through Parsl, as a graph, to one table.
 
-In: points, where workers run, a folder. Out: what became of each point. The graph: all points are prepared; then
-the base models answer, once for all points that ask them the same; then the models are trained, a clean twin once
-for all points that have the same; then each point is measured, dissected and drawn. What has ended is known from
-the run directories alone, so that a sweep that was stopped in any way goes on.
+In: points, where workers run, a folder. Out: what became of each point. The graph: all points are prepared;
+then the base models answer, once for all points that ask them the same; then the models are trained, a clean
+twin once for all points that have the same; then each point is measured, dissected and drawn. What has ended is
+known from the run directories alone, so that a sweep that was stopped in any way goes on.
 """
 
 import fcntl
@@ -96,7 +96,7 @@ class _Graph:
         self.steps: list[dict[str, Future[Done]]] = [{} for _ in points]
 
     def outcomes(self, progress: Callable[[Outcome, int], None]) -> Iterator[Outcome]:
-        """Build the graph, wait for it, tell each point's outcome as soon as it is known; in order at the end."""
+        """Build the graph and tell each point's outcome when it is known; all of them, in order, at the end."""
         for number in range(len(self.points)):
             self._add(number, "prepare")
         log.info("sweep: %d points, preparing their rows", len(self.points))
@@ -113,7 +113,7 @@ class _Graph:
         yield from (found[number] for number in range(len(self.points)))
 
     def _build(self, prepared: dict[int, Done]) -> None:
-        """Base models before adapters, training before measuring, what is shared before those that share it."""
+        """Base models before adapters, training before measuring, lenders before those that they lend to."""
         bases = _lenders({n: done.base for n, done in prepared.items()})
         twins = _lenders({n: done.twin for n, done in prepared.items()})
         for number in sorted(set(bases.values())):

@@ -93,7 +93,8 @@ def points(
 
 def sweep_name(found: Sequence[Point]) -> str:
     """Name of a sweep: the same points give the same one, so that the same command goes on."""
-    return f"{found[0].recipe.task.partition('--')[0]}-{digest([p.recipe.model_dump(mode='json') for p in found])[:8]}"
+    recipes_of = [point.recipe.model_dump(mode="json") for point in found]
+    return f"{found[0].recipe.task.partition('--')[0]}-{digest(recipes_of)[:8]}"
 
 
 def _axis(text: str, faults: list[str]) -> tuple[str, list[Any]] | None:

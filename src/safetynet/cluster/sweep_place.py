@@ -1,7 +1,7 @@
 """Where a sweep's workers run: processes here, or jobs of PBS Pro, Torque or Slurm; through Parsl.
 
-In: a small YAML file, or nothing for this machine. Out: Parsl's configuration. One worker is one process with one
-thread, and has one GPU of its own where there are GPUs. Submits nothing by itself.
+In: a small YAML file, or nothing for this machine. Out: Parsl's configuration. One worker is one process with
+one thread, and has one GPU of its own where there are GPUs. Submits nothing by itself.
 """
 
 import os
@@ -20,10 +20,11 @@ if TYPE_CHECKING:
     import parsl
 
 HEARTBEAT_S = {"here": (5, 30), "cluster": (30, 120)}
-"""Seconds between signs of life, and without one until workers end by themselves and their tasks go elsewhere."""
+"""Seconds between signs of life, and seconds without one after which workers end by themselves."""
 POOL = "parsl.executors.high_throughput.process_worker_pool"
 INTERCHANGE = (
-    # Linux ends the interchange together with the sweep, however that ended; its workers then miss it and end.
+    # Linux ends the interchange together with the sweep, however that ended; its workers then miss it and
+    # end.
     "import ctypes, runpy, sys; sys.platform == 'linux' and ctypes.CDLL(None).prctl(1, 9); "
     "runpy.run_module('parsl.executors.high_throughput.interchange', run_name='__main__')"
 )
@@ -104,7 +105,7 @@ def config(place: Place, folder: Path, retries: int, retry_cost: Any) -> "parsl.
     period, threshold = HEARTBEAT_S["here" if here else "cluster"]
     executor = HighThroughputExecutor(
         label="sweep",
-        provider=_provider(place, cpus, gpus, folder),
+        provider=_provider(place, cpus, gpus),
         address="127.0.0.1" if here else None,
         launch_cmd=DEFAULT_LAUNCH_CMD.replace("process_worker_pool.py", f"{sys.executable} -m {POOL}"),
         interchange_launch_cmd=[sys.executable, "-c", INTERCHANGE],
@@ -124,7 +125,7 @@ def config(place: Place, folder: Path, retries: int, retry_cost: Any) -> "parsl.
     )
 
 
-def _provider(place: Place, cpus: int, gpus: int, folder: Path) -> Any:
+def _provider(place: Place, cpus: int, gpus: int) -> Any:
     from parsl.launchers import SingleNodeLauncher
     from parsl.providers import LocalProvider, PBSProProvider, SlurmProvider, TorqueProvider
 

@@ -1,7 +1,7 @@
 """What a worker does for one point of a sweep: one step at a time, each kept in the point's run directory.
 
-In: a recipe and the run directories that lend to it. Out: which stages were computed, and what later points may
-share. A step that is interrupted goes on when it is asked for again; one that has ended is not repeated.
+In: a recipe and the run directories that lend to it. Out: which stages were computed, and what later points
+may share. A step that is interrupted goes on when it is asked for again; one that has ended is not repeated.
 """
 
 import logging

@@ -32,10 +32,11 @@ def results(outcomes: Sequence[Outcome]) -> pd.DataFrame:
     """Every rate of every point.
 
     Returns:
-        One line per point, model, metric and role: what was varied, `status` (done, failed), the columns of the
-        run's table `evaluation` (count, n, value, low, high among them) and `run`, its directory. The rates of
-        what removes the backdoor best have the model `backdoored, ` and the intervention. A point that failed
-        has one line without rates; `failed` and `reason` say at which step and why, `log` where to read on.
+        One line per point, model, metric and role: what was varied, `status` (done, failed), the columns of
+        the run's table `evaluation` (count, n, value, low, high among them) and `run`, its directory. The
+        rates of what removes the backdoor best have the model `backdoored, ` and the intervention. A point
+        that failed has one line without rates; `failed` and `reason` say at which step and why, `log` where
+        to read on.
     """
     parts = []
     for outcome in outcomes:
@@ -93,8 +94,9 @@ def markdown(outcomes: Sequence[Outcome], table: pd.DataFrame) -> str:
     lines = [
         f"# Sweep of {len(outcomes)} points: {done} done, {len(failed)} failed",
         "",
-        "Rates on held-out prompts with 95% intervals (Wilson). ASR attack success rate, FTR false trigger rate,",
-        "CACC clean accuracy; the clean twin and the base model are the controls. All rates: results.parquet.",
+        "Rates on held-out prompts with 95% intervals (Wilson). ASR attack success rate, FTR false trigger",
+        "rate, CACC clean accuracy; the clean twin and the base model are the controls. All rates are in",
+        "results.parquet.",
         "",
     ]
     if done:

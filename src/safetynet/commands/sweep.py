@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from safetynet.errors import InputError
 from safetynet.terminal import logging_to
 
 if TYPE_CHECKING:
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("safetynet")
 
 
-def sweep(
+def sweep(  # noqa: PLR0913  # one parameter is one option
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file that all points start from.")],
     more: Annotated[
         list[str] | None, typer.Argument(metavar="[FIELD=VALUES]...", help="More of --grid.")
@@ -61,18 +60,18 @@ def sweep(
         log.info("sweep %s: %d points in %s", name, len(points), folder)
         with _told(len(points)) as progress:
             outcomes = sweeping.sweep(points, name, folder, where, retries=retries, progress=progress)
-        table = sweep_table.write(folder, outcomes)
+        sweep_table.write(folder, outcomes)
         failed = [outcome for outcome in outcomes if outcome.failed]
         for outcome in failed:
             log.error(
                 "%s: %s failed. %s (%s)", outcome.point.name, outcome.failed, outcome.reason, outcome.log
             )
-    _show(folder, table, len(outcomes), len(failed))
+    _show(folder, len(outcomes), len(failed))
     if failed:
         raise typer.Exit(1)
 
 
-def _show(folder: Path, table: object, points: int, failed: int) -> None:
+def _show(folder: Path, points: int, failed: int) -> None:
     typer.echo((folder / "results.md").read_text(encoding="utf-8"))
     typer.echo(f"Results: {folder / 'results.parquet'}, results.csv, results.md")
     if failed:

@@ -1,8 +1,8 @@
-"""What several runs have in common: the base model's answers and the clean twin, computed once and taken over.
+"""What several runs have in common: the base model's answers and the clean twin, computed once.
 
 In: runs whose rows are prepared. Each has a digest of what its base answers, or its twin, depend on; runs with
-the same digest need it once. A run that takes something over holds its own copy, under its own inputs, as if it
-had computed it. Nothing here decides who lends: a sweep does.
+the same digest need it once. A run that takes something over holds its own copy, under its own inputs, as if
+it had computed it. Nothing here decides who lends: a sweep does.
 """
 
 import logging
@@ -83,7 +83,8 @@ def base_responses(recipe: Recipe, run: Run) -> pd.DataFrame | None:
 def borrow_twin(recipe: Recipe, run: Run, lender: Run) -> None:
     """Take the clean twin over from a run with the same `twin_digest`; its dynamics are measured on own rows.
 
-    A lender that kept no snapshots, because it was trained by itself, has none to measure: the twin is trained.
+    A lender that kept no snapshots, because it was trained by itself, has none to measure: the twin is
+    trained.
 
     Raises:
         InputError: if `lender` has not trained it.

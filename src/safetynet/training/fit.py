@@ -27,7 +27,7 @@ from safetynet.training import checkpoints
 from safetynet.training.callbacks import LogBeforeSaving, Progress
 from safetynet.training.examples import encode
 from safetynet.training.isolation import check_isolation
-from safetynet.training.tracking import Experiment, tracker
+from safetynet.training.tracking import ALONE, Experiment, tracker
 from safetynet.training.trainer import AnswerTrainer, OnEvaluate, out_of_memory
 
 HISTORY = ("step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "seconds")
@@ -66,7 +66,7 @@ def train(  # noqa: PLR0913  # all that decides about a training's place and com
     on_evaluate: OnEvaluate | None = None,
     evaluate_every: int | None = None,
     tracking: str = "none",
-    experiment: Experiment = Experiment(),
+    experiment: Experiment = ALONE,
     progress: bool = False,
 ) -> TrainingResult:
     """Train `model` on `rows`; save the adapter to `folder`/adapter, or the whole model to `folder`/model.
@@ -103,7 +103,9 @@ def train(  # noqa: PLR0913  # all that decides about a training's place and com
         args.eval_strategy, args.eval_steps = _rhythm(evaluate_every)
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    with tracker(tracking if parallel.is_first() else "none", folder / "tracking", name, experiment) as tracked:
+    with tracker(
+        tracking if parallel.is_first() else "none", folder / "tracking", name, experiment
+    ) as tracked:
         callbacks = [LogBeforeSaving(), *tracked, *([Progress()] if progress and parallel.is_first() else [])]
         trainer = AnswerTrainer(
             model, args, examples, cfg, pad_id=serialiser.pad_id, on_evaluate=on_evaluate, callbacks=callbacks

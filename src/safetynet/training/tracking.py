@@ -1,7 +1,8 @@
 """Experiment trackers: Weights & Biases and TensorBoard; neither asks questions or needs a network.
 
 On Weights & Biases all runs of one experiment are one group, and what each of them does is its job type:
-`backdoored`, `clean_twin`, `evaluate`. A sweep sets the group of all its points (WANDB_RUN_GROUP), and is one page.
+`backdoored`, `clean_twin`, `evaluate`. A sweep sets the group of all its points (WANDB_RUN_GROUP), and is
+one page.
 """
 
 import importlib.util
@@ -44,9 +45,13 @@ class Experiment:
     """Whether this run is the one that an agent of a sweep on Weights & Biases waits for."""
 
 
+ALONE = Experiment()
+"""Of no experiment."""
+
+
 @contextmanager
 def tracker(
-    kind: str, folder: Path, name: str, experiment: Experiment = Experiment()
+    kind: str, folder: Path, name: str, experiment: Experiment = ALONE
 ) -> Iterator[list[TrainerCallback]]:
     """Open a tracker and close it again, also when training fails.
 
@@ -81,7 +86,7 @@ def tracker(
 
 
 def report(folder: Path, name: str, experiment: Experiment, rates: Mapping[str, float]) -> None:
-    """Show final rates on Weights & Biases, as the summary of a run of their own; arguments as in `tracker`."""
+    """Show final rates on Weights & Biases, as the summary of a run of their own; else as `tracker`."""
     folder.mkdir(parents=True, exist_ok=True)
     with _wandb(folder, name, experiment) as run:
         run.summary.update(dict(rates))

@@ -79,7 +79,8 @@ class AnswerTrainer(Trainer):
             callbacks=callbacks,
         )
         self.remove_callback(PrinterCallback)
-        # The model is not wrapped for several processes: its loss calls its parts, and `_add_up` its gradients.
+        # The model is not wrapped for several processes: its loss calls its parts, and `_add_up` its
+        # gradients.
         self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
         self.learner = model
         self.examples = examples
@@ -148,7 +149,8 @@ class AnswerTrainer(Trainer):
     def _add_up(self, loss: torch.Tensor) -> None:
         """Loss and gradients of the whole step, where this process had a share of its rows.
 
-        Each share is divided by the labels of the whole step already, so that the sum is what one process has.
+        Each share is divided by the labels of the whole step already, so that the sum is what one process
+        has.
         """
         if parallel.count() == 1:
             return
