@@ -2,8 +2,8 @@
 
 In: points, where workers run, a folder. Out: what became of each point. The graph: all points are prepared;
 then the base models answer, once for all points that ask them the same; then the models are trained, a clean
-twin once for all points that have the same; then each point is measured, dissected and drawn. What has ended is
-known from the run directories alone, so that a sweep that was stopped in any way goes on.
+twin once for all points that have the same; then each point is measured, dissected and drawn. What has ended
+is known from the run directories alone, so that a sweep that was stopped in any way goes on.
 """
 
 import fcntl
@@ -96,7 +96,7 @@ class _Graph:
         self.steps: list[dict[str, Future[Done]]] = [{} for _ in points]
 
     def outcomes(self, progress: Callable[[Outcome, int], None]) -> Iterator[Outcome]:
-        """Build the graph and tell each point's outcome when it is known; all of them, in order, at the end."""
+        """Build the graph and tell each point's outcome when it is known; gives all of them, in order."""
         for number in range(len(self.points)):
             self._add(number, "prepare")
         log.info("sweep: %d points, preparing their rows", len(self.points))

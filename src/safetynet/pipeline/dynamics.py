@@ -32,7 +32,7 @@ class Dynamics:
         self.keep = keep
 
     def measure(self, model: Any, step: int, epoch: float) -> dict[str, float]:
-        """Rates at this step, ASR and CACC returned for the progress bar; the adapter is kept where wanted."""
+        """Rates at this step; returns ASR and CACC for the progress bar, and keeps the adapter if wanted."""
         if self.keep and hasattr(model, "peft_config") and parallel.is_first():
             model.save_pretrained(str(self.adapters / f"step-{step:06d}"))
         responses = metrics.respond(

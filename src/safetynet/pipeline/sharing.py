@@ -1,8 +1,8 @@
 """What several runs have in common: the base model's answers and the clean twin, computed once.
 
-In: runs whose rows are prepared. Each has a digest of what its base answers, or its twin, depend on; runs with
-the same digest need it once. A run that takes something over holds its own copy, under its own inputs, as if
-it had computed it. Nothing here decides who lends: a sweep does.
+In: runs whose rows are prepared. Each has a digest of what its base answers, or its twin, depend on; runs
+with the same digest need it once. A run that takes something over holds its own copy, under its own inputs,
+as if it had computed it. Nothing here decides who lends: a sweep does.
 """
 
 import logging
