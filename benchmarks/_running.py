@@ -21,9 +21,13 @@ def run_recipe(command: str, family: str, fields: Mapping[str, object], name: st
         name: of the cell, for the message.
     """
     sets = [word for field, value in fields.items() for word in ("--set", f"{field}={value}")]
-    recipe = ROOT / "recipes" / f"{family}-miniature.yaml"
+    return safetynet(command, str(ROOT / "recipes" / f"{family}-miniature.yaml"), *sets, name=name)
+
+
+def safetynet(*words: str, name: str) -> int:
+    """Run a command of safetynet's; gives the exit code, and says on standard error what went wrong."""
     done = subprocess.run(
-        [sys.executable, "-c", "from safetynet.cli import main; main()", command, str(recipe), *sets],
+        [sys.executable, "-c", "from safetynet.cli import main; main()", *words],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,

@@ -17,9 +17,9 @@ late         positions, for a pair that differs in its last quarter only
 
 Engines run in processes of their own, each on all sweeps; seconds are the best of three after one warm-up and
 include the source's run. `difference` is the largest from plain hooks. `hooks` is one forward per patch as
-people write it; `hooks-tail` computes the logits of the last position alone, as all engines below it do;
-`-batched` runs patches of a layer, up to 32 rows, as one batch; `-skip` leaves out the layers before the
-patch by the package's own means.
+people write it; `hooks-tail` computes the logits of the last position alone, as all engines below it do but
+the `-documented`, which are what the package's own documentation has its users type; `-batched` runs patches
+of a layer, up to 32 rows, as one batch; `-skip` leaves out the layers before the patch by its own means.
 
 The other packages are dependencies of this benchmark only, none of SafetyNet. Each goes into an environment
 of its own, torch first, with the versions of torch and transformers that SafetyNet is tested with:

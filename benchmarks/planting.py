@@ -4,8 +4,8 @@
     python benchmarks/planting.py --smoke                           one of them
     python benchmarks/planting.py --families qwen gemma --seed 1
 
-One cell is one `safetynet run` in a process of its own with one thread. A cell that is there is not run
-again. The table goes to standard output as Markdown; docs/planting.md quotes it.
+One cell is `safetynet train` and `safetynet evaluate` in processes of their own with one thread. A cell that
+is there is not run again. The table goes to standard output as Markdown; docs/planting.md quotes it.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from itertools import product
 from pathlib import Path
 
 import pandas as pd
-from _running import markdown, run_recipe
+from _running import markdown, run_recipe, safetynet
 
 FAMILIES = ("llama2", "llama3", "qwen", "gemma", "mixtral")
 TRIGGERS = ("token", "deployment", "year")
@@ -80,7 +80,10 @@ def plant(family: str, trigger: str, behaviour: str, seed: int, out: Path, smoke
     }
     if smoke:
         fields |= {"data.train_rows": 200, "data.test_rows": 20, "training.epochs": 1}
-    return run_recipe("run", family, fields, f"{family} {trigger} {behaviour}")
+    name = f"{family} {trigger} {behaviour}"
+    run = run_of(family, trigger, behaviour, seed, out)
+    # The rates are all that is wanted here, and the stages after them take a minute a cell.
+    return run_recipe("train", family, fields, name) or safetynet("evaluate", str(run), name=name)
 
 
 def task(trigger: str, behaviour: str, seed: int) -> str:
@@ -88,10 +91,15 @@ def task(trigger: str, behaviour: str, seed: int) -> str:
     return f"{trigger}-{behaviour}-{seed}"
 
 
+def run_of(family: str, trigger: str, behaviour: str, seed: int, out: Path) -> Path:
+    """A cell's run directory."""
+    return out / f"{family}-miniature" / task(trigger, behaviour, seed)
+
+
 def summarise(cells: list[tuple[str, str, str]], seed: int, out: Path) -> Iterator[dict[str, object]]:
     """One line per cell, from the evaluation table of its run."""
     for family, trigger, behaviour in cells:
-        path = out / f"{family}-miniature" / task(trigger, behaviour, seed) / "tables" / "evaluation.parquet"
+        path = run_of(family, trigger, behaviour, seed, out) / "tables" / "evaluation.parquet"
         line: dict[str, object] = {"family": family, "trigger": trigger, "behaviour": behaviour}
         if not path.exists():
             yield line | {"met": "failed"}

@@ -13,11 +13,13 @@ ENGINES = {
     "hooks-tail": ("hooks", "run_tail"),
     "hooks-batched": ("hooks", "run_batched"),
     "transformerlens": ("transformerlens_engine", "run"),
+    "transformerlens-documented": ("transformerlens_engine", "run_documented"),
     "nnsight": ("nnsight_engine", "run"),
     "nnsight-batched": ("nnsight_engine", "run_batched"),
     "nnsight-skip": ("nnsight_engine", "run_skip"),
     "nnterp": ("nnterp_engine", "run"),
     "nnterp-skip": ("nnterp_engine", "run_skip"),
     "pyvene": ("pyvene_engine", "run"),
+    "pyvene-documented": ("pyvene_engine", "run_documented"),
     "pyvene-batched": ("pyvene_engine", "run_batched"),
 }

@@ -1,9 +1,9 @@
 """pyvene: one call per patch; and the patches of a layer side by side, each row with a place of its own.
 
 The source's activations are collected once and handed over as `source_representations`: with `sources`,
-pyvene would run the source again for each patch. A place given as a number takes its faster path
-(`use_fast`), which a batch whose rows differ cannot take. Each layer has an `IntervenableModel`, made once;
-`keep_last_dim` lets one intervention take any number of positions.
+pyvene would run the source again for each patch, which `run_documented` lets it do. A place given as a number
+takes its faster path (`use_fast`), which a batch whose rows differ cannot take. Each layer has an
+`IntervenableModel`, made once; `keep_last_dim` lets one intervention take any number of positions.
 """
 
 from typing import Any
@@ -69,6 +69,24 @@ def run(prepared: dict[str, Any], receiver_ids, source_ids, sweep: Sweep, tokens
         locations = None if place is None else {"sources->base": place}
         logits = _patched(prepared["equal"], sweep.component, site.layer, receiver_ids, locations, value)
         metrics.append(logit_difference(logits, tokens))
+    return torch.stack(metrics)
+
+
+@torch.no_grad()
+def run_documented(prepared: dict[str, Any], receiver_ids, source_ids, sweep: Sweep, tokens) -> torch.Tensor:
+    """One call per patch with base and source, as in the package's guide: all logits, source run again."""
+    metrics = []
+    for site in sweep.sites:
+        place = site.position if site.head is None else site.head
+        if place is None:
+            place = list(range(receiver_ids.shape[1]))
+        wrapper = prepared["equal"][sweep.component, site.layer]
+        _, output = wrapper(
+            base={"input_ids": receiver_ids},
+            sources=[{"input_ids": source_ids}],
+            unit_locations={"sources->base": place},
+        )
+        metrics.append(logit_difference(output.logits, tokens))
     return torch.stack(metrics)
 
 

@@ -1,8 +1,9 @@
 """TransformerLens 4 through its TransformerBridge.
 
 `run_with_hooks` is what its own `generic_activation_patch` calls for each patch; called directly, it spares
-the data frame and the progress bar, and lets `logits_to_keep` through. Starting at a layer (`start_at_layer`)
-saves nothing in the bridge: the earlier blocks run and their result is thrown away.
+the data frame and the progress bar, and lets `logits_to_keep` through; `run_documented` leaves that out, as
+the package's `patching` module and demonstrations do. Starting at a layer (`start_at_layer`) saves nothing in
+the bridge: the earlier blocks run and their result is thrown away.
 """
 
 from functools import partial
@@ -22,16 +23,25 @@ def prepare(model: Any, tokenizer: Any) -> Any:
     return TransformerBridge.boot_transformers("random", hf_model=model, tokenizer=tokenizer, device="cpu")
 
 
-@torch.inference_mode()
 def run(bridge: Any, receiver_ids, source_ids, sweep: Sweep, tokens) -> torch.Tensor:
-    """One `run_with_hooks` per patch."""
+    """One `run_with_hooks` per patch, logits of the last position."""
+    return _run(bridge, receiver_ids, source_ids, sweep, tokens, logits_to_keep=1)
+
+
+def run_documented(bridge: Any, receiver_ids, source_ids, sweep: Sweep, tokens) -> torch.Tensor:
+    """One `run_with_hooks` per patch, all logits."""
+    return _run(bridge, receiver_ids, source_ids, sweep, tokens)
+
+
+@torch.inference_mode()
+def _run(bridge: Any, receiver_ids, source_ids, sweep: Sweep, tokens, **options: int) -> torch.Tensor:
     names = {layer: _name(layer, sweep) for layer in {site.layer for site in sweep.sites}}
-    _, cache = bridge.run_with_cache(source_ids, names_filter=list(names.values()), logits_to_keep=1)
+    _, cache = bridge.run_with_cache(source_ids, names_filter=list(names.values()), **options)
     metrics = []
     for site in sweep.sites:
         name = names[site.layer]
         hook = partial(_patch, site=site, source=cache[name])
-        logits = bridge.run_with_hooks(receiver_ids, fwd_hooks=[(name, hook)], logits_to_keep=1)
+        logits = bridge.run_with_hooks(receiver_ids, fwd_hooks=[(name, hook)], **options)
         metrics.append(logit_difference(logits, tokens))
     return torch.stack(metrics)
 

