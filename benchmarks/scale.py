@@ -51,7 +51,7 @@ TRAIN_ROWS, EPOCHS, TEST_ROWS, ANSWER = 5000, 3, 1000, 64
 ROW_TOKENS = 200
 """Tokens of a usual row, prompt and answer."""
 H100 = {"flops": 989e12, "bytes": 3.35e12, "share": 0.35}
-"""Dense bf16 peak and memory bandwidth from the vendor's data sheet, and the share that training code reaches."""
+"""Dense bf16 peak and memory bandwidth of the data sheet, and the share of them that code reaches."""
 SNAPSHOTS = 4
 """Adapters kept during training: before it and after each epoch."""
 
@@ -128,12 +128,13 @@ def population(line: dict[str, Any]) -> dict[str, Any]:
     """Disk of 1,000 points of one model, in TB: adapters are most of it."""
     one = line["saved"]
     kept = 2 * one  # backdoored and twin
+    hours = float(line["train both (H100 h)"]) + float(line["answer (H100 h)"])
     return {
         "1,000 adapters of": line["model"],
         "adapters and twins (TB)": f"{1000 * kept / 1e12:.2f}",
         "snapshots (TB)": f"{1000 * SNAPSHOTS * one / 1e12:.2f}",
         "checkpoints (TB)": f"{1000 * 2 * 2 * 3 * one / 1e12:.2f}",
-        "GPU days": f"{1000 * (float(line['train both (H100 h)']) + float(line['answer (H100 h)'])) / 24:.0f}",
+        "GPU days": f"{1000 * hours / 24:.0f}",
     }
 
 
