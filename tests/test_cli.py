@@ -21,7 +21,8 @@ from safetynet.recipe import Model
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 COMMANDS = (
-    "run", "train", "evaluate", "intervene", "detect", "guard", "audit", "plot", "miniatures", "families",
+    "run", "train", "evaluate", "intervene", "detect", "guard", "audit", "plot", "sweep",
+    "miniatures", "families",
 )  # fmt: skip
 
 
