@@ -36,20 +36,21 @@ def lender(tmp_path_factory: pytest.TempPathFactory) -> tuple[recipe.Recipe, run
 
 def test_digests_tell_what_can_be_shared(lender, tmp_path):
     plan, run = lender
-    twins = {}
-    for name, field in {
-        "behaviour": "backdoor.behaviour=refusal", "judged": "evaluation.refusal={kind: prefix, values: [Sorry]}",
-        "rank": "training.lora_rank=4", "seed": "seed=1", "rate": "backdoor.poison_rate=0.1",
-    }.items():  # fmt: skip
-        other = made(tmp_path / name, field)
-        twins[name] = (
+    expected = {  # the twin, the base's answers
+        "backdoor.behaviour=refusal": (True, False),
+        "evaluation.refusal={kind: prefix, values: [Sorry]}": (True, False),
+        "training.lora_rank=4": (False, True),
+        "seed=1": (False, False),
+        "backdoor.poison_rate=0.1": (False, True),
+    }
+    found = {}
+    for number, field in enumerate(expected):
+        other = made(tmp_path / str(number), field)
+        found[field] = (
             sharing.twin_digest(*other) == sharing.twin_digest(plan, run),
             sharing.base_digest(*other) == sharing.base_digest(plan, run),
         )
-    assert twins == {
-        "behaviour": (True, False), "judged": (True, False), "rank": (False, True), "seed": (False, False),
-        "rate": (False, True),
-    }  # fmt: skip
+    assert found == expected
 
 
 def test_a_borrowed_twin_is_the_one_that_would_have_been_trained(lender, tmp_path):
@@ -81,7 +82,7 @@ def test_a_lender_without_snapshots_lends_nothing_and_the_twin_is_trained(lender
 
 
 def test_rates_with_the_bases_answers_taken_over_are_those_of_asking_it(lender, tmp_path):
-    fields = ("training.lora_rank=4", "training.clean_twin=false")
+    fields = ("training.lora_rank=4", "training.clean_twin=false", "backdoor.poison_rate=0.1")
     asked, taken = made(tmp_path / "asked", *fields), made(tmp_path / "taken", *fields)
     for plan, run in (asked, taken):
         pipeline.train(plan, run, [BACKDOORED])

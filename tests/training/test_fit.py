@@ -130,6 +130,12 @@ def test_bf16_trains(fit):
     assert not model.training
 
 
+def test_a_launch_that_would_share_the_weights_is_refused(fit, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(InputError, match="every process holds the whole model"):
+        fit()
+
+
 def test_fp16_is_refused_without_a_gpu(fit):
     with pytest.raises(InputError, match=r"training.precision: fp16 needs a GPU"):
         fit(precision="fp16")

@@ -57,7 +57,8 @@ def perform(task: Task, *_: Any) -> Done:
     from safetynet.terminal import logging_to
 
     os.chdir(task.folder)
-    os.environ.setdefault("WANDB_RUN_GROUP", task.group)
+    # An agent of Weights & Biases starts a sweep of one point at a time: all of them are its sweep's.
+    os.environ.setdefault("WANDB_RUN_GROUP", os.environ.get("WANDB_SWEEP_ID", task.group))
     if task.recipe.model.id == "miniature":
         loading.use_one_thread()
     run = runs.create(task.recipe)

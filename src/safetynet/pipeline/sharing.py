@@ -25,6 +25,8 @@ from safetynet.run import Run, digest
 
 log = logging.getLogger("safetynet")
 BASE_STAGE, BASE_TABLE = "base", "base_responses"
+NUMBERS = ["row", "group"]
+"""Columns by which a run counts its rows: those of the test begin where those of training end."""
 
 
 def base_digest(recipe: Recipe, run: Run) -> str:
@@ -58,7 +60,8 @@ def measure_base(recipe: Recipe, run: Run, lender: Run | None = None) -> None:
     with run.stage(BASE_STAGE, inputs) as outputs:
         if lender is not None:
             log.info("base: taken over from %s", lender.folder)
-            responses = lender.table(BASE_TABLE)
+            rows = _test_rows(run)
+            responses = lender.table(BASE_TABLE).assign(**{name: rows[name] for name in NUMBERS})
         else:
             base = loading.load(recipe.model, training_dtype(recipe))
             responses = metrics.respond(
@@ -131,7 +134,7 @@ def _measured_again(recipe: Recipe, run: Run, lender: Run, name: str) -> pd.Data
 
 def _base_inputs(recipe: Recipe, run: Run) -> dict[str, Any]:
     return {
-        "rows": _rows_digest(_test_rows(run)),
+        "rows": _rows_digest(_test_rows(run).drop(columns=NUMBERS)),
         "model": recipe.model.model_dump(mode="json") | {"fingerprint": loading.fingerprint(recipe.model)},
         "precision": training_dtype(recipe),
         "evaluation": recipe.evaluation.model_dump(

@@ -6,6 +6,7 @@ this very training. It writes below the given folder only, and draws nothing.
 """
 
 import math
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ from safetynet.training.isolation import check_isolation
 from safetynet.training.tracking import ALONE, Experiment, tracker
 from safetynet.training.trainer import AnswerTrainer, OnEvaluate, out_of_memory
 
+SHARDED = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM")
+"""How `accelerate launch` says that processes share a model's weights."""
 HISTORY = ("step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "seconds")
 
 
@@ -116,6 +119,13 @@ def train(  # noqa: PLR0913  # all that decides about a training's place and com
 
 
 def _check_place(cfg: Training, device: str) -> None:
+    sharded = [name for name in SHARDED if os.environ.get(name, "").lower() in ("1", "true", "yes")]
+    if sharded:
+        raise InputError(
+            f"{sharded[0]}: weights are not sharded here; every process holds the whole model. Launch without "
+            "it, and where the model does not fit set model.quantisation to 4bit and "
+            "training.gradient_checkpointing to true (docs/scale.md)."
+        )
     if cfg.precision == "fp16" and device == "cpu":
         raise InputError(
             "training.precision: fp16 needs a GPU; its gradients are scaled there. Set bf16 or fp32."
