@@ -141,12 +141,6 @@ def test_fp16_is_refused_without_a_gpu(fit):
         fit(precision="fp16")
 
 
-def test_more_than_one_process_is_refused(fit, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(InputError, match=r"one process"):
-        fit()
-
-
 @pytest.mark.parametrize(("every", "steps"), [(None, [6, 12]), (5, [5, 10, 12])])
 def test_evaluations_are_recorded_and_do_not_disturb_the_training(every, steps, fit):
     seen = []
