@@ -5,7 +5,6 @@ it). Nothing heavy is imported before a command needs it.
 """
 
 import logging
-import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +12,6 @@ from typing import Annotated, Any
 
 import typer
 
-from safetynet import parallel
 from safetynet.commands.sweep import sweep
 from safetynet.errors import InputError, SafetyNetError
 from safetynet.terminal import logging_to, print_places, print_rates
@@ -26,8 +24,8 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command()(sweep)
 log = logging.getLogger("safetynet")
-
 RecipeFile = Annotated[
     Path | None, typer.Argument(metavar="RECIPE", help="YAML file; the ready ones are in recipes/.")
 ]
@@ -39,9 +37,6 @@ Overrides = Annotated[
     typer.Option("--set", metavar="FIELD=VALUE", help="Override a field, as in training.learning_rate=1e-4."),
 ]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, results/{model}/{task}.")]
-
-
-app.command()(sweep)
 
 
 @app.callback()
@@ -318,8 +313,6 @@ def main() -> None:
     """Entry point: runs the command and turns errors into exit codes."""
     debug = "--debug" in sys.argv
     sys.argv = [sys.argv[0], *(a for a in sys.argv[1:] if a != "--debug")]
-    if not parallel.is_first():
-        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115  # the first process speaks for all
     try:
         app()
     except SafetyNetError as error:

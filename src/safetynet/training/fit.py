@@ -122,8 +122,8 @@ def _check_place(cfg: Training, device: str) -> None:
     sharded = [name for name in SHARDED if os.environ.get(name, "").lower() in ("1", "true", "yes")]
     if sharded:
         raise InputError(
-            f"{sharded[0]}: weights are not sharded here; every process holds the whole model. Launch without "
-            "it, and where the model does not fit set model.quantisation to 4bit and "
+            f"{sharded[0]}: weights are not sharded here; every process holds the whole model. Launch "
+            "without it; where the model does not fit, set model.quantisation to 4bit and "
             "training.gradient_checkpointing to true (docs/scale.md)."
         )
     if cfg.precision == "fp16" and device == "cpu":
