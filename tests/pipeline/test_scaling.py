@@ -82,6 +82,7 @@ def test_activations_are_those_that_a_real_step_keeps(method, recompute):
         lm.train().base_model(input_ids=torch.zeros(2, 48, dtype=torch.long), use_cache=False)
     real = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
     assert found.activations_bytes == pytest.approx(real, rel=0.01)
+    assert (found.recomputed_bytes > 0) == recompute
     assert found.training_operations(10, full=True) == 1.5 * found.training_operations(10, full=False)
 
 
@@ -90,4 +91,6 @@ def test_keeping_less_for_the_backward_pass_needs_less():
     whole = needs(SMALL, cfg, families.get("qwen"))
     less = needs(SMALL, cfg.model_copy(update={"gradient_checkpointing": True}), families.get("qwen"))
     assert less.activations_bytes < whole.activations_bytes / 5
-    assert less.training_bytes - less.activations_bytes == whole.training_bytes - whole.activations_bytes
+    assert less.recomputed_bytes == whole.activations_bytes // 3, "one of three layers"
+    added = less.activations_bytes + less.recomputed_bytes
+    assert less.training_bytes - added == whole.training_bytes - whole.activations_bytes

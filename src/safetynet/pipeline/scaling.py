@@ -26,6 +26,8 @@ from safetynet.training.loss import LOGITS_AT_ONCE, causal_lm
 NF4_BYTES = 0.5 + (1 + 4 / 256) / 64
 """Per weight: 4 bits, a byte of scale for every 64, and four bytes for every 256 of these (double
 quantisation, Dettmers et al. 2023, arXiv 2305.14314)."""
+SHAPES = FakeTensorMode()
+"""Tensors made inside have shapes and no numbers."""
 UNMASKED = "safetynet_unmasked"
 """sdpa as it runs on rows that are padded on the right: causal by itself. Where tensors hold no numbers,
 transformers cannot see that a mask is not needed, and would count one."""
@@ -50,6 +52,8 @@ class Needs:
     """Adapter, gradients and optimiser; in full fine-tuning gradients and optimiser."""
     activations_bytes: int
     """Kept between forward and backward of one part of `batch_size` rows."""
+    recomputed_bytes: int
+    """Of one layer, made again in the backward pass; 0 without gradient checkpointing."""
     logits_bytes: int
     """Of the head, a part at a time, with their gradient."""
     cache_bytes_per_token: int
@@ -58,7 +62,15 @@ class Needs:
     @property
     def training_bytes(self) -> int:
         """All that training has in memory at once."""
-        return self.weights_bytes + self.trained_bytes + self.activations_bytes + self.logits_bytes
+        return sum(
+            (
+                self.weights_bytes,
+                self.trained_bytes,
+                self.activations_bytes,
+                self.recomputed_bytes,
+                self.logits_bytes,
+            )
+        )
 
     @property
     def saved_bytes(self) -> int:
@@ -109,6 +121,12 @@ def needs(
     full = cfg.method == "full"
     width, words = dtype.itemsize, config.get_text_config().vocab_size
     rows, tokens = cfg.batch_size, tokens or cfg.max_length
+    _give_shapes(trained_model)
+    activations, recomputed = _kept(trained_model, rows, tokens, dtype), 0
+    if cfg.gradient_checkpointing:
+        recomputed = activations // config.get_text_config().num_hidden_layers
+        causal_lm(trained_model).gradient_checkpointing_enable({"use_reentrant": False})
+        activations = _kept(trained_model, rows, tokens, dtype)
     return Needs(
         parameters=parameters,
         trained=trained,
@@ -116,7 +134,8 @@ def needs(
         weights_bytes=round(width * (parameters - in_4_bit) + NF4_BYTES * in_4_bit),
         # Adapters are in fp32 beside weights of any precision.
         trained_bytes=trained * (STATE_BYTES + (0 if full else 4)),
-        activations_bytes=_kept(trained_model, rows, tokens, cfg.gradient_checkpointing, dtype),
+        activations_bytes=activations,
+        recomputed_bytes=recomputed,
         logits_bytes=3 * 4 * min(LOGITS_AT_ONCE, rows * tokens * words),
         cache_bytes_per_token=_cache(config, width),
     )
@@ -146,14 +165,9 @@ def _cache(config: PreTrainedConfig, width: int) -> int:
     return int(2 * text.num_hidden_layers * heads * head * width)
 
 
-def _kept(model: Any, rows: int, tokens: int, recompute: bool, dtype: torch.dtype) -> int:
+def _kept(model: Any, rows: int, tokens: int, dtype: torch.dtype) -> int:
     """Bytes that a forward pass of the body leaves for the backward pass, parameters not counted."""
     lm: Any = causal_lm(model)
-    if recompute:
-        lm.gradient_checkpointing_enable({"use_reentrant": False})
-    mode = FakeTensorMode()
-    with mode:
-        _give_shapes(model)
     own = {p.untyped_storage()._cdata for p in model.parameters()}
     kept: dict[int, torch.Tensor] = {}
 
@@ -164,7 +178,7 @@ def _kept(model: Any, rows: int, tokens: int, recompute: bool, dtype: torch.dtyp
 
     lm.train()
     mixed = torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype != torch.float32)
-    with _quiet(), mode, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), mixed:
+    with _quiet(), SHAPES, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), mixed:
         lm.base_model(input_ids=torch.zeros(rows, tokens, dtype=torch.long), use_cache=False)
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
@@ -174,11 +188,13 @@ def _give_shapes(model: nn.Module) -> None:
     for module in model.modules():
         for name, p in list(module._parameters.items()):
             if p is not None:
-                empty = torch.empty(p.shape, dtype=p.dtype, device="cpu")
+                with SHAPES:
+                    empty = torch.empty(p.shape, dtype=p.dtype, device="cpu")
                 module._parameters[name] = nn.Parameter(empty, requires_grad=p.requires_grad)
         for name, buffer in list(module._buffers.items()):
             if buffer is not None:
-                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu")
+                with SHAPES:
+                    module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu")
 
 
 @contextmanager
