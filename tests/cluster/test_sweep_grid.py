@@ -42,7 +42,7 @@ def test_values_are_yaml_and_their_names_are_safe_and_distinct():
 
 def test_the_same_points_are_the_same_sweep_and_others_are_another():
     one, same = (sweep_grid.points(QWEN, ["training.lora_rank=4,8"]) for _ in range(2))
-    other = sweep_grid.points(QWEN, ["training.lora_rank=4,8"], overrides=["training.epochs=1"])
+    other = sweep_grid.points(QWEN, ["training.lora_rank=4,8"], overrides=["training.epochs=3"])
     assert sweep_grid.sweep_name(one) == sweep_grid.sweep_name(same) != sweep_grid.sweep_name(other)
 
 
