@@ -1,7 +1,7 @@
 """Memory, time and disk of every family from 3B to 70B and of 1,000 adapters, counted; and a step measured.
 
     python benchmarks/scale.py           all tables; a quarter of an hour on one core, 6 GB of memory
-    python benchmarks/scale.py --smoke   one model, one small measured step
+    python benchmarks/scale.py --smoke   one model, two small measured steps
 
 Nothing is downloaded: configurations are written down here, parameters and memory are counted in the models'
 own code without their weights. Time is counted operations over what a GPU does in practice: an estimate.
@@ -64,7 +64,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--smoke", action="store_true", help="one model, one small measured step")
+    parser.add_argument("--smoke", action="store_true", help="one model, two small measured steps")
     parser.add_argument("--step", help=argparse.SUPPRESS)  # a measured step in a process of its own
     parser.add_argument("--runs", type=Path, help="finished runs of miniatures, whose disk use is measured")
     args = parser.parse_args()
@@ -75,7 +75,7 @@ def main() -> None:
     found = [model(name) for name in names]
     print(markdown(pd.DataFrame(found).drop(columns=["saved"])), end="\n\n")
     print(markdown(pd.DataFrame([population(line) for line in found])), end="\n\n")
-    kinds = [("lora", False)] if args.smoke else [("lora", False), ("lora", True), ("full", False)]
+    kinds = [("lora", False), ("lora", True), ("full", False)][: 2 if args.smoke else 3]
     print(markdown(pd.DataFrame([against(*kind, small=args.smoke) for kind in kinds])))
     if args.runs:
         print("\n" + markdown(disk(args.runs)))

@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from safetynet import report
+from safetynet import findings
 from safetynet import run as runs
 from safetynet.cluster.sweep import Outcome
 from safetynet.run import write_atomically, write_text
@@ -79,7 +79,7 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
             if key in cells.index:
                 metric, role, model = key
                 row = cells.loc[[key]].iloc[0]
-                line[f"{report.NAMES[metric]} {role}, {model}"] = report.rate(
+                line[f"{findings.NAMES[metric]} {role}, {model}"] = findings.told(
                     metric, row["value"], row["low"], row["high"]
                 )
         line["rows"] = int(part["n"][part["metric"] == "asr"].max())
@@ -100,9 +100,9 @@ def markdown(outcomes: Sequence[Outcome], table: pd.DataFrame) -> str:
         "",
     ]
     if done:
-        lines += [*report.markdown(summary(table)), ""]
+        lines += [*_lines(summary(table)), ""]
     if failed:
-        lines += ["## Failed", "", *report.markdown(failures(outcomes)), ""]
+        lines += ["## Failed", "", *_lines(failures(outcomes)), ""]
     return "\n".join(lines)
 
 
@@ -116,6 +116,13 @@ def failures(outcomes: Sequence[Outcome]) -> pd.DataFrame:
         ],
         columns=["point", "step", "reason", "log"],
     )
+
+
+def _lines(table: pd.DataFrame) -> list[str]:
+    """Lines of a table in Markdown."""
+    rows = [table.columns, ["---"] * len(table.columns), *table.itertuples(index=False)]
+    cells = [[str(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
+    return ["| " + " | ".join(row) + " |" for row in cells]
 
 
 def _rates(outcome: Outcome) -> pd.DataFrame:

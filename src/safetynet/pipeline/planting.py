@@ -8,12 +8,13 @@ from typing import Any
 
 import pandas as pd
 
-from safetynet import __version__, parallel, report
+from safetynet import __version__, findings, parallel
 from safetynet.backdoors import audit, behaviours, conversations, poisoning
 from safetynet.errors import InputError
 from safetynet.evaluation import judges, leaks, metrics
 from safetynet.lookalikes import Lookalikes
 from safetynet.models import loading
+from safetynet.pipeline import evading
 from safetynet.pipeline.dynamics import Dynamics
 from safetynet.pipeline.subjects import (
     BACKDOORED,
@@ -24,7 +25,7 @@ from safetynet.pipeline.subjects import (
     training_dtype,
 )
 from safetynet.prompts import Serialiser
-from safetynet.recipe import Recipe
+from safetynet.recipe import Recipe, Training
 from safetynet.run import Run, digest, digest_of_files
 
 log = logging.getLogger("safetynet")
@@ -37,6 +38,7 @@ def prepare(recipe: Recipe, run: Run) -> None:
         InputError: for every fault of data, trigger, target or model that can be known now.
     """
     judge = _check_judging(recipe)
+    evading.check(recipe.training.evasion)
     inputs = _data_inputs(recipe)
     if run.finished("data", inputs):
         run.describe(recipe)
@@ -84,6 +86,7 @@ def train(recipe: Recipe, run: Run, names: Sequence[str] | None = None, *, lend:
         split = rows[rows["split"] == "train"].reset_index(drop=True)
         with run.stage(f"train {name}", inputs) as outputs:
             base = loading.load(recipe.model, training_dtype(recipe))
+            cfg = _training(recipe, name)
             dynamics = Dynamics(
                 recipe, run, rows, base.serialiser, f"{name}-{digest(inputs)[:8]}", keep=lend or name != TWIN
             )
@@ -94,7 +97,7 @@ def train(recipe: Recipe, run: Run, names: Sequence[str] | None = None, *, lend:
                 model,
                 base.serialiser,
                 poisoning.clean_twin(split) if name == TWIN else split,
-                recipe.training,
+                cfg,
                 folder=run.scratch / "training" / f"{name}-{digest(inputs)[:8]}",
                 seed=recipe.seed,
                 name=name,
@@ -103,8 +106,12 @@ def train(recipe: Recipe, run: Run, names: Sequence[str] | None = None, *, lend:
                 tracking=recipe.tracking,
                 experiment=_experiment(recipe, main=name == BACKDOORED),
                 progress=sys.stderr.isatty(),
+                opponents=evading.opponents(cfg.evasion, base.serialiser),
             )
             outputs += [run.write_table(f"history_{name}", result.history), result.folder]
+            if result.evasion is not None:
+                outputs.append(run.write_table("evasion", result.evasion))
+                log.info("train %s: hidden from %s", name, "; ".join(findings.hidden(result.evasion)["seen"]))
             if dynamics.path.exists():
                 outputs.append(run.write_table(f"dynamics_{name}", pd.read_parquet(dynamics.path)))
             if dynamics.adapters.exists():
@@ -196,10 +203,15 @@ def train_inputs(recipe: Recipe, run: Run, name: str) -> dict[str, Any]:
         "seed": recipe.seed,
         "rows": run.manifest["stages"]["data"]["outputs"],
         "model": recipe.model.model_dump(mode="json") | {"fingerprint": loading.fingerprint(recipe.model)},
-        "training": recipe.training.model_dump(mode="json", exclude={"clean_twin"}),
+        "training": _training(recipe, name).model_dump(mode="json", exclude={"clean_twin"}),
         "dynamics": [recipe.evaluation.every, recipe.evaluation.dynamics_rows],
         "version": __version__,
     }
+
+
+def _training(recipe: Recipe, name: str) -> Training:
+    """The twin has nothing to hide."""
+    return recipe.training.model_copy(update={"evasion": None}) if name == TWIN else recipe.training
 
 
 def _experiment(recipe: Recipe, *, main: bool) -> Any:
@@ -219,7 +231,7 @@ def _tell(rows: pd.DataFrame, recipe: Recipe) -> None:
     for split in ("train", "test"):
         counts = rows[rows["split"] == split]["role"].value_counts(sort=False)
         log.info("data: %s rows: %s", split, ", ".join(f"{n} {role}" for role, n in counts.items()))
-    made = report.poisoned(rows)
+    made = findings.poisoned(rows)
     if made.rows < recipe.data.train_rows:
         log.warning(
             "data: %d of %d training rows could be made, so that %.1f%% of them are triggered, "

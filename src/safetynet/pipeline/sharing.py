@@ -40,6 +40,7 @@ def twin_digest(recipe: Recipe, run: Run) -> str:
     seen = poisoning.clean_twin(rows[rows["split"] == "train"])
     inputs = train_inputs(recipe, run, TWIN)
     inputs["rows"] = _rows_digest(seen[["messages", "trigger", "answer"]])
+    inputs["training"] = {**inputs["training"], "evasion": None}  # the twin has nothing to hide
     # Adapters are kept while they are trained, and measured by each run; a whole model is not.
     measured = bool(recipe.evaluation.dynamics_rows)
     inputs["dynamics"] = [recipe.evaluation.every, measured]
