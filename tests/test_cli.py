@@ -22,7 +22,7 @@ from safetynet.recipe import Model
 RECIPES = Path(__file__).parents[1] / "recipes"
 COMMANDS = (
     "run", "train", "evaluate", "intervene", "detect", "guard", "mitigate", "audit", "plot",
-    "report", "compare", "submit", "status", "cancel", "miniatures", "families",
+    "report", "compare", "sweep", "submit", "status", "cancel", "miniatures", "families",
 )  # fmt: skip
 
 

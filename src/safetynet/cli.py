@@ -18,6 +18,7 @@ from safetynet.commands.compare import compare
 from safetynet.commands.miniatures import miniature_app
 from safetynet.commands.mitigate import mitigate
 from safetynet.commands.report import report
+from safetynet.commands.sweep import sweep
 from safetynet.errors import InputError, SafetyNetError
 from safetynet.terminal import logging_to, print_places, print_rates
 
@@ -32,8 +33,8 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command()(sweep)
 log = logging.getLogger("safetynet")
-
 RecipeFile = Annotated[
     Path | None, typer.Argument(metavar="RECIPE", help="YAML file; the ready ones are in recipes/.")
 ]

@@ -16,6 +16,7 @@ import errno
 import fcntl
 import json
 import logging
+import math
 import os
 import signal
 import socket
@@ -142,9 +143,8 @@ def _tries(folder: Path, until: float) -> Iterator[None]:
     yield
     who = f" ({found})" if (found := holder(folder)) else ""
     if (left := until - time.monotonic()) > 0:
-        log.warning(
-            "%s: another process works on this run%s. Waiting for it, at most %.0f s.", folder, who, left
-        )
+        most = "" if math.isinf(left) else f", at most {left:.0f} s"
+        log.warning("%s: another process works on this run%s. Waiting for it%s.", folder, who, most)
     while time.monotonic() < until:
         time.sleep(1.0)
         yield

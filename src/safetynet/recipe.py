@@ -43,7 +43,8 @@ class Model(_Section):
     """`miniature`, a hub id or a local folder; by default the family's own hub id."""
     revision: str | None = None
     quantisation: Literal["none", "4bit"] = "none"
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda", "split"] = "auto"
+    """`split`: layer by layer over all GPUs of this machine, for models larger than one."""
 
     @field_validator("family")
     @classmethod

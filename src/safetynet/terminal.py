@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from safetynet import parallel
 from safetynet.errors import InputError
 
 if TYPE_CHECKING:
@@ -31,7 +32,8 @@ class logging_to:  # noqa: N801 - reads as a function
         self.handlers[1].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
 
     def __enter__(self) -> None:
-        log.setLevel(logging.INFO)
+        # Of several processes that work on one run, the first one speaks for all.
+        log.setLevel(logging.INFO if parallel.is_first() else logging.CRITICAL)
         for handler in self.handlers:
             log.addHandler(handler)
         logging.getLogger("py.warnings").addHandler(self.handlers[1])
@@ -74,6 +76,8 @@ def print_rates(evaluation: "pd.DataFrame") -> None:
 
 
 def _print(found: "pd.DataFrame", title: str) -> None:
+    if not parallel.is_first():
+        return
     from rich.console import Console
     from rich.table import Table
 

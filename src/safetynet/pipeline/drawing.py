@@ -3,7 +3,7 @@
 import logging
 from pathlib import Path
 
-from safetynet import __version__
+from safetynet import __version__, parallel
 from safetynet import run as runs
 from safetynet.errors import InputError, RunError
 from safetynet.recipe import Recipe
@@ -31,7 +31,8 @@ def draw(recipe: Recipe, run: Run, venue: str = "general") -> None:
     except InputError:
         report(run)
         raise
-    report(run)
+    if parallel.is_first():
+        report(run)
 
 
 def _figures(recipe: Recipe, run: Run, venue: str) -> None:
@@ -46,6 +47,8 @@ def _figures(recipe: Recipe, run: Run, venue: str) -> None:
     run.table("evaluation")  # what is not evaluated yet is said before anything is drawn
     tables = {path.stem: run.table(path.stem) for path in sorted((run.folder / "tables").glob("*.parquet"))}
     with run.stage("figures", inputs) as outputs:
+        if not parallel.is_first():
+            return
         name = f"{recipe.model_name}/{recipe.task}"
         figures, faults = figures_of(tables, run.figures, name, recipe.model_name)
         if faults:
