@@ -4,8 +4,8 @@
     python benchmarks/detection.py --smoke                          one small cell of each part
     python benchmarks/detection.py --parts cells --families qwen --detectors activations
 
-rates     five families' demonstration runs: realised false-positive rate of each detector and of the fusion at
-          nominal 1% and 5%, on fresh clean prompts that nothing was fitted to
+rates     five families' demonstration runs: realised false-positive rate of each detector and of the
+          fusion at nominal 1% and 5%, on fresh clean prompts that nothing was fitted to
 cells     five presets x three behaviours: what a monitor at 1% catches of triggers that fired, how often
           placebos raise it, and whether it tells triggers from topics
 overhead  plain `generate` against the guard, at batch 1 and 16
@@ -44,7 +44,7 @@ CELL_CLEAN = 4000
 
 
 def main() -> None:
-    """Make the parts that are wanted and print their tables; exit code 1 when something could not be planted."""
+    """Make the parts that are wanted and print their tables; exit code 1 where planting failed."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

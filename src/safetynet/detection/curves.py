@@ -45,15 +45,16 @@ def roc(rows: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True)[columns] if tables else pd.DataFrame(columns=columns)
 
 
-def distributions(rows: pd.DataFrame, surprise: pd.DataFrame) -> pd.DataFrame:
+def distributions(rows: pd.DataFrame, surprise: pd.DataFrame, rate: float) -> pd.DataFrame:
     """How suspect the rows of each role are: share of them at or above each value.
 
     Args:
         rows: as for the protocol.
         surprise: minus log10 of smoothed p-values by detector, so that detectors share an axis.
+        rate: nominal false-positive rate of the alarm.
 
     Returns:
-        detector, rows, surprise, share, n.
+        detector, rows, surprise, share, n, rate.
     """
     parts = [*sets(rows), *controls(rows, kinds=False)]
     parts = [part for part in parts if part.name in ("fired", "clean", "placebo", "near_miss", "refused")]
@@ -65,7 +66,8 @@ def distributions(rows: pd.DataFrame, surprise: pd.DataFrame) -> pd.DataFrame:
             share = 1 - np.searchsorted(s, at, side="left") / len(s)
             one = pd.DataFrame({"surprise": at, "share": share})
             lines.append(one.assign(detector=name, rows=part.name, n=len(s)))
-    return pd.concat(lines, ignore_index=True)[["detector", "rows", "surprise", "share", "n"]]
+    table = pd.concat(lines, ignore_index=True).assign(rate=rate)
+    return table[["detector", "rows", "surprise", "share", "n", "rate"]]
 
 
 def by_layer(monitor: Monitor, fit: Features, tested: Features, rows: pd.DataFrame) -> pd.DataFrame:

@@ -102,7 +102,7 @@ def detect(
         "detection": protocol.measure(rows, scores, p_values, rates, monitor.smallest_rate),
         "detection_scores": pd.concat([rows, scores.add_prefix("score "), p_values.add_prefix("p ")], axis=1),
         "detection_roc": curves.roc(rows, scores),
-        "detection_distribution": curves.distributions(rows, surprise),
+        "detection_distribution": curves.distributions(rows, surprise, plan.prompt_rate),
         "detection_layers": curves.by_layer(monitor, seen.take(part == "fit"), both, rows),
         "detection_overhead": _overhead(subject, monitor, clean[held], plan),
     }

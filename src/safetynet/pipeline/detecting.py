@@ -32,6 +32,8 @@ def detect(recipe: Recipe, run: Run, detectors: Sequence[str], rate: float, clea
     """
     from safetynet.detection import stage
     from safetynet.detection.plan import Plan
+    from safetynet.visualization import draw_detection
+    from safetynet.visualization.detection_visualizer import TABLES as DRAWN
 
     plan = Plan.of(
         detectors,
@@ -65,6 +67,9 @@ def detect(recipe: Recipe, run: Run, detectors: Sequence[str], rate: float, clea
         path = run.scratch / "detection" / "monitor.safetensors"
         found.monitor.save(path)
         outputs += [path, *(run.write_table(name, table) for name, table in found.tables.items())]
+        drawn = {name: table for name, table in found.tables.items() if name in DRAWN}
+        name = f"{recipe.model_name}/{recipe.task}"
+        outputs += draw_detection(drawn, run.figures, name, recipe.model_name)
     log.info("detect: false positives %s", found.estimate)
     return str(found.estimate)
 

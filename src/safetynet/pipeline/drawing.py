@@ -15,7 +15,8 @@ log = logging.getLogger("safetynet")
 
 def draw(recipe: Recipe, run: Run) -> None:
     """Draw the figures and write report.md, from the run's tables alone."""
-    from safetynet.visualization import draw_interventions, draw_training
+    from safetynet.visualization import draw_detection, draw_interventions, draw_training
+    from safetynet.visualization.detection_visualizer import TABLES as DRAWN
 
     tables = _tables(run)
     inputs = {"tables": digest_of_files([run.folder / "tables"]), "version": __version__}
@@ -27,6 +28,8 @@ def draw(recipe: Recipe, run: Run) -> None:
         outputs += draw_training(tables, run.figures, name, recipe.model_name)
         inside = {table: run.table(table) for table in TABLES if run.has_table(table)}
         outputs += draw_interventions(inside, run.figures, name, recipe.model_name)
+        watched = {table: run.table(table) for table in DRAWN if run.has_table(table)}
+        outputs += draw_detection(watched, run.figures, name, recipe.model_name)
         write_text(run.folder / "report.md", report.render(recipe, run))
         outputs.append(run.folder / "report.md")
     log.info("figures: %d files in %s", len(outputs) - 1, run.figures)

@@ -5,6 +5,7 @@ Computes no result and imports no stage.
 """
 
 from safetynet.visualization.chart import Annotation, Axis, Chart, Panel, Reference, Series, Source
+from safetynet.visualization.detection_visualizer import DetectionVisualizer, draw_detection
 from safetynet.visualization.grid import Grid, Shade
 from safetynet.visualization.intervention_visualizer import InterventionVisualizer, draw_interventions
 from safetynet.visualization.saving import Figure, save
@@ -14,6 +15,7 @@ __all__ = [
     "Annotation",
     "Axis",
     "Chart",
+    "DetectionVisualizer",
     "Figure",
     "Grid",
     "InterventionVisualizer",
@@ -23,6 +25,7 @@ __all__ = [
     "Shade",
     "Source",
     "TrainingVisualizer",
+    "draw_detection",
     "draw_interventions",
     "draw_training",
     "save",
