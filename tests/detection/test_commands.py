@@ -125,7 +125,7 @@ def test_a_damaged_monitor_is_refused_by_its_file(watched, refused):
         (["--clean", "0"], "Invalid value for '--clean'"),
         (["--detectors", "sonar"], "there is no detector 'sonar'. Choose from mahalanobis"),
         (["--detectors", "ranks:first"], "views: ['first']; choose from last, mean"),
-        (["--detectors", "mlp_probe"], "mlp_probe is supervised, so no monitor can be made of it."),
+        (["--detectors", "mlp_probe"], "none of prompts; name at least one that reads prompts"),
         (["--detectors", ","], "detectors: name a preset (activations, adapter, safetynet-2025)"),
     ],
 )

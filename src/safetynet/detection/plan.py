@@ -53,7 +53,7 @@ class Plan:
         readings: list[Reading] = []
         for name in names:
             readings += PRESETS[name].readings if name in PRESETS else (Reading.parse(name),)
-        probes = [r for r in readings if detectors.supervised(r.detector)]
+        probes = [r for r in readings if detectors.needs_labels(r.detector)]
         return cls(
             tuple(r for r in readings if r.view not in GENERATED and r not in probes),
             tuple(r for r in readings if r.view in GENERATED and r not in probes),

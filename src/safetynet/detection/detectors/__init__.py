@@ -50,7 +50,7 @@ def make(name: str, **settings: Any) -> Detector:
         raise InputError(f"detector {name}: {str(error).rpartition('()')[2].strip()}.") from None
 
 
-def supervised(name: str) -> bool:
+def needs_labels(name: str) -> bool:
     """Whether a detector of this name needs labels; False for names that do not exist."""
     return name in NAMES and bool(_class_of(name).supervised)
 
