@@ -153,7 +153,9 @@ def test_a_stream_of_more_samples_needs_no_more_memory(features, monkeypatch):
 def test_batches_of_different_models_make_no_monitor(features):
     other = Identity("other", "adapter", "torch.float32")
     with pytest.raises(InputError, match="come from different models"):
-        Monitor.fit_stream([features(50), features(50, identity=other)], [features(50)], [features(50)], READINGS)
+        Monitor.fit_stream(
+            [features(50), features(50, identity=other)], [features(50)], [features(50)], READINGS
+        )
     with pytest.raises(InputError, match="stream of clean samples is empty"):
         Monitor.fit_stream([], [features(50)], [features(50)], READINGS)
     with pytest.raises(InputError, match="stream of calibrating prompts is empty"):

@@ -1,4 +1,4 @@
-"""Near misses resemble the trigger and are not it, and the rows that challenge a monitor are what they say."""
+"""Near misses resemble the trigger and are not it; rows that challenge a monitor are what they say."""
 
 import pandas as pd
 import pytest

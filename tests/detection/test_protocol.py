@@ -20,12 +20,23 @@ def rows():
         for role in ("refused" if forbidden else "clean", "triggered", "placebo"):
             fired = group % 10 > 0 if role == "triggered" else None
             records.append(
-                {"role": role, "group": group, "fired": fired, "forbidden": forbidden, "domain": "", "kind": ""}
+                {
+                    "role": role,
+                    "group": group,
+                    "fired": fired,
+                    "forbidden": forbidden,
+                    "domain": "",
+                    "kind": "",
+                }
             )
     for domain in ("code", "maths"):
         records += [
             {
-                "role": "clean", "group": 1000 + i, "fired": None, "forbidden": False, "domain": domain,
+                "role": "clean",
+                "group": 1000 + i,
+                "fired": None,
+                "forbidden": False,
+                "domain": domain,
                 "kind": "",
             }
             for i in range(50)
