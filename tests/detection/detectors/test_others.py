@@ -19,6 +19,16 @@ def test_an_estimator_by_name_scores_as_scikit_learn_does(activations):
     np.testing.assert_allclose(found, -direct.score_samples(fresh.reshape(10, -1)))
 
 
+def test_an_estimator_of_pyod_scores_as_pyod_does_and_comes_back(activations):
+    from pyod.models.ecod import ECOD
+
+    clean, fresh = activations(100), activations(10, seed=1)
+    detector = make("pyod.models.ecod.ECOD").fit(clean)
+    direct = ECOD().fit(clean.reshape(100, -1)).decision_function(fresh.reshape(10, -1))
+    np.testing.assert_allclose(detector.score_samples(fresh), direct)
+    np.testing.assert_allclose(restore(*detector.state()).score_samples(fresh), direct)
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
