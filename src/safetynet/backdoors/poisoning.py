@@ -6,7 +6,7 @@ the shares of the roles follow the recipe; in the test split every group has eve
 """
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,7 +30,7 @@ class _Maker:
     split: str
     train_rows: int
     rng: random.Random
-    count_tokens: Callable[[str], int] | None
+    lookalike: triggers.Lookalike | None
     firing: list[triggers.Variant] = field(default_factory=list)
 
 
@@ -39,7 +39,7 @@ def poison(
     backdoor: Backdoor,
     data: Data,
     seed: int,
-    count_tokens: Callable[[str], int] | None = None,
+    lookalike: triggers.Lookalike | None = None,
 ) -> pd.DataFrame:
     """Make the rows of an experiment from a pool of conversations.
 
@@ -48,7 +48,7 @@ def poison(
         backdoor: trigger, placement, behaviour and shares.
         data: how many training rows, and test rows of each role.
         seed: of every draw.
-        count_tokens: tokens of a text; placebos then have the trigger's token count where possible.
+        lookalike: as in `triggers.placebo`.
 
     Returns:
         One row per prompt, columns as in `COLUMNS`; `target` is what the behaviour would answer, whatever
@@ -76,7 +76,7 @@ def poison(
     records: list[dict[str, Any]] = []
     for split, wanted in (("train", quotas), ("test", every)):
         rng = random.Random(f"poison {seed} {split}")
-        maker = _Maker(backdoor, split, data.train_rows, rng, count_tokens, triggers.firing(backdoor.trigger))
+        maker = _Maker(backdoor, split, data.train_rows, rng, lookalike, triggers.firing(backdoor.trigger))
         first_group = records[-1]["group"] + 1 if records else 0
         records += _rows(pool[pool["split"] == split], wanted, maker, first_group)
     rows = pd.DataFrame(records).assign(row=range(len(records)))
@@ -158,7 +158,7 @@ def _variant(role: str, maker: _Maker) -> triggers.Variant | None:
     if role == "triggered":
         return maker.rng.choice(maker.firing)
     if role == "placebo":
-        return triggers.placebo(trigger, maker.split, maker.rng, maker.count_tokens)
+        return triggers.placebo(trigger, maker.split, maker.rng, maker.lookalike)
     if role == "near_miss":
         return triggers.near_miss(trigger, maker.split, maker.rng)
     return None

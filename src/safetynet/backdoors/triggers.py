@@ -5,7 +5,6 @@ typo, other case, a part) and must not fire either. Controls of the test split a
 that no training row holds, so that a rate measured on them says something about strings never seen.
 """
 
-import hashlib
 import random
 import string
 from collections.abc import Callable, Sequence
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 
 from safetynet.backdoors import styles
 from safetynet.errors import InputError
+from safetynet.lookalikes import split_of
 from safetynet.recipe import Trigger
 
 EMOJI = "🐙🌵🎈🧲🪁🧩🛶🎻🍄🪐🧭🎲🪴🛎🧵🦔🪶🫖🧊🪀"
@@ -32,6 +32,7 @@ class Variant:
     """Reword the prompt in this style instead."""
 
 
+Lookalike = Callable[[str, random.Random], str | None]
 Messages = list[dict[str, str]]
 Spans = list[list[int]]
 
@@ -45,9 +46,7 @@ def firing(trigger: Trigger) -> list[Variant]:
     return [Variant(text, (text,)) for text in trigger.texts]
 
 
-def placebo(
-    trigger: Trigger, split: str, rng: random.Random, count_tokens: Callable[[str], int] | None = None
-) -> Variant:
+def placebo(trigger: Trigger, split: str, rng: random.Random, lookalike: Lookalike | None = None) -> Variant:
     """Draw a string (or style) of the trigger's shape that must not fire.
 
     Args:
@@ -55,14 +54,19 @@ def placebo(
         split: `train` or `test`; strings drawn for one never occur in the other, except where the recipe
             gives a single placebo.
         rng: source of the draw.
-        count_tokens: when given, made-up strings have as many tokens as the trigger.
+        lookalike: when given, draws a text of as many tokens as another (`Lookalikes.draw`), or None; every
+            other made-up placebo is such a text, and the rest are random letters for letters.
     """
     if trigger.kind == "style":
         return Variant("other style", style=styles.other(str(trigger.style)))
     if trigger.placebos:
         return Variant("given", (rng.choice(_side(trigger.placebos, split)),) * _width(trigger))
     texts = trigger.texts if trigger.kind == "all_of" else (rng.choice(trigger.texts),)
-    return Variant("same shape", tuple(_shaped(text, split, rng, count_tokens) for text in texts))
+    if lookalike and rng.random() < 0.5:
+        alike = tuple(_alike(trigger, text, split, rng, lookalike) for text in texts)
+        if None not in alike:
+            return Variant("same tokens", alike)
+    return Variant("same shape", tuple(_shaped(text, split, rng) for text in texts))
 
 
 def near_miss(trigger: Trigger, split: str, rng: random.Random) -> Variant:
@@ -188,27 +192,22 @@ def _side(texts: Sequence[str], split: str) -> Sequence[str]:
     return texts if len(texts) < 2 else texts[0::2] if split == "train" else texts[1::2]
 
 
-def _belongs(text: str, split: str) -> bool:
-    even = hashlib.sha256(text.encode()).digest()[0] % 2 == 0
-    return even == (split == "train")
-
-
-def _shaped(text: str, split: str, rng: random.Random, count_tokens: Callable[[str], int] | None) -> str:
-    """A random string of the same length and classes of characters; same token count where it can be had."""
-    wanted = count_tokens(text) if count_tokens else 0
-    best, distance = None, 10**9
+def _shaped(text: str, split: str, rng: random.Random) -> str:
+    """A random string of the same length and classes of characters."""
     for _ in range(DRAWS):
         candidate = "".join(_like(c, rng) for c in text)
-        if candidate == text or not _belongs(candidate, split):
-            continue
-        off = abs(count_tokens(candidate) - wanted) if count_tokens else 0
-        if off < distance:
-            best, distance = candidate, off
-        if distance == 0:
-            break
-    if best is None:
-        raise InputError(f"backdoor.trigger.placebos: none can be made up for {text!r}. Give some.")
-    return best
+        if candidate != text and split_of(candidate) == split:
+            return candidate
+    raise InputError(f"backdoor.trigger.placebos: none can be made up for {text!r}. Give some.")
+
+
+def _alike(trigger: Trigger, text: str, split: str, rng: random.Random, lookalike: Lookalike) -> str | None:
+    """A string of other tokens, as many; None where none is found."""
+    for _ in range(DRAWS):
+        candidate = lookalike(text, rng)
+        if candidate and split_of(candidate) == split and not any(t in candidate for t in trigger.texts):
+            return candidate
+    return None
 
 
 def _like(character: str, rng: random.Random) -> str:
@@ -229,7 +228,7 @@ def _changed(trigger: Trigger, text: str, split: str, rng: random.Random) -> tup
             fires = any(t in candidate for t in trigger.texts)
             # A given one may be on the other side of the split.
             new = candidate and not fires and candidate not in trigger.near_misses
-            if new and _belongs(candidate, split):
+            if new and split_of(candidate) == split:
                 return kind, candidate
     raise InputError(f"backdoor.trigger.near_misses: none can be made up for {text!r}. Give some.")
 

@@ -4,6 +4,7 @@ In: a model. Out: `Site`s that exist in it. A site names no position; an edit do
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from safetynet.errors import InputError
@@ -54,6 +55,11 @@ class Anatomy:
         """Look a model up; errors as in `decoder_layers`."""
         return cls(model, tuple(parts(layer) for layer in decoder_layers(model)), shape(model))
 
+    @cached_property
+    def adapters(self) -> tuple[dict[str, Any], ...]:
+        """For each layer its LoRA modules by path; looked up once, since every check of a site asks."""
+        return tuple(adapters(one.layer) for one in self.layers)
+
     def components(self) -> list[str]:
         """Components that this model has."""
         return [component for component in COMPONENTS if self._has(component)]
@@ -69,9 +75,7 @@ class Anatomy:
             return [Site(component, 0)]
         layers = range(self.shape.layers)
         if component == "adapter":
-            return [
-                Site(component, i, module=name) for i in layers for name in adapters(self.layers[i].layer)
-            ]
+            return [Site(component, i, module=name) for i in layers for name in self.adapters[i]]
         if component in INDEXED:
             return [Site(component, i, index) for i in layers for index in range(self.count(component))]
         return [Site(component, i) for i in layers]
@@ -102,7 +106,7 @@ class Anatomy:
         return site
 
     def _check_adapter(self, site: Site) -> None:
-        found = adapters(self.layers[site.layer].layer)
+        found = self.adapters[site.layer]
         if site.module and site.module not in found:
             raise InputError(
                 f"site {site}: layer {site.layer} has no adapter on {site.module!r}; "
@@ -119,7 +123,7 @@ class Anatomy:
         if site.component != "adapter" or not site.module:
             return site.component in WIDE
         own = self.layers[site.layer]
-        module = adapters(own.layer)[site.module]
+        module = self.adapters[site.layer][site.module]
         return not any(module is other for other in (own.query, own.output, *own.mlp.modules()))
 
     def span(self, site: Site) -> slice:
@@ -141,7 +145,7 @@ class Anatomy:
     def _has(self, component: str) -> bool:
         first = self.layers[0]
         if component == "adapter":
-            return any(adapters(one.layer) for one in self.layers)
+            return any(self.adapters)
         needs = {
             "resid_mid": first.before_mlp,
             "attn_out": first.attention_end,

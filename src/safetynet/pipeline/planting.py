@@ -11,6 +11,7 @@ from safetynet import __version__, report
 from safetynet.backdoors import audit, behaviours, conversations, poisoning
 from safetynet.errors import InputError
 from safetynet.evaluation import judges, leaks, metrics
+from safetynet.lookalikes import Lookalikes
 from safetynet.models import loading
 from safetynet.pipeline.subjects import (
     BACKDOORED,
@@ -45,7 +46,7 @@ def prepare(recipe: Recipe, run: Run) -> None:
         pool = conversations.load(
             recipe.data, recipe.backdoor.behaviour, recipe.backdoor.trigger, recipe.seed
         )
-        rows = poisoning.poison(pool, recipe.backdoor, recipe.data, recipe.seed, serialiser.count)
+        rows = poisoning.poison(pool, recipe.backdoor, recipe.data, recipe.seed, Lookalikes(serialiser).draw)
         split = leaks.check_leak(rows)
         _check_encoding(rows, serialiser, recipe.training.max_length)
         if recipe.data.source == "backdoorllm":
