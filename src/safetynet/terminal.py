@@ -45,7 +45,7 @@ class logging_to:  # noqa: N801 - reads as a function
 
 def print_places(tables: "Mapping[str, pd.DataFrame]") -> None:
     """The strongest place of each sweep, and what removes the backdoor, as far as they were looked for."""
-    from safetynet.report import places, removals
+    from safetynet.findings import places, removals
 
     if "effects" in tables:
         _print(places(tables["effects"]), "Where the trigger acts: share of its effect, 95% intervals")
@@ -53,9 +53,17 @@ def print_places(tables: "Mapping[str, pd.DataFrame]") -> None:
         _print(removals(tables["tradeoff"]), "What removes it, on held-out prompts, 95% intervals")
 
 
+def print_comparison(tables: "Mapping[str, pd.DataFrame]") -> None:
+    """The tables that stand beside a comparison's figures."""
+    from safetynet.comparison.paper import paper_tables
+
+    for table in paper_tables(tables):
+        _print(table.cells, f"{table.title}, mean over seeds [95% interval over seeds]")
+
+
 def print_rates(evaluation: "pd.DataFrame") -> None:
     """Every rate by role and model."""
-    from safetynet.report import summary
+    from safetynet.findings import summary
 
     _print(summary(evaluation), "Rates on held-out prompts, 95% intervals")
 

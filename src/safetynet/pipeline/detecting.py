@@ -67,9 +67,9 @@ def detect(recipe: Recipe, run: Run, detectors: Sequence[str], rate: float, clea
         path = run.scratch / "detection" / "monitor.safetensors"
         found.monitor.save(path)
         outputs += [path, *(run.write_table(name, table) for name, table in found.tables.items())]
-        drawn = {name: table for name, table in found.tables.items() if name in DRAWN}
-        name = f"{recipe.model_name}/{recipe.task}"
-        outputs += draw_detection(drawn, run.figures, name, recipe.model_name)
+    # No outputs of this stage: they belong to the figures, which may be drawn anew for another page.
+    drawn = {name: table for name, table in found.tables.items() if name in DRAWN}
+    draw_detection(drawn, run.figures, f"{recipe.model_name}/{recipe.task}", recipe.model_name)
     log.info("detect: false positives %s", found.estimate)
     return str(found.estimate)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from safetynet import __version__, report
+from safetynet import __version__, findings
 from safetynet.backdoors import audit, behaviours, conversations, poisoning
 from safetynet.errors import InputError
 from safetynet.evaluation import judges, leaks, metrics
@@ -225,7 +225,7 @@ def _tell(rows: pd.DataFrame, recipe: Recipe) -> None:
     for split in ("train", "test"):
         counts = rows[rows["split"] == split]["role"].value_counts(sort=False)
         log.info("data: %s rows: %s", split, ", ".join(f"{n} {role}" for role, n in counts.items()))
-    made = report.poisoned(rows)
+    made = findings.poisoned(rows)
     if made.rows < recipe.data.train_rows:
         log.warning(
             "data: %d of %d training rows could be made, so that %.1f%% of them are triggered, "

@@ -5,6 +5,7 @@ Computes no result and imports no stage.
 """
 
 from safetynet.visualization.chart import Annotation, Axis, Chart, Panel, Reference, Series, Source
+from safetynet.visualization.comparison_visualizer import ComparisonVisualizer, draw_comparison
 from safetynet.visualization.detection_visualizer import DetectionVisualizer, draw_detection
 from safetynet.visualization.grid import Grid, Shade
 from safetynet.visualization.intervention_visualizer import InterventionVisualizer, draw_interventions
@@ -15,6 +16,7 @@ __all__ = [
     "Annotation",
     "Axis",
     "Chart",
+    "ComparisonVisualizer",
     "DetectionVisualizer",
     "Figure",
     "Grid",
@@ -25,6 +27,7 @@ __all__ = [
     "Shade",
     "Source",
     "TrainingVisualizer",
+    "draw_comparison",
     "draw_detection",
     "draw_interventions",
     "draw_training",

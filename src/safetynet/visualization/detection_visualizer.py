@@ -129,6 +129,13 @@ def draw_detection(
         InputError: if a table has another name, lacks a column or has no rows, or the folder cannot be
             written to.
     """
+    return [path for figure in detection_figures(tables, folder, run, model) for path in figure.save()]
+
+
+def detection_figures(
+    tables: Mapping[str, pd.DataFrame], folder: Path | str, run: str, model: str
+) -> list[Figure]:
+    """The same figures, not saved yet; arguments and errors as in `draw_detection`."""
     draw = DetectionVisualizer(model, run, folder)
     plots: dict[str, tuple[Callable[[Measurements], Figure], ...]] = {
         "detection_roc": (draw.plot_roc, draw.plot_roc_by_detector),
@@ -141,5 +148,4 @@ def draw_detection(
     unknown = sorted(set(tables) - set(plots))
     if unknown:
         raise InputError(f"table {unknown[0]!r} has no figures; there are figures of {', '.join(plots)}")
-    figures = [plot(tables[name]) for name in plots if name in tables for plot in plots[name]]
-    return [path for figure in figures for path in figure.save()]
+    return [plot(tables[name]) for name in plots if name in tables for plot in plots[name]]
