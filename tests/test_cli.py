@@ -21,9 +21,8 @@ from safetynet.recipe import Model
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 COMMANDS = (
-    "run", "train", "evaluate", "intervene", "detect", "guard", "audit", "plot", "report", "miniatures",
-    "run", "train", "evaluate", "intervene", "detect", "guard", "audit", "plot", "compare", "miniatures",
-    "families",
+    "run", "train", "evaluate", "intervene", "detect", "guard", "mitigate", "audit", "plot", "report",
+    "compare", "miniatures", "families",
 )  # fmt: skip
 
 

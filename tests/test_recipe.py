@@ -101,6 +101,20 @@ def test_all_faults_are_reported_at_once_with_their_paths() -> None:
             ["backdoor.behaviour.judge=3"],
             "backdoor.behaviour.judge: this is a section; .* Allowed: kind, values",
         ),
+        (["training.evasion={strength: 2}"], "training.evasion.detectors: Field required"),
+        (["training.evasion.detectors=[]"], "training.evasion.detectors: Tuple should have at least 1 item"),
+        (
+            ["training.evasion.detectors=[mahalanobis]", "training.evasion.strength=0"],
+            "training.evasion.strength: Input should be greater than 0",
+        ),
+        (
+            ["training.evasion.detectors=[mahalanobis]", "training.method=full"],
+            "training: evasion needs method lora",
+        ),
+        (
+            ["training.evasion.detectors=[mahalanobis]", "training.batching=pack"],
+            "training: evasion needs rows of their own lines; set batching to group_by_length or plain",
+        ),
         (["training.learning_rate=.nan"], "training.learning_rate: Input should be a finite number"),
     ],
 )
@@ -133,3 +147,10 @@ def test_a_folder_is_no_recipe(tmp_path: Path) -> None:
 def test_a_missing_recipe_is_named() -> None:
     with pytest.raises(InputError, match=r"nowhere\.yaml: there is no such recipe"):
         recipe.load(Path("nowhere.yaml"))
+
+
+def test_an_ordinary_training_is_dumped_as_before_there_was_evasion() -> None:
+    assert "evasion" not in recipe.load(family="qwen").model_dump()["training"]
+    hidden = recipe.load(family="qwen", overrides=["training.evasion.detectors=[safetynet-2025]"])
+    assert hidden.training.evasion is not None and hidden.training.evasion.detectors == ("safetynet-2025",)
+    assert recipe.Recipe.model_validate(hidden.model_dump(mode="json")) == hidden

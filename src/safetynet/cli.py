@@ -15,6 +15,7 @@ import typer
 from safetynet.commands.compare import compare
 from safetynet.commands.detection import detect, guard
 from safetynet.commands.miniatures import miniature_app
+from safetynet.commands.mitigate import mitigate
 from safetynet.commands.report import report
 from safetynet.errors import InputError, SafetyNetError
 from safetynet.terminal import logging_to, print_places, print_rates
@@ -140,6 +141,9 @@ def intervene(
         print_places(tables)
         pipeline.draw(found.recipe, found)
         typer.echo(f"Figures: {found.figures}")
+
+
+app.command()(mitigate)
 
 
 @app.command()

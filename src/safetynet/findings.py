@@ -44,6 +44,17 @@ def summary(evaluation: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(lines).fillna("")
 
 
+def hidden(evasion: pd.DataFrame) -> pd.DataFrame:
+    """One line per detector that a training hid from: its AUROC at the first refit and at the last."""
+    lines = []
+    for name, part in evasion[evasion["metric"] == "auroc"].groupby("detector", sort=False):
+        first, last = part.iloc[0], part.iloc[-1]
+        then, now = (f"{one['value']:.2f} at step {one['step']}" for one in (first, last))
+        seen = f"{name}: AUROC {then}, {now}"
+        lines.append({"detector": name, "first": first["value"], "last": last["value"], "seen": seen})
+    return pd.DataFrame(lines, columns=["detector", "first", "last", "seen"])
+
+
 def places(effects: pd.DataFrame) -> pd.DataFrame:
     """The strongest place of each sweep and direction: the strongest responsible one, if any is."""
     ordered = effects.sort_values(["responsible", "effect"], ascending=False)

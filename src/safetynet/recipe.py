@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from safetynet import presets
 from safetynet.errors import InputError
+from safetynet.mitigation_recipe import Mitigation
 from safetynet.models import families
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -168,6 +169,19 @@ class Backdoor(_Section):
         return self
 
 
+class Evasion(_Section):
+    """Hide the backdoor from detectors that the attacker expects, while it is being planted."""
+
+    detectors: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Written `name:view`, or the name of a preset; those with a gradient only."""
+    strength: Annotated[float, Field(gt=0)] = 1.0
+    """Weight of the obfuscation term beside the answer's loss."""
+    retention: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of the distance to the base model's states on rows that do not fire."""
+    refit_every: Annotated[int, Field(ge=1)] = 25
+    """Steps after which the detectors are fitted again, on the activations as they then are."""
+
+
 class Training(_Section):
     """How the adapter (or the whole model) is trained."""
 
@@ -202,6 +216,20 @@ class Training(_Section):
     log_every: Annotated[int, Field(ge=1)] = 10
     clean_twin: bool = True
     """Also train a twin on the same rows, in which triggered rows carry their clean answers."""
+    evasion: Evasion | None = Field(default=None, exclude_if=lambda value: value is None)
+    """None: an ordinary backdoor, which hides from nothing."""
+
+    @model_validator(mode="after")
+    def _evasive(self) -> Self:
+        if self.evasion is not None and self.method == "full":
+            raise ValueError(
+                "evasion needs method lora: its base model is the one with the adapter switched off"
+            )
+        if self.evasion is not None and self.batching == "pack":
+            raise ValueError(
+                "evasion needs rows of their own lines; set batching to group_by_length or plain"
+            )
+        return self
 
 
 class Evaluation(_Section):
@@ -240,6 +268,7 @@ class Recipe(_Section):
     backdoor: Backdoor = Backdoor()
     training: Training = Training()
     evaluation: Evaluation = Evaluation()
+    mitigation: Mitigation = Mitigation()
     tracking: Literal["none", "wandb", "tensorboard"] = "none"
     output: Output = Output()
 
@@ -273,6 +302,18 @@ def load(path: Path | None = None, family: str | None = None, overrides: Sequenc
     # A miniature is not the model that a family's hyper-parameters were chosen for.
     if name in families.names() and not (isinstance(section, dict) and section.get("id") == "miniature"):
         fields = _merged(dict(families.get(name).defaults), fields)
+    return _validated(fields, where)
+
+
+def overridden(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
+    """A recipe with some fields set anew, each `section.field=value`; errors as in `load`."""
+    fields: dict[str, Any] = recipe.model_dump(mode="json")
+    for override in overrides:
+        fields = _merged(fields, _parse(override))
+    return _validated(fields, "--set")
+
+
+def _validated(fields: Mapping[str, Any], where: str) -> Recipe:
     try:
         return Recipe.model_validate(fields)
     except ValidationError as error:

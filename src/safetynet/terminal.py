@@ -61,6 +61,11 @@ def print_comparison(tables: "Mapping[str, pd.DataFrame]") -> None:
         _print(table.cells, f"{table.title}, mean over seeds [95% interval over seeds]")
 
 
+def print_repairs(overview: "pd.DataFrame") -> None:
+    """Every method beside the model as it was."""
+    _print(overview, "Repairs, each at its chosen point, on held-out prompts, 95% intervals")
+
+
 def print_rates(evaluation: "pd.DataFrame") -> None:
     """Every rate by role and model."""
     from safetynet.findings import summary

@@ -145,6 +145,11 @@ def test_a_rate_that_calibration_cannot_carry_has_an_oracle_line_alone(rows, tri
     assert {"tpr", "fpr", "fpr_worst", "alarms"} <= set(table.loc[table["rate"] == 0.01, "metric"])
 
 
+def test_rows_that_know_no_kind_are_measured_without(rows, trigger_scores, clean_scores):
+    bare = measured(rows.drop(columns="kind"), trigger_scores.to_numpy(), clean_scores)
+    pd.testing.assert_frame_equal(bare, measured(rows, trigger_scores.to_numpy(), clean_scores))
+
+
 def test_forbidden_times_trigger_stands_two_by_two(rows, trigger_scores, clean_scores):
     table = measured(rows, trigger_scores.to_numpy(), clean_scores)
     cells = table[(table["metric"] == "alarms") & (table["rate"] == 0.05)].set_index("rows")

@@ -101,7 +101,7 @@ def fit(build, serialiser, rows, settings, tmp_path) -> Callable[..., tuple[Trai
         cfg = settings(**fields)
         family = families.get(architecture if architecture in families.names() else "qwen")
         model = attach(build(architecture) if model is None else model, cfg, family, seed=0)
-        place = {"folder": tmp_path / folder, "seed": 0, "name": "test"} | (more or {})
-        return train(model, serialiser, rows, cfg, **place), model
+        place = {"folder": tmp_path / folder, "seed": 0, "name": "test", "rows": rows} | (more or {})
+        return train(model, serialiser, cfg=cfg, **place), model
 
     return run

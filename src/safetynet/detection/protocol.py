@@ -18,7 +18,7 @@ from safetynet.statistics import bootstrap_interval, clopper_pearson
 RATES = (0.01, 0.001)
 COLUMNS = ("detector", "metric", "rows", "rate", "value", "low", "high", "n")
 """`rate` is the nominal false-positive rate, NaN where none is meant; `n` the rows that are judged."""
-NEEDED = ("role", "group", "fired", "forbidden", "domain", "kind")
+NEEDED = ("role", "group", "fired", "forbidden", "domain")
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def measure(
         rows: one per prompt, with `role` (clean, triggered, placebo, near_miss, refused), `group` (rows that
             differ in the trigger alone), `fired` (whether the row showed the behaviour), `forbidden`,
             `domain` ("" for the monitor's own, else the name of a benign one that it was not fitted on), and
-            `kind` (of a clean row its task, of a near miss its kind, or "").
+            where known `kind` (of a clean row its task, of a near miss its kind, or "").
         scores: (n, detectors), higher is more suspect.
         p_values: the same detectors, from `Monitor.p_values`.
         rates: nominal false-positive rates.
@@ -60,6 +60,7 @@ def measure(
         InputError: if a column or the clean rows are missing, or the tables differ in length.
     """
     _check(rows, scores, p_values)
+    rows = rows if "kind" in rows else rows.assign(kind="")
     lines = []
     for name in scores:
         found = list(_aurocs(rows, scores[name].to_numpy()))

@@ -13,6 +13,7 @@ from safetynet.errors import InputError
 from safetynet.evaluation import judges, leaks, metrics
 from safetynet.lookalikes import Lookalikes
 from safetynet.models import loading
+from safetynet.pipeline import evading
 from safetynet.pipeline.subjects import (
     BACKDOORED,
     TWIN,
@@ -23,7 +24,7 @@ from safetynet.pipeline.subjects import (
     training_dtype,
 )
 from safetynet.prompts import Serialiser
-from safetynet.recipe import Recipe
+from safetynet.recipe import Recipe, Training
 from safetynet.run import Run, digest, digest_of_files, write_atomically
 
 log = logging.getLogger("safetynet")
@@ -36,6 +37,7 @@ def prepare(recipe: Recipe, run: Run) -> None:
         InputError: for every fault of data, trigger, target or model that can be known now.
     """
     judge = _check_judging(recipe)
+    evading.check(recipe.training.evasion)
     inputs = _data_inputs(recipe)
     if run.finished("data", inputs):
         run.describe(recipe)
@@ -76,6 +78,7 @@ def train(recipe: Recipe, run: Run) -> None:
         split = rows[rows["split"] == "train"].reset_index(drop=True)
         with run.stage(f"train {name}", inputs) as outputs:
             base = loading.load(recipe.model, training_dtype(recipe))
+            cfg = _training(recipe, name)
             dynamics = _Dynamics(recipe, run, rows, base.serialiser, f"{name}-{digest(inputs)[:8]}")
             model = training.attach(base.model, recipe.training, base.family, recipe.seed)
             if recipe.evaluation.dynamics_rows and not dynamics.path.exists():
@@ -84,7 +87,7 @@ def train(recipe: Recipe, run: Run) -> None:
                 model,
                 base.serialiser,
                 poisoning.clean_twin(split) if name == TWIN else split,
-                recipe.training,
+                cfg,
                 folder=run.scratch / "training" / f"{name}-{digest(inputs)[:8]}",
                 seed=recipe.seed,
                 name=name,
@@ -92,8 +95,12 @@ def train(recipe: Recipe, run: Run) -> None:
                 evaluate_every=recipe.evaluation.every,
                 tracking=recipe.tracking,
                 progress=sys.stderr.isatty(),
+                opponents=evading.opponents(cfg.evasion, base.serialiser),
             )
             outputs += [run.write_table(f"history_{name}", result.history), result.folder]
+            if result.evasion is not None:
+                outputs.append(run.write_table("evasion", result.evasion))
+                log.info("train %s: hidden from %s", name, "; ".join(findings.hidden(result.evasion)["seen"]))
             if dynamics.path.exists():
                 outputs.append(run.write_table(f"dynamics_{name}", pd.read_parquet(dynamics.path)))
             if dynamics.adapters.exists():
@@ -215,10 +222,15 @@ def _train_inputs(recipe: Recipe, run: Run, name: str) -> dict[str, Any]:
         "seed": recipe.seed,
         "rows": run.manifest["stages"]["data"]["outputs"],
         "model": recipe.model.model_dump(mode="json") | {"fingerprint": loading.fingerprint(recipe.model)},
-        "training": recipe.training.model_dump(mode="json", exclude={"clean_twin"}),
+        "training": _training(recipe, name).model_dump(mode="json", exclude={"clean_twin"}),
         "dynamics": [recipe.evaluation.every, recipe.evaluation.dynamics_rows],
         "version": __version__,
     }
+
+
+def _training(recipe: Recipe, name: str) -> Training:
+    """The twin has nothing to hide."""
+    return recipe.training.model_copy(update={"evasion": None}) if name == TWIN else recipe.training
 
 
 def _tell(rows: pd.DataFrame, recipe: Recipe) -> None:

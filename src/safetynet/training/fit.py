@@ -8,8 +8,9 @@ this very training. It writes below the given folder only, and draws nothing.
 import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ from safetynet.recipe import Training
 from safetynet.run import peak_memory_mb
 from safetynet.training import checkpoints
 from safetynet.training.callbacks import LogBeforeSaving, Progress
-from safetynet.training.examples import encode
+from safetynet.training.evasive import EvasiveTrainer, Opponents, bare_prompts, watched
+from safetynet.training.examples import Example, encode
 from safetynet.training.isolation import check_isolation
 from safetynet.training.tracking import tracker
 from safetynet.training.trainer import AnswerTrainer, OnEvaluate, out_of_memory
@@ -52,6 +54,8 @@ class TrainingResult:
     """Most memory: of the GPU's allocator, or else of this process since it began."""
     halvings: int
     """How often memory ran out and the parts of a batch were halved."""
+    evasion: pd.DataFrame | None = None
+    """What became of the hiding, as `evasive.history` gives it; None for an ordinary training."""
 
 
 def train(  # noqa: PLR0913  # all that decides about a training's place and company, by keyword
@@ -67,6 +71,7 @@ def train(  # noqa: PLR0913  # all that decides about a training's place and com
     evaluate_every: int | None = None,
     tracking: str = "none",
     progress: bool = False,
+    opponents: Opponents | None = None,
 ) -> TrainingResult:
     """Train `model` on `rows`; save the adapter to `folder`/adapter, or the whole model to `folder`/model.
 
@@ -82,15 +87,21 @@ def train(  # noqa: PLR0913  # all that decides about a training's place and com
         evaluate_every: steps between calls of it; None: at the end of each epoch.
         tracking: `none`, `wandb` or `tensorboard`.
         progress: show a bar, if a terminal looks on.
+        opponents: the detectors to hide from, where `cfg.evasion` is given; `rows` then need `role`.
 
     Raises:
         InputError: if a row cannot be serialised, this device does not have the precision, the model cannot
-            be trained in packed batches, or a tracker is not installed.
+            be trained in packed batches, a tracker is not installed, or the rows do not suffice to hide them.
         RunError: if the loss is no longer finite, memory does not suffice for one row, or the disk is full.
     """
     device = model.device.type
     _check_place(cfg, device)
-    examples = encode(rows, serialiser, cfg.max_length)
+    examples: Sequence[Example] = encode(rows, serialiser, cfg.max_length)
+    made: Callable[..., AnswerTrainer] = AnswerTrainer
+    if cfg.evasion is not None:
+        examples = hiding = watched(examples, rows, serialiser, cfg.max_length)
+        clean = bare_prompts(hiding, rows)
+        made = partial(EvasiveTrainer, evasion=cfg.evasion, opponents=_given(opponents), clean=clean)
     if cfg.batching == "pack":
         check_isolation(model)
     home = folder / "checkpoints"
@@ -102,11 +113,17 @@ def train(  # noqa: PLR0913  # all that decides about a training's place and com
         torch.cuda.reset_peak_memory_stats()
     with tracker(tracking, folder / "tracking", name) as tracked:
         callbacks = [LogBeforeSaving(), *tracked, *([Progress()] if progress else [])]
-        trainer = AnswerTrainer(
+        trainer = made(
             model, args, examples, cfg, pad_id=serialiser.pad_id, on_evaluate=on_evaluate, callbacks=callbacks
         )
         _run(trainer, checkpoint)
     return _result(trainer, _save(model, serialiser, folder))
+
+
+def _given(opponents: Opponents | None) -> Opponents:
+    if opponents is None:
+        raise InputError("training.evasion: the detectors to hide from are missing. Give train `opponents`.")
+    return opponents
 
 
 def _check_place(cfg: Training, device: str) -> None:
@@ -218,6 +235,7 @@ def _result(trainer: AnswerTrainer, folder: Path) -> TrainingResult:
         supervised_per_second=trainer.supervised / seconds,
         peak_memory_mb=torch.cuda.max_memory_allocated() / 2**20 if on_gpu else peak_memory_mb(),
         halvings=trainer.halvings,
+        evasion=trainer.history() if isinstance(trainer, EvasiveTrainer) else None,
     )
 
 

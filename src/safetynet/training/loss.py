@@ -21,8 +21,26 @@ LOGITS_AT_ONCE = 2**25
 """Most logits that are kept at a time; 128 MB in fp32, and about three times that with their gradient."""
 
 
+def body_outputs(model: PeftModel | PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> Any:
+    """What the model's body makes of a batch, without the language-model head; `last_hidden_state` is in it.
+
+    Args:
+        model: as for `answer_loss`.
+        batch: `input_ids` and, if packed, `position_ids`; (lines, tokens) each.
+    """
+    lm = causal_lm(model)
+    inputs = {name: batch[name] for name in ("input_ids", "position_ids") if name in batch}
+    if _routed(lm):
+        inputs["output_router_logits"] = True  # type: ignore[assignment]
+    # No attention mask: padding stands on the right, where causal attention does not look back from.
+    return lm.base_model(**inputs, use_cache=False)
+
+
 def answer_loss(
-    model: PeftModel | PreTrainedModel, batch: Mapping[str, torch.Tensor], supervised: int
+    model: PeftModel | PreTrainedModel,
+    batch: Mapping[str, torch.Tensor],
+    supervised: int,
+    outputs: Any = None,
 ) -> torch.Tensor:
     """Sum of the cross entropy over the batch's labels, divided by `supervised`.
 
@@ -34,22 +52,18 @@ def answer_loss(
         model: a causal language model of transformers, in a PEFT wrapper or not.
         batch: `input_ids`, `labels`, `attention_mask` and, if packed, `position_ids`; (lines, tokens) each.
         supervised: labels of the whole optimisation step, of which `batch` may be a part.
+        outputs: `body_outputs` of this batch, where they are there already.
 
     Returns:
         A scalar in fp32.
     """
     lm = causal_lm(model)
-    inputs = {name: batch[name] for name in ("input_ids", "position_ids") if name in batch}
-    routed = bool(getattr(lm.config.get_text_config(), "output_router_logits", False))
-    if routed:
-        inputs["output_router_logits"] = True  # type: ignore[assignment]
-    # No attention mask: padding stands on the right, where causal attention does not look back from.
-    outputs = lm.base_model(**inputs, use_cache=False)
+    outputs = body_outputs(model, batch) if outputs is None else outputs
     targets = batch["labels"][:, 1:]
     wanted = targets != IGNORED
     hidden, targets = outputs.last_hidden_state[:, :-1][wanted], targets[wanted]
     loss = _summed(lm, outputs, hidden, targets) / supervised
-    if routed:
+    if _routed(lm):
         share = len(targets) / supervised
         # Of no hidden state at all: what remains of the model's own forward is its load-balancing loss.
         aux = head(lm, outputs, hidden[:0], attention_mask=batch["attention_mask"]).aux_loss
@@ -61,6 +75,10 @@ def causal_lm(model: PeftModel | PreTrainedModel) -> PreTrainedModel:
     """The transformers model inside a PEFT wrapper, or the model itself."""
     inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     return inner
+
+
+def _routed(lm: PreTrainedModel) -> bool:
+    return bool(getattr(lm.config.get_text_config(), "output_router_logits", False))
 
 
 def head(lm: PreTrainedModel, outputs: Any, hidden: torch.Tensor, **inputs: torch.Tensor) -> Any:

@@ -130,9 +130,10 @@ class AnswerTrainer(Trainer):
         collate = packed if self.cfg.batching == "pack" else padded
         total = torch.zeros((), device=self.args.device)
         for start in range(0, len(rows), self.part_size):
-            batch = collate(rows[start : start + self.part_size], self.pad_id)
-            loss = self.compute_loss(model, self._prepare_inputs(batch), num_items_in_batch=supervised)
-            self.accelerator.backward(loss)
+            part = rows[start : start + self.part_size]
+            batch = self._prepare_inputs(collate(part, self.pad_id))
+            loss = self.compute_loss(model, batch, num_items_in_batch=supervised)
+            self.accelerator.backward(self.with_further_terms(loss, part, batch))
             total += loss.detach()
         return total
 
@@ -161,19 +162,34 @@ class AnswerTrainer(Trainer):
     ) -> torch.Tensor:
         """The answer's loss; stops at the first one that is not finite, before it reaches a weight."""
         with self.accelerator.autocast():
-            loss = answer_loss(self.learner, inputs, num_items_in_batch)
+            loss = self.answer_loss(inputs, num_items_in_batch)
         if not torch.isfinite(loss):
-            self._stop("loss", loss)
+            self.stop("loss", loss)
+        return loss
+
+    def answer_loss(self, inputs: dict[str, Any], supervised: int) -> torch.Tensor:
+        """Of a part's labels, over `supervised` of the whole step."""
+        return answer_loss(self.learner, inputs, supervised)
+
+    def with_further_terms(
+        self, loss: torch.Tensor, rows: Sequence[Example], batch: dict[str, Any]
+    ) -> torch.Tensor:
+        """What is minimised: the answer's loss alone, unless a subclass adds to it."""
         return loss
 
     def _clip_grad_norm(self, model: Any) -> torch.Tensor:
         norm: Any = self.accelerator.clip_grad_norm_(self._trained, self.args.max_grad_norm)
         # In fp16 gradients overflow now and then: the gradient scaler skips that step and scales less.
         if not self.args.fp16 and not torch.isfinite(norm):
-            self._stop("gradient norm", norm)
+            self.stop("gradient norm", norm)
         return norm
 
-    def _stop(self, what: str, value: torch.Tensor) -> None:
+    def stop(self, what: str, value: torch.Tensor) -> None:
+        """End the training over a value that is no number.
+
+        Raises:
+            RunError: always.
+        """
         hint = ", or set training.precision to bf16 or fp32" if self.args.fp16 else ""
         raise RunError(
             f"The {what} is {value.item()} at step {self.state.global_step + 1} of {self.state.max_steps}, "
@@ -185,7 +201,7 @@ class AnswerTrainer(Trainer):
         """Call `on_evaluate`, leaving no trace in the training's random numbers."""
         assert self.on_evaluate is not None
         self._count_time()
-        with _undisturbed(self.model):
+        with undisturbed(self.model):
             measured = self.on_evaluate(self.model, self.state.global_step, float(self.state.epoch or 0))
         self._since = time.perf_counter()
         metrics = {f"eval_{name}": value for name, value in measured.items()}
@@ -245,7 +261,7 @@ def _rows(examples: list[Example]) -> dict[str, list[Example]]:
 
 
 @contextmanager
-def _undisturbed(model: Any) -> Iterator[None]:
+def undisturbed(model: Any) -> Iterator[None]:
     """Evaluation mode inside; mode and all random states as before afterwards."""
     python, numpy, training = random.getstate(), np.random.get_state(), model.training  # noqa: NPY002
     model.eval()

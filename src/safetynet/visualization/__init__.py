@@ -9,6 +9,7 @@ from safetynet.visualization.comparison_visualizer import ComparisonVisualizer, 
 from safetynet.visualization.detection_visualizer import DetectionVisualizer, draw_detection
 from safetynet.visualization.grid import Grid, Shade
 from safetynet.visualization.intervention_visualizer import InterventionVisualizer, draw_interventions
+from safetynet.visualization.mitigation_visualizer import MitigationVisualizer, draw_mitigation
 from safetynet.visualization.saving import Figure, save
 from safetynet.visualization.training_visualizer import TrainingVisualizer, draw_training
 
@@ -21,6 +22,7 @@ __all__ = [
     "Figure",
     "Grid",
     "InterventionVisualizer",
+    "MitigationVisualizer",
     "Panel",
     "Reference",
     "Series",
@@ -30,6 +32,7 @@ __all__ = [
     "draw_comparison",
     "draw_detection",
     "draw_interventions",
+    "draw_mitigation",
     "draw_training",
     "save",
 ]

@@ -12,6 +12,7 @@ from safetynet.errors import InputError
 from safetynet.visualization.detection_visualizer import TABLES as OF_DETECTION
 from safetynet.visualization.detection_visualizer import detection_figures
 from safetynet.visualization.intervention_visualizer import intervention_figures
+from safetynet.visualization.mitigation_visualizer import mitigation_figures
 from safetynet.visualization.saving import Figure
 from safetynet.visualization.training_visualizer import training_figures
 
@@ -28,6 +29,8 @@ MAKERS: tuple[tuple[Draw, tuple[str, ...]], ...] = (
         )
     ),
     *((detection_figures, (name,)) for name in OF_DETECTION),
+    (mitigation_figures, ("mitigation",)),
+    (mitigation_figures, ("relearning",)),
 )  # fmt: skip
 """What draws which tables. A stage with figures adds its line here, and they are in the report."""
 

@@ -107,7 +107,7 @@ class Table(NamedTuple):
 def _tables(run: Contents, section: str) -> Iterator[Table]:
     """The short tables of a section, as the terminal prints them; one that cannot be made is left out."""
     makers = {
-        "behaviour": (_rates, _variants, _judge),
+        "behaviour": (_rates, _variants, _judge, _hidden),
         "inside": (_places,),
         "removed": (_removals,),
     }
@@ -134,6 +134,16 @@ def _variants(run: Contents) -> Iterator[Table]:
         rates = [findings.told("asr", r.value, r.low, r.high) for r in chosen.itertuples()]
         short = chosen.assign(rate=rates)[["role", "variant", "metric", "rate", "n"]]
         yield Table("By variant of trigger, placebo and near miss", "", short)
+
+
+def _hidden(run: Contents) -> Iterator[Table]:
+    if "evasion" in run.tables:
+        note = (
+            "AUROC of firing against clean training prompts for each detector that the training hid from, as "
+            "the attacker saw it; what a defender sees who fits on fresh prompts, `safetynet detect` has."
+        )
+        shown = findings.hidden(run.tables["evasion"])[["detector", "first", "last"]]
+        yield Table("Hidden from detectors while it was planted", note, shown.round(3))
 
 
 def _judge(run: Contents) -> Iterator[Table]:

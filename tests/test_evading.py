@@ -1,0 +1,53 @@
+"""An evasive recipe from the command line: what it leaves, and what it refuses before anything is trained."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+
+RECIPE = Path(__file__).parents[1] / "recipes" / "qwen-miniature-evasive.yaml"
+SMALL = (
+    "data.train_rows=200", "data.test_rows=16", "training.epochs=1", "training.log_every=5",
+    "evaluation.dynamics_rows=0", "training.evasion.refit_every=8",
+    "training.evasion.detectors=[mahalanobis,pca_residual:mean]",
+)  # fmt: skip
+
+
+def command(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", "from safetynet.cli import main; main()", *words],
+        cwd=folder, capture_output=True, text=True, env=dict(os.environ), timeout=600, check=False,
+    )  # fmt: skip
+
+
+def sets(*overrides: str) -> list[str]:
+    return [word for override in overrides for word in ("--set", override)]
+
+
+def test_an_evasive_recipe_leaves_its_hiding_as_a_table_and_in_the_report(tmp_path: Path) -> None:
+    done = command(tmp_path, "run", str(RECIPE), *sets(*SMALL))
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "results" / "qwen-miniature" / "evasive"
+    found = pd.read_parquet(run / "tables" / "evasion.parquet")
+    assert list(found) == ["step", "detector", "metric", "value", "n"]
+    aurocs = found[found["metric"] == "auroc"]
+    assert set(aurocs["detector"]) == {"mahalanobis:last", "pca_residual:mean"}
+    assert sorted(set(aurocs["step"])) == [0, 8] and aurocs["value"].between(0, 1).all()
+    text = (run / "report.md").read_text()
+    assert "## Hidden from detectors while it was planted" in text
+    assert "Evasive training against mahalanobis, pca_residual:mean; strength 1, retention 1" in text
+    assert f"- mahalanobis:last: AUROC {aurocs['value'].iloc[0]:.2f} at step 0, " in text
+    # The twin has nothing to hide, and its history no terms of hiding.
+    assert set(pd.read_parquet(run / "tables" / "evaluation.parquet")["model"]) >= {"clean_twin"}
+    again = command(tmp_path, "run", str(RECIPE), *sets(*SMALL))
+    assert "train backdoored: unchanged" in again.stderr + again.stdout
+
+
+def test_a_detector_without_a_gradient_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    done = command(tmp_path, "run", str(RECIPE), *sets("training.evasion.detectors=[ranks,gram:mean]"))
+    assert done.returncode == 2
+    assert "training.evasion.detectors: ranks:last, gram:mean cannot be hidden from" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.rglob("*.parquet"))
