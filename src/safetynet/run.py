@@ -10,7 +10,6 @@
 Stages read and write here only. Writes are atomic; a finished stage is repeated only when its inputs changed.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -30,6 +29,7 @@ import numpy as np
 import pandas as pd
 from pydantic import ValidationError
 
+from safetynet import locking
 from safetynet.errors import InputError, RunError
 from safetynet.recipe import Recipe
 
@@ -176,22 +176,12 @@ class Run:
     def lock(self) -> Iterator[None]:
         """Hold this run for one process; a second one is refused instead of mixing its writes in.
 
+        In a job of a cluster it waits a while first (`locking.JOB_WAIT_S`).
+
         Raises:
             InputError: if another process works on this run.
         """
-        try:
-            opened = (self.folder / ".lock").open("w", encoding="utf-8")
-        except OSError as error:
-            raise InputError(
-                f"{self.folder}: cannot be written ({error.strerror}). Copy the run to where it can."
-            ) from None
-        with opened as handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise InputError(
-                    f"{self.folder}: another process works on this run. Wait for it, or set another task."
-                ) from None
+        with locking.hold(self.folder):
             yield
 
     def _set_aside(self, name: str, inputs: Mapping[str, Any]) -> tuple[Path, dict[str, Any]] | None:
