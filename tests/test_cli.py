@@ -21,6 +21,8 @@ from safetynet.recipe import Model
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 COMMANDS = (
+    "run", "train", "evaluate", "intervene", "detect", "guard", "mitigate", "audit", "plot", "report",
+    "compare", "miniatures", "families",
     "run", "train", "evaluate", "intervene", "detect", "guard", "mitigate", "audit", "plot",
     "report", "compare", "sweep", "submit", "status", "cancel", "miniatures", "families",
 )  # fmt: skip

