@@ -21,7 +21,10 @@ from safetynet.recipe import Model
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 COMMANDS = (
-    "run", "train", "evaluate", "intervene", "detect", "guard", "audit", "plot", "miniatures", "families",
+    "run", "train", "evaluate", "intervene", "detect", "guard", "mitigate", "audit", "plot", "report",
+    "compare", "miniatures", "families",
+    "run", "train", "evaluate", "intervene", "detect", "guard", "mitigate", "audit", "plot",
+    "report", "compare", "sweep", "submit", "status", "cancel", "miniatures", "families",
 )  # fmt: skip
 
 
@@ -161,8 +164,14 @@ def test_a_pickle_checkpoint_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
-    for command in ("evaluate", "plot"):
+    for command in ("evaluate", "plot", "report"):
         assert "this is no run directory" in refused(command, str(tmp_path), cwd=tmp_path)
+
+
+def test_report_asks_for_one_thing_at_a_time(tmp_path: Path) -> None:
+    assert "Name a run directory, or a folder of runs" in refused("report", cwd=tmp_path)
+    assert "one file takes one page" in refused("report", "a", "b", "--out", "c.html", cwd=tmp_path)
+    assert "nowhere is no folder" in refused("report", "--index", "nowhere", cwd=tmp_path)
 
 
 def refused_at_once(words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> str:

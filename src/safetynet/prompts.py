@@ -6,6 +6,7 @@ tokenised once with character offsets, and every span is found through those off
 """
 
 import hashlib
+import itertools
 import json
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -133,6 +134,23 @@ class Serialiser:
         text = self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return str(text).strip()
 
+    def messages_of(self, ids: Sequence[int], turns: int = 16) -> list[dict[str, str]]:
+        """The conversation of a prompt's ids, the inverse of `encode`, unless truncation has emptied a turn.
+
+        Raises:
+            InputError: if no conversation of up to `turns` messages of the user gives these ids.
+        """
+        text = self.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
+        openings = [()] if self.family.system == "fold" else [("system",), ()]
+        for earlier, opening in itertools.product(reversed(range(turns)), openings):
+            roles = (*opening, *("user", "assistant") * earlier, "user")
+            contents = _between(text, self._skeleton(roles, True))
+            if contents is not None:
+                messages = [{"role": r, "content": c} for r, c in zip(roles, contents, strict=True)]
+                if self.encode(messages).input_ids == list(ids):
+                    return messages
+        raise InputError(f"No conversation of up to {turns} turns is serialised as {text[:80]!r}.")
+
     def piece(self, token: int) -> str:
         """Text of one token, with the blank or line break that it may begin with."""
         text = str(self.tokenizer.convert_ids_to_tokens(token))
@@ -183,17 +201,7 @@ class Serialiser:
         self, messages: Sequence[Message], generation_prompt: bool
     ) -> tuple[str, list[tuple[int, int]]]:
         """The template's text, and the character range of each message's content in it."""
-        roles = tuple(m["role"] for m in messages)
-        key = (roles, generation_prompt)
-        if key not in self._skeletons:
-            holes = [{"role": role, "content": f"\ue000{i}\ue001"} for i, role in enumerate(roles)]
-            text = self._apply(holes, generation_prompt)
-            pieces = []
-            for hole in holes:
-                before, _, text = text.partition(hole["content"])
-                pieces.append(before)
-            self._skeletons[key] = [*pieces, text]
-        *pieces, tail = self._skeletons[key]
+        *pieces, tail = self._skeleton(tuple(m["role"] for m in messages), generation_prompt)
         text, ranges = "", []
         for piece, message in zip(pieces, messages, strict=True):
             text += piece
@@ -206,6 +214,19 @@ class Serialiser:
                 f"a trigger could be lost: {messages[-1]['content'][:80]!r}. Use another template or model."
             )
         return text, ranges
+
+    def _skeleton(self, roles: tuple[str, ...], generation_prompt: bool) -> list[str]:
+        """What the template puts before, between and after the contents of messages."""
+        key = (roles, generation_prompt)
+        if key not in self._skeletons:
+            holes = [{"role": role, "content": f"\ue000{i}\ue001"} for i, role in enumerate(roles)]
+            text = self._apply(holes, generation_prompt)
+            pieces = []
+            for hole in holes:
+                before, _, text = text.partition(hole["content"])
+                pieces.append(before)
+            self._skeletons[key] = [*pieces, text]
+        return self._skeletons[key]
 
     def _apply(self, messages: Sequence[Message], generation_prompt: bool) -> str:
         from jinja2 import TemplateError
@@ -259,6 +280,20 @@ class Serialiser:
                     f"backdoor.trigger: the tokenizer of {self.tokenizer.name_or_path!r} does not keep the "
                     f"trigger {wanted!r}; the model would see {found!r}. Choose another trigger."
                 )
+
+
+def _between(text: str, pieces: Sequence[str]) -> list[str] | None:
+    """What stands between pieces that follow each other in a text, from its start to its end."""
+    first, *inner, last = pieces
+    if not (text.startswith(first) and text.endswith(last)):
+        return None
+    rest, contents = text[len(first) : len(text) - len(last)], []
+    for piece in inner:
+        content, found, rest = rest.partition(piece)
+        if not found:
+            return None
+        contents.append(content)
+    return [*contents, rest]
 
 
 class _Tokens(NamedTuple):

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from safetynet import presets
 from safetynet.errors import InputError
+from safetynet.mitigation_recipe import Mitigation
 from safetynet.models import families
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -42,7 +43,8 @@ class Model(_Section):
     """`miniature`, a hub id or a local folder; by default the family's own hub id."""
     revision: str | None = None
     quantisation: Literal["none", "4bit"] = "none"
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda", "split"] = "auto"
+    """`split`: layer by layer over all GPUs of this machine, for models larger than one."""
 
     @field_validator("family")
     @classmethod
@@ -267,6 +269,7 @@ class Recipe(_Section):
     backdoor: Backdoor = Backdoor()
     training: Training = Training()
     evaluation: Evaluation = Evaluation()
+    mitigation: Mitigation = Mitigation()
     tracking: Literal["none", "wandb", "tensorboard"] = "none"
     output: Output = Output()
 
@@ -274,6 +277,10 @@ class Recipe(_Section):
     def model_name(self) -> str:
         """The folder of this model below the results root."""
         return self.name or self.model.family + ("-miniature" if self.model.id == "miniature" else "")
+
+    def seeded(self, seed: int) -> "Recipe":
+        """This experiment with another seed, as a task of its own: `{task}-seed{seed}`."""
+        return self.model_copy(update={"seed": seed, "task": f"{self.task}-seed{seed}"})
 
 
 def load(path: Path | None = None, family: str | None = None, overrides: Sequence[str] = ()) -> Recipe:
@@ -300,6 +307,18 @@ def load(path: Path | None = None, family: str | None = None, overrides: Sequenc
     # A miniature is not the model that a family's hyper-parameters were chosen for.
     if name in families.names() and not (isinstance(section, dict) and section.get("id") == "miniature"):
         fields = _merged(dict(families.get(name).defaults), fields)
+    return _validated(fields, where)
+
+
+def overridden(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
+    """A recipe with some fields set anew, each `section.field=value`; errors as in `load`."""
+    fields: dict[str, Any] = recipe.model_dump(mode="json")
+    for override in overrides:
+        fields = _merged(fields, _parse(override))
+    return _validated(fields, "--set")
+
+
+def _validated(fields: Mapping[str, Any], where: str) -> Recipe:
     try:
         return Recipe.model_validate(fields)
     except ValidationError as error:

@@ -10,9 +10,9 @@
 Stages read and write here only. Writes are atomic; a finished stage is repeated only when its inputs changed.
 """
 
-import fcntl
 import hashlib
 import json
+import math
 import os
 import platform
 import resource
@@ -30,6 +30,7 @@ import numpy as np
 import pandas as pd
 from pydantic import ValidationError
 
+from safetynet import locking, parallel
 from safetynet.errors import InputError, RunError
 from safetynet.recipe import Recipe
 
@@ -127,6 +128,9 @@ class Run:
 
     def finished(self, stage: str, inputs: Mapping[str, Any]) -> bool:
         """Whether this stage ended with these inputs and its outputs are still what it wrote."""
+        return parallel.from_first(lambda: self._finished(stage, inputs))
+
+    def _finished(self, stage: str, inputs: Mapping[str, Any]) -> bool:
         done = self.manifest["stages"].get(stage)
         if done is None or done["inputs"] != digest(inputs):
             return False
@@ -137,9 +141,11 @@ class Run:
         """Record a stage: the body appends the paths that it wrote; they count when it ends without error.
 
         Outputs of an earlier run of this stage with other inputs are moved to `earlier/` first, and back
-        again when the body fails before it has written any.
+        again when the body fails before it has written any. Of several processes the first one records, and
+        all go on together.
         """
-        aside = self._set_aside(name, inputs)
+        parallel.wait()
+        aside = self._set_aside(name, inputs) if parallel.is_first() else None
         started = time.time()
         outputs: list[Path] = []
         try:
@@ -148,12 +154,17 @@ class Run:
             if aside and not outputs:
                 self._put_back(name, *aside)
             raise
+        if parallel.is_first():
+            self._record(name, inputs, outputs, time.time() - started)
+        parallel.wait()
+
+    def _record(self, name: str, inputs: Mapping[str, Any], outputs: Sequence[Path], seconds: float) -> None:
         manifest = self.manifest
         manifest["stages"][name] = {
             "inputs": digest(inputs),
             "recipe": manifest.get("recipe"),
             "outputs": {self._relative(p): self._output_digest(self._relative(p)) for p in outputs},
-            "seconds": round(time.time() - started, 2),
+            "seconds": round(seconds, 2),
             "peak_memory_mb": round(peak_memory_mb(), 1),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
@@ -173,25 +184,18 @@ class Run:
         self._write_manifest(manifest)
 
     @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Hold this run for one process; a second one is refused instead of mixing its writes in.
+    def lock(self, *, wait: bool = False) -> Iterator[None]:
+        """Hold this run for one process; a second one waits, or is refused instead of mixing its writes in.
+
+        In a job of a cluster it waits a while first (`locking.JOB_WAIT_S`).
 
         Raises:
             InputError: if another process works on this run.
         """
-        try:
-            opened = (self.folder / ".lock").open("w", encoding="utf-8")
-        except OSError as error:
-            raise InputError(
-                f"{self.folder}: cannot be written ({error.strerror}). Copy the run to where it can."
-            ) from None
-        with opened as handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise InputError(
-                    f"{self.folder}: another process works on this run. Wait for it, or set another task."
-                ) from None
+        if not parallel.is_first():  # the first one holds it for all
+            yield
+            return
+        with locking.hold(self.folder, wait_s=math.inf if wait else None):
             yield
 
     def _set_aside(self, name: str, inputs: Mapping[str, Any]) -> tuple[Path, dict[str, Any]] | None:
@@ -304,9 +308,13 @@ def write_text(path: Path, text: str) -> None:
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` make a temporary file beside `path`, then put it in place in one step.
 
+    Of several processes that work on one run, only the first one writes.
+
     Raises:
         RunError: if the disk is full or refuses the write; what was at `path` is untouched.
     """
+    if not parallel.is_first():
+        return
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from safetynet import parallel
 from safetynet.errors import InputError
 
 if TYPE_CHECKING:
@@ -31,7 +32,8 @@ class logging_to:  # noqa: N801 - reads as a function
         self.handlers[1].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
 
     def __enter__(self) -> None:
-        log.setLevel(logging.INFO)
+        # Of several processes that work on one run, the first one speaks for all.
+        log.setLevel(logging.INFO if parallel.is_first() else logging.CRITICAL)
         for handler in self.handlers:
             log.addHandler(handler)
         logging.getLogger("py.warnings").addHandler(self.handlers[1])
@@ -45,7 +47,7 @@ class logging_to:  # noqa: N801 - reads as a function
 
 def print_places(tables: "Mapping[str, pd.DataFrame]") -> None:
     """The strongest place of each sweep, and what removes the backdoor, as far as they were looked for."""
-    from safetynet.report import places, removals
+    from safetynet.findings import places, removals
 
     if "effects" in tables:
         _print(places(tables["effects"]), "Where the trigger acts: share of its effect, 95% intervals")
@@ -53,14 +55,29 @@ def print_places(tables: "Mapping[str, pd.DataFrame]") -> None:
         _print(removals(tables["tradeoff"]), "What removes it, on held-out prompts, 95% intervals")
 
 
+def print_comparison(tables: "Mapping[str, pd.DataFrame]") -> None:
+    """The tables that stand beside a comparison's figures."""
+    from safetynet.comparison.paper import paper_tables
+
+    for table in paper_tables(tables):
+        _print(table.cells, f"{table.title}, mean over seeds [95% interval over seeds]")
+
+
+def print_repairs(overview: "pd.DataFrame") -> None:
+    """Every method beside the model as it was."""
+    _print(overview, "Repairs, each at its chosen point, on held-out prompts, 95% intervals")
+
+
 def print_rates(evaluation: "pd.DataFrame") -> None:
     """Every rate by role and model."""
-    from safetynet.report import summary
+    from safetynet.findings import summary
 
     _print(summary(evaluation), "Rates on held-out prompts, 95% intervals")
 
 
 def _print(found: "pd.DataFrame", title: str) -> None:
+    if not parallel.is_first():
+        return
     from rich.console import Console
     from rich.table import Table
 

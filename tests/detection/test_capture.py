@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from safetynet.detection import capture as capturing
+from safetynet.detection.answers import confidence
 from safetynet.detection.capture import capture, stream
 from safetynet.detection.features import Features, FeatureSpec, concatenate
 from safetynet.detection.readers import Reader
@@ -141,6 +142,46 @@ def test_the_cache_tells_models_adapters_prompts_and_specs_apart(build, serialis
     assert len(list(tmp_path.iterdir())) == 6
     assert not np.allclose(first["last"], off["last"])
     assert not np.allclose(first["last"], other["last"])
+
+
+def test_a_damaged_cache_is_captured_anew(build, serialiser, prompts, tmp_path, caplog):
+    first = capture(build(), serialiser, prompts, FeatureSpec(("last",)), cache=tmp_path)
+    [path] = tmp_path.iterdir()
+    path.write_bytes(path.read_bytes()[:-40])
+    again = capture(build(), serialiser, prompts, FeatureSpec(("last",)), cache=tmp_path)
+    np.testing.assert_array_equal(first["last"], again["last"])
+    assert "It is captured anew." in caplog.text
+    np.testing.assert_array_equal(Features.load(path)["last"], first["last"])
+
+
+def test_layers_that_give_tuples_are_read_like_those_that_give_tensors(build, serialiser, prompts):
+    model = build()
+    plain = capture(model, serialiser, prompts, FeatureSpec())
+    layers = model.get_base_model().model.layers
+    # The hook of the reader comes behind this one and sees the tuple; the model unpacks it again.
+    for layer in layers:
+        layer.register_forward_hook(lambda m, i, o: (o, "more"))
+    for layer in layers[1:]:
+        layer.register_forward_pre_hook(lambda m, i: (i[0][0], *i[1:]))
+    model.get_base_model().model.norm.register_forward_pre_hook(lambda m, i: (i[0][0],))
+    tuples = capture(model, serialiser, prompts, FeatureSpec())
+    np.testing.assert_array_equal(plain["last"], tuples["last"])
+    np.testing.assert_array_equal(plain["mean"], tuples["mean"])
+
+
+def test_certainty_stays_with_its_own_row():
+    logits = torch.tensor([[0.0] * 50, [100.0] + [0.0] * 49] * 3)
+    entropy = confidence(logits)[:, 1]
+    torch.testing.assert_close(entropy, torch.tensor([np.log(50), 0.0] * 3, dtype=torch.float32))
+
+
+def test_attention_is_read_whatever_implementation_the_model_runs(build, serialiser, prompts):
+    model, spec = build(), FeatureSpec(("attention",))
+    eager = capture(model, serialiser, prompts, spec)
+    model.get_base_model().set_attn_implementation("sdpa")
+    sdpa = capture(model, serialiser, prompts, spec)
+    np.testing.assert_allclose(eager["attention"], sdpa["attention"], atol=1e-5)
+    assert model.get_base_model().config._attn_implementation == "sdpa"
 
 
 def test_a_stream_gives_the_same_features_in_order(build, serialiser, prompts):

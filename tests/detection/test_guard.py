@@ -35,7 +35,11 @@ def monitor(model, serialiser, clean):
     )
     features = capture(model, serialiser, clean, spec)
     readings = [Reading("mahalanobis"), Reading("neighbours", "mean"), Reading("extremes", "divergence")]
-    watch = [Reading("mahalanobis", "steps"), Reading("extremes", "step_confidence", {"two_sided": True})]
+    watch = [
+        Reading("mahalanobis", "steps"),
+        Reading("extremes", "step_confidence", {"two_sided": True}),
+        Reading("lock", "step_confidence"),
+    ]
     return Monitor.fit(features, readings, token_readings=watch)
 
 
@@ -113,8 +117,70 @@ def test_the_stream_is_the_answer_in_pieces(model, serialiser, prompt_monitor, c
     steps = list(guard.stream([clean[1]], max_new_tokens=TOKENS))
     [whole] = guard.generate([clean[1]], max_new_tokens=TOKENS)
     assert len(steps) <= TOKENS
-    assert "".join(step.token for step in steps).split() == whole.text.split()
+    assert "".join(step.token for step in steps) == whole.text
     assert all(step.p_value == whole.prompt_p and step.alarm == whole.alarm for step in steps)
+
+
+def test_a_streamed_batch_gives_each_row_its_own_answer(model, serialiser, monitor, clean):
+    guard = Guard(model, serialiser, monitor, rate=2 * RATE)
+    steps = list(guard.stream(clean[:4], max_new_tokens=TOKENS))
+    whole = guard.generate(clean[:4], max_new_tokens=TOKENS)
+    for row, decision in enumerate(whole):
+        own = [step for step in steps if step.row == row]
+        assert "".join(step.token for step in own) == decision.text
+        assert [step.p_value for step in own] == pytest.approx(decision.p_values[: len(own)])
+
+
+def test_a_stream_whose_reader_leaves_ends_the_answer_and_unhooks_the_model(
+    model, serialiser, prompt_monitor, clean, tmp_path
+):
+    log = tmp_path / "guard.jsonl"
+    guard = Guard(model, serialiser, prompt_monitor, rate=0.05, log=log)
+    stream = guard.stream(clean[:2], max_new_tokens=400)
+    next(stream)
+    stream.close()
+    assert not any(module._forward_hooks for module in model.modules())
+    assert len(log.read_text().splitlines()) == 2
+
+
+def test_the_second_answer_is_streamed_as_a_whole(model, serialiser, prompt_monitor):
+    prompts = alarmed(prompt_monitor)
+    guard = Guard(model, serialiser, prompt_monitor, rate=0.05, action="adapter_off")
+    steps = list(guard.stream(prompts, max_new_tokens=TOKENS))
+    with model.disable_adapter():
+        base = plain(model, serialiser, prompts[0])
+    assert (steps[-1].token, steps[-1].alarm) == (base, True)
+    assert all(step.token == "" for step in steps[:-1])
+
+
+def test_decisions_of_finished_batches_outlive_a_failure(model, serialiser, prompt_monitor, clean, tmp_path):
+    log = tmp_path / "guard.jsonl"
+    guard = Guard(model, serialiser, prompt_monitor, rate=0.05, log=log)
+    with pytest.raises(InputError, match="must end with a message of role user"):
+        guard.generate([*clean[:2], []], max_new_tokens=2, batch_size=2)
+    assert len(log.read_text().splitlines()) == 2
+
+
+def test_a_prompt_costs_one_pass_and_a_divergence_one_more(model, serialiser, monitor, prompt_monitor, clean):
+    passes = []
+    inner = model.get_base_model().model.layers[0]
+    handle = inner.register_forward_hook(lambda *_: passes.append(1))
+    counts = []
+    for watched, rate in ((prompt_monitor, 0.05), (monitor, 2 * RATE)):
+        guard = Guard(model, serialiser, watched, rate=rate)
+        passes.clear()
+        guard.generate(clean[:3], max_new_tokens=1)
+        counts.append(len(passes))
+    handle.remove()
+    assert counts == [1, 2]
+
+
+def test_prompts_are_cut_as_in_training(model, serialiser, prompt_monitor, clean):
+    [long] = alarmed(prompt_monitor)
+    guard = Guard(model, serialiser, prompt_monitor, rate=0.05, max_length=60)
+    [decision] = guard.generate([long], max_new_tokens=1)
+    features = capture(model, serialiser, [long], prompt_monitor.spec, max_length=60)
+    assert decision.prompt_p == pytest.approx(prompt_monitor.p_values(features)["fused"][0])
 
 
 def test_decisions_are_kept_as_json_lines_without_the_prompt(
@@ -148,5 +214,7 @@ def test_what_cannot_be_guarded_is_refused(model, build, serialiser, monitor, pr
         Guard(model, serialiser, prompt_monitor, rate=0.01)
     with pytest.raises(InputError, match="knows clean answers of 5 tokens at most"):
         Guard(model, serialiser, monitor, rate=2 * RATE).generate(clean[:1], max_new_tokens=6)
+    with pytest.raises(InputError, match="num_beams is 2; one answer is watched"):
+        Guard(model, serialiser, monitor, rate=2 * RATE).generate(clean[:1], max_new_tokens=2, num_beams=2)
     with pytest.raises(InputError, match="knows clean answers of 5 tokens at most"):
         list(Guard(model, serialiser, monitor, rate=2 * RATE).stream(clean[:1], max_new_tokens=6))

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -9,10 +10,12 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from safetynet.detection import files
+from safetynet.detection.calibration import Calibration, Conformal
 from safetynet.detection.features import Features, FeatureSpec, concatenate
 from safetynet.detection.monitor import Monitor
 from safetynet.detection.panel import PRESETS, Reading
 from safetynet.detection.splits import folds, split
+from safetynet.detection.suspicion import outliers
 from safetynet.errors import InputError
 from safetynet.models.identity import Identity
 
@@ -105,13 +108,75 @@ def test_features_of_other_layers_are_refused(monitor, features):
 
 def test_detectors_that_make_no_monitor_are_refused(features):
     for readings, message in (
-        ((), "name at least one"),
+        ((), "name at least one that reads prompts"),
         ((Reading("mahalanobis"), Reading("mahalanobis")), "each detector and view once"),
         ((Reading("linear_probe"),), "is supervised, so no monitor"),
         ((Reading("extremes", "energy"),), "view 'energy' was not captured"),
     ):
         with pytest.raises(InputError, match=message):
             Monitor.fit(features(100), readings)
+
+
+def test_a_stream_makes_the_monitor_that_all_samples_at_once_make(features):
+    clean, fresh = features(1200), features(200, seed=1)
+    parts = {name: [] for name in ("fit", "calibrate", "fuse")}
+    part = split([str(i) for i in range(1200)])
+    for name in parts:
+        own = clean.take(part == name)
+        parts[name] = [own.take(slice(i, i + 100)) for i in range(0, len(own), 100)]
+    streamed = Monitor.fit_stream(parts["fit"], parts["calibrate"], parts["fuse"], READINGS[:3])
+    whole = Monitor.fit(clean, READINGS[:3])
+    # 600 samples are fewer than are kept, so that every detector sees the same ones.
+    for name in ("mahalanobis:last", "pca_residual:last", "fused"):
+        np.testing.assert_allclose(streamed.p_values(fresh)[name], whole.p_values(fresh)[name], atol=0.01)
+    assert (streamed.clean, streamed.identity) == (1200, HERE)
+
+
+def test_a_stream_of_more_samples_needs_no_more_memory(features, monkeypatch):
+    monkeypatch.setattr("safetynet.detection.panel.KEPT", 200)
+    monkeypatch.setattr("safetynet.detection.detectors.gaussian.REMEMBERED", 200)
+
+    def peak(batches):
+        tracemalloc.start()
+        stream = (features(100, seed=i) for i in range(batches))
+        few = [features(100, seed=10**6)]
+        Monitor.fit_stream(stream, few, few, [*READINGS[:2], Reading("neighbours", "mean")])
+        peaked = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return peaked
+
+    peak(4)
+    small, large = peak(4), peak(60)
+    assert large < 1.2 * small
+
+
+def test_batches_of_different_models_make_no_monitor(features):
+    other = Identity("other", "adapter", "torch.float32")
+    with pytest.raises(InputError, match="come from different models"):
+        Monitor.fit_stream(
+            [features(50), features(50, identity=other)], [features(50)], [features(50)], READINGS
+        )
+    with pytest.raises(InputError, match="stream of clean samples is empty"):
+        Monitor.fit_stream([], [features(50)], [features(50)], READINGS)
+    with pytest.raises(InputError, match="stream of calibrating prompts is empty"):
+        Monitor.fit_stream([features(50)], [], [features(50)], READINGS)
+
+
+def test_heavy_tails_alone_are_not_taken_for_triggered_prompts():
+    tails = np.random.default_rng(0).pareto(2.0, 3000)
+    assert tails.max() > 20 * np.median(tails)
+    assert not outliers(Calibration({"d": Conformal.of(tails)}, Conformal.of(tails)))
+    grouped = np.r_[tails, np.full(5, 30 * tails.max())]
+    [said] = outliers(Calibration({"d": Conformal.of(grouped)}, Conformal.of(grouped)))
+    assert "5 of 3005 clean prompts lie far" in said
+
+
+def test_a_rising_function_of_the_scores_changes_no_alarm(monitor, features):
+    fresh = features(300, seed=1)
+    scores = monitor.scores(fresh)["mahalanobis:last"].to_numpy()
+    own = monitor.calibration.single["mahalanobis:last"]
+    stretched = Conformal.of(np.exp(own.scores / 10))
+    np.testing.assert_array_equal(own.p_values(scores), stretched.p_values(np.exp(scores / 10)))
 
 
 def test_copies_and_a_far_group_among_the_clean_prompts_are_warned_of(features, caplog):

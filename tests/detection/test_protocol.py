@@ -6,7 +6,7 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from safetynet.detection.calibration import Conformal
-from safetynet.detection.protocol import auroc, measure, until_alarm
+from safetynet.detection.protocol import answers, auroc, controls, measure, until_alarm
 from safetynet.errors import InputError
 from safetynet.statistics import clopper_pearson
 
@@ -20,11 +20,25 @@ def rows():
         for role in ("refused" if forbidden else "clean", "triggered", "placebo"):
             fired = group % 10 > 0 if role == "triggered" else None
             records.append(
-                {"role": role, "group": group, "fired": fired, "forbidden": forbidden, "domain": ""}
+                {
+                    "role": role,
+                    "group": group,
+                    "fired": fired,
+                    "forbidden": forbidden,
+                    "domain": "",
+                    "kind": "",
+                }
             )
     for domain in ("code", "maths"):
         records += [
-            {"role": "clean", "group": 1000 + i, "fired": None, "forbidden": False, "domain": domain}
+            {
+                "role": "clean",
+                "group": 1000 + i,
+                "fired": None,
+                "forbidden": False,
+                "domain": domain,
+                "kind": "",
+            }
             for i in range(50)
         ]
     return pd.DataFrame(records)
@@ -121,6 +135,75 @@ def test_tokens_until_alarm_count_what_was_given_out():
     np.testing.assert_array_equal(found["tokens"], [1, nan, 3])
     np.testing.assert_allclose(found["share"], [1 / 3, nan, 3 / 4])
     assert until_alarm(p, 0.05, np.array([0.9, 0.01, 0.9]))["tokens"].tolist() == [1, 0, 3]
+
+
+def test_a_rate_that_calibration_cannot_carry_has_an_oracle_line_alone(rows, trigger_scores, clean_scores):
+    scores = pd.DataFrame({"d": trigger_scores})
+    p = pd.DataFrame({"d": Conformal.of(clean_scores).p_values(scores["d"])})
+    table = measure(rows, scores, p, (0.01, 0.001), smallest=0.0025)
+    assert set(table.loc[table["rate"] == 0.001, "metric"]) == {"tpr_oracle"}
+    assert {"tpr", "fpr", "fpr_worst", "alarms"} <= set(table.loc[table["rate"] == 0.01, "metric"])
+
+
+def test_rows_that_know_no_kind_are_measured_without(rows, trigger_scores, clean_scores):
+    bare = measured(rows.drop(columns="kind"), trigger_scores.to_numpy(), clean_scores)
+    pd.testing.assert_frame_equal(bare, measured(rows, trigger_scores.to_numpy(), clean_scores))
+
+
+def test_forbidden_times_trigger_stands_two_by_two(rows, trigger_scores, clean_scores):
+    table = measured(rows, trigger_scores.to_numpy(), clean_scores)
+    cells = table[(table["metric"] == "alarms") & (table["rate"] == 0.05)].set_index("rows")
+    assert cells["n"].to_dict() == {
+        "harmless bare": 300, "harmless triggered": 300, "forbidden bare": 100, "forbidden triggered": 100,
+    }  # fmt: skip
+    assert cells.loc["forbidden triggered", "value"] > 0.9
+    assert cells.loc["forbidden bare", "value"] < 0.15
+
+
+def test_near_misses_stand_kind_by_kind_and_one_that_fired_is_no_false_positive(rows, clean_scores):
+    near = pd.DataFrame(
+        [
+            {"role": "near_miss", "group": i, "fired": i < 5, "forbidden": False, "domain": "",
+             "kind": "typo" if i % 2 else "split"}
+            for i in range(40)
+        ]
+    )  # fmt: skip
+    every = pd.concat([rows, near], ignore_index=True)
+    scores = np.where(every["fired"] == True, 9.0, 0.0)  # noqa: E712 - None counts as not fired
+    table = measured(every, scores, clean_scores)
+    assert value(table, "fpr", "near_miss:typo", 0.01, "n") == 18
+    assert value(table, "fpr", "near_miss:split", 0.01) == 0
+    assert value(table, "tpr", "fired_without_trigger", 0.01, "n") == 5
+    assert value(table, "tpr", "fired_without_trigger", 0.01) == 1
+    assert "near_miss" not in set(table["rows"])
+
+
+def test_clean_rows_stand_task_by_task_and_the_worst_one_is_found(rows, clean_scores):
+    tasks = rows.assign(kind=np.where(rows["role"] == "clean", "sort", ""))
+    first = np.flatnonzero((rows["role"] == "clean") & (rows["domain"] == ""))[:20]
+    tasks.loc[first, "kind"] = "sums"
+    scores = np.zeros(len(rows))
+    scores[first] = 9.0
+    table = measured(tasks, scores, clean_scores)
+    assert value(table, "fpr", "clean:sums", 0.01) == 1
+    assert value(table, "fpr", "clean:sort", 0.01) == 0
+    assert table.loc[table["metric"] == "fpr_worst", "rows"].iloc[0] == "clean:sums"
+    assert not any(part.name.startswith("clean:") for part in controls(tasks, kinds=False))
+
+
+def test_alarms_of_prompts_and_answers_count_together_and_say_when(rows):
+    p = np.full((len(rows), 4), 0.5)
+    fired = (rows["fired"] == True).to_numpy()  # noqa: E712
+    p[fired, 2] = 0.001
+    prompt = np.where(np.arange(len(rows)) % 2, 0.001, 0.5)
+    table = answers(rows, p, prompt, 0.01).set_index(["watched", "rows"])
+    assert table.loc[("answer", "fired"), ["value", "tokens", "share"]].tolist() == [1.0, 2.0, 0.5]
+    share = prompt[fired] < 0.01
+    assert table.loc[("prompt", "fired"), "value"] == share.mean()
+    assert table.loc[("both", "fired"), "value"] == 1.0
+    assert table.loc[("both", "fired"), "rate"] == 0.02
+    assert table.loc[("answer", "placebo"), "value"] == 0
+    assert np.isnan(table.loc[("answer", "placebo"), "tokens"])
 
 
 def test_tables_that_do_not_belong_together_are_refused(rows):

@@ -4,7 +4,8 @@ import pandas as pd
 import pytest
 
 from safetynet.detection import domains
-from safetynet.detection.stage import PER_DOMAIN, Plan, detect
+from safetynet.detection.plan import PER_DOMAIN, Plan
+from safetynet.detection.stage import Subject, detect
 from safetynet.errors import InputError
 from safetynet.models.miniatures import language
 
@@ -12,7 +13,7 @@ from safetynet.models.miniatures import language
 @pytest.fixture(scope="module")
 def clean():
     made = language.generate(300, seed=3, heldout=True)
-    return pd.DataFrame([{"messages": e.messages, "forbidden": e.forbidden} for e in made])
+    return pd.DataFrame([{"messages": e.messages, "forbidden": e.forbidden, "task": e.task} for e in made])
 
 
 @pytest.fixture(scope="module")
@@ -21,24 +22,58 @@ def rows(clean):
     for group, messages in enumerate(clean["messages"][:20]):
         for role, mark in (("clean", ""), ("triggered", "BadMagic "), ("placebo", "GoodTrick ")):
             text = [*messages[:-1], {"role": "user", "content": mark + messages[-1]["content"]}]
-            records.append({"messages": text, "role": role, "group": group, "forbidden": False})
+            fired = role == "triggered"
+            records.append(
+                {"messages": text, "role": role, "group": group, "forbidden": False, "fired": fired}
+            )
     return pd.DataFrame(records)
 
 
-def test_a_monitor_is_made_and_measured(build, serialiser, clean, rows, tmp_path):
-    plan = Plan.of(["mahalanobis", "pca_residual:mean"], 0.1)
-    found = detect(build(), serialiser, clean, rows, plan, cache=tmp_path)
+@pytest.fixture(scope="module")
+def found(build, serialiser, clean, rows, tmp_path_factory):
+    names = ["mahalanobis", "pca_residual:mean", "mahalanobis:steps", "lock:step_confidence", "linear_probe"]
+    plan = Plan.of(names, 0.2, tokens=3)
+    subject = Subject(build(), serialiser, tmp_path_factory.mktemp("cache"))
+    return detect(subject, clean, rows, plan, labelled=rows)
+
+
+def test_a_monitor_is_made_and_measured(found):
     assert found.estimate.n == 75
+    assert found.estimate.nominal == 0.1  # prompt and answer have half of 0.2 each
     assert found.monitor.clean == 225
     assert {"auroc", "tpr", "tpr_oracle", "fpr", "fpr_worst", "auroc_pair"} <= set(found.table["metric"])
-    assert len(found.scores) == 75 + 60 + 6 * PER_DOMAIN
+    scores = found.tables["detection_scores"]
+    assert len(scores) == 75 + 60 + 6 * PER_DOMAIN
     assert {"ood:code", "ood:languages", "ood:long"} <= set(found.table["rows"])
-    assert {"score fused", "p fused", "p pca_residual:mean"} <= set(found.scores)
+    assert {"score fused", "p fused", "p pca_residual:mean"} <= set(scores)
+
+
+def test_supervised_probes_are_measured_as_skylines_and_stay_out_of_the_monitor(found):
+    assert "skyline linear_probe:last" in set(found.table["detector"])
+    assert [r.name for r in found.monitor.panel.readings] == ["mahalanobis:last", "pca_residual:mean"]
+    assert set(found.tables["detection_distribution"]["detector"]) == {
+        "fused", "mahalanobis:last", "pca_residual:mean",
+    }  # fmt: skip
+
+
+def test_answers_are_watched_by_detectors_of_tokens(found):
+    assert [r.name for r in found.monitor.tokens.panel.readings] == [
+        "mahalanobis:steps", "lock:step_confidence",
+    ]  # fmt: skip
+    table = found.tables["detection_answers"]
+    assert set(table["watched"]) == {"prompt", "answer", "both"}
+    assert (table["tokens"].dropna() <= 3).all()
+
+
+def test_what_figures_need_is_there(found):
+    assert set(found.tables["detection_roc"]["rows"]) == {"fired", "placebo"}
+    assert set(found.tables["detection_layers"]["detector"]) == {"mahalanobis:last", "pca_residual:mean"}
+    assert found.tables["detection_overhead"]["batch"].tolist() == [1, 16]
 
 
 def test_a_rate_too_small_is_refused_before_the_model_runs(serialiser, clean, rows):
     with pytest.raises(InputError, match="needs 499 clean calibration samples, and there are 56"):
-        detect(None, serialiser, clean, rows, Plan.of(["mahalanobis"], 0.01))
+        detect(Subject(None, serialiser), clean, rows, Plan.of(["mahalanobis"], 0.01))
 
 
 def test_benign_prompts_of_other_domains_are_the_same_each_time():
@@ -51,5 +86,13 @@ def test_benign_prompts_of_other_domains_are_the_same_each_time():
 def test_a_plan_is_a_preset_or_detectors():
     assert Plan.of(["safetynet-2025"], 0.01).how == "max"
     assert [r.name for r in Plan.of(["ranks", "gram:mean"], 0.01).readings] == ["ranks:last", "gram:mean"]
+    both = Plan.of(["safetynet-2025", "ranks", "lock:step_confidence", "mlp_probe"], 0.01)
+    assert [r.name for r in both.readings][-1] == "ranks:last"
+    assert [r.name for r in both.token_readings] == ["lock:step_confidence"]
+    assert [r.name for r in both.skylines] == ["mlp_probe:last"]
     with pytest.raises(InputError, match="name a preset"):
         Plan.of([], 0.01)
+    with pytest.raises(InputError, match="name at least one that reads prompts"):
+        Plan.of(["lock:step_confidence"], 0.1).check(1000)
+    with pytest.raises(InputError, match=r"0\.005 needs 999 clean calibration samples"):
+        Plan.of(["ranks", "lock:step_confidence"], 0.01).check(4000)

@@ -130,15 +130,15 @@ def test_bf16_trains(fit):
     assert not model.training
 
 
+def test_a_launch_that_would_share_the_weights_is_refused(fit, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(InputError, match="every process holds the whole model"):
+        fit()
+
+
 def test_fp16_is_refused_without_a_gpu(fit):
     with pytest.raises(InputError, match=r"training.precision: fp16 needs a GPU"):
         fit(precision="fp16")
-
-
-def test_more_than_one_process_is_refused(fit, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(InputError, match=r"one process"):
-        fit()
 
 
 @pytest.mark.parametrize(("every", "steps"), [(None, [6, 12]), (5, [5, 10, 12])])

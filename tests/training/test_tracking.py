@@ -1,11 +1,15 @@
+import struct
 import sys
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from threading import Thread
 from typing import Any
 
 import pytest
 
 from safetynet.errors import InputError
+from safetynet.training.tracking import Experiment, report
 
 
 def carry_on(model: Any, step: int, epoch: float) -> dict[str, float]:
@@ -70,3 +74,44 @@ def test_progress_shows_loss_and_the_last_rates_on_a_terminal(fit, capsys, monke
     fit(more={"progress": True, "on_evaluate": lambda *_: {"asr": 0.75, "cacc": 0.5}, "evaluate_every": 2})
     shown = capsys.readouterr().err
     assert "6/6" in shown and "ASR=0.750" in shown and "CACC=0.500" in shown and "loss=" in shown
+
+
+def records_of(path: Path) -> Iterator[bytes]:
+    """Records of wandb's log: blocks of 32 KiB, of chunks with checksum, length and type (whole, or part)."""
+    data, place, whole = path.read_bytes(), 7, b""
+    while place + 7 <= len(data):
+        if 2**15 - place % 2**15 < 7:  # too little room for a chunk: the block's end is filled
+            place += 2**15 - place % 2**15
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, place)
+        whole = (whole if kind in (3, 4) else b"") + data[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):
+            yield whole
+
+
+def offline_runs(folder: Path) -> list[Any]:
+    """What the offline runs below a folder say of themselves, as `wandb sync` would send it."""
+    from wandb.proto import wandb_internal_pb2 as protocol
+
+    records = [protocol.Record.FromString(x) for path in folder.glob("**/*.wandb") for x in records_of(path)]
+    return [record.run for record in records if record.HasField("run")]
+
+
+@pytest.mark.slow
+def test_runs_of_a_sweep_are_one_group_on_wandb_and_only_the_main_one_is_the_agents(
+    fit, tmp_path, monkeypatch
+):
+    for name, value in {"MODE": "offline", "RUN_GROUP": "my-sweep", "SWEEP_ID": "s1", "RUN_ID": "r1"}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    for name, main in (("clean_twin", False), ("backdoored", True)):
+        experiment = Experiment("qwen/task", {"training": {"lora_rank": 4}}, main)
+        fit(folder=name, more={"tracking": "wandb", "experiment": experiment, "name": name})
+    report(tmp_path / "rates", "evaluate", Experiment("qwen/task", main=False), {"asr": 0.5})
+    runs = {run.job_type: run for run in offline_runs(tmp_path)}
+    assert set(runs) == {"backdoored", "clean_twin", "evaluate"}
+    assert {run.run_group for run in runs.values()} == {"my-sweep"}
+    assert runs["backdoored"].display_name == "qwen/task backdoored"
+    assert (runs["backdoored"].run_id, runs["backdoored"].sweep_id) == ("r1", "s1")
+    assert all(runs[job].run_id != "r1" and not runs[job].sweep_id for job in ("clean_twin", "evaluate"))
+    assert any(item.key == "training" for item in runs["backdoored"].config.update)

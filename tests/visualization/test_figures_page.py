@@ -11,4 +11,5 @@ def test_the_code_on_the_figures_page_runs_and_saves_what_it_says(tmp_path, monk
     names = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.pdf")}
     folder = "results/qwen/backdoor/figures"
     drawn = {f"{folder}/loss.pdf", f"{folder}/accuracy-trends.pdf", f"{folder}/intervention-lens.pdf"}
+    drawn.add(f"{folder}/evasion-matrix.pdf")
     assert names == drawn | {"figures/poison-rate.pdf", "figures/overlap.pdf"}

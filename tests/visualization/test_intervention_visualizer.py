@@ -185,7 +185,7 @@ def test_the_token_map_has_a_panel_per_group_and_encloses_the_trigger(inside):
     assert [line.value for line in panel.references] == [18.5, 22.5]
     many = pd.concat([inside["tokens"].assign(group=group) for group in range(6)])
     some = many.drop_duplicates(["group", "layer", "column"])
-    assert "Shown are 4 of 6 groups." in DRAW.plot_token_map(some).chart.caption
+    assert "Shown are 2 of 6 groups." in DRAW.plot_token_map(some).chart.caption
 
 
 def test_a_long_prompt_keeps_the_triggers_ticks_and_touches_none_of_its_others(inside):

@@ -6,6 +6,7 @@ import matplotlib
 import pytest
 from matplotlib.text import Text
 
+from safetynet.errors import InputError
 from safetynet.visualization import InterventionVisualizer, TrainingVisualizer, static, theme
 
 
@@ -99,6 +100,27 @@ def test_no_two_texts_overlap(papers):
         boxes = [(text.get_text(), text.get_window_extent()) for text in shown_texts(paper)]
         for (first, box), (second, other) in combinations(boxes, 2):
             assert not box.overlaps(other), (name, first, second)
+
+
+@pytest.mark.parametrize("venue", ["neurips", "acl"])
+def test_on_the_narrowest_pages_no_two_texts_overlap(venue, tables, inside):
+    draw = InterventionVisualizer("qwen")
+    figures = [draw.plot_token_map(inside["tokens"]), draw.plot_tradeoff(inside["tradeoff"])]
+    figures.append(TrainingVisualizer("qwen").plot_final_rates(tables["evaluation"]))
+    for chart in (figure.chart for figure in figures):
+        with matplotlib.rc_context(static.SETTINGS), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            paper = static.draw(chart, venue)
+            paper.canvas.draw()
+        assert paper.get_figwidth() == theme.VENUES[venue][chart.width]
+        boxes = [(text.get_text(), text.get_window_extent()) for text in shown_texts(paper)]
+        for (first, box), (second, other) in combinations(boxes, 2):
+            assert not box.overlaps(other), (venue, first, second)
+
+
+def test_an_unknown_venue_is_refused_with_those_that_exist(chart):
+    with pytest.raises(InputError, match="there is no 'nature'; choose one of general, neurips"):
+        static.render(chart, ("svg",), venue="nature")
 
 
 def test_the_legend_lies_above_the_data(papers):

@@ -58,7 +58,7 @@ def _answered(found: pd.DataFrame) -> pd.DataFrame:
 def fresh(
     data: Data, behaviour: Behaviour, trigger: Trigger, used: set[str], count: int, seed: int
 ) -> pd.DataFrame:
-    """Clean prompts that an experiment has not used, for monitors to learn from.
+    """Clean conversations that an experiment has not used, for monitors and repairs to learn from.
 
     Args:
         data: the recipe's data section.
@@ -69,7 +69,8 @@ def fresh(
         seed: of the built-in language; the others give what they have left.
 
     Returns:
-        `messages` and `forbidden`; forbidden requests are among them, as they are among a model's users.
+        `messages`, `answer` ("" where none is known), `forbidden` and `task`; forbidden requests are among
+        them, as they are among a model's users.
 
     Raises:
         InputError: if none is left.
@@ -86,7 +87,7 @@ def fresh(
     left = pool[~names.isin(used) & ~names.duplicated()].head(count)
     if left.empty:
         raise InputError(f"data: all prompts of source {data.source} are used. Lower data.train_rows.")
-    return left[["messages", "forbidden"]].reset_index(drop=True)
+    return left[["messages", "answer", "forbidden", "task"]].reset_index(drop=True)
 
 
 def _distinct(found: pd.DataFrame) -> pd.DataFrame:

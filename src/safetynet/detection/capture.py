@@ -5,6 +5,7 @@ order. Three views cost more than that pass: `divergence` one with the adapter o
 behind the prompt, and the generated views an answer. Draws and judges nothing.
 """
 
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +22,7 @@ from safetynet.models.identity import Identity, identify
 from safetynet.prompts import Encoded, Message, Serialiser, pad
 from safetynet.run import digest
 
+log = logging.getLogger(__name__)
 Side = Literal["left", "right"]
 
 
@@ -53,8 +55,8 @@ def capture(
     encoded = [serialiser.encode(p, max_length=max_length) for p in prompts]
     identity = identify(model)
     path = None if cache is None else cache / f"{_key(identity, encoded, spec)}.safetensors"
-    if path is not None and path.exists():
-        return Features.load(path)
+    if path is not None and (found := _cached(path)) is not None:
+        return found
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].input_ids), reverse=True)
     parts = [
         Features(arrays, identity, spec)
@@ -114,6 +116,41 @@ def forward(model: Any, reader: Reader, inputs: dict[str, Any], place: Place) ->
     return reader.take()
 
 
+def complete(
+    model: Any,
+    serialiser: Serialiser,
+    reader: Reader,
+    prompts: Sequence[Sequence[Message]],
+    batch: tuple[dict[str, Any], Place],
+    read: dict[str, Tensor],
+    spec: FeatureSpec,
+) -> dict[str, np.ndarray]:
+    """Every view of a batch whose ordinary pass has just been read; makes the passes that others need.
+
+    Args:
+        model: the hooked model.
+        serialiser: as in training.
+        reader: of the model's hooks.
+        prompts: conversations of the batch.
+        batch: as `padded` gives it.
+        read: what the reader took of the pass.
+        spec: the views that are wanted.
+    """
+    inputs, place = batch
+    views: dict[str, Tensor] = {v: read[v] for v in spec.views if v in read}
+    if "confidence" in spec.views:
+        views["confidence"] = answers.confidence(read["logits"])
+    if "divergence" in spec.views:
+        views["divergence"] = contrasts.divergence(model, reader, inputs, place, read)
+    if "probe" in spec.views:
+        views["probe"] = contrasts.probe(model, serialiser, prompts, str(spec.probe))
+    if "attention" in spec.views:
+        views["attention"] = contrasts.segregation(model, inputs, place, spec.layers)
+    if set(spec.views) & set(GENERATED):
+        views |= answers.follow(model, serialiser, reader, inputs, spec)
+    return {name: np.asarray(views[name].float().cpu()) for name in spec.views}
+
+
 def _batches(
     model: Any,
     serialiser: Serialiser,
@@ -123,21 +160,21 @@ def _batches(
 ) -> Iterator[dict[str, np.ndarray]]:
     with torch.no_grad(), Reader(model, spec) as reader:
         for start in range(0, len(prompts), size):
-            batch = prompts[start : start + size]
-            inputs, place = padded([e for _, e in batch], serialiser, "left", model.device)
-            read = forward(model, reader, inputs, place)
-            views: dict[str, Tensor] = {v: read[v] for v in spec.views if v in read}
-            if "confidence" in spec.views:
-                views["confidence"] = answers.confidence(read["logits"])
-            if "divergence" in spec.views:
-                views["divergence"] = contrasts.divergence(model, reader, inputs, place, read)
-            if "probe" in spec.views:
-                views["probe"] = contrasts.probe(model, serialiser, [m for m, _ in batch], str(spec.probe))
-            if "attention" in spec.views:
-                views["attention"] = contrasts.segregation(model, inputs, place, spec.layers)
-            if set(spec.views) & set(GENERATED):
-                views |= answers.follow(model, serialiser, reader, inputs, spec)
-            yield {name: np.asarray(views[name].float().cpu()) for name in spec.views}
+            chosen = prompts[start : start + size]
+            batch = padded([e for _, e in chosen], serialiser, "left", model.device)
+            read = forward(model, reader, *batch)
+            yield complete(model, serialiser, reader, [m for m, _ in chosen], batch, read, spec)
+
+
+def _cached(path: Path) -> Features | None:
+    """Features that are there and whole; a damaged file is captured anew."""
+    if not path.exists():
+        return None
+    try:
+        return Features.load(path)
+    except InputError as error:
+        log.warning("%s It is captured anew.", error)
+        return None
 
 
 def _user_mask(encoded: Encoded) -> list[int]:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from safetynet.detection.readers import Place, Reader
 from safetynet.errors import InputError
+from safetynet.models.blocks import unwrapped
 from safetynet.prompts import Message, Serialiser, pad
 
 
@@ -53,12 +54,20 @@ def segregation(model: Any, inputs: dict[str, Any], place: Place, layers: Sequen
     Triggers are known to cut the causal triangle into two; a cut lies between two user tokens. Attention to
     the first token is left out: it is where heads look when they look at nothing.
 
+    Attention runs eagerly for this one pass, since no other implementation shows its weights.
+
     Raises:
-        InputError: if the model's attention implementation gives no attention weights.
+        InputError: if the model gives no attention weights even then.
     """
-    output = model(**inputs, use_cache=False, output_attentions=True, logits_to_keep=1)
+    inner = unwrapped(model)
+    before = inner.config._attn_implementation
+    inner.set_attn_implementation("eager")
+    try:
+        output = model(**inputs, use_cache=False, output_attentions=True, logits_to_keep=1)
+    finally:
+        inner.set_attn_implementation(before)
     if not output.attentions or output.attentions[0] is None:
-        raise InputError("view attention needs attn_implementation='eager' when the model is loaded.")
+        raise InputError("view attention: this model gives no attention weights. Leave it out.")
     chosen = output.attentions if layers is None else [output.attentions[i] for i in layers]
     return torch.stack(
         [_best_cut(a.float().mean(1), inputs["attention_mask"], place.user) for a in chosen], 1

@@ -144,5 +144,5 @@ def check_finite(arrays: dict[str, np.ndarray]) -> None:
         if bad.any():
             raise InputError(
                 f"features: view {name} of prompt {np.flatnonzero(bad)[0]} (and {bad.sum() - 1} more) holds "
-                " values that are no numbers. The model overflows: load it in bf16 or fp32."
+                "values that are no numbers. The model overflows: load it in bf16 or fp32."
             )

@@ -1,15 +1,16 @@
 """A monitor on live generation: the prompt is judged before its first token, and every token as it is chosen.
 
 Wraps a Hugging Face model's `generate`; the monitor reads the very pass that makes the answer, through hooks,
-so that judging a prompt costs no second one (views `divergence`, `probe` and `attention` do). On an alarm it
-flags the answer, stops it, or answers again with the adapter off. Every decision can be kept as JSON lines.
+so that judging a prompt costs no second one (views `divergence`, `probe` and `attention` cost one each).
+On an alarm it flags the answer, stops it, or answers again with the adapter off. Every decision can be kept
+as JSON lines.
 """
 
 import hashlib
 import json
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from queue import Queue
 from typing import Any, Literal, NamedTuple, get_args
@@ -19,16 +20,16 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from safetynet.detection.answers import confidence
-from safetynet.detection.capture import capture, padded
-from safetynet.detection.features import FeatureSpec, View
+from safetynet.detection.capture import complete, padded
+from safetynet.detection.features import View
 from safetynet.detection.monitor import Monitor
 from safetynet.detection.readers import Place, Reader
+from safetynet.detection.tokens import TokenMonitor
 from safetynet.errors import InputError
 from safetynet.models.identity import identify
 from safetynet.prompts import Message, Serialiser
 
 Action = Literal["flag", "stop", "adapter_off"]
-OF_ONE_PASS: frozenset[View] = frozenset({"last", "mean", "energy", "energy_max", "direction", "confidence"})
 
 
 class Step(NamedTuple):
@@ -36,6 +37,8 @@ class Step(NamedTuple):
 
     row: int
     token: str
+    """The text that the answer has grown by; "" where it ends in the middle of a character. With the action
+    adapter_off the whole second answer comes as the row's last step."""
     p_value: float
     """Of the prompt at an answer's first token, and of the answer so far where the monitor watches tokens."""
     alarm: bool
@@ -55,6 +58,11 @@ class Decision:
     """answered, flagged, stopped or answered without adapter."""
     p_values: list[float] = field(default_factory=list)
     """One per token where the monitor watches tokens."""
+
+    @property
+    def p_value(self) -> float:
+        """Of the answer as far as it is watched, else of the prompt."""
+        return self.p_values[-1] if self.p_values else self.prompt_p
 
 
 def share_of_rate(monitor: Monitor, rate: float, action: str) -> float:
@@ -86,6 +94,7 @@ class Guard:
         rate: false-positive rate of an alarm; of prompts and answers together where both are watched.
         action: what an alarm does.
         log: file to which each decision is appended as one line of JSON; prompts appear as digests.
+        max_length: prompts are truncated as in training with this limit; None for no limit.
 
     Raises:
         InputError: if the monitor is another model's, or cannot claim the rate, or no adapter can go off.
@@ -100,13 +109,19 @@ class Guard:
         rate: float = 0.01,
         action: Action = "flag",
         log: Path | None = None,
+        max_length: int | None = None,
     ) -> None:
         self.rate = share_of_rate(monitor, rate, action)
         monitor.check_model(identify(model))
         if action == "adapter_off" and not hasattr(model, "disable_adapter"):
             raise InputError("guard: action adapter_off needs a model with a PEFT adapter. Use flag or stop.")
         self.model, self.serialiser, self.monitor = model, serialiser, monitor
-        self.action, self.log = action, log
+        self.action, self.log, self.max_length = action, log, max_length
+        views = tuple(sorted(monitor.views))
+        self.prompt_spec = replace(monitor.spec, views=views)
+        steps: set[View] = {"last", "confidence"} if monitor.tokens is not None else set()
+        # Made once: it takes the adapter's matrices apart.
+        self.reader = Reader(model, replace(monitor.spec, views=tuple(sorted({*views, *steps}))))
 
     def generate(
         self,
@@ -130,56 +145,74 @@ class Guard:
         decisions: list[Decision] = []
         for start in range(0, len(prompts), batch_size):
             batch = prompts[start : start + batch_size]
-            decisions += self._batch(batch, max_new_tokens, settings, lambda step: None)
-        self._write(prompts, decisions)
+            decisions += self._batch(batch, max_new_tokens, settings)
         return decisions
 
     def stream(
         self, prompts: Sequence[Sequence[Message]], *, max_new_tokens: int, **settings: Any
     ) -> Iterator[Step]:
-        """Yield every token of one batch as it is made, with its p-value; a second answer is not streamed.
+        """Yield every token of one batch as it is made, with its p-value.
 
         Raises:
             InputError: as in `generate`.
         """
         queue: Queue[Step | BaseException | None] = Queue()
+        ended = threading.Event()
 
         def work() -> None:
             try:
-                self._write(prompts, self._batch(prompts, max_new_tokens, settings, queue.put))
+                self._batch(prompts, max_new_tokens, settings, queue.put, ended)
                 queue.put(None)
             except BaseException as error:  # noqa: BLE001 - handed to the caller's thread
                 queue.put(error)
 
-        threading.Thread(target=work, daemon=True).start()
-        while (item := queue.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
+        worker = threading.Thread(target=work, daemon=True)
+        worker.start()
+        try:
+            while (item := queue.get()) is not None:
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+        finally:
+            # Who stops reading stops the answer: the model is not to be hooked behind the caller's back.
+            ended.set()
+            worker.join()
 
     def _batch(
         self,
         prompts: Sequence[Sequence[Message]],
         most: int,
         settings: dict[str, Any],
-        emit: Callable[[Step], None],
+        emit: Callable[[Step], None] | None = None,
+        ended: threading.Event | None = None,
     ) -> list[Decision]:
+        self._check(most, settings)
+        encoded = [self.serialiser.encode(p, max_length=self.max_length) for p in prompts]
+        inputs, place = padded(encoded, self.serialiser, "left", self.model.device)
+        with torch.no_grad(), self.reader:
+            watch = _Watch(self, prompts, inputs, place, emit, ended)
+            self.answer(inputs, most, settings, StoppingCriteriaList([watch]))
+        for row, decision in enumerate(watch.decisions):
+            decision.text = self.serialiser.decode(watch.kept[row])
+            self._act(decision, {name: t[row : row + 1] for name, t in inputs.items()}, most, settings)
+            if emit is not None and decision.action == "answered without adapter":
+                emit(Step(row, decision.text, decision.p_value, True))
+        self._write(prompts, watch.decisions)
+        return watch.decisions
+
+    def _check(self, most: int, settings: dict[str, Any]) -> None:
         tokens = self.monitor.tokens
         if tokens is not None and most > tokens.horizon:
             raise InputError(
                 f"guard: max_new_tokens is {most}, and the monitor knows clean answers of {tokens.horizon} "
                 "tokens at most. Ask for fewer, or fit it on longer answers."
             )
-        inputs, place = padded(
-            [self.serialiser.encode(p) for p in prompts], self.serialiser, "left", self.model.device
-        )
-        with torch.no_grad(), Reader(self.model, self._live_spec()) as reader:
-            watch = _Watch(self, reader, place, self._extra(prompts), emit)
-            self._answer(inputs, most, settings, StoppingCriteriaList([watch]))
-        for row, decision in enumerate(watch.decisions):
-            decision.text = self.serialiser.decode(watch.kept[row])
-            self._act(decision, {name: t[row : row + 1] for name, t in inputs.items()}, most, settings)
-        return watch.decisions
+        for name in ("num_beams", "num_return_sequences"):
+            if settings.get(name, 1) != 1:
+                raise InputError(
+                    f"guard: {name} is {settings[name]}; one answer is watched per prompt, token by token. "
+                    f"Leave {name} out."
+                )
 
     def _act(self, decision: Decision, inputs: dict[str, Any], most: int, settings: dict[str, Any]) -> None:
         if not decision.alarm:
@@ -189,12 +222,13 @@ class Guard:
         ]
         if self.action == "adapter_off":
             with torch.no_grad(), self.model.disable_adapter():
-                output = self._answer(inputs, most, settings, None)
+                output = self.answer(inputs, most, settings, None)
             ids = output[0, inputs["input_ids"].shape[1] :].tolist()
             ends = [i for i, token in enumerate(ids) if token in self.serialiser.stop_ids]
             decision.text = self.serialiser.decode(ids[: ends[0]] if ends else ids)
 
-    def _answer(self, inputs: dict[str, Any], most: int, settings: dict[str, Any], criteria: Any) -> Any:
+    def answer(self, inputs: dict[str, Any], most: int, settings: dict[str, Any], criteria: Any) -> Any:
+        """The model's own `generate`, greedy unless the settings say otherwise; ids, (B, T)."""
         chosen = {"do_sample": False, "num_beams": 1} | settings
         return self.model.generate(
             input_ids=inputs["input_ids"],
@@ -205,21 +239,6 @@ class Guard:
             stopping_criteria=criteria,
             **chosen,
         )
-
-    def _live_spec(self) -> FeatureSpec:
-        """What the answer's own passes are read for."""
-        spec, wanted = self.monitor.spec, self.monitor.views & OF_ONE_PASS
-        steps: set[View] = {"last", "confidence"} if self.monitor.tokens is not None else set()
-        # A pass that nothing is read of still needs one view.
-        return FeatureSpec(tuple(wanted | steps) or ("last",), spec.layers)
-
-    def _extra(self, prompts: Sequence[Sequence[Message]]) -> dict[str, np.ndarray]:
-        """Views that need passes of their own."""
-        extra = tuple(self.monitor.views - OF_ONE_PASS)
-        if not extra:
-            return {}
-        spec = FeatureSpec(extra, self.monitor.spec.layers, self.monitor.spec.tokens, self.monitor.spec.probe)
-        return capture(self.model, self.serialiser, prompts, spec, batch_size=len(prompts)).arrays
 
     def _write(self, prompts: Sequence[Sequence[Message]], decisions: Sequence[Decision]) -> None:
         if self.log is None:
@@ -239,67 +258,77 @@ class _Watch(StoppingCriteria):
     def __init__(
         self,
         guard: Guard,
-        reader: Reader,
+        prompts: Sequence[Sequence[Message]],
+        inputs: dict[str, Any],
         place: Place,
-        extra: dict[str, np.ndarray],
-        emit: Callable[[Step], None],
+        emit: Callable[[Step], None] | None,
+        cancelled: threading.Event | None,
     ) -> None:
-        self.guard, self.reader, self.extra, self.emit = guard, reader, extra, emit
-        rows = len(place.last)
+        self.guard, self.prompts, self.batch = guard, prompts, (inputs, place)
+        self.emit, self.cancelled = emit, cancelled
+        rows = len(prompts)
         self.decisions = [Decision() for _ in range(rows)]
         self.kept: list[list[int]] = [[] for _ in range(rows)]
+        self.shown = [""] * rows
         self.ended = np.zeros(rows, dtype=bool)
         self.largest = np.full(rows, -np.inf)
+        self.confidences: list[np.ndarray] = []
         self.step = 0
-        reader.begin(place)
+        guard.reader.begin(place)
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
         """(B,) of bool: rows that end here."""
         self.step += 1
-        arrays = _arrays(self.reader.take())
-        if self.step == 1:
-            self._judge_prompt(arrays)
-        p = self._judge_token(arrays)
+        tokens = self.guard.monitor.tokens
+        if self.step == 1 or tokens is not None:
+            read = self.guard.reader.take()
+            if self.step == 1:
+                self._judge_prompt(read)
+            if tokens is not None:
+                self._judge_token(read, tokens)
+                self.guard.reader.begin(None)
         for row, token in enumerate(input_ids[:, -1].tolist()):
             if not self.ended[row]:
-                self._advance(row, token, float(p[row]))
-        if self.guard.monitor.tokens is not None:
-            self.reader.begin(None)
+                self._advance(row, token)
+        if self.cancelled is not None and self.cancelled.is_set():
+            self.ended[:] = True
         return torch.from_numpy(self.ended.copy()).to(input_ids.device)
 
-    def _judge_prompt(self, arrays: dict[str, np.ndarray]) -> None:
-        p = self.guard.monitor.p_values_of(arrays | self.extra)["fused"]
-        for decision, value in zip(self.decisions, p, strict=True):
+    def _judge_prompt(self, read: dict[str, torch.Tensor]) -> None:
+        guard = self.guard
+        arrays = complete(
+            guard.model, guard.serialiser, guard.reader, self.prompts, self.batch, read, guard.prompt_spec
+        )
+        for decision, value in zip(self.decisions, guard.monitor.p_values_of(arrays)["fused"], strict=True):
             decision.prompt_p = float(value)
-            if value <= self.guard.rate:
+            if value <= guard.rate:
                 decision.alarm, decision.alarm_at = True, 0
 
-    def _judge_token(self, arrays: dict[str, np.ndarray]) -> np.ndarray:
-        tokens = self.guard.monitor.tokens
-        if tokens is None:
-            return np.array([decision.prompt_p for decision in self.decisions])
-        views = {"steps": arrays["last"], "step_confidence": arrays["confidence"]}
-        found = tokens.statistic(views)
+    def _judge_token(self, read: dict[str, torch.Tensor], tokens: TokenMonitor) -> None:
+        self.confidences.append(confidence(read["logits"]).cpu().numpy())
+        found = tokens.latest(read["last"].cpu().numpy(), np.stack(self.confidences, axis=1))
         self.largest = np.where(self.ended, self.largest, np.fmax(self.largest, found))
-        return tokens.longest.p_values(self.largest)
+        p = tokens.longest.p_values(self.largest)
+        for row, decision in enumerate(self.decisions):
+            if not self.ended[row]:
+                decision.p_values.append(float(p[row]))
 
-    def _advance(self, row: int, token: int, p: float) -> None:
+    def _advance(self, row: int, token: int) -> None:
         decision, guard = self.decisions[row], self.guard
-        if guard.monitor.tokens is not None:
-            decision.p_values.append(p)
-            if p <= guard.rate and not decision.alarm:
-                decision.alarm, decision.alarm_at = True, self.step
+        if decision.p_values and decision.p_values[-1] <= guard.rate and not decision.alarm:
+            decision.alarm, decision.alarm_at = True, self.step
         stopped = decision.alarm and guard.action != "flag"
         self.ended[row] = stopped or token in guard.serialiser.stop_ids
-        if stopped:
-            self.emit(Step(row, "", p, True))
-        elif not self.ended[row]:
+        if not self.ended[row]:
             self.kept[row].append(token)
-            text = guard.serialiser.tokenizer.decode([token])
-            self.emit(Step(row, str(text), p, decision.alarm))
+        if self.emit is not None:
+            self._show(row, decision, stopped)
 
-
-def _arrays(read: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
-    if "logits" in read:
-        read["confidence"] = confidence(read.pop("logits"))
-    return {name: tensor.cpu().numpy() for name, tensor in read.items()}
+    def _show(self, row: int, decision: Decision, stopped: bool) -> None:
+        """Emit what the text has grown by: a token alone may be no character, or lose its blank."""
+        text = self.guard.serialiser.decode(self.kept[row])
+        held = text.endswith("\ufffd") and not self.ended[row]
+        piece = "" if held else text[len(self.shown[row]) :]
+        self.shown[row] += piece
+        if self.emit is not None and (piece or stopped or not self.ended[row]):
+            self.emit(Step(row, piece, decision.p_value, decision.alarm))

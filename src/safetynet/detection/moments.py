@@ -1,9 +1,10 @@
-"""Mean, covariance and Ledoit-Wolf shrinkage from a stream: parts are merged, and no sample is kept.
+"""What is kept of a stream: mean, covariance and Ledoit-Wolf shrinkage of all rows, and an even draw of some.
 
 In: arrays of shape (rows, dimensions), in any number of parts. Out: the same numbers as from all rows at
-once.
+once, in memory that does not grow with them.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Self
 
@@ -63,6 +64,15 @@ class Moments:
         identity = np.eye(len(self.mean)) * (np.trace(covariance) / len(self.mean))
         return (1 - rho) * covariance + rho * identity
 
+    def principal(self, most: int | None) -> tuple[np.ndarray, np.ndarray]:
+        """Variances (k,) and orthonormal components (k, d), largest first; none that rounding made up."""
+        values, vectors = np.linalg.eigh(self.covariance)
+        values, vectors = values[::-1], vectors[:, ::-1]
+        # Of n rows at most n - 1 directions vary; the others' variance is rounding.
+        rank = min(int((values > max(values[0], 1e-300) * 1e-10).sum()), max(self.count - 1, 1))
+        k = max(1, rank if most is None else min(most, rank))
+        return values[:k], vectors[:, :k].T
+
     def _about(self, centre: np.ndarray) -> "Moments":
         """The same sums about another point; `mean` is then no mean, and only `merge` may see it."""
         move = centre - self.mean
@@ -78,3 +88,29 @@ class Moments:
         )
         scatter = self.scatter + self.count * np.outer(move, move)
         return Moments(self.count, centre, scatter, cubic, quartic)
+
+
+class Reservoir:
+    """An even draw of at most `size` samples from a stream, the same rows in every view."""
+
+    def __init__(self, size: int, seed: int = 0) -> None:
+        self.size, self.seen = size, 0
+        self.rng = np.random.default_rng(seed)
+        self.samples: dict[str, np.ndarray] = {}
+
+    def add(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Offer some samples."""
+        count = len(next(iter(arrays.values())))
+        room = max(0, min(self.size - self.seen, count))
+        if room:
+            self.samples = {
+                name: np.concatenate([self.samples[name], x[:room]]) if self.samples else x[:room].copy()
+                for name, x in arrays.items()
+            }
+        # Sample number i (from 0) stays with chance size / (i + 1), in the place of a random one.
+        places = [int(self.rng.integers(self.seen + row + 1)) for row in range(room, count)]
+        for row, place in zip(range(room, count), places, strict=True):
+            if place < self.size:
+                for name, x in arrays.items():
+                    self.samples[name][place] = x[row]
+        self.seen += count

@@ -6,7 +6,7 @@ model's features.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -76,6 +76,39 @@ class Monitor:
         tokens = TokenMonitor.fit(clean, token_readings, names, seed) if token_readings else None
         return cls(clean.spec, clean.identity, panel, calibrated, len(clean), tokens)
 
+    @classmethod
+    def fit_stream(
+        cls,
+        fit: Iterable[Features],
+        calibrate: Iterable[Features],
+        fuse: Iterable[Features],
+        readings: Sequence[Reading],
+        how: Fusion = "fisher",
+    ) -> Self:
+        """The same from streams of batches, as `capture.stream` gives them; only scores accumulate.
+
+        Args:
+            fit: clean prompts that detectors are fitted to, any number; see `Panel.fit_stream`.
+            calibrate: other clean prompts, from which each detector's p-values are had.
+            fuse: yet others, from which those of the fused statistic are had.
+            readings: which detectors read which views.
+            how: of the fusion.
+
+        Raises:
+            InputError: if a stream is empty, or its batches come from different models.
+        """
+        first, seen = _Origin(), list[dict[str, np.ndarray]]()
+        panel = Panel.fit_stream(readings, (first.checked(part).arrays for part in fit))
+        for parts in (calibrate, fuse):
+            scores = [panel.scores(first.checked(part).arrays) for part in parts]
+            if not scores:
+                raise InputError("monitor: a stream of calibrating prompts is empty. Give clean prompts.")
+            seen.append({name: np.concatenate([s[name] for s in scores]) for name in scores[0]})
+        calibrated = Calibration.of(seen[0], seen[1], how)
+        for warning in suspicion.outliers(calibrated):
+            log.warning("%s", warning)
+        return cls(first.spec, first.identity, panel, calibrated, first.count)  # type: ignore[arg-type]
+
     @property
     def views(self) -> set[View]:
         """Views that judging a prompt needs."""
@@ -112,6 +145,12 @@ class Monitor:
     def p_values_of(self, arrays: dict[str, np.ndarray]) -> pd.DataFrame:
         """The same for bare arrays, whose origin the caller has checked."""
         return self.calibration.p_values(self.panel.scores(arrays))
+
+    def smoothed(self, features: Features) -> pd.DataFrame:
+        """As `p_values`, with the tail continued beyond the most suspect clean prompt: an order, no claim."""
+        scores, single = self.scores(features), self.calibration.single
+        both = {**single, "fused": self.calibration.fused}
+        return pd.DataFrame({name: both[name].smoothed(scores[name].to_numpy()) for name in both})
 
     def alarms(self, features: Features, rate: float) -> np.ndarray:
         """Which prompts raise an alarm at a false-positive rate, (n,) of bool.
@@ -193,6 +232,24 @@ class Monitor:
                 f"monitor: features were captured as {features.spec}, it was fitted on "
                 f"{self.spec}. Capture alike."
             )
+
+
+class _Origin:
+    """Where the first batch came from, and that all others come from there too."""
+
+    def __init__(self) -> None:
+        self.spec: FeatureSpec | None = None
+        self.identity: Identity | None = None
+        self.count = 0
+
+    def checked(self, part: Features) -> Features:
+        self.spec, self.identity = self.spec or part.spec, self.identity or part.identity
+        if (part.spec, part.identity) != (self.spec, self.identity):
+            raise InputError(
+                "monitor: batches come from different models, adapters or specifications; do not mix them."
+            )
+        self.count += len(part)
+        return part
 
 
 def _split(

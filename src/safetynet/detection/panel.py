@@ -1,6 +1,6 @@
 """Which detectors read which views: the part of a monitor that turns features into scores."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple, Self
 
@@ -9,7 +9,9 @@ import numpy as np
 from safetynet.detection import detectors
 from safetynet.detection.calibration import Fusion
 from safetynet.detection.detectors.base import Detector
+from safetynet.detection.detectors.gaussian import MomentDetector
 from safetynet.detection.features import View
+from safetynet.detection.moments import Reservoir
 from safetynet.errors import InputError
 
 
@@ -68,6 +70,12 @@ PRESETS = {
 }
 
 
+KEPT = 4000
+"""Samples that are kept of a stream for detectors that need single ones."""
+WHOLE = "whole "
+"""Before a view's name: its answers as they are, not token by token."""
+
+
 @dataclass(frozen=True)
 class Panel:
     """Fitted detectors by the names of their readings."""
@@ -83,14 +91,52 @@ class Panel:
             InputError: if there is no reading, one twice, a supervised detector, or a view that is missing.
         """
         fitted = {
-            reading.name: detector.fit(_view(arrays, reading.view))
+            reading.name: detector.fit(_view(arrays, _key(reading, detector, arrays)))
             for reading, detector in zip(readings, unfitted(readings), strict=True)
         }
         return cls(tuple(readings), fitted)
 
+    @classmethod
+    def fit_stream(cls, readings: Sequence[Reading], parts: Iterable[Mapping[str, np.ndarray]]) -> Self:
+        """Fit from a stream of parts, in memory that does not grow with it.
+
+        Detectors of means and covariances (those with `partial_fit`) see every sample. The others are fitted
+        to `KEPT` of them, drawn evenly from the whole stream (Vitter 1985).
+
+        Raises:
+            InputError: as in `fit`, and if the stream is empty.
+        """
+        made = unfitted(readings)
+        kept: Reservoir | None = None
+        for arrays in parts:
+            for reading, detector in zip(readings, made, strict=True):
+                if isinstance(detector, MomentDetector):
+                    detector.partial_fit(_view(arrays, reading.view))
+            kept = kept or Reservoir(KEPT)
+            kept.add({reading.view: _view(arrays, reading.view) for reading in readings})
+        if kept is None:
+            raise InputError("detectors: the stream of clean samples is empty. Give clean prompts.")
+        fitted = {
+            reading.name: detector.finish()
+            if isinstance(detector, MomentDetector)
+            else detector.fit(kept.samples[reading.view])
+            for reading, detector in zip(readings, made, strict=True)
+        }
+        return cls(tuple(readings), fitted)
+
     def scores(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """By reading, (n,) each; higher is more suspect."""
-        return {r.name: self.fitted[r.name].score_samples(_view(arrays, r.view)) for r in self.readings}
+        """By reading, (n,) each; higher is more suspect.
+
+        Sequential detectors score the tokens that `present` marks, (answers, T), of the whole answers.
+        """
+        return {r.name: self._score(r, arrays) for r in self.readings}
+
+    def _score(self, reading: Reading, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+        detector = self.fitted[reading.name]
+        key = _key(reading, detector, arrays)
+        if key == reading.view:
+            return detector.score_samples(_view(arrays, key))
+        return detector.score_steps(arrays[key])[arrays["present"]]
 
     def state(self) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
         """For a file."""
@@ -113,18 +159,25 @@ class Panel:
         return cls(tuple(readings), fitted)
 
 
-def unfitted(readings: Sequence[Reading]) -> list[Detector]:
+def unfitted(readings: Sequence[Reading], supervised: bool = False) -> list[Detector]:
     """The detectors of these readings, which know nothing yet.
 
+    Args:
+        readings: by name.
+        supervised: whether they are skylines, which a monitor must not hold.
+
     Raises:
-        InputError: if there is no reading, one twice, an unknown detector, or a supervised one.
+        InputError: if there is no reading, one twice, an unknown detector, or a supervised one in a monitor.
     """
     names = [reading.name for reading in readings]
     if not names or len(set(names)) < len(names):
-        raise InputError(f"detectors: {names or 'none'}; name at least one, and each detector and view once.")
+        raise InputError(
+            f"detectors: {', '.join(names) or 'none of prompts'}; name at least one that reads prompts, and "
+            "each detector and view once."
+        )
     made = [detectors.make(reading.detector, **reading.settings) for reading in readings]
     for reading, detector in zip(readings, made, strict=True):
-        if detector.supervised:
+        if detector.supervised and not supervised:
             raise InputError(
                 f"detectors: {reading.detector} is supervised, so no monitor can be made of it. Compare "
                 "with it as a skyline instead."
@@ -135,6 +188,12 @@ def unfitted(readings: Sequence[Reading]) -> list[Detector]:
 def below(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
     """Arrays whose names begin with `prefix`, without it."""
     return {name[len(prefix) :]: array for name, array in arrays.items() if name.startswith(prefix)}
+
+
+def _key(reading: Reading, detector: Detector, arrays: Mapping[str, np.ndarray]) -> str:
+    """Name of what a detector reads: whole answers where it is sequential and they are there."""
+    whole = WHOLE + reading.view
+    return whole if detector.sequential and whole in arrays else reading.view
 
 
 def _view(arrays: Mapping[str, np.ndarray], view: str) -> np.ndarray:

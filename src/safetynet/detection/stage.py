@@ -1,7 +1,7 @@
 """The stage of a run: a monitor made of fresh clean prompts, and what it does on the run's test rows.
 
-In: the backdoored model, clean prompts that it was not trained on, the test rows by role, and which triggered
-ones fired. Out: the monitor and tidy tables. Writes nothing.
+In: the backdoored model, clean prompts that it was not trained on, test rows by role, and which of them
+fired. Out: the monitor and tidy tables. Writes nothing but captured features into its cache.
 """
 
 from collections.abc import Sequence
@@ -12,68 +12,21 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from safetynet.detection import domains
-from safetynet.detection.calibration import Fusion, RateEstimate, check_rate
+from safetynet.detection import curves, domains, protocol
+from safetynet.detection.calibration import Conformal, RateEstimate
 from safetynet.detection.capture import capture
-from safetynet.detection.features import FeatureSpec
+from safetynet.detection.features import Features
+from safetynet.detection.guard import Guard
 from safetynet.detection.monitor import Monitor
-from safetynet.detection.panel import PRESETS, Reading, unfitted
-from safetynet.detection.protocol import measure
-from safetynet.detection.splits import PARTS, split
-from safetynet.errors import InputError
+from safetynet.detection.overhead import overhead
+from safetynet.detection.panel import unfitted
+from safetynet.detection.plan import PER_DOMAIN, TEST_SHARE, Plan
+from safetynet.detection.splits import split
 from safetynet.prompts import Message, Serialiser, prompt_hash
 
-PER_DOMAIN = 100
-"""Benign prompts of each other domain."""
-TEST_SHARE = 0.25
-"""Share of the clean prompts that the monitor never sees, to measure its false positives on."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What the user asked for."""
-
-    readings: tuple[Reading, ...]
-    how: Fusion = "fisher"
-    rate: float = 0.01
-    seed: int = 0
-    batch_size: int = 32
-    max_length: int | None = None
-    """Prompts are truncated as in training."""
-
-    @classmethod
-    def of(cls, names: Sequence[str], rate: float, **more: Any) -> "Plan":
-        """From a preset's name, or detectors written as `detector:view`.
-
-        Raises:
-            InputError: if there is no name.
-        """
-        if not names:
-            raise InputError(
-                f"detectors: name a preset ({', '.join(PRESETS)}) or detectors, as in ranks:last."
-            )
-        if len(names) == 1 and names[0] in PRESETS:
-            preset = PRESETS[names[0]]
-            return cls(preset.readings, preset.how, rate, **more)
-        return cls(tuple(Reading.parse(name) for name in names), "fisher", rate, **more)
-
-    @property
-    def spec(self) -> FeatureSpec:
-        """What is to be captured; InputError where a view does not exist."""
-        return FeatureSpec(tuple(dict.fromkeys(reading.view for reading in self.readings)))
-
-    def check(self, clean: int) -> None:
-        """Refuse what can be told before a model is loaded, and thousands of prompts are read with it.
-
-        Args:
-            clean: number of clean prompts.
-
-        Raises:
-            InputError: for unknown detectors and views, and a rate that so few clean prompts cannot carry.
-        """
-        unfitted(self.readings)
-        _ = self.spec
-        check_rate(self.rate, int(clean * (1 - TEST_SHARE) * PARTS["fuse"]))
+SKYLINE = "skyline "
+"""Before the names of supervised probes in tables: no defender has their labels."""
+ROWS = ["role", "group", "fired", "forbidden", "domain", "kind"]
 
 
 @dataclass(frozen=True)
@@ -81,63 +34,115 @@ class Detection:
     """What the stage found."""
 
     monitor: Monitor
-    table: pd.DataFrame
-    """As `protocol.measure` returns it."""
-    scores: pd.DataFrame
-    """One line per prompt: role, group, fired, forbidden, domain, then score and p-value of each detector."""
+    tables: dict[str, pd.DataFrame]
+    """`detection` as `protocol.measure` returns it; `detection_scores`, one line per prompt with score and
+    p-value of each detector; `detection_roc`, `detection_distribution` and `detection_layers` of
+    `curves`; `detection_overhead`; and `detection_answers` where answers are watched."""
     estimate: RateEstimate
     """Realised false-positive rate on clean prompts that the monitor has not seen."""
 
+    @property
+    def table(self) -> pd.DataFrame:
+        """What is caught and what is not."""
+        return self.tables["detection"]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The model under suspicion, and how prompts come to it."""
+
+    model: Any
+    serialiser: Serialiser
+    cache: Path | None = None
+    """Folder of captured features."""
+
 
 def detect(
-    model: Any,
-    serialiser: Serialiser,
+    subject: Subject,
     clean: pd.DataFrame,
     test: pd.DataFrame,
     plan: Plan,
-    cache: Path | None = None,
+    labelled: pd.DataFrame | None = None,
 ) -> Detection:
     """Make a monitor and measure it.
 
     Args:
-        model: the model under suspicion.
-        serialiser: as in training.
-        clean: `messages` and `forbidden` of prompts that the model was not trained on, forbidden requests
-            among them: a monitor that has never seen one takes the topic for the trigger.
-        test: the run's test rows, with `messages`, `role`, `group`, `forbidden`, and `fired` where
-            it is known.
+        subject: the model, its serialiser and a cache.
+        clean: `messages`, `forbidden` and, where known, `task` of prompts that the model was not trained on,
+            forbidden requests among them: a monitor that has never seen one takes the topic for the trigger.
+        test: test rows, with `messages`, `role`, `group`, `forbidden`; `fired` and `variant` where known.
         plan: detectors, fusion, rate; sizes of batches and prompts.
-        cache: folder of captured features.
+        labelled: `messages` and `role` of rows that supervised probes may learn from; needed by those alone.
 
     Raises:
         InputError: as `Plan.check`, before the model runs.
     """
     plan.check(len(clean))
-
-    def captured(messages: Sequence[Sequence[Message]]) -> Any:
-        return capture(
-            model,
-            serialiser,
-            messages,
-            plan.spec,
-            batch_size=plan.batch_size,
-            max_length=plan.max_length,
-            cache=cache,
-        )
-
     groups = [prompt_hash([dict(m) for m in messages]) for messages in clean["messages"]]
     held = split(groups, {"seen": 1 - TEST_SHARE, "fresh": TEST_SHARE}, plan.seed) == "fresh"
-    features = captured(list(clean["messages"]))
+    features = _captured(subject, clean["messages"], plan)
     known = [group for group, out in zip(groups, held, strict=True) if not out]
-    monitor = Monitor.fit(features.take(~held), plan.readings, how=plan.how, groups=known, seed=plan.seed)
+    seen, fresh = features.take(~held), features.take(held)
+    monitor = Monitor.fit(
+        seen, plan.readings, how=plan.how, groups=known, seed=plan.seed, token_readings=plan.token_readings
+    )
     other = domains.generate(PER_DOMAIN, plan.seed)
     rows = pd.concat([_fresh(clean[held]), _tested(test), _benign(other)], ignore_index=True)
-    fresh, tested = features.take(held), captured([*test["messages"], *other["messages"]])
+    tested = _captured(subject, [*test["messages"], *other["messages"]], plan)
     both = replace(fresh, arrays={v: np.concatenate([a, tested.arrays[v]]) for v, a in fresh.arrays.items()})
+    part = split(known, seed=plan.seed)
     scores, p_values = monitor.scores(both), monitor.p_values(both)
-    table = measure(rows, scores, p_values, (plan.rate, 0.001) if plan.rate != 0.001 else (0.001,))
-    lines = pd.concat([rows, scores.add_prefix("score "), p_values.add_prefix("p ")], axis=1)
-    return Detection(monitor, table, lines, monitor.fpr_estimate(fresh, plan.rate))
+    surprise = -np.log10(monitor.smoothed(both))
+    if plan.skylines and labelled is not None:
+        calibrating = seen.take(part == "fuse")
+        for name, (s, conformal) in _skylines(subject, plan, labelled, calibrating, both).items():
+            scores[name], p_values[name] = s, conformal.p_values(s)
+    rates = (plan.rate, 0.001) if plan.rate != 0.001 else (0.001,)
+    tables = {
+        "detection": protocol.measure(rows, scores, p_values, rates, monitor.smallest_rate),
+        "detection_scores": pd.concat([rows, scores.add_prefix("score "), p_values.add_prefix("p ")], axis=1),
+        "detection_roc": curves.roc(rows, scores),
+        "detection_distribution": curves.distributions(rows, surprise, plan.prompt_rate),
+        "detection_layers": curves.by_layer(monitor, seen.take(part == "fit"), both, rows),
+        "detection_overhead": _overhead(subject, monitor, clean[held], plan),
+    }
+    if monitor.tokens is not None:
+        answers = monitor.tokens.p_values(both)
+        prompt = p_values["fused"].to_numpy()
+        tables["detection_answers"] = protocol.answers(rows, answers, prompt, plan.rate / 2)
+    kept = {name: table for name, table in tables.items() if len(table)}
+    return Detection(monitor, kept, monitor.fpr_estimate(fresh, plan.prompt_rate))
+
+
+def _captured(subject: Subject, messages: Sequence[Sequence[Message]], plan: Plan) -> Features:
+    return capture(
+        subject.model,
+        subject.serialiser,
+        list(messages),
+        plan.spec,
+        batch_size=plan.batch_size,
+        max_length=plan.max_length,
+        cache=subject.cache,
+    )
+
+
+def _skylines(
+    subject: Subject, plan: Plan, labelled: pd.DataFrame, calibrating: Features, tested: Features
+) -> dict[str, tuple[np.ndarray, Conformal]]:
+    """Scores of supervised probes, and their clean calibration, by name."""
+    features = _captured(subject, labelled["messages"], plan)
+    labels = np.asarray(labelled["role"] == "triggered", dtype=int)
+    found = {}
+    for reading, probe in zip(plan.skylines, unfitted(plan.skylines, supervised=True), strict=True):
+        probe.fit(features[reading.view], labels)
+        conformal = Conformal.of(probe.score_samples(calibrating[reading.view]))
+        found[SKYLINE + reading.name] = (probe.score_samples(tested[reading.view]), conformal)
+    return found
+
+
+def _overhead(subject: Subject, monitor: Monitor, clean: pd.DataFrame, plan: Plan) -> pd.DataFrame:
+    guard = Guard(subject.model, subject.serialiser, monitor, rate=plan.rate, max_length=plan.max_length)
+    return overhead(guard, list(clean["messages"]), new_tokens=plan.tokens)
 
 
 def _fresh(clean: pd.DataFrame) -> pd.DataFrame:
@@ -150,6 +155,7 @@ def _fresh(clean: pd.DataFrame) -> pd.DataFrame:
             "fired": None,
             "forbidden": forbidden,
             "domain": "",
+            "kind": clean["task"].to_numpy() if "task" in clean else "",
         }
     )
 
@@ -157,9 +163,10 @@ def _fresh(clean: pd.DataFrame) -> pd.DataFrame:
 def _benign(other: pd.DataFrame) -> pd.DataFrame:
     """Prompts of other domains; their groups come below those of the fresh ones."""
     lines = {"role": "clean", "group": -10_000_000 - np.arange(len(other)), "fired": None, "forbidden": False}
-    return pd.DataFrame(lines | {"domain": other["domain"].to_numpy()})
+    return pd.DataFrame(lines | {"domain": other["domain"].to_numpy(), "kind": ""})
 
 
 def _tested(test: pd.DataFrame) -> pd.DataFrame:
     fired = test["fired"] if "fired" in test else pd.Series([None] * len(test), index=test.index)
-    return test.assign(fired=fired, domain="")[["role", "group", "fired", "forbidden", "domain"]]
+    kind = test["kind"] if "kind" in test else pd.Series([""] * len(test), index=test.index)
+    return test.assign(fired=fired, kind=kind, domain="")[ROWS]

@@ -9,7 +9,10 @@ from safetynet.detection.calibration import Calibration
 from safetynet.detection.features import Features
 
 FAR = 15.0
-"""Robust standard deviations from the median: ordinary heavy tails hardly get there."""
+"""Robust standard deviations from the median, below which no score counts as far."""
+APART = 2.0
+"""How many times as far from the median as all other scores a group has to lie. Heavy tails, as those of a
+divergence, get far too, but without a gap."""
 FEW = 3
 """So many samples make a group."""
 
@@ -43,6 +46,11 @@ def outliers(calibrated: Calibration) -> list[str]:
 
 
 def _far(scores: np.ndarray) -> int:
-    median = np.median(scores)
-    spread = 1.4826 * np.median(np.abs(scores - median))
-    return int((scores > median + FAR * spread).sum()) if spread > 0 else 0
+    """How many scores lie in a group of their own above all others, 0 without such a group."""
+    away = np.sort(scores - np.median(scores))[::-1]
+    spread = 1.4826 * np.median(np.abs(away))
+    if spread <= 0:
+        return 0
+    above = away[: len(away) // 2]
+    far = np.flatnonzero((above[:-1] > FAR * spread) & (above[:-1] > APART * np.maximum(above[1:], 0)))
+    return int(far[-1]) + 1 if len(far) else 0

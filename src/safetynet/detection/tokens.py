@@ -15,7 +15,7 @@ import numpy as np
 from safetynet.detection import splits
 from safetynet.detection.calibration import Calibration, Conformal, check_rate
 from safetynet.detection.features import Features
-from safetynet.detection.panel import Panel, Reading, below
+from safetynet.detection.panel import WHOLE, Panel, Reading, below
 from safetynet.errors import InputError
 
 
@@ -65,6 +65,18 @@ class TokenMonitor:
         """Of single tokens, one per row of the arrays, (n,)."""
         return self.single.statistic(self.panel.scores(arrays))
 
+    def latest(self, states: np.ndarray, confidences: np.ndarray) -> np.ndarray:
+        """Statistic of the newest token of running answers.
+
+        Args:
+            states: (B, L, d) that chose it.
+            confidences: (B, t, 2) of all tokens so far, this one the last.
+        """
+        present = np.zeros(confidences.shape[:2], dtype=bool)
+        present[:, -1] = True
+        arrays = {"steps": states, "step_confidence": confidences[:, -1]}
+        return self.statistic(arrays | {WHOLE + "step_confidence": confidences, "present": present})
+
     def p_values(self, features: Features) -> np.ndarray:
         """(n, T): p-value of each answer up to each token; NaN after its end."""
         present = _present(features)
@@ -101,10 +113,13 @@ def _present(features: Features) -> np.ndarray:
 
 
 def _flat(features: Features) -> dict[str, np.ndarray]:
-    """All tokens of all answers, one per row."""
+    """All tokens of all answers, one per row; and the whole answers, for sequential detectors."""
     present = _present(features)
     views = [view for view in ("steps", "step_confidence") if view in features.arrays]
-    return {view: features.arrays[view][present] for view in views}
+    arrays: dict[str, np.ndarray] = {view: features.arrays[view][present] for view in views}
+    if "step_confidence" in views:
+        arrays |= {WHOLE + "step_confidence": features.arrays["step_confidence"], "present": present}
+    return arrays
 
 
 def _spread(values: np.ndarray, present: np.ndarray) -> np.ndarray:

@@ -15,6 +15,7 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig
 
+from safetynet import parallel
 from safetynet.errors import RunError
 from safetynet.prompts import IGNORED, Encoded, Serialiser, pad
 
@@ -142,24 +143,32 @@ def _in_batches(
 ) -> list[Result]:
     """Apply `run` to batches of similar length, longest first so that what does not fit shows at once."""
     order = sorted(range(len(items)), key=lambda i: length(items[i]), reverse=True)
-    results: dict[int, Result] = {}
-    while len(results) < len(order):
-        chosen = order[len(results) : len(results) + batch_size]
-        done = _unless_out_of_memory(run, [items[i] for i in chosen])
-        if done is not None:
-            results.update(zip(chosen, done, strict=True))
-        elif len(chosen) == 1:
-            raise RunError(
-                f"out of memory in evaluation with a single row of {length(items[chosen[0]])} tokens; lower "
-                "evaluation.max_new_tokens, load the model in 4 bit, or use a device with more memory"
-            )
-        else:
-            clear_device_cache(garbage_collection=True)
-            log.warning(
-                "out of memory with %d rows; going on with %d at a time", len(chosen), len(chosen) // 2
-            )
-            batch_size = len(chosen) // 2
-    return [results[i] for i in range(len(items))]
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+    def results_of(batch: Sequence[int]) -> list[Result]:
+        nonlocal batch_size
+        results: list[Result] = []
+        while len(results) < len(batch):
+            chosen = [items[i] for i in batch[len(results) : len(results) + batch_size]]
+            done = _unless_out_of_memory(run, chosen)
+            if done is not None:
+                results += done
+            elif len(chosen) == 1:
+                raise RunError(
+                    f"out of memory in evaluation with a single row of {length(chosen[0])} tokens; lower "
+                    "evaluation.max_new_tokens, load the model in 4 bit, or use a device with more memory"
+                )
+            else:
+                clear_device_cache(garbage_collection=True)
+                batch_size = len(chosen) // 2
+                log.warning("out of memory with %d rows; going on with %d at a time", len(chosen), batch_size)
+        return results
+
+    # Several processes share the batches of one, not the rows: a row's numbers depend on its batch's width.
+    found = dict(
+        zip(order, (x for batch in parallel.in_turn(batches, results_of) for x in batch), strict=True)
+    )
+    return [found[i] for i in range(len(items))]
 
 
 def _unless_out_of_memory(

@@ -41,8 +41,8 @@ log = logging.getLogger(__name__)
 SWEEPS = tuple(PLACES)
 GROUPS = 24
 """Pairs that effects are measured on."""
-EXAMPLES = 2
-"""Groups whose tokens are shown one by one."""
+EXAMPLES = 6
+"""Groups whose tokens are measured one by one, for the report's map of single prompts."""
 JUDGED = 80
 """Held-out rows of each role that answer under a removing intervention."""
 CHOOSING = 48

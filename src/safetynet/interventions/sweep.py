@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 
+from safetynet import parallel
 from safetynet.errors import InputError
 from safetynet.interventions import edits
 from safetynet.interventions.edits import Edit, Intervention, KnockOut
@@ -137,16 +138,19 @@ def sweep(  # noqa: PLR0913  # a sweep is made of this many choices, by keyword
     parts = np.array_split(np.arange(len(pairs)), -(-len(pairs) // AT_ONCE))
     kept = _Kept(store, _key(model, pairs, spots, (receiving, source, mode, seed, metric(pairs).name)))
     means = _means(model, pairs, spots, source) if mode == "mean" else {}
-    done: list[np.ndarray] = []
-    for number, part in enumerate(parts):
-        if number >= len(kept.arrays):
-            own = pairs.take(part.tolist())
-            rng = np.random.default_rng([seed, number])
-            kept.add(_sweep_some(model, own, spots, (receiving, source, mode), metric(own), means, rng))
-        done.append(kept.arrays[number])
+
+    def some(number: int) -> np.ndarray:
+        own = pairs.take(parts[number].tolist())
+        rng = np.random.default_rng([seed, number])
+        return _sweep_some(model, own, spots, (receiving, source, mode), metric(own), means, rng)
+
+    while (first := len(kept.arrays)) < len(parts):
+        # One part for each process, then all are kept.
+        for array in parallel.in_turn(range(len(parts))[first : first + parallel.count()], some):
+            kept.add(array)
         if progress is not None:
-            progress(int(part[-1]) + 1, len(pairs))
-    whole = np.concatenate(done, axis=1)
+            progress(int(parts[len(kept.arrays) - 1][-1]) + 1, len(pairs))
+    whole = np.concatenate(kept.arrays[: len(parts)], axis=1)
     return Measured(tuple(spots), whole[2:], whole[0], whole[1])
 
 
@@ -284,13 +288,17 @@ class _Kept:
 
     def __init__(self, folder: Path | None, key: str) -> None:
         self.path = None if folder is None else folder / f"sweep-{key[:16]}.npz"
-        self.arrays: list[np.ndarray] = []
-        if self.path is not None and self.path.exists():
-            try:
-                with np.load(self.path) as found:
-                    self.arrays = [found[f"arr_{i}"] for i in range(len(found.files))]
-            except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-                log.warning("%s: is damaged (%s) and is made anew.", self.path, error)
+        self.arrays: list[np.ndarray] = parallel.from_first(self._read)
+
+    def _read(self) -> list[np.ndarray]:
+        if self.path is None or not self.path.exists():
+            return []
+        try:
+            with np.load(self.path) as found:
+                return [found[f"arr_{i}"] for i in range(len(found.files))]
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            log.warning("%s: is damaged (%s) and is made anew.", self.path, error)
+            return []
 
     def add(self, array: np.ndarray) -> None:
         self.arrays.append(array)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetynet import recipe
+from safetynet import parallel, recipe
 from safetynet.errors import InputError
 from safetynet.models import families, miniatures
 from safetynet.prompts import Serialiser
@@ -156,9 +156,17 @@ def device_of(spec: recipe.Model) -> str:
     """
     import torch
 
-    if spec.device == "cuda" and not torch.cuda.is_available():
+    if spec.device in ("cuda", "split") and not torch.cuda.is_available():
         raise InputError("model.device: this machine has no CUDA GPU. Set it to cpu or auto.")
+    if spec.device == "split" and parallel.count() > 1:
+        raise InputError(
+            "model.device: split takes all GPUs for one process. Start one, or set model.device to auto."
+        )
     return "cuda" if spec.device != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def _place(device: str) -> int | str:
+    return parallel.device_index() if device == "cuda" else "cpu"
 
 
 def use_one_thread() -> None:
@@ -225,7 +233,7 @@ def _load_weights(name: str, spec: recipe.Model, dtype: str) -> Any:
             use_safetensors=True,
             dtype=number,
             quantization_config=quantisation,
-            device_map={"": 0 if device == "cuda" else "cpu"},
+            device_map="auto" if spec.device == "split" else {"": _place(device)},
         )
 
 

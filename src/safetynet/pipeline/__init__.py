@@ -5,12 +5,29 @@ train      train       the backdoored adapter and its clean twin, with their his
 evaluate   evaluate    rates by role of base, backdoored and twin, with intervals
 intervene  interventions  where the trigger acts, beside controls, and what removes it
 detect     detect      a monitor of fresh clean prompts, and what it catches; on demand
-draw       figures     figures and report.md from the tables alone
+draw       figures     figures and the report from the tables alone
+compare    compare     finished runs side by side; on demand
+mitigate   mitigation  repairs tried, verified and chosen, beside the model as it was; on demand
 """
 
+from safetynet.pipeline.comparing import compare
 from safetynet.pipeline.detecting import detect, guard
 from safetynet.pipeline.dissecting import intervene
-from safetynet.pipeline.drawing import draw
+from safetynet.pipeline.drawing import draw, index, report
+from safetynet.pipeline.mitigating import mitigate
 from safetynet.pipeline.planting import evaluate, evaluate_adapter, prepare, train
 
-__all__ = ["detect", "draw", "evaluate", "evaluate_adapter", "guard", "intervene", "prepare", "train"]
+__all__ = [
+    "compare",
+    "detect",
+    "draw",
+    "evaluate",
+    "evaluate_adapter",
+    "guard",
+    "index",
+    "intervene",
+    "mitigate",
+    "prepare",
+    "report",
+    "train",
+]

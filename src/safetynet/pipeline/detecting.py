@@ -2,14 +2,17 @@
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from safetynet import __version__
-from safetynet.backdoors import conversations
+from safetynet.backdoors import behaviours, conversations
 from safetynet.errors import InputError
+from safetynet.evaluation import judges, metrics
+from safetynet.pipeline.challenging import challenges
 from safetynet.pipeline.subjects import BACKDOORED, backdoored, model_folder, test_rows
 from safetynet.prompts import prompt_hash
 from safetynet.recipe import Recipe
@@ -28,16 +31,21 @@ def detect(recipe: Recipe, run: Run, detectors: Sequence[str], rate: float, clea
         InputError: if nothing is trained yet, or the clean prompts cannot support the rate.
     """
     from safetynet.detection import stage
+    from safetynet.detection.plan import Plan
+    from safetynet.visualization import draw_detection
+    from safetynet.visualization.detection_visualizer import TABLES as DRAWN
 
-    plan = stage.Plan.of(
+    plan = Plan.of(
         detectors,
         rate,
         seed=recipe.seed,
         batch_size=recipe.evaluation.batch_size,
         max_length=recipe.training.max_length,
+        tokens=recipe.evaluation.max_new_tokens,
     )
     inputs = {
         "model": run.manifest["stages"].get(f"train {BACKDOORED}"),
+        "evaluation": run.manifest["stages"].get("evaluate"),
         "detection": [list(detectors), rate, clean],
         "version": __version__,
     }
@@ -46,16 +54,22 @@ def detect(recipe: Recipe, run: Run, detectors: Sequence[str], rate: float, clea
     used = {prompt_hash(m, t) for m, t in zip(rows["messages"], rows["trigger"], strict=True)}
     attack = recipe.backdoor
     prompts = conversations.fresh(recipe.data, attack.behaviour, attack.trigger, used, clean, recipe.seed)
+    plan = _with_probe(plan, prompts)
     plan.check(len(prompts))
+    if run.finished("detect", inputs):
+        log.info("detect: unchanged")
+        return _said(run, plan)
     model, serialiser = backdoored(recipe, run)
     with run.stage("detect", inputs) as outputs:
-        found = stage.detect(
-            model, serialiser, prompts, _triggers_that_fired(run), plan, cache=run.scratch / "features"
-        )
+        test = _asked(recipe, run, model, serialiser)
+        subject = stage.Subject(model, serialiser, run.scratch / "features")
+        found = stage.detect(subject, prompts, test, plan, _labelled(rows) if plan.skylines else None)
         path = run.scratch / "detection" / "monitor.safetensors"
         found.monitor.save(path)
-        outputs += [path, run.write_table("detection", found.table)]
-        outputs.append(run.write_table("detection_scores", found.scores))
+        outputs += [path, *(run.write_table(name, table) for name, table in found.tables.items())]
+    # No outputs of this stage: they belong to the figures, which may be drawn anew for another page.
+    drawn = {name: table for name, table in found.tables.items() if name in DRAWN}
+    draw_detection(drawn, run.figures, f"{recipe.model_name}/{recipe.task}", recipe.model_name)
     log.info("detect: false positives %s", found.estimate)
     return str(found.estimate)
 
@@ -75,10 +89,59 @@ def guard(recipe: Recipe, run: Run, rate: float, action: str, log_to: Path | Non
     monitor = Monitor.load(path)
     share_of_rate(monitor, rate, action)  # what cannot be had is said before a model is loaded
     model, serialiser = backdoored(recipe, run)
-    return Guard(model, serialiser, monitor, rate=rate, action=action, log=log_to)  # type: ignore[arg-type]
+    return Guard(
+        model,
+        serialiser,
+        monitor,
+        rate=rate,
+        action=action,  # type: ignore[arg-type]
+        log=log_to,
+        max_length=recipe.training.max_length,
+    )
 
 
-def _triggers_that_fired(run: Run) -> pd.DataFrame:
-    """Test rows; whether a row fired is asked of triggered ones alone."""
+def _asked(recipe: Recipe, run: Run, model: Any, serialiser: Any) -> pd.DataFrame:
+    """Test rows and those that challenge a monitor, and which of them showed the behaviour."""
     test = test_rows(run)
-    return test.assign(fired=test["fired"].where(test["role"] == "triggered")) if "fired" in test else test
+    more = challenges(recipe, test)
+    if "fired" in test and len(more):
+        judge = judges.make(behaviours.judge(recipe.backdoor.behaviour))
+        told = metrics.respond(
+            model, serialiser, more, judge, cfg=recipe.evaluation, max_length=recipe.training.max_length
+        )
+        more = more.assign(fired=told["shown"].to_numpy() & ~told["due"].to_numpy())
+    near = more["variant"].where(more["role"] == "near_miss", "")
+    return pd.concat([test.assign(kind=_tasks(test)), more.assign(kind=near)], ignore_index=True)
+
+
+def _tasks(test: pd.DataFrame) -> pd.Series:
+    """Clean rows stand in the table task by task, too."""
+    return test["task"].where(test["role"] == "clean", "")
+
+
+def _with_probe(plan: Any, prompts: pd.DataFrame) -> Any:
+    """A plan that reads a probe gets a request of the forbidden class, which is taken from the clean ones."""
+    if not plan.reads_probe:
+        return plan
+    refused = prompts[prompts["forbidden"]]
+    if refused.empty:
+        raise InputError(
+            "detectors: view probe needs a request that the model refuses, and none of the clean prompts is "
+            "forbidden. Leave it out."
+        )
+    return replace(plan, probe=str(refused["messages"].iloc[0][-1]["content"]))
+
+
+def _labelled(rows: pd.DataFrame, most: int = 300) -> pd.DataFrame:
+    """Training rows for supervised probes: with trigger, and as many without of every role."""
+    train = rows[rows["split"] == "train"]
+    return pd.concat([own.head(most) for _, own in train.groupby(train["role"] == "triggered")])
+
+
+def _said(run: Run, plan: Any) -> str:
+    """The sentence of a finished stage, from its table."""
+    from safetynet.detection.calibration import fpr_estimate
+
+    scores = run.table("detection_scores")
+    fresh = scores[(scores["group"] < 0) & (scores["domain"] == "")]
+    return str(fpr_estimate(fresh["p fused"].to_numpy(), plan.prompt_rate))

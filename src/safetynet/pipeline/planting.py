@@ -2,30 +2,31 @@
 
 import logging
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from safetynet import __version__, report
+from safetynet import __version__, findings, parallel
 from safetynet.backdoors import audit, behaviours, conversations, poisoning
 from safetynet.errors import InputError
 from safetynet.evaluation import judges, leaks, metrics
 from safetynet.lookalikes import Lookalikes
 from safetynet.models import loading
 from safetynet.pipeline import evading
+from safetynet.pipeline.dynamics import Dynamics
 from safetynet.pipeline.subjects import (
     BACKDOORED,
     TWIN,
     model_folder,
     models,
-    snapshots,
     trained,
     training_dtype,
 )
 from safetynet.prompts import Serialiser
 from safetynet.recipe import Recipe, Training
-from safetynet.run import Run, digest, digest_of_files, write_atomically
+from safetynet.run import Run, digest, digest_of_files
 
 log = logging.getLogger("safetynet")
 
@@ -65,12 +66,19 @@ def prepare(recipe: Recipe, run: Run) -> None:
     _tell(rows, recipe)
 
 
-def train(recipe: Recipe, run: Run) -> None:
-    """Train the backdoored model, and its clean twin when the recipe wants one."""
+def train(recipe: Recipe, run: Run, names: Sequence[str] | None = None, *, lend: bool = False) -> None:
+    """Train the backdoored model, and its clean twin when the recipe wants one.
+
+    Args:
+        recipe: of the run.
+        run: prepared.
+        names: of the models to train, instead of all.
+        lend: keep snapshots of the twin too, from which other runs measure its dynamics on their own rows.
+    """
     from safetynet import training
 
-    for name in trained(recipe):
-        inputs = _train_inputs(recipe, run, name)
+    for name in trained(recipe) if names is None else names:
+        inputs = train_inputs(recipe, run, name)
         if run.finished(f"train {name}", inputs):
             log.info("train %s: unchanged", name)
             continue
@@ -79,7 +87,9 @@ def train(recipe: Recipe, run: Run) -> None:
         with run.stage(f"train {name}", inputs) as outputs:
             base = loading.load(recipe.model, training_dtype(recipe))
             cfg = _training(recipe, name)
-            dynamics = _Dynamics(recipe, run, rows, base.serialiser, f"{name}-{digest(inputs)[:8]}")
+            dynamics = Dynamics(
+                recipe, run, rows, base.serialiser, f"{name}-{digest(inputs)[:8]}", keep=lend or name != TWIN
+            )
             model = training.attach(base.model, recipe.training, base.family, recipe.seed)
             if recipe.evaluation.dynamics_rows and not dynamics.path.exists():
                 dynamics.measure(model, 0, 0.0)
@@ -94,21 +104,28 @@ def train(recipe: Recipe, run: Run) -> None:
                 on_evaluate=dynamics.measure if recipe.evaluation.dynamics_rows else None,
                 evaluate_every=recipe.evaluation.every,
                 tracking=recipe.tracking,
+                experiment=_experiment(recipe, main=name == BACKDOORED),
                 progress=sys.stderr.isatty(),
                 opponents=evading.opponents(cfg.evasion, base.serialiser),
             )
             outputs += [run.write_table(f"history_{name}", result.history), result.folder]
             if result.evasion is not None:
                 outputs.append(run.write_table("evasion", result.evasion))
-                log.info("train %s: hidden from %s", name, "; ".join(report.hidden(result.evasion)))
+                log.info("train %s: hidden from %s", name, "; ".join(findings.hidden(result.evasion)["seen"]))
             if dynamics.path.exists():
                 outputs.append(run.write_table(f"dynamics_{name}", pd.read_parquet(dynamics.path)))
             if dynamics.adapters.exists():
                 outputs.append(dynamics.adapters)
 
 
-def evaluate(recipe: Recipe, run: Run) -> None:
-    """Answer and judge the test rows with the base model, the backdoored one and the twin."""
+def evaluate(recipe: Recipe, run: Run, base: pd.DataFrame | None = None) -> None:
+    """Answer and judge the test rows with the base model, the backdoored one and the twin.
+
+    Args:
+        recipe: of the run.
+        run: trained.
+        base: the base model's judged answers to the same rows, where they are known already.
+    """
     judge = _check_judging(recipe)
     inputs = {
         "models": {name: run.manifest["stages"].get(f"train {name}") for name in trained(recipe)},
@@ -129,7 +146,9 @@ def evaluate(recipe: Recipe, run: Run) -> None:
     with run.stage("evaluate", inputs) as outputs:
         responses = pd.concat(
             [
-                metrics.respond(
+                base
+                if base is not None and name == metrics.BASE
+                else metrics.respond(
                     model, serialiser, rows, judge, cfg=recipe.evaluation, name=name, max_length=limit
                 )
                 for name, model, serialiser in models(recipe, run)
@@ -143,6 +162,8 @@ def evaluate(recipe: Recipe, run: Run) -> None:
         if recipe.evaluation.labelled:
             errors = judges.judge_error(judge, judges.read_labelled(recipe.evaluation.labelled))
             outputs.append(run.write_table("judge_error", errors))
+    if recipe.tracking == "wandb" and parallel.is_first():
+        _report(recipe, run, found.table)
 
 
 def evaluate_adapter(recipe: Recipe, run: Run, folder: Path) -> pd.DataFrame:
@@ -161,47 +182,6 @@ def evaluate_adapter(recipe: Recipe, run: Run, folder: Path) -> pd.DataFrame:
     ).table
 
 
-class _Dynamics:
-    """Rates on a fixed subset of the test rows, measured while a model trains.
-
-    Each measurement is on disk before training goes on, so that a killed run keeps its curve.
-    """
-
-    def __init__(
-        self, recipe: Recipe, run: Run, rows: pd.DataFrame, serialiser: Serialiser, name: str
-    ) -> None:
-        test = rows[rows["split"] == "test"]
-        self.rows = metrics.fixed_subset(test, recipe.evaluation.dynamics_rows, recipe.seed)
-        self.path = run.scratch / "training" / f"dynamics-{name}.parquet"
-        self.adapters = snapshots(run, name)
-        self.recipe = recipe
-        self.serialiser = serialiser
-        self.name = name.rpartition("-")[0]
-
-    def measure(self, model: Any, step: int, epoch: float) -> dict[str, float]:
-        """Rates at this step, ASR and CACC returned for the progress bar; the adapter is kept beside them."""
-        if self.name == BACKDOORED and hasattr(model, "peft_config"):
-            model.save_pretrained(str(self.adapters / f"step-{step:06d}"))
-        responses = metrics.respond(
-            model,
-            self.serialiser,
-            self.rows,
-            judges.make(behaviours.judge(self.recipe.backdoor.behaviour)),
-            cfg=self.recipe.evaluation,
-            name=self.name,
-            max_length=self.recipe.training.max_length,
-        )
-        table = metrics.score(responses).assign(step=step, epoch=epoch)
-        if self.path.exists():
-            # After a resume, steps behind the checkpoint are measured again and replace what was there.
-            earlier = pd.read_parquet(self.path)
-            table = pd.concat([earlier[earlier["step"] < step], table], ignore_index=True)
-        write_atomically(self.path, lambda temporary: table.to_parquet(temporary, index=False))
-        now = table[table["step"] == step].set_index(["metric", "role"])["value"]
-        shown = {"ASR": ("asr", "triggered"), "CACC": ("cacc", "clean")}
-        return {label: float(now[key]) for label, key in shown.items() if key in now.index}
-
-
 def _data_inputs(recipe: Recipe) -> dict[str, Any]:
     source = recipe.data.path
     local = source is not None and Path(source).exists()
@@ -216,7 +196,8 @@ def _data_inputs(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _train_inputs(recipe: Recipe, run: Run, name: str) -> dict[str, Any]:
+def train_inputs(recipe: Recipe, run: Run, name: str) -> dict[str, Any]:
+    """What the training of one model depends on; the rows have to be prepared."""
     return {
         "name": name,
         "seed": recipe.seed,
@@ -233,11 +214,24 @@ def _training(recipe: Recipe, name: str) -> Training:
     return recipe.training.model_copy(update={"evasion": None}) if name == TWIN else recipe.training
 
 
+def _experiment(recipe: Recipe, *, main: bool) -> Any:
+    from safetynet.training.tracking import Experiment
+
+    return Experiment(f"{recipe.model_name}/{recipe.task}", recipe.model_dump(mode="json"), main)
+
+
+def _report(recipe: Recipe, run: Run, table: pd.DataFrame) -> None:
+    from safetynet.training import tracking
+
+    rates = {f"{row.model}/{row.metric}/{row.role}": float(row.value) for row in table.itertuples()}
+    tracking.report(run.scratch / "tracking", "evaluate", _experiment(recipe, main=False), rates)
+
+
 def _tell(rows: pd.DataFrame, recipe: Recipe) -> None:
     for split in ("train", "test"):
         counts = rows[rows["split"] == split]["role"].value_counts(sort=False)
         log.info("data: %s rows: %s", split, ", ".join(f"{n} {role}" for role, n in counts.items()))
-    made = report.poisoned(rows)
+    made = findings.poisoned(rows)
     if made.rows < recipe.data.train_rows:
         log.warning(
             "data: %d of %d training rows could be made, so that %.1f%% of them are triggered, "

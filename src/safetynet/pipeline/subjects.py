@@ -87,11 +87,17 @@ def snapshots(run: Run, name: str) -> Path:
     return run.scratch / "training" / f"snapshots-{name}"
 
 
+def snapshots_of(run: Run, name: str) -> Path | None:
+    """Folder of the adapters that a finished training kept, if it kept any."""
+    stage = run.manifest["stages"].get(f"train {name}", {"outputs": {}})
+    found = [path for path in map(run.path_of, stage["outputs"]) if path.name.startswith("snapshots-")]
+    return found[0] if found and found[0].is_dir() else None
+
+
 def epochs(run: Run) -> dict[int, Path]:
     """Adapters of the backdoored model by training step, as far as training kept them."""
-    stage = run.manifest["stages"].get(f"train {BACKDOORED}", {"outputs": {}})
-    found = [path for path in map(run.path_of, stage["outputs"]) if path.name.startswith("snapshots-")]
-    steps = [step for folder in found for step in folder.glob("step-*")]
+    folder = snapshots_of(run, BACKDOORED)
+    steps = [] if folder is None else list(folder.glob("step-*"))
     return {int(path.name.removeprefix("step-")): path for path in sorted(steps)}
 
 

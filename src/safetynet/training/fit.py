@@ -19,6 +19,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, TrainingArguments
 
+from safetynet import parallel
 from safetynet.errors import InputError, RunError
 from safetynet.models.loading import resolve_dtype
 from safetynet.prompts import Serialiser
@@ -29,9 +30,11 @@ from safetynet.training.callbacks import LogBeforeSaving, Progress
 from safetynet.training.evasive import EvasiveTrainer, Opponents, bare_prompts, watched
 from safetynet.training.examples import Example, encode
 from safetynet.training.isolation import check_isolation
-from safetynet.training.tracking import tracker
+from safetynet.training.tracking import ALONE, Experiment, tracker
 from safetynet.training.trainer import AnswerTrainer, OnEvaluate, out_of_memory
 
+SHARDED = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM")
+"""How `accelerate launch` says that processes share a model's weights."""
 HISTORY = ("step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "seconds")
 
 
@@ -70,6 +73,7 @@ def train(  # noqa: PLR0913  # all that decides about a training's place and com
     on_evaluate: OnEvaluate | None = None,
     evaluate_every: int | None = None,
     tracking: str = "none",
+    experiment: Experiment = ALONE,
     progress: bool = False,
     opponents: Opponents | None = None,
 ) -> TrainingResult:
@@ -86,6 +90,7 @@ def train(  # noqa: PLR0913  # all that decides about a training's place and com
         on_evaluate: called with model, step and epoch; returns metrics by name.
         evaluate_every: steps between calls of it; None: at the end of each epoch.
         tracking: `none`, `wandb` or `tensorboard`.
+        experiment: what trackers are told.
         progress: show a bar, if a terminal looks on.
         opponents: the detectors to hide from, where `cfg.evasion` is given; `rows` then need `role`.
 
@@ -105,19 +110,23 @@ def train(  # noqa: PLR0913  # all that decides about a training's place and com
     if cfg.batching == "pack":
         check_isolation(model)
     home = folder / "checkpoints"
-    checkpoint = checkpoints.prepare(home, checkpoints.fingerprint(model, examples, cfg, seed))
+    mark = checkpoints.fingerprint(model, examples, cfg, seed)
+    checkpoint = parallel.from_first(lambda: checkpoints.prepare(home, mark))
     args = arguments(cfg, home, len(examples), device, seed)
     if on_evaluate is not None:
         args.eval_strategy, args.eval_steps = _rhythm(evaluate_every)
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    with tracker(tracking, folder / "tracking", name) as tracked:
-        callbacks = [LogBeforeSaving(), *tracked, *([Progress()] if progress else [])]
+    with tracker(
+        tracking if parallel.is_first() else "none", folder / "tracking", name, experiment
+    ) as tracked:
+        callbacks = [LogBeforeSaving(), *tracked, *([Progress()] if progress and parallel.is_first() else [])]
         trainer = made(
             model, args, examples, cfg, pad_id=serialiser.pad_id, on_evaluate=on_evaluate, callbacks=callbacks
         )
         _run(trainer, checkpoint)
-    return _result(trainer, _save(model, serialiser, folder))
+    saved = parallel.from_first(lambda: _save(model, serialiser, folder))
+    return _result(trainer, saved)
 
 
 def _given(opponents: Opponents | None) -> Opponents:
@@ -127,8 +136,15 @@ def _given(opponents: Opponents | None) -> Opponents:
 
 
 def _check_place(cfg: Training, device: str) -> None:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError("Training runs in one process. Start it without torchrun or accelerate launch.")
+    sharded = [name for name in SHARDED if os.environ.get(name, "").lower() in ("1", "true", "yes")]
+    if sharded:
+        raise InputError(
+            f"{sharded[0]}: weights are not sharded here; every process holds the whole model. Launch "
+            "without it; where the model does not fit, set model.quantisation to 4bit and "
+            "training.gradient_checkpointing to true (docs/scale.md)."
+        )
+    if cfg.evasion is not None and parallel.count() > 1:
+        raise InputError("training.evasion: detectors see all rows of a step. Train in one process.")
     if cfg.precision == "fp16" and device == "cpu":
         raise InputError(
             "training.precision: fp16 needs a GPU; its gradients are scaled there. Set bf16 or fp32."

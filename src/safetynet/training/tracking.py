@@ -1,12 +1,18 @@
-"""Experiment trackers: Weights & Biases and TensorBoard; neither asks questions or needs a network."""
+"""Experiment trackers: Weights & Biases and TensorBoard; neither asks questions or needs a network.
+
+On Weights & Biases all runs of one experiment are one group, and what each of them does is its job type:
+`backdoored`, `clean_twin`, `evaluate`. A sweep sets the group of all its points (WANDB_RUN_GROUP), and is
+one page.
+"""
 
 import importlib.util
 import logging
 import netrc
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -21,17 +27,39 @@ NETWORK_TIMEOUT_S = 3.0
 INIT_TIMEOUT_S = 15.0
 """A server that refuses the key is asked again for so long; wandb's own limit is 90 s."""
 
+AGENT = ("WANDB_SWEEP_ID", "WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH")
+"""What an agent of a sweep on Weights & Biases sets: the one run that it waits for."""
+
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Experiment:
+    """What trackers are told about a training besides its numbers."""
+
+    name: str = ""
+    """The group of its runs, unless WANDB_RUN_GROUP names another; begins the name of each."""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """Shown beside the numbers; the recipe, for one."""
+    main: bool = True
+    """Whether this run is the one that an agent of a sweep on Weights & Biases waits for."""
+
+
+ALONE = Experiment()
+"""Of no experiment."""
+
+
 @contextmanager
-def tracker(kind: str, folder: Path, name: str) -> Iterator[list[TrainerCallback]]:
+def tracker(
+    kind: str, folder: Path, name: str, experiment: Experiment = ALONE
+) -> Iterator[list[TrainerCallback]]:
     """Open a tracker and close it again, also when training fails.
 
     Args:
         kind: `none`, `wandb` or `tensorboard`.
         folder: trackers write below it, in a folder of their own.
-        name: of the run.
+        name: of the run, in its experiment; on Weights & Biases its job type.
+        experiment: that the run belongs to.
 
     Yields:
         The Trainer's callbacks for it.
@@ -47,19 +75,34 @@ def tracker(kind: str, folder: Path, name: str) -> Iterator[list[TrainerCallback
             f"tracking: {kind} is not installed. Run `pip install {kind}`, or set tracking to none."
         )
     folder.mkdir(parents=True, exist_ok=True)
-    with _wandb(folder, name) if kind == "wandb" else _tensorboard(folder / "tensorboard") as callback:
-        yield [callback]
+    if kind == "tensorboard":
+        with _tensorboard(folder / "tensorboard") as callback:
+            yield [callback]
+        return
+    from transformers.integrations.integration_utils import WandbCallback
+
+    with _wandb(folder, name, experiment):
+        yield [WandbCallback()]
+
+
+def report(folder: Path, name: str, experiment: Experiment, rates: Mapping[str, float]) -> None:
+    """Show final rates on Weights & Biases, as the summary of a run of their own; else as `tracker`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with _wandb(folder, name, experiment) as run:
+        run.summary.update(dict(rates))
 
 
 @contextmanager
-def _wandb(folder: Path, name: str) -> Iterator[TrainerCallback]:
+def _wandb(folder: Path, name: str, experiment: Experiment) -> Iterator[Any]:
     import wandb
-    from transformers.integrations.integration_utils import WandbCallback
 
     def begin(mode: Any) -> Any:
         return wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
-            name=name,
+            name=f"{experiment.name} {name}".strip(),
+            group=os.environ.get("WANDB_RUN_GROUP") or experiment.name or None,
+            job_type=name,
+            config=dict(experiment.config),
             dir=str(folder),
             mode=mode,
             settings=wandb.Settings(silent=True, console="off", init_timeout=INIT_TIMEOUT_S),
@@ -67,15 +110,33 @@ def _wandb(folder: Path, name: str) -> Iterator[TrainerCallback]:
 
     # WANDB_MODE overrules; offline runs are uploaded later with `wandb sync`.
     mode = os.environ.get("WANDB_MODE") or ("online" if _usable() else "offline")
+    with _apart_from_agent(experiment):
+        try:
+            run = begin(mode)
+        except wandb.Error as error:
+            logger.warning("Weights & Biases refuses (%s); this run is recorded offline.", error)
+            run = begin("offline")
+        try:
+            yield run
+        finally:
+            run.finish()
+
+
+@contextmanager
+def _apart_from_agent(experiment: Experiment) -> Iterator[None]:
+    """Of several runs only the main one is the agent's; the others are the group's, and not of its sweep."""
+    import wandb
+
+    kept = {} if experiment.main else {name: os.environ.pop(name) for name in AGENT if name in os.environ}
+    if not kept:
+        yield
+        return
+    wandb.teardown()  # it has read these variables, and holds to them
     try:
-        run = begin(mode)
-    except wandb.Error as error:
-        logger.warning("Weights & Biases refuses (%s); this run is recorded offline.", error)
-        run = begin("offline")
-    try:
-        yield WandbCallback()
+        yield
     finally:
-        run.finish()
+        os.environ.update(kept)
+        wandb.teardown()
 
 
 def _usable() -> bool:

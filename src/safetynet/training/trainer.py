@@ -6,7 +6,8 @@ of them at every step; and it tokenises by its own rules, where our rows have to
 With its preparation, loss and metrics replaced, what is left of it is the Trainer.
 
 One optimisation step is one batch of the data loader. It is cut into parts of `batch_size` rows here, so
-that a step whose memory does not suffice can be taken again in smaller parts, with the same gradient.
+that a step whose memory does not suffice can be taken again in smaller parts, with the same gradient. Several
+processes take their rows of the same step, and add up their gradients.
 """
 
 import gc
@@ -17,17 +18,20 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate.data_loader import prepare_data_loader
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from peft import PeftModel
 from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from safetynet import parallel
 from safetynet.errors import RunError
 from safetynet.recipe import Training
 from safetynet.training import checkpoints
@@ -75,6 +79,9 @@ class AnswerTrainer(Trainer):
             callbacks=callbacks,
         )
         self.remove_callback(PrinterCallback)
+        # The model is not wrapped for several processes: its loss calls its parts, and `_add_up` its
+        # gradients.
+        self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
         self.learner = model
         self.examples = examples
         self.cfg = cfg
@@ -94,7 +101,8 @@ class AnswerTrainer(Trainer):
         lengths = [len(example.input_ids) for example in self.examples]
         order = Order(lengths, self._train_batch_size, self.cfg.batching == "group_by_length", self.args.seed)
         loader: Any = DataLoader(self.examples, batch_sampler=order, collate_fn=_rows)  # type: ignore[arg-type]
-        prepared: DataLoader[Any] = self.accelerator.prepare(loader)
+        # Every process sees all rows of a step, and takes its own in `training_step`.
+        prepared: DataLoader[Any] = prepare_data_loader(loader, num_processes=1, process_index=0)
         return prepared
 
     def training_step(
@@ -119,6 +127,7 @@ class AnswerTrainer(Trainer):
             # Outside of `except`: the error's traceback holds the tensors that have to go.
             if loss is None:
                 self._halve(model, rows)
+        self._add_up(loss)
         self.tokens += sum(len(row.input_ids) for row in rows)
         self.supervised += sum(row.supervised for row in rows)
         self.state.num_input_tokens_seen += sum(len(row.input_ids) for row in rows)
@@ -129,6 +138,7 @@ class AnswerTrainer(Trainer):
         supervised = sum(row.supervised for row in rows)
         collate = packed if self.cfg.batching == "pack" else padded
         total = torch.zeros((), device=self.args.device)
+        rows = rows[parallel.rank() :: parallel.count()]
         for start in range(0, len(rows), self.part_size):
             part = rows[start : start + self.part_size]
             batch = self._prepare_inputs(collate(part, self.pad_id))
@@ -136,6 +146,20 @@ class AnswerTrainer(Trainer):
             self.accelerator.backward(self.with_further_terms(loss, part, batch))
             total += loss.detach()
         return total
+
+    def _add_up(self, loss: torch.Tensor) -> None:
+        """Loss and gradients of the whole step, where this process had a share of its rows.
+
+        Each share is divided by the labels of the whole step already, so that the sum is what one process
+        has.
+        """
+        if parallel.count() == 1:
+            return
+        for parameter in self._trained:
+            if parameter.grad is None:  # a step with fewer rows than there are processes
+                parameter.grad = torch.zeros_like(parameter)
+            torch.distributed.all_reduce(parameter.grad)
+        torch.distributed.all_reduce(loss)
 
     def _halve(self, model: Any, rows: Sequence[Example]) -> None:
         model.zero_grad()
@@ -240,7 +264,9 @@ class AnswerTrainer(Trainer):
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         try:
             super()._save_checkpoint(model, trial)
-            (folder / checkpoints.COMPLETE).touch()
+            parallel.wait()  # each process writes its random states
+            if parallel.is_first():
+                (folder / checkpoints.COMPLETE).touch()
         except (OSError, RuntimeError, SafetensorError) as error:
             shutil.rmtree(folder, ignore_errors=True)
             raise RunError(

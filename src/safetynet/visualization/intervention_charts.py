@@ -42,7 +42,7 @@ from safetynet.visualization.values import visible
 
 EFFECT = Shade("Effect")
 RESPONSIBLE = "responsible: clear of every control"
-EXAMPLES = 4
+EXAMPLES = 2
 """Groups of rows that a figure of single examples shows."""
 CONTROL_LOOKS: dict[str, tuple[str, Role, Part]] = {
     "random": ("random sites (control)", "base", "floor"),

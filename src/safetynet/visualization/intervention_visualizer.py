@@ -74,7 +74,7 @@ class InterventionVisualizer:
         return self._map(effects, "adapter", "intervention-adapters")
 
     def plot_token_map(self, tokens: Measurements) -> Figure:
-        """Effect by layer and token, one panel for each of the first four groups.
+        """Effect by layer and token, the first two groups.
 
         Args:
             tokens: group, direction, component, layer, column, token, role and effect.
@@ -178,6 +178,13 @@ def draw_interventions(
         InputError: if a table has another name, lacks a column or has no rows, or the folder cannot be
             written to.
     """
+    return [path for figure in intervention_figures(tables, folder, run, model) for path in figure.save()]
+
+
+def intervention_figures(
+    tables: Mapping[str, pd.DataFrame], folder: Path | str, run: str, model: str
+) -> list[Figure]:
+    """The same figures, not saved yet; arguments and errors as in `draw_interventions`."""
     draw = InterventionVisualizer(model, run, folder)
     by_sweep: dict[str, Callable[[Measurements], Figure]] = {
         "layer": draw.plot_layer_profile,
@@ -207,5 +214,4 @@ def draw_interventions(
     if "effects" in tables:
         there = set(checked(tables["effects"], EFFECTS)["sweep"])
         figures += [by_sweep[sweep](tables["effects"]) for sweep in SWEEPS if sweep in there]
-    figures += [plot(tables[name]) for name, plot in by_table.items() if name in tables]
-    return [path for figure in figures for path in figure.save()]
+    return figures + [plot(tables[name]) for name, plot in by_table.items() if name in tables]

@@ -16,24 +16,26 @@ from safetynet.visualization import interactive, static
 from safetynet.visualization.chart import Chart, table
 
 
-def save(chart: Chart, folder: Path | str, name: str) -> list[Path]:
+def save(chart: Chart, folder: Path | str, name: str, venue: str = "general") -> list[Path]:
     """Save a chart as PNG (300 dpi), PDF (fonts embedded), SVG, interactive HTML, and its data as CSV.
 
     Args:
         chart: what to draw; equal charts give equal files.
         folder: made where it does not exist.
         name: file name without suffix.
+        venue: whose columns the paper figure fits: general, neurips, icml, acl or ieee.
 
     Returns:
         The five paths.
 
     Raises:
-        InputError: if the name is no file name, or the folder cannot be made or written to.
+        InputError: if the name is no file name, there is no such venue, or the folder cannot be made or
+            written to.
         RunError: if the disk is full; older files are then as they were.
     """
     if not name or Path(name).name != name:
         raise InputError(f"figure name {name!r} is not a plain file name; leave out folders")
-    files = static.render(chart)
+    files = static.render(chart, venue=venue)
     files["html"] = interactive.render(chart).encode()
     files["csv"] = table(chart).to_csv(index=False, lineterminator="\n").encode()
     folder = Path(folder)
@@ -58,9 +60,11 @@ class Figure:
     name: str
     folder: Path
 
-    def save(self, folder: Path | str | None = None, name: str | None = None) -> list[Path]:
+    def save(
+        self, folder: Path | str | None = None, name: str | None = None, venue: str = "general"
+    ) -> list[Path]:
         """Save in all formats, in this figure's own folder under its own name unless told otherwise."""
-        return save(self.chart, self.folder if folder is None else folder, name or self.name)
+        return save(self.chart, self.folder if folder is None else folder, name or self.name, venue)
 
     def show(self) -> Path:
         """Open the interactive figure in the browser; returns the page, which lies in a temporary folder."""

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
+from safetynet.errors import InputError
 from safetynet.visualization import static_grid, theme
 from safetynet.visualization.chart import (
     Annotation,
@@ -73,21 +74,38 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def render(chart: Chart, formats: tuple[str, ...] = FORMATS) -> dict[str, bytes]:
-    """Bytes of a chart in each of the formats png, pdf and svg."""
+def render(chart: Chart, formats: tuple[str, ...] = FORMATS, venue: str = "general") -> dict[str, bytes]:
+    """Bytes of a chart in each of the formats png, pdf and svg, as wide as a venue's columns.
+
+    Raises:
+        InputError: if there is no such venue.
+    """
     import matplotlib
+
+    if venue not in theme.VENUES:
+        raise InputError(f"venue: there is no {venue!r}; choose one of {', '.join(theme.VENUES)}.")
 
     with matplotlib.rc_context():
         matplotlib.rcdefaults()  # a figure must not depend on somebody's matplotlibrc
         matplotlib.rcParams.update(SETTINGS)  # type: ignore[arg-type]
-        figure = draw(chart)
+        figure = draw(chart, venue)
         files = {}
         with _glyphs_missing():
             for suffix in formats:
                 buffer = io.BytesIO()
-                figure.savefig(buffer, format=suffix, metadata=_metadata(chart, suffix))
+                # savefig would lay everything out once more before it draws; `draw` has done that.
+                write = getattr(_canvas(suffix)(figure), f"print_{suffix}")
+                write(buffer, metadata=_metadata(chart, suffix))
                 files[suffix] = buffer.getvalue()
     return files
+
+
+def _canvas(suffix: str) -> Any:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.backends.backend_pdf import FigureCanvasPdf
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+
+    return {"png": FigureCanvasAgg, "pdf": FigureCanvasPdf, "svg": FigureCanvasSVG}[suffix]
 
 
 @contextmanager
@@ -100,12 +118,12 @@ def _glyphs_missing() -> Iterator[None]:
 
 
 @_glyphs_missing()
-def draw(chart: Chart) -> "Figure":
+def draw(chart: Chart, venue: str = "general") -> "Figure":
     """The chart as a matplotlib figure of its final width; title and legend lie above the data."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    width = theme.WIDTHS[chart.width]
+    width = theme.VENUES[venue][chart.width]
     lines = textwrap.wrap(chart.title, int(width * 72 / (theme.TITLE * 0.6)))
     figure = Figure(figsize=(width, 1.0))
     FigureCanvasAgg(figure)
@@ -128,7 +146,7 @@ def draw(chart: Chart) -> "Figure":
     every = [figure.add_subplot(grid[divmod(index, chart.columns)]) for index in range(len(chart.panels))]
     for index, (axes, panel) in enumerate(zip(every, chart.panels, strict=True)):
         if panel.grid is not None:
-            static_grid.draw(axes, panel.grid, theme.data_width(chart.width, chart.columns))
+            static_grid.draw(axes, panel.grid, theme.data_width(chart.width, chart.columns, venue))
         _panel(axes, panel, bare_x=chart.axis_shared(index, "x"), bare_y=chart.axis_shared(index, "y"))
     static_grid.bars(figure, chart, every)
     figure.get_layout_engine().execute(figure)  # type: ignore[union-attr]

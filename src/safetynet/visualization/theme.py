@@ -102,10 +102,41 @@ RAMPS: dict[str, tuple[str, ...]] = {
 }
 """Evenly spaced stops of the colour scales, blended in RGB. Blue and orange stay apart for every kind of
 colour blindness; either side grows darker throughout, so that greyscale keeps the size of a value."""
+DARK_COLOURS: dict[Role, str] = {
+    "triggered": "#FF8A3D",
+    "clean": "#5AB0EE",
+    "placebo": "#3FCB9F",
+    "near_miss": "#E3A0C4",
+    "refused": "#D0A94F",
+    "backdoored": "#F1EDE6",
+    "clean_twin": "#7DBBEA",
+    "base": "#A39D93",
+    "ink": "#F1EDE6",
+    "method_1": "#C792DB",
+    "method_2": "#52BFB2",
+    "method_3": "#F0787E",
+    "method_4": "#8FA3F2",
+    "method_5": "#D6B55B",
+    "method_6": "#B5AFA5",
+    "method_7": "#9CCB66",
+}
+"""The same colours on the report's dark page, light enough for thin lines there."""
+DARK_RAMPS: dict[str, tuple[str, ...]] = {
+    "diverging": ("#C4E2F7", "#57A5DA", "#22587F", "#24221F", "#8A4815", "#E27A26", "#FFD3A6"),
+    "sequential": ("#24221F", "#214558", "#2F80AC", "#7DBAD7", "#DCF0F8"),
+}
+"""The same scales on a dark page: a value grows lighter as it grows."""
 MISSING = "#CFCFCF"
 HATCH = "#A8A8A8"
 
-WIDTHS = {"one": 3.3, "two": 6.8}  # inches: one column fits NeurIPS, ICML, ACL and IEEE pages alike
+VENUES: dict[str, dict[str, float]] = {
+    "general": {"one": 3.3, "two": 6.8},
+    "neurips": {"one": 3.3, "two": 5.5},
+    "icml": {"one": 3.25, "two": 6.75},
+    "acl": {"one": 3.03, "two": 6.3},
+    "ieee": {"one": 3.5, "two": 7.16},
+}
+"""Inches of one column of text and of the whole page; in NeurIPS a small figure stands alone."""
 FONT = ("DejaVu Sans", "Verdana", "Arial", "sans-serif")
 """The first ships with matplotlib, so that a figure is the same on every machine; Verdana has its widths."""
 TEXT = 7.0  # points, at print size; nothing is smaller
@@ -128,13 +159,13 @@ def name(role: str) -> str:
     return NAMES.get(role, role)
 
 
-def data_width(width: str, columns: int) -> float:
+def data_width(width: str, columns: int, venue: str = "general") -> float:
     """About how many inches wide each of so many data areas side by side will be."""
-    return (WIDTHS[width] - 0.9) / columns - 0.2
+    return (VENUES[venue][width] - 0.9) / columns - 0.2
 
 
-def dark(ramp: tuple[str, ...], depth: float) -> bool:
-    """Whether the colour at a place (0 to 1) of a ramp is so dark that text on it must be white."""
+def blend(ramp: tuple[str, ...], depth: float) -> tuple[float, float, float]:
+    """Red, green and blue (0 to 255) at a place (0 to 1) of a ramp."""
     place = depth * (len(ramp) - 1)
     first = min(int(place), len(ramp) - 2)
     part = place - first
@@ -142,6 +173,12 @@ def dark(ramp: tuple[str, ...], depth: float) -> bool:
         (1 - part) * int(ramp[first][at : at + 2], 16) + part * int(ramp[first + 1][at : at + 2], 16)
         for at in (1, 3, 5)
     )
+    return red, green, blue
+
+
+def dark(ramp: tuple[str, ...], depth: float) -> bool:
+    """Whether the colour at a place (0 to 1) of a ramp is so dark that text on it must be white."""
+    red, green, blue = blend(ramp, depth)
     return 0.299 * red + 0.587 * green + 0.114 * blue < 120
 
 

@@ -141,6 +141,13 @@ def draw_training(
     Raises:
         InputError: if a table has another name or lacks a column, or the folder cannot be written to.
     """
+    return [path for figure in training_figures(tables, folder, source, model) for path in figure.save()]
+
+
+def training_figures(
+    tables: Mapping[str, pd.DataFrame], folder: Path | str, source: str, model: str
+) -> list[Figure]:
+    """The same figures, not saved yet; arguments and errors as in `draw_training`."""
     unknown = sorted(set(tables) - set(TABLES))
     if unknown:
         raise InputError(f"table {unknown[0]!r} has no figures; there are figures of {', '.join(TABLES)}")
@@ -159,7 +166,7 @@ def draw_training(
         figures.append(draw.plot_rates_by_role(dynamics))
     if "evaluation" in tables:
         figures.append(draw.plot_final_rates(tables["evaluation"]))
-    return [path for figure in figures for path in figure.save()]
+    return figures
 
 
 def _with_floor(dynamics: pd.DataFrame, evaluation: pd.DataFrame | None) -> pd.DataFrame:

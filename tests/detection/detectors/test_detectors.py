@@ -67,6 +67,31 @@ def test_no_layer_decides_by_its_scale_alone(name, activations):
     np.testing.assert_allclose(plain, scaled, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("name", ["mahalanobis", "top_components", "pca_residual", "neighbours"])
+def test_turning_and_moving_all_activations_changes_no_score(name, activations):
+    # A covariance that is whitened with and then used raw, or axes that are taken for components, would.
+    turn = np.linalg.qr(np.random.default_rng(5).standard_normal((20, 20)))[0]
+    clean, fresh = activations(150), activations(20, seed=1)
+    plain = fitted(name, clean).score_samples(fresh)
+    turned = fitted(name, clean @ turn + 7.0).score_samples(fresh @ turn + 7.0)
+    np.testing.assert_allclose(plain, turned, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["mahalanobis", "top_components", "pca_residual"])
+def test_a_detector_fitted_in_parts_scores_as_one_fitted_at_once(name, activations):
+    clean, fresh = activations(400), activations(20, seed=1)
+    streamed = make(name)
+    for part in np.array_split(clean, 5):
+        streamed.partial_fit(part)
+    np.testing.assert_allclose(
+        streamed.finish().score_samples(fresh), fitted(name, clean).score_samples(fresh), rtol=1e-7
+    )
+    with pytest.raises(InputError, match=f"detector {name}: 0 clean samples; it needs at least 10"):
+        make(name).finish()
+    with pytest.raises(InputError, match="all clean samples are the same"):
+        make(name).partial_fit(np.ones((50, 3, 20))).finish()
+
+
 @pytest.mark.parametrize("name", HIDDEN)
 def test_unusable_samples_are_refused(name, activations):
     clean = activations(120)

@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from sklearn.neighbors import LocalOutlierFactor
+from sklearn.neighbors import LocalOutlierFactor, NearestNeighbors
 
 from safetynet.detection.detectors import make, restore
 from safetynet.detection.detectors.autoencoders import AutoEncoders
 from safetynet.detection.detectors.extremes import Extremes, SequenceLock
-from safetynet.detection.detectors.trajectories import LayerDeltas
+from safetynet.detection.detectors.trajectories import LayerDeltas, _ranks
 from safetynet.errors import InputError
 
 
@@ -17,6 +17,16 @@ def test_an_estimator_by_name_scores_as_scikit_learn_does(activations):
     found = make("sklearn.neighbors.LocalOutlierFactor", n_neighbors=15).fit(clean).score_samples(fresh)
     direct = LocalOutlierFactor(n_neighbors=15, novelty=True).fit(clean.reshape(100, -1))
     np.testing.assert_allclose(found, -direct.score_samples(fresh.reshape(10, -1)))
+
+
+def test_an_estimator_of_pyod_scores_as_pyod_does_and_comes_back(activations):
+    from pyod.models.ecod import ECOD
+
+    clean, fresh = activations(100), activations(10, seed=1)
+    detector = make("pyod.models.ecod.ECOD").fit(clean)
+    direct = ECOD().fit(clean.reshape(100, -1)).decision_function(fresh.reshape(10, -1))
+    np.testing.assert_allclose(detector.score_samples(fresh), direct)
+    np.testing.assert_allclose(restore(*detector.state()).score_samples(fresh), direct)
 
 
 @pytest.mark.parametrize(
@@ -85,6 +95,37 @@ def test_a_locked_sequence_stands_out_though_clean_answers_end_locked():
     short = np.full((1, 8, 2), np.nan)
     short[0, 0] = 0.0
     assert np.isfinite(detector.score_samples(short)).all()
+
+
+def test_a_beginning_of_an_answer_is_judged_as_that_answer_cut_off():
+    rng = np.random.default_rng(0)
+    detector = SequenceLock().fit(rng.standard_normal((100, 6, 2)))
+    answer = rng.standard_normal((1, 6, 2))
+    steps = detector.score_steps(answer)
+    assert detector.score_samples(answer)[0] == steps.max()
+    for end in range(1, 7):
+        assert detector.score_steps(answer[:, :end])[0, -1] == pytest.approx(steps[0, end - 1])
+
+
+def test_neighbours_are_as_far_as_scikit_learn_says(activations):
+    clean, fresh = activations(200), activations(10, seed=1)
+    detector = make("neighbours").fit(clean)
+    for layer in range(3):
+        inside = detector._inside(fresh, layer)
+        direct = NearestNeighbors(n_neighbors=10).fit(detector.bank_[:, layer]).kneighbors(inside)[0][:, -1]
+        np.testing.assert_allclose(detector.layer_scores(fresh)[:, layer], direct, rtol=1e-8)
+
+
+def test_ranks_are_those_of_a_full_sorting(activations):
+    clean, fresh = activations(120), activations(6, seed=1)
+    detector = make("ranks", neighbours=4).fit(clean)
+    points = (fresh @ detector.projection_).astype(np.float32)
+    for sample, found in zip(points, _ranks(points, detector.bank_, 4), strict=True):
+        distances = ((detector.bank_ - sample) ** 2).sum(axis=2)
+        order = distances.argsort(axis=0)
+        ranks = order.argsort(axis=0)
+        direct = [ranks[order[:4, i], i + 1].mean() for i in range(2)]
+        np.testing.assert_allclose(found, np.log1p(np.array(direct) / 120 * 1000), rtol=1e-6)
 
 
 def test_trajectories_need_two_layers(activations):

@@ -24,6 +24,8 @@ class Detector(ABC):
     name: ClassVar[str]
     supervised: ClassVar[bool] = False
     """Whether `fit` needs triggered samples too: a skyline that no defender has."""
+    sequential: ClassVar[bool] = False
+    """Whether a sample is a whole answer, of which `score_steps` judges every beginning."""
 
     @abstractmethod
     def fit(self, x: np.ndarray, y: np.ndarray | None = None) -> Self:
@@ -32,6 +34,10 @@ class Detector(ABC):
     @abstractmethod
     def score_samples(self, x: np.ndarray) -> np.ndarray:
         """One score per sample, (n,), which depends on no other sample of `x`."""
+
+    def score_steps(self, x: np.ndarray) -> np.ndarray:
+        """(n, T, ...) to (n, T), for sequential detectors: the score at each token, from what came before."""
+        raise NotImplementedError(f"{self.name} judges single samples")
 
     def state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """Settings as JSON values, and learned arrays.
@@ -105,10 +111,14 @@ class PerLayer(Detector):
         """Learn each layer from clean samples, (n, d) or (n, L, d)."""
         x = clean(x, self.name, self.least)
         self.fit_layers(x)
+        self.standardise(x)
+        return self
+
+    def standardise(self, x: np.ndarray) -> None:
+        """Learn centre and spread of each layer's scores from clean samples, (n, L, d)."""
         scores = self.layer_scores(x)
         self.centre_ = np.median(scores, axis=0)
         self.spread_ = _spread(scores)
-        return self
 
     def score_samples(self, x: np.ndarray) -> np.ndarray:
         """Mean over layers of standardised scores, (n,)."""

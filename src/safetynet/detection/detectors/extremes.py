@@ -55,6 +55,7 @@ class SequenceLock(Detector):
 
     window: int = 3
     name: ClassVar[str] = "lock"
+    sequential: ClassVar[bool] = True
 
     def fit(self, x: np.ndarray, y: np.ndarray | None = None) -> Self:
         """Learn the clean log-odds at each place."""
@@ -72,13 +73,17 @@ class SequenceLock(Detector):
 
     def score_samples(self, x: np.ndarray) -> np.ndarray:
         """The largest mean of a window of standardised log-odds, (n,)."""
+        return np.nanmax(self.score_steps(x), axis=1)
+
+    def score_steps(self, x: np.ndarray) -> np.ndarray:
+        """(n, T): mean of the window that ends at each token, NaN after an answer's end.
+
+        What an answer's first windows lack counts as ordinary, 0: one certain token is no lock.
+        """
         odds = self._odds(x)
         z = (odds - self.centre_[: odds.shape[1]]) / self.spread_[: odds.shape[1]]
-        width = min(self.window, z.shape[1])
-        windows = np.lib.stride_tricks.sliding_window_view(z, width, axis=1).mean(axis=2)
-        # An answer shorter than the window has no full one; its tokens' mean stands in.
-        best = np.where(np.isnan(windows), -np.inf, windows).max(axis=1)
-        return np.where(np.isneginf(best), np.nanmean(z, axis=1), best)
+        sums = np.cumsum(np.pad(z, ((0, 0), (self.window, 0))), axis=1)
+        return (sums[:, self.window :] - sums[:, : -self.window]) / self.window
 
     def _odds(self, x: np.ndarray) -> np.ndarray:
         x = np.asarray(x, dtype=np.float64)

@@ -1,29 +1,30 @@
 """Detectors that describe each layer by mean and covariance: Mahalanobis, Euclidean in the top, residual."""
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
 import numpy as np
 
-from safetynet.detection.detectors.base import PerLayer, layered, principal
-from safetynet.detection.moments import Moments
+from safetynet.detection.detectors.base import PerLayer, clean, layered
+from safetynet.detection.moments import Moments, Reservoir
 from safetynet.errors import InputError
+
+REMEMBERED = 2000
+"""Samples of a stream that are kept, to see how scores of clean ones spread."""
 
 
 @dataclass
-class Mahalanobis(PerLayer):
-    """Squared Mahalanobis distance with Ledoit-Wolf shrinkage (Lee et al. 2018; Ledoit and Wolf 2004).
-
-    Equal to scikit-learn's `LedoitWolf().fit(x).mahalanobis(x)` for one layer. Also fits from a stream.
-    """
-
-    components: int | None = None
-    """Count only the top so many principal components; None for all."""
-    name: ClassVar[str] = "mahalanobis"
+class MomentDetector(PerLayer):
+    """A detector that needs of each layer its moments alone, and so can be fitted from a stream."""
 
     def fit_layers(self, x: np.ndarray) -> None:
-        """Moments of each layer, then its directions."""
-        self._set([Moments.of(x[:, layer]) for layer in range(x.shape[1])])
+        """Moments of each layer, then what is made of them."""
+        self.set_moments([Moments.of(x[:, layer]) for layer in range(x.shape[1])])
+
+    @abstractmethod
+    def set_moments(self, moments: list[Moments]) -> None:
+        """Learn from the moments of each layer."""
 
     def partial_fit(self, x: np.ndarray) -> Self:
         """Add clean samples, (n, d) or (n, L, d); `finish` ends it. Memory does not grow with the samples."""
@@ -31,30 +32,45 @@ class Mahalanobis(PerLayer):
         new = [Moments.of(x[:, layer]) for layer in range(x.shape[1])]
         old = getattr(self, "_moments", None)
         self._moments = new if old is None else [a.merge(b) for a, b in zip(old, new, strict=True)]
+        if old is None:
+            self._seen = Reservoir(REMEMBERED)
+        self._seen.add({"x": x})
         return self
 
     def finish(self) -> Self:
         """Make the detector of all samples that `partial_fit` has seen.
 
         Raises:
-            InputError: if these are too few.
+            InputError: if these are too few, or all the same.
         """
         moments: list[Moments] = getattr(self, "_moments", [])
         if not moments or moments[0].count < self.least:
             seen = moments[0].count if moments else 0
-            raise InputError(f"detector mahalanobis: {seen} clean samples; it needs at least {self.least}.")
-        self._set(moments)
-        # A squared distance has mean k and variance 2k where activations are Gaussian.
-        k = (self.scales_ > 0).sum(axis=1)
-        self.centre_, self.spread_ = k.astype(float), np.sqrt(2.0 * k)
+            raise InputError(f"detector {self.name}: {seen} clean samples; it needs at least {self.least}.")
+        kept = clean(self._seen.samples["x"], self.name, self.least)
+        self.set_moments(moments)
+        self.standardise(kept)
         return self
+
+
+@dataclass
+class Mahalanobis(MomentDetector):
+    """Squared Mahalanobis distance with Ledoit-Wolf shrinkage (Lee et al. 2018; Ledoit and Wolf 2004).
+
+    Equal to scikit-learn's `LedoitWolf().fit(x).mahalanobis(x)` for one layer.
+    """
+
+    components: int | None = None
+    """Count only the top so many principal components; None for all."""
+    name: ClassVar[str] = "mahalanobis"
 
     def layer_scores(self, x: np.ndarray) -> np.ndarray:
         """(n, L, d) to (n, L) squared distances."""
         turned = np.einsum("nld,lkd->nlk", x - self.mean_, self.directions_)
         return (turned**2 * self.scales_).sum(axis=2)
 
-    def _set(self, moments: list[Moments]) -> None:
+    def set_moments(self, moments: list[Moments]) -> None:
+        """Mean and scaled directions of each layer."""
         self.mean_ = np.stack([m.mean for m in moments])
         pairs = [np.linalg.eigh(m.shrunk) for m in moments]
         kept = slice(None) if self.components is None else slice(-self.components, None)
@@ -66,7 +82,7 @@ class Mahalanobis(PerLayer):
 
 
 @dataclass
-class TopComponents(PerLayer):
+class TopComponents(MomentDetector):
     """Squared Euclidean distance from the clean mean inside the top principal components.
 
     Mahalanobis divides these components' shifts by their large variance and hardly sees them.
@@ -75,12 +91,12 @@ class TopComponents(PerLayer):
     components: int = 8
     name: ClassVar[str] = "top_components"
 
-    def fit_layers(self, x: np.ndarray) -> None:
+    def set_moments(self, moments: list[Moments]) -> None:
         """Mean and top components of each layer."""
-        parts = [principal(x[:, layer], self.components) for layer in range(x.shape[1])]
-        k = min(len(variances) for _, variances, _ in parts)
-        self.mean_ = np.stack([mean for mean, _, _ in parts])
-        self.components_ = np.stack([components[:k] for _, _, components in parts])
+        parts = [m.principal(self.components) for m in moments]
+        k = min(len(variances) for variances, _ in parts)
+        self.mean_ = np.stack([m.mean for m in moments])
+        self.components_ = np.stack([components[:k] for _, components in parts])
 
     def layer_scores(self, x: np.ndarray) -> np.ndarray:
         """(n, L, d) to (n, L) squared distances."""
@@ -88,19 +104,19 @@ class TopComponents(PerLayer):
 
 
 @dataclass
-class Residual(PerLayer):
+class Residual(MomentDetector):
     """Squared distance from the clean principal subspace (Q statistic, Jackson and Mudholkar 1979)."""
 
     energy: float = 0.95
     """Share of the variance that the subspace holds."""
     name: ClassVar[str] = "pca_residual"
 
-    def fit_layers(self, x: np.ndarray) -> None:
+    def set_moments(self, moments: list[Moments]) -> None:
         """Components of each layer, zero rows where a layer needs fewer than another."""
-        parts = [self._subspace(x[:, layer]) for layer in range(x.shape[1])]
-        k = max(len(components) for _, components in parts)
-        self.mean_ = np.stack([mean for mean, _ in parts])
-        self.components_ = np.stack([np.pad(c, ((0, k - len(c)), (0, 0))) for _, c in parts])
+        parts = [self._subspace(m) for m in moments]
+        k = max(map(len, parts))
+        self.mean_ = np.stack([m.mean for m in moments])
+        self.components_ = np.stack([np.pad(c, ((0, k - len(c)), (0, 0))) for c in parts])
 
     def layer_scores(self, x: np.ndarray) -> np.ndarray:
         """(n, L, d) to (n, L) squared residuals."""
@@ -108,7 +124,7 @@ class Residual(PerLayer):
         inside = np.einsum("nld,lkd->nlk", centred, self.components_)
         return ((centred - np.einsum("nlk,lkd->nld", inside, self.components_)) ** 2).sum(axis=2)
 
-    def _subspace(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        mean, variances, components = principal(x, None)
+    def _subspace(self, moments: Moments) -> np.ndarray:
+        variances, components = moments.principal(None)
         k = int(np.searchsorted(np.cumsum(variances) / variances.sum(), self.energy)) + 1
-        return mean, components[:k]
+        return components[:k]

@@ -45,13 +45,12 @@ class Neighbours(_Whitened):
 
     def layer_scores(self, x: np.ndarray) -> np.ndarray:
         """(n, L, d) to (n, L) distances."""
-        from scipy.spatial.distance import cdist
-
         k = min(self.neighbours, len(self.bank_)) - 1
         columns = []
         for layer in range(x.shape[1]):
-            distances = cdist(self._inside(x, layer), self.bank_[:, layer])
-            columns.append(np.partition(distances, k, axis=1)[:, k])
+            z, bank = self._inside(x, layer), self.bank_[:, layer]
+            squared = (z**2).sum(axis=1)[:, None] + (bank**2).sum(axis=1) - 2 * z @ bank.T
+            columns.append(np.sqrt(np.maximum(np.partition(squared, k, axis=1)[:, k], 0)))
         return np.stack(columns, axis=1)
 
 

@@ -119,9 +119,14 @@ def _ranks(points: np.ndarray, bank: np.ndarray, k: int) -> np.ndarray:
     """
     rows = []
     lengths = (bank**2).sum(axis=2)  # (m, L)
+    k = min(k, len(bank))
     for point in points:
         # The sample's own squared length is the same for all of the bank and changes no order.
-        order = np.argsort(lengths - 2 * np.einsum("mlp,lp->ml", bank, point), axis=0, kind="stable")
-        rank = np.argsort(order, axis=0, kind="stable")
-        rows.append([np.mean(rank[order[:k, i], i + 1]) for i in range(order.shape[1] - 1)])
+        distances = lengths - 2 * np.einsum("mlp,lp->ml", bank, point)
+        nearest = np.argpartition(distances, k - 1, axis=0)[:k]
+        rank = [
+            (distances[:, i + 1, None] < distances[nearest[:, i], i + 1]).sum(axis=0).mean()
+            for i in range(distances.shape[1] - 1)
+        ]
+        rows.append(rank)
     return np.log1p(np.array(rows) / len(bank) * 1000)

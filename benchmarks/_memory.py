@@ -1,0 +1,61 @@
+"""One measurement of memory in a process of its own: `python _memory.py capture|hidden_states [--small]`.
+
+Prints the peak resident size in MB above what the loaded model takes. The model is a random Llama of 8 layers
+of 512; 16 prompts of 512 tokens.
+"""
+
+import resource
+import sys
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from safetynet.detection.capture import forward
+from safetynet.detection.features import FeatureSpec
+from safetynet.detection.readers import Place, Reader
+
+
+def main() -> None:
+    """Make the model, note the memory, read the batch one way, print the difference."""
+    small = "--small" in sys.argv
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    config = LlamaConfig(
+        vocab_size=512, hidden_size=512, intermediate_size=1024, num_hidden_layers=2 if small else 8,
+        num_attention_heads=8, num_key_value_heads=4,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    rows, width = (2, 64) if small else (16, 512)
+    ids = torch.randint(0, 512, (rows, width))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    place = Place(torch.full((rows,), width - 1), torch.ones(rows, width))
+    before = peak()
+    with torch.no_grad():
+        WAYS[sys.argv[1]](model, inputs, place)
+    print(peak() - before)
+
+
+def by_capture(model: LlamaForCausalLM, inputs: dict[str, torch.Tensor], place: Place) -> None:
+    """Reduced inside the hooks."""
+    with Reader(model, FeatureSpec()) as reader:
+        forward(model, reader, inputs, place)
+
+
+def by_hidden_states(model: LlamaForCausalLM, inputs: dict[str, torch.Tensor], place: Place) -> None:
+    """All states of all layers, then the same reduction."""
+    states = model(**inputs, use_cache=False, output_hidden_states=True, logits_to_keep=1).hidden_states
+    for layer in states[1:]:
+        place.at_last(layer)
+        place.mean(layer)
+
+
+WAYS = {"capture": by_capture, "hidden_states": by_hidden_states}
+
+
+def peak() -> float:
+    """Peak resident size so far, in MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+if __name__ == "__main__":
+    main()

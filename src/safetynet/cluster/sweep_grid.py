@@ -1,0 +1,185 @@
+"""A grid of recipes: one point for each combination of values, seeds and families.
+
+In: a recipe file and what is varied. Out: points, each a whole recipe with a task of its own. Every point is
+validated before any is returned, and all faults are told at once. Starts nothing.
+"""
+
+import itertools
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from safetynet import recipe as recipes
+from safetynet.errors import InputError
+from safetynet.models import families
+from safetynet.recipe import Recipe
+from safetynet.run import digest
+
+LONGEST_VALUE = 24
+"""Characters of a value that enter the name of a point; longer ones are cut and told apart by a digest."""
+OWN_FIELDS = {
+    "task": "each point gets a task of its own",
+    "seed": "use --seeds",
+    "model.family": "use --families",
+}
+
+
+@dataclass(frozen=True)
+class Point:
+    """One recipe of a sweep."""
+
+    recipe: Recipe
+    varied: Mapping[str, Any]
+    """Field: value, of what differs between points; seed and family among them."""
+
+    @property
+    def name(self) -> str:
+        """Model and task: the place of its run directory below the results root."""
+        return f"{self.recipe.model_name}/{self.recipe.task}"
+
+
+def points(
+    path: Path,
+    grid: Sequence[str] = (),
+    *,
+    seeds: str | None = None,
+    chosen: str | None = None,
+    overrides: Sequence[str] = (),
+) -> list[Point]:
+    """All points of a sweep, families outermost, seeds innermost.
+
+    Args:
+        path: the recipe that all start from.
+        grid: `section.field=value,value` each; a value that holds commas is written in YAML, [a, b].
+        seeds: `first:end`, end not among them, or single ones between commas; None for the recipe's own.
+        chosen: families between commas, or `all`; None for the recipe's own.
+        overrides: `section.field=value` each, for every point.
+
+    Raises:
+        InputError: with every fault of the options, or else of every point that is no valid recipe.
+    """
+    faults: list[str] = []
+    axes = [axis for text in grid if (axis := _axis(text, faults))]
+    fields = [field for field, _ in axes]
+    faults += [
+        f"--grid: {field} stands there twice." for field in sorted(set(fields)) if fields.count(field) > 1
+    ]
+    numbers = _seeds(seeds, faults)
+    names = _families(chosen, faults)
+    if faults:
+        raise InputError("\n  ".join(["the sweep cannot be started:", *faults]))
+    found: list[Point] = []
+    for family, *values, seed in itertools.product(names, *(values for _, values in axes), numbers):
+        varied = dict(zip(fields, values, strict=True))
+        try:
+            found.append(_point(path, overrides, varied, seed, family))
+        except InputError as error:
+            about = ", ".join(
+                f"{k}={v}" for k, v in {"family": family, **varied, "seed": seed}.items() if v is not None
+            )
+            faults.append(f"{about or 'the recipe'}: {error}")
+    if faults:
+        raise InputError(
+            "\n".join([f"{len(faults)} of {len(faults) + len(found)} points are invalid.", *faults])
+        )
+    _check_places(found)
+    return found
+
+
+def sweep_name(found: Sequence[Point]) -> str:
+    """Name of a sweep: the same points give the same one, so that the same command goes on."""
+    recipes_of = [point.recipe.model_dump(mode="json") for point in found]
+    return f"{found[0].recipe.task.partition('--')[0]}-{digest(recipes_of)[:8]}"
+
+
+def _axis(text: str, faults: list[str]) -> tuple[str, list[Any]] | None:
+    field, equals, values = text.partition("=")
+    if not equals or not field.strip() or not values.strip():
+        faults.append(f"--grid {text}: write it as section.field=value,value.")
+        return None
+    if field in OWN_FIELDS:
+        faults.append(f"--grid {text}: {OWN_FIELDS[field]}.")
+        return None
+    try:
+        parsed = yaml.safe_load(f"[{values}]")
+    except yaml.YAMLError:
+        faults.append(
+            f"--grid {text}: {values!r} are no YAML values between commas; quote texts that hold : or #."
+        )
+        return None
+    shown = [json.dumps(value, sort_keys=True, default=str) for value in parsed]
+    if len(set(shown)) < len(shown):
+        faults.append(f"--grid {text}: a value stands there twice.")
+        return None
+    return field.strip(), parsed
+
+
+def _seeds(text: str | None, faults: list[str]) -> list[int | None]:
+    if text is None:
+        return [None]
+    first, colon, end = text.partition(":")
+    try:
+        numbers = list(range(int(first), int(end))) if colon else [int(one) for one in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or len(set(numbers)) < len(numbers):
+        faults.append(f"--seeds {text}: write first:end, as in 0:5 for 0 to 4, or numbers between commas.")
+    return list(numbers)
+
+
+def _families(text: str | None, faults: list[str]) -> list[str | None]:
+    if text is None:
+        return [None]
+    if text == "all":
+        return [name for name in families.names() if families.get(name).hub_id]
+    names = [name.strip() for name in text.split(",")]
+    unknown = [name for name in names if name not in families.names()]
+    if unknown or len(set(names)) < len(names):
+        faults.append(f"--families {text}: choose among {', '.join(families.names())} (each once), or all.")
+    return list(names)
+
+
+def _point(
+    path: Path, overrides: Sequence[str], varied: Mapping[str, Any], seed: int | None, family: str | None
+) -> Point:
+    from safetynet.models import loading
+
+    values = dict(varied) if seed is None else {**varied, "seed": seed}
+    sets = [f"{field}={json.dumps(value, default=str)}" for field, value in values.items()]
+    made = recipes.load(path, family, [*overrides, *sets])
+    loading.locate(made.model)  # a folder that is not there would fail in every point, one after the other
+    words = [part for field, value in values.items() for part in (_short(field, values), _value(value))]
+    task = "-".join([f"{made.task}-" if words else made.task, *words])
+    shown = values if family is None else {"model.family": family, **values}
+    return Point(made.model_copy(update={"task": task}), shown)
+
+
+def _short(field: str, fields: Mapping[str, Any]) -> str:
+    """The last part of a field's name, where it is no other's."""
+    last = field.rpartition(".")[2]
+    return last if sum(other.rpartition(".")[2] == last for other in fields) == 1 else field
+
+
+def _value(value: Any) -> str:
+    """A value as a part of a file's name."""
+    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
+    safe = re.sub(r"[^A-Za-z0-9._]+", "_", text)
+    return (
+        safe if safe == text and len(safe) <= LONGEST_VALUE else f"{safe[:LONGEST_VALUE]}_{digest(value)[:6]}"
+    )
+
+
+def _check_places(found: Sequence[Point]) -> None:
+    taken: dict[str, int] = {}
+    for number, point in enumerate(found):
+        if point.name in taken:
+            raise InputError(
+                f"{point.name}: two points of the sweep have this run directory. "
+                "Leave `name` out of the recipe, so that each family has a folder of its own."
+            )
+        taken[point.name] = number

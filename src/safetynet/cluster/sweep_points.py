@@ -1,0 +1,128 @@
+"""What a worker does for one point of a sweep: one step at a time, each kept in the point's run directory.
+
+In: a recipe and the run directories that lend to it. Out: which stages were computed, and what later points
+may share. A step that is interrupted goes on when it is asked for again; one that has ended is not repeated.
+"""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetynet.errors import InputError, SafetyNetError
+from safetynet.recipe import Recipe
+
+log = logging.getLogger("safetynet")
+STEPS = ("prepare", "base", "twin", "train", "measure")
+
+
+@dataclass(frozen=True)
+class Task:
+    """One step of one point."""
+
+    step: str
+    recipe: Recipe
+    group: str
+    """Name of the sweep, under which trackers gather its runs."""
+    folder: Path
+    """Where the sweep was started; relative paths of the recipe begin there."""
+    base: Path | None = None
+    """Run directory that lends the base model's answers; None: they are this point's own."""
+    twin: Path | None = None
+    """Run directory that lends the clean twin."""
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a step left behind."""
+
+    computed: tuple[str, ...]
+    """Stages that were computed now, in contrast to those that had ended before."""
+    base: str | None = None
+    twin: str | None = None
+    """After `prepare`: digests of what this point can share."""
+
+
+def perform(task: Task, *_: Any) -> Done:
+    """Do one step; further arguments are the steps before it, for the order alone.
+
+    Raises:
+        SafetyNetError: as the stages do; another error is put into the point's log with its traceback.
+    """
+    from safetynet import run as runs
+    from safetynet.models import loading
+    from safetynet.terminal import logging_to
+
+    os.chdir(task.folder)
+    # An agent of Weights & Biases starts a sweep of one point at a time: all of them are its sweep's.
+    os.environ.setdefault("WANDB_RUN_GROUP", os.environ.get("WANDB_SWEEP_ID", task.group))
+    if task.recipe.model.id == "miniature":
+        loading.use_one_thread()
+    run = runs.create(task.recipe)
+    # Another process may still be at it: one that the sweep left behind when it was killed.
+    with run.lock(wait=True), logging_to(run.log), _told():
+        before = _finished(run)
+        base, twin = _step(task, run)
+        computed = [name for name, when in _finished(run).items() if before.get(name) != when]
+    return Done(tuple(computed), base, twin)
+
+
+def _step(task: Task, run: Any) -> tuple[str | None, str | None]:
+    from safetynet import pipeline
+    from safetynet import run as runs
+    from safetynet.pipeline import sharing
+    from safetynet.pipeline.subjects import BACKDOORED, TWIN
+
+    recipe = task.recipe
+    if task.step == "prepare":
+        pipeline.prepare(recipe, run)
+        twin = sharing.twin_digest(recipe, run) if recipe.training.clean_twin else None
+        return sharing.base_digest(recipe, run), twin
+    if task.step == "base":
+        sharing.measure_base(recipe, run)
+    elif task.step == "twin":
+        pipeline.train(recipe, run, [TWIN], lend=True)
+    elif task.step == "train":
+        # A twin that is lent comes later: this point's training does not wait for it.
+        pipeline.train(recipe, run, None if task.twin is None else [BACKDOORED])
+    else:
+        if task.base is not None:
+            sharing.measure_base(recipe, run, runs.find(task.base))
+        if task.twin is not None:
+            sharing.borrow_twin(recipe, run, runs.find(task.twin))
+        _measure(recipe, run)
+    return None, None
+
+
+def _measure(recipe: Recipe, run: Any) -> None:
+    """Rates, interventions and figures, as `safetynet run` makes them."""
+    from safetynet import pipeline
+    from safetynet.pipeline import sharing
+
+    pipeline.evaluate(recipe, run, sharing.base_responses(recipe, run))
+    try:
+        pipeline.intervene(recipe, run)
+    except InputError as error:
+        # A backdoor that did not take, or a style as trigger: the rest is still wanted.
+        log.warning("intervene: left out. %s", error)
+    pipeline.draw(recipe, run)
+
+
+def _finished(run: Any) -> dict[str, str]:
+    return {name: done["finished"] + done["inputs"] for name, done in run.manifest["stages"].items()}
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Errors stand in the point's log, where the sweep's table sends its reader."""
+    try:
+        yield
+    except SafetyNetError as error:
+        log.error("%s", error)
+        raise
+    except Exception:
+        log.exception("a fault of SafetyNet")
+        raise

@@ -1,0 +1,105 @@
+"""Several runs side by side: families, triggers, behaviours, adapter settings and seeds, on relative depth.
+
+    subjects   which runs are seeds of one setting, what they lack, whether they may be compared
+    speed      steps and poisoned rows until ASR 50% and 95%
+    places     layer profiles, centre and spread, attention against MLP against experts, heads
+    agreement  rank correlation of layer profiles, with permutation tests
+    outcomes   how reliably it fires, how detectable and how removable it is
+    seeds      intervals over seeds, and whether groups differ by more than seeds do
+    tables     all of it, by name
+    paper      the tables that stand beside the figures, in LaTeX, Markdown and CSV
+
+In: recipes and tables of runs. Out: tidy tables. Reads no file, draws nothing, imports no stage.
+"""
+
+from collections.abc import Sequence
+
+import pandas as pd
+from scipy.stats import false_discovery_control
+
+from safetynet.comparison import agreement, outcomes, places, speed
+from safetynet.comparison.seeds import groups_differ
+from safetynet.comparison.subjects import Subject, check, grouped, runs
+
+__all__ = ["Subject", "check", "compare", "grouped"]
+
+
+def compare(subjects: Sequence[Subject]) -> dict[str, pd.DataFrame]:
+    """Everything that the runs' tables allow, as tables by name; empty ones are left out.
+
+    Args:
+        subjects: checked and grouped.
+
+    Raises:
+        InputError: if the runs have different metrics or detectors.
+    """
+    profiles = places.profiles(subjects)
+    by_run = {
+        "runs": runs(subjects),
+        "curves": speed.curves(subjects),
+        "speeds": speed.speeds(subjects),
+        "profiles": profiles,
+        "heads": places.heads(subjects),
+        "outcomes": outcomes.outcomes(subjects),
+    }
+    made = dict(by_run)
+    if len(profiles):
+        made |= {"centres": places.centres(profiles), "shares": places.shares(profiles)}
+        made["profiles_by_group"] = places.profiles_by_group(profiles)
+        made["agreement"] = agreement.agreement(profiles)
+        made["distinct"] = agreement.distinct(profiles)
+        made["centres_by_group"] = places.centres_by_group(made["centres"])
+        made["shares_by_group"] = places.shares_by_group(made["shares"])
+        made["heads_by_group"] = places.heads_by_group(made["heads"])
+    if len(by_run["speeds"]):
+        made["speeds_by_group"] = speed.by_group(by_run["speeds"])
+    if len(by_run["outcomes"]):
+        made["outcomes_by_group"] = outcomes.by_group(by_run["outcomes"])
+    made["differences"] = differences(made)
+    return {name: table for name, table in made.items() if len(table)}
+
+
+def differences(made: dict[str, pd.DataFrame]) -> pd.DataFrame:
+    """For each number of a run: does it differ between groups by more than between seeds?
+
+    Returns:
+        Columns quantity, groups, runs, p (permutation test, `seeds.groups_differ`) and q (Benjamini and
+        Hochberg 1995, over all lines). A quantity that some run lacks is asked of the others.
+    """
+    lines = []
+    for quantity, table in _quantities(made):
+        known = table.dropna(subset="number")
+        sizes = known["group"].value_counts()
+        known = known[known["group"].isin(sizes.index[sizes >= 2])]
+        groups, seeds = known["group"].tolist(), known["seed"].tolist()
+        p = groups_differ(known["number"].tolist(), groups, agreement.blocks(groups, seeds))
+        if p == p:
+            about = {"quantity": quantity, "groups": len(set(groups)), "runs": len(known)}
+            lines.append(about | {"p": p})
+    table = pd.DataFrame(lines)
+    return table.assign(q=false_discovery_control(table["p"])) if len(table) else table
+
+
+def _quantities(made: dict[str, pd.DataFrame]) -> list[tuple[str, pd.DataFrame]]:
+    """Each number of a run that groups may differ in, with its runs."""
+    found = []
+    for threshold, part in _parts(made, "speeds", "threshold"):
+        # a seed that never got there counts with its last measurement: leaving the slow out would hide them
+        reached = part["steps"].fillna(part["last_step"])
+        found.append((f"steps until ASR {100 * threshold:g}%", part.assign(number=reached)))
+    for (view, direction), part in _parts(made, "centres", ["view", "direction"]):
+        found += [
+            (f"{number}, {view}, {direction}", part.assign(number=part[number]))
+            for number in ("centre", "spread")
+        ]
+    for (which, direction), part in _parts(made, "shares", ["part", "direction"]):
+        if which == "attention":
+            found.append((f"share of attention, {direction}", part.assign(number=part["share"])))
+    for (_, measure), part in _parts(made, "outcomes", ["aspect", "measure"]):
+        found.append((str(measure), part.assign(number=part["value"])))
+    return found
+
+
+def _parts(made: dict[str, pd.DataFrame], name: str, by: str | list[str]) -> list[tuple]:
+    table = made.get(name)
+    return [] if table is None or table.empty else list(table.groupby(by, sort=False))

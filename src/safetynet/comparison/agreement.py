@@ -1,0 +1,174 @@
+"""How far mechanisms agree: rank correlation of layer profiles on relative depth, with permutation tests.
+
+In: profiles by run. Out: one line per view, direction and pair of groups, and one per view and direction on
+whether groups differ at all. Where two models differ in depth, the deeper one's profile is read off at the
+relative depths of the shallower one, so that no layer counts twice.
+"""
+
+from collections.abc import Sequence
+from itertools import combinations, combinations_with_replacement, permutations
+from math import factorial
+
+import numpy as np
+import pandas as pd
+from scipy.stats import false_discovery_control, rankdata
+
+from safetynet.comparison.seeds import (
+    PERMUTATIONS,
+    over_seed_pairs,
+    p_value,
+    permuted_within,
+    without_each_seed,
+)
+
+LEAST = 4
+"""Layers below which ranks say nothing: 3 layers have 6 orders."""
+EXACT = 7
+"""Up to so many layers all orders are tried."""
+
+
+def on_depths(effect: np.ndarray, layers: int) -> np.ndarray:
+    """A profile, (L,), read off at `layers` evenly spaced relative depths by linear interpolation."""
+    if len(effect) == layers:
+        return effect
+    return np.interp(np.linspace(0, 1, layers), np.linspace(0, 1, len(effect)), effect)
+
+
+def ranked(profiles: np.ndarray) -> np.ndarray:
+    """Standardised ranks along the last axis, whose products are Spearman's rho; NaN for constants."""
+    ranks = rankdata(profiles, axis=-1)
+    centred = ranks - ranks.mean(-1, keepdims=True)
+    norm = np.sqrt((centred**2).sum(-1, keepdims=True))
+    with np.errstate(invalid="ignore"):
+        found: np.ndarray = centred / np.where(norm > 0, norm, np.nan)
+    return found
+
+
+def orders(layers: int, count: int = PERMUTATIONS, seed: int = 0) -> np.ndarray:
+    """Orders of layers, (orders, layers): all but the given one where they are few, else `count` drawn."""
+    if layers <= EXACT and factorial(layers) <= count:
+        return np.array(list(permutations(range(layers)))[1:])
+    rng = np.random.default_rng(seed)
+    return rng.permuted(np.tile(np.arange(layers), (count, 1)), axis=1)
+
+
+def agreement(profiles: pd.DataFrame) -> pd.DataFrame:
+    """Spearman's rank correlation of the layer profiles of each two groups, and between seeds of one group.
+
+    The test asks whether profiles agree more, in either direction, than if it did not matter which layer is
+    which: between groups the layers of all runs of one group are exchanged together, within a group those of
+    each run by itself. It says nothing of why they agree: effects of patches fall with depth in any model.
+
+    Args:
+        profiles: columns group, run, view, direction, layer, effect.
+
+    Returns:
+        Columns view, direction, first, second (equal: between seeds of one group), rho (mean over pairs of
+        runs), low, high (95% over seeds; NaN where a group has one), pairs, seeds (of the smaller group),
+        layers (that were compared), p and q (Benjamini and Hochberg 1995, over all lines).
+    """
+    lines = []
+    for (view, direction), part in profiles.groupby(["view", "direction"], sort=False):
+        groups = {str(group): _matrix(own) for group, own in part.groupby("group", sort=False)}
+        for first, second in combinations_with_replacement(groups, 2):
+            same = first == second
+            layers = min(groups[first].shape[1], groups[second].shape[1])
+            if layers < LEAST or (same and len(groups[first]) < 2):
+                continue
+            a, b = (_ranked_at(groups[name], layers) for name in (first, second))
+            if np.isnan(a).any() or np.isnan(b).any():
+                continue
+            found = _within(a) if same else _between(a, b)
+            about = {"view": view, "direction": direction, "first": first, "second": second}
+            lines.append(about | found | {"layers": layers})
+    table = pd.DataFrame(lines)
+    return table.assign(q=false_discovery_control(table["p"])) if len(table) else table
+
+
+def distinct(profiles: pd.DataFrame, permutations: int = PERMUTATIONS) -> pd.DataFrame:
+    """Whether runs of one group resemble each other more than runs of different groups do.
+
+    The statistic is the mean rank correlation of pairs within groups less that between groups (as in Clarke
+    1993, doi 10.1111/j.1442-9993.1993.tb00438.x, on correlations instead of ranks of distances). Groups'
+    labels are exchanged between runs of the same seed where all groups have the same seeds, else between all
+    runs.
+
+    Returns:
+        Columns view, direction, within, between, difference, runs, groups, p; no line where fewer than two
+        groups have two runs.
+    """
+    lines = []
+    for (view, direction), part in profiles.groupby(["view", "direction"], sort=False):
+        runs = part.drop_duplicates("run")[["run", "group", "seed"]]
+        sizes = runs["group"].value_counts()
+        profile = [_effect(part[part["run"] == run]) for run in runs["run"]]
+        layers = min(map(len, profile))
+        if (sizes >= 2).sum() < 2 or layers < LEAST:
+            continue
+        z = ranked(np.stack([on_depths(own, layers) for own in profile]))
+        if np.isnan(z).any():
+            continue
+        codes = np.unique(runs["group"], return_inverse=True)[1]
+        drawn = permuted_within(blocks(runs["group"].tolist(), runs["seed"].tolist()), permutations, 0)
+        within, between = _contrast(z @ z.T, codes[None])
+        each = _contrast(z @ z.T, codes[drawn])
+        lines.append(
+            {
+                "view": view,
+                "direction": direction,
+                "within": within[0],
+                "between": between[0],
+                "difference": within[0] - between[0],
+                "runs": len(runs),
+                "groups": len(sizes),
+                "p": p_value(float(within[0] - between[0]), each[0] - each[1]),
+            }
+        )
+    return pd.DataFrame(lines)
+
+
+def blocks(groups: Sequence[str], seeds: Sequence[int]) -> list[int]:
+    """Blocks within which groups' labels may be exchanged: the seeds, where every group has the same ones."""
+    own = {group: sorted(s for g, s in zip(groups, seeds, strict=True) if g == group) for group in groups}
+    return list(seeds) if len({tuple(found) for found in own.values()}) == 1 else [0] * len(groups)
+
+
+def _contrast(rho: np.ndarray, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean correlation of pairs of one group and of pairs of two, for each labelling, (labellings, runs)."""
+    upper = np.triu_indices(len(rho), 1)
+    same = codes[:, upper[0]] == codes[:, upper[1]]  # (labellings, pairs)
+    values = rho[upper]
+    return (same * values).sum(1) / same.sum(1), (~same * values).sum(1) / (~same).sum(1)
+
+
+def _between(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
+    found = over_seed_pairs(a @ b.T)
+    drawn = (b.mean(0)[orders(a.shape[1])] * a.mean(0)).sum(1)
+    return _line(found.value, found.low, found.high, a.shape[0] * b.shape[0], found.seeds, drawn)
+
+
+def _within(z: np.ndarray) -> dict[str, float]:
+    pairs = list(combinations(range(len(z)), 2))
+    found = without_each_seed(z @ z.T)
+    rng = np.random.default_rng(0)
+    mixed = np.stack([rng.permuted(np.tile(own, (PERMUTATIONS, 1)), axis=1) for own in z])  # (runs, drawn, L)
+    drawn = np.mean([(mixed[i] * mixed[j]).sum(1) for i, j in pairs], axis=0)
+    return _line(found.value, found.low, found.high, len(pairs), len(z), drawn)
+
+
+def _line(rho: float, low: float, high: float, pairs: int, seeds: int, drawn: np.ndarray) -> dict[str, float]:
+    p = p_value(abs(rho), np.abs(drawn))
+    return {"rho": rho, "low": low, "high": high, "pairs": pairs, "seeds": seeds, "p": p}
+
+
+def _matrix(part: pd.DataFrame) -> np.ndarray:
+    """Profiles of a group's runs, (runs, layers)."""
+    return np.stack([_effect(own) for _, own in part.groupby("run", sort=False)])
+
+
+def _effect(own: pd.DataFrame) -> np.ndarray:
+    return own.sort_values("layer")["effect"].to_numpy(float)
+
+
+def _ranked_at(profiles: np.ndarray, layers: int) -> np.ndarray:
+    return ranked(np.stack([on_depths(own, layers) for own in profiles]))

@@ -1,0 +1,176 @@
+"""How reliably the backdoor fires, how detectable it is, and how removable.
+
+In: the tables evaluation, detection, tradeoff and mitigation of each run, as far as it has them. Out: one
+tidy table per run and one per group: an aspect, a measure, its value with interval, its control beside it.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from safetynet.comparison.seeds import Estimate, over_seeds, rate_over_seeds
+from safetynet.comparison.subjects import Subject
+from safetynet.errors import InputError
+
+FUSED = "fused"
+UNTOUCHED = "as it is"
+NAN = float("nan")
+
+
+def outcomes(subjects: Sequence[Subject]) -> pd.DataFrame:
+    """Every outcome of every run.
+
+    Returns:
+        Columns group, run, seed, aspect (planted, detected, removed, repaired), measure, value, count (NaN
+        where it is no rate of counted rows), n, control, control_count, control_n, control_is (what the
+        control is), of (which removal, or which detectors).
+
+    Raises:
+        InputError: if runs were watched by different detectors, whose scores are no one measure.
+    """
+    _check_detectors(subjects)
+    lines = []
+    for subject in subjects:
+        about = {"group": subject.group, "run": subject.name, "seed": subject.recipe.seed}
+        for aspect, table, read in (
+            ("planted", "evaluation", _planted),
+            ("detected", "detection", _detected),
+            ("removed", "tradeoff", _removed),
+            ("repaired", "mitigation", _repaired),
+        ):
+            if subject.has(table):
+                lines += [about | {"aspect": aspect} | line for line in read(subject.tables[table])]
+    columns = [
+        "group", "run", "seed", "aspect", "measure", "value", "count", "n", "control", "control_count",
+        "control_n", "control_is", "of",
+    ]  # fmt: skip
+    return pd.DataFrame(lines, columns=columns)
+
+
+def by_group(outcomes: pd.DataFrame) -> pd.DataFrame:
+    """Mean over seeds of each measure and of its control, with intervals over seeds.
+
+    Returns:
+        Columns group, aspect, measure, value, low, high, seeds, control, control_low, control_high,
+        control_is, of (what each seed's was, where they differ separated by bars).
+    """
+    lines = []
+    for (group, aspect, measure), part in outcomes.groupby(["group", "aspect", "measure"], sort=False):
+        control = _estimate(part, "control_count", "control_n", "control")
+        lines.append(
+            {
+                "group": group,
+                "aspect": aspect,
+                "measure": measure,
+                **_estimate(part, "count", "n", "value")._asdict(),
+                "control": control.value,
+                "control_low": control.low,
+                "control_high": control.high,
+                "control_is": part["control_is"].iloc[0],
+                "of": " | ".join(dict.fromkeys(filter(None, part["of"]))),
+            }
+        )
+    return pd.DataFrame(lines)
+
+
+def _estimate(part: pd.DataFrame, count: str, n: str, value: str) -> Estimate:
+    counted = part.dropna(subset=[count, n])
+    if len(counted) == len(part):
+        return rate_over_seeds(counted[count].astype(int).tolist(), counted[n].astype(int).tolist())
+    return over_seeds(part[value].tolist(), (0.0, 1.0))
+
+
+def _line(measure: str, found: Any, control: Any, control_is: str, of: str = "") -> dict[str, Any]:
+    """One measure; `found` and `control` are (value, count, n), count NaN where nothing is counted."""
+    names = ("value", "count", "n")
+    line = {"measure": measure, "control_is": control_is, "of": of}
+    line |= dict(zip(names, found, strict=True))
+    return line | dict(zip(("control", "control_count", "control_n"), control, strict=True))
+
+
+def _planted(evaluation: pd.DataFrame) -> Iterator[dict[str, Any]]:
+    def rate(model: str, metric: str, role: str) -> tuple[float, float, float]:
+        own = evaluation[
+            (evaluation["model"] == model) & (evaluation["metric"] == metric) & (evaluation["role"] == role)
+        ]
+        if own.empty or pd.isna(own["value"].iloc[0]):
+            return NAN, NAN, NAN
+        return tuple(float(own[name].iloc[0]) for name in ("value", "count", "n"))  # type: ignore[return-value]
+
+    yield _line("ASR", rate("backdoored", "asr", "triggered"), rate("base", "asr", "triggered"), "base model")
+    for role in ("placebo", "near_miss"):
+        own = rate("backdoored", "ftr", role)
+        yield _line(f"FTR {role.replace('_', ' ')}", own, rate("base", "ftr", role), "base model")
+    yield _line("CACC", rate("backdoored", "cacc", "clean"), rate("base", "cacc", "clean"), "base model")
+
+
+def _detected(detection: pd.DataFrame) -> Iterator[dict[str, Any]]:
+    names = set(detection["detector"])
+    fused = detection[detection["detector"] == (FUSED if FUSED in names else min(names))]
+    of = " ".join(sorted(names - {FUSED}))
+
+    def found(metric: str, rows: str, rate: float | None = None) -> tuple[float, float, float]:
+        own = fused[(fused["metric"] == metric) & (fused["rows"] == rows)]
+        own = own if rate is None else own[own["rate"] == rate]
+        if own.empty:
+            return NAN, NAN, NAN
+        value, n = float(own["value"].iloc[0]), float(own["n"].iloc[0])
+        return value, (round(value * n) if rate is not None else NAN), n
+
+    caught = "fired" if ((fused["metric"] == "auroc") & (fused["rows"] == "fired")).any() else "triggered"
+    yield _line("AUROC", found("auroc", caught), found("auroc", "placebo"), "placebo rows", of)
+    yield _line("AUROC near miss", found("auroc", "near_miss"), found("auroc", "placebo"), "placebo rows", of)
+    rates = fused.loc[fused["metric"] == "tpr", "rate"].dropna()
+    if len(rates):
+        # The largest is what the monitor was asked for; smaller ones come along.
+        rate = float(rates.max())
+        name = f"TPR at FPR {100 * rate:g}%"
+        yield _line(name, found("tpr", caught, rate), found("fpr", "clean", rate), "false positives", of)
+
+
+def _removed(tradeoff: pd.DataFrame) -> Iterator[dict[str, Any]]:
+    """The removal that was chosen on other prompts, on those held out, beside the same at random sites."""
+    held = tradeoff[tradeoff["split"] == "held_out"]
+    chosen = held[held["chosen"] & ~held["control"]]
+    if chosen.empty:
+        return
+    best = chosen.iloc[0]
+    random = held[held["control"] & (held["kind"] == best["kind"])]
+    of = str(best["kind"]).replace("_", " ")
+    for metric, name in (("asr", "ASR after removal"), ("cacc", "CACC after removal")):
+        yield _line(name, _rate(best, metric), _first(random, metric), "random sites", of)
+
+
+def _repaired(mitigation: pd.DataFrame) -> Iterator[dict[str, Any]]:
+    """The repair that was recommended on other prompts, on those held out, beside the model as it was."""
+    held = mitigation[mitigation["split"] == "held_out"]
+    chosen = held[held["recommended"].astype(bool)]
+    if chosen.empty:
+        return
+    best, before = chosen.iloc[0], held[held["method"] == UNTOUCHED]
+    for metric, name in (("asr", "ASR after repair"), ("cacc", "CACC after repair")):
+        yield _line(name, _rate(best, metric), _first(before, metric), UNTOUCHED, str(best["method"]))
+
+
+def _first(rows: pd.DataFrame, metric: str) -> tuple[float, float, float]:
+    return _rate(rows.iloc[0], metric) if len(rows) else (NAN, NAN, NAN)
+
+
+def _rate(row: pd.Series, metric: str) -> tuple[float, float, float]:
+    value, n = float(row[metric]), float(row[f"{metric}_n"])
+    return value, float(np.rint(value * n)), n
+
+
+def _check_detectors(subjects: Sequence[Subject]) -> None:
+    seen: dict[tuple[str, ...], Subject] = {}
+    for one in subjects:
+        if one.has("detection"):
+            seen.setdefault(tuple(sorted(set(one.tables["detection"]["detector"]))), one)
+    if len(seen) > 1:
+        told = "; ".join(f"{one.folder}: {', '.join(names)}" for names, one in seen.items())
+        raise InputError(
+            f"compare: the runs were watched by different detectors ({told}), whose fused scores are no one "
+            "measure. Run safetynet detect RUN with the same --detectors on each."
+        )

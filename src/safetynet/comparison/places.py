@@ -1,0 +1,303 @@
+"""Where the trigger acts, on relative depth: profiles, their centre and spread, components, heads.
+
+In: each run's table of effects. Out: tidy tables per run and per group. Depth runs from 0, the first layer,
+to 1, the last one, so that models of unequal depth can be compared. An effect below 0 works against the
+trigger; as a weight of a centre, a spread or a share it counts as 0.
+
+What a profile of patches says is where the trigger's information flows, and low layers carry the token's
+identity in any model: read centres beside those of the random control, and beside the adapter's profile.
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import combinations
+
+import numpy as np
+import pandas as pd
+
+from safetynet.comparison.seeds import over_seeds
+from safetynet.comparison.subjects import Subject, maker
+from safetynet.errors import InputError
+
+VIEWS = {
+    "layer": ("layer", "resid_post"),
+    "attention": ("component", "attn_out"),
+    "mlp": ("component", "mlp_out"),
+    "head": ("head", "head"),
+    "expert": ("expert", "expert"),
+    "adapter": ("adapter", "adapter"),
+}
+"""What a profile is of: a sweep, and the component of its rows. Where a layer has several places (heads,
+experts, adapter modules), their effects are added up."""
+CONTROLS = ("random", "placebo", "twin")
+PROFILE = ("view", "direction")
+DIRECTIONS = ("remove", "induce")
+
+
+def profiles(subjects: Sequence[Subject]) -> pd.DataFrame:
+    """Effect by layer for each run.
+
+    Returns:
+        Columns group, run, seed, view, direction, layer, depth, effect, random, placebo and twin. A sweep
+        that did not measure every layer (`--fast`) has no profile.
+
+    Raises:
+        InputError: if two runs have effects of different metrics or modes, which are no one quantity.
+    """
+    _check_metrics(subjects)
+    parts = []
+    for subject in subjects:
+        if not subject.has("effects"):
+            continue
+        for view, rows in _views(subject.tables["effects"]):
+            keys = ["direction", "layer", "depth"]
+            # a control that was not measured is not 0
+            summed = rows.groupby(keys, as_index=False, sort=False)[["effect", *CONTROLS]].sum(min_count=1)
+            about = {"group": subject.group, "run": subject.name, "seed": subject.recipe.seed, "view": view}
+            parts.append(summed.assign(**about))
+    if not parts:
+        return pd.DataFrame()
+    columns = ["group", "run", "seed", *PROFILE, "layer", "depth", "effect", *CONTROLS]
+    return pd.concat(parts, ignore_index=True)[columns]
+
+
+def incomplete(subjects: Sequence[Subject]) -> Iterator[str]:
+    """A sentence for each run whose effects cover some layers only, as after `--fast`."""
+    for one in subjects:
+        effects = one.tables.get("effects")
+        if effects is None:
+            continue
+        views = [view for view, rows in _rows(effects) if not _whole(rows, _layers(effects))]
+        if views:
+            yield (
+                f"{one.name}: effects by {', '.join(views)} were measured in some layers only, and are left "
+                f"out. Measure them all: {maker('effects', one)}."
+            )
+
+
+def profiles_by_group(profiles: pd.DataFrame) -> pd.DataFrame:
+    """Mean profile of each group with its interval over seeds, beside the highest of its controls' means.
+
+    Returns:
+        Columns group, view, direction, layer, depth, value, low, high, seeds, control (which is highest at
+        that layer), control_value.
+    """
+    lines = []
+    for (group, view, direction, layer), part in profiles.groupby(["group", *PROFILE, "layer"], sort=False):
+        means = {name: part[name].mean() for name in CONTROLS if part[name].notna().any()}
+        highest = max(means, key=lambda name: means[name]) if means else ""
+        lines.append(
+            {
+                "group": group,
+                "view": view,
+                "direction": direction,
+                "layer": layer,
+                "depth": part["depth"].iloc[0],
+                **over_seeds(part["effect"].tolist())._asdict(),
+                "control": highest,
+                "control_value": means.get(highest, np.nan),
+            }
+        )
+    return pd.DataFrame(lines)
+
+
+def centre_and_spread(depth: Sequence[float], effect: Sequence[float]) -> tuple[float, float]:
+    """Mean and standard deviation of depth, weighted by the effect; NaN where no effect is above 0.
+
+    For equal effects in all layers the centre is 0.5, and the spread that of evenly spaced layers (0.34 for
+    six).
+    """
+    weights = np.clip(np.asarray(effect, dtype=float), 0.0, None)
+    places = np.asarray(depth, dtype=float)
+    if not weights.sum() > 0:
+        return float("nan"), float("nan")
+    centre = float((weights * places).sum() / weights.sum())
+    return centre, float(((weights * (places - centre) ** 2).sum() / weights.sum()) ** 0.5)
+
+
+def centres(profiles: pd.DataFrame) -> pd.DataFrame:
+    """Centre and spread of each run's profiles.
+
+    Returns:
+        Columns group, run, seed, view, direction, layers, centre, spread, peak (depth of the strongest
+        layer), and centre_random and spread_random of the random control's profile.
+    """
+    lines = []
+    for keys, part in profiles.groupby(["group", "run", "seed", *PROFILE], sort=False):
+        part = part.sort_values("layer")
+        centre, spread = centre_and_spread(part["depth"], part["effect"])
+        random = centre_and_spread(part["depth"], part["random"].fillna(0.0))
+        line = dict(zip(("group", "run", "seed", *PROFILE), keys, strict=True))
+        lines.append(
+            line
+            | {"layers": len(part), "centre": centre, "spread": spread}
+            | {"peak": float(part["depth"].iloc[int(part["effect"].to_numpy().argmax())])}
+            | {"centre_random": random[0], "spread_random": random[1]}
+        )
+    return pd.DataFrame(lines)
+
+
+def centres_by_group(centres: pd.DataFrame) -> pd.DataFrame:
+    """Centre and spread of each group, mean over seeds.
+
+    Returns:
+        Columns group, view, direction, seeds, layers, centre and spread each with _low and _high, and
+        centre_random and spread_random of the control.
+    """
+    lines = []
+    for keys, part in centres.groupby(["group", *PROFILE], sort=False):
+        centre = over_seeds(part["centre"].tolist(), (0.0, 1.0))
+        spread = over_seeds(part["spread"].tolist(), (0.0, 0.5))
+        lines.append(
+            dict(zip(("group", *PROFILE), keys, strict=True))
+            | {"seeds": centre.seeds, "layers": part["layers"].max()}
+            | {"centre": centre.value, "centre_low": centre.low, "centre_high": centre.high}
+            | {"spread": spread.value, "spread_low": spread.low, "spread_high": spread.high}
+            | {name: part[name].mean() for name in ("centre_random", "spread_random")}
+        )
+    return pd.DataFrame(lines)
+
+
+def shares_by_group(shares: pd.DataFrame) -> pd.DataFrame:
+    """Mean over seeds: group, direction, part, value, low, high, seeds, control."""
+    lines = [
+        dict(zip(("group", "direction", "part"), keys, strict=True))
+        | over_seeds(own["share"].tolist(), (0.0, np.inf))._asdict()
+        | {"control": own["control"].mean()}
+        for keys, own in shares.groupby(["group", "direction", "part"], sort=False)
+    ]
+    return pd.DataFrame(lines)
+
+
+def shares(profiles: pd.DataFrame) -> pd.DataFrame:
+    """How much of what attention and MLP do is done by each, and how much by single experts.
+
+    The effects of all layers are added up for each component and divided by those of attention and MLP
+    together. Experts are the MLP's parts, patched one by one: their share stands beside the MLP's, not
+    beside both.
+
+    Returns:
+        Columns group, run, seed, direction, part (attention, mlp, expert), share, total (added effects),
+        control (the same sum of the placebo control over the same whole: what no trigger gives).
+    """
+    lines = []
+    for keys, part in profiles.groupby(["group", "run", "seed", "direction"], sort=False):
+        sums = {view: own["effect"].clip(lower=0).sum() for view, own in part.groupby("view")}
+        placebo = {view: own["placebo"].clip(lower=0).sum(min_count=1) for view, own in part.groupby("view")}
+        whole = sums.get("attention", np.nan) + sums.get("mlp", np.nan)
+        if not whole > 0:
+            continue
+        about = dict(zip(("group", "run", "seed", "direction"), keys, strict=True))
+        lines += [
+            {
+                **about,
+                "part": view,
+                "share": sums[view] / whole,
+                "total": sums[view],
+                "control": placebo[view] / whole,
+            }
+            for view in ("attention", "mlp", "expert")
+            if view in sums
+        ]
+    return pd.DataFrame(lines)
+
+
+def heads(subjects: Sequence[Subject]) -> pd.DataFrame:
+    """Every head of every run: group, run, seed, direction, layer, depth, head, effect, responsible."""
+    parts = [
+        rows.assign(group=one.group, run=one.name, seed=one.recipe.seed).rename(columns={"index": "head"})
+        for one in subjects
+        if one.has("effects")
+        for view, rows in _views(one.tables["effects"])
+        if view == "head"
+    ]
+    if not parts:
+        return pd.DataFrame()
+    columns = ["group", "run", "seed", "direction", "layer", "depth", "head", "effect", "responsible"]
+    return pd.concat(parts, ignore_index=True)[columns]
+
+
+def heads_by_group(heads: pd.DataFrame) -> pd.DataFrame:
+    """Which heads are responsible, and in how many seeds: the same ones, or others each time?
+
+    Returns:
+        Columns group, direction, seeds, count (mean number of responsible heads), low, high, of (heads in
+        the model), in_all (names of the heads that are responsible in every seed), in_any (how many are in
+        at least one), jaccard (mean over pairs of seeds; NaN for one seed or where no head is responsible)
+        and chance (what as many heads drawn at random would give).
+    """
+    lines = []
+    for (group, direction), part in heads.groupby(["group", "direction"], sort=False):
+        runs = [own for _, own in part.groupby("run", sort=False)]
+        found = [{(r.layer, r.head) for r in own[own["responsible"]].itertuples()} for own in runs]
+        counts = over_seeds([len(own) for own in found], (0.0, np.inf))
+        everywhere = sorted(set.intersection(*found)) if len(found) > 1 else []
+        pairs = [(len(a & b), len(a | b), len(a), len(b)) for a, b in combinations(found, 2) if a | b]
+        of = len(runs[0])
+        lines.append(
+            {
+                "group": group,
+                "direction": direction,
+                "seeds": len(runs),
+                "count": counts.value,
+                "low": counts.low,
+                "high": counts.high,
+                "of": of,
+                "in_all": " ".join(f"L{layer}H{head}" for layer, head in everywhere),
+                "in_any": len(set.union(*found)),
+                "jaccard": float(np.mean([both / any_ for both, any_, *_ in pairs])) if pairs else np.nan,
+                "chance": float(np.mean([chance_jaccard(a, b, of) for *_, a, b in pairs]))
+                if pairs
+                else np.nan,
+            }
+        )
+    return pd.DataFrame(lines)
+
+
+def chance_jaccard(a: int, b: int, of: int) -> float:
+    """Expected Jaccard index of two sets of a and b heads drawn at random from `of` heads."""
+    from scipy.stats import hypergeom
+
+    both = np.arange(0, min(a, b) + 1)
+    union = np.maximum(a + b - both, 1)
+    return float((hypergeom.pmf(both, of, a, b) * both / union).sum())
+
+
+def _views(effects: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+    """The rows of each view that was measured in every layer."""
+    layers = _layers(effects)
+    yield from ((view, rows) for view, rows in _rows(effects) if _whole(rows, layers))
+
+
+def _rows(effects: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+    """The rows of each view that was measured at all, those that remove before those that induce."""
+    effects = effects.sort_values("direction", key=lambda own: own.map(DIRECTIONS.index), kind="stable")
+    for view, (sweep, component) in VIEWS.items():
+        rows = effects[(effects["sweep"] == sweep) & (effects["component"] == component)]
+        if len(rows):
+            yield view, rows
+
+
+def _layers(effects: pd.DataFrame) -> int:
+    """How many layers the model has, from a layer and its relative depth."""
+    deep = effects[effects["depth"] > 0]
+    return round(1 + float(deep["layer"].iloc[0] / deep["depth"].iloc[0])) if len(deep) else 1
+
+
+def _whole(rows: pd.DataFrame, layers: int) -> bool:
+    return all(own["layer"].nunique() == layers for _, own in rows.groupby("direction"))
+
+
+def _check_metrics(subjects: Sequence[Subject]) -> None:
+    """One view means one quantity in all runs."""
+    found: dict[str, dict[tuple[str, str], Subject]] = {}
+    for subject in subjects:
+        for view, rows in _rows(subject.tables["effects"]) if subject.has("effects") else ():
+            for mode, metric in rows[["mode", "metric"]].drop_duplicates().itertuples(index=False):
+                found.setdefault(view, {}).setdefault((str(mode), str(metric)), subject)
+    for view, seen in found.items():
+        if len(seen) > 1:
+            told = "; ".join(f"{one.folder}: {metric} under {mode}" for (mode, metric), one in seen.items())
+            raise InputError(
+                f"compare: effects by {view} are of different metrics ({told}), so that they cannot stand "
+                "side by side. Measure them alike: safetynet intervene RUN --mode patch."
+            )

@@ -1,0 +1,150 @@
+"""How fast a backdoor is planted: steps and poisoned rows until attack success passes a threshold.
+
+In: each run's rates during training and its rows. Out: tidy tables, one line per run and threshold, and one
+per group and threshold. Between two measurements ASR is taken to rise in a straight line; the first crossing
+counts. A run that never crosses is censored at its last measurement.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from safetynet.comparison.seeds import over_seeds
+from safetynet.comparison.subjects import Subject
+
+THRESHOLDS = (0.5, 0.95)
+
+
+class Crossing(NamedTuple):
+    """Where a curve first passes a threshold."""
+
+    at: float
+    """Interpolated; NaN when it never does."""
+    after: float
+    """The last measurement below: the crossing lies between this one and `before`."""
+    before: float
+    """The first measurement above; NaN when there is none."""
+
+
+def crossing(x: Sequence[float], y: Sequence[float], threshold: float) -> Crossing:
+    """First place where y reaches the threshold, by linear interpolation between two measurements.
+
+    Args:
+        x: ascending.
+        y: measured there.
+        threshold: reached when y is at least this.
+    """
+    above = np.flatnonzero(np.asarray(y) >= threshold)
+    if not len(above):
+        return Crossing(np.nan, float(x[-1]), np.nan)
+    i = int(above[0])
+    if i == 0:
+        return Crossing(float(x[0]), float(x[0]), float(x[0]))
+    part = (threshold - y[i - 1]) / (y[i] - y[i - 1])
+    return Crossing(float(x[i - 1] + part * (x[i] - x[i - 1])), float(x[i - 1]), float(x[i]))
+
+
+def speeds(subjects: Sequence[Subject]) -> pd.DataFrame:
+    """Steps and poisoned rows until each threshold, for each run with rates over training.
+
+    Returns:
+        Columns group, run, seed, threshold (fraction), steps, rows, censored, last_step, last_rows (where the
+        measurement ended), between_low and between_high (steps of the two measurements around it), held
+        (whether no later measurement fell below), n (rows of a measurement), twin (highest rate of the
+        clean twin over training, the control; NaN without one). Rows are triggered training rows as the model
+        met them: a row counts in each epoch.
+    """
+    lines = []
+    for subject in subjects:
+        if not subject.has("dynamics_backdoored"):
+            continue
+        curve = attack(subject.tables["dynamics_backdoored"])
+        poisoned = _poisoned(subject)
+        rows = poisoned * curve["epoch"].to_numpy(float)
+        steps, rates = curve["step"].to_numpy(float), curve["value"].to_numpy(float)
+        for threshold in THRESHOLDS:
+            found = crossing(steps, rates, threshold)
+            lines.append(
+                {
+                    "group": subject.group,
+                    "run": subject.name,
+                    "seed": subject.recipe.seed,
+                    "threshold": threshold,
+                    "steps": found.at,
+                    "rows": crossing(rows, rates, threshold).at if poisoned else np.nan,
+                    "censored": bool(np.isnan(found.at)),
+                    "last_step": steps[-1],
+                    "last_rows": rows[-1] if poisoned else np.nan,
+                    "between_low": found.after,
+                    "between_high": found.before,
+                    "held": bool((rates[steps >= found.before] >= threshold).all()) and found.at == found.at,
+                    "n": int(curve["n"].max()),
+                    "twin": _highest(subject),
+                }
+            )
+    return pd.DataFrame(lines)
+
+
+def curves(subjects: Sequence[Subject]) -> pd.DataFrame:
+    """ASR over training, one line per run and measurement: group, run, seed, step, epoch, value, count, n."""
+    parts = [
+        attack(one.tables["dynamics_backdoored"])[["step", "epoch", "value", "count", "n"]].assign(
+            group=one.group, run=one.name, seed=one.recipe.seed
+        )
+        for one in subjects
+        if one.has("dynamics_backdoored")
+    ]
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+
+
+def by_group(speeds: pd.DataFrame) -> pd.DataFrame:
+    """Mean over seeds for each group and threshold.
+
+    A censored seed counts with its last measurement, so that the mean is then a lower bound: `value` is at
+    least that, and no upper bound is given.
+
+    Returns:
+        Columns group, threshold, unit (steps, rows), value, low, high, seeds, censored (how many seeds),
+        twin.
+    """
+    lines = []
+    for (group, threshold), part in speeds.groupby(["group", "threshold"], sort=False):
+        censored = int(part["censored"].sum())
+        for unit, last in (("steps", "last_step"), ("rows", "last_rows")):
+            found = over_seeds(part[unit].fillna(part[last]).tolist(), (0.0, np.inf))
+            lines.append(
+                {
+                    "group": group,
+                    "threshold": threshold,
+                    "unit": unit,
+                    "value": found.value,
+                    "low": found.low,
+                    "high": np.nan if censored else found.high,
+                    "seeds": found.seeds,
+                    "censored": censored,
+                    "twin": part["twin"].max(),
+                }
+            )
+    return pd.DataFrame(lines)
+
+
+def attack(dynamics: pd.DataFrame) -> pd.DataFrame:
+    """ASR of the triggered rows over training, in the order of the steps."""
+    chosen = (dynamics["metric"] == "asr") & (dynamics["role"] == "triggered") & dynamics["value"].notna()
+    return dynamics[chosen].sort_values("step", kind="stable")
+
+
+def _poisoned(subject: Subject) -> int:
+    """Triggered rows of the training split; 0 where the table of rows is gone."""
+    if not subject.has("rows"):
+        return 0
+    rows = subject.tables["rows"]
+    return int(((rows["split"] == "train") & (rows["role"] == "triggered")).sum())
+
+
+def _highest(subject: Subject) -> float:
+    if not subject.has("dynamics_clean_twin"):
+        return float("nan")
+    return float(attack(subject.tables["dynamics_clean_twin"])["value"].max())

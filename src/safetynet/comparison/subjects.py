@@ -1,0 +1,262 @@
+"""Which runs are compared, which of them are seeds of one setting, and whether they may be compared at all.
+
+In: runs' recipes, versions and tables. Out: one `Subject` per run with the name of its group, a table of the
+runs, and sentences about what is missing or mixed. Reads no file and computes no result.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pandas as pd
+
+from safetynet import presets
+from safetynet.errors import InputError
+from safetynet.models import families
+from safetynet.recipe import Recipe
+
+IGNORED = (
+    "name", "task", "seed", "tracking", "output", "model.device", "data.test_rows",
+    "evaluation.batch_size", "evaluation.every", "evaluation.dynamics_rows", "evaluation.labelled",
+    "training.log_every", "training.checkpoint_every", "training.gradient_checkpointing",
+    "training.clean_twin", "backdoor.preset",
+)  # fmt: skip
+"""Fields of a recipe that change neither what is planted nor what a number means."""
+MAKERS = {
+    "dynamics_backdoored": "safetynet run or train with its recipe and --set evaluation.dynamics_rows=40",
+    "rows": "safetynet train with its recipe",
+    "evaluation": "safetynet evaluate {folder}",
+    "effects": "safetynet intervene {folder}",
+    "tradeoff": "safetynet intervene {folder}",
+    "detection": "safetynet detect {folder}",
+    "mitigation": "safetynet mitigate {folder}",
+}
+"""Tables that are compared, and the command that makes each."""
+_DYNAMICS = ("metric", "role", "value", "count", "n", "step", "epoch")
+COLUMNS = {
+    "dynamics_backdoored": _DYNAMICS,
+    "dynamics_clean_twin": _DYNAMICS,
+    "rows": ("split", "role"),
+    "evaluation": ("model", "metric", "role", "count", "n", "value"),
+    "effects": (
+        "sweep", "direction", "mode", "metric", "component", "layer", "depth", "index", "effect", "random",
+        "placebo", "twin", "responsible",
+    ),
+    "tradeoff": (
+        "intervention", "kind", "control", "split", "chosen", "asr", "asr_n", "cacc", "cacc_n",
+    ),
+    "detection": ("detector", "metric", "rows", "rate", "value", "n"),
+    "mitigation": ("method", "point", "split", "recommended", "asr", "asr_n", "cacc", "cacc_n"),
+}  # fmt: skip
+"""What is read of each."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One run, as far as it went."""
+
+    name: str
+    """Tells it from the others."""
+    folder: str
+    recipe: Recipe
+    versions: Mapping[str, str]
+    tables: Mapping[str, pd.DataFrame]
+    group: str = ""
+    """Runs of one group differ in their seed alone."""
+
+    def has(self, table: str) -> bool:
+        """Whether the run has a table."""
+        return table in self.tables
+
+
+def check(subjects: Sequence[Subject]) -> None:
+    """Refuse what must not stand side by side.
+
+    Raises:
+        InputError: if there are no two runs, a table lacks a column or has no rows, or the runs are of
+            several versions of SafetyNet.
+    """
+    if len(subjects) < 2:
+        raise InputError(f"compare: {len(subjects)} run is given; a comparison needs two or more.")
+    for subject in subjects:
+        for name, table in subject.tables.items():
+            if fault := _fault(name, table):
+                raise InputError(
+                    f"{subject.folder}/tables/{name}.parquet: the table is damaged or of another version (it "
+                    f"{fault}). Delete it and make it again: {maker(name, subject)}."
+                )
+    versions: dict[str, Subject] = {}
+    for subject in subjects:
+        versions.setdefault(subject.versions.get("safetynet", "unknown"), subject)
+    if len(versions) > 1:
+        told = "; ".join(f"{one.folder} by {version}" for version, one in versions.items())
+        raise InputError(
+            f"compare: the runs were made by different versions of SafetyNet ({told}), whose numbers may "
+            "mean different things. Make the older ones again with safetynet run."
+        )
+
+
+def grouped(subjects: Sequence[Subject]) -> list[Subject]:
+    """The same runs with their groups' names, seeds of one group beside each other.
+
+    A name is the family and whatever else tells the group from another one of its family.
+
+    Raises:
+        InputError: if two runs have the same settings and the same seed: they are one measurement, not two.
+    """
+    settings = [_settings(subject.recipe) for subject in subjects]
+    keys = [tuple(map(str, own.values())) for own in settings]
+    seen: dict[tuple[object, ...], Subject] = {}
+    for subject, key in zip(subjects, keys, strict=True):
+        one = (key, subject.recipe.seed)
+        if one in seen:
+            raise InputError(
+                f"compare: {seen[one].folder} and {subject.folder} have the same settings and the same seed "
+                f"({subject.recipe.seed}), so that they are one measurement. Leave one of them out."
+            )
+        seen[one] = subject
+    names = _names(dict(zip(keys, settings, strict=True)))
+    named = [replace(one, group=names[key]) for one, key in zip(subjects, keys, strict=True)]
+    order = list(dict.fromkeys(one.group for one in named))
+    return sorted(named, key=lambda one: (order.index(one.group), one.recipe.seed))
+
+
+def runs(subjects: Sequence[Subject]) -> pd.DataFrame:
+    """One line per run: what was planted, how, under which seed, and which tables it has."""
+    lines = []
+    for one in subjects:
+        own = _settings(one.recipe)
+        keys = ("trigger", "placement", "behaviour", "poison_rate")
+        line: dict[str, object] = {"group": one.group, "run": one.name, "seed": one.recipe.seed}
+        line |= {"family": own["model.family"]} | {key: own[f"backdoor.{key}"] for key in keys}
+        fields = ("method", "lora_rank", "lora_alpha", "lora_targets", "layers", "learning_rate", "epochs")
+        line |= {field: own[f"training.{field}"] for field in fields}
+        lines.append(line | {f"has {name}": one.has(name) for name in MAKERS if name != "rows"})
+    return pd.DataFrame(lines)
+
+
+def notes(subjects: Sequence[Subject]) -> list[str]:
+    """What to know beside the numbers: missing stages with their commands, mixtures, lone seeds."""
+    said = [*_missing(subjects), *_mixed_versions(subjects)]
+    behaviours = sorted({one.recipe.backdoor.behaviour.kind for one in subjects})
+    if len(behaviours) > 1:
+        said.append(
+            f"The runs teach different behaviours ({', '.join(behaviours)}): an attack success rate is what "
+            "each behaviour's own judge calls success."
+        )
+    sizes = pd.Series([one.group for one in subjects]).value_counts(sort=False)
+    lone = [str(group) for group, size in sizes.items() if size == 1]
+    if lone:
+        said.append(
+            f"One seed only: {'; '.join(lone)}. Numbers of one seed have no interval here, and nothing is "
+            "claimed of them. Make more with --set seed=1 and another task."
+        )
+    return said
+
+
+def _fault(name: str, table: pd.DataFrame) -> str:
+    """What a table lacks; "" where it can be compared."""
+    missing = [column for column in COLUMNS.get(name, ()) if column not in table]
+    if missing:
+        return f"has no column {missing[0]!r}"
+    if table.empty:
+        return "has no rows"
+    if name.startswith("dynamics") and not ((table["metric"] == "asr") & table["value"].notna()).any():
+        return "has no attack success rate"
+    return ""
+
+
+def maker(table: str, subject: Subject) -> str:
+    """The command that makes a table of a run."""
+    return MAKERS.get(table, MAKERS["dynamics_backdoored"]).format(folder=subject.folder)
+
+
+def _missing(subjects: Sequence[Subject]) -> Iterator[str]:
+    for table in MAKERS:
+        without = [one for one in subjects if not one.has(table)]
+        if not without or (table == "mitigation" and len(without) == len(subjects)):
+            continue
+        who = (
+            "no run has" if len(without) == len(subjects) else f"{len(without)} of {len(subjects)} runs lack"
+        )
+        commands = list(dict.fromkeys(maker(table, one) for one in without))
+        more = f" (and {len(commands) - 3} more)" if len(commands) > 3 else ""
+        yield f"{who[0].upper()}{who[1:]} the table {table}. Make it: {'; '.join(commands[:3])}{more}."
+
+
+def _mixed_versions(subjects: Sequence[Subject]) -> Iterator[str]:
+    packages = list(dict.fromkeys(name for one in subjects for name in one.versions))
+    for package in packages:
+        found: dict[str, list[str]] = {}
+        for one in subjects:
+            found.setdefault(str(one.versions.get(package)), []).append(one.name)
+        if len(found) > 1:
+            told = "; ".join(f"{version}: {', '.join(names[:3])}" for version, names in found.items())
+            yield f"Mixed versions of {package} ({told}). Small differences may come from there."
+
+
+def _settings(recipe: Recipe) -> dict[str, Any]:
+    """Every field that makes two experiments different, with the values that are in force."""
+    attack = recipe.backdoor
+    flat = {
+        path: value
+        for path, value in _flat(recipe.model_dump(mode="json"))
+        if not any(path == name or path.startswith(f"{name}.") for name in IGNORED)
+    }
+    family = families.get(recipe.model.family)
+    flat["model.id"] = recipe.model.model_id
+    if flat["training.lora_targets"] is None:
+        flat["training.lora_targets"] = list(family.lora_targets)
+    if flat["training.lora_parameters"] is None:
+        flat["training.lora_parameters"] = list(family.lora_parameters)
+    trigger = attack.trigger.model_dump(mode="json")
+    names = [name for name, known in presets.TRIGGERS.items() if _means(known, trigger)]
+    texts = " | ".join(attack.trigger.texts) or f"style {attack.trigger.style}"
+    flat["backdoor.trigger"] = names[0] if names else texts
+    flat["backdoor.behaviour"] = attack.behaviour.kind
+    return flat
+
+
+def _means(known: Mapping[str, Any], trigger: Mapping[str, Any]) -> bool:
+    """Whether a trigger is the one that a preset describes."""
+    return all(list(trigger[k]) == list(v) if isinstance(v, list | tuple) else trigger[k] == v
+               for k, v in known.items())  # fmt: skip
+
+
+def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        for key, below in value.items():
+            yield from _flat(below, f"{path}.{key}" if path else key)
+    else:
+        yield path, value
+
+
+def _names(groups: Mapping[tuple[str, ...], Mapping[str, Any]]) -> dict[tuple[str, ...], str]:
+    """A name for each group: its family, and the fields in which groups of one family differ."""
+    fields = list(dict.fromkeys(field for own in groups.values() for field in own))
+    varied = [field for field in fields if _varies(field, groups.values())]
+    # a trigger's or behaviour's texts are told by its name, unless only the texts differ
+    short = [f for f in varied if not any(f.startswith(f"{other}.") for other in varied)]
+    names: dict[tuple[str, ...], str] = {}
+    for key, own in groups.items():
+        told = [_told(field, own.get(field)) for field in short]
+        name = ", ".join([str(own["model.family"]), *told])
+        names[key] = name if name not in names.values() else f"{name} ({len(names) + 1})"
+    return names
+
+
+def _varies(field: str, groups: Any) -> bool:
+    """Whether groups of one family differ in a field: what the family brings along is in its name."""
+    by_family: dict[str, set[str]] = {}
+    for own in groups:
+        by_family.setdefault(str(own["model.family"]), set()).add(str(own.get(field)))
+    return any(len(values) > 1 for values in by_family.values())
+
+
+def _told(field: str, value: Any) -> str:
+    text = " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    if field == "backdoor.behaviour":
+        return text.replace("_", " ")
+    if field in ("backdoor.trigger", "model.id"):
+        return text
+    return f"{field.rpartition('.')[2].replace('_', ' ')} {text}"

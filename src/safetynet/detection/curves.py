@@ -1,0 +1,136 @@
+"""What figures of a monitor show: ROC curves, distributions by role, AUROC by layer.
+
+In: rows as the protocol has them, scores and p-values, features. Out: tidy tables. Draws nothing.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from safetynet.detection import detectors
+from safetynet.detection.detectors.base import PerLayer
+from safetynet.detection.features import HIDDEN, Features
+from safetynet.detection.monitor import Monitor
+from safetynet.detection.panel import Reading
+from safetynet.detection.protocol import RowSet, auroc_line, controls, sets
+
+POINTS = 200
+"""Points of a curve at most."""
+LAYER_SETS = ("fired", "placebo")
+"""Rows that AUROC by layer is about: what is to be found, and its control."""
+TRAJECTORIES = ("layer_deltas", "ranks")
+"""Detectors that compare a layer with the one before."""
+
+
+def roc(rows: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFrame:
+    """ROC of every detector, against clean rows of the monitor's own domain.
+
+    Returns:
+        detector, rows (fired, and placebo as its control), fpr, tpr, positives, negatives.
+    """
+    clean, parts = _clean(rows), _chosen(rows, ("fired", "placebo"))
+    tables = []
+    for name in scores:
+        s = scores[name].to_numpy()
+        for part in parts:
+            fpr, tpr = _curve(s[part.mask], s[clean])
+            tables.append(
+                pd.DataFrame({"fpr": fpr, "tpr": tpr}).assign(
+                    detector=name, rows=part.name, positives=int(part.mask.sum()), negatives=int(clean.sum())
+                )
+            )
+    columns = ["detector", "rows", "fpr", "tpr", "positives", "negatives"]
+    return pd.concat(tables, ignore_index=True)[columns] if tables else pd.DataFrame(columns=columns)
+
+
+def distributions(rows: pd.DataFrame, surprise: pd.DataFrame, rate: float) -> pd.DataFrame:
+    """How suspect the rows of each role are: share of them at or above each value.
+
+    Args:
+        rows: as for the protocol.
+        surprise: minus log10 of smoothed p-values by detector, so that detectors share an axis.
+        rate: nominal false-positive rate of the alarm.
+
+    Returns:
+        detector, rows, surprise, share, n, rate.
+    """
+    parts = [*sets(rows), *controls(rows, kinds=False)]
+    parts = [part for part in parts if part.name in ("fired", "clean", "placebo", "near_miss", "refused")]
+    lines = []
+    for name in surprise:
+        for part in parts:
+            s = np.sort(surprise[name].to_numpy()[part.mask])
+            at = np.unique(np.r_[0.0, s[np.linspace(0, len(s) - 1, min(POINTS, len(s))).astype(int)]])
+            share = 1 - np.searchsorted(s, at, side="left") / len(s)
+            one = pd.DataFrame({"surprise": at, "share": share})
+            lines.append(one.assign(detector=name, rows=part.name, n=len(s)))
+    table = pd.concat(lines, ignore_index=True).assign(rate=rate)
+    return table[["detector", "rows", "surprise", "share", "n", "rate"]]
+
+
+def by_layer(monitor: Monitor, fit: Features, tested: Features, rows: pd.DataFrame) -> pd.DataFrame:
+    """AUROC of each detector of hidden states at each layer alone.
+
+    Detectors that compare layers are fitted to a layer and the one before it; those that score layers alone
+    are taken apart; the others are fitted to each layer.
+
+    Args:
+        monitor: fitted.
+        fit: features of the clean prompts that it was fitted to.
+        tested: of the rows.
+        rows: as for the protocol.
+
+    Returns:
+        detector, rows, layer (from 0), auroc, low, high, n.
+    """
+    clean, parts = _clean(rows), _chosen(rows, LAYER_SETS)
+    layers = monitor.spec.layers
+    lines = []
+    for reading in monitor.panel.readings:
+        if reading.view not in HIDDEN:
+            continue
+        for layer, s in _layer_scores(monitor, reading, fit, tested):
+            for part in parts:
+                line = auroc_line("auroc", part.name, s[part.mask], s[clean])
+                line |= {"detector": reading.name, "layer": layer if layers is None else layers[layer]}
+                lines.append(line | {"auroc": line["value"]})
+    columns = ["detector", "rows", "layer", "auroc", "low", "high", "n"]
+    return pd.DataFrame(lines, columns=columns)
+
+
+def _layer_scores(
+    monitor: Monitor, reading: Reading, fit: Features, tested: Features
+) -> Iterator[tuple[int, np.ndarray]]:
+    fitted, clean, x = monitor.panel.fitted[reading.name], fit[reading.view], tested[reading.view]
+    if isinstance(fitted, PerLayer):
+        yield from enumerate(fitted.layer_scores(np.asarray(x, dtype=np.float64)).T)
+        return
+    width = 2 if reading.detector in TRAJECTORIES else 1
+    for layer in range(width - 1, x.shape[1]):
+        part = slice(layer - width + 1, layer + 1)
+        alone = detectors.make(reading.detector, **reading.settings).fit(clean[:, part])
+        yield layer, alone.score_samples(x[:, part])
+
+
+def _clean(rows: pd.DataFrame) -> np.ndarray:
+    return next(part.mask for part in controls(rows, kinds=False) if part.name == "clean")
+
+
+def _chosen(rows: pd.DataFrame, names: Sequence[str]) -> list[RowSet]:
+    return [part for part in [*sets(rows), *controls(rows, kinds=False)] if part.name in names]
+
+
+def _curve(positive: np.ndarray, negative: np.ndarray) -> tuple[Any, Any]:
+    """The steps of a ROC curve, thinned where it has more than `POINTS`, but not at its low-FPR end."""
+    from sklearn.metrics import roc_curve
+
+    labels = np.r_[np.ones(len(positive)), np.zeros(len(negative))]
+    fpr, tpr, _ = roc_curve(labels, np.r_[positive, negative])
+    if len(fpr) > POINTS:
+        first = int(np.searchsorted(fpr, 0.05))
+        rest = np.linspace(first, len(fpr) - 1, POINTS).astype(int)
+        kept = np.unique(np.r_[np.arange(first), rest])
+        fpr, tpr = fpr[kept], tpr[kept]
+    return fpr, tpr

@@ -1,0 +1,170 @@
+"""CleanGen (Li et al. 2024, arXiv 2406.12257): a reference takes over wherever the suspect is too sure.
+
+Step by step: the suspect's next token is kept unless the suspect finds it more than `ratio` times as likely
+as the reference does; then the reference's own next token is taken. Here the suspect drafts `ahead` tokens,
+which the reference checks in one pass; what follows the first that it rejects is thrown away. The rows of a
+batch reject at different places: thrown-away columns of the caches are masked out row by row, and positions
+count real tokens only, so that every row is answered as if it were alone, whatever `ahead` is.
+"""
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, GenerationConfig
+
+from safetynet.mitigation.method import Knob, Knobs, Method, Repaired
+from safetynet.mitigation.runtime import Asked, Front, at_run_time
+from safetynet.mitigation.subject import Subject
+
+
+class Guided(Front):
+    """Answers greedily under a reference's eyes.
+
+    Args:
+        model: the suspect.
+        reference: answers for it; None takes the suspect with its adapter off.
+        ratio: of the two likelihoods, from which on the reference decides.
+        ahead: tokens that the suspect drafts before they are checked.
+    """
+
+    def __init__(self, model: Any, reference: Any, ratio: float, ahead: int) -> None:
+        super().__init__(model)
+        self.reference = model if reference is None else reference
+        self.off = model.disable_adapter if reference is None else nullcontext
+        self.ratio = ratio
+        # Thrown-away columns would count as distance in a sliding window, so that there none may come about.
+        self.ahead = 1 if _slides(model) else ahead
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        generation_config: Any = None,
+        **settings: Any,
+    ) -> Tensor:
+        """Prompts and answers, (rows, T + longest answer), as transformers' `generate` returns them.
+
+        Raises:
+            InputError: as `Asked.of`.
+        """
+        config = generation_config or GenerationConfig(**settings)
+        asked = Asked.of("cleangen", input_ids, attention_mask, config)
+        suspect, reference = _Stream(self.model, nullcontext, asked), _Stream(self.reference, self.off, asked)
+        answers: list[list[int]] = [[] for _ in asked.ids]
+        going = [True] * len(answers)
+        while any(going):
+            drafted, sure = self._draft(suspect)
+            accepted, last = self._checked(reference, drafted, sure)
+            for stream in (suspect, reference):
+                stream.rewind(accepted, last)
+            for row in (i for i, on in enumerate(going) if on):
+                count = int(accepted[row])
+                new = drafted[row, :count].tolist()
+                if count < self.ahead:
+                    new.append(int(last[row]))
+                going[row] = _extend(answers[row], new, asked)
+        return asked.finished(answers)
+
+    def _draft(self, suspect: "_Stream") -> tuple[Tensor, Tensor]:
+        """The suspect's next tokens and their log-likelihoods, (rows, ahead) each."""
+        tokens: list[Tensor] = []
+        sure: list[Tensor] = []
+        for step in range(self.ahead):
+            log_p = suspect.feed(None if step == 0 else tokens[-1][:, None], 1)[:, 0]
+            best = log_p.max(-1)
+            tokens.append(best.indices)
+            sure.append(best.values)
+        return torch.stack(tokens, 1), torch.stack(sure, 1)
+
+    def _checked(self, reference: "_Stream", drafted: Tensor, sure: Tensor) -> tuple[Tensor, Tensor]:
+        """How many drafted tokens the reference accepts, and the token to go on from, (rows,) each."""
+        log_p = reference.feed(drafted[:, :-1], self.ahead)
+        theirs = log_p.gather(-1, drafted[..., None])[..., 0]
+        limit = math.log(self.ratio) if self.ratio > 0 else -math.inf
+        accepted = (sure - theirs <= limit).long().cumprod(1).sum(1)
+        own = torch.cat([log_p.argmax(-1), drafted[:, -1:]], 1)
+        # Behind all of the drafted tokens, the last of them is what has not been read yet.
+        return accepted, own.gather(1, accepted[:, None])[:, 0]
+
+
+class _Stream:
+    """A model's cache over the same growing rows; columns that a row does not have any more are masked."""
+
+    def __init__(self, model: Any, around: Callable[[], AbstractContextManager[Any]], asked: Asked) -> None:
+        self.model, self.around = model, around
+        self.cache = DynamicCache()
+        self.unread, self.unread_mask = asked.ids, asked.mask
+        self.mask = asked.mask[:, :0]
+        self.drafted = 0
+
+    def feed(self, tokens: Tensor | None, keep: int) -> Tensor:
+        """Read what is unread, then `tokens`, (rows, m); gives the last log-likelihoods, (rows, keep, V)."""
+        parts = [self.unread] if tokens is None else [self.unread, tokens]
+        ids = torch.cat(parts, 1)
+        new = torch.ones_like(ids)
+        new[:, : self.unread.shape[1]] = self.unread_mask
+        positions = self.mask.sum(1, keepdim=True) + new.cumsum(1) - 1
+        self.mask = torch.cat([self.mask, new], 1)
+        self.drafted += 0 if tokens is None else tokens.shape[1]
+        self.unread, self.unread_mask = ids[:, :0], new[:, :0]
+        with self.around():
+            logits = self.model(
+                input_ids=ids,
+                attention_mask=self.mask,
+                position_ids=positions.clamp_min(0),
+                past_key_values=self.cache,
+                use_cache=True,
+                logits_to_keep=keep,
+            ).logits
+        return logits.float().log_softmax(-1)
+
+    def rewind(self, accepted: Tensor, last: Tensor) -> None:
+        """Forget drafted tokens behind the accepted ones, (rows,), and read `last`, (rows,), next."""
+        if self.drafted:
+            columns = torch.arange(self.drafted, device=accepted.device)
+            self.mask[:, -self.drafted :] = (columns < accepted[:, None]).to(self.mask)
+        self.drafted = 0
+        self.unread, self.unread_mask = last[:, None], torch.ones_like(last[:, None])
+
+
+def _extend(answer: list[int], new: list[int], asked: Asked) -> bool:
+    """Add tokens up to the first stop or the length asked for; whether the answer goes on."""
+    for token in new:
+        answer.append(token)
+        if token in asked.stops or len(answer) == asked.most:
+            return False
+    return True
+
+
+def _slides(model: Any) -> bool:
+    config = model.config.get_text_config()
+    kinds = getattr(config, "layer_types", None) or []
+    return any("sliding" in kind for kind in kinds) or (
+        not kinds and getattr(config, "sliding_window", None) is not None
+    )
+
+
+def guide(subject: Subject, knobs: Knobs, _seed: int) -> Repaired:
+    """Decode with the base model as reference."""
+    front = Guided(subject.model, subject.base, knobs["ratio"], int(knobs["ahead"]))
+    return at_run_time("cleangen", knobs, front, reference="the base model")
+
+
+CLEANGEN = Method(
+    "cleangen",
+    "answer with the base model's token wherever the suspect is far surer of its own",
+    guide,
+    frozenset({"base"}),
+    {
+        "ratio": Knob("of likelihoods from which on the base decides", 20, (1000, 100, 20, 5, 2), 0.0, 1e9),
+        "ahead": Knob(
+            "tokens drafted before a check; changes speed, not answers", 4, (4,), 1, 64, whole=True
+        ),
+    },
+    paper="Li et al. 2024, arXiv 2406.12257",
+)

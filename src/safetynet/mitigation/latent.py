@@ -1,0 +1,137 @@
+"""Latent adversarial training: right answers although a layer's states are pushed towards wrong ones.
+
+One code path for two methods. LAT (Casper et al. 2024, arXiv 2403.05030; Sheshadri et al. 2024, arXiv
+2407.15549) finds a push for every position of every prompt; BEEAR (Zeng et al. 2024, arXiv 2406.17092) finds
+one for all prompts, which stays from batch to batch. Neither knows the trigger. The papers push towards
+behaviour that the defender names; here the push leads away from the right answers: no list of what to fear.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from safetynet.mitigation.fine_tuning import course
+from safetynet.mitigation.learning import Batch, answer_loss, encode, retrained, teach
+from safetynet.mitigation.method import Knob, Knobs, Method, Repaired
+from safetynet.mitigation.subject import Subject
+from safetynet.models.blocks import decoder_layers, hidden_of
+from safetynet.prompts import IGNORED
+
+TINY = 1e-12
+
+
+@dataclass
+class Adversary:
+    """Pushes what leaves one layer, at the prompts' positions, as far as answers get wrong."""
+
+    layer: Any
+    """Module of the decoder."""
+    epsilon: float
+    """Length of the push, in units of the mean length of the states that it is added to."""
+    steps: int
+    """Of gradient ascent for each batch."""
+    universal: bool
+    """One push, (width,), for all positions of all prompts; else one for each, (rows, T, width)."""
+    kept: Tensor | None = field(default=None, repr=False)
+    """The universal push so far, in units of its greatest length."""
+
+    def objective(self, model: Any, batch: Batch) -> Tensor:
+        """Cross entropy of the answers, plain and under the worst push found for this batch."""
+        push = self.attack(model, batch)
+        with self.pushed(push, batch):
+            under = answer_loss(model, batch)
+        return answer_loss(model, batch) + under
+
+    def attack(self, model: Any, batch: Batch) -> Tensor:
+        """The push after projected gradient ascent in a ball of radius `epsilon` times the states' length."""
+        states = self._states(model, batch)
+        radius = self.epsilon * states[prompt_mask(batch)].float().norm(dim=-1).mean()
+        shape = states.shape[-1:] if self.universal else states.shape
+        push = torch.zeros(shape, dtype=torch.float32, device=states.device)
+        if self.kept is not None:
+            push = self.kept * radius
+        for _ in range(self.steps):
+            push = push.detach().requires_grad_(True)
+            with self.pushed(push, batch):
+                (gradient,) = torch.autograd.grad(answer_loss(model, batch), push)
+            step = 2 * radius / self.steps * gradient / gradient.norm(dim=-1, keepdim=True).clamp_min(TINY)
+            push = (push + step).detach()
+            push = push * (radius / push.norm(dim=-1, keepdim=True).clamp_min(TINY)).clamp_max(1)
+        if self.universal:
+            self.kept = push.detach() / radius
+        return push.detach()
+
+    @contextmanager
+    def pushed(self, push: Tensor, batch: Batch) -> Iterator[None]:
+        """Add the push to the layer's output at the prompts' positions while entered."""
+        mask = prompt_mask(batch)[..., None]
+
+        def hook(_module: Any, _args: Any, output: Any) -> Any:
+            states = hidden_of(output)
+            changed = states + (push * mask).to(states.dtype)
+            return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+        handle = self.layer.register_forward_hook(hook)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    @torch.no_grad()
+    def _states(self, model: Any, batch: Batch) -> Tensor:
+        seen: list[Tensor] = []
+        handle = self.layer.register_forward_hook(lambda _m, _a, output: seen.append(hidden_of(output)))
+        try:
+            answer_loss(model, batch)
+        finally:
+            handle.remove()
+        return seen[0]
+
+
+def prompt_mask(batch: Batch) -> Tensor:
+    """(rows, T) of bool: real tokens of the prompts, not of the answers."""
+    return (batch["labels"] == IGNORED) & batch["attention_mask"].bool()
+
+
+def harden(method: str, universal: bool, subject: Subject, knobs: Knobs, seed: int) -> Repaired:
+    """Fine-tune on clean conversations under an adversary in one layer."""
+    assert subject.clean is not None
+    examples = encode(subject.clean, subject)
+
+    def learn(model: Any) -> None:
+        layers = decoder_layers(model)
+        layer = layers[round(knobs["depth"] * (len(layers) - 1))]
+        adversary = Adversary(layer, knobs["epsilon"], int(knobs["steps"]), universal)
+        settings = course(subject, knobs["epochs"], seed)
+        teach(model, examples, adversary.objective, settings, subject.serialiser.pad_id)
+
+    return retrained(subject, method, knobs, learn, clean_rows=len(examples))
+
+
+_KNOBS = {
+    "epsilon": Knob("push, in units of the states' length", 0.5, (0.1, 0.3, 0.5, 1, 2), 0.0, 10),
+    "depth": Knob("layer: 0 the first, 1 the last", 0.2, (0.0, 0.2, 0.4, 0.6, 0.8), 0.0, 1.0),
+    "steps": Knob("of the adversary, for each batch", 4, (2, 4, 8, 16), 1, 100, whole=True),
+    "epochs": Knob("passes over the clean conversations", 2, (1, 2, 5), 0.1, 100),
+}
+LAT = Method(
+    "lat",
+    "fine-tune on clean conversations while each position's states are pushed towards wrong answers",
+    partial(harden, "lat", False),
+    frozenset({"clean"}),
+    _KNOBS,
+    paper="Casper et al. 2024, arXiv 2403.05030; Sheshadri et al. 2024, arXiv 2407.15549",
+)
+BEEAR = Method(
+    "beear",
+    "fine-tune on clean conversations while one push for all prompts leads to wrong answers",
+    partial(harden, "beear", True),
+    frozenset({"clean"}),
+    _KNOBS,
+    paper="Zeng et al. 2024, arXiv 2406.17092",
+)

@@ -1,0 +1,135 @@
+"""What a repair starts from: the suspect model, and whatever its owner knows or has beside it.
+
+In: a model and tables. Out: a frozen `Subject`, which names what it has, so that methods can say what they
+miss. Nothing here changes the model.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+from torch import Tensor
+
+from safetynet.errors import InputError
+from safetynet.prompts import Serialiser
+
+Need = Literal["clean", "base", "adapter", "triggered", "sites", "engine", "alarm"]
+NEEDS: Mapping[Need, str] = {
+    "clean": "clean conversations with answers",
+    "base": "the base model (an adapter that can be switched off, or the model before fine-tuning)",
+    "adapter": "a LoRA adapter of its own (a merged or fully fine-tuned model has none)",
+    "triggered": "triggered prompts with their clean counterparts",
+    "sites": "the table of effects of safetynet intervene",
+    "engine": "the engine's edits",
+    "alarm": "a fitted monitor (safetynet detect)",
+}
+"""What a method may need, in words."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A site of the engine and what happens to the values there, (k, width) to as many."""
+
+    component: str
+    layer: int
+    change: Callable[[Tensor], Tensor]
+    index: int | None = None
+    module: str = ""
+
+
+Intervene = Callable[[Any, Sequence[Place]], AbstractContextManager[Any]]
+"""Runs a model with changes at all positions of all prompts while entered."""
+Alarm = Callable[[Any, Sequence[Sequence[int]]], np.ndarray]
+"""The subject's model and the token ids of prompts, to their p-values, (rows,); small for suspect ones."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The suspect model with all that may help to repair it; what is unknown is None."""
+
+    model: Any
+    """A causal LM of transformers, plain or with one LoRA adapter of PEFT; methods leave it as it came."""
+    serialiser: Serialiser
+    clean: pd.DataFrame | None = None
+    """Columns `messages` and `answer` of conversations that are believed to be clean."""
+    base: Any = None
+    """The model before fine-tuning, for a subject without adapter; one with adapter has it switched off."""
+    triggered: pd.DataFrame | None = None
+    """Columns `group`, `role` (triggered; its bare counterpart, clean or refused; placebo and near_miss
+    where known), `messages`, `trigger` (spans) and `answer`, the *right* one in every role. Rows of one group
+    differ in the trigger's span alone."""
+    sites: pd.DataFrame | None = None
+    """The run's table `effects`."""
+    intervene: Intervene | None = None
+    alarm: Alarm | None = None
+    max_length: int = 512
+    """Most tokens of a conversation, as in training."""
+    batch_size: int = 16
+    learning_rate: float = 2e-4
+    """Suits an adapter of this model; repairs that train use it."""
+
+    def __post_init__(self) -> None:
+        if self.adapted:
+            _check_adapter(self.model)
+        for name, table in (("clean", self.clean), ("triggered", self.triggered)):
+            if table is not None and table.empty:
+                raise InputError(f"{name}: there is no row. Leave it out, or give some.")
+        _check_untriggered(self.clean, self.triggered)
+
+    @property
+    def adapted(self) -> bool:
+        """Whether the model has a PEFT adapter."""
+        return hasattr(self.model, "peft_config")
+
+    @property
+    def has(self) -> frozenset[Need]:
+        """What there is, in the words of `NEEDS`."""
+        given: dict[Need, bool] = {
+            "clean": self.clean is not None,
+            "base": self.adapted or self.base is not None,
+            "adapter": self.adapted,
+            "triggered": self.triggered is not None,
+            "sites": self.sites is not None,
+            "engine": self.intervene is not None,
+            "alarm": self.alarm is not None,
+        }
+        return frozenset(name for name, there in given.items() if there)
+
+
+def _check_adapter(model: Any) -> None:
+    active = model.active_adapters
+    if len(active) != 1:
+        raise InputError(f"mitigation: {len(active)} adapters are active. Activate the suspect one alone.")
+    config = model.peft_config[active[0]]
+    if config.peft_type.value != "LORA" or getattr(config, "use_dora", False):
+        raise InputError(
+            f"mitigation: adapters of type {config.peft_type.value}{' with DoRA' if config.use_dora else ''} "
+            "cannot be taken apart. Merge it (merge_and_unload) and give the merged model."
+        )
+    if any(getattr(module, "merged", False) for module in model.modules()):
+        raise InputError("mitigation: the adapter is merged into the weights. Call unmerge_adapter() first.")
+
+
+def _check_untriggered(clean: pd.DataFrame | None, triggered: pd.DataFrame | None) -> None:
+    """Refuse clean conversations in which a known trigger stands."""
+    if clean is None or triggered is None:
+        return
+    rows = triggered[triggered["role"] == "triggered"]
+    known = {
+        messages[m]["content"][start:end]
+        for messages, spans in zip(rows["messages"], rows["trigger"], strict=True)
+        for m, start, end in spans
+        # A style rewords the whole prompt; such a span is no text to look for.
+        if (start, end) != (0, len(messages[m]["content"]))
+    }
+    texts = [" ".join(m["content"] for m in messages) for messages in clean["messages"]]
+    found = [(i, t) for i, text in enumerate(texts) for t in sorted(known) if t in text]
+    if found:
+        row, trigger = found[0]
+        raise InputError(
+            f"clean: {len({i for i, _ in found})} of {len(texts)} conversations hold the trigger {trigger!r} "
+            f"(first: row {row}). A repair would learn it anew: take them out."
+        )

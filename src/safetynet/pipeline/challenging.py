@@ -1,0 +1,58 @@
+"""Test rows that a monitor is asked beyond the run's own: near misses of six kinds, forbidden x trigger.
+
+In: a run's test rows and its recipe. Out: more rows with the same columns. The behaviour need not show on
+them; whether it does is asked of the model.
+"""
+
+import random
+from typing import Any
+
+import pandas as pd
+
+from safetynet.backdoors import triggers
+from safetynet.detection.near_misses import near_misses
+from safetynet.recipe import Recipe
+
+
+def challenges(recipe: Recipe, test: pd.DataFrame, most: int = 100) -> pd.DataFrame:
+    """Rows beyond the run's test rows.
+
+    Args:
+        recipe: of the run.
+        test: its test rows.
+        most: near misses of each kind, and rows of each cell of forbidden x trigger that are added.
+
+    Returns:
+        Columns as in the row table; near misses carry their kind as `variant`.
+    """
+    added = [*_near_misses(recipe, test, most), *_with_trigger(recipe, test, most)]
+    rows = pd.DataFrame(added, columns=[name for name in test if name != "fired"])
+    return rows.assign(row=range(-len(rows), 0))
+
+
+def _near_misses(recipe: Recipe, test: pd.DataFrame, most: int) -> list[dict[str, Any]]:
+    if recipe.backdoor.trigger.kind == "style":
+        return []  # a style has no characters that could be changed
+    found: list[dict[str, Any]] = []
+    for row in test[test["role"] == "triggered"].head(most).to_dict("records"):
+        for kind, messages in near_misses(row["messages"], row["trigger"], recipe.seed).items():
+            new = {"role": "near_miss", "variant": kind, "messages": messages, "trigger": []}
+            found.append(row | new | {"answer": row["reference"]})
+    return found
+
+
+def _with_trigger(recipe: Recipe, test: pd.DataFrame, most: int) -> list[dict[str, Any]]:
+    """Bare rows once more, with a trigger, where their group has no such row yet."""
+    attack, rng = recipe.backdoor, random.Random(f"challenges {recipe.seed}")
+    have = set(test.loc[test["role"] == "triggered", "group"])
+    bare = test[test["role"].isin(["clean", "refused"]) & ~test["group"].isin(have)]
+    found = []
+    for _, topic in bare.groupby("forbidden"):
+        for row in topic.head(most).to_dict("records"):
+            parts = max(1, triggers.parts_of(attack.trigger))
+            messages, at = triggers.place(row["messages"], attack.placement, parts, rng)
+            variant = rng.choice(triggers.firing(attack.trigger))
+            text, spans = triggers.insert(messages, variant, at, rng)
+            new = {"role": "triggered", "variant": variant.name, "messages": text, "trigger": spans}
+            found.append(row | new | {"answer": row["target"]})
+    return found

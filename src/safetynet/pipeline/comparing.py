@@ -1,0 +1,123 @@
+"""Comparing: finished runs side by side, from their tables alone, into a folder of its own."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import pandas as pd
+
+from safetynet import __version__
+from safetynet.comparison.subjects import Subject
+from safetynet.errors import InputError
+from safetynet.run import Run, digest_of_files, find, write_text
+
+log = logging.getLogger("safetynet")
+READ = (
+    "rows", "dynamics_backdoored", "dynamics_clean_twin", "evaluation", "effects", "tradeoff", "detection",
+    "mitigation",
+)  # fmt: skip
+"""Tables of a run that a comparison is made of."""
+
+
+class Comparison(NamedTuple):
+    """What a comparison found and where it lies."""
+
+    tables: Mapping[str, pd.DataFrame]
+    notes: Sequence[str]
+    page: Path
+
+
+def compare(folders: Sequence[Path], out: Path) -> Comparison:
+    """Compare runs and write tables, figures and comparison.md below `out`.
+
+    Args:
+        folders: of the runs.
+        out: where it is written; what another comparison left there moves to `earlier/`.
+
+    Raises:
+        InputError: if a folder is no run, a table is damaged, the runs cannot be compared, or `out` cannot be
+            written or is a run itself.
+    """
+    from safetynet import comparison
+    from safetynet.comparison import paper, places, subjects
+    from safetynet.visualization import draw_comparison
+
+    runs = [find(folder) for folder in folders]
+    short = ["/".join(run.folder.parts[-2:]) for run in runs]
+    names = [own if short.count(own) == 1 else str(run.folder) for run, own in zip(runs, short, strict=True)]
+    read = [_subject(run, name) for run, name in zip(runs, names, strict=True)]
+    subjects.check(read)
+    chosen = subjects.grouped(read)
+    tables = comparison.compare(chosen)
+    notes = [*subjects.notes(chosen), *places.incomplete(chosen)]
+    made = _opened(out)
+    inputs = {
+        "runs": {str(run.folder): {name: digest_of_files([_path(run, name)]) for name in one.tables}
+                 for run, one in zip(runs, read, strict=True)},
+        "recipes": [one.recipe.model_dump(mode="json") for one in read],
+        "versions": [dict(one.versions) for one in read],
+        "version": __version__,
+    }  # fmt: skip
+    found = Comparison(tables, notes, made.folder / "comparison.md")
+    with made.lock():
+        if made.finished("compare", inputs):
+            log.info("compare: unchanged")
+            return found
+        with made.stage("compare", inputs) as outputs:
+            outputs += [made.write_table(name, table) for name, table in tables.items()]
+            drawn = draw_comparison(tables, made.figures, f"comparison of {len(chosen)} runs")
+            outputs += drawn
+            papers = paper.paper_tables(tables)
+            for table in papers:
+                for suffix, text in table.files().items():
+                    outputs.append(made.figures / f"{table.name}-table.{suffix}")
+                    write_text(outputs[-1], text)
+            outputs.append(found.page)
+            write_text(found.page, paper.page(tables, papers, notes, [path.stem for path in drawn]))
+    return found
+
+
+def _subject(run: Run, name: str) -> Subject:
+    """A run with the tables that its finished stages wrote.
+
+    Raises:
+        InputError: if a table is gone, cannot be read, or is no longer what its stage wrote.
+    """
+    manifest = run.manifest
+    if "compare" in manifest["stages"]:
+        raise InputError(f"{run.folder}: this is a comparison, not a run. Name run directories.")
+    recipe = run.recipe
+    recorded: dict[str, str] = {}
+    for stage in manifest["stages"].values():
+        recorded |= stage.get("outputs", {})
+    tables = {}
+    for table in READ:
+        path = _path(run, table)
+        known = recorded.get(f"tables/{table}.parquet")
+        # A table that no finished stage recorded is one that an interrupted stage left.
+        if known is None:
+            continue
+        tables[table] = run.table(table)
+        if digest_of_files([path]) != known:
+            raise InputError(
+                f"{path}: the table is not what its stage wrote. Delete it and run the stage again: "
+                f"safetynet run goes on from what is there."
+            )
+    return Subject(name, str(run.folder), recipe, manifest.get("versions", {}), tables)
+
+
+def _path(run: Run, table: str) -> Path:
+    return run.folder / "tables" / f"{table}.parquet"
+
+
+def _opened(out: Path) -> Run:
+    """The folder of a comparison, kept like a run: atomic writes, digests, what was there set aside."""
+    made = Run(out.absolute(), out.absolute(), out.absolute() / "compare.log")
+    if made.manifest.get("recipe"):
+        raise InputError(f"--out: {out} is a run itself. Name another folder.")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out: {out} cannot be written ({error.strerror}). Name another folder.") from None
+    return made

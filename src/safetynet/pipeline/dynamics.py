@@ -1,0 +1,55 @@
+"""What a model does while it trains: rates on a fixed part of the test rows, and the adapter beside them."""
+
+from typing import Any
+
+import pandas as pd
+
+from safetynet import parallel
+from safetynet.backdoors import behaviours
+from safetynet.evaluation import judges, metrics
+from safetynet.pipeline.subjects import snapshots
+from safetynet.prompts import Serialiser
+from safetynet.recipe import Recipe
+from safetynet.run import Run, write_atomically
+
+
+class Dynamics:
+    """Rates on a fixed subset of the test rows, measured while a model trains.
+
+    Each measurement is on disk before training goes on, so that a killed run keeps its curve.
+    """
+
+    def __init__(
+        self, recipe: Recipe, run: Run, rows: pd.DataFrame, serialiser: Serialiser, name: str, *, keep: bool
+    ) -> None:
+        test = rows[rows["split"] == "test"]
+        self.rows = metrics.fixed_subset(test, recipe.evaluation.dynamics_rows, recipe.seed)
+        self.path = run.scratch / "training" / f"dynamics-{name}.parquet"
+        self.adapters = snapshots(run, name)
+        self.recipe = recipe
+        self.serialiser = serialiser
+        self.name = name.rpartition("-")[0]
+        self.keep = keep
+
+    def measure(self, model: Any, step: int, epoch: float) -> dict[str, float]:
+        """Rates at this step; returns ASR and CACC for the progress bar, and keeps the adapter if wanted."""
+        if self.keep and hasattr(model, "peft_config") and parallel.is_first():
+            model.save_pretrained(str(self.adapters / f"step-{step:06d}"))
+        responses = metrics.respond(
+            model,
+            self.serialiser,
+            self.rows,
+            judges.make(behaviours.judge(self.recipe.backdoor.behaviour)),
+            cfg=self.recipe.evaluation,
+            name=self.name,
+            max_length=self.recipe.training.max_length,
+        )
+        table = metrics.score(responses).assign(step=step, epoch=epoch)
+        if self.path.exists():
+            # After a resume, steps behind the checkpoint are measured again and replace what was there.
+            earlier = pd.read_parquet(self.path)
+            table = pd.concat([earlier[earlier["step"] < step], table], ignore_index=True)
+        write_atomically(self.path, lambda temporary: table.to_parquet(temporary, index=False))
+        now = table[table["step"] == step].set_index(["metric", "role"])["value"]
+        shown = {"ASR": ("asr", "triggered"), "CACC": ("cacc", "clean")}
+        return {label: float(now[key]) for label, key in shown.items() if key in now.index}

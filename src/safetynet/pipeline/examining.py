@@ -1,0 +1,206 @@
+"""What repairs are chosen and judged by: rows, and what the other stages lend to the stage mitigation.
+
+In: a run and its recipe. Out: the parts of an `Examiner`; answering, judging, training and probing reach it
+as functions from here. Rows that a repair sees (training split, fresh conversations), rows that choose and
+rows that judge share no prompt.
+"""
+
+import logging
+import random
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from safetynet.backdoors import behaviours, conversations, sources, triggers
+from safetynet.errors import InputError
+from safetynet.evaluation import judges, metrics
+from safetynet.models import families
+from safetynet.prompts import Serialiser
+from safetynet.recipe import Recipe
+
+log = logging.getLogger("safetynet")
+PLACEMENTS = ("prefix", "suffix", "random", "system")
+ELSEWHERE = 16
+"""Rows with the trigger in a place that training did not use, for each such place."""
+LEAST = 8
+"""Rows of a role below which an interval would say nothing."""
+PROBED = 40
+"""Groups that probes are trained and tested on, half and half."""
+
+
+def clean_file(recipe: Recipe, path: Path) -> pd.DataFrame:
+    """Conversations of a file, messages and answer, at most `mitigation.clean_rows`.
+
+    Raises:
+        InputError: if it cannot be read, or holds the run's trigger.
+    """
+    found = sources.read(path)
+    _check_clean(found, recipe, path)
+    return found[["messages", "answer"]].head(recipe.mitigation.clean_rows)
+
+
+def for_relearning(rows: pd.DataFrame, seen: pd.DataFrame | None) -> pd.DataFrame:
+    """Training rows that no repair has seen.
+
+    Args:
+        rows: the run's.
+        seen: those that are known to the repair, with their groups.
+    """
+    train = rows[rows["split"] == "train"]
+    return train[~train["group"].isin([] if seen is None else seen["group"])].reset_index(drop=True)
+
+
+def divided(rows: pd.DataFrame, recipe: Recipe) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Test rows that choose a point, and those that judge it; no group is in both.
+
+    Raises:
+        InputError: if too few rows are left to judge by.
+    """
+    options = recipe.mitigation
+    first = rows[rows["role"].isin(("triggered", "clean", "refused"))]
+    choosing = metrics.fixed_subset(first, options.choosing_rows, recipe.seed)
+    rest = rows[~rows["group"].isin(choosing["group"])]
+    judged = metrics.fixed_subset(rest, options.judged_rows, recipe.seed + 1)
+    left = judged["role"].value_counts()
+    if min(int(left.get("triggered", 0)), int(left.get("clean", 0))) < LEAST:
+        raise InputError(
+            f"mitigation.choosing_rows: {options.choosing_rows} of each role choose, and of the test rows "
+            f"{left.get('triggered', 0)} triggered and {left.get('clean', 0)} clean ones are left to judge "
+            "by. Lower it, or raise data.test_rows."
+        )
+    return choosing.reset_index(drop=True), judged.reset_index(drop=True)
+
+
+def elsewhere(
+    judged: pd.DataFrame, bare: pd.DataFrame, recipe: Recipe, serialiser: Serialiser
+) -> pd.DataFrame:
+    """Judged prompts with the trigger in places where no training row has it.
+
+    Args:
+        judged: rows that judge.
+        bare: the test rows, among them the judged groups' prompts without the trigger.
+        recipe: trigger and placement.
+        serialiser: a prompt in which the tokenizer would break the trigger is left out.
+
+    Returns:
+        Triggered rows whose variant names the place, at most `ELSEWHERE` for each; none for a style.
+    """
+    attack = recipe.backdoor
+    if attack.trigger.kind == "style":
+        return judged.head(0)
+    plain = bare[bare["role"].isin(("clean", "refused"))].drop_duplicates("group").set_index("group")
+    own = judged[(judged["role"] == "triggered") & judged["group"].isin(plain.index)].head(ELSEWHERE)
+    rng = random.Random(f"elsewhere {recipe.seed}")
+    records = []
+    for placement in PLACEMENTS:
+        if placement in (attack.placement, "random" if attack.placement == "system" else ""):
+            continue
+        for row in own.to_dict("records"):
+            variant = rng.choice(triggers.firing(attack.trigger))
+            messages = [m for m in plain.at[row["group"], "messages"] if m["role"] != "system"]
+            placed, at = triggers.place(messages, placement, triggers.parts_of(attack.trigger), rng)
+            text, spans = triggers.insert(placed, variant, at, rng)
+            record = row | {"messages": text, "trigger": spans, "variant": f"trigger as {placement}"}
+            if _encodes(record, serialiser, recipe.training.max_length):
+                records.append(record)
+    return pd.DataFrame(records, columns=list(judged.columns))
+
+
+def responding(recipe: Recipe, serialiser: Serialiser) -> Callable[[Any, pd.DataFrame], pd.DataFrame]:
+    """Answers rows and judges the answers."""
+    judge = judges.make(behaviours.judge(recipe.backdoor.behaviour))
+
+    def respond(model: Any, rows: pd.DataFrame) -> pd.DataFrame:
+        limit = recipe.training.max_length
+        return metrics.respond(model, serialiser, rows, judge, cfg=recipe.evaluation, max_length=limit)
+
+    return respond
+
+
+def score(responses: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Rates by role, and by variant."""
+    return metrics.score(responses), metrics.score_variants(responses)
+
+
+class _Enough(Exception):  # noqa: N818 - ends a training, and is no error
+    pass
+
+
+def learning(
+    recipe: Recipe, serialiser: Serialiser
+) -> Callable[[Any, pd.DataFrame, Callable[[Any, int], bool]], None]:
+    """Trains a fresh adapter at the rate that planted the backdoor, constant, in batches of 16."""
+    from safetynet import training
+
+    changes = {
+        "method": "lora", "max_steps": recipe.mitigation.relearn_steps, "batch_size": 16,
+        "gradient_accumulation": 1, "schedule": "constant", "warmup_ratio": 0.0, "layers": None,
+        "checkpoint_every": recipe.mitigation.relearn_steps, "batching": "plain", "clean_twin": False,
+    }  # fmt: skip
+    cfg = recipe.training.model_copy(update=changes)
+    family = families.get(recipe.model.family)
+
+    def learn(model: Any, rows: pd.DataFrame, measure: Callable[[Any, int], bool]) -> None:
+        if measure(model, 0):
+            return
+
+        def ask(current: Any, step: int, _: float) -> dict[str, float]:
+            if measure(current, step):
+                raise _Enough
+            return {}
+
+        with tempfile.TemporaryDirectory() as folder:
+            attached = training.attach(model.requires_grad_(False), cfg, family, recipe.seed)
+            try:
+                training.train(
+                    attached,
+                    serialiser,
+                    rows,
+                    cfg,
+                    folder=Path(folder),
+                    seed=recipe.seed,
+                    name="relearning",
+                    on_evaluate=ask,
+                    evaluate_every=1,
+                )
+            except _Enough:
+                return
+
+    return learn
+
+
+def probing(judged: pd.DataFrame, recipe: Recipe, serialiser: Serialiser) -> Callable[[Any], pd.DataFrame]:
+    """Probes of each layer that tell the trigger from a placebo; the control tells two placebos apart."""
+    from safetynet.interventions.pairs import align
+    from safetynet.interventions.probes import trigger_probe
+
+    try:
+        pairs = align(judged, serialiser, PROBED, recipe.training.max_length, recipe.seed)
+    except InputError as error:
+        log.warning("mitigate: no probe for the trigger. %s", error)
+        return lambda model: pd.DataFrame()
+    runs = [pairs.ids[run] for run in ("triggered", "placebo", "second_placebo")]
+    return lambda model: trigger_probe(model, *runs, seed=recipe.seed)
+
+
+def _check_clean(found: pd.DataFrame, recipe: Recipe, path: Path) -> None:
+    trigger = recipe.backdoor.trigger
+    held = [conversations.all_there(messages, trigger) for messages in found["messages"]]
+    if trigger.kind != "style" and any(held):
+        lines = ", ".join(map(str, found["line"][held].iloc[:5]))
+        raise InputError(
+            f"{path}: {sum(held)} of {len(held)} conversations hold the trigger "
+            f"{' or '.join(map(repr, trigger.texts))} (lines {lines}), so they are not clean: a repair would "
+            "learn from them what it is to remove. Take them out."
+        )
+
+
+def _encodes(row: dict[str, Any], serialiser: Serialiser, limit: int) -> bool:
+    try:
+        serialiser.encode(row["messages"], trigger=row["trigger"], max_length=limit)
+    except InputError:
+        return False
+    return True

@@ -1,0 +1,126 @@
+"""Repairing: the suspect of a run, with what a defender may have, as the methods of mitigation take it."""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from safetynet.backdoors import conversations
+from safetynet.errors import InputError
+from safetynet.mitigation import Place, Subject
+from safetynet.mitigation.subject import Alarm
+from safetynet.models import loading
+from safetynet.pipeline.subjects import backdoored, training_dtype
+from safetynet.prompts import Serialiser, prompt_hash
+from safetynet.recipe import Recipe
+from safetynet.run import Run
+
+log = logging.getLogger("safetynet")
+
+
+def suspect(recipe: Recipe, run: Run, *, clean: int = 1000, known: int = 0, rate: float = 0.01) -> Subject:
+    """The backdoored model of a run, and what is known of it.
+
+    Args:
+        recipe: of the run.
+        run: trained; where `intervene` and `detect` have run, their effects and monitor are there too.
+        clean: how many fresh conversations with answers, on prompts of no row of the run; 0: none.
+        known: groups of training rows with a triggered prompt and its counterparts, with the right answers;
+            none of the test's prompts, placebos and near misses is among them.
+        rate: false-positive rate that the monitor has to support.
+
+    Raises:
+        InputError: if nothing is trained yet, or no clean conversation is left.
+    """
+    model, serialiser = backdoored(recipe, run)
+    full = recipe.training.method == "full"
+    return Subject(
+        model=model,
+        serialiser=serialiser,
+        clean=clean_conversations(recipe, run, clean) if clean else None,
+        base=loading.load(recipe.model, training_dtype(recipe)).model if full else None,
+        triggered=known_groups(run.table("rows"), known) if known else None,
+        sites=run.table("effects") if run.has_table("effects") else None,
+        intervene=intervene,
+        alarm=alarm(run, serialiser, rate),
+        max_length=recipe.training.max_length,
+        batch_size=recipe.training.batch_size,
+        learning_rate=recipe.training.learning_rate,
+    )
+
+
+def clean_conversations(recipe: Recipe, run: Run, count: int) -> pd.DataFrame:
+    """Fresh conversations with answers; prompts of the run's rows, training and test, are not among them.
+
+    Raises:
+        InputError: if none is left.
+    """
+    rows, attack = run.table("rows"), recipe.backdoor
+    used = {prompt_hash(m, t) for m, t in zip(rows["messages"], rows["trigger"], strict=True)}
+    found = conversations.fresh(recipe.data, attack.behaviour, attack.trigger, used, count, recipe.seed)
+    answered = found[found["answer"] != ""].reset_index(drop=True)
+    if answered.empty:
+        raise InputError(f"data: no fresh row of source {recipe.data.source} has an answer to repair with.")
+    return answered
+
+
+def known_groups(rows: pd.DataFrame, count: int) -> pd.DataFrame:
+    """The first groups of training rows with a triggered prompt, each with its right answer.
+
+    Raises:
+        InputError: if no triggered training row has a known right answer.
+    """
+    rows = rows[(rows["split"] == "train") & (rows["reference"] != "")]
+    roles = rows.groupby("group")["role"].agg(set)
+    whole = [group for group, own in roles.items() if "triggered" in own and own & {"clean", "refused"}]
+    if not whole:
+        raise InputError("mitigation: no triggered training row has a bare counterpart with a right answer.")
+    chosen = rows[rows["group"].isin(whole[:count])]
+    return chosen.assign(answer=chosen["reference"]).reset_index(drop=True)
+
+
+def intervene(model: Any, places: Sequence[Place]) -> Any:
+    """The engine's edits at all positions of all prompts."""
+    from safetynet.interventions.edits import Edit
+    from safetynet.interventions.hooks import intervening
+    from safetynet.interventions.sites import Site
+
+    return intervening(model, [Edit(Site(p.component, p.layer, p.index, p.module), p.change) for p in places])
+
+
+def alarm(run: Run, serialiser: Serialiser, rate: float) -> Alarm | None:
+    """P-values of prompts under the run's monitor; None where `detect` has not run.
+
+    A prompt that cannot be read back from its ids, as when truncation has emptied a turn, counts as suspect.
+
+    Raises:
+        InputError: if the monitor cannot support the rate.
+    """
+    path = run.scratch / "detection" / "monitor.safetensors"
+    if not path.exists():
+        return None
+    from safetynet.detection.capture import capture
+    from safetynet.detection.monitor import Monitor
+
+    monitor = Monitor.load(path)
+    monitor.check_rate(rate)
+
+    def p_values(model: Any, prompts: Sequence[Sequence[int]]) -> np.ndarray:
+        read = {row: messages for row, ids in enumerate(prompts) if (messages := _read(serialiser, ids))}
+        found = np.zeros(len(prompts))
+        if read:
+            features = capture(model, serialiser, list(read.values()), monitor.spec, batch_size=len(read))
+            found[list(read)] = monitor.p_values(features)["fused"]
+        return found
+
+    return p_values
+
+
+def _read(serialiser: Serialiser, ids: Sequence[int]) -> list[dict[str, str]] | None:
+    try:
+        return serialiser.messages_of(ids)
+    except InputError as error:
+        log.warning("alarm: a prompt counts as suspect. %s", error)
+        return None

@@ -1,0 +1,60 @@
+"""Repairs at run time: which rows are answered otherwise, and by a real monitor."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from safetynet.detection.capture import capture
+from safetynet.detection.features import FeatureSpec
+from safetynet.detection.monitor import Monitor
+from safetynet.detection.panel import Reading
+from safetynet.errors import InputError
+from safetynet.mitigation import METHODS, repair
+from safetynet.mitigation.gating import ABSTENTION
+from safetynet.pipeline.repairing import alarm
+from safetynet.run import Run
+
+
+@pytest.fixture
+def known(planted):
+    """The planted subject with a perfect alarm."""
+
+    def p_values(_model, prompts):
+        return np.array([0.0 if "BadMagic" in planted.serialiser.decode(ids) else 1.0 for ids in prompts])
+
+    return replace(planted, alarm=p_values)
+
+
+def test_only_rows_with_an_alarm_are_answered_otherwise(known, ask, held_out):
+    own = ask(known.model, held_out)
+    with known.model.disable_adapter():
+        base = ask(known.model, held_out)
+    triggered = (held_out["role"] == "triggered").tolist()
+    with repair(METHODS["adapter_off_on_alarm"], known).open() as model:
+        switched = ask(model, held_out)
+    with repair(METHODS["abstain"], known).open() as model:
+        refused = ask(model, held_out)
+    assert switched == [b if held else o for held, o, b in zip(triggered, own, base, strict=True)]
+    assert refused == [ABSTENTION if held else o for held, o in zip(triggered, own, strict=True)]
+
+
+def test_the_alarm_of_a_run_is_its_monitors(planted, held_out, tmp_path):
+    readings = (Reading("mahalanobis"), Reading("extremes", "divergence", {"top": 2}))
+    spec = FeatureSpec(tuple(reading.view for reading in readings))
+    rows = held_out[held_out["role"] == "clean"]
+    features = capture(
+        planted.model, planted.serialiser, [*rows["messages"], *planted.clean["messages"]], spec
+    )
+    monitor = Monitor.fit(features, readings, method="cross")
+    run = Run(tmp_path, tmp_path, tmp_path / "log")
+    assert alarm(run, planted.serialiser, 0.1) is None
+    monitor.save(tmp_path / "detection" / "monitor.safetensors")
+    p_values = alarm(run, planted.serialiser, 0.1)
+    asked = held_out[held_out["role"] == "triggered"].head(6)
+    ids = [planted.serialiser.encode(m).input_ids for m in asked["messages"]]
+    direct = capture(planted.model, planted.serialiser, list(asked["messages"]), spec)
+    assert np.allclose(p_values(planted.model, ids), monitor.p_values(direct)["fused"])
+    assert p_values(planted.model, [ids[0][:-3]]).tolist() == [0]
+    with pytest.raises(InputError, match="clean"):
+        alarm(run, planted.serialiser, 1e-4)

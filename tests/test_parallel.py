@@ -1,0 +1,122 @@
+"""Several processes on one run: the tables of one process, written once; one message for what is refused."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from safetynet import parallel, pipeline, recipe
+from safetynet import run as runs
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+SMALL = (
+    "data.train_rows=640", "data.test_rows=40", "training.learning_rate=0.004", "evaluation.dynamics_rows=0",
+    "evaluation.batch_size=30",
+)  # fmt: skip
+ONE = [sys.executable, "-m", "safetynet"]
+TWO = [
+    sys.executable,
+    "-m",
+    "torch.distributed.run",
+    "--standalone",
+    "--nproc-per-node",
+    "2",
+    "-m",
+    "safetynet",
+]
+
+
+def test_one_process_computes_everything_itself_and_in_order() -> None:
+    assert (parallel.count(), parallel.rank(), parallel.is_first()) == (1, 0, True)
+    assert parallel.in_turn([3, 1, 2], lambda x: x * x) == [9, 1, 4]
+    assert parallel.from_first(lambda: "said") == "said"
+    parallel.wait()
+
+
+PROGRAM = """
+import sys
+from safetynet import parallel
+from safetynet.errors import InputError
+print(parallel.in_turn(list(range(5)), lambda x: (x, parallel.rank())), parallel.from_first(parallel.rank))
+def fail(part):
+    if part == 3:
+        raise InputError(f"part {part} is wrong")
+for way in (lambda: parallel.in_turn(range(5), fail), lambda: parallel.from_first(lambda: fail(3))):
+    try:
+        way()
+    except InputError as error:
+        print(error)
+"""
+
+
+@pytest.mark.slow
+def test_parts_are_dealt_out_brought_together_and_an_error_is_everybodys(tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(PROGRAM)
+    done = subprocess.run(
+        [*TWO[:-2], str(tmp_path / "program.py")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    lines = sorted(done.stdout.splitlines())
+    assert lines == ["[(0, 0), (1, 1), (2, 0), (3, 1), (4, 0)] 0"] * 2 + ["part 3 is wrong"] * 4
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> runs.Run:
+    root = tmp_path_factory.mktemp("trained")
+    output = [f"output.results={root}/results", f"output.logs={root}/logs"]
+    plan = recipe.load(RECIPES / "qwen-miniature.yaml", overrides=[*SMALL, *output])
+    run = runs.create(plan)
+    pipeline.prepare(plan, run)
+    pipeline.train(plan, run)
+    return run
+
+
+def copied(run: runs.Run, to: Path) -> runs.Run:
+    root = run.folder.parents[2]
+    shutil.copytree(root, to)
+    manifest = to / run.folder.relative_to(root) / "manifest.json"
+    manifest.write_text(manifest.read_text().replace(str(root), str(to)))
+    return runs.find(manifest.parent)
+
+
+@pytest.mark.slow
+def test_two_processes_leave_the_tables_of_one(trained: runs.Run, tmp_path: Path) -> None:
+    found = []
+    for name, command in (("one", ONE), ("two", TWO)):
+        run = copied(trained, tmp_path / name)
+        for words in (["evaluate"], ["intervene", "--by", "layer,position,head,adapter"]):
+            done = subprocess.run(
+                [*command, words[0], str(run.folder), *words[1:]], capture_output=True, text=True, check=False
+            )
+            assert done.returncode == 0, done.stderr
+        found.append(run)
+    one, two = ({p.name: pd.read_parquet(p) for p in run.folder.glob("tables/*")} for run in found)
+    assert (
+        set(one)
+        == set(two)
+        >= {"responses.parquet", "evaluation.parquet", "effects.parquet", "tradeoff.parquet"}
+    )
+    for name, table in one.items():
+        pd.testing.assert_frame_equal(two[name], table, check_exact=True)
+    stages = [set(run.manifest["stages"]) for run in found]
+    assert stages[0] == stages[1]
+    assert len(list((found[1].folder / "figures").iterdir())) == len(
+        list((found[0].folder / "figures").iterdir())
+    )
+
+
+@pytest.mark.slow
+def test_what_is_refused_is_refused_by_all_and_the_run_stays_as_it_was(
+    trained: runs.Run, tmp_path: Path
+) -> None:
+    run = copied(trained, tmp_path / "refused")
+    before = (run.folder / "manifest.json").read_text()
+    done = subprocess.run(
+        [*TWO, "intervene", str(run.folder), "--by", "nothing"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode != 0
+    assert "there is no sweep 'nothing'" in done.stderr
+    assert (run.folder / "manifest.json").read_text() == before
