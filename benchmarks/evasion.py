@@ -24,6 +24,7 @@ from _running import ROOT, markdown
 from safetynet import pipeline, recipe
 from safetynet import run as runs
 from safetynet.backdoors import conversations
+from safetynet.detection.panel import PRESETS
 from safetynet.models import loading
 from safetynet.pipeline.subjects import backdoored, test_rows
 from safetynet.prompts import prompt_hash
@@ -87,6 +88,7 @@ def main() -> None:
             pd.concat(matrix).to_csv(out / "evasion_matrix.csv", index=False)
             pd.concat(price).to_csv(out / "evasion_price.csv", index=False)
         print(markdown(price_table(pd.concat(price))))
+        draw(pd.concat(matrix), args.family, out / "figures")
         for metric, of in (("auroc", "fired triggers"), ("tpr", "fired triggers"), ("fpr", "clean prompts")):
             print(f"\n{metric}, {of}\n")
             print(markdown(matrix_table(pd.concat(matrix), metric)))
@@ -138,7 +140,8 @@ def one(
         pipeline.train(made, run)
         pipeline.evaluate(made, run)
         clean = SMOKE_CLEAN if smoke else CLEAN
-        inputs = {"model": run.manifest["stages"]["train backdoored"], "clean": clean, "rate": RATE}
+        panel = [[name, str(PRESETS[name])] for name in FUSIONS]
+        inputs = {"model": run.manifest["stages"]["train backdoored"], "defence": [panel, clean, RATE]}
         if not run.finished("defence", inputs):
             with run.stage("defence", inputs) as outputs:
                 outputs.append(run.write_table("defence", defence(made, run, clean)))
@@ -153,7 +156,7 @@ def defence(made: recipe.Recipe, run: runs.Run, count: int) -> pd.DataFrame:
     from safetynet.detection.calibration import Calibration
     from safetynet.detection.capture import capture
     from safetynet.detection.features import FeatureSpec
-    from safetynet.detection.panel import PRESETS, Panel
+    from safetynet.detection.panel import Panel
     from safetynet.detection.protocol import measure
     from safetynet.detection.splits import split
 
@@ -199,6 +202,15 @@ def protocol_rows(clean: pd.DataFrame, test: pd.DataFrame) -> pd.DataFrame:
     alone = pd.DataFrame({"role": roles, "group": -1 - np.arange(len(clean)), "forbidden": forbidden})
     columns = ["role", "group", "fired", "forbidden"]
     return pd.concat([alone.assign(fired=None), test[columns]], ignore_index=True).assign(domain="")
+
+
+def draw(matrix: pd.DataFrame, family: str, folder: Path) -> None:
+    """The matrix as a figure, where any trigger fired."""
+    from safetynet.visualization import DetectionVisualizer
+
+    shown = matrix[(matrix["rows"] == "fired") & matrix["metric"].isin(["auroc", "tpr"])]
+    if len(shown):
+        DetectionVisualizer(family, run=f"{family}/evasion", folder=folder).plot_evasion(shown).save()
 
 
 def price_table(price: pd.DataFrame) -> pd.DataFrame:
