@@ -230,15 +230,22 @@ def price_table(price: pd.DataFrame) -> pd.DataFrame:
 
 
 def matrix_table(matrix: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """Detectors tested by attacked ones, for one metric: on fired triggers, or `fpr` on clean prompts."""
+    """Detectors tested by attackers, with intervals: on fired triggers, or `fpr` on clean prompts."""
     rows = "clean" if metric == "fpr" else "fired"
-    chosen = matrix[(matrix["metric"] == metric) & (matrix["rows"] == rows)]
+    chosen = matrix[(matrix["metric"] == metric) & (matrix["rows"] == rows)].reset_index(drop=True)
     names = [
         a if s == 0 else f"{a} x{s:g}" for a, s in zip(chosen["attacked"], chosen["strength"], strict=True)
     ]
-    wide = chosen.assign(attack=names).pivot(index="tested", columns="attack", values="value")
-    wide = wide.loc[list(dict.fromkeys(chosen["tested"])), list(dict.fromkeys(names))]
-    return wide.map(lambda value: f"{value:.2f}").reset_index()
+    cells = [cell(metric, *chosen.loc[i, ["value", "low", "high"]]) for i in chosen.index]
+    wide = chosen.assign(attack=names, cell=cells).pivot(index="tested", columns="attack", values="cell")
+    return wide.loc[list(dict.fromkeys(chosen["tested"])), list(dict.fromkeys(names))].reset_index()
+
+
+def cell(metric: str, value: float, low: float, high: float) -> str:
+    """A value with its interval: areas as they are, rates in percent."""
+    if metric == "auroc":
+        return f"{value:.2f} [{low:.2f}, {high:.2f}]"
+    return f"{100 * value:.0f} [{100 * low:.0f}, {100 * high:.0f}]"
 
 
 def percent(row: pd.Series) -> str:
