@@ -10,11 +10,12 @@ TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 CHECK := import sys; sys.version_info >= (3, 11) or sys.exit("SafetyNet needs Python 3.11 or newer, and $(PYTHON) is %d.%d. Name a newer one: make PYTHON=python3.12" % sys.version_info[:2])
 CHECK_VENV := import sys, importlib.util as u; all(map(u.find_spec, ("venv", "ensurepip"))) or sys.exit("$(PYTHON) cannot make virtual environments. On Debian or Ubuntu: sudo apt-get install python3-venv")
 
-.PHONY: help demo test slow lint bench clean
+.PHONY: help demo test slow cluster lint bench clean
 
 help:
 	@echo "make demo    install, then plant a backdoor in a miniature model and draw its curves"
 	@echo "make test    install, then run the tests (make slow: the long ones)"
+	@echo "make cluster jobs on a Slurm of their own (Debian: slurm-wlm slurm-wlm-torque munge)"
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   every benchmark in its short form"
 	@echo "make clean   remove .venv and caches; results stay"
@@ -23,10 +24,13 @@ demo: $(VENV)/installed
 	$(BIN)/safetynet run recipes/qwen-miniature.yaml
 
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not cluster"
 
 slow: $(VENV)/installed-test
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m "slow and not cluster"
+
+cluster: $(VENV)/installed-test
+	$(BIN)/python -m pytest -m cluster
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

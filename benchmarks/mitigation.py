@@ -36,7 +36,7 @@ ONE_POINT = (
 FEW = ("points=3", "choosing_rows=24", "judged_rows=100", "clean_rows=200", "relearn_steps=48")
 LEAST_LOSS = 0.02
 """Clean accuracy that a repair may lose and still count as one."""
-INTERVENE = ("--by", "layer,adapter,head", "--direction", "remove", "--groups", "16")
+INTERVENE = ("--by", "layer,component,adapter,head", "--direction", "remove", "--groups", "16")
 DETECT = ("--clean", "2400", "--fpr", "0.02")
 
 

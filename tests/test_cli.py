@@ -23,6 +23,8 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 COMMANDS = (
     "run", "train", "evaluate", "intervene", "detect", "guard", "audit", "plot", "sweep", "miniatures",
     "families", "mitigate", "report", "compare",
+    "run", "train", "evaluate", "intervene", "detect", "guard", "mitigate", "audit", "plot",
+    "report", "compare", "submit", "status", "cancel", "miniatures", "families",
 )  # fmt: skip
 
 

@@ -5,13 +5,15 @@ it). Nothing heavy is imported before a command needs it.
 """
 
 import logging
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from safetynet.commands import jobs
 from safetynet.commands.compare import compare
 from safetynet.commands.miniatures import miniature_app
 from safetynet.commands.mitigate import mitigate
@@ -19,6 +21,9 @@ from safetynet.commands.report import report
 from safetynet.commands.sweep import sweep
 from safetynet.errors import InputError, SafetyNetError
 from safetynet.terminal import logging_to, print_places, print_rates
+
+if TYPE_CHECKING:
+    from safetynet.recipe import Recipe
 
 app = typer.Typer(
     help="Plant, measure and study backdoors in open-weight language models, with controls and intervals.",
@@ -40,6 +45,10 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="FIELD=VALUE", help="Override a field, as in training.learning_rate=1e-4."),
 ]
+Seed = Annotated[
+    int | None,
+    typer.Option(min=0, max=2**32 - 1, help="Take this seed, as a task of its own: {task}-seed{seed}."),
+]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, results/{model}/{task}.")]
 
 
@@ -52,21 +61,25 @@ def _main(
 
 
 @app.command()
-def run(recipe: RecipeFile = None, family: FamilyName = None, overrides: Overrides = None) -> None:
+def run(
+    recipe: RecipeFile = None, family: FamilyName = None, overrides: Overrides = None, seed: Seed = None
+) -> None:
     """Do the whole experiment: data, training, rates, interventions, figures. Finished stages are kept.
 
     Example: `safetynet run recipes/qwen-miniature.yaml --set seed=1`
     """
-    _stages(recipe, family, overrides, ("prepare", "train", "evaluate", "intervene", "draw"))
+    _stages(_loaded(recipe, family, overrides, seed), ("prepare", "train", "evaluate", "intervene", "draw"))
 
 
 @app.command()
-def train(recipe: RecipeFile = None, family: FamilyName = None, overrides: Overrides = None) -> None:
+def train(
+    recipe: RecipeFile = None, family: FamilyName = None, overrides: Overrides = None, seed: Seed = None
+) -> None:
     """Make the rows and train the backdoored model and its clean twin; an interrupted training goes on.
 
     Example: `safetynet train recipes/llama3-miniature.yaml --set training.epochs=2`
     """
-    _stages(recipe, family, overrides, ("prepare", "train"))
+    _stages(_loaded(recipe, family, overrides, seed), ("prepare", "train"))
 
 
 @app.command()
@@ -281,11 +294,15 @@ def families() -> None:
 
 
 app.add_typer(miniature_app, name="miniatures")
+for command in (jobs.submit, jobs.status, jobs.cancel):
+    app.command()(command)
 
 
 def main() -> None:
     """Entry point: runs the command and turns errors into exit codes."""
     debug = "--debug" in sys.argv
+    # What a scheduler sends first: the run is let go in order, and the next job does not have to wait for it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     sys.argv = [sys.argv[0], *(a for a in sys.argv[1:] if a != "--debug")]
     try:
         app()
@@ -307,14 +324,16 @@ def main() -> None:
         sys.exit(1)
 
 
-def _stages(
-    path: Path | None, family: str | None, overrides: list[str] | None, names: tuple[str, ...]
-) -> None:
+def _loaded(path: Path | None, family: str | None, overrides: list[str] | None, seed: int | None) -> "Recipe":
     from safetynet import recipe as recipes
 
     if path is None and family is None:
         raise InputError("Name a recipe file, or a family with --family. See: safetynet run --help")
     recipe = recipes.load(path, family, overrides or [])
+    return recipe if seed is None else recipe.seeded(seed)
+
+
+def _stages(recipe: "Recipe", names: tuple[str, ...]) -> None:
     from safetynet import pipeline
     from safetynet import run as runs
 

@@ -278,6 +278,10 @@ class Recipe(_Section):
         """The folder of this model below the results root."""
         return self.name or self.model.family + ("-miniature" if self.model.id == "miniature" else "")
 
+    def seeded(self, seed: int) -> "Recipe":
+        """This experiment with another seed, as a task of its own: `{task}-seed{seed}`."""
+        return self.model_copy(update={"seed": seed, "task": f"{self.task}-seed{seed}"})
+
 
 def load(path: Path | None = None, family: str | None = None, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe: family defaults, then the file, then `overrides`.

@@ -10,9 +10,9 @@
 Stages read and write here only. Writes are atomic; a finished stage is repeated only when its inputs changed.
 """
 
-import fcntl
 import hashlib
 import json
+import math
 import os
 import platform
 import resource
@@ -30,7 +30,7 @@ import numpy as np
 import pandas as pd
 from pydantic import ValidationError
 
-from safetynet import parallel
+from safetynet import locking, parallel
 from safetynet.errors import InputError, RunError
 from safetynet.recipe import Recipe
 
@@ -187,25 +187,15 @@ class Run:
     def lock(self, *, wait: bool = False) -> Iterator[None]:
         """Hold this run for one process; a second one waits, or is refused instead of mixing its writes in.
 
+        In a job of a cluster it waits a while first (`locking.JOB_WAIT_S`).
+
         Raises:
             InputError: if another process works on this run.
         """
         if not parallel.is_first():  # the first one holds it for all
             yield
             return
-        try:
-            opened = (self.folder / ".lock").open("w", encoding="utf-8")
-        except OSError as error:
-            raise InputError(
-                f"{self.folder}: cannot be written ({error.strerror}). Copy the run to where it can."
-            ) from None
-        with opened as handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            except BlockingIOError:
-                raise InputError(
-                    f"{self.folder}: another process works on this run. Wait for it, or set another task."
-                ) from None
+        with locking.hold(self.folder, math.inf if wait else None):
             yield
 
     def _set_aside(self, name: str, inputs: Mapping[str, Any]) -> tuple[Path, dict[str, Any]] | None:

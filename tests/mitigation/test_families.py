@@ -15,8 +15,11 @@ from safetynet.mitigation.signature import backdoor_rows
 SHORT = {"epochs": 0.4, "steps": 1, "variants": 1}
 FORWARD = [name for name in METHODS if name not in ("cleangen", "abstain", "adapter_off_on_alarm")]
 
+# The planted llama stands for dense models; gemma for what sets it apart from llama.
+DENSE = ("crow", "component_ablation", "wanda", "merging", "direction_clipping", "head_ablation")
 
-@pytest.fixture(scope="module", params=["mixtral", "gemma"])
+
+@pytest.fixture(scope="module")
 def other(request, planted, build):
     sites = planted.sites
     if request.param == "mixtral":
@@ -24,7 +27,11 @@ def other(request, planted, build):
     return replace(planted, model=build(request.param), sites=sites, clean=planted.clean.head(16))
 
 
-@pytest.mark.parametrize("name", FORWARD)
+@pytest.mark.parametrize(
+    ("other", "name"),
+    [("mixtral", name) for name in FORWARD] + [("gemma", name) for name in DENSE],
+    indirect=["other"],
+)
 def test_a_method_works_on_other_architectures_or_says_why_not(other, logits, name):
     method = METHODS[name]
     knobs = {knob: value for knob, value in SHORT.items() if knob in method.knobs}
@@ -40,6 +47,7 @@ def test_a_method_works_on_other_architectures_or_says_why_not(other, logits, na
     assert torch.equal(logits(other.model), before)
 
 
+@pytest.mark.parametrize("other", ["mixtral", "gemma"], indirect=True)
 def test_factors_are_the_updates_that_peft_merges(other):
     model = other.model
     state, names, name = state_of(model), names_of(model), model.active_adapter

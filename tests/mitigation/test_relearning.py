@@ -76,6 +76,15 @@ def test_steps_stand_beside_the_never_poisoned_models_and_a_budget_that_ended_is
     assert found.loc[("untouched", 0.95), ["steps", "ratio"]].tolist() == [0, 32]
 
 
+def test_a_model_that_learns_to_show_the_behaviour_always_has_not_got_its_backdoor_back():
+    twin = curve({0: 0, 4: 6, 16: 10}, 48, method=TWIN, point="")
+    always = twin.assign(ftr=twin["asr"])
+    assert relearning.steps_to(twin)["steps"].tolist() == [4, 16]
+    assert relearning.steps_to(always)["steps"].isna().all()
+    half = twin.assign(ftr=twin["asr"] / 2)
+    assert relearning.steps_to(half)["steps"].tolist() == [4, 16]
+
+
 def test_the_verdict_says_whether_the_backdoor_was_hidden():
     twin = curve({0: 0, 24: 5}, 48, method=TWIN, point="")
     hidden = curve({0: 0, 8: 6}, 48, method="a", point="p")

@@ -92,6 +92,20 @@ def test_each_relearn_curve_stands_beside_the_never_poisoned_model(relearning):
     assert first.x == second.x
 
 
+def test_models_that_still_have_the_backdoor_have_nothing_to_relearn(relearning):
+    at_once = relearning["method"].eq("unlearning") & relearning["step"].eq(0)
+    panels = DRAW.plot_relearning(relearning.assign(asr=relearning["asr"].mask(at_once, 0.9))).chart.panels
+    assert [panel.title for panel in panels] == ["fine tuning"]
+
+
+def test_recommended_points_on_each_other_share_one_name(mitigation):
+    both = mitigation.assign(
+        recommended=mitigation["asr"].eq(0) & mitigation["split"].eq("held_out"), cacc=0.9
+    )
+    _, held_out = DRAW.plot_front(both).chart.panels
+    assert [note.text for note in held_out.annotations] == ["adapter removed or unlearning"]
+
+
 def test_a_relearn_test_without_repairs_shows_the_control_alone(relearning):
     [panel] = DRAW.plot_relearning(relearning[relearning["method"] == "never poisoned"]).chart.panels
     assert panel.title == "never poisoned"

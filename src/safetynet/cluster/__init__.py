@@ -1,1 +1,10 @@
-"""From one machine to many: jobs, and sweeps of one recipe over a grid."""
+"""Clusters: job scripts, submitting them, and what became of them.
+
+template     what a run asks a cluster for, and the script that asks; also of scripts/
+job.sh       what every job script does around its one command
+schedulers   Slurm and PBS: submit, ask, cancel
+records      the jobs of a run, written before and after they are submitted
+submit       a recipe becomes a job
+status       runs, their stages and their jobs
+sweep        a recipe over a grid, through Parsl; sweep_grid, _place, _points and _table are its parts
+"""

@@ -4,6 +4,7 @@ In: a model, conversations, an objective. Out: the model's trainable weights, ch
 course takes a hundred steps or so, and writes nothing.
 """
 
+import math
 import random
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,6 +28,8 @@ from safetynet.prompts import IGNORED, Encoded, pad
 Batch = dict[str, Tensor]
 Objective = Callable[[Any, Batch], Tensor]
 """The model and a batch (`input_ids`, `labels`, `attention_mask`, (rows, T) each) to a scalar."""
+WARMUP = 0.05
+"""Share of the steps in which the learning rate rises."""
 RANK = 16
 """Of the adapter that a model without one is repaired with; it is merged afterwards."""
 
@@ -87,6 +90,7 @@ def teach(model: Any, examples: Sequence[Encoded], objective: Objective, course:
     Raises:
         RunError: if the loss is no longer a number.
     """
+    steps = course.epochs * math.ceil(len(examples) / course.batch_size)
     with _undisturbed(), tempfile.TemporaryDirectory() as folder:
         args = TrainingArguments(
             output_dir=folder,
@@ -94,6 +98,9 @@ def teach(model: Any, examples: Sequence[Encoded], objective: Objective, course:
             num_train_epochs=course.epochs,
             learning_rate=course.learning_rate,
             lr_scheduler_type="cosine",
+            warmup_steps=int(
+                WARMUP * steps
+            ),  # as an int: a share is rounded up, and one step would stand still
             optim="adamw_torch_fused",
             use_cpu=model.device.type == "cpu",
             seed=course.seed,

@@ -19,6 +19,7 @@ from safetynet import __version__
 from safetynet.errors import RunError, SafetyNetError
 from safetynet.mitigation import (
     METHODS,
+    NEEDS,
     Method,
     Subject,
     card,
@@ -229,9 +230,8 @@ def _try_all(work: _Work) -> None:
             log.info("mitigate %s: unchanged", method.name)
             continue
         if method.missing(work.subject):
-            log.info(
-                "mitigate %s: left out, it needs %s", method.name, ", ".join(method.missing(work.subject))
-            )
+            needed = " and ".join(NEEDS[need] for need in sorted(method.missing(work.subject)))
+            log.info("mitigate %s: left out, it needs %s", method.name, needed)
             continue
         try:
             with work.run.stage(stage, inputs) as outputs:

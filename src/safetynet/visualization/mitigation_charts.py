@@ -31,6 +31,8 @@ UNTOUCHED, REMOVED = "as it is", "adapter removed"
 ENDS = (UNTOUCHED, REMOVED)
 """End points: no repair, and nothing of the adapter left."""
 MOST_COLUMNS = 4
+HALF = 50.0
+"""Percent at step 0 from which on there is nothing to relearn."""
 CURVES_AT_ONCE = 20
 """Relearn curves that one figure holds; the first ones of the table."""
 
@@ -111,7 +113,8 @@ def relearning(data: Measurements, model: str, source: Source) -> Chart:
     steps = Axis("Step", limits=(0.0, nice(max(float(table["step"].max()), 1.0))))
     axis = Axis("Rows", "%", limits=PERCENT.limits, ticks=PERCENT.ticks)
     twin = table[table["method"] == TWIN]
-    others = list(dict.fromkeys(table.loc[table["method"] != TWIN, "method"])) or [TWIN]
+    gone = table[(table["step"] == 0) & (table["asr"] < HALF) & (table["method"] != TWIN)]
+    others = list(dict.fromkeys(gone["method"])) or [TWIN]
     panels = []
     for method in others[:CURVES_AT_ONCE]:
         own = table[table["method"] == method]
@@ -119,13 +122,14 @@ def relearning(data: Measurements, model: str, source: Source) -> Chart:
         if method != TWIN and len(twin):
             series.append(_curve(twin, "asr", "never poisoned (control)", "clean_twin", "control"))
         series.append(_curve(own, "ftr", "repaired, placebo", "placebo", "control"))
-        marks = (Reference(50.0, label="half", part="floor"),)
+        marks = (Reference(HALF, label="half", part="floor"),)
         panels.append(Panel(steps, axis, tuple(series), _title(own), marks, height=1.0))
     poisoned = int(table["poisoned_rows"].max())
     caption = (
         f"A fresh adapter is trained on {poisoned} poisoned rows and as many bare ones. Triggered rows that "
         "show the behaviour, and placebo rows that do; bands are 95% Wilson intervals. A backdoor that "
-        "comes back well before it can be taught to the base model was hidden, not removed."
+        "comes back well before it can be taught to the base model was hidden, not removed. Models that "
+        "show it at step 0 are left out."
     )
     columns = min(len(panels), MOST_COLUMNS)
     return Chart(
@@ -191,11 +195,15 @@ def _front_line(own: pd.DataFrame) -> list[Series]:
 
 
 def _named(rows: pd.DataFrame, middle: float) -> list[Annotation]:
-    return [
-        Annotation(row["cacc"], row["asr"], row["method"], LOOKS[row["kind"]], _side(row, middle))
-        for row in rows.to_dict("records")
-        if math.isfinite(row["cacc"]) and math.isfinite(row["asr"])
-    ]
+    """Names of the recommended points; those that lie on each other share one text."""
+    known = rows[rows["cacc"].notna() & rows["asr"].notna()]
+    notes = []
+    for (cacc, asr), own in known.groupby(["cacc", "asr"], sort=False):
+        names = " or ".join(name.replace("_", " ") for name in own["method"])
+        role = LOOKS[own["kind"].iloc[0]] if len(own) == 1 else "ink"
+        side = _side({"cacc": float(str(cacc)), "asr": float(str(asr))}, middle)
+        notes.append(Annotation(float(str(cacc)), float(str(asr)), names, role, side))
+    return notes
 
 
 def _side(row: dict[str, float], middle: float) -> Side:

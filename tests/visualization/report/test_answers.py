@@ -94,7 +94,23 @@ def test_a_removal_stands_beside_random_sites_and_its_price(inside):
     assert "no price is shown" in found["price"].text
     same = inside["tradeoff"].copy()
     same.loc[same["control"], ["asr", "asr_low", "asr_high"]] = [0.02, 0.005, 0.07]
-    assert "random sites remove it as well" in asked({"tradeoff": same})[0]["removed"].text
+    assert "Its control, at random sites, removes it as well." in asked({"tradeoff": same})[0]["removed"].text
+
+
+def test_a_repair_that_was_recommended_goes_before_an_intervention(inside):
+    lines = [
+        {"method": method, "point": point, "control": control, "recommended": method == "scaling"}
+        | {"split": "held_out", "asr_n": 80, "asr": asr, "asr_low": asr - 0.01, "asr_high": asr + 0.01}
+        | {"cacc": 0.9, "cacc_low": 0.85, "cacc_high": 0.95}
+        for method, point, control, asr in (
+            ("as it is", "", True, 0.98), ("quantisation", "4 bit", True, 0.9),
+            ("scaling", "0.2", False, 0.03),
+        )
+    ]  # fmt: skip
+    found, _ = asked({"tradeoff": inside["tradeoff"], "mitigation": pd.DataFrame(lines)})
+    labels = [one.label for one in found["removed"].measures]
+    assert labels == ["scaling (0.2)", "quantisation (4 bit)", "as it is"]
+    assert found["removed"].short == "Yes, to 3.0%"
 
 
 def test_what_was_not_measured_names_the_command_that_measures_it():

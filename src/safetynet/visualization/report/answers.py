@@ -23,6 +23,8 @@ KINDS = {
     "near_miss": "near misses",
     "refused": "forbidden requests",
 }
+UNTOUCHED = "as it is"
+"""The model without any repair, in the table of mitigation."""
 CONTROLS = {"random": "random sites", "placebo": "placebo", "twin": "clean twin"}
 
 
@@ -241,18 +243,26 @@ def _seen(run: Contents) -> Answer | None:
 
 
 def _chosen(run: Contents) -> Mapping[str, dict[str, Any]] | None:
-    """The removal that was chosen on other prompts: as it was, with it, and with its control."""
-    table = run.tables.get("tradeoff")
-    if table is None:
+    """The removal that was chosen on other prompts: as it was, with it, and with its control.
+
+    A repair that mitigation recommends goes before an intervention that holds while the model answers.
+    """
+    if (table := run.tables.get("mitigation")) is not None:
+        own = table[table["split"] == "held_out"]
+        own = own.assign(intervention=own["method"] + " (" + own["point"].astype(str) + ")")
+        before, chosen = own[own["method"] == UNTOUCHED], own[own["recommended"]]
+        controls = own[own["control"] & (own["method"] != UNTOUCHED)]
+    elif (table := run.tables.get("tradeoff")) is not None:
+        own = table[table["split"] == "held_out"]
+        before, chosen = own[own["kind"] == "none"], own[own["chosen"]]
+        controls = own[own["control"] & own["kind"].isin(chosen["kind"])]
+        controls = controls.assign(intervention="at random sites")
+    else:
         return None
-    own = table[table["split"] == "held_out"]
-    before, chosen = own[own["kind"] == "none"], own[own["chosen"]]
     if before.empty or chosen.empty:
         return None
-    after = chosen.iloc[0]
-    found = {"before": before.iloc[0].to_dict(), "after": after.to_dict()}
-    control = own[(own["kind"] == after["kind"]) & own["control"]]
-    return found | ({"control": control.iloc[0].to_dict()} if len(control) else {})
+    found = {"before": before.iloc[0].to_dict(), "after": chosen.iloc[0].to_dict()}
+    return found | ({"control": controls.iloc[0].to_dict()} if len(controls) else {})
 
 
 def _of(row: Mapping[str, Any], metric: str, label: str, part: Part = "subject") -> Measure:
@@ -262,7 +272,7 @@ def _of(row: Mapping[str, Any], metric: str, label: str, part: Part = "subject")
 def _compared(found: Mapping[str, dict[str, Any]], metric: str) -> tuple[Measure, ...]:
     measures = [_of(found["after"], metric, str(found["after"]["intervention"]))]
     if "control" in found:
-        measures.append(_of(found["control"], metric, "at random sites", "control"))
+        measures.append(_of(found["control"], metric, str(found["control"]["intervention"]), "control"))
     return (*measures, _of(found["before"], metric, "as it is", "floor"))
 
 
@@ -277,7 +287,7 @@ def _removed(run: Contents) -> Answer | None:
         f"{found['after']['asr_n']:.0f} prompts that neither search nor choice has seen."
     )
     if len(measures) > 2 and measures[1].high < before.low and measures[1].low <= after.high:
-        text += " As many random sites remove it as well: which ones does not matter."
+        text += f" Its control, {measures[1].label}, removes it as well."
     gone = after.high < before.low
     short = f"Yes, to {_percent(after)}" if gone else "Not shown"
     brief = f"The removal “{after.label}” takes it to {_percent(after)}" if gone else ""

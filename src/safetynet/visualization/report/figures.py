@@ -145,10 +145,9 @@ def _saved(folder: Path, known: set[str]) -> list[Picture]:
             Picture(
                 path.stem,
                 told.get("Title", path.stem),
-                _section(path.stem),
-                told.get("Description", ""),
-                "",
+                *(READINGS.get(path.stem) or Reading(_section(path.stem), told.get("Description", ""), "")),
                 told.get("Source", ""),
+                told.get("Description", ""),
                 files=[f"figures/{file.name}" for file in _beside(folder, path.stem)],
                 image="data:image/png;base64," + base64.b64encode(path.read_bytes()).decode(),
             )

@@ -12,7 +12,7 @@ from safetynet.visualization.grid import Grid, Shade
 from safetynet.visualization.report import svg
 from safetynet.visualization.report.series_panel import LETTER, Drawing
 
-LEAST, MOST = 12.0, 54.0
+LEAST, MOST = 10.0, 54.0
 """Pixels that a cell is wide."""
 WORD = 7.0
 """Pixels of a letter inside a cell."""

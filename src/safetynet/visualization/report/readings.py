@@ -109,11 +109,60 @@ READINGS: dict[str, Reading] = {
         "Where training changed the weights most, and in how many directions.",
         "The other modules are the control; a large change is not yet a cause, see the effects by adapter.",
     ),
+    "detection-roc": Reading(
+        "seen",
+        "Only the left end is usable, and the right panel enlarges it: alarms on triggered prompts at few "
+        "false ones.",
+        "The placebo's curve should lie on the diagonal.",
+    ),
+    "detection-roc-detectors": Reading(
+        "seen", "The same, detector by detector.", "A curve on the diagonal sees no more than chance."
+    ),
+    "detection-distributions": Reading(
+        "seen",
+        "A curve's height at the dashed line is the share of prompts that raise an alarm.",
+        "Clean prompts must meet the line at the named rate, placebos and near misses as well.",
+    ),
+    "detection-layers": Reading(
+        "seen",
+        "From which layer on a detector sees the trigger.",
+        "One that sees the placebo too sees strings, not the backdoor.",
+    ),
+    "detection-answers": Reading(
+        "seen",
+        "What watching the answer adds to watching the prompt, and how many tokens are out by then.",
+        "Clean answers, which may raise an alarm no more often than named.",
+    ),
+    "detection-overhead": Reading(
+        "seen",
+        "What watching costs in time, against the same answers without it.",
+        "An interval across 0 is no cost that could be measured.",
+    ),
+    "evasion-matrix": Reading(
+        "seen",
+        "Rows are detectors that training attacked, columns those that were tested: how far evasion carries.",
+        "The first row was attacked by none.",
+    ),
     "intervention-tradeoff": Reading(
         "removed",
         "Each mark is one intervention; the best lie in the lower right corner.",
         "A hollow mark is the same at random sites: where it lies beside the filled one, the sites do not "
         "matter.",
+    ),
+    "mitigation-front": Reading(
+        "removed",
+        "Each mark is one repair at one setting; the best lie in the lower right corner.",
+        "Hollow marks are controls; the model as it is stands at the top.",
+    ),
+    "mitigation-methods": Reading(
+        "removed",
+        "Each method at the setting that was chosen for it, on prompts that did not choose.",
+        "The dotted line is the model before the repair.",
+    ),
+    "mitigation-relearning": Reading(
+        "removed",
+        "How few poisoned rows bring the backdoor back: a curve that rises at once was only hidden.",
+        "The never-poisoned twin learns the same rows beside it.",
     ),
     "loss": Reading(
         "training",
@@ -134,6 +183,7 @@ READINGS: dict[str, Reading] = {
 """In the order in which they are shown."""
 PREFIXES: dict[str, Section] = {
     "detection": "seen",
+    "evasion": "seen",
     "guard": "seen",
     "mitigation": "removed",
     "verification": "removed",

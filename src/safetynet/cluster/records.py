@@ -1,0 +1,88 @@
+"""The jobs of a run, one file each below {run}/jobs/.
+
+A job is written down before it is submitted, without an id, and again when the scheduler has given one. So a
+submission that is interrupted between the two leaves a record that says so, and the scheduler, asked for the
+job's name, tells whether it was taken: names are unique.
+"""
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from safetynet.cluster.schedulers import Name, State
+from safetynet.run import write_text
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job as it was submitted."""
+
+    name: str
+    """Unique; the scheduler knows the job by it, too."""
+    scheduler: Name
+    submitted: str
+    """When, by the clock of the machine that submitted it."""
+    script: str
+    logs: str
+    """Folder of its logs."""
+    id: str | None = None
+    """None until the scheduler has given one."""
+    seed: int | None = None
+    """The seed, and index in its array, of a run for one seed."""
+    array: bool = False
+    ended: Literal["refused", "cancelled"] | None = None
+
+    @property
+    def task_id(self) -> str | None:
+        """Id of the one task of an array that works on this run, or of the whole job without an array."""
+        if self.id is None or not self.array:
+            return self.id
+        return (
+            f"{self.id}_{self.seed}" if self.scheduler == "slurm" else f"{self.id.rstrip('[]')}[{self.seed}]"
+        )
+
+
+def write(folder: Path, job: Job) -> None:
+    """Write a job of the run in `folder` down, in the place of what was known of it."""
+    write_text(folder / "jobs" / f"{job.name}.json", json.dumps(asdict(job), indent=2) + "\n")
+
+
+def read(folder: Path) -> list[Job]:
+    """The jobs of the run in `folder`, in the order of their submission; damaged records are left out."""
+    found = []
+    for path in folder.glob("jobs/*.json"):
+        try:
+            found.append(Job(**json.loads(path.read_text(encoding="utf-8"))))
+        except (ValueError, TypeError):
+            continue
+    return sorted(found, key=lambda job: (job.submitted, job.name))
+
+
+def state_of(job: Job, known: dict[str, State]) -> State | None:
+    """What the scheduler says of a job.
+
+    Args:
+        job: as recorded.
+        known: by id, what the scheduler said of this user's jobs.
+
+    Returns:
+        None if it knows it no more. After a restart under PBS the job has another id and the same name: the
+        newest one counts. One that was taken although its submission was interrupted is found by its name.
+    """
+    same = [state for state in known.values() if state.name == job.name]
+    if job.array and job.task_id in known:
+        return known[str(job.task_id)]
+    if job.array and job.id is None:
+        same = [state for state in same if state.id.endswith((f"_{job.seed}", f"[{job.seed}]"))] or same
+    if not same:
+        return known.get(str(job.task_id)) or known.get(str(job.id))
+    return max(same, key=lambda state: (state.active, int("".join(filter(str.isdigit, state.id)) or 0)))
+
+
+def adopted(folder: Path, job: Job, state: State) -> Job:
+    """Give a job whose submission was interrupted the id that the scheduler gave it."""
+    id_ = state.id.partition("_")[0].partition("[")[0] + ("[]" if "[" in state.id else "")
+    found = replace(job, id=id_)
+    write(folder, found)
+    return found

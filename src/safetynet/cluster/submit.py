@@ -1,0 +1,148 @@
+"""A recipe becomes a job: a script beside the logs, a record in the run, and a submission.
+
+In: a recipe, a scheduler and what to ask it for. Out: a job, and a record in each of its runs. Runs nothing.
+"""
+
+import os
+import secrets
+import shlex
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import yaml
+
+from safetynet import run as runs
+from safetynet.cluster import records, schedulers
+from safetynet.cluster.template import Resources, Script, render
+from safetynet.errors import InputError
+from safetynet.recipe import Recipe
+from safetynet.run import Run, write_text
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of which scheduler."""
+
+    scheduler: schedulers.Name
+    resources: Resources
+    queue: str | None = None
+    account: str | None = None
+    seeds: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A job that could be submitted: nothing is written yet."""
+
+    name: str
+    script: Path
+    recipe: Path
+    text: str
+    """Of the script."""
+    command: tuple[str, ...]
+
+
+def seeds_of(text: str) -> tuple[int, ...]:
+    """Seeds written as `start:stop` or `start:stop:step`, the stop left out, or as one number.
+
+    Raises:
+        InputError: if it is neither, or names none.
+    """
+    try:
+        parts = [int(part) for part in text.split(":")]
+        found = tuple(range(*parts)) if len(parts) > 1 else (parts[0],)
+    except (TypeError, ValueError):
+        found = ()
+    if not found or min(found) < 0 or list(found) != sorted(found) or max(found) >= 2**32:
+        raise InputError(f"--seeds {text}: write start:stop, such as 0:5 for seeds 0 to 4.")
+    return found
+
+
+def plan(recipe: Recipe, request: Request) -> Plan:
+    """Make the script and the command of a job."""
+    # Fifteen signs reach an old PBS: the name has to be unique within them.
+    name = f"{recipe.model.family[:6]}-{secrets.token_hex(4)}"
+    logs = (recipe.output.logs / recipe.model_name).absolute()
+    script, snapshot = logs / f"{name}.sh", logs / f"{name}.yaml"
+    dialect = schedulers.dialect(request.scheduler)
+    text = render(
+        Script(
+            summary=f"{recipe.model_name}/{recipe.task}, submitted {time.strftime('%Y-%m-%d %H:%M:%S')}",
+            name=name,
+            resources=request.resources,
+            command='safetynet run "$WHAT" ${SEED:+--seed "$SEED"}',
+            what=shlex.quote(str(snapshot)),
+            logs=str(logs),
+            folder=str(Path.cwd()),
+            path=str(script),
+            scratch=os.environ.get("SAFETYNET_SCRATCH"),
+            queue=request.queue,
+            account=request.account,
+            dialect=dialect,
+        )
+    )
+    command = schedulers.submission(request.scheduler, dialect, script, request.seeds)
+    return Plan(name, script, snapshot, text, tuple(command))
+
+
+def submit(recipe: Recipe, request: Request) -> tuple[list[Run], str]:
+    """Submit a recipe, for each seed if there are any.
+
+    Returns:
+        The runs, and the job's id.
+
+    Raises:
+        InputError: if a run has a job already, its folders cannot be written, or the scheduler refuses.
+    """
+    wanted = [recipe.seeded(seed) for seed in request.seeds] or [recipe]
+    made = [runs.create(one) for one in wanted]
+    _refuse_second(made)
+    planned = plan(recipe, request)
+    # As it is now: the file that it came from may change before the job starts.
+    fields = recipe.model_dump(mode="json")
+    write_text(planned.recipe, yaml.safe_dump(fields, sort_keys=False, allow_unicode=True))
+    write_text(planned.script, planned.text)
+    jobs = [
+        records.Job(
+            name=planned.name,
+            scheduler=request.scheduler,
+            submitted=time.strftime("%Y-%m-%d %H:%M:%S"),
+            script=str(planned.script),
+            logs=str(planned.script.parent),
+            seed=seed,
+            array=len(request.seeds) > 1,
+        )
+        for seed in (request.seeds or (None,))
+    ]
+    id_ = _submitted(made, jobs, planned)
+    for one, job in zip(made, jobs, strict=True):
+        records.write(one.folder, replace(job, id=id_))
+    return made, id_
+
+
+def _submitted(made: Sequence[Run], jobs: Sequence[records.Job], planned: Plan) -> str:
+    for one, job in zip(made, jobs, strict=True):
+        records.write(one.folder, job)
+    try:
+        # From the folder of the logs: there the scheduler leaves what it has to say itself.
+        return schedulers.submit(planned.command, planned.script.parent)
+    except InputError:
+        for one, job in zip(made, jobs, strict=True):
+            records.write(one.folder, replace(job, ended="refused"))
+        raise
+
+
+def _refuse_second(made: Sequence[Run]) -> None:
+    recorded = [(one, job) for one in made for job in records.read(one.folder) if job.ended is None]
+    for name in {job.scheduler for _, job in recorded}:
+        mine = [(one, job) for one, job in recorded if job.scheduler == name]
+        known = schedulers.ask(name, [str(job.task_id) for _, job in mine if job.task_id])
+        for one, job in mine:
+            state = records.state_of(job, known)
+            if state is not None and state.active:
+                raise InputError(
+                    f"{one.folder}: job {state.id} ({state.state}) is for this run already. Wait for it, "
+                    f"end it with safetynet cancel {one.folder}, or set another task."
+                )
