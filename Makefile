@@ -6,6 +6,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
+# On two cores, a file at a time: the tests of a file share what they have planted.
+PARALLEL := -n 2 --dist loadfile
 # Says "too old" or "no venv" in one sentence, in place of a failure halfway through the installation.
 CHECK := import sys; sys.version_info >= (3, 11) or sys.exit("SafetyNet needs Python 3.11 or newer, and $(PYTHON) is %d.%d. Name a newer one: make PYTHON=python3.12" % sys.version_info[:2])
 CHECK_VENV := import sys, importlib.util as u; all(map(u.find_spec, ("venv", "ensurepip"))) or sys.exit("$(PYTHON) cannot make virtual environments. On Debian or Ubuntu: sudo apt-get install python3-venv")
@@ -24,10 +26,10 @@ demo: $(VENV)/installed
 	$(BIN)/safetynet run recipes/qwen-miniature.yaml
 
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest -m "not slow and not cluster"
+	$(BIN)/python -m pytest -m "not slow and not cluster" $(PARALLEL)
 
 slow: $(VENV)/installed-test
-	$(BIN)/python -m pytest -m "slow and not cluster"
+	$(BIN)/python -m pytest -m "slow and not cluster" $(PARALLEL)
 
 cluster: $(VENV)/installed-test
 	$(BIN)/python -m pytest -m cluster

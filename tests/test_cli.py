@@ -21,8 +21,6 @@ from safetynet.recipe import Model
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 COMMANDS = (
-    "run", "train", "evaluate", "intervene", "detect", "guard", "mitigate", "audit", "plot", "report",
-    "compare", "miniatures", "families",
     "run", "train", "evaluate", "intervene", "detect", "guard", "mitigate", "audit", "plot",
     "report", "compare", "sweep", "submit", "status", "cancel", "miniatures", "families",
 )  # fmt: skip

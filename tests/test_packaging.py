@@ -80,8 +80,7 @@ def test_a_third_party_import_is_a_declared_requirement():
 def test_a_requirement_of_the_package_is_imported_by_it():
     declared = {canonicalize_name(Requirement(line).name) for line in PROJECT["dependencies"]}
     used = {name for _, names in imported() for name in names}
-    # transformers imports it by itself for weights in 4 bit.
-    assert declared - used == {"bitsandbytes"}
+    assert declared - used == set()
 
 
 def test_torch_is_installed_first_and_alone(tmp_path):

@@ -38,12 +38,13 @@ def mitigate(
     from safetynet import pipeline
     from safetynet import run as runs
     from safetynet.mitigation.overview import overview
+    from safetynet.pipeline import mitigating
     from safetynet.terminal import logging_to, print_repairs
 
     found = runs.find(folder)
     recipe = _overridden(found.recipe, methods, clean, overrides or [])
     with found.lock(), logging_to(found.log):
-        tables = pipeline.mitigate(recipe, found, adapter)
+        tables = mitigating.mitigate(recipe, found, adapter)
         print_repairs(overview(tables["mitigation"], tables.get("relearning")))
         for line in tables["recommendation"].to_dict("records"):
             what = (

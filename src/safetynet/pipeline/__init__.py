@@ -7,14 +7,14 @@ intervene  interventions  where the trigger acts, beside controls, and what remo
 detect     detect      a monitor of fresh clean prompts, and what it catches; on demand
 draw       figures     figures and the report from the tables alone
 compare    compare     finished runs side by side; on demand
-mitigate   mitigation  repairs tried, verified and chosen, beside the model as it was; on demand
+mitigate   mitigation  repairs tried, verified and chosen, beside the model as it was; on demand, and imported
+                       from `mitigating`, since its libraries take seconds to load
 """
 
 from safetynet.pipeline.comparing import compare
 from safetynet.pipeline.detecting import detect, guard
 from safetynet.pipeline.dissecting import intervene
 from safetynet.pipeline.drawing import draw, index, report
-from safetynet.pipeline.mitigating import mitigate
 from safetynet.pipeline.planting import evaluate, evaluate_adapter, prepare, train
 
 __all__ = [
@@ -26,7 +26,6 @@ __all__ = [
     "guard",
     "index",
     "intervene",
-    "mitigate",
     "prepare",
     "report",
     "train",

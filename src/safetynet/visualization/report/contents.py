@@ -18,6 +18,7 @@ STAGES: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
     ("evaluate", "rates by role and responses", ("evaluation", "responses"), "safetynet evaluate {run}"),
     ("intervene", "where the trigger acts, and removals", ("effects",), "safetynet intervene {run}"),
     ("detect", "a monitor of clean prompts", ("detection",), "safetynet detect {run}"),
+    ("mitigate", "repairs, and what they cost", ("mitigation",), "safetynet mitigate {run}"),
 )
 """A stage, what it measures, the tables without which it is as good as not run, and the command."""
 
