@@ -36,9 +36,9 @@ def test_an_evasive_recipe_leaves_its_hiding_as_a_table_and_in_the_report(tmp_pa
     assert set(aurocs["detector"]) == {"mahalanobis:last", "pca_residual:mean"}
     assert sorted(set(aurocs["step"])) == [0, 8] and aurocs["value"].between(0, 1).all()
     text = (run / "report.md").read_text()
-    assert "## Hidden from detectors while it was planted" in text
-    assert "Evasive training against mahalanobis, pca_residual:mean; strength 1, retention 1" in text
-    assert f"- mahalanobis:last: AUROC {aurocs['value'].iloc[0]:.2f} at step 0, " in text
+    assert "Hidden from detectors while it was planted" in text
+    assert "Evasive training at strength 1.0 and retention 1.0, with detectors fitted again every 8" in text
+    assert f"| mahalanobis:last | {aurocs['value'].iloc[0]:.3f}".rstrip("0") in text
     # The twin has nothing to hide, and its history no terms of hiding.
     assert set(pd.read_parquet(run / "tables" / "evaluation.parquet")["model"]) >= {"clean_twin"}
     again = command(tmp_path, "run", str(RECIPE), *sets(*SMALL))

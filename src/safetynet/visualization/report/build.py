@@ -138,9 +138,13 @@ def _variants(run: Contents) -> Iterator[Table]:
 
 def _hidden(run: Contents) -> Iterator[Table]:
     if "evasion" in run.tables:
+        strength, retention, every = (
+            run.field(f"training.evasion.{name}", "?") for name in ("strength", "retention", "refit_every")
+        )
         note = (
-            "AUROC of firing against clean training prompts for each detector that the training hid from, as "
-            "the attacker saw it; what a defender sees who fits on fresh prompts, `safetynet detect` has."
+            f"Evasive training at strength {strength} and retention {retention}, with detectors fitted again "
+            f"every {every} steps. AUROC of firing against clean training prompts for each detector that the "
+            "training hid from, as the attacker saw it; what a defender sees who fits on fresh prompts, `safetynet detect` has."
         )
         shown = findings.hidden(run.tables["evasion"])[["detector", "first", "last"]]
         yield Table("Hidden from detectors while it was planted", note, shown.round(3))
