@@ -144,7 +144,8 @@ def _hidden(run: Contents) -> Iterator[Table]:
         note = (
             f"Evasive training at strength {strength} and retention {retention}, with detectors fitted again "
             f"every {every} steps. AUROC of firing against clean training prompts for each detector that the "
-            "training hid from, as the attacker saw it; what a defender sees who fits on fresh prompts, `safetynet detect` has."
+            "training hid from, as the attacker saw it; what a defender sees who fits on "
+            "fresh prompts, `safetynet detect` has."
         )
         shown = findings.hidden(run.tables["evasion"])[["detector", "first", "last"]]
         yield Table("Hidden from detectors while it was planted", note, shown.round(3))
