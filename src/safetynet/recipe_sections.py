@@ -1,4 +1,4 @@
-"""The recipe's section on mitigation: how the backdoor is removed, and how a repair is chosen and judged."""
+"""Sections of a recipe that a stage of its own reads; `recipe.py` holds the others and puts them together."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,10 +7,27 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field
 
 
-class Mitigation(BaseModel):
-    """How the backdoor is removed, and how a repair is chosen and judged."""
+class Section(BaseModel):
+    """What no section allows: fields that are unknown, values that change, numbers that are none."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Evasion(Section):
+    """Hide the backdoor from detectors that the attacker expects, while it is being planted."""
+
+    detectors: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Written `name:view`, or the name of a preset; those with a gradient only."""
+    strength: Annotated[float, Field(gt=0)] = 1.0
+    """Weight of the obfuscation term beside the answer's loss."""
+    retention: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of the distance to the base model's states on rows that do not fire."""
+    refit_every: Annotated[int, Field(ge=1)] = 25
+    """Steps after which the detectors are fitted again, on the activations as they then are."""
+
+
+class Mitigation(Section):
+    """How the backdoor is removed, and how a repair is chosen and judged."""
 
     methods: tuple[str, ...] = ()
     """Those to try; `all` for every one whose needs are met; empty for a quick selection."""
