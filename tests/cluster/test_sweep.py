@@ -22,6 +22,7 @@ training: {learning_rate: 0.004, max_steps: 4, max_length: 160, precision: fp32,
 evaluation: {max_new_tokens: 16, batch_size: 100, dynamics_rows: 0}
 """
 TWELVE = ("--grid", "training.lora_rank=2,4,8", "data.test_rows=11,12", "--seeds", "0:2", "--workers", "2")
+FOUR = ("--grid", "training.lora_rank=2,4", "--seeds", "0:2", "--workers", "2")
 PATIENCE_S = 900
 # A shell starts background processes deaf to Ctrl-C, and they hand that on.
 PROGRAM = """
@@ -80,10 +81,14 @@ def until(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["whole group", "sweep alone", "Ctrl-C"])
-def test_a_sweep_that_was_killed_ends_with_every_point_and_none_computed_twice(how: str, home: Path) -> None:
-    process = started(home, *TWELVE)
-    before = until(home, "figures", 2, process)
+@pytest.mark.parametrize(
+    ("how", "grid", "points"), [("whole group", TWELVE, 12), ("sweep alone", FOUR, 4), ("Ctrl-C", FOUR, 4)]
+)
+def test_a_sweep_that_was_killed_ends_with_every_point_and_none_computed_twice(
+    how: str, grid: tuple[str, ...], points: int, home: Path
+) -> None:
+    process = started(home, *grid)
+    before = until(home, "figures", 1, process)
     if how == "whole group":
         os.killpg(process.pid, signal.SIGKILL)
     else:
@@ -92,25 +97,25 @@ def test_a_sweep_that_was_killed_ends_with_every_point_and_none_computed_twice(h
     if how == "Ctrl-C":
         assert process.returncode == 130
         assert "interrupted" in err
-    assert 0 < sum(name == "figures" for _, name in stages(home)) < 12, "killed in the middle"
+    assert 0 < sum(name == "figures" for _, name in stages(home)) < points, "killed in the middle"
 
-    code, out, err = swept(home, *TWELVE)
+    code, out, err = swept(home, *grid)
     assert code == 0, err
-    assert "Sweep of 12 points: 12 done, 0 failed" in out
+    assert f"Sweep of {points} points: {points} done, 0 failed" in out
     table = results(home)
-    assert table["point"].nunique() == 12
+    assert table["point"].nunique() == points
     assert set(table["status"]) == {"done"}
     after = stages(home)
     assert {key: after[key] for key in before} == before, "a stage that had ended was computed again"
     logs = [path.read_text() for path in (home / "logs").rglob("*.log")]
-    assert len(logs) == 12
+    assert len(logs) == points
     assert all(len(re.findall(r"figures: \d+ files", text)) == 1 for text in logs)
     assert not list(home.glob("results/*/*/earlier"))
 
-    code, _, err = swept(home, *TWELVE)
+    code, _, err = swept(home, *grid)
     assert code == 0
     assert stages(home) == after
-    assert err.count("had ended before") == 12
+    assert err.count("had ended before") == points
 
 
 @pytest.mark.slow
