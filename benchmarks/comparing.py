@@ -32,7 +32,7 @@ SETTINGS = ("evaluation.every=25", "evaluation.dynamics_rows=40")
 """What every cell has beyond its family's recipe: a measurement each 25 of 300 steps, so that the step at
 which a rate is passed lies between two that are close."""
 SMOKE = (
-    "data.train_rows=640", "data.test_rows=40", "evaluation.dynamics_rows=10",
+    "data.train_rows=640", "data.test_rows=40", "training.epochs=2", "evaluation.dynamics_rows=10",
     "training.learning_rate=0.004", "training.clean_twin=false",
 )  # fmt: skip
 LOOKED_AT: dict[str, Any] = {"by": ("layer", "component", "head"), "observe": False, "removals": False}

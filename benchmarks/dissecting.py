@@ -58,8 +58,12 @@ def run(family: str, out: Path, smoke: bool) -> None:
     """One `safetynet run`; stops the benchmark if it fails."""
     fields: dict[str, Any] = {"output.results": out, "output.logs": out / "logs"}
     if smoke:
-        fields |= {"data.train_rows": 640, "data.test_rows": 40, "evaluation.dynamics_rows": 0}
-        fields |= {"training.learning_rate": 0.004, "training.clean_twin": "false"}
+        fields |= {"data.train_rows": 640, "data.test_rows": 40, "training.epochs": 2}
+        fields |= {
+            "training.learning_rate": 0.004,
+            "training.clean_twin": "false",
+            "evaluation.dynamics_rows": 0,
+        }
     if run_recipe("run", family, fields, family):
         sys.exit(1)
 
