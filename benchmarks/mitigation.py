@@ -12,16 +12,14 @@ process of its own with one thread. What is finished is not repeated; --table pr
 
 import argparse
 import json
-import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from itertools import product
 from pathlib import Path
 
 import pandas as pd
-from _running import markdown, run_recipe
+from _running import markdown, run_recipe, safetynet
 from planting import BEHAVIOURS, FAMILIES, SETTINGS, task
 
 from safetynet.mitigation import METHODS
@@ -95,8 +93,10 @@ def repair(cell: tuple[str, str], out: Path, args: argparse.Namespace) -> bool:
     else:
         for words in (("intervene", str(folder), *INTERVENE), ("detect", str(folder), *DETECT)):
             if not done(folder, words[0]):
-                command(*words)  # what it finds is missing to some methods, which then say so
-    return command("mitigate", str(folder), "--methods", methods, *sets) == 0
+                # What ends without a result is missing to some methods, which then say so.
+                safetynet(*words, name=" ".join(words[:2]))
+    words = ("mitigate", str(folder), "--methods", methods, *sets)
+    return safetynet(*words, name=f"mitigate {folder}") == 0
 
 
 def defaults() -> dict[str, float]:
@@ -134,28 +134,12 @@ def plant(cell: tuple[str, str], out: Path, smoke: bool) -> int:
         fields |= {"training.learning_rate": 0.004, "training.batch_size": 16}
     if code := run_recipe("train", family, fields, f"{family} {behaviour}"):
         return code
-    return command("evaluate", str(place(cell, out)))
+    return safetynet("evaluate", str(place(cell, out)), name=f"evaluate {family} {behaviour}")
 
 
 def done(folder: Path, stage: str) -> bool:
     """Whether a run's manifest has a stage."""
     return stage in json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["stages"]
-
-
-def command(*words: str) -> int:
-    """One command in a process of its own; says on standard error how it ended."""
-    ended = subprocess.run(
-        [sys.executable, "-c", "from safetynet.cli import main; main()", *words],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        check=False,
-    )
-    print(f"{' '.join(words[:2])}: exit {ended.returncode}", file=sys.stderr)
-    if ended.returncode:
-        print(ended.stderr[-2000:], file=sys.stderr)
-    return ended.returncode
 
 
 def show(found: dict[tuple[str, str], Path]) -> None:
