@@ -28,7 +28,7 @@ from safetynet.recipe import Model
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SMALL = (
-    "data.train_rows=640", "data.test_rows=60", "training.learning_rate=0.004",
+    "data.train_rows=640", "training.epochs=2", "data.test_rows=60", "training.learning_rate=0.004",
     "evaluation.dynamics_rows=8", "evaluation.every=40",
 )  # fmt: skip
 ALWAYS = {"effects", "tokens", "dynamics", "lens", "lens_map", "probes", "divergence", "attention", "drift"}
