@@ -19,7 +19,7 @@ from torch import Tensor
 from safetynet.errors import InputError
 from safetynet.interventions.hooks import exclusive
 from safetynet.models.blocks import decoder_layers
-from safetynet.models.parts import adapters
+from safetynet.models.parts import adapters, svd_of_product
 
 Place = tuple[int, str]
 """Layer, and the module's or parameter's path in it."""
@@ -40,10 +40,7 @@ class Update:
 
     def decomposed(self) -> tuple[Tensor, Tensor, Tensor]:
         """Left directions (E, out, r), singular values (E, r) and right directions (E, r, in)."""
-        basis, triangle = torch.linalg.qr(self.up)
-        other, right = torch.linalg.qr(self.down.mT)
-        turned, values, across = torch.linalg.svd(triangle @ right.mT)
-        return basis @ turned, values, across @ other.mT
+        return svd_of_product(self.up, self.down)
 
 
 def updates(model: Any, adapter: str = "default", folder: Path | None = None) -> dict[Place, Update]:

@@ -8,12 +8,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from safetynet.mitigation.adapter import State
 from safetynet.models.blocks import decoder_layers
-from safetynet.models.parts import MLP, OUTPUT, adapters
+from safetynet.models.parts import MLP, OUTPUT, adapters, svd_of_product
 
 OUT = (*OUTPUT, "down_proj", "fc_out", "w2", "dense_4h_to_h")
 """Names of the modules, and parameters, that write to the residual stream."""
@@ -29,11 +28,8 @@ class Factors:
     """B: (experts, out, r)."""
 
     def svd(self) -> tuple[Tensor, Tensor, Tensor]:
-        """U (experts, out, r), S (experts, r) in falling order and Vh (experts, r, in), by two small QRs."""
-        q_up, r_up = torch.linalg.qr(self.up)
-        q_down, r_down = torch.linalg.qr(self.down.mT)
-        u, s, vh = torch.linalg.svd(r_up @ r_down.mT)
-        return q_up @ u, s, vh @ q_down.mT
+        """U (experts, out, r), S (experts, r) in falling order and Vh (experts, r, in)."""
+        return svd_of_product(self.up, self.down)
 
     @classmethod
     def of(cls, u: Tensor, s: Tensor, vh: Tensor) -> "Factors":

@@ -7,6 +7,9 @@ outputs are the places of the residual stream. Families differ in how they norm;
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+
 ATTENTION = ("self_attn", "attn", "attention", "self_attention")
 OUTPUT = ("o_proj", "c_proj", "out_proj", "dense", "wo")
 MLP = ("mlp", "feed_forward", "block_sparse_moe", "ffn")
@@ -90,6 +93,18 @@ def adapters(layer: Any) -> dict[str, Any]:
             parameter = getattr(module, "parameter_name", None)
             found[f"{plain}.{parameter}" if parameter else plain] = module
     return found
+
+
+def svd_of_product(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Singular value decomposition of up @ down, (..., out, r) and (..., r, in), by two small QRs.
+
+    Returns:
+        U (..., out, r), S (..., r) in falling order and Vh (..., r, in).
+    """
+    basis, triangle = torch.linalg.qr(up)
+    other, right = torch.linalg.qr(down.mT)
+    turned, values, across = torch.linalg.svd(triangle @ right.mT)
+    return basis @ turned, values, across @ other.mT
 
 
 def _first(module: Any, names: tuple[str, ...]) -> Any:
