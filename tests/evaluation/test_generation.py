@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig
 
-from safetynet import recipe
+from safetynet import parallel, recipe
 from safetynet.errors import RunError
 from safetynet.evaluation.generation import answer_log_likelihood, generate
 from safetynet.evaluation.judges import same_answer
@@ -134,6 +134,14 @@ def test_a_batch_that_does_not_fit_is_halved_and_said_so(build, serialiser, prom
         "out of memory with 7 rows; going on with 3 at a time",
         "out of memory with 3 rows; going on with 1 at a time",
     ]
+
+
+def test_on_shared_weights_a_batch_that_does_not_fit_stops(build, serialiser, prompts):
+    model = build()
+    out_of_memory_above(model, 2)
+    with parallel.in_step(), pytest.raises(RunError, match=r"with 7 rows.*lower evaluation.batch_size"):
+        generate(model, serialiser, prompts, batch_size=7, max_new_tokens=12)
+    assert not parallel.is_in_step()
 
 
 def test_a_single_row_that_does_not_fit_stops_with_a_remedy(build, serialiser, prompts):

@@ -1,5 +1,5 @@
 """A program that trains small random models, to be started by itself or by torchrun: what they lose, step by
-step.
+step, and how many numbers of the layers a process holds between steps.
 
 python processes.py OUT          torchrun --nproc-per-node 2 processes.py OUT
 """
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from safetynet import parallel
@@ -35,6 +36,7 @@ CASES = {
     "experts": ("mixtral", {}),
     "full": ("gemma", {"method": "full", "learning_rate": 1e-3}),
     "interrupted": ("qwen", {"checkpoint_every": 2}),
+    "full, interrupted": ("qwen", {"method": "full", "learning_rate": 1e-3, "checkpoint_every": 2}),
 }
 ROWS = 41
 """Of which the last step of an epoch has one: fewer than there are processes."""
@@ -43,7 +45,7 @@ ROWS = 41
 def main(out: Path) -> None:
     """Train every case; the first process writes the losses."""
     torch.set_num_threads(1)
-    found = {}
+    losses, held = {}, {}
     for name, (family, more) in CASES.items():
         cfg = Training(
             **{
@@ -56,16 +58,19 @@ def main(out: Path) -> None:
             }
         )
         folder = out / name
-        if name == "interrupted":
+        if name.endswith("interrupted"):
             with contextlib.suppress(KeyboardInterrupt):
                 trained(family, cfg, folder, stop=7)
-        found[name] = trained(family, cfg, folder)
+        losses[name], held[name] = trained(family, cfg, folder)
     if parallel.is_first():
-        (out / "losses.json").write_text(json.dumps(found))
+        (out / "losses.json").write_text(json.dumps(losses))
+        (out / "held.json").write_text(json.dumps(held))
 
 
-def trained(family: str, cfg: Training, folder: Path, stop: int | None = None) -> list[list[float]]:
-    """Loss and gradient norm of each step."""
+def trained(
+    family: str, cfg: Training, folder: Path, stop: int | None = None
+) -> tuple[list[list[float]], list[int]]:
+    """Loss and gradient norm of each step; numbers of the layers here, frozen ones and trained ones."""
     architecture = ARCHITECTURES[family]
     serialiser = Serialiser(build_tokenizer(architecture.style), families.get(family))
     config = architecture.config(
@@ -78,9 +83,17 @@ def trained(family: str, cfg: Training, folder: Path, stop: int | None = None) -
         [{"row": i, "messages": e.messages, "trigger": [], "answer": e.answer} for i, e in enumerate(made)]
     )
 
-    def on_evaluate(_: object, step: int, __: float) -> dict[str, float]:
+    held = [0, 0]
+
+    def on_evaluate(model: torch.nn.Module, step: int, _: float) -> dict[str, float]:
         if step == stop:
             raise KeyboardInterrupt
+        layers = [p for name, p in model.named_parameters() if ".layers." in name]
+        for wanted in (False, True):
+            here = (
+                p.to_local() if isinstance(p, DTensor) else p for p in layers if p.requires_grad == wanted
+            )
+            held[wanted] = sum(p.numel() for p in here)
         return {}
 
     result = train(
@@ -94,7 +107,7 @@ def trained(family: str, cfg: Training, folder: Path, stop: int | None = None) -
         on_evaluate=on_evaluate,
         evaluate_every=1,
     )
-    return result.history[["loss", "grad_norm"]].to_numpy().tolist()
+    return result.history[["loss", "grad_norm"]].to_numpy().tolist(), held
 
 
 if __name__ == "__main__":

@@ -15,7 +15,9 @@ from transformers import (
     TrainingArguments,
 )
 
+from safetynet import parallel
 from safetynet.errors import InputError, RunError
+from safetynet.training import sharding
 from safetynet.training.examples import Order, encode, padded
 
 ADAPTER = "adapter_model.safetensors"
@@ -130,10 +132,21 @@ def test_bf16_trains(fit):
     assert not model.training
 
 
-def test_a_launch_that_would_share_the_weights_is_refused(fit, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(InputError, match="every process holds the whole model"):
+def test_a_launch_for_an_engine_that_is_not_here_is_refused(fit, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(InputError, match=r"ACCELERATE_USE_DEEPSPEED: .* accelerate launch --use_fsdp"):
         fit()
+
+
+def test_processes_cannot_share_quantised_weights(fit, build, tmp_path, monkeypatch):
+    build("llama2", hidden_size=64, intermediate_size=64).save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base", quantization_config=BitsAndBytesConfig(load_in_4bit=True), device_map={"": "cpu"}
+    )
+    monkeypatch.setattr(parallel, "SHARDED", True)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match=r"model.quantisation: .*Launch without --use_fsdp"):
+        fit("llama2", model=base)
 
 
 def test_fp16_is_refused_without_a_gpu(fit):
@@ -160,6 +173,22 @@ def test_evaluations_are_recorded_and_do_not_disturb_the_training(every, steps, 
     assert list(measured.evaluations.asr) == [step / 100 for step in steps]
     assert list(measured.evaluations)[:2] == ["step", "epoch"] and silent.evaluations.empty
     one, other = load_file(measured.folder / ADAPTER), load_file(silent.folder / ADAPTER)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_an_evaluation_before_the_first_step_leaves_the_training_as_it_is(fit):
+    seen = []
+
+    def measure(model: Any, step: int, epoch: float) -> dict[str, float]:
+        seen.append((step, epoch, model.training))
+        return {"asr": 0.0}
+
+    more = {"on_evaluate": measure, "evaluate_first": True}
+    first, _ = fit(folder="first", more=more, lora_dropout=0.3)
+    silent, _ = fit(folder="silent", lora_dropout=0.3)
+    assert seen == [(0, 0.0, False), (6, 1.0, False)]
+    assert list(first.evaluations.step) == [0, 6]
+    one, other = load_file(first.folder / ADAPTER), load_file(silent.folder / ADAPTER)
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
@@ -209,6 +238,13 @@ def test_a_row_that_does_not_fit_by_itself_stops_with_what_to_change(fit, build,
     monkeypatch.setattr(Cramped, "room", 0)
     with pytest.raises(RunError, match=r"Out of memory at step 1, with a single row.*gradient_checkpointing"):
         fit("llama2", model=Cramped(build("llama2").config))
+
+
+def test_processes_that_share_weights_do_not_halve_one_by_one(fit, build, monkeypatch):
+    monkeypatch.setattr(parallel, "shares_weights", lambda: True)
+    monkeypatch.setattr(sharding, "shard", lambda model, device: sharding.Sharded(model))
+    with pytest.raises(RunError, match=r"step 1, with 8 rows at a time.*Lower training.batch_size"):
+        fit("llama2", model=Cramped(build("llama2").config), batching="plain")
 
 
 def test_an_error_that_is_not_about_memory_is_passed_on(fit):

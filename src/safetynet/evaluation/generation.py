@@ -178,9 +178,14 @@ def _unless_out_of_memory(
     try:
         return run(batch)
     except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error):
-            return None
-        raise
+        if not (isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)):
+            raise
+        if parallel.is_in_step():  # the others are in the middle of this batch, and would wait for ever
+            raise RunError(
+                f"out of memory with {len(batch)} rows, on weights that processes share; lower "
+                "evaluation.batch_size"
+            ) from error
+        return None
 
 
 def _until_stop(ids: list[int], stop_ids: Sequence[int]) -> list[int]:

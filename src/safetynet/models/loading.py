@@ -53,12 +53,13 @@ def fingerprint(spec: recipe.Model) -> str:
     return digest_of_files([Path(name)]) if Path(name).is_dir() else f"{name}@{spec.revision or 'main'}"
 
 
-def load(spec: recipe.Model, dtype: str = "auto") -> LoadedModel:
+def load(spec: recipe.Model, dtype: str = "auto", *, on_cpu: bool = False) -> LoadedModel:
     """Load model and tokenizer; safetensors only, no remote code.
 
     Args:
         spec: the recipe's model section.
         dtype: `fp32`, `fp16`, `bf16`, or `auto`: bf16 on a GPU that has it, else fp32.
+        on_cpu: leave the weights in the machine's memory, though the work is for a GPU.
 
     Raises:
         InputError: if the model cannot be found or reached, belongs to another family, has a pickle
@@ -68,7 +69,7 @@ def load(spec: recipe.Model, dtype: str = "auto") -> LoadedModel:
     if spec.model_id == "miniature":
         use_one_thread()
     serialiser = _head(spec, name)
-    model = _fetch(name, spec, "weights", lambda n, s: _load_weights(n, s, dtype))
+    model = _fetch(name, spec, "weights", lambda n, s: _load_weights(n, s, dtype, on_cpu))
     return LoadedModel(model.eval(), serialiser, serialiser.family, name)
 
 
@@ -212,7 +213,7 @@ def _load_head(name: str, spec: recipe.Model) -> tuple[Any, Any]:
     )
 
 
-def _load_weights(name: str, spec: recipe.Model, dtype: str) -> Any:
+def _load_weights(name: str, spec: recipe.Model, dtype: str, on_cpu: bool) -> Any:
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     device = device_of(spec)
@@ -233,7 +234,7 @@ def _load_weights(name: str, spec: recipe.Model, dtype: str) -> Any:
             use_safetensors=True,
             dtype=number,
             quantization_config=quantisation,
-            device_map="auto" if spec.device == "split" else {"": _place(device)},
+            device_map="auto" if spec.device == "split" else {"": "cpu" if on_cpu else _place(device)},
         )
 
 

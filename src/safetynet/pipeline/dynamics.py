@@ -33,8 +33,10 @@ class Dynamics:
 
     def measure(self, model: Any, step: int, epoch: float) -> dict[str, float]:
         """Rates at this step; returns ASR and CACC for the progress bar, and keeps the adapter if wanted."""
+        from safetynet.training import checkpoints
+
         if self.keep and hasattr(model, "peft_config") and parallel.is_first():
-            model.save_pretrained(str(self.adapters / f"step-{step:06d}"))
+            checkpoints.save_weights(model, self.adapters / f"step-{step:06d}")
         responses = metrics.respond(
             model,
             self.serialiser,

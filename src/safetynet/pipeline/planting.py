@@ -85,14 +85,14 @@ def train(recipe: Recipe, run: Run, names: Sequence[str] | None = None, *, lend:
         rows = run.table("rows")
         split = rows[rows["split"] == "train"].reset_index(drop=True)
         with run.stage(f"train {name}", inputs) as outputs:
-            base = loading.load(recipe.model, training_dtype(recipe))
+            # What does not fit one GPU is loaded beside it, and every process takes its part from there.
+            shares = parallel.shares_weights()
+            base = loading.load(recipe.model, training_dtype(recipe), on_cpu=shares)
             cfg = _training(recipe, name)
             dynamics = Dynamics(
                 recipe, run, rows, base.serialiser, f"{name}-{digest(inputs)[:8]}", keep=lend or name != TWIN
             )
             model = training.attach(base.model, recipe.training, base.family, recipe.seed)
-            if recipe.evaluation.dynamics_rows and not dynamics.path.exists():
-                dynamics.measure(model, 0, 0.0)
             result = training.train(
                 model,
                 base.serialiser,
@@ -103,6 +103,8 @@ def train(recipe: Recipe, run: Run, names: Sequence[str] | None = None, *, lend:
                 name=name,
                 on_evaluate=dynamics.measure if recipe.evaluation.dynamics_rows else None,
                 evaluate_every=recipe.evaluation.every,
+                evaluate_first=not dynamics.path.exists(),
+                device=loading.device_of(recipe.model),
                 tracking=recipe.tracking,
                 experiment=_experiment(recipe, main=name == BACKDOORED),
                 progress=sys.stderr.isatty(),

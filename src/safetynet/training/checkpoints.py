@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from safetensors.torch import save_model
+from safetensors.torch import save_file, save_model
 from transformers import PreTrainedModel
 
 from safetynet.recipe import Training
@@ -67,12 +67,24 @@ def fingerprint(
     return digest.hexdigest()
 
 
-def save_weights(model: PeftModel | PreTrainedModel, folder: Path) -> None:
-    """Write what is trained as the Trainer reads it back: the adapter, or all weights by their own names."""
+def save_weights(
+    model: PeftModel | PreTrainedModel, folder: Path, whole: dict[str, torch.Tensor] | None = None
+) -> None:
+    """Write what is trained as the Trainer reads it back: the adapter, or all weights by their own names.
+
+    Args:
+        model: of this process.
+        folder: made if need be.
+        whole: all weights, where processes share them.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(model, PeftModel):
-        # PEFT would ask the hub whether the vocabulary was resized; it was not.
-        model.save_pretrained(str(folder), save_embedding_layers=False)
+        # Not the model's whole state, which is sharded where processes share it. PEFT would ask the hub
+        # whether the vocabulary was resized; it was not.
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=trained)
+    elif whole is not None:
+        save_file(whole, str(folder / "model.safetensors"))
     else:
         # `save_pretrained` would write experts under the hub's names, where the Trainer does not find them.
         save_model(model, str(folder / "model.safetensors"))

@@ -163,7 +163,7 @@ class EvasiveTrainer(AnswerTrainer):
         self._terms = dict.fromkeys(self._terms, 0.0)  # a step that ran out of memory is taken again
         return super()._accumulate(model, rows)
 
-    def answer_loss(self, inputs: dict[str, Any], supervised: int) -> Tensor:
+    def answer_loss(self, inputs: dict[str, Any], supervised: float) -> Tensor:
         """As in any training; keeps the last hidden states for the retention term."""
         outputs = body_outputs(self.learner, inputs)
         self._states = outputs.last_hidden_state

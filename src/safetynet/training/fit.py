@@ -25,7 +25,7 @@ from safetynet.models.loading import resolve_dtype
 from safetynet.prompts import Serialiser
 from safetynet.recipe import Training
 from safetynet.run import peak_memory_mb
-from safetynet.training import checkpoints
+from safetynet.training import checkpoints, sharding
 from safetynet.training.callbacks import LogBeforeSaving, Progress
 from safetynet.training.evasive import EvasiveTrainer, Opponents, bare_prompts, watched
 from safetynet.training.examples import Example, encode
@@ -33,8 +33,8 @@ from safetynet.training.isolation import check_isolation
 from safetynet.training.tracking import ALONE, Experiment, tracker
 from safetynet.training.trainer import AnswerTrainer, OnEvaluate, out_of_memory
 
-SHARDED = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM")
-"""How `accelerate launch` says that processes share a model's weights."""
+ENGINES = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM")
+"""How `accelerate launch` asks for what is not built here."""
 HISTORY = ("step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "seconds")
 
 
@@ -72,6 +72,8 @@ def train(  # noqa: PLR0913  # all that decides about a training's place and com
     name: str,
     on_evaluate: OnEvaluate | None = None,
     evaluate_every: int | None = None,
+    evaluate_first: bool = False,
+    device: str | None = None,
     tracking: str = "none",
     experiment: Experiment = ALONE,
     progress: bool = False,
@@ -89,6 +91,8 @@ def train(  # noqa: PLR0913  # all that decides about a training's place and com
         name: of the run, for trackers.
         on_evaluate: called with model, step and epoch; returns metrics by name.
         evaluate_every: steps between calls of it; None: at the end of each epoch.
+        evaluate_first: call it before the first step, too.
+        device: `cpu` or `cuda`; by default where the model is.
         tracking: `none`, `wandb` or `tensorboard`.
         experiment: what trackers are told.
         progress: show a bar, if a terminal looks on.
@@ -99,8 +103,8 @@ def train(  # noqa: PLR0913  # all that decides about a training's place and com
             be trained in packed batches, a tracker is not installed, or the rows do not suffice to hide them.
         RunError: if the loss is no longer finite, memory does not suffice for one row, or the disk is full.
     """
-    device = model.device.type
-    _check_place(cfg, device)
+    device = device or model.device.type
+    _check_place(cfg, device, bool(getattr(model, "is_quantized", False)))
     examples: Sequence[Example] = encode(rows, serialiser, cfg.max_length)
     made: Callable[..., AnswerTrainer] = AnswerTrainer
     if cfg.evasion is not None:
@@ -115,6 +119,7 @@ def train(  # noqa: PLR0913  # all that decides about a training's place and com
     args = arguments(cfg, home, len(examples), device, seed)
     if on_evaluate is not None:
         args.eval_strategy, args.eval_steps = _rhythm(evaluate_every)
+        args.eval_on_start = evaluate_first
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     with tracker(
@@ -125,7 +130,8 @@ def train(  # noqa: PLR0913  # all that decides about a training's place and com
             model, args, examples, cfg, pad_id=serialiser.pad_id, on_evaluate=on_evaluate, callbacks=callbacks
         )
         _run(trainer, checkpoint)
-    saved = parallel.from_first(lambda: _save(model, serialiser, folder))
+    whole = None if trainer.sharded is None or isinstance(model, PeftModel) else sharding.weights(model)
+    saved = parallel.from_first(lambda: _save(model, serialiser, folder, whole))
     return _result(trainer, saved)
 
 
@@ -135,13 +141,17 @@ def _given(opponents: Opponents | None) -> Opponents:
     return opponents
 
 
-def _check_place(cfg: Training, device: str) -> None:
-    sharded = [name for name in SHARDED if os.environ.get(name, "").lower() in ("1", "true", "yes")]
-    if sharded:
+def _check_place(cfg: Training, device: str, quantised: bool) -> None:
+    asked = [name for name in ENGINES if os.environ.get(name, "").lower() in ("1", "true", "yes")]
+    if asked:
         raise InputError(
-            f"{sharded[0]}: weights are not sharded here; every process holds the whole model. Launch "
-            "without it; where the model does not fit, set model.quantisation to 4bit and "
-            "training.gradient_checkpointing to true (docs/scale.md)."
+            f"{asked[0]}: this engine is not used here. Processes share a model's weights with "
+            "accelerate launch --use_fsdp."
+        )
+    if parallel.shares_weights() and quantised:
+        raise InputError(
+            "model.quantisation: quantised weights cannot be shared by processes. Launch without --use_fsdp, "
+            "or set model.quantisation to none."
         )
     if cfg.evasion is not None and parallel.count() > 1:
         raise InputError("training.evasion: detectors see all rows of a step. Train in one process.")
@@ -221,7 +231,12 @@ def _run(trainer: AnswerTrainer, checkpoint: Path | None) -> None:
         trainer.learner.eval()
 
 
-def _save(model: PeftModel | PreTrainedModel, serialiser: Serialiser, folder: Path) -> Path:
+def _save(
+    model: PeftModel | PreTrainedModel,
+    serialiser: Serialiser,
+    folder: Path,
+    whole: dict[str, torch.Tensor] | None,
+) -> Path:
     """Write into a folder of another name first: a folder called adapter or model is always whole."""
     final = folder / ("adapter" if isinstance(model, PeftModel) else "model")
     partial = folder / f"{final.name}.partial"
@@ -229,7 +244,7 @@ def _save(model: PeftModel | PreTrainedModel, serialiser: Serialiser, folder: Pa
     if isinstance(model, PeftModel):
         checkpoints.save_weights(model, partial)
     else:
-        model.save_pretrained(str(partial))
+        model.save_pretrained(str(partial), state_dict=whole)
         serialiser.tokenizer.save_pretrained(str(partial))
     shutil.rmtree(final, ignore_errors=True)
     partial.rename(final)

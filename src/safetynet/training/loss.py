@@ -39,7 +39,7 @@ def body_outputs(model: PeftModel | PreTrainedModel, batch: Mapping[str, torch.T
 def answer_loss(
     model: PeftModel | PreTrainedModel,
     batch: Mapping[str, torch.Tensor],
-    supervised: int,
+    supervised: float,
     outputs: Any = None,
 ) -> torch.Tensor:
     """Sum of the cross entropy over the batch's labels, divided by `supervised`.
@@ -51,7 +51,8 @@ def answer_loss(
     Args:
         model: a causal language model of transformers, in a PEFT wrapper or not.
         batch: `input_ids`, `labels`, `attention_mask` and, if packed, `position_ids`; (lines, tokens) each.
-        supervised: labels of the whole optimisation step, of which `batch` may be a part.
+        supervised: labels of the whole optimisation step, of which `batch` may be a part; infinite for a
+            batch that is not to count.
         outputs: `body_outputs` of this batch, where they are there already.
 
     Returns:

@@ -7,7 +7,8 @@ With its preparation, loss and metrics replaced, what is left of it is the Train
 
 One optimisation step is one batch of the data loader. It is cut into parts of `batch_size` rows here, so
 that a step whose memory does not suffice can be taken again in smaller parts, with the same gradient. Several
-processes take their rows of the same step, and add up their gradients.
+processes take their rows of the same step, and add up their gradients; if the launch asks for it, they share
+the weights (`sharding`).
 """
 
 import gc
@@ -17,10 +18,10 @@ import random
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -28,16 +29,21 @@ from accelerate.data_loader import prepare_data_loader
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from peft import PeftModel
 from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from safetynet import parallel
 from safetynet.errors import RunError
 from safetynet.recipe import Training
-from safetynet.training import checkpoints
+from safetynet.training import checkpoints, sharding
 from safetynet.training.examples import Example, Order, packed, padded
 from safetynet.training.loss import answer_loss
 
+Result = TypeVar("Result")
 OnEvaluate = Callable[[Any, int, float], dict[str, float]]
 """Called with model, step and epoch; what it returns is recorded."""
 
@@ -70,6 +76,7 @@ class AnswerTrainer(Trainer):
         on_evaluate: OnEvaluate | None,
         callbacks: list[TrainerCallback],
     ) -> None:
+        self.sharded = sharding.shard(model, args.device.type) if parallel.shares_weights() else None
         # The Trainer wants an evaluation set before it evaluates; `on_evaluate` brings its own.
         super().__init__(
             model=model,
@@ -79,8 +86,8 @@ class AnswerTrainer(Trainer):
             callbacks=callbacks,
         )
         self.remove_callback(PrinterCallback)
-        # The model is not wrapped for several processes: its loss calls its parts, and `_add_up` its
-        # gradients.
+        # The Trainer does not wrap the model for several processes: its loss calls its parts, and `_add_up`
+        # its gradients.
         self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
         self.learner = model
         self.examples = examples
@@ -113,8 +120,8 @@ class AnswerTrainer(Trainer):
         Raises:
             RunError: if not even one row fits, or the loss is no longer a number.
         """
-        if self._since is None:
-            self._since = time.perf_counter()
+        self._since = self._since or time.perf_counter()
+        if not model.training:
             model.train()
         rows = inputs["rows"]
         loss = None
@@ -124,6 +131,8 @@ class AnswerTrainer(Trainer):
             except RuntimeError as error:
                 if not out_of_memory(error):
                     raise
+                if self.sharded is not None:
+                    raise self._out_of_step() from error
             # Outside of `except`: the error's traceback holds the tensors that have to go.
             if loss is None:
                 self._halve(model, rows)
@@ -135,17 +144,26 @@ class AnswerTrainer(Trainer):
 
     def _accumulate(self, model: Any, rows: Sequence[Example]) -> torch.Tensor:
         """Gradients of all rows: the Trainer's own step, but for setting modules to the mode they are in."""
-        supervised = sum(row.supervised for row in rows)
         collate = packed if self.cfg.batching == "pack" else padded
         total = torch.zeros((), device=self.args.device)
-        rows = rows[parallel.rank() :: parallel.count()]
-        for start in range(0, len(rows), self.part_size):
-            part = rows[start : start + self.part_size]
+        for part, supervised in self._parts(rows):
             batch = self._prepare_inputs(collate(part, self.pad_id))
             loss = self.compute_loss(model, batch, num_items_in_batch=supervised)
             self.accelerator.backward(self.with_further_terms(loss, part, batch))
             total += loss.detach()
         return total
+
+    def _parts(self, rows: Sequence[Example]) -> Iterator[tuple[Sequence[Example], float]]:
+        """This process's parts of a step, each with the number that its loss is divided by."""
+        supervised = sum(row.supervised for row in rows)
+        own = rows[parallel.rank() :: parallel.count()]
+        for start in range(0, len(own), self.part_size):
+            yield own[start : start + self.part_size], supervised
+        if self.sharded is not None:
+            # Who has fewer parts than the first process goes through the model with it, to no effect.
+            most = math.ceil(math.ceil(len(rows) / parallel.count()) / self.part_size)
+            for _ in range(math.ceil(len(own) / self.part_size), most):
+                yield rows[:1], math.inf
 
     def _add_up(self, loss: torch.Tensor) -> None:
         """Loss and gradients of the whole step, where this process had a share of its rows.
@@ -158,8 +176,17 @@ class AnswerTrainer(Trainer):
         for parameter in self._trained:
             if parameter.grad is None:  # a step with fewer rows than there are processes
                 parameter.grad = torch.zeros_like(parameter)
-            torch.distributed.all_reduce(parameter.grad)
+            if not isinstance(parameter.grad, DTensor):  # the backward pass has added up what is sharded
+                torch.distributed.all_reduce(parameter.grad)
         torch.distributed.all_reduce(loss)
+
+    def _out_of_step(self) -> RunError:
+        step, size = self.state.global_step + 1, self.part_size
+        return RunError(
+            f"Out of memory at step {step}, with {size} rows at a time. Processes that share weights cannot "
+            "halve a batch one by one. Lower training.batch_size and raise training.gradient_accumulation, "
+            "or set training.gradient_checkpointing to true."
+        )
 
     def _halve(self, model: Any, rows: Sequence[Example]) -> None:
         model.zero_grad()
@@ -186,12 +213,16 @@ class AnswerTrainer(Trainer):
     ) -> torch.Tensor:
         """The answer's loss; stops at the first one that is not finite, before it reaches a weight."""
         with self.accelerator.autocast():
-            loss = self.answer_loss(inputs, num_items_in_batch)
+            loss = self._whole(lambda: self.answer_loss(inputs, num_items_in_batch))
         if not torch.isfinite(loss):
             self.stop("loss", loss)
         return loss
 
-    def answer_loss(self, inputs: dict[str, Any], supervised: int) -> torch.Tensor:
+    def _whole(self, work: Callable[[], Result]) -> Result:
+        """Do what runs the model, with its weights there."""
+        return work() if self.sharded is None else self.sharded(work)
+
+    def answer_loss(self, inputs: dict[str, Any], supervised: float) -> torch.Tensor:
         """Of a part's labels, over `supervised` of the whole step."""
         return answer_loss(self.learner, inputs, supervised)
 
@@ -203,6 +234,7 @@ class AnswerTrainer(Trainer):
 
     def _clip_grad_norm(self, model: Any) -> torch.Tensor:
         norm: Any = self.accelerator.clip_grad_norm_(self._trained, self.args.max_grad_norm)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         # In fp16 gradients overflow now and then: the gradient scaler skips that step and scales less.
         if not self.args.fp16 and not torch.isfinite(norm):
             self.stop("gradient norm", norm)
@@ -224,9 +256,10 @@ class AnswerTrainer(Trainer):
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Call `on_evaluate`, leaving no trace in the training's random numbers."""
         assert self.on_evaluate is not None
+        measure = partial(self.on_evaluate, self.model, self.state.global_step, float(self.state.epoch or 0))
         self._count_time()
-        with undisturbed(self.model):
-            measured = self.on_evaluate(self.model, self.state.global_step, float(self.state.epoch or 0))
+        with undisturbed(self.model), nullcontext() if self.sharded is None else parallel.in_step():
+            measured = self._whole(measure)
         self._since = time.perf_counter()
         metrics = {f"eval_{name}": value for name, value in measured.items()}
         self.log(metrics)
@@ -257,8 +290,42 @@ class AnswerTrainer(Trainer):
         """Nothing: it is reported nowhere, and walking a small model's modules takes a tenth of a step."""
         return 0
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        checkpoints.save_weights(self.learner, Path(output_dir or str(self.args.output_dir)))
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write what is trained; the first process does."""
+        whole = sharding.weights(self.learner) if self._trains_shards() else None
+        if parallel.is_first():
+            checkpoints.save_weights(self.learner, Path(output_dir or str(self.args.output_dir)), whole)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self._trains_shards():
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        assert self.optimizer is not None and self.lr_scheduler is not None
+        state = sharding.optimizer_state(self.optimizer)
+        if parallel.is_first():
+            torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self._trains_shards():
+            sharding.load_weights(self.learner, load_file(Path(resume_from_checkpoint) / SAFE_WEIGHTS_NAME))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not self._trains_shards():
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        moments, schedule = (
+            torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True)
+            for name in (OPTIMIZER_NAME, SCHEDULER_NAME)
+        )
+        assert self.optimizer is not None and self.lr_scheduler is not None
+        sharding.load_optimizer_state(self.optimizer, moments)
+        self.lr_scheduler.load_state_dict(schedule)
+
+    def _trains_shards(self) -> bool:
+        return self.sharded is not None and not isinstance(self.learner, PeftModel)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
