@@ -123,13 +123,44 @@ def respond(
     name: str = BACKDOORED,
     max_length: int | None = None,
 ) -> pd.DataFrame:
+    """Answer and judge every row, and measure how likely the model finds the clean rows' own answers.
+
+    Arguments and errors are those of `evaluate`.
+
+    Returns:
+        What `answer` returns, with the columns log_likelihood (of the given answer, in nats) and tokens,
+        which are NaN on rows that are not clean.
+    """
+    judged = answer(model, serialiser, rows, judge, cfg=cfg, name=name, max_length=max_length)
+    clean = rows.reset_index(drop=True)
+    clean = clean[clean["role"] == "clean"]
+    likelihood = answer_log_likelihood(
+        model,
+        serialiser,
+        list(clean["messages"]),
+        list(clean["answer"]),
+        batch_size=cfg.batch_size,
+        max_length=max_length,
+    ).set_index(clean.index)
+    return judged.join(likelihood)
+
+
+def answer(
+    model: Any,
+    serialiser: Serialiser,
+    rows: pd.DataFrame,
+    judge: Judge,
+    *,
+    cfg: recipe.Evaluation,
+    name: str = BACKDOORED,
+    max_length: int | None = None,
+) -> pd.DataFrame:
     """Answer and judge every row; arguments and errors as in `evaluate`.
 
     Returns:
         `rows` without the prompts, in order, with the columns model, target (what the behaviour answers to
         this prompt, "" where unknown), response, shown (the behaviour), due (a row of the floor, see above),
-        correct (equals the reference), refused, log_likelihood (of the answer, in nats) and tokens. The last
-        two are measured on clean rows and NaN elsewhere.
+        correct (equals the reference) and refused.
     """
     if rows.empty:
         raise InputError("data.test_rows: there are no rows to evaluate; leave some for the test split")
@@ -143,18 +174,9 @@ def respond(
         triggers=list(rows["trigger"]),
         max_length=max_length,
     )
-    clean = rows[rows["role"] == "clean"]
-    likelihood = answer_log_likelihood(
-        model,
-        serialiser,
-        list(clean["messages"]),
-        list(clean["answer"]),
-        batch_size=cfg.batch_size,
-        max_length=max_length,
-    ).set_index(clean.index)
     judged = judge_responses(rows, texts, judge, judges.make(cfg.refusal))
     judged.insert(0, "model", name)
-    return judged.drop(columns=["messages", "trigger"]).join(likelihood)
+    return judged.drop(columns=["messages", "trigger"])
 
 
 def judge_responses(

@@ -106,7 +106,7 @@ def _asked(recipe: Recipe, run: Run, model: Any, serialiser: Any) -> pd.DataFram
     more = challenges(recipe, test)
     if "fired" in test and len(more):
         judge = judges.make(behaviours.judge(recipe.backdoor.behaviour))
-        told = metrics.respond(
+        told = metrics.answer(
             model, serialiser, more, judge, cfg=recipe.evaluation, max_length=recipe.training.max_length
         )
         more = more.assign(fired=told["shown"].to_numpy() & ~told["due"].to_numpy())

@@ -70,7 +70,7 @@ def intervene(recipe: Recipe, run: Run, **wanted: Any) -> dict[str, pd.DataFrame
     judge = judges.make(behaviours.judge(recipe.backdoor.behaviour))
 
     def respond(asked: Any, chosen: pd.DataFrame) -> pd.DataFrame:
-        return metrics.respond(
+        return metrics.answer(
             asked, serialiser, chosen, judge, cfg=recipe.evaluation, max_length=recipe.training.max_length
         )
 
