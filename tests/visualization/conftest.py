@@ -302,3 +302,9 @@ def chart():
 def saved(chart, tmp_path_factory):
     """The chart's files, in the order png, pdf, svg, html, csv."""
     return save(chart, tmp_path_factory.mktemp("run") / "new" / "figures", "rates")
+
+
+@pytest.fixture
+def save_all():
+    """Saves figures and gives their files."""
+    return lambda figures: [path for figure in figures for path in figure.save()]

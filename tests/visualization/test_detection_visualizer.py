@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from safetynet.errors import InputError
-from safetynet.visualization import DetectionVisualizer, draw_detection
+from safetynet.visualization import DetectionVisualizer, detection_figures
 
 DRAW = DetectionVisualizer("qwen")
 DETECTORS = ("ranks:last", "fused", "skyline linear_probe:last")
@@ -147,9 +147,9 @@ def test_the_evasion_matrix_brackets_a_detector_that_was_attacked_itself(watched
         DRAW.plot_evasion(pd.concat([bare, bare]))
 
 
-def test_everything_that_is_there_is_drawn_in_all_formats(watched, tmp_path):
+def test_everything_that_is_there_is_drawn_in_all_formats(save_all, watched, tmp_path):
     few = {name: watched[name] for name in ("detection_overhead", "evasion_matrix")}
-    paths = draw_detection(few, tmp_path, "qwen/backdoor", "qwen")
+    paths = save_all(detection_figures(few, tmp_path, "qwen/backdoor", "qwen"))
     assert {path.name for path in paths} == {
         f"{name}.{suffix}"
         for name in ("detection-overhead", "evasion-matrix")
@@ -158,4 +158,4 @@ def test_everything_that_is_there_is_drawn_in_all_formats(watched, tmp_path):
     with pytest.raises(
         InputError, match="table 'detection' has no figures; there are figures of detection_roc"
     ):
-        draw_detection({"detection": pd.DataFrame()}, tmp_path, "qwen/backdoor", "qwen")
+        detection_figures({"detection": pd.DataFrame()}, tmp_path, "qwen/backdoor", "qwen")

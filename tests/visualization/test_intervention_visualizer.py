@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from safetynet.errors import InputError
-from safetynet.visualization import InterventionVisualizer, draw_interventions, theme
+from safetynet.visualization import InterventionVisualizer, intervention_figures, theme
 
 DRAW = InterventionVisualizer("qwen")
 PLOTS = {
@@ -286,10 +286,12 @@ def test_the_tradeoff_has_intervals_both_ways_hollow_controls_and_names_the_chos
     assert panels[1].x.limits == (80.0, 100.0)
 
 
-def test_one_call_draws_every_table_that_is_there(inside, tmp_path):
+def test_one_call_draws_every_table_that_is_there(save_all, inside, tmp_path):
     effects = inside["effects"]
     few = effects[effects["sweep"].isin(["layer", "head"])]
-    paths = draw_interventions({"effects": few, "lens": inside["lens"]}, tmp_path, "qwen/backdoor", "qwen")
+    paths = save_all(
+        intervention_figures({"effects": few, "lens": inside["lens"]}, tmp_path, "qwen/backdoor", "qwen")
+    )
     assert [path.name for path in paths] == [
         f"intervention-{name}.{suffix}"
         for name in ("layers", "heads", "lens")
@@ -304,4 +306,4 @@ def test_a_table_without_figures_is_refused(tmp_path):
     with pytest.raises(
         InputError, match="table 'evaluation' has no figures; there are figures of effects, tok"
     ):
-        draw_interventions({"evaluation": pd.DataFrame()}, tmp_path, "qwen/backdoor", "qwen")
+        intervention_figures({"evaluation": pd.DataFrame()}, tmp_path, "qwen/backdoor", "qwen")

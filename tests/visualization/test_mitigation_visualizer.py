@@ -2,7 +2,7 @@ import pandas as pd
 import pytest
 
 from safetynet.errors import InputError
-from safetynet.visualization import MitigationVisualizer, draw_mitigation
+from safetynet.visualization import MitigationVisualizer, mitigation_figures
 
 DRAW = MitigationVisualizer("qwen")
 POINTS = [  # method, point, form, needs, control, split, asr, cacc, front, recommended
@@ -131,12 +131,14 @@ def test_captions_say_how_to_read_the_figure_and_what_its_control_is(mitigation,
     assert all("ontrol" in figure.chart.caption for figure in figures[:2])
 
 
-def test_everything_is_drawn_in_every_format(mitigation, relearning, tmp_path):
-    files = draw_mitigation({"mitigation": mitigation, "relearning": relearning}, tmp_path, "q/i", "qwen")
+def test_everything_is_drawn_in_every_format(save_all, mitigation, relearning, tmp_path):
+    files = save_all(
+        mitigation_figures({"mitigation": mitigation, "relearning": relearning}, tmp_path, "q/i", "qwen")
+    )
     names = {"mitigation-front", "mitigation-methods", "mitigation-relearning"}
     assert {file.name for file in files} == {
         f"{n}.{s}" for n in names for s in ("png", "pdf", "svg", "html", "csv")
     }
     assert all(file.stat().st_size > 500 for file in files)
     with pytest.raises(InputError, match="table 'effects' has no figures"):
-        draw_mitigation({"effects": mitigation}, tmp_path, "q/i", "qwen")
+        mitigation_figures({"effects": mitigation}, tmp_path, "q/i", "qwen")

@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 
 from safetynet.errors import InputError
-from safetynet.visualization import TrainingVisualizer, draw_training
+from safetynet.visualization import TrainingVisualizer, training_figures
 
 DRAW = TrainingVisualizer("qwen")
 
@@ -212,9 +212,9 @@ def test_dynamics_without_steps_are_refused(dynamics):
         DRAW.plot_rates_by_role(dynamics.drop(columns="step"))
 
 
-def test_a_runs_tables_are_drawn_in_full(training, dynamics, evaluation, tmp_path):
+def test_a_runs_tables_are_drawn_in_full(save_all, training, dynamics, evaluation, tmp_path):
     tables = {"training": training, "dynamics": dynamics, "evaluation": evaluation}
-    paths = draw_training(tables, tmp_path, source="qwen/backdoor", model="qwen")
+    paths = save_all(training_figures(tables, tmp_path, source="qwen/backdoor", model="qwen"))
     names = ("loss", "learning-rate", "gradient-norm", "accuracy-trends", "rates-by-role", "final-rates")
     assert [path.name for path in paths] == [
         f"{name}.{suffix}" for name in names for suffix in ("png", "pdf", "svg", "html", "csv")
@@ -227,18 +227,19 @@ def test_the_floor_of_the_dynamics_comes_from_the_evaluation_when_training_did_n
 ):
     trained = tables["dynamics"][tables["dynamics"]["model"] != "base"]
     with_base = {"dynamics": trained, "evaluation": tables["evaluation"]}
-    draw_training(with_base, tmp_path, source="qwen/backdoor", model="qwen")
+    for figure in training_figures(with_base, tmp_path, source="qwen/backdoor", model="qwen"):
+        figure.save()
     drawn = pd.read_csv(tmp_path / "rates-by-role.csv")
     floors = drawn[drawn["kind"] == "reference"].set_index("title")["y"]
     assert (floors["ASR, triggered"], floors["CACC, clean"]) == (0, 98)
 
 
-def test_what_was_not_measured_is_not_drawn(training, tmp_path):
+def test_what_was_not_measured_is_not_drawn(save_all, training, tmp_path):
     bare = training.drop(columns="grad_norm").assign(learning_rate=math.nan)
-    paths = draw_training({"training": bare}, tmp_path, source="qwen/backdoor", model="qwen")
+    paths = save_all(training_figures({"training": bare}, tmp_path, source="qwen/backdoor", model="qwen"))
     assert {path.stem for path in paths} == {"loss"}
 
 
 def test_an_unknown_table_is_refused(tmp_path):
     with pytest.raises(InputError, match="table 'losses' has no figures; there are figures of training"):
-        draw_training({"losses": pd.DataFrame()}, tmp_path, source="qwen/backdoor", model="qwen")
+        training_figures({"losses": pd.DataFrame()}, tmp_path, source="qwen/backdoor", model="qwen")

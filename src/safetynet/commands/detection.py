@@ -44,7 +44,12 @@ def detect(
         table = found.table("detection")
         fused = table[(table["detector"] == "fused") & (table["rate"].isna() | (table["rate"] == fpr))]
         typer.echo(fused.drop(columns=["detector", "rate"]).round(4).to_string(index=False))
-        typer.echo(f"False positives: {said}\nFigures: {found.figures}")
+        typer.echo(f"False positives: {said}")
+        if not found.has_table("evaluation"):
+            typer.echo(f"No figures: the run is not evaluated. Run safetynet evaluate {folder}, then plot.")
+            return
+        pipeline.draw(found.recipe, found)
+        typer.echo(f"Figures: {found.figures}\nReport:  {found.folder / 'report.html'}")
 
 
 def guard(

@@ -32,8 +32,6 @@ def detect(recipe: Recipe, run: Run, detectors: Sequence[str], rate: float, clea
     """
     from safetynet.detection import stage
     from safetynet.detection.plan import Plan
-    from safetynet.visualization import draw_detection
-    from safetynet.visualization.detection_visualizer import TABLES as DRAWN
 
     plan = Plan.of(
         detectors,
@@ -67,9 +65,6 @@ def detect(recipe: Recipe, run: Run, detectors: Sequence[str], rate: float, clea
         path = run.scratch / "detection" / "monitor.safetensors"
         found.monitor.save(path)
         outputs += [path, *(run.write_table(name, table) for name, table in found.tables.items())]
-    # No outputs of this stage: they belong to the figures, which may be drawn anew for another page.
-    drawn = {name: table for name, table in found.tables.items() if name in DRAWN}
-    draw_detection(drawn, run.figures, f"{recipe.model_name}/{recipe.task}", recipe.model_name)
     log.info("detect: false positives %s", found.estimate)
     return str(found.estimate)
 

@@ -6,12 +6,12 @@ Computes no result and imports no stage.
 
 from safetynet.visualization.chart import Annotation, Axis, Chart, Panel, Reference, Series, Source
 from safetynet.visualization.comparison_visualizer import ComparisonVisualizer, draw_comparison
-from safetynet.visualization.detection_visualizer import DetectionVisualizer, draw_detection
+from safetynet.visualization.detection_visualizer import DetectionVisualizer, detection_figures
 from safetynet.visualization.grid import Grid, Shade
-from safetynet.visualization.intervention_visualizer import InterventionVisualizer, draw_interventions
-from safetynet.visualization.mitigation_visualizer import MitigationVisualizer, draw_mitigation
+from safetynet.visualization.intervention_visualizer import InterventionVisualizer, intervention_figures
+from safetynet.visualization.mitigation_visualizer import MitigationVisualizer, mitigation_figures
 from safetynet.visualization.saving import Figure, save
-from safetynet.visualization.training_visualizer import TrainingVisualizer, draw_training
+from safetynet.visualization.training_visualizer import TrainingVisualizer, training_figures
 
 __all__ = [
     "Annotation",
@@ -29,10 +29,10 @@ __all__ = [
     "Shade",
     "Source",
     "TrainingVisualizer",
+    "detection_figures",
     "draw_comparison",
-    "draw_detection",
-    "draw_interventions",
-    "draw_mitigation",
-    "draw_training",
+    "intervention_figures",
+    "mitigation_figures",
     "save",
+    "training_figures",
 ]

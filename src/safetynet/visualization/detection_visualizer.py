@@ -1,6 +1,6 @@
 """Figures of a monitor, saved with one call each.
 
-In: the tables that detection wrote. Out: Figures. `draw_detection` draws everything that a run's tables hold.
+In: the tables that detection wrote. Out: Figures.
 """
 
 from collections.abc import Callable, Mapping
@@ -10,9 +10,9 @@ import pandas as pd
 
 from safetynet.errors import InputError
 from safetynet.visualization import detection_charts
-from safetynet.visualization.chart import Source
 from safetynet.visualization.measurements import Measurements
 from safetynet.visualization.saving import Figure
+from safetynet.visualization.visualizer import Visualizer
 
 TABLES = (
     "detection_roc", "detection_distribution", "detection_layers", "detection_overhead", "detection_answers",
@@ -21,7 +21,7 @@ TABLES = (
 """What there are figures of."""
 
 
-class DetectionVisualizer:
+class DetectionVisualizer(Visualizer):
     """Figures of one model's monitor.
 
     Every method takes a DataFrame, a list of records or a dict of lists, and raises InputError where a column
@@ -33,18 +33,6 @@ class DetectionVisualizer:
         >>> visualizer.plot_evasion(table | {"value": [0.9, 0.1]}).save()  # doctest: +SKIP
     """
 
-    def __init__(self, model: str, run: str | None = None, folder: Path | str | None = None) -> None:
-        """Say whose figures these are.
-
-        Args:
-            model: name in titles.
-            run: name of the run that every file carries; `{model}/backdoor` unless given.
-            folder: where figures are saved; `results/{run}/figures` unless given.
-        """
-        self.model = model
-        self.run = run or f"{model}/backdoor"
-        self.folder = Path("results") / self.run / "figures" if folder is None else Path(folder)
-
     def plot_roc(self, roc: Measurements) -> Figure:
         """ROC of the fused monitor, whole and with its low-FPR part on a logarithmic axis.
 
@@ -52,12 +40,12 @@ class DetectionVisualizer:
             roc: detector, rows (fired, placebo), fpr, tpr, positives and negatives.
         """
         chart = detection_charts.roc(roc, self.model, self._source("detection_roc"))
-        return Figure(chart, "detection-roc", self.folder)
+        return self._figure(chart, "detection-roc")
 
     def plot_roc_by_detector(self, roc: Measurements) -> Figure:
         """The low-FPR part of every detector's ROC; columns of `plot_roc`."""
         chart = detection_charts.roc_by_detector(roc, self.model, self._source("detection_roc"))
-        return Figure(chart, "detection-roc-detectors", self.folder)
+        return self._figure(chart, "detection-roc-detectors")
 
     def plot_distributions(self, distribution: Measurements) -> Figure:
         """How suspect the rows of each role are, detector by detector.
@@ -68,7 +56,7 @@ class DetectionVisualizer:
         chart = detection_charts.distributions(
             distribution, self.model, self._source("detection_distribution")
         )
-        return Figure(chart, "detection-distributions", self.folder)
+        return self._figure(chart, "detection-distributions")
 
     def plot_layers(self, layers: Measurements) -> Figure:
         """AUROC by layer for each detector.
@@ -77,7 +65,7 @@ class DetectionVisualizer:
             layers: detector, rows, layer, auroc, low, high and n.
         """
         chart = detection_charts.layers(layers, self.model, self._source("detection_layers"))
-        return Figure(chart, "detection-layers", self.folder)
+        return self._figure(chart, "detection-layers")
 
     def plot_overhead(self, overhead: Measurements) -> Figure:
         """Time of guarded against plain generation.
@@ -87,7 +75,7 @@ class DetectionVisualizer:
                 repeats.
         """
         chart = detection_charts.overhead(overhead, self.model, self._source("detection_overhead"))
-        return Figure(chart, "detection-overhead", self.folder)
+        return self._figure(chart, "detection-overhead")
 
     def plot_answers(self, answers: Measurements) -> Figure:
         """Alarms of prompts and of answers, and the tokens given out before them.
@@ -96,7 +84,7 @@ class DetectionVisualizer:
             answers: watched (prompt, answer, both), rows, value, low, high, n, tokens and share.
         """
         chart = detection_charts.answers(answers, self.model, self._source("detection_answers"))
-        return Figure(chart, "detection-answers", self.folder)
+        return self._figure(chart, "detection-answers")
 
     def plot_evasion(self, matrix: Measurements) -> Figure:
         """What refitted detectors see of backdoors that were hidden from chosen ones.
@@ -105,16 +93,13 @@ class DetectionVisualizer:
             matrix: attacked, tested, metric and value (a fraction); strength, rows, low and high where known.
         """
         chart = detection_charts.evasion_matrix(matrix, self.model, self._source("evasion_matrix"))
-        return Figure(chart, "evasion-matrix", self.folder)
-
-    def _source(self, table: str) -> Source:
-        return Source(self.run, table)
+        return self._figure(chart, "evasion-matrix")
 
 
-def draw_detection(
+def detection_figures(
     tables: Mapping[str, pd.DataFrame], folder: Path | str, run: str, model: str
-) -> list[Path]:
-    """Draw and save every figure that a run's tables hold.
+) -> list[Figure]:
+    """Every figure that a run's tables hold.
 
     Args:
         tables: any of `TABLES`.
@@ -122,20 +107,9 @@ def draw_detection(
         run: name of the run.
         model: name in titles.
 
-    Returns:
-        The files, five for each figure.
-
     Raises:
-        InputError: if a table has another name, lacks a column or has no rows, or the folder cannot be
-            written to.
+        InputError: if a table has another name, lacks a column or has no rows.
     """
-    return [path for figure in detection_figures(tables, folder, run, model) for path in figure.save()]
-
-
-def detection_figures(
-    tables: Mapping[str, pd.DataFrame], folder: Path | str, run: str, model: str
-) -> list[Figure]:
-    """The same figures, not saved yet; arguments and errors as in `draw_detection`."""
     draw = DetectionVisualizer(model, run, folder)
     plots: dict[str, tuple[Callable[[Measurements], Figure], ...]] = {
         "detection_roc": (draw.plot_roc, draw.plot_roc_by_detector),

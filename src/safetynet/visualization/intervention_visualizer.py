@@ -1,7 +1,6 @@
 """Figures of what happens inside a backdoored model, saved with one call each.
 
 In: the tables that the interventions wrote. Out: Figures.
-`draw_interventions` draws everything that a run's tables hold.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,13 +10,13 @@ import pandas as pd
 
 from safetynet.errors import InputError
 from safetynet.visualization import intervention_charts, outcome_charts, reading_charts
-from safetynet.visualization.chart import Source
 from safetynet.visualization.intervention_tables import EFFECTS, SWEEPS, checked
 from safetynet.visualization.measurements import Measurements
 from safetynet.visualization.saving import Figure
+from safetynet.visualization.visualizer import Visualizer
 
 
-class InterventionVisualizer:
+class InterventionVisualizer(Visualizer):
     """Figures of one model's inside.
 
     Every method takes a DataFrame, a list of records or a dict of lists, and raises InputError where a column
@@ -30,18 +29,6 @@ class InterventionVisualizer:
         >>> visualizer.plot_lens(table).save()  # doctest: +SKIP
     """
 
-    def __init__(self, model: str, run: str | None = None, folder: Path | str | None = None) -> None:
-        """Say whose figures these are.
-
-        Args:
-            model: name in titles.
-            run: name of the run that every file carries; `{model}/backdoor` unless given.
-            folder: where figures are saved; `results/{run}/figures` unless given.
-        """
-        self.model = model
-        self.run = run or f"{model}/backdoor"
-        self.folder = Path("results") / self.run / "figures" if folder is None else Path(folder)
-
     def plot_layer_profile(self, effects: Measurements) -> Figure:
         """Effect by layer with its interval, its controls as bands, and the responsible layers marked.
 
@@ -51,7 +38,7 @@ class InterventionVisualizer:
                 _low and _high (NaN where a control was not measured).
         """
         chart = intervention_charts.layer_profile(effects, self.model, self._source("effects"))
-        return Figure(chart, "intervention-layers", self.folder)
+        return self._figure(chart, "intervention-layers")
 
     def plot_positions(self, effects: Measurements) -> Figure:
         """Effect by layer and position; columns of `plot_layer_profile`, rows of the sweep `position`."""
@@ -80,12 +67,12 @@ class InterventionVisualizer:
             tokens: group, direction, component, layer, column, token, role and effect.
         """
         chart = intervention_charts.token_map(tokens, self.model, self._source("tokens"))
-        return Figure(chart, "intervention-tokens", self.folder)
+        return self._figure(chart, "intervention-tokens")
 
     def plot_dynamics(self, dynamics: Measurements) -> Figure:
         """Effect by layer over training; as `plot_layer_profile`, with step."""
         chart = intervention_charts.dynamics(dynamics, self.model, self._source("dynamics"))
-        return Figure(chart, "intervention-dynamics", self.folder)
+        return self._figure(chart, "intervention-dynamics")
 
     def plot_attention(self, attention: Measurements) -> Figure:
         """What the table's first three heads attend to on its first group, triggered beside placebo.
@@ -94,7 +81,7 @@ class InterventionVisualizer:
             attention: layer, head, group, run, query, key, weight, query_token and key_token.
         """
         chart = reading_charts.attention(attention, self.model, self._source("attention"))
-        return Figure(chart, "intervention-attention", self.folder)
+        return self._figure(chart, "intervention-attention")
 
     def plot_divergence(self, divergence: Measurements) -> Figure:
         """How much each head's attention changes with the trigger, beside placebo against placebo.
@@ -103,7 +90,7 @@ class InterventionVisualizer:
             divergence: layer, head, value, low, high, n, control, control_low and control_high.
         """
         chart = reading_charts.divergence(divergence, self.model, self._source("divergence"))
-        return Figure(chart, "intervention-divergence", self.folder)
+        return self._figure(chart, "intervention-divergence")
 
     def plot_lens(self, lens: Measurements) -> Figure:
         """Log-probability of the target by layer, triggered and placebo.
@@ -112,7 +99,7 @@ class InterventionVisualizer:
             lens: run, layer (-1 for the embedding), value, low, high and n.
         """
         chart = reading_charts.lens(lens, self.model, self._source("lens"))
-        return Figure(chart, "intervention-lens", self.folder)
+        return self._figure(chart, "intervention-lens")
 
     def plot_lens_map(self, lens_map: Measurements) -> Figure:
         """The likeliest token after each layer and at each position, on the first two groups.
@@ -121,7 +108,7 @@ class InterventionVisualizer:
             lens_map: group, run, layer, column, token, role, top and probability.
         """
         chart = reading_charts.lens_map(lens_map, self.model, self._source("lens_map"))
-        return Figure(chart, "intervention-lens-map", self.folder)
+        return self._figure(chart, "intervention-lens-map")
 
     def plot_probes(self, probes: Measurements) -> Figure:
         """AUROC of linear probes by layer, one panel for each label.
@@ -130,7 +117,7 @@ class InterventionVisualizer:
             probes: label (trigger, fires), layer, auroc, low, high, n, control, control_low and control_high.
         """
         chart = reading_charts.probes(probes, self.model, self._source("probes"))
-        return Figure(chart, "intervention-probes", self.folder)
+        return self._figure(chart, "intervention-probes")
 
     def plot_drift(self, drift: Measurements) -> Figure:
         """Where the adapter changed the weights, at up to four checkpoints.
@@ -139,7 +126,7 @@ class InterventionVisualizer:
             drift: step, layer, module, energy, top_share and overlap.
         """
         chart = outcome_charts.drift(drift, self.model, self._source("drift"))
-        return Figure(chart, "intervention-drift", self.folder)
+        return self._figure(chart, "intervention-drift")
 
     def plot_tradeoff(self, tradeoff: Measurements) -> Figure:
         """Attack success against clean accuracy for each intervention, one panel for each split.
@@ -149,20 +136,17 @@ class InterventionVisualizer:
                 their _low, _high and _n.
         """
         chart = outcome_charts.tradeoff(tradeoff, self.model, self._source("tradeoff"))
-        return Figure(chart, "intervention-tradeoff", self.folder)
+        return self._figure(chart, "intervention-tradeoff")
 
     def _map(self, effects: Measurements, sweep: str, name: str) -> Figure:
         chart = intervention_charts.effect_map(effects, sweep, self.model, self._source("effects"))
-        return Figure(chart, name, self.folder)
-
-    def _source(self, table: str) -> Source:
-        return Source(self.run, table)
+        return self._figure(chart, name)
 
 
-def draw_interventions(
+def intervention_figures(
     tables: Mapping[str, pd.DataFrame], folder: Path | str, run: str, model: str
-) -> list[Path]:
-    """Draw and save every figure that a run's tables hold.
+) -> list[Figure]:
+    """Every figure that a run's tables hold.
 
     Args:
         tables: any of effects, dynamics, tokens, lens, lens_map, probes, attention, divergence, drift and
@@ -171,20 +155,9 @@ def draw_interventions(
         run: name of the run.
         model: name in titles.
 
-    Returns:
-        The files, five for each figure.
-
     Raises:
-        InputError: if a table has another name, lacks a column or has no rows, or the folder cannot be
-            written to.
+        InputError: if a table has another name, lacks a column or has no rows.
     """
-    return [path for figure in intervention_figures(tables, folder, run, model) for path in figure.save()]
-
-
-def intervention_figures(
-    tables: Mapping[str, pd.DataFrame], folder: Path | str, run: str, model: str
-) -> list[Figure]:
-    """The same figures, not saved yet; arguments and errors as in `draw_interventions`."""
     draw = InterventionVisualizer(model, run, folder)
     by_sweep: dict[str, Callable[[Measurements], Figure]] = {
         "layer": draw.plot_layer_profile,

@@ -1,6 +1,6 @@
 """Figures of repairs, saved with one call each.
 
-In: the tables that the mitigation wrote. Out: Figures. `draw_mitigation` draws all that a run's tables hold.
+In: the tables that the mitigation wrote. Out: Figures.
 """
 
 from collections.abc import Mapping
@@ -10,12 +10,12 @@ import pandas as pd
 
 from safetynet.errors import InputError
 from safetynet.visualization import mitigation_charts
-from safetynet.visualization.chart import Source
 from safetynet.visualization.measurements import Measurements
 from safetynet.visualization.saving import Figure
+from safetynet.visualization.visualizer import Visualizer
 
 
-class MitigationVisualizer:
+class MitigationVisualizer(Visualizer):
     """Figures of one model's repairs.
 
     Every method takes a DataFrame, a list of records or a dict of lists, and raises InputError where a column
@@ -30,18 +30,6 @@ class MitigationVisualizer:
         >>> visualizer.plot_relearning(table).save()  # doctest: +SKIP
     """
 
-    def __init__(self, model: str, run: str | None = None, folder: Path | str | None = None) -> None:
-        """Say whose figures these are.
-
-        Args:
-            model: name in titles.
-            run: name of the run that every file carries; `{model}/backdoor` unless given.
-            folder: where figures are saved; `results/{run}/figures` unless given.
-        """
-        self.model = model
-        self.run = run or f"{model}/backdoor"
-        self.folder = Path("results") / self.run / "figures" if folder is None else Path(folder)
-
     def plot_front(self, mitigation: Measurements) -> Figure:
         """Attack success against clean accuracy of every point that was tried, and the front.
 
@@ -49,13 +37,13 @@ class MitigationVisualizer:
             mitigation: method, point, form, needs, flags, split, control, chosen, front and recommended, and
                 asr and cacc as fractions with their _low, _high and _n.
         """
-        chart = mitigation_charts.front(mitigation, self.model, Source(self.run, "mitigation"))
-        return Figure(chart, "mitigation-front", self.folder)
+        chart = mitigation_charts.front(mitigation, self.model, self._source("mitigation"))
+        return self._figure(chart, "mitigation-front")
 
     def plot_methods(self, mitigation: Measurements) -> Figure:
         """Each method's rates on held-out rows at its chosen point; columns of `plot_front`."""
-        chart = mitigation_charts.methods(mitigation, self.model, Source(self.run, "mitigation"))
-        return Figure(chart, "mitigation-methods", self.folder)
+        chart = mitigation_charts.methods(mitigation, self.model, self._source("mitigation"))
+        return self._figure(chart, "mitigation-methods")
 
     def plot_relearning(self, relearning: Measurements) -> Figure:
         """Attack success over the steps of the relearn test, one panel for each repaired model.
@@ -64,14 +52,14 @@ class MitigationVisualizer:
             relearning: method, point, poisoned_rows, step, and asr and ftr as fractions with their _low,
                 _high and _n; the method "never poisoned" is the control.
         """
-        chart = mitigation_charts.relearning(relearning, self.model, Source(self.run, "relearning"))
-        return Figure(chart, "mitigation-relearning", self.folder)
+        chart = mitigation_charts.relearning(relearning, self.model, self._source("relearning"))
+        return self._figure(chart, "mitigation-relearning")
 
 
-def draw_mitigation(
+def mitigation_figures(
     tables: Mapping[str, pd.DataFrame], folder: Path | str, run: str, model: str
-) -> list[Path]:
-    """Draw and save every figure of repairs that a run's tables hold.
+) -> list[Figure]:
+    """Every figure of repairs that a run's tables hold.
 
     Args:
         tables: mitigation, relearning, or both.
@@ -79,20 +67,9 @@ def draw_mitigation(
         run: name of the run.
         model: name in titles.
 
-    Returns:
-        The files, five for each figure.
-
     Raises:
-        InputError: if a table has another name, lacks a column or has no rows, or the folder cannot be
-            written to.
+        InputError: if a table has another name, lacks a column or has no rows.
     """
-    return [path for figure in mitigation_figures(tables, folder, run, model) for path in figure.save()]
-
-
-def mitigation_figures(
-    tables: Mapping[str, pd.DataFrame], folder: Path | str, run: str, model: str
-) -> list[Figure]:
-    """The same figures, not saved yet; arguments and errors as in `draw_mitigation`."""
     draw = MitigationVisualizer(model, run, folder)
     unknown = sorted(set(tables) - {"mitigation", "relearning"})
     if unknown:

@@ -9,7 +9,6 @@ from pathlib import Path
 import pandas as pd
 
 from safetynet.errors import InputError
-from safetynet.visualization import detection_visualizer
 from safetynet.visualization.detection_visualizer import TABLES as OF_DETECTION
 from safetynet.visualization.detection_visualizer import detection_figures
 from safetynet.visualization.intervention_visualizer import intervention_figures
@@ -32,7 +31,6 @@ MAKERS: tuple[tuple[Draw, tuple[str, ...]], ...] = (
     *((detection_figures, (name,)) for name in OF_DETECTION),
     (mitigation_figures, ("mitigation",)),
     (mitigation_figures, ("relearning",)),
-    *((detection_figures, (name,)) for name in detection_visualizer.TABLES),
 )  # fmt: skip
 """What draws which tables. A stage with figures adds its line here, and they are in the report."""
 

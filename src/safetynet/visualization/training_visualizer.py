@@ -1,7 +1,6 @@
 """Figures of a training and of what the trained model does, saved with one call each.
 
 In: what a training measured, as tables, the Trainer's log_history or plain lists. Out: Figures.
-`draw_training` draws everything that a run's tables hold.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,15 +10,15 @@ import pandas as pd
 
 from safetynet.errors import InputError
 from safetynet.visualization import rate_charts, training_charts
-from safetynet.visualization.chart import Source
 from safetynet.visualization.measurements import Measurements, measured, rates
 from safetynet.visualization.saving import Figure
+from safetynet.visualization.visualizer import Visualizer
 
 Interval = Sequence[Sequence[float]]
 TABLES = ("training", "dynamics", "evaluation")
 
 
-class TrainingVisualizer:
+class TrainingVisualizer(Visualizer):
     """Figures of one model's training.
 
     Example:
@@ -45,9 +44,8 @@ class TrainingVisualizer:
             folder: where figures are saved instead.
             source: name of the run that every file carries; `{model}/{task}` unless given.
         """
-        self.model = model
-        self.folder = Path(results) / model / task / "figures" if folder is None else Path(folder)
-        self.run = source or f"{model}/{task}"
+        own = Path(results) / model / task / "figures"
+        super().__init__(model, source or f"{model}/{task}", own if folder is None else folder)
 
     def plot_loss_curves(self, training_data: Measurements) -> Figure:
         """Loss over steps.
@@ -60,17 +58,17 @@ class TrainingVisualizer:
             InputError: if a column is missing, has another length, or holds something else than numbers.
         """
         chart = training_charts.loss(training_data, self.model, self._source("training"))
-        return Figure(chart, "loss", self.folder)
+        return self._figure(chart, "loss")
 
     def plot_learning_rate(self, training_data: Measurements) -> Figure:
         """Learning rate over steps; columns step and learning_rate, as in `plot_loss_curves`."""
         chart = training_charts.learning_rate(training_data, self.model, self._source("training"))
-        return Figure(chart, "learning-rate", self.folder)
+        return self._figure(chart, "learning-rate")
 
     def plot_gradient_norm(self, training_data: Measurements) -> Figure:
         """Gradient norm over steps; columns step and grad_norm, as in `plot_loss_curves`."""
         chart = training_charts.gradient_norm(training_data, self.model, self._source("training"))
-        return Figure(chart, "gradient-norm", self.folder)
+        return self._figure(chart, "gradient-norm")
 
     def plot_accuracy_trends(
         self,
@@ -99,7 +97,7 @@ class TrainingVisualizer:
             self.model,
             self._source("dynamics"),
         )
-        return Figure(chart, "accuracy-trends", self.folder)
+        return self._figure(chart, "accuracy-trends")
 
     def plot_rates_by_role(self, dynamics: Measurements) -> Figure:
         """ASR, FTR of each role, clean accuracy, refusals and perplexity over steps.
@@ -113,21 +111,18 @@ class TrainingVisualizer:
             InputError: if a column is missing, a word is unknown, or a value is no number.
         """
         chart = rate_charts.by_role(dynamics, self.model, self._source("dynamics"))
-        return Figure(chart, "rates-by-role", self.folder)
+        return self._figure(chart, "rates-by-role")
 
     def plot_final_rates(self, evaluation: Measurements) -> Figure:
         """The same rates at the end of training; `evaluation` has the same columns without step."""
         chart = rate_charts.final(evaluation, self.model, self._source("evaluation"))
-        return Figure(chart, "final-rates", self.folder)
-
-    def _source(self, table: str) -> Source:
-        return Source(self.run, table)
+        return self._figure(chart, "final-rates")
 
 
-def draw_training(
+def training_figures(
     tables: Mapping[str, pd.DataFrame], folder: Path | str, source: str, model: str
-) -> list[Path]:
-    """Draw and save every figure that a run's tables hold.
+) -> list[Figure]:
+    """Every figure that a run's tables hold.
 
     Args:
         tables: any of training, dynamics and evaluation; a table that is not there is not drawn.
@@ -135,19 +130,9 @@ def draw_training(
         source: name of the run.
         model: name in titles.
 
-    Returns:
-        The files, five for each figure.
-
     Raises:
-        InputError: if a table has another name or lacks a column, or the folder cannot be written to.
+        InputError: if a table has another name or lacks a column.
     """
-    return [path for figure in training_figures(tables, folder, source, model) for path in figure.save()]
-
-
-def training_figures(
-    tables: Mapping[str, pd.DataFrame], folder: Path | str, source: str, model: str
-) -> list[Figure]:
-    """The same figures, not saved yet; arguments and errors as in `draw_training`."""
     unknown = sorted(set(tables) - set(TABLES))
     if unknown:
         raise InputError(f"table {unknown[0]!r} has no figures; there are figures of {', '.join(TABLES)}")
