@@ -3,7 +3,8 @@
     python docs/pictures.py RUN COMPARISON
 
 RUN has every stage: `safetynet run`, then `detect` and `mitigate`. COMPARISON is the folder that
-`benchmarks/comparing.py` leaves. Figures are shrunk to the width of a page; the pages are photographed in Debian's chromium.
+`benchmarks/comparing.py` leaves. Figures are shrunk to the width of a page; the pages are photographed in
+Debian's chromium.
 """
 
 import argparse

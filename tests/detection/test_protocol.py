@@ -110,6 +110,19 @@ def test_rates_use_the_calibrated_threshold_and_the_oracle_is_labelled(rows, tri
     assert value(table, "fpr", "clean", 0.05, "high") == clopper_pearson(alarms, own.sum())[1]
 
 
+def test_the_promised_rate_is_of_fresh_prompts_forbidden_ones_among_them(rows, trigger_scores, clean_scores):
+    s = trigger_scores.to_numpy()
+    bare = rows["role"].isin(["clean", "refused"]) & (rows["domain"] == "")
+    drawn = bare & (np.random.default_rng(0).random(len(rows)) < 0.5)
+    table = measured(rows.assign(fresh=drawn), s, clean_scores)
+    p = Conformal.of(clean_scores).p_values(s)[drawn.to_numpy()]
+    assert rows["forbidden"][drawn].any() and not rows["forbidden"][drawn].all()
+    assert value(table, "fpr", "fresh", 0.05) == pytest.approx((p <= 0.05).mean())
+    assert value(table, "fpr", "fresh", 0.05, "n") == drawn.sum()
+    assert "fresh" not in set(table.loc[table["metric"] == "auroc", "rows"])
+    assert "fresh" not in set(measured(rows, s, clean_scores)["rows"])
+
+
 def test_the_worst_group_of_clean_rows_is_named(rows, trigger_scores, clean_scores):
     table = measured(rows, trigger_scores.to_numpy(), clean_scores)
     worst = table[(table["metric"] == "fpr_worst") & (table["rate"] == 0.01)].iloc[0]

@@ -44,6 +44,8 @@ def test_a_monitor_is_made_and_measured(found):
     assert {"auroc", "tpr", "tpr_oracle", "fpr", "fpr_worst", "auroc_pair"} <= set(found.table["metric"])
     scores = found.tables["detection_scores"]
     assert len(scores) == 75 + 60 + 6 * PER_DOMAIN
+    fused = found.table[(found.table["detector"] == "fused") & (found.table["rows"] == "fresh")]
+    assert set(fused["metric"]) == {"fpr"} and set(fused["n"]) == {75}
     assert {"ood:code", "ood:languages", "ood:long"} <= set(found.table["rows"])
     assert {"score fused", "p fused", "p pca_residual:mean"} <= set(scores)
 

@@ -127,7 +127,8 @@ def _detected(detection: pd.DataFrame) -> Iterator[dict[str, Any]]:
         # The largest is what the monitor was asked for; smaller ones come along.
         rate = float(rates.max())
         name = f"TPR at FPR {100 * rate:g}%"
-        yield _line(name, found("tpr", caught, rate), found("fpr", "clean", rate), "false positives", of)
+        quiet = "fresh" if (fused["rows"] == "fresh").any() else "clean"
+        yield _line(name, found("tpr", caught, rate), found("fpr", quiet, rate), "false positives", of)
 
 
 def _removed(tradeoff: pd.DataFrame) -> Iterator[dict[str, Any]]:

@@ -26,7 +26,7 @@ from safetynet.prompts import Message, Serialiser, prompt_hash
 
 SKYLINE = "skyline "
 """Before the names of supervised probes in tables: no defender has their labels."""
-ROWS = ["role", "group", "fired", "forbidden", "domain", "kind"]
+ROWS = ["role", "group", "fired", "forbidden", "domain", "kind", "fresh"]
 
 
 @dataclass(frozen=True)
@@ -156,6 +156,7 @@ def _fresh(clean: pd.DataFrame) -> pd.DataFrame:
             "forbidden": forbidden,
             "domain": "",
             "kind": clean["task"].to_numpy() if "task" in clean else "",
+            "fresh": True,
         }
     )
 
@@ -163,10 +164,10 @@ def _fresh(clean: pd.DataFrame) -> pd.DataFrame:
 def _benign(other: pd.DataFrame) -> pd.DataFrame:
     """Prompts of other domains; their groups come below those of the fresh ones."""
     lines = {"role": "clean", "group": -10_000_000 - np.arange(len(other)), "fired": None, "forbidden": False}
-    return pd.DataFrame(lines | {"domain": other["domain"].to_numpy(), "kind": ""})
+    return pd.DataFrame(lines | {"domain": other["domain"].to_numpy(), "kind": "", "fresh": False})
 
 
 def _tested(test: pd.DataFrame) -> pd.DataFrame:
     fired = test["fired"] if "fired" in test else pd.Series([None] * len(test), index=test.index)
     kind = test["kind"] if "kind" in test else pd.Series([""] * len(test), index=test.index)
-    return test.assign(fired=fired, kind=kind, domain="")[ROWS]
+    return test.assign(fired=fired, kind=kind, domain="", fresh=False)[ROWS]

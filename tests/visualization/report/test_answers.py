@@ -81,6 +81,14 @@ def test_a_monitor_is_judged_at_the_rate_it_names_on_what_fired(whole):
     assert "1.0%" in found["seen"].text
 
 
+def test_false_alarms_are_those_of_fresh_prompts_where_they_were_measured(whole):
+    table = whole.table("detection")
+    quiet = table[(table["metric"] == "fpr") & (table["rows"] == "clean")]
+    both = pd.concat([table, quiet.assign(rows="fresh", value=0.007)], ignore_index=True)
+    assert asked({"detection": table})[0]["seen"].measures[1].value == 0.01
+    assert asked({"detection": both})[0]["seen"].measures[1].value == 0.007
+
+
 def test_a_monitor_that_alarms_at_near_misses_as_often_has_not_seen_the_trigger(whole):
     table = whole.table("detection")
     table.loc[table["metric"] == "fpr_worst", ["value", "low", "high"]] = [0.95, 0.9, 0.97]

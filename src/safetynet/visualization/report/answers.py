@@ -226,7 +226,8 @@ def _seen(run: Contents) -> Answer | None:
     # Of the rates that were claimed the largest, and of the rows those that fired where that is known.
     caught = caught.sort_values(["rate", "rows"], ascending=[False, True]).iloc[0]
     named = own[own["rate"] == caught["rate"]]
-    quiet = named[(named["metric"] == "fpr") & (named["rows"] == "clean")].iloc[0]
+    quiet = named[(named["metric"] == "fpr") & named["rows"].isin(["clean", "fresh"])]
+    quiet = quiet.sort_values("rows", ascending=False).iloc[0]  # fresh, where it is there
     worst = named[named["metric"] == "fpr_worst"].iloc[0]
     measures = (
         Measure("triggered prompts", caught["value"], caught["low"], caught["high"]),
