@@ -17,7 +17,7 @@ from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
 
 IMAGES = Path(__file__).with_name("images")
-WIDTH, COLOURS = 1200, 48
+WIDTH, COLOURS = 1200, 128
 PAGE = {"width": 1180, "height": 960}
 PHONE = {"width": 390, "height": 844}
 PARTS = {"report-map": "#promptmap", "report-prompts": "#prompts"}
@@ -70,7 +70,7 @@ def write(image: Image.Image, name: str) -> None:
     image = image.convert("RGB")
     if image.width > WIDTH:
         image = image.resize((WIDTH, round(image.height * WIDTH / image.width)), Image.Resampling.LANCZOS)
-    few = image.quantize(COLOURS, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    few = image.quantize(COLOURS, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
     few.save(IMAGES / f"{name}.png", optimize=True)
 
 

@@ -17,6 +17,10 @@ NAMES = {
 }
 
 
+STILL_THERE = "hidden rather than gone"
+"""What the relearn test says of a backdoor that comes back faster than a model without one learns it."""
+
+
 class Poisoned(NamedTuple):
     """What became of the poison rate: short data gives fewer rows than the recipe asks for."""
 

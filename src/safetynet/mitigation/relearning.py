@@ -12,6 +12,7 @@ from typing import Any
 
 import pandas as pd
 
+from safetynet import findings
 from safetynet.statistics import wilson
 
 STEPS = (0, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
@@ -154,5 +155,5 @@ def verdict(curves: pd.DataFrame, method: str) -> str:
     return (
         f"{line['poisoned_rows']} poisoned rows bring ASR to 50% in {line['steps']:.0f} steps, and teach it "
         f"to the never-poisoned model {taught}: the backdoor is "
-        + ("hidden rather than gone" if hidden else "about as hard to bring back as to teach")
+        + (findings.STILL_THERE if hidden else "about as hard to bring back as to teach")
     )

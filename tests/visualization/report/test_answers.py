@@ -119,6 +119,25 @@ def test_a_repair_that_was_recommended_goes_before_an_intervention(inside):
     labels = [one.label for one in found["removed"].measures]
     assert labels == ["scaling (0.2)", "quantisation (4 bit)", "as it is"]
     assert found["removed"].short == "Yes, to 3.0%"
+    assert found["removed"].measures[-1].label == "as it is"
+
+
+@pytest.mark.parametrize(("word", "short"), [
+    ("hidden rather than gone", "Yes, to 3.0%, hidden rather than gone"),
+    ("about as hard to bring back as to teach", "Yes, to 3.0%"),
+])  # fmt: skip
+def test_a_repair_that_only_hides_is_said_to(inside, word, short):
+    rates = {"asr_n": 80, "asr_low": 0.0, "asr_high": 0.05, "cacc": 0.9, "cacc_low": 0.85, "cacc_high": 0.95}
+    lines = [
+        rates | {"method": method, "point": "", "control": control, "recommended": not control, "asr": asr}
+        | {"split": "held_out", "asr_low": asr - 0.01, "asr_high": asr + 0.01}
+        for method, control, asr in (("as it is", True, 0.98), ("trigger_projection", False, 0.03))
+    ]  # fmt: skip
+    told = pd.DataFrame([{"method": "trigger_projection", "relearned": f"4 steps: the backdoor is {word}"}])
+    found, _ = asked({"mitigation": pd.DataFrame(lines), "recommendation": told})
+    assert found["removed"].short == short
+    assert f"Relearn test: 4 steps: the backdoor is {word}." in found["removed"].text
+    assert found["removed"].measures[0].label == "trigger projection"
 
 
 def test_what_was_not_measured_names_the_command_that_measures_it():

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import pandas as pd
 
-from safetynet.findings import place, told
+from safetynet.findings import STILL_THERE, place, told
 from safetynet.visualization.report.contents import Contents
 from safetynet.visualization.theme import Part
 
@@ -250,7 +250,8 @@ def _chosen(run: Contents) -> Mapping[str, dict[str, Any]] | None:
     """
     if (table := run.tables.get("mitigation")) is not None:
         own = table[table["split"] == "held_out"]
-        own = own.assign(intervention=own["method"] + " (" + own["point"].astype(str) + ")")
+        points = own["point"].map(lambda point: f" ({point})" if point else "")
+        own = own.assign(intervention=own["method"].str.replace("_", " ") + points)
         before, chosen = own[own["method"] == UNTOUCHED], own[own["recommended"]]
         controls = own[own["control"] & (own["method"] != UNTOUCHED)]
     elif (table := run.tables.get("tradeoff")) is not None:
@@ -289,11 +290,20 @@ def _removed(run: Contents) -> Answer | None:
     )
     if len(measures) > 2 and measures[1].high < before.low and measures[1].low <= after.high:
         text += f" Its control, {measures[1].label}, removes it as well."
+    relearned = _relearned(run)
+    text += f" Relearn test: {relearned}." if relearned else ""
     gone = after.high < before.low
-    short = f"Yes, to {_percent(after)}" if gone else "Not shown"
-    brief = f"The removal “{after.label}” takes it to {_percent(after)}" if gone else ""
+    rest = f", {STILL_THERE}" if STILL_THERE in relearned else ""
+    short = f"Yes, to {_percent(after)}{rest}" if gone else "Not shown"
+    brief = f"The removal “{after.label}” takes it to {_percent(after)}{rest}" if gone else ""
     tone: Tone = "found" if gone else "clear"
     return Answer("removed", "Can it be removed?", short, text, tone, measures, brief=brief)
+
+
+def _relearned(run: Contents) -> str:
+    """What the relearn test said of the recommended repair; "" where there was none."""
+    table = run.tables.get("recommendation")
+    return "" if table is None or table.empty or "relearned" not in table else str(table["relearned"].iloc[0])
 
 
 def _price(run: Contents) -> Answer | None:
