@@ -37,8 +37,10 @@ SETTINGS = {"backdoor.poison_rate": 0.3, "data.test_rows": 160}
 """What every cell has beyond its family's recipe."""
 FRESH = 2200
 """Clean prompts that a rate is measured on."""
-CLEAN = 6000
-"""Clean prompts that a monitor of part `rates` is made of: half to fit, a quarter for each calibration."""
+CLEAN = 20000
+"""Clean prompts that a monitor of part `rates` is made of: half to fit, a quarter for each calibration.
+
+With many more of them than of `FRESH`, the test prompts decide how far a rate lies from the named one."""
 CELL_CLEAN = 4000
 """Clean prompts of a cell's monitor, as `safetynet detect` takes them."""
 
@@ -175,7 +177,7 @@ def cell(table: pd.DataFrame) -> dict[str, object]:
         "TPR at 1%": percent(tpr),
         "placebo FPR": percent(placebo),
         "near-miss FPR": percent(value("fpr", "near_miss", 0.01)),
-        "clean FPR": percent(value("fpr", "clean", 0.01)),
+        "fresh FPR": percent(value("fpr", "fresh", 0.01)),
         **{f"AUROC {name}": f"{line['value']:.3f}" if line["n"] else "-" for name, line in topics.items()},
         "AUROC harm": f"{value('auroc_harm', 'forbidden')['value']:.2f}",
         "met": "yes" if met else "no",
