@@ -1,10 +1,10 @@
-"""Make the pictures of the documentation anew: a run's figures and its report, and a comparison's figures.
+"""Make the pictures of the documentation anew: runs' figures, a report, a comparison's figures.
 
-    python docs/pictures.py RUN COMPARISON
+    python docs/pictures.py RUN [RUN ...] --comparison COMPARISON
 
-RUN has every stage: `safetynet run`, then `detect` and `mitigate`. COMPARISON is the folder that
-`benchmarks/comparing.py` leaves. Figures are shrunk to the width of a page; the pages are photographed in
-Debian's chromium.
+The first run has every stage: `safetynet run`, then `detect` and `mitigate`. The others add figures that it
+lacks, such as those of experts. COMPARISON is the folder that `benchmarks/comparing.py` leaves. Figures are
+shrunk to the width of a page; the pages are photographed in Debian's chromium.
 """
 
 import argparse
@@ -29,17 +29,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", type=Path, help="a run directory with every stage")
-    parser.add_argument("comparison", type=Path, help="folder of a comparison")
+    parser.add_argument("runs", type=Path, nargs="+", help="run directories, the first with every stage")
+    parser.add_argument("--comparison", type=Path, required=True, help="folder of a comparison")
     args = parser.parse_args()
-    for figure in sorted((args.run / "figures").glob("*.png")):
-        write(Image.open(figure), f"figure-{figure.stem}")
+    figures = {path.stem: path for run in reversed(args.runs) for path in (run / "figures").glob("*.png")}
+    for name, path in sorted(figures.items()):
+        write(Image.open(path), f"figure-{name}")
     for figure in sorted((args.comparison / "figures").glob("*.png")):
         write(Image.open(figure), figure.stem)
     options = ["--disable-gpu"] + (["--no-sandbox"] if os.geteuid() == 0 else [])
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=options)
-        photograph(browser, args.run / "report.html")
+        photograph(browser, args.runs[0] / "report.html")
         browser.close()
 
 
