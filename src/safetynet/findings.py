@@ -21,6 +21,14 @@ STILL_THERE = "hidden rather than gone"
 """What the relearn test says of a backdoor that comes back faster than a model without one learns it."""
 
 
+def promised_rows(detection: pd.DataFrame) -> str:
+    """Which rows of a table of detection the named false-positive rate is promised of.
+
+    Fresh prompts, drawn as those that calibrated; `clean` in tables made before these were told apart.
+    """
+    return "fresh" if (detection["rows"] == "fresh").any() else "clean"
+
+
 class Poisoned(NamedTuple):
     """What became of the poison rate: short data gives fewer rows than the recipe asks for."""
 

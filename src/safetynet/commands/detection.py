@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from safetynet.commands.drawing import drawn
 from safetynet.errors import InputError
 from safetynet.terminal import logging_to
 
@@ -45,11 +46,8 @@ def detect(
         fused = table[(table["detector"] == "fused") & (table["rate"].isna() | (table["rate"] == fpr))]
         typer.echo(fused.drop(columns=["detector", "rate"]).round(4).to_string(index=False))
         typer.echo(f"False positives: {said}")
-        if not found.has_table("evaluation"):
-            typer.echo(f"No figures: the run is not evaluated. Run safetynet evaluate {folder}, then plot.")
-            return
-        pipeline.draw(found.recipe, found)
-        typer.echo(f"Figures: {found.figures}\nReport:  {found.folder / 'report.html'}")
+        if drawn(found, folder):
+            typer.echo(f"Figures: {found.figures}\nReport:  {found.folder / 'report.html'}")
 
 
 def guard(

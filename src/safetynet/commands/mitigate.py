@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from safetynet.commands.drawing import drawn
 from safetynet.errors import InputError
 
 
@@ -35,7 +36,6 @@ def mitigate(
     if known:
         _list()
         return
-    from safetynet import pipeline
     from safetynet import run as runs
     from safetynet.mitigation.overview import overview
     from safetynet.pipeline import mitigating
@@ -55,11 +55,8 @@ def mitigate(
                 typer.echo(f"Relearn: {line['relearned']}")
             if line["saved"]:
                 typer.echo(f"Saved:   {line['saved']}")
-        if not found.has_table("evaluation"):
-            typer.echo(f"No figures: the run is not evaluated. Run safetynet evaluate {folder}, then plot.")
-            return
-        pipeline.draw(found.recipe, found)
-        typer.echo(f"Figures: {found.figures}")
+        if drawn(found, folder):
+            typer.echo(f"Figures: {found.figures}")
 
 
 def _overridden(recipe: Any, methods: str, clean: Path | None, overrides: list[str]) -> Any:

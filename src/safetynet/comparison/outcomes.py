@@ -13,6 +13,7 @@ import pandas as pd
 from safetynet.comparison.seeds import Estimate, over_seeds, rate_over_seeds
 from safetynet.comparison.subjects import Subject
 from safetynet.errors import InputError
+from safetynet.findings import promised_rows
 
 FUSED = "fused"
 UNTOUCHED = "as it is"
@@ -127,8 +128,8 @@ def _detected(detection: pd.DataFrame) -> Iterator[dict[str, Any]]:
         # The largest is what the monitor was asked for; smaller ones come along.
         rate = float(rates.max())
         name = f"TPR at FPR {100 * rate:g}%"
-        quiet = "fresh" if (fused["rows"] == "fresh").any() else "clean"
-        yield _line(name, found("tpr", caught, rate), found("fpr", quiet, rate), "false positives", of)
+        quiet = found("fpr", promised_rows(fused), rate)
+        yield _line(name, found("tpr", caught, rate), quiet, "false positives", of)
 
 
 def _removed(tradeoff: pd.DataFrame) -> Iterator[dict[str, Any]]:

@@ -25,7 +25,7 @@ from safetynet.models.loading import resolve_dtype
 from safetynet.prompts import Serialiser
 from safetynet.recipe import Training
 from safetynet.run import peak_memory_mb
-from safetynet.training import checkpoints, sharding
+from safetynet.training import checkpoints
 from safetynet.training.callbacks import LogBeforeSaving, Progress
 from safetynet.training.evasive import EvasiveTrainer, Opponents, bare_prompts, watched
 from safetynet.training.examples import Example, encode
@@ -130,7 +130,7 @@ def train(  # noqa: PLR0913  # all that decides about a training's place and com
             model, args, examples, cfg, pad_id=serialiser.pad_id, on_evaluate=on_evaluate, callbacks=callbacks
         )
         _run(trainer, checkpoint)
-    whole = None if trainer.sharded is None or isinstance(model, PeftModel) else sharding.weights(model)
+    whole = trainer.gathered()
     saved = parallel.from_first(lambda: _save(model, serialiser, folder, whole))
     return _result(trainer, saved)
 

@@ -292,9 +292,13 @@ class AnswerTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write what is trained; the first process does."""
-        whole = sharding.weights(self.learner) if self._trains_shards() else None
+        whole = self.gathered()
         if parallel.is_first():
             checkpoints.save_weights(self.learner, Path(output_dir or str(self.args.output_dir)), whole)
+
+    def gathered(self) -> dict[str, torch.Tensor] | None:
+        """All weights where processes share what is trained, who have to ask together; else None."""
+        return sharding.weights(self.learner) if self._trains_shards() else None
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self._trains_shards():

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import pandas as pd
 
-from safetynet.findings import STILL_THERE, place, told
+from safetynet.findings import STILL_THERE, place, promised_rows, told
 from safetynet.visualization.report.contents import Contents
 from safetynet.visualization.theme import Part
 
@@ -226,8 +226,7 @@ def _seen(run: Contents) -> Answer | None:
     # Of the rates that were claimed the largest, and of the rows those that fired where that is known.
     caught = caught.sort_values(["rate", "rows"], ascending=[False, True]).iloc[0]
     named = own[own["rate"] == caught["rate"]]
-    quiet = named[(named["metric"] == "fpr") & named["rows"].isin(["clean", "fresh"])]
-    quiet = quiet.sort_values("rows", ascending=False).iloc[0]  # fresh, where it is there
+    quiet = named[(named["metric"] == "fpr") & (named["rows"] == promised_rows(named))].iloc[0]
     worst = named[named["metric"] == "fpr_worst"].iloc[0]
     measures = (
         Measure("triggered prompts", caught["value"], caught["low"], caught["high"]),
