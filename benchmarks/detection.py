@@ -120,7 +120,7 @@ def realised(run: Path, args: argparse.Namespace) -> pd.DataFrame:
     from safetynet.detection.panel import Reading
 
     extra = ("mixture", "autoencoders", "variational", "gram", "sklearn.neighbors.LocalOutlierFactor")
-    readings = (*PANELS["adapter"].readings, *map(Reading, extra), Reading("ranks", "mean"))
+    readings = (*PANELS["adapter"], *map(Reading, extra), Reading("ranks", "mean"))
     clean, fresh = (400, 200) if args.smoke else (CLEAN, FRESH)
     model, serialiser, prompts = subject(run, clean + fresh)
     spec = FeatureSpec(tuple(dict.fromkeys(r.view for r in readings)))
@@ -214,7 +214,7 @@ def overheads(args: argparse.Namespace) -> pd.DataFrame:
     for name in ("activations", "adapter"):
         spec = Plan.of([name], 0.2).spec
         features = capture(model, serialiser, list(prompts["messages"]), spec, batch_size=64)
-        monitor = Monitor.fit(features, PANELS[name].readings)
+        monitor = Monitor.fit(features, PANELS[name])
         guard = Guard(model, serialiser, monitor, rate=0.2)
         repeats = 2 if args.smoke else 20
         table = overhead(guard, list(prompts["messages"]), new_tokens=32, repeats=repeats)

@@ -160,7 +160,7 @@ def defence(made: recipe.Recipe, run: runs.Run, count: int) -> pd.DataFrame:
     from safetynet.detection.protocol import measure
     from safetynet.detection.splits import split
 
-    readings = {r.name: r for name in FUSIONS for r in PRESETS[name].readings}
+    readings = {r.name: r for name in FUSIONS for r in PRESETS[name]}
     rows, test = run.table("rows"), test_rows(run)
     used = {prompt_hash(m, t) for m, t in zip(rows["messages"], rows["trigger"], strict=True)}
     attack = made.backdoor
@@ -184,10 +184,8 @@ def defence(made: recipe.Recipe, run: runs.Run, count: int) -> pd.DataFrame:
     both = {name: np.concatenate([fresh[name], of_test[name]]) for name in readings}
     scores, p_values = pd.DataFrame(both), pd.DataFrame()
     for name in FUSIONS:
-        members = [reading.name for reading in PRESETS[name].readings]
-        calibrated = Calibration.of(
-            {m: first[m] for m in members}, {m: second[m] for m in members}, PRESETS[name].how
-        )
+        members = [reading.name for reading in PRESETS[name]]
+        calibrated = Calibration.of({m: first[m] for m in members}, {m: second[m] for m in members})
         scores[f"fused {name}"] = calibrated.statistic(both)
         p_values = p_values.assign(
             **calibrated.p_values(both).rename(columns={"fused": f"fused {name}"}).to_dict("series")

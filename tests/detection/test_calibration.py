@@ -115,6 +115,21 @@ def test_the_worst_group_is_reported_first():
     assert table["value"].tolist() == [0.5, 0.0]
 
 
+def test_one_detector_that_sees_is_enough_among_many_that_see_nothing():
+    def seen_by_one(n: int, seed: int) -> dict[str, np.ndarray]:
+        found = scores(n, seed, 0.7)
+        return found | {"d0": found["d0"] + 6}
+
+    clean = scores(2000, 0, 0.7), scores(2000, 1, 0.7)
+    caught = {
+        how: (Calibration.of(*clean, how).p_values(seen_by_one(500, 2))["fused"] <= 0.01).mean()
+        for how in ("max", "fisher")
+    }
+    assert caught["max"] > 0.95
+    assert caught["fisher"] < 0.5
+    assert Calibration.of(*clean).how == "max"
+
+
 def test_fusions_grow_with_evidence_and_stay_finite():
     p = np.array([[0.5, 0.5], [0.5, 0.01], [1e-300, 0.5]])
     for how in ("fisher", "cauchy", "max"):

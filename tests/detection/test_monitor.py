@@ -13,7 +13,7 @@ from safetynet.detection import files
 from safetynet.detection.calibration import Calibration, Conformal
 from safetynet.detection.features import Features, FeatureSpec, concatenate
 from safetynet.detection.monitor import Monitor
-from safetynet.detection.panel import PRESETS, Reading
+from safetynet.detection.panel import Reading
 from safetynet.detection.splits import folds, split
 from safetynet.detection.suspicion import outliers
 from safetynet.errors import InputError
@@ -207,4 +207,3 @@ def test_groups_stay_together_and_parts_have_their_shares():
 def test_a_reading_is_written_as_detector_and_view():
     assert Reading.parse("ranks:mean") == Reading("ranks", "mean")
     assert Reading.parse("sklearn.neighbors.LocalOutlierFactor").name == "LocalOutlierFactor:last"
-    assert PRESETS["safetynet-2025"].how == "max"

@@ -86,7 +86,6 @@ def test_benign_prompts_of_other_domains_are_the_same_each_time():
 
 
 def test_a_plan_is_a_preset_or_detectors():
-    assert Plan.of(["safetynet-2025"], 0.01).how == "max"
     assert [r.name for r in Plan.of(["ranks", "gram:mean"], 0.01).readings] == ["ranks:last", "gram:mean"]
     both = Plan.of(["safetynet-2025", "ranks", "lock:step_confidence", "mlp_probe"], 0.01)
     assert [r.name for r in both.readings][-1] == "ranks:last"

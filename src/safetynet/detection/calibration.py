@@ -111,11 +111,11 @@ class Calibration:
 
     single: Mapping[str, Conformal]
     fused: Conformal
-    how: Fusion = "fisher"
+    how: Fusion = "max"
 
     @classmethod
     def of(
-        cls, first: Mapping[str, np.ndarray], second: Mapping[str, np.ndarray], how: Fusion = "fisher"
+        cls, first: Mapping[str, np.ndarray], second: Mapping[str, np.ndarray], how: Fusion = "max"
     ) -> "Calibration":
         """Calibrate detectors on `first`, and their fusion on `second`, scores of other clean samples."""
         single = {name: Conformal.of(scores) for name, scores in first.items()}
@@ -124,7 +124,7 @@ class Calibration:
 
     @classmethod
     def cross_fitted(
-        cls, scores: Mapping[str, np.ndarray], folds: np.ndarray, how: Fusion = "fisher"
+        cls, scores: Mapping[str, np.ndarray], folds: np.ndarray, how: Fusion = "max"
     ) -> "Calibration":
         """Calibrate on out-of-fold scores, for too few clean samples to part with (Barber et al. 2021, CV+).
 

@@ -40,10 +40,10 @@ def hideable(names: Sequence[str]) -> tuple[Reading, ...]:
     Raises:
         InputError: for a detector or a view that does not exist, or has no gradient; it names all of them.
     """
-    known = {reading.name: reading for preset in PRESETS.values() for reading in preset.readings}
+    known = {reading.name: reading for preset in PRESETS.values() for reading in preset}
     wanted: dict[str, Reading] = {}
     for name in names:
-        chosen = PRESETS[name].readings if name in PRESETS else (Reading.parse(name),)
+        chosen = PRESETS[name] if name in PRESETS else (Reading.parse(name),)
         wanted |= {reading.name: known.get(reading.name, reading) for reading in chosen}
     readings = list(wanted.values())
     detectors = unfitted(readings)

@@ -45,7 +45,7 @@ class Monitor:
         clean: Features,
         readings: Sequence[Reading],
         *,
-        how: Fusion = "fisher",
+        how: Fusion = "max",
         method: Method = "split",
         groups: Sequence[str] | None = None,
         seed: int = 0,
@@ -83,7 +83,7 @@ class Monitor:
         calibrate: Iterable[Features],
         fuse: Iterable[Features],
         readings: Sequence[Reading],
-        how: Fusion = "fisher",
+        how: Fusion = "max",
     ) -> Self:
         """The same from streams of batches, as `capture.stream` gives them; only scores accumulate.
 

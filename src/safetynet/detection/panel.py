@@ -2,12 +2,11 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import numpy as np
 
 from safetynet.detection import detectors
-from safetynet.detection.calibration import Fusion
 from safetynet.detection.detectors.base import Detector
 from safetynet.detection.detectors.gaussian import MomentDetector
 from safetynet.detection.features import View
@@ -35,13 +34,6 @@ class Reading:
         return cls(name, view or "last")  # type: ignore[arg-type]
 
 
-class Preset(NamedTuple):
-    """Readings that belong together, and how they are fused."""
-
-    readings: tuple[Reading, ...]
-    how: Fusion = "fisher"
-
-
 DIVERSE = (
     Reading("mahalanobis"),
     Reading("top_components"),
@@ -53,22 +45,17 @@ DIVERSE = (
     Reading("extremes", "confidence", {"two_sided": True}),
 )
 PRESETS = {
-    "activations": Preset(DIVERSE),
-    "adapter": Preset(
-        (
-            *DIVERSE,
-            Reading("extremes", "energy", {"top": 4}),
-            Reading("extremes", "direction", {"two_sided": True, "top": 4}),
-            Reading("extremes", "divergence", {"top": 2}),
-        )
+    "activations": DIVERSE,
+    "adapter": (
+        *DIVERSE,
+        Reading("extremes", "energy", {"top": 4}),
+        Reading("extremes", "direction", {"two_sided": True, "top": 4}),
+        Reading("extremes", "divergence", {"top": 2}),
     ),
-    # The paper's four, joined by OR; here each sample is scored by itself, and the OR keeps its rate.
-    "safetynet-2025": Preset(
-        (Reading("mahalanobis"), Reading("pca_residual"), Reading("autoencoders"), Reading("variational")),
-        "max",
-    ),
+    # The paper's four; here each sample is scored by itself.
+    "safetynet-2025": tuple(map(Reading, ("mahalanobis", "pca_residual", "autoencoders", "variational"))),
 }
-
+"""Readings that belong together."""
 
 KEPT = 4000
 """Samples that are kept of a stream for detectors that need single ones."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from safetynet.detection import detectors
-from safetynet.detection.calibration import Fusion, check_rate
+from safetynet.detection.calibration import check_rate
 from safetynet.detection.features import GENERATED, FeatureSpec
 from safetynet.detection.panel import PRESETS, Reading, unfitted
 from safetynet.detection.splits import PARTS
@@ -27,7 +27,6 @@ class Plan:
     """Of answers, token by token: views `steps` and `step_confidence`."""
     skylines: tuple[Reading, ...] = ()
     """Supervised probes, measured beside the monitor and no part of it."""
-    how: Fusion = "fisher"
     rate: float = 0.01
     seed: int = 0
     batch_size: int = 32
@@ -49,16 +48,14 @@ class Plan:
             raise InputError(
                 f"detectors: name a preset ({', '.join(PRESETS)}) or detectors, as in ranks:last."
             )
-        how: Fusion = PRESETS[names[0]].how if names[0] in PRESETS else "fisher"
         readings: list[Reading] = []
         for name in names:
-            readings += PRESETS[name].readings if name in PRESETS else (Reading.parse(name),)
+            readings += PRESETS[name] if name in PRESETS else (Reading.parse(name),)
         probes = [r for r in readings if detectors.needs_labels(r.detector)]
         return cls(
             tuple(r for r in readings if r.view not in GENERATED and r not in probes),
             tuple(r for r in readings if r.view in GENERATED and r not in probes),
             tuple(probes),
-            how,
             rate,
             **more,
         )

@@ -84,7 +84,7 @@ def detect(
     known = [group for group, out in zip(groups, held, strict=True) if not out]
     seen, fresh = features.take(~held), features.take(held)
     monitor = Monitor.fit(
-        seen, plan.readings, how=plan.how, groups=known, seed=plan.seed, token_readings=plan.token_readings
+        seen, plan.readings, groups=known, seed=plan.seed, token_readings=plan.token_readings
     )
     other = domains.generate(PER_DOMAIN, plan.seed)
     rows = pd.concat([_fresh(clean[held]), _tested(test), _benign(other)], ignore_index=True)
