@@ -28,7 +28,8 @@ from safetynet.mitigation.recommendation import ENOUGH, REMOVED, UNTOUCHED
 from safetynet.mitigation.relearning import steps_to
 
 ONE_POINT = (
-    "fine_tuning", "fine_pruning", "crow", "lat", "beear", "signature_pruning", "merging", "unlearning",
+    "fine_tuning", "fine_pruning", "crow", "lat", "beear", "signature_pruning", "random_channels", "merging",
+    "unlearning",
 )  # fmt: skip
 """Methods that train are tried at their defaults alone; of the others three settings are tried."""
 FEW = ("points=3", "choosing_rows=24", "judged_rows=100", "clean_rows=200", "relearn_steps=48")

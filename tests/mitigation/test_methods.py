@@ -42,6 +42,18 @@ def test_a_method_changes_the_open_model_and_leaves_the_subject_as_it_came(plant
     assert repaired.knobs == method.settings(knobs)
 
 
+def test_random_channels_are_as_many_as_the_signature_s_and_others(planted, logits):
+    found = {}
+    for name in ("signature_pruning", "random_channels"):
+        knobs = {knob: value for knob, value in SHORT.items() if knob in METHODS[name].knobs}
+        repaired = repair(METHODS[name], planted, knobs)
+        with repaired.open() as model:
+            found[name] = repaired.details["channels_set_to_0"], logits(model)
+    (many, changed), (as_many, otherwise) = found.values()
+    assert many == as_many > 0
+    assert not torch.equal(changed, otherwise)
+
+
 @pytest.mark.parametrize("name", ["lat"])
 def test_a_seed_repeats_a_repair_and_draws_leave_no_trace(planted, logits, name):
     found = []

@@ -15,7 +15,7 @@ from safetynet.mitigation.method import Knobs, Method, Repaired
 from safetynet.mitigation.pruning import FINE_PRUNING, MAGNITUDE, WANDA
 from safetynet.mitigation.quantisation import QUANTISATION
 from safetynet.mitigation.scaling import ADAPTER_SCALING, COMPONENT_ABLATION
-from safetynet.mitigation.signature import SIGNATURE_PRUNING
+from safetynet.mitigation.signature import RANDOM_CHANNELS, SIGNATURE_PRUNING
 from safetynet.mitigation.sites import (
     ADAPTER_OFF_LAYERS,
     ADAPTER_OFF_MODULES,
@@ -42,6 +42,7 @@ METHODS: Mapping[str, Method] = {
         LAT,
         BEEAR,
         SIGNATURE_PRUNING,
+        RANDOM_CHANNELS,
         MERGING,
         CLEANGEN,
         ADAPTER_OFF_LAYERS,

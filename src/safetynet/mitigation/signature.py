@@ -4,14 +4,17 @@ The suspect is trained further with made-up triggers and answers, and once more 
 right answers. What each such backdoor changes beyond its clean twin, averaged over all of them, is the
 signature: MLP channels in which it is long carry backdoors, whatever their trigger. The suspect's own update
 is set to 0 there, and a short clean fine-tuning follows. The paper's code was not at hand; this follows its
-description.
+description. `random_channels` does the same to as many channels at random: where it removes as much, the
+signature had no part in it.
 """
 
 import random
 import string
+from collections.abc import Callable
 from functools import partial
 
 import pandas as pd
+import torch
 from torch import Tensor
 
 from safetynet.errors import InputError
@@ -29,17 +32,40 @@ POISONED = 0.3
 
 def prune_signature(subject: Subject, knobs: Knobs, seed: int) -> Repaired:
     """Find the signature, set the update of its channels to 0, fine-tune on clean conversations."""
+    found = _signature(subject, _prunable(subject, "signature_pruning"), knobs, seed)
+    return _pruned(subject, "signature_pruning", knobs, seed, lambda one, _: found[one.key])
+
+
+def prune_random(subject: Subject, knobs: Knobs, seed: int) -> Repaired:
+    """The same with random channels."""
+    generator = torch.Generator().manual_seed(seed)
+    return _pruned(
+        subject, "random_channels", knobs, seed, lambda _, count: torch.rand(count, generator=generator)
+    )
+
+
+def _prunable(subject: Subject, method: str) -> list[Adapted]:
+    modules = [one for one in adapted(subject.model) if one.in_mlp]
+    if not modules:
+        raise InputError(f"{method}: the adapter changes no MLP, where the method prunes.")
+    return modules
+
+
+def _pruned(
+    subject: Subject, method: str, knobs: Knobs, seed: int, suspicion: Callable[[Adapted, int], Tensor]
+) -> Repaired:
+    """Set the update to 0 in the most suspect channels, then fine-tune on clean conversations.
+
+    `suspicion` is of a module and the number of its channels.
+    """
     assert subject.clean is not None
     model = subject.model
-    modules = [one for one in adapted(model) if one.in_mlp]
-    if not modules:
-        raise InputError("signature_pruning: the adapter changes no MLP, where the method prunes.")
-    signature = _signature(subject, modules, knobs, seed)
     state, names = adapter.state_of(model), names_of(model)
     zeroed = 0
-    for one in modules:
-        mask = smallest(-signature[one.key], knobs["share"])
+    for one in _prunable(subject, method):
         factors = one.read(state, names, model.active_adapter)
+        count = factors.down.shape[-1] if one.writes_to_stream else factors.up.shape[1]
+        mask = smallest(-suspicion(one, count), knobs["share"])
         if one.writes_to_stream:
             factors.down[:, :, mask] = 0
         else:
@@ -54,9 +80,7 @@ def prune_signature(subject: Subject, knobs: Knobs, seed: int) -> Repaired:
         course=course(subject, knobs["epochs"], seed),
         pad_id=subject.serialiser.pad_id,
     )
-    return retrained(
-        subject, "signature_pruning", knobs, learn, state, channels_set_to_0=zeroed, clean_rows=len(examples)
-    )
+    return retrained(subject, method, knobs, learn, state, channels_set_to_0=zeroed, clean_rows=len(examples))
 
 
 def _signature(subject: Subject, modules: list[Adapted], knobs: Knobs, seed: int) -> dict[str, Tensor]:
@@ -109,15 +133,25 @@ def _trained(subject: Subject, rows: pd.DataFrame, epochs: float, seed: int) -> 
     return adapter.learned(subject.model, {}, learn)
 
 
+SHARE = Knob("of each MLP module's channels", 0.4, (0.1, 0.2, 0.4, 0.6, 0.8), 0.0, 1.0)
+EPOCHS = Knob("passes of each training over the clean conversations", 2, (1, 2, 5), 0.1, 100)
 SIGNATURE_PRUNING = Method(
     "signature_pruning",
     "set the adapter's update to 0 in MLP channels that made-up backdoors share, then fine-tune",
     prune_signature,
     frozenset({"adapter", "clean"}),
     {
-        "share": Knob("of each MLP module's channels", 0.4, (0.1, 0.2, 0.4, 0.6, 0.8), 0.0, 1.0),
+        "share": SHARE,
         "variants": Knob("made-up backdoors", 3, (1, 2, 3, 5), 1, 20, whole=True),
-        "epochs": Knob("passes of each training over the clean conversations", 2, (1, 2, 5), 0.1, 100),
+        "epochs": EPOCHS,
     },
     paper="BD-VAX 2026, arXiv 2603.13461",
+)
+RANDOM_CHANNELS = Method(
+    "random_channels",
+    "signature_pruning's control: set the adapter's update to 0 in random MLP channels, then fine-tune",
+    prune_random,
+    frozenset({"adapter", "clean"}),
+    {"share": SHARE, "epochs": EPOCHS},
+    control=True,
 )
