@@ -15,6 +15,7 @@ from torch import Tensor
 from safetynet.detection.features import ADAPTER, FeatureSpec
 from safetynet.errors import InputError
 from safetynet.models.blocks import decoder_layers, hidden_of, unwrapped
+from safetynet.models.parts import svd_of_product
 
 MIN_NORM = 1e-12
 
@@ -133,7 +134,7 @@ class Reader:
 
 @dataclass(frozen=True)
 class AdaptedModule:
-    """One linear module with a LoRA update s·B·A = U diag(S) Vᵀ, found by QR of B and an r x r SVD."""
+    """One linear module with a LoRA update s·B·A = U diag(S) Vᵀ."""
 
     layer: Any
     adapter: str
@@ -179,8 +180,5 @@ def _decomposed(module: Any, adapter: str) -> AdaptedModule:
     with torch.no_grad():
         down = module.lora_A[adapter].weight.detach().float()  # (r, in)
         up = module.scaling[adapter] * module.lora_B[adapter].weight.detach().float()  # (out, r)
-        basis, triangle = torch.linalg.qr(up)
-        # B A = Q (R A); the SVD of the small wide matrix R A gives that of the whole.
-        turned, _, _ = torch.linalg.svd(triangle @ down, full_matrices=False)
-        left = (basis @ turned).T.contiguous()
+        left = svd_of_product(up, down)[0].T.contiguous()
         return AdaptedModule(module, adapter, left, left @ up)
