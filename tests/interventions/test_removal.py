@@ -178,3 +178,13 @@ def test_the_best_removal_keeps_most_accuracy_among_those_that_remove():
     ]
     assert removal.best(pd.DataFrame(lines)) == "gentle"
     assert removal.best(pd.DataFrame([lines[0], lines[1], lines[4], line("weaker", 0.5, 1.0)])) == "weak"
+
+
+def test_a_removal_that_random_sites_do_as_well_is_left_to_others():
+    def measured(name: str, low: float, high: float) -> dict[str, object]:
+        return line(name, (low + high) / 2, 1.0) | {"asr_low": low, "asr_high": high}
+
+    table = pd.DataFrame([measured("anywhere", 0.0, 0.05), measured("here", 0.02, 0.1)])
+    random = pd.DataFrame([measured("random", 0.0, 0.2), measured("random", 0.9, 1.0)])
+    assert removal.clear(table, random)["intervention"].tolist() == ["here"]
+    assert removal.clear(table, random.iloc[[0, 0]])["intervention"].tolist() == ["anywhere", "here"]

@@ -152,6 +152,19 @@ def best(table: pd.DataFrame) -> str:
     )
 
 
+def clear(table: pd.DataFrame, controls: pd.DataFrame) -> pd.DataFrame:
+    """Those that leave less ASR than their control, by intervals that do not meet; all where none does.
+
+    A removal that random sites do as well says nothing about its own.
+
+    Args:
+        table: of `judge`.
+        controls: of `judge` on the same rows; each line's control in its place.
+    """
+    told = table["asr_high"].to_numpy() < controls["asr_low"].to_numpy()
+    return table[told] if told.any() else table
+
+
 def _directions(model: Any, pairs: Pairs, rng: np.random.Generator) -> Iterator[tuple[Candidate, Candidate]]:
     """Along triggered minus placebo, by layer: set the residual stream to the placebo's, or clip it there."""
     depth = Anatomy.of(model).shape.layers

@@ -342,10 +342,13 @@ def _tradeoff(
     tried = [by_name[str(name)] for name in first["name"]]
     selection = removal.judge(subject.model, subject.respond, ours, tried, split="selection")
     best = [removal.best(part) for _, part in selection.groupby("kind", sort=False)]
+    leading = selection.set_index("intervention").loc[best].reset_index()
+    beside = [controls[name] for name in best]
+    random = removal.judge(subject.model, subject.respond, ours, beside, split="selection")
+    chosen = removal.best(removal.clear(leading, random))
     judged = [AS_IT_IS, *(one for name in best for one in (by_name[name], controls[name]))]
     held_out = removal.judge(subject.model, subject.respond, others, judged, split="held_out")
-    chosen = removal.best(selection[selection["intervention"].isin(best)])
     return pd.concat(
-        [table.assign(chosen=table["intervention"] == chosen) for table in (held_out, selection)],
+        [table.assign(chosen=table["intervention"] == chosen) for table in (held_out, selection, random)],
         ignore_index=True,
     )
