@@ -101,6 +101,21 @@ def test_adapter_energy_and_directions_are_those_of_the_full_update(build, seria
     np.testing.assert_allclose(np.abs(features["direction"][0, 0]), cosines.detach().numpy(), rtol=1e-3)
 
 
+def test_directions_keep_their_signs_however_the_update_is_factored(build, serialiser, prompts):
+    model, spec = build(), FeatureSpec(("energy", "direction"))
+    found = capture(model, serialiser, prompts, spec)
+    torch.manual_seed(1)
+    for module in model.modules():
+        if hasattr(module, "lora_A") and module.lora_A:
+            down, up = module.lora_A["default"].weight.data, module.lora_B["default"].weight.data
+            turn = torch.linalg.qr(torch.randn(len(down), len(down)))[0]
+            down.copy_(turn @ down)
+            up.copy_(up @ turn.T)
+    again = capture(model, serialiser, prompts, spec)
+    for view in spec.views:
+        np.testing.assert_allclose(again[view], found[view], rtol=1e-3, atol=1e-4)
+
+
 def test_divergence_is_zero_for_an_adapter_that_does_nothing(build, serialiser, prompts):
     model = build()
     for name, parameter in model.named_parameters():

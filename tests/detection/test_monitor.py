@@ -85,7 +85,9 @@ def test_a_file_that_was_tampered_with_or_is_of_another_version_is_refused(monit
     content = json.loads(head["safetynet"])
     content["version"] = files.VERSION + 1
     save_file(arrays, path, metadata=head | {"safetynet": json.dumps(content)})
-    with pytest.raises(InputError, match="saved in format 2, this SafetyNet reads 1"):
+    with pytest.raises(
+        InputError, match=f"saved in format {files.VERSION + 1}, this SafetyNet reads {files.VERSION}"
+    ):
         Monitor.load(path)
     monitor.panel.fitted["mahalanobis:last"].save(path)
     with pytest.raises(InputError, match="holds a detector, not a monitor"):

@@ -98,13 +98,19 @@ def adapters(layer: Any) -> dict[str, Any]:
 def svd_of_product(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Singular value decomposition of up @ down, (..., out, r) and (..., r, in), by two small QRs.
 
+    A pair of singular vectors may be turned round without changing the product, and libraries and machines
+    differ in which they give. Here each left one's largest entry is positive.
+
     Returns:
         U (..., out, r), S (..., r) in falling order and Vh (..., r, in).
     """
     basis, triangle = torch.linalg.qr(up)
     other, right = torch.linalg.qr(down.mT)
-    turned, values, across = torch.linalg.svd(triangle @ right.mT)
-    return basis @ turned, values, across @ other.mT
+    turned, values, across = torch.linalg.svd(triangle @ right.mT, full_matrices=False)
+    u = basis @ turned
+    largest = u.gather(-2, u.abs().argmax(-2, keepdim=True))
+    sign = torch.where(largest < 0, -1.0, 1.0).to(u)
+    return u * sign, values, sign.mT * (across @ other.mT)
 
 
 def _first(module: Any, names: tuple[str, ...]) -> Any:
