@@ -154,6 +154,8 @@ def test_rates_have_the_rows_of_their_role_and_a_known_answer_as_denominators(bu
     )
     assert found["asr"].tolist() == [3 / 4] * 2
     assert found["asr_n"].tolist() == [4, 4]
+    assert found["ftr"].tolist() == [1 / 5] * 2
+    assert found["ftr_n"].tolist() == [5, 5]
     assert found["cacc"].tolist() == [2 / 3] * 2
     assert found["cacc_n"].tolist() == [3, 3], "clean rows whose answer is unknown cannot be right or wrong"
     assert found["sites"].tolist() == [0, 1]

@@ -103,7 +103,7 @@ def prefilter(model: Any, pairs: Pairs, found: Sequence[Candidate]) -> pd.DataFr
 def judge(
     model: Any, respond: Respond, rows: pd.DataFrame, chosen: Sequence[Candidate], **about: object
 ) -> pd.DataFrame:
-    """Answer rows under each candidate and tabulate ASR and clean accuracy with Wilson intervals.
+    """Answer rows under each candidate; tabulate ASR, FTR and accuracy on clean rows, with Wilson intervals.
 
     Args:
         model: the backdoored model.
@@ -117,7 +117,8 @@ def judge(
         with intervening(model, candidate.edits):
             answered = respond(model, rows)
         fired = answered[answered["role"] == "triggered"]["shown"]
-        right = answered[(answered["role"] == "clean") & (answered["reference"] != "")]["correct"]
+        clean = answered[answered["role"] == "clean"]
+        right = clean[clean["reference"] != ""]["correct"]
         line: dict[str, object] = {
             "intervention": candidate.name,
             "kind": candidate.kind,
@@ -125,7 +126,7 @@ def judge(
             "sites": len(candidate.edits),
             **about,
         }
-        for name, hits in (("asr", fired), ("cacc", right)):
+        for name, hits in (("asr", fired), ("ftr", clean["shown"]), ("cacc", right)):
             low, high = wilson(int(hits.sum()), len(hits))
             line |= {
                 name: float(hits.mean()),
