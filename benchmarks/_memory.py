@@ -5,7 +5,6 @@ of 512; 16 prompts of 512 tokens.
 """
 
 import sys
-from pathlib import Path
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -13,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from safetynet.detection.capture import forward
 from safetynet.detection.features import FeatureSpec
 from safetynet.detection.readers import Place, Reader
+from safetynet.run import peak_memory_mb
 
 
 def main() -> None:
@@ -29,10 +29,10 @@ def main() -> None:
     ids = torch.randint(0, 512, (rows, width))
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     place = Place(torch.full((rows,), width - 1), torch.ones(rows, width))
-    before = peak()
+    before = peak_memory_mb()
     with torch.no_grad():
         WAYS[sys.argv[1]](model, inputs, place)
-    print(peak() - before)
+    print(peak_memory_mb() - before)
 
 
 def by_capture(model: LlamaForCausalLM, inputs: dict[str, torch.Tensor], place: Place) -> None:
@@ -50,12 +50,6 @@ def by_hidden_states(model: LlamaForCausalLM, inputs: dict[str, torch.Tensor], p
 
 
 WAYS = {"capture": by_capture, "hidden_states": by_hidden_states}
-
-
-def peak() -> float:
-    """Peak resident size so far, in MB; `ru_maxrss` would begin with that of the process that started it."""
-    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
-    return int(line.split()[1]) / 1024
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ from safetynet.models.miniatures.architectures import ARCHITECTURES, SHAPE
 from safetynet.models.miniatures.vocabulary import build_tokenizer
 from safetynet.prompts import IGNORED, Serialiser
 from safetynet.recipe import Training
+from safetynet.run import peak_memory_mb
 from safetynet.training import attach
 from safetynet.training.examples import Example, Order, encode
 from safetynet.training.fit import arguments
@@ -213,15 +214,9 @@ def step(args: argparse.Namespace, rows: pd.DataFrame, serialiser: Serialiser) -
     examples = encode(rows, serialiser, cfg.max_length)[: cfg.batch_size]
     build = plain if args.step == "plain" else ours
     trainer = build(make("wide", serialiser, cfg), examples, serialiser, cfg, args.scratch)
-    before = peak_mb()
+    before = peak_memory_mb()
     trainer.train()
-    print(peak_mb() - before)
-
-
-def peak_mb() -> float:
-    """Largest size of this process; `ru_maxrss` would begin with that of the process that started it."""
-    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
-    return int(line.split()[1]) / 1024
+    print(peak_memory_mb() - before)
 
 
 def settings(args: argparse.Namespace, **fields: Any) -> Training:

@@ -16,6 +16,8 @@ from safetynet.errors import InputError
 from safetynet.statistics import clopper_pearson
 
 Fusion = Literal["fisher", "cauchy", "max"]
+FUSION: Fusion = "max"
+"""Unless another is asked for: detectors that see nothing shall not outvote the one that sees."""
 NEEDED = 5
 """Clean samples that must lie above a threshold before a rate is claimed. With fewer the realised rate is a
 matter of luck: its relative standard deviation is one over the root of this number."""
@@ -111,11 +113,11 @@ class Calibration:
 
     single: Mapping[str, Conformal]
     fused: Conformal
-    how: Fusion = "max"
+    how: Fusion = FUSION
 
     @classmethod
     def of(
-        cls, first: Mapping[str, np.ndarray], second: Mapping[str, np.ndarray], how: Fusion = "max"
+        cls, first: Mapping[str, np.ndarray], second: Mapping[str, np.ndarray], how: Fusion = FUSION
     ) -> "Calibration":
         """Calibrate detectors on `first`, and their fusion on `second`, scores of other clean samples."""
         single = {name: Conformal.of(scores) for name, scores in first.items()}
@@ -124,7 +126,7 @@ class Calibration:
 
     @classmethod
     def cross_fitted(
-        cls, scores: Mapping[str, np.ndarray], folds: np.ndarray, how: Fusion = "max"
+        cls, scores: Mapping[str, np.ndarray], folds: np.ndarray, how: Fusion = FUSION
     ) -> "Calibration":
         """Calibrate on out-of-fold scores, for too few clean samples to part with (Barber et al. 2021, CV+).
 

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from safetynet.detection import calibration, files, splits, suspicion
-from safetynet.detection.calibration import Calibration, Conformal, Fusion, RateEstimate
+from safetynet.detection.calibration import FUSION, Calibration, Conformal, Fusion, RateEstimate
 from safetynet.detection.features import Features, FeatureSpec, View
 from safetynet.detection.panel import Panel, Reading, below
 from safetynet.detection.tokens import TokenMonitor
@@ -45,7 +45,7 @@ class Monitor:
         clean: Features,
         readings: Sequence[Reading],
         *,
-        how: Fusion = "max",
+        how: Fusion = FUSION,
         method: Method = "split",
         groups: Sequence[str] | None = None,
         seed: int = 0,
@@ -83,7 +83,7 @@ class Monitor:
         calibrate: Iterable[Features],
         fuse: Iterable[Features],
         readings: Sequence[Reading],
-        how: Fusion = "max",
+        how: Fusion = FUSION,
     ) -> Self:
         """The same from streams of batches, as `capture.stream` gives them; only scores accumulate.
 

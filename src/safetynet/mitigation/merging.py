@@ -6,15 +6,14 @@ brought back to the adapter's rank by its largest singular components, as PEFT's
 """
 
 import math
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from safetynet.mitigation import adapter
 from safetynet.mitigation.factors import Factors, adapted, names_of
-from safetynet.mitigation.fine_tuning import course
-from safetynet.mitigation.learning import answer_loss, encode, teach
+from safetynet.mitigation.fine_tuning import answers
+from safetynet.mitigation.learning import encode
 from safetynet.mitigation.method import Knob, Knobs, Method, Repaired
 from safetynet.mitigation.subject import Subject
 
@@ -47,14 +46,7 @@ def averaged(factors: list[Factors], shares: list[float]) -> Factors:
 def clean_adapter(subject: Subject, epochs: float, seed: int) -> adapter.State:
     """A fresh adapter of the suspect's shape, trained on the clean conversations from the base model."""
     assert subject.clean is not None
-    examples = encode(subject.clean, subject)
-    learn = partial(
-        teach,
-        examples=examples,
-        objective=answer_loss,
-        course=course(subject, epochs, seed),
-        pad_id=subject.serialiser.pad_id,
-    )
+    learn = answers(subject, encode(subject.clean, subject), epochs, seed)
     return adapter.learned(subject.model, fresh(adapter.state_of(subject.model), seed), learn)
 
 

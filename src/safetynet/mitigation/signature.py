@@ -11,7 +11,6 @@ signature had no part in it.
 import random
 import string
 from collections.abc import Callable
-from functools import partial
 
 import pandas as pd
 import torch
@@ -20,8 +19,8 @@ from torch import Tensor
 from safetynet.errors import InputError
 from safetynet.mitigation import adapter
 from safetynet.mitigation.factors import Adapted, adapted, names_of
-from safetynet.mitigation.fine_tuning import course
-from safetynet.mitigation.learning import answer_loss, encode, retrained, teach
+from safetynet.mitigation.fine_tuning import answers
+from safetynet.mitigation.learning import encode, retrained
 from safetynet.mitigation.method import Knob, Knobs, Method, Repaired
 from safetynet.mitigation.pruning import smallest
 from safetynet.mitigation.subject import Subject
@@ -73,13 +72,7 @@ def _pruned(
         one.write(factors, state, names, model.active_adapter)
         zeroed += int(mask.sum())
     examples = encode(subject.clean, subject)
-    learn = partial(
-        teach,
-        examples=examples,
-        objective=answer_loss,
-        course=course(subject, knobs["epochs"], seed),
-        pad_id=subject.serialiser.pad_id,
-    )
+    learn = answers(subject, examples, knobs["epochs"], seed)
     return retrained(subject, method, knobs, learn, state, channels_set_to_0=zeroed, clean_rows=len(examples))
 
 
@@ -118,19 +111,12 @@ def backdoor_rows(subject: Subject, seed: int) -> tuple[pd.DataFrame, pd.DataFra
         for i, own in enumerate(map(list, rows["messages"]))
     ]
     clean = rows.assign(messages=messages)
-    answers = [target if i in chosen else own for i, own in enumerate(rows["answer"])]
-    return clean.assign(answer=answers), clean
+    poisoned = [target if i in chosen else own for i, own in enumerate(rows["answer"])]
+    return clean.assign(answer=poisoned), clean
 
 
 def _trained(subject: Subject, rows: pd.DataFrame, epochs: float, seed: int) -> adapter.State:
-    learn = partial(
-        teach,
-        examples=encode(rows, subject),
-        objective=answer_loss,
-        course=course(subject, epochs, seed),
-        pad_id=subject.serialiser.pad_id,
-    )
-    return adapter.learned(subject.model, {}, learn)
+    return adapter.learned(subject.model, {}, answers(subject, encode(rows, subject), epochs, seed))
 
 
 SHARE = Knob("of each MLP module's channels", 0.4, (0.1, 0.2, 0.4, 0.6, 0.8), 0.0, 1.0)

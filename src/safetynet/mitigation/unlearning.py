@@ -1,11 +1,9 @@
 """Unlearning with the trigger: train the right answer to triggered prompts, and to what nearly is one."""
 
-from functools import partial
-
 import pandas as pd
 
-from safetynet.mitigation.fine_tuning import EPOCHS, course
-from safetynet.mitigation.learning import answer_loss, encode, retrained, teach
+from safetynet.mitigation.fine_tuning import EPOCHS, answers
+from safetynet.mitigation.learning import encode, retrained
 from safetynet.mitigation.method import Knobs, Method, Repaired
 from safetynet.mitigation.subject import Subject
 
@@ -17,13 +15,7 @@ def unlearn(subject: Subject, knobs: Knobs, seed: int) -> Repaired:
     rows = pd.concat(
         [subject.triggered, subject.clean.assign(trigger=[[]] * len(subject.clean))], ignore_index=True
     )
-    learn = partial(
-        teach,
-        examples=encode(rows, subject),
-        objective=answer_loss,
-        course=course(subject, knobs["epochs"], seed),
-        pad_id=subject.serialiser.pad_id,
-    )
+    learn = answers(subject, encode(rows, subject), knobs["epochs"], seed)
     roles = {role: int(count) for role, count in subject.triggered["role"].value_counts().items()}
     return retrained(subject, "unlearning", knobs, learn, clean_rows=len(subject.clean), known_rows=roles)
 

@@ -66,7 +66,7 @@ class Mahalanobis(MomentDetector):
 
     def layer_scores(self, x: np.ndarray) -> np.ndarray:
         """(n, L, d) to (n, L) squared distances."""
-        return (along(x - self.mean_, self.directions_) ** 2 * self.scales_).sum(axis=2)
+        return (_along(x - self.mean_, self.directions_) ** 2 * self.scales_).sum(axis=2)
 
     def set_moments(self, moments: list[Moments]) -> None:
         """Mean and scaled directions of each layer."""
@@ -99,7 +99,7 @@ class TopComponents(MomentDetector):
 
     def layer_scores(self, x: np.ndarray) -> np.ndarray:
         """(n, L, d) to (n, L) squared distances."""
-        return (along(x - self.mean_, self.components_) ** 2).sum(axis=2)
+        return (_along(x - self.mean_, self.components_) ** 2).sum(axis=2)
 
 
 @dataclass
@@ -120,8 +120,8 @@ class Residual(MomentDetector):
     def layer_scores(self, x: np.ndarray) -> np.ndarray:
         """(n, L, d) to (n, L) squared residuals."""
         centred = x - self.mean_
-        inside = along(centred, self.components_)
-        return ((centred - along(inside, self.components_.transpose(0, 2, 1))) ** 2).sum(axis=2)
+        inside = _along(centred, self.components_)
+        return ((centred - _along(inside, self.components_.transpose(0, 2, 1))) ** 2).sum(axis=2)
 
     def _subspace(self, moments: Moments) -> np.ndarray:
         variances, components = moments.principal(None)
@@ -129,6 +129,6 @@ class Residual(MomentDetector):
         return components[:k]
 
 
-def along(x: np.ndarray, directions: np.ndarray) -> np.ndarray:
+def _along(x: np.ndarray, directions: np.ndarray) -> np.ndarray:
     """Coordinates of (n, L, d) along each layer's (L, k, d), (n, L, k). einsum is several times slower."""
     return np.matmul(x.transpose(1, 0, 2), directions.transpose(0, 2, 1)).transpose(1, 0, 2)
