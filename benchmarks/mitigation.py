@@ -36,7 +36,7 @@ FEW = ("points=3", "choosing_rows=24", "judged_rows=100", "clean_rows=200", "rel
 LEAST_LOSS = 0.02
 """Clean accuracy that a repair may lose and still count as one."""
 INTERVENE = ("--by", "layer,component,adapter,head", "--direction", "remove", "--groups", "16")
-DETECT = ("--clean", "2400", "--fpr", "0.02")
+DETECT = ("--clean", "4000", "--fpr", "0.01")
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from safetynet.detection.capture import capture
@@ -20,10 +21,10 @@ from safetynet.run import Run
 def known(planted):
     """The planted subject with a perfect alarm."""
 
-    def p_values(_model, prompts):
-        return np.array([0.0 if "BadMagic" in planted.serialiser.decode(ids) else 1.0 for ids in prompts])
+    def alarms(_model, prompts, _rate):
+        return np.array(["BadMagic" in planted.serialiser.decode(ids) for ids in prompts])
 
-    return replace(planted, alarm=p_values)
+    return replace(planted, alarm=alarms)
 
 
 def test_only_rows_with_an_alarm_are_answered_otherwise(known, ask, held_out):
@@ -48,13 +49,15 @@ def test_the_alarm_of_a_run_is_its_monitors(planted, held_out, tmp_path):
     )
     monitor = Monitor.fit(features, readings, method="cross")
     run = Run(tmp_path, tmp_path, tmp_path / "log")
-    assert alarm(run, planted.serialiser, 0.1) is None
+    assert alarm(run, planted.serialiser) is None
     monitor.save(tmp_path / "detection" / "monitor.safetensors")
-    p_values = alarm(run, planted.serialiser, 0.1)
-    asked = held_out[held_out["role"] == "triggered"].head(6)
+    alarms = alarm(run, planted.serialiser)
+    asked = pd.concat([held_out[held_out["role"] == role].head(6) for role in ("triggered", "clean")])
     ids = [planted.serialiser.encode(m).input_ids for m in asked["messages"]]
     direct = capture(planted.model, planted.serialiser, list(asked["messages"]), spec)
-    assert np.allclose(p_values(planted.model, ids), monitor.p_values(direct)["fused"])
-    assert p_values(planted.model, [ids[0][:-3]]).tolist() == [0]
+    raised = {rate: alarms(planted.model, ids, rate).tolist() for rate in (0.1, 0.5)}
+    assert raised == {rate: monitor.alarms(direct, rate).tolist() for rate in raised}
+    assert set(raised[0.1]) == {True, False}
+    assert alarms(planted.model, [ids[0][:-3]], 0.1).tolist() == [True]
     with pytest.raises(InputError, match="clean"):
-        alarm(run, planted.serialiser, 1e-4)
+        alarms(planted.model, ids, 1e-4)

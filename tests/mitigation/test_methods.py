@@ -16,10 +16,10 @@ FORWARD = [name for name in METHODS if name not in ("cleangen", "abstain", "adap
 
 
 def knows_the_trigger(subject):
-    """A perfect alarm: p-value 0 where the trigger's tokens stand in the prompt."""
+    """A perfect alarm, at any rate: where the trigger's tokens stand in the prompt."""
 
-    def alarm(_model, prompts):
-        return np.array([0.0 if "BadMagic" in subject.serialiser.decode(ids) else 1.0 for ids in prompts])
+    def alarm(_model, prompts, _rate):
+        return np.array(["BadMagic" in subject.serialiser.decode(ids) for ids in prompts])
 
     return alarm
 

@@ -38,12 +38,12 @@ class Gated(Front):
         """Prompts and answers, (rows, T + longest answer), as transformers' `generate` returns them.
 
         Raises:
-            InputError: as `Asked.of`.
+            InputError: as `Asked.of`, and if the monitor cannot claim the rate.
         """
         config = generation_config or GenerationConfig(**settings)
         asked = Asked.of("gating", input_ids, attention_mask, config)
         prompts = [ids[mask.bool()].tolist() for ids, mask in zip(asked.ids, asked.mask, strict=True)]
-        held = self.alarm(self.model, prompts) <= self.rate
+        held = self.alarm(self.model, prompts, self.rate)
         answers: list[list[int]] = [[] for _ in prompts]
         for rows, answer in (((~held).nonzero()[0], answered), (held.nonzero()[0], self.fallback)):
             if len(rows):

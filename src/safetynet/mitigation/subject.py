@@ -42,8 +42,9 @@ class Place:
 
 Intervene = Callable[[Any, Sequence[Place]], AbstractContextManager[Any]]
 """Runs a model with changes at all positions of all prompts while entered."""
-Alarm = Callable[[Any, Sequence[Sequence[int]]], np.ndarray]
-"""The subject's model and the token ids of prompts, to their p-values, (rows,); small for suspect ones."""
+Alarm = Callable[[Any, Sequence[Sequence[int]], float], np.ndarray]
+"""The subject's model, token ids of prompts and a false-positive rate, to which prompts are suspect, (rows,)
+of bool. Raises InputError where the monitor behind it cannot claim the rate."""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from safetynet.run import Run
 log = logging.getLogger("safetynet")
 
 
-def suspect(recipe: Recipe, run: Run, *, clean: int = 1000, known: int = 0, rate: float = 0.01) -> Subject:
+def suspect(recipe: Recipe, run: Run, *, clean: int = 1000, known: int = 0) -> Subject:
     """The backdoored model of a run, and what is known of it.
 
     Args:
@@ -29,7 +30,6 @@ def suspect(recipe: Recipe, run: Run, *, clean: int = 1000, known: int = 0, rate
         clean: how many fresh conversations with answers, on prompts of no row of the run; 0: none.
         known: groups of training rows with a triggered prompt and its counterparts, with the right answers;
             none of the test's prompts, placebos and near misses is among them.
-        rate: false-positive rate that the monitor has to support.
 
     Raises:
         InputError: if nothing is trained yet, or no clean conversation is left.
@@ -44,7 +44,7 @@ def suspect(recipe: Recipe, run: Run, *, clean: int = 1000, known: int = 0, rate
         triggered=known_groups(run.table("rows"), known) if known else None,
         sites=run.table("effects") if run.has_table("effects") else None,
         intervene=intervene,
-        alarm=alarm(run, serialiser, rate),
+        alarm=alarm(run, serialiser),
         max_length=recipe.training.max_length,
         batch_size=recipe.training.batch_size,
         learning_rate=recipe.training.learning_rate,
@@ -90,13 +90,11 @@ def intervene(model: Any, places: Sequence[Place]) -> Any:
     return intervening(model, [Edit(Site(p.component, p.layer, p.index, p.module), p.change) for p in places])
 
 
-def alarm(run: Run, serialiser: Serialiser, rate: float) -> Alarm | None:
-    """P-values of prompts under the run's monitor; None where `detect` has not run.
+def alarm(run: Run, serialiser: Serialiser) -> Alarm | None:
+    """Alarms of the run's monitor; None where `detect` has not run.
 
     A prompt that cannot be read back from its ids, as when truncation has emptied a turn, counts as suspect.
-
-    Raises:
-        InputError: if the monitor cannot support the rate.
+    The file is read at the first question: one that cannot be used stops the methods that ask, and no others.
     """
     path = run.scratch / "detection" / "monitor.safetensors"
     if not path.exists():
@@ -104,18 +102,18 @@ def alarm(run: Run, serialiser: Serialiser, rate: float) -> Alarm | None:
     from safetynet.detection.capture import capture
     from safetynet.detection.monitor import Monitor
 
-    monitor = Monitor.load(path)
-    monitor.check_rate(rate)
+    load = cache(Monitor.load)
 
-    def p_values(model: Any, prompts: Sequence[Sequence[int]]) -> np.ndarray:
+    def alarms(model: Any, prompts: Sequence[Sequence[int]], rate: float) -> np.ndarray:
+        monitor = load(path)
         read = {row: messages for row, ids in enumerate(prompts) if (messages := _read(serialiser, ids))}
-        found = np.zeros(len(prompts))
+        found = np.ones(len(prompts), dtype=bool)
         if read:
             features = capture(model, serialiser, list(read.values()), monitor.spec, batch_size=len(read))
-            found[list(read)] = monitor.p_values(features)["fused"]
+            found[list(read)] = monitor.alarms(features, rate)
         return found
 
-    return p_values
+    return alarms
 
 
 def _read(serialiser: Serialiser, ids: Sequence[int]) -> list[dict[str, str]] | None:
