@@ -130,10 +130,28 @@ def test_one_detector_that_sees_is_enough_among_many_that_see_nothing():
     assert Calibration.of(*clean).how == "max"
 
 
+def test_many_detectors_of_one_view_leave_another_view_its_share_of_the_rate():
+    def named(found, view):
+        return {f"{name}:{view if name == 'd0' else 'last'}": values for name, values in found.items()}
+
+    def seen_by_one(n, seed):
+        found = scores(n, seed, 0.3)
+        return found | {"d0": found["d0"] + 3}
+
+    caught, rates = {}, {}
+    for view in ("last", "divergence"):
+        clean = [named(scores(4000, seed, 0.3), view) for seed in range(3)]
+        calibration = Calibration.of(*clean[:2])
+        caught[view] = (calibration.p_values(named(seen_by_one(2000, 3), view))["fused"] <= 0.01).mean()
+        rates[view] = (calibration.p_values(clean[2])["fused"] <= 0.01).mean()
+    assert caught["divergence"] > caught["last"] + 0.05
+    assert max(rates.values()) < 0.02
+
+
 def test_fusions_grow_with_evidence_and_stay_finite():
     p = np.array([[0.5, 0.5], [0.5, 0.01], [1e-300, 0.5]])
     for how in ("fisher", "cauchy", "max"):
-        statistic = fuse(p, how)
+        statistic = fuse(p, how, np.array([0.5, 0.5]))
         assert np.isfinite(statistic).all()
         assert (np.diff(statistic) > 0).all()
 

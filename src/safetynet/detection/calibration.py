@@ -86,25 +86,36 @@ class Conformal:
         return np.where(scores > start, np.exp(np.maximum(log, -300.0)), self.p_values(scores))
 
 
-def fuse(p: np.ndarray, how: Fusion) -> np.ndarray:
+def shares(names: Sequence[str]) -> np.ndarray:
+    """What weighs each of several detectors, by their names `detector:view`; (detectors,), of sum 1.
+
+    Each view has the same share and divides it among its detectors: those that read the same numbers have
+    the same odd clean prompts, and however many they are, they leave another view its part of the rate.
+    """
+    views = [name.partition(":")[2] for name in names]
+    return np.array([1 / views.count(view) for view in views]) / len(set(views))
+
+
+def fuse(p: np.ndarray, how: Fusion, share: np.ndarray) -> np.ndarray:
     """One statistic per sample, higher is more suspect.
 
     Args:
         p: p-values, (n, detectors).
-        how: `fisher`, minus the sum of logs; `cauchy` (Liu and Xie 2020); `max`, minus the smallest log: an
-            OR of the detectors, at a level that is calibrated for all of them together.
+        how: `fisher`, minus the weighted sum of logs; `cauchy` (Liu and Xie 2020); `max`, an OR of the
+            detectors, each at its share of the rate (weighted Bonferroni: Genovese, Roeder and Wasserman
+            2006), at a level that is calibrated for all of them together.
+        share: of each detector, (detectors,), as `shares` gives them.
 
     Returns:
         (n,). Its distribution under correlated detectors is unknown, which is why it is calibrated again.
     """
     if how == "fisher":
-        return -np.log(p).sum(axis=1)
+        return -np.log(p) @ share
     if how == "cauchy":
         # 1/(pi p) is tan(pi (1/2 - p)) for small p, where the tangent itself overflows.
-        return np.where(p < 1e-8, 1 / (np.pi * p), np.tan(np.pi * (0.5 - np.clip(p, 1e-8, 1 - 1e-8)))).mean(
-            axis=1
-        )
-    return (-np.log(p)).max(axis=1)
+        tangents = np.where(p < 1e-8, 1 / (np.pi * p), np.tan(np.pi * (0.5 - np.clip(p, 1e-8, 1 - 1e-8))))
+        return tangents @ share
+    return (np.log(share) - np.log(p)).max(axis=1)
 
 
 @dataclass(frozen=True)
@@ -121,8 +132,7 @@ class Calibration:
     ) -> "Calibration":
         """Calibrate detectors on `first`, and their fusion on `second`, scores of other clean samples."""
         single = {name: Conformal.of(scores) for name, scores in first.items()}
-        smoothed = np.stack([single[name].smoothed(second[name]) for name in single], axis=1)
-        return cls(single, Conformal.of(fuse(smoothed, how)), how)
+        return cls(single, Conformal.of(_fused(single, second, how)), how)
 
     @classmethod
     def cross_fitted(
@@ -139,8 +149,7 @@ class Calibration:
         for fold in np.unique(folds):
             inside = folds == fold
             others = {name: Conformal.of(values[~inside]) for name, values in scores.items()}
-            smoothed = np.stack([others[name].smoothed(scores[name][inside]) for name in others], axis=1)
-            statistic[inside] = fuse(smoothed, how)
+            statistic[inside] = _fused(others, {name: scores[name][inside] for name in others}, how)
         single = {name: Conformal.of(values) for name, values in scores.items()}
         return cls(single, Conformal.of(statistic), how)
 
@@ -156,8 +165,12 @@ class Calibration:
 
     def statistic(self, scores: Mapping[str, np.ndarray]) -> np.ndarray:
         """The fused statistic, (n,)."""
-        smoothed = [conformal.smoothed(scores[name]) for name, conformal in self.single.items()]
-        return fuse(np.stack(smoothed, axis=1), self.how)
+        return _fused(self.single, scores, self.how)
+
+
+def _fused(single: Mapping[str, Conformal], scores: Mapping[str, np.ndarray], how: Fusion) -> np.ndarray:
+    smoothed = [conformal.smoothed(scores[name]) for name, conformal in single.items()]
+    return fuse(np.stack(smoothed, axis=1), how, shares(list(single)))
 
 
 @dataclass(frozen=True)
