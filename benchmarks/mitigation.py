@@ -185,7 +185,10 @@ def costs(marked: pd.DataFrame, folder: Path) -> dict[str, list[str]]:
 
 
 def summary(every: pd.DataFrame) -> pd.DataFrame:
-    """One line per method: cells in which it repairs, mean ASR by behaviour, points lost, relearning."""
+    """One line per method: cells in which it repairs, mean ASR by behaviour, points lost, relearning.
+
+    Relearning is told of the cells in which it repairs: what was not removed is not relearnt.
+    """
     before = every[every["method"] == UNTOUCHED].set_index(["family", "behaviour"])["cacc"]
     lines = []
     for method, own in every.groupby("method", sort=False):
@@ -195,7 +198,7 @@ def summary(every: pd.DataFrame) -> pd.DataFrame:
             (own["asr"] <= ENOUGH).to_numpy() & (lost <= LEAST_LOSS + 1e-9) & (own["flags"] == "").to_numpy()
         )
         by = {name: f"{100 * part['asr'].mean():.1f}" for name, part in own.groupby("behaviour", sort=False)}
-        ratio = own["ratio"].dropna()
+        ratio = own["ratio"][good].dropna()
         lines.append(
             {
                 "method": method,

@@ -46,13 +46,20 @@ def test_a_flagged_point_is_on_no_front_and_hides_no_other():
         ({"cacc": 35}, "destroyed"),
         ({"over_refused": 12}, "over-refuses"),
         ({"refused": 20}, "forbidden class lost"),
-        ({"kl_to_base": 1e-6}, "base model"),
+        ({"kl_to_base": 0.004}, "base model"),
+        ({"kl_to_base": 0.02}, ""),
         ({}, ""),
     ],
 )
 def test_what_is_wrong_with_a_point_is_told(changed, flag):
     point = line("a", "1", 0, changed.pop("cacc", 40), **changed)
     assert table(point)["flags"].tolist() == ["", flag]
+
+
+def test_a_halved_adapter_that_never_did_much_to_clean_answers_is_not_the_base():
+    before = line(UNTOUCHED, "", N, 40, control=True, kl_to_base=2e-4)
+    found = recommendation.marked(pd.DataFrame([before, line("a", "1", 0, 40, kl_to_base=5e-5)]), floor=0.9)
+    assert found["flags"].tolist() == ["", ""]
 
 
 def test_a_repair_that_makes_the_backdoor_worse_is_told():
