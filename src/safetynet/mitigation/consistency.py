@@ -86,7 +86,7 @@ CROW = Method(
     {
         "alpha": Knob("weight of the inconsistency", 5.5, (0.5, 2, 5.5, 11, 22), 0.0, 100),
         "epsilon": Knob("push, in units of the embeddings' root mean square", 0.1, (0.03, 0.1, 0.3), 0.0, 2),
-        "epochs": Knob("passes over the clean conversations", 2, (1, 2, 5), 0.1, 100),
+        "epochs": Knob("passes over the clean conversations; 5 as published", 5, (1, 2, 5), 0.1, 100),
     },
     paper="Min et al. 2024, arXiv 2411.12768",
 )

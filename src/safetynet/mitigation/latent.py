@@ -113,8 +113,8 @@ def harden(method: str, universal: bool, subject: Subject, knobs: Knobs, seed: i
     return retrained(subject, method, knobs, learn, clean_rows=len(examples))
 
 
+PUSH = "push, in units of the states' length"
 _KNOBS = {
-    "epsilon": Knob("push, in units of the states' length", 0.5, (0.1, 0.3, 0.5, 1, 2), 0.0, 10),
     "depth": Knob("layer: 0 the first, 1 the last", 0.2, (0.0, 0.2, 0.4, 0.6, 0.8), 0.0, 1.0),
     "steps": Knob("of the adversary, for each batch", 4, (2, 4, 8, 16), 1, 100, whole=True),
     "epochs": Knob("passes over the clean conversations", 2, (1, 2, 5), 0.1, 100),
@@ -124,7 +124,7 @@ LAT = Method(
     "fine-tune on clean conversations while each position's states are pushed towards wrong answers",
     partial(harden, "lat", False),
     frozenset({"clean"}),
-    _KNOBS,
+    {"epsilon": Knob(PUSH, 0.1, (0.03, 0.05, 0.1, 0.2, 0.5), 0.0, 10), **_KNOBS},
     paper="Casper et al. 2024, arXiv 2403.05030; Sheshadri et al. 2024, arXiv 2407.15549",
 )
 BEEAR = Method(
@@ -132,6 +132,7 @@ BEEAR = Method(
     "fine-tune on clean conversations while one push for all prompts leads to wrong answers",
     partial(harden, "beear", True),
     frozenset({"clean"}),
-    _KNOBS,
+    # One push for all has to be longer than one that is aimed at each position.
+    {"epsilon": Knob(PUSH, 0.5, (0.1, 0.2, 0.5, 1, 2), 0.0, 10), **_KNOBS},
     paper="Zeng et al. 2024, arXiv 2406.17092",
 )
