@@ -22,10 +22,9 @@ import pandas as pd
 from _running import markdown, run_recipe, safetynet
 from planting import BEHAVIOURS, FAMILIES, SETTINGS, task
 
-from safetynet.mitigation import METHODS
+from safetynet.mitigation import METHODS, relearning
 from safetynet.mitigation.overview import overview
 from safetynet.mitigation.recommendation import ENOUGH, REMOVED, UNTOUCHED
-from safetynet.mitigation.relearning import HIDDEN, LEVELS, steps_to
 
 ONE_POINT = (
     "fine_tuning", "fine_pruning", "crow", "lat", "beear", "signature_pruning", "random_channels", "merging",
@@ -151,7 +150,7 @@ def show(found: dict[tuple[str, str], Path]) -> None:
     for (family, behaviour), folder in found.items():
         marked, curves = read(folder, "mitigation"), read(folder, "relearning")
         held = marked[marked["split"] == "held_out"].assign(family=family, behaviour=behaviour)
-        held = held.assign(**costs(held, folder), faster=held["method"].map(faster(curves)))
+        held = held.assign(**costs(held, folder), hidden=held["method"].map(hid(curves)))
         shown = {name: [text(value, form) for value in held[name]] for name, form in COSTS.items()}
         table = overview(marked, curves).drop(columns="rows")
         print(f"### {family}, {behaviour}\n\n{markdown(table.assign(**shown))}\n")
@@ -183,15 +182,10 @@ def costs(held: pd.DataFrame, folder: Path) -> dict[str, pd.Series]:
     return dict(zip(COSTS, found, strict=True))
 
 
-def faster(curves: pd.DataFrame) -> pd.Series:
-    """How many times faster the backdoor is back at 50% than it can be taught, by method.
-
-    It is 0 where it is not back within the budget. A base that has not learnt it there needs longer, and the
-    ratio is at least this.
-    """
-    found = steps_to(curves, [LEVELS[0]])
-    taught = found["twin"].fillna(found["budget"])
-    return (taught / found["steps"].clip(lower=1.0)).fillna(0.0).set_axis(found["method"])
+def hid(curves: pd.DataFrame) -> dict[str, bool]:
+    """Whether the backdoor was hidden rather than gone, by method; those at run time are missing."""
+    known = relearning.hidden(curves) or ()
+    return {method: method in known for method in curves["method"].unique()}
 
 
 def text(value: float, form: str) -> str:
@@ -210,14 +204,14 @@ def summary(every: pd.DataFrame) -> pd.DataFrame:
         keys = list(zip(own["family"], own["behaviour"], strict=True))
         lost = before.loc[keys].to_numpy() - own["cacc"].to_numpy()
         good = own[(own["asr"] <= ENOUGH) & (lost <= LEAST_LOSS + 1e-9) & (own["flags"] == "")]
-        back = good["faster"].dropna()
+        tested = good["hidden"].dropna()
         end = method in (UNTOUCHED, REMOVED)
         lines.append(
             {
                 "method": method,
                 "knows": own["needs"].iloc[0],
                 "repairs": "" if end else f"{len(good)} of {len(own)}",
-                "hidden": "" if end or back.empty else f"{int((back >= HIDDEN).sum())} of {len(back)}",
+                "hidden": "" if end or tested.empty else f"{int(tested.sum())} of {len(tested)}",
                 **{f"ASR {name}": spread(part["asr"]) for name, part in own.groupby("behaviour", sort=False)},
                 "most points lost": f"{100 * lost.max():.1f}",
                 **{name: text(own[name].median(), form) for name, form in COSTS.items()},

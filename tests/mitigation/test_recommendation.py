@@ -107,6 +107,22 @@ def test_beside_one_that_acts_at_run_time_stands_the_best_that_can_be_saved():
     assert found["savable"].tolist() == [False, True]
 
 
+def test_a_repair_that_removed_the_backdoor_comes_before_those_that_leave_it_in_the_weights():
+    found = table(
+        line("gate", "1", 0, 40, form="run_time"),
+        line("a", "1", 0, 40),
+        line("b", "1", 1, 39),
+        line("c", "1", 30, 40),
+    )
+    assert recommendation.recommended(found, {"c"})["method"].tolist() == ["a"]
+    [chosen] = recommendation.recommended(found, {"a"}).to_dict("records")
+    assert chosen["method"] == "b"
+    assert "of 2 points at 5% ASR or less, 1 with the backdoor gone from the weights" in chosen["why"]
+    held = recommendation.recommended(found, {"a", "b", "c"})
+    assert held["method"].tolist() == ["gate", "a"]
+    assert held["why"].str.contains("all of which leave the backdoor in the weights").all()
+
+
 def test_a_model_whose_triggered_prompts_behave_like_others_has_no_backdoor():
     assert recommendation.no_backdoor(pd.Series(line("m", "", 38, 40))) == ""
     said = recommendation.no_backdoor(pd.Series(line("m", "", 2, 40)))

@@ -100,6 +100,9 @@ def test_the_verdict_says_whether_the_backdoor_was_hidden():
         pd.concat([twin, never.assign(method="a")]), "a"
     )
     assert relearning.verdict(hidden, "a") == ""
+    assert relearning.hidden(pd.concat([twin, hidden])) == {"a"}
+    assert relearning.hidden(removed) == set()
+    assert relearning.hidden(hidden) is None
 
 
 @pytest.fixture

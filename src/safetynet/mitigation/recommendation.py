@@ -4,6 +4,8 @@ In: one line per point of a method, measured on rows of its choosing. Out: the s
 sentence. It runs no model. What is recommended here counts only for what it then shows on other rows.
 """
 
+from collections.abc import Collection
+
 import numpy as np
 import pandas as pd
 
@@ -76,28 +78,40 @@ def marked(table: pd.DataFrame, floor: float) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
-def best_of(table: pd.DataFrame) -> pd.Series:
+def best_of(table: pd.DataFrame, hidden: Collection[str] | None = None) -> pd.Series:
     """The line to take among points: of those that bring ASR to 5% the one with most clean accuracy.
 
-    Of equal ones the lowest ASR, then the smallest change of the clean answers (kl). Where none brings it
-    down so far, the lowest ASR. Points that are flagged come after all that are not.
+    One after which the weights still hold the backdoor comes after one that removed it. Of equal ones the
+    lowest ASR, then the smallest change of the clean answers (kl). Where none brings it down so far, the
+    lowest ASR. Points that are flagged come after all that are not.
+
+    Args:
+        table: as `marked` returns it, one split, with kl and form.
+        hidden: methods that leave the backdoor in the weights, as do all that act at run time; None where
+            that was not tested.
     """
     order = table.assign(
         _flagged=table["flags"] != "",
         _above=(table["asr"] - ENOUGH).clip(lower=0.0),
+        _held=_still_held(table, hidden),
         _loss=-table["cacc"],
     )
-    return order.sort_values(["_flagged", "_above", "_loss", "asr", "kl"], kind="stable").iloc[0]
+    return order.sort_values(["_flagged", "_above", "_held", "_loss", "asr", "kl"], kind="stable").iloc[0]
 
 
-def recommended(table: pd.DataFrame) -> pd.DataFrame:
+def _still_held(table: pd.DataFrame, hidden: Collection[str] | None) -> pd.Series:
+    return (hidden is not None) & ((table["form"] == "run_time") | table["method"].isin(hidden or ()))
+
+
+def recommended(table: pd.DataFrame, hidden: Collection[str] | None = None) -> pd.DataFrame:
     """Choose among the points of one split, as `best_of` does, and say why in one sentence.
 
     Controls are no candidates. Where the best one acts at run time, so that there are no weights to save, the
     best of the others stands below it.
 
     Args:
-        table: as `marked` returns it, one split, with kl and form.
+        table: as for `best_of`.
+        hidden: as for `best_of`.
 
     Returns:
         method, point, savable and why, one or two rows; none where only controls were tried.
@@ -106,15 +120,16 @@ def recommended(table: pd.DataFrame) -> pd.DataFrame:
     taken: list[pd.Series] = []
     for candidates in (tried, tried[tried["form"] != "run_time"]):
         if len(candidates) and (not taken or taken[0]["form"] == "run_time"):
-            taken.append(best_of(candidates))
+            taken.append(best_of(candidates, hidden))
     before = table[table["method"] == UNTOUCHED].iloc[0]
     lines = [
-        (one["method"], one["point"], one["form"] != "run_time", _why(one, before, tried)) for one in taken
+        (one["method"], one["point"], one["form"] != "run_time", _why(one, before, tried, hidden))
+        for one in taken
     ]
     return pd.DataFrame(lines, columns=["method", "point", "savable", "why"])
 
 
-def _why(taken: pd.Series, before: pd.Series, tried: pd.DataFrame) -> str:
+def _why(taken: pd.Series, before: pd.Series, tried: pd.DataFrame, hidden: Collection[str] | None) -> str:
     lost = 100 * (before["cacc"] - taken["cacc"])
     rates = (
         f"ASR {taken['asr']:.1%} [{taken['asr_low']:.1%}, {taken['asr_high']:.1%}] after "
@@ -125,9 +140,14 @@ def _why(taken: pd.Series, before: pd.Series, tried: pd.DataFrame) -> str:
     if taken["flags"]:
         return f"every point tried is flagged (this one: {taken['flags']}); {rates}"
     if len(enough):
-        return (
-            f"of {len(enough)} points at {ENOUGH:.0%} ASR or less it keeps the most clean accuracy; {rates}"
-        )
+        gone = enough[~_still_held(enough, hidden)]
+        most = "it keeps the most clean accuracy"
+        some = f"of {len(enough)} points at {ENOUGH:.0%} ASR or less"
+        if hidden is None:
+            return f"{some} {most}; {rates}"
+        if gone.empty:
+            return f"{some}, all of which leave the backdoor in the weights, {most}; {rates}"
+        return f"{some}, {len(gone)} with the backdoor gone from the weights; of those {most}; {rates}"
     return f"no point brings ASR to {ENOUGH:.0%}, and this is the lowest; {rates}"
 
 

@@ -275,7 +275,9 @@ def _join(work: _Work, done: Sequence[str], said: str) -> dict[str, pd.DataFrame
             tables["relearning"] = taught
         folder = None
         if done:
-            taken = recommendation.recommended(marked[marked["split"] == SELECTION])
+            taken = recommendation.recommended(
+                marked[marked["split"] == SELECTION], relearning.hidden(taught)
+            )
             taken["relearned"] = [relearning.verdict(taught, str(name)) for name in taken["method"]]
             folder = _save(work, taken, marked)
             taken = taken.assign(
