@@ -184,21 +184,21 @@ def divisions(args: argparse.Namespace) -> pd.DataFrame:
 
 
 def divided(run: Path, args: argparse.Namespace) -> pd.DataFrame:
-    """Rates of monitors of one pool of prompts, each on all prompts that it is not made of."""
+    """Rates of monitors of one pool of prompts, each on others of that pool."""
     from safetynet.detection.capture import capture
     from safetynet.detection.monitor import Monitor
     from safetynet.detection.panel import PRESETS as PANELS
     from safetynet.detection.plan import Plan
 
-    made, pool, monitors = (400, 600, 2) if args.smoke else (DIVIDED, CLEAN + FRESH, DIVISIONS)
+    small, whole = (400, 200, 2, 600), (DIVIDED, FRESH, DIVISIONS, CLEAN + FRESH)
+    made, fresh, monitors, pool = small if args.smoke else whole
     model, serialiser, prompts = subject(run, pool)
     spec = Plan.of(["adapter"], 0.05).spec
-    features = capture(model, serialiser, list(prompts["messages"]), spec, batch_size=64)
-    lines = []
+    features, lines = capture(model, serialiser, list(prompts["messages"]), spec, batch_size=64), []
     for division in range(monitors):
         order = np.random.default_rng((args.seed, division)).permutation(pool)
         monitor = Monitor.fit(features.take(order[:made]), PANELS["adapter"], seed=args.seed)
-        p = monitor.p_values(features.take(order[made:]))["fused"].to_numpy()
+        p = monitor.p_values(features.take(order[made : made + fresh]))["fused"].to_numpy()
         n = len(monitor.calibration.fused.scores)
         lines += [
             {"rate": rate, "calibrating": n, "n": len(p), "value": (p <= rate).mean()} for rate in RATES
