@@ -117,7 +117,7 @@ def test_a_repair_that_removed_the_backdoor_comes_before_those_that_leave_it_in_
     assert recommendation.recommended(found, {"c"})["method"].tolist() == ["a"]
     [chosen] = recommendation.recommended(found, {"a"}).to_dict("records")
     assert chosen["method"] == "b"
-    assert "of 2 points at 5% ASR or less, 1 with the backdoor gone from the weights" in chosen["why"]
+    assert "of 2 points at 5% ASR or less, those of 1 method stand the relearn test" in chosen["why"]
     held = recommendation.recommended(found, {"a", "b", "c"})
     assert held["method"].tolist() == ["gate", "a"]
     assert held["why"].str.contains("all of which leave the backdoor in the weights").all()

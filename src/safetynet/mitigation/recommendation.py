@@ -147,7 +147,9 @@ def _why(taken: pd.Series, before: pd.Series, tried: pd.DataFrame, hidden: Colle
             return f"{some} {most}; {rates}"
         if gone.empty:
             return f"{some}, all of which leave the backdoor in the weights, {most}; {rates}"
-        return f"{some}, {len(gone)} with the backdoor gone from the weights; of those {most}; {rates}"
+        methods = gone["method"].nunique()
+        stand = f"{methods} methods stand" if methods > 1 else "1 method stand"
+        return f"{some}, those of {stand} the relearn test; of these {most}; {rates}"
     return f"no point brings ASR to {ENOUGH:.0%}, and this is the lowest; {rates}"
 
 
