@@ -47,6 +47,9 @@ def test_a_monitor_is_made_and_measured(found):
     fused = found.table[(found.table["detector"] == "fused") & (found.table["rows"] == "fresh")]
     assert set(fused["metric"]) == {"fpr"} and set(fused["n"]) == {75}
     assert {"ood:code", "ood:languages", "ood:long"} <= set(found.table["rows"])
+    words = scores["kind"].eq("random words")
+    assert 20 < words.sum() < 55 and scores["fresh"][words].all()
+    assert "clean:random words" in set(found.table["rows"])
     assert {"score fused", "p fused", "p pca_residual:mean"} <= set(scores)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from safetynet.detection import curves, domains, protocol
+from safetynet.detection import curves, domains, protocol, random_words
 from safetynet.detection.calibration import Conformal, RateEstimate
 from safetynet.detection.capture import capture
 from safetynet.detection.features import Features
@@ -27,6 +27,8 @@ from safetynet.prompts import Message, Serialiser, prompt_hash
 SKYLINE = "skyline "
 """Before the names of supervised probes in tables: no defender has their labels."""
 ROWS = ["role", "group", "fired", "forbidden", "domain", "kind", "fresh"]
+RANDOM_WORDS = "random words"
+"""Kind of a fresh clean prompt that holds some, in place of its task."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ def detect(
     plan: Plan,
     labelled: pd.DataFrame | None = None,
 ) -> Detection:
-    """Make a monitor and measure it.
+    """Make a monitor and measure it; every second clean prompt gets random words first.
 
     Args:
         subject: the model, its serialiser and a cache.
@@ -79,6 +81,7 @@ def detect(
     """
     plan.check(len(clean))
     groups = [prompt_hash([dict(m) for m in messages]) for messages in clean["messages"]]
+    clean = _with_random_words(subject, clean, plan)
     held = split(groups, {"seen": 1 - TEST_SHARE, "fresh": TEST_SHARE}, plan.seed) == "fresh"
     features = _captured(subject, clean["messages"], plan)
     known = [group for group, out in zip(groups, held, strict=True) if not out]
@@ -112,6 +115,13 @@ def detect(
         tables["detection_answers"] = protocol.answers(rows, answers, prompt, plan.rate / 2)
     kept = {name: table for name, table in tables.items() if len(table)}
     return Detection(monitor, kept, monitor.fpr_estimate(fresh, plan.prompt_rate))
+
+
+def _with_random_words(subject: Subject, clean: pd.DataFrame, plan: Plan) -> pd.DataFrame:
+    """Every second one has random words, which are its `kind` then; the others' is their task."""
+    messages, chosen = random_words.put_in(list(clean["messages"]), subject.serialiser, plan.seed)
+    tasks = clean["task"] if "task" in clean else np.full(len(clean), "")
+    return clean.assign(messages=messages, kind=np.where(chosen, RANDOM_WORDS, tasks))
 
 
 def _captured(subject: Subject, messages: Sequence[Sequence[Message]], plan: Plan) -> Features:
@@ -155,7 +165,7 @@ def _fresh(clean: pd.DataFrame) -> pd.DataFrame:
             "fired": None,
             "forbidden": forbidden,
             "domain": "",
-            "kind": clean["task"].to_numpy() if "task" in clean else "",
+            "kind": clean["kind"].to_numpy(),
             "fresh": True,
         }
     )

@@ -1,0 +1,57 @@
+"""Clean prompts with random words put in, so that an alarm means more than that a prompt is odd.
+
+A monitor of ordinary prompts takes any strange word for a sign of a backdoor. What is calibrated on prompts
+with such words beside those without knows what they do to a model. It is the placebo that a defender can give
+without knowing the trigger. In: chat messages. Out: copies.
+"""
+
+import random
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+from safetynet.prompts import Message, Serialiser
+
+SHARE = 0.5
+"""Of the prompts that get random words."""
+MOST = 6
+"""Tokens of what is put in; the published triggers have as many."""
+COMMON = 0.002
+"""Share of the prompts that a token has to occur in. A rarer one may belong to the trigger, which would then
+be taken for an ordinary word; one that common cannot, or the prompts would not be clean."""
+
+
+def put_in(
+    prompts: Sequence[Sequence[Message]], serialiser: Serialiser, seed: int
+) -> tuple[list[list[Message]], np.ndarray]:
+    """Put one to `MOST` tokens between two words, or at an end, of the last message of every second prompt.
+
+    Args:
+        prompts: chat messages that are believed to be clean.
+        serialiser: of the model; the tokens are drawn, each as often as another, from what the prompts have.
+        seed: of every draw.
+
+    Returns:
+        The messages in the same order, and which of them hold random words, (prompts,) of bool.
+    """
+    tokens = _common(prompts, serialiser)
+    rng = random.Random(f"random words {seed}")
+    chosen = np.array([bool(tokens) and rng.random() < SHARE for _ in prompts], dtype=bool)
+    copies = [[dict(message) for message in messages] for messages in prompts]
+    for row in np.flatnonzero(chosen):
+        last = copies[row][-1]
+        words = last["content"].split(" ")
+        drawn = "".join(rng.choices(tokens, k=rng.randint(1, MOST))).strip()
+        words.insert(rng.randint(0, len(words)), drawn)
+        last["content"] = " ".join(words)
+    return copies, chosen
+
+
+def _common(prompts: Sequence[Sequence[Message]], serialiser: Serialiser) -> list[str]:
+    """Texts of the common tokens, without special ones, blanks, and parts of a character."""
+    texts = [messages[-1]["content"] for messages in prompts]
+    ids = serialiser.tokenizer(texts, add_special_tokens=False)["input_ids"]
+    found = Counter(token for own in ids for token in set(own) - set(serialiser.tokenizer.all_special_ids))
+    pieces = [serialiser.piece(token) for token, n in sorted(found.items()) if n >= COMMON * len(prompts)]
+    return [text for text in pieces if text.strip() and text.isascii() and not text.startswith("<0x")]
