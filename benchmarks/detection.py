@@ -112,10 +112,14 @@ def of_demonstrations(args: argparse.Namespace, part: str, measure: Measure, lin
 
 def summary(own: pd.DataFrame) -> dict[str, object]:
     """How the detectors of one monitor keep one rate."""
+    from scipy.stats import binom
+
     rate = own["rate"].iloc[0]
     fused = own[own["detector"] == "fused"].iloc[0]
     others = own[own["detector"] != "fused"]
     worst = others.loc[(others["value"] - rate).abs().idxmax()]
+    low, high = binom.interval(0.95, fused["n"], rate)
+    drawn = beta_binomial(fused["n"], rate, fused["clean"] // 4)
     return {
         "fresh": int(fused["n"]),
         "fused": percent(fused),
@@ -123,13 +127,22 @@ def summary(own: pd.DataFrame) -> dict[str, object]:
         "most": f"{100 * others['value'].max():.2f}",
         "farthest": worst["detector"],
         "within binomial": f"{int(own['binomial'].sum())} of {len(own)}",
+        "expected": f"{len(own) * (drawn.cdf(high) - drawn.cdf(low - 1)):.1f}",
         "within both draws": f"{int(own['both_draws'].sum())} of {len(own)}",
     }
 
 
+def beta_binomial(n: int, rate: float, calibrating: int) -> Any:
+    """Alarms among `n` prompts where the calibrating ones are a draw too (Vovk 2012)."""
+    from scipy.stats import betabinom
+
+    k = int(np.floor(rate * (calibrating + 1)))
+    return betabinom(n, k, calibrating + 1 - k)
+
+
 def realised(run: Path, args: argparse.Namespace) -> pd.DataFrame:
     """Rates of one run's monitor on fresh clean prompts; a line per detector and rate."""
-    from scipy.stats import betabinom, binom
+    from scipy.stats import binom
 
     from safetynet.detection.calibration import fpr_estimate
     from safetynet.detection.capture import capture
@@ -149,11 +162,9 @@ def realised(run: Path, args: argparse.Namespace) -> pd.DataFrame:
     lines = []
     for name, rate in product(p_values, RATES):
         found = fpr_estimate(p_values[name].to_numpy(), rate)
-        n = len(monitor.calibration.fused.scores)
-        k = int(np.floor(rate * (n + 1)))
         low, high = binom.interval(0.95, found.n, rate)
-        # With the calibrating prompts drawn too, alarms are beta-binomial (Vovk 2012).
-        lowest, highest = betabinom.interval(0.95, found.n, k, n + 1 - k)
+        drawn = beta_binomial(found.n, rate, len(monitor.calibration.fused.scores))
+        lowest, highest = drawn.interval(0.95)
         lines.append(
             {"detector": name, "rate": rate, "value": found.rate, "low": found.low, "high": found.high,
              "n": found.n, "clean": clean, "binomial": low <= found.alarms <= high,
