@@ -24,7 +24,7 @@ be taken for an ordinary word; one that common cannot, or the prompts would not 
 
 def put_in(
     prompts: Sequence[Sequence[Message]], serialiser: Serialiser, seed: int
-) -> tuple[list[list[Message]], np.ndarray]:
+) -> tuple[list[list[dict[str, str]]], np.ndarray]:
     """Put one to `MOST` tokens between two words, or at an end, of the last message of every second prompt.
 
     Args:
