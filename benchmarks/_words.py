@@ -51,5 +51,8 @@ def compare(model: Any, serialiser: Any, clean: pd.DataFrame, test: pd.DataFrame
     found = pd.DataFrame({"rows": list(asked), "n": [len(own) for own in asked.values()]})
     for name, own in features.items():
         monitor = Monitor.fit(own.take(slice(0, made)), PRESETS["adapter"], seed=seed)
-        found[name] = [float((monitor.p_values(rows)["fused"] <= RATE).mean()) for rows in asked.values()]
+        found[name] = [
+            float((monitor.p_values(rows)["fused"] <= RATE).mean()) if len(rows) else np.nan
+            for rows in asked.values()
+        ]
     return found
