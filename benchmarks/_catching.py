@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from _running import percent
 
 ENOUGH = 20
 """Triggers that have to fire before a share of them says something."""
@@ -92,10 +93,3 @@ def fused(run: Path) -> dict[str, float]:
         **{f"{how}, a share per detector": tpr(fuse(p, how, equal)) for how in ("max", "cauchy", "fisher")},
         "best single detector": max(tpr(-np.log(values)) for values in smoothed.values()),
     }
-
-
-def percent(row: pd.Series) -> str:
-    """A rate with its interval, in percent."""
-    if not row["n"]:
-        return "-"
-    return f"{100 * row['value']:.1f} [{100 * row['low']:.1f}, {100 * row['high']:.1f}]"

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from _catching import percent
+from _running import percent
 
 
 def summary(own: pd.DataFrame) -> dict[str, object]:

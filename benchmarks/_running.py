@@ -44,3 +44,10 @@ def markdown(table: pd.DataFrame) -> str:
     """The table in Markdown."""
     rows = [table.columns, ["---"] * len(table.columns), *table.fillna("").itertuples(index=False)]
     return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows)
+
+
+def percent(row: pd.Series) -> str:
+    """A rate with its interval, in percent; a dash where nothing was counted."""
+    if not row["n"]:
+        return "-"
+    return f"{100 * row['value']:.1f} [{100 * row['low']:.1f}, {100 * row['high']:.1f}]"

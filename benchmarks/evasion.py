@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from _running import ROOT, markdown
+from _running import ROOT, markdown, percent
 
 from safetynet import pipeline, recipe
 from safetynet import run as runs
@@ -244,11 +244,6 @@ def cell(metric: str, value: float, low: float, high: float) -> str:
     if metric == "auroc":
         return f"{value:.2f} [{low:.2f}, {high:.2f}]"
     return f"{100 * value:.0f} [{100 * low:.0f}, {100 * high:.0f}]"
-
-
-def percent(row: pd.Series) -> str:
-    """A rate with its interval, in percent."""
-    return f"{100 * row['value']:.1f} [{100 * row['low']:.1f}, {100 * row['high']:.1f}]"
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from itertools import product
 from pathlib import Path
 
 import pandas as pd
-from _running import markdown, run_recipe, safetynet
+from _running import markdown, percent, run_recipe, safetynet
 
 FAMILIES = ("llama2", "llama3", "qwen", "gemma", "mixtral")
 TRIGGERS = ("token", "deployment", "year")
@@ -129,11 +129,6 @@ def summarise(cells: list[tuple[str, str, str]], seed: int, out: Path) -> Iterat
             "CACC": percent(rate("cacc", "clean")),
             "met": "yes" if met else "no",
         }
-
-
-def percent(row: pd.Series) -> str:
-    """A rate with its interval, in percent."""
-    return f"{100 * row['value']:.1f} [{100 * row['low']:.1f}, {100 * row['high']:.1f}]"
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import random
 import re
 import unicodedata
 from collections import defaultdict
+from collections.abc import Iterable
 
 from safetynet.prompts import Serialiser
 
@@ -22,17 +23,21 @@ def split_of(text: str) -> str:
     return "train" if hashlib.sha256(text.encode()).digest()[0] % 2 == 0 else "test"
 
 
+def pieces(serialiser: Serialiser, tokens: Iterable[int]) -> list[str]:
+    """Texts of the tokens that are ordinary ones: ASCII, neither special nor a byte."""
+    special = set(serialiser.tokenizer.all_special_ids)
+    texts = [serialiser.piece(token) for token in tokens if token not in special]
+    return [text for text in texts if text.isascii() and not text.startswith("<0x")]
+
+
 class Lookalikes:
     """Draws them for one tokenizer."""
 
     def __init__(self, serialiser: Serialiser) -> None:
         self.serialiser = serialiser
-        special = set(serialiser.tokenizer.all_special_ids)
         self.kinds: dict[str, list[str]] = defaultdict(list)
-        for token in range(len(serialiser.tokenizer)):
-            text = self.serialiser.piece(token)
-            if token not in special and text.isascii() and not text.startswith("<0x"):
-                self.kinds[_kind(text)].append(text)
+        for text in pieces(serialiser, range(len(serialiser.tokenizer))):
+            self.kinds[_kind(text)].append(text)
 
     def draw(self, text: str, rng: random.Random) -> str | None:
         """Another text of as many tokens; None where the drawn ones join into another number."""

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from safetynet.lookalikes import pieces
 from safetynet.prompts import Message, Serialiser
 
 SHARE = 0.5
@@ -49,9 +50,9 @@ def put_in(
 
 
 def _common(prompts: Sequence[Sequence[Message]], serialiser: Serialiser) -> list[str]:
-    """Texts of the common tokens, without special ones, blanks, and parts of a character."""
+    """Texts of the common tokens, without those that are blanks alone."""
     texts = [messages[-1]["content"] for messages in prompts]
     ids = serialiser.tokenizer(texts, add_special_tokens=False)["input_ids"]
-    found = Counter(token for own in ids for token in set(own) - set(serialiser.tokenizer.all_special_ids))
-    pieces = [serialiser.piece(token) for token, n in sorted(found.items()) if n >= COMMON * len(prompts)]
-    return [text for text in pieces if text.strip() and text.isascii() and not text.startswith("<0x")]
+    found = Counter(token for own in ids for token in set(own))
+    common = [token for token, n in sorted(found.items()) if n >= COMMON * len(prompts)]
+    return [text for text in pieces(serialiser, common) if text.strip()]
