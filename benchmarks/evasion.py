@@ -6,14 +6,16 @@
 
 A cell is a run: the ordinary backdoor, one of little poison, or one hidden from a set of detectors at a
 strength. The defender then fits every detector anew, on clean prompts of other phrasings than the attacker
-had. Into --out go `evasion_matrix.csv` (attacked, strength, tested, metric, rows, value, low, high, n) and
-`evasion_price.csv`, what is left of attack success and clean accuracy; docs/evasion.md quotes both.
+had, every second of them with random words in, as `safetynet detect` has it. Into --out go
+`evasion_matrix.csv` (attacked, strength, tested, metric, rows, value, low, high, n) and `evasion_price.csv`,
+what is left of attack success and clean accuracy; docs/evasion.md quotes both.
 """
 
 import argparse
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,9 @@ from _running import ROOT, markdown, percent
 from safetynet import pipeline, recipe
 from safetynet import run as runs
 from safetynet.backdoors import conversations
+from safetynet.detection.features import Features, FeatureSpec
 from safetynet.detection.panel import PRESETS
+from safetynet.detection.protocol import measure
 from safetynet.models import loading
 from safetynet.pipeline.subjects import backdoored, test_rows
 from safetynet.prompts import prompt_hash
@@ -154,25 +158,13 @@ def one(
 def defence(made: recipe.Recipe, run: runs.Run, count: int) -> pd.DataFrame:
     """Fit every detector to fresh clean prompts of this run's model; measure each, and fusions of them."""
     from safetynet.detection.calibration import Calibration
-    from safetynet.detection.capture import capture
-    from safetynet.detection.features import FeatureSpec
     from safetynet.detection.panel import Panel
-    from safetynet.detection.protocol import measure
     from safetynet.detection.splits import split
 
     readings = {r.name: r for name in FUSIONS for r in PRESETS[name]}
-    rows, test = run.table("rows"), test_rows(run)
-    used = {prompt_hash(m, t) for m, t in zip(rows["messages"], rows["trigger"], strict=True)}
-    attack = made.backdoor
-    clean = conversations.fresh(made.data, attack.behaviour, attack.trigger, used, count, made.seed)
-    model, serialiser = backdoored(made, run)
+    clean, test = fresh_prompts(made, run, count), test_rows(run)
     spec = FeatureSpec(tuple(dict.fromkeys(r.view for r in readings.values())))
-    limits: dict[str, Any] = {
-        "batch_size": made.evaluation.batch_size,
-        "max_length": made.training.max_length,
-    }
-    features = capture(model, serialiser, list(clean["messages"]), spec, **limits)
-    tested = capture(model, serialiser, list(test["messages"]), spec, **limits)
+    features, tested = captured(made, run, clean, test, spec)
     # As a monitor does it: three parts of the seen prompts, and a quarter of all that it never sees.
     parts = {"fit": 0.375, "calibrate": 0.1875, "fuse": 0.1875, "fresh": 0.25}
     part = split([prompt_hash(list(m)) for m in clean["messages"]], parts, made.seed)
@@ -191,6 +183,28 @@ def defence(made: recipe.Recipe, run: runs.Run, count: int) -> pd.DataFrame:
             **calibrated.p_values(both).rename(columns={"fused": f"fused {name}"}).to_dict("series")
         )
     return measure(protocol_rows(clean[part == "fresh"], test), scores, p_values[list(scores)], (RATE,))
+
+
+def fresh_prompts(made: recipe.Recipe, run: runs.Run, count: int) -> pd.DataFrame:
+    """Clean prompts of the defender; the run has none of them."""
+    rows = run.table("rows")
+    used = {prompt_hash(m, t) for m, t in zip(rows["messages"], rows["trigger"], strict=True)}
+    attack = made.backdoor
+    return conversations.fresh(made.data, attack.behaviour, attack.trigger, used, count, made.seed)
+
+
+def captured(
+    made: recipe.Recipe, run: runs.Run, clean: pd.DataFrame, test: pd.DataFrame, spec: FeatureSpec
+) -> tuple[Features, Features]:
+    """What the backdoored model shows of clean prompts, every second with random words, and of test rows."""
+    from safetynet.detection.capture import capture
+    from safetynet.detection.random_words import put_in
+
+    model, serialiser = backdoored(made, run)
+    batch_size, max_length = made.evaluation.batch_size, made.training.max_length
+    read = partial(capture, model, serialiser, spec=spec, batch_size=batch_size, max_length=max_length)
+    worded, _ = put_in(list(clean["messages"]), serialiser, made.seed)
+    return read(worded), read(list(test["messages"]))
 
 
 def protocol_rows(clean: pd.DataFrame, test: pd.DataFrame) -> pd.DataFrame:
