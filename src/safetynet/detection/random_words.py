@@ -20,23 +20,25 @@ MOST = 6
 """Tokens of what is put in; the published triggers have as many."""
 COMMON = 0.002
 """Share of the prompts that a token has to occur in. A rarer one may belong to the trigger, which would then
-be taken for an ordinary word; one that common cannot, or the prompts would not be clean."""
+be taken for an ordinary word; one that common cannot, or the prompts would not be clean. With all tokens a
+monitor misses most of one backdoor (docs/detection.md)."""
 
 
 def put_in(
-    prompts: Sequence[Sequence[Message]], serialiser: Serialiser, seed: int
+    prompts: Sequence[Sequence[Message]], serialiser: Serialiser, seed: int, common: float = COMMON
 ) -> tuple[list[list[dict[str, str]]], np.ndarray]:
     """Put one to `MOST` tokens between two words, or at an end, of the last message of every second prompt.
 
     Args:
         prompts: chat messages that are believed to be clean.
-        serialiser: of the model; the tokens are drawn, each as often as another, from what the prompts have.
+        serialiser: of the model; the tokens are drawn, each as often as another.
         seed: of every draw.
+        common: share of the prompts that a token has to occur in to be drawn; 0 for any of the tokenizer's.
 
     Returns:
         The messages in the same order, and which of them hold random words, (prompts,) of bool.
     """
-    tokens = _common(prompts, serialiser)
+    tokens = _common(prompts, serialiser, common)
     rng = random.Random(f"random words {seed}")
     chosen = np.array([bool(tokens) and rng.random() < SHARE for _ in prompts], dtype=bool)
     copies = [[dict(message) for message in messages] for messages in prompts]
@@ -49,10 +51,10 @@ def put_in(
     return copies, chosen
 
 
-def _common(prompts: Sequence[Sequence[Message]], serialiser: Serialiser) -> list[str]:
-    """Texts of the common tokens, without those that are blanks alone."""
+def _common(prompts: Sequence[Sequence[Message]], serialiser: Serialiser, share: float) -> list[str]:
+    """Texts of tokens that at least this share of the prompts has, without those that are blanks alone."""
     texts = [messages[-1]["content"] for messages in prompts]
     ids = serialiser.tokenizer(texts, add_special_tokens=False)["input_ids"]
     found = Counter(token for own in ids for token in set(own))
-    common = [token for token, n in sorted(found.items()) if n >= COMMON * len(prompts)]
+    common = [token for token in range(len(serialiser.tokenizer)) if found[token] >= share * len(prompts)]
     return [text for text in pieces(serialiser, common) if text.strip()]
