@@ -336,10 +336,12 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 def peak_memory_mb() -> float:
     """Largest resident size of this process so far, in MB."""
     status = Path("/proc/self/status")
-    # Linux begins `ru_maxrss` with the size of the process that started this one.
-    lines = status.read_text(encoding="utf-8", errors="replace").splitlines() if status.exists() else []
-    largest = [int(line.split()[1]) for line in lines if line.startswith("VmHWM:")]
-    return (largest or [resource.getrusage(resource.RUSAGE_SELF).ru_maxrss])[0] / 1024
+    if status.exists():  # Linux begins `ru_maxrss` with the size of the process that started this one
+        lines = status.read_text(encoding="utf-8", errors="replace").splitlines()
+        if largest := [int(line.split()[1]) for line in lines if line.startswith("VmHWM:")]:
+            return largest[0] / 1024
+    unit = 1 if platform.system() == "Darwin" else 1024  # bytes of `ru_maxrss`
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
 def _check_writable(path: Path, field: str) -> None:
