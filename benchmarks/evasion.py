@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -93,9 +94,10 @@ def main() -> None:
             pd.concat(price).to_csv(out / "evasion_price.csv", index=False)
         print(markdown(price_table(pd.concat(price))))
         draw(pd.concat(matrix), args.family, out / "figures")
-        for metric, of in (("auroc", "fired triggers"), ("tpr", "fired triggers"), ("fpr", "clean prompts")):
-            print(f"\n{metric}, {of}\n")
-            print(markdown(matrix_table(pd.concat(matrix), metric)))
+        for metric, strength in product(("tpr", "auroc", "fpr"), args.strengths):
+            rows = "clean prompts" if metric == "fpr" else "fired triggers"
+            print(f"\n{metric}, {rows}, strength {strength:g}\n")
+            print(markdown(matrix_table(pd.concat(matrix), metric, strength)))
 
 
 def cells(
@@ -241,16 +243,19 @@ def price_table(price: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
-def matrix_table(matrix: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """Detectors tested by attackers, with intervals: on fired triggers, or `fpr` on clean prompts."""
+def matrix_table(matrix: pd.DataFrame, metric: str, strength: float) -> pd.DataFrame:
+    """Detectors tested by attackers of one strength and by those who hide from none, with intervals.
+
+    On triggers that fired; `fpr` on clean prompts.
+    """
     rows = "clean" if metric == "fpr" else "fired"
-    chosen = matrix[(matrix["metric"] == metric) & (matrix["rows"] == rows)].reset_index(drop=True)
-    names = [
-        a if s == 0 else f"{a} x{s:g}" for a, s in zip(chosen["attacked"], chosen["strength"], strict=True)
-    ]
+    chosen = matrix[(matrix["metric"] == metric) & (matrix["rows"] == rows)]
+    chosen = chosen[chosen["strength"].isin([0, strength])].reset_index(drop=True)
     cells = [cell(metric, *chosen.loc[i, ["value", "low", "high"]]) for i in chosen.index]
-    wide = chosen.assign(attack=names, cell=cells).pivot(index="tested", columns="attack", values="cell")
-    return wide.loc[list(dict.fromkeys(chosen["tested"])), list(dict.fromkeys(names))].reset_index()
+    wide = chosen.assign(cell=cells).pivot(index="tested", columns="attacked", values="cell")
+    return wide.loc[
+        list(dict.fromkeys(chosen["tested"])), list(dict.fromkeys(chosen["attacked"]))
+    ].reset_index()
 
 
 def cell(metric: str, value: float, low: float, high: float) -> str:
