@@ -7,8 +7,9 @@
 A cell is a run: the ordinary backdoor, one of little poison, or one hidden from a set of detectors at a
 strength. The defender then fits every detector anew, on clean prompts of other phrasings than the attacker
 had, every second of them with random words in, as `safetynet detect` has it. Into --out go
-`evasion_matrix.csv` (attacked, strength, tested, metric, rows, value, low, high, n) and `evasion_price.csv`,
-what is left of attack success and clean accuracy; docs/evasion.md quotes both.
+`evasion_matrix.csv` (attacked, strength, tested, own: whether that one was attacked itself, metric, rows,
+value, low, high, n) and `evasion_price.csv`, what is left of attack success and clean accuracy;
+docs/evasion.md quotes both.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from safetynet import pipeline, recipe
 from safetynet import run as runs
 from safetynet.backdoors import conversations
 from safetynet.detection.features import Features, FeatureSpec
-from safetynet.detection.panel import PRESETS
+from safetynet.detection.panel import PRESETS, Reading
 from safetynet.detection.protocol import measure
 from safetynet.models import loading
 from safetynet.pipeline.subjects import backdoored, test_rows
@@ -60,7 +61,7 @@ REFIT_EVERY = 50
 FEW = (0.01, 0.005, 0.001)
 """Poison rates of the attacker who hides by poisoning little."""
 ORDINARY = "nothing"
-MATRIX = ("attacked", "strength", "tested", "metric", "rows", "value", "low", "high", "n")
+MATRIX = ("attacked", "strength", "tested", "own", "metric", "rows", "value", "low", "high", "n")
 FUSIONS = ("activations", "adapter", "safetynet-2025")
 """Presets whose fused monitors are tested beside single detectors."""
 
@@ -153,8 +154,15 @@ def one(
                 outputs.append(run.write_table("defence", defence(made, run, clean)))
     label = {"attacked": cell["attacked"], "strength": cell["strength"]}
     found = run.table("defence").rename(columns={"detector": "tested"}).assign(**label)
+    hidden = readings(cell["fields"].get("training.evasion", {"detectors": []})["detectors"])
+    found["own"] = [readings([name.removeprefix("fused ")]) <= hidden for name in found["tested"]]
     evaluation = run.table("evaluation")
     return found[list(MATRIX)], evaluation[evaluation["model"] == "backdoored"].assign(**label)
+
+
+def readings(detectors: Sequence[str]) -> set[str]:
+    """Names of detectors with their views, of presets and single ones."""
+    return {r.name for name in detectors for r in PRESETS.get(name, (Reading.parse(name),))}
 
 
 def defence(made: recipe.Recipe, run: runs.Run, count: int) -> pd.DataFrame:

@@ -143,8 +143,26 @@ def test_the_evasion_matrix_brackets_a_detector_that_was_attacked_itself(watched
         ["attacked", "tested"]
     )
     assert DRAW.plot_evasion(bare).chart.panels[0].grid.rows == ["mahalanobis", "ranks", "none"]
+    known = DRAW.plot_evasion(bare.assign(own=[True] + [False] * (len(bare) - 1))).chart.panels[0].grid
+    assert sum(text.startswith("[") for line in known.texts for text in line) == 1
     with pytest.raises(InputError, match="is there more than once"):
         DRAW.plot_evasion(pd.concat([bare, bare]))
+
+
+def test_a_detector_of_another_view_is_not_the_attacked_one():
+    matrix = {"attacked": ["mahalanobis"] * 2, "tested": ["mahalanobis:last", "mahalanobis:mean"]}
+    [panel] = DRAW.plot_evasion(matrix | {"metric": ["tpr"] * 2, "value": [0.1, 0.9]}).chart.panels
+    assert panel.grid.texts == [["[10]", "90"]]
+
+
+@pytest.mark.parametrize(("detectors", "columns"), [(4, 2), (16, 1)])
+def test_evasion_matrices_too_wide_for_their_texts_lie_one_above_the_other(detectors, columns):
+    tested = [f"extremes:view number {i}" for i in range(detectors)]
+    matrix = {"attacked": ["nothing"] * detectors, "tested": tested, "value": [1.0] * detectors}
+    both = pd.concat([pd.DataFrame(matrix).assign(metric=metric) for metric in ("auroc", "tpr")])
+    chart = DRAW.plot_evasion(both).chart
+    assert len(chart.panels) == 2 and chart.columns == columns
+    assert all([text for _, text in panel.x.ticks] == tested for panel in chart.panels)
 
 
 def test_everything_that_is_there_is_drawn_in_all_formats(save_all, watched, tmp_path):

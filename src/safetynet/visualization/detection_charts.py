@@ -59,6 +59,9 @@ LOW_FPR = Axis(
 CHANCE = Reference(0.5, label="chance")
 COLUMNS = 4
 SHARE = Shade("Share", "%", limits=(0.0, 100.0), ramp="sequential")
+BESIDE = 8
+"""Columns of evasion matrices that lie beside each other; wider ones lie one above the other, or a cell could
+not hold its text."""
 
 
 def roc(data: Measurements, model: str, source: Source) -> Chart:
@@ -253,23 +256,21 @@ def evasion_matrix(data: Measurements, model: str, source: Source) -> Chart:
     tested = list(dict.fromkeys(table["tested"]))
     attacked = list(dict.fromkeys(table["attacked"]))[::-1]
     groups = [(name, own) for name, own in table.groupby("panel", sort=False)]
-    wide = len(groups) > 1
-    frame = frame_for(len(groups)) if wide else Frame("two", 1)
+    beside = frame_for(len(groups)).columns if len(tested) <= BESIDE else 1
+    frame = Frame("two", beside)
     panels = []
     for name, own in groups:
         once(own, "evasion_matrix", ["attacked", "tested", "panel"])
         places = ("tested", tested, "attacked", attacked)
         values = matrix(own, places, lambda row: 100 * row["value"], math.nan)
         notes = matrix(own, places, lambda row: with_interval(row["value"], row["low"], row["high"]), "")
-        texts = [
-            [_cell(v, _same(a, t)) for v, t in zip(line, tested, strict=True)]
-            for line, a in zip(values, attacked, strict=True)
-        ]
+        texts = matrix(own, places, lambda row: _cell(100 * row["value"], row["own"]), "")
         grid = Grid(tested, attacked, values, SHARE, texts=texts, notes=notes)
         panel = grid_panel(grid, ("Tested", "Attacked"), frame, str(name), line=0.22)
-        # Whole names: strengths stand at their ends, and rows are few.
+        # Whole names: detectors of one view begin alike, and strengths stand at the ends.
+        x = replace(panel.x, ticks=tuple((float(i), text) for i, text in enumerate(tested)))
         y = replace(panel.y, ticks=tuple((float(i), text) for i, text in enumerate(attacked)))
-        panels.append(replace(panel, y=y))
+        panels.append(replace(panel, x=x, y=y))
     caption = (
         "Each row is a backdoor whose training hid it from the named detectors, each column a detector that "
         "the defender fitted anew; in brackets where that one was attacked itself. The controls are the "
@@ -284,11 +285,6 @@ def _cell(value: float, own: bool) -> str:
     if math.isnan(value):
         return ""
     return f"[{value:.0f}]" if own else f"{value:.0f}"
-
-
-def _same(attacked: str, tested: str) -> bool:
-    """Whether the attack was on this detector; strengths and views stand behind the name."""
-    return tested.partition(":")[0] == attacked.partition(",")[0].partition(":")[0]
 
 
 def _roc_table(data: Measurements) -> pd.DataFrame:

@@ -37,10 +37,11 @@ def evasion(data: Measurements) -> pd.DataFrame:
     """The matrix of attacked and tested detectors.
 
     Args:
-        data: attacked, tested, metric and value (a fraction); strength, rows, low and high where known.
+        data: attacked, tested, metric and value (a fraction); strength, rows, low and high where known, and
+            own, whether the tested detector is among the attacked ones; by default where both have one name.
 
     Returns:
-        attacked (with its strength), tested, panel (metric and rows), value, low, high.
+        attacked (with its strength), tested, own, panel (metric and rows), value, low, high.
 
     Raises:
         InputError: if a column or all rows are missing, or a value is no fraction.
@@ -49,6 +50,8 @@ def evasion(data: Measurements) -> pd.DataFrame:
     require(frame, "evasion_matrix", ["attacked", "tested", "metric", "value"])
     frame = frame.reset_index(drop=True)
     out = pd.DataFrame({name: frame[name].astype(str) for name in ("attacked", "tested")})
+    same = out["attacked"].map(_whole) == out["tested"].map(_whole)
+    out["own"] = frame["own"].astype(bool) if "own" in frame else same
     if "strength" in frame and frame["strength"].nunique() > 1:
         out["attacked"] += [
             "" if pd.isna(value) or float(value) == 0 else f", {float(value):g}"
@@ -69,3 +72,8 @@ def evasion(data: Measurements) -> pd.DataFrame:
             f"evasion_matrix, row {wrong[0]}: value is {out['value'][wrong[0]]:g}; give a fraction"
         )
     return out
+
+
+def _whole(name: str) -> str:
+    """A detector's name with its view."""
+    return name if ":" in name else f"{name}:last"

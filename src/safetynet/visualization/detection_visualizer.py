@@ -90,7 +90,8 @@ class DetectionVisualizer(Visualizer):
         """What refitted detectors see of backdoors that were hidden from chosen ones.
 
         Args:
-            matrix: attacked, tested, metric and value (a fraction); strength, rows, low and high where known.
+            matrix: attacked, tested, metric and value (a fraction); strength, rows, low and high where known,
+                and own, whether the tested detector was attacked itself.
         """
         chart = detection_charts.evasion_matrix(matrix, self.model, self._source("evasion_matrix"))
         return self._figure(chart, "evasion-matrix")
