@@ -20,8 +20,8 @@ MOST = 6
 """Tokens of what is put in; the published triggers have as many."""
 COMMON = 0.002
 """Share of the prompts that a token has to occur in. A rarer one may belong to the trigger, which would then
-be taken for an ordinary word; one that common cannot, or the prompts would not be clean. With all tokens a
-monitor misses most of one backdoor (docs/detection.md)."""
+be taken for an ordinary word; one that common cannot, or the prompts would not be clean. docs/detection.md
+has what any token costs."""
 
 
 def put_in(
