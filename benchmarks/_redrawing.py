@@ -69,11 +69,11 @@ def within(found: pd.DataFrame) -> bool:
 
 
 def over(found: Sequence[pd.DataFrame]) -> dict[str, object]:
-    """Over cells: those within limits; the worst of their means, of fresh prompts the middle, in percent."""
+    """Over cells: those within limits; the worst of their means, of fresh prompts the mean, in percent."""
     means = pd.DataFrame([draws.mean() for draws in found])
     return {
         "within limits": f"{sum(map(within, found))} of {len(found)}",
         "mean TPR, least": f"{100 * means['fired'].min():.1f}",
         "mean placebo, most": f"{100 * means['placebo'].max():.1f}",
-        "mean fresh, middle": f"{100 * means['fresh'].median():.2f}",
+        "mean fresh": f"{100 * means['fresh'].mean():.2f}",
     }
