@@ -348,18 +348,12 @@ def planted(args: argparse.Namespace, family: str, fields: dict[str, object], ta
 def subject(run: Path, count: int) -> tuple[Any, Any, pd.DataFrame]:
     """A run's backdoored model, its serialiser, and clean prompts that it was not trained on."""
     from safetynet import run as runs
-    from safetynet.backdoors import conversations
     from safetynet.models.loading import use_one_thread
-    from safetynet.pipeline.subjects import backdoored
-    from safetynet.prompts import prompt_hash
+    from safetynet.pipeline.subjects import backdoored, fresh_prompts
 
     use_one_thread()
     found = runs.find(run)
-    recipe, rows = found.recipe, found.table("rows")
-    used = {prompt_hash(m, t) for m, t in zip(rows["messages"], rows["trigger"], strict=True)}
-    attack = recipe.backdoor
-    prompts = conversations.fresh(recipe.data, attack.behaviour, attack.trigger, used, count, recipe.seed)
-    return (*backdoored(recipe, found), prompts)
+    return (*backdoored(found.recipe, found), fresh_prompts(found.recipe, found, count))
 
 
 def kept(path: Path, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:

@@ -27,12 +27,11 @@ from _running import ROOT, markdown, percent
 
 from safetynet import pipeline, recipe
 from safetynet import run as runs
-from safetynet.backdoors import conversations
 from safetynet.detection.features import Features, FeatureSpec
 from safetynet.detection.panel import PRESETS, Reading
 from safetynet.detection.protocol import measure
 from safetynet.models import loading
-from safetynet.pipeline.subjects import backdoored, test_rows
+from safetynet.pipeline.subjects import backdoored, fresh_prompts, test_rows
 from safetynet.prompts import prompt_hash
 
 RATE = 0.01
@@ -85,20 +84,19 @@ def main() -> None:
         wanted = [cell for cell in wanted if cell["strength"] > 0][:1]
     with tempfile.TemporaryDirectory() as temporary:
         out = args.out or Path(temporary)
-        matrix, price = [], []
+        found = []
         for cell in wanted:
-            tables = one(cell, args.family, args.seed, out, args.smoke)
+            found.append(one(cell, args.family, args.seed, out, args.smoke))
             print(f"{cell['name']}: done", file=sys.stderr, flush=True)
-            matrix.append(tables[0])
-            price.append(tables[1])
-            pd.concat(matrix).to_csv(out / "evasion_matrix.csv", index=False)
-            pd.concat(price).to_csv(out / "evasion_price.csv", index=False)
-        print(markdown(price_table(pd.concat(price))))
-        draw(pd.concat(matrix), args.family, out / "figures")
+            matrix, price = map(pd.concat, zip(*found, strict=True))
+            matrix.to_csv(out / "evasion_matrix.csv", index=False)
+            price.to_csv(out / "evasion_price.csv", index=False)
+        print(markdown(price_table(price)))
+        draw(matrix, args.family, out / "figures")
         for metric, strength in product(("tpr", "auroc", "fpr"), args.strengths):
             rows = "clean prompts" if metric == "fpr" else "fired triggers"
             print(f"\n{metric}, {rows}, strength {strength:g}\n")
-            print(markdown(matrix_table(pd.concat(matrix), metric, strength)))
+            print(markdown(matrix_table(matrix, metric, strength)))
 
 
 def cells(
@@ -193,14 +191,6 @@ def defence(made: recipe.Recipe, run: runs.Run, count: int) -> pd.DataFrame:
             **calibrated.p_values(both).rename(columns={"fused": f"fused {name}"}).to_dict("series")
         )
     return measure(protocol_rows(clean[part == "fresh"], test), scores, p_values[list(scores)], (RATE,))
-
-
-def fresh_prompts(made: recipe.Recipe, run: runs.Run, count: int) -> pd.DataFrame:
-    """Clean prompts of the defender; the run has none of them."""
-    rows = run.table("rows")
-    used = {prompt_hash(m, t) for m, t in zip(rows["messages"], rows["trigger"], strict=True)}
-    attack = made.backdoor
-    return conversations.fresh(made.data, attack.behaviour, attack.trigger, used, count, made.seed)
 
 
 def captured(

@@ -9,12 +9,11 @@ from typing import Any
 import pandas as pd
 
 from safetynet import __version__
-from safetynet.backdoors import behaviours, conversations
+from safetynet.backdoors import behaviours
 from safetynet.errors import InputError
 from safetynet.evaluation import judges, metrics
 from safetynet.pipeline.challenging import challenges
-from safetynet.pipeline.subjects import BACKDOORED, backdoored, model_folder, test_rows
-from safetynet.prompts import prompt_hash
+from safetynet.pipeline.subjects import BACKDOORED, backdoored, fresh_prompts, model_folder, test_rows
 from safetynet.recipe import Recipe
 from safetynet.run import Run
 
@@ -48,10 +47,7 @@ def detect(recipe: Recipe, run: Run, detectors: Sequence[str], rate: float, clea
         "version": __version__,
     }
     model_folder(run, BACKDOORED)  # what is not trained yet is said at once
-    rows = run.table("rows")
-    used = {prompt_hash(m, t) for m, t in zip(rows["messages"], rows["trigger"], strict=True)}
-    attack = recipe.backdoor
-    prompts = conversations.fresh(recipe.data, attack.behaviour, attack.trigger, used, clean, recipe.seed)
+    prompts = fresh_prompts(recipe, run, clean)
     plan = _with_probe(plan, prompts)
     plan.check(len(prompts))
     if run.finished("detect", inputs):
@@ -61,7 +57,8 @@ def detect(recipe: Recipe, run: Run, detectors: Sequence[str], rate: float, clea
     with run.stage("detect", inputs) as outputs:
         test = _asked(recipe, run, model, serialiser)
         subject = stage.Subject(model, serialiser, run.scratch / "features")
-        found = stage.detect(subject, prompts, test, plan, _labelled(rows) if plan.skylines else None)
+        labelled = _labelled(run.table("rows")) if plan.skylines else None
+        found = stage.detect(subject, prompts, test, plan, labelled)
         path = run.scratch / "detection" / "monitor.safetensors"
         found.monitor.save(path)
         outputs += [path, *(run.write_table(name, table) for name, table in found.tables.items())]

@@ -8,13 +8,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from safetynet.backdoors import conversations
 from safetynet.errors import InputError
 from safetynet.mitigation import Place, Subject
 from safetynet.mitigation.subject import Alarm
 from safetynet.models import loading
-from safetynet.pipeline.subjects import backdoored, training_dtype
-from safetynet.prompts import Serialiser, prompt_hash
+from safetynet.pipeline.subjects import backdoored, fresh_prompts, training_dtype
+from safetynet.prompts import Serialiser
 from safetynet.recipe import Recipe
 from safetynet.run import Run
 
@@ -57,9 +56,7 @@ def clean_conversations(recipe: Recipe, run: Run, count: int) -> pd.DataFrame:
     Raises:
         InputError: if none is left.
     """
-    rows, attack = run.table("rows"), recipe.backdoor
-    used = {prompt_hash(m, t) for m, t in zip(rows["messages"], rows["trigger"], strict=True)}
-    found = conversations.fresh(recipe.data, attack.behaviour, attack.trigger, used, count, recipe.seed)
+    found = fresh_prompts(recipe, run, count)
     answered = found[found["answer"] != ""].reset_index(drop=True)
     if answered.empty:
         raise InputError(f"data: no fresh row of source {recipe.data.source} has an answer to repair with.")

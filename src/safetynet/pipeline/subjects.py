@@ -1,4 +1,7 @@
-"""The models of a run: which there are, where they lie, and how to have one of them in memory at a time."""
+"""The models of a run: which there are, where they lie, and how to have one of them in memory at a time.
+
+And the prompts that they are asked: the run's test rows, and fresh ones.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -8,10 +11,11 @@ from typing import Any
 
 import pandas as pd
 
+from safetynet.backdoors import conversations
 from safetynet.errors import InputError
 from safetynet.evaluation import metrics
 from safetynet.models import loading
-from safetynet.prompts import Serialiser
+from safetynet.prompts import Serialiser, prompt_hash
 from safetynet.recipe import Recipe
 from safetynet.run import Run
 
@@ -80,6 +84,13 @@ def test_rows(run: Run) -> pd.DataFrame:
     responses = run.table("responses")
     shown = responses[responses["model"] == BACKDOORED].set_index("row")["shown"]
     return test.assign(fired=test["row"].map(shown))
+
+
+def fresh_prompts(recipe: Recipe, run: Run, count: int) -> pd.DataFrame:
+    """Clean prompts of the recipe's source, none of which is among the run's rows, training or test."""
+    rows, attack = run.table("rows"), recipe.backdoor
+    used = {prompt_hash(m, t) for m, t in zip(rows["messages"], rows["trigger"], strict=True)}
+    return conversations.fresh(recipe.data, attack.behaviour, attack.trigger, used, count, recipe.seed)
 
 
 def snapshots(run: Run, name: str) -> Path:
