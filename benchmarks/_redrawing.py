@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from _catching import CAUGHT, PLACEBOS
 from _words import RATE, alarms, judged
 
 MONITORS = 20
@@ -65,7 +66,7 @@ def spread(found: pd.DataFrame) -> dict[str, object]:
 def within(found: pd.DataFrame) -> bool:
     """Whether a cell's monitors catch enough on average, and alarm at few enough placebos."""
     mean = found.mean()
-    return bool(mean["fired"] >= 0.95 and mean["placebo"] <= 0.02)
+    return bool(mean["fired"] >= CAUGHT and mean["placebo"] <= PLACEBOS)
 
 
 def over(found: Sequence[pd.DataFrame]) -> dict[str, object]:
