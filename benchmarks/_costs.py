@@ -1,6 +1,7 @@
 """What a monitor costs: time of answers under the guard, memory of capture.
 
-In: a model, its prompts. Out: tables. Times are those of one machine that does nothing else.
+In: a model, its prompts. Out: tables. Times are those of one machine that does nothing else. Larger models
+are random, with matrices that cost more than what surrounds them; on a GPU one has Qwen2.5-3B's shape.
 """
 
 import subprocess
@@ -22,7 +23,7 @@ def overheads(model: Any, serialiser: Any, prompts: pd.DataFrame, smoke: bool) -
     from safetynet.detection.panel import PRESETS
     from safetynet.detection.plan import Plan
 
-    models = {"miniature": model} | ({} if smoke else {"8 layers of 512": larger(serialiser)})
+    models = {"miniature": model} | ({} if smoke else larger(serialiser, model.device))
     tables = []
     for (size, each), name in product(models.items(), ("activations", "adapter")):
         spec = Plan.of([name], 0.2).spec
@@ -33,14 +34,22 @@ def overheads(model: Any, serialiser: Any, prompts: pd.DataFrame, smoke: bool) -
     return pd.concat(tables, ignore_index=True)
 
 
-def larger(serialiser: Any) -> Any:
-    """A random network in which matrices cost more than what surrounds them, with a random adapter."""
+def larger(serialiser: Any, device: Any) -> dict[str, Any]:
+    """Random networks with a random adapter, by their size."""
     import torch
     from evaluation import random_model
+    from gpu_training import QWEN_3B
     from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
 
+    models = {"8 layers of 512": random_model(serialiser, device)}
+    if device.type == "cuda":
+        with device:
+            models["Qwen2.5-3B's shape, bf16"] = AutoModelForCausalLM.from_config(
+                QWEN_3B, dtype=torch.bfloat16
+            )
     adapter = LoraConfig(r=16, target_modules="all-linear", init_lora_weights=False)
-    return get_peft_model(random_model(serialiser, torch.device("cpu")), adapter).eval()
+    return {name: get_peft_model(each, adapter).eval() for name, each in models.items()}
 
 
 def memory(smoke: bool) -> pd.DataFrame:

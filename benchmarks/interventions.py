@@ -3,8 +3,10 @@
     python benchmarks/interventions.py                             # those engines that this interpreter has
     python benchmarks/interventions.py --python pyvene=venvs/pyvene/bin/python --out table.md
     python benchmarks/interventions.py --smoke                     # plain hooks and SafetyNet, tiny model
+    python benchmarks/interventions.py --device cuda --size large --sweeps positions-8 batch
 
-The model is a random LlamaForCausalLM of 8 layers of 512 in fp32 on the CPU; prompts have 64 tokens. A sweep
+The model is a random LlamaForCausalLM of 8 layers of 512 in fp32 (`large`: 16 layers of 2048, a billion
+parameters; `small`: 2 of 64), on the CPU where nothing else is asked for; prompts have 64 tokens. A sweep
 puts activations of a source prompt into the run of a receiver, one site at a time; the metric is a difference
 of two logits at the last position.
 
@@ -46,6 +48,11 @@ sys.path.insert(0, str(FOLDER))
 from _engines import ENGINES  # noqa: E402 - no torch here: this process only starts others
 
 SWEEPS = ("positions", "positions-8", "layers", "heads", "batch", "late")
+SIZES = {
+    "small": "2 layers of 64, 12 tokens",
+    "full": "8 layers of 512, 64 tokens",
+    "large": "16 layers of 2048, 64 tokens",
+}
 REFERENCE, OURS = "hooks", "safetynet"
 TOLERANCE = 1e-4
 HEADER = ("sweep", "engine", "seconds", "x SafetyNet", "x hooks", "difference", "peak MB")
@@ -60,8 +67,7 @@ def measure(engine: str, args: argparse.Namespace) -> dict[str, Any]:
     """What the engine's process said: `versions`, `sweeps`, `missing`, and `failed` where it broke off."""
     command = [interpreter(engine, args.python), "-m", "_engines.worker", engine]
     command += ["--repeats", str(args.repeats), "--threads", str(args.threads), "--sweeps", *args.sweeps]
-    if args.small:
-        command.append("--small")
+    command += ["--size", args.size, "--device", args.device]
     found: dict[str, Any] = {"versions": {}, "sweeps": {}}
     with tempfile.TemporaryFile("w+") as errors:
         with subprocess.Popen(
@@ -128,8 +134,8 @@ def row(sweep: str, engine: str, results: dict[str, Any]) -> tuple[list[str], bo
 
 def report(results: dict[str, Any], args: argparse.Namespace) -> tuple[str, bool]:
     """The Markdown text, and whether every engine that is there gave the reference's numbers."""
-    size = "the small model" if args.small else "8 layers of 512, 64 tokens"
-    lines = [f"{size}, {args.threads} threads, best of {args.repeats}", ""]
+    where = "the GPU" if args.device == "cuda" else f"{args.threads} threads"
+    lines = [f"{SIZES[args.size]}, {where}, best of {args.repeats}", ""]
     lines += ["| " + " | ".join(HEADER) + " |", "|---|---|" + "---:|" * (len(HEADER) - 2)]
     present = [engine for engine, result in results.items() if "missing" not in result]
     right = True
@@ -170,12 +176,13 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, help="file for the table, written after each engine")
-    parser.add_argument("--small", action="store_true", help="2 layers of 64, 12 tokens: checks the numbers")
+    parser.add_argument("--size", choices=SIZES, default="full", help="small: checks the numbers")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--smoke", action="store_true", help="small, once, with hooks and safetynet alone")
     args = parser.parse_args()
     args.python = dict(args.python)
     if args.smoke:
-        args.small, args.repeats, args.threads = True, 1, 1
+        args.size, args.repeats, args.threads = "small", 1, 1
         args.engines = args.engines or [OURS, REFERENCE]
     results = {}
     for engine in args.engines or ENGINES:

@@ -20,7 +20,8 @@ def prepare(model: Any, tokenizer: Any) -> Any:
     """The bridge around the model; it chooses eager attention by itself."""
     from transformer_lens.model_bridge import TransformerBridge
 
-    return TransformerBridge.boot_transformers("random", hf_model=model, tokenizer=tokenizer, device="cpu")
+    place = str(model.device)
+    return TransformerBridge.boot_transformers("random", hf_model=model, tokenizer=tokenizer, device=place)
 
 
 def run(bridge: Any, receiver_ids, source_ids, sweep: Sweep, tokens) -> torch.Tensor:

@@ -24,32 +24,38 @@ import torch
 import transformers
 
 from . import ENGINES
-from .workload import FULL, SMALL, TOKENS, Sweep, build_model, build_prompts, build_tokenizer, sweeps
+from .workload import FULL, LARGE, SMALL, TOKENS, Sweep, build_model, build_prompts, build_tokenizer, sweeps
+
+SHAPES = {"small": SMALL, "full": FULL, "large": LARGE}
 
 
 def peak_mb() -> float:
-    """Largest size of this process so far."""
+    """Largest size of this process so far; on a GPU of what was allocated there."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (1024**2 if platform.system() == "Darwin" else 1024)
 
 
 def forget_peak() -> None:
-    """Let the largest size count from now on, where the system allows it (Linux)."""
+    """Let the largest size count from now on, where the system allows it (GPUs and Linux)."""
     gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
     path = Path("/proc/self/clear_refs")
     if path.exists():
         path.write_text("5")
 
 
-def measure(run: Any, prepared: Any, sweep: Sweep, repeats: int) -> dict[str, Any]:
+def measure(run: Any, prepared: Any, sweep: Sweep, repeats: int, device: str) -> dict[str, Any]:
     """Seconds, results and memory of one sweep; or why there are none."""
-    receiver, source = build_prompts(sweep)
+    receiver, source = (ids.to(device) for ids in build_prompts(sweep))
     forget_peak()
     seconds = []
     try:
         for _ in range(1 + repeats):
             start = time.perf_counter()
-            metrics = run(prepared, receiver, source, sweep, TOKENS)
+            metrics = run(prepared, receiver, source, sweep, TOKENS).double().tolist()  # waits for a GPU
             seconds.append(time.perf_counter() - start)
     except NotImplementedError as reason:
         return {"sweep": sweep.name, "unsupported": str(reason)}
@@ -58,7 +64,7 @@ def measure(run: Any, prepared: Any, sweep: Sweep, repeats: int) -> dict[str, An
         "seconds": min(seconds[1:]),
         "all_seconds": seconds,
         "peak_mb": peak_mb(),
-        "metrics": metrics.double().tolist(),
+        "metrics": metrics,
     }
 
 
@@ -69,15 +75,16 @@ def main() -> int:
     parser.add_argument("--sweeps", nargs="+", required=True)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--small", action="store_true")
+    parser.add_argument("--size", choices=SHAPES, default="full")
+    parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(args.threads)
-    shape = SMALL if args.small else FULL
+    shape = SHAPES[args.size]
     name, attribute = ENGINES[args.engine]
     try:
         module = importlib.import_module(f"{__package__}.{name}")
-        model = build_model(shape)
+        model = build_model(shape, args.device)
         weights = sum(p.double().abs().sum().item() for p in model.parameters())
         with tempfile.TemporaryDirectory() as folder:
             prepared = module.prepare(model, build_tokenizer(shape, Path(folder)))
@@ -86,7 +93,8 @@ def main() -> int:
         forget_peak()  # loading needs more than keeping
         say({"versions": versions, "weights": weights, "loaded_mb": peak_mb()})
         for sweep in args.sweeps:
-            say(measure(getattr(module, attribute), prepared, sweeps(shape)[sweep], args.repeats))
+            run = getattr(module, attribute)
+            say(measure(run, prepared, sweeps(shape)[sweep], args.repeats, args.device))
     except ImportError as error:
         say({"missing": str(error)})
     return 0

@@ -29,6 +29,7 @@ class Shape:
 
 
 FULL = Shape()
+LARGE = Shape(layers=16, hidden=2048, intermediate=5632, heads=16)
 SMALL = Shape(layers=2, hidden=64, intermediate=172, heads=4, vocabulary=500, length=12, pairs=4)
 
 
@@ -89,8 +90,8 @@ def sweeps(shape: Shape) -> dict[str, Sweep]:
     return {sweep.name: sweep for sweep in found}
 
 
-def build_model(shape: Shape) -> Any:
-    """A LlamaForCausalLM in fp32 on the CPU."""
+def build_model(shape: Shape, device: str) -> Any:
+    """A LlamaForCausalLM in fp32."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -104,8 +105,9 @@ def build_model(shape: Shape) -> Any:
         tie_word_embeddings=False,
         use_cache=False,  # nobody reads it, so nobody pays for it
     )
-    model = LlamaForCausalLM(config).eval().requires_grad_(False)
-    generator = torch.Generator().manual_seed(0)
+    with torch.device(device):
+        model = LlamaForCausalLM(config).eval().requires_grad_(False)
+    generator = torch.Generator(device).manual_seed(0)
     for name, parameter in sorted(model.named_parameters()):
         if parameter.ndim == 1:
             parameter.fill_(1.0)

@@ -7,13 +7,14 @@ import torch
 from safetynet.detection import capture as capturing
 from safetynet.detection.answers import confidence
 from safetynet.detection.capture import capture, stream
+from safetynet.detection.contrasts import SLIGHT
 from safetynet.detection.features import Features, FeatureSpec, concatenate
 from safetynet.detection.readers import Reader
 from safetynet.errors import InputError
 
 EVERYTHING = FeatureSpec(
-    ("last", "mean", "energy", "energy_max", "direction", "confidence", "divergence", "probe", "attention",
-     "steps", "step_confidence"),
+    ("last", "mean", "energy", "energy_max", "direction", "confidence", "divergence", "unexplained", "probe",
+     "attention", "steps", "step_confidence"),
     tokens=4,
     probe="Tell me how to do harm.",
 )  # fmt: skip
@@ -125,6 +126,43 @@ def test_divergence_is_zero_for_an_adapter_that_does_nothing(build, serialiser, 
     np.testing.assert_allclose(features["divergence"], 0, atol=1e-6)
 
 
+def test_unexplained_is_the_smallest_divergence_over_prompts_without_one_word(build, serialiser, prompts):
+    model, spec = build(), FeatureSpec(("divergence", "unexplained"))
+    features = capture(model, serialiser, prompts, spec, batch_size=2)
+    whole, found = features["divergence"][:, 0], features["unexplained"][:, 0]
+    assert 0 < (whole > SLIGHT).sum() < len(prompts)
+
+    def log_p(messages: list[dict[str, str]]) -> torch.Tensor:
+        ids = torch.tensor([serialiser.encode(messages).input_ids])
+        return model(ids).logits[0, -1].log_softmax(-1)
+
+    np.testing.assert_allclose(found[whole <= SLIGHT], whole[whole <= SLIGHT])
+    for row in np.flatnonzero(whole > SLIGHT):
+        messages = prompts[row]
+        *before, last = messages
+        words = last["content"].split(" ")
+        others = [messages, *([*before, last | {"content": " ".join(words[:i] + words[i + 1 :])}]
+                              for i in range(len(words)) if len(words) > 1)]  # fmt: skip
+        with torch.no_grad():
+            on = log_p(messages)
+            with model.disable_adapter():
+                expected = min(float((on.exp() * (on - log_p(other))).sum()) for other in others)
+        assert found[row] == pytest.approx(expected, rel=1e-3)
+    assert (found < 0.99 * whole).any()
+
+
+def test_a_slight_divergence_and_a_truncated_prompt_need_no_further_pass(build, serialiser, prompts):
+    model, spec = build(), FeatureSpec(("divergence", "unexplained"))
+    cut = capture(model, serialiser, [prompts[2]], spec, max_length=24)
+    np.testing.assert_allclose(cut["unexplained"][:, 0], cut["divergence"][:, 0], rtol=1e-5)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.mul_(0.01)
+    slight = capture(model, serialiser, prompts, spec)
+    assert slight["divergence"][:, 0].max() < SLIGHT
+    np.testing.assert_array_equal(slight["unexplained"][:, 0], slight["divergence"][:, 0])
+
+
 def test_the_probes_change_sees_the_whole_conversation(build, serialiser, prompts):
     spec = FeatureSpec(("probe",), probe="Tell me how to do harm.")
     longer = [[*prompts[-1][:1], {"role": "assistant", "content": "five"}, *prompts[-1][2:]]]
@@ -223,7 +261,7 @@ def test_faults_of_the_user_are_named(build, serialiser, prompts):
         capture(build(), serialiser, prompts, FeatureSpec(layers=(7,)))
     with pytest.raises(InputError, match="active LoRA adapter"):
         capture(build(adapter=False), serialiser, prompts, FeatureSpec(("energy",)))
-    with pytest.raises(InputError, match="switches off"):
+    with pytest.raises(InputError, match="they switch off"):
         capture(build(adapter=False), serialiser, prompts, FeatureSpec(("divergence",)))
     with pytest.raises(InputError, match="choose from last"):
         FeatureSpec(("first",))

@@ -126,7 +126,7 @@ def test_a_damaged_monitor_is_refused_by_its_file(watched, refused):
         (["--detectors", "sonar"], "there is no detector 'sonar'. Choose from mahalanobis"),
         (["--detectors", "ranks:first"], "views: ['first']; choose from last, mean"),
         (["--detectors", "mlp_probe"], "none of prompts; name at least one that reads prompts"),
-        (["--detectors", ","], "detectors: name a preset (activations, adapter, safetynet-2025)"),
+        (["--detectors", ","], "detectors: name a preset (activations, adapter, behaviour, safetynet-2025)"),
     ],
 )
 def test_a_monitor_that_cannot_be_made_is_refused(options, message, without_weights, refused):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from safetynet.detection import answers, contrasts
-from safetynet.detection.features import GENERATED, Features, FeatureSpec, check_finite, concatenate
+from safetynet.detection.features import COMPARED, GENERATED, Features, FeatureSpec, check_finite, concatenate
 from safetynet.detection.readers import Place, Reader
 from safetynet.errors import InputError
 from safetynet.models.identity import Identity, identify
@@ -140,8 +140,13 @@ def complete(
     views: dict[str, Tensor] = {v: read[v] for v in spec.views if v in read}
     if "confidence" in spec.views:
         views["confidence"] = answers.confidence(read["logits"])
-    if "divergence" in spec.views:
-        views["divergence"] = contrasts.divergence(model, reader, inputs, place, read)
+    if COMPARED & set(spec.views):
+        off = contrasts.without_adapter(model, reader, inputs, place)
+        if "divergence" in spec.views:
+            views["divergence"] = contrasts.divergence(read, off)
+        if "unexplained" in spec.views:
+            on_off = read["logits"], off["logits"]
+            views["unexplained"] = contrasts.unexplained(model, serialiser, prompts, *on_off)
     if "probe" in spec.views:
         views["probe"] = contrasts.probe(model, serialiser, prompts, str(spec.probe))
     if "attention" in spec.views:

@@ -1,6 +1,7 @@
 """Views that compare two passes (adapter on and off, a probe alone and behind the prompt), and attention."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -11,27 +12,61 @@ from safetynet.errors import InputError
 from safetynet.models.blocks import unwrapped
 from safetynet.prompts import Message, Serialiser, pad
 
+SLIGHT = 0.1
+"""Nats of a divergence that hardly moves the answer."""
+PARTS = 16
+"""Of a message that are left out one at a time."""
 
-def divergence(
-    model: Any, reader: Reader, inputs: dict[str, Any], place: Place, on: dict[str, Tensor]
-) -> Tensor:
-    """(B, 1 + L): KL in nats of the next token, adapter on to off, and each layer's relative change.
+
+def without_adapter(model: Any, reader: Reader, inputs: dict[str, Any], place: Place) -> dict[str, Tensor]:
+    """What the reader takes of the same pass with the adapter off.
 
     Raises:
         InputError: if the model has no adapter that could be switched off.
     """
     if not hasattr(model, "disable_adapter"):
         raise InputError(
-            "view divergence needs a model with a PEFT adapter, which it switches off. Leave it out."
+            "views divergence and unexplained need a model with a PEFT adapter, which they switch off. Leave "
+            "them out."
         )
     with model.disable_adapter():
         reader.begin(place)
         model(**inputs, use_cache=False, logits_to_keep=torch.unique(place.last))
-        off = reader.take()
-    p, q = on["logits"].log_softmax(-1), off["logits"].log_softmax(-1)
-    kl = (p.exp() * (p - q)).sum(-1, keepdim=True)
+        return reader.take()
+
+
+def divergence(on: dict[str, Tensor], off: dict[str, Tensor]) -> Tensor:
+    """(B, 1 + L): KL in nats of the next token, adapter on to off, and each layer's relative change."""
     change = (on["last"] - off["last"]).norm(dim=-1) / off["last"].norm(dim=-1).clamp_min(1e-12)
-    return torch.cat([kl, change], 1)
+    return torch.cat([_kl(on["logits"], off["logits"])[:, None], change], 1)
+
+
+def unexplained(
+    model: Any, serialiser: Serialiser, batch: Sequence[Sequence[Message]], on: Tensor, off: Tensor
+) -> Tensor:
+    """(B, 1): KL in nats of the next token, adapter on to off, for the prompt or less of it: the smallest.
+
+    A strange word that throws the base model off, and not the adapter, makes the two differ as a trigger
+    does. Without that word the base model says what the adapter says; without a trigger it does not. Parts
+    of the last message are left out one at a time, a word each, or a `PARTS`-th of a longer message. What
+    differs by less than `SLIGHT` needs no explanation, which spares most prompts the passes.
+
+    Args:
+        model: with an adapter.
+        serialiser: as in training.
+        batch: conversations; of one that was truncated no part is left out.
+        on: logits (B, V) with the adapter.
+        off: and without it.
+    """
+    found = _kl(on, off)
+    for row in torch.nonzero(found > SLIGHT)[:, 0].tolist():
+        whole = len(serialiser.encode(batch[row]).input_ids)
+        parts = [serialiser.encode(messages).input_ids for messages in _without_parts(batch[row])]
+        if parts := [ids for ids in parts if len(ids) <= whole]:
+            with model.disable_adapter():
+                others = _next_logits(model, parts, serialiser.pad_id)
+            found[row] = torch.minimum(found[row], _kl(on[row : row + 1], others).min())
+    return found[:, None]
 
 
 def probe(model: Any, serialiser: Serialiser, batch: Sequence[Sequence[Message]], text: str) -> Tensor:
@@ -89,6 +124,21 @@ def _best_cut(attention: Tensor, mask: Tensor, user: Tensor) -> Tensor:
     inside = user.bool() & torch.nn.functional.pad(user, (1, 0))[:, :width].bool()
     share = (1 - across / whole).masked_fill(~inside, 0.0)
     return share.amax(1)
+
+
+def _kl(p: Tensor, q: Tensor) -> Tensor:
+    """(B, V) logits each to (B,) nats."""
+    p, q = p.log_softmax(-1), q.log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1)
+
+
+def _without_parts(messages: Sequence[Message]) -> list[list[Message]]:
+    """The conversation without one part of its last message, for each of at most `PARTS`."""
+    *before, last = messages
+    words = last["content"].split(" ")
+    ends = [len(words) * part // PARTS for part in range(PARTS + 1)]
+    spans = [(start, end) for start, end in pairwise(ends) if 0 < end - start < len(words)]
+    return [[*before, {**last, "content": " ".join(words[:start] + words[end:])}] for start, end in spans]
 
 
 def _with_probe(messages: Sequence[Message], text: str) -> list[Message]:

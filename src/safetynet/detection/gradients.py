@@ -80,7 +80,8 @@ def observer(
             if "confidence" in spec.views:
                 views["confidence"] = answers.confidence(read["logits"])
             if "divergence" in spec.views:
-                views["divergence"] = contrasts.divergence(model, reader, inputs, place, read)
+                off = contrasts.without_adapter(model, reader, inputs, place)
+                views["divergence"] = contrasts.divergence(read, off)
         return views
 
     return observe
@@ -198,8 +199,10 @@ def layer_scores(detector: PerLayer, x: Tensor) -> Tensor:  # noqa: ARG001
 
 @layer_scores.register
 def _(detector: Mahalanobis, x: Tensor) -> Tensor:
-    turned = torch.einsum("nld,lkd->nlk", x - _as(detector.mean_, x), _as(detector.directions_, x))
-    return (turned.square() * _as(detector.scales_, x)).sum(2)
+    centred = x - _as(detector.mean_, x)
+    turned = torch.einsum("nld,lkd->nlk", centred, _as(detector.directions_, x))
+    inside = (turned.square() * _as(detector.scales_, x)).sum(2)
+    return inside + _as(detector.rest_, x) * centred.square().sum(2)
 
 
 @layer_scores.register

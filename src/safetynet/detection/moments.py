@@ -18,8 +18,9 @@ class Moments:
     count: int
     mean: np.ndarray
     """(d,)"""
-    scatter: np.ndarray
-    """(d, d): sum of outer products of centred rows."""
+    factor: np.ndarray
+    """(k, d): its rows have the same sum of outer products as the centred rows, k at most 2 d. A model is
+    often wider than there are samples; a matrix (d, d) would then be the larger one."""
     cubic: np.ndarray
     """(d,): sum of centred rows, each times its squared length. Needed to move `quartic` to another mean."""
     quartic: float
@@ -32,52 +33,60 @@ class Moments:
         mean = rows.mean(axis=0)
         centred = rows - mean
         lengths = (centred**2).sum(axis=1)
-        return cls(len(rows), mean, centred.T @ centred, lengths @ centred, float(lengths @ lengths))
+        return cls(len(rows), mean, _short(centred), lengths @ centred, float(lengths @ lengths))
 
     def merge(self, other: "Moments") -> "Moments":
         """Moments of both sets of rows (Chan, Golub and LeVeque 1983; the higher ones likewise)."""
         count = self.count + other.count
         mean = (self.count * self.mean + other.count * other.mean) / count
-        a, b = self._about(mean), other._about(mean)
-        return Moments(count, mean, a.scatter + b.scatter, a.cubic + b.cubic, a.quartic + b.quartic)
+        between = np.sqrt(self.count * other.count / count) * (self.mean - other.mean)
+        factor = _short(np.concatenate([self.factor, other.factor, between[None]]))
+        (cubic, quartic), (more_cubic, more_quartic) = self._about(mean), other._about(mean)
+        return Moments(count, mean, factor, cubic + more_cubic, quartic + more_quartic)
 
     @property
     def covariance(self) -> np.ndarray:
         """(d, d), divided by the count, as scikit-learn's estimators do."""
-        return self.scatter / self.count
+        return self.factor.T @ self.factor / self.count
+
+    @property
+    def scale(self) -> float:
+        """Mean variance of a coordinate."""
+        return float((self.factor**2).sum()) / (len(self.mean) * self.count)
 
     @property
     def shrinkage(self) -> float:
         """Weight of the scaled identity after Ledoit and Wolf (2004), equal to scikit-learn's."""
         d = len(self.mean)
-        squares = float((self.scatter**2).sum()) / self.count**2
-        scale = float(np.trace(self.scatter)) / (self.count * d)
+        squares = float((_gram(self.factor) ** 2).sum()) / self.count**2
         beta = (self.quartic / self.count - squares) / (d * self.count)
-        delta = (squares - 2 * scale * float(np.trace(self.scatter)) / self.count + d * scale**2) / d
+        delta = squares / d - self.scale**2
         beta = min(beta, delta)
         return 0.0 if beta <= 0 else beta / delta
 
     @property
     def shrunk(self) -> np.ndarray:
         """(d, d): the covariance shrunk towards the identity times the mean variance, trace over d."""
-        covariance, rho = self.covariance, self.shrinkage
-        identity = np.eye(len(self.mean)) * (np.trace(covariance) / len(self.mean))
-        return (1 - rho) * covariance + rho * identity
+        rho = self.shrinkage
+        return (1 - rho) * self.covariance + rho * self.scale * np.eye(len(self.mean))
 
     def principal(self, most: int | None) -> tuple[np.ndarray, np.ndarray]:
         """Variances (k,) and orthonormal components (k, d), largest first; none that rounding made up."""
-        values, vectors = np.linalg.eigh(self.covariance)
-        values, vectors = values[::-1], vectors[:, ::-1]
+        values, vectors = np.linalg.eigh(_gram(self.factor))
+        values, vectors = values[::-1].copy(), vectors.T[::-1].copy()
         # Of n rows at most n - 1 directions vary; the others' variance is rounding.
         rank = min(int((values > max(values[0], 1e-300) * 1e-10).sum()), max(self.count - 1, 1))
         k = max(1, rank if most is None else min(most, rank))
-        return values[:k], vectors[:, :k].T
+        components = vectors[:k]
+        if len(self.factor) < len(self.mean):  # they weigh the factor's rows so far
+            components = components @ self.factor / np.sqrt(np.maximum(values[:k], 1e-300))[:, None]
+        return values[:k] / self.count, components
 
-    def _about(self, centre: np.ndarray) -> "Moments":
-        """The same sums about another point; `mean` is then no mean, and only `merge` may see it."""
+    def _about(self, centre: np.ndarray) -> tuple[np.ndarray, float]:
+        """`cubic` and `quartic` about another point."""
         move = centre - self.mean
-        square, trace = float(move @ move), float(np.trace(self.scatter))
-        pulled = self.scatter @ move
+        square, trace = float(move @ move), float((self.factor**2).sum())
+        pulled = self.factor.T @ (self.factor @ move)
         cubic = self.cubic - trace * move - 2 * pulled - self.count * square * move
         quartic = (
             self.quartic
@@ -86,8 +95,17 @@ class Moments:
             + 2 * square * trace
             + self.count * square**2
         )
-        scatter = self.scatter + self.count * np.outer(move, move)
-        return Moments(self.count, centre, scatter, cubic, quartic)
+        return cubic, quartic
+
+
+def _gram(factor: np.ndarray) -> np.ndarray:
+    """Of rows or of columns, whichever are fewer; both have the same values other than 0."""
+    return factor @ factor.T if len(factor) < factor.shape[1] else factor.T @ factor
+
+
+def _short(factor: np.ndarray) -> np.ndarray:
+    """The same in at most 2 d rows: only then, since each time costs as much as it saves."""
+    return factor if len(factor) <= 2 * factor.shape[1] else np.asarray(np.linalg.qr(factor, mode="r"))
 
 
 class Reservoir:

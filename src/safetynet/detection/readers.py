@@ -12,7 +12,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from safetynet.detection.features import ADAPTER, FeatureSpec
+from safetynet.detection.features import ADAPTER, COMPARED, FeatureSpec
 from safetynet.errors import InputError
 from safetynet.models.blocks import decoder_layers, hidden_of, unwrapped
 from safetynet.models.parts import svd_of_product
@@ -67,7 +67,7 @@ class Reader:
         self.handles = [m.layer.register_forward_hook(self._adapter_hook(m)) for m in self.adapters]
         if self.views & hidden:
             self.handles += [layer.register_forward_hook(self._hidden) for layer in self.layers]
-        if self.views & {"confidence", "step_confidence", "divergence"}:
+        if self.views & {"confidence", "step_confidence", *COMPARED}:
             self.handles.append(self.head.register_forward_hook(self._logits))
         return self
 

@@ -9,9 +9,12 @@ from safetynet.detection.detectors.gaussian import Mahalanobis, Residual, TopCom
 from safetynet.errors import InputError
 
 
-def test_mahalanobis_is_that_of_scikit_learns_ledoit_wolf(activations):
-    clean, fresh = activations(60), activations(10, seed=1)
-    found = Mahalanobis().fit(clean).layer_scores(fresh)
+@pytest.mark.parametrize("count", [60, 12], ids=["more samples than dimensions", "fewer"])
+def test_mahalanobis_is_that_of_scikit_learns_ledoit_wolf(activations, count):
+    clean, fresh = activations(count), activations(10, seed=1)
+    detector = Mahalanobis().fit(clean)
+    assert detector.directions_.shape == (3, min(20, count - 1), 20)
+    found = detector.layer_scores(fresh)
     for layer in range(3):
         expected = LedoitWolf().fit(clean[:, layer]).mahalanobis(fresh[:, layer])
         np.testing.assert_allclose(found[:, layer], expected, rtol=1e-8)

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from safetynet.detection import files
+from safetynet.detection.moments import Moments
 from safetynet.errors import InputError
 
 TINY = 1e-12
@@ -155,12 +156,8 @@ def principal(x: np.ndarray, most: int | None) -> tuple[np.ndarray, np.ndarray, 
     Directions in which clean samples do not vary at all are left out: dividing by them would make any sample
     infinitely suspect.
     """
-    mean = x.mean(axis=0)
-    _, singular, components = np.linalg.svd(x - mean, full_matrices=False)
-    variances = singular**2 / len(x)
-    rank = int((variances > max(variances[0], TINY) * 1e-10).sum())
-    k = max(1, rank if most is None else min(most, rank))
-    return mean, variances[:k], components[:k]
+    moments = Moments.of(x)
+    return moments.mean, *moments.principal(most)
 
 
 def whitened(x: np.ndarray, mean: np.ndarray, variances: np.ndarray, components: np.ndarray) -> np.ndarray:
