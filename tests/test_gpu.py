@@ -70,9 +70,10 @@ ANALYSES: dict[str, Callable[[Any], Any]] = {
     "ranking of heads": lambda m: heads.rank_heads(m, TRIGGERED, PLACEBO, PAIRS.metric()),
     "directions": lambda m: directions.mean_difference(m, TRIGGERED, PLACEBO).triggered,
     "probes": lambda m: probes.trigger_probe(m, TRIGGERED, PLACEBO),
+    # The last components of few tokens are noise, whose directions differ from machine to machine.
     "explained variance": lambda m: lowrank.explained_variance(
         m, lowrank.principal_components(m, TRIGGERED, Site("mlp_out", 1)), PLACEBO
-    ),
+    ).query("rank <= 16"),
     "drift": lambda m: drift.drift(m, drift.updates(m)),
 }
 
@@ -126,7 +127,8 @@ def test_features_and_alarms_are_those_of_the_cpu(adapted, family):
     model = copy.deepcopy(model).to("cuda")
     found = capture(model, serialiser, prompts, spec, batch_size=16)
     for view in spec.views:
-        same(found[view], expected[view], 5e-3)
+        # Log-odds of a certain token are at the end of what fp32 tells from 1.
+        same(found[view], expected[view], 0.2 if "confidence" in view else 5e-3)
     answers = generate(model, serialiser, prompts[:20], batch_size=8, max_new_tokens=12)
     watched = FeatureSpec(views)
     monitor = Monitor.fit(capture(model, serialiser, prompts, watched, batch_size=16), PRESETS["adapter"])
