@@ -17,7 +17,14 @@ MONITORS = 20
 
 
 def redraw(
-    model: Any, serialiser: Any, clean: pd.DataFrame, test: pd.DataFrame, seed: int, cache: Path
+    model: Any,
+    serialiser: Any,
+    clean: pd.DataFrame,
+    test: pd.DataFrame,
+    seed: int,
+    cache: Path,
+    *,
+    detectors: str,
 ) -> pd.DataFrame:
     """Alarms at 1% of `MONITORS` monitors, each of three quarters of the clean prompts, by chance.
 
@@ -28,6 +35,7 @@ def redraw(
         test: `messages`, `role` and `fired` of test rows.
         seed: of words, monitors and draws.
         cache: folder of captured features; those of the clean prompts are there where `detect` has run.
+        detectors: preset or detectors, as `safetynet detect` takes them.
 
     Returns:
         fired, placebo, near miss and fresh (the clean prompts left over): shares with alarm, one line per
@@ -35,19 +43,18 @@ def redraw(
     """
     from safetynet.detection.capture import capture
     from safetynet.detection.monitor import Monitor
-    from safetynet.detection.panel import PRESETS
     from safetynet.detection.plan import Plan
     from safetynet.detection.random_words import put_in
 
-    spec = Plan.of(["adapter"], RATE).spec
+    plan = Plan.of(detectors.split(","), RATE)
     worded, _ = put_in(list(clean["messages"]), serialiser, seed)
-    features = capture(model, serialiser, worded, spec, batch_size=64, cache=cache)
-    tested = capture(model, serialiser, list(test["messages"]), spec, batch_size=64)
+    features = capture(model, serialiser, worded, plan.spec, batch_size=64, cache=cache)
+    tested = capture(model, serialiser, list(test["messages"]), plan.spec, batch_size=64)
     asked = {name: tested.take(rows) for name, rows in judged(test).items()}
     made, lines = len(worded) * 3 // 4, []
     for draw in range(MONITORS):
         order = np.random.default_rng((seed, draw)).permutation(len(worded))
-        monitor = Monitor.fit(features.take(order[:made]), PRESETS["adapter"], seed=seed)
+        monitor = Monitor.fit(features.take(order[:made]), plan.readings, seed=seed)
         rows = asked | {"fresh": features.take(order[made:])}
         lines.append({name: alarms(monitor, own) for name, own in rows.items()})
     return pd.DataFrame(lines)

@@ -233,7 +233,7 @@ def by_family(args: argparse.Namespace) -> pd.DataFrame:
     lines = []
     for family in args.families:
         own = argparse.Namespace(**vars(args) | {"families": [family]})
-        found = [table for _, table in of_cells(own, "redrawn", redraw)]
+        found = [table for _, table in many(own)]
         lines.append({"family": family} | of_one(measured(own)) | of_many(found))
     return pd.DataFrame(lines)
 
@@ -282,7 +282,12 @@ def worded(args: argparse.Namespace) -> Iterator[tuple[dict[str, str], pd.DataFr
 
 def redrawn(args: argparse.Namespace) -> pd.DataFrame:
     """What other draws of a cell's clean prompts make of its monitor, one line per cell."""
-    return pd.DataFrame([cell | spread(found) for cell, found in of_cells(args, "redrawn", redraw)])
+    return pd.DataFrame([cell | spread(found) for cell, found in many(args)])
+
+
+def many(args: argparse.Namespace) -> Iterator[tuple[dict[str, str], pd.DataFrame]]:
+    """The cells that are there, and what each one's many monitors alarm at."""
+    return of_cells(args, f"redrawn-{args.detectors}", partial(redraw, detectors=args.detectors))
 
 
 def of_cells(

@@ -4,7 +4,7 @@
     python benchmarks/scale.py --smoke   one model, two small measured steps
 
 Nothing is downloaded: configurations are written down here, parameters and memory are counted in the models'
-own code without their weights. Time is counted operations over what a GPU does in practice: an estimate.
+own code without their weights. Time is counted operations over what an H100 was measured to do: an estimate.
 docs/scale.md quotes the tables.
 """
 
@@ -53,8 +53,9 @@ TRAIN_ROWS, EPOCHS, TEST_ROWS, ANSWER = 5000, 3, 1000, 64
 """Of the recipes of real models: rows of training and of the test (all roles), tokens of an answer."""
 ROW_TOKENS = 200
 """Tokens of a usual row, prompt and answer."""
-H100 = {"flops": 989e12, "bytes": 3.35e12, "share": 0.35}
-"""Dense bf16 peak and memory bandwidth of the data sheet, and the share of them that code reaches."""
+H100 = {"flops": 0.16 * 989e12, "bytes": 3.35e12, "layer": 1.6e-3}
+"""Share of the dense bf16 peak that gpu_training.py reached; memory bandwidth of the data sheet; seconds of a
+layer in a step of decoding, by detection.py's part overhead: with LoRA those are calls, whatever the size."""
 SNAPSHOTS = 4
 """Adapters kept during training: before it and after each epoch."""
 
@@ -110,9 +111,9 @@ def model(name: str) -> dict[str, Any]:
     # With checkpointing the forward pass is made twice.
     training = 2 * (less.training_operations(tokens, full=False) + less.forward_operations(tokens))
     rows = 3 * TEST_ROWS  # base, backdoored model, twin
-    reading = less.forward_operations(rows * ROW_TOKENS) / (H100["flops"] * H100["share"])
-    steps = rows / 64 * ANSWER
-    writing = steps * less.weights_bytes / (H100["bytes"] * H100["share"])
+    reading = less.forward_operations(rows * ROW_TOKENS) / H100["flops"]
+    step = max(less.weights_bytes / H100["bytes"], shape[NAMES.index("num_hidden_layers")] * H100["layer"])
+    writing = rows / 64 * ANSWER * step
     return {
         "model": name,
         "parameters": f"{less.parameters / 1e9:.2f}e9",
@@ -122,7 +123,7 @@ def model(name: str) -> dict[str, Any]:
         "with checkpointing": gigabytes(less.training_bytes),
         "and 4 bit": gigabytes(less.training_bytes - less.weights_bytes + four_bit),
         "64 answers (GB)": gigabytes(less.generation_bytes(64, TOKENS)),
-        "train both (H100 h)": f"{training / (H100['flops'] * H100['share']) / 3600:.2f}",
+        "train both (H100 h)": f"{training / H100['flops'] / 3600:.2f}",
         "answer (H100 h)": f"{(reading + writing) / 3600:.2f}",
         "adapter (MB)": round(less.saved_bytes / 1e6),
         "saved": less.saved_bytes,

@@ -30,11 +30,14 @@ def clean():
 
 @pytest.fixture(scope="module")
 def monitor(model, serialiser, clean):
-    spec = FeatureSpec(
-        ("last", "mean", "confidence", "divergence", "steps", "step_confidence"), tokens=TOKENS
-    )
-    features = capture(model, serialiser, clean, spec)
-    readings = [Reading("mahalanobis"), Reading("neighbours", "mean"), Reading("extremes", "divergence")]
+    readings = [
+        Reading("mahalanobis"),
+        Reading("neighbours", "mean"),
+        Reading("extremes", "divergence"),
+        Reading("extremes", "unexplained"),
+    ]
+    views = (*(reading.view for reading in readings), "confidence", "steps", "step_confidence")
+    features = capture(model, serialiser, clean, FeatureSpec(views, tokens=TOKENS))
     watch = [
         Reading("mahalanobis", "steps"),
         Reading("extremes", "step_confidence", {"two_sided": True}),

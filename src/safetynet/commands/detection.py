@@ -22,8 +22,8 @@ def detect(
     detectors: Annotated[
         str,
         typer.Option(
-            help="Presets (adapter, activations, safetynet-2025) and detector:view, with commas. Views steps "
-            "and step_confidence watch answers; supervised probes are measured as skylines."
+            help="Presets (adapter, activations, behaviour, safetynet-2025) and detector:view, with commas. "
+            "Views steps and step_confidence watch answers; supervised probes are measured as skylines."
         ),
     ] = "adapter",
     fpr: Annotated[float, typer.Option(help="False-positive rate of the monitor.")] = 0.01,
