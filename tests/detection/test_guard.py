@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from safetynet.detection.capture import capture
+from safetynet.detection.contrasts import SLIGHT
 from safetynet.detection.features import FeatureSpec
 from safetynet.detection.guard import Guard
 from safetynet.detection.monitor import Monitor
@@ -165,6 +166,9 @@ def test_decisions_of_finished_batches_outlive_a_failure(model, serialiser, prom
 
 
 def test_a_prompt_costs_one_pass_and_a_divergence_one_more(model, serialiser, monitor, prompt_monitor, clean):
+    differing = (
+        capture(model, serialiser, clean[:3], FeatureSpec(("divergence",)))["divergence"][:, 0] > SLIGHT
+    )
     passes = []
     inner = model.get_base_model().model.layers[0]
     handle = inner.register_forward_hook(lambda *_: passes.append(1))
@@ -175,7 +179,7 @@ def test_a_prompt_costs_one_pass_and_a_divergence_one_more(model, serialiser, mo
         guard.generate(clean[:3], max_new_tokens=1)
         counts.append(len(passes))
     handle.remove()
-    assert counts == [1, 2]
+    assert counts == [1, 2 + differing.sum()], "each prompt that differs costs another one"
 
 
 def test_prompts_are_cut_as_in_training(model, serialiser, prompt_monitor, clean):
