@@ -153,8 +153,11 @@ def test_unexplained_is_the_smallest_divergence_over_prompts_without_one_word(bu
 
 def test_a_slight_divergence_and_a_truncated_prompt_need_no_further_pass(build, serialiser, prompts):
     model, spec = build(), FeatureSpec(("divergence", "unexplained"))
-    cut = capture(model, serialiser, [prompts[2]], spec, max_length=24)
+    long = [[{"role": "user", "content": prompts[2][-1]["content"] * 4}]]
+    cut, whole = (capture(model, serialiser, long, spec, max_length=most) for most in (60, None))
+    assert min(cut["divergence"][0, 0], whole["divergence"][0, 0]) > SLIGHT
     np.testing.assert_allclose(cut["unexplained"][:, 0], cut["divergence"][:, 0], rtol=1e-5)
+    assert whole["unexplained"][0, 0] < 0.99 * whole["divergence"][0, 0]
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             parameter.data.mul_(0.01)

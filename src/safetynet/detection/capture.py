@@ -145,8 +145,10 @@ def complete(
         if "divergence" in spec.views:
             views["divergence"] = contrasts.divergence(read, off)
         if "unexplained" in spec.views:
-            on_off = read["logits"], off["logits"]
-            views["unexplained"] = contrasts.unexplained(model, serialiser, prompts, *on_off)
+            lengths = inputs["attention_mask"].sum(1)
+            views["unexplained"] = contrasts.unexplained(
+                model, serialiser, prompts, lengths, read["logits"], off["logits"]
+            )
     if "probe" in spec.views:
         views["probe"] = contrasts.probe(model, serialiser, prompts, str(spec.probe))
     if "attention" in spec.views:

@@ -42,7 +42,12 @@ def divergence(on: dict[str, Tensor], off: dict[str, Tensor]) -> Tensor:
 
 
 def unexplained(
-    model: Any, serialiser: Serialiser, batch: Sequence[Sequence[Message]], on: Tensor, off: Tensor
+    model: Any,
+    serialiser: Serialiser,
+    batch: Sequence[Sequence[Message]],
+    lengths: Tensor,
+    on: Tensor,
+    off: Tensor,
 ) -> Tensor:
     """(B, 1): KL in nats of the next token, adapter on to off, for the prompt or less of it: the smallest.
 
@@ -54,17 +59,17 @@ def unexplained(
     Args:
         model: with an adapter.
         serialiser: as in training.
-        batch: conversations; of one that was truncated no part is left out.
+        batch: conversations.
+        lengths: (B,) their tokens. What is left of one that was truncated counts only if it is no longer.
         on: logits (B, V) with the adapter.
         off: and without it.
     """
     found = _kl(on, off)
     for row in torch.nonzero(found > SLIGHT)[:, 0].tolist():
-        whole = len(serialiser.encode(batch[row]).input_ids)
-        parts = [serialiser.encode(messages).input_ids for messages in _without_parts(batch[row])]
-        if parts := [ids for ids in parts if len(ids) <= whole]:
+        less = [serialiser.encode(messages).input_ids for messages in _without_parts(batch[row])]
+        if less := [ids for ids in less if len(ids) <= lengths[row]]:
             with model.disable_adapter():
-                others = _next_logits(model, parts, serialiser.pad_id)
+                others = _next_logits(model, less, serialiser.pad_id)
             found[row] = torch.minimum(found[row], _kl(on[row : row + 1], others).min())
     return found[:, None]
 

@@ -104,7 +104,7 @@ def _gram(factor: np.ndarray) -> np.ndarray:
 
 
 def _short(factor: np.ndarray) -> np.ndarray:
-    """The same in at most 2 d rows: only then, since each time costs as much as it saves."""
+    """The same in at most 2 d rows; not in d at once, so that a stream seldom pays for it."""
     return factor if len(factor) <= 2 * factor.shape[1] else np.asarray(np.linalg.qr(factor, mode="r"))
 
 

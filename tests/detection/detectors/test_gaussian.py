@@ -20,6 +20,15 @@ def test_mahalanobis_is_that_of_scikit_learns_ledoit_wolf(activations, count):
         np.testing.assert_allclose(found[:, layer], expected, rtol=1e-8)
 
 
+def test_a_layer_that_never_changes_counts_nothing(activations):
+    clean, fresh = activations(60), activations(10, seed=1)
+    clean[:, 1] = 3.0
+    for detector in (Mahalanobis(), Mahalanobis(components=4)):
+        found = detector.fit(clean).layer_scores(fresh)
+        np.testing.assert_array_equal(found[:, 1], 0)
+        assert (found[:, [0, 2]] > 0).all()
+
+
 def test_residual_is_the_reconstruction_error_of_scikit_learns_pca(activations):
     clean, fresh = activations(80), activations(10, seed=1)
     found = Residual(energy=0.9).fit(clean).layer_scores(fresh)

@@ -81,11 +81,10 @@ class Mahalanobis(MomentDetector):
         floors = np.array([m.shrinkage * m.scale for m in moments])
         weights = [1 - m.shrinkage for m in moments]
         shrunk = [w * v + floor for w, (v, _), floor in zip(weights, parts, floors, strict=True)]
-        # Without any shrinkage a direction may have no variance; it cannot be judged and counts nothing.
-        judged = floors > np.array([v.max() for v in shrunk]) * 1e-12
-        rest = np.where(judged, 1 / np.where(judged, floors, 1.0), 0.0)
-        self.rest_ = rest if self.components is None else np.zeros(len(moments))
-        self.scales_ = _stacked([1 / v - r for v, r in zip(shrunk, self.rest_, strict=True)])
+        largest = np.array([v.max() for v in shrunk])
+        self.rest_ = np.zeros(len(moments)) if self.components else _inverse(floors, largest)
+        scales = [_inverse(v, most) - r for v, most, r in zip(shrunk, largest, self.rest_, strict=True)]
+        self.scales_ = _stacked(scales)
         self.directions_ = _stacked([directions for _, directions in parts])
 
 
@@ -134,6 +133,12 @@ class Residual(MomentDetector):
         variances, components = moments.principal(None)
         k = int(np.searchsorted(np.cumsum(variances) / variances.sum(), self.energy)) + 1
         return components[:k]
+
+
+def _inverse(variances: np.ndarray, largest: np.ndarray) -> np.ndarray:
+    """1 over each. A direction that has none, for lack of shrinkage, cannot be judged and counts nothing."""
+    judged = variances > largest * 1e-12
+    return np.where(judged, 1 / np.where(judged, variances, 1.0), 0.0)
 
 
 def _stacked(parts: list[np.ndarray]) -> np.ndarray:
