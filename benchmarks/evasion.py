@@ -61,7 +61,7 @@ FEW = (0.01, 0.005, 0.001)
 """Poison rates of the attacker who hides by poisoning little."""
 ORDINARY = "nothing"
 MATRIX = ("attacked", "strength", "tested", "own", "metric", "rows", "value", "low", "high", "n")
-FUSIONS = ("activations", "adapter", "safetynet-2025")
+FUSIONS = ("activations", "adapter", "behaviour", "safetynet-2025")
 """Presets whose fused monitors are tested beside single detectors."""
 
 
