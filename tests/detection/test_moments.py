@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from sklearn.covariance import LedoitWolf
+from sklearn.decomposition import PCA
 
 from safetynet.detection.moments import Moments
 
@@ -17,6 +18,17 @@ def test_merged_parts_give_the_covariance_and_shrinkage_of_scikit_learn(shape):
     np.testing.assert_allclose(merged.covariance, np.cov(rows.T, bias=True), atol=1e-8)
     assert merged.shrinkage == pytest.approx(reference.shrinkage_, rel=1e-8)
     np.testing.assert_allclose(merged.shrunk, reference.covariance_, atol=1e-8)
+
+
+@pytest.mark.parametrize("shape", [(300, 12), (20, 50)])
+def test_components_are_those_of_scikit_learns_pca_with_signs_of_their_own(shape):
+    rows = np.random.default_rng(0).standard_normal(shape) @ np.diag(np.arange(1, shape[1] + 1.0))
+    a, b = (Moments.of(part) for part in np.array_split(rows, 2))
+    variances, components = a.merge(b).principal(8)
+    pca = PCA(8, svd_solver="full").fit(rows)
+    np.testing.assert_allclose(variances, pca.explained_variance_ * (len(rows) - 1) / len(rows))
+    np.testing.assert_allclose(np.abs(components), np.abs(pca.components_), atol=1e-8)
+    assert (components[np.arange(8), np.abs(components).argmax(1)] > 0).all()
 
 
 def test_the_identity_shrinks_to_itself():

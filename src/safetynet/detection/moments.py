@@ -80,7 +80,9 @@ class Moments:
         components = vectors[:k]
         if len(self.factor) < len(self.mean):  # they weigh the factor's rows so far
             components = components @ self.factor / np.sqrt(np.maximum(values[:k], 1e-300))[:, None]
-        return values[:k] / self.count, components
+        # Either sign is right, and which one comes depends on the machine; networks start from them.
+        largest = np.take_along_axis(components, np.abs(components).argmax(1)[:, None], axis=1)
+        return values[:k] / self.count, components * np.where(largest < 0, -1.0, 1.0)
 
     def _about(self, centre: np.ndarray) -> tuple[np.ndarray, float]:
         """`cubic` and `quartic` about another point."""
