@@ -128,9 +128,11 @@ def test_divergence_is_zero_for_an_adapter_that_does_nothing(build, serialiser, 
 
 def test_unexplained_is_the_smallest_divergence_over_prompts_without_one_word(build, serialiser, prompts):
     model, spec = build(), FeatureSpec(("divergence", "unexplained"))
+    prompts = [*prompts, [{"role": "user", "content": "plum"}]]  # one word: without one character
     features = capture(model, serialiser, prompts, spec, batch_size=2)
     whole, found = features["divergence"][:, 0], features["unexplained"][:, 0]
     assert 0 < (whole > SLIGHT).sum() < len(prompts)
+    assert whole[-1] > SLIGHT
 
     def log_p(messages: list[dict[str, str]]) -> torch.Tensor:
         ids = torch.tensor([serialiser.encode(messages).input_ids])
@@ -140,9 +142,10 @@ def test_unexplained_is_the_smallest_divergence_over_prompts_without_one_word(bu
     for row in np.flatnonzero(whole > SLIGHT):
         messages = prompts[row]
         *before, last = messages
-        words = last["content"].split(" ")
-        others = [messages, *([*before, last | {"content": " ".join(words[:i] + words[i + 1 :])}]
-                              for i in range(len(words)) if len(words) > 1)]  # fmt: skip
+        glue = " " if " " in last["content"] else ""
+        words = last["content"].split(" ") if glue else list(last["content"])
+        less = [glue.join(words[:i] + words[i + 1 :]) for i in range(len(words)) if len(words) > 1]
+        others = [messages, *([*before, last | {"content": text}] for text in less)]
         with torch.no_grad():
             on = log_p(messages)
             with model.disable_adapter():

@@ -53,8 +53,9 @@ def unexplained(
 
     A strange word that throws the base model off, and not the adapter, makes the two differ as a trigger
     does. Without that word the base model says what the adapter says; without a trigger it does not. Parts
-    of the last message are left out one at a time, a word each, or a `PARTS`-th of a longer message. What
-    differs by less than `SLIGHT` needs no explanation, which spares most prompts the passes.
+    of the last message are left out one at a time: a word each, a `PARTS`-th of a longer message, characters
+    of one without blanks. What differs by less than `SLIGHT` needs no explanation, which spares most prompts
+    the passes.
 
     Args:
         model: with an adapter.
@@ -140,10 +141,11 @@ def _kl(p: Tensor, q: Tensor) -> Tensor:
 def _without_parts(messages: Sequence[Message]) -> list[list[Message]]:
     """The conversation without one part of its last message, for each of at most `PARTS`."""
     *before, last = messages
-    words = last["content"].split(" ")
+    blank = " " if " " in last["content"] else ""  # else one word, or a language that writes none
+    words = last["content"].split(" ") if blank else list(last["content"])
     ends = [len(words) * part // PARTS for part in range(PARTS + 1)]
     spans = [(start, end) for start, end in pairwise(ends) if 0 < end - start < len(words)]
-    return [[*before, {**last, "content": " ".join(words[:start] + words[end:])}] for start, end in spans]
+    return [[*before, {**last, "content": blank.join(words[:start] + words[end:])}] for start, end in spans]
 
 
 def _with_probe(messages: Sequence[Message], text: str) -> list[Message]:
