@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from safetynet.detection.capture import capture
-from safetynet.detection.contrasts import SLIGHT
+from safetynet.detection.contrasts import PARTS, SLIGHT
 from safetynet.detection.features import FeatureSpec
 from safetynet.detection.guard import Guard
 from safetynet.detection.monitor import Monitor
@@ -179,7 +179,8 @@ def test_a_prompt_costs_one_pass_and_a_divergence_one_more(model, serialiser, mo
         guard.generate(clean[:3], max_new_tokens=1)
         counts.append(len(passes))
     handle.remove()
-    assert counts == [1, 2 + differing.sum()], "each prompt that differs costs another one"
+    shorter = sum(min(PARTS, len(clean[row][-1]["content"].split(" "))) for row in np.flatnonzero(differing))
+    assert counts == [1, 2 + -(-shorter // PARTS)], "shorter versions of prompts that differ go side by side"
 
 
 def test_prompts_are_cut_as_in_training(model, serialiser, prompt_monitor, clean):

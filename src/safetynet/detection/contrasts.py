@@ -66,12 +66,19 @@ def unexplained(
         off: and without it.
     """
     found = _kl(on, off)
-    for row in torch.nonzero(found > SLIGHT)[:, 0].tolist():
-        less = [serialiser.encode(messages).input_ids for messages in _without_parts(batch[row])]
-        if less := [ids for ids in less if len(ids) <= lengths[row]]:
-            with model.disable_adapter():
-                others = _next_logits(model, less, serialiser.pad_id)
-            found[row] = torch.minimum(found[row], _kl(on[row : row + 1], others).min())
+    shorter = [
+        (row, ids)
+        for row in torch.nonzero(found > SLIGHT)[:, 0].tolist()
+        for messages in _without_parts(batch[row])
+        if len(ids := serialiser.encode(messages).input_ids) <= lengths[row]
+    ]
+    at_once = max(PARTS, len(batch))
+    for start in range(0, len(shorter), at_once):
+        part = shorter[start : start + at_once]
+        with model.disable_adapter():
+            others = _next_logits(model, [ids for _, ids in part], serialiser.pad_id)
+        whose = torch.tensor([row for row, _ in part], device=found.device)
+        found = found.scatter_reduce(0, whose, _kl(on[whose], others), "amin")
     return found[:, None]
 
 
