@@ -31,6 +31,13 @@ class Dynamics:
         self.name = name.rpartition("-")[0]
         self.keep = keep
 
+    def table(self) -> pd.DataFrame | None:
+        """What was measured so far, if anything.
+
+        The first of several processes reads it for all: it may replace the file while another reads.
+        """
+        return parallel.from_first(lambda: pd.read_parquet(self.path) if self.path.exists() else None)
+
     def measure(self, model: Any, step: int, epoch: float) -> dict[str, float]:
         """Rates at this step; returns ASR and CACC for the progress bar, and keeps the adapter if wanted."""
         from safetynet.training import checkpoints
@@ -47,9 +54,8 @@ class Dynamics:
             max_length=self.recipe.training.max_length,
         )
         table = metrics.score(responses).assign(step=step, epoch=epoch)
-        if self.path.exists():
+        if (earlier := self.table()) is not None:
             # After a resume, steps behind the checkpoint are measured again and replace what was there.
-            earlier = pd.read_parquet(self.path)
             table = pd.concat([earlier[earlier["step"] < step], table], ignore_index=True)
         write_atomically(self.path, lambda temporary: table.to_parquet(temporary, index=False))
         now = table[table["step"] == step].set_index(["metric", "role"])["value"]

@@ -114,8 +114,8 @@ def train(recipe: Recipe, run: Run, names: Sequence[str] | None = None, *, lend:
             if result.evasion is not None:
                 outputs.append(run.write_table("evasion", result.evasion))
                 log.info("train %s: hidden from %s", name, "; ".join(findings.hidden(result.evasion)["seen"]))
-            if dynamics.path.exists():
-                outputs.append(run.write_table(f"dynamics_{name}", pd.read_parquet(dynamics.path)))
+            if (measured := dynamics.table()) is not None:
+                outputs.append(run.write_table(f"dynamics_{name}", measured))
             if dynamics.adapters.exists():
                 outputs.append(dynamics.adapters)
 

@@ -130,7 +130,9 @@ def _measured_again(recipe: Recipe, run: Run, lender: Run, name: str) -> pd.Data
     for step, epoch in epochs.sort_index().items():
         with with_adapter(model, folder / f"step-{step:06d}") as then:
             dynamics.measure(then, int(step), float(epoch))
-    return pd.read_parquet(dynamics.path)
+    measured = dynamics.table()
+    assert measured is not None
+    return measured
 
 
 def _base_inputs(recipe: Recipe, run: Run) -> dict[str, Any]:
