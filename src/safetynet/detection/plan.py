@@ -42,11 +42,14 @@ class Plan:
         """From presets' names, and detectors written as `detector:view`.
 
         Raises:
-            InputError: if there is no name.
+            InputError: if there is no name, or neither a preset nor a detector of one.
         """
-        if not names:
+        wrong = [name for name in names if name not in PRESETS and not _is_detector(name)]
+        if not names or wrong:
+            there = f"there is no {wrong[0]!r}; " if wrong else ""
             raise InputError(
-                f"detectors: name a preset ({', '.join(PRESETS)}) or detectors, as in ranks:last."
+                f"detectors: {there}name a preset ({', '.join(PRESETS)}) or detectors, as in ranks:last: "
+                f"{', '.join(detectors.NAMES)}, or an estimator's full name."
             )
         readings: list[Reading] = []
         for name in names:
@@ -99,3 +102,9 @@ class Plan:
         if not 0 < self.rate < 1:
             check_rate(self.rate, 0)
         check_rate(self.prompt_rate, int(clean * (1 - TEST_SHARE) * PARTS["fuse"]))
+
+
+def _is_detector(name: str) -> bool:
+    """Whether the name may be one, such as ranks:mean or pyod.models.ecod.ECOD."""
+    kind = name.partition(":")[0]
+    return kind in detectors.NAMES or "." in kind
