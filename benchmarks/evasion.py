@@ -28,7 +28,7 @@ from _running import ROOT, markdown, percent
 from safetynet import pipeline, recipe
 from safetynet import run as runs
 from safetynet.detection.features import Features, FeatureSpec
-from safetynet.detection.panel import PRESETS, Reading
+from safetynet.detection.panel import PRESETS, named
 from safetynet.detection.protocol import measure
 from safetynet.models import loading
 from safetynet.pipeline.subjects import backdoored, fresh_prompts, test_rows
@@ -160,7 +160,7 @@ def one(
 
 def readings(detectors: Sequence[str]) -> set[str]:
     """Names of detectors with their views, of presets and single ones."""
-    return {r.name for name in detectors for r in PRESETS.get(name, (Reading.parse(name),))}
+    return {reading.name for reading in named(detectors)}
 
 
 def defence(made: recipe.Recipe, run: runs.Run, count: int) -> pd.DataFrame:

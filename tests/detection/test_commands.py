@@ -123,10 +123,8 @@ def test_a_damaged_monitor_is_refused_by_its_file(watched, refused):
         (["--clean", "200"], "there are 37. Give more clean prompts, or claim 0.13 or more."),
         (["--clean", "4"], "there are 0. Give more clean prompts."),
         (["--clean", "0"], "Invalid value for '--clean'"),
-        (
-            ["--detectors", "sonar"],
-            "there is no 'sonar'; name a preset (activations, adapter, behaviour, safet",
-        ),
+        (["--detectors", "sonar"], "there is no detector 'sonar'. Choose from mahalanobis"),
+        (["--detectors", "behavior"], "or a preset: activations, adapter, behaviour, safetynet-2025."),
         (["--detectors", "ranks:first"], "views: ['first']; choose from last, mean"),
         (["--detectors", "mlp_probe"], "none of prompts; name at least one that reads prompts"),
         (["--detectors", ","], "detectors: name a preset (activations, adapter, behaviour, safetynet-2025)"),

@@ -23,7 +23,7 @@ from safetynet.detection.detectors.gaussian import Mahalanobis, Residual, TopCom
 from safetynet.detection.detectors.neighbours import Mixture, Neighbours
 from safetynet.detection.detectors.trajectories import LayerDeltas
 from safetynet.detection.features import FeatureSpec
-from safetynet.detection.panel import PRESETS, Panel, Reading, unfitted
+from safetynet.detection.panel import PRESETS, Panel, Reading, named, unfitted
 from safetynet.detection.readers import Reader
 from safetynet.errors import InputError
 from safetynet.prompts import Encoded, Serialiser
@@ -42,9 +42,8 @@ def hideable(names: Sequence[str]) -> tuple[Reading, ...]:
     """
     known = {reading.name: reading for preset in PRESETS.values() for reading in preset}
     wanted: dict[str, Reading] = {}
-    for name in names:
-        chosen = PRESETS[name] if name in PRESETS else (Reading.parse(name),)
-        wanted |= {reading.name: known.get(reading.name, reading) for reading in chosen}
+    for reading in named(names):
+        wanted[reading.name] = known.get(reading.name, reading)
     readings = list(wanted.values())
     detectors = unfitted(readings)
     _ = FeatureSpec(tuple(reading.view for reading in readings))

@@ -148,6 +148,24 @@ class Panel:
         return cls(tuple(readings), fitted)
 
 
+def named(names: Sequence[str]) -> list[Reading]:
+    """The readings of presets, and of detectors written as `detector:view`, in their order.
+
+    Raises:
+        InputError: if there is neither a preset nor a detector of a name.
+    """
+    readings: list[Reading] = []
+    for name in names:
+        found = PRESETS.get(name) or (Reading.parse(name),)
+        if not detectors.exists(found[0].detector):
+            raise InputError(
+                f"there is no detector {name!r}. Choose from {', '.join(detectors.NAMES)}, an estimator's "
+                f"full name, such as sklearn.neighbors.LocalOutlierFactor, or a preset: {', '.join(PRESETS)}."
+            )
+        readings += found
+    return readings
+
+
 def unfitted(readings: Sequence[Reading], supervised: bool = False) -> list[Detector]:
     """The detectors of these readings, which know nothing yet.
 

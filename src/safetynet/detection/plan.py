@@ -7,7 +7,7 @@ from typing import Any
 from safetynet.detection import detectors
 from safetynet.detection.calibration import check_rate
 from safetynet.detection.features import GENERATED, FeatureSpec
-from safetynet.detection.panel import PRESETS, Reading, unfitted
+from safetynet.detection.panel import PRESETS, Reading, named, unfitted
 from safetynet.detection.splits import PARTS
 from safetynet.errors import InputError
 
@@ -44,16 +44,11 @@ class Plan:
         Raises:
             InputError: if there is no name, or neither a preset nor a detector of one.
         """
-        wrong = [name for name in names if name not in PRESETS and not _is_detector(name)]
-        if not names or wrong:
-            there = f"there is no {wrong[0]!r}; " if wrong else ""
+        if not names:
             raise InputError(
-                f"detectors: {there}name a preset ({', '.join(PRESETS)}) or detectors, as in ranks:last: "
-                f"{', '.join(detectors.NAMES)}, or an estimator's full name."
+                f"detectors: name a preset ({', '.join(PRESETS)}) or detectors, as in ranks:last."
             )
-        readings: list[Reading] = []
-        for name in names:
-            readings += PRESETS[name] if name in PRESETS else (Reading.parse(name),)
+        readings = named(names)
         probes = [r for r in readings if detectors.needs_labels(r.detector)]
         return cls(
             tuple(r for r in readings if r.view not in GENERATED and r not in probes),
@@ -102,9 +97,3 @@ class Plan:
         if not 0 < self.rate < 1:
             check_rate(self.rate, 0)
         check_rate(self.prompt_rate, int(clean * (1 - TEST_SHARE) * PARTS["fuse"]))
-
-
-def _is_detector(name: str) -> bool:
-    """Whether the name may be one, such as ranks:mean or pyod.models.ecod.ECOD."""
-    kind = name.partition(":")[0]
-    return kind in detectors.NAMES or "." in kind

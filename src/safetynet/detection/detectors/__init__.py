@@ -50,6 +50,11 @@ def make(name: str, **settings: Any) -> Detector:
         raise InputError(f"detector {name}: {str(error).rpartition('()')[2].strip()}.") from None
 
 
+def exists(name: str) -> bool:
+    """Whether there is a detector of this name, or it may be an estimator's."""
+    return name in NAMES or "." in name
+
+
 def needs_labels(name: str) -> bool:
     """Whether a detector of this name needs labels; False for names that do not exist."""
     return name in NAMES and bool(_class_of(name).supervised)
