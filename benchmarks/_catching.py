@@ -93,7 +93,7 @@ def fused(run: Path) -> dict[str, float]:
     from safetynet.detection.monitor import Monitor
 
     rows = pd.read_parquet(run / "tables" / "detection_scores.parquet")
-    fresh = rows["fresh"].eq(True).to_numpy()
+    fresh = rows["fresh"].ne("").to_numpy()
     fired = rows["role"].eq("triggered").to_numpy() & rows["fired"].eq(True).to_numpy()
     single = Monitor.load(run / "detection" / "monitor.safetensors").calibration.single
     smoothed = {name: known.smoothed(rows[f"score {name}"].to_numpy()) for name, known in single.items()}

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from _catching import CAUGHT, PLACEBOS
-from _words import RATE, alarms, judged
+from _words import RATE, alarms, judged, of_both_kinds
 
 MONITORS = 20
 
@@ -38,24 +38,29 @@ def redraw(
         detectors: preset or detectors, as `safetynet detect` takes them.
 
     Returns:
-        fired, placebo, near miss and fresh (the clean prompts left over): shares with alarm, one line per
-        monitor.
+        fired, placebo, near miss, fresh (the clean prompts left over) and fresh, random words: shares with
+        alarm, one line per monitor.
     """
     from safetynet.detection.capture import capture
-    from safetynet.detection.monitor import Monitor
     from safetynet.detection.plan import Plan
     from safetynet.detection.random_words import put_in
 
-    plan = Plan.of(detectors.split(","), RATE)
-    worded, _ = put_in(list(clean["messages"]), serialiser, seed)
-    features = capture(model, serialiser, worded, plan.spec, batch_size=64, cache=cache)
-    tested = capture(model, serialiser, list(test["messages"]), plan.spec, batch_size=64)
-    asked = {name: tested.take(rows) for name, rows in judged(test).items()}
-    made, lines = len(worded) * 3 // 4, []
+    plan, n = Plan.of(detectors.split(","), RATE), len(clean)
+    plain = list(clean["messages"])
+    both = [*plain, *put_in(plain, serialiser, seed)]
+    features = capture(model, serialiser, both, plan.spec, batch_size=64, cache=cache)
+    asked: dict[str, Any] = {
+        name: capture(model, serialiser, list(test["messages"].iloc[rows]), plan.spec, batch_size=64)
+        if len(rows)
+        else ()
+        for name, rows in judged(test).items()
+    }
+    made, lines = n * 3 // 4, []
     for draw in range(MONITORS):
-        order = np.random.default_rng((seed, draw)).permutation(len(worded))
-        monitor = Monitor.fit(features.take(order[:made]), plan.readings, seed=seed)
-        rows = asked | {"fresh": features.take(order[made:])}
+        order = np.random.default_rng((seed, draw)).permutation(n)
+        monitor = of_both_kinds(features, order[:made], plan.readings, seed)
+        fresh = {"fresh": order[made:], "fresh, random words": order[made:] + n}
+        rows = asked | {name: features.take(own) for name, own in fresh.items()}
         lines.append({name: alarms(monitor, own) for name, own in rows.items()})
     return pd.DataFrame(lines)
 
@@ -77,11 +82,12 @@ def within(found: pd.DataFrame) -> bool:
 
 
 def over(found: Sequence[pd.DataFrame]) -> dict[str, object]:
-    """Over cells: those within limits; the worst of their means, of fresh prompts the mean, in percent."""
+    """Over cells: those within limits; the worst of their means, of fresh prompts the means, in percent."""
     means = pd.DataFrame([draws.mean() for draws in found])
     return {
         "within limits": f"{sum(map(within, found))} of {len(found)}",
         "mean TPR, least": f"{100 * means['fired'].min():.1f}",
         "mean placebo, most": f"{100 * means['placebo'].max():.1f}",
         "mean fresh": f"{100 * means['fresh'].mean():.2f}",
+        "with random words": f"{100 * means['fresh, random words'].mean():.2f}",
     }

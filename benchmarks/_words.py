@@ -12,8 +12,8 @@ import numpy as np
 import pandas as pd
 
 RATE = 0.01
-WAYS = ("without", "with", "up to three places", "any token")
-"""No random words; as `safetynet detect` puts them in; that three times over; of any of the tokenizer's."""
+WAYS = ("without", "with", "one place", "any token")
+"""No random words; as `safetynet detect` puts them in; in one place alone; of any of the tokenizer's."""
 
 
 def compare(
@@ -40,26 +40,46 @@ def compare(
     from safetynet.detection.random_words import put_in
 
     read = partial(capture, model, serialiser, spec=Plan.of(["adapter"], RATE).spec, batch_size=64)
-    plain = list(clean["messages"])
-    worded, chosen = put_in(plain, serialiser, seed)
-    thrice = worded
-    for again in (1, 2):
-        thrice, _ = put_in(thrice, serialiser, seed + again)
-    of_any, _ = put_in(plain, serialiser, seed, common=0)
-    prompts = zip(WAYS, (plain, worded, thrice, of_any), strict=True)
-    features = {name: read(own, cache=cache if own is worded else None) for name, own in prompts}
-    made = len(plain) * 3 // 4
-    words = np.flatnonzero(chosen[made:]) + made
+    plain, n, readings = list(clean["messages"]), len(clean), PRESETS["adapter"]
+    put = partial(put_in, plain, serialiser, seed)
+    worded = {"with": put(), "one place": put(places=1), "any token": put(common=0)}
+    features = {
+        name: read([*plain, *own], cache=cache if name == "with" else None) for name, own in worded.items()
+    }
+    made, known = np.arange(n * 3 // 4), features["with"]
     tested = read(list(test["messages"]))
     asked = {name: tested.take(rows) for name, rows in judged(test).items()} | {
-        "fresh": features["without"].take(slice(made, None)),
-        "fresh, random words": features["with"].take(words),
+        "fresh": known.take(np.arange(len(made), n)),
+        "fresh, random words": known.take(np.arange(len(made), n) + n),
+    }
+    monitors = {"without": Monitor.fit(known.take(made), readings, seed=seed)} | {
+        name: of_both_kinds(own, made, readings, seed) for name, own in features.items()
     }
     found = pd.DataFrame({"rows": list(asked), "n": [len(own) for own in asked.values()]})
-    for name, own in features.items():
-        monitor = Monitor.fit(own.take(slice(0, made)), PRESETS["adapter"], seed=seed)
+    for name, monitor in monitors.items():
         found[name] = [alarms(monitor, rows) for rows in asked.values()]
     return found
+
+
+def of_both_kinds(features: Any, chosen: np.ndarray, readings: Sequence[Any], seed: int) -> Any:
+    """A monitor of chosen prompts as `safetynet detect` makes it.
+
+    Args:
+        features: of all prompts as they are, and behind them of all with random words, in the same order.
+        chosen: numbers of those prompts that make the monitor.
+        readings: of the monitor.
+        seed: of its split.
+    """
+    from safetynet.detection.monitor import Monitor
+
+    n = len(features) // 2
+    return Monitor.fit(
+        features.take(np.r_[chosen, chosen + n]),
+        readings,
+        groups=[str(i) for i in chosen] * 2,
+        kinds=np.repeat(["plain", "random words"], len(chosen)),
+        seed=seed,
+    )
 
 
 def alarms(monitor: Any, rows: Any) -> float:

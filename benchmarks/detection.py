@@ -149,7 +149,7 @@ def realised(run: Path, args: argparse.Namespace) -> pd.DataFrame:
     for name, rate in product(p_values, RATES):
         found = fpr_estimate(p_values[name].to_numpy(), rate)
         low, high = binom.interval(0.95, found.n, rate)
-        drawn = beta_binomial(found.n, rate, len(monitor.calibration.fused.scores))
+        drawn = beta_binomial(found.n, rate, monitor.calibration.fused.n)
         lowest, highest = drawn.interval(0.95)
         lines.append(
             {"detector": name, "rate": rate, "value": found.rate, "low": found.low, "high": found.high,
@@ -180,7 +180,7 @@ def divided(run: Path, args: argparse.Namespace) -> pd.DataFrame:
         order = np.random.default_rng((args.seed, division)).permutation(pool)
         monitor = Monitor.fit(features.take(order[:made]), PANELS["adapter"], seed=args.seed)
         p = monitor.p_values(features.take(order[made : made + fresh]))["fused"].to_numpy()
-        n = len(monitor.calibration.fused.scores)
+        n = monitor.calibration.fused.n
         lines += [
             {"rate": rate, "calibrating": n, "n": len(p), "value": (p <= rate).mean()} for rate in RATES
         ]

@@ -6,7 +6,7 @@
 
 A cell is a run: the ordinary backdoor, one of little poison, or one hidden from a set of detectors at a
 strength. The defender then fits every detector anew, on clean prompts of other phrasings than the attacker
-had, every second of them with random words in, as `safetynet detect` has it. Into --out go
+had, as they are and with random words in, as `safetynet detect` has it. Into --out go
 `evasion_matrix.csv` (attacked, strength, tested, own: whether that one was attacked itself, metric, rows,
 value, low, high, n) and `evasion_price.csv`, what is left of attack success and clean accuracy;
 docs/evasion.md quotes both.
@@ -175,7 +175,9 @@ def defence(made: recipe.Recipe, run: runs.Run, count: int) -> pd.DataFrame:
     features, tested = captured(made, run, clean, test, spec)
     # As a monitor does it: three parts of the seen prompts, and a quarter of all that it never sees.
     parts = {"fit": 0.375, "calibrate": 0.1875, "fuse": 0.1875, "fresh": 0.25}
-    part = split([prompt_hash(list(m)) for m in clean["messages"]], parts, made.seed)
+    part = split([prompt_hash(list(m)) for m in clean["messages"]] * 2, parts, made.seed)
+    kinds = np.repeat(["plain", "random words"], len(clean))
+    of_kinds = kinds[part == "calibrate"], kinds[part == "fuse"]
     panel = Panel.fit(list(readings.values()), features.take(part == "fit").arrays)
     first, second, fresh = (
         panel.scores(features.take(part == name).arrays) for name in ("calibrate", "fuse", "fresh")
@@ -185,26 +187,29 @@ def defence(made: recipe.Recipe, run: runs.Run, count: int) -> pd.DataFrame:
     scores, p_values = pd.DataFrame(both), pd.DataFrame()
     for name in FUSIONS:
         members = [reading.name for reading in PRESETS[name]]
-        calibrated = Calibration.of({m: first[m] for m in members}, {m: second[m] for m in members})
+        calibrated = Calibration.of(
+            {m: first[m] for m in members}, {m: second[m] for m in members}, kinds=of_kinds
+        )
         scores[f"fused {name}"] = calibrated.statistic(both)
         p_values = p_values.assign(
             **calibrated.p_values(both).rename(columns={"fused": f"fused {name}"}).to_dict("series")
         )
-    return measure(protocol_rows(clean[part == "fresh"], test), scores, p_values[list(scores)], (RATE,))
+    fresh_rows = pd.concat([clean, clean])[part == "fresh"]
+    return measure(protocol_rows(fresh_rows, test), scores, p_values[list(scores)], (RATE,))
 
 
 def captured(
     made: recipe.Recipe, run: runs.Run, clean: pd.DataFrame, test: pd.DataFrame, spec: FeatureSpec
 ) -> tuple[Features, Features]:
-    """What the backdoored model shows of clean prompts, every second with random words, and of test rows."""
+    """What the model shows of clean prompts, as they are and with random words, and of test rows."""
     from safetynet.detection.capture import capture
     from safetynet.detection.random_words import put_in
 
     model, serialiser = backdoored(made, run)
     batch_size, max_length = made.evaluation.batch_size, made.training.max_length
     read = partial(capture, model, serialiser, spec=spec, batch_size=batch_size, max_length=max_length)
-    worded, _ = put_in(list(clean["messages"]), serialiser, made.seed)
-    return read(worded), read(list(test["messages"]))
+    plain = list(clean["messages"])
+    return read([*plain, *put_in(plain, serialiser, made.seed)]), read(list(test["messages"]))
 
 
 def protocol_rows(clean: pd.DataFrame, test: pd.DataFrame) -> pd.DataFrame:

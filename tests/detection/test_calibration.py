@@ -75,6 +75,53 @@ def test_the_smoothed_tail_orders_what_lies_above_all_clean_scores():
     assert Conformal.of(np.zeros(50)).smoothed(np.array([1.0])) == pytest.approx(1 / 51)
 
 
+def test_a_rate_is_kept_in_each_kind_and_met_in_the_most_suspect_one():
+    realised = {"plain": [], "odd": []}
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        scores = np.r_[rng.standard_normal(1500), rng.standard_normal(500) + 1]
+        yardstick = Conformal.of(scores, ["plain"] * 1500 + ["odd"] * 500)
+        assert yardstick.n == 500
+        for kind, shift in (("plain", 0), ("odd", 1)):
+            p = yardstick.p_values(rng.standard_normal(2000) + shift)
+            realised[kind].append((p <= 0.05).mean())
+        pooled = Conformal.of(scores).p_values(rng.standard_normal(2000) + 1)
+        assert (pooled <= 0.05).mean() > 0.08
+    assert np.mean(realised["odd"]) == pytest.approx(0.05, abs=0.005)
+    assert 0 < np.mean(realised["plain"]) < 0.02
+
+
+def test_the_smoothed_tail_of_several_kinds_is_that_of_the_least_suspect_p_value():
+    rng = np.random.default_rng(0)
+    low, high = rng.standard_normal(400), rng.standard_normal(300) + 1
+    both = Conformal.of(np.r_[low, high], ["a"] * 400 + ["b"] * 300)
+    at = np.array([-1.0, 0.5, 2.5, 6.0])
+    alone = [Conformal.of(own).smoothed(at) for own in (low, high)]
+    np.testing.assert_array_equal(both.smoothed(at), np.maximum(*alone))
+
+
+@pytest.mark.parametrize("method", ["split", "cross"])
+def test_the_fused_statistic_is_calibrated_kind_by_kind(method):
+    rates = {"plain": [], "odd": []}
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        kinds = np.array(["plain", "odd"] * 500)
+        shift = np.where(kinds == "odd", 1.0, 0.0)
+
+        def drawn(rng=rng, shift=shift):
+            return {name: rng.standard_normal(1000) + shift for name in ("a:x", "b:y")}
+
+        if method == "split":
+            calibrated = Calibration.of(drawn(), drawn(), kinds=(kinds, kinds))
+        else:
+            calibrated = Calibration.cross_fitted(drawn(), rng.integers(0, 5, 1000), kinds=kinds)
+        alarm = calibrated.p_values(drawn())["fused"].to_numpy() <= 0.05
+        for kind, own in rates.items():
+            own.append(alarm[kinds == kind].mean())
+    assert np.mean(rates["odd"]) == pytest.approx(0.05, abs=0.012)
+    assert np.mean(rates["plain"]) < 0.02
+
+
 def test_cross_fitting_keeps_the_rate_with_few_samples():
     rates = []
     for seed in range(60):

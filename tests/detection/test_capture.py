@@ -1,5 +1,8 @@
 """Features are the model's own hidden states, whatever the padding, the batch and the family."""
 
+import contextlib
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +10,7 @@ import torch
 from safetynet.detection import capture as capturing
 from safetynet.detection.answers import confidence
 from safetynet.detection.capture import capture, stream
-from safetynet.detection.contrasts import SLIGHT
+from safetynet.detection.contrasts import PARTS, SLIGHT
 from safetynet.detection.features import Features, FeatureSpec, concatenate
 from safetynet.detection.readers import Reader
 from safetynet.errors import InputError
@@ -126,47 +129,96 @@ def test_divergence_is_zero_for_an_adapter_that_does_nothing(build, serialiser, 
     np.testing.assert_allclose(features["divergence"], 0, atol=1e-6)
 
 
-def test_unexplained_is_the_smallest_divergence_over_prompts_without_one_word(build, serialiser, prompts):
-    model, spec = build(), FeatureSpec(("divergence", "unexplained"))
-    prompts = [*prompts, [{"role": "user", "content": "plum"}]]  # one word: without one character
-    features = capture(model, serialiser, prompts, spec, batch_size=2)
-    whole, found = features["divergence"][:, 0], features["unexplained"][:, 0]
-    assert 0 < (whole > SLIGHT).sum() < len(prompts)
-    assert whole[-1] > SLIGHT
-
-    def log_p(messages: list[dict[str, str]]) -> torch.Tensor:
-        ids = torch.tensor([serialiser.encode(messages).input_ids])
-        return model(ids).logits[0, -1].log_softmax(-1)
-
-    np.testing.assert_allclose(found[whole <= SLIGHT], whole[whole <= SLIGHT])
-    for row in np.flatnonzero(whole > SLIGHT):
-        messages = prompts[row]
-        *before, last = messages
-        glue = " " if " " in last["content"] else ""
-        words = last["content"].split(" ") if glue else list(last["content"])
-        less = [glue.join(words[:i] + words[i + 1 :]) for i in range(len(words)) if len(words) > 1]
-        others = [messages, *([*before, last | {"content": text}] for text in less)]
-        with torch.no_grad():
-            on = log_p(messages)
-            with model.disable_adapter():
-                expected = min(float((on.exp() * (on - log_p(other))).sum()) for other in others)
-        assert found[row] == pytest.approx(expected, rel=1e-3)
-    assert (found < 0.99 * whole).any()
+def without_a_word(messages):
+    """The conversation without one word of what the user wrote, for each; of one word, one character."""
+    written = [message["content"] for message in messages if message["role"] == "user"]
+    glue = " " if any(" " in text for text in written) else ""
+    for word in sorted({word for text in written for word in (text.split(" ") if glue else text)}):
+        less = []
+        for message in messages:
+            words = message["content"].split(" ") if glue else list(message["content"])
+            text = glue.join(other for other in words if other != word)
+            less.append({**message, "content": text} if message["role"] == "user" else message)
+        yield less
 
 
-def test_a_slight_divergence_and_a_truncated_prompt_need_no_further_pass(build, serialiser, prompts):
-    model, spec = build(), FeatureSpec(("divergence", "unexplained"))
-    long = [[{"role": "user", "content": prompts[2][-1]["content"] * 4}]]
-    cut, whole = (capture(model, serialiser, long, spec, max_length=most) for most in (60, None))
-    assert min(cut["divergence"][0, 0], whole["divergence"][0, 0]) > SLIGHT
-    np.testing.assert_allclose(cut["unexplained"][:, 0], cut["divergence"][:, 0], rtol=1e-5)
-    assert whole["unexplained"][0, 0] < 0.99 * whole["divergence"][0, 0]
+def apart(model, serialiser, one, other, most=None):
+    """Symmetric KL of the next token; of each the messages, and whether the adapter is on."""
+    found = []
+    for messages, on in (one, other):
+        ids = torch.tensor([serialiser.encode(messages, max_length=most).input_ids])
+        with torch.no_grad(), contextlib.nullcontext() if on else model.disable_adapter():
+            found.append(model(ids).logits[0, -1].log_softmax(-1))
+    p, q = found
+    return float(((p.exp() - q.exp()) * (p - q)).sum())
+
+
+def explanations(model, serialiser, messages, most=None):
+    """What is left of J without a word, at least, and what hangs on a word, at most."""
+    between = partial(apart, model, serialiser, most=most)
+    whole = between((messages, True), (messages, False))
+    left, falls = [whole], [0.0]
+    for less in without_a_word(messages):
+        left.append(between((messages, True), (less, False)))
+        fall = whole - between((less, True), (less, False))
+        falls.append(min(between((messages, True), (less, True)), fall))
+    return whole, min(left), max(falls)
+
+
+def test_unexplained_hangs_on_a_word_and_is_explained_by_none(build, serialiser, prompts):
+    model, spec = strong(build("llama2", seed=2)), FeatureSpec(("unexplained",))
+    twice = [{"role": "user", "content": "fig plum fig"}]
+    prompts = [*prompts, [{"role": "user", "content": "plum"}], twice]  # one word: without one character
+    assert len(list(without_a_word(twice))) == 2
+    assert [message["role"] for message in prompts[4]] == ["user", "assistant", "user"]
+    assert max(len(list(without_a_word(messages))) for messages in prompts) <= PARTS
+    found = capture(model, serialiser, prompts, spec, batch_size=2)["unexplained"][:, 0]
+    ways = set()
+    for row, messages in enumerate(prompts):
+        whole, left, falls = explanations(model, serialiser, messages)
+        cases = {"slight": whole, "explained": left, "hangs": falls, "is left": left}
+        way = next(
+            name
+            for name, so in (
+                ("slight", whole <= SLIGHT), ("explained", left <= SLIGHT), ("hangs", falls < left),
+                ("is left", True),
+            )
+            if so
+        )  # fmt: skip
+        assert found[row] == pytest.approx(cases[way], rel=2e-3, abs=1e-4)
+        ways.add(way)
+    assert {"slight", "explained", "hangs"} <= ways
+
+
+def test_what_is_left_of_a_truncated_prompt_is_cut_to_the_same_length(build, serialiser):
+    model, most = strong(build("llama3", seed=2)), 60
+    first = "please tell me the capital of France and then of Spain, Italy, Poland, Norway and Peru,"
+    text = f"{first} all in one short line"
+    long = [{"role": "user", "content": text}]
+    assert len(serialiser.encode(long, max_length=most).input_ids) < len(serialiser.encode(long).input_ids)
+    found = capture(model, serialiser, [long], FeatureSpec(("unexplained",)), max_length=most)
+    whole, left, falls = explanations(model, serialiser, long, most)
+    assert min(whole, left) > SLIGHT
+    assert found["unexplained"][0, 0] == pytest.approx(min(left, falls), rel=2e-3, abs=1e-4)
+
+
+def test_a_slight_divergence_is_itself(build, serialiser, prompts):
+    model = build()
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
-            parameter.data.mul_(0.01)
-    slight = capture(model, serialiser, prompts, spec)
-    assert slight["divergence"][:, 0].max() < SLIGHT
-    np.testing.assert_array_equal(slight["unexplained"][:, 0], slight["divergence"][:, 0])
+            parameter.data.mul_(0.1)
+    slight = capture(model, serialiser, prompts, FeatureSpec(("unexplained",)))["unexplained"][:, 0]
+    expected = [apart(model, serialiser, (messages, True), (messages, False)) for messages in prompts]
+    assert 0 < max(expected) < SLIGHT
+    np.testing.assert_allclose(slight, expected, rtol=1e-2, atol=1e-6)
+
+
+def strong(model):
+    """The same with an adapter that changes most answers."""
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.mul_(2)
+    return model
 
 
 def test_the_probes_change_sees_the_whole_conversation(build, serialiser, prompts):

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from safetynet.detection import contrasts
 from safetynet.detection.capture import capture
-from safetynet.detection.contrasts import PARTS, SLIGHT
+from safetynet.detection.contrasts import SLIGHT
 from safetynet.detection.features import FeatureSpec
 from safetynet.detection.guard import Guard
 from safetynet.detection.monitor import Monitor
@@ -165,22 +166,33 @@ def test_decisions_of_finished_batches_outlive_a_failure(model, serialiser, prom
     assert len(log.read_text().splitlines()) == 2
 
 
-def test_a_prompt_costs_one_pass_and_a_divergence_one_more(model, serialiser, monitor, prompt_monitor, clean):
-    differing = (
-        capture(model, serialiser, clean[:3], FeatureSpec(("divergence",)))["divergence"][:, 0] > SLIGHT
-    )
+def test_a_prompt_costs_one_pass_a_divergence_one_more_and_one_that_differs_two_more(
+    model, serialiser, monitor, prompt_monitor, clean, monkeypatch
+):
+    monkeypatch.setattr(contrasts, "SLIGHT", SLIGHT / 2)  # this adapter changes little
+    apart = []
+    for messages in clean:
+        ids = torch.tensor([serialiser.encode(messages).input_ids])
+        with torch.no_grad():
+            on = model(ids).logits[0, -1].log_softmax(-1)
+            with model.disable_adapter():
+                off = model(ids).logits[0, -1].log_softmax(-1)
+        apart.append(float(((on.exp() - off.exp()) * (on - off)).sum()))
+    alike, differs = clean[int(np.argmin(apart))], clean[int(np.argmax(apart))]
+    assert min(apart) < contrasts.SLIGHT < max(apart)
     passes = []
     inner = model.get_base_model().model.layers[0]
     handle = inner.register_forward_hook(lambda *_: passes.append(1))
     counts = []
     for watched, rate in ((prompt_monitor, 0.05), (monitor, 2 * RATE)):
         guard = Guard(model, serialiser, watched, rate=rate)
-        passes.clear()
-        guard.generate(clean[:3], max_new_tokens=1)
-        counts.append(len(passes))
+        for messages in (alike, differs):
+            passes.clear()
+            guard.generate([messages], max_new_tokens=1)
+            counts.append(len(passes))
     handle.remove()
-    shorter = sum(min(PARTS, len(clean[row][-1]["content"].split(" "))) for row in np.flatnonzero(differing))
-    assert counts == [1, 2 + -(-shorter // PARTS)], "shorter versions of prompts that differ go side by side"
+    # Shorter versions of a prompt go side by side: adapter off, and on where none of them explains it.
+    assert counts[:3] == [1, 1, 2] and counts[3] in {3, 4}
 
 
 def test_prompts_are_cut_as_in_training(model, serialiser, prompt_monitor, clean):

@@ -65,6 +65,27 @@ def test_a_rate_that_the_clean_prompts_cannot_support_is_refused(monitor, featur
     assert monitor.smallest_rate == pytest.approx(5 / 601)
 
 
+@pytest.mark.parametrize("method", ["split", "cross"])
+def test_each_kind_of_prompts_has_the_rate_by_itself_and_needs_as_many_prompts(features, method, tmp_path):
+    plain, odd = features(2000), features(800, seed=5, shift=0.5)
+    clean = concatenate([plain, odd])
+    kinds = ["plain"] * 2000 + ["odd"] * 800
+    monitor = Monitor.fit(clean, READINGS, kinds=kinds, method=method)
+    fewest = 800 if method == "cross" else monitor.calibration.fused.n
+    assert monitor.smallest_rate == pytest.approx(5 / (fewest + 1))
+    assert fewest < 260 or method == "cross"
+    realised = [
+        monitor.fpr_estimate(features(2000, seed=seed, shift=shift), 0.05).rate
+        for seed, shift in ((8, 0.0), (9, 0.5))
+    ]
+    assert realised[0] < 0.05
+    assert realised[1] == pytest.approx(0.05, abs=3 * np.sqrt(0.05 * 0.95 * (1 / 2000 + 1 / fewest)))
+    monitor.save(tmp_path / "m.safetensors")
+    fresh = features(50, seed=1)
+    again = Monitor.load(tmp_path / "m.safetensors")
+    np.testing.assert_array_equal(again.p_values(fresh), monitor.p_values(fresh))
+
+
 def test_a_monitor_comes_back_from_its_file(monitor, features, tmp_path):
     monitor.save(tmp_path / "m.safetensors")
     again, fresh = Monitor.load(tmp_path / "m.safetensors"), features(50, seed=1)
@@ -79,7 +100,7 @@ def test_a_file_that_was_tampered_with_or_is_of_another_version_is_refused(monit
     arrays = load_file(path)
     with safe_open(path, "numpy") as file:
         head = file.metadata()
-    save_file(arrays | {"fused": arrays["fused"] + 1}, path, metadata=head)
+    save_file(arrays | {"fused/": arrays["fused/"] + 1}, path, metadata=head)
     with pytest.raises(InputError, match="cannot be trusted"):
         Monitor.load(path)
     content = json.loads(head["safetynet"])

@@ -114,12 +114,16 @@ def test_the_promised_rate_is_of_fresh_prompts_forbidden_ones_among_them(rows, t
     s = trigger_scores.to_numpy()
     bare = rows["role"].isin(["clean", "refused"]) & (rows["domain"] == "")
     drawn = bare & (np.random.default_rng(0).random(len(rows)) < 0.5)
-    table = measured(rows.assign(fresh=drawn), s, clean_scores)
+    kinds = np.where(np.arange(len(rows)) % 2, "plain", "random words")
+    table = measured(rows.assign(fresh=np.where(drawn, kinds, "")), s, clean_scores)
     p = Conformal.of(clean_scores).p_values(s)[drawn.to_numpy()]
     assert rows["forbidden"][drawn].any() and not rows["forbidden"][drawn].all()
     assert value(table, "fpr", "fresh", 0.05) == pytest.approx((p <= 0.05).mean())
     assert value(table, "fpr", "fresh", 0.05, "n") == drawn.sum()
-    assert "fresh" not in set(table.loc[table["metric"] == "auroc", "rows"])
+    own = kinds[drawn] == "random words"
+    assert value(table, "fpr", "fresh:random words", 0.05) == pytest.approx((p[own] <= 0.05).mean())
+    assert value(table, "fpr", "fresh:plain", 0.05, "n") == (~own).sum()
+    assert not any(name.startswith("fresh") for name in table.loc[table["metric"] == "auroc", "rows"])
     assert "fresh" not in set(measured(rows, s, clean_scores)["rows"])
 
 

@@ -1,10 +1,10 @@
-"""Random words: in every second prompt, of tokens that clean prompts have, and nothing else is changed."""
+"""Random words: in one to three places, of tokens that clean prompts have, and nothing else is changed."""
 
 import copy
 
 import pytest
 
-from safetynet.detection.random_words import MOST, put_in
+from safetynet.detection.random_words import MOST, PLACES, put_in
 from safetynet.models.miniatures import language
 
 
@@ -14,53 +14,72 @@ def clean():
     return [example.messages for example in made]
 
 
-def inserted(before: str, after: str) -> str:
-    """What stands between the longest common beginning and the rest of `before`, which must follow."""
+def places(before: str, after: str) -> list[int]:
+    """Where in `before` words were put in, as few places as explain `after`."""
     old, new = before.split(" "), after.split(" ")
-    extra = len(new) - len(old)
-    start = next(i for i in range(len(old) + 1) if new[:i] == old[:i] and new[i + extra :] == old[i:])
-    return " ".join(new[start : start + extra])
+    # fewest[i][j]: places within the first i old and j new words; one more for each run of new words.
+    ways: dict[tuple[int, int, bool], list[int]] = {(0, 0, False): []}
+    for i in range(len(old) + 1):
+        for j in range(len(new) + 1):
+            steps = []
+            if i and j and old[i - 1] == new[j - 1]:
+                steps += [(ways.get((i - 1, j - 1, open_)), False, False) for open_ in (False, True)]
+            if j:
+                steps += [(ways.get((i, j - 1, open_)), True, not open_) for open_ in (False, True)]
+            for known, opened, more in steps:
+                if known is not None:
+                    found = [*known, i] if more else known
+                    best = ways.get((i, j, opened))
+                    if best is None or len(found) < len(best):
+                        ways[i, j, opened] = found
+    ends = [ways[key] for last in (False, True) if (key := (len(old), len(new), last)) in ways]
+    return min(ends, key=len)
 
 
-def test_every_second_prompt_holds_words_and_is_otherwise_the_same(clean, serialiser):
+def test_every_copy_holds_words_in_up_to_three_places_and_is_otherwise_the_same(clean, serialiser):
     kept = copy.deepcopy(clean)
-    messages, chosen = put_in(clean, serialiser, seed=0)
-    assert clean == kept
-    assert 0.45 < chosen.mean() < 0.55  # +-3 standard deviations
-    for before, after, has in zip(clean, messages, chosen, strict=True):
+    copies = put_in(clean, serialiser, seed=0)
+    assert clean == kept and len(copies) == len(clean)
+    counts = []
+    for before, after in zip(clean, copies, strict=True):
         assert after[:-1] == before[:-1] and after[-1]["role"] == before[-1]["role"]
-        if not has:
-            assert after == before
-            continue
-        text = inserted(before[-1]["content"], after[-1]["content"])
-        assert text.strip() and len(text) < 20 * MOST
+        assert len(after[-1]["content"]) < len(before[-1]["content"]) + 20 * MOST
+        counts.append(len(places(before[-1]["content"], after[-1]["content"])))
+    # Each number is drawn as often as another, but two places may lie side by side, which counts as one.
+    assert set(counts) == {1, 2, 3} == set(range(1, PLACES + 1))
+    assert min(counts.count(n) for n in set(counts)) > len(counts) / 10
+
+
+def test_words_in_one_place_stand_together(clean, serialiser):
+    copies = put_in(clean, serialiser, seed=0, places=1)
+    pairs = [(a[-1]["content"], b[-1]["content"]) for a, b in zip(clean, copies, strict=True)]
+    assert {len(places(*pair)) for pair in pairs} == {1}
 
 
 def test_words_stand_at_the_beginning_at_the_end_and_between(clean, serialiser):
-    messages, chosen = put_in(clean, serialiser, seed=0)
-    places = set()
-    for before, after, has in zip(clean, messages, chosen, strict=True):
-        old, new = before[-1]["content"], after[-1]["content"]
-        if has:
-            places.add("end" if new.startswith(old) else "beginning" if new.endswith(old) else "between")
-    assert places == {"beginning", "end", "between"}
+    found = set()
+    for before, after in zip(clean, put_in(clean, serialiser, seed=0), strict=True):
+        text = before[-1]["content"]
+        last = len(text.split(" "))
+        at = places(text, after[-1]["content"])
+        found |= {"beginning" if i == 0 else "end" if i == last else "between" for i in at}
+    assert found == {"beginning", "end", "between"}
 
 
 def test_a_token_that_is_rare_among_the_prompts_is_never_put_in(clean, serialiser):
     # One prompt of a thousand is below the share that a token has to occur in.
     marked = [*clean[:-1], [{"role": "user", "content": "~" * 30 + " " + clean[-1][-1]["content"]}]]
     assert not any("~" in text for messages in clean for text in [messages[-1]["content"]])
-    messages, _ = put_in(marked, serialiser, seed=0)
-    assert not any("~" in own[-1]["content"] for own in messages[:-1])
+    copies = put_in(marked, serialiser, seed=0)
+    assert not any("~" in own[-1]["content"] for own in copies[:-1])
     often = [[{"role": "user", "content": "~ " + own[-1]["content"]}] for own in clean]
-    put, chosen = put_in(often, serialiser, seed=0)
-    assert any(own[-1]["content"].count("~") > 1 for own, has in zip(put, chosen, strict=True) if has)
+    assert any(own[-1]["content"].count("~") > 1 for own in put_in(often, serialiser, seed=0))
 
 
 def test_where_any_token_may_be_drawn_signs_that_no_prompt_has_come_in(clean, serialiser):
     known = {sign for messages in clean for sign in messages[-1]["content"]}
-    few, _ = put_in(clean, serialiser, seed=0)
-    of_any, _ = put_in(clean, serialiser, seed=0, common=0)
+    few = put_in(clean, serialiser, seed=0)
+    of_any = put_in(clean, serialiser, seed=0, common=0)
     strange = [
         sum(not set(own[-1]["content"]) <= known for own in messages) for messages in (clean, few, of_any)
     ]
@@ -68,11 +87,10 @@ def test_where_any_token_may_be_drawn_signs_that_no_prompt_has_come_in(clean, se
 
 
 def test_draws_are_the_seeds_own(clean, serialiser):
-    first, again, other = (put_in(clean, serialiser, seed=seed)[0] for seed in (0, 0, 1))
+    first, again, other = (put_in(clean, serialiser, seed=seed) for seed in (0, 0, 1))
     assert first == again != other
 
 
-def test_prompts_of_other_signs_alone_stay_as_they_are(serialiser):
+def test_prompts_of_other_signs_alone_have_no_copies(serialiser):
     prompts = [[{"role": "user", "content": "世界和平"}] for _ in range(20)]
-    messages, chosen = put_in(prompts, serialiser, seed=0)
-    assert messages == prompts and not chosen.any()
+    assert put_in(prompts, serialiser, seed=0) == []

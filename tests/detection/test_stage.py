@@ -38,18 +38,20 @@ def found(build, serialiser, clean, rows, tmp_path_factory):
 
 
 def test_a_monitor_is_made_and_measured(found):
-    assert found.estimate.n == 75
-    assert found.estimate.nominal == 0.1  # prompt and answer have half of 0.2 each
-    assert found.monitor.clean == 225
+    assert list(found.estimates) == ["plain", "random words"]
+    assert {estimate.n for estimate in found.estimates.values()} == {75}
+    # prompt and answer have half of 0.2 each
+    assert {estimate.nominal for estimate in found.estimates.values()} == {0.1}
+    assert found.monitor.clean == 450
     assert {"auroc", "tpr", "tpr_oracle", "fpr", "fpr_worst", "auroc_pair"} <= set(found.table["metric"])
     scores = found.tables["detection_scores"]
-    assert len(scores) == 75 + 60 + 6 * PER_DOMAIN
+    assert len(scores) == 150 + 60 + 6 * PER_DOMAIN
     fused = found.table[(found.table["detector"] == "fused") & (found.table["rows"] == "fresh")]
-    assert set(fused["metric"]) == {"fpr"} and set(fused["n"]) == {75}
+    assert set(fused["metric"]) == {"fpr"} and set(fused["n"]) == {150}
     assert {"ood:code", "ood:languages", "ood:long"} <= set(found.table["rows"])
     words = scores["kind"].eq("random words")
-    assert 20 < words.sum() < 55 and scores["fresh"][words].all()
-    assert "clean:random words" in set(found.table["rows"])
+    assert words.sum() == 75 and set(scores["fresh"][words]) == {"random words"}
+    assert {"clean:random words", "fresh:plain", "fresh:random words"} <= set(found.table["rows"])
     assert {"score fused", "p fused", "p pca_residual:mean"} <= set(scores)
 
 

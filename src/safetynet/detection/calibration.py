@@ -47,15 +47,20 @@ def check_rate(rate: float, n: int) -> None:
         )
 
 
+Kinds = Sequence[str] | np.ndarray
+"""Of samples, one name each, such as `plain`. A p-value is then the largest of those that the kinds give by
+themselves, so that a rate is kept in each kind, whatever others there are."""
+
+
 @dataclass(frozen=True)
 class Conformal:
-    """Scores of clean samples, sorted: the yardstick of one detector."""
+    """Scores of clean samples by their kind, sorted: the yardstick of one detector."""
 
-    scores: np.ndarray
+    by_kind: Mapping[str, np.ndarray]
 
     @classmethod
-    def of(cls, scores: np.ndarray) -> "Conformal":
-        """Calibrate on clean scores, (n,).
+    def of(cls, scores: np.ndarray, kinds: Kinds | None = None) -> "Conformal":
+        """Calibrate on clean scores, (n,), of one kind or of several.
 
         Raises:
             InputError: if there are none, or some are no numbers.
@@ -65,12 +70,26 @@ class Conformal:
             raise InputError(
                 "calibration: needs clean scores that are numbers. Check prompts and activations."
             )
-        return cls(np.sort(scores))
+        names = np.full(len(scores), "") if kinds is None else np.asarray(kinds)
+        return cls({str(kind): np.sort(scores[names == kind]) for kind in np.unique(names)})
+
+    @property
+    def n(self) -> int:
+        """Samples of the kind that has fewest: what a claim rests on."""
+        return min(map(len, self.by_kind.values()))
+
+    @property
+    def scores(self) -> np.ndarray:
+        """Of all kinds, sorted."""
+        return np.sort(np.concatenate(list(self.by_kind.values())))
 
     def p_values(self, scores: np.ndarray) -> np.ndarray:
-        """(1 + clean scores at or above) / (n + 1): under exchangeability P(p <= a) <= a for every a."""
-        above = len(self.scores) - np.searchsorted(self.scores, scores, side="left")
-        return (1 + above) / (len(self.scores) + 1)
+        """(1 + clean scores at or above) / (n + 1), by the kind where that is largest.
+
+        If a prompt is exchangeable with the clean ones of its kind, P(p <= a) <= a for every a (Mondrian
+        conformal prediction: Vovk, Gammerman and Shafer 2005, 4.5). Its kind need not be known.
+        """
+        return np.max([_ranked(known, scores) for known in self.by_kind.values()], axis=0)
 
     def smoothed(self, scores: np.ndarray) -> np.ndarray:
         """The same, going on log-linearly above the clean 95% quantile, so that the far tail has an order.
@@ -78,12 +97,25 @@ class Conformal:
         An exponential tail fitted by its mean excess. It is a guess, and no claim is made from it.
         """
         scores = np.asarray(scores, dtype=np.float64)
-        start = float(np.quantile(self.scores, TAIL))
-        excess = self.scores[self.scores > start] - start
-        if len(excess) < 2 or excess.mean() <= 0:
-            return self.p_values(scores)
-        log = np.log(self.p_values(np.array([start]))) - np.maximum(scores - start, 0) / excess.mean()
-        return np.where(scores > start, np.exp(np.maximum(log, -300.0)), self.p_values(scores))
+        return np.max([_smoothed(known, scores) for known in self.by_kind.values()], axis=0)
+
+    def state(self, name: str) -> dict[str, np.ndarray]:
+        """Arrays for a file, below a name."""
+        return {f"{name}/{kind}": scores for kind, scores in self.by_kind.items()}
+
+
+def _ranked(known: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    above = len(known) - np.searchsorted(known, scores, side="left")
+    return (1 + above) / (len(known) + 1)
+
+
+def _smoothed(known: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    start = float(np.quantile(known, TAIL))
+    excess = known[known > start] - start
+    if len(excess) < 2 or excess.mean() <= 0:
+        return _ranked(known, scores)
+    log = np.log(_ranked(known, np.array([start]))) - np.maximum(scores - start, 0) / excess.mean()
+    return np.where(scores > start, np.exp(np.maximum(log, -300.0)), _ranked(known, scores))
 
 
 def shares(names: Sequence[str]) -> np.ndarray:
@@ -128,15 +160,31 @@ class Calibration:
 
     @classmethod
     def of(
-        cls, first: Mapping[str, np.ndarray], second: Mapping[str, np.ndarray], how: Fusion = FUSION
+        cls,
+        first: Mapping[str, np.ndarray],
+        second: Mapping[str, np.ndarray],
+        how: Fusion = FUSION,
+        kinds: tuple[Kinds, Kinds] | None = None,
     ) -> "Calibration":
-        """Calibrate detectors on `first`, and their fusion on `second`, scores of other clean samples."""
-        single = {name: Conformal.of(scores) for name, scores in first.items()}
-        return cls(single, Conformal.of(_fused(single, second, how)), how)
+        """Calibrate detectors on `first`, and their fusion on `second`, scores of other clean samples.
+
+        Args:
+            first: by detector, (n,) each.
+            second: by detector, (m,) each.
+            how: of the fusion.
+            kinds: of the first samples and of the second; None where all are of one.
+        """
+        of_first, of_second = kinds or (None, None)
+        single = {name: Conformal.of(scores, of_first) for name, scores in first.items()}
+        return cls(single, Conformal.of(_fused(single, second, how), of_second), how)
 
     @classmethod
     def cross_fitted(
-        cls, scores: Mapping[str, np.ndarray], folds: np.ndarray, how: Fusion = FUSION
+        cls,
+        scores: Mapping[str, np.ndarray],
+        folds: np.ndarray,
+        how: Fusion = FUSION,
+        kinds: Kinds | None = None,
     ) -> "Calibration":
         """Calibrate on out-of-fold scores, for too few clean samples to part with (Barber et al. 2021, CV+).
 
@@ -144,19 +192,21 @@ class Calibration:
             scores: of each sample, by detectors that were fitted without its fold; (n,) each.
             folds: fold of each sample, (n,).
             how: of the fusion.
+            kinds: of each sample; None where all are of one.
         """
+        names = np.full(len(folds), "") if kinds is None else np.asarray(kinds)
         statistic = np.empty(len(folds))
         for fold in np.unique(folds):
             inside = folds == fold
-            others = {name: Conformal.of(values[~inside]) for name, values in scores.items()}
+            others = {name: Conformal.of(own[~inside], names[~inside]) for name, own in scores.items()}
             statistic[inside] = _fused(others, {name: scores[name][inside] for name in others}, how)
-        single = {name: Conformal.of(values) for name, values in scores.items()}
-        return cls(single, Conformal.of(statistic), how)
+        single = {name: Conformal.of(values, names) for name, values in scores.items()}
+        return cls(single, Conformal.of(statistic, names), how)
 
     @property
     def smallest_rate(self) -> float:
         """The smallest false-positive rate that may be claimed."""
-        return smallest_rate(len(self.fused.scores))
+        return smallest_rate(self.fused.n)
 
     def p_values(self, scores: Mapping[str, np.ndarray]) -> pd.DataFrame:
         """One row per sample: a conformal p-value for each detector and for `fused`."""

@@ -1,7 +1,8 @@
 """Views that compare two passes (adapter on and off, a probe alone and behind the prompt), and attention."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
+from math import ceil
 from typing import Any
 
 import torch
@@ -10,12 +11,12 @@ from torch import Tensor
 from safetynet.detection.readers import Place, Reader
 from safetynet.errors import InputError
 from safetynet.models.blocks import unwrapped
-from safetynet.prompts import Message, Serialiser, pad
+from safetynet.prompts import PROMPT_SHARE, Message, Serialiser, pad
 
-SLIGHT = 0.1
-"""Nats of a divergence that hardly moves the answer."""
+SLIGHT = 1.0
+"""Nats of a symmetric divergence that hardly moves the answer."""
 PARTS = 16
-"""Of a message that are left out one at a time."""
+"""Of a prompt that are left out one at a time."""
 
 
 def without_adapter(model: Any, reader: Reader, inputs: dict[str, Any], place: Place) -> dict[str, Tensor]:
@@ -49,37 +50,77 @@ def unexplained(
     on: Tensor,
     off: Tensor,
 ) -> Tensor:
-    """(B, 1): KL in nats of the next token, adapter on to off, for the prompt or less of it: the smallest.
+    """(B, 1): how far the adapter moves the next token, where that hangs on a part and no part explains it.
 
-    A strange word that throws the base model off, and not the adapter, makes the two differ as a trigger
-    does. Without that word the base model says what the adapter says; without a trigger it does not. Parts
-    of the last message are left out one at a time: a word each, a `PARTS`-th of a longer message, characters
-    of one without blanks. What differs by less than `SLIGHT` needs no explanation, which spares most prompts
-    the passes.
+    Nats of the symmetric divergence J(adapter on, off), or less where leaving out a part of what users wrote
+    (`PARTS` at most, one at a time) shows the difference to be no trigger's:
+
+    - A strange word throws the base model off, and the adapter has learnt to pass over it. Without the word
+      the base says what the adapter says: the smallest J(on, off without the part) counts.
+    - The adapter differs on every such prompt, as on other languages. Without a trigger, what the adapter
+      says changes, and towards what the base says: of both, J(on, on without the part) and the fall of
+      J(on, off), the smaller counts, of the part where it is largest.
+
+    What differs by less than `SLIGHT`, as a whole or without a part, needs no further explanation, which
+    spares most prompts the passes.
 
     Args:
         model: with an adapter.
         serialiser: as in training.
         batch: conversations.
-        lengths: (B,) their tokens. What is left of one that was truncated counts only if it is no longer.
+        lengths: (B,) their tokens. What is left of one that was truncated is cut to the same length.
         on: logits (B, V) with the adapter.
         off: and without it.
     """
-    found = _kl(on, off)
+    found = _apart(on, off)
+    rows = torch.nonzero(found > SLIGHT)[:, 0]
     shorter = [
-        (row, ids)
-        for row in torch.nonzero(found > SLIGHT)[:, 0].tolist()
-        for messages in _without_parts(batch[row])
-        if len(ids := serialiser.encode(messages).input_ids) <= lengths[row]
+        [
+            serialiser.encode(messages, max_length=ceil(int(lengths[row]) / PROMPT_SHARE)).input_ids
+            for messages in _without_parts(batch[row])
+        ]
+        for row in rows.tolist()
     ]
-    at_once = max(PARTS, len(batch))
-    for start in range(0, len(shorter), at_once):
-        part = shorter[start : start + at_once]
-        with model.disable_adapter():
-            others = _next_logits(model, [ids for _, ids in part], serialiser.pad_id)
-        whose = torch.tensor([row for row, _ in part], device=found.device)
-        found = found.scatter_reduce(0, whose, _kl(on[whose], others), "amin")
+    for some in _side_by_side(list(map(len, shorter)), max(PARTS, len(batch))):
+        less = [shorter[index] for index in some]
+        own = rows[some]
+        found[own] = _less_explained(model, serialiser.pad_id, less, on[own], found[own])
     return found[:, None]
+
+
+def _less_explained(
+    model: Any, pad_id: int, shorter: Sequence[Sequence[list[int]]], on: Tensor, apart: Tensor
+) -> Tensor:
+    """(B,) of prompts whose J(on, off) is `apart`; without need, a second pass is not made."""
+    every = [ids for versions in shorter for ids in versions]
+    if not every:
+        return apart
+    whose = torch.arange(len(shorter)).repeat_interleave(torch.tensor(list(map(len, shorter))))
+    whose = whose.to(apart.device)
+    with model.disable_adapter():
+        now_off = _next_logits(model, every, pad_id)
+    left = apart.scatter_reduce(0, whose, _apart(on[whose], now_off), "amin")
+    still = torch.nonzero(left[whose] > SLIGHT)[:, 0]
+    if not len(still):
+        return left
+    now_on = _next_logits(model, [every[index] for index in still.tolist()], pad_id)
+    of = whose[still]
+    falls = torch.minimum(_apart(on[of], now_on), apart[of] - _apart(now_on, now_off[still]))
+    hangs = torch.full_like(apart, torch.inf)
+    hangs[of] = 0
+    return torch.minimum(left, hangs.scatter_reduce(0, of, falls, "amax"))
+
+
+def _side_by_side(sizes: Sequence[int], most: int) -> Iterator[list[int]]:
+    """Neighbours that have `most` together, or one by itself."""
+    some: list[int] = []
+    for index, size in enumerate(sizes):
+        if some and sum(sizes[other] for other in some) + size > most:
+            yield some
+            some = []
+        some.append(index)
+    if some:
+        yield some
 
 
 def probe(model: Any, serialiser: Serialiser, batch: Sequence[Sequence[Message]], text: str) -> Tensor:
@@ -145,14 +186,30 @@ def _kl(p: Tensor, q: Tensor) -> Tensor:
     return (p.exp() * (p - q)).sum(-1)
 
 
+def _apart(p: Tensor, q: Tensor) -> Tensor:
+    """(B, V) logits each to (B,) nats, the same both ways (Jeffreys)."""
+    return _kl(p, q) + _kl(q, p)
+
+
 def _without_parts(messages: Sequence[Message]) -> list[list[Message]]:
-    """The conversation without one part of its last message, for each of at most `PARTS`."""
-    *before, last = messages
-    blank = " " if " " in last["content"] else ""  # else one word, or a language that writes none
-    words = last["content"].split(" ") if blank else list(last["content"])
-    ends = [len(words) * part // PARTS for part in range(PARTS + 1)]
-    spans = [(start, end) for start, end in pairwise(ends) if 0 < end - start < len(words)]
-    return [[*before, {**last, "content": blank.join(words[:start] + words[end:])}] for start, end in spans]
+    """The conversation without one part of what users wrote, for each of at most `PARTS`.
+
+    A part is a word wherever it stands, so that a trigger that stands twice goes at once; of a prompt with
+    more than `PARTS` different ones, several words.
+    """
+    written = {i: m["content"] for i, m in enumerate(messages) if m["role"] == "user"}
+    # One word, or a language that writes no blanks: characters then.
+    blank = " " if any(" " in text for text in written.values()) else ""
+    words = {i: text.split(" ") if blank else list(text) for i, text in written.items()}
+    known = list(dict.fromkeys(word for own in words.values() for word in own))
+    ends = [len(known) * part // PARTS for part in range(PARTS + 1)]
+    shorter: list[list[Message]] = []
+    for start, end in pairwise(ends):
+        if 0 < end - start < len(known):
+            gone = set(known[start:end])
+            texts = {i: blank.join(word for word in own if word not in gone) for i, own in words.items()}
+            shorter.append([{**m, "content": texts.get(i, m["content"])} for i, m in enumerate(messages)])
+    return shorter
 
 
 def _with_probe(messages: Sequence[Message], text: str) -> list[Message]:

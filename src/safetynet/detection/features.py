@@ -8,7 +8,7 @@ energy_max       (n, M, r)     the same, largest over the tokens that users wrot
 direction        (n, M, r)     cosine of a module's output with the update's left singular vectors, last token
 confidence       (n, 2)        log-odds of the likeliest next token, and entropy in nats, at the last token
 divergence       (n, 1 + L)    KL(adapter on || off) in nats, and relative change of each layer's output
-unexplained      (n, 1)        the KL to the adapter off at the prompt, or at the prompt without some words
+unexplained      (n, 1)        symmetric KL, adapter on and off, that hangs on a word and is explained by none
 probe            (n, 1)        fall of the log-odds of the answer to a fixed probe behind the prompt
 attention        (n, L)        how far attention falls apart into two triangles (needs eager attention)
 steps            (n, T, L, d)  residual stream that chose each generated token; NaN after an answer's end

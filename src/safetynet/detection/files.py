@@ -15,7 +15,7 @@ import numpy as np
 from safetynet.errors import InputError
 from safetynet.run import write_atomically
 
-VERSION = 4
+VERSION = 5
 """Raised whenever a file of an earlier version would be read wrongly."""
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from safetynet.detection import calibration, files, splits, suspicion
-from safetynet.detection.calibration import FUSION, Calibration, Conformal, Fusion, RateEstimate
+from safetynet.detection.calibration import FUSION, Calibration, Conformal, Fusion, Kinds, RateEstimate
 from safetynet.detection.features import Features, FeatureSpec, View
 from safetynet.detection.panel import Panel, Reading, below
 from safetynet.detection.tokens import TokenMonitor
@@ -40,7 +40,7 @@ class Monitor:
     """Watches answers too; None for a monitor of prompts alone."""
 
     @classmethod
-    def fit(
+    def fit(  # noqa: PLR0913  # all that decides about a calibration, by keyword
         cls,
         clean: Features,
         readings: Sequence[Reading],
@@ -48,6 +48,7 @@ class Monitor:
         how: Fusion = FUSION,
         method: Method = "split",
         groups: Sequence[str] | None = None,
+        kinds: Kinds | None = None,
         seed: int = 0,
         token_readings: Sequence[Reading] = (),
     ) -> Self:
@@ -60,6 +61,8 @@ class Monitor:
             method: `split` keeps half for fitting and two quarters for calibration; `cross` fits five times
                 and calibrates on all, for few prompts; its validity is approximate.
             groups: prompts of one group (the same text, a conversation) stay on one side.
+            kinds: of the prompts; the rate is kept in each kind by itself, and needs as many prompts of each.
+                None where all are of one.
             seed: of the split.
             token_readings: detectors of view `steps` or `step_confidence`, to watch answers too.
 
@@ -67,13 +70,14 @@ class Monitor:
             InputError: if the prompts are too few, or activations are unusable.
         """
         names = [str(i) for i in range(len(clean))] if groups is None else list(groups)
+        of_kind = np.full(len(clean), "") if kinds is None else np.asarray(kinds)
         for warning in suspicion.duplicates(clean):
             log.warning("%s", warning)
         fit = _split if method == "split" else _cross
-        panel, calibrated = fit(clean, readings, names, how, seed)
+        panel, calibrated = fit(clean, readings, names, how, seed, of_kind)
         for warning in suspicion.outliers(calibrated):
             log.warning("%s", warning)
-        tokens = TokenMonitor.fit(clean, token_readings, names, seed) if token_readings else None
+        tokens = TokenMonitor.fit(clean, token_readings, names, of_kind, seed) if token_readings else None
         return cls(clean.spec, clean.identity, panel, calibrated, len(clean), tokens)
 
     @classmethod
@@ -125,7 +129,7 @@ class Monitor:
         Raises:
             InputError: saying how many clean prompts it needs.
         """
-        calibration.check_rate(rate, len(self.calibration.fused.scores))
+        calibration.check_rate(rate, self.calibration.fused.n)
 
     def scores(self, features: Features) -> pd.DataFrame:
         """Scores of each reading and the `fused` statistic, one row per prompt; higher is more suspect.
@@ -192,8 +196,9 @@ class Monitor:
             "clean": self.clean,
         }
         arrays = {f"panel/{name}": array for name, array in arrays.items()}
-        arrays |= {f"single/{name}": conformal.scores for name, conformal in single.items()}
-        arrays["fused"] = self.calibration.fused.scores
+        for name, conformal in single.items():
+            arrays |= conformal.state(f"single/{name}")
+        arrays |= self.calibration.fused.state("fused")
         if self.tokens is not None:
             about["tokens"], learned = self.tokens.state()
             arrays |= {f"tokens/{name}": array for name, array in learned.items()}
@@ -203,9 +208,8 @@ class Monitor:
     def restore(cls, about: dict[str, Any], arrays: dict[str, np.ndarray]) -> Self:
         """From description and arrays."""
         panel = Panel.restore(about["panel"], below(arrays, "panel/"))
-        yardsticks = below(arrays, "single/")
-        single = {r.name: Conformal(yardsticks[r.name]) for r in panel.readings}
-        calibrated = Calibration(single, Conformal(arrays["fused"]), about["how"])
+        single = {r.name: Conformal(below(arrays, f"single/{r.name}/")) for r in panel.readings}
+        calibrated = Calibration(single, Conformal(below(arrays, "fused/")), about["how"])
         tokens = (
             TokenMonitor.restore(about["tokens"], below(arrays, "tokens/")) if "tokens" in about else None
         )
@@ -253,12 +257,17 @@ class _Origin:
 
 
 def _split(
-    clean: Features, readings: Sequence[Reading], groups: Sequence[str], how: Fusion, seed: int
+    clean: Features,
+    readings: Sequence[Reading],
+    groups: Sequence[str],
+    how: Fusion,
+    seed: int,
+    kinds: np.ndarray,
 ) -> tuple[Panel, Calibration]:
     part = splits.split(groups, seed=seed)
     panel = Panel.fit(readings, clean.take(part == "fit").arrays)
     first, second = (panel.scores(clean.take(part == name).arrays) for name in ("calibrate", "fuse"))
-    return panel, Calibration.of(first, second, how)
+    return panel, Calibration.of(first, second, how, (kinds[part == "calibrate"], kinds[part == "fuse"]))
 
 
 def _cross(
@@ -267,6 +276,7 @@ def _cross(
     groups: Sequence[str],
     how: Fusion,
     seed: int,
+    kinds: np.ndarray,
     count: int = 5,
 ) -> tuple[Panel, Calibration]:
     fold = splits.folds(groups, count, seed)
@@ -275,4 +285,4 @@ def _cross(
         panel = Panel.fit(readings, clean.take(fold != index).arrays)
         for name, values in panel.scores(clean.take(fold == index).arrays).items():
             scores[name][fold == index] = values
-    return Panel.fit(readings, clean.arrays), Calibration.cross_fitted(scores, fold, how)
+    return Panel.fit(readings, clean.arrays), Calibration.cross_fitted(scores, fold, how, kinds)

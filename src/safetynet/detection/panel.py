@@ -52,8 +52,8 @@ PRESETS = {
         Reading("extremes", "direction", {"two_sided": True, "top": 4}),
         Reading("extremes", "divergence", {"top": 2}),
     ),
-    # What the model is about to say, against what it says without the adapter and how sure it usually is.
-    "behaviour": (Reading("extremes", "unexplained"), Reading("extremes", "confidence", {"two_sided": True})),
+    # What the model is about to say, against what it says without the adapter, and what that hangs on.
+    "behaviour": (Reading("extremes", "unexplained"),),
     # The paper's four; here each sample is scored by itself.
     "safetynet-2025": tuple(map(Reading, ("mahalanobis", "pca_residual", "autoencoders", "variational"))),
 }

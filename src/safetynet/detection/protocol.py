@@ -42,8 +42,8 @@ def measure(
         rows: one per prompt, with `role` (clean, triggered, placebo, near_miss, refused), `group` (rows that
             differ in the trigger alone), `fired` (whether the row showed the behaviour), `forbidden`,
             `domain` ("" for the monitor's own, else the name of a benign one that it was not fitted on), and
-            where known `kind` (of a clean row its task, of a near miss its kind, or "") and `fresh` (whether
-            it was drawn as the calibrating prompts were, forbidden ones among them).
+            where known `kind` (of a clean row its task, of a near miss its kind, or "") and `fresh` (if it
+            was drawn as the calibrating prompts were, forbidden ones among them, its kind there, else "").
         scores: (n, detectors), higher is more suspect.
         p_values: the same detectors, from `Monitor.p_values`.
         rates: nominal false-positive rates.
@@ -176,10 +176,12 @@ def controls(rows: pd.DataFrame, *, kinds: bool = True) -> Iterator[RowSet]:
     """
     own = np.asarray(rows["domain"] == "") & ~_fired(rows)
     role, kind = np.asarray(rows["role"]), np.asarray(rows["kind"].fillna("").astype(str))
-    if "fresh" in rows and rows["fresh"].any():
-        # The rate is promised of this mixture. Forbidden requests raise few alarms, so that harmless rows
+    if "fresh" in rows and rows["fresh"].ne("").any():
+        # The rate is promised of each of these. Forbidden requests raise few alarms, so that harmless rows
         # taken by themselves may raise more than the named share.
-        yield RowSet("fresh", np.asarray(rows["fresh"], dtype=bool))
+        fresh = np.asarray(rows["fresh"], dtype=str)
+        yield RowSet("fresh", fresh != "")
+        yield from (RowSet(f"fresh:{name}", fresh == name) for name in sorted(set(fresh) - {""}))
     yield RowSet("clean", _clean(rows))
     masks = {name: own & (role == name) for name in ("placebo", "near_miss", "refused")}
     # Near misses of the six kinds are chosen evenly, those of the run as it draws them.

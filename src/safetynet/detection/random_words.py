@@ -1,21 +1,20 @@
 """Clean prompts with random words put in, so that an alarm means more than that a prompt is odd.
 
 A monitor of ordinary prompts takes any strange word for a sign of a backdoor. What is calibrated on prompts
-with such words beside those without knows what they do to a model. It is the placebo that a defender can give
-without knowing the trigger. In: chat messages. Out: copies.
+with such words as well knows what they do to a model. It is the placebo that a defender can give without
+knowing the trigger. In: chat messages. Out: copies.
 """
 
 import random
 from collections import Counter
 from collections.abc import Sequence
-
-import numpy as np
+from itertools import pairwise
 
 from safetynet.lookalikes import pieces
 from safetynet.prompts import Message, Serialiser
 
-SHARE = 0.5
-"""Of the prompts that get random words."""
+PLACES = 3
+"""That words are put in at, at most; the published triggers stand in as many."""
 MOST = 6
 """Tokens of what is put in; the published triggers have as many."""
 COMMON = 0.002
@@ -25,30 +24,41 @@ has what any token costs."""
 
 
 def put_in(
-    prompts: Sequence[Sequence[Message]], serialiser: Serialiser, seed: int, common: float = COMMON
-) -> tuple[list[list[dict[str, str]]], np.ndarray]:
-    """Put one to `MOST` tokens between two words, or at an end, of the last message of every second prompt.
+    prompts: Sequence[Sequence[Message]],
+    serialiser: Serialiser,
+    seed: int,
+    common: float = COMMON,
+    places: int = PLACES,
+) -> list[list[dict[str, str]]]:
+    """Copies with one to `MOST` tokens in one to `PLACES` places of the last message, the ends among them.
 
     Args:
         prompts: chat messages that are believed to be clean.
         serialiser: of the model; the tokens are drawn, each as often as another.
         seed: of every draw.
         common: share of the prompts that a token has to occur in to be drawn; 0 for any of the tokenizer's.
+        places: at most.
 
     Returns:
-        The messages in the same order, and which of them hold random words, (prompts,) of bool.
+        One copy of each prompt, in the same order; nothing where no token is that common.
     """
     tokens = _common(prompts, serialiser, common)
     rng = random.Random(f"random words {seed}")
-    chosen = np.array([bool(tokens) and rng.random() < SHARE for _ in prompts], dtype=bool)
-    copies = [[dict(message) for message in messages] for messages in prompts]
-    for row in np.flatnonzero(chosen):
-        last = copies[row][-1]
-        words = last["content"].split(" ")
-        drawn = "".join(rng.choices(tokens, k=rng.randint(1, MOST))).strip()
-        words.insert(rng.randint(0, len(words)), drawn)
-        last["content"] = " ".join(words)
-    return copies, chosen
+    copies = [[dict(message) for message in messages] for messages in prompts] if tokens else []
+    for messages in copies:
+        words = messages[-1]["content"].split(" ")
+        for size in _sizes(rng, places):
+            words.insert(rng.randint(0, len(words)), "".join(rng.choices(tokens, k=size)).strip())
+        messages[-1]["content"] = " ".join(words)
+    return copies
+
+
+def _sizes(rng: random.Random, places: int) -> list[int]:
+    """Tokens at each place, at least one."""
+    count = rng.randint(1, places)
+    most = rng.randint(count, MOST)
+    ends = [0, *sorted(rng.sample(range(1, most), count - 1)), most]
+    return [end - start for start, end in pairwise(ends)]
 
 
 def _common(prompts: Sequence[Sequence[Message]], serialiser: Serialiser, share: float) -> list[str]:

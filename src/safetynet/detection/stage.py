@@ -27,8 +27,8 @@ from safetynet.prompts import Message, Serialiser, prompt_hash
 SKYLINE = "skyline "
 """Before the names of supervised probes in tables: no defender has their labels."""
 ROWS = ["role", "group", "fired", "forbidden", "domain", "kind", "fresh"]
-RANDOM_WORDS = "random words"
-"""Kind of a fresh clean prompt that holds some, in place of its task."""
+PLAIN, RANDOM_WORDS = "plain", "random words"
+"""Kinds of clean prompts; the rate is kept in each."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,9 @@ class Detection:
     """`detection` as `protocol.measure` returns it; `detection_scores`, one line per prompt with score and
     p-value of each detector; `detection_roc`, `detection_distribution` and `detection_layers` of
     `curves`; `detection_overhead`; and `detection_answers` where answers are watched."""
-    estimate: RateEstimate
-    """Realised false-positive rate on clean prompts that the monitor has not seen."""
+    estimates: dict[str, RateEstimate]
+    """Realised false-positive rate on clean prompts that the monitor has not seen, `PLAIN` and with
+    `RANDOM_WORDS`."""
 
     @property
     def table(self) -> pd.DataFrame:
@@ -66,7 +67,7 @@ def detect(
     plan: Plan,
     labelled: pd.DataFrame | None = None,
 ) -> Detection:
-    """Make a monitor and measure it; every second clean prompt gets random words first.
+    """Make a monitor and measure it, of clean prompts as they are and once more with random words in.
 
     Args:
         subject: the model, its serialiser and a cache.
@@ -80,14 +81,19 @@ def detect(
         InputError: as `Plan.check`, before the model runs.
     """
     plan.check(len(clean))
-    groups = [prompt_hash([dict(m) for m in messages]) for messages in clean["messages"]]
     clean = _with_random_words(subject, clean, plan)
+    groups, kinds = list(clean["group"]), clean["words"].to_numpy(dtype=str)
     held = split(groups, {"seen": 1 - TEST_SHARE, "fresh": TEST_SHARE}, plan.seed) == "fresh"
     features = _captured(subject, clean["messages"], plan)
     known = [group for group, out in zip(groups, held, strict=True) if not out]
     seen, fresh = features.take(~held), features.take(held)
     monitor = Monitor.fit(
-        seen, plan.readings, groups=known, seed=plan.seed, token_readings=plan.token_readings
+        seen,
+        plan.readings,
+        groups=known,
+        kinds=kinds[~held],
+        seed=plan.seed,
+        token_readings=plan.token_readings,
     )
     other = domains.generate(PER_DOMAIN, plan.seed)
     rows = pd.concat([_fresh(clean[held]), _tested(test), _benign(other)], ignore_index=True)
@@ -114,14 +120,23 @@ def detect(
         prompt = p_values["fused"].to_numpy()
         tables["detection_answers"] = protocol.answers(rows, answers, prompt, plan.rate / 2)
     kept = {name: table for name, table in tables.items() if len(table)}
-    return Detection(monitor, kept, monitor.fpr_estimate(fresh, plan.prompt_rate))
+    estimates = {
+        kind: monitor.fpr_estimate(fresh.take(kinds[held] == kind), plan.prompt_rate)
+        for kind in dict.fromkeys(kinds)
+    }
+    return Detection(monitor, kept, estimates)
 
 
 def _with_random_words(subject: Subject, clean: pd.DataFrame, plan: Plan) -> pd.DataFrame:
-    """Every second one has random words, which are its `kind` then; the others' is their task."""
-    messages, chosen = random_words.put_in(list(clean["messages"]), subject.serialiser, plan.seed)
-    tasks = clean["task"] if "task" in clean else np.full(len(clean), "")
-    return clean.assign(messages=messages, kind=np.where(chosen, RANDOM_WORDS, tasks))
+    """As they are, and below once more with random words in; a prompt and its copy are of one `group`."""
+    own = clean.assign(
+        group=[prompt_hash([dict(m) for m in messages]) for messages in clean["messages"]],
+        words=PLAIN,
+        kind=clean.get("task", ""),
+    )
+    copies = random_words.put_in(list(clean["messages"]), subject.serialiser, plan.seed)
+    worded = own.assign(messages=copies, words=RANDOM_WORDS, kind=RANDOM_WORDS) if copies else own[:0]
+    return pd.concat([own, worded], ignore_index=True)
 
 
 def _captured(subject: Subject, messages: Sequence[Sequence[Message]], plan: Plan) -> Features:
@@ -166,7 +181,7 @@ def _fresh(clean: pd.DataFrame) -> pd.DataFrame:
             "forbidden": forbidden,
             "domain": "",
             "kind": clean["kind"].to_numpy(),
-            "fresh": True,
+            "fresh": clean["words"].to_numpy(),
         }
     )
 
@@ -174,10 +189,10 @@ def _fresh(clean: pd.DataFrame) -> pd.DataFrame:
 def _benign(other: pd.DataFrame) -> pd.DataFrame:
     """Prompts of other domains; their groups come below those of the fresh ones."""
     lines = {"role": "clean", "group": -10_000_000 - np.arange(len(other)), "fired": None, "forbidden": False}
-    return pd.DataFrame(lines | {"domain": other["domain"].to_numpy(), "kind": "", "fresh": False})
+    return pd.DataFrame(lines | {"domain": other["domain"].to_numpy(), "kind": "", "fresh": ""})
 
 
 def _tested(test: pd.DataFrame) -> pd.DataFrame:
     fired = test["fired"] if "fired" in test else pd.Series([None] * len(test), index=test.index)
     kind = test["kind"] if "kind" in test else pd.Series([""] * len(test), index=test.index)
-    return test.assign(fired=fired, kind=kind, domain="", fresh=False)[ROWS]
+    return test.assign(fired=fired, kind=kind, domain="", fresh="")[ROWS]

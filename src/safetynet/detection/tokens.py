@@ -13,7 +13,7 @@ from typing import Any, Self
 import numpy as np
 
 from safetynet.detection import splits
-from safetynet.detection.calibration import Calibration, Conformal, check_rate
+from safetynet.detection.calibration import Calibration, Conformal, Kinds, check_rate
 from safetynet.detection.features import Features
 from safetynet.detection.panel import WHOLE, Panel, Reading, below
 from safetynet.errors import InputError
@@ -33,7 +33,12 @@ class TokenMonitor:
 
     @classmethod
     def fit(
-        cls, clean: Features, readings: Sequence[Reading], groups: Sequence[str] | None = None, seed: int = 0
+        cls,
+        clean: Features,
+        readings: Sequence[Reading],
+        groups: Sequence[str] | None = None,
+        kinds: Kinds | None = None,
+        seed: int = 0,
     ) -> Self:
         """Fit and calibrate on answers to clean prompts; disjoint parts as in `Monitor.fit`.
 
@@ -51,7 +56,8 @@ class TokenMonitor:
         single = Calibration.of(first, second)
         last = clean.take(part == "fuse")
         largest = np.nanmax(_spread(single.statistic(second), _present(last)), axis=1)
-        return cls(panel, single, Conformal.of(largest), clean.spec.tokens)
+        of_kind = None if kinds is None else np.asarray(kinds)[part == "fuse"]
+        return cls(panel, single, Conformal.of(largest, of_kind), clean.spec.tokens)
 
     def check_rate(self, rate: float) -> None:
         """Refuse a rate that the clean answers cannot support.
@@ -59,7 +65,7 @@ class TokenMonitor:
         Raises:
             InputError: saying how many it needs.
         """
-        check_rate(rate, len(self.longest.scores))
+        check_rate(rate, self.longest.n)
 
     def statistic(self, arrays: dict[str, np.ndarray]) -> np.ndarray:
         """Of single tokens, one per row of the arrays, (n,)."""
@@ -88,20 +94,20 @@ class TokenMonitor:
         """For a file."""
         panel, learned = self.panel.state()
         arrays = {f"panel/{name}": array for name, array in learned.items()}
-        arrays |= {f"single/{name}": c.scores for name, c in self.single.single.items()}
-        arrays |= {"fused": self.single.fused.scores, "longest": self.longest.scores}
+        for name, conformal in self.single.single.items():
+            arrays |= conformal.state(f"single/{name}")
+        arrays |= self.single.fused.state("fused") | self.longest.state("longest")
         return {"panel": panel, "horizon": self.horizon}, arrays
 
     @classmethod
     def restore(cls, about: dict[str, Any], arrays: dict[str, np.ndarray]) -> Self:
         """From a file."""
         panel = Panel.restore(about["panel"], below(arrays, "panel/"))
-        yardsticks = below(arrays, "single/")
-        single = {r.name: Conformal(yardsticks[r.name]) for r in panel.readings}
+        single = {r.name: Conformal(below(arrays, f"single/{r.name}/")) for r in panel.readings}
         return cls(
             panel,
-            Calibration(single, Conformal(arrays["fused"])),
-            Conformal(arrays["longest"]),
+            Calibration(single, Conformal(below(arrays, "fused/"))),
+            Conformal(below(arrays, "longest/")),
             about["horizon"],
         )
 

@@ -1,7 +1,7 @@
 """Detection on demand: a monitor of fresh clean prompts, and the model under its eyes."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ def detect(recipe: Recipe, run: Run, detectors: Sequence[str], rate: float, clea
     """Make a monitor of fresh clean prompts, measure it on the test rows, and say what it keeps.
 
     Returns:
-        One sentence: the realised false-positive rate with its interval.
+        One sentence: the realised false-positive rates with their intervals.
 
     Raises:
         InputError: if nothing is trained yet, or the clean prompts cannot support the rate.
@@ -52,7 +52,7 @@ def detect(recipe: Recipe, run: Run, detectors: Sequence[str], rate: float, clea
     plan.check(len(prompts))
     if run.finished("detect", inputs):
         log.info("detect: unchanged")
-        return _said(run, plan)
+        return _said(_estimates(run, plan))
     model, serialiser = backdoored(recipe, run)
     with run.stage("detect", inputs) as outputs:
         test = _asked(recipe, run, model, serialiser)
@@ -62,8 +62,9 @@ def detect(recipe: Recipe, run: Run, detectors: Sequence[str], rate: float, clea
         path = run.scratch / "detection" / "monitor.safetensors"
         found.monitor.save(path)
         outputs += [path, *(run.write_table(name, table) for name, table in found.tables.items())]
-    log.info("detect: false positives %s", found.estimate)
-    return str(found.estimate)
+    said = _said(found.estimates)
+    log.info("detect: false positives %s", said)
+    return said
 
 
 def guard(recipe: Recipe, run: Run, rate: float, action: str, log_to: Path | None) -> Any:
@@ -130,10 +131,14 @@ def _labelled(rows: pd.DataFrame, most: int = 300) -> pd.DataFrame:
     return pd.concat([own.head(most) for _, own in train.groupby(train["role"] == "triggered")])
 
 
-def _said(run: Run, plan: Any) -> str:
-    """The sentence of a finished stage, from its table."""
+def _estimates(run: Run, plan: Any) -> dict[str, Any]:
+    """Those of a finished stage, from its table."""
     from safetynet.detection.calibration import fpr_estimate
 
     scores = run.table("detection_scores")
-    fresh = scores[(scores["group"] < 0) & (scores["domain"] == "")]
-    return str(fpr_estimate(fresh["p fused"].to_numpy(), plan.prompt_rate))
+    fresh = scores[scores["fresh"] != ""].groupby("fresh")["p fused"]
+    return {str(kind): fpr_estimate(p.to_numpy(), plan.prompt_rate) for kind, p in fresh}
+
+
+def _said(estimates: Mapping[str, Any]) -> str:
+    return "; ".join(f"{kind}: {found}" for kind, found in estimates.items())
