@@ -191,9 +191,8 @@ def test_unexplained_hangs_on_a_word_and_is_explained_by_none(build, serialiser,
 
 
 def test_what_is_left_of_a_truncated_prompt_is_cut_to_the_same_length(build, serialiser):
-    model, most = strong(build("llama3", seed=2)), 60
-    first = "please tell me the capital of France and then of Spain, Italy, Poland, Norway and Peru,"
-    text = f"{first} all in one short line"
+    model, most = strong(build("llama2", seed=3)), 40
+    text = "one two three four five six seven eight nine ten eleven twelve red green blue white"
     long = [{"role": "user", "content": text}]
     assert len(serialiser.encode(long, max_length=most).input_ids) < len(serialiser.encode(long).input_ids)
     found = capture(model, serialiser, [long], FeatureSpec(("unexplained",)), max_length=most)
