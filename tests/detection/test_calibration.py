@@ -122,6 +122,24 @@ def test_the_fused_statistic_is_calibrated_kind_by_kind(method):
     assert np.mean(rates["plain"]) < 0.02
 
 
+def test_one_detector_is_calibrated_on_both_parts_and_keeps_its_rate():
+    rates = []
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        first, second, fresh = ({"a:x": rng.standard_normal(n)} for n in (100, 60, 500))
+        calibrated = Calibration.of(first, second)
+        assert calibrated.fused.n == 160
+        rates.append((calibrated.p_values(fresh)["fused"] <= 0.05).mean())
+        scores = np.r_[first["a:x"], second["a:x"]]
+        direct = (1 + (scores[None] >= fresh["a:x"][:, None]).sum(1)) / 161
+        tail = direct <= 0.05
+        np.testing.assert_allclose(calibrated.p_values(fresh)["fused"][tail], direct[tail])
+    # 8 of 161: the largest rank that does not exceed 5%. Three standard errors over 200 draws.
+    assert np.mean(rates) == pytest.approx(8 / 161, abs=3 * np.std(rates) / np.sqrt(200))
+    two = Calibration.of({"a:x": np.ones(9), "b:y": np.ones(9)}, {"a:x": np.ones(7), "b:y": np.ones(7)})
+    assert two.fused.n == 7
+
+
 def test_cross_fitting_keeps_the_rate_with_few_samples():
     rates = []
     for seed in range(60):

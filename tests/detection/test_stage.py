@@ -79,8 +79,9 @@ def test_what_figures_need_is_there(found):
 
 
 def test_a_rate_too_small_is_refused_before_the_model_runs(serialiser, clean, rows):
-    with pytest.raises(InputError, match="needs 499 clean calibration samples, and there are 56"):
-        detect(Subject(None, serialiser), clean, rows, Plan.of(["mahalanobis"], 0.01))
+    for names, there in ((["mahalanobis", "ranks"], 56), (["mahalanobis"], 112)):
+        with pytest.raises(InputError, match=f"needs 499 clean calibration samples, and there are {there}"):
+            detect(Subject(None, serialiser), clean, rows, Plan.of(names, 0.01))
 
 
 def test_benign_prompts_of_other_domains_are_the_same_each_time():

@@ -168,6 +168,8 @@ class Calibration:
     ) -> "Calibration":
         """Calibrate detectors on `first`, and their fusion on `second`, scores of other clean samples.
 
+        One detector by itself is calibrated on both.
+
         Args:
             first: by detector, (n,) each.
             second: by detector, (m,) each.
@@ -176,7 +178,12 @@ class Calibration:
         """
         of_first, of_second = kinds or (None, None)
         single = {name: Conformal.of(scores, of_first) for name, scores in first.items()}
-        return cls(single, Conformal.of(_fused(single, second, how), of_second), how)
+        statistic, of_kind = _fused(single, second, how), of_second
+        if len(single) == 1:
+            # The statistic is the score, which depends on neither part: a rank among both is as exact.
+            statistic = np.concatenate([_fused(single, first, how), statistic])
+            of_kind = None if kinds is None else np.concatenate([np.asarray(own) for own in kinds])
+        return cls(single, Conformal.of(statistic, of_kind), how)
 
     @classmethod
     def cross_fitted(
@@ -219,6 +226,8 @@ class Calibration:
 
 
 def _fused(single: Mapping[str, Conformal], scores: Mapping[str, np.ndarray], how: Fusion) -> np.ndarray:
+    if len(single) == 1:
+        return np.asarray(scores[next(iter(single))], dtype=np.float64)  # nothing to fuse it with
     smoothed = [conformal.smoothed(scores[name]) for name, conformal in single.items()]
     return fuse(np.stack(smoothed, axis=1), how, shares(list(single)))
 

@@ -96,4 +96,7 @@ class Plan:
         _ = self.spec
         if not 0 < self.rate < 1:
             check_rate(self.rate, 0)
-        check_rate(self.prompt_rate, int(clean * (1 - TEST_SHARE) * PARTS["fuse"]))
+        # One detector needs no fusion, and is calibrated on both parts; answers are on the second alone.
+        alone = len(self.readings) == 1 and not self.token_readings
+        share = PARTS["fuse"] + (PARTS["calibrate"] if alone else 0)
+        check_rate(self.prompt_rate, int(clean * (1 - TEST_SHARE) * share))
