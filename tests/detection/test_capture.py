@@ -10,7 +10,7 @@ import torch
 from safetynet.detection import capture as capturing
 from safetynet.detection.answers import confidence
 from safetynet.detection.capture import capture, stream
-from safetynet.detection.contrasts import PARTS, SLIGHT
+from safetynet.detection.contrasts import FIRM, PARTS, SLIGHT
 from safetynet.detection.features import Features, FeatureSpec, concatenate
 from safetynet.detection.readers import Reader
 from safetynet.errors import InputError
@@ -154,19 +154,25 @@ def apart(model, serialiser, one, other, most=None):
 
 
 def explanations(model, serialiser, messages, most=None):
-    """What is left of J without a word, at least, and what hangs on a word, at most."""
+    """What is left of J without a word, at least; what hangs on a word, at most; what hangs on none."""
     between = partial(apart, model, serialiser, most=most)
     whole = between((messages, True), (messages, False))
-    left, falls = [whole], [0.0]
+    left, falls, moves = [whole], [0.0], [0.0]
     for less in without_a_word(messages):
         left.append(between((messages, True), (less, False)))
-        fall = whole - between((less, True), (less, False))
-        falls.append(min(between((messages, True), (less, True)), fall))
-    return whole, min(left), max(falls)
+        moves.append(between((messages, True), (less, True)))
+        falls.append(min(moves[-1], whole - between((less, True), (less, False))))
+    return whole, min(left), max(falls), whole - FIRM * max(moves)
 
 
-def test_unexplained_hangs_on_a_word_and_is_explained_by_none(build, serialiser, prompts):
-    model, spec = strong(build("llama2", seed=2)), FeatureSpec(("unexplained",))
+@pytest.mark.parametrize(
+    ("seed", "times", "expected"),
+    [(0, 2, {"slight", "explained", "is left", "hangs"}), (1, 10, {"hangs", "hangs on none"})],
+)
+def test_unexplained_hangs_on_a_word_and_is_explained_by_none(
+    build, serialiser, prompts, seed, times, expected
+):
+    model, spec = strong(build(seed=seed), times), FeatureSpec(("unexplained",))
     twice = [{"role": "user", "content": "fig plum fig"}]
     prompts = [*prompts, [{"role": "user", "content": "plum"}], twice]  # one word: without one character
     assert len(list(without_a_word(twice))) == 2
@@ -175,19 +181,19 @@ def test_unexplained_hangs_on_a_word_and_is_explained_by_none(build, serialiser,
     found = capture(model, serialiser, prompts, spec, batch_size=2)["unexplained"][:, 0]
     ways = set()
     for row, messages in enumerate(prompts):
-        whole, left, falls = explanations(model, serialiser, messages)
-        cases = {"slight": whole, "explained": left, "hangs": falls, "is left": left}
+        whole, left, falls, firm = explanations(model, serialiser, messages)
+        cases = {"slight": whole, "explained": left, "is left": left, "hangs": falls, "hangs on none": firm}
         way = next(
             name
             for name, so in (
-                ("slight", whole <= SLIGHT), ("explained", left <= SLIGHT), ("hangs", falls < left),
-                ("is left", True),
+                ("slight", whole <= SLIGHT), ("explained", left <= SLIGHT),
+                ("is left", left < max(falls, firm)), ("hangs", firm < falls), ("hangs on none", True),
             )
             if so
         )  # fmt: skip
         assert found[row] == pytest.approx(cases[way], rel=2e-3, abs=1e-4)
         ways.add(way)
-    assert {"slight", "explained", "hangs"} <= ways
+    assert ways == expected
 
 
 def test_what_is_left_of_a_truncated_prompt_is_cut_to_the_same_length(build, serialiser):
@@ -196,9 +202,9 @@ def test_what_is_left_of_a_truncated_prompt_is_cut_to_the_same_length(build, ser
     long = [{"role": "user", "content": text}]
     assert len(serialiser.encode(long, max_length=most).input_ids) < len(serialiser.encode(long).input_ids)
     found = capture(model, serialiser, [long], FeatureSpec(("unexplained",)), max_length=most)
-    whole, left, falls = explanations(model, serialiser, long, most)
+    whole, left, falls, firm = explanations(model, serialiser, long, most)
     assert min(whole, left) > SLIGHT
-    assert found["unexplained"][0, 0] == pytest.approx(min(left, falls), rel=2e-3, abs=1e-4)
+    assert found["unexplained"][0, 0] == pytest.approx(min(left, max(falls, firm)), rel=2e-3, abs=1e-4)
 
 
 def test_a_slight_divergence_is_itself(build, serialiser, prompts):
@@ -212,11 +218,11 @@ def test_a_slight_divergence_is_itself(build, serialiser, prompts):
     np.testing.assert_allclose(slight, expected, rtol=1e-2, atol=1e-6)
 
 
-def strong(model):
+def strong(model, times=2):
     """The same with an adapter that changes most answers."""
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
-            parameter.data.mul_(2)
+            parameter.data.mul_(times)
     return model
 
 

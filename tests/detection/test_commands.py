@@ -76,7 +76,10 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
     [
         (["--fpr", "0"], "fpr: 0.0 is no rate; give a number between 0 and 1, such as 0.01."),
         (["--fpr", "2"], "fpr: 2.0 is no rate; give a number between 0 and 1, such as 0.01."),
-        (["--fpr", "0.01"], "needs 499 clean calibration samples, and there are 100. Give more clean prompts"),
+        (
+            ["--fpr", "0.01"],
+            "needs 499 clean calibration samples, and there are 100. Give more clean prompts",
+        ),
         (["--fpr", "0.2", "--action", "scream"], "no action 'scream'; choose from flag, stop, adapter_off."),
     ],
 )

@@ -17,6 +17,8 @@ SLIGHT = 1.0
 """Nats of a symmetric divergence that hardly moves the answer."""
 PARTS = 16
 """Of a prompt that are left out one at a time."""
+FIRM = 10
+"""How many times as far as any part moves it an answer has to lie from the base's to hang on no part."""
 
 
 def without_adapter(model: Any, reader: Reader, inputs: dict[str, Any], place: Place) -> dict[str, Tensor]:
@@ -59,7 +61,9 @@ def unexplained(
       the base says what the adapter says: the smallest J(on, off without the part) counts.
     - The adapter differs on every such prompt, as on other languages. Without a trigger, what the adapter
       says changes, and towards what the base says: of both, J(on, on without the part) and the fall of
-      J(on, off), the smaller counts, of the part where it is largest.
+      J(on, off), the smaller counts, of the part where it is largest. Where two triggers stand in the prompt,
+      what the adapter says hangs on no part at all, which answers to other prompts do (STRIP: Gao et al.
+      2019, arXiv 1902.06531): J(on, off) less `FIRM` times the largest J(on, on without a part) counts then.
 
     What differs by less than `SLIGHT`, as a whole or without a part, needs no further explanation, which
     spares most prompts the passes.
@@ -105,10 +109,11 @@ def _less_explained(
         return left
     now_on = _next_logits(model, [every[index] for index in still.tolist()], pad_id)
     of = whose[still]
-    falls = torch.minimum(_apart(on[of], now_on), apart[of] - _apart(now_on, now_off[still]))
-    hangs = torch.full_like(apart, torch.inf)
-    hangs[of] = 0
-    return torch.minimum(left, hangs.scatter_reduce(0, of, falls, "amax"))
+    moves = _apart(on[of], now_on)
+    falls = torch.minimum(moves, apart[of] - _apart(now_on, now_off[still]))
+    farthest, hangs = (torch.zeros_like(apart).scatter_reduce(0, of, each, "amax") for each in (moves, falls))
+    hangs = torch.maximum(hangs, apart - FIRM * farthest)
+    return torch.where(left > SLIGHT, torch.minimum(left, hangs), left)
 
 
 def _side_by_side(sizes: Sequence[int], most: int) -> Iterator[list[int]]:
