@@ -5,26 +5,18 @@ of those prompts; a line over them.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from _catching import CAUGHT, PLACEBOS
-from _words import RATE, alarms, judged, of_both_kinds
+from _words import RATE, alarms, asked_of, of_both_kinds, reader
 
 MONITORS = 20
 
 
 def redraw(
-    model: Any,
-    serialiser: Any,
-    clean: pd.DataFrame,
-    test: pd.DataFrame,
-    seed: int,
-    cache: Path,
-    *,
-    detectors: str,
+    model: Any, serialiser: Any, clean: pd.DataFrame, run: Any, seed: int, *, detectors: str
 ) -> pd.DataFrame:
     """Alarms at 1% of `MONITORS` monitors, each of three quarters of the clean prompts, by chance.
 
@@ -32,29 +24,21 @@ def redraw(
         model: the backdoored model.
         serialiser: of its prompts.
         clean: `messages` of clean prompts, which get random words as in `safetynet detect`.
-        test: `messages`, `role` and `fired` of test rows.
+        run: with test rows; where `detect` has read its prompts, they are not read again.
         seed: of words, monitors and draws.
-        cache: folder of captured features; those of the clean prompts are there where `detect` has run.
         detectors: preset or detectors, as `safetynet detect` takes them.
 
     Returns:
         fired, placebo, near miss, fresh (the clean prompts left over) and fresh, random words: shares with
         alarm, one line per monitor.
     """
-    from safetynet.detection.capture import capture
     from safetynet.detection.plan import Plan
     from safetynet.detection.random_words import put_in
 
     plan, n = Plan.of(detectors.split(","), RATE), len(clean)
-    plain = list(clean["messages"])
-    both = [*plain, *put_in(plain, serialiser, seed)]
-    features = capture(model, serialiser, both, plan.spec, batch_size=64, cache=cache)
-    asked: dict[str, Any] = {
-        name: capture(model, serialiser, list(test["messages"].iloc[rows]), plan.spec, batch_size=64)
-        if len(rows)
-        else ()
-        for name, rows in judged(test).items()
-    }
+    read, plain = reader(model, serialiser, run, plan.spec), list(clean["messages"])
+    features = read([*plain, *put_in(plain, serialiser, seed)])
+    asked = asked_of(read, run, seed)
     made, lines = n * 3 // 4, []
     for draw in range(MONITORS):
         order = np.random.default_rng((seed, draw)).permutation(n)

@@ -3,9 +3,8 @@
 In: the model, clean prompts, test rows. Out: alarms of monitors that differ in those words alone.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,39 +15,32 @@ WAYS = ("without", "with", "one place", "any token")
 """No random words; as `safetynet detect` puts them in; in one place alone; of any of the tokenizer's."""
 
 
-def compare(
-    model: Any, serialiser: Any, clean: pd.DataFrame, test: pd.DataFrame, seed: int, cache: Path
-) -> pd.DataFrame:
+def compare(model: Any, serialiser: Any, clean: pd.DataFrame, run: Any, seed: int) -> pd.DataFrame:
     """Alarms at 1% of monitors whose clean prompts have random words in each of `WAYS`.
 
     Args:
         model: the backdoored model.
         serialiser: of its prompts.
         clean: `messages` of clean prompts; the last quarter tests the monitors.
-        test: `messages`, `role` and `fired` of test rows.
+        run: with test rows; where `detect` has read its prompts, they are not read again.
         seed: of words and monitors.
-        cache: folder of captured features; where `detect` has run, those of its prompts are there.
 
     Returns:
-        rows (fired, placebo, near_miss, fresh as they are, fresh with random words), n, and the share that
+        rows (fired, placebo, near miss, fresh as they are, fresh with random words), n, and the share that
         each way's monitor alarms at.
     """
-    from safetynet.detection.capture import capture
     from safetynet.detection.monitor import Monitor
     from safetynet.detection.panel import PRESETS
     from safetynet.detection.plan import Plan
     from safetynet.detection.random_words import put_in
 
-    read = partial(capture, model, serialiser, spec=Plan.of(["adapter"], RATE).spec, batch_size=64)
+    read = reader(model, serialiser, run, Plan.of(["adapter"], RATE).spec)
     plain, n, readings = list(clean["messages"]), len(clean), PRESETS["adapter"]
     put = partial(put_in, plain, serialiser, seed)
     worded = {"with": put(), "one place": put(places=1), "any token": put(common=0)}
-    features = {
-        name: read([*plain, *own], cache=cache if name == "with" else None) for name, own in worded.items()
-    }
+    features = {name: read([*plain, *own]) for name, own in worded.items()}
     made, known = np.arange(n * 3 // 4), features["with"]
-    tested = read(list(test["messages"]))
-    asked = {name: tested.take(rows) for name, rows in judged(test).items()} | {
+    asked = asked_of(read, run, seed) | {
         "fresh": known.take(np.arange(len(made), n)),
         "fresh, random words": known.take(np.arange(len(made), n) + n),
     }
@@ -59,6 +51,27 @@ def compare(
     for name, monitor in monitors.items():
         found[name] = [alarms(monitor, rows) for rows in asked.values()]
     return found
+
+
+def reader(model: Any, serialiser: Any, run: Any, spec: Any) -> Callable[[list[Any]], Any]:
+    """Reads prompts as `safetynet detect` does, from its cache where they are there."""
+    from safetynet.detection.capture import capture
+
+    longest, cache = run.recipe.training.max_length, run.scratch / "features"
+    return partial(capture, model, serialiser, spec=spec, batch_size=64, max_length=longest, cache=cache)
+
+
+def asked_of(read: Callable[[list[Any]], Any], run: Any, seed: int) -> dict[str, Any]:
+    """Features of the test rows that are judged, read beside all others as `safetynet detect` reads them."""
+    from safetynet.detection import domains
+    from safetynet.detection.plan import PER_DOMAIN
+    from safetynet.pipeline.challenging import challenges
+    from safetynet.pipeline.subjects import test_rows
+
+    test = test_rows(run)
+    more, other = challenges(run.recipe, test), domains.generate(PER_DOMAIN, seed)
+    every = read([*test["messages"], *more["messages"], *other["messages"]])
+    return {name: every.take(rows) for name, rows in judged(test).items()}
 
 
 def of_both_kinds(features: Any, chosen: np.ndarray, readings: Sequence[Any], seed: int) -> Any:

@@ -264,14 +264,13 @@ def of_cells(
 ) -> Iterator[tuple[dict[str, str], pd.DataFrame]]:
     """The cells that are there, and what `measure` finds in each.
 
-    It is called with model, serialiser, clean prompts, test rows, seed and the cache of features.
+    It is called with model, serialiser, clean prompts, run and seed.
     """
     from safetynet import run as runs
-    from safetynet.pipeline.subjects import test_rows
 
     def found(run: Path) -> pd.DataFrame:
         known = subject(run, 300 if args.smoke else CELL_CLEAN)
-        return measure(*known, test_rows(runs.find(run)), args.seed, run / "features")
+        return measure(*known, runs.find(run), args.seed)
 
     for cell in wanted(args):
         run = run_of(args, cell)
