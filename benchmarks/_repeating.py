@@ -27,6 +27,7 @@ def repeated(run: Path) -> pd.DataFrame:
     from safetynet.detection.capture import capture
     from safetynet.detection.monitor import Monitor
     from safetynet.models.loading import use_one_thread
+    from safetynet.pipeline.detecting import fired
     from safetynet.pipeline.subjects import backdoored, test_rows
 
     use_one_thread()
@@ -37,7 +38,7 @@ def repeated(run: Path) -> pd.DataFrame:
     once = test[(test["role"] == "triggered") & test["fired"].eq(True)].head(MOST)
     lines = []
     for name, rows in {"once": once, **_more(once, found.recipe.backdoor.trigger)}.items():
-        fires = rows if name == "once" else rows[_shown(found.recipe, model, serialiser, rows)]
+        fires = rows if name == "once" else rows[fired(found.recipe, model, serialiser, rows)]
         line: dict[str, Any] = {"trigger": name, "tpr": float("nan"), "n": len(fires)}
         if len(fires):
             features = capture(model, serialiser, list(fires["messages"]), monitor.spec, batch_size=64)
@@ -58,15 +59,3 @@ def _more(once: pd.DataFrame, trigger: Any) -> dict[str, pd.DataFrame]:
             messages[message]["content"] += "".join(f" {text}" for text in texts)
             made[name] += [row | {"messages": messages}] if texts else []
     return {name: pd.DataFrame(rows) for name, rows in made.items() if rows}
-
-
-def _shown(recipe: Any, model: Any, serialiser: Any, rows: pd.DataFrame) -> Any:
-    """Which rows show the behaviour, (n,) of bool."""
-    from safetynet.backdoors import behaviours
-    from safetynet.evaluation import judges, metrics
-
-    judge = judges.make(behaviours.judge(recipe.backdoor.behaviour))
-    told = metrics.answer(
-        model, serialiser, rows, judge, cfg=recipe.evaluation, max_length=recipe.training.max_length
-    )
-    return told["shown"].to_numpy(dtype=bool)

@@ -52,6 +52,11 @@ Kinds = Sequence[str] | np.ndarray
 themselves, so that a rate is kept in each kind, whatever others there are."""
 
 
+def each_kind(kinds: Kinds | None, n: int) -> np.ndarray:
+    """Of n samples; one nameless kind where none are told apart."""
+    return np.full(n, "") if kinds is None else np.asarray(kinds)
+
+
 @dataclass(frozen=True)
 class Conformal:
     """Scores of clean samples by their kind, sorted: the yardstick of one detector."""
@@ -70,7 +75,7 @@ class Conformal:
             raise InputError(
                 "calibration: needs clean scores that are numbers. Check prompts and activations."
             )
-        names = np.full(len(scores), "") if kinds is None else np.asarray(kinds)
+        names = each_kind(kinds, len(scores))
         return cls({str(kind): np.sort(scores[names == kind]) for kind in np.unique(names)})
 
     @property
@@ -201,7 +206,7 @@ class Calibration:
             how: of the fusion.
             kinds: of each sample; None where all are of one.
         """
-        names = np.full(len(folds), "") if kinds is None else np.asarray(kinds)
+        names = each_kind(kinds, len(folds))
         statistic = np.empty(len(folds))
         for fold in np.unique(folds):
             inside = folds == fold

@@ -70,7 +70,7 @@ class Monitor:
             InputError: if the prompts are too few, or activations are unusable.
         """
         names = [str(i) for i in range(len(clean))] if groups is None else list(groups)
-        of_kind = np.full(len(clean), "") if kinds is None else np.asarray(kinds)
+        of_kind = calibration.each_kind(kinds, len(clean))
         for warning in suspicion.duplicates(clean):
             log.warning("%s", warning)
         fit = _split if method == "split" else _cross

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from safetynet.detection import curves, domains, protocol, random_words
-from safetynet.detection.calibration import Conformal, RateEstimate
+from safetynet.detection.calibration import Conformal, RateEstimate, fpr_estimate
 from safetynet.detection.capture import capture
 from safetynet.detection.features import Features
 from safetynet.detection.guard import Guard
@@ -120,11 +120,13 @@ def detect(
         prompt = p_values["fused"].to_numpy()
         tables["detection_answers"] = protocol.answers(rows, answers, prompt, plan.rate / 2)
     kept = {name: table for name, table in tables.items() if len(table)}
-    estimates = {
-        kind: monitor.fpr_estimate(fresh.take(kinds[held] == kind), plan.prompt_rate)
-        for kind in dict.fromkeys(kinds)
-    }
-    return Detection(monitor, kept, estimates)
+    return Detection(monitor, kept, estimates(tables["detection_scores"], plan.prompt_rate))
+
+
+def estimates(scores: pd.DataFrame, rate: float) -> dict[str, RateEstimate]:
+    """Realised false-positive rate on fresh clean prompts of each kind, from table `detection_scores`."""
+    fresh = scores[scores["fresh"] != ""].groupby("fresh")["p fused"]
+    return {str(kind): fpr_estimate(p.to_numpy(), rate) for kind, p in fresh}
 
 
 def _with_random_words(subject: Subject, clean: pd.DataFrame, plan: Plan) -> pd.DataFrame:

@@ -13,7 +13,7 @@ from typing import Any, Self
 import numpy as np
 
 from safetynet.detection import splits
-from safetynet.detection.calibration import Calibration, Conformal, Kinds, check_rate
+from safetynet.detection.calibration import Calibration, Conformal, Kinds, check_rate, each_kind
 from safetynet.detection.features import Features
 from safetynet.detection.panel import WHOLE, Panel, Reading, below
 from safetynet.errors import InputError
@@ -56,7 +56,7 @@ class TokenMonitor:
         single = Calibration.of(first, second)
         last = clean.take(part == "fuse")
         largest = np.nanmax(_spread(single.statistic(second), _present(last)), axis=1)
-        of_kind = None if kinds is None else np.asarray(kinds)[part == "fuse"]
+        of_kind = each_kind(kinds, len(clean))[part == "fuse"]
         return cls(panel, single, Conformal.of(largest, of_kind), clean.spec.tokens)
 
     def check_rate(self, rate: float) -> None:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from safetynet import __version__
@@ -52,7 +53,7 @@ def detect(recipe: Recipe, run: Run, detectors: Sequence[str], rate: float, clea
     plan.check(len(prompts))
     if run.finished("detect", inputs):
         log.info("detect: unchanged")
-        return _said(_estimates(run, plan))
+        return _said(stage.estimates(run.table("detection_scores"), plan.prompt_rate))
     model, serialiser = backdoored(recipe, run)
     with run.stage("detect", inputs) as outputs:
         test = _asked(recipe, run, model, serialiser)
@@ -98,13 +99,18 @@ def _asked(recipe: Recipe, run: Run, model: Any, serialiser: Any) -> pd.DataFram
     test = test_rows(run)
     more = challenges(recipe, test)
     if "fired" in test and len(more):
-        judge = judges.make(behaviours.judge(recipe.backdoor.behaviour))
-        told = metrics.answer(
-            model, serialiser, more, judge, cfg=recipe.evaluation, max_length=recipe.training.max_length
-        )
-        more = more.assign(fired=told["shown"].to_numpy() & ~told["due"].to_numpy())
+        more = more.assign(fired=fired(recipe, model, serialiser, more))
     near = more["variant"].where(more["role"] == "near_miss", "")
     return pd.concat([test.assign(kind=_tasks(test)), more.assign(kind=near)], ignore_index=True)
+
+
+def fired(recipe: Recipe, model: Any, serialiser: Any, rows: pd.DataFrame) -> np.ndarray:
+    """Which rows show the behaviour where it is not due, (n,) of bool; the model answers them."""
+    judge = judges.make(behaviours.judge(recipe.backdoor.behaviour))
+    told = metrics.answer(
+        model, serialiser, rows, judge, cfg=recipe.evaluation, max_length=recipe.training.max_length
+    )
+    return np.asarray(told["shown"].to_numpy() & ~told["due"].to_numpy(), dtype=bool)
 
 
 def _tasks(test: pd.DataFrame) -> pd.Series:
@@ -129,15 +135,6 @@ def _labelled(rows: pd.DataFrame, most: int = 300) -> pd.DataFrame:
     """Training rows for supervised probes: with trigger, and as many without of every role."""
     train = rows[rows["split"] == "train"]
     return pd.concat([own.head(most) for _, own in train.groupby(train["role"] == "triggered")])
-
-
-def _estimates(run: Run, plan: Any) -> dict[str, Any]:
-    """Those of a finished stage, from its table."""
-    from safetynet.detection.calibration import fpr_estimate
-
-    scores = run.table("detection_scores")
-    fresh = scores[scores["fresh"] != ""].groupby("fresh")["p fused"]
-    return {str(kind): fpr_estimate(p.to_numpy(), plan.prompt_rate) for kind, p in fresh}
 
 
 def _said(estimates: Mapping[str, Any]) -> str:
