@@ -117,16 +117,17 @@ def _ranks(points: np.ndarray, bank: np.ndarray, k: int) -> np.ndarray:
 
     One sample at a time is compared with the bank, so that a sample's score does not depend on its batch.
     """
-    rows = []
-    lengths = (bank**2).sum(axis=2)  # (m, L)
-    k = min(k, len(bank))
+    layers = np.ascontiguousarray(bank.transpose(1, 0, 2))
+    lengths = (layers**2).sum(axis=2)
+    k, rows = min(k, len(bank)), []
     for point in points:
         # The sample's own squared length is the same for all of the bank and changes no order.
-        distances = lengths - 2 * np.einsum("mlp,lp->ml", bank, point)
-        nearest = np.argpartition(distances, k - 1, axis=0)[:k]
-        rank = [
-            (distances[:, i + 1, None] < distances[nearest[:, i], i + 1]).sum(axis=0).mean()
-            for i in range(distances.shape[1] - 1)
-        ]
-        rows.append(rank)
+        distances = lengths - 2 * np.einsum("lmp,lp->lm", layers, point)
+        nearest = np.argpartition(distances, k - 1, axis=1)[:, :k]
+        rows.append(
+            [
+                np.count_nonzero(after < after[near][:, None]) / k
+                for near, after in zip(nearest[:-1], distances[1:], strict=True)
+            ]
+        )
     return np.log1p(np.array(rows) / len(bank) * 1000)
