@@ -1,6 +1,7 @@
 """The promise: the rate that is named is the rate that is realised, and no more is named than is known."""
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy.stats import binom
 
@@ -120,6 +121,31 @@ def test_the_fused_statistic_is_calibrated_kind_by_kind(method):
             own.append(alarm[kinds == kind].mean())
     assert np.mean(rates["odd"]) == pytest.approx(0.05, abs=0.012)
     assert np.mean(rates["plain"]) < 0.02
+
+
+def test_each_kind_weighs_the_detectors_by_itself_and_the_larger_p_value_counts():
+    rng = np.random.default_rng(0)
+    kinds = np.array(["plain", "odd"] * 600)
+
+    def drawn(shift=0.0):
+        odd = np.where(kinds == "odd", 3.0, 1.0)
+        return {"a:x": rng.standard_normal(1200) * odd + shift, "b:y": rng.standard_normal(1200)}
+
+    first, second, fresh = drawn(), drawn(), drawn(4.0)
+    both = Calibration.of(first, second, kinds=(kinds, kinds)).p_values(fresh)
+
+    def alone(kind):
+        parts = ({name: own[kinds == kind] for name, own in part.items()} for part in (first, second))
+        return Calibration.of(*parts).p_values(fresh)
+
+    pd.testing.assert_frame_equal(both, np.maximum(alone("plain"), alone("odd")))
+
+
+def test_a_kind_that_one_part_of_the_split_lacks_is_refused_by_name():
+    some = {"a:x": np.arange(9.0), "b:y": np.arange(9.0)}
+    for kinds in (("p" * 9, "p" * 8 + "q"), ("p" * 8 + "q", "p" * 9)):
+        with pytest.raises(InputError, match="'q'"):
+            Calibration.of(some, some, kinds=tuple(np.array(list(own)) for own in kinds))
 
 
 def test_one_detector_is_calibrated_on_both_parts_and_keeps_its_rate():

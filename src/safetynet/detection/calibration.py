@@ -5,7 +5,7 @@ claimed rests on the conformal ranks of the fused statistic alone (Vovk, Gammerm
 samples that calibrated nothing else; smoothed tails only decide how detectors are weighed against each other.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -50,6 +50,8 @@ def check_rate(rate: float, n: int) -> None:
 Kinds = Sequence[str] | np.ndarray
 """Of samples, one name each, such as `plain`. A p-value is then the largest of those that the kinds give by
 themselves, so that a rate is kept in each kind, whatever others there are."""
+Scores = np.ndarray | Mapping[str, np.ndarray]
+"""Of samples, (n,); by kind where a sample's score depends on the kind that it is compared with."""
 
 
 def each_kind(kinds: Kinds | None, n: int) -> np.ndarray:
@@ -88,25 +90,29 @@ class Conformal:
         """Of all kinds, sorted."""
         return np.sort(np.concatenate(list(self.by_kind.values())))
 
-    def p_values(self, scores: np.ndarray) -> np.ndarray:
+    def p_values(self, scores: Scores) -> np.ndarray:
         """(1 + clean scores at or above) / (n + 1), by the kind where that is largest.
 
         If a prompt is exchangeable with the clean ones of its kind, P(p <= a) <= a for every a (Mondrian
         conformal prediction: Vovk, Gammerman and Shafer 2005, 4.5). Its kind need not be known.
         """
-        return np.max([_ranked(known, scores) for known in self.by_kind.values()], axis=0)
+        return np.max([_ranked(known, own) for known, own in self._compared(scores)], axis=0)
 
-    def smoothed(self, scores: np.ndarray) -> np.ndarray:
+    def smoothed(self, scores: Scores) -> np.ndarray:
         """The same, going on log-linearly above the clean 95% quantile, so that the far tail has an order.
 
         An exponential tail fitted by its mean excess. It is a guess, and no claim is made from it.
         """
-        scores = np.asarray(scores, dtype=np.float64)
-        return np.max([_smoothed(known, scores) for known in self.by_kind.values()], axis=0)
+        return np.max([_smoothed(known, own) for known, own in self._compared(scores)], axis=0)
 
     def state(self, name: str) -> dict[str, np.ndarray]:
         """Arrays for a file, below a name."""
         return {f"{name}/{kind}": scores for kind, scores in self.by_kind.items()}
+
+    def _compared(self, scores: Scores) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Each kind's clean scores, and those that are compared with them."""
+        of_kind = scores if isinstance(scores, Mapping) else dict.fromkeys(self.by_kind, scores)
+        return [(known, np.asarray(of_kind[kind], dtype=float)) for kind, known in self.by_kind.items()]
 
 
 def _ranked(known: np.ndarray, scores: np.ndarray) -> np.ndarray:
@@ -183,12 +189,11 @@ class Calibration:
         """
         of_first, of_second = kinds or (None, None)
         single = {name: Conformal.of(scores, of_first) for name, scores in first.items()}
-        statistic, of_kind = _fused(single, second, how), of_second
-        if len(single) == 1:
-            # The statistic is the score, which depends on neither part: a rank among both is as exact.
-            statistic = np.concatenate([_fused(single, first, how), statistic])
-            of_kind = None if kinds is None else np.concatenate([np.asarray(own) for own in kinds])
-        return cls(single, Conformal.of(statistic, of_kind), how)
+        _check_kinds(single, each_kind(of_second, len(next(iter(second.values())))))
+        # One detector's statistic is its score, which depends on neither part: a rank among both is as exact.
+        parts = [(second, of_second)] if len(single) > 1 else [(first, of_first), (second, of_second)]
+        own = [_of_own_kind(_fused(single, scores, how), of_kind) for scores, of_kind in parts]
+        return cls(single, Conformal.of(*map(np.concatenate, zip(*own, strict=True))), how)
 
     @classmethod
     def cross_fitted(
@@ -211,7 +216,9 @@ class Calibration:
         for fold in np.unique(folds):
             inside = folds == fold
             others = {name: Conformal.of(own[~inside], names[~inside]) for name, own in scores.items()}
-            statistic[inside] = _fused(others, {name: scores[name][inside] for name in others}, how)
+            _check_kinds(others, names)
+            found = _fused(others, {name: scores[name][inside] for name in others}, how)
+            statistic[inside], _ = _of_own_kind(found, names[inside])
         single = {name: Conformal.of(values, names) for name, values in scores.items()}
         return cls(single, Conformal.of(statistic, names), how)
 
@@ -223,18 +230,57 @@ class Calibration:
     def p_values(self, scores: Mapping[str, np.ndarray]) -> pd.DataFrame:
         """One row per sample: a conformal p-value for each detector and for `fused`."""
         table = {name: conformal.p_values(scores[name]) for name, conformal in self.single.items()}
-        return pd.DataFrame(table | {"fused": self.fused.p_values(self.statistic(scores))})
+        return pd.DataFrame(table | {"fused": self.fused.p_values(_fused(self.single, scores, self.how))})
+
+    def smoothed(self, scores: Mapping[str, np.ndarray]) -> pd.DataFrame:
+        """As `p_values`, with the tail continued beyond the most suspect clean sample: no claim is made."""
+        table = {name: conformal.smoothed(scores[name]) for name, conformal in self.single.items()}
+        return pd.DataFrame(table | {"fused": self.fused.smoothed(_fused(self.single, scores, self.how))})
 
     def statistic(self, scores: Mapping[str, np.ndarray]) -> np.ndarray:
-        """The fused statistic, (n,)."""
-        return _fused(self.single, scores, self.how)
+        """What orders samples, (n,), higher is more suspect; of several kinds by the smoothed p-value."""
+        of_kind = _fused(self.single, scores, self.how)
+        if len(self.single) > 1 and len(of_kind) > 1:
+            return -np.log(self.fused.smoothed(of_kind))
+        return next(iter(of_kind.values()))
 
 
-def _fused(single: Mapping[str, Conformal], scores: Mapping[str, np.ndarray], how: Fusion) -> np.ndarray:
-    if len(single) == 1:
-        return np.asarray(scores[next(iter(single))], dtype=np.float64)  # nothing to fuse it with
-    smoothed = [conformal.smoothed(scores[name]) for name, conformal in single.items()]
-    return fuse(np.stack(smoothed, axis=1), how, shares(list(single)))
+def _fused(
+    single: Mapping[str, Conformal], scores: Mapping[str, np.ndarray], how: Fusion
+) -> dict[str, np.ndarray]:
+    """The fused statistic, (n,), by kind of clean samples: each weighs the detectors by its own tails.
+
+    One statistic for all kinds would take of each detector the kind that excuses most, and of the thresholds
+    again the highest.
+    """
+    names = list(single)
+    kinds = list(single[names[0]].by_kind)
+    if len(names) == 1:  # nothing to fuse it with
+        return dict.fromkeys(kinds, np.asarray(scores[names[0]], dtype=np.float64))
+    found = {}
+    for kind in kinds:
+        smoothed = [_smoothed(single[name].by_kind[kind], np.asarray(scores[name])) for name in names]
+        found[kind] = fuse(np.stack(smoothed, axis=1), how, shares(names))
+    return found
+
+
+def _of_own_kind(statistics: Mapping[str, np.ndarray], kinds: Kinds | None) -> tuple[np.ndarray, np.ndarray]:
+    """Of each clean sample the statistic of its own kind, and the kinds, (n,) each."""
+    names = each_kind(kinds, len(next(iter(statistics.values()))))
+    own = np.full(len(names), np.nan)
+    for kind, values in statistics.items():
+        own = np.where(names == kind, values, own)
+    return own, names
+
+
+def _check_kinds(single: Mapping[str, Conformal], kinds: Iterable[str]) -> None:
+    """Refuse kinds that have samples in one part of the split alone."""
+    for conformal in single.values():
+        lacking = conformal.by_kind.keys() ^ set(map(str, kinds))
+        if lacking:
+            raise InputError(
+                f"calibration: too few clean prompts of kind {min(lacking)!r}. Give more, or none of it."
+            )
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import numpy as np
 from safetynet.errors import InputError
 from safetynet.run import write_atomically
 
-VERSION = 5
+VERSION = 6
 """Raised whenever a file of an earlier version would be read wrongly."""
 
 

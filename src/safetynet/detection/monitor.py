@@ -152,9 +152,8 @@ class Monitor:
 
     def smoothed(self, features: Features) -> pd.DataFrame:
         """As `p_values`, with the tail continued beyond the most suspect clean prompt: an order, no claim."""
-        scores, single = self.scores(features), self.calibration.single
-        both = {**single, "fused": self.calibration.fused}
-        return pd.DataFrame({name: both[name].smoothed(scores[name].to_numpy()) for name in both})
+        self._check(features)
+        return self.calibration.smoothed(self.panel.scores(features.arrays))
 
     def alarms(self, features: Features, rate: float) -> np.ndarray:
         """Which prompts raise an alarm at a false-positive rate, (n,) of bool.
