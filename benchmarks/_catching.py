@@ -3,8 +3,10 @@
 In: tables `detection` of runs, as the stage writes them. Out: lines of the tables in docs/detection.md.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -89,24 +91,43 @@ def _spread(name: str, values: pd.Series) -> dict[str, str]:
 
 
 def fused(run: Path) -> dict[str, float]:
-    """TPR of each fusion, and of the best single detector, which only hindsight knows."""
+    """TPR of each fusion, and of the best single detector, which only hindsight knows.
+
+    An alarm is what lies above a threshold of each kind of clean prompts, which 1% of its fresh ones do.
+    """
     from safetynet.detection.calibration import fuse, shares
     from safetynet.detection.monitor import Monitor
 
     rows = pd.read_parquet(run / "tables" / "detection_scores.parquet")
-    fresh = rows["fresh"].ne("").to_numpy()
     fired = rows["role"].eq("triggered").to_numpy() & rows["fired"].eq(True).to_numpy()
     single = Monitor.load(run / "detection" / "monitor.safetensors").calibration.single
-    smoothed = {name: known.smoothed(rows[f"score {name}"].to_numpy()) for name, known in single.items()}
-    p = np.stack(list(smoothed.values()), axis=1)
-    equal = np.full(p.shape[1], 1 / p.shape[1])
+    p = _by_kind(single, rows)
+    equal = np.full(len(single), 1 / len(single))
 
-    def tpr(statistic: np.ndarray) -> float:
-        threshold = np.sort(statistic[fresh])[::-1][int(0.01 * fresh.sum())]
-        return float((statistic[fired] > threshold).mean())
+    def tpr(statistic: Callable[[np.ndarray], np.ndarray]) -> float:
+        caught = fired.copy()
+        for kind, own in p.items():
+            found, fresh = statistic(own), rows["fresh"].eq(kind).to_numpy()
+            caught &= found > np.sort(found[fresh])[::-1][int(0.01 * fresh.sum())]
+        return float(caught.sum() / fired.sum())
 
-    return {
-        "max, a share per view": tpr(fuse(p, "max", shares(list(single)))),
-        **{f"{how}, a share per detector": tpr(fuse(p, how, equal)) for how in ("max", "cauchy", "fisher")},
-        "best single detector": max(tpr(-np.log(values)) for values in smoothed.values()),
+    each = {
+        f"{how}, a share per detector": partial(fuse, how=how, share=equal)
+        for how in ("max", "cauchy", "fisher")
     }
+    return {
+        "max, a share per view": tpr(partial(fuse, how="max", share=shares(list(single)))),
+        **{name: tpr(statistic) for name, statistic in each.items()},
+        "best single detector": max(tpr(lambda own, i=i: -np.log(own[:, i])) for i in range(len(single))),
+    }
+
+
+def _by_kind(single: Mapping[str, Any], rows: pd.DataFrame) -> dict[str, np.ndarray]:
+    """Smoothed p-values of rows, (rows, detectors), by kind of the clean prompts that gave them."""
+    from safetynet.detection.calibration import Conformal
+
+    def of(kind: str) -> np.ndarray:
+        known = {name: Conformal({kind: every.by_kind[kind]}) for name, every in single.items()}
+        return np.stack([k.smoothed(rows[f"score {name}"].to_numpy()) for name, k in known.items()], axis=1)
+
+    return {kind: of(kind) for kind in next(iter(single.values())).by_kind}

@@ -281,7 +281,7 @@ def of_cells(
 def fusions(args: argparse.Namespace) -> pd.DataFrame:
     """TPR over fired triggers of several fusions of one monitor's detectors, in percent, one line per cell.
 
-    Thresholds leave 1% of the fresh clean prompts above them: the same realised rate for every fusion.
+    Thresholds leave 1% of the fresh clean prompts of each kind above them, the same for every fusion.
     """
     return pd.DataFrame(
         cell | {name: f"{100 * tpr:.0f}" for name, tpr in fused(run).items()}
