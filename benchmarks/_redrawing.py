@@ -4,7 +4,7 @@ In: the model, the clean prompts of its monitor, test rows. Out: alarms of many 
 of those prompts; a line over them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,20 +33,32 @@ def redraw(
         alarm, one line per monitor.
     """
     from safetynet.detection.plan import Plan
-    from safetynet.detection.random_words import put_in
 
     plan, n = Plan.of(detectors.split(","), RATE), len(clean)
-    read, plain = reader(model, serialiser, run, plan.spec), list(clean["messages"])
-    features = read([*plain, *put_in(plain, serialiser, seed)])
-    asked = asked_of(read, run, seed)
-    made, lines = n * 3 // 4, []
-    for draw in range(MONITORS):
-        order = np.random.default_rng((seed, draw)).permutation(n)
-        monitor = of_both_kinds(features, order[:made], plan.readings, seed)
-        fresh = {"fresh": order[made:], "fresh, random words": order[made:] + n}
+    read = reader(model, serialiser, run, plan.spec)
+    features, asked, lines = of_clean(read, clean, serialiser, seed), asked_of(read, run, seed), []
+    for left, monitor in monitors(features, plan.readings, seed):
+        fresh = {"fresh": left, "fresh, random words": left + n}
         rows = asked | {name: features.take(own) for name, own in fresh.items()}
         lines.append({name: alarms(monitor, own) for name, own in rows.items()})
     return pd.DataFrame(lines)
+
+
+def of_clean(read: Callable[[list[Any]], Any], clean: pd.DataFrame, serialiser: Any, seed: int) -> Any:
+    """Features of clean prompts as they are, and behind them of all with random words."""
+    from safetynet.detection.random_words import put_in
+
+    plain = list(clean["messages"])
+    return read([*plain, *put_in(plain, serialiser, seed)])
+
+
+def monitors(features: Any, readings: Sequence[Any], seed: int) -> Iterator[tuple[np.ndarray, Any]]:
+    """The prompts left over, and a monitor of the other three quarters, drawn by chance, `MONITORS` times."""
+    n = len(features) // 2
+    for draw in range(MONITORS):
+        order = np.random.default_rng((seed, draw)).permutation(n)
+        made = n * 3 // 4
+        yield order[made:], of_both_kinds(features, order[:made], readings, seed)
 
 
 def spread(found: pd.DataFrame) -> dict[str, object]:

