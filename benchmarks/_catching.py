@@ -3,10 +3,9 @@
 In: tables `detection` of runs, as the stage writes them. Out: lines of the tables in docs/detection.md.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -95,13 +94,13 @@ def fused(run: Path) -> dict[str, float]:
 
     An alarm is what lies above a threshold of each kind of clean prompts, which 1% of its fresh ones do.
     """
-    from safetynet.detection.calibration import fuse, shares
+    from safetynet.detection.calibration import fuse, shares, smoothed_by_kind
     from safetynet.detection.monitor import Monitor
 
     rows = pd.read_parquet(run / "tables" / "detection_scores.parquet")
     fired = rows["role"].eq("triggered").to_numpy() & rows["fired"].eq(True).to_numpy()
     single = Monitor.load(run / "detection" / "monitor.safetensors").calibration.single
-    p = _by_kind(single, rows)
+    p = smoothed_by_kind(single, {name: rows[f"score {name}"].to_numpy() for name in single})
     equal = np.full(len(single), 1 / len(single))
 
     def tpr(statistic: Callable[[np.ndarray], np.ndarray]) -> float:
@@ -120,14 +119,3 @@ def fused(run: Path) -> dict[str, float]:
         **{name: tpr(statistic) for name, statistic in each.items()},
         "best single detector": max(tpr(lambda own, i=i: -np.log(own[:, i])) for i in range(len(single))),
     }
-
-
-def _by_kind(single: Mapping[str, Any], rows: pd.DataFrame) -> dict[str, np.ndarray]:
-    """Smoothed p-values of rows, (rows, detectors), by kind of the clean prompts that gave them."""
-    from safetynet.detection.calibration import Conformal
-
-    def of(kind: str) -> np.ndarray:
-        known = {name: Conformal({kind: every.by_kind[kind]}) for name, every in single.items()}
-        return np.stack([k.smoothed(rows[f"score {name}"].to_numpy()) for name, k in known.items()], axis=1)
-
-    return {kind: of(kind) for kind in next(iter(single.values())).by_kind}

@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 from _catching import PLACEBOS
 from _redrawing import monitors, of_clean
+from _running import percent
 from _words import RATE, alarms, reader
 
 MORE = 2000
@@ -51,14 +52,15 @@ def line(found: pd.DataFrame) -> dict[str, object]:
     low, high = clopper_pearson(round(mean * n), n)
     within = "yes" if mean <= PLACEBOS else "no"
     spread = f"{100 * found['placebo'].min():.1f} to {100 * found['placebo'].max():.1f}"
-    shown = f"{100 * mean:.1f} [{100 * low:.1f}, {100 * high:.1f}] ({spread})"
-    return {"placebos": n, "alarms": shown, "at most 2%": within}
+    shown = percent(pd.Series({"value": mean, "low": low, "high": high, "n": n}))
+    return {"placebos": n, "alarms": f"{shown} ({spread})", "at most 2%": within}
 
 
 def _more(run: Any, serialiser: Any, clean: pd.DataFrame, seed: int, count: int) -> pd.DataFrame:
     """New placebos of the backdoor's test split, none of a prompt that the run or its monitors know."""
     from safetynet.backdoors import conversations, poisoning
     from safetynet.lookalikes import Lookalikes
+    from safetynet.pipeline.subjects import prompts_without_trigger
     from safetynet.prompts import prompt_hash
 
     attack, other = run.recipe.backdoor, seed + 1000
@@ -66,8 +68,5 @@ def _more(run: Any, serialiser: Any, clean: pd.DataFrame, seed: int, count: int)
     pool = conversations.load(data, attack.behaviour, attack.trigger, other)
     rows = poisoning.poison(pool, attack, data, other, Lookalikes(serialiser).draw)
     rows = rows[(rows["split"] == "test") & (rows["role"] == "placebo")]
-    own = run.table("rows")
-    known = {prompt_hash(m, t) for m, t in zip(own["messages"], own["trigger"], strict=True)}
-    known |= set(clean["messages"].map(prompt_hash))
-    names = [prompt_hash(m, t) for m, t in zip(rows["messages"], rows["trigger"], strict=True)]
-    return rows[[name not in known for name in names]].reset_index(drop=True)
+    known = {*prompts_without_trigger(run.table("rows")), *clean["messages"].map(prompt_hash)}
+    return rows[[name not in known for name in prompts_without_trigger(rows)]].reset_index(drop=True)

@@ -237,6 +237,10 @@ class Calibration:
         table = {name: conformal.smoothed(scores[name]) for name, conformal in self.single.items()}
         return pd.DataFrame(table | {"fused": self.fused.smoothed(_fused(self.single, scores, self.how))})
 
+    def scores(self, scores: Mapping[str, np.ndarray]) -> pd.DataFrame:
+        """One row per sample: each detector's score, and as `fused` the statistic."""
+        return pd.DataFrame({**scores, "fused": self.statistic(scores)})
+
     def statistic(self, scores: Mapping[str, np.ndarray]) -> np.ndarray:
         """What orders samples, (n,), higher is more suspect; of several kinds by the smoothed p-value."""
         of_kind = _fused(self.single, scores, self.how)
@@ -253,15 +257,22 @@ def _fused(
     One statistic for all kinds would take of each detector the kind that excuses most, and of the thresholds
     again the highest.
     """
-    names = list(single)
-    kinds = list(single[names[0]].by_kind)
-    if len(names) == 1:  # nothing to fuse it with
-        return dict.fromkeys(kinds, np.asarray(scores[names[0]], dtype=np.float64))
-    found = {}
-    for kind in kinds:
-        smoothed = [_smoothed(single[name].by_kind[kind], np.asarray(scores[name])) for name in names]
-        found[kind] = fuse(np.stack(smoothed, axis=1), how, shares(names))
-    return found
+    if len(single) == 1:  # nothing to fuse it with
+        [(name, known)] = single.items()
+        return dict.fromkeys(known.by_kind, np.asarray(scores[name], dtype=np.float64))
+    return {kind: fuse(p, how, shares(list(single))) for kind, p in smoothed_by_kind(single, scores).items()}
+
+
+def smoothed_by_kind(
+    single: Mapping[str, Conformal], scores: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Smoothed p-values, (n, detectors), by the kind of clean samples that gives them."""
+    return {
+        kind: np.stack(
+            [_smoothed(known.by_kind[kind], scores[name]) for name, known in single.items()], axis=1
+        )
+        for kind in next(iter(single.values())).by_kind
+    }
 
 
 def _of_own_kind(statistics: Mapping[str, np.ndarray], kinds: Kinds | None) -> tuple[np.ndarray, np.ndarray]:
@@ -275,12 +286,11 @@ def _of_own_kind(statistics: Mapping[str, np.ndarray], kinds: Kinds | None) -> t
 
 def _check_kinds(single: Mapping[str, Conformal], kinds: Iterable[str]) -> None:
     """Refuse kinds that have samples in one part of the split alone."""
-    for conformal in single.values():
-        lacking = conformal.by_kind.keys() ^ set(map(str, kinds))
-        if lacking:
-            raise InputError(
-                f"calibration: too few clean prompts of kind {min(lacking)!r}. Give more, or none of it."
-            )
+    lacking = next(iter(single.values())).by_kind.keys() ^ set(map(str, kinds))
+    if lacking:
+        raise InputError(
+            f"calibration: too few clean prompts of kind {min(lacking)!r}. Give more, or none of it."
+        )
 
 
 @dataclass(frozen=True)

@@ -138,8 +138,7 @@ class Monitor:
             InputError: if the features come from another model, adapter or specification.
         """
         self._check(features)
-        scores = self.panel.scores(features.arrays)
-        return pd.DataFrame(scores | {"fused": self.calibration.statistic(scores)})
+        return self.calibration.scores(self.panel.scores(features.arrays))
 
     def p_values(self, features: Features) -> pd.DataFrame:
         """Conformal p-values of each reading and of `fused`; errors as in `scores`."""
@@ -149,11 +148,6 @@ class Monitor:
     def p_values_of(self, arrays: dict[str, np.ndarray]) -> pd.DataFrame:
         """The same for bare arrays, whose origin the caller has checked."""
         return self.calibration.p_values(self.panel.scores(arrays))
-
-    def smoothed(self, features: Features) -> pd.DataFrame:
-        """As `p_values`, with the tail continued beyond the most suspect clean prompt: an order, no claim."""
-        self._check(features)
-        return self.calibration.smoothed(self.panel.scores(features.arrays))
 
     def alarms(self, features: Features, rate: float) -> np.ndarray:
         """Which prompts raise an alarm at a false-positive rate, (n,) of bool.

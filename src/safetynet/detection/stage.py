@@ -100,8 +100,9 @@ def detect(
     tested = _captured(subject, [*test["messages"], *other["messages"]], plan)
     both = replace(fresh, arrays={v: np.concatenate([a, tested.arrays[v]]) for v, a in fresh.arrays.items()})
     part = split(known, seed=plan.seed)
-    scores, p_values = monitor.scores(both), monitor.p_values(both)
-    surprise = -np.log10(monitor.smoothed(both))
+    found, calibrated = monitor.panel.scores(both.arrays), monitor.calibration
+    scores, p_values = calibrated.scores(found), calibrated.p_values(found)
+    surprise = -np.log10(calibrated.smoothed(found))
     if plan.skylines and labelled is not None:
         calibrating = seen.take(part == "fuse")
         for name, (s, conformal) in _skylines(subject, plan, labelled, calibrating, both).items():

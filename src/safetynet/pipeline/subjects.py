@@ -88,9 +88,13 @@ def test_rows(run: Run) -> pd.DataFrame:
 
 def fresh_prompts(recipe: Recipe, run: Run, count: int) -> pd.DataFrame:
     """Clean prompts of the recipe's source, none of which is among the run's rows, training or test."""
-    rows, attack = run.table("rows"), recipe.backdoor
-    used = {prompt_hash(m, t) for m, t in zip(rows["messages"], rows["trigger"], strict=True)}
+    attack, used = recipe.backdoor, set(prompts_without_trigger(run.table("rows")))
     return conversations.fresh(recipe.data, attack.behaviour, attack.trigger, used, count, recipe.seed)
+
+
+def prompts_without_trigger(rows: pd.DataFrame) -> list[str]:
+    """`prompt_hash` of each row's prompt, by which rows of one prompt are known whatever their role."""
+    return [prompt_hash(m, t) for m, t in zip(rows["messages"], rows["trigger"], strict=True)]
 
 
 def snapshots(run: Run, name: str) -> Path:
