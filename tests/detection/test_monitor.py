@@ -104,11 +104,10 @@ def test_a_file_that_was_tampered_with_or_is_of_another_version_is_refused(monit
     with pytest.raises(InputError, match="cannot be trusted"):
         Monitor.load(path)
     content = json.loads(head["safetynet"])
-    content["version"] = files.VERSION + 1
+    now = files.VERSIONS["monitor"]
+    content["version"] = now + 1
     save_file(arrays, path, metadata=head | {"safetynet": json.dumps(content)})
-    with pytest.raises(
-        InputError, match=f"saved in format {files.VERSION + 1}, this SafetyNet reads {files.VERSION}"
-    ):
+    with pytest.raises(InputError, match=f"saved in format {now + 1}, this SafetyNet reads {now}"):
         Monitor.load(path)
     monitor.panel.fitted["mahalanobis:last"].save(path)
     with pytest.raises(InputError, match="holds a detector, not a monitor"):

@@ -15,8 +15,9 @@ import numpy as np
 from safetynet.errors import InputError
 from safetynet.run import write_atomically
 
-VERSION = 6
-"""Raised whenever a file of an earlier version would be read wrongly."""
+VERSIONS = {"detector": 6, "features": 6, "monitor": 6}
+"""Of each kind of file. Raised whenever an earlier one would be read wrongly; that of features also when a
+view reads other numbers than before, so that none are taken from a cache that are no longer made."""
 
 
 def write(path: Path, kind: str, about: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
@@ -24,14 +25,14 @@ def write(path: Path, kind: str, about: Mapping[str, Any], arrays: Mapping[str, 
 
     Args:
         path: the file.
-        kind: what it is, such as `monitor`; `read` asks for the same.
+        kind: what it is, one of `VERSIONS`; `read` asks for the same.
         about: JSON values.
         arrays: by name.
     """
     from safetensors.numpy import save_file
 
     solid = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    head = json.dumps({"kind": kind, "version": VERSION, "about": about}, sort_keys=True)
+    head = json.dumps({"kind": kind, "version": VERSIONS[kind], "about": about}, sort_keys=True)
     metadata = {"safetynet": head, "sha256": _digest(head, solid)}
     write_atomically(path, lambda temporary: save_file(solid, temporary, metadata=metadata))
 
@@ -46,10 +47,10 @@ def read(path: Path, kind: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     content = json.loads(head)
     if content["kind"] != kind:
         raise InputError(f"{path}: this file holds a {content['kind']}, not a {kind}. Name the right file.")
-    if content["version"] != VERSION:
+    if content["version"] != VERSIONS[kind]:
         raise InputError(
-            f"{path}: this {kind} was saved in format {content['version']}, this SafetyNet reads {VERSION}. "
-            "Fit it again."
+            f"{path}: this {kind} was saved in format {content['version']}, this SafetyNet reads "
+            f"{VERSIONS[kind]}. Fit it again."
         )
     if stated != _digest(head, arrays):
         raise InputError(

@@ -8,7 +8,7 @@ from safetensors import safe_open
 from sklearn.metrics import roc_auc_score
 
 from safetynet.detection.detectors import NAMES, load, make
-from safetynet.detection.files import VERSION
+from safetynet.detection.files import VERSIONS
 from safetynet.errors import InputError
 
 FAST = {
@@ -132,8 +132,9 @@ def test_a_changed_or_foreign_file_is_refused(activations, tmp_path):
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(InputError, match="its digest differs"):
         load(path)
-    path.write_bytes(content.replace(b'\\"version\\": %d' % VERSION, b'\\"version\\": 7'))
-    with pytest.raises(InputError, match="saved in format 7"):
+    now, version = VERSIONS["detector"], b'\\"version\\": %d'
+    path.write_bytes(content.replace(version % now, version % (now + 1)))
+    with pytest.raises(InputError, match=f"saved in format {now + 1}"):
         load(path)
     path.write_bytes(b"no safetensors")
     with pytest.raises(InputError, match="damaged"):
