@@ -81,8 +81,8 @@ def _alarms(
 def _more(run: Any, serialiser: Any, clean: pd.DataFrame, seed: int) -> pd.DataFrame:
     """New placebos of the backdoor's test split, none of a prompt that the run or its monitors know."""
     from safetynet.backdoors import conversations, poisoning
+    from safetynet.evaluation.leaks import prompts_without_trigger
     from safetynet.lookalikes import Lookalikes
-    from safetynet.pipeline.subjects import prompts_without_trigger
     from safetynet.prompts import prompt_hash
 
     attack, other = run.recipe.backdoor, seed + 1000

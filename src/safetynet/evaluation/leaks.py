@@ -36,7 +36,7 @@ def check_leak(rows: pd.DataFrame) -> pd.DataFrame:
             "split": rows["split"],
             "group": rows["group"],
             "exact": [prompt_hash(m) for m in rows["messages"]],
-            "prompt": [prompt_hash(m, t) for m, t in zip(rows["messages"], rows["trigger"], strict=True)],
+            "prompt": prompts_without_trigger(rows),
         }
     )
     train, test = keys[keys["split"] == "train"], keys[keys["split"] == "test"]
@@ -45,6 +45,11 @@ def check_leak(rows: pd.DataFrame) -> pd.DataFrame:
     if len(affected):
         raise InputError(_describe(leaked, train, affected, len(test)))
     return pd.DataFrame([_summary(split, part) for split, part in keys.groupby("split", sort=True)])
+
+
+def prompts_without_trigger(rows: pd.DataFrame) -> list[str]:
+    """`prompt_hash` of each row's prompt, by which rows of one prompt are known whatever their role."""
+    return [prompt_hash(m, t) for m, t in zip(rows["messages"], rows["trigger"], strict=True)]
 
 
 def _describe(

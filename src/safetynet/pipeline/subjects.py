@@ -14,8 +14,9 @@ import pandas as pd
 from safetynet.backdoors import conversations
 from safetynet.errors import InputError
 from safetynet.evaluation import metrics
+from safetynet.evaluation.leaks import prompts_without_trigger
 from safetynet.models import loading
-from safetynet.prompts import Serialiser, prompt_hash
+from safetynet.prompts import Serialiser
 from safetynet.recipe import Recipe
 from safetynet.run import Run
 
@@ -90,11 +91,6 @@ def fresh_prompts(recipe: Recipe, run: Run, count: int) -> pd.DataFrame:
     """Clean prompts of the recipe's source, none of which is among the run's rows, training or test."""
     attack, used = recipe.backdoor, set(prompts_without_trigger(run.table("rows")))
     return conversations.fresh(recipe.data, attack.behaviour, attack.trigger, used, count, recipe.seed)
-
-
-def prompts_without_trigger(rows: pd.DataFrame) -> list[str]:
-    """`prompt_hash` of each row's prompt, by which rows of one prompt are known whatever their role."""
-    return [prompt_hash(m, t) for m, t in zip(rows["messages"], rows["trigger"], strict=True)]
 
 
 def snapshots(run: Run, name: str) -> Path:
