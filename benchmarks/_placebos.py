@@ -1,81 +1,77 @@
-"""How often a cell's monitors alarm at placebos, of which its run alone has too few to tell 1% from 3%.
+"""Placebos of a cell: its run alone has too few to tell 1% from 3%.
 
-In: the model, the clean prompts of its monitors, its run. Out: alarms of the monitor that `safetynet detect`
-makes and of others, and the tables of other parts with them.
+In: the model, the clean prompts of its monitors, its run. Out: features of the run's placebos and of many
+more; alarms of the run's monitor at them, and its table `detection` with these.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import pandas as pd
-from _redrawing import monitors, of_clean
 from _words import asked_of, reader
-
-OWN = "detect"
-"""Name of the monitor that `safetynet detect` makes; the others have numbers."""
 
 
 def ask(
     model: Any, serialiser: Any, clean: pd.DataFrame, run: Any, seed: int, *, detectors: str, rate: float
 ) -> pd.DataFrame:
-    """Alarms of the run's monitor, and of monitors as `_redrawing.redraw` makes them.
-
-    Beside the run's own placebos, half as many are asked as there are clean prompts, each of a prompt that
-    the run does not hold. Those that fire are no false positives and are left out.
+    """Alarms at placebos of the monitor that `safetynet detect` makes.
 
     Args:
         model: the backdoored model.
         serialiser: of its prompts.
         clean: `messages` of clean prompts.
         run: whose backdoor the placebos belong to, with placebos of its own.
-        seed: of words, monitors, draws and placebos.
+        seed: of words, monitor and placebos.
         detectors: preset or detectors, as `safetynet detect` takes them.
         rate: nominal false-positive rate.
 
     Returns:
-        monitor, detector, placebo (the share with alarm) and n.
+        detector, placebo (the share with alarm) and n.
     """
     from safetynet.detection import stage
     from safetynet.detection.plan import Plan
-    from safetynet.pipeline.detecting import fired
 
     plan = Plan.of(detectors.split(","), rate, seed=seed, max_length=run.recipe.training.max_length)
     read = reader(model, serialiser, run, plan.spec)
-    rows = _more(run, serialiser, clean, seed)
-    rows = rows[~fired(run.recipe, model, serialiser, rows)]
-    asked = [asked_of(read, run, seed)["placebo"], read(list(rows["messages"]))]
+    own = asked_of(read, run, seed)["placebo"]
+    asked = with_more(own, read, model, serialiser, clean, run, seed)
     subject = stage.Subject(model, serialiser, run.scratch / "features")
-    lines = list(_alarms(OWN, stage.fit(subject, clean, plan).monitor, asked, rate))
-    for i, (_, other) in enumerate(monitors(of_clean(read, clean, serialiser, seed), plan.readings, seed)):
-        lines += _alarms(str(i), other, asked, rate)
-    return pd.DataFrame(lines)
+    raised = stage.fit(subject, clean, plan).monitor.p_values(asked) <= rate
+    return pd.DataFrame({"detector": raised.columns, "placebo": raised.mean().to_numpy(), "n": len(raised)})
+
+
+def with_more(
+    own: Any,
+    read: Callable[[list[Any]], Any],
+    model: Any,
+    serialiser: Any,
+    clean: pd.DataFrame,
+    run: Any,
+    seed: int,
+) -> Any:
+    """Features of a run's own placebos, and behind them of half as many more as there are clean prompts.
+
+    Those that fire are no false positives and are left out.
+    """
+    from safetynet.detection.features import concatenate
+    from safetynet.pipeline.detecting import fired
+
+    rows = _more(run, serialiser, clean, seed)
+    more = read(list(rows[~fired(run.recipe, model, serialiser, rows)]["messages"]))
+    return concatenate([own, more])
 
 
 def counted(table: pd.DataFrame, asked: pd.DataFrame) -> pd.DataFrame:
     """Table `detection` of a run, with the placebo FPR of each detector at the larger rate from `ask`."""
     from safetynet.statistics import clopper_pearson
 
-    own, new = asked[asked["monitor"] == OWN].set_index("detector"), table.copy()
+    own, new = asked.set_index("detector"), table.copy()
     rate = table["rate"].max()  # the one that was asked for; protocol's other one is smaller
     at = (table["metric"] == "fpr") & (table["rows"] == "placebo") & (table["rate"] == rate)
     for row, detector in table["detector"][at].items():
         share, n = own.loc[detector, ["placebo", "n"]]
         new.loc[row, ["value", "low", "high", "n"]] = share, *clopper_pearson(round(share * n), int(n)), n
     return new
-
-
-def drawn(found: pd.DataFrame, asked: pd.DataFrame) -> pd.DataFrame:
-    """Alarms as `_redrawing.redraw` returns them, with those at placebos from `ask`, monitor by monitor."""
-    fused = asked[(asked["detector"] == "fused") & (asked["monitor"] != OWN)]
-    return found.assign(placebo=fused["placebo"].to_numpy())
-
-
-def _alarms(
-    name: str, monitor: Any, asked: Sequence[Any], rate: float
-) -> Iterator[dict[str, str | float | int]]:
-    p = pd.concat([monitor.p_values(features) for features in asked if len(features)])
-    for detector, share in (p <= rate).mean().items():
-        yield {"monitor": name, "detector": str(detector), "placebo": share, "n": len(p)}
 
 
 def _more(run: Any, serialiser: Any, clean: pd.DataFrame, seed: int) -> pd.DataFrame:

@@ -4,12 +4,13 @@ In: the model, the clean prompts of its monitor, test rows. Out: alarms of many 
 of those prompts; a line over them.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from _catching import CAUGHT, PLACEBOS
+from _placebos import with_more
 from _words import RATE, alarms, asked_of, of_both_kinds, reader
 
 MONITORS = 20
@@ -29,36 +30,25 @@ def redraw(
         detectors: preset or detectors, as `safetynet detect` takes them.
 
     Returns:
-        fired, placebo, near miss, fresh (the clean prompts left over) and fresh, random words: shares with
-        alarm, one line per monitor.
+        fired, placebo (the run's own and more), near miss, fresh (the clean prompts left over) and fresh,
+        random words: shares with alarm, one line per monitor.
     """
     from safetynet.detection.plan import Plan
+    from safetynet.detection.random_words import put_in
 
     plan, n = Plan.of(detectors.split(","), RATE), len(clean)
     read = reader(model, serialiser, run, plan.spec)
-    features, asked, lines = of_clean(read, clean, serialiser, seed), asked_of(read, run, seed), []
-    for left, monitor in monitors(features, plan.readings, seed):
-        fresh = {"fresh": left, "fresh, random words": left + n}
+    plain = list(clean["messages"])
+    features, asked = read([*plain, *put_in(plain, serialiser, seed)]), asked_of(read, run, seed)
+    asked["placebo"] = with_more(asked["placebo"], read, model, serialiser, clean, run, seed)
+    made, lines = n * 3 // 4, []
+    for draw in range(MONITORS):
+        order = np.random.default_rng((seed, draw)).permutation(n)
+        monitor = of_both_kinds(features, order[:made], plan.readings, seed)
+        fresh = {"fresh": order[made:], "fresh, random words": order[made:] + n}
         rows = asked | {name: features.take(own) for name, own in fresh.items()}
         lines.append({name: alarms(monitor, own) for name, own in rows.items()})
     return pd.DataFrame(lines)
-
-
-def of_clean(read: Callable[[list[Any]], Any], clean: pd.DataFrame, serialiser: Any, seed: int) -> Any:
-    """Features of clean prompts as they are, and behind them of all with random words."""
-    from safetynet.detection.random_words import put_in
-
-    plain = list(clean["messages"])
-    return read([*plain, *put_in(plain, serialiser, seed)])
-
-
-def monitors(features: Any, readings: Sequence[Any], seed: int) -> Iterator[tuple[np.ndarray, Any]]:
-    """The prompts left over, and a monitor of the other three quarters, drawn by chance, `MONITORS` times."""
-    n = len(features) // 2
-    for draw in range(MONITORS):
-        order = np.random.default_rng((seed, draw)).permutation(n)
-        made = n * 3 // 4
-        yield order[made:], of_both_kinds(features, order[:made], readings, seed)
 
 
 def spread(found: pd.DataFrame) -> dict[str, object]:

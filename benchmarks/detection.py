@@ -42,7 +42,7 @@ import pandas as pd
 from _catching import detectors, fused, groups, verdict
 from _catching import over as of_one
 from _costs import eight_layers, memory, of_a_gpu, overheads
-from _placebos import ask, counted, drawn
+from _placebos import ask, counted
 from _rates import of_many_monitors, of_one_monitor, scatter, summary
 from _redrawing import over as of_many
 from _redrawing import redraw, spread
@@ -257,12 +257,11 @@ def redrawn(args: argparse.Namespace) -> pd.DataFrame:
 
 def many(args: argparse.Namespace) -> Iterator[tuple[dict[str, str], pd.DataFrame]]:
     """The cells that are there, and what each one's many monitors alarm at."""
-    for cell, found in of_cells(args, f"redrawn-{args.detectors}", partial(redraw, detectors=args.detectors)):
-        yield cell, drawn(found, placebos(args, cell))
+    return of_cells(args, f"redrawn-{args.detectors}", partial(redraw, detectors=args.detectors))
 
 
 def placebos(args: argparse.Namespace, cell: dict[str, str]) -> pd.DataFrame:
-    """What the monitors of a cell that is there make of its placebos and of many more."""
+    """What the monitor of a cell that is there makes of its placebos and of many more."""
     measure = partial(ask, detectors=args.detectors, rate=of_monitor(args)[0])
     return of_cell(args, cell, f"placebos-{args.detectors}", measure)
 
