@@ -5,7 +5,7 @@ fired. Out: the monitor and tidy tables. Writes nothing but captured features in
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import pandas as pd
 from safetynet.detection import curves, domains, protocol, random_words
 from safetynet.detection.calibration import Conformal, RateEstimate, fpr_estimate
 from safetynet.detection.capture import capture
-from safetynet.detection.features import Features
+from safetynet.detection.features import Features, concatenate
 from safetynet.detection.guard import Guard
 from safetynet.detection.monitor import Monitor
 from safetynet.detection.overhead import overhead
@@ -95,26 +95,26 @@ def detect(
         InputError: as `Plan.check`, before the model runs.
     """
     fitted = fit(subject, clean, plan)
-    monitor, held, seen, part = fitted.monitor, fitted.held, fitted.seen, fitted.part
+    monitor, held = fitted.monitor, fitted.held
     other = domains.generate(PER_DOMAIN, plan.seed)
     rows = pd.concat([_fresh(held), _tested(test), _benign(other)], ignore_index=True)
     tested = _captured(subject, [*test["messages"], *other["messages"]], plan)
-    fresh = fitted.fresh
-    both = replace(fresh, arrays={v: np.concatenate([a, tested.arrays[v]]) for v, a in fresh.arrays.items()})
+    both = concatenate([fitted.fresh, tested])
     found, calibrated = monitor.panel.scores(both.arrays), monitor.calibration
     scores, p_values = calibrated.scores(found), calibrated.p_values(found)
     surprise = -np.log10(calibrated.smoothed(found))
     if plan.skylines and labelled is not None:
-        calibrating = seen.take(part == "fuse")
+        calibrating = fitted.seen.take(fitted.part == "fuse")
         for name, (s, conformal) in _skylines(subject, plan, labelled, calibrating, both).items():
             scores[name], p_values[name] = s, conformal.p_values(s)
     rates = (plan.rate, 0.001) if plan.rate != 0.001 else (0.001,)
+    fitting = fitted.seen.take(fitted.part == "fit")
     tables = {
         "detection": protocol.measure(rows, scores, p_values, rates, monitor.smallest_rate),
         "detection_scores": pd.concat([rows, scores.add_prefix("score "), p_values.add_prefix("p ")], axis=1),
         "detection_roc": curves.roc(rows, scores),
         "detection_distribution": curves.distributions(rows, surprise, plan.prompt_rate),
-        "detection_layers": curves.by_layer(monitor, seen.take(part == "fit"), both, rows),
+        "detection_layers": curves.by_layer(monitor, fitting, both, rows),
         "detection_overhead": _overhead(subject, monitor, held, plan),
     }
     if monitor.tokens is not None:
