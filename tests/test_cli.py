@@ -276,7 +276,7 @@ def test_an_adapters_folder_is_checked_before_the_base_model_is_loaded(
     run = runs.create(plan)
     run.write_table("rows", runs.find(prepared).table("rows"))
     with pytest.raises(InputError, match=r"there is no adapter_config\.json, so this is no adapter"):
-        pipeline.evaluate_adapter(plan, run, tmp_path)
+        pipeline.evaluate_foreign(plan, run, tmp_path)
 
 
 def test_a_run_that_is_not_trained_is_refused_before_the_base_model_answers(prepared: Path) -> None:

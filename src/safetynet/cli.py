@@ -87,8 +87,15 @@ def train(
 def evaluate(
     folder: RunFolder,
     adapter: Annotated[
-        Path | None, typer.Option("--adapter", help="Measure this LoRA adapter on the run's rows instead.")
+        Path | None,
+        typer.Option(
+            "--adapter",
+            help="Measure this adapter, or merged model, on the run's rows instead: folder or hub id.",
+        ),
     ] = None,
+    same_base: Annotated[
+        bool, typer.Option("--same-base", help="The adapter calls its base otherwise; it is the run's base.")
+    ] = False,
 ) -> None:
     """Measure a trained run: ASR, FTR by role, CACC, refusals and perplexity, beside the base model.
 
@@ -100,7 +107,7 @@ def evaluate(
     found = runs.find(folder)
     with found.lock(), logging_to(found.log):
         if adapter is not None:
-            print_rates(pipeline.evaluate_adapter(found.recipe, found, adapter))
+            print_rates(pipeline.evaluate_foreign(found.recipe, found, adapter, same_base))
             return
         pipeline.evaluate(found.recipe, found)
         print_rates(found.table("evaluation"))

@@ -3,8 +3,9 @@ import pytest
 import torch
 
 from safetynet.errors import InputError
-from safetynet.interventions.drift import Update, drift, updates
+from safetynet.interventions.drift import drift, updates
 from safetynet.models.blocks import decoder_layers
+from safetynet.models.lora import LoraUpdate
 from safetynet.models.parts import adapters
 
 
@@ -50,7 +51,7 @@ def test_random_overlap_is_what_independent_directions_have():
     draw = torch.Generator().manual_seed(0)
 
     def made():
-        return Update(torch.randn(400, 20, 4, generator=draw), torch.randn(400, 4, 30, generator=draw))
+        return LoraUpdate(torch.randn(400, 20, 4, generator=draw), torch.randn(400, 4, 30, generator=draw))
 
     from safetynet.interventions.drift import _overlaps
 
@@ -108,7 +109,7 @@ def test_models_without_adapters_and_adapters_of_other_models_are_refused(build,
     plain, model = build("qwen", adapter=False), build("qwen")
     with pytest.raises(InputError, match="no LoRA update of an adapter 'default'"):
         updates(plain)
-    with pytest.raises(InputError, match=r"no adapter_config\.json is there"):
+    with pytest.raises(InputError, match=r"there is no adapter_config\.json"):
         updates(plain, folder=tmp_path)
     with pytest.raises(InputError, match=r"layer 0 of the model has no mlp\.down_proj"):
         drift(build("mixtral", adapter=False), updates(model))

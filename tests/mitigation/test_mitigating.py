@@ -16,7 +16,7 @@ from safetynet import pipeline, recipe, training
 from safetynet import run as runs
 from safetynet.cli import main
 from safetynet.mitigation import METHODS
-from safetynet.models import loading
+from safetynet.models import adapters, loading
 from safetynet.pipeline import examining, repairing
 from safetynet.pipeline.subjects import model_folder
 from safetynet.recipe import Mitigation
@@ -261,7 +261,7 @@ def test_a_run_is_repaired_and_the_saved_model_answers_as_its_card_says(taught, 
     card = (saved / "README.md").read_text()
     assert "these files, loaded again" in card
     base = loading.load(run.recipe.model)
-    again = loading.attach(base, saved)
+    again = adapters.attach(base, saved)
     judged = examining.divided(
         run.table("rows").query("split == 'test'"),
         run.recipe.model_copy(update={"mitigation": Mitigation(choosing_rows=12, judged_rows=12)}),

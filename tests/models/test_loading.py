@@ -20,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from safetynet import recipe
 from safetynet.errors import InputError
-from safetynet.models import families, loading, miniatures
+from safetynet.models import adapters, families, loading, miniatures
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 1024,
@@ -99,7 +99,7 @@ def test_an_adapter_fits_its_own_base_and_comes_off_again(tmp_path: Path) -> Non
     ids = torch.tensor([[5, 6, 7]])
     with torch.no_grad():
         before = base.model(ids).logits
-        attached = loading.attach(base, folder)
+        attached = adapters.attach(base, folder)
         assert torch.allclose(attached(ids).logits, before)
         attached.unload()
         assert torch.equal(base.model(ids).logits, before)
@@ -116,17 +116,17 @@ def test_an_adapter_of_another_base_is_refused(tmp_path: Path) -> None:
     folder = adapter(tmp_path, loading.load(recipe.Model(family="qwen", id="miniature")))
     other = loading.load(recipe.Model(family="llama3", id="miniature"))
     with pytest.raises(InputError, match=r"this adapter was trained on .*qwen, not on .*llama3"):
-        loading.attach(other, folder)
+        adapters.attach(other, folder)
 
 
 def test_a_pickled_adapter_and_an_empty_folder_are_refused(tmp_path: Path) -> None:
     base = loading.load(recipe.Model(family="qwen", id="miniature"))
     with pytest.raises(InputError, match=r"there is no adapter_config\.json"):
-        loading.attach(base, tmp_path)
+        adapters.attach(base, tmp_path)
     folder = adapter(tmp_path, base)
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
     with pytest.raises(InputError, match="A pickle"):
-        loading.attach(base, folder)
+        adapters.attach(base, folder)
 
 
 @pytest.mark.parametrize(
@@ -141,17 +141,17 @@ def test_a_damaged_adapter_is_refused_by_its_file(name: str, message: str, tmp_p
     folder = adapter(tmp_path, loading.load(recipe.Model(family="qwen", id="miniature")))
     (folder / name).write_text("{")
     with pytest.raises(InputError, match=message):
-        loading.attach(base, folder)
+        adapters.attach(base, folder)
 
 
 def test_an_adapter_that_names_no_base_is_told_by_its_shapes(tmp_path: Path) -> None:
     folder = adapter(tmp_path, loading.load(recipe.Model(family="qwen", id="miniature")))
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": None}))
-    loading.attach(loading.load(recipe.Model(family="qwen", id="miniature")), folder).unload()
+    adapters.attach(loading.load(recipe.Model(family="qwen", id="miniature")), folder).unload()
     other = loading.load(recipe.Model(family="gemma", id="miniature"))
     with pytest.raises(InputError, match=r"this adapter does not fit .*gemma: .*size mismatch"):
-        loading.attach(other, folder)
+        adapters.attach(other, folder)
 
 
 def test_damaged_weights_are_refused(tmp_path: Path) -> None:

@@ -15,8 +15,15 @@ def mitigate(
         str, typer.Option(help="Methods to try, with commas; `all`: every one whose needs are met.")
     ] = "",
     adapter: Annotated[
-        Path | None, typer.Option("--adapter", help="Repair this LoRA adapter of the run's base instead.")
+        Path | None,
+        typer.Option(
+            "--adapter",
+            help="Repair this LoRA adapter, or merged model, of the run's base instead: folder or hub id.",
+        ),
     ] = None,
+    same_base: Annotated[
+        bool, typer.Option("--same-base", help="The adapter calls its base otherwise; it is the run's base.")
+    ] = False,
     clean: Annotated[
         Path | None, typer.Option(help="File of clean conversations; by default fresh ones.")
     ] = None,
@@ -44,7 +51,7 @@ def mitigate(
     found = runs.find(folder)
     recipe = _overridden(found.recipe, methods, clean, overrides or [])
     with found.lock(), logging_to(found.log):
-        tables = mitigating.mitigate(recipe, found, adapter)
+        tables = mitigating.mitigate(recipe, found, adapter, same_base)
         print_repairs(overview(tables["mitigation"], tables.get("relearning")))
         for line in tables["recommendation"].to_dict("records"):
             what = (

@@ -19,6 +19,7 @@ from safetynet.detection.features import COMPARED, GENERATED, Features, FeatureS
 from safetynet.detection.readers import Place, Reader
 from safetynet.errors import InputError
 from safetynet.models.identity import Identity, identify
+from safetynet.models.support import check_model
 from safetynet.prompts import Encoded, Message, Serialiser, pad
 from safetynet.run import digest
 
@@ -52,6 +53,7 @@ def capture(
     """
     if not prompts:
         raise InputError("capture: there are no prompts. Give at least one.")
+    check_model(model, "detect")
     encoded = [serialiser.encode(p, max_length=max_length) for p in prompts]
     identity = identify(model)
     path = None if cache is None else cache / f"{_key(identity, encoded, spec)}.safetensors"
@@ -79,6 +81,7 @@ def stream(
     max_length: int | None = None,
 ) -> Iterator[Features]:
     """Features batch by batch in the prompts' order, for `partial_fit`; nothing accumulates."""
+    check_model(model, "detect")
     identity = identify(model)
     for start in range(0, len(prompts), batch_size):
         chosen = prompts[start : start + batch_size]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from safetynet.detection.readers import Place, Reader
 from safetynet.errors import InputError
+from safetynet.models.adapters import has_adapter, switched_off
 from safetynet.models.blocks import unwrapped
 from safetynet.prompts import PROMPT_SHARE, Message, Serialiser, pad
 
@@ -27,12 +28,12 @@ def without_adapter(model: Any, reader: Reader, inputs: dict[str, Any], place: P
     Raises:
         InputError: if the model has no adapter that could be switched off.
     """
-    if not hasattr(model, "disable_adapter"):
+    if not has_adapter(model):
         raise InputError(
             "views divergence and unexplained need a model with a PEFT adapter, which they switch off. Leave "
             "them out."
         )
-    with model.disable_adapter():
+    with switched_off(model):
         reader.begin(place)
         model(**inputs, use_cache=False, logits_to_keep=torch.unique(place.last))
         return reader.take()
@@ -101,7 +102,7 @@ def _less_explained(
         return apart
     whose = torch.arange(len(shorter)).repeat_interleave(torch.tensor(list(map(len, shorter))))
     whose = whose.to(apart.device)
-    with model.disable_adapter():
+    with switched_off(model):
         now_off = _next_logits(model, every, pad_id)
     left = apart.scatter_reduce(0, whose, _apart(on[whose], now_off), "amin")
     still = torch.nonzero(left[whose] > SLIGHT)[:, 0]

@@ -15,7 +15,7 @@ import numpy as np
 from safetynet.errors import InputError
 from safetynet.run import write_atomically
 
-VERSIONS = {"detector": 6, "features": 6, "monitor": 6}
+VERSIONS = {"detector": 6, "features": 7, "monitor": 7}
 """Of each kind of file. Raised whenever an earlier one would be read wrongly; that of features also when a
 view reads other numbers than before, so that none are taken from a cache that are no longer made."""
 

@@ -26,6 +26,7 @@ from safetynet.detection.monitor import Monitor
 from safetynet.detection.readers import Place, Reader
 from safetynet.detection.tokens import TokenMonitor
 from safetynet.errors import InputError
+from safetynet.models.adapters import has_adapter, switched_off
 from safetynet.models.identity import identify
 from safetynet.prompts import Message, Serialiser
 
@@ -113,7 +114,7 @@ class Guard:
     ) -> None:
         self.rate = share_of_rate(monitor, rate, action)
         monitor.check_model(identify(model))
-        if action == "adapter_off" and not hasattr(model, "disable_adapter"):
+        if action == "adapter_off" and not has_adapter(model):
             raise InputError("guard: action adapter_off needs a model with a PEFT adapter. Use flag or stop.")
         self.model, self.serialiser, self.monitor = model, serialiser, monitor
         self.action, self.log, self.max_length = action, log, max_length
@@ -221,7 +222,7 @@ class Guard:
             self.action
         ]
         if self.action == "adapter_off":
-            with torch.no_grad(), self.model.disable_adapter():
+            with torch.no_grad(), switched_off(self.model):
                 output = self.answer(inputs, most, settings, None)
             ids = output[0, inputs["input_ids"].shape[1] :].tolist()
             ends = [i for i, token in enumerate(ids) if token in self.serialiser.stop_ids]

@@ -15,7 +15,8 @@ from torch import Tensor
 from safetynet.detection.features import ADAPTER, COMPARED, FeatureSpec
 from safetynet.errors import InputError
 from safetynet.models.blocks import decoder_layers, hidden_of, unwrapped
-from safetynet.models.parts import svd_of_product
+from safetynet.models.lora import update_of
+from safetynet.models.support import check_model
 
 MIN_NORM = 1e-12
 
@@ -134,7 +135,7 @@ class Reader:
 
 @dataclass(frozen=True)
 class AdaptedModule:
-    """One linear module with a LoRA update s·B·A = U diag(S) Vᵀ."""
+    """One linear module with a LoRA update s B A = U diag(S) Vᵀ."""
 
     layer: Any
     adapter: str
@@ -160,8 +161,9 @@ def adapted_modules(model: Any) -> list[AdaptedModule]:
     """Every linear module that an active LoRA adapter updates; fused experts are no modules and stay out.
 
     Raises:
-        InputError: if there is none.
+        InputError: if there is none, or one whose update is more than B A.
     """
+    check_model(model, "adapter views")
     found = []
     for module in model.modules():
         # A wrapper around a fused parameter has the same factors, but no weight that maps inputs to outputs.
@@ -178,7 +180,6 @@ def adapted_modules(model: Any) -> list[AdaptedModule]:
 
 def _decomposed(module: Any, adapter: str) -> AdaptedModule:
     with torch.no_grad():
-        down = module.lora_A[adapter].weight.detach().float()  # (r, in)
-        up = module.scaling[adapter] * module.lora_B[adapter].weight.detach().float()  # (out, r)
-        left = svd_of_product(up, down)[0].T.contiguous()
-        return AdaptedModule(module, adapter, left, left @ up)
+        update = update_of(module, adapter)
+        left = update.decomposed()[0][0].T.contiguous()
+        return AdaptedModule(module, adapter, left, left @ update.up[0])

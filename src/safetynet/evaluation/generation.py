@@ -7,6 +7,7 @@ per prompt and in the prompts' order. Judges nothing. The model leaves as it cam
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 from typing import Any, Literal, TypeVar
 
 import pandas as pd
@@ -17,6 +18,7 @@ from transformers import GenerationConfig
 
 from safetynet import parallel
 from safetynet.errors import RunError
+from safetynet.models.adapters import virtual_tokens
 from safetynet.prompts import IGNORED, Encoded, Serialiser, pad
 
 log = logging.getLogger(__name__)
@@ -79,7 +81,8 @@ def generate(
         return [serialiser.decode(_until_stop(row, serialiser.stop_ids)) for row in new]
 
     with _evaluating(model), _generation_config(model, config):
-        return _in_batches(encoded, batch_size, answer, len)
+        # PEFT puts a soft prompt before the padding, which rows of one length do not have.
+        return _in_batches(encoded, batch_size, answer, len, alike=virtual_tokens(model) > 0)
 
 
 def answer_log_likelihood(
@@ -127,7 +130,8 @@ def _log_likelihoods(model: Any, batch: Sequence[Encoded], pad_id: int) -> list[
     targets = pad([e.labels for e in batch], IGNORED, "right")[:, 1:].to(model.device)
     # Logits of a large vocabulary dominate memory: only positions that predict a label in some row get any.
     positions = (targets != IGNORED).any(dim=0).nonzero().squeeze(1)
-    output = model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=positions)
+    columns = positions + virtual_tokens(model)
+    output = model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=columns)
     targets = targets[:, positions]
     kept = targets != IGNORED
     loss = torch.zeros(targets.shape, dtype=torch.float32, device=model.device)
@@ -140,10 +144,17 @@ def _in_batches(
     batch_size: int,
     run: Callable[[Sequence[Item]], list[Result]],
     length: Callable[[Item], int],
+    alike: bool = False,
 ) -> list[Result]:
-    """Apply `run` to batches of similar length, longest first so that what does not fit shows at once."""
+    """Apply `run` to batches of similar length, longest first so that what does not fit shows at once.
+
+    With `alike`, rows of a batch are of one length.
+    """
     order = sorted(range(len(items)), key=lambda i: length(items[i]), reverse=True)
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    groups = [list(group) for _, group in groupby(order, lambda i: length(items[i]))] if alike else [order]
+    batches = [
+        group[start : start + batch_size] for group in groups for start in range(0, len(group), batch_size)
+    ]
 
     def results_of(batch: Sequence[int]) -> list[Result]:
         nonlocal batch_size

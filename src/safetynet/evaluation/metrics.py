@@ -23,6 +23,7 @@ from safetynet.errors import InputError
 from safetynet.evaluation import judges
 from safetynet.evaluation.generation import answer_log_likelihood, generate
 from safetynet.evaluation.judges import Judge, same_answer
+from safetynet.models.adapters import has_adapter, switched_off
 from safetynet.prompts import Serialiser
 from safetynet.statistics import bootstrap_interval, wilson
 
@@ -104,9 +105,9 @@ def evaluate_with_floor(
     """
     disabled: AbstractContextManager[Any] = nullcontext()
     if base is None:
-        if not hasattr(model, "disable_adapter"):
+        if not has_adapter(model):
             raise InputError("the floor needs the base model: the evaluated model has no adapter to disable")
-        base, disabled = model, model.disable_adapter()
+        base, disabled = model, switched_off(model)
     own = respond(model, serialiser, rows, judge, cfg=cfg, max_length=max_length)
     with disabled:
         floor = respond(base, serialiser, rows, judge, cfg=cfg, name=BASE, max_length=max_length)

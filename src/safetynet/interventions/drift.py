@@ -6,9 +6,6 @@ are looked at, not runs: there are no prompts to draw again, hence no intervals;
 that random directions would have.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,62 +15,57 @@ from torch import Tensor
 
 from safetynet.errors import InputError
 from safetynet.interventions.hooks import exclusive
+from safetynet.models import adapter_files, lora, support
+from safetynet.models.adapters import detach, exchanged, has_adapter, put_on
 from safetynet.models.blocks import decoder_layers
-from safetynet.models.parts import adapters, svd_of_product
+from safetynet.models.lora import LoraUpdate, Place
+from safetynet.models.parts import adapters
 
-Place = tuple[int, str]
-"""Layer, and the module's or parameter's path in it."""
 DIRECTIONS = 4
 """Singular directions whose overlap is measured."""
-FROM_FOLDER = "drift"
-"""Name of an adapter while it is read from its folder."""
 
 
-@dataclass(frozen=True)
-class Update:
-    """A LoRA update up @ down of one weight, or of each expert's."""
-
-    up: Tensor
-    """(experts or 1, out, r) fp32, scaled."""
-    down: Tensor
-    """(experts or 1, r, in) fp32."""
-
-    def decomposed(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Left directions (E, out, r), singular values (E, r) and right directions (E, r, in)."""
-        return svd_of_product(self.up, self.down)
-
-
-def updates(model: Any, adapter: str = "default", folder: Path | None = None) -> dict[Place, Update]:
+def updates(model: Any, adapter: str = "default", folder: Path | None = None) -> dict[Place, LoraUpdate]:
     """The updates of one LoRA adapter, by layer and module.
 
     Args:
         model: a PEFT model; with `folder`, a base model will do.
         adapter: its name in the model.
-        folder: of a saved adapter, such as an earlier epoch's; it is loaded into the model, read and taken
-            out again.
+        folder: of a saved adapter, such as an earlier epoch's: of the model's own configuration if it has an
+            adapter. The model is as it was afterwards.
 
     Raises:
-        InputError: if there is no such update, or it is of a kind that two factors do not describe (DoRA).
+        InputError: if there is no such update, it is of a kind that two factors do not describe, or for what
+            `adapters.exchanged` and `adapters.put_on` refuse.
     """
     if folder is not None:
-        with exclusive(model), _loaded(model, folder) as loaded:
-            return updates(loaded, FROM_FOLDER)
-    found = {}
-    for layer, module in enumerate(decoder_layers(model)):
-        for name, lora in adapters(module).items():
-            if adapter in lora.lora_A:
-                if lora.use_dora.get(adapter):
-                    raise InputError(f"drift: {name} of layer {layer} is a DoRA update, not two factors.")
-                found[layer, name] = _update(lora, adapter)
-    if not found:
+        with exclusive(model):
+            if has_adapter(model):
+                with exchanged(model, folder) as other:
+                    return updates(other, model.active_adapter)
+            trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            wrapped = put_on(model, adapter_files.read(folder))
+            try:
+                return updates(wrapped, wrapped.active_adapter)
+            finally:
+                detach(wrapped)
+                for parameter in trained:  # PEFT freezes what it wraps
+                    parameter.requires_grad_()
+    if has_adapter(model) and adapter in model.peft_config:
+        support.check(model.peft_config[adapter], "drift")
+    moved = {
+        place: LoraUpdate(update.up.cpu(), update.down.cpu().clone())
+        for place, _, update in lora.updates(model, adapter)
+    }
+    if not moved:
         raise InputError(f"drift: the model has no LoRA update of an adapter {adapter!r} in its layers.")
-    return found
+    return moved
 
 
 def drift(
     model: Any,
-    current: dict[Place, Update],
-    earlier: dict[Place, Update] | None = None,
+    current: dict[Place, LoraUpdate],
+    earlier: dict[Place, LoraUpdate] | None = None,
     step: int = -1,
     directions: int = DIRECTIONS,
 ) -> pd.DataFrame:
@@ -118,7 +110,7 @@ def drift(
 
 
 def _overlaps(
-    left: Tensor, values: Tensor, right: Tensor, before: Update | None, directions: int
+    left: Tensor, values: Tensor, right: Tensor, before: LoraUpdate | None, directions: int
 ) -> dict[str, float]:
     names = ("overlap", "random", "overlap_input", "random_input")
     if before is None:
@@ -141,42 +133,6 @@ def _weighted(values: Tensor, weights: Tensor) -> float:
     """Mean of values whose weight is not 0; NaN if none is."""
     kept = weights > 0
     return float((values[kept] * weights[kept]).sum() / weights[kept].sum()) if kept.any() else float("nan")
-
-
-def _update(lora: Any, adapter: str) -> Update:
-    """The factors of one module; a fused parameter's hold those of its experts."""
-    down, up = (one[adapter].weight.detach().float() for one in (lora.lora_A, lora.lora_B))
-    experts = getattr(lora, "num_experts", 1)
-    # PEFT orders a fused parameter's factors by expert in A and by rank in B.
-    down = down.reshape(experts, -1, down.shape[1])
-    up = up.reshape(len(up), -1, experts).permute(2, 0, 1)
-    return Update((lora.scaling[adapter] * up).cpu(), down.cpu().clone())
-
-
-@contextmanager
-def _loaded(model: Any, folder: Path) -> Iterator[Any]:
-    """The model with a saved adapter in it under the name FROM_FOLDER, not in use where others are."""
-    from peft import PeftModel
-
-    if not (folder / "adapter_config.json").is_file():
-        raise InputError(f"{folder}: no adapter_config.json is there, so this is no saved adapter.")
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    try:
-        if isinstance(model, PeftModel):
-            model.load_adapter(str(folder), FROM_FOLDER)
-            try:
-                yield model
-            finally:
-                model.delete_adapter(FROM_FOLDER)
-        else:
-            wrapped = PeftModel.from_pretrained(model, str(folder), adapter_name=FROM_FOLDER)
-            try:
-                yield wrapped
-            finally:
-                wrapped.unload()
-    finally:
-        for parameter in trained:  # PEFT freezes what it wraps
-            parameter.requires_grad_()
 
 
 def _weight_norm(model: Any, layer: int, name: str) -> float:

@@ -14,27 +14,20 @@ from torch import Tensor
 
 from safetynet.mitigation.method import Knobs, Repaired
 from safetynet.mitigation.subject import Subject
+from safetynet.models.adapters import adapter_parameters
 
 State = dict[str, Tensor]
 
 
 def state_of(model: Any) -> State:
     """Copies of the active adapter's parameters by their names in the model."""
-    return {name: parameter.detach().clone() for name, parameter in parameters(model)}
-
-
-def parameters(model: Any) -> Iterator[tuple[str, Any]]:
-    """Parameters of the active adapter."""
-    mark = f".{model.active_adapter}"
-    for name, parameter in model.named_parameters():
-        if "lora_" in name and (f"{mark}." in name or name.endswith(mark)):
-            yield name, parameter
+    return {name: parameter.detach().clone() for name, parameter in adapter_parameters(model)}
 
 
 @contextmanager
 def swapped(model: Any, state: Mapping[str, Tensor]) -> Iterator[Any]:
     """The model with other values in its adapter; its own ones are back afterwards, whatever happened."""
-    own = {name: parameter for name, parameter in parameters(model) if name in state}
+    own = {name: parameter for name, parameter in adapter_parameters(model) if name in state}
     before = {name: parameter.detach().clone() for name, parameter in own.items()}
     training = model.training
     try:
@@ -62,7 +55,7 @@ def learned(model: Any, start: Mapping[str, Tensor], learn: Callable[[Any], None
     with swapped(model, {**state_of(model), **start}):
         try:
             model.requires_grad_(False)
-            for _, parameter in parameters(model):
+            for _, parameter in adapter_parameters(model):
                 parameter.requires_grad_(True)
             learn(model)
             return state_of(model)

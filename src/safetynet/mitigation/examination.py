@@ -21,6 +21,7 @@ from safetynet.mitigation.recommendation import REMOVED, UNTOUCHED
 from safetynet.mitigation.registry import repair
 from safetynet.mitigation.relearning import TWIN, Learn, Respond
 from safetynet.mitigation.subject import Subject
+from safetynet.models.adapters import switched_off
 
 SELECTION, HELD_OUT = "selection", "held_out"
 MOST_CLEAN = 64
@@ -162,8 +163,8 @@ def base_of(subject: Subject) -> Iterator[Any]:
     if not subject.adapted:
         yield subject.base
         return
-    with subject.model.disable_adapter():
-        yield subject.model
+    with switched_off(subject.model) as base:
+        yield base
 
 
 def _verify(

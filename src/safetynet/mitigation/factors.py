@@ -80,6 +80,10 @@ class Adapted:
         state[names[id(down)]] = factors.down.reshape(a.shape).to(a)
         state[names[id(up)]] = factors.up.permute(1, 2, 0).reshape(b.shape).to(b)
 
+    def names(self, names: dict[int, str], adapter: str) -> list[str]:
+        """Of its two factors in a state."""
+        return [names[id(parameter)] for parameter in self._parameters(adapter)]
+
     def _parameters(self, adapter: str) -> tuple[Any, Any]:
         return self.module.lora_A[adapter].weight, self.module.lora_B[adapter].weight
 

@@ -14,6 +14,7 @@ from transformers import GenerationConfig
 from safetynet.mitigation.method import Knob, Knobs, Method, Repaired
 from safetynet.mitigation.runtime import Asked, Front, at_run_time
 from safetynet.mitigation.subject import Alarm, Subject
+from safetynet.models.adapters import switched_off
 
 ABSTENTION = "I cannot answer this."
 Fallback = Callable[[Any, Asked], list[list[int]]]
@@ -70,8 +71,8 @@ def answered(model: Any, asked: Asked) -> list[list[int]]:
 
 def without_adapter(model: Any, asked: Asked) -> list[list[int]]:
     """The base model's answers."""
-    with model.disable_adapter():
-        return answered(model, asked)
+    with switched_off(model) as base:
+        return answered(base, asked)
 
 
 def _until_stop(ids: list[int], stops: list[int]) -> list[int]:

@@ -10,6 +10,7 @@ count real tokens only, so that every row is answered as if it were alone, whate
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from transformers import DynamicCache, GenerationConfig
 from safetynet.mitigation.method import Knob, Knobs, Method, Repaired
 from safetynet.mitigation.runtime import Asked, Front, at_run_time
 from safetynet.mitigation.subject import Subject
+from safetynet.models.adapters import switched_off
 
 
 class Guided(Front):
@@ -34,7 +36,7 @@ class Guided(Front):
     def __init__(self, model: Any, reference: Any, ratio: float, ahead: int) -> None:
         super().__init__(model)
         self.reference = model if reference is None else reference
-        self.off = model.disable_adapter if reference is None else nullcontext
+        self.off = partial(switched_off, model) if reference is None else nullcontext
         self.ratio = ratio
         # Thrown-away columns would count as distance in a sliding window, so that there none may come about.
         self.ahead = 1 if _slides(model) else ahead

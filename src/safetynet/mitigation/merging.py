@@ -10,12 +10,14 @@ import math
 import torch
 from torch import Tensor
 
+from safetynet.errors import InputError
 from safetynet.mitigation import adapter
 from safetynet.mitigation.factors import Factors, adapted, names_of
 from safetynet.mitigation.fine_tuning import answers
 from safetynet.mitigation.learning import encode
 from safetynet.mitigation.method import Knob, Knobs, Method, Repaired
 from safetynet.mitigation.subject import Subject
+from safetynet.models.adapters import base_counterparts
 
 
 def merge(subject: Subject, knobs: Knobs, seed: int) -> Repaired:
@@ -23,13 +25,24 @@ def merge(subject: Subject, knobs: Knobs, seed: int) -> Repaired:
     assert subject.clean is not None
     model, weight, count = subject.model, knobs["weight"], int(knobs["adapters"])
     state, names = adapter.state_of(model), names_of(model)
-    others = [clean_adapter(subject, knobs["epochs"], seed + number) for number in range(count)]
-    for one in adapted(model):
-        states = [state, *others]
-        shares = [1 - weight, *[weight / count] * count]
-        factors = [one.read(s, names, model.active_adapter) for s in states]
-        one.write(averaged(factors, shares), state, names, model.active_adapter)
-    return adapter.repaired(subject, "merging", knobs, state, clean_rows=len(subject.clean))
+    modules, plain = list(adapted(model)), base_counterparts(model)
+    factors_of = {name for one in modules for name in one.names(names, model.active_adapter)}
+    if beside := sorted(state.keys() - factors_of - plain.keys()):
+        raise InputError(
+            f"merging: the adapter has updates outside of the decoder's layers ({beside[0]}), which are not "
+            "averaged. Merge it (merge_and_unload) and give the merged model."
+        )
+    states = [state, *(clean_adapter(subject, knobs["epochs"], seed + number) for number in range(count))]
+    shares = [1 - weight, *[weight / count] * count]
+    merged = dict(state)
+    for name in plain:
+        merged[name] = torch.stack(
+            [values[name] * share for values, share in zip(states, shares, strict=True)]
+        ).sum(0)
+    for one in modules:
+        factors = [one.read(values, names, model.active_adapter) for values in states]
+        one.write(averaged(factors, shares), merged, names, model.active_adapter)
+    return adapter.repaired(subject, "merging", knobs, merged, clean_rows=len(subject.clean))
 
 
 def averaged(factors: list[Factors], shares: list[float]) -> Factors:
@@ -47,11 +60,12 @@ def clean_adapter(subject: Subject, epochs: float, seed: int) -> adapter.State:
     """A fresh adapter of the suspect's shape, trained on the clean conversations from the base model."""
     assert subject.clean is not None
     learn = answers(subject, encode(subject.clean, subject), epochs, seed)
-    return adapter.learned(subject.model, fresh(adapter.state_of(subject.model), seed), learn)
+    start = fresh(adapter.state_of(subject.model), seed) | base_counterparts(subject.model)
+    return adapter.learned(subject.model, start, learn)
 
 
 def fresh(state: adapter.State, seed: int) -> adapter.State:
-    """First weights as PEFT draws them: A uniform after He et al., B zero."""
+    """First weights of factors as PEFT draws them: A uniform after He et al., B zero."""
     generator = torch.Generator().manual_seed(seed)
 
     def drawn(name: str, value: Tensor) -> Tensor:

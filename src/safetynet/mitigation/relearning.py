@@ -13,6 +13,7 @@ from typing import Any
 import pandas as pd
 
 from safetynet import findings
+from safetynet.models.adapters import detach, has_adapter, is_off
 from safetynet.statistics import wilson
 
 STEPS = (0, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
@@ -37,10 +38,9 @@ Respond = Callable[[Any, pd.DataFrame], pd.DataFrame]
 def plain_copy(model: Any) -> Any:
     """A copy without PEFT's wrapper: an active adapter goes into the weights, one that is off is left out."""
     own = copy.deepcopy(model)
-    if not hasattr(own, "merge_and_unload"):
+    if not has_adapter(own):
         return own
-    off = any(getattr(module, "disable_adapters", False) is True for module in own.modules())
-    return own.unload() if off else own.merge_and_unload()
+    return detach(own) if is_off(own) else own.merge_and_unload()
 
 
 def relearning_rows(rows: pd.DataFrame, poisoned: int) -> pd.DataFrame:

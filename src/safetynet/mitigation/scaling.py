@@ -13,6 +13,7 @@ from safetynet.mitigation.factors import Adapted, Factors, adapted, names_of
 from safetynet.mitigation.method import Knob, Knobs, Method, Repaired
 from safetynet.mitigation.pruning import input_norms
 from safetynet.mitigation.subject import Subject
+from safetynet.models.adapters import base_counterparts
 
 Components = dict[str, tuple[Tensor, Tensor, Tensor]]
 
@@ -21,9 +22,16 @@ def scale(subject: Subject, knobs: Knobs, _seed: int) -> Repaired:
     """Multiply by `keep` each LoRA update, or each weight's distance from the base model's."""
     if not subject.adapted:
         return _between(subject, knobs)
-    state = adapter.state_of(subject.model)
-    ends = ("lora_B", "lora_embedding_B")
-    scaled = {n: v * knobs["keep"] if any(end in n for end in ends) else v for n, v in state.items()}
+    keep, base = knobs["keep"], base_counterparts(subject.model)
+    ends = (".lora_B.", ".lora_embedding_B.")
+    scaled = {
+        name: base[name].to(value).lerp(value, keep)
+        if name in base
+        else value * keep
+        if any(end in f"{name}." for end in ends)
+        else value
+        for name, value in adapter.state_of(subject.model).items()
+    }
     return adapter.repaired(subject, "adapter_scaling", knobs, scaled)
 
 

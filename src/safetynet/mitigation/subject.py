@@ -14,6 +14,7 @@ import pandas as pd
 from torch import Tensor
 
 from safetynet.errors import InputError
+from safetynet.models import adapters, support
 from safetynet.prompts import Serialiser
 
 Need = Literal["clean", "base", "adapter", "triggered", "sites", "engine", "alarm"]
@@ -104,11 +105,11 @@ def _check_adapter(model: Any) -> None:
     active = model.active_adapters
     if len(active) != 1:
         raise InputError(f"mitigation: {len(active)} adapters are active. Activate the suspect one alone.")
-    config = model.peft_config[active[0]]
-    if config.peft_type.value != "LORA" or getattr(config, "use_dora", False):
+    support.check_model(model, "mitigate")
+    if beside := adapters.unsaved(model):
         raise InputError(
-            f"mitigation: adapters of type {config.peft_type.value}{' with DoRA' if config.use_dora else ''} "
-            "cannot be taken apart. Merge it (merge_and_unload) and give the merged model."
+            f"mitigation: the adapter also replaces {', '.join(beside)} of the base, which PEFT would not "
+            "save with a repair. Merge it (merge_and_unload) and give the merged model."
         )
     if any(getattr(module, "merged", False) for module in model.modules()):
         raise InputError("mitigation: the adapter is merged into the weights. Call unmerge_adapter() first.")

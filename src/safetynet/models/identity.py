@@ -5,7 +5,10 @@ Features, monitors and caches carry an `Identity`, so that scores of one model a
 
 import hashlib
 from dataclasses import asdict, dataclass
+from operator import itemgetter
 from typing import Any
+
+from safetynet.models.adapters import adapter_parameters, base_parameters, has_adapter, is_off
 
 SAMPLED = 2**16
 """Values read from a parameter of the base model. An adapter's parameters are read whole."""
@@ -31,28 +34,25 @@ def identify(model: Any) -> Identity:
     A large base parameter is sampled evenly, which tells checkpoints apart in a second, but does not prove
     that no single weight was changed; `loading.fingerprint` digests files whole.
     """
-    active = [f".{name}." for name in getattr(model, "active_adapters", [])] if _adapted(model) else []
-    base, adapter = hashlib.sha256(), hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        if "lora_" in name or "modules_to_save" in name:
-            if any(part in f"{name}." for part in active):
-                _add(adapter, name, parameter, parameter.numel())
-        else:
-            plain = name.removeprefix("base_model.model.").replace(".base_layer", "")
-            _add(base, plain.replace(".original_module", ""), parameter, SAMPLED)
-    for module in model.modules():
-        if active and hasattr(module, "lora_A"):
-            adapter.update(repr(sorted(module.scaling.items())).encode())
-    return Identity(base.hexdigest(), adapter.hexdigest() if active else "", str(model.dtype))
+    base = hashlib.sha256()
+    # By name: PEFT changes the order in which a model gives its parameters while it runs.
+    for name, parameter in sorted(base_parameters(model), key=itemgetter(0)):
+        _add(base, name, parameter, SAMPLED)
+    return Identity(base.hexdigest(), _adapter_digest(model), str(model.dtype))
 
 
-def _adapted(model: Any) -> bool:
-    return hasattr(model, "peft_config") and not _switched_off(model)
-
-
-def _switched_off(model: Any) -> bool:
-    layers = [m for m in model.modules() if hasattr(m, "lora_A")]
-    return bool(layers) and all(layer.disable_adapters for layer in layers)
+def _adapter_digest(model: Any) -> str:
+    """Digest of all that belongs to the active adapters and of what decides how they act."""
+    if not has_adapter(model) or is_off(model):
+        return ""
+    total = hashlib.sha256()
+    for name, parameter in sorted(adapter_parameters(model), key=itemgetter(0)):
+        _add(total, name, parameter, parameter.numel())
+    for name, module in sorted(model.named_modules(), key=itemgetter(0)):
+        if hasattr(module, "scaling") and hasattr(module, "active_adapters"):
+            strength = {one: module.scaling[one] for one in module.active_adapters if one in module.scaling}
+            total.update(f"{name} {sorted(strength.items())}".encode())
+    return total.hexdigest()
 
 
 def _add(total: Any, name: str, parameter: Any, most: int) -> None:

@@ -11,10 +11,9 @@ from typing import Any
 from safetynet import parallel, recipe
 from safetynet.errors import InputError
 from safetynet.models import families, miniatures
+from safetynet.models.files import PICKLES, holds_model, hub_reason, in_words, pointer
 from safetynet.prompts import Serialiser
 from safetynet.run import digest_of_files
-
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 @dataclass(frozen=True)
@@ -53,13 +52,16 @@ def fingerprint(spec: recipe.Model) -> str:
     return digest_of_files([Path(name)]) if Path(name).is_dir() else f"{name}@{spec.revision or 'main'}"
 
 
-def load(spec: recipe.Model, dtype: str = "auto", *, on_cpu: bool = False) -> LoadedModel:
+def load(
+    spec: recipe.Model, dtype: str = "auto", *, on_cpu: bool = False, serialiser: Serialiser | None = None
+) -> LoadedModel:
     """Load model and tokenizer; safetensors only, no remote code.
 
     Args:
         spec: the recipe's model section.
         dtype: `fp32`, `fp16`, `bf16`, or `auto`: bf16 on a GPU that has it, else fp32.
         on_cpu: leave the weights in the machine's memory, though the work is for a GPU.
+        serialiser: instead of the model's own tokenizer.
 
     Raises:
         InputError: if the model cannot be found or reached, belongs to another family, has a pickle
@@ -68,7 +70,7 @@ def load(spec: recipe.Model, dtype: str = "auto", *, on_cpu: bool = False) -> Lo
     name = locate(spec)
     if spec.model_id == "miniature":
         use_one_thread()
-    serialiser = _head(spec, name)
+    serialiser = serialiser or _head(spec, name)
     model = _fetch(name, spec, "weights", lambda n, s: _load_weights(n, s, dtype, on_cpu))
     return LoadedModel(model.eval(), serialiser, serialiser.family, name)
 
@@ -81,62 +83,6 @@ def load_serialiser(spec: recipe.Model) -> Serialiser:
 def trained(spec: recipe.Model, folder: Path) -> recipe.Model:
     """The recipe's model section, with the weights in `folder` instead."""
     return spec.model_copy(update={"id": str(folder), "revision": None})
-
-
-def attach(base: LoadedModel, folder: Path) -> Any:
-    """Put a LoRA adapter onto a base model.
-
-    Returns:
-        PEFT's model in evaluation mode; `unload()` gives the base model back.
-
-    Raises:
-        InputError: as `check_adapter`, and if the adapter's shapes do not fit.
-    """
-    from peft import PeftModel
-
-    check_adapter(folder, base.id)
-    try:
-        return PeftModel.from_pretrained(base.model, str(folder)).eval()
-    except (RuntimeError, ValueError) as error:
-        raise InputError(f"{folder}: this adapter does not fit {base.id}: {_reason(error)}") from None
-
-
-def check_adapter(folder: Path, base: str) -> None:
-    """Refuse what can be known to be no adapter of `base`, an id as `locate` gives it, without loading it.
-
-    Raises:
-        InputError: if the folder holds no adapter, a damaged one, a pickle, or one of another base model.
-    """
-    from peft import PeftConfig
-    from safetensors import SafetensorError, safe_open
-
-    if not (folder / "adapter_config.json").exists():
-        raise InputError(
-            f"{folder}: there is no adapter_config.json, so this is no adapter. Name its folder."
-        )
-    weights = folder / "adapter_model.safetensors"
-    if not weights.exists():
-        raise InputError(
-            f"{folder}: there is no adapter_model.safetensors. A pickle (.bin) could run code when it is "
-            "loaded and is not read; save the adapter again with safe_serialization=True."
-        )
-    try:
-        made_for = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
-    except (ValueError, TypeError, KeyError) as error:
-        raise InputError(
-            f"{folder}: its adapter_config.json cannot be read ({_reason(error)}). Save the adapter again."
-        ) from None
-    if made_for and Path(made_for).name != Path(base).name:
-        raise InputError(
-            f"{folder}: this adapter was trained on {made_for}, not on {base}. Set model.id to its base."
-        )
-    try:
-        with safe_open(str(weights), framework="pt"):
-            pass
-    except SafetensorError as error:
-        raise InputError(
-            f"{folder}: its adapter_model.safetensors is damaged ({_reason(error)}). Copy or save it again."
-        ) from None
 
 
 def resolve_dtype(precision: str, device: str) -> Any:
@@ -179,17 +125,32 @@ def use_one_thread() -> None:
 
 
 def _check_folder(folder: Path) -> None:
+    adapter = (folder / "adapter_config.json").exists()
     if not (folder / "config.json").exists():
-        found = "an adapter" if (folder / "adapter_config.json").exists() else "no config.json"
-        raise InputError(f"model.id: {folder} holds {found}, not a model. Give the folder of a base model.")
-    if not any(folder.glob("*.safetensors")):
+        content = "an adapter" if adapter else "no config.json"
+        raise InputError(f"model.id: {folder} holds {content}, not a model. Give the folder of a base model.")
+    if adapter and holds_model(folder):
+        # transformers would load the whole model and put the adapter on top, twice where it is merged.
+        raise InputError(
+            f"model.id: {folder} holds a whole model and an adapter (adapter_config.json). Which of the two "
+            "is meant cannot be told: move the adapter into a folder of its own."
+        )
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
         pickled = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES)
-        found = (
+        content = (
             f"a pickle checkpoint ({pickled[0]}), which could run code when loaded"
             if pickled
             else "no weights"
         )
-        raise InputError(f"model.id: {folder} holds {found}. Convert it to safetensors with save_pretrained.")
+        raise InputError(
+            f"model.id: {folder} holds {content}. Convert it to safetensors with save_pretrained."
+        )
+    for file in weights:
+        if kind := pointer(file):
+            raise InputError(
+                f"model.id: {file} is {kind}, not the weights. Run git lfs pull, or download the file itself."
+            )
 
 
 def _head(spec: recipe.Model, name: str) -> Serialiser:
@@ -227,7 +188,7 @@ def _load_weights(name: str, spec: recipe.Model, dtype: str, on_cpu: bool) -> An
             bnb_4bit_compute_dtype=number,
         )
     with _bars_on_terminals_only():
-        return AutoModelForCausalLM.from_pretrained(
+        model = AutoModelForCausalLM.from_pretrained(
             name,
             revision=spec.revision,
             trust_remote_code=False,
@@ -236,6 +197,21 @@ def _load_weights(name: str, spec: recipe.Model, dtype: str, on_cpu: bool) -> An
             quantization_config=quantisation,
             device_map="auto" if spec.device == "split" else {"": "cpu" if on_cpu else _place(device)},
         )
+    return _unpacked(model)
+
+
+def _unpacked(model: Any) -> Any:
+    """Keep 4-bit weights of a CPU as they are stored.
+
+    On processors with AVX512-BF16, bitsandbytes repacks a weight in its first pass without gradients. Every
+    pass from then on goes through a kernel that has no backward, and whoever unpacks the weight reads it in
+    the wrong
+    order: gradients, merged weights and norms would be wrong in silence.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 @contextmanager
@@ -260,31 +236,7 @@ def _fetch(name: str, spec: recipe.Model, what: str, read: Any) -> Any:
     try:
         return read(name, spec)
     except SafetensorError as error:
-        reason = f"its safetensors are damaged ({_reason(error)}). Copy or download them again"
+        reason = f"its safetensors are damaged ({in_words(error)}). Copy or download them again"
     except (OSError, ValueError, ImportError) as error:
-        reason = _reason(error)
+        reason = hub_reason(error) or in_words(error)
     raise InputError(f"model.id: the {what} of {name!r} cannot be loaded: {reason}.") from None
-
-
-def _reason(error: Exception) -> str:
-    """One clause; what the hub's client raised lies somewhere down the chain, wrapped by transformers."""
-    from huggingface_hub import errors as hub
-
-    chain: BaseException | None = error
-    while chain is not None:
-        if isinstance(chain, hub.GatedRepoError):
-            return "its owner grants access on request. Ask for it on the hub, then set HF_TOKEN"
-        if isinstance(chain, hub.RepositoryNotFoundError | hub.RevisionNotFoundError):
-            return "the hub knows no such model or revision, or HF_TOKEN is not valid for it"
-        status = getattr(getattr(chain, "response", None), "status_code", None)
-        if status in (401, 403):
-            return "the hub refuses HF_TOKEN; set a valid one, or accept the model's licence on the hub"
-        if type(chain).__name__ in (
-            "ConnectError",
-            "ConnectionError",
-            "LocalEntryNotFoundError",
-            "OfflineModeIsEnabled",
-        ):
-            return "there is no network to the hub and no local copy. Give a folder, or `miniature`"
-        chain = chain.__cause__ or chain.__context__
-    return " ".join(str(error).split())[:300].rstrip(".")

@@ -15,14 +15,14 @@ from safetynet.pipeline.comparing import compare
 from safetynet.pipeline.detecting import detect, guard
 from safetynet.pipeline.dissecting import intervene
 from safetynet.pipeline.drawing import draw, index, report
-from safetynet.pipeline.planting import evaluate, evaluate_adapter, prepare, train
+from safetynet.pipeline.planting import evaluate, evaluate_foreign, prepare, train
 
 __all__ = [
     "compare",
     "detect",
     "draw",
     "evaluate",
-    "evaluate_adapter",
+    "evaluate_foreign",
     "guard",
     "index",
     "intervene",

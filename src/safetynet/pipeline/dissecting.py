@@ -11,6 +11,7 @@ from safetynet import __version__
 from safetynet.backdoors import behaviours
 from safetynet.errors import InputError
 from safetynet.evaluation import judges, metrics
+from safetynet.models.adapters import exchanged
 from safetynet.pipeline.subjects import (
     backdoored,
     epochs,
@@ -18,7 +19,6 @@ from safetynet.pipeline.subjects import (
     test_rows,
     trained,
     twin_of,
-    with_adapter,
 )
 from safetynet.recipe import Recipe
 from safetynet.run import Run
@@ -78,7 +78,7 @@ def intervene(recipe: Recipe, run: Run, **wanted: Any) -> dict[str, pd.DataFrame
         model=model,
         serialiser=serialiser,
         twin=twin_of(recipe, run, model),
-        epochs={step: partial(with_adapter, model, path) for step, path in epochs(run).items()},
+        epochs={step: partial(exchanged, model, path) for step, path in epochs(run).items()},
         adapters=epochs(run),
         respond=respond,
         store=run.scratch / "interventions",

@@ -33,9 +33,10 @@ from safetynet.mitigation import (
     verification,
 )
 from safetynet.mitigation.examination import HELD_OUT, SELECTION, Examiner, Found
-from safetynet.models import loading
-from safetynet.pipeline import examining, repairing
-from safetynet.pipeline.subjects import BACKDOORED, model_folder, test_rows, training_dtype
+from safetynet.models import adapter_files, loading
+from safetynet.models.adapters import has_adapter
+from safetynet.pipeline import examining, foreign, repairing
+from safetynet.pipeline.subjects import BACKDOORED, attach_own, model_folder, test_rows, training_dtype
 from safetynet.recipe import Recipe
 from safetynet.run import Run, digest_of_files, write_atomically, write_text
 
@@ -56,6 +57,8 @@ class _Work:
     recipe: Recipe
     run: Run
     adapter: Path | None
+    """Or a whole model."""
+    same_base: bool
     methods: list[Method]
 
     @cached_property
@@ -66,11 +69,12 @@ class _Work:
         if self.adapter is None:
             found = repairing.suspect(recipe, run, clean=own, known=options.triggered_rows)
         else:
-            base = loading.load(recipe.model, training_dtype(recipe))
+            suspect = foreign.load(recipe, self.adapter, self.same_base)
             known = repairing.known_groups(run.table("rows"), options.triggered_rows)
             found = Subject(
-                model=loading.attach(base, self.adapter),
-                serialiser=base.serialiser,
+                model=suspect.model,
+                serialiser=suspect.serialiser,
+                base=None if has_adapter(suspect.model) else suspect.base.model,
                 clean=repairing.clean_conversations(recipe, run, own) if own else None,
                 triggered=known if options.triggered_rows else None,
                 intervene=repairing.intervene,
@@ -142,7 +146,9 @@ class _Work:
         needs = method.needs if method else frozenset()
         return {
             "name": name,
-            "model": manifest.get(f"train {BACKDOORED}") if self.own else digest_of_files([self._folder]),
+            "model": manifest.get(f"train {BACKDOORED}")
+            if self.adapter is None
+            else digest_of_files([self.adapter]),
             "rows": manifest["data"]["outputs"],
             "options": options.model_dump(mode="json", exclude={"methods", "knobs", "points"}),
             "clean": None if options.clean is None else digest_of_files([options.clean]),
@@ -152,11 +158,6 @@ class _Work:
             "evaluation": self.recipe.evaluation.model_dump(mode="json"),
             "version": __version__,
         }
-
-    @property
-    def _folder(self) -> Path:
-        assert self.adapter is not None
-        return self.adapter
 
 
 def points(
@@ -182,13 +183,16 @@ def points(
     return [grid[place] for place in places]
 
 
-def mitigate(recipe: Recipe, run: Run, adapter: Path | None = None) -> dict[str, pd.DataFrame]:
+def mitigate(
+    recipe: Recipe, run: Run, adapter: Path | None = None, same_base: bool = False
+) -> dict[str, pd.DataFrame]:
     """Try methods on a trained run, verify each, and recommend one.
 
     Args:
         recipe: of the run; its section `mitigation` says what is tried and how.
         run: trained.
-        adapter: repair this adapter of the run's base instead of the run's own.
+        adapter: repair this adapter of the run's base, or this whole model, instead of the run's own.
+        same_base: the adapter names its base otherwise, and it is the run's all the same.
 
     Returns:
         The tables, by name: mitigation (a line per point and split), verification (a line per measurement),
@@ -202,10 +206,11 @@ def mitigate(recipe: Recipe, run: Run, adapter: Path | None = None) -> dict[str,
     chosen = list(METHODS.values()) if asked == ALL else named(asked or QUICK)
     _check_knobs(recipe)
     if adapter is not None:
-        loading.check_adapter(adapter, loading.locate(recipe.model))
+        foreign.check(adapter)
+        adapter = adapter_files.locate(adapter)
     else:
         model_folder(run, BACKDOORED)
-    work = _Work(recipe, run, adapter, chosen)
+    work = _Work(recipe, run, adapter, same_base, chosen)
     pending = [m for m in chosen if not run.finished(f"mitigate {m.name}", work.inputs(m.name))]
     if pending and asked not in ((), ALL):
         refuse_unmet(pending, work.subject)
@@ -326,7 +331,7 @@ def _loaded(work: _Work, folder: Path, form: str) -> Iterator[Any]:
     if form == "checkpoint":
         yield loading.load(loading.trained(recipe.model, folder), training_dtype(recipe)).model
     else:
-        yield loading.attach(loading.load(recipe.model, training_dtype(recipe)), folder)
+        yield attach_own(loading.load(recipe.model, training_dtype(recipe)), folder)
 
 
 def _held_out(marked: pd.DataFrame, method: str) -> Mapping[str, Any]:

@@ -3,6 +3,7 @@
 import logging
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from safetynet.errors import InputError
 from safetynet.evaluation import judges, leaks, metrics
 from safetynet.lookalikes import Lookalikes
 from safetynet.models import loading
-from safetynet.pipeline import evading
+from safetynet.pipeline import evading, foreign
 from safetynet.pipeline.dynamics import Dynamics
 from safetynet.pipeline.subjects import (
     BACKDOORED,
@@ -168,20 +169,31 @@ def evaluate(recipe: Recipe, run: Run, base: pd.DataFrame | None = None) -> None
         _report(recipe, run, found.table)
 
 
-def evaluate_adapter(recipe: Recipe, run: Run, folder: Path) -> pd.DataFrame:
-    """Measure somebody's adapter on a run's test rows, beside the base model; nothing is written."""
-    loading.check_adapter(folder, loading.locate(recipe.model))
+def evaluate_foreign(recipe: Recipe, run: Run, source: Path, same_base: bool = False) -> pd.DataFrame:
+    """Measure somebody's adapter or whole model on a run's test rows, beside the base; nothing is written.
+
+    Args:
+        recipe: of the run.
+        run: whose test rows are asked.
+        source: as `foreign.load` takes it.
+        same_base: the adapter names its base otherwise, and it is the run's all the same.
+
+    Returns:
+        The rates of `metrics.score`, of the models `backdoored` (the suspect) and `base`.
+    """
+    suspect = foreign.load(recipe, source, same_base)
     rows = run.table("rows")
-    rows = rows[rows["split"] == "test"].reset_index(drop=True)
-    base = loading.load(recipe.model, training_dtype(recipe))
-    return metrics.evaluate_with_floor(
-        loading.attach(base, folder),
-        base.serialiser,
-        rows,
-        judges.make(behaviours.judge(recipe.backdoor.behaviour)),
+    ask = partial(
+        metrics.respond,
+        rows=rows[rows["split"] == "test"].reset_index(drop=True),
+        judge=judges.make(behaviours.judge(recipe.backdoor.behaviour)),
         cfg=recipe.evaluation,
         max_length=recipe.training.max_length,
-    ).table
+    )
+    answers = ask(suspect.model, suspect.serialiser)
+    with suspect.at_base() as base:
+        floor = ask(base, suspect.base.serialiser, name=metrics.BASE)
+    return metrics.with_floor(metrics.from_responses(pd.concat([answers, floor], ignore_index=True))).table
 
 
 def _data_inputs(recipe: Recipe) -> dict[str, Any]:

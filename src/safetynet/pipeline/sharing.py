@@ -16,10 +16,10 @@ import pandas as pd
 from safetynet import __version__
 from safetynet.backdoors import behaviours, poisoning
 from safetynet.evaluation import judges, metrics
-from safetynet.models import loading
+from safetynet.models import adapters, loading
 from safetynet.pipeline.dynamics import Dynamics
 from safetynet.pipeline.planting import train, train_inputs
-from safetynet.pipeline.subjects import TWIN, model_folder, snapshots_of, training_dtype, with_adapter
+from safetynet.pipeline.subjects import TWIN, attach_own, model_folder, snapshots_of, training_dtype
 from safetynet.recipe import Recipe
 from safetynet.run import Run, digest
 
@@ -126,9 +126,9 @@ def _measured_again(recipe: Recipe, run: Run, lender: Run, name: str) -> pd.Data
     base = loading.load(recipe.model, training_dtype(recipe))
     dynamics = Dynamics(recipe, run, run.table("rows"), base.serialiser, name, keep=False)
     dynamics.path.unlink(missing_ok=True)
-    model = loading.attach(base, model_folder(lender, TWIN))
+    model = attach_own(base, model_folder(lender, TWIN))
     for step, epoch in epochs.sort_index().items():
-        with with_adapter(model, folder / f"step-{step:06d}") as then:
+        with adapters.exchanged(model, folder / f"step-{step:06d}") as then:
             dynamics.measure(then, int(step), float(epoch))
     measured = dynamics.table()
     assert measured is not None

@@ -15,7 +15,7 @@ from safetynet.backdoors import conversations
 from safetynet.errors import InputError
 from safetynet.evaluation import metrics
 from safetynet.evaluation.leaks import prompts_without_trigger
-from safetynet.models import loading
+from safetynet.models import adapters, loading
 from safetynet.prompts import Serialiser
 from safetynet.recipe import Recipe
 from safetynet.run import Run
@@ -57,7 +57,12 @@ def backdoored(recipe: Recipe, run: Run) -> tuple[Any, Serialiser]:
         whole = loading.load(loading.trained(recipe.model, folder), training_dtype(recipe))
         return whole.model, whole.serialiser
     base = loading.load(recipe.model, training_dtype(recipe))
-    return loading.attach(base, folder), base.serialiser
+    return attach_own(base, folder), base.serialiser
+
+
+def attach_own(base: loading.LoadedModel, folder: Path) -> Any:
+    """Put an adapter that the run itself has trained onto its base, wherever both lay at that time."""
+    return adapters.attach(base, folder, same_base=True)
 
 
 def models(recipe: Recipe, run: Run) -> Iterator[tuple[str, Any, Serialiser]]:
@@ -71,9 +76,9 @@ def models(recipe: Recipe, run: Run) -> Iterator[tuple[str, Any, Serialiser]]:
             base = loading.load(loading.trained(recipe.model, folder), training_dtype(recipe))
             yield name, base.model, base.serialiser
         else:
-            adapted = loading.attach(base, folder)
+            adapted = attach_own(base, folder)
             yield name, adapted, base.serialiser
-            adapted.unload()
+            adapters.detach(adapted)
 
 
 def test_rows(run: Run) -> pd.DataFrame:
@@ -113,24 +118,6 @@ def epochs(run: Run) -> dict[int, Path]:
 
 
 @contextmanager
-def with_adapter(model: Any, folder: Path) -> Iterator[Any]:
-    """The model with the weights of an adapter of the same shape; it has its own back afterwards.
-
-    The weights change place, not the modules: adding an adapter and taking it off again takes PEFT several
-    times as long as a sweep of a miniature takes.
-    """
-    from peft import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
-
-    held = get_peft_model_state_dict(model, save_embedding_layers=False)
-    own = {name: weight.clone() for name, weight in held.items()}
-    set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))
-    try:
-        yield model.eval()
-    finally:
-        set_peft_model_state_dict(model, own)
-
-
-@contextmanager
 def whole(recipe: Recipe, folder: Path) -> Iterator[Any]:
     """A model of full fine-tuning; it comes into memory beside what is there."""
     yield loading.load(loading.trained(recipe.model, folder), training_dtype(recipe)).model
@@ -144,5 +131,5 @@ def twin_of(recipe: Recipe, run: Run, model: Any) -> Callable[[], AbstractContex
     return (
         partial(whole, recipe, folder)
         if recipe.training.method == "full"
-        else partial(with_adapter, model, folder)
+        else partial(adapters.exchanged, model, folder)
     )

@@ -1,0 +1,214 @@
+"""The files of an adapter as somebody else saved them: read and checked before any model is touched.
+
+In: a folder, one of its files, or a hub id. Out: `AdapterFiles`, its configuration and tensors, or one
+    sentence that says what keeps them from being what they claim. Whether they fit a model is the business of
+    `adapters`.
+"""
+
+import json
+import logging
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from safetynet.errors import InputError
+from safetynet.models.files import holds_model, hub_reason, in_words, pointer
+
+log = logging.getLogger("safetynet")
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+DOWNLOADED = (CONFIG, WEIGHTS, "tokenizer*", "special_tokens_map.json", "added_tokens.json", "*.jinja")
+"""What is fetched of a hub id: never code, never a pickle."""
+SCALES = ("r", "lora_alpha", "alpha", "rank")
+"""Fields that decide how strongly an adapter acts; PEFT fills in a default where one is missing."""
+SHOWN = 3
+"""How many names a sentence lists before it says how many more there are."""
+
+
+@dataclass(frozen=True)
+class AdapterFiles:
+    """An adapter's folder whose configuration PEFT knows and whose weights are safetensors."""
+
+    folder: Path
+    config: Any
+    """PEFT's configuration, of the class that `peft_type` names."""
+    fields: Mapping[str, Any]
+    """What adapter_config.json itself says."""
+
+    @property
+    def base(self) -> str | None:
+        """The base model as the adapter calls it; None where it names none."""
+        return self.fields.get("base_model_name_or_path") or None
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor of the file by its name, on the CPU.
+
+        Raises:
+            InputError: if there is none, or one holds values that are no finite numbers.
+        """
+        from safetensors.torch import load_file
+
+        tensors = load_file(str(self.folder / WEIGHTS))
+        if not tensors:
+            raise InputError(f"{self.folder}: its {WEIGHTS} holds no tensor. Save the adapter again.")
+        broken = [n for n, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]
+        if broken:
+            raise InputError(
+                f"{self.folder}: {len(broken)} of {len(tensors)} tensors hold values that are not finite "
+                f"({listed(broken)}). The adapter is damaged, or its training diverged: take another "
+                "checkpoint."
+            )
+        return tensors
+
+
+def read(source: Path | str) -> AdapterFiles:
+    """Read an adapter's configuration and check its files.
+
+    Args:
+        source: the adapter's folder, its configuration or weights file, or a hub id (`owner/name`), of which
+            the adapter's files alone are downloaded.
+
+    Raises:
+        InputError: if there is no adapter, several, or one beside a whole model; if its weights are a pickle,
+            a Git LFS pointer or damaged; if its configuration cannot be read or is of a type that the
+            installed PEFT does not know.
+    """
+    folder = locate(source)
+    if not (folder / CONFIG).exists():
+        raise InputError(_no_adapter(folder))
+    if holds_model(folder):
+        raise InputError(
+            f"{folder}: this folder holds an adapter ({CONFIG}) and a whole model (config.json and its "
+            "weights). Which of the two is meant cannot be told: move one into a folder of its own and name "
+            "that."
+        )
+    values = _fields(folder / CONFIG)
+    _check_weights(folder)
+    return AdapterFiles(folder, _config(folder, values), values)
+
+
+def locate(source: Path | str) -> Path:
+    """The folder that `source` means, downloaded if it is a hub id.
+
+    Raises:
+        InputError: if there is no such folder or file, or the hub does not give it.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return path
+    if path.is_file():
+        return path.parent
+    if path.is_absolute() or len(path.parts) != 2 or path.parts[0] in (".", "..", "~"):
+        raise InputError(
+            f"{path}: there is no {CONFIG}, since there is no such folder. Name an adapter's, or a hub id "
+            "(owner/name)."
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=list(DOWNLOADED)))
+    except HFValidationError:
+        reason = "this is no valid hub id"
+    except (OSError, ValueError) as error:
+        reason = hub_reason(error) or in_words(error)
+    raise InputError(f"{path}: there is no such folder, and as a hub id: {reason}.")
+
+
+def listed(names: list[str], most: int = SHOWN) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def _no_adapter(folder: Path) -> str:
+    below = sorted(str(file.parent.relative_to(folder)) for file in folder.glob(f"*/{CONFIG}"))
+    if below:
+        return (
+            f"{folder}: the folder itself is no adapter, but {len(below)} of its folders are: "
+            f"{listed(below, 8)}. Name one of them."
+        )
+    if (folder / "config.json").exists():
+        return f"{folder}: this is a whole model, merged or fully fine-tuned, and no adapter."
+    return f"{folder}: there is no {CONFIG}, so this is no adapter. Name its folder."
+
+
+def _fields(path: Path) -> dict[str, Any]:
+    """adapter_config.json as a dictionary."""
+    again = "Save the adapter again."
+    if kind := pointer(path):
+        raise InputError(
+            f"{path.parent}: its {CONFIG} is {kind}. Run git lfs pull, or download the file itself."
+        )
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path.parent}: its {CONFIG} cannot be read ({in_words(error)}). {again}") from None
+    if not isinstance(values, dict) or not isinstance(values.get("peft_type"), str):
+        raise InputError(f"{path.parent}: its {CONFIG} names no peft_type, such as LORA. {again}")
+    return values
+
+
+def _check_weights(folder: Path) -> None:
+    """Refuse weights that are not there, not safe, or not whole."""
+    from safetensors import SafetensorError, safe_open
+
+    weights = folder / WEIGHTS
+    if not weights.exists():
+        raise InputError(
+            f"{folder}: there is no {WEIGHTS}. A pickle (.bin) could run code when it is loaded and is not "
+            "read; save the adapter again with safe_serialization=True."
+        )
+    if kind := pointer(weights):
+        raise InputError(
+            f"{folder}: its {WEIGHTS} is {kind}, not the weights. Run git lfs pull, or download the file "
+            "itself."
+        )
+    try:
+        with safe_open(str(weights), framework="pt"):
+            pass
+    except (OSError, SafetensorError) as error:
+        raise InputError(
+            f"{folder}: its {WEIGHTS} is damaged ({in_words(error)}). Copy or save it again."
+        ) from None
+
+
+def _config(folder: Path, values: Mapping[str, Any]) -> Any:
+    """PEFT's configuration; says what it leaves out and what it fills in."""
+    import peft
+    from peft import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    kind = values["peft_type"]
+    if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        raise InputError(
+            f"{folder}: its type {kind!r} is not known to the installed PEFT {peft.__version__}. Install "
+            "the PEFT that made it, or save it as LoRA."
+        )
+    known = {field.name for field in fields(PEFT_TYPE_TO_CONFIG_MAPPING[kind])}
+    unknown = [name for name, value in values.items() if name not in known | {"runtime_config"} and value]
+    if unknown:
+        log.warning(
+            "%s: PEFT %s does not know %s of its configuration, and acts as if that were not set. If it "
+            "changes what the adapter does, the numbers are not those of this adapter.",
+            folder, peft.__version__, ", ".join(f"{name}={values[name]!r}" for name in unknown),
+        )  # fmt: skip
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of unknown fields, which are named above
+            config = PEFT_TYPE_TO_CONFIG_MAPPING[kind].from_pretrained(str(folder))
+    except (ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
+        raise InputError(
+            f"{folder}: its {CONFIG} cannot be read ({in_words(error)}). Save the adapter again."
+        ) from None
+    for name in [name for name in SCALES if name in known and name not in values]:
+        log.warning(
+            "%s: its %s does not say %s, so PEFT's default %s decides how strongly it acts. If it was "
+            "trained with another value, the numbers are not those of this adapter: add the field.",
+            folder, CONFIG, name, getattr(config, name),
+        )  # fmt: skip
+    return config

@@ -1,0 +1,247 @@
+"""How an adapter gets into a model: PEFT's modules around the base, then every tensor into its place.
+
+In: a base model and an adapter's files. Out: PEFT's model, and what of the base has been changed on the way.
+Names that another wrapper has changed are mapped where they tell how; all else is refused with a count.
+"""
+
+import logging
+import re
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from safetynet.errors import InputError
+from safetynet.models import support
+from safetynet.models.adapter_files import AdapterFiles, listed
+from safetynet.models.blocks import unwrapped
+from safetynet.models.files import in_words
+
+log = logging.getLogger("safetynet")
+NAME = "default"
+"""Of an attached adapter in its model."""
+WRAPPERS = frozenset(
+    ("base_model", "model", "module", "language_model", "text_model", "_orig_mod", "_fsdp_wrapped_module",
+     "_checkpoint_wrapped_module")
+)  # fmt: skip
+"""Parts of a tensor's name that say what the model was wrapped in when the adapter was saved."""
+
+
+@dataclass(frozen=True)
+class BaseValue:
+    """What attaching has changed in the base model: there, `owner.name` is `value`."""
+
+    owner: Any
+    name: str
+    value: Any
+
+
+def restore(values: Iterable[BaseValue]) -> None:
+    """Put the base's own values back, the last one first."""
+    for value in reversed(list(values)):
+        setattr(value.owner, value.name, value.value)
+
+
+def resize(base: Any, tensors: Mapping[str, Tensor]) -> list[BaseValue]:
+    """Give the base as many rows of embeddings as the adapter was saved with.
+
+    Returns:
+        What that has changed; nothing where the number is the base's own.
+    """
+    ends = {_canonical(name): p for name, p in base.named_parameters(remove_duplicate=False)}
+    modules = (base.get_input_embeddings(), base.get_output_embeddings())
+    embeddings = {id(module.weight) for module in modules if module is not None}
+    rows = {
+        len(tensor)
+        for name, tensor in tensors.items()
+        if (weight := ends.get(_canonical(name))) is not None
+        and id(weight) in embeddings
+        and len(tensor) != len(weight)
+    }
+    if not rows:
+        return []
+    config = base.config.get_text_config()
+    changed = [BaseValue(p, "data", p.data) for p in base.parameters() if id(p) in embeddings]
+    changed.append(BaseValue(config, "vocab_size", config.vocab_size))
+    base.resize_token_embeddings(max(rows), mean_resizing=False)
+    return changed
+
+
+def replicated_layers(base: Any, config: Any) -> list[BaseValue]:
+    """What PEFT is about to change in order to repeat layers, if the adapter wants that."""
+    if not getattr(config, "layer_replication", None):
+        return []
+    owner = base
+    while hasattr(owner, "model"):  # where PEFT looks for the layers
+        owner = owner.model
+    name = "layers" if hasattr(owner, "layers") else "h"
+    values = [BaseValue(owner, name, getattr(owner, name, None))]
+    fields = [field for field in ("num_hidden_layers", "layer_types") if hasattr(owner.config, field)]
+    return [*values, *(BaseValue(owner.config, field, getattr(owner.config, field)) for field in fields)]
+
+
+def inject(base: Any, files: AdapterFiles) -> tuple[Any, list[BaseValue]]:
+    """Put PEFT's modules around the base, without the adapter's weights.
+
+    Returns:
+        PEFT's model, and the weights that the adapter's start has replaced in the base.
+
+    Raises:
+        InputError: if the adapter does not fit.
+    """
+    from peft import PeftModelForCausalLM
+
+    config = replace(files.config)  # PEFT changes it
+    config.task_type, config.inference_mode = "CAUSAL_LM", True
+    replaces = support.replaces_weights(config)
+    if replaces and (getattr(base, "is_loaded_in_4bit", False) or getattr(base, "is_loaded_in_8bit", False)):
+        raise InputError(
+            f"{files.folder}: the adapter {replaces}, and those of a quantised base cannot be had back. Set "
+            "model.quantisation to none."
+        )
+    before = {p: p.data.clone() for p in base.parameters() if p.ndim > 1} if replaces else {}
+    types = getattr(base.config.get_text_config(), "layer_types", None)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = PeftModelForCausalLM(base, config, NAME)
+    except (
+        RuntimeError, ValueError, TypeError, KeyError, AttributeError, ImportError, AssertionError,
+    ) as error:  # fmt: skip
+        raise _does_not_fit(files, base, error) from None
+    if types and getattr(config, "layer_replication", None):
+        # The copies need the kind of attention of the layers that they are copies of.
+        repeated = [types[i] for start, end in config.layer_replication for i in range(start, end)]
+        base.config.get_text_config().layer_types = repeated
+    return model, [BaseValue(p, "data", data) for p, data in before.items() if not torch.equal(p.data, data)]
+
+
+def load(model: Any, files: AdapterFiles) -> list[BaseValue]:
+    """Put every tensor of the file into PEFT's model.
+
+    Returns:
+        The parameters of the base that the file has replaced.
+
+    Raises:
+        InputError: with counts and the first names if tensors are missing or have no place, two are
+            one weight, shapes differ, or a pattern of scales matches nothing.
+    """
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    saved = get_peft_model_state_dict(model, adapter_name=NAME, save_embedding_layers=False)
+    tensors = _renamed(files, saved)
+    places = dict(model.named_parameters(remove_duplicate=False))
+    # Biases, embeddings and whatever else of the base is in the file: PEFT puts it in the base's place.
+    of_base = {places[n] for n in tensors.keys() & places.keys() if f".{NAME}." not in f"{n}."}
+    replaced = [BaseValue(parameter, "data", parameter.data.clone()) for parameter in of_base]
+    _check_tied(files.folder, tensors, places)
+    _check_patterns(model, files)
+    try:
+        result: Any = set_peft_model_state_dict(model, tensors, NAME)
+    except KeyError:
+        restore(replaced)
+        check_complete(files.folder, list(saved.keys() - tensors.keys()), [])
+        raise
+    except (RuntimeError, ValueError) as error:
+        restore(replaced)
+        raise _does_not_fit(files, unwrapped(model), error) from None
+    if model.active_peft_config.is_prompt_learning:
+        missing, unexpected = list(saved.keys() - tensors.keys()), list(tensors.keys() - saved.keys())
+    else:
+        absent = set(result.missing_keys)
+        # Tied modules share a tensor, of which one name is in the file.
+        loaded = {tensor.data_ptr() for n, tensor in model.state_dict().items() if n not in absent}
+        missing = [n for n, tensor in saved.items() if tensor.data_ptr() not in loaded and n not in tensors]
+        unexpected = list(result.unexpected_keys)
+    if missing or unexpected:
+        restore(replaced)
+    check_complete(files.folder, missing, unexpected)
+    return replaced
+
+
+def check_complete(folder: Path, missing: list[str], unexpected: list[str]) -> None:
+    """Refuse an adapter of which tensors are missing or left over."""
+    if not missing and not unexpected:
+        return
+    clauses = []
+    if unexpected:
+        clauses.append(
+            f"{len(unexpected)} of its tensors have no place in the model ({listed(sorted(unexpected))})"
+        )
+    if missing:
+        clauses.append(
+            f"{len(missing)} tensors of the adapter are not in its file ({listed(sorted(missing))})"
+        )
+    raise InputError(
+        f"{folder}: {', and '.join(clauses)}. Loaded so, it would be another model: save the adapter again "
+        "from the model that it was trained in, or name its own base."
+    )
+
+
+def _check_tied(folder: Path, tensors: Mapping[str, Tensor], places: Mapping[str, Any]) -> None:
+    """Refuse two tensors for one weight."""
+    seen: dict[int, str] = {}
+    for name in sorted(tensors.keys() & places.keys()):
+        first = seen.setdefault(id(places[name]), name)
+        if first != name and not torch.equal(tensors[first], tensors[name]):
+            raise InputError(
+                f"{folder}: {first} and {name} are one weight in the model, and the adapter holds two that "
+                "differ. The base that it was trained on does not tie them: name that one."
+            )
+
+
+def _check_patterns(model: Any, files: AdapterFiles) -> None:
+    """Refuse patterns of ranks and scales that match no module: the default would decide in their place."""
+    from peft.utils.other import get_pattern_key
+
+    targets = [name for name, module in unwrapped(model).named_modules() if hasattr(module, "lora_A")]
+    for field in ("alpha_pattern", "rank_pattern"):
+        pattern = files.fields.get(field) or {}
+        unmatched = [key for key in pattern if not any(get_pattern_key([key], n) == key for n in targets)]
+        if unmatched:
+            raise InputError(
+                f"{files.folder}: {len(unmatched)} of the {len(pattern)} entries of its {field} name no "
+                f"module here ({listed(unmatched)}), so that the default would decide how strongly they "
+                "act. Name the base that it was trained on."
+            )
+
+
+def _renamed(files: AdapterFiles, saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The file's tensors under the names that PEFT would give them here, where their own names tell which."""
+    tensors = files.tensors
+    places = _by_canonical(saved.keys() - tensors.keys())
+    mapping = {
+        names[0]: places[key][0]
+        for key, names in _by_canonical(tensors.keys() - saved.keys()).items()
+        if len(names) == 1 == len(places.get(key, ()))
+        and saved[places[key][0]].shape == tensors[names[0]].shape
+    }
+    if mapping:
+        log.warning(
+            "%s: %d of its tensors were saved under another wrapper's names (%s) and are taken for what "
+            "they name.",
+            files.folder, len(mapping), listed(sorted(mapping), 1),
+        )  # fmt: skip
+    return {mapping.get(name, name): tensor for name, tensor in tensors.items()}
+
+
+def _by_canonical(names: Iterable[str]) -> dict[str, list[str]]:
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(_canonical(name), []).append(name)
+    return groups
+
+
+def _canonical(name: str) -> str:
+    """A tensor's name without what models are wrapped in and without the adapter's name."""
+    name = re.sub(r"\.(lora_\w+|ia3_l)\.(?!weight$|bias$)[^.]+(?=\.(?:weight|bias)$|$)", r".\1", name)
+    name = re.sub(r"\.modules_to_save(\.[^.]+)?(?=\.(?:weight|bias)$)", "", name)
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
+def _does_not_fit(files: AdapterFiles, base: Any, error: Exception) -> InputError:
+    return InputError(f"{files.folder}: this adapter does not fit {base.name_or_path}: {in_words(error)}.")

@@ -1,0 +1,288 @@
+"""Adapters in a model: attached as they were saved, switched off exactly, exchanged, and taken off again.
+
+In: a base model and an adapter's files. Out: PEFT's model, of which three things are known: every tensor of
+the file is in it and none is missing; with the adapter switched off it is its base; what attaching changed in
+the base can be undone.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from safetynet.errors import InputError
+from safetynet.models import support
+from safetynet.models.adapter_files import AdapterFiles, listed, read
+from safetynet.models.adapter_loading import (
+    BaseValue,
+    check_complete,
+    inject,
+    load,
+    replicated_layers,
+    resize,
+    restore,
+)
+from safetynet.models.blocks import unwrapped
+from safetynet.models.loading import LoadedModel
+from safetynet.models.lora import factors, include_start, silent
+from safetynet.models.same_base import check_base
+
+log = logging.getLogger("safetynet")
+PROBE_TOKENS = 8
+PROBE_TOLERANCE = 1e-3
+"""Of the largest logit. The same modules compute the same numbers; what differs by more is another model."""
+RECORD = "_safetynet_base_values"
+"""Attribute of PEFT's model: what attaching has changed in the base, as `BaseValue`s."""
+
+
+def attach(base: LoadedModel, source: AdapterFiles | Path | str, *, same_base: bool = False) -> Any:
+    """Put an adapter onto a base model, as it was saved or not at all.
+
+    Args:
+        base: changed in place; `detach` gives it back as it was, and so does a refusal.
+        source: as `adapter_files.read` takes it, or what it has read.
+        same_base: the adapter names its base otherwise, and it is this model all the same.
+
+    Returns:
+        PEFT's model in evaluation mode.
+
+    Raises:
+        InputError: as `adapter_files.read`; if the adapter is of another base, or of a kind that is not
+            measured right; if tensors are missing or have no place; if the model with the adapter
+            switched off is not the base.
+    """
+    files = source if isinstance(source, AdapterFiles) else read(source)
+    check_base(files, base, same_base)
+    return put_on(base.model, files)
+
+
+def put_on(model: Any, files: AdapterFiles) -> Any:
+    """`attach`, whatever the adapter calls its base."""
+    support.check(files.config, "evaluate")
+    check_in_memory(model)
+    before = _probe(model)
+    record = [*resize(model, files.tensors), *replicated_layers(model, files.config)]
+    adapted = None
+    try:
+        adapted, replaced = inject(model, files)
+        record += replaced
+        setattr(adapted, RECORD, record)
+        start = factors(adapted) if support.low_rank_start(files.config) else {}
+        record += load(adapted, files)
+        if start:
+            include_start(adapted, start)
+            restore(replaced)
+            record[:] = [value for value in record if not any(value is other for other in replaced)]
+        with switched_off(adapted):
+            _check_probe(before, _probe(adapted), files)
+    except BaseException:
+        if adapted is None:
+            restore(record)
+        else:
+            detach(adapted)
+        raise
+    if silent(adapted):
+        log.warning("%s: every update of this adapter is zero, so that it changes nothing.", files.folder)
+    return adapted.eval()
+
+
+def detach(model: Any) -> Any:
+    """Take the adapter off; the base model, as it was before `attach`."""
+    from peft.utils import ModulesToSaveWrapper
+
+    restore(recorded(model))
+    setattr(model, RECORD, [])
+    if model.active_peft_config.is_prompt_learning:
+        return model.base_model
+    base = model.get_base_model()
+    saved = [(n, m.original_module) for n, m in base.named_modules() if isinstance(m, ModulesToSaveWrapper)]
+    model.unload()
+    for name, original in saved:  # PEFT leaves the trained module in its place
+        base.set_submodule(name, original)
+    return base
+
+
+@contextmanager
+def switched_off(model: Any) -> Iterator[Any]:
+    """The base model while entered, whatever the adapter has changed in it.
+
+    PEFT's own `disable_adapter` leaves biases, embeddings and weights that attaching has replaced.
+
+    Raises:
+        InputError: if the model has no adapter, or one that changes its base and was not attached here.
+    """
+    if not has_adapter(model):
+        raise InputError("model: it has no adapter that could be switched off. Give the base model itself.")
+    with model.disable_adapter(), _base_in_place(model):
+        yield model
+
+
+@contextmanager
+def exchanged(model: Any, folder: Path) -> Iterator[Any]:
+    """The model with the weights of another adapter of its configuration; its own are back afterwards.
+
+    The weights change place, not the modules: adding an adapter and taking it off again takes PEFT several
+    times as long as a sweep of a miniature takes.
+
+    Raises:
+        InputError: as `adapter_files.read`; if the two adapters differ in configuration, so that the weights
+            would act with the first one's strength, or in their tensors.
+    """
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    files, name = read(folder), model.active_adapter
+    differing = support.differing(model.active_peft_config, files.config)
+    if differing:
+        raise InputError(
+            f"{folder}: this adapter's configuration differs in {listed(differing)} from the one in the "
+            "model, by which its weights would then act. Attach it to a base model of its own."
+        )
+    held = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    own = {key: weight.clone() for key, weight in held.items()}
+    check_complete(folder, list(own.keys() - files.tensors.keys()), list(files.tensors.keys() - own.keys()))
+    set_peft_model_state_dict(model, dict(files.tensors), name)
+    try:
+        yield model.eval()
+    finally:
+        set_peft_model_state_dict(model, own, name)
+
+
+def has_adapter(model: Any) -> bool:
+    """Whether PEFT's wrapper is around a model."""
+    return hasattr(model, "peft_config")
+
+
+def is_off(model: Any) -> bool:
+    """Whether the adapter of a model is switched off at this moment."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    return bool(model._adapters_disabled or (layers and all(layer.disable_adapters for layer in layers)))
+
+
+def recorded(model: Any) -> list[BaseValue]:
+    """What attaching has changed in the base; errors as in `switched_off`."""
+    values = getattr(model, RECORD, None)
+    if values is not None:
+        return list(values)
+    if changes := support.changes_base(model.peft_config[model.active_adapters[0]]):
+        raise InputError(
+            f"model: its adapter {changes}, and what the base was is not known here. Load it with "
+            "safetynet.models.adapters.attach."
+        )
+    return []
+
+
+def adapter_parameters(model: Any) -> Iterator[tuple[str, Any]]:
+    """All parameters that belong to the active adapter, by their names in the model."""
+    mark = f".{model.active_adapter}."
+    replaced = {id(value.owner) for value in recorded(model) if value.name == "data"}
+    for name, parameter in model.named_parameters():
+        if mark in f"{name}." or id(parameter) in replaced:
+            yield name, parameter
+
+
+def unsaved(model: Any) -> list[str]:
+    """Parameters of the base that the adapter's file replaces, and that PEFT would not save with it."""
+    from peft import get_peft_model_state_dict
+
+    saved = get_peft_model_state_dict(model, adapter_name=model.active_adapter, save_embedding_layers=False)
+    replaced = {id(value.owner) for value in recorded(model) if value.name == "data"}
+    return [n for n, p in model.named_parameters() if id(p) in replaced and n not in saved]
+
+
+def base_counterparts(model: Any) -> dict[str, Tensor]:
+    """What the base model has in place of `adapter_parameters`, where it has a tensor of that shape.
+
+    Saved modules, token rows, biases and embeddings have one; factors of an update have none.
+    """
+    parameters = dict(model.named_parameters())
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    mark = f".{model.active_adapter}"
+    counterparts = {names[id(v.owner)]: v.value for v in recorded(model) if v.name == "data"}
+    for name in parameters:
+        if f"modules_to_save{mark}." in name:
+            counterparts[name] = parameters[name.replace(f"modules_to_save{mark}.", "original_module.")]
+        elif name.endswith(f"trainable_tokens_delta{mark}"):
+            layer = model.get_submodule(name.removesuffix(f".trainable_tokens_delta{mark}"))
+            counterparts[name] = layer.trainable_tokens_original[model.active_adapter]
+    return {name: tensor.detach() for name, tensor in counterparts.items()}
+
+
+def base_parameters(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """The base model's parameters by its own names, with their own values, whatever is attached to it."""
+    if not has_adapter(model):
+        yield from model.named_parameters()
+        return
+    prefix = "base_model." if model.active_peft_config.is_prompt_learning else "base_model.model."
+    with _base_in_place(model):
+        for name, parameter in model.named_parameters():
+            if not any(f".{adapter}." in f"{name}." for adapter in model.peft_config):
+                plain = name.removeprefix(prefix)
+                for infix in (".base_layer", ".original_module", ".token_adapter"):
+                    plain = plain.replace(infix, "")
+                yield plain, parameter
+
+
+def virtual_tokens(model: Any) -> int:
+    """Columns that a soft prompt puts before every prompt's own; 0 for all other models."""
+    if not has_adapter(model) or not model.active_peft_config.is_prompt_learning or is_off(model):
+        return 0
+    config = model.active_peft_config
+    return 0 if config.peft_type.value in support.PREFIXES else int(config.num_virtual_tokens)
+
+
+def check_in_memory(model: Any) -> None:
+    """Refuse a model of which a part lies on the disk, or waits in memory for its turn on a GPU.
+
+    Raises:
+        InputError: naming how many parts.
+    """
+    places = getattr(model, "hf_device_map", None) or {}
+    moved = [name for name, place in places.items() if place in ("cpu", "disk")]
+    if moved and len(set(places.values())) > 1:
+        raise InputError(
+            f"model: {len(moved)} of its {len(places)} parts do not fit the GPUs and are loaded when their "
+            "turn comes, which adapters and interventions do not see. Use more GPUs, or model.quantisation: "
+            "4bit."
+        )
+
+
+@contextmanager
+def _base_in_place(model: Any) -> Iterator[None]:
+    """The base's own values where attaching has changed them; the adapter's are back afterwards."""
+    with ExitStack() as stack:
+        for value in recorded(model):
+            stack.callback(setattr, value.owner, value.name, getattr(value.owner, value.name))
+            setattr(value.owner, value.name, value.value)
+        yield
+
+
+@torch.no_grad()
+def _probe(model: Any) -> Tensor:
+    """(PROBE_TOKENS, vocabulary) logits of a prompt of tokens from all over the vocabulary."""
+    inner = unwrapped(model)
+    vocabulary = inner.get_input_embeddings().weight.shape[0]
+    ids = torch.arange(PROBE_TOKENS, device=inner.device) * (vocabulary // PROBE_TOKENS)
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        return model(input_ids=ids[None], use_cache=False).logits[0].float()
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _check_probe(before: Tensor, after: Tensor, files: AdapterFiles) -> None:
+    size = float(before.abs().max())
+    apart = float((before - after).abs().max()) if before.shape == after.shape else float("inf")
+    if not apart <= PROBE_TOLERANCE * size:
+        raise InputError(
+            f"{files.folder}: with this adapter switched off, the model is not its base: logits differ by "
+            f"{apart:.3g}, and the largest is {size:.3g}. Merge it (merge_and_unload) and give the merged "
+            "model."
+        )

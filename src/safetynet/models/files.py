@@ -1,0 +1,58 @@
+"""What files of models are before a library reads them: weights, stand-ins, and why there are none."""
+
+from pathlib import Path
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+POINTERS = {  # how a stand-in begins: what it is
+    b"version https://git-lfs": "a Git LFS pointer",
+    b"/annex/objects/": "a git-annex pointer",
+    b"# xet version": "a Xet pointer",
+}
+"""Files of a few lines that a clone leaves in place of large ones that were not downloaded."""
+
+
+def pointer(path: Path) -> str | None:
+    """What stands in for a file's content that was never downloaded; None for the content itself."""
+    with path.open("rb") as file:
+        start = file.read(64)
+    return next((kind for mark, kind in POINTERS.items() if start.startswith(mark)), None)
+
+
+def holds_model(folder: Path) -> bool:
+    """Whether a folder holds a whole model: its configuration and its weights, in whatever format."""
+    if not (folder / "config.json").exists():
+        return False
+    weights = [p for p in folder.iterdir() if p.suffix == ".safetensors" or p.suffix in PICKLES]
+    return any(p.name.startswith(("model", "pytorch_model")) for p in weights)
+
+
+def hub_reason(error: BaseException) -> str | None:
+    """Why the hub does not give something, in one clause; None where the error is another.
+
+    What the hub's client raised lies somewhere down the chain of causes, wrapped by the library that asked.
+    """
+    from huggingface_hub import errors as hub
+
+    chain: BaseException | None = error
+    while chain is not None:
+        if isinstance(chain, hub.GatedRepoError):
+            return "its owner grants access on request. Ask for it on the hub, then set HF_TOKEN"
+        if isinstance(chain, hub.RepositoryNotFoundError | hub.RevisionNotFoundError):
+            return "the hub knows no such model or revision, or HF_TOKEN is not valid for it"
+        status = getattr(getattr(chain, "response", None), "status_code", None)
+        if status in (401, 403):
+            return "the hub refuses HF_TOKEN; set a valid one, or accept the model's licence on the hub"
+        if type(chain).__name__ in (
+            "ConnectError",
+            "ConnectionError",
+            "LocalEntryNotFoundError",
+            "OfflineModeIsEnabled",
+        ):
+            return "there is no network to the hub and no local copy. Give a folder"
+        chain = chain.__cause__ or chain.__context__
+    return None
+
+
+def in_words(error: BaseException) -> str:
+    """An error's own text on one line, cut to 300 characters, without a final stop."""
+    return " ".join(str(error).split())[:300].rstrip(".")
