@@ -52,22 +52,30 @@ def resize(base: Any, tensors: Mapping[str, Tensor]) -> list[BaseValue]:
     Returns:
         What that has changed; nothing where the number is the base's own.
     """
-    ends = {_canonical(name): p for name, p in base.named_parameters(remove_duplicate=False)}
-    modules = (base.get_input_embeddings(), base.get_output_embeddings())
-    embeddings = {id(module.weight) for module in modules if module is not None}
-    rows = {
+    modules = [m for m in (base.get_input_embeddings(), base.get_output_embeddings()) if m is not None]
+    embeddings = {id(module.weight) for module in modules}
+    places = base.named_parameters(remove_duplicate=False)
+    rows = {_canonical(name): len(p) for name, p in places if id(p) in embeddings}
+    wanted = [
         len(tensor)
         for name, tensor in tensors.items()
-        if (weight := ends.get(_canonical(name))) is not None
-        and id(weight) in embeddings
-        and len(tensor) != len(weight)
-    }
-    if not rows:
+        if len(tensor) != rows.get(_canonical(name), len(tensor))
+    ]
+    if not wanted:
         return []
-    config = base.config.get_text_config()
-    changed = [BaseValue(p, "data", p.data) for p in base.parameters() if id(p) in embeddings]
-    changed.append(BaseValue(config, "vocab_size", config.vocab_size))
-    base.resize_token_embeddings(max(rows), mean_resizing=False)
+    config, size = base.config.get_text_config(), max(wanted)
+    changed = [BaseValue(config, "vocab_size", config.vocab_size)]
+    config.vocab_size = size
+    for module in modules:
+        for parameter in (module.weight, getattr(module, "bias", None)):
+            if parameter is None or len(parameter) == size:  # tied weights are one
+                continue
+            changed.append(BaseValue(parameter, "data", parameter.data))
+            more = parameter.new_zeros(max(0, size - len(parameter)), *parameter.shape[1:])
+            parameter.data = torch.cat([parameter.data, more])[:size]
+        name = "num_embeddings" if hasattr(module, "num_embeddings") else "out_features"
+        changed.append(BaseValue(module, name, getattr(module, name)))
+        setattr(module, name, size)
     return changed
 
 
@@ -198,7 +206,10 @@ def _check_patterns(model: Any, files: AdapterFiles) -> None:
     """Refuse patterns of ranks and scales that match no module: the default would decide in their place."""
     from peft.utils.other import get_pattern_key
 
-    targets = [name for name, module in unwrapped(model).named_modules() if hasattr(module, "lora_A")]
+    modules = unwrapped(model).named_modules()
+    owners = [(n.replace(".base_layer", ""), m) for n, m in modules if hasattr(m, "lora_A")]
+    fused = [(name, getattr(module, "parameter_name", None)) for name, module in owners]
+    targets = [f"{name}.{parameter}" if parameter else name for name, parameter in fused]
     for field in ("alpha_pattern", "rank_pattern"):
         pattern = files.fields.get(field) or {}
         unmatched = [key for key in pattern if not any(get_pattern_key([key], n) == key for n in targets)]

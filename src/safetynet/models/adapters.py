@@ -6,6 +6,7 @@ the base can be undone.
 """
 
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -117,7 +118,11 @@ def switched_off(model: Any) -> Iterator[Any]:
     """
     if not has_adapter(model):
         raise InputError("model: it has no adapter that could be switched off. Give the base model itself.")
-    with model.disable_adapter(), _base_in_place(model):
+    with ExitStack() as stack:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of biases, which are put back below
+            stack.enter_context(model.disable_adapter())
+        stack.enter_context(_base_in_place(model))
         yield model
 
 
@@ -203,7 +208,7 @@ def base_counterparts(model: Any) -> dict[str, Tensor]:
     parameters = dict(model.named_parameters())
     names = {id(parameter): name for name, parameter in parameters.items()}
     mark = f".{model.active_adapter}"
-    counterparts = {names[id(v.owner)]: v.value for v in recorded(model) if v.name == "data"}
+    counterparts = {names[id(v.owner)]: v.value for v in reversed(recorded(model)) if v.name == "data"}
     for name in parameters:
         if f"modules_to_save{mark}." in name:
             counterparts[name] = parameters[name.replace(f"modules_to_save{mark}.", "original_module.")]
@@ -225,7 +230,7 @@ def base_parameters(model: Any) -> Iterator[tuple[str, Tensor]]:
                 plain = name.removeprefix(prefix)
                 for infix in (".base_layer", ".original_module", ".token_adapter"):
                     plain = plain.replace(infix, "")
-                yield plain, parameter
+                yield plain, parameter.detach()  # which stays the base's own when another is put in place
 
 
 def virtual_tokens(model: Any) -> int:
@@ -256,7 +261,7 @@ def check_in_memory(model: Any) -> None:
 def _base_in_place(model: Any) -> Iterator[None]:
     """The base's own values where attaching has changed them; the adapter's are back afterwards."""
     with ExitStack() as stack:
-        for value in recorded(model):
+        for value in reversed(recorded(model)):  # what was changed twice ends as it began
             stack.callback(setattr, value.owner, value.name, getattr(value.owner, value.name))
             setattr(value.owner, value.name, value.value)
         yield
