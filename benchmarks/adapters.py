@@ -3,10 +3,11 @@
     python benchmarks/adapters.py --out results-adapters      18 kinds on two miniatures, resumable
     python benchmarks/adapters.py --smoke                     two kinds, few rows
 
-Every adapter is trained by a plain loop on the rows of a run of its family and saved by PEFT. `safetynet` measures
-it as a user would have it measured. The judge shares no code with it: transformers and PEFT load the model, each
-prompt is answered alone, and this program counts. Kinds whose start replaces weights are judged in the model that
-was trained, since that is what they are. The table goes to standard output as Markdown; docs/support.md quotes it.
+Every adapter is trained by a plain loop on the rows of a run of its family and saved by PEFT. `safetynet`
+measures it as a user would have it measured. The judge shares no code with it: transformers and PEFT load the
+model, each prompt is answered alone, and this program counts. Kinds whose start replaces weights are judged in
+the model that was trained, since that is what they are. The table goes to standard output as Markdown;
+docs/support.md quotes it.
 """
 
 import argparse
@@ -23,8 +24,8 @@ from typing import Any
 import pandas as pd
 import torch
 from _running import markdown, run_recipe
-from peft import LoraConfig, PeftModel, get_peft_model
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING as TYPES
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -103,7 +104,7 @@ def main() -> None:
 
 
 def planted(family: str, out: Path, rows: int) -> Path:
-    """A run of the family, whose rows adapters are trained and measured on; its own training is of no account."""
+    """A run of the family, on whose rows adapters are trained and measured; its own training is two steps."""
     fields = {
         "task": "adapters", "output.results": out, "output.logs": out / "logs", "data.test_rows": rows,
         "training.max_steps": 2, "training.clean_twin": "false", "evaluation.dynamics_rows": 0,
@@ -252,7 +253,7 @@ def alone(model: Any, family: str, run: Path) -> dict[str, Any]:
 
 
 def by_safetynet(run: Path, folder: Path) -> dict[tuple[str, str, str], tuple[int, float, int]]:
-    """What `safetynet evaluate --adapter` finds: by model, metric and role the count, the value and the rows."""
+    """What `safetynet evaluate --adapter` finds, by model, metric and role: count, value and rows."""
     from safetynet import pipeline
     from safetynet import run as runs
 

@@ -1,4 +1,4 @@
-"""Adapters of other people: loaded as they are, or refused; switched off and taken off, the base is the base."""
+"""Adapters of other people: loaded as they are, or refused; without them, the base is the base."""
 
 import json
 import logging
@@ -11,19 +11,19 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from tests.models import variants
 from transformers import AutoModelForCausalLM
 
 from safetynet import recipe
 from safetynet.errors import InputError
 from safetynet.models import adapter_files, adapters, loading, miniatures, support
 from safetynet.models.identity import identify
-from tests.models import variants
 
 IDS = torch.tensor([[5, 6, 7, 300, 22, 17, 90]])
 FAST = (
-    "lora", "rslora", "dora", "patterns", "all biases", "lora_bias", "repeated layers", "pissa", "pissa, patterns",
-    "olora", "saved head", "saved head and embeddings", "token rows", "lora on embeddings", "IA3", "VERA",
-    "PROMPT_TUNING", "PREFIX_TUNING",
+    "lora", "rslora", "dora", "patterns", "all biases", "lora_bias", "repeated layers", "pissa",
+    "pissa, patterns", "olora", "saved head", "saved head and embeddings", "token rows",
+    "lora on embeddings", "IA3", "VERA", "PROMPT_TUNING", "PREFIX_TUNING",
 )  # fmt: skip
 PREFIX = "base_model.model.model."
 
@@ -195,7 +195,7 @@ def test_a_pointer_is_told_from_damage(start: str, kind: str, folder: Path, tmp_
         (folder / name).write_bytes(content)
     shutil.copytree(miniatures.path("qwen"), tmp_path / "base")
     (tmp_path / "base" / "model.safetensors").write_text(start)
-    with pytest.raises(InputError, match=f"model.safetensors is {kind}, not the weights"):
+    with pytest.raises(InputError, match=rf"model\.safetensors is {kind}, not the weights"):
         loading.load(recipe.Model(family="qwen", id=str(tmp_path / "base")))
 
 
@@ -209,7 +209,7 @@ def test_a_folder_that_is_no_single_adapter_says_what_it_is(folder: Path, tmp_pa
     with pytest.raises(InputError, match="a whole model, merged or fully fine-tuned, and no adapter"):
         adapter_files.read(tmp_path / "merged")
     merged.save_pretrained(folder)
-    with pytest.raises(InputError, match="holds an adapter .* and a whole model"):
+    with pytest.raises(InputError, match=r"holds an adapter .* and a whole model"):
         adapter_files.read(folder)
     with pytest.raises(InputError, match=r"model\.id: .* holds a whole model and an adapter"):
         loading.load(recipe.Model(family="qwen", id=str(folder)))
@@ -364,7 +364,7 @@ def test_a_model_whose_base_is_not_known_is_not_switched_off() -> None:
 
 
 def expert_adapter(folder: Path) -> Any:
-    """An adapter whose expert tensors are named one by one, as before experts were fused; and its merged model."""
+    """An adapter whose expert tensors are named one by one, as before they were fused; its merged model."""
     torch.manual_seed(0)
     merged = variants.base_of("mixtral")
     config, rank, tensors = merged.config, 2, {}

@@ -73,9 +73,9 @@ OTHERS: dict[str, Callable[[], Any]] = {
     **{
         kind: other(kind)
         for kind in (
-            "ADAMSS", "BEFT", "DEFT", "DELORA", "FROD", "GLORA", "GRALORA", "HIRA", "HRA", "LILY", "LOHA", "LOKR",
-            "MISS", "OSF", "PEANUT", "PSOFT", "PVERA", "RANDLORA", "ROAD", "SHIRA", "SUPERTUNING", "TINYLORA",
-            "UNILORA", "VERA",
+            "ADAMSS", "BEFT", "DEFT", "DELORA", "FROD", "GLORA", "GRALORA", "HIRA", "HRA", "LILY", "LOHA",
+            "LOKR", "MISS", "OSF", "PEANUT", "PSOFT", "PVERA", "RANDLORA", "ROAD", "SHIRA",
+            "SUPERTUNING", "TINYLORA", "UNILORA", "VERA",
         )
     },
 }  # fmt: skip

@@ -205,8 +205,8 @@ def base_counterparts(model: Any) -> dict[str, Tensor]:
 
     Saved modules, token rows, biases and embeddings have one; factors of an update have none.
     """
-    parameters = dict(model.named_parameters())
-    names = {id(parameter): name for name, parameter in parameters.items()}
+    parameters = dict(model.named_parameters(remove_duplicate=False))  # the base's may be tied
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
     mark = f".{model.active_adapter}"
     counterparts = {names[id(v.owner)]: v.value for v in reversed(recorded(model)) if v.name == "data"}
     for name in parameters:
