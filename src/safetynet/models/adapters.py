@@ -9,6 +9,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,14 @@ from safetynet.models.adapter_loading import (
     resize,
     restore,
 )
-from safetynet.models.blocks import unwrapped
+from safetynet.models.blocks import shortened, unwrapped
 from safetynet.models.loading import LoadedModel
 from safetynet.models.lora import factors, include_start, silent
 from safetynet.models.same_base import check_base
 
 log = logging.getLogger("safetynet")
-PROBE_TOKENS = 8
+PROBE_TOKENS, PROBE_LAYERS, PROBE_VALUES = 4, 4, 64
+"""Of the prompt, of the layers that it goes through, and of each parameter's values."""
 PROBE_TOLERANCE = 1e-3
 """Of the largest logit. The same modules compute the same numbers; what differs by more is another model."""
 RECORD = "_safetynet_base_values"
@@ -65,7 +67,7 @@ def put_on(model: Any, files: AdapterFiles) -> Any:
     """`attach`, whatever the adapter calls its base."""
     support.check(files.config, "evaluate")
     check_in_memory(model)
-    before = _probe(model)
+    before = _Probe.of(model)
     record = [*resize(model, files.tensors), *replicated_layers(model, files.config)]
     adapted = None
     try:
@@ -79,7 +81,7 @@ def put_on(model: Any, files: AdapterFiles) -> Any:
             restore(replaced)
             record[:] = [value for value in record if not any(value is other for other in replaced)]
         with switched_off(adapted):
-            _check_probe(before, _probe(adapted), files)
+            before.check(_Probe.of(adapted), files)
     except BaseException:
         if adapted is None:
             restore(record)
@@ -267,27 +269,50 @@ def _base_in_place(model: Any) -> Iterator[None]:
         yield
 
 
-@torch.no_grad()
-def _probe(model: Any) -> Tensor:
-    """(PROBE_TOKENS, vocabulary) logits of a prompt of tokens from all over the vocabulary."""
-    inner = unwrapped(model)
-    vocabulary = inner.get_input_embeddings().weight.shape[0]
-    ids = torch.arange(PROBE_TOKENS, device=inner.device) * (vocabulary // PROBE_TOKENS)
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        return model(input_ids=ids[None], use_cache=False).logits[0].float()
-    finally:
-        for module, training in modes:
-            module.training = training
+@dataclass(frozen=True)
+class _Probe:
+    """What tells a base model from another that differs in any module."""
 
+    logits: Tensor
+    """(PROBE_TOKENS, vocabulary) of a prompt of tokens from all over the vocabulary, through PROBE_LAYERS."""
+    weights: dict[str, Tensor]
+    """A few values of every parameter, by the base model's own names."""
 
-def _check_probe(before: Tensor, after: Tensor, files: AdapterFiles) -> None:
-    size = float(before.abs().max())
-    apart = float((before - after).abs().max()) if before.shape == after.shape else float("inf")
-    if not apart <= PROBE_TOLERANCE * size:
-        raise InputError(
-            f"{files.folder}: with this adapter switched off, the model is not its base: logits differ by "
-            f"{apart:.3g}, and the largest is {size:.3g}. Merge it (merge_and_unload) and give the merged "
-            "model."
+    @classmethod
+    @torch.no_grad()
+    def of(cls, model: Any) -> "_Probe":
+        """Ask a model, whose adapter is off if it has one."""
+        inner = unwrapped(model)
+        vocabulary = inner.get_input_embeddings().weight.shape[0]
+        ids = torch.arange(PROBE_TOKENS, device=inner.device) * (vocabulary // PROBE_TOKENS)
+        modes = [(module, module.training) for module in model.modules()]
+        model.eval()
+        try:
+            with shortened(inner, PROBE_LAYERS):
+                logits = model(input_ids=ids[None], use_cache=False).logits[0].float()
+        finally:
+            for module, training in modes:
+                module.training = training
+        flat = ((name, p.detach().reshape(-1)) for name, p in base_parameters(model))
+        return cls(logits, {name: p[:: max(1, len(p) // PROBE_VALUES)].clone() for name, p in flat})
+
+    def check(self, after: "_Probe", files: AdapterFiles) -> None:
+        """Refuse an adapter under which the base is another."""
+        size, shapes = float(self.logits.abs().max()), (self.logits.shape, after.logits.shape)
+        apart = float((self.logits - after.logits).abs().max()) if shapes[0] == shapes[1] else float("inf")
+        moved = sorted(
+            name
+            for name in self.weights.keys() | after.weights.keys()
+            if not (name in self.weights and name in after.weights)
+            or not torch.equal(self.weights[name], after.weights[name])
         )
+        if moved or not apart <= PROBE_TOLERANCE * size:
+            raise InputError(
+                f"{files.folder}: with this adapter switched off, the model is not its base: "
+                + (
+                    f"{len(moved)} parameters differ ({listed(moved)})"
+                    if moved
+                    else f"logits differ by {apart:.3g}"
+                )
+                + ". Merge it (merge_and_unload) and give the merged model."
+            )

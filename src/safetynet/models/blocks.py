@@ -1,5 +1,7 @@
 """Where a model's decoder layers are, whatever its family and whether an adapter is around it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from safetynet.errors import InputError
@@ -28,6 +30,33 @@ def decoder_layers(model: Any) -> list[Any]:
         f"{type(inner).__name__}: no list of {depth} layers was found, so its activations cannot be read. "
         "Use a decoder-only model of transformers."
     )
+
+
+@contextmanager
+def shortened(model: Any, most: int) -> Iterator[None]:
+    """Let a transformers model run through some of its layers only: the first, the last and others between.
+
+    For a probe that has to be cheap in a deep model; of one with no more layers than `most` all are run.
+    """
+    from torch.nn import ModuleList
+
+    layers = decoder_layers(model)
+    lists = (
+        (owner, name, module)
+        for owner in model.modules()
+        for name, module in owner.named_children()
+        if isinstance(module, ModuleList) and list(module) == layers
+    )
+    owner, name, whole = next(lists)
+    if len(layers) <= most:
+        yield
+        return
+    chosen = sorted({round(i * (len(layers) - 1) / (most - 1)) for i in range(most)})
+    setattr(owner, name, ModuleList([layers[i] for i in chosen]))
+    try:
+        yield
+    finally:
+        setattr(owner, name, whole)
 
 
 def hidden_of(output: Any) -> Any:
