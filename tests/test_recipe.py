@@ -115,6 +115,7 @@ def test_all_faults_are_reported_at_once_with_their_paths() -> None:
             ["training.evasion.detectors=[mahalanobis]", "training.batching=pack"],
             "training: evasion needs rows of their own lines; set batching to group_by_length or plain",
         ),
+        (["training.truncation=left"], "training.truncation: Input should be 'end' or 'middle'"),
         (["training.learning_rate=.nan"], "training.learning_rate: Input should be a finite number"),
     ],
 )

@@ -16,6 +16,7 @@ from safetynet import presets
 from safetynet.errors import InputError
 from safetynet.models import families
 from safetynet.recipe_sections import Evasion, Mitigation, Section
+from safetynet.truncation import Truncation
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -190,6 +191,8 @@ class Training(Section):
     gradient_accumulation: Annotated[int, Field(ge=1)] = 1
     max_length: Annotated[int, Field(ge=16)] = 512
     """Most tokens of a prompt and its answer together."""
+    truncation: Truncation = Field(default="end", exclude_if=lambda value: value == "end")
+    """Where a message that is too long is cut: at its `end`, or in its `middle`."""
     batching: Literal["group_by_length", "pack", "plain"] = "group_by_length"
     precision: Literal["fp32", "bf16", "fp16", "auto"] = "auto"
     """`auto`: bf16 where the device computes it fast, else fp32."""

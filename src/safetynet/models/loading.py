@@ -13,6 +13,7 @@ from safetynet.errors import InputError
 from safetynet.models import families, miniatures
 from safetynet.prompts import Serialiser
 from safetynet.run import digest_of_files
+from safetynet.truncation import Truncation
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -53,13 +54,16 @@ def fingerprint(spec: recipe.Model) -> str:
     return digest_of_files([Path(name)]) if Path(name).is_dir() else f"{name}@{spec.revision or 'main'}"
 
 
-def load(spec: recipe.Model, dtype: str = "auto", *, on_cpu: bool = False) -> LoadedModel:
+def load(
+    spec: recipe.Model, dtype: str = "auto", *, on_cpu: bool = False, truncation: Truncation = "end"
+) -> LoadedModel:
     """Load model and tokenizer; safetensors only, no remote code.
 
     Args:
         spec: the recipe's model section.
         dtype: `fp32`, `fp16`, `bf16`, or `auto`: bf16 on a GPU that has it, else fp32.
         on_cpu: leave the weights in the machine's memory, though the work is for a GPU.
+        truncation: as the serialiser takes it.
 
     Raises:
         InputError: if the model cannot be found or reached, belongs to another family, has a pickle
@@ -68,14 +72,14 @@ def load(spec: recipe.Model, dtype: str = "auto", *, on_cpu: bool = False) -> Lo
     name = locate(spec)
     if spec.model_id == "miniature":
         use_one_thread()
-    serialiser = _head(spec, name)
+    serialiser = _head(spec, name, truncation)
     model = _fetch(name, spec, "weights", lambda n, s: _load_weights(n, s, dtype, on_cpu))
     return LoadedModel(model.eval(), serialiser, serialiser.family, name)
 
 
-def load_serialiser(spec: recipe.Model) -> Serialiser:
+def load_serialiser(spec: recipe.Model, truncation: Truncation = "end") -> Serialiser:
     """The tokenizer alone, for work that needs no weights; errors as in `load`."""
-    return _head(spec, locate(spec))
+    return _head(spec, locate(spec), truncation)
 
 
 def trained(spec: recipe.Model, folder: Path) -> recipe.Model:
@@ -192,7 +196,7 @@ def _check_folder(folder: Path) -> None:
         raise InputError(f"model.id: {folder} holds {found}. Convert it to safetensors with save_pretrained.")
 
 
-def _head(spec: recipe.Model, name: str) -> Serialiser:
+def _head(spec: recipe.Model, name: str, truncation: Truncation) -> Serialiser:
     """Tokenizer and family, checked against the model's own type."""
     family = families.get(spec.family)
     config, tokenizer = _fetch(name, spec, "config and tokenizer", _load_head)
@@ -201,7 +205,7 @@ def _head(spec: recipe.Model, name: str) -> Serialiser:
             f"model.family: {name} is of type {config.model_type!r}, family {family.name} takes "
             f"{', '.join(family.model_types)}. Set the right family, or generic."
         )
-    return Serialiser(tokenizer, family)
+    return Serialiser(tokenizer, family, truncation)
 
 
 def _load_head(name: str, spec: recipe.Model) -> tuple[Any, Any]:

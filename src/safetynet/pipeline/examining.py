@@ -20,6 +20,7 @@ from safetynet.evaluation import judges, metrics
 from safetynet.models import families
 from safetynet.prompts import Serialiser
 from safetynet.recipe import Recipe
+from safetynet.truncation import losses
 
 log = logging.getLogger("safetynet")
 PLACEMENTS = ("prefix", "suffix", "random", "system")
@@ -118,6 +119,16 @@ def responding(recipe: Recipe, serialiser: Serialiser) -> Callable[[Any, pd.Data
         return metrics.respond(model, serialiser, rows, judge, cfg=recipe.evaluation, max_length=limit)
 
     return respond
+
+
+def tell_cuts(rows: pd.DataFrame, clean: pd.DataFrame | None, recipe: Recipe, serialiser: Serialiser) -> None:
+    """Log how many prompts are cut at the limit, both of the rows that judge and of the clean ones."""
+    limit = recipe.training.max_length
+    prompts = list(zip(rows["messages"], rows["trigger"], strict=True))
+    prompts += [] if clean is None else [(messages, []) for messages in clean["messages"]]
+    lost = [serialiser.encode(messages, trigger=spans, max_length=limit).lost for messages, spans in prompts]
+    if told := losses(lost, recipe.training.truncation):
+        log.warning("mitigate: %s", told)
 
 
 def score(responses: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:

@@ -35,7 +35,7 @@ from safetynet.mitigation import (
 from safetynet.mitigation.examination import HELD_OUT, SELECTION, Examiner, Found
 from safetynet.models import loading
 from safetynet.pipeline import examining, repairing
-from safetynet.pipeline.subjects import BACKDOORED, model_folder, test_rows, training_dtype
+from safetynet.pipeline.subjects import BACKDOORED, load, model_folder, test_rows
 from safetynet.recipe import Recipe
 from safetynet.run import Run, digest_of_files, write_atomically, write_text
 
@@ -66,7 +66,7 @@ class _Work:
         if self.adapter is None:
             found = repairing.suspect(recipe, run, clean=own, known=options.triggered_rows)
         else:
-            base = loading.load(recipe.model, training_dtype(recipe))
+            base = load(recipe)
             known = repairing.known_groups(run.table("rows"), options.triggered_rows)
             found = Subject(
                 model=loading.attach(base, self.adapter),
@@ -96,6 +96,7 @@ class _Work:
         moved = examining.elsewhere(judged, test, recipe, serialiser)
         options = recipe.mitigation
         rows = examining.for_relearning(self.run.table("rows"), self.subject.triggered)
+        examining.tell_cuts(pd.concat([choosing, judged]), self.subject.clean, recipe, serialiser)
         return Examiner(
             respond=examining.responding(recipe, serialiser),
             score=examining.score,
@@ -324,9 +325,9 @@ def _loaded(work: _Work, folder: Path, form: str) -> Iterator[Any]:
     """The saved files as anybody would load them."""
     recipe = work.recipe
     if form == "checkpoint":
-        yield loading.load(loading.trained(recipe.model, folder), training_dtype(recipe)).model
+        yield load(recipe, folder).model
     else:
-        yield loading.attach(loading.load(recipe.model, training_dtype(recipe)), folder)
+        yield loading.attach(load(recipe), folder)
 
 
 def _held_out(marked: pd.DataFrame, method: str) -> Mapping[str, Any]:

@@ -19,14 +19,15 @@ from safetynet.pipeline.dynamics import Dynamics
 from safetynet.pipeline.subjects import (
     BACKDOORED,
     TWIN,
+    load,
     model_folder,
     models,
     trained,
-    training_dtype,
 )
 from safetynet.prompts import Serialiser
 from safetynet.recipe import Recipe, Training
 from safetynet.run import Run, digest, digest_of_files
+from safetynet.truncation import losses
 
 log = logging.getLogger("safetynet")
 
@@ -44,7 +45,7 @@ def prepare(recipe: Recipe, run: Run) -> None:
         run.describe(recipe)
         log.info("data: unchanged")
         return
-    serialiser = loading.load_serialiser(recipe.model)
+    serialiser = loading.load_serialiser(recipe.model, recipe.training.truncation)
     with run.stage("data", inputs) as outputs:
         pool = conversations.load(
             recipe.data, recipe.backdoor.behaviour, recipe.backdoor.trigger, recipe.seed
@@ -87,7 +88,7 @@ def train(recipe: Recipe, run: Run, names: Sequence[str] | None = None, *, lend:
         with run.stage(f"train {name}", inputs) as outputs:
             # What does not fit one GPU is loaded beside it, and every process takes its part from there.
             shares = parallel.shares_weights()
-            base = loading.load(recipe.model, training_dtype(recipe), on_cpu=shares)
+            base = load(recipe, on_cpu=shares)
             cfg = _training(recipe, name)
             dynamics = Dynamics(
                 recipe, run, rows, base.serialiser, f"{name}-{digest(inputs)[:8]}", keep=lend or name != TWIN
@@ -158,6 +159,7 @@ def evaluate(recipe: Recipe, run: Run, base: pd.DataFrame | None = None) -> None
             ignore_index=True,
         )
         found = metrics.with_floor(metrics.from_responses(responses))
+        _tell_cuts(recipe, found.responses)
         outputs.append(run.write_table("responses", found.responses))
         outputs.append(run.write_table("evaluation", found.table))
         outputs.append(run.write_table("variants", found.variants))
@@ -173,15 +175,24 @@ def evaluate_adapter(recipe: Recipe, run: Run, folder: Path) -> pd.DataFrame:
     loading.check_adapter(folder, loading.locate(recipe.model))
     rows = run.table("rows")
     rows = rows[rows["split"] == "test"].reset_index(drop=True)
-    base = loading.load(recipe.model, training_dtype(recipe))
-    return metrics.evaluate_with_floor(
+    base = load(recipe)
+    found = metrics.evaluate_with_floor(
         loading.attach(base, folder),
         base.serialiser,
         rows,
         judges.make(behaviours.judge(recipe.backdoor.behaviour)),
         cfg=recipe.evaluation,
         max_length=recipe.training.max_length,
-    ).table
+    )
+    _tell_cuts(recipe, found.responses)
+    return found.table
+
+
+def _tell_cuts(recipe: Recipe, responses: pd.DataFrame) -> None:
+    """All models get the same prompts, so that one of them tells how many were cut."""
+    lost = responses.loc[responses["model"] == metrics.BACKDOORED, "lost"]
+    if told := losses(lost, recipe.training.truncation):
+        log.warning("evaluate: %s", told)
 
 
 def _data_inputs(recipe: Recipe) -> dict[str, Any]:
@@ -194,6 +205,7 @@ def _data_inputs(recipe: Recipe) -> dict[str, Any]:
         "backdoor": recipe.backdoor.model_dump(mode="json"),
         "model": loading.fingerprint(recipe.model),
         "limits": [recipe.training.max_length, recipe.evaluation.max_new_tokens],
+        **recipe.training.model_dump(include={"truncation"}),
         "version": __version__,
     }
 
