@@ -15,6 +15,7 @@ from typing import Any
 import pandas as pd
 
 from safetynet.backdoors import behaviours, conversations, sources, triggers
+from safetynet.backdoors.forms import UnfitError
 from safetynet.errors import InputError
 from safetynet.evaluation import judges, metrics
 from safetynet.models import families
@@ -35,10 +36,17 @@ PROBED = 40
 def clean_file(recipe: Recipe, path: Path) -> pd.DataFrame:
     """Conversations of a file, messages and answer, at most `mitigation.clean_rows`.
 
+    `data.columns` says what its columns are, if it has the columns that are named there.
+
     Raises:
         InputError: if it cannot be read, or holds the run's trigger.
     """
-    found = sources.read(path)
+    try:
+        found = sources.read(path, columns=recipe.data.columns)
+    except UnfitError as error:
+        if error.reason != "unmapped":
+            raise
+        found = sources.read(path)  # the run's own data have other columns
     _check_clean(found, recipe, path)
     return found[["messages", "answer"]].head(recipe.mitigation.clean_rows)
 
