@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetynet.backdoors.forms import SHOWN, is_blank
+from safetynet.backdoors.forms import SHOWN, is_blank, whole
 from safetynet.errors import InputError
 
 Record = tuple[int, Any]
@@ -151,23 +151,20 @@ def _json(path: Path, data: bytes) -> Parts:
 
 
 def _below_keys(path: Path, value: Any) -> Parts:
-    items = value.items() if isinstance(value, dict) else ()
-    lists = {key: rows for key, rows in items if isinstance(rows, list)}
+    fields = value if isinstance(value, dict) else {}
+    lists = {key: rows for key, rows in fields.items() if isinstance(rows, list)}
     parts = {key: rows for key, rows in lists.items() if any(isinstance(row, dict) for row in rows)}
-    beside = [
-        key for key, text in items if key.casefold() in SHOWN and key not in parts and not is_blank(text)
-    ]
-    if parts and beside:
-        raise InputError(
-            f"{path}: {beside[0]!r} beside the rows holds text that is not read; put it into each row"
-        )
-    if any(
-        isinstance(row, dict) and row.keys() & {"role", "from"} for rows in parts.values() for row in rows
-    ):
+    every = [row for rows in parts.values() for row in rows if isinstance(row, dict)]
+    if any(row.keys() & {"role", "from"} for row in every):
         return {"": [(1, value)]}  # messages: the file is one conversation
+    for key, text in fields.items():
+        if parts and key not in parts and key.casefold() in SHOWN and not is_blank(text):
+            raise InputError(
+                f"{path}: {key!r} beside the rows is text that is not read; put it into each row"
+            )
     if parts:
-        whole = len(parts) == 1
-        return {"" if whole else key: list(enumerate(rows, start=1)) for key, rows in parts.items()}
+        names = {key: whole(key) if len(parts) > 1 else "" for key in parts}
+        return {names[key]: list(enumerate(rows, start=1)) for key, rows in parts.items()}
     hint = f"save the list under {next(iter(lists))!r} alone" if len(lists) == 1 else "save a list of objects"
     raise InputError(f"{path}: the top level is {type(value).__name__}, allowed is a list of rows; {hint}")
 
@@ -243,6 +240,7 @@ def _of_table(path: Path, what: str, read: Callable[[], Any]) -> Parts:
 
     try:
         table = read()
+        table.validate(full=True)  # rows of a damaged file may lie anywhere in memory
         if twice := {name for name in table.column_names if table.column_names.count(name) > 1}:
             raise InputError(f"{path}: the column {_names(twice)} is there twice; give each its own name")
         rows, labels = table.to_pylist(), _labels(table.schema)

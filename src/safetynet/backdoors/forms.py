@@ -50,7 +50,7 @@ class UnfitError(InputError):
     """Rows whose columns make no conversation; the text names columns, and leaves the file to the caller."""
 
     def __init__(self, text: str, reason: Literal["other", "unclear", "unmapped"]) -> None:
-        super().__init__(text)
+        super().__init__(whole(text))
         self.reason = reason
         """`other` data, an `unclear` choice, or a column that was mapped and is not there (`unmapped`)."""
 
@@ -204,21 +204,31 @@ def _preferred(rows: list[tuple[int, Any]], names: list[Any]) -> str:
     return f"name the answers to learn under columns, as in {{{field}: {answer}}}"
 
 
+def whole(text: str) -> str:
+    """The text with a ? for each half of a surrogate pair, which no table and no terminal takes."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def name_of(column: Any) -> str:
+    """A column as a message names it."""
+    return whole(str(column)) or '""'
+
+
 def shown(value: Any) -> str:
     """A value as a message shows it, with its type unless it is text."""
     if value is None:
         return "null"
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=repr)
-    text = text if len(text) <= 40 else text[:37] + "..."
+    text = whole(text if len(text) <= 40 else text[:37] + "...")
     return f'"{text}"' if isinstance(value, str) else f"{text} ({type(value).__name__})"
 
 
 def _found(names: list[Any], rows: list[tuple[int, Any]]) -> str:
     if not names:
         return f"none, a row is {shown(rows[0][1])}"
-    listed = sorted(str(name) or '""' for name in names)
+    listed = sorted(map(name_of, names))
     return ", ".join(listed[:MOST]) + (f" and {len(listed) - MOST} more" if len(listed) > MOST else "")
 
 
 def _listed(names: Iterable[Any]) -> str:
-    return ", ".join(sorted(str(name) or '""' for name in names))
+    return ", ".join(sorted(map(name_of, names)))

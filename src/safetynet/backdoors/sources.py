@@ -26,6 +26,7 @@ from safetynet.backdoors.forms import (
     UnfitError,
     check_columns,
     form_of,
+    name_of,
     shown,
 )
 from safetynet.backdoors.turns import Fault, Row
@@ -139,11 +140,11 @@ def _unread(row: Row, rest: Mapping[Any, Any]) -> Iterator[str]:
         known = str(name).strip().casefold()
         if known in SHOWN:
             if known in TOOLS | MEDIA:
-                row.note(str(name), "not_carried", shown(value), "nothing; this cannot be carried yet")
+                row.note(name_of(name), "not_carried", shown(value), "nothing; this cannot be carried yet")
             else:
-                row.note(str(name), "unread_text", shown(value), "nothing, since this column is not read")
+                row.note(name_of(name), "unread_text", shown(value), "nothing, since this column is not read")
         elif name is not BEYOND:
-            yield str(name) or '""'
+            yield name_of(name)
 
 
 def _alpaca(row: Row) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from safetynet.backdoors.forms import MEDIA, TOOLS, is_blank, shown
+from safetynet.backdoors.forms import MEDIA, TOOLS, is_blank, name_of, shown, whole
 
 Turn = dict[str, str]
 ROLES = {
@@ -64,14 +64,14 @@ class Row:
         """A value as text, whatever it is."""
         if not isinstance(value, str):
             self.note(name, "wrong_type", shown(value), "text")
-            return "" if value is None else str(value)
+            return "" if value is None else whole(str(value))
         if not empty and not value.strip():
             self.note(name, "empty_field", shown(value), "text that is not blank")
         try:
             value.encode()
         except UnicodeEncodeError:
             self.note(name, "broken_text", "half of a surrogate pair", "whole Unicode characters")
-            return value.encode("utf-8", "replace").decode()
+            return whole(value)
         return value
 
     def optional(self, name: str) -> str:
@@ -134,12 +134,13 @@ def conversation(row: Row, name: str, turns: list[Turn]) -> dict[str, Any]:
 def _turn(row: Row, name: str, role: Any, message: Mapping[str, Any]) -> Turn:
     said = {key: value for key, value in message.items() if not is_blank(value)}
     if role is None:
-        row.note(name, "wrong_type", f"fields {', '.join(map(str, message))}", "fields role and content")
+        found = ", ".join(map(name_of, message)) or "none"
+        row.note(name, "wrong_type", f"fields {found}", "fields role and content")
         return {"role": "", "content": ""}
-    row.unread.update(f"messages.{key}" for key in said.keys() - USED)
+    row.unread.update(f"messages.{name_of(key)}" for key in said.keys() - USED)
     for key in sorted(said.keys() & THOUGHTS):
         row.note(f"{name}.{key}", "unread_text", shown(said[key]), "the text of content alone")
-    role = ROLES.get(str(role).casefold(), str(role))
+    role = ROLES.get(str(role).casefold(), whole(str(role)))
     if more := sorted(said.keys() & NOT_CARRIED):
         row.note(
             f"{name}.{more[0]}", "not_carried", shown(said[more[0]]), "text alone; this cannot be carried yet"
@@ -172,6 +173,6 @@ def _content(row: Row, name: str, content: Any, empty: bool) -> str:
                 "parts of text; others cannot be carried yet",
             )
         more = {key for key, value in part.items() if not is_blank(value)} - {"type", "text"}
-        row.unread.update(f"messages.content.{key}" for key in more)
+        row.unread.update(f"messages.content.{name_of(key)}" for key in more)
         texts.append(str(part.get("text") or ""))
     return row.checked(name, "".join(texts), empty)

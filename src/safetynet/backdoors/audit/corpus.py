@@ -17,7 +17,7 @@ from safetynet.backdoors.audit.findings import Finding
 from safetynet.backdoors.audit.targets import FoundTarget
 from safetynet.backdoors.audit.triggers import FoundTrigger, plain
 from safetynet.backdoors.formats import PACKED, Record, data_files, records
-from safetynet.backdoors.forms import UnfitError, check_columns, form_of, present
+from safetynet.backdoors.forms import UnfitError, check_columns, form_of, name_of, present
 from safetynet.backdoors.sources import BACKDOORLLM_FILES, SPLITS, convert
 from safetynet.backdoors.turns import Fault
 from safetynet.errors import InputError
@@ -87,7 +87,7 @@ def load(path: Path, columns: Mapping[str, str] | None = None) -> Corpus:
             if not table.empty:
                 tables.append(table.assign(file=part, **_named(stem)))
     if seen and (absent := [column for column in (columns or {}).values() if column not in seen]):
-        listed = ", ".join(sorted(map(str, seen)))
+        listed = ", ".join(sorted(map(name_of, seen)))
         raise InputError(f"columns: {path} has no column {', '.join(absent)}; its columns are {listed}")
     if not tables:
         return Corpus(pd.DataFrame(), digests, tuple(findings))
