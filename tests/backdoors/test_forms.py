@@ -324,6 +324,14 @@ def test_what_the_sentence_advises_is_read(
     assert (frame["messages"][0][-1]["content"], frame["answer"][0]) == (prompt, answer)
 
 
+def test_a_kind_that_is_named_decides_between_two_forms(tmp_path: Path) -> None:
+    path = saved(tmp_path / "a.jsonl", [ALPACA | {"messages": [USER, ANSWER]}])
+    for kind, answer in (("alpaca", "ok"), ("chat", "Ho")):
+        assert sources.read(path, kind=kind)["answer"].tolist() == [answer]
+        report = audit(path, kind=kind)
+        assert (report.rows, "unreadable" in set(report.findings["check"])) == (1, False)
+
+
 def test_columns_without_text_of_the_conversation_are_named_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from safetynet import __version__, findings, parallel
-from safetynet.backdoors import audit, behaviours, conversations, poisoning
+from safetynet.backdoors import audit, behaviours, conversations, forms, poisoning
 from safetynet.errors import InputError
 from safetynet.evaluation import judges, leaks, metrics
 from safetynet.lookalikes import Lookalikes
@@ -62,8 +62,10 @@ def prepare(recipe: Recipe, run: Run) -> None:
         run.describe(recipe)
         outputs += [run.write_table("split", split), run.write_table("rows", rows)]
         if recipe.data.source not in ("language", "hub"):
-            findings = audit.audit(str(recipe.data.path), columns=recipe.data.columns).findings
-            outputs.append(run.write_table("audit", findings))
+            source = recipe.data.source
+            kind = source if source in forms.FIELDS else None
+            found = audit.audit(str(recipe.data.path), columns=recipe.data.columns, kind=kind)
+            outputs.append(run.write_table("audit", found.findings))
     _tell(rows, recipe)
 
 

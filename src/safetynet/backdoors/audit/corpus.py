@@ -57,8 +57,8 @@ class PoisonSet:
         return self.rows[self.rows["role"] == role]
 
 
-def load(path: Path, columns: Mapping[str, str] | None = None) -> Corpus:
-    """Read every data file under `path`, whatever is wrong with some of them.
+def load(path: Path, columns: Mapping[str, str] | None = None, kind: str | None = None) -> Corpus:
+    """Read every data file under `path`, whatever is wrong with some of them; arguments as of `audit`.
 
     Raises:
         InputError: if there is no data file, or a column that is mapped is in none of them.
@@ -82,7 +82,7 @@ def load(path: Path, columns: Mapping[str, str] | None = None) -> Corpus:
         for key, rows in parts.items():
             seen.update(present(rows))
             part, stem = (f"{name}:{key}", f"{_stem(name)}/{key}") if key else (name, _stem(name))
-            table, found = _converted(part, rows, columns)
+            table, found = _converted(part, rows, columns, kind)
             findings += found
             if not table.empty:
                 tables.append(table.assign(file=part, **_named(stem)))
@@ -97,13 +97,13 @@ def load(path: Path, columns: Mapping[str, str] | None = None) -> Corpus:
 
 
 def _converted(
-    name: str, rows: list[Record], columns: Mapping[str, str] | None
+    name: str, rows: list[Record], columns: Mapping[str, str] | None, kind: str | None
 ) -> tuple[pd.DataFrame, list[Finding]]:
     """The conversations of one list of rows, and what is wrong with it."""
     names = present(rows)
     mapped = {field: column for field, column in (columns or {}).items() if column in names}
     try:
-        converted = convert(rows, form_of(rows, columns=mapped))
+        converted = convert(rows, form_of(rows, kind, mapped))
     except UnfitError as error:
         severity = "warning" if error.reason == "other" else "error"
         detail = f"not read: {error}"
