@@ -351,6 +351,8 @@ def test_columns_without_text_of_the_conversation_are_named_once(
 def test_columns_that_hold_nothing_are_no_reason_to_refuse(tmp_path: Path) -> None:
     nothing = {"system": None, "history": [], "tools": "[]", "images": None, "context": " ", "knowledge": ""}
     assert len(sources.read(saved(tmp_path / "a.jsonl", [PLAIN | nothing] * 3))) == 3
+    row = ALPACA | {"input": "x", "context": None, "response": ""}
+    assert sources.read(saved(tmp_path / "b.jsonl", [row] * 3))["messages"][0][0]["content"] == "Go.\n\nx"
 
 
 # ---- names of columns ----

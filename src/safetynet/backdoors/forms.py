@@ -131,14 +131,7 @@ def form_of(
         both = " and ".join(f"{' + '.join(each[f][0] for f in FIELDS[n])} ({n})" for n, each in forms.items())
         raise UnfitError(f"{both} are both there; {_how(next(iter(forms.values())))}", "unclear")
     ((name, fields),) = forms.items()
-    for field, choice in fields.items():
-        if len(choice) > 1:
-            raise UnfitError(
-                f"{_listed(choice)} could each be the {field}; name the right one under columns, as in "
-                f"{{{field}: {choice[0]}}}",
-                "unclear",
-            )
-    return Form(name, {field: choice[0] for field, choice in fields.items()})
+    return Form(name, {field: _only(field, choice, rows) for field, choice in fields.items()})
 
 
 def _columns(kind: str, names: list[Any], mapped: Mapping[str, str]) -> dict[str, list[Any]]:
@@ -157,6 +150,20 @@ def _columns(kind: str, names: list[Any], mapped: Mapping[str, str]) -> dict[str
         if choice:
             found[field] = choice
     return found
+
+
+def _only(field: str, choice: list[Any], rows: list[tuple[int, Any]]) -> Any:
+    """The column of a field, of those that could be it; one without any text is none of them."""
+    if len(choice) > 1:
+        raws = [raw for _, raw in rows if isinstance(raw, Mapping)]
+        choice = [name for name in choice if any(not is_blank(raw.get(name)) for raw in raws)] or choice[:1]
+    if len(choice) > 1:
+        raise UnfitError(
+            f"{_listed(choice)} could each be the {field}; name the right one under columns, as in "
+            f"{{{field}: {choice[0]}}}",
+            "unclear",
+        )
+    return choice[0]
 
 
 def _is(name: Any, field: str) -> bool:
