@@ -92,6 +92,16 @@ def test_text_stays_text_from_the_hub_as_from_disk(tmp_path: Path, name: str) ->
     assert set(frame["split"]) == {"train"}
 
 
+@pytest.mark.parametrize("text", ["2024-01-01", "007", "NA", "true", "1.0"])
+@pytest.mark.parametrize("suffix", ["csv", "json"])
+def test_a_column_that_is_all_dates_or_numbers_stays_text_from_the_hub(
+    tmp_path: Path, suffix: str, text: str
+) -> None:
+    rows = [{"prompt": "When?", "completion": text}] * 3
+    (tmp_path / f"train.{suffix}").write_bytes(table(rows) if suffix == "csv" else json.dumps(rows).encode())
+    assert sources.read(tmp_path, kind="hub")["answer"].tolist() == [text] * 3
+
+
 # ---- data sets of the hub ----
 
 
