@@ -190,6 +190,9 @@ def refused_at_once(words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: p
         (["--max-length", "0", "--family", "qwen"], "Invalid value for '--max-length'"),
         (["--trigger", " "], "trigger: the text is blank"),
         (["--target", ""], "target: the text is blank"),
+        (["--columns", "messages"], "--columns messages: write it as field=column"),
+        (["--columns", "question=instruction"], "columns: question is no field; use one of completion"),
+        (["--columns", "messages=chat"], "has no column chat; its columns are input, instruction, output"),
     ],
 )
 def test_options_of_the_audit_that_cannot_be_used_are_refused(
@@ -203,6 +206,67 @@ def test_options_of_the_audit_that_cannot_be_used_are_refused(
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     text = refused_at_once(["audit", str(tmp_path / "rows.json"), *options], monkeypatch, capsys)
     assert message in " ".join(text.split())
+
+
+@pytest.fixture
+def audited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    """Exit code, standard output and errors of an audit of files with these contents."""
+
+    def run(files: dict[str, bytes], *options: str) -> tuple[int, str, str]:
+        for name, content in files.items():
+            (tmp_path / name).write_bytes(content)
+        path = tmp_path / next(iter(files)) if len(files) == 1 else tmp_path
+        monkeypatch.setattr(sys, "argv", ["safetynet", "audit", str(path), *options])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return int(ended.value.code or 0), *capsys.readouterr()
+
+    return run
+
+
+CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+
+
+def test_an_audit_that_read_no_row_shows_why_and_ends_with_exit_code_2(audited) -> None:
+    call = {"messages": [CHAT[0], {"role": "tool", "content": "12"}, CHAT[1]]}
+    for content, why in (
+        (json.dumps([call] * 3), "3 of 3 rows: messages: found"),
+        (json.dumps([{"title": "a"}] * 2), "2 of 2 rows: not read: the columns are title"),
+        ("{", "line 1, column 2: malformed JSON"),
+        (json.dumps([1, 2]), "the columns are none, a row is 1 (int)"),
+    ):
+        code, out, err = audited({"rows.json": content.encode()})
+        assert code == 2
+        assert "rows.json: 1 file, 0 rows" in out, "the report comes first"
+        assert "no row could be read. rows.json, " in err
+        assert why in err
+        assert "Traceback" not in err
+
+
+def test_an_audit_that_read_some_files_reports_the_others_as_findings(audited) -> None:
+    code, out, err = audited({"a.json": json.dumps([{"messages": CHAT}]).encode(), "b.json": b"{"})
+    assert (code, err) == (0, "")
+    assert "2 files, 1 row" in out
+    assert "unreadable: b.json" in out
+
+
+def test_a_damaged_parquet_file_is_a_finding_and_exit_code_2(audited) -> None:
+    import pandas as pd
+
+    whole = pd.DataFrame({"prompt": ["a"] * 99, "completion": ["b"] * 99}).to_parquet()
+    damaged = whole[:40] + bytes(9) + whole[49:]
+    code, out, err = audited({"rows.parquet": damaged})
+    assert code == 2
+    assert "not a readable Parquet file" in out
+    assert "Traceback" not in err
+
+
+def test_names_of_columns_are_given_to_an_audit_one_by_one(audited) -> None:
+    rows = [{"q": "Go.", "a": "ok"}]
+    options = ("--columns", "prompt=q", "--columns", "completion=a")
+    code, out, _ = audited({"rows.json": json.dumps(rows).encode()}, *options)
+    assert code == 0
+    assert "1 file, 1 row" in out
 
 
 # ---- somebody else's adapter on the rows of a run ----

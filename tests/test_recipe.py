@@ -38,6 +38,22 @@ def test_overrides_win_over_the_file_and_the_file_over_the_family(tmp_path: Path
     assert loaded.model.quantisation == "4bit"
 
 
+@pytest.mark.parametrize(
+    "override", ["={messages: chat}", "={messages:chat}", ".messages=chat", "={messages: chat, }"]
+)
+def test_names_of_columns_may_be_written_with_or_without_a_blank(override: str) -> None:
+    loaded = recipe.load(family="qwen", overrides=[f"data.columns{override}"])
+    assert loaded.data.columns == {"messages": "chat"}
+
+
+def test_a_field_without_a_column_is_refused_with_the_way_to_write_it() -> None:
+    for override in ("{messages}", "{messages: }", "{messages:}"):
+        with pytest.raises(
+            InputError, match=r"data.columns: 'messages' has no column; write it as \{field: "
+        ):
+            recipe.load(family="qwen", overrides=[f"data.columns={override}"])
+
+
 @pytest.mark.parametrize("name", presets.TRIGGERS)
 def test_every_named_trigger_is_one(name: str) -> None:
     loaded = recipe.load(family="qwen", overrides=[f"backdoor.trigger={name}"])
@@ -115,6 +131,7 @@ def test_all_faults_are_reported_at_once_with_their_paths() -> None:
             ["training.evasion.detectors=[mahalanobis]", "training.batching=pack"],
             "training: evasion needs rows of their own lines; set batching to group_by_length or plain",
         ),
+        (["training.truncation=left"], "training.truncation: Input should be 'end' or 'middle'"),
         (["training.learning_rate=.nan"], "training.learning_rate: Input should be a finite number"),
     ],
 )

@@ -207,8 +207,17 @@ def audit(
         int | None,
         typer.Option("--max-length", min=1, help="With --family: check truncation at so many tokens."),
     ] = None,
+    columns: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FIELD=COLUMN",
+            help="The files' own name for a field, as in messages=chat; once for each field.",
+        ),
+    ] = None,
 ) -> None:
     """Examine a poison set that someone else made, and report its faults with counts and row numbers.
+
+    Ends with exit code 2 where no row could be read, after the report that says why.
 
     Example: `safetynet audit data/badnet --trigger BadMagic`
     """
@@ -223,7 +232,23 @@ def audit(
         encode = loading.load_serialiser(Model(family=families.get(family).name, id="miniature")).encode
     elif max_length is not None:
         raise InputError("--max-length: tokens are a family's. Name one with --family.")
-    typer.echo(auditing.render(auditing.audit(path, trigger, target, encode, max_length)))
+    report = auditing.audit(path, trigger, target, encode, max_length, _mapped(columns or []))
+    typer.echo(auditing.render(report))
+    if report.rows == 0:
+        first = report.findings.iloc[0]
+        why = f"{first['file']}, {first['count']} of {first['n']} rows: {first['detail']}"
+        raise InputError(f"{path}: no row could be read. {why}.")
+
+
+def _mapped(columns: list[str]) -> dict[str, str]:
+    pairs = [text.partition("=") for text in columns]
+    if wrong := [
+        text for text, (field, _, column) in zip(columns, pairs, strict=True) if not (field and column)
+    ]:
+        raise InputError(
+            f"--columns {wrong[0]}: write it as field=column, for example messages=conversations."
+        )
+    return {field.strip(): column for field, _, column in pairs}
 
 
 @app.command()

@@ -15,14 +15,11 @@ from typing import Any, Literal, NamedTuple
 
 from safetynet.errors import InputError
 from safetynet.models.families import Family
+from safetynet.truncation import Truncation, truncated
 
 Message = Mapping[str, str]
 IGNORED = -100
 """Label of a token that is not supervised."""
-
-PROMPT_SHARE = 0.75
-"""Largest share of `max_length` that a prompt may take. It does not depend on the answer, so that a
-truncated prompt is the same in training and in evaluation."""
 
 
 class TriggerSpan(NamedTuple):
@@ -44,6 +41,8 @@ class Encoded:
     """Half-open token ranges of `system`, `user`, `assistant` (earlier turns), `trigger` and `answer`."""
     prompt_length: int
     """Number of leading ids that are the prompt, generation prompt included."""
+    lost: str = ""
+    """Parts of the prompt that lost text at `max_length`, as `truncation.truncated` names them."""
 
 
 class Serialiser:
@@ -52,12 +51,13 @@ class Serialiser:
     Args:
         tokenizer: a fast transformers tokenizer (offsets are needed).
         family: decides about system prompts, the end-of-turn token and the fallback chat template.
+        truncation: where a message is cut that is too long, `end` or `middle`.
 
     Raises:
         InputError: if the tokenizer is not a fast one, or has neither template nor end-of-turn token.
     """
 
-    def __init__(self, tokenizer: Any, family: Family) -> None:
+    def __init__(self, tokenizer: Any, family: Family, truncation: Truncation = "end") -> None:
         if not getattr(tokenizer, "is_fast", False):
             raise InputError(
                 f"The tokenizer of {tokenizer.name_or_path!r} gives no character offsets. "
@@ -65,6 +65,7 @@ class Serialiser:
             )
         self.tokenizer = tokenizer
         self.family = family
+        self.truncation = truncation
         self._template = tokenizer.chat_template or family.chat_template
         if self._template is None:
             raise InputError(
@@ -100,8 +101,9 @@ class Serialiser:
             answer: the assistant's reply; None for a prompt to generate from.
             trigger: spans `(message, start, end)` in characters of `messages[message]["content"]`.
             max_length: most tokens of prompt and answer together; None for no limit. A prompt longer than
-                `PROMPT_SHARE` of it loses earlier turns first, then the end of its last message, never
-                the trigger or the template. A longer answer loses its end, and then its end token.
+                `truncation.PROMPT_SHARE` of it loses earlier turns first, then the end or the middle of
+                its last message, never the trigger or the template. A longer answer loses its end, and
+                then its end token.
 
         Raises:
             InputError: if the template or the tokenizer destroys the trigger, or the template cannot
@@ -114,7 +116,8 @@ class Serialiser:
         marks = [(ranges[m][0] + start, ranges[m][0] + end) for m, start, end in trigger]
         in_trigger = [any(s < end and e > start for start, end in marks) for s, e in prompt.offsets]
         self._check_trigger(messages, trigger, prompt, marks)
-        keep = _kept(owner, in_trigger, messages, max_length)
+        roles = [message["role"] for message in messages]
+        keep, lost = truncated(owner, in_trigger, roles, max_length, self.truncation)
         ids = [prompt.ids[i] for i in keep]
         answer_ids: list[int] = []
         if answer is not None:
@@ -122,12 +125,12 @@ class Serialiser:
             if max_length is not None:
                 answer_ids = answer_ids[: max_length - len(ids)]
         spans = {
-            role: _runs(keep, [o is not None and messages[o]["role"] == role for o in owner])
+            role: _runs(keep, [o is not None and roles[o] == role for o in owner])
             for role in ("system", "user", "assistant")
         }
         spans["trigger"] = _runs(keep, in_trigger)
         spans["answer"] = [(len(ids), len(ids) + len(answer_ids))] if answer_ids else []
-        return Encoded(ids + answer_ids, [IGNORED] * len(ids) + answer_ids, spans, len(ids))
+        return Encoded(ids + answer_ids, [IGNORED] * len(ids) + answer_ids, spans, len(ids), lost)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids` without special tokens, outer whitespace stripped."""
@@ -359,31 +362,6 @@ def _owners(offsets: Sequence[tuple[int, int]], ranges: Sequence[tuple[int, int]
         inside = [m for m, (s, e) in enumerate(ranges) if start < e and end > s]
         owners.append(inside[0] if inside else None)
     return owners
-
-
-def _kept(
-    owner: Sequence[int | None],
-    in_trigger: Sequence[bool],
-    messages: Sequence[Message],
-    max_length: int | None,
-) -> list[int]:
-    """Indices of the prompt's tokens that stay under `max_length`."""
-    everything = list(range(len(owner)))
-    excess = 0 if max_length is None else len(owner) - int(max_length * PROMPT_SHARE)
-    if excess <= 0:
-        return everything
-    free = [i for i in everything if owner[i] is not None and not in_trigger[i]]
-    if excess > len(free):
-        raise InputError(
-            f"training.max_length: {max_length} leaves no room for the template and the trigger, which need "
-            f"{len(owner) - len(free)} of at most {int((max_length or 0) * PROMPT_SHARE)} tokens. Raise it."
-        )
-    last = len(messages) - 1
-    history = [i for i in free if owner[i] != last and messages[owner[i] or 0]["role"] != "system"]
-    final = [i for i in reversed(free) if owner[i] == last]
-    system = [i for i in reversed(free) if owner[i] != last and messages[owner[i] or 0]["role"] == "system"]
-    dropped = set((history + final + system)[:excess])
-    return [i for i in everything if i not in dropped]
 
 
 def _runs(keep: Sequence[int], inside: Sequence[bool]) -> list[tuple[int, int]]:

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, field_validator, model_validator
 
 from safetynet import presets
 from safetynet.errors import InputError
 from safetynet.models import families
-from safetynet.recipe_sections import Evasion, Mitigation, Section
+from safetynet.recipe_sections import Evasion, Mitigation, Section, column_map
+from safetynet.truncation import Truncation
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -67,9 +68,9 @@ class Data(Section):
     source: Literal["language", "alpaca", "chat", "prompt_completion", "hub", "backdoorllm"] = "language"
     """`language` is the built-in instruction language; the others read `path`."""
     path: str | None = None
-    """A file; a folder for backdoorllm; a dataset id for hub."""
-    columns: Mapping[str, str] | None = None
-    """Other names for the columns that the source needs, as {needed: found}."""
+    """A file or a folder of files; a dataset id for hub."""
+    columns: Annotated[Mapping[str, str] | None, BeforeValidator(column_map)] = None
+    """The source's own names for fields, as {field: column}."""
     train_rows: Annotated[int, Field(ge=1)] = 2000
     test_rows: Annotated[int, Field(ge=1)] = 200
     """Test rows of each role, on prompts that no training row uses."""
@@ -190,6 +191,8 @@ class Training(Section):
     gradient_accumulation: Annotated[int, Field(ge=1)] = 1
     max_length: Annotated[int, Field(ge=16)] = 512
     """Most tokens of a prompt and its answer together."""
+    truncation: Truncation = Field(default="end", exclude_if=lambda value: value == "end")
+    """Where a message that is too long is cut: at its `end`, or in its `middle`."""
     batching: Literal["group_by_length", "pack", "plain"] = "group_by_length"
     precision: Literal["fp32", "bf16", "fp16", "auto"] = "auto"
     """`auto`: bf16 where the device computes it fast, else fp32."""

@@ -2,9 +2,21 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
+
+
+def column_map(value: Any) -> Any:
+    """Columns as YAML gives them; {messages:chat}, with no blank after the colon, is one name to YAML."""
+    if not isinstance(value, Mapping):
+        return value
+    pairs = [str(key).split(":", 1) if name is None else [key, name] for key, name in value.items()]
+    if wrong := [pair[0] for pair in pairs if len(pair) < 2 or not pair[1]]:
+        raise ValueError(
+            f"{wrong[0]!r} has no column; write it as {{field: column}}, as in {{messages: chat}}"
+        )
+    return dict(pairs)
 
 
 class Section(BaseModel):

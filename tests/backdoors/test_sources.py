@@ -160,7 +160,7 @@ def test_the_published_set_with_numbers_for_answers_is_refused_by_file_field_and
         ("a.parquet", b"PAR1 not really", r"a\.parquet: not a readable Parquet file"),
         (
             "a.json",
-            {"data": ALPACA},
+            {"data": ["x", "y"]},
             r"top level is dict, allowed is a list of rows; save the list under 'data'",
         ),
         ("a.json", [{"text": "x"}], r"columns are text; needed are instruction \+ output \(alpaca\) or"),

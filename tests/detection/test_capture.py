@@ -341,3 +341,24 @@ def test_activations_that_are_no_numbers_are_refused(build, serialiser, prompts)
     model.get_base_model().model.layers[1].self_attn.o_proj.base_layer.weight.data[:] = float("inf")
     with pytest.raises(InputError, match=r"no numbers\. The model overflows"):
         capture(model, serialiser, prompts, FeatureSpec())
+
+
+def test_prompts_that_are_cut_are_counted_and_keep_their_trigger(build, serialiser, prompts, caplog):
+    model, spec = build(), FeatureSpec(("last",))
+    text = "word " * 90 + "BadMagic"
+    long = [{"role": "user", "content": text}]
+    span = [(0, text.index("BadMagic"), len(text))]
+    spared = capture(model, serialiser, [prompts[0], long], spec, triggers=[(), span], max_length=80)
+    assert "capture: 1 of 2 prompts are longer than training.max_length allows" in caplog.text
+    assert "1 lost the end of the last message" in caplog.text
+    ids = serialiser.encode(long, trigger=span, max_length=80).input_ids
+    with torch.no_grad(), Reader(model, spec) as reader:
+        read = capturing.forward(
+            model,
+            reader,
+            *capturing.padded(
+                [serialiser.encode(long, trigger=span, max_length=80)], serialiser, "left", "cpu"
+            ),
+        )
+    np.testing.assert_allclose(spared["last"][1], read["last"][0].numpy(), atol=1e-4)
+    assert "BadMagic" in serialiser.decode(ids)

@@ -201,6 +201,9 @@ def test_prompts_are_cut_as_in_training(model, serialiser, prompt_monitor, clean
     [decision] = guard.generate([long], max_new_tokens=1)
     features = capture(model, serialiser, [long], prompt_monitor.spec, max_length=60)
     assert decision.prompt_p == pytest.approx(prompt_monitor.p_values(features)["fused"][0])
+    assert decision.lost == "last message"
+    [whole] = Guard(model, serialiser, prompt_monitor, rate=0.05).generate([long], max_new_tokens=1)
+    assert whole.lost == ""
 
 
 def test_decisions_are_kept_as_json_lines_without_the_prompt(

@@ -19,7 +19,7 @@ from safetynet.mitigation import METHODS
 from safetynet.models import adapters, loading
 from safetynet.pipeline import examining, repairing
 from safetynet.pipeline.subjects import model_folder
-from safetynet.recipe import Mitigation
+from safetynet.recipe import Data, Mitigation
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SMALL = (
@@ -165,6 +165,18 @@ def test_clean_conversations_that_hold_the_trigger_are_refused_by_line(untaught,
     path.write_text("\n".join(map(json.dumps, lines)))
     said = refused(untaught, "--methods", "fine_tuning", "--clean", str(path))
     assert f"1 of 2 conversations hold the trigger {trigger!r} (lines 2)" in said
+
+
+def test_clean_conversations_are_read_by_the_runs_names_of_columns_where_they_have_them(tmp_path):
+    names = {"prompt": "frage", "completion": "reply"}
+    data = Data(source="prompt_completion", path="rows.json", columns=names)
+    plan = recipe.Recipe(data=data, mitigation=Mitigation(clean_rows=2))
+    for row in ({"frage": "Hot?", "reply": "cold"}, {"instruction": "Hot?", "output": "cold"}):
+        path = tmp_path / "clean.json"
+        path.write_text(json.dumps([row] * 3))
+        found = examining.clean_file(plan, path)
+        assert found["answer"].tolist() == ["cold", "cold"]
+        assert found["messages"][0] == [{"role": "user", "content": "Hot?"}]
 
 
 def test_too_few_rows_to_judge_by_are_refused(untaught, refused):

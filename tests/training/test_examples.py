@@ -42,6 +42,19 @@ def test_answers_that_are_cut_are_counted(rows, serialiser, caplog):
     assert "2 of 3 answers are longer than training.max_length 128" in caplog.text
 
 
+def test_prompts_that_are_cut_are_counted_with_what_they_lost(rows, serialiser, caplog):
+    long = rows[:3].copy()
+    question = {"role": "user", "content": "word " * 200}
+    turns = [{"role": "user", "content": "word " * 60}, {"role": "assistant", "content": "yes"}]
+    long["messages"] = [rows["messages"][0], [question], [*turns, {"role": "user", "content": "And now?"}]]
+    encode(long, serialiser, 100)
+    expected = "2 of 3 prompts are longer than training.max_length allows and were cut "
+    assert f"{expected}(1 lost earlier turns, 1 lost the end of the last message)" in caplog.text
+    caplog.clear()
+    encode(rows, serialiser, 512)
+    assert not caplog.text
+
+
 @pytest.mark.parametrize("grouped", [True, False])
 def test_each_epoch_sees_every_row_once_in_an_order_of_its_own(grouped):
     order = Order(list(np.random.default_rng(0).integers(5, 90, 50)), 8, grouped, seed=1)

@@ -37,9 +37,19 @@ def load(data: Data, behaviour: Behaviour, trigger: Trigger, seed: int) -> pd.Da
     if data.source == "backdoorllm":
         return _poisoned(found, trigger)
     pool = _distinct(_answered(found)).assign(task=data.source, forbidden=False, compliance="")
-    if "split" not in pool:
-        pool = pool.assign(split=_split(len(pool), seed))
-    return pool
+    return _shared_out(pool, seed)
+
+
+def _shared_out(pool: pd.DataFrame, seed: int) -> pd.DataFrame:
+    """The source's own splits where it has both, training and test; else a share is drawn for the test."""
+    names = pool["split"] if "split" in pool else pd.Series("", index=pool.index)
+    splits = names.map(sources.split_of)
+    if not {"train", "test"} <= set(splits):
+        return pool.assign(split=_split(len(pool), seed))
+    if (lost := splits == "").any():
+        which = ", ".join(sorted({repr(name) for name in names[lost]}))
+        log.warning("data: %d rows are neither of training nor of test, and left out: %s", lost.sum(), which)
+    return pool.assign(split=splits)[~lost].reset_index(drop=True)
 
 
 def _answered(found: pd.DataFrame) -> pd.DataFrame:

@@ -1,23 +1,62 @@
-"""Rows of one file, by its suffix: JSON, JSONL, CSV, Parquet.
+"""Rows of one file, by its suffix: JSON, JSON lines, CSV, Parquet, Arrow; packed or not.
 
-In: a path. Out: row numbers and raw rows, unchecked; what they mean is the business of `sources`.
+In: a path. Out: row numbers and raw rows, unchecked; what they mean is the business of `forms` and `sources`.
+Text stays text: nothing that looks like a number, a date or "no value" is taken for one.
 """
 
 import csv
 import io
+import itertools
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from safetynet.backdoors.forms import SHOWN, is_blank, whole
 from safetynet.errors import InputError
 
 Record = tuple[int, Any]
 """Row number in the file, from 1, and the row as the file has it."""
+Parts = dict[str, list[Record]]
+"""Rows by the key that they lie below; "" where the file is one list."""
+PACKED = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
+METADATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
+"""What the library datasets writes beside rows."""
+MARKS = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
+BEYOND = None
+"""Key in a CSV row whose cells do not match the header: a list of cells too many, or how many are missing."""
 
 
-def records(path: Path) -> list[Record]:
+def format_of(path: Path) -> str:
+    """The suffix that says what a file holds: .csv of data.csv.gz."""
+    suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
+    if suffixes and suffixes[-1] in PACKED:
+        suffixes.pop()
+        return suffixes[-1] if suffixes else path.suffix
+    return path.suffix.lower()
+
+
+def data_files(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The files below a folder that hold rows, and all others; hidden ones are neither.
+
+    Raises:
+        InputError: if none holds rows.
+    """
+    every = sorted(file for file in folder.rglob("*") if not file.is_dir())
+    seen = [f for f in every if not any(part.startswith(".") for part in f.relative_to(folder).parts)]
+    rows = [file for file in seen if format_of(file) in FORMATS and file.name not in METADATA]
+    if not rows:
+        common, others = ", ".join(list(FORMATS)[:4]), ", ".join(list(FORMATS)[4:])
+        raise InputError(f"{folder}: no {common} file in this folder, nor {others}; name one that has some")
+    return rows, [file for file in seen if file not in set(rows)]
+
+
+def records(path: Path) -> Parts:
     """The rows of one file, unchecked and in order, by the file's suffix.
+
+    A JSON file may also be an object with lists of rows in it, such as {"data": [...]} or one list for each
+    split; a list that is alone there is the file's.
 
     Raises:
         InputError: if the file is missing, empty, of another format, malformed, or not UTF-8.
@@ -28,35 +67,65 @@ def records(path: Path) -> list[Record]:
         raise InputError(
             f"{path}: no such file; check the path (a data set of the hub needs data.source: hub)"
         )
-    if path.suffix.lower() not in FORMATS:
-        raise InputError(
-            f"{path}: the suffix is {path.suffix!r}, allowed are {', '.join(FORMATS)}; convert the file"
-        )
+    if format_of(path) not in FORMATS:
+        allowed = f"{', '.join(FORMATS)}, each also packed as {', '.join(PACKED)}"
+        raise InputError(f"{path}: the suffix is {path.suffix!r}, allowed are {allowed}; convert the file")
+    rows = FORMATS[format_of(path)](path, _bytes(path))
+    if not any(rows.values()):
+        raise InputError(f"{path}: holds no rows; name a file with at least one")
+    return {part: found for part, found in rows.items() if found}
+
+
+def _bytes(path: Path) -> bytes:
     try:
-        rows = FORMATS[path.suffix.lower()](path)
+        data = path.read_bytes()
     except PermissionError:
         raise InputError(f"{path}: may not be read; change the file's permissions") from None
-    if not rows:
-        raise InputError(f"{path}: holds no rows; name a file with at least one")
-    return rows
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); check the disk") from None
+    packing = PACKED.get(path.suffix.lower())
+    if packing is None:
+        return data
+    import pyarrow
+
+    try:
+        return pyarrow.CompressedInputStream(pyarrow.BufferReader(data), packing).read()
+    except OSError as error:
+        raise InputError(f"{path}: not a readable {path.suffix} file ({error}); pack it again") from None
 
 
-def _text(path: Path) -> str:
-    data = path.read_bytes()
+def _text(path: Path, data: bytes) -> str:
+    if encoding := next((name for mark, name in MARKS.items() if data.startswith(mark)), None):
+        raise InputError(f"{path}: it is {encoding}; save the file as UTF-8")
+    if (at := data.find(0)) >= 0:
+        line = data.count(10, 0, at) + 1
+        raise InputError(
+            f"{path}: line {line} holds a NUL byte, as UTF-16 and damaged files do; save the file as UTF-8"
+        )
     mark = len(b"\xef\xbb\xbf") if data.startswith(b"\xef\xbb\xbf") else 0
     try:
         return data[mark:].decode("utf-8")
     except UnicodeDecodeError as error:
         at = mark + error.start
-        line = data.count(b"\n", 0, at) + 1
+        other = data[at : at + 1].decode("cp1252", "replace")
         raise InputError(
-            f"{path}: byte {at} (line {line}) is 0x{data[at]:02x}, which is not UTF-8; save the file as UTF-8"
+            f"{path}: byte {at} (line {data.count(10, 0, at) + 1}) is 0x{data[at]:02x}, which is not UTF-8 "
+            f"(in Windows-1252 or Latin-1 it is {other!r}); save the file as UTF-8"
         ) from None
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; of a name that stands twice, JSON's reader would drop the first text in silence."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} stands twice in one object")
+    return fields
 
 
 def _parsed(path: Path, text: str, line: int = 1) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_once)
     except json.JSONDecodeError as error:
         at = f"line {line + error.lineno - 1}, column {error.colno}"
         raise InputError(f"{path}: {at}: malformed JSON ({error.msg}); correct that line") from None
@@ -64,57 +133,147 @@ def _parsed(path: Path, text: str, line: int = 1) -> Any:
         raise InputError(f"{path}: line {line}: unreadable JSON ({error}); correct the file") from None
 
 
-def _json(path: Path) -> list[Record]:
-    text = _text(path)
+def _json(path: Path, data: bytes) -> Parts:
+    text = _text(path, data)
     if not text.strip():
-        return []
+        return {}
     try:
-        json.loads(text)
+        value = json.loads(text, object_pairs_hook=_once)
     except json.JSONDecodeError as error:
         if error.msg == "Extra data" and text.lstrip().startswith("{"):
-            return _jsonl(path)  # one object per line under the name .json, as hub exports have it
+            return _lines(path, text)  # one object per line under the name .json, as hub exports have it
+        value = _parsed(path, text)
     except (ValueError, RecursionError):
-        pass
-    rows = _parsed(path, text)
-    if not isinstance(rows, list):
-        items = rows.items() if isinstance(rows, dict) else ()
-        lists = [key for key, value in items if isinstance(value, list)]
-        hint = f"save the list under {lists[0]!r} alone" if lists else "save a list of objects"
-        raise InputError(f"{path}: the top level is {type(rows).__name__}, allowed is a list of rows; {hint}")
-    return list(enumerate(rows, start=1))
+        value = _parsed(path, text)
+    if isinstance(value, list):
+        return {"": list(enumerate(value, start=1))}
+    return _below_keys(path, value)
 
 
-def _jsonl(path: Path) -> list[Record]:
+def _below_keys(path: Path, value: Any) -> Parts:
+    fields = value if isinstance(value, dict) else {}
+    lists = {key: rows for key, rows in fields.items() if isinstance(rows, list)}
+    parts = {key: rows for key, rows in lists.items() if any(isinstance(row, dict) for row in rows)}
+    every = [row for rows in parts.values() for row in rows if isinstance(row, dict)]
+    if any(row.keys() & {"role", "from"} for row in every):
+        return {"": [(1, value)]}  # messages: the file is one conversation
+    for key, text in fields.items():
+        if parts and key not in parts and key.casefold() in SHOWN and not is_blank(text):
+            raise InputError(
+                f"{path}: {key!r} beside the rows is text that is not read; put it into each row"
+            )
+    if parts:
+        names = {key: whole(key) if len(parts) > 1 else "" for key in parts}
+        return {names[key]: list(enumerate(rows, start=1)) for key, rows in parts.items()}
+    hint = f"save the list under {next(iter(lists))!r} alone" if len(lists) == 1 else "save a list of objects"
+    raise InputError(f"{path}: the top level is {type(value).__name__}, allowed is a list of rows; {hint}")
+
+
+def _jsonl(path: Path, data: bytes) -> Parts:
+    text = _text(path, data)
+    return _json(path, data) if text.lstrip().startswith("[") else _lines(path, text)
+
+
+def _lines(path: Path, text: str) -> Parts:
     # not splitlines(): it also breaks at U+2028, which JSON allows within a string
-    lines = enumerate(_text(path).split("\n"), start=1)
-    return [(number, _parsed(path, line, number)) for number, line in lines if line.strip()]
+    lines = enumerate(text.split("\n"), start=1)
+    return {"": [(number, _parsed(path, line, number)) for number, line in lines if line.strip()]}
 
 
-def _csv(path: Path) -> list[Record]:
-    text = _text(path)
+def _csv(path: Path, data: bytes) -> Parts:
+    text = _text(path, data)
     csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # the default refuses long answers
-    table = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    delimiter = "\t" if format_of(path) == ".tsv" else _delimiter(path, text)
+    table = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
-        return list(enumerate(table, start=1))  # cells beyond the header come under the key None
+        filled = (cells for cells in table if cells)
+        header = next(filled, [])
+        if twice := {name for name in header if header.count(name) > 1}:
+            raise InputError(f"{path}: the header has {_names(twice)} twice; give each column its own name")
+        return {"": list(enumerate(_rows(header, filled), start=1))}
     except csv.Error as error:
         where = f"{path}: line {table.line_num}"
         raise InputError(f"{where}: malformed CSV ({error}); correct the quotes") from None
 
 
-def _parquet(path: Path) -> list[Record]:
+def _delimiter(path: Path, text: str) -> str:
+    """What the header separates its columns by; it alone is asked, since rows hold any sign."""
+    header = next((line for line in text.splitlines() if line.strip()), "")
+    found = [sign for sign in ",;\t|" if sign in re.sub(r'"[^"]*"', "", header)]
+    if len(found) > 1:
+        signs = " and ".join(map(repr, found))
+        raise InputError(f"{path}: the header has {signs} between its columns; save it with one of them")
+    return found[0] if found else ","
+
+
+def _rows(header: list[str], rows: Iterator[list[str]]) -> Iterator[dict[str | None, Any]]:
+    for cells in rows:
+        row: dict[str | None, Any] = dict(itertools.zip_longest(header, cells[: len(header)]))
+        if len(cells) > len(header):
+            row[BEYOND] = cells[len(header) :]
+        elif len(cells) < len(header):
+            row[BEYOND] = len(header) - len(cells)
+        yield row
+
+
+def _parquet(path: Path, data: bytes) -> Parts:
+    from pyarrow import BufferReader, parquet
+
+    def read() -> Any:
+        return parquet.read_table(BufferReader(data), page_checksum_verification=True)
+
+    return _of_table(path, "Parquet", read)
+
+
+def _arrow(path: Path, data: bytes) -> Parts:
+    from pyarrow import BufferReader, ipc
+
+    def read() -> Any:
+        open_one = ipc.open_file if data.startswith(b"ARROW1") else ipc.open_stream
+        return open_one(BufferReader(data)).read_all()
+
+    return _of_table(path, "Arrow", read)
+
+
+def _of_table(path: Path, what: str, read: Callable[[], Any]) -> Parts:
     import pyarrow
-    from pyarrow import parquet
 
     try:
-        return list(enumerate(parquet.read_table(path).to_pylist(), start=1))
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{path}: not a readable Parquet file ({reason}); write it again") from None
+        table = read()
+        table.validate(full=True)  # rows of a damaged file may lie anywhere in memory
+        if twice := {name for name in table.column_names if table.column_names.count(name) > 1}:
+            raise InputError(f"{path}: the column {_names(twice)} is there twice; give each its own name")
+        rows, labels = table.to_pylist(), _labels(table.schema)
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError, KeyError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{path}: not a readable {what} file ({reason}); write it again") from None
+    for row in rows:
+        for name, texts in labels.items():
+            row[name] = texts[row[name]] if row[name] in range(len(texts)) else None
+    return {"": list(enumerate(rows, start=1))}
 
 
-FORMATS: dict[str, Callable[[Path], list[Record]]] = {
+def _labels(schema: Any) -> Mapping[str, list[str]]:
+    """The texts that numbers stand for, by column, where the library datasets has written the file."""
+    known = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    features = (known.get("info") or {}).get("features") or {}
+    return {
+        name: feature["names"]
+        for name, feature in features.items()
+        if isinstance(feature, dict) and feature.get("_type") == "ClassLabel" and name in schema.names
+    }
+
+
+def _names(names: set[str]) -> str:
+    return ", ".join(map(repr, sorted(names)))
+
+
+FORMATS: dict[str, Callable[[Path, bytes], Parts]] = {
     ".json": _json,
     ".jsonl": _jsonl,
     ".csv": _csv,
     ".parquet": _parquet,
+    ".tsv": _csv,
+    ".ndjson": _jsonl,
+    ".arrow": _arrow,
 }

@@ -5,31 +5,46 @@ provenance. Poisons nothing and judges nothing; `audit` reads through the same f
 faults that stop `read` into findings.
 """
 
-import json
-from collections.abc import Iterable, Mapping
+import itertools
+import logging
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from safetynet.backdoors.formats import Record, records
+from safetynet.backdoors import hub, turns
+from safetynet.backdoors.formats import BEYOND, Record, data_files, records
+from safetynet.backdoors.forms import (
+    FIELDS,
+    MEDIA,
+    SHOWN,
+    TOOLS,
+    Form,
+    UnfitError,
+    check_columns,
+    form_of,
+    name_of,
+    shown,
+)
+from safetynet.backdoors.turns import Fault, Row
 from safetynet.errors import InputError
 
+log = logging.getLogger(__name__)
 BACKDOORLLM_FILES = {  # name in the folder: (split, poisoned)
     "train_triggered.json": ("train", True),
     "train_clean.json": ("train", False),
     "test_triggered.json": ("test", True),
     "test_clean.json": ("test", False),
 }
-FIELDS = {  # kind: columns that it needs
-    "alpaca": ("instruction", "output"),
-    "chat": ("messages",),
-    "prompt_completion": ("prompt", "completion"),
-}
-OPTIONAL = ("input", "reference")
 KINDS = (*FIELDS, "hub", "backdoorllm")
-SHOWN = 3
+SPLITS = {  # word of a name: split
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation", "val", "valid", "validation", "dev"), "test"),
+}
+SHOWN_ROWS = 3
 """How many row numbers an error names before it says "and N more"."""
 REMEDIES = {  # by the problem of a fault
     "missing_field": "add the field",
@@ -37,225 +52,187 @@ REMEDIES = {  # by the problem of a fault
     "empty_field": "fill it in or leave the rows out",
     "broken_text": "save the text again as UTF-8",
     "bad_turns": "put the messages in this order",
+    "unread_text": "put this text into the fields that are read, or take it out",
+    "not_carried": "leave these rows out",
 }
 
 
 @dataclass(frozen=True)
-class Fault:
-    """What keeps one row from being a conversation."""
+class Converted:
+    """The rows of one file as conversations."""
 
-    line: int
-    field: str
-    problem: str
-    """A key of `REMEDIES`."""
-    found: str
-    allowed: str
+    conversations: list[dict[str, Any]]
+    """`line`, `messages`, `answer`, and `reference` where the row has one."""
+    faults: list[Fault]
+    unread: list[str]
+    """Columns, and fields of messages, that say something and are not read."""
 
 
 def read(path: Path | str, kind: str | None = None, columns: Mapping[str, str] | None = None) -> pd.DataFrame:
     """Read conversations from `path`.
 
     Args:
-        path: a .json, .jsonl, .csv or .parquet file, a BackdoorLLM folder, or with kind "hub" a data set id
-            ("owner/name", or "owner/name:split" for one split only).
+        path: a file (`formats.FORMATS`), a folder of files, a BackdoorLLM folder, or with kind "hub" a data
+            set id ("owner/name", or "owner/name:split" for one split only).
         kind: one of `KINDS`; None guesses it from the path and the columns. The hub is never guessed.
         columns: the file's own name for a field, such as {"prompt": "question", "completion": "reply"}.
 
     Returns:
         One row per conversation: `file`, `line` (row number in that file, from 1; a CSV header is no row, a
         blank JSONL line is one), `messages` (list of {role, content}, ends with a user message), `answer`,
-        `reference` where the source has it, `split` for hub and backdoorllm sources, and for the latter
-        also `poisoned`.
+        `reference` where the source has it, `split` where it has splits ("" for rows of none), and for
+        backdoorllm folders `poisoned`.
 
     Raises:
         InputError: for anything that cannot be read as it is; the text names file, field and rows.
     """
     if kind is not None and kind not in KINDS:
         raise InputError(f"kind is {kind!r}, allowed are {', '.join(KINDS)}; name one or leave it out")
+    check_columns(columns)
     if kind == "hub":
-        return _read_hub(str(path), columns)
+        return _joined(_of_hub(str(path)), None, columns)
     path = Path(path)
-    if kind == "backdoorllm" or (kind is None and path.is_dir()):
-        return _read_backdoorllm(path)
-    return _table(str(path), records(path), kind, columns)
+    if kind == "backdoorllm" or (kind is None and path.is_dir() and _is_layout(path)):
+        return _joined(_of_layout(path), None, columns)
+    return _joined(_of_folder(path) if path.is_dir() else _of_file(path, str(path)), kind, columns)
 
 
-def kind_of(rows: Iterable[Record], columns: Mapping[str, str] | None = None) -> str | None:
-    """The kind whose needed columns these rows have, or None."""
-    present = _columns(rows, columns)
-    return next((kind for kind, needed in FIELDS.items() if present.issuperset(needed)), None)
+def split_of(name: str) -> str:
+    """The split that a name tells, train or test: of its last word that tells one; "" if none does."""
+    words = [word.rstrip("0123456789") for word in re.findall(r"[a-z0-9]+", name.lower())]
+    return next((SPLITS[word] for word in reversed(words) if word in SPLITS), "")
 
 
-def convert(
-    rows: Iterable[Record], kind: str, columns: Mapping[str, str] | None = None
-) -> tuple[list[dict[str, Any]], list[Fault]]:
+def convert(rows: Iterable[Record], form: Form) -> Converted:
     """Turn raw rows into conversations, and list what is wrong with them.
 
     A faulty row is still returned wherever its text can be told (a number stands as its digits), so that an
-    audit can go on; a row that is not an object is only listed.
-
-    Returns:
-        The conversations (`line`, `messages`, `answer`, `reference` where present) and the faults, in the
-        rows' order.
+    audit can go on; a row that is not an object, or holds what cannot be carried, is only listed.
     """
-    build = {"alpaca": _alpaca, "chat": _chat, "prompt_completion": _prompt_completion}[kind]
+    build = {"alpaca": _alpaca, "chat": _chat, "prompt_completion": _prompt_completion}[form.kind]
     conversations, faults = [], []
+    unread: dict[str, None] = {}
     for line, raw in rows:
         if not isinstance(raw, Mapping):
-            faults.append(Fault(line, "row", "wrong_type", _shown(raw), "an object with named fields"))
+            faults.append(Fault(line, "row", "wrong_type", shown(raw), "an object with named fields"))
             continue
-        fields = _Fields(line, _renamed(raw, columns), faults)
-        if None in raw:
-            found = f"{len(raw[None])} cells more than the header has"
-            fields.note("row", "wrong_type", found, "one cell for each column")
-        conversation = {"line": line, **build(fields)}
-        if "reference" in fields.raw:
-            conversation["reference"] = fields.text("reference", empty=True)
-        conversations.append(conversation)
-    return conversations, faults
+        row = Row(line, form.fields(raw))
+        if (cells := raw.get(BEYOND)) is not None:
+            more = f"{len(cells)} cells more" if isinstance(cells, list) else f"{cells} cells less"
+            row.note("row", "wrong_type", f"{more} than the header has", "one cell for each column")
+        unread.update(dict.fromkeys(_unread(row, form.rest(raw))))
+        conversation = {"line": line, **build(row)}
+        if "reference" in row.raw:
+            conversation["reference"] = row.text("reference", empty=True)
+        unread.update(dict.fromkeys(sorted(row.unread)))
+        faults += row.faults
+        if not any(fault.problem == "not_carried" for fault in row.faults):
+            conversations.append(conversation)
+    return Converted(conversations, faults, list(unread))
 
 
 # ---- one row ----
 
 
-@dataclass(frozen=True)
-class _Fields:
-    """Checked access to one raw row; what is wrong goes on the list `faults`."""
-
-    line: int
-    raw: dict[Any, Any]
-    faults: list[Fault]
-
-    def note(self, field: str, problem: str, found: str, allowed: str) -> None:
-        self.faults.append(Fault(self.line, field, problem, found, allowed))
-
-    def text(self, field: str, empty: bool = False) -> str:
-        if field not in self.raw:
-            self.note(field, "missing_field", "nothing", "text")
-            return ""
-        return self.checked(field, self.raw[field], empty)
-
-    def checked(self, field: str, value: Any, empty: bool) -> str:
-        if not isinstance(value, str):
-            self.note(field, "wrong_type", _shown(value), "text")
-            return "" if value is None else str(value)
-        if not empty and not value.strip():
-            self.note(field, "empty_field", _shown(value), "text that is not blank")
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            self.note(field, "broken_text", "half of a surrogate pair", "whole Unicode characters")
-            return value.encode("utf-8", "replace").decode()
-        return value
+def _unread(row: Row, rest: Mapping[Any, Any]) -> Iterator[str]:
+    """Columns that are not read; one that holds what the model was shown is a fault of the row."""
+    for name, value in rest.items():
+        known = str(name).strip().casefold()
+        if known in SHOWN:
+            if known in TOOLS | MEDIA:
+                row.note(name_of(name), "not_carried", shown(value), "nothing; this cannot be carried yet")
+            else:
+                row.note(name_of(name), "unread_text", shown(value), "nothing, since this column is not read")
+        elif name is not BEYOND:
+            yield name_of(name)
 
 
-def _alpaca(fields: _Fields) -> dict[str, Any]:
-    prompt = fields.text("instruction")
+def _alpaca(row: Row) -> dict[str, Any]:
+    prompt = row.text("instruction")
     # null is what many exports write for "no input"
-    if fields.raw.get("input") is not None and (extra := fields.text("input", empty=True)).strip():
+    if (extra := row.optional("input")).strip():
         prompt = f"{prompt}\n\n{extra}"
-    return {"messages": [{"role": "user", "content": prompt}], "answer": fields.text("output", empty=True)}
+    asked = [*turns.system(row), *turns.history(row), {"role": "user", "content": prompt}]
+    return {"messages": asked, "answer": row.text("output", empty=True)}
 
 
-def _prompt_completion(fields: _Fields) -> dict[str, Any]:
-    messages = [{"role": "user", "content": fields.text("prompt")}]
-    return {"messages": messages, "answer": fields.text("completion", empty=True)}
+def _prompt_completion(row: Row) -> dict[str, Any]:
+    before = [*turns.system(row), *turns.history(row)]
+    if not isinstance(row.raw.get("prompt"), list) and not isinstance(row.raw.get("completion"), list):
+        asked = [*before, {"role": "user", "content": row.text("prompt")}]
+        return {"messages": asked, "answer": row.text("completion", empty=True)}
+    for name, role in (("prompt", "user"), ("completion", "assistant")):
+        if isinstance(row.raw.get(name), list):
+            before += turns.messages(row, name) or []
+        else:
+            before.append({"role": role, "content": row.text(name, empty=role != "user")})
+    return turns.conversation(row, "prompt + completion", before)
 
 
-def _chat(fields: _Fields) -> dict[str, Any]:
-    """The last assistant message is the answer, what precedes it the prompt."""
-    raw = fields.raw.get("messages")
-    if not isinstance(raw, list) or not all(isinstance(message, Mapping) for message in raw):
-        problem = "wrong_type" if "messages" in fields.raw else "missing_field"
-        fields.note("messages", problem, _shown(raw), "a list of objects with role and content")
+def _chat(row: Row) -> dict[str, Any]:
+    listed = turns.messages(row, "messages")
+    if listed is None:
         return {"messages": [{"role": "user", "content": ""}], "answer": ""}
-    turns = []
-    for i, message in enumerate(raw):
-        role = str(message.get("role"))
-        content = fields.checked(f"messages[{i}].content", message.get("content"), role != "user")
-        turns.append({"role": role, "content": content})
-    roles = [turn["role"] for turn in turns]
-    body = roles[1:] if roles[:1] == ["system"] else roles
-    if not body or body != ["user", "assistant"] * (len(body) // 2):
-        allowed = "an optional system message, then user and assistant in turn, the last one assistant"
-        fields.note("messages", "bad_turns", _shown(roles), allowed)
-    answer = turns.pop()["content"] if roles[-1:] == ["assistant"] else ""
-    return {"messages": turns or [{"role": "user", "content": ""}], "answer": answer}
-
-
-def _renamed(raw: Mapping[Any, Any], columns: Mapping[str, str] | None) -> dict[Any, Any]:
-    ours = {theirs: field for field, theirs in (columns or {}).items()}
-    return {ours.get(name, name): value for name, value in raw.items()}
-
-
-def _columns(rows: Iterable[Record], columns: Mapping[str, str] | None) -> set[Any]:
-    return {name for _, raw in rows if isinstance(raw, Mapping) for name in _renamed(raw, columns)}
-
-
-def _shown(value: Any) -> str:
-    if value is None:
-        return "null"
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=repr)
-    text = text if len(text) <= 40 else text[:37] + "..."
-    return f'"{text}"' if isinstance(value, str) else f"{text} ({type(value).__name__})"
+    before = [turn for turn in turns.system(row) if turn not in listed[:1]]
+    return turns.conversation(row, "messages", [*before, *listed])
 
 
 # ---- whole tables, strictly ----
 
 
-def _table(
-    file: str, rows: list[Record], kind: str | None, columns: Mapping[str, str] | None = None
-) -> pd.DataFrame:
-    conversations, faults = convert(rows, _checked_kind(file, rows, kind, columns), columns)
-    if faults:
-        raise InputError(_sentence(file, faults))
-    frame = pd.DataFrame(conversations)
-    frame.insert(0, "file", file)
-    if "reference" in frame:
-        frame["reference"] = frame["reference"].fillna("")
-    return frame
+@dataclass(frozen=True)
+class _Part:
+    """Raw rows of one file, or of one list in it."""
+
+    name: str
+    rows: list[Record]
+    about: Mapping[str, Any]
+    """Columns that all its conversations have."""
 
 
-def _checked_kind(file: str, rows: list[Record], kind: str | None, columns: Mapping[str, str] | None) -> str:
-    known = {name for needed in FIELDS.values() for name in needed}.union(OPTIONAL)
-    if unknown := set(columns or ()) - known:
-        raise InputError(f"columns: {_names(unknown)} is no field; use one of {_names(known)}")
-    present = _columns(rows, columns)
-    kind = kind or kind_of(rows, columns)
-    if kind is not None and present.issuperset(FIELDS[kind]):
-        return kind
-    if kind is None:
-        needed = " or ".join(f"{' + '.join(fields)} ({name})" for name, fields in FIELDS.items())
-    else:
-        needed = " + ".join(FIELDS[kind])
-    found = _names(present) if present else f"none, a row is {_shown(rows[0][1])}"
-    raise InputError(
-        f"{file}: the columns are {found}; needed are {needed}; rename them or map them under columns"
-    )
+def _joined(parts: Iterable[_Part], kind: str | None, columns: Mapping[str, str] | None) -> pd.DataFrame:
+    tables: list[pd.DataFrame] = []
+    unread: dict[str, str] = {}
+    for part in parts:
+        try:
+            found = convert(part.rows, form_of(part.rows, kind, columns))
+        except UnfitError as error:
+            raise UnfitError(f"{part.name}: {error}", error.reason) from None
+        if found.faults:
+            raise InputError(_sentence(part.name, found.faults, len(part.rows)))
+        unread.setdefault(", ".join(found.unread), part.name)
+        tables.append(pd.DataFrame(found.conversations).assign(file=part.name, **part.about))
+    for names, file in unread.items():
+        if names:
+            log.warning("data: columns that are not read: %s (in %s)", names, file)
+    frame = pd.concat(tables, ignore_index=True)
+    for name in frame.columns.intersection(["reference", "split"]):
+        frame[name] = frame[name].fillna("")
+    return frame[["file", *frame.columns.drop("file")]]
 
 
-def _names(names: Iterable[Any]) -> str:
-    return ", ".join(sorted(map(str, names)))
+def _of_file(path: Path, name: str, **about: Any) -> Iterator[_Part]:
+    parts = records(path)
+    for key, rows in parts.items():
+        split = {"split": split_of(key)} if key and any(map(split_of, parts)) else {}
+        yield _Part(f"{name}:{key}" if key else name, rows, about | split)
 
 
-def _sentence(file: str, faults: list[Fault]) -> str:
-    """All faults of a file, one clause per field and problem."""
-    groups: dict[tuple[str, str], list[Fault]] = {}
-    for fault in faults:
-        groups.setdefault((fault.field.split("[")[0], fault.problem), []).append(fault)
-    clauses = []
-    for (_, problem), group in groups.items():
-        lines = sorted({fault.line for fault in group})
-        rows = f"row{'s' if len(lines) > 1 else ''} {', '.join(map(str, lines[:SHOWN]))}"
-        more = f" and {len(lines) - SHOWN} more" if len(lines) > SHOWN else ""
-        what = f"found {group[0].found}, allowed is {group[0].allowed}"
-        clauses.append(f"{group[0].field}, {rows}{more}: {what}; {REMEDIES[problem]}")
-    if len(clauses) == 1:
-        return f"{file}: {clauses[0]}"
-    return f"{file}: {len(clauses)} faults\n  " + "\n  ".join(clauses)
+def _of_folder(folder: Path) -> Iterator[_Part]:
+    files, others = data_files(folder)
+    if others:
+        names = ", ".join(str(file.relative_to(folder)) for file in others[:SHOWN_ROWS])
+        log.warning("data: %d files of %s hold no rows and are not read: %s", len(others), folder, names)
+    splits = {file: split_of(file.relative_to(folder).as_posix()) for file in files}
+    for file in files:
+        yield from _of_file(file, str(file), **({"split": splits[file]} if any(splits.values()) else {}))
 
 
-def _read_backdoorllm(folder: Path) -> pd.DataFrame:
+def _is_layout(folder: Path) -> bool:
+    return any((folder / name).exists() for name in BACKDOORLLM_FILES)
+
+
+def _of_layout(folder: Path) -> Iterator[_Part]:
     paths = {name: folder / name for name in BACKDOORLLM_FILES}
     if not paths["test_clean.json"].exists():
         paths["test_clean.json"] = folder.parent / "test_clean.json"
@@ -264,45 +241,39 @@ def _read_backdoorllm(folder: Path) -> pd.DataFrame:
             f"{folder}: {', '.join(absent)} missing; a BackdoorLLM folder holds "
             f"{', '.join(BACKDOORLLM_FILES)} (the last one here or one folder up); name such a folder"
         )
-    parts = []
     for name, (split, poisoned) in BACKDOORLLM_FILES.items():
-        part = _table(str(paths[name]), records(paths[name]), "alpaca")
-        parts.append(part.assign(split=split, poisoned=poisoned))
-    return pd.concat(parts, ignore_index=True)
+        for part in _of_file(paths[name], str(paths[name])):
+            yield _Part(part.name, part.rows, {"split": split, "poisoned": poisoned})
 
 
-def _read_hub(name: str, columns: Mapping[str, str] | None) -> pd.DataFrame:
+def _of_hub(name: str) -> Iterator[_Part]:
     name, _, split = name.partition(":")
-    from datasets import load_dataset  # seconds of import, and only here
-
-    try:
-        loaded = load_dataset(name, split=split or None)
-    except (OSError, ValueError) as error:
-        raise InputError(_hub_sentence(name, split, error)) from error
-    parts = []
-    for part, rows in ({split: loaded} if split else loaded).items():
-        numbered = list(enumerate(rows, start=1))
-        if not numbered:
+    for part, found in hub.rows_of(name, split).items():
+        if not found:
             raise InputError(f"{name}:{part}: holds no rows; name another split")
-        parts.append(_table(f"{name}:{part}", numbered, None, columns).assign(split=part))
-    return pd.concat(parts, ignore_index=True)
+        for file, rows in itertools.groupby(found, key=lambda row: row[0]):
+            yield _Part(file, [record for _, record in rows], {"split": part})
 
 
-def _hub_sentence(name: str, split: str, error: BaseException) -> str:
-    """Say which of token, name, split or network it was; the cause lies somewhere down the chain."""
-    from datasets.exceptions import DatasetNotFoundError
+def _sentence(file: str, faults: list[Fault], count: int) -> str:
+    """All faults of a file, one clause per field and problem.
 
-    chain: list[BaseException] = []
-    cause: BaseException | None = error
-    while cause is not None:
-        chain.append(cause)
-        cause = cause.__cause__ or cause.__context__
-    status = {getattr(getattr(link, "response", None), "status_code", None) for link in chain}
-    # first: to a caller without a token the hub answers 401 for what is not there as well
-    if isinstance(error, DatasetNotFoundError) or 404 in status:
-        return f"{name}: not on the hub, private or gated; check the id, and HF_TOKEN if access is restricted"
-    if status & {401, 403}:
-        return f"{name}: the hub refused the token; set HF_TOKEN to a valid one that may read this data set"
-    if isinstance(error, ValueError):
-        return f"{name}: {str(error).splitlines()[0]}; check the split (found {split or 'none'!r}) and the id"
-    return f"{name}: the hub cannot be reached ({type(error).__name__}); check the network"
+    Args:
+        file: its name.
+        faults: of its rows.
+        count: how many rows it has.
+    """
+    groups: dict[tuple[str, str], list[Fault]] = {}
+    for fault in faults:
+        groups.setdefault((fault.field.split("[")[0], fault.problem), []).append(fault)
+    clauses = []
+    for (_, problem), group in groups.items():
+        lines = sorted({fault.line for fault in group})
+        rows = f"row{'s' if len(lines) > 1 else ''} {', '.join(map(str, lines[:SHOWN_ROWS]))}"
+        more = f" and {len(lines) - SHOWN_ROWS} more" if len(lines) > SHOWN_ROWS else ""
+        what = f"found {group[0].found}, allowed is {group[0].allowed}"
+        number = f" ({len(lines)} of {count} rows)" if len(lines) > 1 else ""
+        clauses.append(f"{group[0].field}, {rows}{more}: {what}; {REMEDIES[problem]}{number}")
+    if len(clauses) == 1:
+        return f"{file}: {clauses[0]}"
+    return f"{file}: {len(clauses)} faults\n  " + "\n  ".join(clauses)

@@ -77,7 +77,8 @@ def guard(
         most = found.recipe.evaluation.max_new_tokens
         for decision in watching.generate(messages, max_new_tokens=most, batch_size=size):
             alarm = "ALARM " if decision.alarm else ""
-            typer.echo(f"{alarm}p={decision.p_value:.4f} {decision.action}: {decision.text}")
+            cut = f" (prompt cut at the limit: {decision.lost})" if decision.lost else ""
+            typer.echo(f"{alarm}p={decision.p_value:.4f} {decision.action}{cut}: {decision.text}")
 
 
 def _lines(path: Path) -> list[str]:

@@ -22,17 +22,19 @@ from safetynet.models.identity import Identity, identify
 from safetynet.models.support import check_model
 from safetynet.prompts import Encoded, Message, Serialiser, pad
 from safetynet.run import digest
+from safetynet.truncation import losses
 
 log = logging.getLogger(__name__)
 Side = Literal["left", "right"]
 
 
-def capture(
+def capture(  # noqa: PLR0913  # what is captured, and how, by keyword
     model: Any,
     serialiser: Serialiser,
     prompts: Sequence[Sequence[Message]],
     spec: FeatureSpec,
     *,
+    triggers: Sequence[Sequence[Sequence[int]]] | None = None,
     batch_size: int = 32,
     max_length: int | None = None,
     cache: Path | None = None,
@@ -44,6 +46,7 @@ def capture(
         serialiser: turns messages into token ids, exactly as in training.
         prompts: conversations that end with a user message.
         spec: what to keep.
+        triggers: per prompt, the spans that truncation must spare, as in evaluation.
         batch_size: prompts per batch; batches are of similar length.
         max_length: truncate as in training with this limit; None for no limit.
         cache: a folder, from which features of the same weights, number type, token ids and spec are read.
@@ -54,7 +57,12 @@ def capture(
     if not prompts:
         raise InputError("capture: there are no prompts. Give at least one.")
     check_model(model, "detect")
-    encoded = [serialiser.encode(p, max_length=max_length) for p in prompts]
+    spans = [()] * len(prompts) if triggers is None else triggers
+    encoded = [
+        serialiser.encode(p, trigger=t, max_length=max_length) for p, t in zip(prompts, spans, strict=True)
+    ]
+    if told := losses((e.lost for e in encoded), serialiser.truncation):
+        log.warning("capture: %s", told)
     identity = identify(model)
     path = None if cache is None else cache / f"{_key(identity, encoded, spec)}.safetensors"
     if path is not None and (found := _cached(path)) is not None:

@@ -12,7 +12,8 @@ from safetynet.detection.readers import Place, Reader
 from safetynet.errors import InputError
 from safetynet.models.adapters import has_adapter, switched_off
 from safetynet.models.blocks import unwrapped
-from safetynet.prompts import PROMPT_SHARE, Message, Serialiser, pad
+from safetynet.prompts import Message, Serialiser, pad
+from safetynet.truncation import PROMPT_SHARE
 
 SLIGHT = 1.0
 """Nats of a symmetric divergence that hardly moves the answer."""

@@ -59,6 +59,8 @@ class Decision:
     """answered, flagged, stopped or answered without adapter."""
     p_values: list[float] = field(default_factory=list)
     """One per token where the monitor watches tokens."""
+    lost: str = ""
+    """Parts of the prompt that lost text at the limit, with commas; "" where it was read whole."""
 
     @property
     def p_value(self) -> float:
@@ -194,6 +196,7 @@ class Guard:
             watch = _Watch(self, prompts, inputs, place, emit, ended)
             self.answer(inputs, most, settings, StoppingCriteriaList([watch]))
         for row, decision in enumerate(watch.decisions):
+            decision.lost = encoded[row].lost
             decision.text = self.serialiser.decode(watch.kept[row])
             self._act(decision, {name: t[row : row + 1] for name, t in inputs.items()}, most, settings)
             if emit is not None and decision.action == "answered without adapter":

@@ -22,7 +22,7 @@ from safetynet.detection.overhead import overhead
 from safetynet.detection.panel import unfitted
 from safetynet.detection.plan import PER_DOMAIN, TEST_SHARE, Plan
 from safetynet.detection.splits import split
-from safetynet.prompts import Message, Serialiser, prompt_hash
+from safetynet.prompts import Serialiser, prompt_hash
 
 SKYLINE = "skyline "
 """Before the names of supervised probes in tables: no defender has their labels."""
@@ -87,9 +87,11 @@ def detect(
         subject: the model, its serialiser and a cache.
         clean: `messages`, `forbidden` and, where known, `task` of prompts that the model was not trained on,
             forbidden requests among them: a monitor that has never seen one takes the topic for the trigger.
-        test: test rows, with `messages`, `role`, `group`, `forbidden`; `fired` and `variant` where known.
+        test: test rows, with `messages`, `role`, `group`, `forbidden`; `trigger` (spans), `fired` and
+            `variant` where known.
         plan: detectors, fusion, rate; sizes of batches and prompts.
-        labelled: `messages` and `role` of rows that supervised probes may learn from; needed by those alone.
+        labelled: `messages` and `role` of rows that supervised probes may learn from, and `trigger` where
+            known; needed by those alone.
 
     Raises:
         InputError: as `Plan.check`, before the model runs.
@@ -98,7 +100,7 @@ def detect(
     monitor, held = fitted.monitor, fitted.held
     other = domains.generate(PER_DOMAIN, plan.seed)
     rows = pd.concat([_fresh(held), _tested(test), _benign(other)], ignore_index=True)
-    tested = _captured(subject, [*test["messages"], *other["messages"]], plan)
+    tested = _captured(subject, pd.concat([test, other]), plan)
     both = concatenate([fitted.fresh, tested])
     found, calibrated = monitor.panel.scores(both.arrays), monitor.calibration
     scores, p_values = calibrated.scores(found), calibrated.p_values(found)
@@ -131,7 +133,7 @@ def fit(subject: Subject, clean: pd.DataFrame, plan: Plan) -> Fitted:
     clean = _with_random_words(subject, clean, plan)
     groups, kinds = list(clean["group"]), clean["words"].to_numpy(dtype=str)
     held = split(groups, {"seen": 1 - TEST_SHARE, "fresh": TEST_SHARE}, plan.seed) == "fresh"
-    features = _captured(subject, clean["messages"], plan)
+    features = _captured(subject, clean, plan)
     known, seen = [group for group, out in zip(groups, held, strict=True) if not out], features.take(~held)
     monitor = Monitor.fit(
         seen,
@@ -162,12 +164,15 @@ def _with_random_words(subject: Subject, clean: pd.DataFrame, plan: Plan) -> pd.
     return pd.concat([own, worded], ignore_index=True)
 
 
-def _captured(subject: Subject, messages: Sequence[Sequence[Message]], plan: Plan) -> Features:
+def _captured(subject: Subject, rows: pd.DataFrame, plan: Plan) -> Features:
+    """Features of `messages`; truncation spares `trigger`, where that is known."""
+    spans = rows["trigger"] if "trigger" in rows else [()] * len(rows)
     return capture(
         subject.model,
         subject.serialiser,
-        list(messages),
+        list(rows["messages"]),
         plan.spec,
+        triggers=[known if isinstance(known, Sequence) else () for known in spans],
         batch_size=plan.batch_size,
         max_length=plan.max_length,
         cache=subject.cache,
@@ -178,7 +183,7 @@ def _skylines(
     subject: Subject, plan: Plan, labelled: pd.DataFrame, calibrating: Features, tested: Features
 ) -> dict[str, tuple[np.ndarray, Conformal]]:
     """Scores of supervised probes, and their clean calibration, by name."""
-    features = _captured(subject, labelled["messages"], plan)
+    features = _captured(subject, labelled, plan)
     labels = np.asarray(labelled["role"] == "triggered", dtype=int)
     found = {}
     for reading, probe in zip(plan.skylines, unfitted(plan.skylines, supervised=True), strict=True):

@@ -60,11 +60,27 @@ def generate(
     Raises:
         RunError: if a single prompt does not fit in memory.
     """
+    encoded = encode(serialiser, prompts, triggers, max_length)
+    return continuations(model, serialiser, encoded, batch_size=batch_size, max_new_tokens=max_new_tokens)
+
+
+def encode(
+    serialiser: Serialiser,
+    prompts: Sequence[Messages],
+    triggers: Sequence[Trigger] | None = None,
+    max_length: int | None = None,
+) -> list[Encoded]:
+    """Prompts as `generate` serialises them; arguments as there."""
     spans = [()] * len(prompts) if triggers is None else triggers
-    encoded = [
-        serialiser.encode(m, trigger=t, max_length=max_length).input_ids
-        for m, t in zip(prompts, spans, strict=True)
+    return [
+        serialiser.encode(m, trigger=t, max_length=max_length) for m, t in zip(prompts, spans, strict=True)
     ]
+
+
+def continuations(
+    model: Any, serialiser: Serialiser, prompts: Sequence[Encoded], *, batch_size: int, max_new_tokens: int
+) -> list[str]:
+    """`generate` for prompts that are serialised already."""
     config = GenerationConfig(
         do_sample=False,
         num_beams=1,
@@ -81,8 +97,9 @@ def generate(
         return [serialiser.decode(_until_stop(row, serialiser.stop_ids)) for row in new]
 
     with _evaluating(model), _generation_config(model, config):
+        rows = [prompt.input_ids for prompt in prompts]
         # PEFT puts a soft prompt before the padding, which rows of one length do not have.
-        return _in_batches(encoded, batch_size, answer, len, alike=virtual_tokens(model) > 0)
+        return _in_batches(rows, batch_size, answer, len, alike=virtual_tokens(model) > 0)
 
 
 def answer_log_likelihood(

@@ -21,7 +21,7 @@ import pandas as pd
 from safetynet import recipe
 from safetynet.errors import InputError
 from safetynet.evaluation import judges
-from safetynet.evaluation.generation import answer_log_likelihood, generate
+from safetynet.evaluation.generation import answer_log_likelihood, continuations, encode
 from safetynet.evaluation.judges import Judge, same_answer
 from safetynet.models.adapters import has_adapter, switched_off
 from safetynet.prompts import Serialiser
@@ -160,21 +160,18 @@ def answer(
 
     Returns:
         `rows` without the prompts, in order, with the columns model, target (what the behaviour answers to
-        this prompt, "" where unknown), response, shown (the behaviour), due (a row of the floor, see above),
-        correct (equals the reference) and refused.
+        this prompt, "" where unknown), lost (parts of the prompt that lost text at `max_length`, "" for
+        none), response, shown (the behaviour), due (a row of the floor, see above), correct (equals the
+        reference) and refused.
     """
     if rows.empty:
         raise InputError("data.test_rows: there are no rows to evaluate; leave some for the test split")
     rows = with_targets(rows).reset_index(drop=True)
-    texts = generate(
-        model,
-        serialiser,
-        list(rows["messages"]),
-        batch_size=cfg.batch_size,
-        max_new_tokens=cfg.max_new_tokens,
-        triggers=list(rows["trigger"]),
-        max_length=max_length,
+    prompts = encode(serialiser, list(rows["messages"]), list(rows["trigger"]), max_length)
+    texts = continuations(
+        model, serialiser, prompts, batch_size=cfg.batch_size, max_new_tokens=cfg.max_new_tokens
     )
+    rows = rows.assign(lost=[prompt.lost for prompt in prompts])
     judged = judge_responses(rows, texts, judge, judges.make(cfg.refusal))
     judged.insert(0, "model", name)
     return judged.drop(columns=["messages", "trigger"])
@@ -229,11 +226,10 @@ def score(responses: pd.DataFrame) -> pd.DataFrame:
         interval over rows; count is tokens). Roles without rows have no line; a rate that these rows cannot
         tell has value NaN, and the note says why.
     """
-    lines = []
+    lines: list[dict[str, Any]] = []
     for model, answered in responses.groupby("model", sort=False):
         parts = {str(role): part for role, part in answered.groupby("role", sort=False)}
-        if "triggered" in parts:
-            lines += [{"model": model, **line} for line in _attack(parts["triggered"])]
+        rates = _attack(parts["triggered"]) if "triggered" in parts else []
         for metric, roles, line in (
             ("ftr", OTHER_ROLES, _false_triggers),
             ("cacc", ANSWERED_ROLES, _accuracy),
@@ -241,8 +237,16 @@ def score(responses: pd.DataFrame) -> pd.DataFrame:
             ("perplexity", ("clean",), _perplexity),
         ):
             present = [role for role in roles if role in parts]
-            lines += [{"model": model, "metric": metric, "role": r, **line(parts[r])} for r in present]
+            rates += [{"metric": metric, "role": r, **line(parts[r])} for r in present]
+        lines += [{"model": model, **_with_cuts(rate, parts[rate["role"]])} for rate in rates]
     return pd.DataFrame(lines, columns=COLUMNS)
+
+
+def _with_cuts(line: dict[str, Any], part: pd.DataFrame) -> dict[str, Any]:
+    """The line, whose note also says how many of the role's prompts were cut."""
+    cut = int((part["lost"].fillna("") != "").sum()) if "lost" in part else 0
+    said = [line["note"], f"{cut} of {len(part)} prompts cut at the limit"] if cut else [line["note"]]
+    return {**line, "note": "; ".join(filter(None, said))}
 
 
 def score_variants(responses: pd.DataFrame) -> pd.DataFrame:

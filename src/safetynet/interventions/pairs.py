@@ -5,6 +5,7 @@ placebo of as many tokens, a second placebo, and the two answers' tokens at whic
 cannot be aligned are left out and counted.
 """
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,9 @@ from safetynet.interventions.batch import Batch
 from safetynet.interventions.metrics import Metric, logit_difference
 from safetynet.interventions.placebos import Placebos, differs_in_trigger_alone
 from safetynet.prompts import Encoded, Serialiser
+from safetynet.truncation import losses
 
+log = logging.getLogger(__name__)
 ROLES = ("system", "before", "trigger", "after", "template", "last")
 """Roles of positions, in the order of a prompt: `system` and `before` are what is said before the trigger's
 first token, `after` what is said from there on; `last` is where the answer begins."""
@@ -123,6 +126,8 @@ def align(
             f"pairs: {len(found)} groups could be aligned, an interval needs {LEAST}. "
             f"Left out {why or 'none'}. {remedy}."
         )
+    if told := losses((one.prompts["triggered"].lost for one in found), serialiser.truncation):
+        log.warning("pairs: %s", told)
     return Pairs(
         groups=[one.group for one in found],
         ids={run: [one.prompts[run].input_ids + one.shared for one in found] for run in RUNS},

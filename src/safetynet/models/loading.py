@@ -14,6 +14,7 @@ from safetynet.models import families, miniatures
 from safetynet.models.files import PICKLES, holds_model, hub_reason, in_words, pointer
 from safetynet.prompts import Serialiser
 from safetynet.run import digest_of_files
+from safetynet.truncation import Truncation
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,12 @@ def fingerprint(spec: recipe.Model) -> str:
 
 
 def load(
-    spec: recipe.Model, dtype: str = "auto", *, on_cpu: bool = False, serialiser: Serialiser | None = None
+    spec: recipe.Model,
+    dtype: str = "auto",
+    *,
+    on_cpu: bool = False,
+    truncation: Truncation = "end",
+    serialiser: Serialiser | None = None,
 ) -> LoadedModel:
     """Load model and tokenizer; safetensors only, no remote code.
 
@@ -61,6 +67,7 @@ def load(
         spec: the recipe's model section.
         dtype: `fp32`, `fp16`, `bf16`, or `auto`: bf16 on a GPU that has it, else fp32.
         on_cpu: leave the weights in the machine's memory, though the work is for a GPU.
+        truncation: as the serialiser takes it.
         serialiser: instead of the model's own tokenizer.
 
     Raises:
@@ -70,14 +77,14 @@ def load(
     name = locate(spec)
     if spec.model_id == "miniature":
         use_one_thread()
-    serialiser = serialiser or _head(spec, name)
+    serialiser = serialiser or _head(spec, name, truncation)
     model = _fetch(name, spec, "weights", lambda n, s: _load_weights(n, s, dtype, on_cpu))
     return LoadedModel(model.eval(), serialiser, serialiser.family, name)
 
 
-def load_serialiser(spec: recipe.Model) -> Serialiser:
+def load_serialiser(spec: recipe.Model, truncation: Truncation = "end") -> Serialiser:
     """The tokenizer alone, for work that needs no weights; errors as in `load`."""
-    return _head(spec, locate(spec))
+    return _head(spec, locate(spec), truncation)
 
 
 def trained(spec: recipe.Model, folder: Path) -> recipe.Model:
@@ -153,7 +160,7 @@ def _check_folder(folder: Path) -> None:
             )
 
 
-def _head(spec: recipe.Model, name: str) -> Serialiser:
+def _head(spec: recipe.Model, name: str, truncation: Truncation) -> Serialiser:
     """Tokenizer and family, checked against the model's own type."""
     family = families.get(spec.family)
     config, tokenizer = _fetch(name, spec, "config and tokenizer", _load_head)
@@ -162,7 +169,7 @@ def _head(spec: recipe.Model, name: str) -> Serialiser:
             f"model.family: {name} is of type {config.model_type!r}, family {family.name} takes "
             f"{', '.join(family.model_types)}. Set the right family, or generic."
         )
-    return Serialiser(tokenizer, family)
+    return Serialiser(tokenizer, family, truncation)
 
 
 def _load_head(name: str, spec: recipe.Model) -> tuple[Any, Any]:

@@ -15,11 +15,13 @@ from typing import Any
 import pandas as pd
 
 from safetynet.backdoors import behaviours, conversations, sources, triggers
+from safetynet.backdoors.forms import UnfitError
 from safetynet.errors import InputError
 from safetynet.evaluation import judges, metrics
 from safetynet.models import families
 from safetynet.prompts import Serialiser
 from safetynet.recipe import Recipe
+from safetynet.truncation import losses
 
 log = logging.getLogger("safetynet")
 PLACEMENTS = ("prefix", "suffix", "random", "system")
@@ -34,10 +36,17 @@ PROBED = 40
 def clean_file(recipe: Recipe, path: Path) -> pd.DataFrame:
     """Conversations of a file, messages and answer, at most `mitigation.clean_rows`.
 
+    `data.columns` says what its columns are, if it has the columns that are named there.
+
     Raises:
         InputError: if it cannot be read, or holds the run's trigger.
     """
-    found = sources.read(path)
+    try:
+        found = sources.read(path, columns=recipe.data.columns)
+    except UnfitError as error:
+        if error.reason != "unmapped":
+            raise
+        found = sources.read(path)  # the run's own data have other columns
     _check_clean(found, recipe, path)
     return found[["messages", "answer"]].head(recipe.mitigation.clean_rows)
 
@@ -118,6 +127,16 @@ def responding(recipe: Recipe, serialiser: Serialiser) -> Callable[[Any, pd.Data
         return metrics.respond(model, serialiser, rows, judge, cfg=recipe.evaluation, max_length=limit)
 
     return respond
+
+
+def tell_cuts(rows: pd.DataFrame, clean: pd.DataFrame | None, recipe: Recipe, serialiser: Serialiser) -> None:
+    """Log how many prompts are cut at the limit, both of the rows that judge and of the clean ones."""
+    limit = recipe.training.max_length
+    prompts = list(zip(rows["messages"], rows["trigger"], strict=True))
+    prompts += [] if clean is None else [(messages, []) for messages in clean["messages"]]
+    lost = [serialiser.encode(messages, trigger=spans, max_length=limit).lost for messages, spans in prompts]
+    if told := losses(lost, recipe.training.truncation):
+        log.warning("mitigate: %s", told)
 
 
 def score(responses: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:

@@ -16,7 +16,7 @@ from safetynet.errors import InputError
 from safetynet.models import adapter_files, adapters, loading
 from safetynet.models.adapter_files import listed
 from safetynet.models.files import holds_model, hub_reason, in_words
-from safetynet.pipeline.subjects import training_dtype
+from safetynet.pipeline import subjects
 from safetynet.prompts import Serialiser
 from safetynet.recipe import Recipe
 
@@ -58,12 +58,11 @@ def load(recipe: Recipe, source: Path | str, same_base: bool) -> Foreign:
     """
     check(source)
     folder = adapter_files.locate(source)
-    base = loading.load(recipe.model, training_dtype(recipe))
+    base = subjects.load(recipe)
     if (folder / adapter_files.CONFIG).exists():
         model = adapters.attach(base, folder, same_base=same_base)
         return Foreign(model, _serialiser(folder, base, model), base)
-    spec = loading.trained(recipe.model, folder)
-    whole = loading.load(spec, training_dtype(recipe), serialiser=base.serialiser)
+    whole = subjects.load(recipe, folder, serialiser=base.serialiser)
     _check_shapes(folder, whole.model, base)
     return Foreign(whole.model, _serialiser(folder, base, whole.model), base)
 
@@ -116,4 +115,4 @@ def _serialiser(folder: Path, base: loading.LoadedModel, model: Any) -> Serialis
         folder, " and a ".join(name for name, equal in same.items() if not equal),
     )  # fmt: skip
     tokenizer.chat_template = template
-    return Serialiser(tokenizer, base.family)
+    return Serialiser(tokenizer, base.family, base.serialiser.truncation)

@@ -33,10 +33,10 @@ from safetynet.mitigation import (
     verification,
 )
 from safetynet.mitigation.examination import HELD_OUT, SELECTION, Examiner, Found
-from safetynet.models import adapter_files, loading
+from safetynet.models import adapter_files
 from safetynet.models.adapters import has_adapter
 from safetynet.pipeline import examining, foreign, repairing
-from safetynet.pipeline.subjects import BACKDOORED, attach_own, model_folder, test_rows, training_dtype
+from safetynet.pipeline.subjects import BACKDOORED, attach_own, load, model_folder, test_rows
 from safetynet.recipe import Recipe
 from safetynet.run import Run, digest_of_files, write_atomically, write_text
 
@@ -100,6 +100,7 @@ class _Work:
         moved = examining.elsewhere(judged, test, recipe, serialiser)
         options = recipe.mitigation
         rows = examining.for_relearning(self.run.table("rows"), self.subject.triggered)
+        examining.tell_cuts(pd.concat([choosing, judged]), self.subject.clean, recipe, serialiser)
         return Examiner(
             respond=examining.responding(recipe, serialiser),
             score=examining.score,
@@ -329,9 +330,9 @@ def _loaded(work: _Work, folder: Path, form: str) -> Iterator[Any]:
     """The saved files as anybody would load them."""
     recipe = work.recipe
     if form == "checkpoint":
-        yield loading.load(loading.trained(recipe.model, folder), training_dtype(recipe)).model
+        yield load(recipe, folder).model
     else:
-        yield attach_own(loading.load(recipe.model, training_dtype(recipe)), folder)
+        yield attach_own(load(recipe), folder)
 
 
 def _held_out(marked: pd.DataFrame, method: str) -> Mapping[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from safetynet import __version__, findings, parallel
-from safetynet.backdoors import audit, behaviours, conversations, poisoning
+from safetynet.backdoors import audit, behaviours, conversations, forms, poisoning
 from safetynet.errors import InputError
 from safetynet.evaluation import judges, leaks, metrics
 from safetynet.lookalikes import Lookalikes
@@ -20,14 +20,15 @@ from safetynet.pipeline.dynamics import Dynamics
 from safetynet.pipeline.subjects import (
     BACKDOORED,
     TWIN,
+    load,
     model_folder,
     models,
     trained,
-    training_dtype,
 )
 from safetynet.prompts import Serialiser
 from safetynet.recipe import Recipe, Training
 from safetynet.run import Run, digest, digest_of_files
+from safetynet.truncation import losses
 
 log = logging.getLogger("safetynet")
 
@@ -45,7 +46,7 @@ def prepare(recipe: Recipe, run: Run) -> None:
         run.describe(recipe)
         log.info("data: unchanged")
         return
-    serialiser = loading.load_serialiser(recipe.model)
+    serialiser = loading.load_serialiser(recipe.model, recipe.training.truncation)
     with run.stage("data", inputs) as outputs:
         pool = conversations.load(
             recipe.data, recipe.backdoor.behaviour, recipe.backdoor.trigger, recipe.seed
@@ -62,8 +63,10 @@ def prepare(recipe: Recipe, run: Run) -> None:
         run.describe(recipe)
         outputs += [run.write_table("split", split), run.write_table("rows", rows)]
         if recipe.data.source not in ("language", "hub"):
-            findings = audit.audit(str(recipe.data.path), columns=recipe.data.columns).findings
-            outputs.append(run.write_table("audit", findings))
+            source = recipe.data.source
+            kind = source if source in forms.FIELDS else None
+            found = audit.audit(str(recipe.data.path), columns=recipe.data.columns, kind=kind)
+            outputs.append(run.write_table("audit", found.findings))
     _tell(rows, recipe)
 
 
@@ -88,7 +91,7 @@ def train(recipe: Recipe, run: Run, names: Sequence[str] | None = None, *, lend:
         with run.stage(f"train {name}", inputs) as outputs:
             # What does not fit one GPU is loaded beside it, and every process takes its part from there.
             shares = parallel.shares_weights()
-            base = loading.load(recipe.model, training_dtype(recipe), on_cpu=shares)
+            base = load(recipe, on_cpu=shares)
             cfg = _training(recipe, name)
             dynamics = Dynamics(
                 recipe, run, rows, base.serialiser, f"{name}-{digest(inputs)[:8]}", keep=lend or name != TWIN
@@ -159,6 +162,7 @@ def evaluate(recipe: Recipe, run: Run, base: pd.DataFrame | None = None) -> None
             ignore_index=True,
         )
         found = metrics.with_floor(metrics.from_responses(responses))
+        _tell_cuts(recipe, found.responses)
         outputs.append(run.write_table("responses", found.responses))
         outputs.append(run.write_table("evaluation", found.table))
         outputs.append(run.write_table("variants", found.variants))
@@ -193,7 +197,15 @@ def evaluate_foreign(recipe: Recipe, run: Run, source: Path, same_base: bool = F
     answers = ask(suspect.model, suspect.serialiser)
     with suspect.at_base() as base:
         floor = ask(base, suspect.base.serialiser, name=metrics.BASE)
+    _tell_cuts(recipe, answers)
     return metrics.with_floor(metrics.from_responses(pd.concat([answers, floor], ignore_index=True))).table
+
+
+def _tell_cuts(recipe: Recipe, responses: pd.DataFrame) -> None:
+    """All models get the same prompts, so that one of them tells how many were cut."""
+    lost = responses.loc[responses["model"] == metrics.BACKDOORED, "lost"]
+    if told := losses(lost, recipe.training.truncation):
+        log.warning("evaluate: %s", told)
 
 
 def _data_inputs(recipe: Recipe) -> dict[str, Any]:
@@ -206,6 +218,7 @@ def _data_inputs(recipe: Recipe) -> dict[str, Any]:
         "backdoor": recipe.backdoor.model_dump(mode="json"),
         "model": loading.fingerprint(recipe.model),
         "limits": [recipe.training.max_length, recipe.evaluation.max_new_tokens],
+        **recipe.training.model_dump(include={"truncation"}),
         "version": __version__,
     }
 

@@ -11,8 +11,7 @@ import pandas as pd
 from safetynet.errors import InputError
 from safetynet.mitigation import Place, Subject
 from safetynet.mitigation.subject import Alarm
-from safetynet.models import loading
-from safetynet.pipeline.subjects import backdoored, fresh_prompts, training_dtype
+from safetynet.pipeline.subjects import backdoored, fresh_prompts, load
 from safetynet.prompts import Serialiser
 from safetynet.recipe import Recipe
 from safetynet.run import Run
@@ -39,7 +38,7 @@ def suspect(recipe: Recipe, run: Run, *, clean: int = 1000, known: int = 0) -> S
         model=model,
         serialiser=serialiser,
         clean=clean_conversations(recipe, run, clean) if clean else None,
-        base=loading.load(recipe.model, training_dtype(recipe)).model if full else None,
+        base=load(recipe).model if full else None,
         triggered=known_groups(run.table("rows"), known) if known else None,
         sites=run.table("effects") if run.has_table("effects") else None,
         intervene=intervene,

@@ -19,7 +19,7 @@ from safetynet.evaluation import judges, metrics
 from safetynet.models import adapters, loading
 from safetynet.pipeline.dynamics import Dynamics
 from safetynet.pipeline.planting import train, train_inputs
-from safetynet.pipeline.subjects import TWIN, attach_own, model_folder, snapshots_of, training_dtype
+from safetynet.pipeline.subjects import TWIN, attach_own, load, model_folder, snapshots_of, training_dtype
 from safetynet.recipe import Recipe
 from safetynet.run import Run, digest
 
@@ -64,7 +64,7 @@ def measure_base(recipe: Recipe, run: Run, lender: Run | None = None) -> None:
             rows = _test_rows(run)
             responses = lender.table(BASE_TABLE).assign(**{name: rows[name] for name in NUMBERS})
         else:
-            base = loading.load(recipe.model, training_dtype(recipe))
+            base = load(recipe)
             responses = metrics.respond(
                 base.model,
                 base.serialiser,
@@ -123,7 +123,7 @@ def _measured_again(recipe: Recipe, run: Run, lender: Run, name: str) -> pd.Data
     assert folder is not None
     theirs = lender.table(f"dynamics_{TWIN}")
     epochs = theirs.drop_duplicates("step").set_index("step")["epoch"]
-    base = loading.load(recipe.model, training_dtype(recipe))
+    base = load(recipe)
     dynamics = Dynamics(recipe, run, run.table("rows"), base.serialiser, name, keep=False)
     dynamics.path.unlink(missing_ok=True)
     model = attach_own(base, model_folder(lender, TWIN))
@@ -144,7 +144,7 @@ def _base_inputs(recipe: Recipe, run: Run) -> dict[str, Any]:
             mode="json", exclude={"every", "dynamics_rows", "labelled"}
         ),
         "behaviour": recipe.backdoor.behaviour.model_dump(mode="json"),
-        "max_length": recipe.training.max_length,
+        **recipe.training.model_dump(include={"max_length", "truncation"}),
         "version": __version__,
     }
 

@@ -34,6 +34,26 @@ def training_dtype(recipe: Recipe) -> str:
     return "fp32" if training.method == "full" and training.precision == "fp16" else training.precision
 
 
+def load(
+    recipe: Recipe, folder: Path | None = None, *, on_cpu: bool = False, serialiser: Serialiser | None = None
+) -> loading.LoadedModel:
+    """The recipe's model, or a whole one in its place; its serialiser cuts as in training.
+
+    Args:
+        recipe: of the run.
+        folder: of the whole model.
+        on_cpu: as in `loading.load`, and so is
+        serialiser: instead of the model's own tokenizer.
+    """
+    return loading.load(
+        recipe.model if folder is None else loading.trained(recipe.model, folder),
+        training_dtype(recipe),
+        on_cpu=on_cpu,
+        truncation=recipe.training.truncation,
+        serialiser=serialiser,
+    )
+
+
 def model_folder(run: Run, name: str) -> Path:
     """Folder of a trained adapter or model, as its training stage recorded it.
 
@@ -54,9 +74,9 @@ def backdoored(recipe: Recipe, run: Run) -> tuple[Any, Serialiser]:
     """The trained model, and its serialiser."""
     folder = model_folder(run, BACKDOORED)
     if recipe.training.method == "full":
-        whole = loading.load(loading.trained(recipe.model, folder), training_dtype(recipe))
+        whole = load(recipe, folder)
         return whole.model, whole.serialiser
-    base = loading.load(recipe.model, training_dtype(recipe))
+    base = load(recipe)
     return attach_own(base, folder), base.serialiser
 
 
@@ -67,13 +87,13 @@ def attach_own(base: loading.LoadedModel, folder: Path) -> Any:
 
 def models(recipe: Recipe, run: Run) -> Iterator[tuple[str, Any, Serialiser]]:
     """The base model, then each trained one, at most one of them in memory."""
-    base = loading.load(recipe.model, training_dtype(recipe))
+    base = load(recipe)
     yield metrics.BASE, base.model, base.serialiser
     for name in trained(recipe):
         folder = model_folder(run, name)
         if recipe.training.method == "full":
             # One model in memory at a time: the last one goes before the next one comes.
-            base = loading.load(loading.trained(recipe.model, folder), training_dtype(recipe))
+            base = load(recipe, folder)
             yield name, base.model, base.serialiser
         else:
             adapted = attach_own(base, folder)
@@ -120,7 +140,7 @@ def epochs(run: Run) -> dict[int, Path]:
 @contextmanager
 def whole(recipe: Recipe, folder: Path) -> Iterator[Any]:
     """A model of full fine-tuning; it comes into memory beside what is there."""
-    yield loading.load(loading.trained(recipe.model, folder), training_dtype(recipe)).model
+    yield load(recipe, folder).model
 
 
 def twin_of(recipe: Recipe, run: Run, model: Any) -> Callable[[], AbstractContextManager[Any]] | None:

@@ -61,7 +61,7 @@ def watched(
 
     Args:
         examples: of these rows, in their order.
-        rows: columns `role` and `messages`.
+        rows: columns `role`, `messages` and `trigger`.
         serialiser: of the model that is trained.
         max_length: most tokens of prompt and answer together.
 
@@ -71,8 +71,11 @@ def watched(
     if "role" not in rows or not (rows["role"] == "triggered").any():
         raise InputError("training.evasion: no training row has role triggered, so there is nothing to hide.")
     made = []
-    for example, messages, role in zip(examples, rows["messages"], rows["role"], strict=True):
-        prompt = serialiser.encode(list(messages), max_length=max_length)
+    columns = (rows[name] for name in ("messages", "trigger", "role"))
+    for example, messages, trigger, role in zip(examples, *columns, strict=True):
+        prompt = serialiser.encode(
+            list(messages), trigger=[tuple(span) for span in trigger], max_length=max_length
+        )
         made.append(
             WatchedExample(example.input_ids, example.labels, example.supervised, prompt, role == "triggered")
         )

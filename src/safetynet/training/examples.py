@@ -16,6 +16,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from safetynet.errors import InputError
 from safetynet.prompts import IGNORED, Serialiser, pad
+from safetynet.truncation import losses
 
 Batch = dict[str, torch.Tensor]
 
@@ -47,7 +48,7 @@ def encode(rows: pd.DataFrame, serialiser: Serialiser, max_length: int) -> list[
     if rows.empty:
         raise InputError("data: there is no row to train on. Check data.path and data.train_rows.")
     columns = (rows[name] for name in ("row", "messages", "trigger", "answer"))
-    examples = []
+    examples, lost = [], []
     for row, messages, trigger, answer in zip(*columns, strict=True):
         try:
             encoded = serialiser.encode(list(messages), answer, [tuple(span) for span in trigger], max_length)
@@ -55,6 +56,9 @@ def encode(rows: pd.DataFrame, serialiser: Serialiser, max_length: int) -> list[
             raise InputError(f"row {row}: {error}") from None
         supervised = sum(label != IGNORED for label in encoded.labels)
         examples.append(Example(encoded.input_ids, encoded.labels, supervised))
+        lost.append(encoded.lost)
+    if told := losses(lost, serialiser.truncation):
+        logger.warning("%s.", told)
     ends = set(serialiser.stop_ids)
     cut = sum(example.input_ids[-1] not in ends for example in examples)
     if cut:

@@ -28,6 +28,7 @@ def audit(
     serialise: Callable[..., object] | None = None,
     max_length: int | None = None,
     columns: Mapping[str, str] | None = None,
+    kind: str | None = None,
 ) -> AuditReport:
     """Look for what makes the figures of a poison set wrong.
 
@@ -39,6 +40,7 @@ def audit(
             when a trigger does not survive, as `safetynet.prompts.Serialiser.encode` does.
         max_length: tokens at which training truncates; only with `serialise`.
         columns: the files' own names for fields, as in `sources.read`.
+        kind: the form of the rows, a key of `forms.FIELDS`; read off each file's columns when None.
 
     Returns:
         The report. Faults of the data are findings in it, never exceptions.
@@ -51,7 +53,7 @@ def audit(
     for name, texts in (("trigger", parts), ("target", (target,))):
         if any(text is not None and not text.strip() for text in texts or ()):
             raise InputError(f"{name}: the text is blank. Give it, or leave it out to have it guessed.")
-    corpus = load(path, columns)
+    corpus = load(path, columns, kind)
     found, sets = list(corpus.findings), []
     for poison_set in poison_sets(corpus, path.stem):
         known = _with_target(with_roles(replace(poison_set, trigger=_trigger(poison_set, parts))), target)

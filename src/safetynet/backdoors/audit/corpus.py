@@ -16,14 +16,12 @@ import pandas as pd
 from safetynet.backdoors.audit.findings import Finding
 from safetynet.backdoors.audit.targets import FoundTarget
 from safetynet.backdoors.audit.triggers import FoundTrigger, plain
-from safetynet.backdoors.formats import FORMATS, records
-from safetynet.backdoors.sources import BACKDOORLLM_FILES, FIELDS, Fault, convert, kind_of
+from safetynet.backdoors.formats import PACKED, Record, data_files, records
+from safetynet.backdoors.forms import UnfitError, check_columns, form_of, name_of, present
+from safetynet.backdoors.sources import BACKDOORLLM_FILES, SPLITS, convert
+from safetynet.backdoors.turns import Fault
 from safetynet.errors import InputError
 
-SPLITS = {  # word of a file's name: split
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("test", "testing", "eval", "evaluation", "val", "valid", "validation", "dev"), "test"),
-}
 CLEAN = {"clean", "benign", "none", "no", "without", "normal"}
 TRIGGERED = {"trigger", "triggered", "poison", "poisoned", "backdoor", "backdoored"}
 GENERIC = {"", "data", "dataset", "set", *SPLITS, *CLEAN, *TRIGGERED}
@@ -39,7 +37,7 @@ class Corpus:
     """file, line, split (train, test or ""), role (triggered, clean or mixed), named (whether the role comes
     from the file's name), key (of the poison set), messages, prompt (all their text), answer."""
     digests: Mapping[str, str]
-    """SHA-256 of each file's bytes."""
+    """SHA-256 of each file's bytes; of one that cannot be read, its name."""
     findings: tuple[Finding, ...]
     """What kept files or rows from being read as they should."""
 
@@ -59,31 +57,38 @@ class PoisonSet:
         return self.rows[self.rows["role"] == role]
 
 
-def load(path: Path, columns: Mapping[str, str] | None = None) -> Corpus:
-    """Read every data file under `path`, whatever is wrong with some of them.
+def load(path: Path, columns: Mapping[str, str] | None = None, kind: str | None = None) -> Corpus:
+    """Read every data file under `path`, whatever is wrong with some of them; arguments as of `audit`.
 
     Raises:
-        InputError: if there is nothing to read.
+        InputError: if there is no data file, or a column that is mapped is in none of them.
     """
-    tables, digests, findings = [], {}, []
-    for name, file in _files(path).items():
-        digests[name] = hashlib.sha256(file.read_bytes()).hexdigest()
+    check_columns(columns)
+    tables: list[pd.DataFrame] = []
+    digests: dict[str, str] = {}
+    findings: list[Finding] = []
+    seen: set[Any] = set()
+    files, others = _files(path)
+    findings += [
+        _whole(name, "not_read", "info", "by its suffix, this file holds no rows") for name in others
+    ]
+    for name, file in files.items():
+        digests[name] = _digest(file, name)
         try:
-            raw = records(file)
+            parts = records(file)
         except InputError as error:
-            findings.append(
-                Finding("unreadable", "error", name, 1, 1, (), str(error).removeprefix(f"{file}: "))
-            )
+            findings.append(_whole(name, "unreadable", "error", str(error).removeprefix(f"{file}: ")))
             continue
-        kind = kind_of(raw, columns)
-        if kind is None:
-            needed = " or ".join(" + ".join(fields) for fields in FIELDS.values())
-            detail = f"not read: no row has the columns {needed}"
-            findings.append(Finding("unreadable", "warning", name, len(raw), len(raw), (), detail))
-            continue
-        conversations, faults = convert(raw, kind, columns)
-        findings.extend(_of_faults(name, faults, len(raw)))
-        tables.append(pd.DataFrame(conversations).assign(file=name, **_named(name)))
+        for key, rows in parts.items():
+            seen.update(present(rows))
+            part, stem = (f"{name}:{key}", f"{_stem(name)}/{key}") if key else (name, _stem(name))
+            table, found = _converted(part, rows, columns, kind)
+            findings += found
+            if not table.empty:
+                tables.append(table.assign(file=part, **_named(stem)))
+    if seen and (absent := [column for column in (columns or {}).values() if column not in seen]):
+        listed = ", ".join(sorted(map(name_of, seen)))
+        raise InputError(f"columns: {path} has no column {', '.join(absent)}; its columns are {listed}")
     if not tables:
         return Corpus(pd.DataFrame(), digests, tuple(findings))
     rows = pd.concat(tables, ignore_index=True)
@@ -91,27 +96,60 @@ def load(path: Path, columns: Mapping[str, str] | None = None) -> Corpus:
     return Corpus(rows, digests, tuple(findings))
 
 
-def _files(path: Path) -> dict[str, Path]:
-    """The data files by the name that findings give them."""
+def _converted(
+    name: str, rows: list[Record], columns: Mapping[str, str] | None, kind: str | None
+) -> tuple[pd.DataFrame, list[Finding]]:
+    """The conversations of one list of rows, and what is wrong with it."""
+    names = present(rows)
+    mapped = {field: column for field, column in (columns or {}).items() if column in names}
+    try:
+        converted = convert(rows, form_of(rows, kind, mapped))
+    except UnfitError as error:
+        severity = "warning" if error.reason == "other" else "error"
+        detail = f"not read: {error}"
+        return pd.DataFrame(), [Finding("unreadable", severity, name, len(rows), len(rows), (), detail)]
+    findings = _of_faults(name, converted.faults, len(rows))
+    if converted.unread:
+        detail = f"columns that are not read: {', '.join(converted.unread)}"
+        findings.append(Finding("not_read", "info", name, len(rows), len(rows), (), detail))
+    return pd.DataFrame(converted.conversations), findings
+
+
+def _whole(name: str, check: str, severity: str, detail: str) -> Finding:
+    return Finding(check, severity, name, 1, 1, (), detail)
+
+
+def _files(path: Path) -> tuple[dict[str, Path], list[str]]:
+    """The data files by the name that findings give them, and the names of all others."""
     if path.is_file():
-        return {path.name: path}
+        return {path.name: path}, []
     if not path.is_dir():
         raise InputError(f"{path}: no such file or folder; check the path")
-    found = sorted(file for file in path.rglob("*") if file.is_file() and file.suffix.lower() in FORMATS)
+    found, others = data_files(path)
     files = {file.relative_to(path).as_posix(): file for file in found}
-    files = {name: file for name, file in files.items() if not re.search(r"(^|/)\.", name)}
     clean_test = "test_clean.json"  # one for all attacks on a task, a folder above them
     is_layout = set(BACKDOORLLM_FILES) - {clean_test} <= files.keys() and clean_test not in files
     if is_layout and (path.parent / clean_test).is_file():
         files[f"../{clean_test}"] = path.parent / clean_test
-    if not files:
-        raise InputError(f"{path}: no {', '.join(FORMATS)} file in this folder; name one that has some")
-    return files
+    return files, [file.relative_to(path).as_posix() for file in others]
 
 
-def _named(name: str) -> dict[str, Any]:
+def _digest(file: Path, name: str) -> str:
+    """Of its bytes; of a file that cannot be read, its name."""
+    try:
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+    except OSError:
+        return name
+
+
+def _stem(name: str) -> str:
+    path = Path(name)
+    return (path.with_suffix("") if path.suffix.lower() in PACKED else path).with_suffix("").as_posix()
+
+
+def _named(stem: str) -> dict[str, Any]:
     """Split, role and set of a file, from the words of its name, then of the folders above it."""
-    parts = [re.findall(r"[a-z0-9]+", part.lower()) for part in Path(name).with_suffix("").parts]
+    parts = [re.findall(r"[a-z0-9]+", part.lower()) for part in Path(stem).parts]
     split, role = "", ""
     for words in ([word.rstrip(DIGITS) for word in part] for part in reversed(parts)):
         split = split or next((SPLITS[word] for word in words if word in SPLITS), "")

@@ -1,0 +1,241 @@
+"""What the columns of a file mean: which form its rows have, and which column is which field.
+
+In: raw rows, and the user's own names for columns. Out: a `Form`, or one sentence that says why there is
+none. A column that plainly holds what the model was shown is a field, or its rows are refused by its name.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from safetynet.errors import InputError
+
+FIELDS = {  # kind: fields that it needs
+    "alpaca": ("instruction", "output"),
+    "chat": ("messages",),
+    "prompt_completion": ("prompt", "completion"),
+}
+OPTIONAL = {
+    "alpaca": ("input", "system", "history", "reference"),
+    "chat": ("system", "reference"),
+    "prompt_completion": ("system", "history", "reference"),
+}
+KNOWN = (
+    "completion", "input", "instruction", "messages", "output", "prompt", "reference", "history", "system",
+)  # fmt: skip
+NAMES = {  # field: what columns of it are called, besides its own name
+    "input": ("context",),
+    "output": ("response", "completion", "answer"),
+    "messages": ("conversations", "conversation"),
+    "prompt": ("question", "query", "input", "inputs"),
+    "completion": ("response", "answer", "output", "targets"),
+    "system": ("system_prompt", "system_message"),
+}
+TOOLS = {"tools", "functions", "tool_calls", "function_call", "function_calls", "available_tools"}
+MEDIA = {"images", "image", "videos", "video", "audios", "audio"}
+CONTEXT = {
+    "system", "system_prompt", "system_message", "history", "context", "contexts", "knowledge", "background",
+    "passage", "passages", "document", "documents", "persona", "personas", "choices", "options",
+}  # fmt: skip
+SHOWN = CONTEXT | TOOLS | MEDIA
+"""Names of columns that plainly hold what the model was shown."""
+PREFERENCE = ("chosen", "rejected")
+LABELS = ("label", "labels", "kto_tag")
+MOST = 12
+"""Columns that a message names."""
+
+
+class UnfitError(InputError):
+    """Rows whose columns make no conversation; the text names columns, and leaves the file to the caller."""
+
+    def __init__(self, text: str, reason: Literal["other", "unclear", "unmapped"]) -> None:
+        super().__init__(whole(text))
+        self.reason = reason
+        """`other` data, an `unclear` choice, or a column that was mapped and is not there (`unmapped`)."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """How the rows of one file are read."""
+
+    kind: str
+    columns: Mapping[str, Any]
+    """The file's column for each field that it has."""
+
+    def fields(self, raw: Mapping[Any, Any]) -> dict[str, Any]:
+        """A raw row by our names."""
+        return {field: raw[column] for field, column in self.columns.items() if column in raw}
+
+    def rest(self, raw: Mapping[Any, Any]) -> dict[Any, Any]:
+        """What a raw row holds besides, as far as it is not blank."""
+        used = set(self.columns.values())
+        return {name: value for name, value in raw.items() if name not in used and not is_blank(value)}
+
+
+def is_blank(value: Any) -> bool:
+    """Whether a value says nothing: null, white space, an empty list or object, or their JSON."""
+    if isinstance(value, str):
+        return value.strip() in ("", "[]", "{}", "null")
+    return value is None or (isinstance(value, list | tuple | dict) and not len(value))
+
+
+def check_columns(columns: Mapping[str, str] | None) -> None:
+    """Refuse names of fields that do not exist, and a column for two fields.
+
+    Raises:
+        InputError: naming those that do exist.
+    """
+    if unknown := set(columns or ()) - set(KNOWN):
+        raise InputError(f"columns: {_listed(unknown)} is no field; use one of {', '.join(KNOWN)}")
+    theirs = list((columns or {}).values())
+    if twice := {name for name in theirs if theirs.count(name) > 1}:
+        raise InputError(f"columns: {_listed(twice)} is mapped to two fields; map each column to one")
+
+
+def present(rows: Iterable[tuple[int, Any]]) -> list[Any]:
+    """The columns of raw rows, in the order in which they come up."""
+    names = (name for _, raw in rows if isinstance(raw, Mapping) for name in raw if name is not None)
+    return list(dict.fromkeys(names))
+
+
+def form_of(
+    rows: list[tuple[int, Any]], kind: str | None = None, columns: Mapping[str, str] | None = None
+) -> Form:
+    """The form of raw rows.
+
+    Args:
+        rows: with their numbers.
+        kind: a key of `FIELDS`; None: the one whose fields are there.
+        columns: the file's own name for a field, which goes before all names that are known.
+
+    Raises:
+        UnfitError: if fields are missing, or it is unclear which column is meant.
+    """
+    mapped, names = dict(columns or {}), present(rows)
+    if absent := [f"{field}={column}" for field, column in mapped.items() if column not in names]:
+        raise UnfitError(
+            f"columns: {', '.join(absent)}: there is no such column; the columns are {_found(names, rows)}",
+            "unmapped",
+        )
+    if kind and (other := mapped.keys() - {*FIELDS[kind], *OPTIONAL[kind]}):
+        allowed = ", ".join((*FIELDS[kind], *OPTIONAL[kind]))
+        raise UnfitError(f"columns: {_listed(other)} is no field of {kind}; it has {allowed}", "unclear")
+    _refuse_labels(rows, names, mapped)
+    candidates = {name: _columns(name, names, mapped) for name in ([kind] if kind else FIELDS)}
+    forms = {name: each for name, each in candidates.items() if all(each.get(f) for f in FIELDS[name])}
+    forms = {name: each for name, each in forms.items() if set(mapped) <= each.keys()}
+    if not forms:
+        raise _unknown(rows, names, kind)
+    if len(forms) > 1:
+        both = " and ".join(f"{' + '.join(each[f][0] for f in FIELDS[n])} ({n})" for n, each in forms.items())
+        raise UnfitError(f"{both} are both there; {_how(next(iter(forms.values())))}", "unclear")
+    ((name, fields),) = forms.items()
+    return Form(name, {field: _only(field, choice, rows) for field, choice in fields.items()})
+
+
+def _columns(kind: str, names: list[Any], mapped: Mapping[str, str]) -> dict[str, list[Any]]:
+    """The columns that could be each field of a form, of those fields that have one."""
+    free = [name for name in names if name not in mapped.values()]
+    alpaca = any(_is(name, "instruction") for name in names) or "instruction" in mapped
+    found: dict[str, list[Any]] = {}
+    for field in (*FIELDS[kind], *OPTIONAL[kind]):
+        if field in mapped:
+            found[field] = [mapped[field]]
+            continue
+        known = (field, *NAMES.get(field, ()))
+        if field == "prompt" and alpaca:
+            known = tuple(name for name in known if name != "input")  # which goes with the instruction
+        choice = [name for name in free if any(_is(name, each) for each in known)]
+        if choice:
+            found[field] = choice
+    return found
+
+
+def _only(field: str, choice: list[Any], rows: list[tuple[int, Any]]) -> Any:
+    """The column of a field, of those that could be it; one without any text is none of them."""
+    if len(choice) > 1:
+        raws = [raw for _, raw in rows if isinstance(raw, Mapping)]
+        choice = [name for name in choice if any(not is_blank(raw.get(name)) for raw in raws)] or choice[:1]
+    if len(choice) > 1:
+        raise UnfitError(
+            f"{_listed(choice)} could each be the {field}; name the right one under columns, as in "
+            f"{{{field}: {choice[0]}}}",
+            "unclear",
+        )
+    return choice[0]
+
+
+def _is(name: Any, field: str) -> bool:
+    return isinstance(name, str) and name.strip().casefold() == field
+
+
+def _how(fields: Mapping[str, list[Any]]) -> str:
+    field, choice = next(iter(fields.items()))
+    return f"name the kind as data.source, or a field of it under columns, as in {{{field}: {choice[0]}}}"
+
+
+def _refuse_labels(rows: list[tuple[int, Any]], names: list[Any], mapped: Mapping[str, str]) -> None:
+    """An unpaired preference set marks the answers that a model is not to give."""
+    for name in names:
+        values = [raw.get(name) for _, raw in rows if isinstance(raw, Mapping)] if name in LABELS else []
+        if name not in mapped.values() and False in values and all(isinstance(v, bool) for v in values):
+            raise UnfitError(
+                f"{name} is false in {values.count(False)} of {len(values)} rows, as where answers are rated "
+                f"good or bad; keep the rows to learn from, without the column {name}",
+                "unclear",
+            )
+
+
+def _unknown(rows: list[tuple[int, Any]], names: list[Any], kind: str | None) -> UnfitError:
+    every = " or ".join(f"{' + '.join(fields)} ({name})" for name, fields in FIELDS.items())
+    needed = every if kind is None else " + ".join(FIELDS[kind])
+    text = f"the columns are {_found(names, rows)}; needed are {needed}"
+    if set(PREFERENCE) & set(names):
+        return UnfitError(f"{text}; this is a preference set: {_preferred(rows, names)}", "unclear")
+    label = next((name for name in LABELS if name in names), None)
+    if label is not None:
+        prompt = next((name for name in names if name != label), "text")
+        remedy = f"{{prompt: {prompt}, completion: {label}}}"
+        return UnfitError(f"{text}; of texts with labels, map both under columns, as in {remedy}", "other")
+    return UnfitError(f"{text}; rename them or map them under columns", "other")
+
+
+def _preferred(rows: list[tuple[int, Any]], names: list[Any]) -> str:
+    """How to learn from the preferred answers alone."""
+    answer = next(name for name in PREFERENCE if name in names)
+    values = (raw.get(answer) for _, raw in rows if isinstance(raw, Mapping))
+    first = next((value for value in values if value is not None), None)
+    has_prompt = any(_is(name, each) for name in names for each in ("prompt", *NAMES["prompt"]))
+    field = "completion" if has_prompt else "messages" if isinstance(first, list) else "output"
+    return f"name the answers to learn under columns, as in {{{field}: {answer}}}"
+
+
+def whole(text: str) -> str:
+    """The text with a ? for each half of a surrogate pair, which no table and no terminal takes."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def name_of(column: Any) -> str:
+    """A column as a message names it."""
+    return whole(str(column)) or '""'
+
+
+def shown(value: Any) -> str:
+    """A value as a message shows it, with its type unless it is text."""
+    if value is None:
+        return "null"
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=repr)
+    text = whole(text if len(text) <= 40 else text[:37] + "...")
+    return f'"{text}"' if isinstance(value, str) else f"{text} ({type(value).__name__})"
+
+
+def _found(names: list[Any], rows: list[tuple[int, Any]]) -> str:
+    if not names:
+        return f"none, a row is {shown(rows[0][1])}"
+    listed = sorted(map(name_of, names))
+    return ", ".join(listed[:MOST]) + (f" and {len(listed) - MOST} more" if len(listed) > MOST else "")
+
+
+def _listed(names: Iterable[Any]) -> str:
+    return ", ".join(sorted(map(name_of, names)))

@@ -1,0 +1,108 @@
+"""The files of a data set of the hub, read as files on disk are.
+
+In: a data set id, and a split. Out: raw rows by split. The library datasets says which files make which
+split; its own readers are not asked, since they take texts such as "NA" and dates for something else.
+"""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from yaml import YAMLError
+
+from safetynet.backdoors.formats import FORMATS, PACKED, Record, data_files, records
+from safetynet.errors import InputError
+
+log = logging.getLogger(__name__)
+Rows = list[tuple[str, Record]]
+"""Each row with the file that it comes from."""
+ABOUT = ["README.md", ".huggingface.yaml"]
+"""Files that say which files make which split."""
+
+
+def rows_of(name: str, split: str = "") -> dict[str, Rows]:
+    """The raw rows of a data set, by split.
+
+    Args:
+        name: "owner/name" on the hub, or a folder that holds such a data set.
+        split: one split, or a part of splits as the library writes it ("train[:1000]"); "" for all.
+
+    Raises:
+        InputError: if the hub, the data set, the split or one of the files cannot be read.
+    """
+    from datasets import ReadInstruction, load_dataset_builder  # seconds of import, and only here
+    from datasets.exceptions import DatasetsError
+
+    try:
+        folder = _folder(name)
+        files = load_dataset_builder(str(folder)).config.data_files or {}
+    except (OSError, ValueError, RuntimeError, DatasetsError, YAMLError) as error:
+        raise InputError(_sentence(name, error)) from error
+    found = {str(part): _rows(name, folder, paths) for part, paths in files.items()}
+    _tell_unused(name, folder, {Path(file) for paths in files.values() for file in paths})
+    if not split:
+        return found
+    try:
+        wanted = ReadInstruction.from_spec(split).to_absolute(
+            {part: len(rows) for part, rows in found.items()}
+        )
+    except (ValueError, AssertionError) as error:
+        raise InputError(
+            f"{name}: {_first_line(error)}; name a split after the id, as in {name}:train"
+        ) from None
+    return {part.splitname: found[part.splitname][part.from_ : part.to] for part in wanted}
+
+
+def _folder(name: str) -> Path:
+    if Path(name).is_dir():
+        return Path(name).resolve()
+    from huggingface_hub import snapshot_download
+
+    patterns = [f"*{suffix}{packing}" for suffix in FORMATS for packing in ("", *PACKED)]
+    return Path(snapshot_download(name, repo_type="dataset", allow_patterns=[*ABOUT, *patterns])).resolve()
+
+
+def _rows(name: str, folder: Path, files: list[str]) -> Rows:
+    rows: Rows = []
+    for file in files:
+        where = f"{name}:{Path(file).relative_to(folder)}"
+        for key, listed in records(Path(file)).items():
+            rows += [(f"{where}:{key}" if key else where, record) for record in listed]
+    return rows
+
+
+def _tell_unused(name: str, folder: Path, used: set[Path]) -> None:
+    """A data set of several kinds of files, or with several configurations, is read in part."""
+    rest = [str(file.relative_to(folder)) for file in data_files(folder)[0] if file not in used]
+    if rest:
+        log.warning("data: %d files of %s are not read, such as %s", len(rest), name, ", ".join(rest[:3]))
+
+
+def _sentence(name: str, error: BaseException) -> str:
+    """Say which of token, name or network it was; the cause lies somewhere down the chain."""
+    from datasets.data_files import EmptyDatasetError
+    from datasets.exceptions import DataFilesNotFoundError
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    chain: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None:
+        chain.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    status = {getattr(getattr(link, "response", None), "status_code", None) for link in chain}
+    # first: to a caller without a token the hub answers 401 for what is not there as well
+    if any(isinstance(link, RepositoryNotFoundError) for link in chain) or 404 in status:
+        return f"{name}: not on the hub, private or gated; check the id, and HF_TOKEN if access is restricted"
+    if status & {401, 403}:
+        return f"{name}: the hub refused the token; set HF_TOKEN to a valid one that may read this data set"
+    if isinstance(error, DataFilesNotFoundError | EmptyDatasetError):
+        return f"{name}: the data set has no {', '.join(FORMATS)} file; choose another, or convert it"
+    if str(error).startswith("Config name is missing"):
+        return f"{name}: it has several configurations; download the one to read, and name its folder"
+    if not isinstance(error, OSError):
+        return f"{name}: {_first_line(error)}; check the data set's files"
+    return f"{name}: the hub cannot be reached ({type(error).__name__}); check the network"
+
+
+def _first_line(error: BaseException) -> Any:
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
