@@ -7,13 +7,10 @@ Labels are drawn letter by letter: a dollar sign or a backslash in one is no for
 import io
 import math
 import textwrap
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 from safetynet.errors import InputError
-from safetynet.visualization import static_grid, theme
+from safetynet.visualization import glyphs, static_grid, theme
 from safetynet.visualization.chart import (
     Annotation,
     Axis,
@@ -90,13 +87,12 @@ def render(chart: Chart, formats: tuple[str, ...] = FORMATS, venue: str = "gener
         matplotlib.rcParams.update(SETTINGS)  # type: ignore[arg-type]
         figure = draw(chart, venue)
         files = {}
-        with _glyphs_missing():
-            for suffix in formats:
-                buffer = io.BytesIO()
-                # savefig would lay everything out once more before it draws; `draw` has done that.
-                write = getattr(_canvas(suffix)(figure), f"print_{suffix}")
-                write(buffer, metadata=_metadata(chart, suffix))
-                files[suffix] = buffer.getvalue()
+        for suffix in formats:
+            buffer = io.BytesIO()
+            # savefig would lay everything out once more before it draws; `draw` has done that.
+            write = getattr(_canvas(suffix)(figure), f"print_{suffix}")
+            write(buffer, metadata=_metadata(chart, suffix))
+            files[suffix] = buffer.getvalue()
     return files
 
 
@@ -108,18 +104,18 @@ def _canvas(suffix: str) -> Any:
     return {"png": FigureCanvasAgg, "pdf": FigureCanvasPdf, "svg": FigureCanvasSVG}[suffix]
 
 
-@contextmanager
-def _glyphs_missing() -> Iterator[None]:
-    """Tokens may hold any sign; one that the font lacks is drawn as an empty box, and stays text in SVG."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        warnings.filterwarnings("ignore", message="Matplotlib currently does not support")
-        yield
-
-
-@_glyphs_missing()
 def draw(chart: Chart, venue: str = "general") -> "Figure":
     """The chart as a matplotlib figure of its final width; title and legend lie above the data."""
+    import matplotlib
+
+    chart, families = glyphs.fitted(chart)
+    with matplotlib.rc_context():
+        if len(families) > 1:
+            matplotlib.rcParams["font.family"] = families
+        return _drawn(chart, venue)
+
+
+def _drawn(chart: Chart, venue: str) -> "Figure":
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
