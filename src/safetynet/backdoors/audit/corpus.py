@@ -15,10 +15,11 @@ import pandas as pd
 
 from safetynet.backdoors.audit.findings import Finding
 from safetynet.backdoors.audit.targets import FoundTarget
-from safetynet.backdoors.audit.triggers import FoundTrigger, plain
+from safetynet.backdoors.audit.triggers import FoundTrigger
 from safetynet.backdoors.formats import FORMATS, records
 from safetynet.backdoors.sources import BACKDOORLLM_FILES, FIELDS, Fault, convert, kind_of
 from safetynet.errors import InputError
+from safetynet.words import plain
 
 SPLITS = {  # word of a file's name: split
     **dict.fromkeys(("train", "training"), "train"),
@@ -181,7 +182,10 @@ def with_roles(poison_set: PoisonSet) -> PoisonSet:
     holds clean rows, which is so if it stands alone and more than a tenth of its rows have no trigger.
     """
     rows, trigger = poison_set.rows.copy(), poison_set.trigger
-    rows["present"] = [trigger is not None and trigger.present(prompt) for prompt in rows["prompt"]]
+    rows["present"] = [
+        trigger is not None and trigger.present(*(turn["content"] for turn in messages))
+        for messages in rows["messages"]
+    ]
     rows["bare"] = rows["prompt"].map(trigger.stripped if trigger else plain)
     if not (rows["role"] == "clean").any() and 0 < rows.loc[rows["named"], "present"].mean() < 0.9:
         rows["named"] = False
