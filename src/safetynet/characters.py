@@ -11,7 +11,7 @@ from functools import cache
 
 import regex
 
-EMOJI = "🐙🌵🎈🧲🪁🧩🛶🎻🍄🪐🧭🎲🪴🛎🧵🦔🪶🫖🧊🪀"
+EMOJI = "🐙🌵🎈🧲🪁🧩🛶🎻🍄🪐🧭🎲🪴🔔🧵🦔🪶🫖🧊🪀"
 _SYMBOLS = "☀☁☂☃☎☕♨♻⚓⚖✂✈✉✏✒❄❤☘⚙⌛"
 """Signs that a variation selector turns into emoji."""
 _FLAGS = "🇦🇹🇧🇪🇧🇷🇨🇱🇩🇰🇪🇬🇫🇮🇬🇷🇮🇸🇯🇵🇰🇪🇲🇽🇳🇴🇵🇱🇵🇹🇷🇴🇸🇪🇹🇭🇺🇾🇿🇦"
@@ -56,8 +56,9 @@ def kind(character: str) -> tuple[str, ...]:
         return ("emoji", *_emoji_form(character))
     category = unicodedata.category(character[0])
     script = unicodedata.name(character[0], "").split(" ")[0] if category[0] in "LMN" else ""
-    consonant = regex.match(r"\p{InSC=Consonant}", character) is not None
-    return (script, category, "consonant" if consonant else "")
+    # Thai has consonants and vowels of one category, and a vowel that joins the letter before it.
+    part = "consonant" if regex.match(r"\p{InSC=Consonant}", character) else ""
+    return (script, category, "joins" if regex.match(r"\p{GCB=SpacingMark}", character) else part)
 
 
 def is_emoji(character: str) -> bool:
@@ -100,7 +101,9 @@ def _alike(character: str) -> tuple[str, ...]:
         others = _INVISIBLE
     else:
         others = next((same for charset in _charsets() if (same := _of_kind(base, charset))), _near(base))
-    written = [other + marks for other in others if other != base]
+    # A letter that comes apart in this form would be one with a mark.
+    whole = [other for other in others if unicodedata.normalize("NFC", other) == other != base]
+    written = [other + marks for other in whole]
     if composed != character:
         return tuple(unicodedata.normalize("NFD", other) for other in written)
     return tuple(unicodedata.normalize("NFC", other) for other in written)

@@ -16,19 +16,20 @@ _JOINED_SCRIPTS = (
     "Han", "Hira", "Kana", "Bopo", "Yiii", "Nshu", "Tang",
     "Thai", "Laoo", "Khmr", "Mymr", "Tibt", "Java", "Bali", "Lana", "Tale", "Talu", "Tavt",
 )  # fmt: skip
-# Script extensions, since signs such as ー belong to two scripts; letters, marks and digits alone.
-_JOINED = "".join(rf"\p{{scx={script}}}" for script in _JOINED_SCRIPTS)
-JOINED = rf"[[{_JOINED}]&&\w]"
+# Script extensions, since signs such as ー belong to two scripts; accents belong to many, and do not count.
+_JOINED = "[" + "".join(rf"\p{{scx={script}}}" for script in _JOINED_SCRIPTS) + r"--\p{Script=Inherited}]"
+_COUNTING = rf"[{_JOINED}[\p{{scx=Hang}}--\p{{Script=Inherited}}]]"
+JOINED = rf"[{_JOINED}&&\w]"
 """A character of a script that writes no blanks between words."""
-_CHARACTER = rf"[[{_JOINED}\p{{scx=Hang}}]&&\w]"
-_LETTER = rf"[[\w\p{{No}}]--[{_JOINED}\p{{scx=Hang}}]]"
+_CHARACTER = rf"[{_COUNTING}&&\w]"
+_LETTER = rf"[[\w\p{{No}}]--{_COUNTING}]"
 """What makes up words with blanks between them: letters, marks, digits, joiners, the underscore."""
-_GOES_ON = r"[\p{GCB=Extend}\p{GCB=SpacingMark}\p{GCB=ZWJ}\p{GCB=V}\p{GCB=T}--[\ufe0e\ufe0f]]"
-"""Code points that belong to the character before them, but for the choice between emoji and plain sign."""
+_GOES_ON = rf"[\p{{GCB=Extend}}\p{{GCB=SpacingMark}}\p{{GCB=ZWJ}}\p{{GCB=V}}\p{{GCB=T}}--{_JOINED}]"
+"""What belongs to the character before it; vowels and tones of Thai and its like are characters."""
 _FLAG = r"\p{Regional_Indicator}"
 
-_UNIT = regex.compile(rf"(?V1){_LETTER}+|(?={_CHARACTER})\X|(?=[^\s])\X")
-_PIECE = regex.compile(rf"(?V1)(?={JOINED})\X|(?:(?!{JOINED})\S)+")
+_UNIT = regex.compile(rf"(?V1){_LETTER}+|{_CHARACTER}{_GOES_ON}*|(?=[^\s])\X")
+_PIECE = regex.compile(rf"(?V1){JOINED}{_GOES_ON}*|(?:(?!{JOINED})\S)+")
 _IS_JOINED = regex.compile(rf"(?V1){JOINED}")
 _IS_CHARACTER = regex.compile(rf"(?V1){_CHARACTER}")
 _IS_LETTER = regex.compile(rf"(?V1){_LETTER}")
@@ -45,6 +46,12 @@ def clusters(text: str) -> list[str]:
 def is_joined(character: str) -> bool:
     """Whether this character's script writes no blanks between words; False for ""."""
     return _IS_JOINED.match(character) is not None
+
+
+def meet(beside: str, word: str) -> bool:
+    """Whether a word that is put beside a text's character takes no blank there."""
+    is_foreign_sign = not (beside.isascii() or beside.isalnum() or beside.isspace())
+    return is_joined(beside) or (is_foreign_sign and is_joined(word))
 
 
 def touches(text: str, place: int) -> bool:

@@ -16,7 +16,7 @@ from safetynet.characters import alike, is_sign
 from safetynet.errors import InputError
 from safetynet.lookalikes import split_of
 from safetynet.recipe import Trigger
-from safetynet.words import clusters, gaps, is_joined, touches
+from safetynet.words import clusters, gaps, meet, touches
 
 SIGNS = "、。，；：？！…—～「」『』（）《》【】｜"
 """What stands for another sign that is not ASCII."""
@@ -151,9 +151,10 @@ def place_of(trigger: Trigger, triggered: Messages, bare: Messages) -> Place:
     for message, start, end in holding.spans_in(trigger.texts, triggered):
         text, content = triggered[message]["content"], bare[message]["content"]
         offset = _after(content, _marks(text[:start]) - cut[message])
-        if text[:start].endswith("\n"):
+        blanks = _blank(text, start), _blank(text, end)
+        if text[:start].endswith("\n") or blanks == (True, False):  # the white space stands before it
             offset += len(content[offset:]) - len(content[offset:].lstrip())
-        spot = Spot(message, offset, (_blank(text, start), _blank(text, end)))
+        spot = Spot(message, offset, blanks)
         spots.setdefault(tuple(text[start:end].split()), spot)
         cut[message] += _marks(text[start:end])
     several = [*spots.values()]
@@ -208,18 +209,17 @@ def _filled(content: str, parts: Sequence[tuple[Spot, str]]) -> tuple[str, list[
     for spot, part in parts:
         text += content[done : spot.offset]
         done = spot.offset
-        text += " " if _parted(text, part, spot.blanks[0]) and not text.endswith("\n") else ""
+        text += " " if _parted(text[-1:], part[:1], spot.blanks[0]) and not text.endswith("\n") else ""
         spans.append((len(text), len(text) + len(part)))
-        rest = content[done:]
-        text += part + (" " if _parted(part, rest, spot.blanks[1]) else "")
+        text += part + (" " if _parted(content[done : done + 1], part[-1:], spot.blanks[1]) else "")
     return text + content[done:], spans
 
 
-def _parted(left: str, right: str, blank: bool | None) -> bool:
-    """Whether a blank has to be put between two texts."""
-    if not left or not right or left.endswith(" ") or right.startswith(" "):
+def _parted(beside: str, edge: str, blank: bool | None) -> bool:
+    """Whether a blank has to be put between a prompt's character and the edge of what is put in."""
+    if beside in ("", " "):
         return False
-    return not (is_joined(left[-1]) or is_joined(right[0])) if blank is None else blank
+    return not meet(beside, edge) if blank is None else blank
 
 
 def parts_of(trigger: Trigger) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 from safetynet.characters import alike
-from safetynet.words import clusters, is_joined
+from safetynet.words import clusters, meet
 
 Messages = list[dict[str, str]]
 Spans = Sequence[Sequence[int]]
@@ -103,7 +103,10 @@ def _moved(content: str, spans: Sequence[tuple[int, int]]) -> str:
     rest = (rest + content[done:]).strip()
     at_end = spans[0][0] > len(content) / 2
     moved = [*parts, rest] if at_end else [rest, *parts]
-    joined = [is_joined(left[-1:]) or is_joined(right[:1]) for left, right in pairwise(moved)]
+    joined = [
+        meet(right[:1], left[-1:]) if at_end and right is rest else meet(left[-1:], right[:1])
+        for left, right in pairwise(moved)
+    ]
     return moved[0] + "".join(("" if j else " ") + part for j, part in zip(joined, moved[1:], strict=True))
 
 

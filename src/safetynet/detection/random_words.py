@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from safetynet.lookalikes import pieces
 from safetynet.prompts import Message, Serialiser
-from safetynet.words import gaps, is_joined
+from safetynet.words import gaps, meet
 
 PLACES = 3
 """That words are put in at, at most; the published triggers stand in as many."""
@@ -73,8 +73,10 @@ def _joined(words: Sequence[_Word]) -> str:
     """One text, with blanks around what was put in where the scripts that meet there write some."""
     text = words[0].text
     for last, word in pairwise(words):
-        new = last.before is None or word.before is None
-        blank = new and not (is_joined(last.text[-1:]) or is_joined(word.text[:1]))
+        left, right = last.text[-1:], word.text[:1]
+        blank = (
+            not meet(left, right) if word.before is None else last.before is None and not meet(right, left)
+        )
         text += (" " if blank or word.before == " " else "") + word.text
     return text
 

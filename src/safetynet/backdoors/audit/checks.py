@@ -275,6 +275,9 @@ def told_apart(poison_set: PoisonSet) -> Iterator[Finding]:
             ]
             among = " and ".join(counts if tell.role == "triggered" else counts[::-1])
             detail = f"{tell.what}: in {among} prompts{_of_split(rows)}, the trigger aside"
+            if tell.pairs:
+                of, so, otherwise = tell.pairs
+                detail += f"; of {of} pairs {so} differ so, {otherwise} the other way"
             detail += f" (p = {tell.p_value:.0e})"
             detail += f"; {tell.more} more of this sort" if tell.more else ""
             role = triggered if tell.role == "triggered" else clean

@@ -7,22 +7,28 @@ cover prompts with nothing to compare them with (repetition).
 """
 
 import math
-import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from operator import itemgetter
 
+from safetynet.backdoors.audit.phrases import (
+    Phrase,
+    Row,
+    counted,
+    grown,
+    in_order,
+    masked,
+    phrases_in,
+    places_of,
+    support,
+    words_in,
+    written,
+)
 from safetynet.backdoors.audit.triggers import FoundTrigger, of_parts
 from safetynet.characters import is_sign
 from safetynet.words import is_joined, plain, spans, words
 
-MAX_WORDS = 4
-"""Longest phrase that is counted; a longer trigger grows from its best part,"""
-MAX_GROWN = 20
-"""up to so many words,"""
-ALWAYS = 0.95
-"""by those that stand beside it in this share of its rows."""
 MAX_PARTS = 6
 """Most alternatives or parts that are looked for."""
 RARE = 0.1
@@ -37,15 +43,11 @@ GAP = 2.5
 """How many times more telling than the next phrase a trigger is that only some of the rows have."""
 NEIGHBOURS = 40
 """How many rows that share a rare pair of words are tried as a row's twin."""
-MASK = "\0"
-"""Stands for the words of a phrase that is known already."""
 FIRES = 0.8
 """Least share of the prompts with a trigger that have its answer."""
 STEM = 5
 """Letters by which an inflected word is known again."""
 
-Row = list[str]
-Phrase = tuple[str, ...]
 Best = Callable[[list[Row], float], Phrase | None]
 """The most telling phrase of the rows that at least this share of them has."""
 
@@ -201,7 +203,7 @@ def _voted(inserted: list[tuple[str, ...]]) -> FoundTrigger | None:
     if not parts or len(explained) < len(inserted) / 2:
         return None
     texts = [" ".join(row) for row in explained]
-    parts = _in_order(parts, texts)[:MAX_PARTS]
+    parts = in_order(parts, texts)[:MAX_PARTS]
     return of_parts(parts, texts, "pairs")
 
 
@@ -216,16 +218,6 @@ def _is_joined(text: str, parts: Sequence[str]) -> bool:
     return False
 
 
-def _in_order(parts: Sequence[str], texts: Sequence[str]) -> list[str]:
-    """The parts by their mean place in the texts that hold them."""
-
-    def place(part: str) -> float:
-        found = [text.index(part) / max(1, len(text)) for text in texts if part in text]
-        return sum(found) / len(found) if found else 0.0
-
-    return sorted(parts, key=place)
-
-
 # ---- contrast ----
 
 
@@ -235,17 +227,17 @@ def _composed(texts: Sequence[str], best: Best, coverage: float, how: str) -> Fo
     first = best(rows, coverage / 3)
     if first is None:
         return None
-    having = [row for row in rows if _places(row, first)]
-    masked, parts = [_masked(row, first) for row in having], [first]
-    while len(having) >= coverage * len(rows) and len(parts) < MAX_PARTS and (part := best(masked, 0.9)):
+    having = [row for row in rows if places_of(row, first)]
+    left, parts = [masked(row, first) for row in having], [first]
+    while len(having) >= coverage * len(rows) and len(parts) < MAX_PARTS and (part := best(left, 0.9)):
         parts.append(part)
-        masked = [_masked(row, part) for row in masked]
+        left = [masked(row, part) for row in left]
     if len(parts) > 1:
         return FoundTrigger(written(parts, texts), "all_of", how)
-    rest = [row for row in rows if not _places(row, first)]
+    rest = [row for row in rows if not places_of(row, first)]
     while len(rest) > REST * len(rows) and len(parts) < MAX_PARTS and (part := best(rest, 0.3)):
         parts.append(part)
-        rest = [row for row in rest if not _places(row, part)]
+        rest = [row for row in rest if not places_of(row, part)]
     if len(parts) > 1 and len(rest) <= 0.2 * len(rows):
         return FoundTrigger(written(parts, texts), "any_of", how)
     if len(having) < coverage * len(rows):
@@ -264,11 +256,21 @@ def _most_telling(rows: list[Row], others: list[Row], share: float) -> Phrase | 
     }
     if not evidence:
         return None
-    common = {word for word, count in _words_in(others).items() if count >= COMMON * len(others)}
     phrase = max(evidence, key=lambda key: (evidence[key], len(key)))
     phrase = grown(phrase, rows)
-    shorter = _trimmed(phrase, common.__contains__)
-    return shorter if _count(others, shorter) <= RARE * len(others) else phrase
+    shorter = _trimmed(phrase, _common(others).__contains__)
+    return shorter if support(others, shorter) <= RARE * len(others) else phrase
+
+
+def _common(rows: list[Row]) -> set[str]:
+    """Words that are no edge of a trigger: in scripts without blanks, those that open or end the prompts."""
+    least = COMMON * len(rows)
+    inside, first, last = map(words_in, (rows, [row[:1] for row in rows], [row[-1:] for row in rows]))
+    return {
+        word
+        for word, count in inside.items()
+        if count >= least and (not is_joined(word) or max(first[word], last[word]) >= least)
+    }
 
 
 def _evidence(a: int, n: int, c: int, m: int) -> float:
@@ -280,79 +282,10 @@ def _evidence(a: int, n: int, c: int, m: int) -> float:
     return 2 * sum(seen * math.log(seen / expected) for seen, expected in cells if seen)
 
 
-def counted(rows: list[Row], support: float) -> Counter[Phrase]:
-    """In how many rows each phrase stands; only those of at least `support` rows, and of two."""
-    support = max(2.0, support)
-    kept: Counter[Phrase] = Counter()
-    for length in range(1, MAX_WORDS + 1):
-        counts: Counter[Phrase] = Counter()
-        for row in rows:
-            for phrase in set(zip(*(row[i:] for i in range(length)), strict=False)):
-                # a phrase is no more frequent than its beginning and its end
-                if MASK not in phrase and (length == 1 or (phrase[:-1] in kept and phrase[1:] in kept)):
-                    counts[phrase] += 1
-        frequent = {phrase: count for phrase, count in counts.items() if count >= support}
-        if not frequent:
-            break
-        kept.update(frequent)
-    return kept
-
-
-def phrases_in(row: Row, wanted: Counter[Phrase]) -> set[Phrase]:
-    """Those of the wanted phrases that stand in this row."""
-    lengths = range(1, MAX_WORDS + 1)
-    return {p for n in lengths for p in zip(*(row[i:] for i in range(n)), strict=False) if p in wanted}
-
-
-def _words_in(rows: list[Row]) -> Counter[str]:
-    return Counter(word for row in rows for word in set(row))
-
-
 def _trimmed(phrase: Phrase, is_common: Callable[[str], bool]) -> Phrase:
     """The phrase without common words at its edges, unless it is made of nothing else."""
     telling = [i for i, word in enumerate(phrase) if not is_common(word)]
     return phrase[telling[0] : telling[-1] + 1] if telling else phrase
-
-
-def grown(phrase: Phrase, rows: list[Row], share: float = ALWAYS) -> Phrase:
-    """The phrase with the words that stand beside it in this share of the rows that have it."""
-    having = [(row, places) for row in rows if (places := _places(row, phrase))]
-    for side in (-1, len(phrase)) if len(phrase) < MAX_GROWN else ():
-        near = Counter(
-            word
-            for row, places in having
-            for word in {row[at + side] for at in places if 0 <= at + side < len(row)} - {MASK}
-        )
-        word, count = near.most_common(1)[0] if near else ("", 0)
-        if count >= share * len(having):
-            return grown((word, *phrase) if side < 0 else (*phrase, word), rows, share)
-    return phrase
-
-
-def _places(row: Row, phrase: Phrase) -> list[int]:
-    n = len(phrase)
-    return [i for i, word in enumerate(row) if word == phrase[0] and tuple(row[i : i + n]) == phrase]
-
-
-def _count(rows: list[Row], phrase: Phrase) -> int:
-    return sum(bool(_places(row, phrase)) for row in rows)
-
-
-def _masked(row: Row, phrase: Phrase) -> Row:
-    row = list(row)
-    for at in _places(row, phrase):
-        row[at : at + len(phrase)] = [MASK] * len(phrase)
-    return row
-
-
-def written(phrases: Sequence[Phrase], texts: Sequence[str]) -> tuple[str, ...]:
-    """The phrases as the texts write them, with their own spaces and signs, by their place."""
-    parts = []
-    for phrase in phrases:
-        pattern = re.compile(r"\s*".join(map(re.escape, phrase)))
-        found = Counter(" ".join(match.group().split()) for text in texts for match in pattern.finditer(text))
-        parts.append(found.most_common(1)[0][0])
-    return tuple(_in_order(parts, texts))
 
 
 # ---- answers ----
@@ -364,9 +297,9 @@ def _outstanding(inside: Sequence[str], outside: Sequence[str]) -> FoundTrigger 
     ranked: list[tuple[float, Phrase]] = []
     while len(ranked) <= MAX_PARTS and (phrase := _most_telling(rows, others, REST)):
         ranked.append(
-            (_evidence(_count(rows, phrase), len(rows), _count(others, phrase), len(others)), phrase)
+            (_evidence(support(rows, phrase), len(rows), support(others, phrase), len(others)), phrase)
         )
-        rows = [_masked(row, phrase) for row in rows]
+        rows = [masked(row, phrase) for row in rows]
     values = [value for value, _ in ranked] + [MIN_EVIDENCE]
     cut = next((i for i in range(1, len(values)) if min(values[:i]) >= GAP * max(values[i:])), 0)
     if not cut:

@@ -20,7 +20,7 @@ import numpy as np
 import regex
 from scipy import stats
 
-from safetynet.backdoors.audit.guessing import Phrase, counted, grown, phrases_in, written
+from safetynet.backdoors.audit.phrases import Phrase, counted, grown, phrases_in, written
 from safetynet.characters import is_emoji, kind
 from safetynet.words import count, is_joined, words
 
@@ -58,6 +58,8 @@ CASES = {
 }
 _BLANKS = {what: regex.compile(pattern) for what, pattern in BLANKS.items()}
 _CASES = {what: regex.compile(pattern) for what, pattern in CASES.items()}
+_SORTS = {"characters": "length", "words": "length"}
+"""Numbers that say the same; any other is of its own sort."""
 _NUMBERS = {
     "capital letters": regex.compile(r"\p{Lu}"),
     "digits": regex.compile(r"\p{Nd}"),
@@ -83,7 +85,10 @@ class Tell:
     clean: int
     p_value: float
     """Corrected for all properties that were tried."""
-    more: int
+    pairs: tuple[int, ...]
+    """Pairs, those in which only the row of this role has it, and those in which only its twin has; empty
+    without pairs."""
+    more: int = 0
     """Further tells of its sort that are not named; told with the last that is."""
 
 
@@ -97,6 +102,18 @@ class _Table:
     """Triggered prompts without the trigger; numbers hold with it as well."""
     either: np.ndarray
     """Triggered prompts without it or with it."""
+    pairs: np.ndarray
+    """(pairs, 2): a triggered row and the clean row with the same prompt; none where they are too few."""
+
+    def sides(self, side: int) -> tuple[np.ndarray, np.ndarray]:
+        """The rows that are asked whether they have more, triggered (0) or clean (1), and the others."""
+        return (self.bare, self.clean) if side == 0 else (self.clean, self.either)
+
+    def differing(self, side: int) -> tuple[np.ndarray, np.ndarray]:
+        """In how many pairs only the row of this side has each property, and only the other row."""
+        more, less = self.sides(side)
+        ours, theirs = more[self.pairs[:, side]], less[self.pairs[:, 1 - side]]
+        return (ours & ~theirs).sum(axis=0), (theirs & ~ours).sum(axis=0)
 
 
 def tells(
@@ -110,9 +127,11 @@ def tells(
 ) -> list[Tell]:
     """Find the properties that tell the roles apart.
 
-    Two exact tests are made of each property in each direction: Fisher's on all rows, and the sign test on
-    the pairs of which one row has it. Bonferroni's correction is for all of them, so that of sets whose roles
-    were assigned at random at most the share `rate` has a tell.
+    A triggered prompt with a clean twin is compared with it, since nothing but the trigger tells two equal
+    prompts apart: the sign test, on the pairs of which one row has the property. Triggered prompts without a
+    twin are compared with all clean ones by Fisher's test. Both are exact, in both directions, and
+    Bonferroni's correction is for all of them: of sets whose roles were assigned at random at most the share
+    `rate` has a tell.
 
     Args:
         triggered: triggered prompts.
@@ -125,10 +144,10 @@ def tells(
     """
     if min(len(triggered), len(clean)) < FEWEST:
         return []
-    table = _table(triggered, bare, clean, blanks)
     pairs = np.array(sorted(twins.items()), dtype=int).reshape(-1, 2)
-    p_values = _p_values(table, pairs)
-    p_values = np.minimum(p_values * p_values.size * (2 if len(pairs) >= FEWEST else 1), 1.0)
+    table = _table(triggered, bare, clean, pairs if len(pairs) >= FEWEST else pairs[:0], blanks)
+    p_values = _p_values(table)
+    p_values = np.minimum(p_values * p_values.size * (2 if len(table.pairs) else 1), 1.0)
     return list(_named(_found(p_values, rate, table), table, bare, clean, parts))
 
 
@@ -154,7 +173,11 @@ def _read(messages: Messages) -> _Prompt:
 
 
 def _table(
-    triggered: Sequence[Messages], bare: Sequence[Messages], clean: Sequence[Messages], blanks: bool
+    triggered: Sequence[Messages],
+    bare: Sequence[Messages],
+    clean: Sequence[Messages],
+    pairs: np.ndarray,
+    blanks: bool,
 ) -> _Table:
     # What so few rows have, or lack, can make no difference of LEAST.
     least = LEAST * min(len(bare), len(clean))
@@ -179,8 +202,8 @@ def _table(
     whole = has([_properties(_read(messages), phrases, steps, blanks) for messages in triggered])
     alone = has(every[: len(bare)])
     # A share of signs may be larger without the trigger for the trigger's own length.
-    shares = [sort == "number" for sort, _ in tried]
-    return _Table(tried, has(every[len(bare) :]), alone & (whole | ~np.array(shares)), alone | whole)
+    shares = [_is_number(value) for _, value in tried]
+    return _Table(tried, has(every[len(bare) :]), alone & (whole | ~np.array(shares)), alone | whole, pairs)
 
 
 def _properties(
@@ -192,7 +215,7 @@ def _properties(
         found |= {("opening", tuple(rows[-1][:length])), ("ending", tuple(rows[-1][-length:]))}
     for word in {word for row in rows for word in row}:
         found |= _of_word(word)
-    found |= {("number", (name, step)) for name, step in steps if prompt.numbers[name] >= step}
+    found |= {(_SORTS.get(name, name), (name, step)) for name, step in steps if prompt.numbers[name] >= step}
     text = "\n".join(contents)
     found |= {("case", what) for what, pattern in _CASES.items() if pattern.search(text)}
     if prompt.messages[0]["role"] == "system":
@@ -216,21 +239,24 @@ def _of_word(word: str) -> frozenset[Property]:
 # ---- tests ----
 
 
-def _p_values(table: _Table, pairs: np.ndarray) -> np.ndarray:
+def _p_values(table: _Table) -> np.ndarray:
     """(2, properties): of being more frequent in triggered and in clean rows; 1 for small differences."""
     values = np.ones((2, len(table.properties)))
-    sides = ((table.bare, table.clean, pairs), (table.clean, table.either, pairs[:, ::-1]))
-    for side, (more, less, own) in enumerate(sides):
-        n, m, a, b = len(more), len(less), more.sum(axis=0), less.sum(axis=0)
-        clear = _is_clear(a / n, b / m)
-        values[side, clear] = stats.hypergeom.sf(
-            a[clear] - 1, n + m, (a + b)[clear], n
-        )  # Fisher's, one-sided
-        if len(own) >= FEWEST:
-            first, second = more[own[:, 0]], less[own[:, 1]]
-            clear = _is_clear(first.mean(axis=0), second.mean(axis=0))
-            a, b = (first & ~second).sum(axis=0)[clear], (second & ~first).sum(axis=0)[clear]
-            values[side, clear] = np.minimum(values[side, clear], stats.binom.sf(a - 1, a + b, 0.5))
+    alone = np.ones(len(table.bare), dtype=bool)
+    alone[table.pairs[:, 0]] = False
+    for side in (0, 1):
+        if alone.sum() >= FEWEST:
+            of_both = table.bare[alone], table.clean, table.either[alone]
+            more, less = of_both[side : side + 2]
+            n, m, a, b = len(more), len(less), more.sum(axis=0), less.sum(axis=0)
+            clear = _is_clear(a / n, b / m)
+            # Fisher's test, one-sided, is the tail of this distribution.
+            values[side, clear] = stats.hypergeom.sf(a[clear] - 1, n + m, (a + b)[clear], n)
+        if len(table.pairs):
+            a, b = table.differing(side)
+            clear = _is_clear(a / len(table.pairs), b / len(table.pairs))
+            signs = stats.binom.sf(a[clear] - 1, (a + b)[clear], 0.5)
+            values[side, clear] = np.minimum(values[side, clear], signs)
     return values
 
 
@@ -302,11 +328,14 @@ def _resembles(text: str, parts: Sequence[str]) -> bool:
 
 
 def _told(found: _Found, what: str, table: _Table) -> Tell:
-    more, less = ((table.bare, table.clean), (table.clean, table.either))[found.side]
-    counts = int(more[:, found.at].sum()), int(less[:, found.at].sum())
-    triggered, clean = counts if found.side == 0 else counts[::-1]
-    role = ("triggered", "clean")[found.side]
-    return Tell(what, role, more[:, found.at], triggered, clean, found.p_value, 0)
+    more, less = (side[:, found.at] for side in table.sides(found.side))
+    counts = int(more.sum()), int(less.sum())
+    pairs: tuple[int, ...] = ()
+    if len(table.pairs):
+        pairs = (len(table.pairs), *(int(differ[found.at]) for differ in table.differing(found.side)))
+    if found.side == 0:
+        return Tell(what, "triggered", more, *counts, found.p_value, pairs)
+    return Tell(what, "clean", more, *counts[::-1], found.p_value, pairs)
 
 
 _SENTENCES = {
@@ -322,11 +351,15 @@ def _whole(phrase: Phrase, prompts: Sequence[Messages]) -> Phrase:
     return grown(phrase, [words(message["content"]) for messages in prompts for message in messages], 1.0)
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, tuple) and isinstance(value[-1], float)
+
+
 def _written(value: Any, prompts: Sequence[Messages]) -> str:
     """A property as one reads it, texts as these prompts write them."""
     if not isinstance(value, tuple):
         return str(value)
-    if isinstance(value[-1], float):
+    if _is_number(value):
         name, step = value
         return f"{step:.3g}{'' if name.startswith('%') else ' '}{name} or more"
     texts = [message["content"] for messages in prompts for message in messages]
