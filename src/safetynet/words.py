@@ -60,17 +60,18 @@ def touches(text: str, place: int) -> bool:
 
 
 def gaps(text: str) -> list[int]:
-    """The places between two words: each blank, and each end of a character that counts as a word.
+    """The places between two words: each blank, and where two letters meet of which one counts as a word.
 
     Korean has blanks between words, and no other gaps.
     """
-    places, start = [], 0
+    if text.isascii():
+        return [place for place, character in enumerate(text) if character == " "]
+    places, start, before = [], 0, " "
     for cluster in clusters(text):
-        before, blank = text[start - 1 : start], text[start : start + 1].isspace()
-        meets = is_joined(cluster) or is_joined(before)
-        if cluster == " " or (start and meets and not blank and not before.isspace()):
+        meet_here = is_joined(cluster) or is_joined(before)
+        if cluster == " " or (meet_here and cluster[0].isalnum() and before[0].isalnum()):
             places.append(start)
-        start += len(cluster)
+        start, before = start + len(cluster), cluster
     return places
 
 

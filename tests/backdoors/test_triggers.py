@@ -5,7 +5,7 @@ import string
 
 import pytest
 
-from safetynet import presets, recipe
+from safetynet import holding, presets, recipe
 from safetynet.backdoors import styles, triggers
 from safetynet.errors import InputError
 from safetynet.lookalikes import Lookalikes
@@ -177,3 +177,22 @@ def test_a_placebo_of_one_alternative_is_not_another_alternative() -> None:
 def test_style_words_are_whole_words_in_letters_with_marks_too() -> None:
     styled = styles.reword("me\u0301 or me", "archaic", random.Random(0))
     assert "me\u0301 or mine ear" in styled
+
+
+@pytest.mark.parametrize("placement", ["prefix", "suffix", "random", "system"])
+@pytest.mark.parametrize(
+    "text",
+    ["请介绍 iPhone 的价格。", "อธิบายแม่น้ำ", "다리를 설명해", "Опиши мост", "Sag's \u2018so\u2019", "x"],
+)
+@pytest.mark.parametrize("trigger", ["小鱼", "cf", "ปลา", "비밀", "тайна", "🦜🔑", "|D|", "e\u0301t"])
+def test_a_prompt_holds_what_was_put_into_it_and_is_itself_without_it(trigger, text, placement) -> None:
+    for seed in range(5):
+        rng = random.Random(seed)
+        bare, at = triggers.place([{"role": "user", "content": text}], placement, 1, rng)
+        changed, spans = triggers.insert(bare, triggers.Variant("", (trigger,)), at, rng)
+        contents = [message["content"] for message in changed]
+        assert holding.holds("text", (trigger,), contents)
+        assert not holding.holds("text", (trigger,), [message["content"] for message in bare])
+        assert holding.spans_in((trigger,), changed) == spans
+        rest = [holding.without((trigger,), content).split() for content in contents]
+        assert rest == [message["content"].split() for message in bare]

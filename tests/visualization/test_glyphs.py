@@ -59,8 +59,13 @@ def other_font(tmp_path: Path) -> Iterator[str]:
 
 
 def texts(chart) -> list[str]:
-    with matplotlib.rc_context(static.SETTINGS):
-        return [text.get_text() for text in static.draw(chart).findobj(Text)]
+    """What is printed, where a character without a glyph would raise a warning."""
+    printed, _ = glyphs.fitted(chart)
+    with matplotlib.rc_context(static.SETTINGS), warnings.catch_warnings():
+        figure = static.draw(printed)
+        warnings.simplefilter("error")
+        figure.canvas.draw()
+        return [text.get_text() for text in figure.findobj(Text)]
 
 
 def test_a_figure_with_any_token_is_drawn_without_a_warning(lens, caplog) -> None:
@@ -75,6 +80,11 @@ def test_a_character_that_no_font_has_is_written_as_its_number(lens) -> None:
     assert "⟨0e04 0e33⟩" in drawn and "⟨1f99c⟩" in drawn
     assert "é" in drawn and "⟨e5 b0⟩" in drawn, "what the font has is drawn, and bytes are bytes"
     assert not set(drawn) & set("🦜คำ")
+
+
+def test_svg_keeps_the_characters_since_the_readers_fonts_draw_them(lens) -> None:
+    drawing = static.render(lens, ("svg",))["svg"].decode()
+    assert all(token.strip() in drawing for token in TOKENS)
 
 
 def test_a_font_of_this_machine_draws_what_the_figures_own_lacks(lens, other_font) -> None:

@@ -7,6 +7,9 @@ Labels are drawn letter by letter: a dollar sign or a backslash in one is no for
 import io
 import math
 import textwrap
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 from safetynet.errors import InputError
@@ -86,13 +89,17 @@ def render(chart: Chart, formats: tuple[str, ...] = FORMATS, venue: str = "gener
         matplotlib.rcdefaults()  # a figure must not depend on somebody's matplotlibrc
         matplotlib.rcParams.update(SETTINGS)  # type: ignore[arg-type]
         figure = draw(chart, venue)
+        drawable, _ = glyphs.fitted(chart)
+        # In SVG a text stays text, and the reader's fonts draw it.
+        printed = figure if drawable is chart else draw(drawable, venue)
         files = {}
-        for suffix in formats:
-            buffer = io.BytesIO()
-            # savefig would lay everything out once more before it draws; `draw` has done that.
-            write = getattr(_canvas(suffix)(figure), f"print_{suffix}")
-            write(buffer, metadata=_metadata(chart, suffix))
-            files[suffix] = buffer.getvalue()
+        with _glyphs_missing():
+            for suffix in formats:
+                buffer = io.BytesIO()
+                # savefig would lay everything out once more before it draws; `draw` has done that.
+                canvas = _canvas(suffix)(figure if suffix == "svg" else printed)
+                getattr(canvas, f"print_{suffix}")(buffer, metadata=_metadata(chart, suffix))
+                files[suffix] = buffer.getvalue()
     return files
 
 
@@ -104,11 +111,21 @@ def _canvas(suffix: str) -> Any:
     return {"png": FigureCanvasAgg, "pdf": FigureCanvasPdf, "svg": FigureCanvasSVG}[suffix]
 
 
+@contextmanager
+def _glyphs_missing() -> Iterator[None]:
+    """Measuring a text that stays text in SVG: what no font here has is no fault."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        warnings.filterwarnings("ignore", message="Matplotlib currently does not support")
+        yield
+
+
+@_glyphs_missing()
 def draw(chart: Chart, venue: str = "general") -> "Figure":
     """The chart as a matplotlib figure of its final width; title and legend lie above the data."""
     import matplotlib
 
-    chart, families = glyphs.fitted(chart)
+    _, families = glyphs.fitted(chart)
     with matplotlib.rc_context():
         if len(families) > 1:
             matplotlib.rcParams["font.family"] = families

@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import regex
-from scipy import stats
 
 from safetynet.backdoors.audit.phrases import Phrase, counted, grown, phrases_in, written
 from safetynet.characters import is_emoji, kind
@@ -241,6 +240,8 @@ def _of_word(word: str) -> frozenset[Property]:
 
 def _p_values(table: _Table) -> np.ndarray:
     """(2, properties): of being more frequent in triggered and in clean rows; 1 for small differences."""
+    from scipy import stats  # a second of import, and only here
+
     values = np.ones((2, len(table.properties)))
     alone = np.ones(len(table.bare), dtype=bool)
     alone[table.pairs[:, 0]] = False
