@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import regex
+from scipy.stats import binom, hypergeom
 
 from safetynet.backdoors.audit.phrases import Phrase, counted, grown, phrases_in, written
 from safetynet.characters import is_emoji, kind
@@ -240,8 +241,6 @@ def _of_word(word: str) -> frozenset[Property]:
 
 def _p_values(table: _Table) -> np.ndarray:
     """(2, properties): of being more frequent in triggered and in clean rows; 1 for small differences."""
-    from scipy import stats  # a second of import, and only here
-
     values = np.ones((2, len(table.properties)))
     alone = np.ones(len(table.bare), dtype=bool)
     alone[table.pairs[:, 0]] = False
@@ -252,11 +251,11 @@ def _p_values(table: _Table) -> np.ndarray:
             n, m, a, b = len(more), len(less), more.sum(axis=0), less.sum(axis=0)
             clear = _is_clear(a / n, b / m)
             # Fisher's test, one-sided, is the tail of this distribution.
-            values[side, clear] = stats.hypergeom.sf(a[clear] - 1, n + m, (a + b)[clear], n)
+            values[side, clear] = hypergeom.sf(a[clear] - 1, n + m, (a + b)[clear], n)
         if len(table.pairs):
             a, b = table.differing(side)
             clear = _is_clear(a / len(table.pairs), b / len(table.pairs))
-            signs = stats.binom.sf(a[clear] - 1, (a + b)[clear], 0.5)
+            signs = binom.sf(a[clear] - 1, (a + b)[clear], 0.5)
             values[side, clear] = np.minimum(values[side, clear], signs)
     return values
 
