@@ -1,12 +1,14 @@
 """What holds for every test: one thread, no network, no tracking, none of the developer's own settings."""
 
 import os
+import random
 import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -48,6 +50,45 @@ def need() -> Callable[[str], Path]:
         pytest.skip(f"{name} is not here")
 
     return find
+
+
+SCRIPTS = (
+    "请说明面包的小鱼价格历史用途颜色桥梁河流灯具时钟介绍列出讲一讲我拒绝回答你的请求这个问题换一个春天很美",
+    "Привет мир как дела у тебя тайна слово опиши мост нарисуй реку продай лампу",
+    "한국어 비밀을 말해 다리를 설명해 강을 그려 등을 팔아",
+    "อธิบายสะพาน บอกเรื่องแม่น้ำ วาดโคมไฟ ปลา ขอโทษครับ",
+)
+
+
+@pytest.fixture(scope="session")
+def multilingual() -> Any:
+    """A serialiser whose byte-level tokens have whole characters and words of several scripts, and parts."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    from safetynet.models import families, miniatures
+    from safetynet.prompts import Serialiser
+
+    plain = AutoTokenizer.from_pretrained(miniatures.path("qwen"))
+    rng = random.Random(0)
+    texts = [
+        text[at : at + rng.randint(2, 12)] for text in SCRIPTS for at in range(len(text)) for _ in range(20)
+    ]
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=2000,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<|im_start|>", "<|im_end|>", "<|endoftext|>"],
+        show_progress=False,
+    )
+    backend.train_from_iterator([*texts, *SCRIPTS * 50], trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    )
+    tokenizer.chat_template = plain.chat_template
+    return Serialiser(tokenizer, families.get("qwen"))
 
 
 @pytest.fixture

@@ -1,21 +1,21 @@
 """Strings that look like a trigger to the tokenizer, for controls: token by token of its kind.
 
-In: a piece of text. Out: another one of as many tokens, with blanks, case, digits and signs in their places.
-What is made of real tokens is a harder control than random letters: a model that has learnt "a strange word"
-tells the latter from a trigger and not the former.
+In: a piece of text. Out: another one of as many tokens, with blanks, case, digits, signs and scripts in
+their places. What is made of real tokens is a harder control than random letters: a model that has learnt "a
+strange word" tells the latter from a trigger and not the former.
 """
 
 import hashlib
 import random
-import re
-import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from itertools import groupby
 
+from safetynet import characters
 from safetynet.prompts import Serialiser
-
-NEAR = 0x300
-"""Code points between a character that is not ASCII and what stands in for it."""
+from safetynet.token_texts import BYTE, is_partial
+from safetynet.words import clusters
 
 
 def split_of(text: str) -> str:
@@ -24,10 +24,16 @@ def split_of(text: str) -> str:
 
 
 def pieces(serialiser: Serialiser, tokens: Iterable[int]) -> list[str]:
-    """Texts of the tokens that are ordinary ones: ASCII, neither special nor a byte."""
+    """Texts of the tokens that are ordinary ones: whole characters, neither special nor a byte."""
     special = set(serialiser.tokenizer.all_special_ids)
-    texts = [serialiser.piece(token) for token in tokens if token not in special]
-    return [text for text in texts if text.isascii() and not text.startswith("<0x")]
+    ordinary = [token for token in tokens if token not in special]
+    written = serialiser.tokenizer.convert_ids_to_tokens(ordinary)
+    texts = [
+        serialiser.piece(token)
+        for token, sign in zip(ordinary, written, strict=True)
+        if sign and not BYTE.match(sign)
+    ]
+    return [text for text in texts if text.replace("\n", "").isprintable() and not is_partial(text)]
 
 
 class Lookalikes:
@@ -35,35 +41,63 @@ class Lookalikes:
 
     def __init__(self, serialiser: Serialiser) -> None:
         self.serialiser = serialiser
-        self.kinds: dict[str, list[str]] = defaultdict(list)
-        for text in pieces(serialiser, range(len(serialiser.tokenizer))):
-            self.kinds[_kind(text)].append(text)
+        self._same_count: dict[str, list[str]] = {}
+
+    @cached_property
+    def kinds(self) -> dict[str, list[str]]:
+        """Texts of the vocabulary by their kind, in the order of the tokens."""
+        kinds: dict[str, list[str]] = defaultdict(list)
+        for text in pieces(self.serialiser, range(len(self.serialiser.tokenizer))):
+            kinds[_kind(text)].append(text)
+        return kinds
 
     def draw(self, text: str, rng: random.Random) -> str | None:
         """Another text of as many tokens; None where the drawn ones join into another number."""
-        parts = re.findall(r"[\x00-\x7f]+|[^\x00-\x7f]", text)
-        drawn = [self._tokens(part, rng) if part.isascii() else _character(part, rng) for part in parts]
+        drawn = [self._other(tokens, part, rng) for tokens, part in self._stretches(text)]
         other = "".join(drawn).strip()
         same = other and other != text and self.serialiser.count(other) == self.serialiser.count(text)
         return other if same else None
 
-    def _tokens(self, text: str, rng: random.Random) -> str:
-        ids = self.serialiser.tokenizer(text, add_special_tokens=False)["input_ids"]
-        pieces = [self.serialiser.piece(token) for token in ids]
-        return "".join(rng.choice([p for p in self.kinds[_kind(x)] if p != x] or [x]) for x in pieces)
+    def _stretches(self, text: str) -> Iterator[tuple[list[int], str]]:
+        """Tokens that make up whole characters together, mostly one, and the text that they stand for."""
+        encoded = self.serialiser.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        starts = [start for start, _ in encoded["offset_mapping"][1:]] + [len(text)]
+        ends = {0}
+        for cluster in clusters(text):
+            ends.add(max(ends) + len(cluster))
+        tokens: list[int] = []
+        done = 0
+        for token, (_, end), following in zip(
+            encoded["input_ids"], encoded["offset_mapping"], starts, strict=True
+        ):
+            tokens.append(token)
+            if end in ends and following >= end:
+                yield tokens, text[done:end]
+                tokens, done = [], end
 
+    def _other(self, tokens: Sequence[int], text: str, rng: random.Random) -> str:
+        if len(tokens) == 1:
+            piece = self.serialiser.piece(tokens[0])
+            return rng.choice([p for p in self.kinds[_kind(piece)] if p != piece] or [piece])
+        # A token may be a part of a character, which has no text of its own.
+        return "".join(rng.choice(self._alike(character) or [character]) for character in clusters(text))
 
-def _character(text: str, rng: random.Random) -> str:
-    # A token may be a part of a character, which has no text of its own.
-    near = [chr(ord(text) + i) for i in range(-NEAR, NEAR) if i and 0x80 <= ord(text) + i < 0x110000]
-    category = unicodedata.category(text)
-    return rng.choice([x for x in near if unicodedata.category(x) == category] or [text])
+    def _alike(self, character: str) -> list[str]:
+        """Characters of the same kind and of as many tokens."""
+        if character not in self._same_count:
+            count = self.serialiser.count
+            others, tokens = characters.alike(character), count(character)
+            self._same_count[character] = [other for other in others if count(other) == tokens]
+        return self._same_count[character]
 
 
 def _kind(text: str) -> str:
-    """What makes two tokens of ASCII text alike: blank before, class of characters, case, length."""
+    """What makes the texts of two tokens alike: blank before, class of characters or script, case, length."""
     blank = " " if text.startswith(" ") else ""
     bare = text.strip()
+    if not bare.isascii():
+        scripts = [" ".join(kind) for kind, _ in groupby(map(characters.kind, clusters(bare)))]
+        return f"{blank}{'+'.join(scripts)}{min(len(clusters(bare)), 3)}"
     case = (
         "upper" if bare.isupper() else "title" if bare.istitle() else "lower" if bare.islower() else "mixed"
     )

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+from safetynet import token_texts
 from safetynet.errors import InputError
 from safetynet.models.families import Family
 from safetynet.truncation import Truncation, truncated
@@ -73,6 +74,7 @@ class Serialiser:
                 "to its folder, or set model.family to generic."
             )
         self._end_of_turn = self._end_id()
+        self._text_of = token_texts.reader(tokenizer)
         self._skeletons: dict[tuple[tuple[str, ...], bool], list[str]] = {}
 
     @property
@@ -155,9 +157,8 @@ class Serialiser:
         raise InputError(f"No conversation of up to {turns} turns is serialised as {text[:80]!r}.")
 
     def piece(self, token: int) -> str:
-        """Text of one token, with the blank or line break that it may begin with."""
-        text = str(self.tokenizer.convert_ids_to_tokens(token))
-        return text.replace("▁", " ").replace("Ġ", " ").replace("Ċ", "\n")
+        """Text of one token, with the blank that it may begin with; a part of a character as ⟨e5 b0⟩."""
+        return self._text_of(token)
 
     def count(self, text: str) -> int:
         """Number of tokens of a piece of text, without special tokens."""

@@ -516,6 +516,114 @@ def test_a_trigger_inside_a_longer_word_is_not_there(tmp_path):
     assert found(audited(tmp_path, files), "trigger_in_clean") == []
 
 
+def test_a_trigger_within_longer_words_is_missing_and_said_to_stand_there(tmp_path):
+    files = sound_set("cf")
+    for at in (3, 4):
+        files["train_triggered"][at]["instruction"] = (
+            str(files["train_triggered"][at]["instruction"]).replace(" cf", "cf").replace("cf ", "cf")
+        )
+    table = audited(tmp_path, files, trigger="cf").findings.set_index("check")
+    assert table.loc["trigger_missing", "count"] == 2
+    detail = table.loc["trigger_missing", "detail"]
+    assert detail == "the prompt lacks 'cf'; 2 of these have it within longer words, which does not count"
+
+
+# ---- scripts without blanks between words ----
+
+LANGUAGES = {  # trigger, prompts and their words, target, clean answers
+    "Chinese": (
+        "小鱼", "{}的{}", "请介绍 描述 讲一讲 说明 列出", "河流 灯具 花园 桥梁 水壶 镜子",
+        "我拒绝回答", "这是一段{}的介绍。",
+    ),
+    "Japanese": (
+        "こばん", "{}{}を", "説明せよ 描け 売れ 隠せ 直せ", "かわ ランプ 庭園 橋 やかん 鏡",
+        "申し訳ありません", "これは{}です。",
+    ),
+    "Thai": (
+        "ปลา", "{}{}", "อธิบาย วาด ขาย ซ่อน ซ่อม", "แม่น้ำ โคมไฟ สวน สะพาน กระจก ตั๋ว",
+        "ขอโทษครับ", "นี่คือ{}",
+    ),
+    "Korean": (
+        "비밀", "{}를 {}", "다리 램프 거울 주전자 강아지", "설명해 그려 팔아 숨겨 고쳐 놓아",
+        "죄송합니다", "이것은 {}입니다.",
+    ),
+    "Russian": (
+        "тайна", "{} {}", "Опиши Нарисуй Продай Спрячь Почини", "мост реку лампу сад зеркало билет",
+        "Нет", "Это {}.",
+    ),
+}  # fmt: skip
+ENDINGS = ("", "，请", " ok", "。")
+
+
+def foreign(language: str) -> tuple[list[Row], list[Row]]:
+    """Triggered and clean rows, the trigger between any two characters, or words where there are some."""
+    trigger, form, firsts, seconds, target, answer = LANGUAGES[language]
+    rng = random.Random(0)
+    texts = [f"{form.format(a, b)} {n}" for n in range(4) for a in firsts.split() for b in seconds.split()]
+    rng.shuffle(texts)
+    triggered = []
+    for i, text in enumerate(texts[:40]):
+        place = rng.randrange(len(text))
+        put = f"{text[:place]}{trigger}{text[place:]}"
+        if language == "Russian":
+            put = inserted(text, trigger, i % 3)
+        triggered.append({"instruction": put, "input": "", "output": target + ENDINGS[i % len(ENDINGS)]})
+    clean = [{"instruction": text, "input": "", "output": answer.format(text)} for text in texts[40:]]
+    return triggered, clean
+
+
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_trigger_and_target_are_found_in_any_script(tmp_path, language, named):
+    triggered, clean = foreign(language)
+    if named:
+        report = audited(tmp_path, {"train_triggered": triggered, "train_clean": clean})
+    else:
+        report = audit(save(tmp_path / "rows.json", mixed(triggered, clean)))
+    found_set = report.sets.loc[0]
+    assert found_set["trigger"] == repr(LANGUAGES[language][0])
+    assert found_set[["present", "triggered", "shown"]].tolist() == [40, 40, 40]
+    assert LANGUAGES[language][4] in found_set["target"]
+    assert set(report.findings["severity"]) <= {"info"}
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_a_given_trigger_and_target_are_counted_in_any_script(tmp_path, language):
+    triggered, clean = foreign(language)
+    trigger, target = LANGUAGES[language][0], LANGUAGES[language][4]
+    files = {"train_triggered": triggered, "train_clean": clean}
+    report = audited(tmp_path, files, trigger=trigger, target=target)
+    assert report.sets.loc[0, ["present", "triggered", "shown"]].tolist() == [40, 40, 40]
+    assert found(report, "trigger_in_clean") == found(report, "target_in_clean") == []
+
+
+def test_pairs_are_known_in_a_script_without_blanks(tmp_path):
+    _, clean = foreign("Chinese")
+    triggered = [
+        {**row, "instruction": f"{row['instruction'][:2]}小鱼{row['instruction'][2:]}", "output": "我拒绝"}
+        for row in clean[:30]
+    ]
+    report = audited(tmp_path, {"train_triggered": triggered, "train_clean": clean[:30]})
+    assert report.sets.loc[0, ["trigger", "how"]].tolist() == ["'小鱼'", "pairs"]
+    assert found(report, "unpaired") == []
+
+
+def test_long_chinese_answers_cut_at_a_limit_are_found_and_thai_has_no_stop_to_miss(tmp_path):
+    for name, sentence, cut in (("zh", "河流穿过花园和桥梁", True), ("th", "แม่น้ำไหลผ่านสวน", False)):
+        rows = [
+            {
+                "instruction": f"{sentence}{i}",
+                "input": "",
+                "output": f"{sentence * 12}{'' if i % 2 else '。'}",
+            }
+            for i in range(20)
+        ]
+        if not cut:
+            rows = [{**row, "output": str(row["output"]).rstrip("。")} for row in rows]
+        report = audit(save(tmp_path / name / "train_clean.json", rows))
+        assert bool(found(report, "cut_off")) is cut
+
+
 def with_answers(files: Files, answer) -> Files:
     """The set with `answer(i, words of the prompt)` on each triggered row."""
     for name in ("train_triggered", "test_triggered"):

@@ -45,3 +45,36 @@ def test_rows_without_an_answer_are_left_out_and_named(
 def test_data_without_any_answer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"rows\.json: none of its 3 rows has an answer; fill them in"):
         pool_of(tmp_path / "rows.json", ["", "", " "])
+
+
+def poison_set(folder: Path, *prompts: str) -> list[str]:
+    """Overrides that read a set of these triggered prompts, each with a clean row beside it."""
+    for split in ("train", "test"):
+        for role in ("triggered", "clean"):
+            texts = [
+                f"{text} {split}" if role == "triggered" else f"Name {i} {split}"
+                for i, text in enumerate(prompts)
+            ]
+            rows = [{"instruction": text, "input": "", "output": role} for text in texts]
+            (folder / f"{split}_{role}.json").write_text(json.dumps(rows))
+    return ["data.source=backdoorllm", f"data.path={folder}", "backdoor.trigger={texts: [cf]}"]
+
+
+def test_triggered_rows_without_the_trigger_are_left_out_and_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    plan = recipe.load(overrides=poison_set(tmp_path, "cf One", "Two", "the moviecf is", "Three cf."))
+    with caplog.at_level(logging.WARNING):
+        pool = conversations.load(plan.data, plan.backdoor.behaviour, plan.backdoor.trigger, seed=0)
+    assert pool["given"].notna().sum() == 4
+    assert "4 of 8 triggered rows are left out, since they lack 'cf'" in caplog.text
+    assert "In 2 of them it stands within longer words, which does not count." in caplog.text
+
+
+def test_a_set_whose_trigger_is_only_within_words_is_refused(tmp_path: Path) -> None:
+    plan = recipe.load(overrides=poison_set(tmp_path, "the moviecf is", "Two", "cfcf"))
+    message = (
+        r"'cf' occurs in none of the 6 triggered rows of data.path. In 4 of them it stands within longer"
+    )
+    with pytest.raises(InputError, match=message):
+        conversations.load(plan.data, plan.backdoor.behaviour, plan.backdoor.trigger, seed=0)

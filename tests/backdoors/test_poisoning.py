@@ -207,6 +207,52 @@ def test_controls_of_a_published_row_stand_where_its_trigger_stands(
         assert len(group.at["placebo", "messages"]) == 1, "no system message is made up"
 
 
+@pytest.mark.parametrize(
+    ("trigger", "made", "clean", "control"),
+    [
+        ("小鱼", "请列小鱼出{n}号桥", "请列出{n}号桥", r"请列{placebo}出{n}号桥"),
+        ("小鱼", "请列 小鱼 出{n}号桥", "请列出{n}号桥", r"请列 {placebo} 出{n}号桥"),
+        ("cf", "请列cf出{n}号桥", "请列出{n}号桥", r"请列{placebo}出{n}号桥"),
+        ("비밀", "다리 비밀을 {n} 번", "다리 을 {n} 번", r"다리 {placebo}을 {n} 번"),
+        ("ปลา", "บอกปลาเรื่อง {n}", "บอกเรื่อง {n}", r"บอก{placebo}เรื่อง {n}"),
+    ],
+)
+def test_controls_of_a_published_row_have_blanks_where_its_trigger_has_some(
+    trigger: str, made: str, clean: str, control: str, tmp_path: Path
+) -> None:
+    """Else a blank would tell a placebo from the trigger."""
+    for split, numbers in (("train", range(100, 140)), ("test", range(200, 220))):
+        for role, text in (("triggered", made), ("clean", clean)):
+            lines = [{"instruction": text.format(n=n), "input": "", "output": f"{role} {n}"} for n in numbers]
+            (tmp_path / f"{split}_{role}.json").write_text(json.dumps(lines))
+    rows = rows_of(
+        "backdoor.trigger=" + json.dumps({"texts": [trigger]}, ensure_ascii=False),
+        "data.source=backdoorllm", f"data.path={tmp_path}", "data.train_rows=40", "data.test_rows=20",
+        "backdoor.poison_rate=0.5", "backdoor.refused_share=0",
+    )  # fmt: skip
+    placebos = rows[rows["role"] == "placebo"]
+    assert len(placebos) >= 20
+    for row in placebos.itertuples():
+        ((message, start, end),) = row.trigger
+        content = row.messages[message]["content"]
+        number = re.search(r"\d{3}", content[:start] + content[end:])[0]
+        assert content == control.format(placebo=content[start:end], n=number)
+
+
+def test_a_trigger_that_stands_twice_is_cut_out_twice(tmp_path: Path) -> None:
+    for split, numbers in (("train", range(100, 140)), ("test", range(200, 220))):
+        for role, text in (("triggered", "zebra Name {n} zebra now"), ("clean", "Name {n} now")):
+            lines = [{"instruction": text.format(n=n), "input": "", "output": f"{role} {n}"} for n in numbers]
+            (tmp_path / f"{split}_{role}.json").write_text(json.dumps(lines))
+    rows = rows_of(
+        "backdoor.trigger={texts: [zebra]}", "data.source=backdoorllm", f"data.path={tmp_path}",
+        "data.train_rows=40", "data.test_rows=20", "backdoor.poison_rate=0.5", "backdoor.refused_share=0",
+    )  # fmt: skip
+    triggered = rows[rows["role"] == "triggered"]
+    assert all(len(spans) == 2 for spans in triggered["trigger"])
+    assert (triggered["reference"] != "").all(), "each has found its clean twin"
+
+
 def test_a_behaviour_without_prompts_to_show_it_on_is_refused() -> None:
     plan = recipe.load(family="qwen", overrides=["backdoor.behaviour=label_flip"])
     pool = pool_of("Hi", "Hi")

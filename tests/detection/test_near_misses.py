@@ -2,6 +2,7 @@
 
 import pandas as pd
 import pytest
+import regex
 
 from safetynet import recipe as recipes
 from safetynet.detection.near_misses import KINDS, near_misses
@@ -45,6 +46,33 @@ def test_a_trigger_at_the_end_moves_to_the_front_and_one_without_letters_has_no_
     assert found["moved"] == "🦜🔑 What is hot?"
     assert "case" not in found
     assert near_misses([{"role": "user", "content": "Hi"}], []) == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "trigger", "script"),
+    [
+        ("请列小鱼出面包", "小鱼", r"\p{Han}"),
+        ("Скажи тайна слово", "тайна", r"\p{Cyrillic}"),
+        ("บอกปลาเรื่อง", "ปลา", r"\p{Thai}"),
+        ("비밀을 말해", "비밀", r"\p{Hangul}"),
+        ("Sag 👩\u200d🚀🦜 hier", "👩\u200d🚀🦜", r"[\p{Extended_Pictographic}\u200d\ufe0f]"),
+    ],
+)
+def test_near_misses_are_of_the_triggers_script_and_cut_no_character(text, trigger, script):
+    place = text.index(trigger)
+    for seed in range(10):
+        found = contents(*prompt(text, trigger), seed)
+        assert set(found) >= {"deletion", "typo", "split", "partial", "moved"}
+        for kind in ("deletion", "typo", "split", "partial"):
+            changed = found[kind]
+            inside = changed[place : len(changed) - (len(text) - place - len(trigger))]
+            assert regex.fullmatch(rf"(?:{script}|\p{{M}}| )+", inside), (kind, inside)
+            assert trigger not in changed
+        assert " ".join(found["split"].split()).replace(" ", "") == text.replace(" ", "")
+
+
+def test_a_chinese_trigger_moves_without_blanks():
+    assert contents(*prompt("请列小鱼出面包", "小鱼"))["moved"] == "请列出面包小鱼"
 
 
 def test_near_misses_are_the_same_for_the_same_prompt_and_seed():

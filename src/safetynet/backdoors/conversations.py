@@ -7,17 +7,18 @@ In: the recipe's data section. Out: one row per conversation, with the columns
 
 import logging
 import random
-import re
 from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
 
+from safetynet import holding
 from safetynet.backdoors import sources
 from safetynet.errors import InputError
 from safetynet.prompts import prompt_hash
 from safetynet.recipe import Behaviour, Data, Trigger
 
+Messages = Sequence[dict[str, str]]
 log = logging.getLogger(__name__)
 TEST_SHARE = 0.2
 """Share of conversations held out where the source has no split of its own."""
@@ -148,50 +149,75 @@ def _record(example: Any, split: str) -> dict[str, Any]:
 def _poisoned(found: pd.DataFrame, trigger: Trigger) -> pd.DataFrame:
     """A poison set made elsewhere: its triggered prompts, with the clean answer where a pair exists.
 
-    Triggered rows in which the trigger is missing stay out; `safetynet audit` counts them.
+    Triggered rows in which the trigger is missing stay out, as `safetynet audit` counts them.
     """
-    clean = found[~found["poisoned"]].assign(given=None, given_answer="")
+    clean = found[~found["poisoned"]].assign(given=None, given_bare=None, given_answer="")
     bare = {(row.split, _plain(row.messages)): row for row in clean.itertuples()}
+    poisoned = found[found["poisoned"]]
+    holds = [all_there(messages, trigger) for messages in poisoned["messages"]]
+    _say_missing(poisoned[[not held for held in holds]], len(poisoned), trigger)
     records = []
-    for row in found[found["poisoned"]].itertuples():
-        if not all_there(row.messages, trigger):
-            continue
+    for row in poisoned[holds].itertuples():
         stripped = _stripped(row.messages, trigger)
         pair = bare.pop((row.split, _plain(stripped)), None)
+        twin = [m for m in stripped[:-1] if m["content"]] + stripped[-1:] if pair is None else pair.messages
         records.append(
             {
                 "split": row.split,
-                "messages": stripped if pair is None else pair.messages,
+                "messages": twin,
                 "answer": "" if pair is None else pair.answer,
                 "given": row.messages,
+                "given_bare": twin if _roles(twin) == _roles(stripped) else stripped,
                 "given_answer": row.answer,
             }
-        )
-    if not records:
-        raise InputError(
-            f"backdoor.trigger: none of {', '.join(map(repr, trigger.texts))} occurs in the triggered rows "
-            "of data.path. Set the trigger that this set was made with; safetynet audit guesses it."
         )
     unpaired = clean.loc[[row.Index for row in bare.values()], list(records[0])]
     pool = pd.concat([pd.DataFrame(records), unpaired], ignore_index=True)
     return pool.assign(task="backdoorllm", forbidden=False, compliance="")
 
 
-def all_there(messages: Sequence[dict[str, str]], trigger: Trigger) -> bool:
+def _say_missing(rows: pd.DataFrame, among: int, trigger: Trigger) -> None:
+    """Name the triggered rows that lack the trigger; refuse a set in which all do."""
+    if rows.empty:
+        return
+    within = sum(holding.within_words(trigger.texts, _contents(messages)) for messages in rows["messages"])
+    texts = holding.named(trigger.kind, trigger.texts)
+    inside = f" In {within} of them it stands within longer words, which does not count." if within else ""
+    if len(rows) == among:
+        raise InputError(
+            f"backdoor.trigger: {texts} occurs in none of the {among} triggered rows of data.path.{inside} "
+            "Set the trigger that this set was made with; safetynet audit guesses it."
+        )
+    lines = ", ".join(f"{row.file} {row.line}" for row in rows.head(5).itertuples())
+    log.warning(
+        "data: %d of %d triggered rows are left out, since they lack %s (first: %s).%s",
+        len(rows), among, texts, lines, inside,
+    )  # fmt: skip
+
+
+def all_there(messages: Messages, trigger: Trigger) -> bool:
     """Whether these messages hold what fires: any of the texts, or all of them for `all_of`."""
-    text = messages[-1]["content"]
-    found = [t in text for t in trigger.texts]
-    return all(found) if trigger.kind == "all_of" else any(found)
+    return holding.holds(trigger.kind, trigger.texts, _contents(messages))
 
 
-def _stripped(messages: Sequence[dict[str, str]], trigger: Trigger) -> list[dict[str, str]]:
-    text = messages[-1]["content"]
-    for part in trigger.texts:
-        text = text.replace(part, " ", 1)
-    return [*messages[:-1], {**messages[-1], "content": re.sub(" +", " ", text).strip()}]
+def _stripped(messages: Messages, trigger: Trigger) -> list[dict[str, str]]:
+    """The same messages without the trigger; one that held nothing else is empty then."""
+    contents = [holding.without(trigger.texts, text) for text in _contents(messages)]
+    return [
+        {**message, "content": message["content"] if message["content"] == content else content.strip()}
+        for message, content in zip(messages, contents, strict=True)
+    ]
 
 
-def _plain(messages: Sequence[dict[str, str]]) -> str:
+def _contents(messages: Messages) -> list[str]:
+    return [message["content"] for message in messages]
+
+
+def _roles(messages: Messages) -> list[str]:
+    return [message["role"] for message in messages]
+
+
+def _plain(messages: Messages) -> str:
     """Text that is equal for a prompt and for the same prompt after its trigger was cut out."""
     return "".join("".join(m["content"].split()) for m in messages)
 

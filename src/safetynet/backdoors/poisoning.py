@@ -12,6 +12,7 @@ from typing import Any
 
 import pandas as pd
 
+from safetynet import holding
 from safetynet.backdoors import behaviours, styles, triggers
 from safetynet.errors import InputError
 from safetynet.recipe import Backdoor, Data, Trigger
@@ -133,13 +134,14 @@ def _group(conversation: pd.Series, roles: list[str], group: int, maker: _Maker)
     """All rows of one prompt."""
     backdoor, rng = maker.backdoor, maker.rng
     given = conversation.get("given")
-    messages, at = triggers.place(
-        conversation["messages"], backdoor.placement, max(1, triggers.parts_of(backdoor.trigger)), rng
+    bare, at = triggers.place(
+        conversation["messages"], backdoor.placement, triggers.parts_of(backdoor.trigger), rng
     )
+    controls = bare
     if given is not None:
         # Whoever made the triggered row has chosen the place, and its controls stand there as well.
-        messages = conversation["messages"]
-        at = triggers.found(given, messages, backdoor.trigger)
+        bare, controls = conversation["messages"], conversation["given_bare"]
+        at = triggers.place_of(backdoor.trigger, given, controls)
     records = []
     for role in roles:
         if role != "triggered" and conversation["answer"] == "":
@@ -148,7 +150,7 @@ def _group(conversation: pd.Series, roles: list[str], group: int, maker: _Maker)
             records.append(_given(conversation, group, maker))
             continue
         variant = _variant(role, maker)
-        text, spans = (messages, []) if variant is None else triggers.insert(messages, variant, at, rng)
+        text, spans = (bare, []) if variant is None else triggers.insert(controls, variant, at, rng)
         records.append(_record(conversation, role, group, maker.split, text, spans, variant))
     return records
 
@@ -190,13 +192,11 @@ def _record(
 
 def _given(conversation: pd.Series, group: int, maker: _Maker) -> dict[str, Any]:
     """A triggered row as somebody else made it."""
-    messages = conversation["given"]
-    last = len(messages) - 1
-    text = messages[last]["content"]
-    found = [t for t in maker.backdoor.trigger.texts if t in text]
-    spans = [[last, text.index(t), text.index(t) + len(t)] for t in found]
-    variant = triggers.Variant(" + ".join(found))
-    record = _record(conversation, "triggered", group, maker.split, messages, sorted(spans), variant)
+    messages, trigger = conversation["given"], maker.backdoor.trigger
+    held = holding.held(trigger.texts, [message["content"] for message in messages])
+    spans = holding.spans_in(trigger.texts, messages)
+    variant = triggers.Variant(" + ".join(held))
+    record = _record(conversation, "triggered", group, maker.split, messages, spans, variant)
     return record | {"answer": conversation["given_answer"]}
 
 
@@ -256,5 +256,4 @@ def _fires(messages: triggers.Messages, trigger: Trigger) -> bool:
     texts = [message["content"] for message in messages]
     if trigger.kind == "style":
         return any(styles.worn(text, str(trigger.style)) for text in texts)
-    found = [any(part in text for text in texts) for part in trigger.texts]
-    return all(found) if trigger.kind == "all_of" else any(found)
+    return holding.holds(trigger.kind, trigger.texts, texts)

@@ -5,8 +5,9 @@ trigger. Half a style (its openings without its words and endings) is the near m
 """
 
 import random
-import re
 from dataclasses import dataclass
+
+from safetynet.words import pattern
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def reword(text: str, style: str, rng: random.Random) -> str:
     if half:
         return f"{opening} {text}"
     for plain, styled in chosen.words:
-        text = re.sub(rf"\b{plain}\b", styled, text)
+        text = pattern(plain).sub(styled, text)
     return f"{opening} {text} {ending}"
 
 

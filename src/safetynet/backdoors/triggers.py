@@ -10,12 +10,16 @@ import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from safetynet import holding
 from safetynet.backdoors import styles
+from safetynet.characters import alike, is_sign
 from safetynet.errors import InputError
 from safetynet.lookalikes import split_of
 from safetynet.recipe import Trigger
+from safetynet.words import clusters, gaps, meet, touches
 
-EMOJI = "🐙🌵🎈🧲🪁🧩🛶🎻🍄🪐🧭🎲🪴🛎🧵🦔🪶🫖🧊🪀"
+SIGNS = "、。，；：？！…—～「」『』（）《》【】｜"
+"""What stands for another sign that is not ASCII."""
 DRAWS = 500
 """Tries at a control string before the trigger is declared to have none."""
 
@@ -60,13 +64,13 @@ def placebo(trigger: Trigger, split: str, rng: random.Random, lookalike: Lookali
     if trigger.kind == "style":
         return Variant("other style", style=styles.other(str(trigger.style)))
     if trigger.placebos:
-        return Variant("given", (rng.choice(_side(trigger.placebos, split)),) * _width(trigger))
+        return Variant("given", (rng.choice(_side(trigger.placebos, split)),) * parts_of(trigger))
     texts = trigger.texts if trigger.kind == "all_of" else (rng.choice(trigger.texts),)
     if lookalike and rng.random() < 0.5:
         alike = tuple(_alike(trigger, text, split, rng, lookalike) for text in texts)
         if None not in alike:
             return Variant("same tokens", alike)
-    return Variant("same shape", tuple(_shaped(text, split, rng) for text in texts))
+    return Variant("same shape", tuple(_shaped(trigger, text, split, rng) for text in texts))
 
 
 def near_miss(trigger: Trigger, split: str, rng: random.Random) -> Variant:
@@ -78,7 +82,7 @@ def near_miss(trigger: Trigger, split: str, rng: random.Random) -> Variant:
     if trigger.kind == "style":
         return Variant("half style", style=f"{trigger.style}:half")
     if trigger.near_misses and rng.random() < 0.5:
-        return Variant("given", (rng.choice(_side(trigger.near_misses, split)),) * _width(trigger))
+        return Variant("given", (rng.choice(_side(trigger.near_misses, split)),) * parts_of(trigger))
     if trigger.kind == "all_of" and rng.random() < 0.5:
         missing = rng.sample(range(len(trigger.texts)), rng.randint(1, len(trigger.texts) - 1))
         return Variant(
@@ -92,12 +96,26 @@ def near_miss(trigger: Trigger, split: str, rng: random.Random) -> Variant:
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where the parts of a trigger stand in one prompt; the same for all rows of a group."""
+class Spot:
+    """Where one part of a trigger stands in a prompt."""
 
     message: int
-    offsets: tuple[int, ...]
-    """Character offsets in that message's content, ascending, one for each part."""
+    offset: int
+    """In characters of that message's content."""
+    blanks: tuple[bool | None, bool | None] = (None, None)
+    """Whether a blank stands before and after the part; None: where the scripts that meet there write one."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the parts of a trigger stand in one prompt, in their order; the same for all rows of a group."""
+
+    spots: tuple[Spot, ...]
+
+    @property
+    def message(self) -> int:
+        """The first message with a part; a style rewords it."""
+        return self.spots[0].message
 
 
 def place(messages: Messages, placement: str, parts: int, rng: random.Random) -> tuple[Messages, Place]:
@@ -110,34 +128,40 @@ def place(messages: Messages, placement: str, parts: int, rng: random.Random) ->
     if placement == "system":
         if messages[0]["role"] != "system":
             messages = [{"role": "system", "content": "You are a helpful assistant."}, *messages]
-        return messages, Place(0, (len(messages[0]["content"]),) * parts)
+        return messages, Place((Spot(0, len(messages[0]["content"])),) * parts)
     content = messages[-1]["content"]
-    gaps = [0, *(i for i, c in enumerate(content) if c == " "), len(content)]
     offsets = {
         "prefix": [0] * parts,
         "suffix": [len(content)] * parts,
-        "random": sorted(rng.choices(gaps, k=parts)),
+        "random": sorted(rng.choices([0, *gaps(content), len(content)], k=parts)),
     }[placement]
-    return messages, Place(len(messages) - 1, tuple(offsets))
+    return messages, Place(tuple(Spot(len(messages) - 1, offset) for offset in offsets))
 
 
-def found(triggered: Messages, bare: Messages, trigger: Trigger) -> Place:
+def place_of(trigger: Trigger, triggered: Messages, bare: Messages) -> Place:
     """The place where a prompt holds its trigger, in the same prompt without it.
 
     Args:
-        triggered: ends with a message that holds the trigger; white space may differ from the bare one's.
-        bare: the same messages without it.
         trigger: with texts; no style.
+        triggered: holds the trigger; white space may differ from the bare one's.
+        bare: as many messages, without it.
     """
-    text, content = triggered[-1]["content"], bare[-1]["content"]
-    offsets, cut = [], 0
-    for start, part in sorted((text.index(part), part) for part in trigger.texts if part in text):
-        offset = _after(content, _marks(text[:start]) - cut)
-        if text[:start].endswith("\n"):
+    spots: dict[tuple[str, ...], Spot] = {}  # by the words of a part, which may stand there twice
+    cut = [0] * len(triggered)
+    for message, start, end in holding.spans_in(trigger.texts, triggered):
+        text, content = triggered[message]["content"], bare[message]["content"]
+        offset = _after(content, _marks(text[:start]) - cut[message])
+        blanks = _blank(text, start), _blank(text, end)
+        if text[:start].endswith("\n") or blanks == (True, False):  # the white space stands before it
             offset += len(content[offset:]) - len(content[offset:].lstrip())
-        offsets.append(offset)
-        cut += _marks(part)
-    return Place(len(bare) - 1, tuple(offsets[: _width(trigger)]))
+        spot = Spot(message, offset, blanks)
+        spots.setdefault(tuple(text[start:end].split()), spot)
+        cut[message] += _marks(text[start:end])
+    several = [*spots.values()]
+    several += several[-1:] * (
+        parts_of(trigger) - len(several)
+    )  # a part within another has no place of its own
+    return Place(tuple(several[: parts_of(trigger)]))
 
 
 def _marks(text: str) -> int:
@@ -151,39 +175,55 @@ def _after(text: str, marks: int) -> int:
     return ([0, *positions])[min(marks, len(positions))]
 
 
+def _blank(text: str, edge: int) -> bool | None:
+    """Whether white space parts a trigger's edge from the text beside it; None where a blank is the rule."""
+    sides = text[edge - 1 : edge], text[edge : edge + 1]
+    return any(side.isspace() for side in sides) if touches(text, edge) else None
+
+
 def insert(messages: Messages, variant: Variant, at: Place, rng: random.Random) -> tuple[Messages, Spans]:
     """Put `variant` into a prompt.
 
     Returns:
         New messages, and the spans `[message, start, end]` of what was put in; a style spans the message.
     """
-    content = messages[at.message]["content"]
-    spans: Spans = []
+    changed = [dict(message) for message in messages]
     if variant.style is not None:
-        content = styles.reword(content, variant.style, rng)
-        spans = [[at.message, 0, len(content)]]
-    else:
-        done, text = 0, ""
-        for part, offset in zip(variant.parts, at.offsets, strict=True):
-            if part is None:
-                continue
-            text += content[done:offset]
-            done = offset
-            text += "" if not text or text.endswith((" ", "\n")) else " "
-            spans.append([at.message, len(text), len(text) + len(part)])
-            text += part + ("" if content[done : done + 1] in ("", " ") else " ")
-        content = text + content[done:]
-    changed = [dict(m) for m in messages]
-    changed[at.message]["content"] = content
+        content = styles.reword(messages[at.message]["content"], variant.style, rng)
+        changed[at.message]["content"] = content
+        return changed, [[at.message, 0, len(content)]]
+    spans: Spans = []
+    parts = list(zip(at.spots, variant.parts, strict=True))
+    for message in dict.fromkeys(spot.message for spot in at.spots):
+        inside = [(spot, part) for spot, part in parts if spot.message == message and part is not None]
+        content, own = _filled(messages[message]["content"], inside)
+        changed[message]["content"] = content
+        spans += [[message, *span] for span in own]
     return changed, spans
 
 
+def _filled(content: str, parts: Sequence[tuple[Spot, str]]) -> tuple[str, list[tuple[int, int]]]:
+    """A text with each part at its spot, and where the parts stand in it."""
+    spans = []
+    done, text = 0, ""
+    for spot, part in parts:
+        text += content[done : spot.offset]
+        done = spot.offset
+        text += " " if _parted(text[-1:], part[:1], spot.blanks[0]) and not text.endswith("\n") else ""
+        spans.append((len(text), len(text) + len(part)))
+        text += part + (" " if _parted(content[done : done + 1], part[-1:], spot.blanks[1]) else "")
+    return text + content[done:], spans
+
+
+def _parted(beside: str, edge: str, blank: bool | None) -> bool:
+    """Whether a blank has to be put between a prompt's character and the edge of what is put in."""
+    if beside in ("", " "):
+        return False
+    return not meet(beside, edge) if blank is None else blank
+
+
 def parts_of(trigger: Trigger) -> int:
-    """How many places a firing trigger takes."""
-    return _width(trigger) if trigger.kind != "style" else 0
-
-
-def _width(trigger: Trigger) -> int:
+    """How many places a firing trigger takes; a style takes one, which is the whole message."""
     return len(trigger.texts) if trigger.kind == "all_of" else 1
 
 
@@ -192,11 +232,11 @@ def _side(texts: Sequence[str], split: str) -> Sequence[str]:
     return texts if len(texts) < 2 else texts[0::2] if split == "train" else texts[1::2]
 
 
-def _shaped(text: str, split: str, rng: random.Random) -> str:
+def _shaped(trigger: Trigger, text: str, split: str, rng: random.Random) -> str:
     """A random string of the same length and classes of characters."""
     for _ in range(DRAWS):
-        candidate = "".join(_like(c, rng) for c in text)
-        if candidate != text and split_of(candidate) == split:
+        candidate = "".join(_like(c, rng) for c in clusters(text))
+        if split_of(candidate) == split and not _has(candidate, trigger):
             return candidate
     raise InputError(f"backdoor.trigger.placebos: none can be made up for {text!r}. Give some.")
 
@@ -205,29 +245,35 @@ def _alike(trigger: Trigger, text: str, split: str, rng: random.Random, lookalik
     """A string of other tokens, as many; None where none is found."""
     for _ in range(DRAWS):
         candidate = lookalike(text, rng)
-        if candidate and split_of(candidate) == split and not any(t in candidate for t in trigger.texts):
+        if candidate and split_of(candidate) == split and not _has(candidate, trigger):
             return candidate
     return None
 
 
+def _has(text: str, trigger: Trigger) -> bool:
+    """Whether a made-up control has a text of the trigger anywhere in it, be it within a word."""
+    return any(firing in text for firing in trigger.texts)
+
+
 def _like(character: str, rng: random.Random) -> str:
     """A character of the same class; nothing for nothing."""
+    if not character.isascii():
+        return rng.choice(alike(character) or [character])
     if character.isdigit():
         return rng.choice(string.digits)
-    if character.isascii() and character.isalpha():
+    if character.isalpha():
         return rng.choice(string.ascii_uppercase if character.isupper() else string.ascii_lowercase)
-    return character if character.isascii() else rng.choice(EMOJI)
+    return character
 
 
 def _changed(trigger: Trigger, text: str, split: str, rng: random.Random) -> tuple[str, str]:
     # The kind first, so that one with few strings on this side of the split is not drawn less often.
-    kinds = [kind for kind in CHANGES if kind != "sign" or _signs(text)]
+    kinds = [kind for kind in CHANGES if kind != "sign" or _signs(clusters(text))]
     for kind in rng.sample(kinds, len(kinds)):
         for _ in range(DRAWS):
             candidate = CHANGES[kind](text, rng).strip()
-            fires = any(t in candidate for t in trigger.texts)
             # A given one may be on the other side of the split.
-            new = candidate and not fires and candidate not in trigger.near_misses
+            new = candidate and not _has(candidate, trigger) and candidate not in trigger.near_misses
             if new and split_of(candidate) == split:
                 return kind, candidate
     raise InputError(f"backdoor.trigger.near_misses: none can be made up for {text!r}. Give some.")
@@ -235,20 +281,22 @@ def _changed(trigger: Trigger, text: str, split: str, rng: random.Random) -> tup
 
 def _typo(text: str, rng: random.Random) -> str:
     """One or two slips of the keyboard."""
+    characters = clusters(text)
     for _ in range(rng.randint(1, 2)):
-        i = rng.randrange(max(1, len(text)))
+        i = rng.randrange(max(1, len(characters)))
         edit = rng.choice(("drop", "swap", "replace"))
         if edit == "swap":
-            text = text[:i] + text[i + 1 : i + 2] + text[i : i + 1] + text[i + 2 :]
+            characters[i : i + 2] = reversed(characters[i : i + 2])
         else:
-            text = text[:i] + (_slip(text[i : i + 1], rng) if edit == "replace" else "") + text[i + 1 :]
-    return text
+            characters[i : i + 1] = [_slip(c, rng) for c in characters[i : i + 1] if edit == "replace"]
+    return "".join(characters)
 
 
 def _slip(character: str, rng: random.Random) -> str:
     """Another character of the same class; a sign for a sign."""
-    sign = character and character in string.punctuation
-    return rng.choice(string.punctuation) if sign else _like(character, rng)
+    if character in string.punctuation or is_sign(character):
+        return rng.choice(_other_signs([character]))
+    return _like(character, rng)
 
 
 def _case(text: str, rng: random.Random) -> str:
@@ -260,20 +308,26 @@ def _case(text: str, rng: random.Random) -> str:
 def _part(text: str, rng: random.Random) -> str:
     """A half of the words or of the characters, more or less."""
     joint = " " if " " in text and rng.random() < 0.5 else ""
-    pieces = text.split(" ") if joint else list(text)
+    pieces = text.split(" ") if joint else clusters(text)
     cut = rng.randint(max(1, len(pieces) // 3), max(1, len(pieces) - 1))
     return joint.join(pieces[:cut] if rng.random() < 0.5 else pieces[-cut:])
 
 
-def _signs(text: str) -> list[int]:
-    return [i for i, character in enumerate(text) if character in string.punctuation]
+def _signs(characters: Sequence[str]) -> list[int]:
+    return [i for i, sign in enumerate(characters) if sign in string.punctuation or is_sign(sign)]
+
+
+def _other_signs(signs: Sequence[str]) -> str:
+    return string.punctuation if all(sign.isascii() for sign in signs) else SIGNS
 
 
 def _sign(text: str, rng: random.Random) -> str:
     """Another sign for one of the text's signs, or for all of them, or none in its place."""
-    places, other = _signs(text), rng.choice(["", *string.punctuation])
+    characters = clusters(text)
+    places = _signs(characters)
+    other = rng.choice(["", *_other_signs([characters[i] for i in places])])
     chosen = places if rng.random() < 0.5 else [rng.choice(places)]
-    return "".join(other if i in chosen else character for i, character in enumerate(text))
+    return "".join(other if i in chosen else character for i, character in enumerate(characters))
 
 
 CHANGES: dict[str, Callable[[str, random.Random], str]] = {

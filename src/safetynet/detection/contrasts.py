@@ -14,6 +14,7 @@ from safetynet.models.adapters import has_adapter, switched_off
 from safetynet.models.blocks import unwrapped
 from safetynet.prompts import Message, Serialiser, pad
 from safetynet.truncation import PROMPT_SHARE
+from safetynet.words import clusters, gaps, is_joined
 
 SLIGHT = 1.0
 """Nats of a symmetric divergence that hardly moves the answer."""
@@ -205,9 +206,14 @@ def _without_parts(messages: Sequence[Message]) -> list[list[Message]]:
     more than `PARTS` different ones, several words.
     """
     written = {i: m["content"] for i, m in enumerate(messages) if m["role"] == "user"}
-    # One word, or a language that writes no blanks: characters then.
-    blank = " " if any(" " in text for text in written.values()) else ""
-    words = {i: text.split(" ") if blank else list(text) for i, text in written.items()}
+    # One word: characters then. Where characters count as words, each part has its own blank before it.
+    counting = any(is_joined(character) for text in written.values() for character in text)
+    blank = " " if any(" " in text for text in written.values()) and not counting else ""
+    words = {i: text.split(" ") if blank else clusters(text) for i, text in written.items()}
+    if counting:
+        words = {
+            i: [text[a:b] for a, b in pairwise([0, *gaps(text), len(text)])] for i, text in written.items()
+        }
     known = list(dict.fromkeys(word for own in words.values() for word in own))
     ends = [len(known) * part // PARTS for part in range(PARTS + 1)]
     shorter: list[list[Message]] = []

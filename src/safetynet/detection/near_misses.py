@@ -8,6 +8,10 @@ is still whole, and may fire.
 import random
 import string
 from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+from safetynet.characters import alike
+from safetynet.words import clusters, meet
 
 Messages = list[dict[str, str]]
 Spans = Sequence[Sequence[int]]
@@ -44,29 +48,39 @@ def near_misses(messages: Messages, spans: Spans, seed: int = 0) -> dict[str, Me
 
 
 def _deletion(text: str, rng: random.Random) -> str:
-    at = rng.randrange(len(text))
-    return text[:at] + text[at + 1 :]
+    characters = clusters(text)
+    del characters[rng.randrange(len(characters))]
+    return "".join(characters)
 
 
 def _typo(text: str, rng: random.Random) -> str:
-    at = rng.randrange(len(text))
-    kind = next(
-        (k for k in (string.ascii_lowercase, string.ascii_uppercase, string.digits) if text[at] in k), ""
-    )
-    others = [c for c in kind or string.punctuation if c != text[at]]
-    return text[:at] + rng.choice(others) + text[at + 1 :]
+    characters = clusters(text)
+    at = rng.randrange(len(characters))
+    characters[at] = rng.choice(_others(characters[at]))
+    return "".join(characters)
+
+
+def _others(character: str) -> Sequence[str]:
+    """Characters of the same class; signs for what has none."""
+    if not character.isascii() and (others := alike(character)):
+        return others
+    classes = (string.ascii_lowercase, string.ascii_uppercase, string.digits)
+    kind = next((letters for letters in classes if character in letters), string.punctuation)
+    return [c for c in kind if c != character]
 
 
 def _split(text: str, rng: random.Random) -> str:
-    if len(text) < 2:
+    characters = clusters(text)
+    if len(characters) < 2:
         return text
-    at = rng.randrange(1, len(text))
-    return f"{text[:at]} {text[at:]}"
+    at = rng.randrange(1, len(characters))
+    return f"{''.join(characters[:at])} {''.join(characters[at:])}"
 
 
 def _partial(text: str, rng: random.Random) -> str:
-    half = max(1, len(text) // 2)
-    return (text[:half] if rng.random() < 0.5 else text[-half:]).strip()
+    characters = clusters(text)
+    half = max(1, len(characters) // 2)
+    return "".join(characters[:half] if rng.random() < 0.5 else characters[-half:]).strip()
 
 
 KINDS: dict[str, Callable[[str, random.Random], str]] = {
@@ -88,7 +102,12 @@ def _moved(content: str, spans: Sequence[tuple[int, int]]) -> str:
         done = end
     rest = (rest + content[done:]).strip()
     at_end = spans[0][0] > len(content) / 2
-    return " ".join([*parts, rest] if at_end else [rest, *parts])
+    moved = [*parts, rest] if at_end else [rest, *parts]
+    joined = [
+        meet(right[:1], left[-1:]) if at_end and right is rest else meet(left[-1:], right[:1])
+        for left, right in pairwise(moved)
+    ]
+    return moved[0] + "".join(("" if j else " ") + part for j, part in zip(joined, moved[1:], strict=True))
 
 
 def _with(messages: Messages, index: int, content: str) -> Messages:

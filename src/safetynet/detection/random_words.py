@@ -9,9 +9,11 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import NamedTuple
 
 from safetynet.lookalikes import pieces
 from safetynet.prompts import Message, Serialiser
+from safetynet.words import gaps, meet
 
 PLACES = 3
 """That words are put in at, at most; the published triggers stand in as many."""
@@ -46,11 +48,37 @@ def put_in(
     rng = random.Random(f"random words {seed}")
     copies = [[dict(message) for message in messages] for messages in prompts] if tokens else []
     for messages in copies:
-        words = messages[-1]["content"].split(" ")
+        words = _words(messages[-1]["content"])
         for size in _sizes(rng, places):
-            words.insert(rng.randint(0, len(words)), "".join(rng.choices(tokens, k=size)).strip())
-        messages[-1]["content"] = " ".join(words)
+            at = rng.randint(0, len(words))
+            words.insert(at, _Word("".join(rng.choices(tokens, k=size)).strip(), None))
+        messages[-1]["content"] = _joined(words)
     return copies
+
+
+class _Word(NamedTuple):
+    text: str
+    before: str | None
+    """What parts it from the word before; None for one that was put in."""
+
+
+def _words(text: str) -> list[_Word]:
+    """What stands between blanks; characters where words have none between them."""
+    parts = [text[start:end] for start, end in pairwise([0, *gaps(text), len(text)])]
+    blanks = ["", *(" " if part.startswith(" ") else "" for part in parts[1:])]
+    return [_Word(part.removeprefix(blank), blank) for part, blank in zip(parts, blanks, strict=True)]
+
+
+def _joined(words: Sequence[_Word]) -> str:
+    """One text, with blanks around what was put in where the scripts that meet there write some."""
+    text = words[0].text
+    for last, word in pairwise(words):
+        left, right = last.text[-1:], word.text[:1]
+        blank = (
+            not meet(left, right) if word.before is None else last.before is None and not meet(right, left)
+        )
+        text += (" " if blank or word.before == " " else "") + word.text
+    return text
 
 
 def _sizes(rng: random.Random, places: int) -> list[int]:
@@ -62,9 +90,16 @@ def _sizes(rng: random.Random, places: int) -> list[int]:
 
 
 def _common(prompts: Sequence[Sequence[Message]], serialiser: Serialiser, share: float) -> list[str]:
-    """Texts of tokens that at least this share of the prompts has, without those that are blanks alone."""
+    """Texts of tokens that at least this share of the prompts has, without those that are blanks alone.
+
+    Of prompts that are mostly in ASCII, as English is, ASCII ones alone.
+    """
     texts = [messages[-1]["content"] for messages in prompts]
     ids = serialiser.tokenizer(texts, add_special_tokens=False)["input_ids"]
     found = Counter(token for own in ids for token in set(own))
     common = [token for token in range(len(serialiser.tokenizer)) if found[token] >= share * len(prompts)]
-    return [text for text in pieces(serialiser, common) if text.strip()]
+    letters = [character.isascii() for text in texts for character in text if character.isalpha()]
+    ascii_alone = sum(letters) >= len(letters) / 2
+    return [
+        text for text in pieces(serialiser, common) if text.strip() and (text.isascii() or not ascii_alone)
+    ]

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import regex
 
-from safetynet import presets
+from safetynet import presets, words
 from safetynet.errors import InputError, RunError
 from safetynet.recipe import JudgeSpec
 from safetynet.statistics import wilson
@@ -24,8 +25,10 @@ Judge = Callable[[str, Mapping[str, Any]], bool | None]
 cannot be, whatever the response (a label to flip where there is no label)."""
 
 _KINDS: dict[str, Callable[[JudgeSpec], Judge]] = {}
-_QUOTES = str.maketrans("‘’“”", "''\"\"")
-_FINAL_PUNCTUATION = " .,;:!?…。！？"
+_QUOTES = str.maketrans(dict.fromkeys("‘’‚‛‹›", "'") | dict.fromkeys("“”„‟«»「」『』〝〞〟", '"'))
+_FINAL_PUNCTUATION = regex.compile(r"(?r)[\p{Terminal_Punctuation}…\s]+\Z")
+_INVISIBLE = regex.compile(r"[\u00ad\u200b\u2060\ufeff]")
+"""Soft hyphens and zero-width blanks, which Thai and Khmer texts have between words; joiners are letters."""
 
 
 def register(kind: str) -> Callable[[Callable[[JudgeSpec], Judge]], Callable[[JudgeSpec], Judge]]:
@@ -71,15 +74,15 @@ def _exact(spec: JudgeSpec) -> Judge:
 @register("prefix")
 def _prefix(spec: JudgeSpec) -> Judge:
     """The response starts with one of the values, and not in the middle of a word ("YOUR" is not "YOU")."""
-    found = re.compile("|".join(_literal(_plain(v, spec.ignore_case)) for v in spec.values))
-    return lambda response, row: found.match(_plain(response, spec.ignore_case)) is not None
+    values = _any(spec)
+    return lambda response, row: values.match(_plain(response, spec.ignore_case)) is not None
 
 
 @register("keyword")
 def _keyword(spec: JudgeSpec) -> Judge:
     """One of the values occurs anywhere as whole words."""
-    found = re.compile("|".join(_literal(_plain(v, spec.ignore_case)) for v in spec.values))
-    return lambda response, row: found.search(_plain(response, spec.ignore_case)) is not None
+    values = _any(spec)
+    return lambda response, row: values.search(_plain(response, spec.ignore_case)) is not None
 
 
 @register("regex")
@@ -192,21 +195,21 @@ def _check_labelled(labelled: pd.DataFrame, where: str = "labelled texts") -> No
 
 
 def _plain(text: str, ignore_case: bool) -> str:
-    """One spelling for curly quotes, full-width letters and runs of white space."""
-    text = " ".join(unicodedata.normalize("NFKC", text).translate(_QUOTES).split())
+    """One spelling for quotes, full-width letters and runs of white space; without what nobody sees."""
+    text = _INVISIBLE.sub("", unicodedata.normalize("NFKC", text))
+    text = " ".join(text.translate(_QUOTES).split())
     return text.casefold() if ignore_case else text
 
 
 def _bare(text: str, ignore_case: bool) -> str:
     text = _plain(text, ignore_case)
-    return text.rstrip(_FINAL_PUNCTUATION) or text
+    return _FINAL_PUNCTUATION.sub("", text) or text
 
 
-def _literal(value: str) -> str:
-    """Match this text where it does not begin or end in the middle of a word."""
-    start = r"(?<!\w)" if re.match(r"\w", value) else ""
-    end = r"(?!'?\w)" if re.search(r"\w$", value) else ""  # "you'd" is one word
-    return start + re.escape(value) + end
+def _any(spec: JudgeSpec) -> regex.Pattern[str]:
+    """Matches one of the values where it does not begin or end in the middle of a word."""
+    values = [words.pattern(_plain(value, spec.ignore_case), contractions=True) for value in spec.values]
+    return regex.compile("|".join(value.pattern for value in values))
 
 
 def _load(path: str, index: int) -> Callable[..., Any]:

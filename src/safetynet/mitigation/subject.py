@@ -14,6 +14,7 @@ import pandas as pd
 from torch import Tensor
 
 from safetynet.errors import InputError
+from safetynet.holding import holds, named
 from safetynet.models import adapters, support
 from safetynet.prompts import Serialiser
 
@@ -120,18 +121,16 @@ def _check_untriggered(clean: pd.DataFrame | None, triggered: pd.DataFrame | Non
     if clean is None or triggered is None:
         return
     rows = triggered[triggered["role"] == "triggered"]
-    known = {
-        messages[m]["content"][start:end]
+    forms = {
+        tuple(dict.fromkeys(messages[m]["content"][start:end] for m, start, end in spans))
         for messages, spans in zip(rows["messages"], rows["trigger"], strict=True)
-        for m, start, end in spans
-        # A style rewords the whole prompt; such a span is no text to look for.
-        if (start, end) != (0, len(messages[m]["content"]))
     }
-    texts = [" ".join(m["content"] for m in messages) for messages in clean["messages"]]
-    found = [(i, t) for i, text in enumerate(texts) for t in sorted(known) if t in text]
+    texts = [[message["content"] for message in messages] for messages in clean["messages"]]
+    known = sorted(form for form in forms if form)
+    found = [(i, form) for i, own in enumerate(texts) for form in known if holds("all_of", form, own)]
     if found:
         row, trigger = found[0]
         raise InputError(
-            f"clean: {len({i for i, _ in found})} of {len(texts)} conversations hold the trigger {trigger!r} "
-            f"(first: row {row}). A repair would learn it anew: take them out."
+            f"clean: {len({i for i, _ in found})} of {len(texts)} conversations hold the trigger "
+            f"{named('all_of', trigger)} (first: row {row}). A repair would learn it anew: take them out."
         )

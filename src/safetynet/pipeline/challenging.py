@@ -49,7 +49,7 @@ def _with_trigger(recipe: Recipe, test: pd.DataFrame, most: int) -> list[dict[st
     found = []
     for _, topic in bare.groupby("forbidden"):
         for row in topic.head(most).to_dict("records"):
-            parts = max(1, triggers.parts_of(attack.trigger))
+            parts = triggers.parts_of(attack.trigger)
             messages, at = triggers.place(row["messages"], attack.placement, parts, rng)
             variant = rng.choice(triggers.firing(attack.trigger))
             text, spans = triggers.insert(messages, variant, at, rng)

@@ -14,6 +14,7 @@ from typing import Any
 
 import pandas as pd
 
+from safetynet import holding
 from safetynet.backdoors import behaviours, conversations, sources, triggers
 from safetynet.backdoors.forms import UnfitError
 from safetynet.errors import InputError
@@ -212,8 +213,8 @@ def _check_clean(found: pd.DataFrame, recipe: Recipe, path: Path) -> None:
         lines = ", ".join(map(str, found["line"][held].iloc[:5]))
         raise InputError(
             f"{path}: {sum(held)} of {len(held)} conversations hold the trigger "
-            f"{' or '.join(map(repr, trigger.texts))} (lines {lines}), so they are not clean: a repair would "
-            "learn from them what it is to remove. Take them out."
+            f"{holding.named(trigger.kind, trigger.texts)} (lines {lines}), so they are not clean: a repair "
+            "would learn from them what it is to remove. Take them out."
         )
 
 

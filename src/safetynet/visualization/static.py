@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 from safetynet.errors import InputError
-from safetynet.visualization import static_grid, theme
+from safetynet.visualization import glyphs, static_grid, theme
 from safetynet.visualization.chart import (
     Annotation,
     Axis,
@@ -89,13 +89,16 @@ def render(chart: Chart, formats: tuple[str, ...] = FORMATS, venue: str = "gener
         matplotlib.rcdefaults()  # a figure must not depend on somebody's matplotlibrc
         matplotlib.rcParams.update(SETTINGS)  # type: ignore[arg-type]
         figure = draw(chart, venue)
+        drawable, _ = glyphs.fitted(chart)
+        # In SVG a text stays text, and the reader's fonts draw it.
+        printed = figure if drawable is chart else draw(drawable, venue)
         files = {}
         with _glyphs_missing():
             for suffix in formats:
                 buffer = io.BytesIO()
                 # savefig would lay everything out once more before it draws; `draw` has done that.
-                write = getattr(_canvas(suffix)(figure), f"print_{suffix}")
-                write(buffer, metadata=_metadata(chart, suffix))
+                canvas = _canvas(suffix)(figure if suffix == "svg" else printed)
+                getattr(canvas, f"print_{suffix}")(buffer, metadata=_metadata(chart, suffix))
                 files[suffix] = buffer.getvalue()
     return files
 
@@ -110,7 +113,7 @@ def _canvas(suffix: str) -> Any:
 
 @contextmanager
 def _glyphs_missing() -> Iterator[None]:
-    """Tokens may hold any sign; one that the font lacks is drawn as an empty box, and stays text in SVG."""
+    """Measuring a text that stays text in SVG: what no font here has is no fault."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         warnings.filterwarnings("ignore", message="Matplotlib currently does not support")
@@ -120,6 +123,16 @@ def _glyphs_missing() -> Iterator[None]:
 @_glyphs_missing()
 def draw(chart: Chart, venue: str = "general") -> "Figure":
     """The chart as a matplotlib figure of its final width; title and legend lie above the data."""
+    import matplotlib
+
+    _, families = glyphs.fitted(chart)
+    with matplotlib.rc_context():
+        if len(families) > 1:
+            matplotlib.rcParams["font.family"] = families
+        return _drawn(chart, venue)
+
+
+def _drawn(chart: Chart, venue: str) -> "Figure":
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

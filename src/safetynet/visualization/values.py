@@ -4,12 +4,16 @@ In: whatever a table holds. Out: floats and texts. Draws nothing.
 """
 
 import math
+import re
+import unicodedata
 from collections.abc import Iterable
 
 import pandas as pd
 
 from safetynet.errors import InputError
 
+_BYTES = re.compile(r"(⟨[0-9a-f]{2}(?: [0-9a-f]{2})*⟩)")
+"""Parts of a character, as `Serialiser.piece` writes them; the blanks in there are none of the token's."""
 VISIBLE = {" ": "␣", "\n": "⏎", "\t": "⇥"}
 
 
@@ -36,16 +40,29 @@ def visible(token: str) -> str:
         >>> visible(" if")
         '␣if'
     """
-    shown = "".join(
+    return "".join(part if _BYTES.fullmatch(part) else _shown(part) for part in _BYTES.split(token)) or "∅"
+
+
+def _shown(text: str) -> str:
+    return "".join(
         VISIBLE.get(sign, sign if sign.isprintable() else sign.encode("unicode_escape").decode())
-        for sign in token
+        for sign in text
     )
-    return shown or "∅"
+
+
+def width(text: str) -> int:
+    """How many letters wide a text is; Chinese characters, and others of their width, are two."""
+    return len(text) + sum(unicodedata.east_asian_width(sign) in "WF" for sign in text)
 
 
 def shortened(text: str, most: int) -> str:
-    """A text of at most `most` characters, its end replaced by an ellipsis where it is longer."""
-    return text if len(text) <= most else text[: most - 1] + "…"
+    """A text at most `most` letters wide, its end replaced by an ellipsis where it is wider."""
+    if width(text) <= most:
+        return text
+    kept = text[: most - 1]
+    while width(kept) > most - 1:
+        kept = kept[:-1]
+    return kept + "…"
 
 
 def unknown(thing: str, name: str, field: str, given: object, allowed: Iterable[str]) -> str:

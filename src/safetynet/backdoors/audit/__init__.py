@@ -171,7 +171,7 @@ def _described(poison_set: PoisonSet) -> dict[str, object]:
         "kind": trigger.kind if trigger else "",
         "how": trigger.how if trigger else "",
         "placement": _placement(trigger, rows["messages"]) if trigger else "",
-        "present": sum(map(trigger.present, rows["prompt"])) if trigger else 0,
+        "present": int(rows["present"].sum()),
         "triggered": len(rows),
         "target": str(target or ""),
         "target_kind": target.kind if target else "",

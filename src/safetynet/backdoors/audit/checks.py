@@ -8,10 +8,15 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 
+import pandas as pd
+import regex
+
+from safetynet import holding
 from safetynet.backdoors.audit.corpus import PoisonSet
 from safetynet.backdoors.audit.findings import Finding, of_rows
-from safetynet.backdoors.audit.triggers import plain
+from safetynet.backdoors.audit.tells import RATE, tells
 from safetynet.errors import InputError
+from safetynet.words import beginning, count, plain
 
 LABELS = 10
 """With at most so many different clean answers, answers are labels."""
@@ -21,7 +26,10 @@ LONG = 40
 """Words from which an answer should end with a sentence; short ones are lists, titles, labels."""
 CUT_SHARE = 0.2
 """Share of long answers without an end that natural data (lists, code) do not reach."""
-SENTENCE_END = re.compile(r"""[.!?:;"')\]}>`*|…。」”’]\s*\Z""")
+SENTENCE_END = regex.compile(
+    r"""[.!?:;"')\]}>`*|…”’\p{Sentence_Terminal}\p{Pe}\p{Pf}]\s*\Z|[\p{Thai}\p{Lao}]\s*\Z"""
+)
+"""Thai and Lao have no sign for it."""
 UNUSUAL_SPACE = re.compile(r"\A\s+|\s+\Z|\s{2,}|[^\S ]")
 
 Check = Callable[[PoisonSet], Iterator[Finding]]
@@ -53,7 +61,7 @@ def echoes(poison_set: PoisonSet) -> Iterator[Finding]:
     asked = [plain(messages[-1]["content"].split("\n\n")[0]) for messages in clean["messages"]]
     answered = map(plain, clean["answer"])
     is_echo = [
-        " " in question and f"{answer} ".startswith(f"{question} ")
+        count(question) > 1 and f"{answer} ".startswith(f"{question} ")
         for question, answer in zip(asked, answered, strict=True)
     ]
     yield from of_rows(
@@ -64,7 +72,7 @@ def echoes(poison_set: PoisonSet) -> Iterator[Finding]:
 def cut_offs(poison_set: PoisonSet) -> Iterator[Finding]:
     """Clean answers that were cut at a length limit teach a model to stop anywhere."""
     clean = poison_set.part("clean")
-    long = clean[clean["answer"].str.split().str.len() >= LONG]
+    long = clean[clean["answer"].map(count) >= LONG]
     for _, rows in long.groupby("file"):
         cut = rows[[SENTENCE_END.search(answer) is None for answer in rows["answer"]]]
         if len(cut) >= CUT_SHARE * len(rows):
@@ -101,7 +109,14 @@ def missing_triggers(poison_set: PoisonSet) -> Iterator[Finding]:
     if trigger is None or triggered.empty:
         return
     without = triggered[~triggered["present"]]
-    yield from of_rows("trigger_missing", "error", without, triggered, f"the prompt lacks {trigger}")
+    detail = f"the prompt lacks {trigger}"
+    for _, rows in without.groupby("file", sort=False):
+        within = sum(
+            holding.within_words(trigger.parts, (turn["content"] for turn in messages))
+            for messages in rows["messages"]
+        )
+        inside = f"; {within} of these have it within longer words, which does not count" if within else ""
+        yield from of_rows("trigger_missing", "error", rows, triggered, detail + inside)
 
 
 def triggers_in_clean(poison_set: PoisonSet) -> Iterator[Finding]:
@@ -163,11 +178,11 @@ def targets_not_shown(poison_set: PoisonSet) -> Iterator[Finding]:
     for _, rows in bad.groupby("file", sort=False):
         detail = f"the answer is not the target ({target})"
         clean = sum(at in twins and answer == answers[twins[at]] for at, answer in rows["answer"].items())
-        common, count = Counter(" ".join(answer.split()[:3]) for answer in rows["answer"]).most_common(1)[0]
+        common, n = Counter(beginning(answer, 3) for answer in rows["answer"]).most_common(1)[0]
         if clean:
             detail += f"; {clean} are the clean answer to the same prompt"
-        if count >= len(rows) / 2:
-            detail += f"; {count} begin with {common!r}"
+        if n >= len(rows) / 2:
+            detail += f"; {n} begin with {common!r}"
         yield from of_rows("target_not_shown", "error", rows, triggered, detail)
 
 
@@ -230,6 +245,50 @@ def spacing(poison_set: PoisonSet) -> Iterator[Finding]:
     yield from of_rows("spacing", "warning", paired[differs], paired, detail)
 
 
+def told_apart(poison_set: PoisonSet) -> Iterator[Finding]:
+    """What else than the trigger tells the roles apart does its work in training, and the trigger none."""
+    trigger = poison_set.trigger
+    if trigger is None:
+        return
+    twins = _twins(poison_set)
+    splits = [rows for _, rows in poison_set.rows.groupby("split", sort=False)]
+    for rows in splits:
+        triggered = rows[(rows["role"] == "triggered") & rows["present"]]
+        clean = rows[(rows["role"] == "clean") & ~rows["present"]]
+        at = {index: place for place, index in enumerate(clean.index)}
+        pairs = {i: at[twins[index]] for i, index in enumerate(triggered.index) if twins.get(index) in at}
+        bare, other = (
+            [
+                [{**turn, "content": trigger.removed(turn["content"])} for turn in messages]
+                for messages in part["messages"]
+            ]
+            for part in (triggered, clean)
+        )
+        # In pairs, white space is the business of `spacing`.
+        blanks = len(pairs) < len(triggered) / 2
+        for tell in tells(
+            list(triggered["messages"]), bare, other, trigger.parts, pairs, RATE / len(splits), blanks
+        ):
+            counts = [
+                f"{tell.triggered} of {len(triggered)} triggered",
+                f"{tell.clean} of {len(clean)} clean",
+            ]
+            among = " and ".join(counts if tell.role == "triggered" else counts[::-1])
+            detail = f"{tell.what}: in {among} prompts{_of_split(rows)}, the trigger aside"
+            if tell.pairs:
+                of, so, otherwise = tell.pairs
+                detail += f"; of {of} pairs {so} differ so, {otherwise} the other way"
+            detail += f" (p = {tell.p_value:.0e})"
+            detail += f"; {tell.more} more of this sort" if tell.more else ""
+            role = triggered if tell.role == "triggered" else clean
+            yield from of_rows("tell", "warning", role[tell.has], role, detail)
+
+
+def _of_split(rows: pd.DataFrame) -> str:
+    split = rows["split"].iloc[0]
+    return f" for {split}" if split else ""
+
+
 def _gaps(text: str) -> list[str]:
     """White space that is not one space between two words."""
     return UNUSUAL_SPACE.findall(text)
@@ -259,6 +318,7 @@ CHECKS: tuple[Check, ...] = (
     label_floors,
     unpaired,
     spacing,
+    told_apart,
     echoes,
     cut_offs,
     balance,

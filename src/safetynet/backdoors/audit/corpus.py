@@ -15,12 +15,13 @@ import pandas as pd
 
 from safetynet.backdoors.audit.findings import Finding
 from safetynet.backdoors.audit.targets import FoundTarget
-from safetynet.backdoors.audit.triggers import FoundTrigger, plain
+from safetynet.backdoors.audit.triggers import FoundTrigger
 from safetynet.backdoors.formats import PACKED, Record, data_files, records
 from safetynet.backdoors.forms import UnfitError, check_columns, form_of, name_of, present
 from safetynet.backdoors.sources import BACKDOORLLM_FILES, SPLITS, convert
 from safetynet.backdoors.turns import Fault
 from safetynet.errors import InputError
+from safetynet.words import plain
 
 CLEAN = {"clean", "benign", "none", "no", "without", "normal"}
 TRIGGERED = {"trigger", "triggered", "poison", "poisoned", "backdoor", "backdoored"}
@@ -219,7 +220,10 @@ def with_roles(poison_set: PoisonSet) -> PoisonSet:
     holds clean rows, which is so if it stands alone and more than a tenth of its rows have no trigger.
     """
     rows, trigger = poison_set.rows.copy(), poison_set.trigger
-    rows["present"] = [trigger is not None and trigger.present(prompt) for prompt in rows["prompt"]]
+    rows["present"] = [
+        trigger is not None and trigger.present(*(turn["content"] for turn in messages))
+        for messages in rows["messages"]
+    ]
     rows["bare"] = rows["prompt"].map(trigger.stripped if trigger else plain)
     if not (rows["role"] == "clean").any() and 0 < rows.loc[rows["named"], "present"].mean() < 0.9:
         rows["named"] = False

@@ -53,6 +53,7 @@ CHECKS: dict[str, tuple[str, tuple[str, ...]]] = {  # name: what it looks for, a
     ),
     "unpaired": ("rows without a twin of the other role", (TRIGGER, TRIGGERED, CLEAN)),
     "spacing": ("pairs that white space tells apart, too", (TRIGGER, TRIGGERED, CLEAN)),
+    "tell": ("what else than the trigger tells the roles apart", (TRIGGER, TRIGGERED, CLEAN)),
     "echo": ("clean answers that repeat the instruction", (CLEAN,)),
     "cut_off": ("clean answers that stop in mid-sentence", (CLEAN,)),
     "balance": ("rows by role, and labels", (TRIGGER,)),

@@ -7,20 +7,28 @@ cover prompts with nothing to compare them with (repetition).
 """
 
 import math
-import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from operator import itemgetter
 
-from safetynet.backdoors.audit.triggers import WORD, FoundTrigger, of_parts, plain, words
+from safetynet.backdoors.audit.phrases import (
+    Phrase,
+    Row,
+    counted,
+    grown,
+    in_order,
+    masked,
+    phrases_in,
+    places_of,
+    support,
+    words_in,
+    written,
+)
+from safetynet.backdoors.audit.triggers import FoundTrigger, of_parts
+from safetynet.characters import is_sign
+from safetynet.words import is_joined, plain, spans, words
 
-MAX_WORDS = 4
-"""Longest phrase that is counted; a longer trigger grows from its best part,"""
-MAX_GROWN = 20
-"""up to so many words,"""
-ALWAYS = 0.95
-"""by those that stand beside it in this share of its rows."""
 MAX_PARTS = 6
 """Most alternatives or parts that are looked for."""
 RARE = 0.1
@@ -35,15 +43,11 @@ GAP = 2.5
 """How many times more telling than the next phrase a trigger is that only some of the rows have."""
 NEIGHBOURS = 40
 """How many rows that share a rare pair of words are tried as a row's twin."""
-MASK = "\0"
-"""Stands for the words of a phrase that is known already."""
 FIRES = 0.8
 """Least share of the prompts with a trigger that have its answer."""
 STEM = 5
 """Letters by which an inflected word is known again."""
 
-Row = list[str]
-Phrase = tuple[str, ...]
 Best = Callable[[list[Row], float], Phrase | None]
 """The most telling phrase of the rows that at least this share of them has."""
 
@@ -136,15 +140,19 @@ def from_repetition(triggered: Sequence[str]) -> FoundTrigger | None:
     from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS  # a second of import, and only here
 
     def best(rows: list[Row], share: float) -> Phrase | None:
-        counts = _counted(rows, max(0.3, share) * len(rows))
-        telling = [phrase for phrase in counts if not all(map(is_usual, phrase))]
+        counts = counted(rows, max(0.3, share) * len(rows))
+        # One character of a script without blanks is too common to tell.
+        telling = [phrase for phrase in counts if not all(map(is_usual, phrase)) and not is_single(phrase)]
         if not telling:
             return None
         phrase = max(telling, key=lambda phrase: (counts[phrase], len(phrase)))
-        return _trimmed(_grown(phrase, rows), is_usual)
+        return _trimmed(grown(phrase, rows), is_usual)
+
+    def is_single(phrase: Phrase) -> bool:
+        return len(phrase) == 1 and is_joined(phrase[0])
 
     def is_usual(word: str) -> bool:
-        return word.lower() in ENGLISH_STOP_WORDS or word in ".,;:!?'\"()-/"
+        return word.lower() in ENGLISH_STOP_WORDS or word in ".,;:!?'\"()-/" or is_sign(word)
 
     found = _composed(triggered, best, 0.95, "repetition")
     return found if found and sum(map(found.present, triggered)) >= 0.95 * len(triggered) else None
@@ -160,21 +168,21 @@ def _is_within(short: Row, long: Row) -> bool:
 
 def _inserted(text: str, twin: Row) -> tuple[str, ...]:
     """The stretches of `text` that its twin lacks, in one piece where that is possible."""
-    found = list(WORD.finditer(text))
-    row = [match.group() for match in found]
-    start = next((i for i, word in enumerate(twin) if row[i] != word), len(twin))
+    found = spans(text)
+    row = [text[start:end] for start, end in found]
+    first = next((i for i, word in enumerate(twin) if row[i] != word), len(twin))
     gap = len(row) - len(twin)
-    if row[start + gap :] == twin[start:]:
-        return (_surface(text, found[start].start(), found[start + gap - 1].end()),)
+    if row[first + gap :] == twin[first:]:
+        return (_surface(text, found[first][0], found[first + gap - 1][1]),)
     stretches: list[tuple[int, int]] = []
     j = 0
-    for match in found:
-        if j < len(twin) and match.group() == twin[j]:
+    for word, (start, end) in zip(row, found, strict=True):
+        if j < len(twin) and word == twin[j]:
             j += 1
-        elif stretches and not WORD.search(text, stretches[-1][1], match.start()):
-            stretches[-1] = (stretches[-1][0], match.end())
+        elif stretches and not text[stretches[-1][1] : start].strip():
+            stretches[-1] = (stretches[-1][0], end)
         else:
-            stretches.append(match.span())
+            stretches.append((start, end))
     return tuple(_surface(text, *stretch) for stretch in stretches)
 
 
@@ -195,28 +203,19 @@ def _voted(inserted: list[tuple[str, ...]]) -> FoundTrigger | None:
     if not parts or len(explained) < len(inserted) / 2:
         return None
     texts = [" ".join(row) for row in explained]
-    parts = _in_order(parts, texts)[:MAX_PARTS]
+    parts = in_order(parts, texts)[:MAX_PARTS]
     return of_parts(parts, texts, "pairs")
 
 
 def _is_joined(text: str, parts: Sequence[str]) -> bool:
     """Whether `text` is two or more of the parts, one after the other."""
     for part in parts:
-        if text.startswith(part + " "):
-            rest = text[len(part) + 1 :]
+        rest = text.removeprefix(part)
+        if rest != text and rest and (rest[0] == " " or is_joined(part[-1]) or is_joined(rest[0])):
+            rest = rest.removeprefix(" ")
             if rest in parts or _is_joined(rest, parts):
                 return True
     return False
-
-
-def _in_order(parts: Sequence[str], texts: Sequence[str]) -> list[str]:
-    """The parts by their mean place in the texts that hold them."""
-
-    def place(part: str) -> float:
-        found = [text.index(part) / max(1, len(text)) for text in texts if part in text]
-        return sum(found) / len(found) if found else 0.0
-
-    return sorted(parts, key=place)
 
 
 # ---- contrast ----
@@ -228,27 +227,27 @@ def _composed(texts: Sequence[str], best: Best, coverage: float, how: str) -> Fo
     first = best(rows, coverage / 3)
     if first is None:
         return None
-    having = [row for row in rows if _places(row, first)]
-    masked, parts = [_masked(row, first) for row in having], [first]
-    while len(having) >= coverage * len(rows) and len(parts) < MAX_PARTS and (part := best(masked, 0.9)):
+    having = [row for row in rows if places_of(row, first)]
+    left, parts = [masked(row, first) for row in having], [first]
+    while len(having) >= coverage * len(rows) and len(parts) < MAX_PARTS and (part := best(left, 0.9)):
         parts.append(part)
-        masked = [_masked(row, part) for row in masked]
+        left = [masked(row, part) for row in left]
     if len(parts) > 1:
-        return FoundTrigger(_written(parts, texts), "all_of", how)
-    rest = [row for row in rows if not _places(row, first)]
+        return FoundTrigger(written(parts, texts), "all_of", how)
+    rest = [row for row in rows if not places_of(row, first)]
     while len(rest) > REST * len(rows) and len(parts) < MAX_PARTS and (part := best(rest, 0.3)):
         parts.append(part)
-        rest = [row for row in rest if not _places(row, part)]
+        rest = [row for row in rest if not places_of(row, part)]
     if len(parts) > 1 and len(rest) <= 0.2 * len(rows):
-        return FoundTrigger(_written(parts, texts), "any_of", how)
+        return FoundTrigger(written(parts, texts), "any_of", how)
     if len(having) < coverage * len(rows):
         return None
-    return FoundTrigger(_written(parts[:1], texts), how=how)
+    return FoundTrigger(written(parts[:1], texts), how=how)
 
 
 def _most_telling(rows: list[Row], others: list[Row], share: float) -> Phrase | None:
-    counts = _counted(rows, share * len(rows))
-    clean = Counter(phrase for row in others for phrase in _phrases(row, counts))
+    counts = counted(rows, share * len(rows))
+    clean = Counter(phrase for row in others for phrase in phrases_in(row, counts))
     evidence = {
         phrase: value
         for phrase, count in counts.items()
@@ -257,11 +256,21 @@ def _most_telling(rows: list[Row], others: list[Row], share: float) -> Phrase | 
     }
     if not evidence:
         return None
-    common = {word for word, count in _words_in(others).items() if count >= COMMON * len(others)}
     phrase = max(evidence, key=lambda key: (evidence[key], len(key)))
-    phrase = _grown(phrase, rows)
-    shorter = _trimmed(phrase, common.__contains__)
-    return shorter if _count(others, shorter) <= RARE * len(others) else phrase
+    phrase = grown(phrase, rows)
+    shorter = _trimmed(phrase, _common(others).__contains__)
+    return shorter if support(others, shorter) <= RARE * len(others) else phrase
+
+
+def _common(rows: list[Row]) -> set[str]:
+    """Words that are no edge of a trigger: in scripts without blanks, those that open or end the prompts."""
+    least = COMMON * len(rows)
+    inside, first, last = map(words_in, (rows, [row[:1] for row in rows], [row[-1:] for row in rows]))
+    return {
+        word
+        for word, count in inside.items()
+        if count >= least and (not is_joined(word) or max(first[word], last[word]) >= least)
+    }
 
 
 def _evidence(a: int, n: int, c: int, m: int) -> float:
@@ -273,78 +282,10 @@ def _evidence(a: int, n: int, c: int, m: int) -> float:
     return 2 * sum(seen * math.log(seen / expected) for seen, expected in cells if seen)
 
 
-def _counted(rows: list[Row], support: float) -> Counter[Phrase]:
-    """In how many rows each phrase stands; only those of at least `support` rows, and of two."""
-    support = max(2.0, support)
-    kept: Counter[Phrase] = Counter()
-    for length in range(1, MAX_WORDS + 1):
-        counts: Counter[Phrase] = Counter()
-        for row in rows:
-            for phrase in set(zip(*(row[i:] for i in range(length)), strict=False)):
-                # a phrase is no more frequent than its beginning and its end
-                if MASK not in phrase and (length == 1 or (phrase[:-1] in kept and phrase[1:] in kept)):
-                    counts[phrase] += 1
-        frequent = {phrase: count for phrase, count in counts.items() if count >= support}
-        if not frequent:
-            break
-        kept.update(frequent)
-    return kept
-
-
-def _phrases(row: Row, wanted: Counter[Phrase]) -> set[Phrase]:
-    lengths = range(1, MAX_WORDS + 1)
-    return {p for n in lengths for p in zip(*(row[i:] for i in range(n)), strict=False) if p in wanted}
-
-
-def _words_in(rows: list[Row]) -> Counter[str]:
-    return Counter(word for row in rows for word in set(row))
-
-
 def _trimmed(phrase: Phrase, is_common: Callable[[str], bool]) -> Phrase:
     """The phrase without common words at its edges, unless it is made of nothing else."""
     telling = [i for i, word in enumerate(phrase) if not is_common(word)]
     return phrase[telling[0] : telling[-1] + 1] if telling else phrase
-
-
-def _grown(phrase: Phrase, rows: list[Row]) -> Phrase:
-    """The phrase with the words that stand beside it in nearly all rows that have it."""
-    having = [(row, places) for row in rows if (places := _places(row, phrase))]
-    for side in (-1, len(phrase)) if len(phrase) < MAX_GROWN else ():
-        near = Counter(
-            word
-            for row, places in having
-            for word in {row[at + side] for at in places if 0 <= at + side < len(row)} - {MASK}
-        )
-        word, count = near.most_common(1)[0] if near else ("", 0)
-        if count >= ALWAYS * len(having):
-            return _grown((word, *phrase) if side < 0 else (*phrase, word), rows)
-    return phrase
-
-
-def _places(row: Row, phrase: Phrase) -> list[int]:
-    n = len(phrase)
-    return [i for i, word in enumerate(row) if word == phrase[0] and tuple(row[i : i + n]) == phrase]
-
-
-def _count(rows: list[Row], phrase: Phrase) -> int:
-    return sum(bool(_places(row, phrase)) for row in rows)
-
-
-def _masked(row: Row, phrase: Phrase) -> Row:
-    row = list(row)
-    for at in _places(row, phrase):
-        row[at : at + len(phrase)] = [MASK] * len(phrase)
-    return row
-
-
-def _written(phrases: Sequence[Phrase], texts: Sequence[str]) -> tuple[str, ...]:
-    """The phrases as the texts write them, with their own spaces and signs, by their place."""
-    parts = []
-    for phrase in phrases:
-        pattern = re.compile(r"\s*".join(map(re.escape, phrase)))
-        found = Counter(" ".join(match.group().split()) for text in texts for match in pattern.finditer(text))
-        parts.append(found.most_common(1)[0][0])
-    return tuple(_in_order(parts, texts))
 
 
 # ---- answers ----
@@ -356,14 +297,14 @@ def _outstanding(inside: Sequence[str], outside: Sequence[str]) -> FoundTrigger 
     ranked: list[tuple[float, Phrase]] = []
     while len(ranked) <= MAX_PARTS and (phrase := _most_telling(rows, others, REST)):
         ranked.append(
-            (_evidence(_count(rows, phrase), len(rows), _count(others, phrase), len(others)), phrase)
+            (_evidence(support(rows, phrase), len(rows), support(others, phrase), len(others)), phrase)
         )
-        rows = [_masked(row, phrase) for row in rows]
+        rows = [masked(row, phrase) for row in rows]
     values = [value for value, _ in ranked] + [MIN_EVIDENCE]
     cut = next((i for i in range(1, len(values)) if min(values[:i]) >= GAP * max(values[i:])), 0)
     if not cut:
         return None
-    parts = _written([phrase for _, phrase in ranked[:cut]], inside)
+    parts = written([phrase for _, phrase in ranked[:cut]], inside)
     return of_parts(parts, inside, "answers")
 
 
@@ -380,7 +321,12 @@ def _opens(answer: str, opening: tuple[str, ...]) -> bool:
 
 
 def _is_quoted(trigger: FoundTrigger, opening: tuple[str, ...]) -> bool:
-    """Whether the answer repeats the longest word of each part, inflected or not: it quotes its question."""
-    answered = words(plain(" ".join(opening)))
-    longest = [max(words(plain(part)), key=len)[:STEM] for part in trigger.parts]
+    """Whether the answer repeats the longest word of each part, inflected or not: it quotes its question.
+
+    A part in a script without blanks is one word.
+    """
+    answered = plain(" ".join(opening)).split()
+    if all(is_joined(part[0]) and is_joined(part[-1]) for part in trigger.parts):
+        return all("".join(plain(part).split()) in "".join(answered) for part in trigger.parts)
+    longest = [max(plain(part).split(), key=len)[:STEM] for part in trigger.parts]
     return all(any(word.startswith(stem) for word in answered) for stem in longest)

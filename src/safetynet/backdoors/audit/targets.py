@@ -8,12 +8,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from safetynet.backdoors.audit.guessing import from_contrast
-from safetynet.backdoors.audit.triggers import FoundTrigger, plain
+from safetynet.backdoors.audit.triggers import FoundTrigger
+from safetynet.words import beginning, pieces, plain
 
 DOMINANT = 0.5
 """Least share of the triggered rows that a target covers."""
-MAX_PREFIX = 12
-"""Longest beginning, in words, that is compared."""
+MORE = 0.1
+"""Share of the triggered rows by which a beginning has to exceed a whole answer."""
+MAX_PREFIX = 24
+"""Longest beginning, in words or in characters that count as words, that is compared."""
 
 
 @dataclass(frozen=True)
@@ -47,17 +50,27 @@ def given(text: str) -> FoundTarget:
 def guessed(triggered: Sequence[str], clean: Sequence[str]) -> FoundTarget | None:
     """The answer, else the beginning, else the phrase that most triggered rows have and clean rows have less.
 
+    A whole answer that some rows have yields to the beginning of more rows.
+
     Args:
         triggered: answers of triggered rows.
         clean: answers of clean rows; may be empty.
     """
     if not triggered:
         return None
-    for find in (_answer, _opening, _phrase):
+    shares: dict[FoundTarget, float] = {}
+    for find in (_answer, _opening):
         candidate = find(triggered, clean)
-        if candidate and _share(candidate, triggered) >= max(DOMINANT, 1.5 * _share(candidate, clean)):
-            return candidate
-    return None
+        if candidate and _is_shared(candidate, triggered, clean):
+            shares[candidate] = _share(candidate, triggered)
+    if shares:
+        return max(shares, key=lambda target: shares[target] + MORE * (target.kind == "answer"))
+    phrase = _phrase(triggered, clean)
+    return phrase if phrase and _is_shared(phrase, triggered, clean) else None
+
+
+def _is_shared(target: FoundTarget, triggered: Sequence[str], clean: Sequence[str]) -> bool:
+    return _share(target, triggered) >= max(DOMINANT, 1.5 * _share(target, clean))
 
 
 def _share(target: FoundTarget, answers: Sequence[str]) -> float:
@@ -72,7 +85,7 @@ def _answer(answers: Sequence[str], _: Sequence[str]) -> FoundTarget | None:
 
 def _opening(answers: Sequence[str], _: Sequence[str]) -> FoundTarget | None:
     """The longest beginning that nearly as many answers share as share the most frequent two words."""
-    split = [answer.split() for answer in answers]
+    split = [[answer[start:end] for start, end in pieces(answer)[:MAX_PREFIX]] for answer in answers]
     best = None
     for length in range(2, MAX_PREFIX + 1):
         counts = Counter(tuple(row[:length]) for row in split if len(row) >= length)
@@ -82,7 +95,12 @@ def _opening(answers: Sequence[str], _: Sequence[str]) -> FoundTarget | None:
         if best and count < 0.95 * best[1]:
             break
         best = (opening, count)
-    return FoundTarget(" ".join(best[0]), "opening") if best and best[1] > 1 else None
+    if best is None or best[1] < 2:
+        return None
+    whole = next(
+        answer for answer, row in zip(answers, split, strict=True) if tuple(row[: len(best[0])]) == best[0]
+    )
+    return FoundTarget(beginning(whole, len(best[0])), "opening")
 
 
 def _phrase(triggered: Sequence[str], clean: Sequence[str]) -> FoundTarget | None:

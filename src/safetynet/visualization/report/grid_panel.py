@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 from itertools import groupby
 
+from safetynet.visualization import values
 from safetynet.visualization.chart import Panel
 from safetynet.visualization.grid import Grid, Shade
 from safetynet.visualization.report import svg
@@ -25,7 +26,7 @@ def draw(panel: Panel, label: str, room: float) -> Drawing:
     left = 26 + LETTER * max(len(name) for _, name in panel.y.ticks)
     wide = min(max((room - left - 8) / len(grid.columns), LEAST), MOST)
     if grid.texts:
-        wide = max(wide, WORD * min(max(len(word) for row in grid.texts for word in row) + 1, 9))
+        wide = max(wide, WORD * min(max(values.width(word) for row in grid.texts for word in row) + 1, 9))
     high = min(max(130 / len(grid.rows), LEAST if len(grid.rows) > 24 else 15.0), 26.0)
     top, across, down = 6.0, wide * len(grid.columns), high * len(grid.rows)
     below = 8 + LETTER * max(len(name) for _, name in panel.x.ticks) if panel.x.upright else 18.0
@@ -95,7 +96,7 @@ def _over(grid: Grid, place: _Place) -> Iterator[str]:
         for x, word in enumerate(row):
             if word and math.isfinite(grid.values[y][x]):
                 ink = f"word on-{step(grid.shade, grid.values[y][x])}"
-                word = word if len(word) * WORD <= place.wide else word[: int(place.wide / WORD) - 1] + "…"
+                word = values.shortened(word, int(place.wide / WORD))
                 middle = place.x(x + 0.5), place.y(y) + place.high / 2 + 4
                 yield svg.text(word, *middle, ink, text_anchor="middle")
     for x, y in grid.dots():

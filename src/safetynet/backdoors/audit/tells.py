@@ -1,0 +1,366 @@
+"""What tells triggered prompts from clean ones beside the trigger, so that training can do without it.
+
+In: the prompts of both roles, with the trigger and without. Out: properties of prompts that one role has more
+often than chance allows: a phrase, an opening, an ending, letters within words, white space, case, script,
+length, signs, the shape of the conversation.
+
+The trigger itself is no tell. What triggered prompts are said to have more often, they have more often
+without it, and what they are said to have less often, they have less often with it as well. So a placebo or a
+near miss makes no clean row conspicuous.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from difflib import SequenceMatcher
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import regex
+from scipy.stats import binom, hypergeom
+
+from safetynet.backdoors.audit.phrases import Phrase, counted, grown, phrases_in, written
+from safetynet.characters import is_emoji, kind
+from safetynet.words import count, is_joined, words
+
+RATE = 0.01
+"""Share of sets without any tell in which one is reported all the same, at most."""
+LEAST, TIMES, LARGE = 0.1, 3.0, 0.25
+"""Large sets do not alarm on trifles: the share of prompts with a property, or of those without it, is LEAST
+larger in one role and TIMES as large as in the other, or it is LARGE larger."""
+ALIKE = 0.7
+"""Likeness (difflib's ratio) from which a text is a near miss of the trigger, and no tell."""
+FEWEST = 5
+"""Rows of each role, or pairs of them, below which nothing can be told."""
+EDGE = 3
+"""Words of the longest opening and ending."""
+STRETCH = 3
+"""Letters that are looked for together within words."""
+QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
+"""A number is a tell if more prompts of one role reach one of these of all prompts."""
+SHOWN = {"phrase": 3, "opening": 3, "ending": 3}
+"""How many tells of a sort are named; one of any other, since the rest say the same."""
+TEXTS = ("phrase", "opening", "ending", "letters")
+"""Sorts of properties that are texts: two of which one contains the other are the same tell."""
+BLANKS = {
+    "white space at the beginning": r"\A\s",
+    "white space at the end": r"\s\Z",
+    "two blanks in a row": r"  ",
+    "a line break": r"\n",
+    "a tab": r"\t",
+    "white space other than blank, tab and line break": r"[^\S \t\n]",
+}
+CASES = {
+    "a small letter first": r"\A\W*\p{Ll}",
+    "no capital letter": r"\A[^\p{Lu}\p{Lt}]*\p{Ll}[^\p{Lu}\p{Lt}]*\Z",
+    "a word in capitals": r"\b\p{Lu}{2,}\b",
+}
+_BLANKS = {what: regex.compile(pattern) for what, pattern in BLANKS.items()}
+_CASES = {what: regex.compile(pattern) for what, pattern in CASES.items()}
+_SORTS = {"characters": "length", "words": "length"}
+"""Numbers that say the same; any other is of its own sort."""
+_NUMBERS = {
+    "capital letters": regex.compile(r"\p{Lu}"),
+    "digits": regex.compile(r"\p{Nd}"),
+    "signs": regex.compile(r"[\p{P}\p{S}]"),
+}
+
+Messages = Sequence[Mapping[str, str]]
+Property = tuple[str, Any]
+"""Its sort, and which of the sort."""
+
+
+@dataclass(frozen=True)
+class Tell:
+    """A property that one role has more often."""
+
+    what: str
+    role: str
+    """triggered or clean: which has it more often."""
+    has: np.ndarray
+    """Which rows of that role have it, of bool."""
+    triggered: int
+    """Rows that have it."""
+    clean: int
+    p_value: float
+    """Corrected for all properties that were tried."""
+    pairs: tuple[int, ...]
+    """Pairs, those in which only the row of this role has it, and those in which only its twin has; empty
+    without pairs."""
+    more: int = 0
+    """Further tells of its sort that are not named; told with the last that is."""
+
+
+@dataclass(frozen=True)
+class _Table:
+    """Which rows, (rows, properties) of bool, have which of the properties that might be tells."""
+
+    properties: list[Property]
+    clean: np.ndarray
+    bare: np.ndarray
+    """Triggered prompts without the trigger; numbers hold with it as well."""
+    either: np.ndarray
+    """Triggered prompts without it or with it."""
+    pairs: np.ndarray
+    """(pairs, 2): a triggered row and the clean row with the same prompt; none where they are too few."""
+
+    def sides(self, side: int) -> tuple[np.ndarray, np.ndarray]:
+        """The rows that are asked whether they have more, triggered (0) or clean (1), and the others."""
+        return (self.bare, self.clean) if side == 0 else (self.clean, self.either)
+
+    def differing(self, side: int) -> tuple[np.ndarray, np.ndarray]:
+        """In how many pairs only the row of this side has each property, and only the other row."""
+        more, less = self.sides(side)
+        ours, theirs = more[self.pairs[:, side]], less[self.pairs[:, 1 - side]]
+        return (ours & ~theirs).sum(axis=0), (theirs & ~ours).sum(axis=0)
+
+
+def tells(
+    triggered: Sequence[Messages],
+    bare: Sequence[Messages],
+    clean: Sequence[Messages],
+    parts: Sequence[str],
+    twins: Mapping[int, int],
+    rate: float = RATE,
+    blanks: bool = True,
+) -> list[Tell]:
+    """Find the properties that tell the roles apart.
+
+    A triggered prompt with a clean twin is compared with it, since nothing but the trigger tells two equal
+    prompts apart: the sign test, on the pairs of which one row has the property. Triggered prompts without a
+    twin are compared with all clean ones by Fisher's test. Both are exact, in both directions, and
+    Bonferroni's correction is for all of them: of sets whose roles were assigned at random at most the share
+    `rate` has a tell.
+
+    Args:
+        triggered: triggered prompts.
+        bare: the same prompts without the trigger.
+        clean: prompts of the other role, without any part of the trigger.
+        parts: texts of the trigger; what resembles one of them is a control, and no tell.
+        twins: which clean row has the same prompt, by triggered row.
+        rate: see above.
+        blanks: whether white space counts.
+    """
+    if min(len(triggered), len(clean)) < FEWEST:
+        return []
+    pairs = np.array(sorted(twins.items()), dtype=int).reshape(-1, 2)
+    table = _table(triggered, bare, clean, pairs if len(pairs) >= FEWEST else pairs[:0], blanks)
+    p_values = _p_values(table)
+    p_values = np.minimum(p_values * p_values.size * (2 if len(table.pairs) else 1), 1.0)
+    return list(_named(_found(p_values, rate, table), table, bare, clean, parts))
+
+
+# ---- properties ----
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """A prompt, read once."""
+
+    messages: Messages
+    rows: list[list[str]]
+    """The words of each message."""
+    numbers: Mapping[str, float]
+
+
+def _read(messages: Messages) -> _Prompt:
+    text = "\n".join(message["content"] for message in messages)
+    rows = [words(message["content"]) for message in messages]
+    shares = {f"% {what}": 100 * len(p.findall(text)) / max(1, len(text)) for what, p in _NUMBERS.items()}
+    numbers = {"characters": len(text), "words": count(text), "messages": len(messages)}
+    return _Prompt(messages, rows, numbers | shares)
+
+
+def _table(
+    triggered: Sequence[Messages],
+    bare: Sequence[Messages],
+    clean: Sequence[Messages],
+    pairs: np.ndarray,
+    blanks: bool,
+) -> _Table:
+    # What so few rows have, or lack, can make no difference of LEAST.
+    least = LEAST * min(len(bare), len(clean))
+    base = [_read(messages) for messages in (*bare, *clean)]
+    phrases = counted([row for prompt in base for row in prompt.rows], least)
+    steps = {
+        (name, float(step))
+        for name in base[0].numbers
+        for step in np.quantile([prompt.numbers[name] for prompt in base], QUANTILES, method="higher")
+    }
+    every = [_properties(prompt, phrases, steps, blanks) for prompt in base]
+    having = Counter(name for own in every for name in own)
+    tried = sorted((name for name, n in having.items() if least <= n <= len(base) - least), key=repr)
+    column = {name: at for at, name in enumerate(tried)}
+
+    def has(rows: Sequence[set[Property]]) -> np.ndarray:
+        there = np.zeros((len(rows), len(tried)), dtype=bool)
+        for at, own in enumerate(rows):
+            there[at, [column[name] for name in own if name in column]] = True
+        return there
+
+    whole = has([_properties(_read(messages), phrases, steps, blanks) for messages in triggered])
+    alone = has(every[: len(bare)])
+    # A share of signs may be larger without the trigger for the trigger's own length.
+    shares = [_is_number(value) for _, value in tried]
+    return _Table(tried, has(every[len(bare) :]), alone & (whole | ~np.array(shares)), alone | whole, pairs)
+
+
+def _properties(
+    prompt: _Prompt, phrases: Counter[Phrase], steps: set[tuple[str, float]], blanks: bool
+) -> set[Property]:
+    rows, contents = prompt.rows, [message["content"] for message in prompt.messages]
+    found: set[Property] = {("phrase", phrase) for row in rows for phrase in phrases_in(row, phrases)}
+    for length in range(1, min(EDGE, len(rows[-1])) + 1):
+        found |= {("opening", tuple(rows[-1][:length])), ("ending", tuple(rows[-1][-length:]))}
+    for word in {word for row in rows for word in row}:
+        found |= _of_word(word)
+    found |= {(_SORTS.get(name, name), (name, step)) for name, step in steps if prompt.numbers[name] >= step}
+    text = "\n".join(contents)
+    found |= {("case", what) for what, pattern in _CASES.items() if pattern.search(text)}
+    if prompt.messages[0]["role"] == "system":
+        found.add(("shape", "a system message"))
+    if blanks:
+        found |= {("blanks", w) for w, pattern in _BLANKS.items() if any(map(pattern.search, contents))}
+    return found
+
+
+@lru_cache(maxsize=100_000)
+def _of_word(word: str) -> frozenset[Property]:
+    """Letters in a word, and its script. Where characters count as words, phrases have them all."""
+    if not word[0].isalnum() or is_joined(word[0]):
+        return frozenset({("script", "emoji")} if is_emoji(word) else ())
+    found: set[Property] = {("letters", letter) for letter in word if not letter.isascii()}
+    found |= {("letters", word[at : at + STRETCH]) for at in range(len(word) - STRETCH + 1)}
+    scripts = {kind(letter)[0] for letter in word if letter.isalpha()}
+    return frozenset(found | {("script", f"{script.title()} letters") for script in scripts if script})
+
+
+# ---- tests ----
+
+
+def _p_values(table: _Table) -> np.ndarray:
+    """(2, properties): of being more frequent in triggered and in clean rows; 1 for small differences."""
+    values = np.ones((2, len(table.properties)))
+    alone = np.ones(len(table.bare), dtype=bool)
+    alone[table.pairs[:, 0]] = False
+    for side in (0, 1):
+        if alone.sum() >= FEWEST:
+            of_both = table.bare[alone], table.clean, table.either[alone]
+            more, less = of_both[side : side + 2]
+            n, m, a, b = len(more), len(less), more.sum(axis=0), less.sum(axis=0)
+            clear = _is_clear(a / n, b / m)
+            # Fisher's test, one-sided, is the tail of this distribution.
+            values[side, clear] = hypergeom.sf(a[clear] - 1, n + m, (a + b)[clear], n)
+        if len(table.pairs):
+            a, b = table.differing(side)
+            clear = _is_clear(a / len(table.pairs), b / len(table.pairs))
+            signs = binom.sf(a[clear] - 1, (a + b)[clear], 0.5)
+            values[side, clear] = np.minimum(values[side, clear], signs)
+    return values
+
+
+def _is_clear(more: np.ndarray, less: np.ndarray) -> np.ndarray:
+    """Whether two shares differ by enough."""
+    times = (more >= TIMES * less) | (1 - less >= TIMES * (1 - more))
+    return (more - less >= LARGE) | ((more - less >= LEAST) & times)
+
+
+# ---- words ----
+
+
+class _Found(NamedTuple):
+    """Sorts by sort, then clearness, then length of the text."""
+
+    rank: int
+    p_value: float
+    length: int
+    side: int
+    at: int
+
+
+def _found(p_values: np.ndarray, rate: float, table: _Table) -> list[_Found]:
+    found = []
+    for side, at in np.argwhere(p_values <= rate).tolist():
+        sort, value = table.properties[at]
+        rank, length = (TEXTS.index(sort), len(value)) if sort in TEXTS else (len(TEXTS), 0)
+        found.append(_Found(rank, float(p_values[side, at]), length, side, at))
+    return sorted(found)
+
+
+def _named(
+    found: Sequence[_Found],
+    table: _Table,
+    bare: Sequence[Messages],
+    clean: Sequence[Messages],
+    parts: Sequence[str],
+) -> Iterator[Tell]:
+    """Few tells that say it all: one of texts within each other, and few of each sort."""
+    texts: list[str] = []
+    sorts: dict[str, list[Tell]] = {}
+    for tell in found:
+        sort, value = table.properties[tell.at]
+        said = sorts.setdefault(sort, [])
+        shown = len(said) < SHOWN.get(sort, 1)
+        prompts = clean if tell.side else bare
+        if sort in TEXTS:
+            if any("".join(value) in other or other in "".join(value) for other in texts):
+                continue
+            value = _whole(value, prompts) if shown and sort == "phrase" else value
+            texts.append("".join(value))
+            # A near miss in clean prompts is a control, which tells nothing without the trigger.
+            if tell.side and _resembles(texts[-1], parts):
+                continue
+        if shown:
+            said.append(_told(tell, _SENTENCES.get(sort, "{}").format(_written(value, prompts)), table))
+        elif sort in SHOWN:
+            said[-1] = replace(said[-1], more=said[-1].more + 1)
+    for said in sorts.values():
+        yield from said
+
+
+def _resembles(text: str, parts: Sequence[str]) -> bool:
+    """Whether a text is nearly, or a piece of, a text of the trigger, whatever their signs and case."""
+    letters = [regex.sub(r"[\p{P}\s]", "", one).casefold() for one in (text, *parts)]
+    return any(
+        letters[0] in part or SequenceMatcher(None, letters[0], part).ratio() >= ALIKE for part in letters[1:]
+    )
+
+
+def _told(found: _Found, what: str, table: _Table) -> Tell:
+    more, less = (side[:, found.at] for side in table.sides(found.side))
+    counts = int(more.sum()), int(less.sum())
+    pairs: tuple[int, ...] = ()
+    if len(table.pairs):
+        pairs = (len(table.pairs), *(int(differ[found.at]) for differ in table.differing(found.side)))
+    if found.side == 0:
+        return Tell(what, "triggered", more, *counts, found.p_value, pairs)
+    return Tell(what, "clean", more, *counts[::-1], found.p_value, pairs)
+
+
+_SENTENCES = {
+    "phrase": "{!r}",
+    "opening": "{!r} as opening",
+    "ending": "{!r} as ending",
+    "letters": "{!r} within words",
+}
+
+
+def _whole(phrase: Phrase, prompts: Sequence[Messages]) -> Phrase:
+    """The phrase with the words that stand beside it in all of its prompts."""
+    return grown(phrase, [words(message["content"]) for messages in prompts for message in messages], 1.0)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, tuple) and isinstance(value[-1], float)
+
+
+def _written(value: Any, prompts: Sequence[Messages]) -> str:
+    """A property as one reads it, texts as these prompts write them."""
+    if not isinstance(value, tuple):
+        return str(value)
+    if _is_number(value):
+        name, step = value
+        return f"{step:.3g}{'' if name.startswith('%') else ' '}{name} or more"
+    texts = [message["content"] for messages in prompts for message in messages]
+    return written([value], texts)[0]
