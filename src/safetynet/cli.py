@@ -98,10 +98,11 @@ def evaluate(
     from safetynet import run as runs
 
     found = runs.find(folder)
-    with found.lock(), logging_to(found.log):
-        if adapter is not None:
+    if adapter is not None:  # nothing is written into the run, which may be another's
+        with logging_to(found.log):
             print_rates(pipeline.evaluate_adapter(found.recipe, found, adapter))
-            return
+        return
+    with found.lock(), logging_to(found.log):
         pipeline.evaluate(found.recipe, found)
         print_rates(found.table("evaluation"))
 

@@ -131,7 +131,9 @@ def evaluate(recipe: Recipe, run: Run, base: pd.DataFrame | None = None) -> None
     judge = _check_judging(recipe)
     inputs = {
         "models": {name: run.manifest["stages"].get(f"train {name}") for name in trained(recipe)},
-        "evaluation": recipe.evaluation.model_dump(mode="json", exclude={"every", "dynamics_rows"}),
+        # What the labelled file holds counts, not where it lies.
+        "evaluation": recipe.evaluation.model_dump(mode="json", exclude={"every", "dynamics_rows"})
+        | {"labelled": None},
         "behaviour": recipe.backdoor.behaviour.model_dump(mode="json"),
         "version": __version__,
     }
