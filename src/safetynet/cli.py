@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from safetynet import parallel
 from safetynet.commands import jobs
 from safetynet.commands.compare import compare
 from safetynet.commands.detection import detect, guard
@@ -292,6 +293,9 @@ def _stages(recipe: "Recipe", names: tuple[str, ...]) -> None:
                     raise
                 # A backdoor that did not take, or a style as trigger: the rest is still wanted.
                 log.warning("intervene: left out. %s", error)
+            if name == "prepare":
+                # With the date of its prompts; the others wait until the first process has written it.
+                recipe = parallel.from_first(lambda: made.recorded_recipe)
     typer.echo(f"Run:     {made.folder}")
     if "evaluate" in names:
         print_rates(made.table("evaluation"))

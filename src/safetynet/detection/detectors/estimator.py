@@ -103,9 +103,12 @@ class Estimator(Detector):
 
     def _check_alone(self) -> None:
         """Score some samples alone and in several companies, which must not make a difference."""
-        asked, company = self.samples_[:ASKED], self.samples_[ASKED : ASKED + COMPANY]
-        asked = np.concatenate([asked, asked[:1] + 3 * self.samples_.std(axis=0)])
-        strangers = company[::-1] + 3 * self.samples_.std(axis=0)
+        samples, away = self.samples_, 3 * self.samples_.std(axis=0)
+        # Between two samples: a sample itself may lie on the edge of a bin, where rounding decides.
+        between = (samples[:ASKED] + samples[1 : ASKED + 1]) / 2
+        asked = np.concatenate([between, between[:1] + away])
+        company = samples[ASKED : ASKED + COMPANY]
+        strangers = company[::-1] + away
         try:
             alone = np.concatenate([self.score_samples(sample[None]) for sample in asked])
             together = [
