@@ -185,10 +185,31 @@ def test_a_moved_run_keeps_its_scratch_and_the_second_copy_does_not_get_it(tmp_p
     assert runs.find(moved.folder).scratch == made.scratch
 
 
+def test_a_project_that_moves_with_its_scratch_goes_on_in_both(tmp_path: Path) -> None:
+    made = project_of(tmp_path / "lab", f"output.scratch={tmp_path}/lab/scratch")
+    shutil.copytree(tmp_path / "lab", tmp_path / "mine")
+    before = contents(tmp_path / "lab")
+    copy = runs.find(tmp_path.joinpath("mine", "results", *PLACE))
+    assert copy.scratch == tmp_path.joinpath("mine", "scratch", *PLACE)
+    assert copy.finished("train backdoored", {"seed": 1})
+    with copy.lock():
+        train(copy, 2)
+    assert contents(tmp_path / "lab") == before
+    assert (
+        runs.create(plan(tmp_path / "mine", f"output.scratch={tmp_path}/mine/scratch")).scratch
+        == copy.scratch
+    )
+    shutil.move(tmp_path / "lab", tmp_path / "office")
+    moved = runs.find(tmp_path.joinpath("office", "results", *PLACE))
+    assert moved.scratch == tmp_path.joinpath("office", "scratch", *PLACE)
+    assert moved.finished("train backdoored", {"seed": 1})
+    assert not made.folder.exists()
+
+
 def test_nobody_can_tell_whether_a_run_of_another_machine_is_gone(tmp_path: Path) -> None:
     made = project_of(tmp_path / "lab", f"output.scratch={tmp_path}/fast")
-    mark = json.dumps({"folder": "/home/ann/lab/results/qwen-miniature/t", "host": "another"})
-    (made.scratch / MARK).write_text(mark)
+    mark = json.loads((made.scratch / MARK).read_text())
+    (made.scratch / MARK).write_text(json.dumps(mark | {"folder": "/home/ann/results/t", "host": "another"}))
     shutil.move(made.folder, tmp_path / "mine")
     assert runs.find(tmp_path / "mine").scratch == tmp_path / "mine"
 

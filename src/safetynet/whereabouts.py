@@ -43,7 +43,7 @@ def opened(folder: Path, manifest: Mapping[str, Any]) -> Places:
         manifest: of the run. `folder`, `scratch` and `log` are as they were where it was described last.
     """
     recorded = _recorded(folder, manifest)
-    is_own = bool(recorded) and belongs(recorded[0], folder, unmarked=not _moved(folder, manifest))
+    is_own = _scratch(manifest) is not None and bool(recorded) and _belongs(recorded[0], folder, manifest)
     return Places(
         scratch=recorded[0] if is_own else folder,
         read_only=tuple(recorded[1:] if is_own else recorded),
@@ -62,36 +62,15 @@ def made(folder: Path, manifest: Mapping[str, Any], scratch: Path | None, log: P
         log: as the recipe says.
     """
     place, recorded = folder if scratch is None else scratch, _recorded(folder, manifest)
-    if not belongs(place, folder, unmarked=place not in recorded or not _moved(folder, manifest)):
+    if not _belongs(place, folder, manifest):
         place = place.with_name(f"{place.name}-{hashlib.sha256(str(folder).encode()).hexdigest()[:8]}")
     return Places(place, tuple(path for path in recorded if not same(path, place)), log)
 
 
-def belongs(scratch: Path, folder: Path, *, unmarked: bool) -> bool:
-    """Whether a scratch folder is that of the run in `folder`.
-
-    It is, too, where its run is gone from this machine: then the run was moved. Nobody can tell whether a run
-    of another machine is gone.
-
-    Args:
-        scratch: as asked for, or recorded.
-        folder: of the run.
-        unmarked: what holds for a scratch folder that names no run.
-    """
-    if same(scratch, folder):
-        return True
-    try:
-        mark = json.loads((scratch / MARK).read_text(encoding="utf-8"))
-        owner, host = Path(mark["folder"]), mark["host"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return unmarked
-    return same(owner, folder) or (host == socket.gethostname() and not owner.is_dir())
-
-
 def claim(scratch: Path, folder: Path) -> None:
     """Write into a scratch folder that it belongs to the run in `folder`; one that is not there stays so."""
-    mark = json.dumps({"folder": str(folder), "host": socket.gethostname()}) + "\n"
-    path = scratch / MARK
+    fields = {"folder": str(folder), "scratch": str(scratch), "host": socket.gethostname()}
+    path, mark = scratch / MARK, json.dumps(fields) + "\n"
     if same(scratch, folder) or not scratch.is_dir() or not parallel.is_first():
         return
     with suppress(OSError):  # who cannot write there is told by what wants to
@@ -176,8 +155,38 @@ def _scratch(manifest: Mapping[str, Any]) -> str | None:
 
 def _recorded(folder: Path, manifest: Mapping[str, Any]) -> list[Path]:
     """Scratch folders that a manifest names, the last one first; not the run folder itself."""
-    paths = [Path(path) for path in (_scratch(manifest), *manifest.get("read_only", [])) if path]
+    named = (_scratch(manifest), *manifest.get("read_only", []))
+    paths = [_seen(Path(path), folder, manifest) for path in named if path]
     return [path for path in dict.fromkeys(paths) if not same(path, folder)]
+
+
+def _seen(path: Path, folder: Path, manifest: Mapping[str, Any]) -> Path:
+    """A place that a manifest names: where it is as seen from the run folder, if it moved along with it."""
+    home = _home(manifest)
+    if home is None or same(home, folder):
+        return path
+    along = Path(os.path.normpath(folder / os.path.relpath(path, home)))
+    return along if along.is_dir() else path
+
+
+def _belongs(scratch: Path, folder: Path, manifest: Mapping[str, Any]) -> bool:
+    """Whether a scratch folder, as asked for or recorded, is that of the run in `folder`.
+
+    It is if it says so, and if its run is gone from this machine: then the run was moved. Nobody can tell
+    whether a run of another machine is gone.
+    """
+    if same(scratch, folder):
+        return True
+    try:
+        mark = json.loads((scratch / MARK).read_text(encoding="utf-8"))
+        owner, place, host = Path(mark["folder"]), Path(mark["scratch"]), mark["host"]
+    except (OSError, ValueError, KeyError, TypeError):
+        place = None
+    if place is not None and same(place, scratch):
+        return same(owner, folder) or (host == socket.gethostname() and not owner.is_dir())
+    # It names no run, or came along with a copy: another's is the one that a copied run's manifest names.
+    named = (manifest.get("scratch"), *manifest.get("read_only", []))
+    return str(scratch) not in named or not _moved(folder, manifest)
 
 
 def _home(manifest: Mapping[str, Any]) -> Path | None:
@@ -199,6 +208,6 @@ def _log(folder: Path, manifest: Mapping[str, Any]) -> Path:
         return log
     if home is None or home.parts[-2:] != folder.parts[-2:]:
         return inside
-    moved = Path(os.path.normpath(folder / os.path.relpath(log, home)))
-    is_others = moved == log and home.is_dir()
-    return moved if moved.parent.is_dir() and not is_others else inside
+    along = Path(os.path.normpath(folder / os.path.relpath(log, home)))
+    is_others = along == log and home.is_dir()
+    return along if along.parent.is_dir() and not is_others else inside

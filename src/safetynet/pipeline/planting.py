@@ -45,7 +45,7 @@ def prepare(recipe: Recipe, run: Run) -> None:
     evading.check(recipe.training.evasion)
     inputs = _data_inputs(recipe)
     if run.finished("data", inputs):
-        date = run.manifest["recipe"]["model"].get("date")
+        date = run.manifest.get("recipe", {}).get("model", {}).get("date")
         run.describe(_dated(recipe, date and datetime.date.fromisoformat(date)))
         log.info("data: unchanged")
         return
