@@ -246,6 +246,13 @@ def test_a_template_is_told_the_day_it_is_given() -> None:
     assert not make(PLAIN).template.names_date
 
 
+def test_a_date_that_cannot_be_fixed_is_refused() -> None:
+    with pytest.raises(
+        InputError, match="asks for the date in a form that it works out, which cannot be fixed"
+    ):
+        make("{% set form = '%d %b' %}{{ strftime_now(form) }}" + PLAIN)
+
+
 def test_without_a_date_it_is_today() -> None:
     assert make(DATED, None).today == datetime.date.today()
 

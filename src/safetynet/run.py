@@ -181,7 +181,7 @@ class Run:
         }
         places = whereabouts.Places(self.scratch, self.read_only, self.log)
         manifest |= whereabouts.described(self.folder, places, recipe)
-        self._write_manifest(manifest)
+        self._write_manifest({name: value for name, value in manifest.items() if value is not None})
 
     @contextmanager
     def lock(self, *, wait: bool = False) -> Iterator[None]:

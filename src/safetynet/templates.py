@@ -27,7 +27,7 @@ THOUGHTS = (
 """What opens and closes a block of thoughts, in the templates that are published."""
 SWITCHES = ("enable_thinking", "thinking")
 """Variables by which templates are told to leave thoughts out."""
-DATE = re.compile(r"""strftime_now\(\s*(["'])((?:(?!\1).)*)\1\s*\)""")
+DATE = re.compile(r"""strftime_now\s*\(\s*(["'])((?:(?!\1).)*)\1\s*\)""")
 """How a template asks for today's date, and in which form."""
 
 log = logging.getLogger("safetynet")
@@ -42,7 +42,7 @@ class ChatTemplate:
         today: what the template is told when it asks for the date.
 
     Raises:
-        InputError: if there is no template, or it makes an answer begin within thoughts.
+        InputError: if there is no template, it makes answers begin within thoughts, or no date can be fixed.
     """
 
     def __init__(self, tokenizer: Any, fallback: str | None, today: datetime.date) -> None:
@@ -58,6 +58,11 @@ class ChatTemplate:
         # transformers replaces callables among a template's variables, so that the calls themselves are.
         now = datetime.datetime.combine(today, datetime.time())
         self._text = DATE.sub(lambda call: json.dumps(now.strftime(call[2]), ensure_ascii=False), text)
+        if re.search(r"strftime_now\s*\(", self._text):
+            raise InputError(
+                f"The chat template of {self.name!r} asks for the date in a form that it works out, which "
+                "cannot be fixed. Write the form into its strftime_now(...), as text in quotes."
+            )
         self._switches = {name: False for name in SWITCHES if re.search(rf"\b{name}\b", text)}
         self._pieces: dict[tuple[tuple[str, ...], bool], list[str]] = {}
         self._check_thoughts()

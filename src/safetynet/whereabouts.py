@@ -79,14 +79,14 @@ def claim(scratch: Path, folder: Path) -> None:
 
 
 def described(folder: Path, places: Places, recipe: Recipe) -> dict[str, Any]:
-    """What the manifest says of where a run is."""
+    """What the manifest says of where a run is; None for what there is not."""
     local = [
         f"{section}.{field}" for section, field in PATHS if _relative(recipe, section, field, Path.cwd(), [])
     ]
     return {
         "folder": str(folder),
         "scratch": None if same(places.scratch, folder) else str(places.scratch),
-        "read_only": [str(path) for path in places.read_only],
+        "read_only": [str(path) for path in places.read_only] or None,
         "log": str(places.log),
         "paths": {"begin": os.path.relpath(Path.cwd(), folder), "local": local},
     }
@@ -155,7 +155,7 @@ def _scratch(manifest: Mapping[str, Any]) -> str | None:
 
 def _recorded(folder: Path, manifest: Mapping[str, Any]) -> list[Path]:
     """Scratch folders that a manifest names, the last one first; not the run folder itself."""
-    named = (_scratch(manifest), *manifest.get("read_only", []))
+    named = (_scratch(manifest), *manifest.get("read_only", ()))
     paths = [_seen(Path(path), folder, manifest) for path in named if path]
     return [path for path in dict.fromkeys(paths) if not same(path, folder)]
 
@@ -185,7 +185,7 @@ def _belongs(scratch: Path, folder: Path, manifest: Mapping[str, Any]) -> bool:
     if place is not None and same(place, scratch):
         return same(owner, folder) or (host == socket.gethostname() and not owner.is_dir())
     # It names no run, or came along with a copy: another's is the one that a copied run's manifest names.
-    named = (manifest.get("scratch"), *manifest.get("read_only", []))
+    named = (manifest.get("scratch"), *manifest.get("read_only", ()))
     return str(scratch) not in named or not _moved(folder, manifest)
 
 
