@@ -107,14 +107,10 @@ def defaults() -> dict[str, float]:
 
 
 def copy(source: Path, folder: Path) -> None:
-    """Copy a run, and have its manifest name the new place; whole or not there."""
+    """Copy a run; whole or not there."""
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(source, partial)
-    path = partial / "manifest.json"
-    manifest = json.loads(path.read_text(encoding="utf-8"))
-    manifest |= {"scratch": str(folder.absolute()), "log": str(folder.absolute() / "run.log")}
-    path.write_text(json.dumps(manifest, indent=2), encoding="utf-8")
     partial.rename(folder)
 
 

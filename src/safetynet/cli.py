@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from safetynet import parallel
 from safetynet.commands import jobs
 from safetynet.commands.compare import compare
 from safetynet.commands.detection import detect, guard
@@ -105,10 +106,11 @@ def evaluate(
     from safetynet import run as runs
 
     found = runs.find(folder)
-    with found.lock(), logging_to(found.log):
-        if adapter is not None:
+    if adapter is not None:  # nothing is written into the run, which may be another's
+        with logging_to(found.log):
             print_rates(pipeline.evaluate_foreign(found.recipe, found, adapter, same_base))
-            return
+        return
+    with found.lock(), logging_to(found.log):
         pipeline.evaluate(found.recipe, found)
         print_rates(found.table("evaluation"))
 
@@ -323,6 +325,9 @@ def _stages(recipe: "Recipe", names: tuple[str, ...]) -> None:
                     raise
                 # A backdoor that did not take, or a style as trigger: the rest is still wanted.
                 log.warning("intervene: left out. %s", error)
+            if name == "prepare":
+                # With the date of its prompts; the others wait until the first process has written it.
+                recipe = parallel.from_first(lambda: made.recorded_recipe)
     typer.echo(f"Run:     {made.folder}")
     if "evaluate" in names:
         print_rates(made.table("evaluation"))

@@ -30,6 +30,7 @@ from pathlib import Path
 from filelock import SoftFileLease, Timeout
 
 from safetynet.errors import InputError
+from safetynet.whereabouts import is_copied
 
 LEASE_S = 60.0
 """A lease that nobody touches for so long is given up; its holder touches it three times as often."""
@@ -50,6 +51,8 @@ class Holder:
     job: str | None
     """Id at its scheduler; None outside of a job."""
     since: str
+    folder: str = ""
+    """Of the run; a copy of a run that is worked on holds a copy of this, too."""
 
     def __str__(self) -> str:
         job = f"job {self.job}, " if self.job else ""
@@ -58,6 +61,11 @@ class Holder:
 
 def holder(folder: Path) -> Holder | None:
     """Who said last that it works on the run in `folder`, and did not say that it ended."""
+    who = _holder(folder)
+    return None if who is None or is_copied(who.folder, folder) else who
+
+
+def _holder(folder: Path) -> Holder | None:
     try:
         return Holder(**json.loads((folder / ".holder").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
@@ -95,9 +103,13 @@ def hold(folder: Path, wait_s: float | None = None, lease_s: float = LEASE_S) ->
         ) from None
     with handle:
         _flock(handle.fileno(), folder, until)
+        if (who := _holder(folder)) and is_copied(who.folder, folder):
+            for name in (".holder", ".lease"):
+                (folder / name).unlink(missing_ok=True)
         lease = SoftFileLease(folder / ".lease", lease_duration=lease_s, on_compromise=_lost)
         _acquire(lease, folder, until, lease_s)
-        me = Holder(os.getpid(), socket.gethostname(), job, time.strftime("%Y-%m-%d %H:%M:%S"))
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        me = Holder(os.getpid(), socket.gethostname(), job, since, str(folder.absolute()))
         try:
             with suppress(OSError):  # for people only; a full disk is told by what needs the room
                 (folder / ".holder").write_text(json.dumps(asdict(me)) + "\n", encoding="utf-8")

@@ -5,22 +5,28 @@ evaluated is the prompt that was trained. A conversation is rendered by the toke
 tokenised once with character offsets, and every span is found through those offsets.
 """
 
+import datetime
 import hashlib
 import itertools
 import json
 import unicodedata
-from collections.abc import Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 from safetynet import token_texts
 from safetynet.errors import InputError
 from safetynet.models.families import Family
+from safetynet.templates import ChatTemplate, begins_with_thoughts
+from safetynet.templates import Message as Message
 from safetynet.truncation import Truncation, truncated
 
-Message = Mapping[str, str]
 IGNORED = -100
 """Label of a token that is not supervised."""
+LONGEST_OPENING = 16
+"""Most tokens of what opens a block of thoughts."""
 
 
 class TriggerSpan(NamedTuple):
@@ -53,12 +59,20 @@ class Serialiser:
         tokenizer: a fast transformers tokenizer (offsets are needed).
         family: decides about system prompts, the end-of-turn token and the fallback chat template.
         truncation: where a message is cut that is too long, `end` or `middle`.
+        today: the date that a template is told which asks for it; None: today's.
 
     Raises:
-        InputError: if the tokenizer is not a fast one, or has neither template nor end-of-turn token.
+        InputError: if the tokenizer is not a fast one, has neither template nor end-of-turn token, or has a
+            template that makes answers begin within thoughts.
     """
 
-    def __init__(self, tokenizer: Any, family: Family, truncation: Truncation = "end") -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        family: Family,
+        truncation: Truncation = "end",
+        today: datetime.date | None = None,
+    ) -> None:
         if not getattr(tokenizer, "is_fast", False):
             raise InputError(
                 f"The tokenizer of {tokenizer.name_or_path!r} gives no character offsets. "
@@ -67,20 +81,20 @@ class Serialiser:
         self.tokenizer = tokenizer
         self.family = family
         self.truncation = truncation
-        self._template = tokenizer.chat_template or family.chat_template
-        if self._template is None:
-            raise InputError(
-                f"The tokenizer of {tokenizer.name_or_path!r} has no chat template. Add chat_template.jinja "
-                "to its folder, or set model.family to generic."
-            )
+        self.today = today or datetime.date.today()
+        self.template = ChatTemplate(tokenizer, family.chat_template, self.today)
         self._end_of_turn = self._end_id()
         self._text_of = token_texts.reader(tokenizer)
-        self._skeletons: dict[tuple[tuple[str, ...], bool], list[str]] = {}
 
-    @property
+    @cached_property
     def stop_ids(self) -> list[int]:
-        """Ids at which generation ends: the family's end-of-turn token and the end of the sequence."""
+        """Ids at which generation ends: the family's end-of-turn token and the end of the sequence.
+
+        Where the family names no end of turn, it is also the special token that the template puts there.
+        """
         ids = [self._end_of_turn, self.tokenizer.eos_token_id]
+        if self.family.end_of_turn is None:
+            ids.append(self._written_end())
         return sorted({i for i in ids if i is not None})
 
     @property
@@ -112,7 +126,7 @@ class Serialiser:
                 render these messages, or `max_length` has no room for template and trigger.
         """
         messages, trigger = self._prepare(messages, trigger)
-        prompt_text, ranges = self._render(messages, generation_prompt=True)
+        prompt_text, ranges = self.template.render(messages, generation_prompt=True)
         prompt = self._tokenise(prompt_text)
         owner = _owners(prompt.offsets, ranges)
         marks = [(ranges[m][0] + start, ranges[m][0] + end) for m, start, end in trigger]
@@ -139,21 +153,37 @@ class Serialiser:
         text = self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return str(text).strip()
 
+    def answer_of(self, ids: Sequence[int]) -> str:
+        """The answer in what a model said: `decode` without the thoughts that it begins with.
+
+        Thoughts that do not end are followed by no answer: "".
+        """
+        thoughts = begins_with_thoughts(self._raw(ids[:LONGEST_OPENING]))
+        if thoughts is None:
+            return self.decode(ids)
+        end = bisect_left(range(len(ids) + 1), True, key=lambda n: thoughts[1] in self._raw(ids[:n]))
+        return self.decode(ids[end:])
+
+    def _raw(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
+
     def messages_of(self, ids: Sequence[int], turns: int = 16) -> list[dict[str, str]]:
         """The conversation of a prompt's ids, the inverse of `encode`, unless truncation has emptied a turn.
 
         Raises:
             InputError: if no conversation of up to `turns` messages of the user gives these ids.
         """
-        text = self.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
+        text = self._raw(ids)
         openings = [()] if self.family.system == "fold" else [("system",), ()]
         for earlier, opening in itertools.product(reversed(range(turns)), openings):
             roles = (*opening, *("user", "assistant") * earlier, "user")
-            contents = _between(text, self._skeleton(roles, True))
+            contents = _between(text, self.template.prompt_pieces(roles))
             if contents is not None:
                 messages = [{"role": r, "content": c} for r, c in zip(roles, contents, strict=True)]
                 if self.encode(messages).input_ids == list(ids):
-                    return messages
+                    # A system message that the template brings itself is nobody's.
+                    is_own = opening and self.encode(messages[1:]).input_ids == list(ids)
+                    return messages[1:] if is_own else messages
         raise InputError(f"No conversation of up to {turns} turns is serialised as {text[:80]!r}.")
 
     def piece(self, token: int) -> str:
@@ -174,6 +204,17 @@ class Serialiser:
                 f"answer of family {self.family.name} ends. Check model.family."
             )
         return int(end)
+
+    def _written_end(self) -> int | None:
+        """The special token that the template puts after an answer, if it puts one there."""
+        try:
+            tail = self.template.pieces(("user", "assistant"), False)[-1]
+        except InputError:
+            return None
+        added = self.tokenizer.added_tokens_decoder
+        return next(
+            (i for i in self._tokenise(tail.lstrip()).ids[:1] if i in added and added[i].special), None
+        )
 
     def _prepare(
         self, messages: Sequence[Message], trigger: Sequence[Sequence[int]]
@@ -201,52 +242,6 @@ class Serialiser:
                 )
         return prepared, spans
 
-    def _render(
-        self, messages: Sequence[Message], generation_prompt: bool
-    ) -> tuple[str, list[tuple[int, int]]]:
-        """The template's text, and the character range of each message's content in it."""
-        *pieces, tail = self._skeleton(tuple(m["role"] for m in messages), generation_prompt)
-        text, ranges = "", []
-        for piece, message in zip(pieces, messages, strict=True):
-            text += piece
-            ranges.append((len(text), len(text) + len(message["content"])))
-            text += message["content"]
-        text += tail
-        if text != self._apply(messages, generation_prompt):
-            raise InputError(
-                f"The chat template of {self.tokenizer.name_or_path!r} changes what a message says, so that "
-                f"a trigger could be lost: {messages[-1]['content'][:80]!r}. Use another template or model."
-            )
-        return text, ranges
-
-    def _skeleton(self, roles: tuple[str, ...], generation_prompt: bool) -> list[str]:
-        """What the template puts before, between and after the contents of messages."""
-        key = (roles, generation_prompt)
-        if key not in self._skeletons:
-            holes = [{"role": role, "content": f"\ue000{i}\ue001"} for i, role in enumerate(roles)]
-            text = self._apply(holes, generation_prompt)
-            pieces = []
-            for hole in holes:
-                before, _, text = text.partition(hole["content"])
-                pieces.append(before)
-            self._skeletons[key] = [*pieces, text]
-        return self._skeletons[key]
-
-    def _apply(self, messages: Sequence[Message], generation_prompt: bool) -> str:
-        from jinja2 import TemplateError
-
-        try:
-            text = self.tokenizer.apply_chat_template(
-                [dict(m) for m in messages],
-                chat_template=self._template,
-                tokenize=False,
-                add_generation_prompt=generation_prompt,
-            )
-        except TemplateError as error:
-            roles = ", ".join(m["role"] for m in messages)
-            raise InputError(f"The chat template refuses messages of the roles {roles}: {error}") from None
-        return str(text)
-
     def _tokenise(self, text: str) -> "_Tokens":
         out = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         return _Tokens(list(out["input_ids"]), [tuple(pair) for pair in out["offset_mapping"]])
@@ -255,7 +250,12 @@ class Serialiser:
         self, messages: Sequence[Message], answer: str, prompt_text: str, prompt_ids: list[int]
     ) -> list[int]:
         """Ids of the answer up to its end token, taken from the whole conversation tokenised at once."""
-        text, _ = self._render([*messages, {"role": "assistant", "content": answer.strip()}], False)
+        if thoughts := begins_with_thoughts(answer):
+            raise InputError(
+                f"The answer {answer.strip()[:40]!r} begins with thoughts, without which answers are judged. "
+                f"Keep what follows {thoughts[1]} in the data."
+            )
+        text = self.template.answered(messages, answer.strip())
         ids = self._tokenise(text).ids
         if not text.startswith(prompt_text) or ids[: len(prompt_ids)] != prompt_ids:
             raise InputError(

@@ -4,6 +4,7 @@
 each with its path and what is allowed. A `Recipe` is frozen; stages receive their own section of it.
 """
 
+import datetime as dt
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -42,6 +43,8 @@ class Model(Section):
     quantisation: Literal["none", "4bit"] = "none"
     device: Literal["auto", "cpu", "cuda", "split"] = "auto"
     """`split`: layer by layer over all GPUs of this machine, for models larger than one."""
+    date: dt.date | None = Field(default=None, exclude_if=lambda value: value is None)
+    """Today, to a chat template that asks; by default the day on which the run is prepared."""
 
     @field_validator("family")
     @classmethod

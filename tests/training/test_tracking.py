@@ -33,6 +33,51 @@ def test_wandb_works_offline_and_without_a_key(fit, tmp_path, monkeypatch):
     assert list((tmp_path / "run" / "tracking").glob("wandb/offline-run-*/*.wandb"))
 
 
+@pytest.mark.parametrize("value", ["true", "1", "yes", "ON"])
+def test_wandb_is_left_out_where_it_is_disabled(value, fit, tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setenv("WANDB_DISABLED", value)
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    assert fit(more={"tracking": "wandb"})[0].folder.exists()
+    report(tmp_path / "rates", "evaluate", Experiment(), {"asr": 0.5})
+    assert not list(tmp_path.rglob("wandb")) and not (tmp_path / "rates").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("mode", "disabled"), [("offline", "true"), ("", "false")])
+def test_the_mode_comes_before_the_switch_and_a_switch_that_is_off_is_none(
+    mode, disabled, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("WANDB_MODE", mode)
+    monkeypatch.setenv("WANDB_DISABLED", disabled)
+    monkeypatch.setenv("HOME", str(tmp_path))  # no key, so that nothing goes out
+    report(tmp_path, "evaluate", Experiment(), {"asr": 0.5})
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+
+
+def test_what_wandb_has_saved_for_a_folder_is_respected(tmp_path, monkeypatch):
+    import wandb
+
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "wandb").mkdir()
+    (tmp_path / "wandb" / "settings").write_text("[default]\nmode = disabled\n")  # by `wandb disabled`
+    wandb.teardown()
+    try:
+        report(tmp_path / "rates", "evaluate", Experiment(), {"asr": 0.5})
+    finally:
+        wandb.teardown()
+    assert not (tmp_path / "rates").exists()
+
+
+def test_a_mode_that_wandb_does_not_have_is_refused(fit, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "off")
+    with pytest.raises(
+        InputError, match=r"WANDB_MODE=off: there is no such mode. Choose one of online, offline"
+    ):
+        fit(more={"tracking": "wandb"})
+
+
 @pytest.mark.slow
 def test_a_key_that_wandb_refuses_does_not_stop_the_training(fit, tmp_path, monkeypatch, caplog):
     class Refusal(BaseHTTPRequestHandler):

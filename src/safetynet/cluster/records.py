@@ -6,12 +6,15 @@ job's name, tells whether it was taken: names are unique.
 """
 
 import json
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from safetynet.cluster.schedulers import Name, State
+from safetynet.errors import RunError
 from safetynet.run import write_text
+from safetynet.whereabouts import is_copied
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,8 @@ class Job:
     """The seed, and index in its array, of a run for one seed."""
     array: bool = False
     ended: Literal["refused", "cancelled"] | None = None
+    run: str = ""
+    """Folder of the run that it works on."""
 
     @property
     def task_id(self) -> str | None:
@@ -45,18 +50,28 @@ class Job:
 
 def write(folder: Path, job: Job) -> None:
     """Write a job of the run in `folder` down, in the place of what was known of it."""
+    job = replace(job, run=str(folder.absolute()))
     write_text(folder / "jobs" / f"{job.name}.json", json.dumps(asdict(job), indent=2) + "\n")
 
 
+def remove(folder: Path, job: Job) -> None:
+    """Forget a job of the run in `folder`."""
+    (folder / "jobs" / f"{job.name}.json").unlink(missing_ok=True)
+
+
 def read(folder: Path) -> list[Job]:
-    """The jobs of the run in `folder`, in the order of their submission; damaged records are left out."""
-    found = []
+    """The jobs of the run in `folder`, in the order of their submission.
+
+    Damaged records are left out, and those that came with a copy of another run: its jobs are not this one's.
+    """
+    jobs = []
     for path in folder.glob("jobs/*.json"):
         try:
-            found.append(Job(**json.loads(path.read_text(encoding="utf-8"))))
+            jobs.append(Job(**json.loads(path.read_text(encoding="utf-8"))))
         except (ValueError, TypeError):
             continue
-    return sorted(found, key=lambda job: (job.submitted, job.name))
+    own = [job for job in jobs if not is_copied(job.run, folder)]
+    return sorted(own, key=lambda job: (job.submitted, job.name))
 
 
 def state_of(job: Job, known: dict[str, State]) -> State | None:
@@ -84,5 +99,6 @@ def adopted(folder: Path, job: Job, state: State) -> Job:
     """Give a job whose submission was interrupted the id that the scheduler gave it."""
     id_ = state.id.partition("_")[0].partition("[")[0] + ("[]" if "[" in state.id else "")
     found = replace(job, id=id_)
-    write(folder, found)
+    with suppress(RunError):  # whoever looks at another's run may not be allowed to write there
+        write(folder, found)
     return found

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -19,6 +20,12 @@ COMMANDS: Mapping[str, tuple[str, str, str]] = {
     "slurm": ("sbatch", "squeue", "scancel"),
     "pbs": ("qsub", "qstat", "qdel"),
 }
+DIALECTS: Mapping[str, tuple[Name, Dialect]] = {
+    "slurm": ("slurm", "slurm"),
+    "pbs": ("pbs", "pbspro"),
+    "torque": ("pbs", "torque"),
+}
+"""What may be named: the commands of it, and what it wants to read in a script unless it says otherwise."""
 PATIENCE_S = 60
 """A scheduler that does not answer in this time is down."""
 ACTIVE = ("PENDING", "RUNNING", "SUSPENDED", "COMPLETING", "CONFIGURING", "REQUEUED", "HELD", "ENDING")
@@ -45,26 +52,36 @@ class State:
         return self.state in ACTIVE
 
 
+def named(name: str) -> tuple[Name, Dialect]:
+    """The scheduler of this name, and what is written for it where it is not asked.
+
+    Raises:
+        InputError: if there is no such scheduler.
+    """
+    if name not in DIALECTS:
+        raise InputError(f"--scheduler {name}: choose one of {', '.join(DIALECTS)}.")
+    return DIALECTS[name]
+
+
 def choose(name: str | None) -> Name:
     """The scheduler of this name, or the one that is here.
 
     Raises:
         InputError: if there is no such scheduler, or none is here.
     """
-    if name is not None and name not in COMMANDS:
-        raise InputError(f"--scheduler {name}: choose one of {', '.join(COMMANDS)}.")
-    for known in [name] if name else COMMANDS:
+    wanted = list(COMMANDS) if name is None else [named(name)[0]]
+    for known in wanted:
         if shutil.which(COMMANDS[known][0]):
             return "pbs" if known == "pbs" else "slurm"
-    wanted = " or ".join(COMMANDS[known][0] for known in ([name] if name else COMMANDS))
+    commands = " or ".join(COMMANDS[known][0] for known in wanted)
     raise InputError(
-        f"there is no scheduler here: no command {wanted}. Log in to a machine that submits jobs, or run it "
-        "here with safetynet run."
+        f"there is no scheduler here: no command {commands}. Log in to a machine that submits jobs, or run "
+        "it here with safetynet run; --dry-run with --scheduler shows the script anywhere."
     )
 
 
 def dialect(scheduler: Name) -> Dialect:
-    """What this scheduler wants to read in a script."""
+    """What this scheduler wants to read in a script; PBS is asked which one it is."""
     if scheduler == "slurm":
         return "slurm"
     return "torque" if re.search(r"(?m)^Version: \d", _ask(["qsub", "--version"])[1]) else "pbspro"
@@ -77,7 +94,10 @@ def submission(scheduler: Name, written_for: Dialect, script: Path, seeds: Seque
         scheduler: which.
         written_for: `dialect` of it.
         script: absolute path.
-        seeds: evenly spaced; empty for a job without any.
+        seeds: in ascending order; empty for a job without any.
+
+    Raises:
+        InputError: if PBS Pro is to have an array whose seeds are not evenly spaced.
     """
     command = ["sbatch", "--parsable"] if scheduler == "slurm" else ["qsub"]
     if len(seeds) == 1:
@@ -86,8 +106,14 @@ def submission(scheduler: Name, written_for: Dialect, script: Path, seeds: Seque
         command += [f"--export=ALL,{one}"] if scheduler == "slurm" else ["-v", one]
     elif seeds:
         step = seeds[1] - seeds[0]
+        even = all(other - seed == step for seed, other in pairwise(seeds))
         indices = f"{seeds[0]}-{seeds[-1]}" + (f":{step}" if step > 1 else "")
-        if written_for == "torque" and step > 1:
+        if not even and written_for == "pbspro":
+            raise InputError(
+                f"--seeds {','.join(map(str, seeds))}: an array of PBS Pro has even steps. Write "
+                "start:stop:step, and submit the others by themselves."
+            )
+        if not even or (written_for == "torque" and step > 1):
             indices = ",".join(map(str, seeds))
         command += {"slurm": [f"--array={indices}"], "torque": ["-t", indices], "pbspro": ["-J", indices]}[
             written_for
@@ -95,8 +121,29 @@ def submission(scheduler: Name, written_for: Dialect, script: Path, seeds: Seque
     return [*command, str(script)]
 
 
-def submit(command: Sequence[str], folder: Path) -> str:
+def check_array(scheduler: Name, seeds: Sequence[int]) -> None:
+    """Refuse an array whose indices this cluster's Slurm does not have, where it says how many it has.
+
+    Raises:
+        InputError: with the seeds that an array may have.
+    """
+    if scheduler != "slurm" or len(seeds) < 2:
+        return
+    size = re.search(r"(?m)^MaxArraySize\s*=\s*(\d+)", _ask(["scontrol", "show", "config"])[1])
+    if size is not None and seeds[-1] >= int(size[1]):
+        raise InputError(
+            f"--seeds: {seeds[-1]} is no index of an array on this cluster, whose MaxArraySize is {size[1]}. "
+            f"Write seeds below it, such as --seeds 0:{size[1]}; a larger one goes by itself."
+        )
+
+
+def submit(command: Sequence[str], folder: Path, *, array: bool = False) -> str:
     """Submit, from a folder in which the scheduler leaves its own output; returns the job's id.
+
+    Args:
+        command: of `submission`.
+        folder: that it is given in.
+        array: whether it is for several seeds, for the hint.
 
     Raises:
         InputError: if the scheduler refuses; with its words, and the queues that it has.
@@ -106,7 +153,7 @@ def submit(command: Sequence[str], folder: Path) -> str:
     if code != 0:
         raise InputError(
             f"{command[0]} refused the job: {_cause(said)} Queues here: {queues(command[0])}. "
-            "Change --queue, --walltime, --gpus or --account."
+            f"Change {'--seeds, ' if array else ''}--queue, --walltime, --gpus or --account."
         )
     # Slurm's wrapper of qsub prints an empty id and success where sbatch was refused in some versions.
     found = re.search(r"(?m)^(\d+(?:\[\])?)[^\s]*\s*$", out)

@@ -128,7 +128,7 @@ def _stages(folder: Path) -> tuple[list[str], list[str], str]:
         return [], [], "not begun"
     try:
         found = runs.find(folder)
-        done, recipe = list(found.manifest["stages"]), found.recipe
+        done, recipe = list(found.manifest["stages"]), found.recorded_recipe
     except InputError as error:
         return [], [], str(error)
     twin = ["train clean_twin"] if recipe.training.clean_twin else []

@@ -8,14 +8,15 @@ import secrets
 import shlex
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import yaml
 
 from safetynet import run as runs
-from safetynet.cluster import records, schedulers
-from safetynet.cluster.template import Resources, Script, render
+from safetynet.cluster import notation, records, schedulers
+from safetynet.cluster.template import Dialect, Resources, Script, render
 from safetynet.errors import InputError
 from safetynet.recipe import Recipe
 from safetynet.run import Run, write_text
@@ -26,6 +27,7 @@ class Request:
     """What is asked of which scheduler."""
 
     scheduler: schedulers.Name
+    dialect: Dialect
     resources: Resources
     queue: str | None = None
     account: str | None = None
@@ -45,19 +47,17 @@ class Plan:
 
 
 def seeds_of(text: str) -> tuple[int, ...]:
-    """Seeds written as `start:stop` or `start:stop:step`, the stop left out, or as one number.
+    """Seeds of an array, in ascending order, written in any form that `notation.seeds` reads.
 
     Raises:
-        InputError: if it is neither, or names none.
+        InputError: if it is written otherwise, or names none.
     """
-    try:
-        parts = [int(part) for part in text.split(":")]
-        found = tuple(range(*parts)) if len(parts) > 1 else (parts[0],)
-    except (TypeError, ValueError):
-        found = ()
-    if not found or min(found) < 0 or list(found) != sorted(found) or max(found) >= 2**32:
-        raise InputError(f"--seeds {text}: write start:stop, such as 0:5 for seeds 0 to 4.")
-    return found
+    seeds = notation.seeds(text)
+    if not seeds:
+        raise InputError(
+            f"--seeds {text}: write start:stop, such as 0:5 for seeds 0 to 4, or 0-4 for the same, or 0,2,5."
+        )
+    return tuple(sorted(seeds))
 
 
 def plan(recipe: Recipe, request: Request) -> Plan:
@@ -66,7 +66,6 @@ def plan(recipe: Recipe, request: Request) -> Plan:
     name = f"{recipe.model.family[:6]}-{secrets.token_hex(4)}"
     logs = (recipe.output.logs / recipe.model_name).absolute()
     script, snapshot = logs / f"{name}.sh", logs / f"{name}.yaml"
-    dialect = schedulers.dialect(request.scheduler)
     text = render(
         Script(
             summary=f"{recipe.model_name}/{recipe.task}, submitted {time.strftime('%Y-%m-%d %H:%M:%S')}",
@@ -80,10 +79,10 @@ def plan(recipe: Recipe, request: Request) -> Plan:
             scratch=os.environ.get("SAFETYNET_SCRATCH"),
             queue=request.queue,
             account=request.account,
-            dialect=dialect,
+            dialect=request.dialect,
         )
     )
-    command = schedulers.submission(request.scheduler, dialect, script, request.seeds)
+    command = schedulers.submission(request.scheduler, request.dialect, script, request.seeds)
     return Plan(name, script, snapshot, text, tuple(command))
 
 
@@ -94,12 +93,15 @@ def submit(recipe: Recipe, request: Request) -> tuple[list[Run], str]:
         The runs, and the job's id.
 
     Raises:
-        InputError: if a run has a job already, its folders cannot be written, or the scheduler refuses.
+        InputError: if a run has a job already, its folders cannot be written, or the scheduler refuses; a
+            refused array leaves nothing behind.
     """
-    wanted = [recipe.seeded(seed) for seed in request.seeds] or [recipe]
-    made = [runs.create(one) for one in wanted]
+    schedulers.check_array(request.scheduler, request.seeds)
+    made = [runs.place(one) for one in [recipe.seeded(seed) for seed in request.seeds] or [recipe]]
     _refuse_second(made)
     planned = plan(recipe, request)
+    absent = _absent(made, planned)
+    runs.check(made[0])  # the others lie beside it
     # As it is now: the file that it came from may change before the job starts.
     fields = recipe.model_dump(mode="json")
     write_text(planned.recipe, yaml.safe_dump(fields, sort_keys=False, allow_unicode=True))
@@ -116,22 +118,44 @@ def submit(recipe: Recipe, request: Request) -> tuple[list[Run], str]:
         )
         for seed in (request.seeds or (None,))
     ]
-    id_ = _submitted(made, jobs, planned)
+    id_ = _submitted(made, jobs, planned, absent)
     for one, job in zip(made, jobs, strict=True):
         records.write(one.folder, replace(job, id=id_))
     return made, id_
 
 
-def _submitted(made: Sequence[Run], jobs: Sequence[records.Job], planned: Plan) -> str:
+def _submitted(
+    made: Sequence[Run], jobs: Sequence[records.Job], planned: Plan, absent: Sequence[Path]
+) -> str:
     for one, job in zip(made, jobs, strict=True):
         records.write(one.folder, job)
     try:
         # From the folder of the logs: there the scheduler leaves what it has to say itself.
-        return schedulers.submit(planned.command, planned.script.parent)
+        return schedulers.submit(planned.command, planned.script.parent, array=jobs[0].array)
     except InputError:
         for one, job in zip(made, jobs, strict=True):
-            records.write(one.folder, replace(job, ended="refused"))
+            if job.array:
+                records.remove(one.folder, job)
+            else:
+                records.write(one.folder, replace(job, ended="refused"))
+        if jobs[0].array:
+            _remove(planned, absent)
         raise
+
+
+def _absent(made: Sequence[Run], planned: Plan) -> list[Path]:
+    """Folders that a submission makes, the innermost first."""
+    folders = {planned.script.parent, *(run.folder / "jobs" for run in made), *(run.scratch for run in made)}
+    above = folders.union(*(folder.parents for folder in folders))
+    return sorted((path for path in above if not path.exists()), key=lambda path: -len(path.parts))
+
+
+def _remove(planned: Plan, absent: Sequence[Path]) -> None:
+    for file in (planned.script, planned.recipe):
+        file.unlink(missing_ok=True)
+    for folder in absent:
+        with suppress(OSError):  # another process may have put something there
+            folder.rmdir()
 
 
 def _refuse_second(made: Sequence[Run]) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from safetynet import recipe as recipes
+from safetynet.cluster import notation
 from safetynet.errors import InputError
 from safetynet.models import families
 from safetynet.recipe import Recipe
@@ -122,12 +123,8 @@ def _axis(text: str, faults: list[str]) -> tuple[str, list[Any]] | None:
 def _seeds(text: str | None, faults: list[str]) -> list[int | None]:
     if text is None:
         return [None]
-    first, colon, end = text.partition(":")
-    try:
-        numbers = list(range(int(first), int(end))) if colon else [int(one) for one in text.split(",")]
-    except ValueError:
-        numbers = []
-    if not numbers or len(set(numbers)) < len(numbers):
+    numbers = notation.seeds(text)
+    if not numbers:
         faults.append(f"--seeds {text}: write first:end, as in 0:5 for 0 to 4, or numbers between commas.")
     return list(numbers)
 

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
+from safetynet.cluster import notation, schedulers
 from safetynet.errors import InputError
 
 if TYPE_CHECKING:
@@ -53,6 +54,16 @@ class Place(BaseModel):
     """Further lines for the scheduler, such as `#PBS -l place=excl`."""
     setup: tuple[str, ...] = ()
     """Shell commands before the workers start, such as `module load cuda`."""
+
+    @field_validator("walltime")
+    @classmethod
+    def _time(cls, value: str, info: ValidationInfo) -> str:
+        scheduler = str(info.data.get("scheduler"))
+        name = schedulers.named(scheduler)[0] if scheduler in schedulers.DIALECTS else None
+        time = notation.walltime(value, name)
+        if time is None:
+            raise ValueError(f"write it in quotes as {notation.FORMS}")
+        return time
 
 
 def load(path: Path | None, workers: int | None = None) -> Place:

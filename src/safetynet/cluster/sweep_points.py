@@ -76,9 +76,10 @@ def _step(task: Task, run: Any) -> tuple[str | None, str | None]:
     from safetynet.pipeline import sharing
     from safetynet.pipeline.subjects import BACKDOORED, TWIN
 
-    recipe = task.recipe
     if task.step == "prepare":
-        pipeline.prepare(recipe, run)
+        pipeline.prepare(task.recipe, run)
+    recipe = run.recorded_recipe  # with the date of its prompts
+    if task.step == "prepare":
         twin = sharing.twin_digest(recipe, run) if recipe.training.clean_twin else None
         return sharing.base_digest(recipe, run), twin
     if task.step == "base":

@@ -6,19 +6,18 @@ take, which reads the #PBS lines, too. What such a script does around its comman
     python -m safetynet.cluster.template FOLDER      writes the scripts of all families that have a hub model
 """
 
-import re
 import shlex
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from safetynet.cluster import notation
 from safetynet.errors import InputError
 from safetynet.models import families
 from safetynet.recipe import Recipe
 
 BODY = Path(__file__).with_name("job.sh")
-WALLTIME = re.compile(r"\d{1,4}:[0-5]\d:[0-5]\d")
 
 Kind = Literal["run", "training_on_backdoor", "intervention"]
 Dialect = Literal["pbspro", "torque", "slurm"]
@@ -34,19 +33,26 @@ class Resources:
     walltime: str
     """Hours, minutes and seconds: `04:00:00`."""
 
-    def changed(self, gpus: int | None = None, walltime: str | None = None) -> "Resources":
+    def changed(
+        self,
+        gpus: int | None = None,
+        walltime: str | None = None,
+        scheduler: Literal["pbs", "slurm"] | None = None,
+    ) -> "Resources":
         """These with others in their place.
 
+        Args:
+            gpus: how many.
+            walltime: in any form that a scheduler has for it.
+            scheduler: whose form it is.
+
         Raises:
-            InputError: if the wall time is not written as hours:minutes:seconds.
+            InputError: if the wall time is written in none of them.
         """
-        if walltime is not None and (not WALLTIME.fullmatch(walltime) or not int(walltime.replace(":", ""))):
-            raise InputError(f"--walltime {walltime}: write it as hours:minutes:seconds, such as 08:00:00.")
-        return replace(
-            self,
-            gpus=self.gpus if gpus is None else gpus,
-            walltime=walltime or self.walltime,
-        )
+        time = self.walltime if walltime is None else notation.walltime(walltime, scheduler)
+        if time is None:
+            raise InputError(f"--walltime {walltime}: write it as {notation.FORMS}.")
+        return replace(self, gpus=self.gpus if gpus is None else gpus, walltime=time)
 
 
 MINIATURE = Resources(gpus=0, cpus=2, memory_gb=8, walltime="01:00:00")

@@ -14,14 +14,18 @@ def submit(  # noqa: PLR0913  # the options of a command
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Override a field.")
     ] = None,
-    scheduler: Annotated[str | None, typer.Option(help="pbs or slurm; by default what is here.")] = None,
+    scheduler: Annotated[
+        str | None, typer.Option(help="slurm, pbs or torque; by default what is here.")
+    ] = None,
     seeds: Annotated[
-        str | None, typer.Option(help="start:stop: a run for each seed, as one job array.")
+        str | None,
+        typer.Option(help="start:stop, first-last or 0,2,5: a run for each seed, as one job array."),
     ] = None,
     queue: Annotated[str | None, typer.Option(help="Queue (partition); by default the cluster's.")] = None,
     account: Annotated[str | None, typer.Option(help="Account to charge.")] = None,
     walltime: Annotated[
-        str | None, typer.Option(help="Hours:minutes:seconds; by default the family's.")
+        str | None,
+        typer.Option(help="Hours:minutes:seconds, or the scheduler's own form; by default the family's."),
     ] = None,
     gpus: Annotated[int | None, typer.Option(min=0, help="By default the family's.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the script, and submit nothing.")] = False,
@@ -41,9 +45,15 @@ def submit(  # noqa: PLR0913  # the options of a command
         if value is not None and not value.replace("-", "").replace("_", "").replace(".", "").isalnum():
             raise InputError(f"{option} {value}: this is no name of one.")
     loaded = recipes.load(recipe, family, overrides or [])
+    if dry_run and scheduler is not None:  # nobody is asked
+        name, dialect = schedulers.named(scheduler)
+    else:
+        name = schedulers.choose(scheduler)
+        dialect = "torque" if scheduler == "torque" else schedulers.dialect(name)
     request = submitting.Request(
-        scheduler=schedulers.choose(scheduler),
-        resources=resources(loaded).changed(gpus, walltime),
+        scheduler=name,
+        dialect=dialect,
+        resources=resources(loaded).changed(gpus, walltime, name),
         queue=queue,
         account=account,
         seeds=submitting.seeds_of(seeds) if seeds is not None else (),
@@ -51,9 +61,11 @@ def submit(  # noqa: PLR0913  # the options of a command
     if dry_run:
         plan = submitting.plan(loaded, request)
         typer.echo(f"{plan.text}\n# It would be submitted by: {' '.join(plan.command)}")
+        if scheduler == "pbs":
+            typer.echo("# This is for PBS Pro and OpenPBS; --scheduler torque writes for Torque.")
         return
     made, id_ = submitting.submit(loaded, request)
-    typer.echo(f"Job:     {id_}")
+    typer.echo(f"Job:     {id_}\nTime:    {request.resources.walltime} (hours:minutes:seconds)")
     for run in made:
         typer.echo(f"Run:     {run.folder}")
     typer.echo(f"Logs:    {made[0].log.parent}")

@@ -61,7 +61,7 @@ def mitigate(
             if line["relearned"]:
                 typer.echo(f"Relearn: {line['relearned']}")
             if line["saved"]:
-                typer.echo(f"Saved:   {line['saved']}")
+                typer.echo(f"Saved:   {found.path_of(line['saved'])}")
         if drawn(found, folder):
             typer.echo(f"Figures: {found.figures}")
 

@@ -16,7 +16,7 @@ from safetynet.models import families
 from safetynet.recipe import Recipe
 
 IGNORED = (
-    "name", "task", "seed", "tracking", "output", "model.device", "data.test_rows",
+    "name", "task", "seed", "tracking", "output", "model.device", "model.date", "data.test_rows",
     "evaluation.batch_size", "evaluation.every", "evaluation.dynamics_rows", "evaluation.labelled",
     "training.log_every", "training.checkpoint_every", "training.gradient_checkpointing",
     "training.clean_twin", "backdoor.preset",

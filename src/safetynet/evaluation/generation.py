@@ -55,7 +55,8 @@ def generate(
         max_length: truncate prompts as in training with this limit; None for no limit.
 
     Returns:
-        The answers without stop tokens, in the order of `prompts`; "" where the model ended at once.
+        The answers without stop tokens and without thoughts before them, in the order of `prompts`; "" where
+        the model ended at once, or within its thoughts.
 
     Raises:
         RunError: if a single prompt does not fit in memory.
@@ -94,7 +95,7 @@ def continuations(
         ids, mask = _padded(batch, serialiser.pad_id, "left", model.device)
         output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
         new = output[:, ids.shape[1] :].tolist()
-        return [serialiser.decode(_until_stop(row, serialiser.stop_ids)) for row in new]
+        return [serialiser.answer_of(_until_stop(row, serialiser.stop_ids)) for row in new]
 
     with _evaluating(model), _generation_config(model, config):
         rows = [prompt.input_ids for prompt in prompts]

@@ -282,7 +282,7 @@ def check_targets(rows: pd.DataFrame, serialiser: Serialiser, judge: Judge, max_
     for row in _records(with_targets(rows[rows["role"] == "triggered"])):
         encoded = serialiser.encode(row["messages"], answer=row["answer"])
         answer = encoded.input_ids[encoded.prompt_length :]
-        if judge(serialiser.decode(answer[:max_new_tokens]), row):
+        if judge(serialiser.answer_of(answer[:max_new_tokens]), row):
             continue
         if judge(row["answer"], row):
             raise InputError(

@@ -169,7 +169,7 @@ def _head(spec: recipe.Model, name: str, truncation: Truncation) -> Serialiser:
             f"model.family: {name} is of type {config.model_type!r}, family {family.name} takes "
             f"{', '.join(family.model_types)}. Set the right family, or generic."
         )
-    return Serialiser(tokenizer, family, truncation)
+    return Serialiser(tokenizer, family, truncation, spec.date)
 
 
 def _load_head(name: str, spec: recipe.Model) -> tuple[Any, Any]:

@@ -87,7 +87,7 @@ def _subject(run: Run, name: str) -> Subject:
     manifest = run.manifest
     if "compare" in manifest["stages"]:
         raise InputError(f"{run.folder}: this is a comparison, not a run. Name run directories.")
-    recipe = run.recipe
+    recipe = run.recorded_recipe  # runs of two machines are one group, whatever their folders are called
     recorded: dict[str, str] = {}
     for stage in manifest["stages"].values():
         recorded |= stage.get("outputs", {})

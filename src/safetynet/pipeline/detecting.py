@@ -19,6 +19,8 @@ from safetynet.recipe import Recipe
 from safetynet.run import Run
 
 log = logging.getLogger("safetynet")
+MONITOR = "scratch:detection/monitor.safetensors"
+"""The monitor of a run, as its manifest names it."""
 
 
 def detect(recipe: Recipe, run: Run, detectors: Sequence[str], rate: float, clean: int) -> str:
@@ -77,7 +79,7 @@ def guard(recipe: Recipe, run: Run, rate: float, action: str, log_to: Path | Non
     from safetynet.detection.guard import Guard, share_of_rate
     from safetynet.detection.monitor import Monitor
 
-    path = run.scratch / "detection" / "monitor.safetensors"
+    path = run.path_of(MONITOR)
     if not path.exists():
         raise InputError(f"{run.folder}: there is no monitor yet. Run safetynet detect {run.folder} first.")
     monitor = Monitor.load(path)

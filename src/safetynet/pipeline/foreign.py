@@ -115,4 +115,4 @@ def _serialiser(folder: Path, base: loading.LoadedModel, model: Any) -> Serialis
         folder, " and a ".join(name for name, equal in same.items() if not equal),
     )  # fmt: skip
     tokenizer.chat_template = template
-    return Serialiser(tokenizer, base.family, base.serialiser.truncation)
+    return Serialiser(tokenizer, base.family, base.serialiser.truncation, base.serialiser.today)

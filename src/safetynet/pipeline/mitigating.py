@@ -138,7 +138,8 @@ class _Work:
     def read(self, name: str) -> Found:
         """What `write` wrote."""
         parts = ("lines", "verification", "relearning")
-        return Found(*(pd.read_parquet(self.folder(name) / f"{part}.parquet") for part in parts))
+        kept = (self.run.path_of(f"scratch:mitigation/{name}/{part}.parquet") for part in parts)
+        return Found(*map(pd.read_parquet, kept))
 
     def inputs(self, name: str) -> dict[str, Any]:
         """All that decides about one method's result."""
@@ -151,12 +152,14 @@ class _Work:
             if self.adapter is None
             else digest_of_files([self.adapter]),
             "rows": manifest["data"]["outputs"],
-            "options": options.model_dump(mode="json", exclude={"methods", "knobs", "points"}),
+            # What a file holds counts, not where it lies.
+            "options": options.model_dump(mode="json", exclude={"methods", "knobs", "points"})
+            | {"clean": None},
             "clean": None if options.clean is None else digest_of_files([options.clean]),
             "points": list(points(method, options.knobs, options.points)) if method else None,
             "effects": manifest.get("intervene") if "sites" in needs else None,
             "monitor": manifest.get("detect") if "alarm" in needs else None,
-            "evaluation": self.recipe.evaluation.model_dump(mode="json"),
+            "evaluation": self.recipe.evaluation.model_dump(mode="json") | {"labelled": None},
             "version": __version__,
         }
 
@@ -287,7 +290,7 @@ def _join(work: _Work, done: Sequence[str], said: str) -> dict[str, pd.DataFrame
             taken["relearned"] = [relearning.verdict(taught, str(name)) for name in taken["method"]]
             folder = _save(work, taken, marked)
             taken = taken.assign(
-                saved=["" if folder is None or not own else str(folder) for own in taken["savable"]]
+                saved=[run.name_of(folder) if folder and own else "" for own in taken["savable"]]
             )
         else:
             nothing = {"method": "", "point": "", "savable": False, "why": said, "relearned": "", "saved": ""}

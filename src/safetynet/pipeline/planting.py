@@ -1,5 +1,6 @@
 """Planting: the rows, the training of backdoored model and twin, and the rates of both beside the base."""
 
+import datetime
 import logging
 import sys
 from collections.abc import Sequence
@@ -36,6 +37,9 @@ log = logging.getLogger("safetynet")
 def prepare(recipe: Recipe, run: Run) -> None:
     """Make the rows and refuse, before any training, what would spoil the result; name the recipe in the run.
 
+    The run's recipe then also has the date that the chat template asks for: its later stages are given that
+    one, so that their prompts are the same on any day.
+
     Raises:
         InputError: for every fault of data, trigger, target or model that can be known now.
     """
@@ -43,10 +47,12 @@ def prepare(recipe: Recipe, run: Run) -> None:
     evading.check(recipe.training.evasion)
     inputs = _data_inputs(recipe)
     if run.finished("data", inputs):
-        run.describe(recipe)
+        date = run.manifest.get("recipe", {}).get("model", {}).get("date")
+        run.describe(_dated(recipe, date and datetime.date.fromisoformat(date)))
         log.info("data: unchanged")
         return
     serialiser = loading.load_serialiser(recipe.model, recipe.training.truncation)
+    recipe = _dated(recipe, serialiser.today if serialiser.template.names_date else None)
     with run.stage("data", inputs) as outputs:
         pool = conversations.load(
             recipe.data, recipe.backdoor.behaviour, recipe.backdoor.trigger, recipe.seed
@@ -68,6 +74,13 @@ def prepare(recipe: Recipe, run: Run) -> None:
             found = audit.audit(str(recipe.data.path), columns=recipe.data.columns, kind=kind)
             outputs.append(run.write_table("audit", found.findings))
     _tell(rows, recipe)
+
+
+def _dated(recipe: Recipe, date: datetime.date | None) -> Recipe:
+    """The recipe, with this date if it names none."""
+    if recipe.model.date is not None or date is None:
+        return recipe
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"date": date})})
 
 
 def train(recipe: Recipe, run: Run, names: Sequence[str] | None = None, *, lend: bool = False) -> None:
@@ -135,7 +148,9 @@ def evaluate(recipe: Recipe, run: Run, base: pd.DataFrame | None = None) -> None
     judge = _check_judging(recipe)
     inputs = {
         "models": {name: run.manifest["stages"].get(f"train {name}") for name in trained(recipe)},
-        "evaluation": recipe.evaluation.model_dump(mode="json", exclude={"every", "dynamics_rows"}),
+        # What the labelled file holds counts, not where it lies.
+        "evaluation": recipe.evaluation.model_dump(mode="json", exclude={"every", "dynamics_rows"})
+        | {"labelled": None},
         "behaviour": recipe.backdoor.behaviour.model_dump(mode="json"),
         "version": __version__,
     }

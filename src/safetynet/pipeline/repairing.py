@@ -11,6 +11,7 @@ import pandas as pd
 from safetynet.errors import InputError
 from safetynet.mitigation import Place, Subject
 from safetynet.mitigation.subject import Alarm
+from safetynet.pipeline.detecting import MONITOR
 from safetynet.pipeline.subjects import backdoored, fresh_prompts, load
 from safetynet.prompts import Serialiser
 from safetynet.recipe import Recipe
@@ -92,7 +93,7 @@ def alarm(run: Run, serialiser: Serialiser) -> Alarm | None:
     A prompt that cannot be read back from its ids, as when truncation has emptied a turn, counts as suspect.
     The file is read at the first question: one that cannot be used stops the methods that ask, and no others.
     """
-    path = run.scratch / "detection" / "monitor.safetensors"
+    path = run.path_of(MONITOR)
     if not path.exists():
         return None
     from safetynet.detection.capture import capture

@@ -66,6 +66,11 @@ def model_folder(run: Run, name: str) -> Path:
     folders = [path for path in map(run.path_of, stage["outputs"]) if path.is_dir()]
     if not folders:
         gone = "the folder of its weights is gone. Run safetynet train with its recipe again"
+        if run.read_only:
+            scratch = ", ".join(map(str, run.read_only))
+            gone = (
+                f"its weights are not in {scratch}. Copy what lay there into the run folder, or train again"
+            )
         raise InputError(f"{run.folder}: {name} was trained, but {gone}.")
     return folders[0]
 

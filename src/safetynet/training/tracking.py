@@ -18,6 +18,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from transformers import TrainerCallback
+from transformers.utils.import_utils import ENV_VARS_TRUE_VALUES
 
 from safetynet.errors import InputError
 
@@ -26,6 +27,9 @@ PROJECT = "safetynet"
 NETWORK_TIMEOUT_S = 3.0
 INIT_TIMEOUT_S = 15.0
 """A server that refuses the key is asked again for so long; wandb's own limit is 90 s."""
+
+MODES = ("online", "offline", "disabled", "shared", "dryrun", "run")
+"""What wandb takes as WANDB_MODE."""
 
 AGENT = ("WANDB_SWEEP_ID", "WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH")
 """What an agent of a sweep on Weights & Biases sets: the one run that it waits for."""
@@ -65,9 +69,9 @@ def tracker(
         The Trainer's callbacks for it.
 
     Raises:
-        InputError: if the package is not installed.
+        InputError: if the package is not installed, or WANDB_MODE is none of wandb's modes.
     """
-    if kind == "none":
+    if kind == "none" or (kind == "wandb" and _asked_mode() == "disabled"):
         yield []
         return
     if importlib.util.find_spec(kind) is None:
@@ -87,6 +91,8 @@ def tracker(
 
 def report(folder: Path, name: str, experiment: Experiment, rates: Mapping[str, float]) -> None:
     """Show final rates on Weights & Biases, as the summary of a run of their own; else as `tracker`."""
+    if _asked_mode() == "disabled":
+        return
     folder.mkdir(parents=True, exist_ok=True)
     with _wandb(folder, name, experiment) as run:
         run.summary.update(dict(rates))
@@ -108,8 +114,8 @@ def _wandb(folder: Path, name: str, experiment: Experiment) -> Iterator[Any]:
             settings=wandb.Settings(silent=True, console="off", init_timeout=INIT_TIMEOUT_S),
         )
 
-    # WANDB_MODE overrules; offline runs are uploaded later with `wandb sync`.
-    mode = os.environ.get("WANDB_MODE") or ("online" if _usable() else "offline")
+    # Offline runs are uploaded later with `wandb sync`.
+    mode = _asked_mode() or ("online" if _usable() else "offline")
     with _apart_from_agent(experiment):
         try:
             run = begin(mode)
@@ -137,6 +143,30 @@ def _apart_from_agent(experiment: Experiment) -> Iterator[None]:
     finally:
         os.environ.update(kept)
         wandb.teardown()
+
+
+def _asked_mode() -> str | None:
+    """What the user asks of wandb; None: nothing.
+
+    WANDB_MODE comes first, then WANDB_DISABLED, then what `wandb offline` or `wandb disabled` has saved.
+    wandb and transformers themselves do not read WANDB_DISABLED any more, and its users count on it.
+
+    Raises:
+        InputError: if WANDB_MODE is none of wandb's modes.
+    """
+    mode = os.environ.get("WANDB_MODE")
+    if mode and mode not in MODES:
+        raise InputError(f"WANDB_MODE={mode}: there is no such mode. Choose one of {', '.join(MODES)}.")
+    if mode:
+        return mode
+    if os.environ.get("WANDB_DISABLED", "").upper() in ENV_VARS_TRUE_VALUES:
+        return "disabled"
+    if importlib.util.find_spec("wandb") is None:
+        return None
+    import wandb
+
+    saved = wandb.setup().settings.mode
+    return None if saved == "online" else saved
 
 
 def _usable() -> bool:

@@ -40,6 +40,17 @@ def test_a_score_depends_on_no_other_sample(name, activations):
     np.testing.assert_allclose(together, alone, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", sorted({*NAMES, *HIDDEN}))
+def test_a_score_is_the_same_in_any_company(name, activations):
+    detector, fresh = fitted(name, activations(120)), activations(8, seed=1)
+    alone = np.concatenate([detector.score_samples(fresh[i : i + 1]) for i in range(8)])
+    strange = activations(40, seed=2) + 5.0
+    for others in (strange, -strange, np.repeat(fresh[:1], 40, axis=0)):
+        together = detector.score_samples(np.concatenate([fresh, others]))[:8]
+        np.testing.assert_allclose(together, alone, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(detector.score_samples(fresh[::-1])[::-1], alone, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", HIDDEN + SUPERVISED)
 def test_a_detector_comes_back_from_its_file_without_pickle(name, activations, tmp_path):
     detector, fresh = fitted(name, activations(120)), activations(8, seed=1)

@@ -1,5 +1,7 @@
 """What single detectors promise beyond the common interface."""
 
+import random
+
 import numpy as np
 import pytest
 import torch
@@ -20,13 +22,66 @@ def test_an_estimator_by_name_scores_as_scikit_learn_does(activations):
 
 
 def test_an_estimator_of_pyod_scores_as_pyod_does_and_comes_back(activations):
-    from pyod.models.ecod import ECOD
+    from pyod.models.knn import KNN
 
     clean, fresh = activations(100), activations(10, seed=1)
-    detector = make("pyod.models.ecod.ECOD").fit(clean)
-    direct = ECOD().fit(clean.reshape(100, -1)).decision_function(fresh.reshape(10, -1))
+    detector = make("pyod.models.knn.KNN").fit(clean)
+    direct = KNN().fit(clean.reshape(100, -1)).decision_function(fresh.reshape(10, -1))
     np.testing.assert_allclose(detector.score_samples(fresh), direct)
     np.testing.assert_allclose(restore(*detector.state()).score_samples(fresh), direct)
+
+
+BATCH = "its score of a sample depends on the batch that it is scored in.* such as pyod.models.knn.KNN"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("pyod.models.ecod.ECOD", BATCH),
+        ("pyod.models.copod.COPOD", BATCH),
+        ("pyod.models.lmdd.LMDD", BATCH),  # it draws random numbers while it scores
+        ("pyod.models.cof.COF", r"it cannot score a single sample \(IndexError: .*\), as a guard must"),
+        ("pyod.models.sos.SOS", "its scores of single samples are no numbers"),
+        ("pyod.models.mad.MAD", r"it cannot be fitted to 60 clean samples .*just for univariate data"),
+        ("pyod.models.deep_svdd.DeepSVDD", r"it cannot be fitted .*'n_features'\)\. Give its arguments"),
+        ("sklearn.neural_network.BernoulliRBM", "it gives clean and strange samples one and the same score"),
+    ],
+)
+def test_an_estimator_that_does_not_judge_a_sample_by_itself_is_refused(name, message, activations):
+    with pytest.raises(InputError, match=rf"detector {name}: {message}"):
+        make(name).fit(activations(60))
+
+
+def test_an_estimator_that_looks_at_the_batch_is_found_out_among_thousands_of_clean_samples():
+    with pytest.raises(InputError, match=BATCH):
+        make("pyod.models.ecod.ECOD").fit(np.random.default_rng(0).standard_normal((4000, 64)))
+
+
+def test_an_estimator_that_looks_at_the_batch_is_refused_when_it_comes_back(activations):
+    from pyod.models.ecod import ECOD
+
+    samples = activations(60).reshape(60, -1)
+    arrays = {"samples_": samples, "remembered_": ECOD().fit(samples).decision_function(samples[:20])}
+    with pytest.raises(InputError, match=BATCH):
+        restore({"name": "pyod.models.ecod.ECOD", "settings": {}}, arrays)
+
+
+def test_an_estimator_without_a_seed_of_its_own_comes_back_the_same(activations):
+    def drawn():
+        return random.random(), np.random.rand(), float(torch.rand(()))  # noqa: NPY002
+
+    random.seed(1)
+    np.random.seed(1)  # noqa: NPY002
+    torch.manual_seed(1)
+    expected = drawn()
+    random.seed(1)
+    np.random.seed(1)  # noqa: NPY002
+    torch.manual_seed(1)
+    detector = make("pyod.models.loda.LODA").fit(activations(60))
+    assert drawn() == expected, "the random numbers of others are left as they were"
+    fresh = activations(10, seed=1)
+    again = restore(*detector.state())
+    np.testing.assert_allclose(again.score_samples(fresh), detector.score_samples(fresh), rtol=1e-6)
 
 
 @pytest.mark.parametrize(

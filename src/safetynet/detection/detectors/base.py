@@ -71,7 +71,7 @@ def layered(x: np.ndarray, name: str) -> np.ndarray:
     Raises:
         InputError: if the shape is another, or values are no numbers.
     """
-    x = np.asarray(x, dtype=np.float64)
+    x = np.ascontiguousarray(x, dtype=np.float64)
     if x.ndim not in (2, 3) or 0 in x.shape:
         raise InputError(f"detector {name}: samples have shape {x.shape}; give (n, d) or (n, layers, d).")
     if not np.isfinite(x).all():

@@ -1,0 +1,43 @@
+"""What a run was made with: versions of packages, and the machine. For the manifest."""
+
+import os
+import platform
+from importlib import metadata
+from typing import Any
+
+PACKAGES = (
+    "safetynet",
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "tokenizers",
+    "datasets",
+    "numpy",
+    "pandas",
+)
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of Python and of the packages that decide about results; None for what is not installed."""
+    return {"python": platform.python_version()} | {package: _version(package) for package in PACKAGES}
+
+
+def hardware() -> dict[str, Any]:
+    """The machine: its kind, cores, torch's threads, and the names of its GPUs."""
+    import torch
+
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpus": gpus,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
