@@ -48,7 +48,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "mpt": ("mpt", {}),
     "nemotron": ("nemotron", {}),
     "olmo": ("olmo", {}),
-    "opt": ("opt", {}),
+    "opt": ("opt", {"activation_function": "gelu"}),
     "persimmon": ("persimmon", {}),
     "phi3": ("phi3", {}),
     "qwen2": ("qwen2", {}),
