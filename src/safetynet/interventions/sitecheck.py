@@ -249,22 +249,19 @@ def _counts(attention: Any) -> bool:
 
 def _called_again(found: Trace, layer: int) -> tuple[bool, bool, bool]:
     """Whether a layer gives its own states from a column on, and at one column; whether it hears a cut."""
-    inputs, expected = found.inputs[layer], found.value(Site("resid_post", layer))
-    rows, cut = ([Planned(i, i, layer, 0, edits) for i in range(2)] for edits in ((), (_cut(layer),)))
-    whole, start = Resumed(found, 0), TOKENS - SHORT
-    keys, values = whole.keys_values(layer, inputs, rows)
+    inputs, expected, start = found.inputs[layer], found.value(Site("resid_post", layer)), TOKENS - SHORT
+    rows = [Planned(row, row, layer, 0, ()) for row in range(2)]
+    keys, values = Resumed(found, 0).keys_values(layer, inputs, rows)
     found.keys, found.values = ([x] * found.anatomy.shape.layers for x in (keys, values))
-    suffix = Resumed(found, start).suffix(layer, inputs[:, start:], rows)
-    middle, last = torch.tensor([start]), torch.tensor([TOKENS - 1])
-    twice = [rows[0], rows[0]]  # two runs of one prompt share its keys and values
-    one = whole.at(layer, twice, middle, *whole.recorded(layer, twice), inputs[[0, 0], start : start + 1])
-    heard, unheard = (whole.at(layer, runs, last, keys, values, inputs[:, -1:]) for runs in (cut, rows))
+    resumed = Resumed(found, start)
+    suffix = resumed.suffix(layer, inputs[:, start:], rows)
+    # Two runs of one prompt, which share its keys and values; in the second, an edge is cut.
+    cut = PlannedEdit(layer, (start,), KnockOut(layer, (start,), (0,)), wide=False)
+    twice = [rows[0], Planned(1, 0, layer, 0, (cut,))]
+    column, states = torch.tensor([start]), inputs[[0, 0], start : start + 1]
+    one = resumed.at(layer, twice, column, *resumed.recorded(layer, twice), states)
     return (
         alike(suffix, expected[:, start:]),
-        alike(one, expected[[0, 0], start : start + 1]),
-        not equal(heard, unheard),
+        alike(one[:1], expected[:1, start : start + 1]),
+        not equal(one[0], one[1]),
     )
-
-
-def _cut(layer: int) -> PlannedEdit:
-    return PlannedEdit(layer, (TOKENS - 1,), KnockOut(layer, (-1,), (0,)), wide=False)
