@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from tests.interventions.conftest import make_pairs
 
 from safetynet.errors import InputError
+from safetynet.interventions import stage
 from safetynet.interventions.attention import attention_maps, divergence
 from safetynet.interventions.attribution import attribute
 from safetynet.interventions.batch import Batch
@@ -217,7 +218,11 @@ def closing(queries, keys, index, heads):
             "expert",
             r"It has no experts \(layers 0, 2\); its experts take something else than states",
         ),
-        ("granitemoeshared", "mlp_out", "What the MLP reads and returns does not add up .*off by 0"),
+        (
+            "granitemoeshared",
+            "mlp_out",
+            "What the MLP reads and returns does not add up to the layer's output",
+        ),
         ("bloom normed", "attn_out", "The layer's input and what attention returns do not add up"),
         ("afmoe", "head", "A gate, a norm or a mixture lies between its heads and the output projection"),
         ("diffllama", "head", "A gate, a norm or a mixture"),
@@ -444,3 +449,15 @@ def test_patterns_that_attention_does_not_show_are_refused():
         divergence(build("falcon", "sdpa"), ROWS[:1], ROWS[:1])
     with pytest.raises(InputError, match="It has no attention under a name that is known"):
         divergence(build("mamba"), ROWS[:1], ROWS[:1])
+
+
+def test_default_sweeps_leave_out_what_is_absent_and_refuse_what_is_asked_for(caplog):
+    caplog.set_level("INFO")
+    anatomy = Anatomy.of(build("granitemoeshared"))
+    (found, _) = stage._sweeps(anatomy, stage.Plan(by=("component",)))
+    assert {spot.site.component for spot in found.spots} == {"attn_out"}
+    assert "by component without mlp_out: what the MLP reads and returns does not add up" in caplog.text
+    with pytest.raises(InputError, match=r"by head: this model has no head: a gate, a norm or a mixture"):
+        list(stage._sweeps(Anatomy.of(build("afmoe")), stage.Plan(by=("head",))))
+    with pytest.raises(InputError, match=r"no component 'resid_mid'.* both read the layer's input"):
+        list(stage._sweeps(Anatomy.of(build("gpt_neox")), stage.Plan(components=("resid_mid",))))

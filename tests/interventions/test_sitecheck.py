@@ -91,7 +91,7 @@ def test_other_modules_in_a_layers_place_are_checked_again(passes):
     seen = passes(model)
     anatomy = Anatomy.of(model)
     assert anatomy.layers_with("attn_out") == [0, 1, 2] and anatomy.layers_with("mlp_out") == [0, 2]
-    with pytest.raises(InputError, match=r"mlp_out 1: what the MLP reads and returns .*\(off by 0.5 of it\)"):
+    with pytest.raises(InputError, match="mlp_out 1: what the MLP reads and returns does not add up"):
         anatomy.check(Site("mlp_out", 1))
     assert seen == [10]
 
@@ -127,7 +127,7 @@ def test_sums_within_rounding_are_sums_and_others_are_not(dtype):
     other = llama().to(dtype)
     for layer in other.model.layers:
         layer.register_forward_hook(lambda _module, _args, output: output * 1.1)
-    assert "does not add up to the layer's output (off by 0.09" in Anatomy.of(other).why_absent("mlp_out")
+    assert "does not add up to the layer's output" in Anatomy.of(other).why_absent("mlp_out")
 
 
 def test_a_residual_multiplier_belongs_to_what_is_added():

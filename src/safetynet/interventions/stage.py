@@ -207,8 +207,9 @@ def _places(anatomy: Anatomy, plan: Plan, by: str, mode: Mode | None) -> tuple[l
     if not asked:
         return [], f"it takes the sites {', '.join(PLACES[by])}"
     if len(absent) == len(asked):
-        reasons = [f"no {name}" + ("" if name == by else f": {reason}") for name, reason in absent.items()]
-        return [], f"this model has {'; '.join(reasons)}"
+        if by in ("expert", "adapter"):
+            return [], f"this model has no {by}"
+        return [], "this model has " + "; ".join(f"no {name}: {reason}" for name, reason in absent.items())
     for name, reason in absent.items():
         log.info("intervene: by %s without %s: %s", by, name, reason)
     return [name for name in asked if name not in absent], ""
