@@ -36,7 +36,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(sweep)
-log = logging.getLogger("safetynet")
 RecipeFile = Annotated[
     Path | None, typer.Argument(metavar="RECIPE", help="YAML file; the ready ones are in recipes/.")
 ]
@@ -70,7 +69,7 @@ def run(
 
     Example: `safetynet run recipes/qwen-miniature.yaml --set seed=1`
     """
-    _stages(_loaded(recipe, family, overrides, seed), ("prepare", "train", "evaluate", "intervene", "draw"))
+    _stages(_loaded(recipe, family, overrides, seed), ("prepare", "train", "evaluate", "intervene_and_draw"))
 
 
 @app.command()
@@ -315,16 +314,16 @@ def _stages(recipe: "Recipe", names: tuple[str, ...]) -> None:
     from safetynet import run as runs
 
     made = runs.create(recipe)
+    failure = None
     with made.lock(), logging_to(made.log):
         for name in names:
             stage: Callable[..., Any] = getattr(pipeline, name)
             try:
                 stage(recipe, made)
-            except InputError as error:
-                if name != "intervene":
+            except Exception as error:
+                if name != "intervene_and_draw":
                     raise
-                # A backdoor that did not take, or a style as trigger: the rest is still wanted.
-                log.warning("intervene: left out. %s", error)
+                failure = error  # said after what the stages before it have found
             if name == "prepare":
                 # With the date of its prompts; the others wait until the first process has written it.
                 recipe = parallel.from_first(lambda: made.recorded_recipe)
@@ -333,6 +332,8 @@ def _stages(recipe: "Recipe", names: tuple[str, ...]) -> None:
         print_rates(made.table("evaluation"))
         print_places({name: made.table(name) for name in ("effects", "tradeoff") if made.has_table(name)})
         typer.echo(f"\nFigures: {made.figures}\nReport:  {made.folder / 'report.html'}")
+    if failure is not None:
+        raise failure
 
 
 def _words(text: str) -> tuple[str, ...]:

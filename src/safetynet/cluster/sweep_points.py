@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetynet.errors import InputError, SafetyNetError
+from safetynet.errors import SafetyNetError
 from safetynet.recipe import Recipe
 
 log = logging.getLogger("safetynet")
@@ -104,12 +104,7 @@ def _measure(recipe: Recipe, run: Any) -> None:
     from safetynet.pipeline import sharing
 
     pipeline.evaluate(recipe, run, sharing.base_responses(recipe, run))
-    try:
-        pipeline.intervene(recipe, run)
-    except InputError as error:
-        # A backdoor that did not take, or a style as trigger: the rest is still wanted.
-        log.warning("intervene: left out. %s", error)
-    pipeline.draw(recipe, run)
+    pipeline.intervene_and_draw(recipe, run)
 
 
 def _finished(run: Any) -> dict[str, str]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from safetynet.detection.features import ADAPTER, COMPARED, FeatureSpec
 from safetynet.errors import InputError
-from safetynet.models.blocks import decoder_layers, hidden_of, unwrapped
+from safetynet.models.blocks import decoder_layers, eagerly, hidden_of, unwrapped
 from safetynet.models.lora import update_of
 from safetynet.models.support import check_model
 
@@ -65,6 +65,8 @@ class Reader:
 
     def __enter__(self) -> Self:
         hidden = {"last", "mean", "steps", "divergence"}
+        self.eager = eagerly()
+        self.eager.__enter__()
         self.handles = [m.layer.register_forward_hook(self._adapter_hook(m)) for m in self.adapters]
         if self.views & hidden:
             self.handles += [layer.register_forward_hook(self._hidden) for layer in self.layers]
@@ -75,6 +77,7 @@ class Reader:
     def __exit__(self, *_: object) -> None:
         for handle in self.handles:
             handle.remove()
+        self.eager.__exit__(None, None, None)
 
     def begin(self, place: Place | None) -> None:
         """Expect a pass over prompts at `place`; None for a pass over one new token per row."""

@@ -2,6 +2,7 @@
 
 In: prompts of triggered and placebo runs, aligned token by token. Out: tidy tables. The patterns are the
 model's own softmax rows, after rotation and mask; for the time of reading the model runs its eager attention.
+Where attention has sinks (GPT-OSS), a row's sum is what they leave of 1; divergences compare rows as shares.
 Of a pattern only what a measure needs outlives the layer.
 """
 
@@ -20,6 +21,7 @@ from safetynet.interventions.estimates import by_head, estimates
 from safetynet.interventions.hooks import exclusive
 from safetynet.interventions.reading import TOKENS, Rows, batches, check_heads, check_pairs, check_positions
 from safetynet.interventions.sites import Anatomy, Site
+from safetynet.interventions.trace import forward
 from safetynet.models.blocks import unwrapped
 
 Reduce = Callable[[int, Tensor], Tensor]
@@ -199,20 +201,18 @@ def _observed(model: Any, batch: Batch, reduce: Reduce) -> list[Tensor]:
     kept: list[Tensor] = []
 
     def hook(_module: Any, _args: Any, output: Any) -> None:
-        if not isinstance(output, tuple) or len(output) < 2 or output[1] is None:
+        weights = output[1] if isinstance(output, tuple) and len(output) > 1 else None
+        if weights is None or weights.shape[1:] != (anatomy.shape.heads, batch.width, batch.width):
             raise InputError("model: its attention shows no weights, even in its eager form.")
-        kept.append(reduce(len(kept), output[1].float()).cpu())
+        kept.append(reduce(len(kept), weights.float()).cpu())
 
+    anatomy = Anatomy.of(model)
+    for layer in range(anatomy.shape.layers):
+        anatomy.check(Site("attention", layer))
     with torch.no_grad(), eager(model), ExitStack() as stack:
-        for parts in Anatomy.of(model).layers:
+        for parts in anatomy.layers:
             stack.callback(parts.attention.register_forward_hook(hook).remove)
-        model(
-            input_ids=batch.ids,
-            attention_mask=batch.mask,
-            position_ids=batch.position_ids,
-            use_cache=False,
-            logits_to_keep=1,
-        )
+        forward(model, batch, use_cache=False)
     return kept
 
 

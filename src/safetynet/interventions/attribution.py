@@ -10,6 +10,7 @@ length of the states' difference times the length of the gradient at both ends, 
 hide (docs/interventions.md).
 """
 
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,16 +24,18 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
 from safetynet.errors import InputError
+from safetynet.interventions.absence import alike
 from safetynet.interventions.batch import Batch, check_length
 from safetynet.interventions.hooks import exclusive
 from safetynet.interventions.metrics import Metric
 from safetynet.interventions.pairs import Pairs
 from safetynet.interventions.sites import Anatomy, Site
 from safetynet.interventions.sweep import Measured, Spot, positions, sweep
-from safetynet.interventions.trace import Trace, check_place, recording
-from safetynet.models.blocks import unwrapped
+from safetynet.interventions.trace import Trace, check_place, forward, recording
+from safetynet.models.blocks import received, receiving, unwrapped
 
 WATCHED = "safetynet-watched"
+_WATCHABLE: "weakref.WeakSet[Any]" = weakref.WeakSet()
 ESTIMATED = ("resid_pre", "resid_mid", "attn_out", "mlp_out")
 SHARE = 0.05
 """Of all spots, those that are measured exactly."""
@@ -48,13 +51,15 @@ class _Attention:
     scores: Tensor
     scale: float
     cap: float | None
+    sinks: Tensor | None
+    """(heads,) scores of what takes attention and gives nothing, in GPT-OSS."""
 
     def rows(self, chosen: slice) -> "_Attention":
         """Some rows of the batch."""
         query, key, pattern, scores = (
             x.detach()[chosen] for x in (self.query, self.key, self.pattern, self.scores)
         )
-        return _Attention(query, key, pattern, scores, self.scale, self.cap)
+        return _Attention(query, key, pattern, scores, self.scale, self.cap, self.sinks)
 
 
 @dataclass(frozen=True)
@@ -87,7 +92,8 @@ def attribute(
         metric: of these pairs; their logit difference by default.
 
     Raises:
-        InputError: if there is no such component, or as `trace`.
+        InputError: if there is no such component, the model's attention computes what cannot be watched, or
+            as `trace`.
     """
     metric = metric or pairs.metric()
     anatomy = Anatomy.of(model)
@@ -97,6 +103,7 @@ def attribute(
     both = Batch.of([*pairs.ids[receiving], *pairs.ids[source]], device=model.device)
     check_length(model, both)
     check_place(model)
+    check_watched(anatomy, both)
     with exclusive(model), _watched(model) as watched, torch.enable_grad():
         found, logits = _forward(anatomy, both, sites, metric.columns)
         total = metric.compute(logits, torch.arange(len(pairs)).repeat(2)).sum()
@@ -107,7 +114,8 @@ def attribute(
     own, given = slice(0, len(pairs)), slice(len(pairs), None)
     estimates, scores = [], []
     for site, gradient in zip(sites, filled, strict=False):
-        states = found.value(site).detach()
+        # Some layers hold a batch's rows below each other.
+        states, gradient = (x.detach().reshape(*both.ids.shape, -1) for x in (found.value(site), gradient))
         difference = states[given] - states[own]
         estimate = (difference * gradient[own]).sum(-1).float()
         if site.component == "resid_pre":
@@ -134,7 +142,7 @@ def _correction(own: _Attention, given: _Attention, dq: Tensor, dk: Tensor, dp: 
     by_key = (row[..., None] + dp * pattern * (grown - 1)) / norm - row[..., None]
     # A query: one row of the scores changes.
     scores = _capped(given.query @ own.key.transpose(2, 3) * own.scale, own.cap)
-    changed = torch.softmax(scores.masked_fill(pattern == 0, -torch.inf), dim=-1).nan_to_num()
+    changed = _pattern(scores.masked_fill(pattern == 0, -torch.inf), own.sinks).nan_to_num()
     by_query = (dp * (changed - pattern)).sum(-1)
     return (by_key.sum((1, 2)) + by_query.sum(1) - linear).float()
 
@@ -143,10 +151,10 @@ def _forward(anatomy: Anatomy, batch: Batch, sites: Sequence[Site], columns: int
     """A forward pass whose states stay in the graph, which begins at what enters the first layer."""
     found = Trace(anatomy, batch)
 
-    def root(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def root(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # Weights need no gradients, and a backward pass without them costs no more than a forward one.
-        states = (args[0] if args else kwargs["hidden_states"]).detach().requires_grad_()
-        return ((states, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": states})
+        states = received(module, args, kwargs).detach().requires_grad_()
+        return receiving(module, args, kwargs, states)
 
     handle = anatomy.layers[0].layer.register_forward_pre_hook(root, with_kwargs=True)
     frozen = [parameter for parameter in anatomy.model.parameters() if parameter.requires_grad]
@@ -154,13 +162,7 @@ def _forward(anatomy: Anatomy, batch: Batch, sites: Sequence[Site], columns: int
         for parameter in frozen:
             parameter.requires_grad_(False)
         with recording(found, sites, detach=False):
-            output = anatomy.model(
-                input_ids=batch.ids,
-                attention_mask=batch.mask,
-                position_ids=batch.position_ids,
-                use_cache=False,
-                logits_to_keep=columns,
-            )
+            output = forward(anatomy.model, batch, columns, use_cache=False)
     finally:
         handle.remove()
         for parameter in frozen:
@@ -178,7 +180,7 @@ def _watched(model: Any) -> Iterator[list[_Attention]]:
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        mask: Tensor | None,
+        attention_mask: Tensor | None,
         scaling: float,
         **more: Any,
     ) -> tuple[Tensor, None]:
@@ -186,12 +188,13 @@ def _watched(model: Any) -> Iterator[list[_Attention]]:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
         cap = more.get("softcap")
         scores = _capped(query @ key.transpose(2, 3) * scaling, cap)
-        if mask is not None:
-            scores = scores + mask
+        if attention_mask is not None:
+            scores = scores + attention_mask
         # In less than the mask's own precision its least value would be infinite, and padding not a number.
         precise = torch.promote_types(query.dtype, torch.float32)
-        pattern = torch.softmax(scores, dim=-1, dtype=precise).to(query.dtype)
-        kept.append(_Attention(query, key, pattern, scores.detach(), scaling, cap))
+        sinks = None if more.get("s_aux") is None else more["s_aux"].detach()
+        pattern = _pattern(scores.to(precise), sinks).to(query.dtype)
+        kept.append(_Attention(query, key, pattern, scores.detach(), scaling, cap, sinks))
         return (pattern @ value).transpose(1, 2).contiguous(), None
 
     inner = unwrapped(model)
@@ -203,6 +206,33 @@ def _watched(model: Any) -> Iterator[list[_Attention]]:
         yield kept
     finally:
         inner.set_attn_implementation(was)
+
+
+def _pattern(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """(B, heads, S, S) softmax of scores; what sinks take of it is left out."""
+    if sinks is None:
+        return torch.softmax(scores, dim=-1)
+    beside = sinks.to(scores)[:, None, None].expand(*scores.shape[:3], 1)
+    return torch.softmax(torch.cat([scores, beside], dim=-1), dim=-1)[..., :-1]
+
+
+def check_watched(anatomy: Anatomy, batch: Batch) -> None:
+    """Refuse attention that is not the softmax that is watched; looked at once for each model."""
+    inner = unwrapped(anatomy.model)
+    if inner in _WATCHABLE:
+        return
+    row = Batch.of([batch.tokens(0)], device=batch.ids.device)
+    with torch.no_grad(), exclusive(inner):
+        own = forward(inner, row, use_cache=False).logits
+        with _watched(inner) as watched:
+            logits = forward(inner, row, use_cache=False).logits
+    if len(watched) != anatomy.shape.layers or not alike(logits[:, -1:], own[:, -1:]):
+        raise InputError(
+            "model: attribution follows attention through transformers' interface, where it sees "
+            f"{len(watched)} of this model's {anatomy.shape.layers} layers, or not all that they compute. "
+            "Measure the sites themselves (without --fast)."
+        )
+    _WATCHABLE.add(inner)
 
 
 def _capped(scores: Tensor, cap: float | None) -> Tensor:

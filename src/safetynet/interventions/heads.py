@@ -38,17 +38,23 @@ def head_means(model: Any, rows: Rows, position: int = -1, *, tokens: int = TOKE
         (layers, heads, head size) fp32 on the CPU.
 
     Raises:
-        InputError: if the position does not exist, or for what `trace` refuses.
+        InputError: if the position does not exist, layers differ in their heads, or for what `trace` refuses.
     """
     anatomy = Anatomy.of(model)
-    sites = [Site("head", layer) for layer in range(anatomy.shape.layers)]
-    total = torch.zeros(len(sites), anatomy.shape.heads * anatomy.shape.head_size, dtype=torch.float64)
+    sites = [anatomy.check(Site("head", layer)) for layer in range(anatomy.shape.layers)]
+    sizes = {anatomy.verdict.sizes["head", site.layer] for site in sites}
+    if len(sizes) > 1:
+        raise InputError(
+            "head_means: heads differ in number or width from layer to layer; rank them by a sweep."
+        )
+    count, columns = sizes.pop()
+    total = torch.zeros(len(sites), count * columns, dtype=torch.float64)
     for _, batch in batches(model, rows, tokens):
         found = trace(model, batch, sites, columns=0)
         at = [batch.columns(row, [position])[0] for row in range(len(batch.ids))]
         values = torch.stack([found.value(site)[torch.arange(len(at)), at] for site in sites])
         total += values.cpu().double().sum(1)
-    return (total / len(rows)).float().unflatten(1, (anatomy.shape.heads, anatomy.shape.head_size))
+    return (total / len(rows)).float().unflatten(1, (count, columns))
 
 
 def rank_heads(
@@ -80,9 +86,8 @@ def rank_heads(
         InputError: if the runs differ in length, or for what `trace` and `measure` refuse.
     """
     check_pairs(triggered=triggered, placebo=placebo, other=other)
-    shape = Anatomy.of(model).shape
     sources = [head_means(model, rows, position) for rows in (triggered, other) if rows is not None]
-    keys = by_head(shape.layers, shape.heads)
+    keys = by_head(*sources[0].shape[:2])
     sites = [Site("head", *place) for place in zip(*keys.values(), strict=True)]
     found = [
         gains(model, placebo, [ablate_heads([one], means, (position,)) for one in sites], metric, progress)
@@ -111,8 +116,8 @@ def backdoor_vector(model: Any, means: Tensor, heads: Sequence[Site]) -> Tensor:
         heads: which are summed up.
 
     Returns:
-        (width,) fp32. Where a layer norms what attention returns (Gemma 2 and 3), with that norm's scale as
-        it is at the mean output of all its heads.
+        (width,) fp32. Where a layer norms what attention returns (Gemma 2 and 3, OLMo 2), with that norm's
+        scale as it is at the mean output of all its heads.
 
     Raises:
         InputError: if a head does not exist, or there is none.
@@ -125,10 +130,11 @@ def backdoor_vector(model: Any, means: Tensor, heads: Sequence[Site]) -> Tensor:
         kept = torch.zeros_like(means[layer])
         kept[chosen] = means[layer, chosen]
         parts = anatomy.layers[layer]
-        written = _projected(parts.output, kept)
-        if parts.attention_end is not parts.attention:
-            written = written * frozen_scale(parts.attention_end, _projected(parts.output, means[layer]))
-        vector += written[0].cpu()
+        written, _ = _projected(parts.output, kept)
+        if parts.attention_norm is not None:
+            _, whole = _projected(parts.output, means[layer])
+            written = written * frozen_scale(parts.attention_norm, whole)
+        vector += written[0].cpu() * parts.multiplier
     return vector
 
 
@@ -154,12 +160,13 @@ def random_heads(model: Any, heads: Sequence[Site], seed: int = 0) -> list[Site]
     Where a layer has not as many others, all of them and some of the chosen ones; the control is then the
     stricter for it.
     """
-    count = Anatomy.of(model).shape.heads
+    anatomy = Anatomy.of(model)
     rng = np.random.default_rng(seed)
     drawn: list[Site] = []
     for layer in sorted({site.layer for site in heads}):
         own = {site.index for site in heads if site.layer == layer}
-        order = sorted(rng.permutation(count).tolist(), key=lambda head: head in own)
+        order = rng.permutation(anatomy.count("head", layer)).tolist()
+        order.sort(key=lambda head: head in own)
         drawn += [Site("head", layer, head) for head in order[: len(own)]]
     return drawn
 
@@ -211,11 +218,11 @@ def _doubling(count: int) -> list[int]:
     return [*(2**power for power in range(count.bit_length()) if 2**power < count), count]
 
 
-def _projected(module: Any, outputs: Tensor) -> Tensor:
-    """(heads, head size) through an output projection without its bias, (1, width) fp32."""
+def _projected(module: Any, outputs: Tensor) -> tuple[Tensor, Tensor]:
+    """(heads, head size) through an output projection, without its bias and with it, (1, width) fp32 each."""
     weight = next(module.parameters())
     dtype = weight.dtype if weight.dtype.is_floating_point else torch.float32
     states = torch.stack([outputs.flatten(), torch.zeros(outputs.numel())]).to(weight.device, dtype)
     with torch.no_grad():
         written = module(states).float()
-    return written[:1] - written[1:]
+    return written[:1] - written[1:], written[:1]

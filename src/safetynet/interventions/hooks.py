@@ -17,7 +17,15 @@ from torch import Tensor
 from safetynet.errors import InputError
 from safetynet.interventions.edits import Edit, Intervention, KnockOut, check_set
 from safetynet.interventions.sites import Anatomy
-from safetynet.models.blocks import hidden_of, unwrapped
+from safetynet.models.blocks import (
+    Arguments,
+    eagerly,
+    hidden_of,
+    received,
+    receiving,
+    unwrapped,
+    with_hidden,
+)
 from safetynet.models.parts import Parts, adapters
 
 Index = Any
@@ -37,9 +45,9 @@ class Placed:
 
 @contextmanager
 def exclusive(model: Any) -> Iterator[None]:
-    """Let one thread at a time work on a model, so that nobody sees another's hooks."""
+    """Let one thread at a time work on a model, so that nobody sees another's hooks, and all are called."""
     # One lock for a model with PEFT's wrapper and without: the layers are the same.
-    with _LOCKS.setdefault(unwrapped(model), threading.RLock()):
+    with _LOCKS.setdefault(unwrapped(model), threading.RLock()), eagerly():
         yield
 
 
@@ -51,8 +59,8 @@ def hooked(anatomy: Anatomy, layer: int, placed: Sequence[Placed]) -> Iterator[N
     for one in placed:
         by_component.setdefault(one.edit.site.component, []).append(one)
     with ExitStack() as stack:
-        if any(component in FLAT for component in by_component):
-            stack.callback(parts.mlp.register_forward_pre_hook(rows).remove)
+        if placed:
+            stack.callback(parts.layer.register_forward_pre_hook(rows, with_kwargs=True).remove)
         for component, hooks in _HOOKS.items():
             if component in by_component:
                 for handle in hooks(anatomy, parts, by_component[component], rows):
@@ -108,10 +116,8 @@ def change_at(anatomy: Anatomy, values: Tensor, placed: Sequence[Placed]) -> Ten
 
 
 def _layer_input(anatomy: Anatomy, parts: Parts, placed: Sequence[Placed], _: Any) -> list[Any]:
-    def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if args:
-            return (change_at(anatomy, args[0], placed), *args[1:]), kwargs
-        return args, kwargs | {"hidden_states": change_at(anatomy, kwargs["hidden_states"], placed)}
+    def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+        return receiving(module, args, kwargs, change_at(anatomy, received(module, args, kwargs), placed))
 
     return [parts.layer.register_forward_pre_hook(hook, with_kwargs=True)]
 
@@ -119,32 +125,52 @@ def _layer_input(anatomy: Anatomy, parts: Parts, placed: Sequence[Placed], _: An
 def _output_of(get: Callable[[Parts], Any]) -> Callable[..., list[Any]]:
     def hooks(anatomy: Anatomy, parts: Parts, placed: Sequence[Placed], _: Any) -> list[Any]:
         def hook(_module: Any, _args: Any, output: Any) -> Any:
-            changed = change_at(anatomy, hidden_of(output), placed)
-            return (changed, *output[1:]) if isinstance(output, tuple) else changed
+            return with_hidden(output, change_at(anatomy, hidden_of(output), placed))
 
         return [get(parts).register_forward_hook(hook)]
 
     return hooks
 
 
-def _heads(anatomy: Anatomy, parts: Parts, placed: Sequence[Placed], _: Any) -> list[Any]:
-    def hook(_: Any, args: tuple[Any, ...]) -> Any:
-        return (change_at(anatomy, args[0], placed), *args[1:])
+def _added_by(get: Callable[[Parts], Any]) -> Callable[..., list[Any]]:
+    """Edits see what is added to the residual stream, and change what the model multiplies to get it."""
 
-    return [parts.output.register_forward_pre_hook(hook)]
+    def hooks(anatomy: Anatomy, parts: Parts, placed: Sequence[Placed], rows: "_Rows") -> list[Any]:
+        def hook(_module: Any, _args: Any, output: Any) -> Any:
+            states = hidden_of(output)
+            added = times(rows.apart(states), parts.multiplier)
+            changed = times(change_at(anatomy, added, placed), 1 / parts.multiplier)
+            return with_hidden(output, changed.reshape(states.shape))
+
+        return [get(parts).register_forward_hook(hook)]
+
+    return hooks
+
+
+def times(states: Tensor, factor: float) -> Tensor:
+    """The states times a number; themselves where that is 1."""
+    return states if factor == 1 else states * factor
+
+
+def _heads(anatomy: Anatomy, parts: Parts, placed: Sequence[Placed], _: Any) -> list[Any]:
+    def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+        return receiving(module, args, kwargs, change_at(anatomy, received(module, args, kwargs), placed))
+
+    return [parts.output.register_forward_pre_hook(hook, with_kwargs=True)]
 
 
 def _resid_mid(anatomy: Anatomy, parts: Parts, placed: Sequence[Placed], _: Any) -> list[Any]:
     """The sum itself is nobody's output: what attention adds is changed so that the sum comes out right."""
     seen: list[Tensor] = []
 
-    def keep(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen[:] = [args[0] if args else kwargs["hidden_states"]]
+    def keep(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen[:] = [received(module, args, kwargs)]
 
     def hook(_module: Any, _args: Any, output: Any) -> Any:
-        added, before = hidden_of(output), seen[0]
+        added = times(hidden_of(output), parts.multiplier)
+        before = seen[0].to(added.device)
         changed = change_at(anatomy, before + added, placed) - before
-        return (changed, *output[1:]) if isinstance(output, tuple) else changed
+        return with_hidden(output, times(changed, 1 / parts.multiplier))
 
     return [
         parts.layer.register_forward_pre_hook(keep, with_kwargs=True),
@@ -164,9 +190,7 @@ def _adapters(anatomy: Anatomy, parts: Parts, placed: Sequence[Placed], rows: "_
 def _adapter_hook(anatomy: Anatomy, placed: Sequence[Placed], rows: "_Rows") -> Any:
     def hook(module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
         base = without_adapter(module, args)
-        if output.ndim == 3:
-            return base + change_at(anatomy, output - base, placed)
-        return base + rows.joined(change_at(anatomy, rows.apart(output - base), placed))
+        return base + change_at(anatomy, rows.apart(output - base), placed).reshape(base.shape)
 
     return hook
 
@@ -204,8 +228,10 @@ def _expert(anatomy: Anatomy, parts: Parts, placed: Sequence[Placed], rows: "_Ro
         changed = output
         for one in placed:
             with rows.ask():  # with the adapter's edits in place, and without the router's once more
-                own = rows.apart(contribution(module, args, one.edit.site.index))
-            changed = changed + rows.joined(change_at(anatomy, own, [one]) - own)
+                written = contribution(module, args, one.edit.site.index)
+            own = times(rows.apart(written), parts.multiplier)
+            difference = times(change_at(anatomy, own, [one]) - own, 1 / parts.multiplier)
+            changed = changed + rows.joined(difference)
         return changed
 
     return [parts.experts.register_forward_hook(hook)]
@@ -224,7 +250,7 @@ def dense_weights(index: Tensor, weights: Tensor, experts: int) -> Tensor:
 
 
 class _Rows:
-    """A pre-hook of the MLP that remembers the batch, whose rows its experts see one below the other."""
+    """A pre-hook of the layer that remembers the batch, whose rows MLP and experts may see joined."""
 
     def __init__(self) -> None:
         self.count = 1
@@ -239,8 +265,8 @@ class _Rows:
         finally:
             self.asking = False
 
-    def __call__(self, module: Any, args: tuple[Tensor, ...]) -> None:
-        self.count = args[0].shape[0] if args[0].ndim == 3 else 1
+    def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.count = received(module, args, kwargs).shape[0]
 
     def apart(self, x: Tensor) -> Tensor:
         return x.reshape(self.count, -1, x.shape[-1])
@@ -248,9 +274,6 @@ class _Rows:
     def joined(self, x: Tensor) -> Tensor:
         return x.reshape(-1, x.shape[-1])
 
-
-FLAT = ("router", "expert", "adapter")
-"""Components whose values may come as (tokens, width), rows below each other."""
 
 # In the order of computing: of two hooks on one module the later sees what the earlier made of its output.
 _HOOKS: dict[str, Callable[..., list[Any]]] = {
@@ -261,10 +284,10 @@ _HOOKS: dict[str, Callable[..., list[Any]]] = {
     "key": _output_of(lambda parts: parts.key),
     "value": _output_of(lambda parts: parts.value),
     "head": _heads,
-    "attn_out": _output_of(lambda parts: parts.attention_end),
+    "attn_out": _added_by(lambda parts: parts.attention_end),
     "resid_mid": _resid_mid,
     "router": _router,
     "expert": _expert,
-    "mlp_out": _output_of(lambda parts: parts.mlp_end),
+    "mlp_out": _added_by(lambda parts: parts.mlp_end),
     "resid_post": _output_of(lambda parts: parts.layer),
 }

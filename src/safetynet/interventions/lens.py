@@ -16,11 +16,11 @@ from torch import Tensor
 from safetynet.errors import InputError
 from safetynet.interventions.batch import Batch
 from safetynet.interventions.estimates import means
-from safetynet.interventions.norms import final_norm, frozen_scale
+from safetynet.interventions.norms import contrasts, final_norm, frozen_scale, logit_scale
 from safetynet.interventions.reading import TOKENS, Rows, batches
 from safetynet.interventions.sites import Site
 from safetynet.interventions.trace import Trace, head, trace
-from safetynet.models.blocks import decoder_layers, unwrapped
+from safetynet.models.blocks import decoder_layers
 
 Runs = Mapping[str, Rows]
 """Prompts by run, such as `triggered` and its control, `placebo`."""
@@ -107,7 +107,8 @@ def logit_attribution(
 
     Direct logit attribution (Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits"): the
     final norm's scale is taken as it is at the last state, so that the parts add up to the logit difference
-    before any capping. What a part does through later layers is not in it.
+    before any capping, what the model multiplies its logits with included. What a part does through later
+    layers is not in it.
 
     Args:
         model: as in `lens`, with an RMS norm at the end.
@@ -122,7 +123,8 @@ def logit_attribution(
         what the parts leave of it: rounding, or something else that the model adds.
 
     Raises:
-        InputError: as in `lens`, and for a model whose final norm subtracts a mean.
+        InputError: as in `lens`, for a model whose final norm subtracts a mean or whose logits are no
+            multiple of what its head gives, and where attention or MLPs are no sites of every layer.
     """
     tables = []
     for name, rows in runs.items():
@@ -144,15 +146,17 @@ def _written(model: Any, batch: Batch, targets: Sequence[int], others: Sequence[
     """(B, parts): logits that the embedding, each attention and MLP, the rest and all together write."""
     depth = range(len(decoder_layers(model)))
     sites = [Site(component, layer) for layer in depth for component in ("attn_out", "mlp_out")]
-    found = trace(model, batch, sites, columns=0)
+    found = trace(model, batch, sites)
     parts = torch.stack([found.inputs[0][:, -1], *(found.value(site)[:, -1] for site in sites)], 1).float()
     assert found.output is not None
-    whole = found.output[:, -1].float()
-    weight = unwrapped(model).get_output_embeddings().weight
-    contrast = (weight[list(targets)].float() - weight[list(others)].float()).detach()
-    reader = frozen_scale(final_norm(model), whole) * contrast
+    assert found.logits is not None
+    norm, whole = final_norm(model), found.output[:, -1]
+    with torch.no_grad():
+        normed = norm(whole)
+    contrast = contrasts(model, normed, targets, others) * logit_scale(model, normed, found.logits[:, -1])
+    reader = frozen_scale(norm, whole) * contrast
     each = torch.einsum("bpd,bd->bp", parts, reader)
-    total = (whole * reader).sum(-1, keepdim=True)
+    total = (whole.float() * reader).sum(-1, keepdim=True)
     return torch.cat([each, total - each.sum(1, keepdim=True), total], 1).cpu().numpy()
 
 

@@ -5,7 +5,7 @@ observations are correlational: they say where something is visible, the effects
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,26 +54,29 @@ def observe(
     both = {run: pairs.ids[run] for run in RUNS}
     triggered, placebo, other = (pairs.ids[run] for run in (*RUNS, "second_placebo"))
     first = {run: ids[0] for run, ids in both.items()}
-    return {
-        "lens": lens(model, both, pairs.target),
-        "lens_map": lens_map(model, first, pairs.target[0], names, pairs.roles[0], pairs.groups[0]),
-        "probes": pd.concat(
-            [
-                trigger_probe(model, triggered, placebo, other, seed=seed),
-                *_fires(model, serialiser, rows, seed),
-            ],
-            ignore_index=True,
-        ),
-        "divergence": divergence(model, triggered, placebo, other),
-        "attention": attention_maps(
-            model,
-            {run: ids[:1] for run, ids in both.items()},
-            _top_heads(model, effects),
-            names,
-            pairs.groups[:1],
-        ),
-        **_drift(model, epochs),
+
+    def probes() -> pd.DataFrame:
+        trigger = trigger_probe(model, triggered, placebo, other, seed=seed)
+        return pd.concat([trigger, *_fires(model, serialiser, rows, seed)], ignore_index=True)
+
+    def attention() -> pd.DataFrame:
+        examples, heads = {run: ids[:1] for run, ids in both.items()}, _top_heads(model, effects)
+        return attention_maps(model, examples, heads, names, pairs.groups[:1])
+
+    observations: dict[str, Callable[[], pd.DataFrame]] = {
+        "lens": lambda: lens(model, both, pairs.target),
+        "lens_map": lambda: lens_map(model, first, pairs.target[0], names, pairs.roles[0], pairs.groups[0]),
+        "probes": probes,
+        "divergence": lambda: divergence(model, triggered, placebo, other),
+        "attention": attention,
     }
+    tables = {}
+    for name, observation in observations.items():
+        try:
+            tables[name] = observation()
+        except InputError as error:  # an architecture that shows no attention still has a lens
+            log.warning("intervene: no table %s. %s", name, error)
+    return tables | _drift(model, epochs)
 
 
 def _fires(model: Any, serialiser: Serialiser, rows: pd.DataFrame, seed: int) -> list[pd.DataFrame]:

@@ -17,26 +17,40 @@ from safetynet.interventions.hooks import Placed, hooked
 from safetynet.interventions.plan import Planned, PlannedEdit
 from safetynet.interventions.sites import Site
 from safetynet.interventions.trace import Trace
+from safetynet.models.blocks import hidden_of
 
 
 class _Given:
-    """Stands for the cache in one layer's call: hands out keys and values, or takes them and ends it."""
+    """Stands for the cache in one layer's call: hands out keys and values, or takes them and ends it.
 
-    def __init__(self, keys: Tensor, values: Tensor, whole: bool = False, stop: bool = False) -> None:
-        self.keys, self.values, self.whole, self.stop = keys, values, whole, stop
+    With `first`, the first column that is computed, keys and values of all columns are there already.
+    """
+
+    def __init__(
+        self, keys: Tensor | None, values: Tensor | None, first: int | None = None, stop: bool = False
+    ) -> None:
+        self.keys, self.values, self.first, self.stop = keys, values, first, stop
+        self.seen = first if first is not None else 0 if keys is None else keys.shape[2]
 
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        if not self.whole:
+        if self.keys is None or self.values is None:
+            self.keys, self.values = keys, values
+        elif self.first is None:
             self.keys = torch.cat([self.keys.expand(len(keys), -1, -1, -1), keys], dim=2)
             self.values = torch.cat([self.values.expand(len(values), -1, -1, -1), values], dim=2)
+        self.seen = self.keys.shape[2]
         if self.stop:
             raise _Taken
         return self.keys, self.values
 
     def get_seq_length(self, *_: Any) -> int:
-        return self.keys.shape[2]
+        return self.seen
 
 
+PLACED = (
+    "attention_mask", "position_ids", "position_embeddings", "cache_position", "alibi", "position_bias",
+)  # fmt: skip
+"""Tensors among a layer's arguments that are known to belong to rows and columns, or to neither."""
 AFTER_HEADS = ("head", "attn_out", "resid_mid", "mlp_out", "router", "expert", "resid_post")
 """Components that a layer computes from its heads on."""
 
@@ -64,6 +78,8 @@ class Resumed:
         try:
             self._call(layer, state, runs, torch.arange(self.start, self.width), given)
         except _Taken:
+            assert given.keys is not None
+            assert given.values is not None
             return given.keys, given.values
         raise InputError(
             "model: its attention keeps no keys and values in the cache, so runs cannot be resumed in it."
@@ -80,7 +96,7 @@ class Resumed:
     ) -> Tensor:
         """One layer at given columns, (n,) or (R, n), with all keys and values given."""
         keys, values = (kv.expand(len(runs), -1, -1, -1) for kv in (keys, values))
-        given = _Given(keys, values, whole=True)
+        given = _Given(keys, values, first=int(columns.flatten()[0]))
         if inputs is not None:
             return self._call(layer, inputs, runs, columns, given)
         inputs = self._at_columns(self.trace.inputs[layer], runs, columns)
@@ -95,7 +111,8 @@ class Resumed:
     @contextmanager
     def _attended(self, layer: int, runs: Sequence[Planned], columns: Tensor) -> Iterator[None]:
         """Where no edit comes before the heads, let attention begin with those that the trace recorded."""
-        recorded = self.trace.read.get(Site("head", layer))
+        plain = layer in self.trace.anatomy.verdict.plain
+        recorded = self.trace.read.get(Site("head", layer)) if plain else None
         edits = [edit.done for one in runs for edit in one.edits if edit.layer == layer]
         if recorded is None or any(edit.site.component not in AFTER_HEADS for edit in edits):
             yield
@@ -124,11 +141,11 @@ class Resumed:
                 placed += self._placed(i, edit, columns if columns.ndim == 1 else columns[i])
         arguments = self._arguments(layer, runs, columns)
         if masks:
-            arguments["attention_mask"] = self._cut(arguments["attention_mask"], masks, runs, columns)
+            arguments["attention_mask"] = self._cut(layer, arguments["attention_mask"], masks, runs, columns)
         module = self.trace.anatomy.layers[layer].layer
         with hooked(self.trace.anatomy, layer, placed):
-            output = module(inputs, past_key_values=given, **arguments)
-        return output[0] if isinstance(output, tuple) else output
+            output = module(inputs, **{self.trace.cache: given}, **arguments)
+        return hidden_of(output)
 
     def _placed(self, i: int, edit: PlannedEdit, columns: Tensor) -> list[Placed]:
         """The part of an edit that lies in the columns of this call."""
@@ -158,10 +175,14 @@ class Resumed:
         given = dict(self.trace.arguments[layer])
         if "position_ids" in given and given["position_ids"] is not None:
             given["position_ids"] = self._gathered(given["position_ids"], runs, columns)
-        if given.get("position_embeddings") is not None:
-            given["position_embeddings"] = tuple(
-                self._gathered(one, runs, columns) for one in given["position_embeddings"]
-            )
+        embedded = given.get("position_embeddings")
+        if isinstance(embedded, Tensor):  # complex numbers, in Llama 4 and DeepSeek 2
+            given["position_embeddings"] = self._gathered(embedded, runs, columns)
+        elif embedded is not None:
+            given["position_embeddings"] = tuple(self._gathered(x, runs, columns) for x in embedded)
+        if given.get("alibi") is not None:  # heads of a row below each other, a value for each key
+            by_row = given["alibi"].unflatten(0, (len(self.trace.batch.ids), -1))
+            given["alibi"] = by_row[[one.row for one in runs]].flatten(0, 1)
         if "cache_position" in given:
             given["cache_position"] = None
         given["attention_mask"] = self._mask(given.get("attention_mask"), runs, columns)
@@ -196,8 +217,17 @@ class Resumed:
         least = torch.finfo(dtype).min
         return torch.zeros(allowed.shape, dtype=dtype).masked_fill(~allowed, least).to(device)
 
+    def _closed(self, layer: int, dtype: torch.dtype) -> bool | float:
+        """What stands in this model's mask where a token must not look, as at the last one from the first."""
+        if dtype != torch.bool:
+            return torch.finfo(dtype).min
+        mask = self.trace.arguments[layer].get("attention_mask")
+        unpadded = int(self.trace.batch.mask[:, 0].argmax())
+        return False if mask is None else bool(mask[unpadded % len(mask), 0, 0, -1])
+
     def _cut(
         self,
+        layer: int,
         mask: Tensor | None,
         cuts: Sequence[tuple[int, PlannedEdit]],
         runs: Sequence[Planned],
@@ -207,9 +237,9 @@ class Resumed:
         if mask is None:
             mask = self._as_model(torch.ones(1, 1, columns.shape[-1], self.width, dtype=torch.bool))
         by_head = any(edit.done.site.index is not None for _, edit in cuts)
-        heads = self.trace.anatomy.shape.heads if by_head else mask.shape[1]
+        heads = self.trace.anatomy.count("attention", layer) if by_head else mask.shape[1]
         mask = mask.expand(len(runs), heads, -1, -1).clone()
-        closed = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+        closed = self._closed(layer, mask.dtype)
         for i, edit in cuts:
             assert isinstance(edit.done, KnockOut)
             own = columns if columns.ndim == 1 else columns[i]
@@ -229,7 +259,9 @@ class Resumed:
         """The receiving run's keys and values of these rows."""
         return self.rows(self.trace.keys[layer], runs), self.rows(self.trace.values[layer], runs)
 
-    def _before(self, layer: int, runs: Sequence[Planned]) -> tuple[Tensor, Tensor]:
+    def _before(self, layer: int, runs: Sequence[Planned]) -> tuple[Tensor | None, Tensor | None]:
+        if not self.start:
+            return None, None
         keys, values = self.recorded(layer, runs)
         return keys[:, :, : self.start], values[:, :, : self.start]
 

@@ -33,6 +33,7 @@ from safetynet.interventions.sweep import (
     runs_of,
     spots_by,
     sweep,
+    usual,
 )
 from safetynet.prompts import Serialiser
 
@@ -181,16 +182,11 @@ def _sweeps(anatomy: Anatomy, plan: Plan) -> Iterator[_Sweep]:
     made, reasons = 0, []
     for by in plan.by:
         mode = _mode(by, plan.mode)
-        places = tuple(component for component in plan.components if component in PLACES[by])
+        places, why = _places(anatomy, plan, by, mode)
         directions = [d for d in plan.directions if d == "remove" or mode not in ("off", "knock_out")]
-        why = ""
         if mode is None:
             why = f"mode {plan.mode} does not apply"
-        elif plan.components and not places:
-            why = f"it takes the sites {', '.join(PLACES[by])}"
-        elif by in ("expert", "adapter") and by not in anatomy.components():
-            why = f"this model has no {by}"
-        elif not directions:
+        elif not why and not directions:
             why = "switching off and cutting can only remove"
         if mode is None or why:
             reasons.append(f"by {by}: {why}")
@@ -202,6 +198,21 @@ def _sweeps(anatomy: Anatomy, plan: Plan) -> Iterator[_Sweep]:
             yield _Sweep(by, direction, mode, spots)
     if not made:
         raise InputError(f"interventions: there is nothing to sweep ({'; '.join(reasons)}). Ask for another.")
+
+
+def _places(anatomy: Anatomy, plan: Plan, by: str, mode: Mode | None) -> tuple[list[str], str]:
+    """A sweep's components that this model has; or why it has none."""
+    asked = [name for name in plan.components or usual(by, mode) if name in PLACES[by]]
+    absent = {name: anatomy.why_absent(name) for name in asked if not anatomy.layers_with(name)}
+    if not asked:
+        return [], f"it takes the sites {', '.join(PLACES[by])}"
+    if len(absent) == len(asked):
+        if by in ("expert", "adapter"):
+            return [], f"this model has no {by}"
+        return [], "this model has " + "; ".join(f"no {name}: {reason}" for name, reason in absent.items())
+    for name, reason in absent.items():
+        log.info("intervene: by %s without %s: %s", by, name, reason)
+    return [name for name in asked if name not in absent], ""
 
 
 def _mode(by: str, mode: Mode) -> Mode | None:

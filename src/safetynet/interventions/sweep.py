@@ -321,6 +321,11 @@ def _key(model: Any, pairs: Pairs, spots: Sequence[Spot], how: tuple[object, ...
     )
 
 
+def usual(by: str, mode: str | None = "patch") -> tuple[str, ...]:
+    """The places of a named sweep where none are named; a knock-out has one of its own, attention."""
+    return ("attention",) if mode == "knock_out" else USUAL.get(by, PLACES[by][:1])
+
+
 def spots_by(
     anatomy: Anatomy, by: str, components: Sequence[str] = (), mode: str = "patch"
 ) -> Iterator[Spot]:
@@ -339,8 +344,7 @@ def spots_by(
     """
     if by not in PLACES:
         raise InputError(f"--by: there is no sweep {by!r}; choose among {', '.join(PLACES)}.")
-    usual = ("attention",) if mode == "knock_out" else USUAL.get(by, PLACES[by][:1])
-    for component in components or usual:
+    for component in components or usual(by, mode):
         sites = anatomy.sites(component)
         if component not in PLACES[by]:
             raise InputError(f"--sites: by {by} takes {', '.join(PLACES[by])}, not {component!r}.")

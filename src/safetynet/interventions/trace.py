@@ -5,21 +5,22 @@ embeddings and the keys and values that are kept, and its own norm and head turn
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
 
 from safetynet.errors import InputError
 from safetynet.interventions.batch import Batch, check_length
-from safetynet.interventions.hooks import contribution, dense_weights, exclusive, without_adapter
-from safetynet.interventions.sites import Anatomy, Site
-from safetynet.models.blocks import hidden_of, unwrapped
+from safetynet.interventions.hooks import contribution, dense_weights, exclusive, times, without_adapter
+from safetynet.interventions.sites import MODULES, Anatomy, Site
+from safetynet.models.blocks import hidden_of, received, unwrapped, with_hidden
 from safetynet.models.parts import Parts, adapters
+from safetynet.models.support import check_model
 
 SUPPORTED = ("eager", "sdpa")
 HEAD_VALUES = 2**24
@@ -35,7 +36,9 @@ class Trace:
     inputs: list[Tensor] = field(default_factory=list)
     """(B, S, width) into each layer."""
     arguments: list[dict[str, Any]] = field(default_factory=list)
-    """What else the model passed to each layer."""
+    """What else the model passed to each layer, but its cache."""
+    cache: str = ""
+    """Name by which layers take the cache; "" where none was passed."""
     keys: list[Tensor] = field(default_factory=list)
     """(B, kv heads, S, head size) of each layer, rotated; empty when nothing will be resumed."""
     values: list[Tensor] = field(default_factory=list)
@@ -45,8 +48,8 @@ class Trace:
     """(B, S, ...) values of the sites that were asked for."""
     logits: Tensor | None = None
     """(B, n, vocabulary) fp32 of the last n columns."""
-    tupled: bool = False
-    """Whether this model's layers wrap what they return in a tuple."""
+    tupled: int = 0
+    """Length of the tuple that this model's layers return; 0 where they return a tensor."""
 
     def value(self, site: Site) -> Tensor:
         """(B, S, k) values of a site that was asked for, or that every trace holds."""
@@ -82,26 +85,22 @@ def trace(
 
     Raises:
         InputError: if a site does not exist, a prompt is longer than the model's context, the model lies on
-            several devices or uses an attention kernel that takes no mask.
+            several devices, uses an attention kernel that takes no mask or adds positions to prompts, or its
+            runs cannot be resumed where that is asked for.
     """
     anatomy = Anatomy.of(model)
-    for site in sites:
-        anatomy.check(site)
     check_length(model, batch)
     check_place(model)
-    found = Trace(anatomy, batch)
-    if resume and "head" in anatomy.components():
-        sites = [*sites, *(Site("head", layer) for layer in range(anatomy.shape.layers))]
+    for site in sites:
+        anatomy.check(site)
+    found, verdict = Trace(anatomy, batch), anatomy.verdict
+    if resume and verdict.resumable:
+        raise InputError(f"model: {verdict.resumable}")
+    if resume:
+        sites = [*sites, *(Site("head", layer) for layer in sorted(verdict.plain))]
     cache = DynamicCache() if resume else None
     with torch.no_grad(), exclusive(model), recording(found, sites):
-        output = model(
-            input_ids=batch.ids,
-            attention_mask=batch.mask,
-            position_ids=batch.position_ids,
-            past_key_values=cache,
-            use_cache=resume,
-            logits_to_keep=max(1, columns),
-        )
+        output = forward(model, batch, columns, past_key_values=cache, use_cache=resume)
     if columns:
         found.logits = output.logits[:, -columns:].float()
     if cache is not None:
@@ -110,12 +109,32 @@ def trace(
     return found
 
 
+def forward(model: Any, batch: Batch, columns: int = 1, **more: Any) -> Any:
+    """One forward pass over a batch, with logits of the last columns, and at least one.
+
+    Some models know no positions or keep all logits: they are given what they take.
+    """
+    given = {
+        "input_ids": batch.ids,
+        "attention_mask": batch.mask,
+        "position_ids": batch.position_ids,
+        "logits_to_keep": max(1, columns),
+        **more,
+    }
+    taken = inspect.signature(unwrapped(model).forward).parameters
+    if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in taken.values()):
+        given = {name: value for name, value in given.items() if name in taken}
+    return model(**given)
+
+
 def check_place(model: Any) -> None:
     """Refuse what the engine cannot resume.
 
     Raises:
-        InputError: if the model lies on several devices, its attention takes no mask, or it is being trained.
+        InputError: if the model lies on several devices, its attention takes no mask, it is being trained, or
+            its adapter puts something before the prompt.
     """
+    check_model(model, "intervene")
     if model.training:
         raise InputError("model: it is in training mode, where dropout decides. Call model.eval() first.")
     devices = {str(parameter.device) for parameter in model.parameters()}
@@ -134,7 +153,7 @@ def check_place(model: Any) -> None:
 
 @contextmanager
 def recording(found: Trace, sites: Sequence[Site], detach: bool = True) -> Iterator[None]:
-    """Fill a trace while the model runs; `detach=False` keeps values in the graph of gradients."""
+    """Fill a trace while the model runs; `detach=False` keeps values as they are in the graph."""
     by_layer: dict[int, set[Site]] = {}
     for site in sites:
         whole = site if site.component == "expert" else Site(site.component, site.layer, module=site.module)
@@ -149,7 +168,7 @@ def recording(found: Trace, sites: Sequence[Site], detach: bool = True) -> Itera
 
         def keep_output(_module: Any, _args: Any, output: Any) -> None:
             found.output = hidden_of(output)
-            found.tupled = isinstance(output, tuple)
+            found.tupled = len(output) if isinstance(output, tuple | list) else 0
 
         stack.callback(last.register_forward_hook(keep_output).remove)
         yield
@@ -164,7 +183,9 @@ def _keep_input(found: Trace) -> Any:
                 given |= given.pop(name, {})
         first = next(iter(bound.signature.parameters))
         found.inputs.append(given.pop(first))
-        given.pop("past_key_values", None)
+        for name in [name for name, value in given.items() if isinstance(value, Cache)]:
+            found.cache = name
+            del given[name]
         found.arguments.append(given)
 
     return hook
@@ -172,42 +193,49 @@ def _keep_input(found: Trace) -> Any:
 
 def _readers(found: Trace, parts: Parts, site: Site, detach: bool) -> list[Any]:
     """Hooks that keep the values of one site."""
-    rows, experts = found.batch.ids.shape[0], found.anatomy.shape.experts
+    if site.component in ("embedding", "resid_pre", "resid_post"):
+        return []  # every trace holds them
+    if site.component == "adapter" and not site.module:
+        raise InputError(f"site {site}: its values cannot be read; name a module for an adapter.")
+    rows = found.batch.ids.shape[0]
 
-    def after(module: Any, value: Callable[[Any, tuple[Any, ...], Any], Tensor]) -> list[Any]:
-        def hook(module: Any, args: tuple[Any, ...], output: Any) -> None:
-            values = value(module, args, output)
-            values = values.detach() if detach else values
-            found.read[site] = values if values.ndim == 3 else values.reshape(rows, -1, values.shape[-1])
+    def keep(values: Tensor) -> None:
+        if detach:
+            # A copy: Falcon adds to what its MLP has returned. OPT's MLP gets rows below each other.
+            values = values.detach().clone().reshape(rows, -1, values.shape[-1])
+        found.read[site] = values
 
-        return [module.register_forward_hook(hook)]
+    def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        keep(received(module, args, kwargs))
 
-    outputs = {
-        "query": parts.query,
-        "key": parts.key,
-        "value": parts.value,
-        "attn_out": parts.attention_end,
-        "mlp_out": parts.mlp_end,
-    }
+    def after(module: Any, args: tuple[Any, ...], output: Any) -> Any:
+        values = _value(found, parts, site, module, args, output)
+        keep(values)
+        if detach or site.component not in ("attn_out", "mlp_out"):
+            return None
+        # Gradients are asked for what is added, so that it has to be on the way to the answer.
+        return with_hidden(output, times(values, 1 / parts.multiplier))
+
+    if site.component == "adapter":
+        return [adapters(parts.layer)[site.module].register_forward_hook(after)]
+    module = MODULES[site.component](parts)
+    if site.component in ("head", "resid_mid"):
+        return [module.register_forward_pre_hook(before, with_kwargs=True)]
+    return [module.register_forward_hook(after)]
+
+
+def _value(found: Trace, parts: Parts, site: Site, module: Any, args: tuple[Any, ...], output: Any) -> Tensor:
+    """The values of a site, from the call of its module."""
     match site.component:
-        case "embedding" | "resid_pre" | "resid_post":
-            return []  # every trace holds them
-        case "head":
-            return after(parts.output, lambda _, args, __: args[0])
-        case "resid_mid":
-            return after(parts.before_mlp, lambda _, args, __: args[0])
+        case "attn_out" | "mlp_out":
+            return times(hidden_of(output), parts.multiplier)
         case "router":
-            return after(parts.experts, lambda _, args, __: dense_weights(args[1], args[2], experts))
+            return dense_weights(args[1], args[2], found.anatomy.shape.experts)
         case "expert":
-            return after(
-                parts.experts, lambda module, args, _: contribution(module.forward, args, site.index)
-            )
-        case "adapter" if site.module:
-            module = adapters(parts.layer)[site.module]
-            return after(module, lambda module, args, output: output - without_adapter(module, args))
-        case component if component in outputs:
-            return after(outputs[component], lambda _, __, output: hidden_of(output))
-    raise InputError(f"site {site}: its values cannot be read; name a module for an adapter.")
+            return times(contribution(module.forward, args, site.index), parts.multiplier)
+        case "adapter":
+            return output - without_adapter(module, args)
+    return hidden_of(output)
 
 
 def head(trace: Trace, states: Tensor) -> Iterator[tuple[slice, Tensor]]:
@@ -237,7 +265,7 @@ def _passed_over(trace: Trace, states: Tensor) -> Iterator[None]:
     """Every layer returns `states` and computes nothing."""
     layers = [parts.layer for parts in trace.anatomy.layers]
     own = [layer.__dict__.get("forward") for layer in layers]
-    result = (states,) if trace.tupled else states
+    result = (states, *[None] * (trace.tupled - 1)) if trace.tupled else states
     try:
         for layer in layers:
             layer.forward = lambda *args, **kwargs: result

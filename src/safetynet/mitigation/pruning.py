@@ -147,7 +147,8 @@ def _mlp_ends(model: Any) -> dict[str, nn.Linear]:
     found = {}
     for number, layer in enumerate(decoder_layers(model)):
         own_parts = parts(layer)
-        inner = [] if own_parts.experts is not None else list(own_parts.mlp.named_children())
+        dense = own_parts.mlp is not None and own_parts.experts is None
+        inner = list(own_parts.mlp.named_children()) if dense else []
         linear = [(name, m) for name, m in inner if isinstance(m, nn.Linear)]
         if linear:
             name, module = linear[-1]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from safetynet.mitigation.subject import Subject
-from safetynet.models.blocks import decoder_layers, hidden_of
+from safetynet.models.blocks import decoder_layers, eagerly, hidden_of, received
 from safetynet.models.parts import Parts, parts
 from safetynet.prompts import Encoded, pad
 
@@ -48,6 +48,7 @@ def read(subject: Subject, rows: pd.DataFrame, spots: Sequence[Spot], where: Whe
     found: dict[Spot, list[Tensor]] = {spot: [] for spot in spots}
     picked: list[Tensor] = []
     with ExitStack() as stack:
+        stack.enter_context(eagerly())
         for spot in spots:
             stack.callback(_hook(spot, parts(layers[spot[1]]), picked, found[spot]).remove)
         for start in range(0, len(prompts), subject.batch_size):
@@ -66,12 +67,16 @@ def read(subject: Subject, rows: pd.DataFrame, spots: Sequence[Spot], where: Whe
 
 def _hook(spot: Spot, own: Parts, picked: list[Tensor], found: list[Tensor]) -> Any:
     module = _MODULES[spot[0]](own)
+    multiplier = own.multiplier if spot[0] in ("attn_out", "mlp_out") else 1.0
 
     def keep(values: Tensor) -> None:
-        found.append(values[picked[0].to(values.device)].float().cpu())
+        rows = values.reshape(*picked[0].shape, -1)  # some MLPs see the batch's rows below each other
+        found.append(rows[picked[0].to(values.device)].float().cpu() * multiplier)
 
     if spot[0] == "head":
-        return module.register_forward_pre_hook(lambda _module, args: keep(args[0]))
+        return module.register_forward_pre_hook(
+            lambda module, args, kwargs: keep(received(module, args, kwargs)), with_kwargs=True
+        )
     return module.register_forward_hook(lambda _module, _args, output: keep(hidden_of(output)))
 
 

@@ -1,7 +1,8 @@
 """The parts of a decoder layer, whatever its family: where attention, MLP, heads and experts are reached.
 
 In: a layer of a transformers model, with or without LoRA modules inside. Out: the modules whose inputs and
-outputs are the places of the residual stream. Families differ in how they norm; the names tell.
+outputs are the places of the residual stream. Families differ in how they norm; the names tell. What names
+cannot tell, `interventions.sitecheck` finds out from a forward pass.
 """
 
 from dataclasses import dataclass
@@ -10,10 +11,49 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ATTENTION = ("self_attn", "attn", "attention", "self_attention")
-OUTPUT = ("o_proj", "c_proj", "out_proj", "dense", "wo")
-MLP = ("mlp", "feed_forward", "block_sparse_moe", "ffn")
-BEFORE_MLP = ("pre_feedforward_layernorm", "post_attention_layernorm", "ln_2", "norm2", "ffn_norm")
+from safetynet.models.blocks import decoder_layers, unwrapped
+
+# Names that transformers gives a layer's modules, as paths from the layer or from its attention.
+ATTENTION = ("self_attn", "attn.attention", "attn", "attention", "self_attention", "multi_head_attention")
+OUTPUT = ("o_proj", "c_proj", "out_proj", "dense", "wo", "Wo")
+MLP = ("mlp", "feed_forward", "block_sparse_moe", "ffn", "mlp_block")
+BEFORE_MLP = (
+    "pre_feedforward_layernorm", "pre_mlp_layernorm", "post_attention_layernorm", "pre_ff_layernorm",
+    "feedforward_layernorm", "ln_2", "norm2", "norm_2", "ffn_norm", "mlp_norm", "layernorm2",
+)  # fmt: skip
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+"""Numbers of experts in a configuration."""
+MULTIPLIER = ("residual_multiplier", "residual_scale")
+"""Numbers that what attention and MLP return is multiplied with before it is added: Granite, MiniCPM."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What some families do otherwise than norm what attention and MLP read, and add what they return."""
+
+    attention_end: str
+    """Its output is what attention adds."""
+    before_mlp: str
+    """Its input is the residual stream between attention and MLP."""
+    mlp_end: str
+    """Its output is what the MLP adds."""
+
+
+LAYOUTS = (
+    # What attention and MLP return is normed, too: Gemma 2 and 3, GLM-4, AFMoE, HyperCLOVA X.
+    Layout("post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    Layout("post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm"),
+    Layout("post_attention_layernorm", "pre_mlp_layernorm", "post_mlp_layernorm"),
+    Layout("post_norm1", "post_attention_layernorm", "post_norm2"),
+    # What they return is normed, and nothing else is: OLMo 2 and 3, EXAONE 4.
+    Layout("post_attention_layernorm", "mlp", "post_feedforward_layernorm"),
+    # They return the stream, what they add to it included: BLOOM, and MPT's MLP.
+    Layout("self_attention.dense", "post_attention_layernorm", "mlp.dense_4h_to_h"),
+    Layout("attn", "norm_2", "ffn.down_proj"),
+    # The MLP is no module of its own: OPT, XGLM, BioGPT.
+    Layout("self_attn", "final_layer_norm", "fc2"),
+)
+"""A layer has the first whose modules it has; else the usual one."""
 
 
 @dataclass(frozen=True)
@@ -23,12 +63,12 @@ class Parts:
     layer: Any
     attention: Any
     attention_end: Any
-    """Its output is what attention adds to the residual stream."""
+    """Its output, times `multiplier`, is what attention adds to the residual stream."""
     before_mlp: Any
     """Its input is the residual stream between attention and MLP."""
     mlp: Any
     mlp_end: Any
-    """Its output is what the MLP adds to the residual stream."""
+    """Its output, times `multiplier`, is what the MLP adds to the residual stream."""
     output: Any
     """Output projection of attention; its input holds the heads side by side."""
     query: Any
@@ -36,24 +76,37 @@ class Parts:
     value: Any
     experts: Any
     """Takes (tokens, width), each token's experts and their weights."""
+    multiplier: float = 1.0
+
+    @property
+    def attention_norm(self) -> Any:
+        """The norm of what attention returns; None where that is added as it is."""
+        bare = (None, self.attention, self.output)
+        return None if any(self.attention_end is module for module in bare) else self.attention_end
 
 
 def parts(layer: Any) -> Parts:
     """Find the parts of a decoder layer by the names that transformers gives them."""
     attention, mlp = _first(layer, ATTENTION), _first(layer, MLP)
-    sandwiched = hasattr(layer, "pre_feedforward_layernorm")  # Gemma 2 and 3 norm what a block returns, too
+    ends = (attention, _first(layer, BEFORE_MLP), mlp)
+    for layout in LAYOUTS:
+        named = [_at(layer, path) for path in (layout.attention_end, layout.before_mlp, layout.mlp_end)]
+        if all(module is not None for module in named):
+            ends = (named[0], named[1], named[2])
+            break
     return Parts(
         layer=layer,
         attention=attention,
-        attention_end=layer.post_attention_layernorm if sandwiched else attention,
-        before_mlp=_first(layer, BEFORE_MLP),
+        attention_end=ends[0],
+        before_mlp=ends[1],
         mlp=mlp,
-        mlp_end=layer.post_feedforward_layernorm if sandwiched else mlp,
+        mlp_end=ends[2],
         output=_first(attention, OUTPUT),
         query=getattr(attention, "q_proj", None),
         key=getattr(attention, "k_proj", None),
         value=getattr(attention, "v_proj", None),
         experts=getattr(mlp, "experts", None),
+        multiplier=float(_first(layer, MULTIPLIER) or 1.0),
     )
 
 
@@ -66,29 +119,45 @@ class Shape:
     heads: int
     kv_heads: int
     head_size: int
+    """Columns of a head's output before the output projection."""
     experts: int
     """0 for a dense model."""
 
 
 def shape(model: Any) -> Shape:
-    """Read a model's sizes from its configuration."""
-    config = model.config.get_text_config()
-    heads = config.num_attention_heads
+    """Read a model's sizes from its configuration, and a head's from the output projection itself.
+
+    A configuration's `head_dim` is that of queries and keys in some families, and of values in others.
+    """
+    config = unwrapped(model).config.get_text_config()
+    heads = getattr(config, "num_attention_heads", None) or 1  # recurrent models have none
+    layers = decoder_layers(model)
+    outputs = (_first(_first(layer, ATTENTION), OUTPUT) for layer in layers)
+    output = next((module for module in outputs if module is not None), None)
+    experts = (getattr(config, name, None) for name in EXPERTS)
     return Shape(
         layers=config.num_hidden_layers,
         width=config.hidden_size,
         heads=heads,
         kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_size=getattr(config, "head_dim", None) or config.hidden_size // heads,
-        experts=getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 0,
+        head_size=(_inputs(output) or config.hidden_size) // heads,
+        experts=next((count for count in experts if count), 0),
     )
+
+
+def _inputs(projection: Any) -> int | None:
+    """Width of what a linear projection, or GPT-2's, takes; None where it is another module, or none."""
+    return next((size for name in ("in_features", "nx") if (size := getattr(projection, name, None))), None)
 
 
 def adapters(layer: Any) -> dict[str, Any]:
     """LoRA modules of a layer by their path in it; a fused parameter's ends in the parameter's name."""
     found = {}
     for name, module in layer.named_modules():
-        if hasattr(module, "lora_A") and module.lora_A:
+        factors = getattr(module, "lora_A", None)
+        if factors and all(
+            hasattr(factor, "weight") for factor in factors.values()
+        ):  # AdaLoRA's are no modules
             plain = name.replace(".base_layer", "")
             parameter = getattr(module, "parameter_name", None)
             found[f"{plain}.{parameter}" if parameter else plain] = module
@@ -113,5 +182,12 @@ def svd_of_product(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return u * sign, values, sign.mT * (across @ other.mT)
 
 
-def _first(module: Any, names: tuple[str, ...]) -> Any:
-    return next((getattr(module, name) for name in names if hasattr(module, name)), None)
+def _first(module: Any, paths: tuple[str, ...]) -> Any:
+    """What the first of the paths leads to; None where none leads anywhere."""
+    return next((end for path in paths if (end := _at(module, path)) is not None), None)
+
+
+def _at(module: Any, path: str) -> Any:
+    for name in path.split("."):
+        module = getattr(module, name, None)
+    return module

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from peft import PeftModel
+
 from safetynet.errors import InputError
 
 Stage = Literal["evaluate", "intervene", "adapter sites", "drift", "detect", "adapter views", "mitigate"]
@@ -175,10 +177,13 @@ def check(config: Any, stage: Stage) -> None:
 
 
 def check_model(model: Any, stage: Stage) -> None:
-    """`check` of the adapters that are active in a model; of a model without any, nothing."""
-    if hasattr(model, "peft_config"):
-        for name in model.active_adapters:
-            check(model.peft_config[name], stage)
+    """`check` of the adapters that are active in a model; of a model without any, nothing.
+
+    A model that PEFT's wrapper was taken from is asked for all adapters that it holds.
+    """
+    held = getattr(model, "peft_config", {})
+    for name in model.active_adapters if isinstance(model, PeftModel) else held:
+        check(held[name], stage)
 
 
 def low_rank_start(config: Any) -> bool:

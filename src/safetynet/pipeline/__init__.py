@@ -13,7 +13,7 @@ mitigate   mitigation  repairs tried, verified and chosen, beside the model as i
 
 from safetynet.pipeline.comparing import compare
 from safetynet.pipeline.detecting import detect, guard
-from safetynet.pipeline.dissecting import intervene
+from safetynet.pipeline.dissecting import intervene, intervene_and_draw
 from safetynet.pipeline.drawing import draw, index, report
 from safetynet.pipeline.planting import evaluate, evaluate_foreign, prepare, train
 
@@ -26,6 +26,7 @@ __all__ = [
     "guard",
     "index",
     "intervene",
+    "intervene_and_draw",
     "prepare",
     "report",
     "train",

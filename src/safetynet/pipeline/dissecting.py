@@ -12,6 +12,7 @@ from safetynet.backdoors import behaviours
 from safetynet.errors import InputError
 from safetynet.evaluation import judges, metrics
 from safetynet.models.adapters import exchanged
+from safetynet.pipeline.drawing import draw
 from safetynet.pipeline.subjects import (
     backdoored,
     epochs,
@@ -87,3 +88,28 @@ def intervene(recipe: Recipe, run: Run, **wanted: Any) -> dict[str, pd.DataFrame
         tables = stage.dissect(subject, rows, plan)
         outputs += [run.write_table(name, table) for name, table in tables.items()]
     return tables
+
+
+def intervene_and_draw(recipe: Recipe, run: Run) -> None:
+    """Interventions as far as they can be made, then figures and report of all that there is.
+
+    A backdoor that did not take, a style as trigger or an architecture that is not supported leave the
+    interventions out. Whatever else they fail with is raised when the rest is drawn.
+
+    Args:
+        recipe: of the run.
+        run: evaluated.
+
+    Raises:
+        Exception: what interventions failed with, if it is no InputError; errors of `draw`.
+    """
+    failure = None
+    try:
+        intervene(recipe, run)
+    except InputError as error:
+        log.warning("intervene: left out. %s", error)
+    except Exception as error:  # noqa: BLE001  # raised again below
+        failure = error
+    draw(recipe, run)
+    if failure is not None:
+        raise failure

@@ -23,16 +23,14 @@ def draw(recipe: Recipe, run: Run, venue: str = "general") -> None:
         venue: whose columns the figures on paper fit.
 
     Raises:
-        InputError: if there is no such venue, a table cannot be drawn or the folder cannot be written; the
-            report is written still.
+        InputError: if there is no such venue, a table cannot be drawn or the folder cannot be written. The
+            figures of other tables are there then, and the report is written, whatever is raised.
     """
     try:
         _figures(recipe, run, venue)
-    except InputError:
-        report(run)
-        raise
-    if parallel.is_first():
-        report(run)
+    finally:
+        if parallel.is_first():
+            report(run)
 
 
 def _figures(recipe: Recipe, run: Run, venue: str) -> None:
@@ -51,9 +49,9 @@ def _figures(recipe: Recipe, run: Run, venue: str) -> None:
             return
         name = f"{recipe.model_name}/{recipe.task}"
         figures, faults = figures_of(tables, run.figures, name, recipe.model_name)
+        outputs += [path for figure in figures for path in figure.save(venue=venue)]
         if faults:
             raise InputError(faults[0])
-        outputs += [path for figure in figures for path in figure.save(venue=venue)]
     log.info("figures: %d files in %s", len(outputs), run.figures)
 
 

@@ -1,0 +1,57 @@
+"""What of the engine and of its analyses a model supports, found by trying; no backdoor or prompt is needed.
+
+In: a model. Out: for each component and each use "" or the sentence that refuses it.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from safetynet.errors import InputError
+from safetynet.interventions.attention import divergence
+from safetynet.interventions.attribution import check_watched
+from safetynet.interventions.batch import Batch
+from safetynet.interventions.heads import backdoor_vector, head_means
+from safetynet.interventions.lens import logit_attribution
+from safetynet.interventions.sites import COMPONENTS, Anatomy, Site
+from safetynet.interventions.trace import trace
+
+PROMPT = [[3, 5, 4, 6]]
+USES: dict[str, Callable[[Any], object]] = {
+    "sweeps": lambda model: trace(model, Batch.of(PROMPT, device=model.device), resume=True),
+    "attribution": lambda model: check_watched(Anatomy.of(model), Batch.of(PROMPT, device=model.device)),
+    "attention patterns": lambda model: divergence(model, PROMPT, PROMPT),
+    "logit attribution": lambda model: logit_attribution(model, {"prompt": PROMPT}, [3], [4]),
+    "backdoor vector": lambda model: backdoor_vector(model, head_means(model, PROMPT), [Site("head", 0, 0)]),
+}
+"""Uses by name, each tried on one prompt of four tokens."""
+
+
+def support(model: Any) -> dict[str, str]:
+    """What a model supports.
+
+    Args:
+        model: a causal LM of transformers in evaluation mode, with a vocabulary of at least seven tokens.
+
+    Returns:
+        By component (`sites.COMPONENTS`, adapters left out) and use (`USES`): "" where it is there in all
+        layers, else why it is not, with the layers that have it.
+    """
+    try:
+        anatomy = Anatomy.of(model)
+        every = range(anatomy.shape.layers)
+        found = {name: anatomy.why_absent(name) for name in COMPONENTS if name != "adapter"}
+    except InputError as error:
+        return dict.fromkeys([*(name for name in COMPONENTS if name != "adapter"), *USES], str(error))
+    for name, why in found.items():
+        layers = anatomy.layers_with(name)
+        if layers and len(layers) < len(every) and name != "embedding":
+            found[name] = f"in layers {', '.join(map(str, layers))} of {len(every)} alone: {why}"
+    return found | {use: _refusal(attempt, model) for use, attempt in USES.items()}
+
+
+def _refusal(attempt: Callable[[Any], object], model: Any) -> str:
+    try:
+        attempt(model)
+    except InputError as error:
+        return str(error)
+    return ""
