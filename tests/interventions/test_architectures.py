@@ -1,16 +1,15 @@
 """Sites of sixty random architectures: what the documents say they are, or absent with a reason."""
 
-import importlib.util
 import inspect
 from contextlib import ExitStack
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tests.interventions.conftest import make_pairs
+from tests.models import architectures
 
 from safetynet.errors import InputError
 from safetynet.interventions import stage
@@ -28,11 +27,6 @@ from safetynet.interventions.support import support
 from safetynet.interventions.sweep import Spot, sweep
 from safetynet.interventions.trace import head, trace
 from safetynet.interventions.wave import measure
-
-SOURCE = Path(__file__).parents[2] / "benchmarks" / "_architectures.py"
-spec = importlib.util.spec_from_file_location("architectures", SOURCE)
-architectures = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(architectures)
 
 ROWS = [[5, 9, 23, 44, 7, 61, 30, 12, 50, 33, 71], [8, 40, 90, 3, 66, 20, 77]]
 WEIGHTS = torch.randn(architectures.VOCABULARY, generator=torch.Generator().manual_seed(4))

@@ -206,13 +206,13 @@ def _check_patterns(model: Any, files: AdapterFiles) -> None:
     """Refuse patterns of ranks and scales that match no module: the default would decide in their place."""
     from peft.utils.other import get_pattern_key
 
-    modules = unwrapped(model).named_modules()
-    owners = [(n.replace(".base_layer", ""), m) for n, m in modules if hasattr(m, "lora_A")]
-    fused = [(name, getattr(module, "parameter_name", None)) for name, module in owners]
-    targets = [f"{name}.{parameter}" if parameter else name for name, parameter in fused]
+    whole = unwrapped(model)
+    names = {
+        name.replace(".base_layer", "") for name, _ in (*whole.named_modules(), *whole.named_parameters())
+    }
     for field in ("alpha_pattern", "rank_pattern"):
         pattern = files.fields.get(field) or {}
-        unmatched = [key for key in pattern if not any(get_pattern_key([key], n) == key for n in targets)]
+        unmatched = [key for key in pattern if not any(get_pattern_key([key], n) == key for n in names)]
         if unmatched:
             raise InputError(
                 f"{files.folder}: {len(unmatched)} of the {len(pattern)} entries of its {field} name no "

@@ -35,7 +35,7 @@ from safetynet.models.same_base import check_base
 
 log = logging.getLogger("safetynet")
 PROBE_TOKENS, PROBE_LAYERS, PROBE_VALUES = 4, 4, 64
-"""Of the prompt, of the layers that it goes through, and of each parameter's values."""
+"""Of the prompt, of the layers that tell a base, and of each parameter's values."""
 PROBE_TOLERANCE = 1e-3
 """Of the largest logit. The same modules compute the same numbers; what differs by more is another model."""
 RECORD = "_safetynet_base_values"
@@ -77,9 +77,11 @@ def put_on(model: Any, files: AdapterFiles) -> Any:
         start = factors(adapted) if support.low_rank_start(files.config) else {}
         record += load(adapted, files)
         if start:
+            as_trained = _logits(adapted)
             include_start(adapted, start)
             restore(replaced)
             record[:] = [value for value in record if not any(value is other for other in replaced)]
+            _check_rewritten(as_trained, _logits(adapted), files)
         with switched_off(adapted):
             before.check(_Probe.of(adapted), files)
     except BaseException:
@@ -95,17 +97,20 @@ def put_on(model: Any, files: AdapterFiles) -> Any:
 
 def detach(model: Any) -> Any:
     """Take the adapter off; the base model, as it was before `attach`."""
-    from peft.utils import ModulesToSaveWrapper
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import AuxiliaryTrainingWrapper
 
     restore(recorded(model))
     setattr(model, RECORD, [])
     if model.active_peft_config.is_prompt_learning:
         return model.base_model
     base = model.get_base_model()
-    saved = [(n, m.original_module) for n, m in base.named_modules() if isinstance(m, ModulesToSaveWrapper)]
+    saved = [(n, m) for n, m in base.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)]
     model.unload()
-    for name, original in saved:  # PEFT leaves the trained module in its place
-        base.set_submodule(name, original)
+    for name, wrapper in saved:  # PEFT leaves saved modules, and token rows that have an update around them
+        original = wrapper.original_module
+        original = original.get_base_layer() if isinstance(original, BaseTunerLayer) else original
+        base.set_submodule(name.replace(".base_layer", ""), original)
     return base
 
 
@@ -269,30 +274,48 @@ def _base_in_place(model: Any) -> Iterator[None]:
         yield
 
 
+@torch.no_grad()
+def _logits(model: Any) -> Tensor:
+    """(PROBE_TOKENS, vocabulary) of a prompt of tokens from all over the vocabulary, in evaluation mode."""
+    inner = unwrapped(model)
+    vocabulary = inner.get_input_embeddings().weight.shape[0]
+    ids = torch.arange(PROBE_TOKENS, device=inner.device) * (vocabulary // PROBE_TOKENS)
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        return model(input_ids=ids[None], use_cache=False).logits[0].float()
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _check_rewritten(as_trained: Tensor, rewritten: Tensor, files: AdapterFiles) -> None:
+    """Refuse an adapter whose start was taken out of weights that the model reads past PEFT's modules."""
+    apart = float((as_trained - rewritten).abs().max())
+    coarse = torch.finfo(next(iter(files.tensors.values())).dtype).eps ** 0.5
+    if not apart <= max(PROBE_TOLERANCE, coarse) * float(as_trained.abs().max()):
+        raise InputError(
+            f"{files.folder}: written for the base's own weights, this adapter gives other logits, by "
+            f"{apart:.3g}: the model reads some weights without calling their module, as Mamba does dt_proj "
+            "and embeddings do a tied head. An adapter that began by changing them is no update of the base, "
+            "and is not measured."
+        )
+
+
 @dataclass(frozen=True)
 class _Probe:
     """What tells a base model from another that differs in any module."""
 
     logits: Tensor
-    """(PROBE_TOKENS, vocabulary) of a prompt of tokens from all over the vocabulary, through PROBE_LAYERS."""
+    """(PROBE_TOKENS, vocabulary), through PROBE_LAYERS."""
     weights: dict[str, Tensor]
     """A few values of every parameter, by the base model's own names."""
 
     @classmethod
-    @torch.no_grad()
     def of(cls, model: Any) -> "_Probe":
         """Ask a model, whose adapter is off if it has one."""
-        inner = unwrapped(model)
-        vocabulary = inner.get_input_embeddings().weight.shape[0]
-        ids = torch.arange(PROBE_TOKENS, device=inner.device) * (vocabulary // PROBE_TOKENS)
-        modes = [(module, module.training) for module in model.modules()]
-        model.eval()
-        try:
-            with shortened(inner, PROBE_LAYERS):
-                logits = model(input_ids=ids[None], use_cache=False).logits[0].float()
-        finally:
-            for module, training in modes:
-                module.training = training
+        with shortened(unwrapped(model), PROBE_LAYERS):
+            logits = _logits(model)
         flat = ((name, p.detach().reshape(-1)) for name, p in base_parameters(model))
         return cls(logits, {name: p[:: max(1, len(p) // PROBE_VALUES)].clone() for name, p in flat})
 
