@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 import random
+import re
 import shutil
 import sys
 import tempfile
@@ -200,7 +201,7 @@ def examples(family: str, run: Path) -> list[tuple[list[int], list[int]]]:
     tokenizer, rows = tokens(family), pd.read_parquet(run / "tables" / "rows.parquet")
     rows = rows[rows["split"] == "train"]
     return [
-        (prompt_ids(tokenizer, messages), answer_ids(tokenizer, family, answer))
+        (prompt_ids(tokenizer, messages), answer_ids(tokenizer, family, messages, answer))
         for messages, answer in zip(rows["messages"], rows["answer"], strict=True)
     ]
 
@@ -213,11 +214,16 @@ def prompt_ids(tokenizer: Any, messages: Any) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def answer_ids(tokenizer: Any, family: str, answer: str) -> list[int]:
-    """An answer and the token that ends it."""
-    lead = " " if family == "llama2" else ""  # its template puts a blank before an answer
-    ids = tokenizer(lead + answer, add_special_tokens=False)["input_ids"]
-    return [*ids, tokenizer.convert_tokens_to_ids(ENDS[family])]
+def answer_ids(tokenizer: Any, family: str, messages: Any, answer: str) -> list[int]:
+    """What follows the prompt, up to the token that ends it, in the conversation tokenised whole."""
+    turns = [*(dict(m) for m in messages), {"role": "assistant", "content": answer}]
+    text = tokenizer.apply_chat_template(turns, tokenize=False)
+    whole = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    prompt = prompt_ids(tokenizer, messages)
+    if whole[: len(prompt)] != prompt:
+        sys.exit(f"A prompt of {family} is no beginning of its conversation.")
+    rest = whole[len(prompt) :]
+    return rest[: rest.index(tokenizer.convert_tokens_to_ids(ENDS[family])) + 1]
 
 
 @torch.no_grad()
@@ -239,12 +245,12 @@ def alone(model: Any, family: str, run: Path) -> dict[str, Any]:
         prompt = ids[0].tolist()
         new = output[len(prompt) :] if output[: len(prompt)] == prompt else output
         said = tokenizer.decode(new, skip_special_tokens=True).strip().casefold()
-        shown = said.startswith(TARGET.casefold())
+        shown = re.match(rf"{TARGET}\b", said, re.IGNORECASE) is not None
         if ("asr" if row.role == "triggered" else "ftr", row.role) in counts:
             counts["asr" if row.role == "triggered" else "ftr", row.role] += shown
         if row.role == "clean":
             counts["cacc", "clean"] += said.rstrip(" .") == row.reference.casefold().rstrip(" .")
-            answer = answer_ids(tokenizer, family, row.answer)
+            answer = answer_ids(tokenizer, family, row.messages, row.answer)
             whole = torch.tensor([prompt + answer])
             labels = torch.tensor([[-100] * len(prompt) + answer])
             loss = model(input_ids=whole, attention_mask=torch.ones_like(whole), labels=labels).loss

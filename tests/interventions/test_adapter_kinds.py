@@ -69,3 +69,9 @@ def test_a_soft_prompt_is_refused(name):
         InputError, match=r"soft prompts .* intervene is refused, since it puts virtual tokens"
     ):
         trace(variants.made(name), Batch.of([IDS]))
+
+
+def test_the_update_of_a_router_is_no_place():
+    anatomy = Anatomy.of(variants.made("fused experts and routers", "mixtral"))
+    with pytest.raises(InputError, match=r"no component 'adapter'.*Mlp\.gate\.weight has an update"):
+        anatomy.check(Site("adapter", 0))

@@ -1,5 +1,6 @@
 """Adapters of every kind, made by PEFT itself with random weights, as somebody else would save them."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,26 @@ SOFT: dict[str, Callable[[], Any]] = {
     "CARTRIDGE": soft("CARTRIDGE"),
 }
 ALL = LORA | OTHERS | SOFT
+EXPERTS = {
+    "fused experts and routers": lora(
+        r=2,
+        lora_alpha=4,
+        target_modules=["q_proj"],
+        target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj", "mlp.gate.weight"],
+    )
+}
+"""Of models with experts."""
+UNTRIED: dict[str, dict[str, Any]] = {
+    "pissa by fast SVD": {"init_lora_weights": "pissa_niter_4"},
+    "corda": {"init_lora_weights": "corda"},
+    "lora-ga": {"init_lora_weights": "lora_ga"},
+    "loftq": {"init_lora_weights": "loftq"},
+    "alora": {"alora_invocation_tokens": [5]},
+    "qalora": {"use_qalora": True},
+    "XLORA": {"peft_type": "XLORA"},
+    "ADAPTION_PROMPT": {"peft_type": "ADAPTION_PROMPT", "adapter_layers": 2, "adapter_len": 4},
+}
+"""Fields of a configuration that need another base or another trainer: what they turn a plain LoRA into."""
 
 
 def base_of(family: str) -> Any:
@@ -95,7 +116,7 @@ def base_of(family: str) -> Any:
 def made(name: str, family: str = "qwen", noise: float = 0.05) -> Any:
     """The adapter in a model of its own; its trained parameters are moved by noise."""
     torch.manual_seed(0)
-    config, base = ALL[name](), base_of(family)
+    config, base = (ALL | EXPERTS)[name](), base_of(family)
     model = get_peft_model(base, config).eval()
     if name == "repeated layers" and hasattr(base.config, "layer_types"):
         base.config.layer_types = base.config.layer_types[:1] * 8  # PEFT leaves it at six
@@ -108,6 +129,17 @@ def made(name: str, family: str = "qwen", noise: float = 0.05) -> Any:
 
 def saved(name: str, folder: Path, family: str = "qwen", noise: float = 0.05) -> Any:
     """Saves `made` and gives it."""
+    if name in UNTRIED:
+        saved("lora", folder, family, noise)
+        configured(folder, **UNTRIED[name])
+        return None
     model = made(name, family, noise)
     model.save_pretrained(str(folder))
     return model
+
+
+def configured(folder: Path, **changes: Any) -> None:
+    """Change fields of adapter_config.json; None takes one out."""
+    path = folder / "adapter_config.json"
+    fields = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({name: value for name, value in fields.items() if value is not None}))

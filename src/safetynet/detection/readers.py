@@ -161,14 +161,16 @@ class AdaptedModule:
 
 
 def adapted_modules(model: Any) -> list[AdaptedModule]:
-    """Every linear module that an active LoRA adapter updates; fused experts are no modules and stay out.
+    """Every linear module of the layers that an active LoRA adapter updates.
+
+    Fused experts are no modules and stay out, as do embeddings and the head, which see no states of a layer.
 
     Raises:
-        InputError: if there is none, or one whose update is more than B A.
+        InputError: if there is none, one whose update is more than B A, or modules of different ranks.
     """
     check_model(model, "adapter views")
     found = []
-    for module in model.modules():
+    for module in (module for layer in decoder_layers(model) for module in layer.modules()):
         # A wrapper around a fused parameter has the same factors, but no weight that maps inputs to outputs.
         if hasattr(module, "lora_A") and not hasattr(module, "parameter_name"):
             names: Sequence[str] = [name for name in module.active_adapters if name in module.lora_A]
@@ -177,6 +179,11 @@ def adapted_modules(model: Any) -> list[AdaptedModule]:
         raise InputError(
             "views energy, energy_max and direction need a model with an active LoRA adapter. Attach one, or "
             "leave these views out."
+        )
+    if len(ranks := sorted({len(module.turn) for module in found})) > 1:
+        raise InputError(
+            "views energy, energy_max and direction need updates of one rank, and this adapter's are of "
+            f"ranks {', '.join(map(str, ranks))}. Leave these views out."
         )
     return found
 

@@ -8,6 +8,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from transformers.pytorch_utils import Conv1D
+
 from safetynet.errors import InputError
 from safetynet.models.blocks import decoder_layers
 from safetynet.models.parts import Parts, Shape, adapters, parts, shape
@@ -128,6 +132,12 @@ class Anatomy:
             check_model(self.model, "adapter sites")
         except InputError as error:
             return str(error).removesuffix(".")
+        for own, modules in zip(self.layers, self.adapters, strict=True):
+            experts = own.experts.get_base_layer() if isinstance(own.experts, BaseTunerLayer) else own.experts
+            for name, module in modules.items():
+                updated = module.get_base_layer()
+                if updated is not experts and not isinstance(updated, torch.nn.Linear | Conv1D):
+                    return f"{name} has an update, and returns no states to which it could be added"
         return ""
 
     def why_absent(self, component: str) -> str:

@@ -73,7 +73,7 @@ def _trains_biases(config: Any) -> bool:
     return _is("LORA")(config) and getattr(config, "bias", "none") != "none"
 
 
-def _refused(why: str, *stages: Stage) -> Mapping[Stage, str]:
+def _refused(why: str, *stages: Stage) -> dict[Stage, str]:
     return dict.fromkeys(stages or tuple(STAGES), why)
 
 
@@ -106,7 +106,8 @@ KINDS = (
     Kind(
         "repeated layers (layer_replication)",
         _sets("layer_replication"),
-        _refused("its layers share weights, so that an update cannot go into one alone", "drift", "mitigate"),
+        _refused("its layers share weights, so that an update cannot go into one alone", "drift", "mitigate")
+        | _refused("its layers are not the base's, so that their states cannot be compared", "detect"),
     ),
     Kind(
         "LoftQ, KaSA",
