@@ -168,3 +168,8 @@ def test_what_a_machine_must_have_fails_where_it_is_missing(need, monkeypatch):
 
 def test_ci_can_be_started():
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
+
+
+def test_a_command_that_needs_no_adapter_does_not_wait_for_peft() -> None:
+    code = "import sys, safetynet.cli, safetynet.pipeline; sys.exit('peft' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -9,8 +9,6 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
-from transformers.pytorch_utils import Conv1D
 
 from safetynet.errors import InputError
 from safetynet.models.blocks import decoder_layers
@@ -132,8 +130,10 @@ class Anatomy:
             check_model(self.model, "adapter sites")
         except InputError as error:
             return str(error).removesuffix(".")
+        from transformers.pytorch_utils import Conv1D
+
         for own, modules in zip(self.layers, self.adapters, strict=True):
-            experts = own.experts.get_base_layer() if isinstance(own.experts, BaseTunerLayer) else own.experts
+            experts = own.experts.get_base_layer() if hasattr(own.experts, "get_base_layer") else own.experts
             for name, module in modules.items():
                 updated = module.get_base_layer()
                 if updated is not experts and not isinstance(updated, torch.nn.Linear | Conv1D):

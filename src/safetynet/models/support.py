@@ -8,8 +8,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from peft import PeftModel
-
 from safetynet.errors import InputError
 
 Stage = Literal["evaluate", "intervene", "adapter sites", "drift", "detect", "adapter views", "mitigate"]
@@ -182,6 +180,8 @@ def check_model(model: Any, stage: Stage) -> None:
 
     A model that PEFT's wrapper was taken from is asked for all adapters that it holds.
     """
+    from peft import PeftModel
+
     held = getattr(model, "peft_config", {})
     for name in model.active_adapters if isinstance(model, PeftModel) else held:
         check(held[name], stage)
