@@ -100,7 +100,7 @@ def main() -> None:
                 print(lines[-1], file=sys.stderr)
     table = pd.DataFrame(lines)
     print(markdown(table))
-    if not table["equal"].all():
+    if not table["equal"].eq("yes").all():
         sys.exit("The two measurements differ.")
 
 
@@ -138,7 +138,7 @@ def compared(kind: str, family: str, run: Path, folder: Path, steps: int) -> dic
             f"{name} CACC": f"{100 * cacc / n:.1f}%",
             f"{name} perplexity, apart": f"{own['perplexity']:.4f}, {apart:.0e}",
         }
-    line["equal"] = bool(equal)
+    line["equal"] = "yes" if equal else "NO"
     path.write_text(json.dumps(line))
     return line
 

@@ -226,6 +226,7 @@ def test_a_type_that_peft_does_not_know_is_refused_by_name(folder: Path) -> None
         ("pissa by fast SVD", "its start was drawn at random and is not in its files"),
         ("corda", "PEFT cannot rebuild its start from its files"),
         ("lora-ga", "its training began with other weights than the base's"),
+        ("loftq", "it is put on a quantised copy of its base, which PEFT makes on a GPU alone"),
         ("alora", "what it does to a token depends on more than the prompt"),
         ("qalora", "it needs kernels with which it has not been tried"),
     ],

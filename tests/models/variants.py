@@ -100,7 +100,7 @@ UNTRIED: dict[str, dict[str, Any]] = {
     "pissa by fast SVD": {"init_lora_weights": "pissa_niter_4"},
     "corda": {"init_lora_weights": "corda"},
     "lora-ga": {"init_lora_weights": "lora_ga"},
-    "loftq": {"init_lora_weights": "loftq"},
+    "loftq": {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4, "loftq_iter": 1}},
     "alora": {"alora_invocation_tokens": [5]},
     "qalora": {"use_qalora": True},
     "XLORA": {"peft_type": "XLORA"},

@@ -137,7 +137,7 @@ class Anatomy:
             for name, module in modules.items():
                 updated = module.get_base_layer()
                 if updated is not experts and not isinstance(updated, torch.nn.Linear | Conv1D):
-                    return f"{name} has an update, and returns no states to which it could be added"
+                    return f"the update of {name} is added to no states, since its module returns none"
         return ""
 
     def why_absent(self, component: str) -> str:

@@ -108,8 +108,8 @@ KINDS = (
         | _refused("its layers are not the base's, so that their states cannot be compared", "detect"),
     ),
     Kind(
-        "LoftQ, KaSA",
-        lambda config: _starts("loftq")(config) or _sets("kasa_config")(config),
+        "KaSA",
+        _sets("kasa_config"),
         _refused(
             f"it replaces the weights that it is put on. {_MERGE}",
             "adapter sites",
@@ -117,6 +117,11 @@ KINDS = (
             "adapter views",
             "mitigate",
         ),
+    ),
+    Kind(
+        "LoftQ",
+        _starts("loftq"),
+        _refused(f"it is put on a quantised copy of its base, which PEFT makes on a GPU alone. {_MERGE}"),
     ),
     Kind(
         "PiSSA by fast SVD (pissa_niter)",
