@@ -59,6 +59,8 @@ def _main(
 ) -> None:
     # `main` has acted on --debug; it is declared here so that it shows in --help.
     logging.captureWarnings(True)
+    # At each import it asks for a kernel of 4-bit weights that `models.loading` switches off.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 @app.command()
