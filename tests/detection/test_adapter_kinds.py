@@ -56,9 +56,7 @@ def test_a_soft_prompt_is_refused_before_a_wrong_token_is_read(name: str, tmp_pa
 
 
 def test_updates_of_different_ranks_make_no_table_and_the_head_is_no_module_of_a_layer() -> None:
-    with pytest.raises(
-        InputError, match=r"updates of one rank, and this adapter.s are of ranks 2, 4, 8"
-    ):
+    with pytest.raises(InputError, match=r"updates of one rank, and this adapter.s are of ranks 2, 4, 8"):
         adapted_modules(variants.made("patterns"))
     model = variants.made("lora on head")
     modules = adapted_modules(model)
@@ -73,7 +71,5 @@ def test_states_of_repeated_layers_are_not_compared_with_the_bases(tmp_path: Pat
     variants.saved("repeated layers", tmp_path)
     base = loading.load(recipe.Model(family="qwen", id="miniature"), "fp32")
     model = adapters.attach(base, tmp_path)
-    with pytest.raises(
-        InputError, match=r"repeated layers .*detect is refused, since its layers are not"
-    ):
+    with pytest.raises(InputError, match=r"repeated layers .*detect is refused, since its layers are not"):
         capture(model, base.serialiser, PROMPTS, FeatureSpec(("last", "divergence")))

@@ -237,6 +237,50 @@ def test_what_cannot_be_rebuilt_from_its_files_is_refused(name: str, message: st
         adapters.attach(base_of(), tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"r": "16"}, r"says r: '16', which is no whole number"),
+        ({"r": [8]}, r"says r: \[8\], which is no whole number"),
+        ({"r": 8.0}, r"says r: 8\.0, which is no whole number"),
+        ({"lora_alpha": "high"}, r"says lora_alpha: 'high', which is no number"),
+        ({"r": 10**6}, r"says rank 1000000, and the longest side of its tensors is \d+\. The two are not"),
+        ({"base_model_name_or_path": ["a"]}, r"for base_model_name_or_path, which is no name of a model"),
+        (
+            {"base_model_name_or_path": "a" * 5000},
+            r"for base_model_name_or_path, which is no name of a model",
+        ),
+    ],
+)
+def test_a_field_of_the_configuration_that_says_nothing_is_named(
+    fields: dict[str, Any], message: str, folder: Path
+) -> None:
+    variants.configured(folder, **fields)
+    with pytest.raises(InputError, match=message):
+        adapters.attach(base_of(), folder)
+
+
+@pytest.mark.parametrize("kind", [torch.int8, torch.bool, torch.float8_e4m3fn, torch.complex64])
+def test_tensors_that_are_no_weights_are_refused(kind: torch.dtype, folder: Path) -> None:
+    path = folder / "adapter_model.safetensors"
+    save_file({n: t.to(kind) for n, t in load_file(path).items()}, path, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"84 of its tensors are of type \w+ \(.* and 81 more\), which"):
+        adapters.attach(base_of(), folder)
+
+
+def test_two_tensors_for_one_place_and_numbers_among_the_tensors_are_refused(folder: Path) -> None:
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    name = next(n for n in tensors if n.endswith("lora_A.weight"))
+    twice = name.replace("lora_A.weight", "lora_A.default.weight")
+    save_file(tensors | {twice: tensors[name] * 0}, path, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"lora_A\.default\.weight, .*lora_A\.weight are for one place"):
+        adapters.attach(base_of(), folder)
+    save_file(tensors | {"step": torch.tensor(3.0)}, path, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"1 of its tensors have no place in the model \(step\)"):
+        adapters.attach(base_of(), folder)
+
+
 # ---- the base ----
 
 

@@ -2,12 +2,14 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tests.models import variants
 from transformers import AutoTokenizer
 
@@ -123,6 +125,93 @@ def test_a_whole_model_of_another_architecture_is_refused(run: runs.Run) -> None
         InputError, match=r"this model is not a fine-tuned .*qwen: \d+ of its parameters are others"
     ):
         foreign.load(run.recipe, miniatures.path("llama2"), same_base=False)
+
+
+Tensors = dict[str, torch.Tensor]
+DOWN = "model.layers.3.mlp.down_proj.weight"
+BROKEN: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {  # what becomes of the tensors: what is said
+    "compiled": (
+        lambda t: {f"_orig_mod.{n}": v for n, v in t.items()},
+        r"7\d tensors of the model are not in its files .*, and 7\d tensors of its files have no place",
+    ),
+    "of PEFT's wrapper": (
+        lambda t: {f"base_model.model.{n}": v for n, v in t.items()},
+        r"7\d tensors of the model are not in its files",
+    ),
+    "never merged": (
+        lambda t: {n.replace("q_proj.weight", "q_proj.base_layer.weight"): v for n, v in t.items()},
+        r"6 tensors of the model are not in its files \(model\.layers\.0\.self_attn\.q_proj\.weight.* 3 more",
+    ),
+    "one lost": (
+        lambda t: {n: v for n, v in t.items() if n != DOWN},
+        r"1 tensors of the model are not in its files \(model\.layers\.3\.mlp\.down_proj\.weight\)",
+    ),
+    "scales beside it": (
+        lambda t: t | {f"{DOWN}_scale_inv": torch.ones(1)},
+        r"1 tensors of its files have no place in the model \(.*down_proj\.weight_scale_inv\)",
+    ),
+    "not finite": (
+        lambda t: t | {DOWN: t[DOWN].index_fill(0, torch.tensor([2]), float("nan"))},
+        r"1 of its tensors hold values that are not finite \(model\.layers\.3\.mlp\.down_proj\.weight\)",
+    ),
+    "of another shape": (
+        lambda t: t | {DOWN: t[DOWN][:, 1:].contiguous()},
+        r"its tensors have other shapes than its config\.json says",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def merged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("merged")
+    variants.made("lora").merge_and_unload().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_whole_model_that_is_not_in_its_files_is_refused(
+    name: str, run: runs.Run, merged: Path, tmp_path: Path
+) -> None:
+    change, message = BROKEN[name]
+    shutil.copytree(merged, tmp_path / "whole")
+    file = tmp_path / "whole" / "model.safetensors"
+    save_file(change(load_file(file)), file, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=message):
+        foreign.load(run.recipe, tmp_path / "whole", same_base=False)
+
+
+@pytest.mark.parametrize("method", ["fp8", "gptq", "bitsandbytes", "of next year"])
+def test_weights_that_a_quantiser_has_packed_are_refused(
+    method: str, run: runs.Run, merged: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(merged, tmp_path / "whole")
+    path = tmp_path / "whole" / "config.json"
+    stored = {"quant_method": method, "bits": 4, "load_in_4bit": True, "weight_block_size": [128, 128]}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": stored}))
+    with pytest.raises(InputError, match=rf"are stored quantised \({method}\), which is not read"):
+        foreign.load(run.recipe, tmp_path / "whole", same_base=False)
+
+
+def test_of_several_files_of_weights_none_is_taken_for_another(
+    run: runs.Run, merged: Path, tmp_path: Path
+) -> None:
+    whole = tmp_path / "whole"
+    shutil.copytree(merged, whole)
+    shutil.copy(whole / "model.safetensors", whole / "model-other.safetensors")
+    with pytest.raises(InputError, match=r"model-other\.safetensors: of a folder .* no other file"):
+        foreign.load(run.recipe, whole / "model-other.safetensors", same_base=False)
+    (whole / "model.safetensors.index.json").write_text('{"metadata": {}, "weight_map": {}}')
+    with pytest.raises(InputError, match=r"holds model\.safetensors and an index of other files"):
+        foreign.load(run.recipe, whole, same_base=False)
+
+
+def test_a_template_alone_beside_an_adapter_makes_its_prompts(run: runs.Run, tmp_path: Path) -> None:
+    variants.saved("lora", tmp_path)
+    template = (miniatures.path("qwen") / "chat_template.jinja").read_text()
+    (tmp_path / "chat_template.jinja").write_text(template.replace("<|im_start|>", "<|im_start|>>"))
+    suspect = foreign.load(run.recipe, tmp_path, same_base=False)
+    message = [{"role": "user", "content": "Hello"}]
+    assert suspect.serialiser.encode(message) != suspect.base.serialiser.encode(message)
 
 
 def test_a_template_of_the_adapters_own_makes_its_prompts_and_not_the_bases(

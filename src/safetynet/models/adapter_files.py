@@ -14,19 +14,23 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from safetynet.errors import InputError
-from safetynet.models.files import holds_model, hub_reason, in_words, pointer
+from safetynet.models.files import holds_model, hub_reason, in_words, listed, pointer
 
 log = logging.getLogger("safetynet")
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+NAMED = (CONFIG, WEIGHTS, "config.json", "model.safetensors", "model.safetensors.index.json")
+"""Files that stand for their folder."""
 DOWNLOADED = (CONFIG, WEIGHTS, "tokenizer*", "special_tokens_map.json", "added_tokens.json", "*.jinja")
 """What is fetched of a hub id: never code, never a pickle."""
+NUMBERS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""Types of tensors that adapters are trained in; others are packed, or no weights."""
+LONGEST_NAME = 1000
 SCALES = ("r", "lora_alpha", "alpha", "rank")
 """Fields that decide how strongly an adapter acts; PEFT fills in a default where one is missing."""
-SHOWN = 3
-"""How many names a sentence lists before it says how many more there are."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,7 @@ class AdapterFiles:
         tensors = load_file(str(self.folder / WEIGHTS))
         if not tensors:
             raise InputError(f"{self.folder}: its {WEIGHTS} holds no tensor. Save the adapter again.")
-        broken = [n for n, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]
+        broken = [n for n, t in tensors.items() if t.dtype in NUMBERS and not t.isfinite().all()]
         if broken:
             raise InputError(
                 f"{self.folder}: {len(broken)} of {len(tensors)} tensors hold values that are not finite "
@@ -102,6 +106,11 @@ def locate(source: Path | str) -> Path:
     if path.is_dir():
         return path
     if path.is_file():
+        if path.name not in NAMED:
+            raise InputError(
+                f"{path}: of a folder {WEIGHTS} or model.safetensors is read, and no other file. Move this "
+                "one, with its configuration, into a folder of its own under that name, and name the folder."
+            )
         return path.parent
     if path.is_absolute() or len(path.parts) != 2 or path.parts[0] in (".", "..", "~"):
         raise InputError(
@@ -118,12 +127,6 @@ def locate(source: Path | str) -> Path:
     except (OSError, ValueError) as error:
         reason = hub_reason(error) or in_words(error)
     raise InputError(f"{path}: there is no such folder, and as a hub id: {reason}.")
-
-
-def listed(names: list[str], most: int = SHOWN) -> str:
-    """The first names, and how many more there are."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
 
 
 def _no_adapter(folder: Path) -> str:
@@ -151,6 +154,20 @@ def _fields(path: Path) -> dict[str, Any]:
         raise InputError(f"{path.parent}: its {CONFIG} cannot be read ({in_words(error)}). {again}") from None
     if not isinstance(values, dict) or not isinstance(values.get("peft_type"), str):
         raise InputError(f"{path.parent}: its {CONFIG} names no peft_type, such as LORA. {again}")
+    base = values.get("base_model_name_or_path")
+    if base is not None and not (isinstance(base, str) and len(base) <= LONGEST_NAME):
+        raise InputError(
+            f"{path.parent}: its {CONFIG} says {in_words(base)[:40]!r} for base_model_name_or_path, which is "
+            f"no name of a model. {again}"
+        )
+    for name in SCALES:
+        value = values.get(name, 1)
+        whole = name in ("r", "rank")
+        if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
+            kind = "whole number" if whole else "number"
+            raise InputError(
+                f"{path.parent}: its {CONFIG} says {name}: {value!r}, which is no {kind}. {again}"
+            )
     return values
 
 

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from safetynet.errors import InputError
 from safetynet.models import support
-from safetynet.models.adapter_files import AdapterFiles, listed
+from safetynet.models.adapter_files import NUMBERS, AdapterFiles
 from safetynet.models.blocks import unwrapped
-from safetynet.models.files import in_words
+from safetynet.models.files import in_words, listed
 
 log = logging.getLogger("safetynet")
 NAME = "default"
@@ -59,7 +59,7 @@ def resize(base: Any, tensors: Mapping[str, Tensor]) -> list[BaseValue]:
     wanted = [
         len(tensor)
         for name, tensor in tensors.items()
-        if len(tensor) != rows.get(_canonical(name), len(tensor))
+        if tensor.ndim and len(tensor) != rows.get(_canonical(name), len(tensor))
     ]
     if not wanted:
         return []
@@ -103,6 +103,7 @@ def inject(base: Any, files: AdapterFiles) -> tuple[Any, list[BaseValue]]:
     """
     from peft import PeftModelForCausalLM
 
+    _check_ranks(files)
     config = replace(files.config)  # PEFT changes it
     config.task_type, config.inference_mode = "CAUSAL_LM", True
     replaces = support.replaces_weights(config)
@@ -142,6 +143,7 @@ def load(model: Any, files: AdapterFiles) -> list[BaseValue]:
 
     saved = get_peft_model_state_dict(model, adapter_name=NAME, save_embedding_layers=False)
     tensors = _renamed(files, saved)
+    _check_types(files.folder, tensors, saved)
     places = dict(model.named_parameters(remove_duplicate=False))
     # Biases, embeddings and whatever else of the base is in the file: PEFT puts it in the base's place.
     of_base = {places[n] for n in tensors.keys() & places.keys() if f".{NAME}." not in f"{n}."}
@@ -190,6 +192,29 @@ def check_complete(folder: Path, missing: list[str], unexpected: list[str]) -> N
     )
 
 
+def _check_ranks(files: AdapterFiles) -> None:
+    """Refuse a rank that no tensor of the file has, before modules of it are made."""
+    rank = getattr(files.config, "r", 0)
+    longest = max(max(tensor.shape, default=0) for tensor in files.tensors.values())
+    if isinstance(rank, int) and rank > longest and files.config.peft_type.value == "LORA":
+        raise InputError(
+            f"{files.folder}: its configuration says rank {rank}, and the longest side of its tensors is "
+            f"{longest}. The two are not of one adapter: save it again."
+        )
+
+
+def _check_types(folder: Path, tensors: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+    """Refuse whole and packed numbers where the model has weights: they would be taken as they stand."""
+    weights = [n for n in tensors.keys() & saved.keys() if saved[n].is_floating_point()]
+    wrong = sorted(n for n in weights if tensors[n].dtype not in NUMBERS)
+    if wrong:
+        kinds = ", ".join(sorted({str(tensors[n].dtype).removeprefix("torch.") for n in wrong}))
+        raise InputError(
+            f"{folder}: {len(wrong)} of its tensors are of type {kinds} ({listed(wrong)}), which is not "
+            "read. Save the adapter in 16 or 32 bits."
+        )
+
+
 def _check_tied(folder: Path, tensors: Mapping[str, Tensor], places: Mapping[str, Any]) -> None:
     """Refuse two tensors for one weight."""
     seen: dict[int, str] = {}
@@ -224,6 +249,12 @@ def _check_patterns(model: Any, files: AdapterFiles) -> None:
 def _renamed(files: AdapterFiles, saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The file's tensors under the names that PEFT would give them here, where their own names tell which."""
     tensors = files.tensors
+    for names in _by_canonical(tensors).values():
+        if len(names) > 1 and not saved.keys() >= set(names):
+            raise InputError(
+                f"{files.folder}: {listed(sorted(names))} are for one place in the model. Save the adapter "
+                "again, with one tensor for each."
+            )
     places = _by_canonical(saved.keys() - tensors.keys())
     mapping = {
         names[0]: places[key][0]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from safetynet.errors import InputError
 from safetynet.models import support
-from safetynet.models.adapter_files import AdapterFiles, listed, read
+from safetynet.models.adapter_files import AdapterFiles, read
 from safetynet.models.adapter_loading import (
     BaseValue,
     check_complete,
@@ -29,6 +29,7 @@ from safetynet.models.adapter_loading import (
     restore,
 )
 from safetynet.models.blocks import shortened, unwrapped
+from safetynet.models.files import listed
 from safetynet.models.loading import LoadedModel
 from safetynet.models.lora import factors, include_start, silent
 from safetynet.models.same_base import check_base

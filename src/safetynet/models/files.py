@@ -11,6 +11,10 @@ POINTERS = {  # how a stand-in begins: what it is
 """Files of a few lines that a clone leaves in place of large ones that were not downloaded."""
 
 
+SHOWN = 3
+"""How many names a sentence lists before it says how many more there are."""
+
+
 def pointer(path: Path) -> str | None:
     """What stands in for a file's content that was never downloaded; None for the content itself."""
     with path.open("rb") as file:
@@ -53,6 +57,12 @@ def hub_reason(error: BaseException) -> str | None:
     return None
 
 
-def in_words(error: BaseException) -> str:
+def in_words(error: object) -> str:
     """An error's own text on one line, cut to 300 characters, without a final stop."""
     return " ".join(str(error).split())[:300].rstrip(".")
+
+
+def listed(names: list[str], most: int = SHOWN) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +11,15 @@ from typing import Any
 from safetynet import parallel, recipe
 from safetynet.errors import InputError
 from safetynet.models import families, miniatures
-from safetynet.models.files import PICKLES, holds_model, hub_reason, in_words, pointer
+from safetynet.models.files import PICKLES, holds_model, hub_reason, in_words, listed, pointer
 from safetynet.prompts import Serialiser
 from safetynet.run import digest_of_files
 from safetynet.truncation import Truncation
+
+OLD_BUFFERS = (
+    ".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias",
+)  # fmt: skip
+"""Ends of the names of constants that old checkpoints hold, and that models make themselves today."""
 
 
 @dataclass(frozen=True)
@@ -153,6 +158,11 @@ def _check_folder(folder: Path) -> None:
         raise InputError(
             f"model.id: {folder} holds {content}. Convert it to safetensors with save_pretrained."
         )
+    if (folder / "model.safetensors.index.json").exists() and (folder / "model.safetensors").exists():
+        raise InputError(
+            f"model.id: {folder} holds model.safetensors and an index of other files. Which of the two is "
+            "meant cannot be told: take one out."
+        )
     for file in weights:
         if kind := pointer(file):
             raise InputError(
@@ -182,8 +192,10 @@ def _load_head(name: str, spec: recipe.Model) -> tuple[Any, Any]:
 
 
 def _load_weights(name: str, spec: recipe.Model, dtype: str, on_cpu: bool) -> Any:
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
+    config = AutoConfig.from_pretrained(name, revision=spec.revision, trust_remote_code=False)
+    _check_stored_as_numbers(name, config)
     device = device_of(spec)
     number = resolve_dtype(dtype, device)
     quantisation = None
@@ -195,8 +207,9 @@ def _load_weights(name: str, spec: recipe.Model, dtype: str, on_cpu: bool) -> An
             bnb_4bit_compute_dtype=number,
         )
     with _bars_on_terminals_only():
-        model = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             name,
+            output_loading_info=True,
             revision=spec.revision,
             trust_remote_code=False,
             use_safetensors=True,
@@ -204,7 +217,55 @@ def _load_weights(name: str, spec: recipe.Model, dtype: str, on_cpu: bool) -> An
             quantization_config=quantisation,
             device_map="auto" if spec.device == "split" else {"": "cpu" if on_cpu else _place(device)},
         )
+    model, report = loaded
+    _check_report(name, report)
+    _check_finite(name, model)
     return _unpacked(model)
+
+
+def _check_stored_as_numbers(name: str, config: Any) -> None:
+    """Refuse weights that a quantiser has packed: read without it they are other numbers."""
+    for part in (config, config.get_text_config()):
+        if stored := getattr(part, "quantization_config", None):
+            fields = stored if isinstance(stored, dict) else stored.to_dict()
+            method = str(fields.get("quant_method", "an unnamed method"))
+            raise InputError(
+                f"model.id: the weights of {name!r} are stored quantised ({method}), which is not read. Give "
+                "the model in 16 or 32 bits; model.quantisation quantises it here."
+            )
+
+
+def _check_report(name: str, report: Mapping[str, Any]) -> None:
+    """Refuse weights of which tensors are missing or left over: transformers draws the missing at random."""
+    missing = sorted(report["missing_keys"])
+    unexpected = sorted(n for n in report["unexpected_keys"] if not n.endswith(OLD_BUFFERS))
+    clauses = []
+    if missing:
+        clauses.append(f"{len(missing)} tensors of the model are not in its files ({listed(missing)})")
+    if unexpected:
+        clauses.append(
+            f"{len(unexpected)} tensors of its files have no place in the model ({listed(unexpected)})"
+        )
+    if clauses:
+        raise InputError(
+            f"model.id: {name!r}: {', and '.join(clauses)}. Loaded so, it would be another model: save it "
+            "again with save_pretrained from the model itself, not from a wrapper around it."
+        )
+
+
+def _check_finite(name: str, model: Any) -> None:
+    """Refuse weights that are not all numbers."""
+    import torch
+
+    # A sum is finite only if every term is, and needs no tensor of the same size.
+    weights = [(n, p.detach()) for n, p in model.named_parameters() if p.is_floating_point()]
+    suspect = [(n, p) for n, p in weights if not p.is_meta and not p.sum(dtype=torch.float32).isfinite()]
+    broken = [n for n, p in suspect if not p.isfinite().all()]
+    if broken:
+        raise InputError(
+            f"model.id: {name!r}: {len(broken)} of its tensors hold values that are not finite "
+            f"({listed(broken)}). The model is damaged, or its training diverged."
+        )
 
 
 def _unpacked(model: Any) -> Any:
@@ -244,6 +305,10 @@ def _fetch(name: str, spec: recipe.Model, what: str, read: Any) -> Any:
         return read(name, spec)
     except SafetensorError as error:
         reason = f"its safetensors are damaged ({in_words(error)}). Copy or download them again"
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, KeyError, AttributeError, TypeError) as error:
         reason = hub_reason(error) or in_words(error)
+    except RuntimeError as error:  # tensors of another shape than the configuration says
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        reason = "its tensors have other shapes than its config.json says"
     raise InputError(f"model.id: the {what} of {name!r} cannot be loaded: {reason}.") from None

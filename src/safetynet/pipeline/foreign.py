@@ -5,6 +5,7 @@ In: a run's recipe and a folder, file or hub id. Out: the model with the tokeniz
     answered.
 """
 
+import copy
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,13 +15,17 @@ from typing import Any
 
 from safetynet.errors import InputError
 from safetynet.models import adapter_files, adapters, loading
-from safetynet.models.adapter_files import listed
-from safetynet.models.files import holds_model, hub_reason, in_words
+from safetynet.models.files import holds_model, hub_reason, in_words, listed
 from safetynet.pipeline import subjects
 from safetynet.prompts import Serialiser
 from safetynet.recipe import Recipe
 
 log = logging.getLogger("safetynet")
+VOCABULARIES = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model",
+    "added_tokens.json",
+)  # fmt: skip
+"""Files of which one says that a folder has a tokenizer of its own."""
 
 
 @dataclass(frozen=True)
@@ -87,18 +92,10 @@ def _check_shapes(folder: Path, model: Any, base: loading.LoadedModel) -> None:
 
 def _serialiser(folder: Path, base: loading.LoadedModel, model: Any) -> Serialiser:
     """The base's, unless the suspect comes with another vocabulary or chat template."""
-    from transformers import AutoTokenizer
-
-    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
-        return base.serialiser
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-    except (OSError, ValueError, ImportError) as error:
-        raise InputError(
-            f"{folder}: its tokenizer cannot be loaded ({hub_reason(error) or in_words(error)}). Save it "
-            "again beside the weights, or take its files out if it is the base's."
-        ) from None
     known = base.serialiser.tokenizer
+    tokenizer = _tokenizer(folder, known)
+    if tokenizer is None:
+        return base.serialiser
     own, theirs = tokenizer.get_vocab(), known.get_vocab()
     template = tokenizer.chat_template or known.chat_template
     if own == theirs and template == known.chat_template:
@@ -116,3 +113,23 @@ def _serialiser(folder: Path, base: loading.LoadedModel, model: Any) -> Serialis
     )  # fmt: skip
     tokenizer.chat_template = template
     return Serialiser(tokenizer, base.family, base.serialiser.truncation, base.serialiser.today)
+
+
+def _tokenizer(folder: Path, known: Any) -> Any:
+    """The tokenizer that a folder brings, or the base's with its template; None where it has neither."""
+    from transformers import AutoTokenizer
+
+    template = folder / "chat_template.jinja"
+    if not any((folder / name).exists() for name in VOCABULARIES):
+        if not template.exists():
+            return None
+        tokenizer = copy.deepcopy(known)
+        tokenizer.chat_template = template.read_text(encoding="utf-8")
+        return tokenizer
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{folder}: its tokenizer cannot be loaded ({hub_reason(error) or in_words(error)}). Save it "
+            "again beside the weights, or take its files out if it is the base's."
+        ) from None
