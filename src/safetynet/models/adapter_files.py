@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from safetynet.errors import InputError
-from safetynet.models.files import holds_model, hub_reason, in_words, listed, pointer
+from safetynet.models.files import finite, holds_model, hub_reason, in_words, listed, pointer
 
 log = logging.getLogger("safetynet")
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -60,7 +60,7 @@ class AdapterFiles:
         tensors = load_file(str(self.folder / WEIGHTS))
         if not tensors:
             raise InputError(f"{self.folder}: its {WEIGHTS} holds no tensor. Save the adapter again.")
-        broken = [n for n, t in tensors.items() if t.dtype in NUMBERS and not t.isfinite().all()]
+        broken = [n for n, t in tensors.items() if t.dtype in NUMBERS and not finite(t)]
         if broken:
             raise InputError(
                 f"{self.folder}: {len(broken)} of {len(tensors)} tensors hold values that are not finite "

@@ -8,6 +8,7 @@ import logging
 import re
 import warnings
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,7 @@ def inject(base: Any, files: AdapterFiles) -> tuple[Any, list[BaseValue]]:
         InputError: if the adapter does not fit.
     """
     from peft import PeftModelForCausalLM
+    from transformers.initialization import no_init_weights
 
     _check_ranks(files)
     config = replace(files.config)  # PEFT changes it
@@ -114,8 +116,10 @@ def inject(base: Any, files: AdapterFiles) -> tuple[Any, list[BaseValue]]:
         )
     before = {p: p.data.clone() for p in base.parameters() if p.ndim > 1} if replaces else {}
     types = getattr(base.config.get_text_config(), "layer_types", None)
+    # What a plain start would draw comes from the file, or the adapter is refused.
+    plain = config.peft_type.value == "LORA" and config.init_lora_weights in (True, "gaussian")
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), no_init_weights() if plain else nullcontext():
             warnings.simplefilter("ignore")
             model = PeftModelForCausalLM(base, config, NAME)
     except (

@@ -35,7 +35,7 @@ from safetynet.models.lora import factors, include_start, silent
 from safetynet.models.same_base import check_base
 
 log = logging.getLogger("safetynet")
-PROBE_TOKENS, PROBE_LAYERS, PROBE_VALUES = 4, 4, 64
+PROBE_TOKENS, PROBE_LAYERS, PROBE_VALUES = 4, 2, 64
 """Of the prompt, of the layers that tell a base, and of each parameter's values."""
 PROBE_TOLERANCE = 1e-3
 """Of the largest logit. The same modules compute the same numbers; what differs by more is another model."""

@@ -2,6 +2,9 @@
 
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 POINTERS = {  # how a stand-in begins: what it is
     b"version https://git-lfs": "a Git LFS pointer",
@@ -66,3 +69,9 @@ def listed(names: list[str], most: int = SHOWN) -> str:
     """The first names, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
+
+
+def finite(tensor: Tensor) -> bool:
+    """Whether all values of a tensor of floating-point numbers are finite."""
+    # A sum is finite only if every term is, and needs no second tensor; finite terms may still overflow it.
+    return bool(tensor.sum(dtype=torch.float32).isfinite()) or bool(tensor.isfinite().all())

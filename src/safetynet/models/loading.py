@@ -11,7 +11,7 @@ from typing import Any
 from safetynet import parallel, recipe
 from safetynet.errors import InputError
 from safetynet.models import families, miniatures
-from safetynet.models.files import PICKLES, holds_model, hub_reason, in_words, listed, pointer
+from safetynet.models.files import PICKLES, finite, holds_model, hub_reason, in_words, listed, pointer
 from safetynet.prompts import Serialiser
 from safetynet.run import digest_of_files
 from safetynet.truncation import Truncation
@@ -255,12 +255,8 @@ def _check_report(name: str, report: Mapping[str, Any]) -> None:
 
 def _check_finite(name: str, model: Any) -> None:
     """Refuse weights that are not all numbers."""
-    import torch
-
-    # A sum is finite only if every term is, and needs no tensor of the same size.
-    weights = [(n, p.detach()) for n, p in model.named_parameters() if p.is_floating_point()]
-    suspect = [(n, p) for n, p in weights if not p.is_meta and not p.sum(dtype=torch.float32).isfinite()]
-    broken = [n for n, p in suspect if not p.isfinite().all()]
+    weights = [(n, p) for n, p in model.named_parameters() if p.is_floating_point() and not p.is_meta]
+    broken = [name for name, parameter in weights if not finite(parameter.detach())]
     if broken:
         raise InputError(
             f"model.id: {name!r}: {len(broken)} of its tensors hold values that are not finite "

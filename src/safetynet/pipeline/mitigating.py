@@ -47,7 +47,6 @@ ALL = ("all",)
 """In place of names: every method whose needs are met."""
 QUICK = ("fine_tuning", "adapter_scaling", "component_ablation", "cleangen", "trigger_projection")
 """Tried unless methods are named, as far as their needs are met: quick ones, of each kind."""
-COMPARED = "mitigate compared"
 
 
 @dataclass
@@ -122,9 +121,23 @@ class _Work:
         """With the lines of the untouched model and its base."""
         return examination.distances(self.subject, self.examiner, self.read("compared").lines)
 
+    @property
+    def place(self) -> str:
+        """Of results, below scratch: those of somebody else's model lie apart from the run's own."""
+        return "mitigation" if self.adapter is None else f"suspects/{self.adapter.name}"
+
+    def stage(self, name: str) -> str:
+        """Of a method, as the manifest calls it."""
+        whose = "" if self.adapter is None else f" of {self.adapter.name}"
+        return f"mitigate{name and ' '}{name}{whose}"
+
+    def table(self, name: str) -> str:
+        """What a table is called in the run; the report shows the run's own alone."""
+        return name if self.adapter is None else f"{name}-{self.adapter.name}"
+
     def folder(self, name: str) -> Path:
         """Where one method's tables are kept."""
-        return self.run.scratch / "mitigation" / name
+        return self.run.scratch / self.place / name
 
     def write(self, name: str, found: Found) -> list[Path]:
         """One method's tables."""
@@ -138,7 +151,7 @@ class _Work:
     def read(self, name: str) -> Found:
         """What `write` wrote."""
         parts = ("lines", "verification", "relearning")
-        kept = (self.run.path_of(f"scratch:mitigation/{name}/{part}.parquet") for part in parts)
+        kept = (self.run.path_of(f"scratch:{self.place}/{name}/{part}.parquet") for part in parts)
         return Found(*map(pd.read_parquet, kept))
 
     def inputs(self, name: str) -> dict[str, Any]:
@@ -211,11 +224,11 @@ def mitigate(
     _check_knobs(recipe)
     if adapter is not None:
         foreign.check(adapter)
-        adapter = adapter_files.locate(adapter)
+        adapter = adapter_files.locate(adapter).resolve()
     else:
         model_folder(run, BACKDOORED)
     work = _Work(recipe, run, adapter, same_base, chosen)
-    pending = [m for m in chosen if not run.finished(f"mitigate {m.name}", work.inputs(m.name))]
+    pending = [m for m in chosen if not run.finished(work.stage(m.name), work.inputs(m.name))]
     if pending and asked not in ((), ALL):
         refuse_unmet(pending, work.subject)
     said = _compare(work)
@@ -224,7 +237,7 @@ def mitigate(
         return _join(work, [], said)
     _try_all(work)
     # What was tried before, under these settings, is still true.
-    done = [name for name in METHODS if run.finished(f"mitigate {name}", work.inputs(name))]
+    done = [name for name in METHODS if run.finished(work.stage(name), work.inputs(name))]
     if not done:
         raise RunError("mitigate: no method gave a result; the messages above say why.")
     return _join(work, done, "")
@@ -234,7 +247,7 @@ def _try_all(work: _Work) -> None:
     """Each method in a stage of its own; one that fails does not keep the others from being tried."""
     options = work.recipe.mitigation
     for method in work.methods:
-        stage, inputs = f"mitigate {method.name}", work.inputs(method.name)
+        stage, inputs = work.stage(method.name), work.inputs(method.name)
         if work.run.finished(stage, inputs):
             log.info("mitigate %s: unchanged", method.name)
             continue
@@ -257,8 +270,8 @@ def _try_all(work: _Work) -> None:
 def _compare(work: _Work) -> str:
     """Measure model and base; returns a sentence if there is no backdoor."""
     inputs = work.inputs("compared")
-    if not work.run.finished(COMPARED, inputs):
-        with work.run.stage(COMPARED, inputs) as outputs:
+    if not work.run.finished(work.stage("compared"), inputs):
+        with work.run.stage(work.stage("compared"), inputs) as outputs:
             found, _ = examination.compared(work.subject, work.examiner)
             outputs += work.write("compared", found)
     return recommendation.no_backdoor(work.read("compared").lines.iloc[0])
@@ -268,11 +281,11 @@ def _join(work: _Work, done: Sequence[str], said: str) -> dict[str, pd.DataFrame
     """One table of all methods, the recommendation, and the recommended model saved."""
     run = work.run
     parts = [work.read(name) for name in ("compared", *done)]
-    stages = {name: run.manifest["stages"].get(f"mitigate {name}") for name in ("compared", *done)}
+    stages = {name: run.manifest["stages"].get(work.stage(name)) for name in ("compared", *done)}
     inputs: dict[str, Any] = {"methods": stages, "version": __version__}
-    if run.finished("mitigate", inputs):
-        return {name: run.table(name) for name in TABLES if run.has_table(name)}
-    with run.stage("mitigate", inputs) as outputs:
+    if run.finished(work.stage(""), inputs):
+        return {name: run.table(work.table(name)) for name in TABLES if run.has_table(work.table(name))}
+    with run.stage(work.stage(""), inputs) as outputs:
         lines = pd.concat([part.lines for part in parts], ignore_index=True)
         marked = recommendation.marked(lines, work.recipe.mitigation.floor)
         verified = pd.concat([part.verification for part in parts], ignore_index=True)
@@ -298,7 +311,7 @@ def _join(work: _Work, done: Sequence[str], said: str) -> dict[str, pd.DataFrame
         best = set(zip(taken["method"], taken["point"], strict=True))
         named_so = [place in best for place in zip(marked["method"], marked["point"], strict=True)]
         tables |= {"mitigation": marked.assign(recommended=named_so), "recommendation": taken}
-        outputs += [run.write_table(name, table) for name, table in tables.items()]
+        outputs += [run.write_table(work.table(name), table) for name, table in tables.items()]
         outputs += [] if folder is None else [folder]
     return tables
 
@@ -313,7 +326,8 @@ def _save(work: _Work, taken: pd.DataFrame, marked: pd.DataFrame) -> Path | None
     tried = points(method, recipe.mitigation.knobs, recipe.mitigation.points)
     knobs = next(k for k in tried if examination.point_name(method, k, tried) == row["point"])
     repaired = repair(method, work.subject, knobs, recipe.seed)
-    about = {"model": recipe.model_name, "run": f"{recipe.model_name}/{recipe.task}", "why": str(row["why"])}
+    name = recipe.model_name if work.adapter is None else str(work.adapter)
+    about = {"model": name, "run": f"{recipe.model_name}/{recipe.task}", "why": str(row["why"])}
     about["relearned"] = str(row["relearned"])
     lines = {
         "before": _held_out(marked, recommendation.UNTOUCHED),
