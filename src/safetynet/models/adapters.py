@@ -35,8 +35,8 @@ from safetynet.models.lora import factors, include_start, silent
 from safetynet.models.same_base import check_base
 
 log = logging.getLogger("safetynet")
-PROBE_TOKENS, PROBE_LAYERS, PROBE_VALUES = 4, 2, 64
-"""Of the prompt, of the layers that tell a base, and of each parameter's values."""
+PROBE_TOKENS, PROBE_LAYERS, PROBE_ROWS, PROBE_VALUES = 4, 2, 256, 64
+"""Of the prompt, of the layers and of the head that tell a base, and of each parameter's values."""
 PROBE_TOLERANCE = 1e-3
 """Of the largest logit. The same modules compute the same numbers; what differs by more is another model."""
 RECORD = "_safetynet_base_values"
@@ -303,20 +303,46 @@ def _check_rewritten(as_trained: Tensor, rewritten: Tensor, files: AdapterFiles)
         )
 
 
+@contextmanager
+def _short_head(inner: Any, rows: Tensor) -> Iterator[bool]:
+    """Let a model give the logits of some tokens alone, where its head is a plain linear module.
+
+    The head is the largest matrix of a small prompt's pass. Gives whether it was shortened; a head that an
+    adapter is wrapped around is asked whole.
+    """
+    head = inner.get_output_embeddings()
+    if type(head) is not torch.nn.Linear or not isinstance(head.weight, torch.nn.Parameter):
+        yield False
+        return
+    short = torch.nn.Linear(head.in_features, len(rows), head.bias is not None, device="meta")
+    for name, parameter in head.named_parameters():
+        part = parameter.detach()[rows.to(parameter.device)]
+        setattr(short, name, torch.nn.Parameter(part, requires_grad=False))
+    inner.set_output_embeddings(short)
+    try:
+        yield True
+    finally:
+        inner.set_output_embeddings(head)
+
+
 @dataclass(frozen=True)
 class _Probe:
     """What tells a base model from another that differs in any module."""
 
     logits: Tensor
-    """(PROBE_TOKENS, vocabulary), through PROBE_LAYERS."""
+    """(PROBE_TOKENS, PROBE_ROWS), of tokens all over the vocabulary, through PROBE_LAYERS."""
     weights: dict[str, Tensor]
     """A few values of every parameter, by the base model's own names."""
 
     @classmethod
     def of(cls, model: Any) -> "_Probe":
         """Ask a model, whose adapter is off if it has one."""
-        with shortened(unwrapped(model), PROBE_LAYERS):
+        inner = unwrapped(model)
+        rows = inner.get_input_embeddings().weight.shape[0]
+        some = torch.arange(0, rows, max(1, rows // PROBE_ROWS))
+        with shortened(inner, PROBE_LAYERS), _short_head(inner, some) as short:
             logits = _logits(model)
+        logits = logits if short else logits[:, some.to(logits.device)]
         flat = ((name, p.detach().reshape(-1)) for name, p in base_parameters(model))
         return cls(logits, {name: p[:: max(1, len(p) // PROBE_VALUES)].clone() for name, p in flat})
 
