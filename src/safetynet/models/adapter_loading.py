@@ -166,10 +166,12 @@ def load(model: Any, files: AdapterFiles) -> list[BaseValue]:
     if model.active_peft_config.is_prompt_learning:
         missing, unexpected = list(saved.keys() - tensors.keys()), list(tensors.keys() - saved.keys())
     else:
-        absent = set(result.missing_keys)
-        # Tied modules share a tensor, of which one name is in the file.
-        loaded = {tensor.data_ptr() for n, tensor in model.state_dict().items() if n not in absent}
-        missing = [n for n, tensor in saved.items() if tensor.data_ptr() not in loaded and n not in tensors]
+        missing = [n for n in saved if n not in tensors]
+        if missing:
+            absent = set(result.missing_keys)
+            # Tied modules share a tensor, of which one name is in the file.
+            loaded = {tensor.data_ptr() for n, tensor in model.state_dict().items() if n not in absent}
+            missing = [n for n in missing if saved[n].data_ptr() not in loaded]
         unexpected = list(result.unexpected_keys)
     if missing or unexpected:
         restore(replaced)
@@ -235,6 +237,8 @@ def _check_patterns(model: Any, files: AdapterFiles) -> None:
     """Refuse patterns of ranks and scales that match no module: the default would decide in their place."""
     from peft.utils.other import get_pattern_key
 
+    if not (files.fields.get("alpha_pattern") or files.fields.get("rank_pattern")):
+        return
     whole = unwrapped(model)
     names = {
         name.replace(".base_layer", "") for name, _ in (*whole.named_modules(), *whole.named_parameters())

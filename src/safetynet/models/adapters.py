@@ -35,7 +35,7 @@ from safetynet.models.lora import factors, include_start, silent
 from safetynet.models.same_base import check_base
 
 log = logging.getLogger("safetynet")
-PROBE_TOKENS, PROBE_LAYERS, PROBE_ROWS, PROBE_VALUES = 4, 2, 256, 64
+PROBE_TOKENS, PROBE_LAYERS, PROBE_ROWS, PROBE_VALUES = 4, 1, 256, 64
 """Of the prompt, of the layers and of the head that tell a base, and of each parameter's values."""
 PROBE_TOLERANCE = 1e-3
 """Of the largest logit. The same modules compute the same numbers; what differs by more is another model."""
