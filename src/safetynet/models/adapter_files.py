@@ -160,14 +160,6 @@ def _fields(path: Path) -> dict[str, Any]:
             f"{path.parent}: its {CONFIG} says {in_words(base)[:40]!r} for base_model_name_or_path, which is "
             f"no name of a model. {again}"
         )
-    for name in SCALES:
-        value = values.get(name, 1)
-        whole = name in ("r", "rank")
-        if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
-            kind = "whole number" if whole else "number"
-            raise InputError(
-                f"{path.parent}: its {CONFIG} says {name}: {value!r}, which is no {kind}. {again}"
-            )
     return values
 
 
@@ -206,8 +198,9 @@ def _config(folder: Path, values: Mapping[str, Any]) -> Any:
             f"{folder}: its type {kind!r} is not known to the installed PEFT {peft.__version__}. Install "
             "the PEFT that made it, or save it as LoRA."
         )
-    known = {field.name for field in fields(PEFT_TYPE_TO_CONFIG_MAPPING[kind])}
-    unknown = [name for name, value in values.items() if name not in known | {"runtime_config"} and value]
+    known = {field.name: field.default for field in fields(PEFT_TYPE_TO_CONFIG_MAPPING[kind])}
+    _check_scales(folder, values, known)
+    unknown = [name for name, value in values.items() if name not in {*known, "runtime_config"} and value]
     if unknown:
         log.warning(
             "%s: PEFT %s does not know %s of its configuration, and acts as if that were not set. If it "
@@ -229,3 +222,17 @@ def _config(folder: Path, values: Mapping[str, Any]) -> Any:
             folder, CONFIG, name, getattr(config, name),
         )  # fmt: skip
     return config
+
+
+def _check_scales(folder: Path, values: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Refuse a field of strength that is no number; null is an answer where PEFT's own default is null."""
+    for name in SCALES:
+        value = values.get(name, 1)
+        if value is None and name in defaults and defaults[name] is None:
+            continue
+        whole = name in ("r", "rank")
+        if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
+            kind = "whole number" if whole else "number"
+            raise InputError(
+                f"{folder}: its {CONFIG} says {name}: {value!r}, which is no {kind}. Save the adapter again."
+            )
