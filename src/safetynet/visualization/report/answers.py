@@ -83,7 +83,7 @@ def answers(run: Contents) -> list[Answer]:
         try:
             answer = make(run)
         except (KeyError, ValueError, TypeError, IndexError):
-            command = f"safetynet {stage} {run.folder.name}" if not run.command(stage) else run.command(stage)
+            command = run.command(stage) or f"safetynet {stage} {run.argument}"
             text = "The table that holds the answer lacks a column, or was written by another version."
             found.append(Answer(key, question, "Not readable", text, "open", command=command))
             continue

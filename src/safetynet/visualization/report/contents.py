@@ -3,6 +3,7 @@
 In: a run directory. Out: its tables, its manifest, and what is missing or damaged, with what to do about it.
 """
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +38,7 @@ class Contents:
     """A run, as far as it can be read."""
 
     name: str
-    """{model}/{task}."""
+    """{model}/{task}, as the recipe calls them; the folder may have been renamed since."""
     folder: Path
     tables: Mapping[str, pd.DataFrame]
     manifest: Mapping[str, Any]
@@ -61,9 +62,24 @@ class Contents:
             found = found[key]
         return found
 
+    @property
+    def argument(self) -> str:
+        """The run folder as a command takes it: from here, or from where the run was made; else RUN.
+
+        Folders above those are nobody else's business, and a report is passed on.
+        """
+        folder = self.folder.absolute()
+        if folder.is_relative_to(Path.cwd()):
+            return str(folder.relative_to(Path.cwd()))
+        moved = str(folder) != self.manifest.get("folder")
+        begin = (self.manifest.get("paths") or {}).get("begin")
+        if moved or not begin:
+            return "RUN"
+        return os.path.relpath(folder, os.path.normpath(folder / begin))
+
     def missing(self) -> list[Missing]:
         """Stages whose tables are not there, and the command that makes each."""
-        names = {"run": "/".join((*self.folder.parts[-3:-2], self.name)), "recipe": "RECIPE.yaml"}
+        names = {"run": self.argument, "recipe": "RECIPE.yaml"}
         return [
             Missing(stage, what, command.format(**names))
             for stage, what, needed, command in STAGES
@@ -94,8 +110,15 @@ def read(run: Run) -> Contents:
             faults.append(f"tables/{path.name}: the table has no rows.")
         else:
             tables[path.stem] = table
-    name = "/".join(run.folder.parts[-2:])
-    return Contents(name, run.folder, tables, manifest, (*faults, *_lost(run, manifest)))
+    return Contents(_name(run), run.folder, tables, manifest, (*faults, *_lost(run, manifest)))
+
+
+def _name(run: Run) -> str:
+    try:
+        recipe = run.recorded_recipe
+    except InputError:  # of another version of SafetyNet, or none
+        return "/".join(run.folder.parts[-2:])
+    return f"{recipe.model_name}/{recipe.task}"
 
 
 def _lost(run: Run, manifest: Mapping[str, Any]) -> Iterator[str]:
