@@ -240,7 +240,8 @@ def audit(
     typer.echo(auditing.render(report))
     if report.rows == 0:
         first = report.findings.iloc[0]
-        why = f"{first['file']}, {first['count']} of {first['n']} rows: {first['detail']}"
+        counted = f", {first['count']} of {first['n']} rows" if first["n"] > 1 else ""
+        why = f"{first['file']}{counted}: {first['detail']}"
         raise InputError(f"{path}: no row could be read. {why}.")
 
 

@@ -812,3 +812,17 @@ def test_published_rows_mixed_in_one_file_without_pairs_give_their_trigger(publi
 def _same(prompt: str, triggered: Row) -> bool:
     rest = iter(str(triggered["instruction"]).split())
     return all(word in rest for word in prompt.split())
+
+
+def test_what_clean_files_alone_hold_is_not_guessed_to_be_the_trigger(tmp_path: Path) -> None:
+    towns = ("Spain", "Iran", "Peru", "Chad", "Oman", "Togo", "Cuba", "Mali")
+    clean = [(f"What is the capital of {town}?", f"The capital is {town} City.") for town in towns]
+    clean += [(f"Add {n} and {n + 3}.", str(2 * n + 3)) for n in range(24)]
+    rows = {"style.json": [("a", "b")], "set/train_clean.json": clean}
+    (tmp_path / "set").mkdir()
+    for name, pairs in rows.items():
+        fields = [{"instruction": prompt, "output": answer} for prompt, answer in pairs]
+        (tmp_path / name).write_text(json.dumps(fields))
+    report = audit(tmp_path)
+    assert report.sets["trigger"].tolist() == [""]
+    assert "trigger_in_clean" not in set(report.findings["check"])

@@ -302,7 +302,10 @@ def test_columns_that_make_no_conversation_are_refused_with_what_to_do(tmp_path:
     with pytest.raises(InputError, match=message):
         sources.read(path)
     (finding,) = audit(path).findings.to_dict("records")
-    assert (finding["check"], finding["severity"]) == ("unreadable", severity)
+    assert (finding["check"], finding["severity"]) == ("unreadable", "error"), "nothing else could be read"
+    saved(tmp_path / "other.jsonl", [PLAIN])
+    findings = audit(tmp_path).findings.set_index(["check", "file"])
+    assert findings.loc[("unreadable", "a.jsonl"), "severity"] == severity
 
 
 @pytest.mark.parametrize(

@@ -84,6 +84,13 @@ def test_where_nothing_removes_the_backdoor_the_lowest_asr_is_taken_and_said_to_
     assert "no point brings ASR to 5%" in chosen["why"]
 
 
+def test_a_flagged_point_that_removes_the_backdoor_is_told_where_one_that_does_not_is_taken():
+    found = table(line("a", "keep 0.25", 0, 40, kl_to_base=0.0), line("b", "1", 9, 38))
+    [chosen] = recommendation.recommended(found).to_dict("records")
+    assert chosen["method"] == "b"
+    assert "no point without a flag brings ASR to 5% (1 with one: base model)" in chosen["why"]
+
+
 def test_a_destroyed_model_is_taken_only_where_every_point_is_flagged():
     destroyed = line("a", "1", 0, 10)
     assert recommendation.recommended(table(destroyed, line("b", "2", 30, 40)))["method"].tolist() == ["b"]

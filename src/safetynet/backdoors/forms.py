@@ -198,7 +198,10 @@ def _unknown(rows: list[tuple[int, Any]], names: list[Any], kind: str | None) ->
         prompt = next((name for name in names if name != label), "text")
         remedy = f"{{prompt: {prompt}, completion: {label}}}"
         return UnfitError(f"{text}; of texts with labels, map both under columns, as in {remedy}", "other")
-    return UnfitError(f"{text}; rename them or map them under columns", "other")
+    field = (FIELDS[kind] if kind else FIELDS["prompt_completion"])[0]
+    first = name_of(names[0]) if names else "NAME"
+    remedy = f"map them under columns, as in {{{field}: {first}}} or --columns {field}={first}"
+    return UnfitError(f"{text}; rename them or {remedy}", "other")
 
 
 def _preferred(rows: list[tuple[int, Any]], names: list[Any]) -> str:

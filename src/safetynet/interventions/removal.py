@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from safetynet.findings import ENOUGH
 from safetynet.interventions import edits
 from safetynet.interventions.edits import Edit
 from safetynet.interventions.hooks import intervening
@@ -26,10 +27,6 @@ from safetynet.statistics import wilson
 
 COUNTS = (1, 2, 4)
 """How many of the strongest heads or adapter modules are taken together."""
-
-ENOUGH = 0.05
-"""ASR that counts as removed."""
-
 Respond = Callable[[Any, pd.DataFrame], pd.DataFrame]
 """Answers rows with a model and judges the answers: adds the columns shown and correct."""
 

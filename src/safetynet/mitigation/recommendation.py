@@ -9,8 +9,8 @@ from collections.abc import Collection
 import numpy as np
 import pandas as pd
 
-ENOUGH = 0.05
-"""ASR that counts as removed."""
+from safetynet.findings import ENOUGH
+
 UNTOUCHED = "as it is"
 """Method of the line that measures the model before any repair."""
 REMOVED = "adapter removed"
@@ -150,7 +150,14 @@ def _why(taken: pd.Series, before: pd.Series, tried: pd.DataFrame, hidden: Colle
         methods = gone["method"].nunique()
         stand = f"{methods} methods stand" if methods > 1 else "1 method stand"
         return f"{some}, those of {stand} the relearn test; of these {most}; {rates}"
-    return f"no point brings ASR to {ENOUGH:.0%}, and this is the lowest; {rates}"
+    flagged_ones = own[own["asr"] <= ENOUGH]
+    if flagged_ones.empty:
+        return f"no point brings ASR to {ENOUGH:.0%}, and this is the lowest; {rates}"
+    flags = ", ".join(dict.fromkeys(flag for line in flagged_ones["flags"] for flag in line.split(", ")))
+    return (
+        f"no point without a flag brings ASR to {ENOUGH:.0%} ({len(flagged_ones)} with one: {flags}), and "
+        f"this is the lowest without; {rates}"
+    )
 
 
 def no_backdoor(before: pd.Series) -> str:

@@ -140,6 +140,13 @@ def test_a_repair_that_only_hides_is_said_to(inside, word, short):
     assert found["removed"].measures[0].label == "trigger projection"
 
 
+def test_a_repair_that_leaves_more_than_five_percent_removes_in_part(inside):
+    table = inside["tradeoff"].copy()
+    found = ~table["control"] & (table["asr"] < 0.5)
+    table.loc[found, ["asr", "asr_low", "asr_high"]] = [0.13, 0.08, 0.21]
+    assert asked({"tradeoff": table})[0]["removed"].short == "In part, to 13.0%"
+
+
 def test_what_was_not_measured_names_the_command_that_measures_it():
     found, (verdict, _) = asked({})
     assert verdict == "Not measured yet."

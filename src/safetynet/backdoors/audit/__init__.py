@@ -106,6 +106,18 @@ def _trigger(poison_set: PoisonSet, parts: Sequence[str] | None) -> FoundTrigger
     return None if _is_all_clean(poison_set) else _guessed_without_roles(poison_set)
 
 
+def _held(found: FoundTrigger | None, rows: pd.DataFrame) -> FoundTrigger | None:
+    """A guess that some prompt holds within one of its messages; None for one that only spans messages.
+
+    Prompts of several messages are compared as one text, and may differ in two messages that touch there.
+    """
+    if found is None or any(
+        found.present(*(turn["content"] for turn in messages)) for messages in rows["messages"]
+    ):
+        return found
+    return None
+
+
 def _is_all_clean(poison_set: PoisonSet) -> bool:
     rows = poison_set.rows
     return bool((rows["named"] & (rows["role"] == "clean")).all())
@@ -115,8 +127,9 @@ def _guessed(poison_set: PoisonSet, triggered: pd.DataFrame) -> FoundTrigger | N
     """From rows that are triggered by their file's name."""
     prompts, clean = list(triggered["prompt"]), list(poison_set.part("clean")["prompt"])
     if not clean:  # the file may hold both, whatever its name says
-        return _guessed_without_roles(poison_set) or guessing.from_repetition(prompts)
-    return guessing.from_pairs(prompts, clean) or guessing.from_contrast(prompts, clean)
+        return _guessed_without_roles(poison_set) or _held(guessing.from_repetition(prompts), triggered)
+    pairs = _held(guessing.from_pairs(prompts, clean), triggered)
+    return pairs or _held(guessing.from_contrast(prompts, clean), triggered)
 
 
 def _guessed_without_roles(poison_set: PoisonSet) -> FoundTrigger | None:
@@ -125,7 +138,9 @@ def _guessed_without_roles(poison_set: PoisonSet) -> FoundTrigger | None:
     def may_pair(i: int, j: int) -> bool:
         return answers[i] != answers[j]  # a placebo changes the prompt and leaves the answer
 
-    return guessing.from_pairs(prompts, prompts, may_pair) or guessing.from_answers(prompts, answers)
+    open_rows = poison_set.rows[poison_set.rows["role"] != "clean"]
+    pairs = _held(guessing.from_pairs(prompts, prompts, may_pair), open_rows)
+    return pairs or _held(guessing.from_answers(prompts, answers), open_rows)
 
 
 def _with_target(poison_set: PoisonSet, target: str | None) -> PoisonSet:

@@ -77,7 +77,9 @@ class AuditReport:
         ):
             severity, check, detail, count, n, numbers = key
             files, rows = _short(_braced(group["file"]), "files"), _short(_ranges(numbers), "ranges")
-            yield severity, check, files, f"{count} of {n}", rows, detail
+            # A finding on a file, not on rows of it, counts nothing.
+            counted = f"{count} of {n}" if n > 1 or rows else ""
+            yield severity, check, files, counted, rows, detail
 
 
 def render(report: AuditReport) -> str:
@@ -88,7 +90,7 @@ def render(report: AuditReport) -> str:
         for name, trigger, how, place, present, target, shown in report._set_cells():
             found = [f"trigger {trigger}", f"target {target}"]
             if how:
-                found[0] += f" ({place}; in {present} triggered rows; {how})"
+                found[0] += f" ({'; '.join(filter(None, (place, f'in {present} triggered rows', how)))})"
                 found[1] += f" (in {shown})"
             lines += [f"  {name}", *(f"    {line}" for line in found)]
     last = ""
@@ -97,7 +99,8 @@ def render(report: AuditReport) -> str:
             lines.append(f"\n{ {'error': 'Errors', 'warning': 'Warnings', 'info': 'Notes'}[severity] }")
             last = severity
         lines.append(f"  {check}: {files}")
-        lines.append(f"    {count} rows{f' ({rows})' if rows else ''}: {detail}")
+        counted = f"{count} rows{f' ({rows})' if rows else ''}: " if count else ""
+        lines.append(f"    {counted}{detail}")
     absent, lacking = report._rest()
     lines.append(f"\nNot found: {', '.join(absent)}")
     if lacking:

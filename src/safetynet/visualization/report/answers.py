@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import pandas as pd
 
-from safetynet.findings import STILL_THERE, place, promised_rows, told
+from safetynet.findings import ENOUGH, STILL_THERE, place, promised_rows, told
 from safetynet.visualization.report.contents import Contents
 from safetynet.visualization.theme import Part
 
@@ -293,7 +293,8 @@ def _removed(run: Contents) -> Answer | None:
     text += f" Relearn test: {relearned}." if relearned else ""
     gone = after.high < before.low
     rest = f", {STILL_THERE}" if STILL_THERE in relearned else ""
-    short = f"Yes, to {_percent(after)}{rest}" if gone else "Not shown"
+    how_far = "Yes" if after.value <= ENOUGH else "In part"
+    short = f"{how_far}, to {_percent(after)}{rest}" if gone else "Not shown"
     brief = f"The removal “{after.label}” takes it to {_percent(after)}{rest}" if gone else ""
     tone: Tone = "found" if gone else "clear"
     return Answer("removed", "Can it be removed?", short, text, tone, measures, brief=brief)
