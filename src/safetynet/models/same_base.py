@@ -27,12 +27,10 @@ def check_base(files: AdapterFiles, base: "LoadedModel", same_base: bool) -> Non
     Raises:
         InputError: naming both, and what to do.
     """
-    if same_base:
-        return
-    if files.base is None:
+    if files.base is None and not same_base:
         log.warning("%s: the adapter names no base model; it is taken for one of %s.", files.folder, base.id)
         return
-    if _same_name(files.base, base.id):
+    if files.base is None or _same_name(files.base, base.id):
         return
     other, here = _at_hand(files.base, files.folder), _at_hand(base.id, Path())
     if other is not None and here is not None and _same_weights(other, here):
@@ -40,12 +38,21 @@ def check_base(files: AdapterFiles, base: "LoadedModel", same_base: bool) -> Non
             "%s: it calls its base %s, whose weights are those of %s.", files.folder, files.base, base.id
         )
         return
+    known = other is not None and here is not None
+    if same_base:
+        if known:
+            log.warning(
+                "%s: it was trained on %s, whose weights are not those of %s. As asked for, it is taken for an "
+                "adapter of the latter.",
+                files.folder, files.base, base.id,
+            )  # fmt: skip
+        return
     hint = (
-        ", whose weights are others. Set model.id to its base."
-        if other is not None and here is not None
+        ", whose weights are others. Take a run whose model.id is its base."
+        if known
         else (
-            ". Set model.id to its base. Or is it the same model under another name? Its weights are not "
-            "here to compare: if so, say --same-base (in Python same_base=True)."
+            ". Take a run whose model.id is its base. Or is it the same model under another name? Its weights "
+            "are not here to compare: if so, say --same-base (in Python same_base=True)."
         )
     )
     raise InputError(f"{files.folder}: this adapter was trained on {files.base}, not on {base.id}{hint}")

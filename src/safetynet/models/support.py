@@ -177,7 +177,8 @@ def check(config: Any, stage: Stage) -> None:
         )
     for kind in KINDS:
         if stage in kind.refused and kind.has(config):
-            raise InputError(f"adapter: {kind.name}: {stage} is refused, since {kind.refused[stage]}.")
+            own = config.peft_type.value if config.peft_type.value in IN_PLACE else kind.name
+            raise InputError(f"adapter: {own}: {stage} is refused, since {kind.refused[stage]}.")
 
 
 def check_model(model: Any, stage: Stage) -> None:

@@ -268,7 +268,7 @@ def markdown(run: Contents) -> str:
     if "audit" in run.tables:
         audit = run.tables["audit"].drop(columns=["rows"], errors="ignore")
         lines += ["", "## What the audit found in the data", "", *table_lines(audit)]
-    if gaps := [*run.faults, *(f"No {one.what}: {one.command}" for one in run.missing())]:
+    if gaps := [*run.faults, *(f"Not measured: {one.what}: `{one.command}`" for one in run.missing())]:
         lines += ["", "## What is missing", "", *(f"- {gap}" for gap in gaps)]
     lines += ["", "## Made by", "", *table_lines(stages(run))]
     return "\n".join(lines) + "\n"
