@@ -693,7 +693,7 @@ def test_a_trigger_that_the_template_drops_is_reported(tmp_path):
 
 
 def test_without_a_tokenizer_the_report_says_that_survival_was_not_looked_for(tmp_path):
-    assert "trigger_lost_template (needs a tokenizer)" in render(audited(tmp_path, sound_set()))
+    assert "trigger_lost_template (needs a tokenizer: --family)" in render(audited(tmp_path, sound_set()))
 
 
 # ---- how a report reads ----

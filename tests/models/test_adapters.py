@@ -292,7 +292,9 @@ def test_two_tensors_for_one_place_and_numbers_among_the_tensors_are_refused(fol
 def test_a_base_of_another_name_is_taken_only_if_the_user_says_so(name: str, folder: Path) -> None:
     variants.configured(folder, base_model_name_or_path=name)
     base = base_of()
-    with pytest.raises(InputError, match=r"not on .*qwen\. Take a run whose model\.id is its base\. .* --same-base"):
+    with pytest.raises(
+        InputError, match=r"not on .*qwen\. Take a run whose model\.id is its base\. .* --same-base"
+    ):
         adapters.attach(base, folder)
     adapters.attach(base, folder, same_base=True)
 
@@ -314,7 +316,9 @@ def test_a_moved_base_is_known_by_its_weights(dtype: torch.dtype, folder: Path, 
     adapters.detach(adapters.attach(base_of(), folder))
     model.model.norm.weight.data *= 1.1
     model.save_pretrained(moved)
-    with pytest.raises(InputError, match=r"whose weights are others\. Take a run whose model\.id is its base"):
+    with pytest.raises(
+        InputError, match=r"whose weights are others\. Take a run whose model\.id is its base"
+    ):
         adapters.attach(base_of(), folder)
 
 

@@ -163,13 +163,14 @@ def load(model: Any, files: AdapterFiles) -> list[BaseValue]:
     except (RuntimeError, ValueError) as error:
         restore(replaced)
         other = sorted(n for n in tensors.keys() & saved.keys() if tensors[n].shape != saved[n].shape)
+        reason: Exception = error
         if other:
             sizes = " and ".join(str(tuple(found[other[0]].shape)) for found in (tensors, saved))
-            error = ValueError(
+            reason = ValueError(
                 f"size mismatch of {len(other)} of its {len(tensors)} tensors, as of {other[0]}: {sizes}. "
                 "It is of another base"
             )
-        raise _does_not_fit(files, unwrapped(model), error) from None
+        raise _does_not_fit(files, unwrapped(model), reason) from None
     if model.active_peft_config.is_prompt_learning:
         missing, unexpected = list(saved.keys() - tensors.keys()), list(tensors.keys() - saved.keys())
     else:

@@ -42,8 +42,8 @@ def check_base(files: AdapterFiles, base: "LoadedModel", same_base: bool) -> Non
     if same_base:
         if known:
             log.warning(
-                "%s: it was trained on %s, whose weights are not those of %s. As asked for, it is taken for an "
-                "adapter of the latter.",
+                "%s: it was trained on %s, whose weights are not those of %s. As asked for, it is taken for "
+                "an adapter of the latter.",
                 files.folder, files.base, base.id,
             )  # fmt: skip
         return
@@ -51,8 +51,8 @@ def check_base(files: AdapterFiles, base: "LoadedModel", same_base: bool) -> Non
         ", whose weights are others. Take a run whose model.id is its base."
         if known
         else (
-            ". Take a run whose model.id is its base. Or is it the same model under another name? Its weights "
-            "are not here to compare: if so, say --same-base (in Python same_base=True)."
+            ". Take a run whose model.id is its base. Or is it the same model under another name? Its "
+            "weights are not here to compare: if so, say --same-base (in Python same_base=True)."
         )
     )
     raise InputError(f"{files.folder}: this adapter was trained on {files.base}, not on {base.id}{hint}")

@@ -10,7 +10,7 @@ SEVERITIES = ("error", "warning", "info")
 FILES, SPLITS = "several files", "training and test rows"
 TRIGGERED, CLEAN, NAMED = "triggered rows", "clean rows", "files named triggered"
 TRIGGER, TARGET = "a trigger", "a target"
-TOKENIZER, LIMIT = "a tokenizer", "a length limit"
+TOKENIZER, LIMIT = "a tokenizer: --family", "a length limit: --max-length"
 CHECKS: dict[str, tuple[str, tuple[str, ...]]] = {  # name: what it looks for, and what it needs for that
     "unreadable": ("files that cannot be read as conversations", ()),
     "missing_field": ("rows without a field they need", ()),
