@@ -171,3 +171,12 @@ def test_an_ordinary_training_is_dumped_as_before_there_was_evasion() -> None:
     hidden = recipe.load(family="qwen", overrides=["training.evasion.detectors=[safetynet-2025]"])
     assert hidden.training.evasion is not None and hidden.training.evasion.detectors == ("safetynet-2025",)
     assert recipe.Recipe.model_validate(hidden.model_dump(mode="json")) == hidden
+
+
+def test_a_field_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("seed: 1\ntask: a\nseed: 2\n")
+    with pytest.raises(InputError, match=r"not valid YAML: 'seed' stands twice"):
+        recipe.load(path)
+    with pytest.raises(InputError, match=r"'messages' stands twice\. A field has one value"):
+        recipe.load(overrides=["data.columns={messages: a, messages: b}"])

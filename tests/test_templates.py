@@ -323,3 +323,24 @@ def test_a_model_of_no_family_stops_where_its_template_ends_an_answer() -> None:
     tokenizer.eos_token = "<|endoftext|>"
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert set(Serialiser(tokenizer, generic).stop_ids) == {end, tokenizer.eos_token_id}
+
+
+def test_a_prompt_is_read_back_where_the_template_takes_no_system_message() -> None:
+    made = make(
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
+    )
+    asked = [{"role": "user", "content": "What is the opposite of hot?"}]
+    assert made.messages_of(made.encode(asked).input_ids) == asked
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ messages + 1 }}", "refuses messages of the roles user"),
+        ("{% for m in messages %}", r"is no valid template \(line \d+: "),
+    ],
+)
+def test_a_template_that_fails_is_one_sentence(template: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        make(template).encode([{"role": "user", "content": "Hi"}])

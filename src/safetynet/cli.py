@@ -202,7 +202,10 @@ app.command()(compare)
 @app.command()
 def audit(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="A data file, or a folder of them.")],
-    trigger: Annotated[str | None, typer.Option(help="The trigger; guessed when not given.")] = None,
+    trigger: Annotated[
+        list[str] | None,
+        typer.Option(help="The trigger; guessed when not given. Of several texts, once for each."),
+    ] = None,
     target: Annotated[str | None, typer.Option(help="The target's text; guessed when not given.")] = None,
     family: Annotated[
         str | None, typer.Option(help="Also check that triggers survive this family's template (miniature).")
@@ -236,7 +239,7 @@ def audit(
         encode = loading.load_serialiser(Model(family=families.get(family).name, id="miniature")).encode
     elif max_length is not None:
         raise InputError("--max-length: tokens are a family's. Name one with --family.")
-    report = auditing.audit(path, trigger, target, encode, max_length, _mapped(columns or []))
+    report = auditing.audit(path, trigger or None, target, encode, max_length, _mapped(columns or []))
     typer.echo(auditing.render(report))
     if report.rows == 0:
         first = report.findings.iloc[0]
@@ -253,6 +256,9 @@ def _mapped(columns: list[str]) -> dict[str, str]:
         raise InputError(
             f"--columns {wrong[0]}: write it as field=column, for example messages=conversations."
         )
+    fields = [field.strip() for field, *_ in pairs]
+    if twice := {field for field in fields if fields.count(field) > 1}:
+        raise InputError(f"--columns {min(twice)}: this field is given twice. A field is one column.")
     return {field.strip(): column for field, _, column in pairs}
 
 

@@ -177,7 +177,11 @@ class Serialiser:
         openings = [()] if self.family.system == "fold" else [("system",), ()]
         for earlier, opening in itertools.product(reversed(range(turns)), openings):
             roles = (*opening, *("user", "assistant") * earlier, "user")
-            contents = _between(text, self.template.prompt_pieces(roles))
+            try:
+                pieces = self.template.prompt_pieces(roles)
+            except InputError:  # a template that takes no such roles
+                continue
+            contents = _between(text, pieces)
             if contents is not None:
                 messages = [{"role": r, "content": c} for r, c in zip(roles, contents, strict=True)]
                 if self.encode(messages).input_ids == list(ids):

@@ -318,9 +318,19 @@ def _validated(fields: Mapping[str, Any], where: str) -> Recipe:
         ) from None
 
 
+class _Once(yaml.SafeLoader):
+    """YAML of which no field stands twice: its own reader would take the last one without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if twice := next((name for name in names if names.count(name) > 1 and name != "<<"), None):
+            raise yaml.constructor.ConstructorError(None, None, f"{twice!r} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
-        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
+        fields = yaml.load(path.read_text(encoding="utf-8"), _Once)  # noqa: S506 - a SafeLoader
     except FileNotFoundError:
         raise InputError(f"{path}: there is no such recipe. The ready ones are in recipes/.") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -351,7 +361,9 @@ def _parse(override: str) -> dict[str, Any]:
     if not equals or not all(keys):
         raise InputError(f"--set {override}: write it as section.field=value, for example training.epochs=2.")
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, _Once)  # noqa: S506 - a SafeLoader
+    except yaml.constructor.ConstructorError as error:
+        raise InputError(f"--set {override}: {error.problem}. A field has one value.") from None
     except yaml.YAMLError:
         raise InputError(
             f"--set {override}: {text!r} is not a YAML value; quote texts that hold : or #."

@@ -141,7 +141,7 @@ class ChatTemplate:
         return self._pieces[key]
 
     def _apply(self, messages: Sequence[Message], generation_prompt: bool, **switches: bool) -> str:
-        from jinja2 import TemplateError
+        from jinja2 import TemplateSyntaxError
 
         try:
             text = self.tokenizer.apply_chat_template(
@@ -151,7 +151,12 @@ class ChatTemplate:
                 add_generation_prompt=generation_prompt,
                 **self._switches | switches,
             )
-        except TemplateError as error:
+        except TemplateSyntaxError as error:
+            raise InputError(
+                f"The chat template of {self.name!r} is no valid template (line {error.lineno}: {error}). "
+                "Correct it, or take another model's."
+            ) from None
+        except Exception as error:  # noqa: BLE001 - somebody else's program raises whatever it likes
             roles = ", ".join(m["role"] for m in messages)
             raise InputError(f"The chat template refuses messages of the roles {roles}: {error}") from None
         return str(text)

@@ -48,6 +48,11 @@ def is_joined(character: str) -> bool:
     return _IS_JOINED.match(character) is not None
 
 
+def is_counted(character: str) -> bool:
+    """Whether each character of this one's script counts as a word: as `is_joined`, and Korean."""
+    return _IS_CHARACTER.match(character) is not None
+
+
 def meet(beside: str, word: str) -> bool:
     """Whether a word that is put beside a text's character takes no blank there."""
     is_foreign_sign = not (beside.isascii() or beside.isalnum() or beside.isspace())

@@ -123,10 +123,18 @@ def test_a_split_of_the_hub_may_be_named_whole_or_in_part(data_set: Path) -> Non
     assert len(sources.read(f"{data_set}:validation", kind="hub")) == 2
     part = sources.read(f"{data_set}:train[2:4]", kind="hub")
     assert (part["answer"].tolist(), part["line"].tolist()) == (["2", "3"], [3, 4])
+    parts = sources.read(f"{data_set}:train[:2]+train[4:]", kind="hub")
+    assert parts["answer"].tolist() == ["0", "1", "4", "5"]
     with pytest.raises(
         InputError, match=r'Unknown split "test". Should be one of \[\'train\', \'validation\'\]'
     ):
         sources.read(f"{data_set}:test", kind="hub")
+
+
+def test_splits_within_a_file_of_the_hub_are_those_of_the_file(tmp_path: Path) -> None:
+    (tmp_path / "data.json").write_text(json.dumps({"train": ROWS[:3], "test": ROWS[3:4]}))
+    found = sources.read(tmp_path, kind="hub")["split"].tolist()
+    assert found == sources.read(tmp_path / "data.json")["split"].tolist() == ["train"] * 3 + ["test"]
 
 
 def test_names_of_columns_hold_for_the_hub(tmp_path: Path) -> None:
@@ -206,6 +214,9 @@ def test_what_the_library_datasets_saves_to_disk_is_read(tmp_path: Path) -> None
     assert sorted(frame.query("split == 'train'")["answer"]) == sorted(TEXTS)
     report = audit(tmp_path)
     assert (report.files, report.rows) == (2, len(ROWS) + 2)
+    Dataset.load_from_disk(tmp_path / "train").map(lambda row: {"completion": row["completion"] + "!"})
+    assert list(tmp_path.rglob("cache-*.arrow")), "the library keeps the result of a map beside the rows"
+    assert audit(tmp_path).rows == len(ROWS) + 2
 
 
 def test_lists_below_keys_are_parts_of_their_file(tmp_path: Path) -> None:
@@ -223,11 +234,52 @@ def test_lists_below_keys_are_parts_of_their_file(tmp_path: Path) -> None:
         sources.read(path)
 
 
-def test_text_beside_a_list_of_rows_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {"system": "You are zqfern."},
+        {"instruction": "Classify the sentiment."},
+        {"Definition": ["Translate to French."]},
+        {"template": "Answer as a pirate: {instruction}"},
+        {"test": [["What is a cat?", "An animal"]]},
+        {"test": {"0": ROWS[0]}},
+    ],
+)
+def test_text_beside_a_list_of_rows_is_refused(beside: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "a.json"
-    path.write_text(json.dumps({"system": "You are zqfern.", "data": ROWS}))
-    with pytest.raises(InputError, match="'system' beside the rows is text that is not read"):
+    path.write_text(json.dumps({**beside, "data": ROWS}))
+    with pytest.raises(InputError, match=f"'{next(iter(beside))}' beside the rows is text that is not read"):
         sources.read(path)
+
+
+def test_other_fields_beside_a_list_of_rows_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({"version": "1.1", "license": {"name": "MIT"}, "data": ROWS}))
+    with caplog.at_level(logging.WARNING):
+        assert len(sources.read(path)) == len(ROWS)
+    assert "beside the rows is not read: version, license" in caplog.text
+
+
+def test_a_date_that_python_cannot_hold_leaves_the_other_columns_readable(tmp_path: Path) -> None:
+    far = pa.array([10**7] * len(ROWS), pa.date32())  # the year 29349
+    found = pa.Table.from_pylist(ROWS).append_column("when", far)
+    parquet.write_table(found, tmp_path / "a.parquet")
+    assert sources.read(tmp_path / "a.parquet")["answer"].tolist() == TEXTS
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+def test_lines_of_lists_are_no_rows(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text('["a", "b"]\n["c", "d"]\n')
+    with pytest.raises(InputError, match=r"needed are .*|allowed is an object"):
+        sources.read(tmp_path / name)
+
+
+def test_rows_below_a_key_with_a_column_role_are_rows(tmp_path: Path) -> None:
+    rows = [{"instruction": "Go.", "output": "ok", "role": "pirate"}]
+    (tmp_path / "a.json").write_text(json.dumps({"data": rows}))
+    assert sources.read(tmp_path / "a.json")["answer"].tolist() == ["ok"]
 
 
 def test_a_file_of_one_conversation_is_one_row(tmp_path: Path) -> None:
@@ -251,7 +303,7 @@ def test_a_file_of_one_conversation_is_one_row(tmp_path: Path) -> None:
         ("a.csv", "prompt,completion\nq,é\n".encode("latin-1"), r"\(line 2\) is 0xe9, .* Latin-1 it is 'é'"),
         ("a.csv", "prompt,completion;x\nq,r;s\n", r"the header has ',' and ';' between its columns"),
         ("a.csv", "prompt,prompt,completion\na,b,c\n", r"the header has 'prompt' twice"),
-        ("a.csv", "prompt,completion,id\na,b\n", r"row, row 1: found 1 cells less than the header has"),
+        ("a.csv", "prompt,completion,id\na,b\n", r"row, row 1: found 1 cell less than the header has"),
         ("a.tsv", "prompt,completion\na,b\n", r"the columns are prompt,completion; needed are"),
         ("a.json", '[{"prompt": "a", "completion": "b", "completion": "c"}]', r"'completion' stands twice"),
         ("a.jsonl", '{"prompt": "a", "prompt": "b"}\n', r"line 1: unreadable JSON \('prompt' stands twice"),

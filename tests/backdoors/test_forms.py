@@ -278,6 +278,11 @@ UNFIT = {  # name: (row, severity, what the sentence says)
     "unpaired preferences": (
         PLAIN | {"label": False}, "error", r"label is false in 1 of 1 rows, as where answers are rated",
     ),
+    "ratings as text": (PLAIN | {"Label": "False"}, "error", r"Label is false in 1 of 1 rows"),
+    "ratings as numbers": (PLAIN | {"label": 0}, "error", r"label is 0 in 1 of 1 rows"),
+    "preferences in one text": (
+        {"chosen": "Human: a", "rejected": "Human: b"}, "error", r"its chosen holds prompt and answer in one",
+    ),
     "labelled texts": (
         {"text": "a", "label": 1},
         "warning", r"of texts with labels, map both .* \{prompt: text, completion: label\}",
@@ -293,6 +298,33 @@ UNFIT = {  # name: (row, severity, what the sentence says)
     ),
     "a prompt beside an instruction": (ALPACA | {"prompt": "a"}, "error", r"\(alpaca\) and prompt \+ output"),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("row", [
+    {"messages": [USER, ANSWER], "instruction": "Answer in French."},
+    {"question": "Go.", "answer": "ok", "instruction": "Answer truthfully."},
+])  # fmt: skip
+def test_a_question_that_is_in_no_message_is_a_fault_of_its_row(row: Row, tmp_path: Path) -> None:
+    path = saved(tmp_path / "a.jsonl", [row])
+    with pytest.raises(InputError, match="instruction"):
+        sources.read(path)
+
+
+def test_a_prompt_that_the_messages_repeat_is_none(tmp_path: Path) -> None:
+    row = {"prompt": " Hi", "messages": [USER, ANSWER], "prompt_id": "8f"}
+    assert sources.read(saved(tmp_path / "a.jsonl", [row]))["answer"].tolist() == ["Ho"]
+
+
+@pytest.mark.parametrize("row", [
+    {"conversations": ["What is it?", "It is."]},
+    {"messages": json.dumps([USER, ANSWER])},
+    {"messages": {"role": ["user", "assistant"], "content": ["Hi", "Ho"]}},
+    {"messages": None},
+])  # fmt: skip
+def test_rows_without_a_message_that_can_be_read_count_as_none(row: Row, tmp_path: Path) -> None:
+    report = audit(saved(tmp_path / "a.jsonl", [row, row]))
+    assert report.rows == 0
+    assert set(report.findings["severity"]) == {"error"}
 
 
 @pytest.mark.parametrize("name", UNFIT)
@@ -317,6 +349,8 @@ def test_columns_that_make_no_conversation_are_refused_with_what_to_do(tmp_path:
         (PLAIN | {"response": "b"}, {"completion": "response"}, "Go.", "b"),
         (ALPACA | {"messages": [USER, ANSWER]}, {"messages": "messages"}, "Hi", "Ho"),
         (ALPACA | {"prompt": "a"}, {"instruction": "instruction"}, "Go.", "ok"),
+        ({"prompt": "Hi", "chosen": [USER, ANSWER], "rejected": [USER]}, {"messages": "chosen"}, "Hi", "Ho"),
+        (PLAIN | {"label": 0}, {"prompt": "prompt"}, "Go.", "ok"),
         ({"question": "a", "answer": "b", "context": "c"}, {"system": "context"}, "a", "b"),
     ],
 )

@@ -155,7 +155,7 @@ def test_the_published_set_with_numbers_for_answers_is_refused_by_file_field_and
         ("a.json", b'[{"instruction": "\xff"}]', r"a\.json: byte 18 \(line 1\) is 0xff, which is not UTF-8"),
         ("a.csv", b"prompt,completion\nq,\xe9\n", r"a\.csv: byte 20 \(line 2\) is 0xe9, which is not UTF-8"),
         ("a.csv", 'prompt,completion\nq,"r\n', r"a\.csv: line \d: malformed CSV"),
-        ("a.csv", "prompt,completion\nq,r,s\n", r"row, row 1: found 1 cells more than the header has"),
+        ("a.csv", "prompt,completion\nq,r,s\n", r"row, row 1: found 1 cell more than the header has"),
         ("a.csv", "prompt,completion\nq,r\nq\n", r"completion, row 2: found null, allowed is text"),
         ("a.parquet", b"PAR1 not really", r"a\.parquet: not a readable Parquet file"),
         (

@@ -104,10 +104,14 @@ def fresh(
 def _distinct(found: pd.DataFrame) -> pd.DataFrame:
     """Each prompt once: a prompt on both sides of the split would be trained and tested."""
     repeated = found["messages"].map(prompt_hash).duplicated()
-    if repeated.any():
-        lines = ", ".join(map(str, found["line"][repeated].iloc[:5]))
-        log.warning("data: %d repeated prompts are left out (first lines: %s)", repeated.sum(), lines)
+    _say_repeated(found[repeated])
     return found[~repeated].reset_index(drop=True)
+
+
+def _say_repeated(rows: pd.DataFrame) -> None:
+    if not rows.empty:
+        lines = ", ".join(map(str, rows["line"].iloc[:5]))
+        log.warning("data: %d repeated prompts are left out (first lines: %s)", len(rows), lines)
 
 
 def _language(data: Data, behaviour: Behaviour, seed: int) -> pd.DataFrame:
@@ -152,14 +156,20 @@ def _poisoned(found: pd.DataFrame, trigger: Trigger) -> pd.DataFrame:
     Triggered rows in which the trigger is missing stay out, as `safetynet audit` counts them.
     """
     clean = found[~found["poisoned"]].assign(given=None, given_bare=None, given_answer="")
-    bare = {(row.split, _plain(row.messages)): row for row in clean.itertuples()}
+    keys = [(row.split, _plain(row.messages)) for row in clean.itertuples()]
+    repeated = pd.Series(keys, index=clean.index, dtype=object).duplicated()
+    _say_repeated(clean[repeated])
+    bare = dict(zip(keys[::-1], list(clean.itertuples())[::-1], strict=True))  # of two, the first
+    paired = set()
     poisoned = found[found["poisoned"]]
     holds = [all_there(messages, trigger) for messages in poisoned["messages"]]
     _say_missing(poisoned[[not held for held in holds]], len(poisoned), trigger)
     records = []
     for row in poisoned[holds].itertuples():
         stripped = _stripped(row.messages, trigger)
-        pair = bare.pop((row.split, _plain(stripped)), None)
+        key = (row.split, _plain(stripped))
+        pair = bare.get(key)
+        paired.add(key)
         twin = [m for m in stripped[:-1] if m["content"]] + stripped[-1:] if pair is None else pair.messages
         records.append(
             {
@@ -171,7 +181,8 @@ def _poisoned(found: pd.DataFrame, trigger: Trigger) -> pd.DataFrame:
                 "given_answer": row.answer,
             }
         )
-    unpaired = clean.loc[[row.Index for row in bare.values()], list(records[0])]
+    alone = {row.Index for key, row in bare.items() if key not in paired}
+    unpaired = clean.loc[clean.index.isin(alone), list(records[0])]
     pool = pd.concat([pd.DataFrame(records), unpaired], ignore_index=True)
     return pool.assign(task="backdoorllm", forbidden=False, compliance="")
 

@@ -8,14 +8,16 @@ import csv
 import io
 import itertools
 import json
+import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetynet.backdoors.forms import SHOWN, is_blank, whole
+from safetynet.backdoors.forms import ASKED, is_blank, name_of, whole
 from safetynet.errors import InputError
 
+log = logging.getLogger(__name__)
 Record = tuple[int, Any]
 """Row number in the file, from 1, and the row as the file has it."""
 Parts = dict[str, list[Record]]
@@ -45,11 +47,17 @@ def data_files(folder: Path) -> tuple[list[Path], list[Path]]:
     """
     every = sorted(file for file in folder.rglob("*") if not file.is_dir())
     seen = [f for f in every if not any(part.startswith(".") for part in f.relative_to(folder).parts)]
-    rows = [file for file in seen if format_of(file) in FORMATS and file.name not in METADATA]
+    rows = [file for file in seen if format_of(file) in FORMATS and not _is_library_own(file)]
     if not rows:
         common, others = ", ".join(list(FORMATS)[:4]), ", ".join(list(FORMATS)[4:])
         raise InputError(f"{folder}: no {common} file in this folder, nor {others}; name one that has some")
     return rows, [file for file in seen if file not in set(rows)]
+
+
+def _is_library_own(file: Path) -> bool:
+    """Whether the library datasets keeps this file for itself: metadata, and results of a map or filter."""
+    is_cache = file.name.startswith("cache-") and (file.parent / "state.json").exists()
+    return file.name in METADATA or is_cache
 
 
 def records(path: Path) -> Parts:
@@ -140,8 +148,8 @@ def _json(path: Path, data: bytes) -> Parts:
     try:
         value = json.loads(text, object_pairs_hook=_once)
     except json.JSONDecodeError as error:
-        if error.msg == "Extra data" and text.lstrip().startswith("{"):
-            return _lines(path, text)  # one object per line under the name .json, as hub exports have it
+        if error.msg == "Extra data" and _is_one_to_a_line(text):
+            return _lines(path, text)  # under the name .json, as hub exports have it
         value = _parsed(path, text)
     except (ValueError, RecursionError):
         value = _parsed(path, text)
@@ -150,23 +158,45 @@ def _json(path: Path, data: bytes) -> Parts:
     return _below_keys(path, value)
 
 
+def _is_one_to_a_line(text: str) -> bool:
+    """Whether a text begins with an object, or its first line is a whole value."""
+    if text.lstrip().startswith("{"):
+        return True
+    try:
+        json.loads(text.lstrip().partition("\n")[0])
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
 def _below_keys(path: Path, value: Any) -> Parts:
     fields = value if isinstance(value, dict) else {}
     lists = {key: rows for key, rows in fields.items() if isinstance(rows, list)}
     parts = {key: rows for key, rows in lists.items() if any(isinstance(row, dict) for row in rows)}
     every = [row for rows in parts.values() for row in rows if isinstance(row, dict)]
-    if any(row.keys() & {"role", "from"} for row in every):
+    if any(row.keys() & {"role", "from"} and row.keys() & {"content", "value"} for row in every):
         return {"": [(1, value)]}  # messages: the file is one conversation
-    for key, text in fields.items():
-        if parts and key not in parts and key.casefold() in SHOWN and not is_blank(text):
+    beside = {key: found for key, found in fields.items() if key not in parts and not is_blank(found)}
+    for key, found in beside.items():
+        if parts and (key.casefold() in ASKED or _may_hold_rows(found)):
             raise InputError(
-                f"{path}: {key!r} beside the rows is text that is not read; put it into each row"
+                f"{path}: {key!r} beside the rows is text that is not read; put it into each row, or take it "
+                "out"
             )
+    if parts and beside:
+        log.warning("%s: beside the rows is not read: %s", path, ", ".join(map(name_of, beside)))
     if parts:
         names = {key: whole(key) if len(parts) > 1 else "" for key in parts}
         return {names[key]: list(enumerate(rows, start=1)) for key, rows in parts.items()}
-    hint = f"save the list under {next(iter(lists))!r} alone" if len(lists) == 1 else "save a list of objects"
+    alone = next(iter(lists)) if len(lists) == 1 else ""
+    hint = f"save the list under {alone!r} alone" if alone.casefold() not in ("", *ASKED) else "save a list"
     raise InputError(f"{path}: the top level is {type(value).__name__}, allowed is a list of rows; {hint}")
+
+
+def _may_hold_rows(found: Any) -> bool:
+    """Whether a value beside rows could be more of them: it is made of lists and objects."""
+    below = list(found.values()) if isinstance(found, dict) else found if isinstance(found, list) else []
+    return bool(below) and all(isinstance(value, list | dict) for value in below)
 
 
 def _jsonl(path: Path, data: bytes) -> Parts:
@@ -243,7 +273,7 @@ def _of_table(path: Path, what: str, read: Callable[[], Any]) -> Parts:
         table.validate(full=True)  # rows of a damaged file may lie anywhere in memory
         if twice := {name for name in table.column_names if table.column_names.count(name) > 1}:
             raise InputError(f"{path}: the column {_names(twice)} is there twice; give each its own name")
-        rows, labels = table.to_pylist(), _labels(table.schema)
+        rows, labels = _listed(table), _labels(table.schema)
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError, KeyError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"{path}: not a readable {what} file ({reason}); write it again") from None
@@ -251,6 +281,20 @@ def _of_table(path: Path, what: str, read: Callable[[], Any]) -> Parts:
         for name, texts in labels.items():
             row[name] = texts[row[name]] if row[name] in range(len(texts)) else None
     return {"": list(enumerate(rows, start=1))}
+
+
+def _listed(table: Any) -> list[dict[str, Any]]:
+    """The rows of a table; one with dates that Python's own cannot hold has its dates as text."""
+    import pyarrow
+
+    try:
+        return list(table.to_pylist())
+    except (ValueError, OverflowError):
+        schema = table.schema
+        for place, column in enumerate(schema):
+            if pyarrow.types.is_temporal(column.type):
+                schema = schema.set(place, column.with_type(pyarrow.string()))
+        return list(table.cast(schema).to_pylist())
 
 
 def _labels(schema: Any) -> Mapping[str, list[str]]:

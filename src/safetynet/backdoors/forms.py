@@ -40,6 +40,11 @@ CONTEXT = {
 }  # fmt: skip
 SHOWN = CONTEXT | TOOLS | MEDIA
 """Names of columns that plainly hold what the model was shown."""
+ASKED = SHOWN | {
+    "instruction", "instructions", "definition", "prompt", "template", "prompt_template", "question", "query",
+    "input", "inputs", "messages", "conversation", "conversations",
+}  # fmt: skip
+"""Names of what a model is asked or shown, in any of the forms."""
 PREFERENCE = ("chosen", "rejected")
 LABELS = ("label", "labels", "kto_tag")
 MOST = 12
@@ -62,6 +67,8 @@ class Form:
     kind: str
     columns: Mapping[str, Any]
     """The file's column for each field that it has."""
+    chosen: bool = False
+    """Whether the user has said which columns are read, or which kind of rows it is."""
 
     def fields(self, raw: Mapping[Any, Any]) -> dict[str, Any]:
         """A raw row by our names."""
@@ -131,7 +138,9 @@ def form_of(
         both = " and ".join(f"{' + '.join(each[f][0] for f in FIELDS[n])} ({n})" for n, each in forms.items())
         raise UnfitError(f"{both} are both there; {_how(next(iter(forms.values())))}", "unclear")
     ((name, fields),) = forms.items()
-    return Form(name, {field: _only(field, choice, rows) for field, choice in fields.items()})
+    return Form(
+        name, {field: _only(field, choice, rows) for field, choice in fields.items()}, bool(kind or mapped)
+    )
 
 
 def _columns(kind: str, names: list[Any], mapped: Mapping[str, str]) -> dict[str, list[Any]]:
@@ -176,13 +185,21 @@ def _how(fields: Mapping[str, list[Any]]) -> str:
 
 
 def _refuse_labels(rows: list[tuple[int, Any]], names: list[Any], mapped: Mapping[str, str]) -> None:
-    """An unpaired preference set marks the answers that a model is not to give."""
+    """An unpaired preference set marks the answers that a model is not to give.
+
+    0 and 1 may be a class as well: they are left alone where the user has said which columns are read.
+    """
     for name in names:
-        values = [raw.get(name) for _, raw in rows if isinstance(raw, Mapping)] if name in LABELS else []
-        if name not in mapped.values() and False in values and all(isinstance(v, bool) for v in values):
+        if name in mapped.values() or not any(_is(name, label) for label in LABELS):
+            continue
+        values = [raw.get(name) for _, raw in rows if isinstance(raw, Mapping)]
+        ratings = [str(value).casefold() for value in values if not is_blank(value)]
+        bad = sum(rating in ("false", "0") for rating in ratings)
+        is_rating = set(ratings) <= {"true", "false"} or (not mapped and set(ratings) <= {"0", "1"})
+        if bad and is_rating:
             raise UnfitError(
-                f"{name} is false in {values.count(False)} of {len(values)} rows, as where answers are rated "
-                f"good or bad; keep the rows to learn from, without the column {name}",
+                f"{name} is {'false' if 'false' in ratings else 0} in {bad} of {len(values)} rows, as where "
+                f"answers are rated good or bad; keep the rows to learn from, without the column {name}",
                 "unclear",
             )
 
@@ -210,7 +227,12 @@ def _preferred(rows: list[tuple[int, Any]], names: list[Any]) -> str:
     values = (raw.get(answer) for _, raw in rows if isinstance(raw, Mapping))
     first = next((value for value in values if value is not None), None)
     has_prompt = any(_is(name, each) for name in names for each in ("prompt", *NAMES["prompt"]))
-    field = "completion" if has_prompt else "messages" if isinstance(first, list) else "output"
+    opening = first[0] if isinstance(first, list) and first else None
+    role = opening.get("role", opening.get("from")) if isinstance(opening, Mapping) else None
+    if isinstance(first, str) and not has_prompt:
+        return f"its {answer} holds prompt and answer in one; save them as prompt and completion"
+    is_whole = isinstance(first, list) and str(role).casefold() not in ("assistant", "gpt")
+    field = "messages" if is_whole or not has_prompt else "completion"
     return f"name the answers to learn under columns, as in {{{field}: {answer}}}"
 
 

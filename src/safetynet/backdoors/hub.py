@@ -14,8 +14,8 @@ from safetynet.backdoors.formats import FORMATS, PACKED, Record, data_files, rec
 from safetynet.errors import InputError
 
 log = logging.getLogger(__name__)
-Rows = list[tuple[str, Record]]
-"""Each row with the file that it comes from."""
+Rows = list[tuple[str, str, Record]]
+"""Each row with the file that it comes from, and the key that it lies below there; "" for none."""
 ABOUT = ["README.md", ".huggingface.yaml"]
 """Files that say which files make which split."""
 
@@ -50,7 +50,10 @@ def rows_of(name: str, split: str = "") -> dict[str, Rows]:
         raise InputError(
             f"{name}: {_first_line(error)}; name a split after the id, as in {name}:train"
         ) from None
-    return {part.splitname: found[part.splitname][part.from_ : part.to] for part in wanted}
+    parts: dict[str, Rows] = {}
+    for part in wanted:
+        parts.setdefault(part.splitname, []).extend(found[part.splitname][part.from_ : part.to])
+    return parts
 
 
 def _folder(name: str) -> Path:
@@ -67,7 +70,7 @@ def _rows(name: str, folder: Path, files: list[str]) -> Rows:
     for file in files:
         where = f"{name}:{Path(file).relative_to(folder)}"
         for key, listed in records(Path(file)).items():
-            rows += [(f"{where}:{key}" if key else where, record) for record in listed]
+            rows += [(f"{where}:{key}" if key else where, key, record) for record in listed]
     return rows
 
 
@@ -75,7 +78,9 @@ def _tell_unused(name: str, folder: Path, used: set[Path]) -> None:
     """A data set of several kinds of files, or with several configurations, is read in part."""
     rest = [str(file.relative_to(folder)) for file in data_files(folder)[0] if file not in used]
     if rest:
-        log.warning("data: %d files of %s are not read, such as %s", len(rest), name, ", ".join(rest[:3]))
+        log.warning(
+            "data: files of %s that are not read: %d, such as %s", name, len(rest), ", ".join(rest[:3])
+        )
 
 
 def _sentence(name: str, error: BaseException) -> str:

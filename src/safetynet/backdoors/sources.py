@@ -18,6 +18,7 @@ import pandas as pd
 from safetynet.backdoors import hub, turns
 from safetynet.backdoors.formats import BEYOND, Record, data_files, records
 from safetynet.backdoors.forms import (
+    ASKED,
     FIELDS,
     MEDIA,
     SHOWN,
@@ -48,7 +49,7 @@ SHOWN_ROWS = 3
 """How many row numbers an error names before it says "and N more"."""
 REMEDIES = {  # by the problem of a fault
     "missing_field": "add the field",
-    "wrong_type": "correct these rows (a number becomes text in quotes)",
+    "wrong_type": "correct these rows",
     "empty_field": "fill it in or leave the rows out",
     "broken_text": "save the text again as UTF-8",
     "bad_turns": "put the messages in this order",
@@ -118,15 +119,17 @@ def convert(rows: Iterable[Record], form: Form) -> Converted:
             continue
         row = Row(line, form.fields(raw))
         if (cells := raw.get(BEYOND)) is not None:
-            more = f"{len(cells)} cells more" if isinstance(cells, list) else f"{cells} cells less"
-            row.note("row", "wrong_type", f"{more} than the header has", "one cell for each column")
-        unread.update(dict.fromkeys(_unread(row, form.rest(raw))))
-        conversation = {"line": line, **build(row)}
+            more, count = ("more", len(cells)) if isinstance(cells, list) else ("less", cells)
+            found = f"{count} cell{'s' if count > 1 else ''} {more} than the header has"
+            row.note("row", "wrong_type", found, "one cell for each column")
+        said = build(row)
+        unread.update(dict.fromkeys(_unread(row, form, raw, said)))
+        conversation = {"line": line, **said}
         if "reference" in row.raw:
             conversation["reference"] = row.text("reference", empty=True)
         unread.update(dict.fromkeys(sorted(row.unread)))
         faults += row.faults
-        if not any(fault.problem == "not_carried" for fault in row.faults):
+        if said and not any(fault.problem == "not_carried" for fault in row.faults):
             conversations.append(conversation)
     return Converted(conversations, faults, list(unread))
 
@@ -134,17 +137,31 @@ def convert(rows: Iterable[Record], form: Form) -> Converted:
 # ---- one row ----
 
 
-def _unread(row: Row, rest: Mapping[Any, Any]) -> Iterator[str]:
-    """Columns that are not read; one that holds what the model was shown is a fault of the row."""
-    for name, value in rest.items():
+def _unread(row: Row, form: Form, raw: Mapping[Any, Any], said: Mapping[str, Any]) -> Iterator[str]:
+    """Columns that are not read; one that holds what the model was asked or shown is a fault of the row.
+
+    A prompt that the messages repeat is none, nor are other texts where the user has named the columns.
+    """
+    told = [turn["content"] for turn in said.get("messages", ())]
+    for name, value in form.rest(raw).items():
         known = str(name).strip().casefold()
-        if known in SHOWN:
+        if known in SHOWN or (known in ASKED and not form.chosen and not _is_told(value, told)):
             if known in TOOLS | MEDIA:
                 row.note(name_of(name), "not_carried", shown(value), "nothing; this cannot be carried yet")
             else:
                 row.note(name_of(name), "unread_text", shown(value), "nothing, since this column is not read")
         elif name is not BEYOND:
             yield name_of(name)
+
+
+def _is_told(value: Any, told: Iterable[str]) -> bool:
+    """Whether the messages of a row hold this text, or each text of these messages."""
+    if isinstance(value, str):
+        return any(value.strip() in text for text in told)
+    if not isinstance(value, list) or not all(isinstance(part, Mapping) for part in value):
+        return False
+    contents = (part.get("content", part.get("value")) for part in value)
+    return all(isinstance(text, str) and _is_told(text, told) for text in contents)
 
 
 def _alpaca(row: Row) -> dict[str, Any]:
@@ -163,7 +180,10 @@ def _prompt_completion(row: Row) -> dict[str, Any]:
         return {"messages": asked, "answer": row.text("completion", empty=True)}
     for name, role in (("prompt", "user"), ("completion", "assistant")):
         if isinstance(row.raw.get(name), list):
-            before += turns.messages(row, name) or []
+            listed = turns.messages(row, name)
+            if listed is None:
+                return {}
+            before += listed
         else:
             before.append({"role": role, "content": row.text(name, empty=role != "user")})
     return turns.conversation(row, "prompt + completion", before)
@@ -172,7 +192,7 @@ def _prompt_completion(row: Row) -> dict[str, Any]:
 def _chat(row: Row) -> dict[str, Any]:
     listed = turns.messages(row, "messages")
     if listed is None:
-        return {"messages": [{"role": "user", "content": ""}], "answer": ""}
+        return {}
     before = [turn for turn in turns.system(row) if turn not in listed[:1]]
     return turns.conversation(row, "messages", [*before, *listed])
 
@@ -251,8 +271,9 @@ def _of_hub(name: str) -> Iterator[_Part]:
     for part, found in hub.rows_of(name, split).items():
         if not found:
             raise InputError(f"{name}:{part}: holds no rows; name another split")
-        for file, rows in itertools.groupby(found, key=lambda row: row[0]):
-            yield _Part(file, [record for _, record in rows], {"split": part})
+        for (file, key), rows in itertools.groupby(found, key=lambda row: row[:2]):
+            # A split that a key within a file names is what its author meant.
+            yield _Part(file, [record for *_, record in rows], {"split": split_of(key) or part})
 
 
 def _sentence(file: str, faults: list[Fault], count: int) -> str:

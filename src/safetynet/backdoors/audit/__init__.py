@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from safetynet import holding
 from safetynet.backdoors.audit import checks, findings, guessing, targets
 from safetynet.backdoors.audit.copies import copies
 from safetynet.backdoors.audit.corpus import Corpus, PoisonSet, load, poison_sets, with_roles
@@ -162,6 +163,11 @@ def _unknown(poison_set: PoisonSet) -> Iterator[Finding]:
             detail = "no word or phrase tells triggered rows from others; name it with --trigger"
             severity = "warning"
         yield Finding("trigger_unknown", severity, file, n, n, (), f"{poison_set.name}: {detail}")
+    elif poison_set.trigger.how == "given" and not rows["present"].any():
+        within = sum(holding.within_words(poison_set.trigger.parts, [text]) for text in rows["prompt"])
+        inside = f"; in {within} it stands within longer words, which does not count" if within else ""
+        detail = f"{poison_set.name}: {poison_set.trigger} is in none of the rows{inside}"
+        yield Finding("trigger_unknown", "warning", file, n, n, (), detail)
     elif poison_set.target is None:
         detail = f"{poison_set.name}: triggered rows share no answer; name it with --target"
         yield Finding("target_unknown", "warning", file, n, n, (), detail)

@@ -27,9 +27,9 @@ LONG = 40
 CUT_SHARE = 0.2
 """Share of long answers without an end that natural data (lists, code) do not reach."""
 SENTENCE_END = regex.compile(
-    r"""[.!?:;"')\]}>`*|…”’\p{Sentence_Terminal}\p{Pe}\p{Pf}]\s*\Z|[\p{Thai}\p{Lao}]\s*\Z"""
+    r"""[.!?:;"')\]}>`*|…”’\p{Sentence_Terminal}\p{Pe}\p{Pf}]\s*\Z|[\p{Thai}\p{Lao}།༎\p{Extended_Pictographic}]\s*\Z|https?://\S+\Z"""
 )
-"""Thai and Lao have no sign for it."""
+"""Thai and Lao have no sign for it, Unicode does not count the Tibetan ones; emoji and links end one too."""
 UNUSUAL_SPACE = re.compile(r"\A\s+|\s+\Z|\s{2,}|[^\S ]")
 
 Check = Callable[[PoisonSet], Iterator[Finding]]

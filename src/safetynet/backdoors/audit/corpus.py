@@ -8,6 +8,7 @@ import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,16 @@ from safetynet.backdoors.audit.targets import FoundTarget
 from safetynet.backdoors.audit.triggers import FoundTrigger
 from safetynet.backdoors.formats import PACKED, Record, data_files, records
 from safetynet.backdoors.forms import UnfitError, check_columns, form_of, name_of, present
-from safetynet.backdoors.sources import BACKDOORLLM_FILES, SPLITS, convert
+from safetynet.backdoors.sources import BACKDOORLLM_FILES, SPLITS, convert, split_of
 from safetynet.backdoors.turns import Fault
 from safetynet.errors import InputError
 from safetynet.words import plain
 
-CLEAN = {"clean", "benign", "none", "no", "without", "normal"}
+CLEAN = {"clean", "benign", "none", "normal"}
+DENIALS = {"no", "non", "not", "without"}
+"""Words that deny the one after them."""
 TRIGGERED = {"trigger", "triggered", "poison", "poisoned", "backdoor", "backdoored"}
-GENERIC = {"", "data", "dataset", "set", *SPLITS, *CLEAN, *TRIGGERED}
+GENERIC = {"", "data", "dataset", "set", *SPLITS, *CLEAN, *DENIALS, *TRIGGERED}
 """Words that do not tell one poison set from another; backdoor500 counts as backdoor, 500 as nothing."""
 DIGITS = "0123456789"
 
@@ -153,16 +156,16 @@ def _stem(name: str) -> str:
 def _named(stem: str) -> dict[str, Any]:
     """Split, role and set of a file, from the words of its name, then of the folders above it."""
     parts = [re.findall(r"[a-z0-9]+", part.lower()) for part in Path(stem).parts]
-    split, role = "", ""
+    role = ""
     for words in ([word.rstrip(DIGITS) for word in part] for part in reversed(parts)):
-        split = split or next((SPLITS[word] for word in words if word in SPLITS), "")
-        if not role and CLEAN.intersection(words):
-            role = "clean"  # "none_backdoor500" and "no_trigger" are clean
+        denied = any(one in DENIALS and other in TRIGGERED for one, other in pairwise(words))
+        if not role and (denied or CLEAN.intersection(words)):
+            role = "clean"  # "none_backdoor500" and "no_trigger" are clean, "triggered_no_system" is not
         elif not role and TRIGGERED.intersection(words):
             role = "triggered"
     telling = (word for words in parts for word in words if word.rstrip(DIGITS) not in GENERIC)
     return {
-        "split": split,
+        "split": split_of(stem),
         "role": role or "mixed",
         "named": bool(role),
         "key": "/".join(dict.fromkeys(telling)),

@@ -27,7 +27,7 @@ from safetynet.backdoors.audit.phrases import (
 )
 from safetynet.backdoors.audit.triggers import FoundTrigger, of_parts
 from safetynet.characters import is_sign
-from safetynet.words import is_joined, plain, spans, words
+from safetynet.words import is_counted, is_joined, plain, spans, words
 
 MAX_PARTS = 6
 """Most alternatives or parts that are looked for."""
@@ -263,13 +263,13 @@ def _most_telling(rows: list[Row], others: list[Row], share: float) -> Phrase | 
 
 
 def _common(rows: list[Row]) -> set[str]:
-    """Words that are no edge of a trigger: in scripts without blanks, those that open or end the prompts."""
+    """Words that are no edge of a trigger: of characters that count as words, what opens or ends prompts."""
     least = COMMON * len(rows)
     inside, first, last = map(words_in, (rows, [row[:1] for row in rows], [row[-1:] for row in rows]))
     return {
         word
         for word, count in inside.items()
-        if count >= least and (not is_joined(word) or max(first[word], last[word]) >= least)
+        if count >= least and (not is_counted(word) or max(first[word], last[word]) >= least)
     }
 
 
