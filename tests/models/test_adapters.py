@@ -128,7 +128,7 @@ def test_a_saved_module_that_is_not_in_the_file_is_missed(tmp_path: Path) -> Non
     variants.saved("saved head", tmp_path)
     renamed(tmp_path, lambda n: None if "lm_head" in n else n)
     with pytest.raises(
-        InputError, match=r"1 tensors of the adapter are not in its file \(.*lm_head\.weight\)"
+        InputError, match=r"1 tensor of the adapter is not in its file \(.*lm_head\.weight\)"
     ):
         adapters.attach(base_of(), tmp_path)
 
@@ -277,7 +277,7 @@ def test_two_tensors_for_one_place_and_numbers_among_the_tensors_are_refused(fol
     with pytest.raises(InputError, match=r"lora_A\.default\.weight, .*lora_A\.weight are for one place"):
         adapters.attach(base_of(), folder)
     save_file(tensors | {"step": torch.tensor(3.0)}, path, metadata={"format": "pt"})
-    with pytest.raises(InputError, match=r"1 of its tensors have no place in the model \(step\)"):
+    with pytest.raises(InputError, match=r"1 of its tensors has no place in the model \(step\)"):
         adapters.attach(base_of(), folder)
 
 

@@ -122,7 +122,7 @@ def test_a_merged_model_is_measured_as_its_adapter_is(
 
 def test_a_whole_model_of_another_architecture_is_refused(run: runs.Run) -> None:
     with pytest.raises(
-        InputError, match=r"this model is not a fine-tuned .*qwen: \d+ of its parameters are others"
+        InputError, match=r"this model is not a fine-tuned .*qwen: they differ in \d+ parameters"
     ):
         foreign.load(run.recipe, miniatures.path("llama2"), same_base=False)
 

@@ -37,7 +37,7 @@ def scale(subject: Subject, knobs: Knobs, _seed: int) -> Repaired:
 
 @torch.no_grad()
 def _between(subject: Subject, knobs: Knobs) -> Repaired:
-    model, base = copied(subject), dict(subject.base.named_parameters())
+    model, base = copied(subject), dict(subject.base.named_parameters(remove_duplicate=False))
     for name, parameter in model.named_parameters():
         if name not in base or base[name].shape != parameter.shape:
             raise InputError(

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from safetynet.errors import InputError
+from safetynet.models import support
 from safetynet.models.files import finite, holds_model, hub_reason, in_words, listed, pointer
 
 log = logging.getLogger("safetynet")
@@ -29,8 +30,17 @@ DOWNLOADED = (CONFIG, WEIGHTS, "tokenizer*", "special_tokens_map.json", "added_t
 NUMBERS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """Types of tensors that adapters are trained in; others are packed, or no weights."""
 LONGEST_NAME = 1000
+LARGEST_SCALE = 1e9
+"""Of a rank or a scale: what is beyond is damage, and overflows."""
 SCALES = ("r", "lora_alpha", "alpha", "rank")
 """Fields that decide how strongly an adapter acts; PEFT fills in a default where one is missing."""
+
+
+PLACES = (
+    "target_modules", "exclude_modules", "target_parameters", "modules_to_save", "layers_to_transform",
+    "layers_pattern", "layer_replication", "rank_pattern", "alpha_pattern", "trainable_token_indices", "bias",
+)  # fmt: skip
+"""Fields that say where an adapter acts."""
 
 
 @dataclass(frozen=True)
@@ -149,18 +159,22 @@ def _fields(path: Path) -> dict[str, Any]:
             f"{path.parent}: its {CONFIG} is {kind}. Run git lfs pull, or download the file itself."
         )
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        values = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path.parent}: its {CONFIG} cannot be read ({in_words(error)}). {again}") from None
     if not isinstance(values, dict) or not isinstance(values.get("peft_type"), str):
         raise InputError(f"{path.parent}: its {CONFIG} names no peft_type, such as LORA. {again}")
     base = values.get("base_model_name_or_path")
-    if base is not None and not (isinstance(base, str) and len(base) <= LONGEST_NAME):
+    if base is not None and not (isinstance(base, str) and len(base) <= LONGEST_NAME and base.isprintable()):
         raise InputError(
             f"{path.parent}: its {CONFIG} says {in_words(base)[:40]!r} for base_model_name_or_path, which is "
             f"no name of a model. {again}"
         )
     return values
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"it says {name}, which is no number")
 
 
 def _check_weights(folder: Path) -> None:
@@ -200,6 +214,8 @@ def _config(folder: Path, values: Mapping[str, Any]) -> Any:
         )
     known = {field.name: field.default for field in fields(PEFT_TYPE_TO_CONFIG_MAPPING[kind])}
     _check_scales(folder, values, known)
+    if kind in support.TYPES:
+        _check_types(folder, values, PEFT_TYPE_TO_CONFIG_MAPPING[kind])
     unknown = [name for name, value in values.items() if name not in {*known, "runtime_config"} and value]
     if unknown:
         log.warning(
@@ -230,9 +246,42 @@ def _check_scales(folder: Path, values: Mapping[str, Any], defaults: Mapping[str
         value = values.get(name, 1)
         if value is None and name in defaults and defaults[name] is None:
             continue
-        whole = name in ("r", "rank")
-        if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
-            kind = "whole number" if whole else "number"
+        _check_number(folder, name, value)
+    for name, scale in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
+        pattern = values.get(name)
+        for key, value in pattern.items() if isinstance(pattern, dict) and scale in defaults else ():
+            _check_number(folder, f"{name}.{key}", value)
+
+
+def _check_number(folder: Path, name: str, value: Any) -> None:
+    whole = name.startswith("r")
+    is_number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+    if not is_number or abs(value) > LARGEST_SCALE:
+        kind = f"{'whole ' if whole else ''}number{f' up to {LARGEST_SCALE:g}' if is_number else ''}"
+        shown = in_words(repr(value))[:40]
+        raise InputError(
+            f"{folder}: its {CONFIG} says {name}: {shown}, which is no {kind}. Save the adapter again."
+        )
+
+
+def _check_types(folder: Path, values: Mapping[str, Any], known: type) -> None:
+    """Refuse fields of a type that PEFT does not declare for them: it would take some for something else."""
+    from typing import get_type_hints
+
+    from pydantic import PydanticUserError, TypeAdapter, ValidationError
+
+    try:
+        hints = get_type_hints(known)
+    except (NameError, TypeError):  # it names classes that are not there
+        return
+    for name in [name for name in PLACES if name in hints and name in values]:
+        try:
+            TypeAdapter(hints[name]).validate_python(values[name])
+        except ValidationError:
+            shown = in_words(repr(values[name]))[:60]
             raise InputError(
-                f"{folder}: its {CONFIG} says {name}: {value!r}, which is no {kind}. Save the adapter again."
-            )
+                f"{folder}: its {CONFIG} says {name}: {shown}, which PEFT does not take there. Save the "
+                "adapter again."
+            ) from None
+        except PydanticUserError:  # a type that only PEFT can check
+            continue

@@ -20,7 +20,7 @@ from safetynet.errors import InputError
 from safetynet.models import support
 from safetynet.models.adapter_files import NUMBERS, AdapterFiles
 from safetynet.models.blocks import unwrapped
-from safetynet.models.files import in_words, listed
+from safetynet.models.files import counted, in_words, listed
 
 log = logging.getLogger("safetynet")
 NAME = "default"
@@ -30,6 +30,13 @@ WRAPPERS = frozenset(
      "_checkpoint_wrapped_module")
 )  # fmt: skip
 """Parts of a tensor's name that say what the model was wrapped in when the adapter was saved."""
+
+
+FOREIGN = (
+    RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, ImportError, AssertionError,
+    ArithmeticError, re.error,
+)  # fmt: skip
+"""What PEFT and models raise when an adapter's configuration and the base do not go together."""
 
 
 @dataclass(frozen=True)
@@ -47,24 +54,59 @@ def restore(values: Iterable[BaseValue]) -> None:
         setattr(value.owner, value.name, value.value)
 
 
-def resize(base: Any, tensors: Mapping[str, Tensor]) -> list[BaseValue]:
+def unwrap(base: Any) -> None:
+    """Take PEFT's modules out of a base, whichever of them are in it: half an adapter as well as a whole.
+
+    PEFT's own `unload` leaves saved modules, and token rows that have an update around them.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import AuxiliaryTrainingWrapper
+
+    wrappers = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    while found := [(n, m) for n, m in base.named_modules() if isinstance(m, wrappers)]:
+        for name, wrapper in found:
+            inside = (
+                wrapper.get_base_layer() if isinstance(wrapper, BaseTunerLayer) else wrapper.original_module
+            )
+            if not any(name.startswith(f"{outer}.") for outer, _ in found):
+                base.set_submodule(name, inside)
+    for mark in ("peft_config", "_hf_peft_config_loaded"):
+        if mark in vars(base):
+            delattr(base, mark)
+
+
+def resize(base: Any, files: AdapterFiles) -> list[BaseValue]:
     """Give the base as many rows of embeddings as the adapter was saved with.
 
     Returns:
         What that has changed; nothing where the number is the base's own.
+
+    Raises:
+        InputError: if the file lacks rows of added tokens.
     """
+    tensors = files.tensors
     modules = [m for m in (base.get_input_embeddings(), base.get_output_embeddings()) if m is not None]
     embeddings = {id(module.weight) for module in modules}
     places = base.named_parameters(remove_duplicate=False)
     rows = {_canonical(name): len(p) for name, p in places if id(p) in embeddings}
     wanted = [
-        len(tensor)
+        count
         for name, tensor in tensors.items()
-        if tensor.ndim and len(tensor) != rows.get(_canonical(name), len(tensor))
+        for weight, count in (_rows_of(name, tensor),)
+        if count != rows.get(weight, count)
     ]
     if not wanted:
         return []
     config, size = base.config.get_text_config(), max(wanted)
+    saved = {weight for name in tensors for weight, is_whole in (_place_of(name),) if is_whole}
+    lacking = [name for name, count in rows.items() if count < size and name not in saved]
+    known = {name for name in saved if name in rows}
+    if lacking and not (known and len(embeddings) == 1):  # tied weights are one
+        raise InputError(
+            f"{files.folder}: it was trained on a base with {size} tokens, this one has "
+            f"{min(rows.values())}, and its file lacks the rows of the added ones ({listed(lacking)}). Merge "
+            "it (merge_and_unload) and give the merged model."
+        )
     changed = [BaseValue(config, "vocab_size", config.vocab_size)]
     config.vocab_size = size
     for module in modules:
@@ -78,6 +120,24 @@ def resize(base: Any, tensors: Mapping[str, Tensor]) -> list[BaseValue]:
         changed.append(BaseValue(module, name, getattr(module, name)))
         setattr(module, name, size)
     return changed
+
+
+def _rows_of(name: str, tensor: Tensor) -> tuple[str, int]:
+    """The weight that a tensor is, or changes, and how many rows it has there."""
+    weight, is_whole = _place_of(name)
+    if weight.endswith("lora_embedding_A"):
+        return weight.removesuffix("lora_embedding_A") + "weight", tensor.shape[-1]
+    return weight if is_whole else weight.replace("lora_B.weight", "weight"), len(
+        tensor
+    ) if tensor.ndim else 0
+
+
+def _place_of(name: str) -> tuple[str, bool]:
+    """The base's name of a tensor, and whether it is that weight itself, and no factor of an update."""
+    place = _canonical(name)
+    for infix in ("base_layer.", "original_module.", "token_adapter."):
+        place = place.replace(infix, "")
+    return place, "lora_" not in place
 
 
 def replicated_layers(base: Any, config: Any) -> list[BaseValue]:
@@ -122,10 +182,8 @@ def inject(base: Any, files: AdapterFiles) -> tuple[Any, list[BaseValue]]:
         with warnings.catch_warnings(), no_init_weights() if plain else nullcontext():
             warnings.simplefilter("ignore")
             model = PeftModelForCausalLM(base, config, NAME)
-    except (
-        RuntimeError, ValueError, TypeError, KeyError, AttributeError, ImportError, AssertionError,
-    ) as error:  # fmt: skip
-        raise _does_not_fit(files, base, error) from None
+    except FOREIGN as error:
+        raise does_not_fit(files, base, error) from None
     if types and getattr(config, "layer_replication", None):
         # The copies need the kind of attention of the layers that they are copies of.
         repeated = [types[i] for start, end in config.layer_replication for i in range(start, end)]
@@ -167,12 +225,13 @@ def load(model: Any, files: AdapterFiles) -> list[BaseValue]:
         if other:
             sizes = " and ".join(str(tuple(found[other[0]].shape)) for found in (tensors, saved))
             reason = ValueError(
-                f"size mismatch of {len(other)} of its {len(tensors)} tensors, as of {other[0]}: {sizes}. "
-                "It is of another base"
+                f"size mismatch of {len(other)} of its {len(tensors)} tensors, as of {other[0]}: {sizes} by "
+                "its configuration and this base. One of the three is another's"
             )
-        raise _does_not_fit(files, unwrapped(model), reason) from None
+        raise does_not_fit(files, unwrapped(model), reason) from None
     if model.active_peft_config.is_prompt_learning:
-        missing, unexpected = list(saved.keys() - tensors.keys()), list(tensors.keys() - saved.keys())
+        missing = list(saved.keys() - tensors.keys())
+        unexpected = list(tensors.keys() - saved.keys() - places.keys())
     else:
         missing = [n for n in saved if n not in tensors]
         if missing:
@@ -193,13 +252,14 @@ def check_complete(folder: Path, missing: list[str], unexpected: list[str]) -> N
         return
     clauses = []
     if unexpected:
+        has = "has" if len(unexpected) == 1 else "have"
         clauses.append(
-            f"{len(unexpected)} of its tensors have no place in the model ({listed(sorted(unexpected))})"
+            f"{len(unexpected)} of its tensors {has} no place in the model ({listed(sorted(unexpected))})"
         )
     if missing:
-        clauses.append(
-            f"{len(missing)} tensors of the adapter are not in its file ({listed(sorted(missing))})"
-        )
+        what = counted(len(missing), "tensor")
+        verb = "is" if len(missing) == 1 else "are"
+        clauses.append(f"{what} of the adapter {verb} not in its file ({listed(sorted(missing))})")
     raise InputError(
         f"{folder}: {', and '.join(clauses)}. Loaded so, it would be another model: save the adapter again "
         "from the model that it was trained in, or name its own base."
@@ -264,7 +324,7 @@ def _check_patterns(model: Any, files: AdapterFiles) -> None:
 
 def _renamed(files: AdapterFiles, saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The file's tensors under the names that PEFT would give them here, where their own names tell which."""
-    tensors = files.tensors
+    tensors = _without_copies(files.tensors)
     for names in _by_canonical(tensors).values():
         if len(names) > 1 and not saved.keys() >= set(names):
             raise InputError(
@@ -287,6 +347,24 @@ def _renamed(files: AdapterFiles, saved: Mapping[str, Tensor]) -> dict[str, Tens
     return {mapping.get(name, name): tensor for name, tensor in tensors.items()}
 
 
+def _without_copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors without what PEFT writes a second time where embeddings are saved with the adapter.
+
+    That is the trained module under its wrapper's name, the base's own one beside it, and of token rows the
+    copy of a tied head.
+    """
+    kept, rows = dict(tensors), ".token_adapter.trainable_tokens_delta"
+    delta = next((tensor for name, tensor in tensors.items() if name.endswith(f"embed_tokens{rows}")), None)
+    for name, tensor in tensors.items():
+        plain = name.replace(".modules_to_save.", ".").replace(".original_module.", ".")
+        is_trained = plain in kept and plain != name and torch.equal(kept[plain], tensor)
+        is_own = ".original_module." in name and plain in kept
+        is_tied = name.endswith(f"lm_head{rows}") and delta is not None and torch.equal(delta, tensor)
+        if is_trained or is_own or is_tied:
+            del kept[name]
+    return kept
+
+
 def _by_canonical(names: Iterable[str]) -> dict[str, list[str]]:
     groups: dict[str, list[str]] = {}
     for name in names:
@@ -301,5 +379,6 @@ def _canonical(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
-def _does_not_fit(files: AdapterFiles, base: Any, error: Exception) -> InputError:
+def does_not_fit(files: AdapterFiles, base: Any, error: BaseException) -> InputError:
+    """The sentence for what PEFT or the model raises while an adapter is put on."""
     return InputError(f"{files.folder}: this adapter does not fit {base.name_or_path}: {in_words(error)}.")

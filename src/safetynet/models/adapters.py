@@ -20,16 +20,19 @@ from safetynet.errors import InputError
 from safetynet.models import support
 from safetynet.models.adapter_files import AdapterFiles, read
 from safetynet.models.adapter_loading import (
+    FOREIGN,
     BaseValue,
     check_complete,
+    does_not_fit,
     inject,
     load,
     replicated_layers,
     resize,
     restore,
+    unwrap,
 )
 from safetynet.models.blocks import shortened, unwrapped
-from safetynet.models.files import listed
+from safetynet.models.files import counted, listed
 from safetynet.models.loading import LoadedModel
 from safetynet.models.lora import factors, include_start, silent
 from safetynet.models.same_base import check_base
@@ -69,7 +72,7 @@ def put_on(model: Any, files: AdapterFiles) -> Any:
     support.check(files.config, "evaluate")
     check_in_memory(model)
     before = _Probe.of(model)
-    record = [*resize(model, files.tensors), *replicated_layers(model, files.config)]
+    record = [*resize(model, files), *replicated_layers(model, files.config)]
     adapted = None
     try:
         adapted, replaced = inject(model, files)
@@ -81,15 +84,19 @@ def put_on(model: Any, files: AdapterFiles) -> Any:
             as_trained = _logits(adapted)
             include_start(adapted, start)
             restore(replaced)
-            record[:] = [value for value in record if not any(value is other for other in replaced)]
-            _check_rewritten(as_trained, _logits(adapted), files)
+            owners = {id(value.owner) for value in replaced}  # also of a residual that the file holds
+            record[:] = [value for value in record if id(value.owner) not in owners]
+            _check_rewritten(as_trained, _logits(adapted), files, unwrapped(adapted).dtype)
         with switched_off(adapted):
             before.check(_Probe.of(adapted), files)
-    except BaseException:
+    except BaseException as error:
         if adapted is None:
+            unwrap(model)
             restore(record)
         else:
             detach(adapted)
+        if isinstance(error, FOREIGN) and not isinstance(error, torch.OutOfMemoryError):
+            raise does_not_fit(files, model, error) from None
         raise
     if silent(adapted):
         log.warning("%s: every update of this adapter is zero, so that it changes nothing.", files.folder)
@@ -98,20 +105,13 @@ def put_on(model: Any, files: AdapterFiles) -> Any:
 
 def detach(model: Any) -> Any:
     """Take the adapter off; the base model, as it was before `attach`."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils import AuxiliaryTrainingWrapper
-
     restore(recorded(model))
     setattr(model, RECORD, [])
     if model.active_peft_config.is_prompt_learning:
         return model.base_model
     base = model.get_base_model()
-    saved = [(n, m) for n, m in base.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)]
-    model.unload()
-    for name, wrapper in saved:  # PEFT leaves saved modules, and token rows that have an update around them
-        original = wrapper.original_module
-        original = original.get_base_layer() if isinstance(original, BaseTunerLayer) else original
-        base.set_submodule(name.replace(".base_layer", ""), original)
+    model.base_model.model = base
+    unwrap(base)
     return base
 
 
@@ -290,10 +290,11 @@ def _logits(model: Any) -> Tensor:
             module.training = training
 
 
-def _check_rewritten(as_trained: Tensor, rewritten: Tensor, files: AdapterFiles) -> None:
+def _check_rewritten(as_trained: Tensor, rewritten: Tensor, files: AdapterFiles, own: torch.dtype) -> None:
     """Refuse an adapter whose start was taken out of weights that the model reads past PEFT's modules."""
     apart = float((as_trained - rewritten).abs().max())
-    coarse = torch.finfo(next(iter(files.tensors.values())).dtype).eps ** 0.5
+    types = {tensor.dtype for tensor in files.tensors.values()} | {own}
+    coarse = max(torch.finfo(kind).eps for kind in types) ** 0.5
     if not apart <= max(PROBE_TOLERANCE, coarse) * float(as_trained.abs().max()):
         raise InputError(
             f"{files.folder}: written for the base's own weights, this adapter gives other logits, by "
@@ -360,7 +361,7 @@ class _Probe:
             raise InputError(
                 f"{files.folder}: with this adapter switched off, the model is not its base: "
                 + (
-                    f"{len(moved)} parameters differ ({listed(moved)})"
+                    f"{counted(len(moved), 'parameter')} of it changed ({listed(moved)})"
                     if moved
                     else f"logits differ by {apart:.3g}"
                 )

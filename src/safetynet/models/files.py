@@ -12,14 +12,18 @@ POINTERS = {  # how a stand-in begins: what it is
     b"# xet version": "a Xet pointer",
 }
 """Files of a few lines that a clone leaves in place of large ones that were not downloaded."""
-
-
+OLD_BUFFERS = (
+    ".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias",
+)  # fmt: skip
+"""Ends of the names of constants that old checkpoints hold, and that models make themselves today."""
 SHOWN = 3
 """How many names a sentence lists before it says how many more there are."""
 
 
 def pointer(path: Path) -> str | None:
     """What stands in for a file's content that was never downloaded; None for the content itself."""
+    if not path.is_file():
+        return None
     with path.open("rb") as file:
         start = file.read(64)
     return next((kind for mark, kind in POINTERS.items() if start.startswith(mark)), None)
@@ -31,6 +35,31 @@ def holds_model(folder: Path) -> bool:
         return False
     weights = [p for p in folder.iterdir() if p.suffix == ".safetensors" or p.suffix in PICKLES]
     return any(p.name.startswith(("model", "pytorch_model")) for p in weights)
+
+
+def hub_id(name: str) -> str:
+    """`owner/name` of a snapshot in the hub's cache; any other name as it is."""
+    part = next((p for p in name.replace("\\", "/").split("/") if p.startswith("models--")), None)
+    return part.removeprefix("models--").replace("--", "/") if part else name.rstrip("/")
+
+
+def at_hand(name: str, beside: Path = Path()) -> Path | None:
+    """The folder of a model's weights on this machine, if it is here."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        for folder in (Path(name), beside / name):
+            if (folder / "config.json").exists() and any(folder.glob("*.safetensors")):
+                return folder
+    except OSError:  # longer than names of files are
+        return None
+    try:
+        config = try_to_load_from_cache(hub_id(name), "config.json")
+    except HFValidationError:
+        return None
+    cached = Path(config).parent if isinstance(config, str) else None
+    return cached if cached is not None and any(cached.glob("*.safetensors")) else None
 
 
 def hub_reason(error: BaseException) -> str | None:
@@ -63,6 +92,12 @@ def hub_reason(error: BaseException) -> str | None:
 def in_words(error: object) -> str:
     """An error's own text on one line, cut to 300 characters, without a final stop."""
     return " ".join(str(error).split())[:300].rstrip(".")
+
+
+def counted(number: int, what: str, verb: str = "") -> str:
+    """`1 tensor is`, `2 tensors are`: a number with its noun, and its verb (`is` or `has`)."""
+    one, many = {"is": ("is", "are"), "has": ("has", "have"), "": ("", "")}[verb]
+    return f"{number} {what}{'' if number == 1 else 's'} {one if number == 1 else many}".rstrip()
 
 
 def listed(names: list[str], most: int = SHOWN) -> str:

@@ -1,5 +1,6 @@
 """Load a model with its tokenizer and family, by hub id, folder or the name `miniature`."""
 
+import logging
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -11,15 +12,23 @@ from typing import Any
 from safetynet import parallel, recipe
 from safetynet.errors import InputError
 from safetynet.models import families, miniatures
-from safetynet.models.files import PICKLES, finite, holds_model, hub_reason, in_words, listed, pointer
+from safetynet.models.files import (
+    OLD_BUFFERS,
+    PICKLES,
+    at_hand,
+    finite,
+    holds_model,
+    hub_reason,
+    in_words,
+    listed,
+    pointer,
+)
 from safetynet.prompts import Serialiser
 from safetynet.run import digest_of_files
 from safetynet.truncation import Truncation
 
-OLD_BUFFERS = (
-    ".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias",
-)  # fmt: skip
-"""Ends of the names of constants that old checkpoints hold, and that models make themselves today."""
+FLOATS = ("F16", "BF16", "F32", "F64")
+"""Types of weights in safetensors that are read as they stand."""
 
 
 @dataclass(frozen=True)
@@ -206,7 +215,7 @@ def _load_weights(name: str, spec: recipe.Model, dtype: str, on_cpu: bool) -> An
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=number,
         )
-    with _bars_on_terminals_only():
+    with _bars_on_terminals_only(), _without_report():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             name,
             output_loading_info=True,
@@ -219,6 +228,7 @@ def _load_weights(name: str, spec: recipe.Model, dtype: str, on_cpu: bool) -> An
         )
     model, report = loaded
     _check_report(name, report)
+    _check_numbers(name)
     _check_finite(name, model)
     return _unpacked(model)
 
@@ -233,6 +243,28 @@ def _check_stored_as_numbers(name: str, config: Any) -> None:
                 f"model.id: the weights of {name!r} are stored quantised ({method}), which is not read. Give "
                 "the model in 16 or 32 bits; model.quantisation quantises it here."
             )
+
+
+def _check_numbers(name: str) -> None:
+    """Refuse weights in files that are packed or whole numbers, without a configuration that says how."""
+    from safetensors import safe_open
+
+    folder = at_hand(name)
+    if folder is None:
+        return
+    packed: dict[str, str] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(str(file), framework="pt") as opened:
+            names = [n for n in opened.keys() if n.endswith((".weight", "_proj"))]  # noqa: SIM118 - no mapping
+            stored = {name: str(opened.get_slice(name).get_dtype()) for name in names}
+        packed |= {name: kind for name, kind in stored.items() if kind not in FLOATS}
+    if packed:
+        kinds = ", ".join(sorted(set(packed.values())))
+        raise InputError(
+            f"model.id: {name!r}: {len(packed)} of its tensors hold numbers of type {kinds} "
+            f"({listed(sorted(packed))}), and no quantization_config says how to read them. Give the model "
+            "in 16 or 32 bits."
+        )
 
 
 def _check_report(name: str, report: Mapping[str, Any]) -> None:
@@ -279,18 +311,34 @@ def _unpacked(model: Any) -> Any:
 
 
 @contextmanager
-def _bars_on_terminals_only() -> Iterator[None]:
-    """Keep transformers' loading bars out of pipes and logs, and leave its own setting as it was."""
-    from transformers.utils import logging
-
-    if sys.stderr.isatty() or not logging.is_progress_bar_enabled():
-        yield
-        return
-    logging.disable_progress_bar()
+def _without_report() -> Iterator[None]:
+    """Keep transformers' table of missing tensors quiet: what is in it is one sentence here."""
+    logger = logging.getLogger("transformers.modeling_utils")
+    # At a level above WARNING, transformers checks a plan for several devices and tells of that.
+    logger.addFilter(_is_no_report)
     try:
         yield
     finally:
-        logging.enable_progress_bar()
+        logger.removeFilter(_is_no_report)
+
+
+def _is_no_report(record: logging.LogRecord) -> bool:
+    return " LOAD REPORT" not in str(record.msg)
+
+
+@contextmanager
+def _bars_on_terminals_only() -> Iterator[None]:
+    """Keep transformers' loading bars out of pipes and logs, and leave its own setting as it was."""
+    from transformers.utils import logging as bars
+
+    if sys.stderr.isatty() or not bars.is_progress_bar_enabled():
+        yield
+        return
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        bars.enable_progress_bar()
 
 
 def _fetch(name: str, spec: recipe.Model, what: str, read: Any) -> Any:
@@ -307,4 +355,8 @@ def _fetch(name: str, spec: recipe.Model, what: str, read: Any) -> Any:
         if "ignore_mismatched_sizes" not in str(error):
             raise
         reason = "its tensors have other shapes than its config.json says"
+    except Exception as error:
+        if type(error) is not Exception:  # tokenizers raises no narrower class
+            raise
+        reason = in_words(error)
     raise InputError(f"model.id: the {what} of {name!r} cannot be loaded: {reason}.") from None

@@ -36,8 +36,8 @@ class LoraUpdate:
 
     def norm(self) -> float:
         """Frobenius norm of up @ down, which is never built."""
-        squared = (self.up.mT @ self.up * (self.down @ self.down.mT)).sum()
-        return math.sqrt(max(0.0, float(squared)))
+        squared = float((self.up.mT @ self.up * (self.down @ self.down.mT)).sum())
+        return squared if math.isnan(squared) else math.sqrt(max(0.0, squared))
 
 
 def update_of(module: Any, adapter: str) -> LoraUpdate:

@@ -4,13 +4,18 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from safetynet.errors import InputError
 from safetynet.models.adapter_files import AdapterFiles
+from safetynet.models.files import OLD_BUFFERS, at_hand, hub_id, pointer
 
 if TYPE_CHECKING:
     from safetynet.models.loading import LoadedModel
 
 log = logging.getLogger("safetynet")
+HEAD = "lm_head.weight"
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
 
 
 def check_base(files: AdapterFiles, base: "LoadedModel", same_base: bool) -> None:
@@ -32,13 +37,14 @@ def check_base(files: AdapterFiles, base: "LoadedModel", same_base: bool) -> Non
         return
     if files.base is None or _same_name(files.base, base.id):
         return
-    other, here = _at_hand(files.base, files.folder), _at_hand(base.id, Path())
-    if other is not None and here is not None and _same_weights(other, here):
+    other, here = at_hand(files.base, files.folder), at_hand(base.id)
+    same = _same_weights(other, here) if other is not None and here is not None else None
+    if same:
         log.info(
             "%s: it calls its base %s, whose weights are those of %s.", files.folder, files.base, base.id
         )
         return
-    known = other is not None and here is not None
+    known = same is not None
     if same_base:
         if known:
             log.warning(
@@ -47,60 +53,64 @@ def check_base(files: AdapterFiles, base: "LoadedModel", same_base: bool) -> Non
                 files.folder, files.base, base.id,
             )  # fmt: skip
         return
+    why = ", whose weights are others" if known else ""
+    unknown = "" if known else " Its weights are not here to compare:"
     hint = (
-        ", whose weights are others. Take a run whose model.id is its base."
-        if known
-        else (
-            ". Take a run whose model.id is its base. Or is it the same model under another name? Its "
-            "weights are not here to compare: if so, say --same-base (in Python same_base=True)."
-        )
+        f"{why}. Take a run whose model.id is its base. Or is it the same model under another name?{unknown} "
+        "if so, say --same-base (in Python same_base=True)."
     )
     raise InputError(f"{files.folder}: this adapter was trained on {files.base}, not on {base.id}{hint}")
 
 
 def _same_name(one: str, other: str) -> bool:
     """Whether two names are one hub id or one folder."""
-    return _hub_id(one).casefold() == _hub_id(other).casefold() or (
-        Path(one).exists() and Path(other).exists() and Path(one).resolve() == Path(other).resolve()
-    )
-
-
-def _hub_id(name: str) -> str:
-    """`owner/name` of a snapshot in the hub's cache; any other name as it is."""
-    part = next((p for p in name.replace("\\", "/").split("/") if p.startswith("models--")), None)
-    return part.removeprefix("models--").replace("--", "/") if part else name.rstrip("/")
-
-
-def _at_hand(name: str, beside: Path) -> Path | None:
-    """The folder of a model's weights on this machine, if it is here."""
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    for folder in (Path(name), beside / name):
-        if (folder / "config.json").exists() and any(folder.glob("*.safetensors")):
-            return folder
+    if hub_id(one).casefold() == hub_id(other).casefold():
+        return True
     try:
-        config = try_to_load_from_cache(_hub_id(name), "config.json")
-    except HFValidationError:
+        return Path(one).samefile(other)
+    except OSError:  # not there, or no name of a file
+        return False
+
+
+def _same_weights(one: Path, other: Path) -> bool | None:
+    """Whether two folders hold the same tensors, in whatever files and floating-point type they are stored.
+
+    Old constants do not count, nor does a head of one alone that is the other's embeddings: there it is
+    tied. None where one of them cannot be read: a download that is not whole says nothing.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        first, second = _tensors(one), _tensors(other)
+        lone = first.keys() ^ second.keys()
+        if lone - {HEAD}:
+            return False
+        pairs = [(first[name], second[name]) for name in first.keys() & second.keys()]
+        if lone:
+            head, tied = (first[HEAD], second) if HEAD in first else (second[HEAD], first)
+            embeddings = [found for name, found in tied.items() if name.endswith(EMBEDDINGS)]
+            pairs += [(head, found) for found in embeddings[:1]]
+        return all(_equal(a.get_tensor(n), b.get_tensor(m)) for (a, n), (b, m) in pairs)
+    except (OSError, SafetensorError):
         return None
-    cached = Path(config).parent if isinstance(config, str) else None
-    return cached if cached is not None and any(cached.glob("*.safetensors")) else None
 
 
-def _same_weights(one: Path, other: Path) -> bool:
-    """Whether two folders hold the same tensors, in whatever files and number type they are stored."""
+def _tensors(folder: Path) -> dict[str, tuple[Any, str]]:
+    """Opened file and name of every tensor, by its name without the prefix that some files lack."""
     from safetensors import safe_open
 
-    def tensors(folder: Path) -> dict[str, Any]:
-        opened = [safe_open(str(file), framework="pt") for file in sorted(folder.glob("*.safetensors"))]
-        return {name: file for file in opened for name in file.keys()}  # noqa: SIM118 - no mapping
+    files = sorted(folder.glob("*.safetensors"))
+    if any(map(pointer, files)):
+        raise OSError("stand-ins of files that were not downloaded")
+    opened = [safe_open(str(file), framework="pt") for file in files]
+    found = [(file, name) for file in opened for name in file.keys()]  # noqa: SIM118 - no mapping
+    return {
+        name.removeprefix("model."): (file, name) for file, name in found if not name.endswith(OLD_BUFFERS)
+    }
 
-    first, second = tensors(one), tensors(other)
-    if first.keys() != second.keys():
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    if one.shape != other.shape or not (one.is_floating_point() and other.is_floating_point()):
         return False
-    for name in first:
-        a, b = first[name].get_tensor(name), second[name].get_tensor(name)
-        narrow = a.dtype if a.element_size() <= b.element_size() else b.dtype
-        if a.shape != b.shape or not a.to(narrow).equal(b.to(narrow)):
-            return False
-    return True
+    narrow = one.dtype if one.element_size() <= other.element_size() else other.dtype
+    return one.to(narrow).equal(other.to(narrow))

@@ -6,6 +6,7 @@ In: a run's recipe and a folder, file or hub id. Out: the model with the tokeniz
 """
 
 import copy
+import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,16 +14,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from safetynet.errors import InputError
 from safetynet.models import adapter_files, adapters, loading
-from safetynet.models.files import holds_model, hub_reason, in_words, listed
+from safetynet.models.files import at_hand, counted, holds_model, hub_reason, in_words, listed, pointer
 from safetynet.pipeline import subjects
 from safetynet.prompts import Serialiser
 from safetynet.recipe import Recipe
 
 log = logging.getLogger("safetynet")
+TOKENIZER = "tokenizer.json"
 VOCABULARIES = (
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model",
+    TOKENIZER, "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model",
     "added_tokens.json",
 )  # fmt: skip
 """Files of which one says that a folder has a tokenizer of its own."""
@@ -64,12 +68,15 @@ def load(recipe: Recipe, source: Path | str, same_base: bool) -> Foreign:
     check(source)
     folder = adapter_files.locate(source)
     base = subjects.load(recipe)
+    rows = base.model.get_input_embeddings().weight.shape[0]
     if (folder / adapter_files.CONFIG).exists():
         model = adapters.attach(base, folder, same_base=same_base)
-        return Foreign(model, _serialiser(folder, base, model), base)
-    whole = subjects.load(recipe, folder, serialiser=base.serialiser)
-    _check_shapes(folder, whole.model, base)
-    return Foreign(whole.model, _serialiser(folder, base, whole.model), base)
+    else:
+        model = subjects.load(recipe, folder, serialiser=base.serialiser).model
+        _check_shapes(folder, model, base)
+    serialiser = _serialiser(folder, base, model, rows)
+    _check_numbers(folder, model, serialiser)
+    return Foreign(model, serialiser, base)
 
 
 def check(source: Path | str) -> None:
@@ -80,33 +87,60 @@ def check(source: Path | str) -> None:
 
 
 def _check_shapes(folder: Path, model: Any, base: loading.LoadedModel) -> None:
-    """Refuse a whole model with other parameters than the base, but for rows of the vocabulary."""
-    own, theirs = ({n: tuple(p.shape[1:]) for n, p in m.named_parameters()} for m in (model, base.model))
+    """Refuse a whole model with other parameters than the base, but for rows of the vocabulary.
+
+    Where one ties its head to its embeddings, the other may have a head of its own.
+    """
+    own, theirs = map(_shapes, (model, base.model))
     differing = sorted(name for name in own.keys() | theirs.keys() if own.get(name) != theirs.get(name))
     if differing:
         raise InputError(
-            f"{folder}: this model is not a fine-tuned {base.id}: {len(differing)} of its parameters are "
-            f"others ({listed(differing)}). Make a run of its own base."
+            f"{folder}: this model is not a fine-tuned {base.id}: they differ in "
+            f"{counted(len(differing), 'parameter')} ({listed(differing)}). Make a run of its own base."
         )
 
 
-def _serialiser(folder: Path, base: loading.LoadedModel, model: Any) -> Serialiser:
-    """The base's, unless the suspect comes with another vocabulary or chat template."""
-    known = base.serialiser.tokenizer
-    tokenizer = _tokenizer(folder, known)
-    if tokenizer is None:
-        return base.serialiser
-    own, theirs = tokenizer.get_vocab(), known.get_vocab()
-    template = tokenizer.chat_template or known.chat_template
-    if own == theirs and template == known.chat_template:
-        return base.serialiser
-    rows = model.get_input_embeddings().weight.shape[0]
-    if max(own.values()) >= rows:
+def _shapes(model: Any) -> dict[str, tuple[int, ...]]:
+    """Shape of each parameter by each of its names; of embeddings and head without the vocabulary's rows."""
+    modules = (model.get_input_embeddings(), model.get_output_embeddings())
+    vocabulary = {id(p) for module in modules if module is not None for p in module.parameters()}
+    return {
+        name: tuple(parameter.shape[id(parameter) in vocabulary :])
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+    }
+
+
+@torch.no_grad()
+def _check_numbers(folder: Path, model: Any, serialiser: Serialiser) -> None:
+    """Refuse a model whose logits are no numbers: its answers would be judged like any others."""
+    prompt = serialiser.encode([{"role": "user", "content": "What is this?"}]).input_ids
+    logits = model(input_ids=torch.tensor([prompt], device=model.device), use_cache=False).logits
+    if bool(logits.isnan().any()) or bool((logits == float("inf")).any()):
         raise InputError(
-            f"{folder}: its tokenizer has ids up to {max(own.values())}, and the model has {rows} "
-            "embeddings. The embeddings of added tokens were not saved with it."
+            f"{folder}: the logits of this model are no finite numbers. Its weights or a scale of its "
+            "configuration are too large: the training diverged, or the file is damaged."
         )
-    same = {"vocabulary": own == theirs, "chat template": template == known.chat_template}
+
+
+def _serialiser(folder: Path, base: loading.LoadedModel, model: Any, base_rows: int) -> Serialiser:
+    """The base's, unless the suspect comes with another tokenizer or chat template."""
+    known = base.serialiser.tokenizer
+    tokenizer = _tokenizer(folder, known) or known
+    template = tokenizer.chat_template or known.chat_template
+    same = {
+        "vocabulary": tokenizer.get_vocab() == known.get_vocab(),
+        "way of making tokens": _is_copied(folder, base.id) or _rules(tokenizer) == _rules(known),
+        "chat template": template == known.chat_template,
+    }
+    highest, rows = max(tokenizer.get_vocab().values()), model.get_input_embeddings().weight.shape[0]
+    if highest >= rows and (rows < base_rows or not same["vocabulary"]):
+        raise InputError(
+            f"{folder}: its tokenizer has ids up to {highest}, and the model has {rows} embeddings. "
+            + ("The embeddings of added tokens were" if rows >= base_rows else "Those of all its tokens were")
+            + " not saved with it."
+        )
+    if all(same.values()):
+        return base.serialiser
     log.warning(
         "%s: it brings a %s of its own. Its prompts are made with that, the base's with the base's.",
         folder, " and a ".join(name for name, equal in same.items() if not equal),
@@ -115,20 +149,49 @@ def _serialiser(folder: Path, base: loading.LoadedModel, model: Any) -> Serialis
     return Serialiser(tokenizer, base.family, base.serialiser.truncation, base.serialiser.today)
 
 
+def _is_copied(folder: Path, base: str) -> bool:
+    """Whether the tokenizer's file is the base's own: without its config.json, a library may read another."""
+    own, theirs = folder / TOKENIZER, (at_hand(base) or folder / "nowhere") / TOKENIZER
+    return own.is_file() and theirs.is_file() and own.read_bytes() == theirs.read_bytes()
+
+
+def _rules(tokenizer: Any) -> Any:
+    """What turns text into tokens besides the vocabulary, as far as it can be compared."""
+    special = dict(tokenizer.special_tokens_map)
+    special.pop("pad_token", None)  # it is masked, whichever it is
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return special
+    fields = json.loads(backend.to_str())
+    model = fields.get("model") or {}
+    rules = {name: fields.get(name) for name in ("normalizer", "pre_tokenizer", "post_processor", "decoder")}
+    return rules, special, {name: value for name, value in model.items() if name != "vocab"}
+
+
 def _tokenizer(folder: Path, known: Any) -> Any:
     """The tokenizer that a folder brings, or the base's with its template; None where it has neither."""
     from transformers import AutoTokenizer
 
     template = folder / "chat_template.jinja"
+    for file in (template, *(folder / name for name in VOCABULARIES)):
+        if kind := pointer(file):
+            raise InputError(
+                f"{file} is {kind}, not the file itself. Run git lfs pull, or download it; take it out if it "
+                "is the base's."
+            )
     if not any((folder / name).exists() for name in VOCABULARIES):
         if not template.exists():
             return None
         tokenizer = copy.deepcopy(known)
-        tokenizer.chat_template = template.read_text(encoding="utf-8")
+        tokenizer.name_or_path = str(folder)
+        try:
+            tokenizer.chat_template = template.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{template} cannot be read ({in_words(error)}). Save it as UTF-8.") from None
         return tokenizer
     try:
         return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-    except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:  # noqa: BLE001 - tokenizers raises no narrower class
         raise InputError(
             f"{folder}: its tokenizer cannot be loaded ({hub_reason(error) or in_words(error)}). Save it "
             "again beside the weights, or take its files out if it is the base's."
