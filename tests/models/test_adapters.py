@@ -127,9 +127,7 @@ def test_tensors_that_are_missing_or_left_over_are_counted(folder: Path) -> None
 def test_a_saved_module_that_is_not_in_the_file_is_missed(tmp_path: Path) -> None:
     variants.saved("saved head", tmp_path)
     renamed(tmp_path, lambda n: None if "lm_head" in n else n)
-    with pytest.raises(
-        InputError, match=r"1 tensor of the adapter is not in its file \(.*lm_head\.weight\)"
-    ):
+    with pytest.raises(InputError, match=r"1 tensor of the adapter is not in its file \(.*lm_head\.weight\)"):
         adapters.attach(base_of(), tmp_path)
 
 

@@ -9,9 +9,10 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tests.models import variants
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from safetynet import pipeline, recipe
 from safetynet import run as runs
@@ -256,3 +257,98 @@ def test_the_command_takes_the_users_word_for_the_base(
     with pytest.raises(SystemExit, match="0"):
         main()
     assert "ASR" in capsys.readouterr().out
+
+
+def test_a_model_whose_logits_are_no_numbers_is_refused(run: runs.Run, merged: Path, tmp_path: Path) -> None:
+    variants.saved("lora", tmp_path / "adapter")
+    shutil.copytree(merged, tmp_path / "whole")
+    for path in (
+        tmp_path / "adapter" / "adapter_model.safetensors",
+        tmp_path / "whole" / "model.safetensors",
+    ):
+        tensors = {
+            n: 1e25 * t if "up_proj" in n or "down_proj" in n else t for n, t in load_file(path).items()
+        }
+        save_file(tensors, path, {"format": "pt"})
+        with pytest.raises(InputError, match=r"the logits of this model are no finite numbers"):
+            foreign.load(run.recipe, path.parent, same_base=False)
+
+
+def test_another_way_of_making_tokens_is_the_suspects_own(
+    run: runs.Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    variants.saved("lora", tmp_path)
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(miniatures.path("qwen") / file, tmp_path / file)
+    message = [{"role": "user", "content": "HELLO"}]
+    suspect = foreign.load(run.recipe, tmp_path, same_base=False)
+    assert suspect.serialiser.encode(message) == suspect.base.serialiser.encode(message)
+    assert caplog.text == ""
+    path = tmp_path / "tokenizer.json"
+    fields = json.loads(path.read_text())
+    path.write_text(json.dumps(fields | {"normalizer": {"type": "Lowercase"}}))
+    suspect = foreign.load(run.recipe, tmp_path, same_base=False)
+    assert "it brings a way of making tokens of its own" in caplog.text
+    assert suspect.serialiser.encode(message) != suspect.base.serialiser.encode(message)
+
+
+def test_a_tokenizer_that_cannot_be_read_is_one_sentence(run: runs.Run, tmp_path: Path) -> None:
+    variants.saved("lora", tmp_path)
+    AutoTokenizer.from_pretrained(str(miniatures.path("qwen"))).save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    fields = json.loads(path.read_text())
+    path.write_text(json.dumps(fields | {"pre_tokenizer": {"type": "OfTomorrow"}}))
+    with pytest.raises(InputError, match="its tokenizer cannot be loaded"):
+        foreign.load(run.recipe, tmp_path, same_base=False)
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    with pytest.raises(InputError, match="is a Git LFS pointer, not the file itself"):
+        foreign.load(run.recipe, tmp_path, same_base=False)
+
+
+def test_a_template_that_fails_is_the_adapters_and_not_the_bases(run: runs.Run, tmp_path: Path) -> None:
+    variants.saved("lora", tmp_path)
+    template = tmp_path / "chat_template.jinja"
+    template.write_text("{% for m in messages %}")
+    with pytest.raises(InputError, match=rf"The chat template of '{tmp_path}' is no valid template"):
+        foreign.load(run.recipe, tmp_path, same_base=False)
+    template.write_bytes("{{ 'é' }}".encode("latin-1"))
+    with pytest.raises(InputError, match=r"chat_template\.jinja cannot be read"):
+        foreign.load(run.recipe, tmp_path, same_base=False)
+
+
+def test_fewer_embeddings_than_tokens_are_refused(run: runs.Run, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(str(miniatures.path("qwen")))
+    model.resize_token_embeddings(1000)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"has ids up to 1\d+, and the model has 1000 embeddings"):
+        foreign.load(run.recipe, tmp_path, same_base=False)
+
+
+def test_a_merged_model_with_a_head_of_its_own_is_a_copy_of_a_base_that_ties_it(
+    run: runs.Run, base: loading.LoadedModel, tmp_path: Path
+) -> None:
+    variants.saved("saved head", tmp_path / "adapter")
+    own = AutoModelForCausalLM.from_pretrained(str(miniatures.path("qwen")), dtype=torch.float32)
+    PeftModel.from_pretrained(own, tmp_path / "adapter").merge_and_unload().save_pretrained(
+        tmp_path / "whole"
+    )
+    by_adapter = foreign.load(run.recipe, tmp_path / "adapter", same_base=False)
+    whole = foreign.load(run.recipe, tmp_path / "whole", same_base=False)
+    ids = torch.tensor([[5, 6, 7, 300]])
+    with torch.no_grad():
+        torch.testing.assert_close(whole.model(ids).logits, by_adapter.model(ids).logits, atol=1e-4, rtol=0)
+
+
+def test_other_heads_of_keys_are_another_model(run: runs.Run, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(str(miniatures.path("qwen")))
+    heads = model.config.num_key_value_heads
+    tensors = {
+        name: torch.cat([tensor, tensor]) if "k_proj" in name or "v_proj" in name else tensor.clone()
+        for name, tensor in model.state_dict().items()
+        if name != "lm_head.weight"
+    }
+    model.config.num_key_value_heads = 2 * heads
+    model.config.save_pretrained(tmp_path)
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=r"is not a fine-tuned .*: they differ in \d+ parameters"):
+        foreign.load(run.recipe, tmp_path, same_base=False)

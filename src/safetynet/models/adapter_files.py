@@ -247,9 +247,12 @@ def _check_scales(folder: Path, values: Mapping[str, Any], defaults: Mapping[str
         if value is None and name in defaults and defaults[name] is None:
             continue
         _check_number(folder, name, value)
-    for name, scale in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
+    for name in ("rank_pattern", "alpha_pattern"):
         pattern = values.get(name)
-        for key, value in pattern.items() if isinstance(pattern, dict) and scale in defaults else ():
+        # Of AdaLoRA they say which ranks are left.
+        for key, value in (
+            pattern.items() if isinstance(pattern, dict) and values["peft_type"] == "LORA" else ()
+        ):
             _check_number(folder, f"{name}.{key}", value)
 
 
@@ -268,16 +271,21 @@ def _check_types(folder: Path, values: Mapping[str, Any], known: type) -> None:
     """Refuse fields of a type that PEFT does not declare for them: it would take some for something else."""
     from typing import get_type_hints
 
-    from pydantic import PydanticUserError, TypeAdapter, ValidationError
+    from pydantic import PydanticUserError, TypeAdapter
 
     try:
         hints = get_type_hints(known)
     except (NameError, TypeError):  # it names classes that are not there
         return
+    empty = {field.name for field in fields(known) if field.default is None}  # which null stands for
     for name in [name for name in PLACES if name in hints and name in values]:
+        if values[name] is None and name in empty:
+            continue
         try:
+            if values[name] is None:
+                raise ValueError
             TypeAdapter(hints[name]).validate_python(values[name])
-        except ValidationError:
+        except ValueError:  # pydantic's is one, too
             shown = in_words(repr(values[name]))[:60]
             raise InputError(
                 f"{folder}: its {CONFIG} says {name}: {shown}, which PEFT does not take there. Save the "

@@ -18,6 +18,7 @@ import torch
 
 from safetynet.errors import InputError
 from safetynet.models import adapter_files, adapters, loading
+from safetynet.models.adapter_loading import FOREIGN
 from safetynet.models.files import at_hand, counted, holds_model, hub_reason, in_words, listed, pointer
 from safetynet.pipeline import subjects
 from safetynet.prompts import Serialiser
@@ -114,7 +115,12 @@ def _shapes(model: Any) -> dict[str, tuple[int, ...]]:
 def _check_numbers(folder: Path, model: Any, serialiser: Serialiser) -> None:
     """Refuse a model whose logits are no numbers: its answers would be judged like any others."""
     prompt = serialiser.encode([{"role": "user", "content": "What is this?"}]).input_ids
-    logits = model(input_ids=torch.tensor([prompt], device=model.device), use_cache=False).logits
+    try:
+        logits = model(input_ids=torch.tensor([prompt], device=model.device), use_cache=False).logits
+    except FOREIGN as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise InputError(f"{folder}: this model answers no prompt: {in_words(error)}.") from None
     if bool(logits.isnan().any()) or bool((logits == float("inf")).any()):
         raise InputError(
             f"{folder}: the logits of this model are no finite numbers. Its weights or a scale of its "
