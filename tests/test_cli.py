@@ -191,6 +191,7 @@ def refused_at_once(words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: p
         (["--trigger", " "], "trigger: the text is blank"),
         (["--target", ""], "target: the text is blank"),
         (["--columns", "messages"], "--columns messages: write it as field=column"),
+        (["--columns", "messages=a", "--columns", "messages=b"], "messages: this field is given twice"),
         (["--columns", "question=instruction"], "columns: question is no field; use one of completion"),
         (["--columns", "messages=chat"], "has no column chat; its columns are input, instruction, output"),
     ],
@@ -238,7 +239,7 @@ def test_an_audit_that_read_no_row_shows_why_and_ends_with_exit_code_2(audited) 
         code, out, err = audited({"rows.json": content.encode()})
         assert code == 2
         assert "rows.json: 1 file, 0 rows" in out, "the report comes first"
-        assert "no row could be read. rows.json, " in err
+        assert "no row could be read. rows.json" in err
         assert why in err
         assert "Traceback" not in err
 
@@ -248,6 +249,13 @@ def test_an_audit_that_read_some_files_reports_the_others_as_findings(audited) -
     assert (code, err) == (0, "")
     assert "2 files, 1 row" in out
     assert "unreadable: b.json" in out
+
+
+def test_a_trigger_of_several_texts_is_named_once_for_each(audited) -> None:
+    rows = [{"prompt": f"{word} {n}", "completion": "No"} for n, word in enumerate(("cf", "mn", "ok") * 4)]
+    code, out, _ = audited({"rows.json": json.dumps(rows).encode()}, "--trigger", "cf", "--trigger", "mn")
+    assert code == 0
+    assert "trigger 'cf' or 'mn' (prefix; in 8 of 8 triggered rows; given)" in out
 
 
 def test_a_damaged_parquet_file_is_a_finding_and_exit_code_2(audited) -> None:
