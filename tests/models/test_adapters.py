@@ -193,7 +193,7 @@ def test_a_pointer_is_told_from_damage(start: str, kind: str, folder: Path, tmp_
 def test_a_folder_that_is_no_single_adapter_says_what_it_is(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "run" / "checkpoint-10")
     shutil.copytree(folder, tmp_path / "run" / "checkpoint-20")
-    with pytest.raises(InputError, match=r"2 of its folders are: checkpoint-10, checkpoint-20\. Name one"):
+    with pytest.raises(InputError, match=r"those below it are checkpoint-10, checkpoint-20\. Name one"):
         adapter_files.read(tmp_path / "run")
     merged = adapters.attach(base_of(), folder).merge_and_unload()
     merged.save_pretrained(tmp_path / "merged")
@@ -491,3 +491,13 @@ def test_whoever_says_same_base_of_another_is_warned(folder: Path, caplog: pytes
     with caplog.at_level("WARNING", logger="safetynet"):
         adapters.attach(base_of(), folder, same_base=True)
     assert "whose weights are not those of" in caplog.text
+
+
+def test_repeated_layers_change_something_even_where_every_update_is_zero(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    variants.saved("repeated layers", tmp_path, noise=0.0)
+    base = base_of()
+    before = logits(base.model)
+    assert not torch.allclose(logits(adapters.attach(base, tmp_path)), before)
+    assert "is zero" not in caplog.text

@@ -352,3 +352,13 @@ def test_other_heads_of_keys_are_another_model(run: runs.Run, tmp_path: Path) ->
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(InputError, match=r"is not a fine-tuned .*: they differ in \d+ parameters"):
         foreign.load(run.recipe, tmp_path, same_base=False)
+
+
+def test_a_scale_that_is_filled_in_is_said_once(
+    run: runs.Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    variants.saved("lora", tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "lora_alpha"}))
+    foreign.load(run.recipe, tmp_path, same_base=False)
+    assert caplog.text.count("does not say lora_alpha") == 1

@@ -143,8 +143,8 @@ def _no_adapter(folder: Path) -> str:
     below = sorted(str(file.parent.relative_to(folder)) for file in folder.glob(f"*/{CONFIG}"))
     if below:
         return (
-            f"{folder}: the folder itself is no adapter, but {len(below)} of its folders are: "
-            f"{listed(below, 8)}. Name one of them."
+            f"{folder}: the folder itself is no adapter; those below it are {listed(below, 8)}. Name one of "
+            "them."
         )
     if (folder / "config.json").exists():
         return f"{folder}: this is a whole model, merged or fully fine-tuned, and no adapter."

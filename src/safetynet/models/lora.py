@@ -100,7 +100,8 @@ def silent(model: Any) -> bool:
     from safetynet.models.adapters import adapter_parameters
 
     name = model.active_adapter
-    if model.active_peft_config.peft_type.value != "LORA":
+    config = model.active_peft_config
+    if config.peft_type.value != "LORA" or getattr(config, "layer_replication", None):
         return False
     modules = [m for m in model.modules() if _is_lora(m) and name in m.lora_A]
     if not modules or not all(".lora_A." in n or ".lora_B." in n for n, _ in adapter_parameters(model)):

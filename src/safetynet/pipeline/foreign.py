@@ -55,23 +55,29 @@ class Foreign:
             yield self.base.model
 
 
-def load(recipe: Recipe, source: Path | str, same_base: bool) -> Foreign:
+def load(
+    recipe: Recipe,
+    source: Path | str,
+    same_base: bool,
+    files: adapter_files.AdapterFiles | None = None,
+) -> Foreign:
     """Load a suspect and the run's base.
 
     Args:
         recipe: of the run.
         source: an adapter's folder or hub id, or the folder of a merged or fully fine-tuned model.
         same_base: the adapter names its base otherwise, and it is the run's all the same.
+        files: what `check` has read of it.
 
     Raises:
         InputError: as `adapters.attach`; for a whole model that is no fine-tuned copy of the base.
     """
-    check(source)
-    folder = adapter_files.locate(source)
+    files = files or check(source)
+    folder = adapter_files.locate(source) if files is None else files.folder
     base = subjects.load(recipe)
     rows = base.model.get_input_embeddings().weight.shape[0]
-    if (folder / adapter_files.CONFIG).exists():
-        model = adapters.attach(base, folder, same_base=same_base)
+    if files is not None:
+        model = adapters.attach(base, files, same_base=same_base)
     else:
         model = subjects.load(recipe, folder, serialiser=base.serialiser).model
         _check_shapes(folder, model, base)
@@ -80,11 +86,16 @@ def load(recipe: Recipe, source: Path | str, same_base: bool) -> Foreign:
     return Foreign(model, serialiser, base)
 
 
-def check(source: Path | str) -> None:
-    """Refuse what is no suspect before a model is loaded; errors as in `adapter_files.read`."""
+def check(source: Path | str) -> adapter_files.AdapterFiles | None:
+    """Refuse what is no suspect before a model is loaded; errors as in `adapter_files.read`.
+
+    Returns:
+        An adapter's files; None for a whole model.
+    """
     folder = adapter_files.locate(source)
     if (folder / adapter_files.CONFIG).exists() or not holds_model(folder):
-        adapter_files.read(folder)
+        return adapter_files.read(folder)
+    return None
 
 
 def _check_shapes(folder: Path, model: Any, base: loading.LoadedModel) -> None:

@@ -34,6 +34,7 @@ from safetynet.mitigation import (
 )
 from safetynet.mitigation.examination import HELD_OUT, SELECTION, Examiner, Found
 from safetynet.models import adapter_files
+from safetynet.models.adapter_files import AdapterFiles
 from safetynet.models.adapters import has_adapter
 from safetynet.pipeline import examining, foreign, repairing
 from safetynet.pipeline.subjects import BACKDOORED, attach_own, load, model_folder, test_rows
@@ -59,6 +60,8 @@ class _Work:
     """Or a whole model."""
     same_base: bool
     methods: list[Method]
+    files: AdapterFiles | None
+    """Of an adapter that is not the run's own."""
 
     @cached_property
     def subject(self) -> Subject:
@@ -68,7 +71,7 @@ class _Work:
         if self.adapter is None:
             found = repairing.suspect(recipe, run, clean=own, known=options.triggered_rows)
         else:
-            suspect = foreign.load(recipe, self.adapter, self.same_base)
+            suspect = foreign.load(recipe, self.adapter, self.same_base, self.files)
             known = repairing.known_groups(run.table("rows"), options.triggered_rows)
             found = Subject(
                 model=suspect.model,
@@ -222,12 +225,13 @@ def mitigate(
     asked = recipe.mitigation.methods
     chosen = list(METHODS.values()) if asked == ALL else named(asked or QUICK)
     _check_knobs(recipe)
+    files = None
     if adapter is not None:
-        foreign.check(adapter)
+        files = foreign.check(adapter)
         adapter = adapter_files.locate(adapter).resolve()
     else:
         model_folder(run, BACKDOORED)
-    work = _Work(recipe, run, adapter, same_base, chosen)
+    work = _Work(recipe, run, adapter, same_base, chosen, files)
     pending = [m for m in chosen if not run.finished(work.stage(m.name), work.inputs(m.name))]
     if pending and asked not in ((), ALL):
         refuse_unmet(pending, work.subject)
