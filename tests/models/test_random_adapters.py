@@ -19,7 +19,7 @@ from safetynet.interventions.trace import trace
 from safetynet.models import adapter_files, adapters
 
 ROW = [5, 9, 23, 44, 7, 61, 30]
-QUICK, ALL = 2, 6
+QUICK, ALL = 2, 4
 """Adapters drawn for each architecture in the fast tests, and in the slow ones."""
 HEADS = ("lm_head", "embed_out")
 READ_ELSEWHERE = ("bert", "bert decoder", "jamba", "mamba", "roberta")

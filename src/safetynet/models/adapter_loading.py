@@ -201,9 +201,9 @@ def load(model: Any, files: AdapterFiles) -> list[BaseValue]:
         InputError: with counts and the first names if tensors are missing or have no place, two are
             one weight, shapes differ, or a pattern of scales matches nothing.
     """
-    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+    from peft import set_peft_model_state_dict
 
-    saved = get_peft_model_state_dict(model, adapter_name=NAME, save_embedding_layers=False)
+    saved = _as_saved(model, files.config)
     tensors = _renamed(files, saved)
     _check_types(files.folder, tensors, saved)
     places = dict(model.named_parameters(remove_duplicate=False))
@@ -244,6 +244,29 @@ def load(model: Any, files: AdapterFiles) -> list[BaseValue]:
         restore(replaced)
     check_complete(files.folder, missing, unexpected)
     return replaced
+
+
+def _as_saved(model: Any, config: Any) -> dict[str, Tensor]:
+    """The adapter's tensors by the names under which PEFT would save them."""
+    from peft import get_peft_model_state_dict
+
+    if not is_plain(config):
+        return dict(get_peft_model_state_dict(model, adapter_name=NAME, save_embedding_layers=False))
+    mark = f".{NAME}."  # PEFT's own answer takes a pass through every module's state
+    factors = ((f"{n}.", p) for n, p in model.named_parameters(remove_duplicate=False))
+    return {name.replace(mark, ".")[:-1]: parameter for name, parameter in factors if mark in name}
+
+
+def is_plain(config: Any) -> bool:
+    """Whether an adapter is LoRA's two factors for each module, and nothing else."""
+    more = ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "target_parameters",
+            "layer_replication", "kasa_config", "velora_config")  # fmt: skip
+    return (
+        config.peft_type.value == "LORA"
+        and config.bias == "none"
+        and config.init_lora_weights in (True, "gaussian")
+        and not any(getattr(config, name, None) for name in more)
+    )
 
 
 def check_complete(folder: Path, missing: list[str], unexpected: list[str]) -> None:

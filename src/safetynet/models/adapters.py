@@ -25,6 +25,7 @@ from safetynet.models.adapter_loading import (
     check_complete,
     does_not_fit,
     inject,
+    is_plain,
     load,
     replicated_layers,
     resize,
@@ -87,7 +88,7 @@ def put_on(model: Any, files: AdapterFiles) -> Any:
             owners = {id(value.owner) for value in replaced}  # also of a residual that the file holds
             record[:] = [value for value in record if id(value.owner) not in owners]
             _check_rewritten(as_trained, _logits(adapted), files, unwrapped(adapted).dtype)
-        with switched_off(adapted):
+        with _plainly_off(adapted) if is_plain(files.config) and not record else switched_off(adapted):
             before.check(_Probe.of(adapted), files)
     except BaseException as error:
         if adapted is None:
@@ -263,6 +264,24 @@ def check_in_memory(model: Any) -> None:
             "turn comes, which adapters and interventions do not see. Use more GPUs, or model.quantisation: "
             "4bit."
         )
+
+
+@contextmanager
+def _plainly_off(model: Any) -> Iterator[None]:
+    """`switched_off` of an adapter that is updates alone, as far as a pass sees it.
+
+    PEFT's switch also takes gradients from every module and gives them back, which takes as long as the pass.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
 
 
 @contextmanager
