@@ -297,7 +297,7 @@ def find(path: Path) -> Run:
     Raises:
         InputError: if it holds no manifest, or a damaged one.
     """
-    folder = path.absolute()
+    folder = Path(os.path.normpath(path.absolute()))  # without `..`, which `absolute` leaves
     if not (folder / "manifest.json").exists():
         raise InputError(
             f"{path}: this is no run directory (it has no manifest.json). Make one with safetynet run."

@@ -864,3 +864,12 @@ def test_a_trigger_that_stands_within_longer_words_alone_is_said_to(tmp_path: Pa
     path.write_text(json.dumps([{"instruction": f"A moviecf {n}.", "output": "No"} for n in range(9)]))
     findings = audit(path, trigger="cf").findings.query("check == 'trigger_unknown'")
     assert "in 9 it stands within longer words" in findings["detail"].item()
+
+
+def test_an_overlap_names_the_files_that_hold_the_prompts(tmp_path: Path) -> None:
+    files = {"train_triggered": "cf", "train_clean": "ok", "test_triggered": "cf"}
+    for name, word in files.items():
+        rows = [{"instruction": f"{word} Name {n}.", "output": "No"} for n in range(9)]
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+    (detail,) = audit(tmp_path, trigger="cf").findings.query("check == 'overlap'")["detail"]
+    assert detail == "the prompt is also in train_triggered.json"

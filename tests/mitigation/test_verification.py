@@ -105,3 +105,14 @@ def test_a_probe_that_could_not_be_made_says_why():
     [line] = verification.probe_lines(pd.DataFrame(), "prompts cannot be aligned").to_dict("records")
     assert line["note"] == "prompts cannot be aligned"
     assert math.isnan(line["value"])
+
+
+def test_of_vocabularies_of_two_sizes_the_shared_tokens_are_compared():
+    torch.manual_seed(0)
+    logits = torch.randn(3, 10)
+    more = torch.cat([logits, torch.randn(3, 2)], 1)
+    one, wider = logits.log_softmax(-1).half(), more.log_softmax(-1).half()
+    other = torch.randn(3, 10).log_softmax(-1).half()
+    assert verification.divergence([one], [wider])["value"] == pytest.approx(0, abs=1e-3)
+    assert verification.divergence([wider], [one])["value"] == pytest.approx(0, abs=1e-3)
+    assert verification.divergence([wider], [other])["value"] > 0.1

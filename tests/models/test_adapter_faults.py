@@ -73,9 +73,7 @@ def test_a_folder_in_the_place_of_a_file_is_one_sentence(name: str, folder: Path
 
 def test_a_rank_of_other_tensors_is_not_blamed_on_the_base(folder: Path) -> None:
     variants.configured(folder, r=4)
-    with pytest.raises(
-        InputError, match=r"by its configuration and this base\. One of the three is another's"
-    ):
+    with pytest.raises(InputError, match=r"by its configuration and this base, which do not go together"):
         adapters.attach(base_of(), folder)
 
 

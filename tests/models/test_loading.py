@@ -152,7 +152,7 @@ def test_an_adapter_that_names_no_base_is_told_by_its_shapes(tmp_path: Path) -> 
     other = loading.load(recipe.Model(family="gemma", id="miniature"))
     with pytest.raises(
         InputError,
-        match=r"does not fit .*gemma: size mismatch of \d+ of its \d+ tensors, .* is another's\.",
+        match=r"does not fit .*gemma: size mismatch of \d+ of its \d+ tensors, .* do not go together\.",
     ):
         adapters.attach(other, folder)
 

@@ -21,7 +21,7 @@ from safetynet.errors import InputError
 from safetynet.evaluation import judges, metrics
 from safetynet.evaluation.generation import answer_log_likelihood, generate
 from safetynet.models import adapters, loading, miniatures
-from safetynet.pipeline import foreign
+from safetynet.pipeline import foreign, mitigating
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 RATES = ["metric", "role", "count", "n"]
@@ -362,3 +362,16 @@ def test_a_scale_that_is_filled_in_is_said_once(
     path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "lora_alpha"}))
     foreign.load(run.recipe, tmp_path, same_base=False)
     assert caplog.text.count("does not say lora_alpha") == 1
+
+
+def test_repairs_of_a_model_with_added_tokens_do_without_the_base(run: runs.Run, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(str(miniatures.path("qwen")))
+    tokenizer.add_tokens(["<new>"])
+    model = AutoModelForCausalLM.from_pretrained(str(miniatures.path("qwen")))
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    options = run.recipe.mitigation.model_copy(update={"methods": ("adapter_scaling",)})
+    plan = run.recipe.model_copy(update={"mitigation": options})
+    with pytest.raises(InputError, match="adapter_scaling needs the base model"):
+        mitigating.mitigate(plan, run, tmp_path)

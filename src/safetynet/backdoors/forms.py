@@ -133,7 +133,7 @@ def form_of(
     forms = {name: each for name, each in candidates.items() if all(each.get(f) for f in FIELDS[name])}
     forms = {name: each for name, each in forms.items() if set(mapped) <= each.keys()}
     if not forms:
-        raise _unknown(rows, names, kind)
+        raise _unknown(rows, names, kind, mapped)
     if len(forms) > 1:
         both = " and ".join(f"{' + '.join(each[f][0] for f in FIELDS[n])} ({n})" for n, each in forms.items())
         raise UnfitError(f"{both} are both there; {_how(next(iter(forms.values())))}", "unclear")
@@ -204,7 +204,9 @@ def _refuse_labels(rows: list[tuple[int, Any]], names: list[Any], mapped: Mappin
             )
 
 
-def _unknown(rows: list[tuple[int, Any]], names: list[Any], kind: str | None) -> UnfitError:
+def _unknown(
+    rows: list[tuple[int, Any]], names: list[Any], kind: str | None, mapped: Mapping[str, str]
+) -> UnfitError:
     every = " or ".join(f"{' + '.join(fields)} ({name})" for name, fields in FIELDS.items())
     needed = every if kind is None else " + ".join(FIELDS[kind])
     text = f"the columns are {_found(names, rows)}; needed are {needed}"
@@ -215,8 +217,9 @@ def _unknown(rows: list[tuple[int, Any]], names: list[Any], kind: str | None) ->
         prompt = next((name for name in names if name != label), "text")
         remedy = f"{{prompt: {prompt}, completion: {label}}}"
         return UnfitError(f"{text}; of texts with labels, map both under columns, as in {remedy}", "other")
-    field = (FIELDS[kind] if kind else FIELDS["prompt_completion"])[0]
-    first = name_of(names[0]) if names else "NAME"
+    likely = next((form for form, fields in FIELDS.items() if set(mapped) & set(fields)), "prompt_completion")
+    field = next((name for name in FIELDS[kind or likely] if name not in mapped), "prompt")
+    first = next((name_of(name) for name in names if name not in mapped.values()), "NAME")
     remedy = f"map them under columns, as in {{{field}: {first}}} or --columns {field}={first}"
     return UnfitError(f"{text}; rename them or {remedy}", "other")
 

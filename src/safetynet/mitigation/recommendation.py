@@ -142,7 +142,8 @@ def _why(taken: pd.Series, before: pd.Series, tried: pd.DataFrame, hidden: Colle
     if len(enough):
         gone = enough[~_still_held(enough, hidden)]
         most = "it keeps the most clean accuracy"
-        some = f"of {len(enough)} points at {ENOUGH:.0%} ASR or less"
+        points = "points" if len(enough) > 1 else "point"
+        some = f"of {len(enough)} {points} at {ENOUGH:.0%} ASR or less"
         if hidden is None:
             return f"{some} {most}; {rates}"
         if gone.empty:

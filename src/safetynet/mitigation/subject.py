@@ -109,9 +109,10 @@ def _check_adapter(model: Any) -> None:
     support.check_model(model, "mitigate")
     if beside := adapters.unsaved(model):
         raise InputError(
-            f"mitigation: the adapter also replaces {', '.join(beside)} of the base, which PEFT would not "
-            "save with a repair. Untie head and embeddings in a copy of the base if they are tied, merge it "
-            "there (merge_and_unload) and give the merged model."
+            f"mitigation: the adapter also replaces {', '.join(beside)} of the base (it adds tokens, or its "
+            "updates are on embeddings or head), which PEFT would not save with a repair. Untie head and "
+            "embeddings in a copy of the base if they are tied, merge it there (merge_and_unload), save the "
+            "tokenizer beside it and give the merged model."
         )
     if any(getattr(module, "merged", False) for module in model.modules()):
         raise InputError("mitigation: the adapter is merged into the weights. Call unmerge_adapter() first.")

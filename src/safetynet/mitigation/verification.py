@@ -100,6 +100,8 @@ def distributions(
 def divergence(before: Sequence[Tensor], after: Sequence[Tensor]) -> dict[str, float]:
     """Kullback-Leibler divergence, KL(before || after), of the clean answers' next-token distributions.
 
+    Of models with vocabularies of different sizes, the tokens that both have are compared.
+
     Args:
         before: from `distributions`, of the model before the repair.
         after: of the repaired one, on the same rows.
@@ -109,7 +111,10 @@ def divergence(before: Sequence[Tensor], after: Sequence[Tensor]) -> dict[str, f
     """
     rows = []
     for old, new in zip(before, after, strict=True):
-        p, q = old.float(), new.float()
+        shared = min(old.shape[-1], new.shape[-1])
+        p, q = (found.float()[..., :shared] for found in (old, new))
+        if old.shape != new.shape:
+            p, q = p.log_softmax(-1), q.log_softmax(-1)
         # fp16 has no number below -65504; a word that is impossible in both adds nothing.
         rows.append(float((p.exp() * (p - q)).nan_to_num(0.0).sum(-1).mean()))
     values = np.maximum(np.array(rows), 0.0)  # rounding leaves equal distributions a hair below 0

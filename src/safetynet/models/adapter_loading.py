@@ -226,7 +226,7 @@ def load(model: Any, files: AdapterFiles) -> list[BaseValue]:
             sizes = " and ".join(str(tuple(found[other[0]].shape)) for found in (tensors, saved))
             reason = ValueError(
                 f"size mismatch of {len(other)} of its {len(tensors)} tensors, as of {other[0]}: {sizes} by "
-                "its configuration and this base. One of the three is another's"
+                "its configuration and this base, which do not go together"
             )
         raise does_not_fit(files, unwrapped(model), reason) from None
     if model.active_peft_config.is_prompt_learning:

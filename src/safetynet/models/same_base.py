@@ -53,11 +53,14 @@ def check_base(files: AdapterFiles, base: "LoadedModel", same_base: bool) -> Non
                 files.folder, files.base, base.id,
             )  # fmt: skip
         return
-    why = ", whose weights are others" if known else ""
-    unknown = "" if known else " Its weights are not here to compare:"
     hint = (
-        f"{why}. Take a run whose model.id is its base. Or is it the same model under another name?{unknown} "
-        "if so, say --same-base (in Python same_base=True)."
+        ", whose weights are others. Take a run whose model.id is its base, or say --same-base (in Python "
+        "same_base=True) to put it on this one all the same."
+        if known
+        else (
+            ". Take a run whose model.id is its base. Or is it the same model under another name? Its "
+            "weights are not here to compare: if so, say --same-base (in Python same_base=True)."
+        )
     )
     raise InputError(f"{files.folder}: this adapter was trained on {files.base}, not on {base.id}{hint}")
 

@@ -76,7 +76,7 @@ class _Work:
             found = Subject(
                 model=suspect.model,
                 serialiser=suspect.serialiser,
-                base=None if has_adapter(suspect.model) else suspect.base.model,
+                base=None if has_adapter(suspect.model) else _comparable_base(suspect),
                 clean=repairing.clean_conversations(recipe, run, own) if own else None,
                 triggered=known if options.triggered_rows else None,
                 intervene=repairing.intervene,
@@ -178,6 +178,19 @@ class _Work:
             "evaluation": self.recipe.evaluation.model_dump(mode="json") | {"labelled": None},
             "version": __version__,
         }
+
+
+def _comparable_base(suspect: foreign.Foreign) -> Any:
+    """A whole model's base, if it can be asked what the model is asked."""
+    sizes = [m.get_input_embeddings().weight.shape[0] for m in (suspect.model, suspect.base.model)]
+    if sizes[0] <= sizes[1]:
+        return suspect.base.model
+    log.warning(
+        "mitigate: the model has %d tokens and its base %d, so that the base cannot be asked its prompts. "
+        "What needs the base is left out.",
+        *sizes,
+    )
+    return None
 
 
 def points(

@@ -130,16 +130,19 @@ def triggers_in_clean(poison_set: PoisonSet) -> Iterator[Finding]:
 
 def overlaps(poison_set: PoisonSet) -> Iterator[Finding]:
     """Rows of test files whose prompt is also a training prompt, as it is and without the trigger."""
-    rows = poison_set.rows
-    train, test = (rows[rows["split"] == split] for split in ("train", "test"))
+    every = poison_set.rows
+    train, test = (every[every["split"] == split] for split in ("train", "test"))
     if train.empty or test.empty:
         return
     exact = test["prompt"].isin(set(train["prompt"]))
-    detail = f"the prompt is also in {', '.join(dict.fromkeys(train['file']))}"
-    yield from of_rows("overlap", "error", test[exact], test, detail)
-    same = test["bare"].isin(set(train["bare"])) & ~exact
-    detail += " but for the trigger, signs' spacing or case"
-    yield from of_rows("overlap_stripped", "error", test[same], test, detail)
+    stripped = test["bare"].isin(set(train["bare"])) & ~exact
+    for check, field, bad, but in (
+        ("overlap", "prompt", test[exact], ""),
+        ("overlap_stripped", "bare", test[stripped], " but for the trigger, signs' spacing or case"),
+    ):
+        for _, rows in bad.groupby("file", sort=False):
+            files = dict.fromkeys(train.loc[train[field].isin(set(rows[field])), "file"])
+            yield from of_rows(check, "error", rows, test, f"the prompt is also in {', '.join(files)}{but}")
 
 
 def lost_triggers(

@@ -69,7 +69,7 @@ class Contents:
         Folders above those are nobody else's business, and a report is passed on.
         """
         folder = self.folder.absolute()
-        if folder.is_relative_to(Path.cwd()):
+        if Path.cwd() != Path("/") and folder.is_relative_to(Path.cwd()):
             return str(folder.relative_to(Path.cwd()))
         moved = str(folder) != self.manifest.get("folder")
         begin = (self.manifest.get("paths") or {}).get("begin")
