@@ -334,7 +334,7 @@ def test_an_adapter_that_does_not_belong_to_the_runs_model_is_refused(prepared: 
     theirs = adapter("llama3", tmp_path / "theirs")
     text = refused("evaluate", str(prepared), "--adapter", str(theirs), cwd=tmp_path)
     assert "this adapter was trained on" in text
-    assert "Take a run whose model.id is its base." in text
+    assert "Take a run whose model.id is its base, or say --same-base" in text
 
 
 def test_an_adapters_folder_is_checked_before_the_base_model_is_loaded(
