@@ -17,12 +17,6 @@ from safetynet.errors import InputError
 from safetynet.models import adapters, loading, miniatures
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    variants.saved("lora", tmp_path / "adapter")
-    return tmp_path / "adapter"
-
-
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

@@ -44,12 +44,6 @@ def renamed(folder: Path, rename: Callable[[str], str | None]) -> None:
     save_file(tensors, path, metadata={"format": "pt"})
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    variants.saved("lora", tmp_path / "adapter")
-    return tmp_path / "adapter"
-
-
 @pytest.mark.parametrize(
     ("family", "name"),
     [

@@ -49,6 +49,12 @@ def base() -> loading.LoadedModel:
     return loading.load(recipe.Model(family="qwen", id="miniature"), "fp32")
 
 
+def copy_tokenizer(folder: Path) -> None:
+    """Put the base's own tokenizer into a folder, without the configuration beside it."""
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(miniatures.path("qwen") / file, folder / file)
+
+
 def rates(table: pd.DataFrame, model: str) -> list[tuple[Any, ...]]:
     return list(table[table["model"] == model][RATES].itertuples(index=False, name=None))
 
@@ -219,8 +225,7 @@ def test_a_template_of_the_adapters_own_makes_its_prompts_and_not_the_bases(
     run: runs.Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     variants.saved("lora", tmp_path)
-    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(miniatures.path("qwen") / file, tmp_path / file)
+    copy_tokenizer(tmp_path)
     assert foreign.load(run.recipe, tmp_path, same_base=False).serialiser.tokenizer.chat_template
     assert caplog.text == ""
     template = (tmp_path / "chat_template.jinja").read_text()
@@ -278,8 +283,7 @@ def test_another_way_of_making_tokens_is_the_suspects_own(
     run: runs.Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     variants.saved("lora", tmp_path)
-    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(miniatures.path("qwen") / file, tmp_path / file)
+    copy_tokenizer(tmp_path)
     message = [{"role": "user", "content": "HELLO"}]
     suspect = foreign.load(run.recipe, tmp_path, same_base=False)
     assert suspect.serialiser.encode(message) == suspect.base.serialiser.encode(message)

@@ -34,8 +34,6 @@ LARGEST_SCALE = 1e9
 """Of a rank or a scale: what is beyond is damage, and overflows."""
 SCALES = ("r", "lora_alpha", "alpha", "rank")
 """Fields that decide how strongly an adapter acts; PEFT fills in a default where one is missing."""
-
-
 PLACES = (
     "target_modules", "exclude_modules", "target_parameters", "modules_to_save", "layers_to_transform",
     "layers_pattern", "layer_replication", "rank_pattern", "alpha_pattern", "trainable_token_indices", "bias",

@@ -100,8 +100,8 @@ def resize(base: Any, files: AdapterFiles) -> list[BaseValue]:
     config, size = base.config.get_text_config(), max(wanted)
     saved = {weight for name in tensors for weight, is_whole in (_place_of(name),) if is_whole}
     lacking = [name for name, count in rows.items() if count < size and name not in saved]
-    known = {name for name in saved if name in rows}
-    if lacking and not (known and len(embeddings) == 1):  # tied weights are one
+    is_tied = len(embeddings) == 1  # then the rows of one name are those of all
+    if lacking and not (is_tied and saved & rows.keys()):
         raise InputError(
             f"{files.folder}: it was trained on a base with {size} tokens, this one has "
             f"{min(rows.values())}, and its file lacks the rows of the added ones ({listed(lacking)}). Merge "
@@ -127,9 +127,8 @@ def _rows_of(name: str, tensor: Tensor) -> tuple[str, int]:
     weight, is_whole = _place_of(name)
     if weight.endswith("lora_embedding_A"):
         return weight.removesuffix("lora_embedding_A") + "weight", tensor.shape[-1]
-    return weight if is_whole else weight.replace("lora_B.weight", "weight"), len(
-        tensor
-    ) if tensor.ndim else 0
+    weight = weight if is_whole else weight.replace("lora_B.weight", "weight")
+    return weight, len(tensor) if tensor.ndim else 0
 
 
 def _place_of(name: str) -> tuple[str, bool]:

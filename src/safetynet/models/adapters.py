@@ -111,7 +111,6 @@ def detach(model: Any) -> Any:
     if model.active_peft_config.is_prompt_learning:
         return model.base_model
     base = model.get_base_model()
-    model.base_model.model = base
     unwrap(base)
     return base
 

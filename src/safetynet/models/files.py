@@ -94,10 +94,9 @@ def in_words(error: object) -> str:
     return " ".join(str(error).split())[:300].rstrip(".")
 
 
-def counted(number: int, what: str, verb: str = "") -> str:
-    """`1 tensor is`, `2 tensors are`: a number with its noun, and its verb (`is` or `has`)."""
-    one, many = {"is": ("is", "are"), "has": ("has", "have"), "": ("", "")}[verb]
-    return f"{number} {what}{'' if number == 1 else 's'} {one if number == 1 else many}".rstrip()
+def counted(number: int, what: str) -> str:
+    """`1 tensor`, `2 tensors`: a number with its noun."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def listed(names: list[str], most: int = SHOWN) -> str:

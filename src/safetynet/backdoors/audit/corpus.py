@@ -94,8 +94,7 @@ def load(path: Path, columns: Mapping[str, str] | None = None, kind: str | None 
         listed = ", ".join(sorted(map(name_of, seen)))
         raise InputError(f"columns: {path} has no column {', '.join(absent)}; its columns are {listed}")
     if not tables:  # then nobody can say that what is not read are other files
-        worse = {"unreadable": "error"}
-        findings = [replace(one, severity=worse.get(one.check, one.severity)) for one in findings]
+        findings = [replace(one, severity="error") if one.check == "unreadable" else one for one in findings]
         return Corpus(pd.DataFrame(), digests, tuple(findings))
     rows = pd.concat(tables, ignore_index=True)
     rows["prompt"] = ["\n\n".join(turn["content"] for turn in messages) for messages in rows["messages"]]
