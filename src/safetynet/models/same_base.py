@@ -91,8 +91,10 @@ def _same_weights(one: Path, other: Path) -> bool | None:
         pairs = [(first[name], second[name]) for name in first.keys() & second.keys()]
         if lone:
             head, tied = (first[HEAD], second) if HEAD in first else (second[HEAD], first)
-            embeddings = [found for name, found in tied.items() if name.endswith(EMBEDDINGS)]
-            pairs += [(head, found) for found in embeddings[:1]]
+            embeddings = next((found for name, found in tied.items() if name.endswith(EMBEDDINGS)), None)
+            if embeddings is None:
+                return False
+            pairs.append((head, embeddings))
         return all(_equal(a.get_tensor(n), b.get_tensor(m)) for (a, n), (b, m) in pairs)
     except (OSError, SafetensorError):
         return None
