@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from safetynet.detection.capture import forward
 from safetynet.detection.features import FeatureSpec
 from safetynet.detection.readers import Place, Reader
-from safetynet.run import peak_memory_mb
+from safetynet.run.directory import peak_memory_mb
 
 
 def main() -> None:

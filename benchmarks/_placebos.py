@@ -78,8 +78,8 @@ def _more(run: Any, serialiser: Any, clean: pd.DataFrame, seed: int) -> pd.DataF
     """New placebos of the backdoor's test split, none of a prompt that the run or its monitors know."""
     from safetynet.backdoors import conversations, poisoning
     from safetynet.evaluation.leaks import prompts_without_trigger
-    from safetynet.lookalikes import Lookalikes
     from safetynet.prompts import prompt_hash
+    from safetynet.text.lookalikes import Lookalikes
 
     attack, other = run.recipe.backdoor, seed + 1000
     data = run.recipe.data.model_copy(update={"train_rows": 100, "test_rows": len(clean) // 2})

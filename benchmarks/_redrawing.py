@@ -34,7 +34,7 @@ def redraw(
         random words: shares with alarm, one line per monitor.
     """
     from safetynet.detection.plan import Plan
-    from safetynet.detection.random_words import put_in
+    from safetynet.text.random_words import put_in
 
     plan, n = Plan.of(detectors.split(","), RATE), len(clean)
     read = reader(model, serialiser, run, plan.spec)

@@ -23,12 +23,12 @@ def repeated(run: Path) -> pd.DataFrame:
     Returns:
         trigger, tpr and n, a line for each.
     """
-    from safetynet import run as runs
     from safetynet.detection.capture import capture
     from safetynet.detection.monitor import Monitor
     from safetynet.models.loading import use_one_thread
     from safetynet.pipeline.detecting import fired
     from safetynet.pipeline.subjects import backdoored, test_rows
+    from safetynet.run import directory as runs
 
     use_one_thread()
     found = runs.find(run)

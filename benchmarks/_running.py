@@ -27,7 +27,7 @@ def run_recipe(command: str, family: str, fields: Mapping[str, object], name: st
 def safetynet(*words: str, name: str) -> int:
     """Run a command of safetynet's; gives the exit code, and says on standard error what went wrong."""
     done = subprocess.run(
-        [sys.executable, "-c", "from safetynet.cli import main; main()", *words],
+        [sys.executable, "-c", "from safetynet.cli.app import main; main()", *words],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,

@@ -32,7 +32,7 @@ def compare(model: Any, serialiser: Any, clean: pd.DataFrame, run: Any, seed: in
     from safetynet.detection.monitor import Monitor
     from safetynet.detection.panel import PRESETS
     from safetynet.detection.plan import Plan
-    from safetynet.detection.random_words import put_in
+    from safetynet.text.random_words import put_in
 
     read = reader(model, serialiser, run, Plan.of(["adapter"], RATE).spec)
     plain, n, readings = list(clean["messages"]), len(clean), PRESETS["adapter"]
@@ -63,10 +63,10 @@ def reader(model: Any, serialiser: Any, run: Any, spec: Any) -> Callable[[list[A
 
 def asked_of(read: Callable[[list[Any]], Any], run: Any, seed: int) -> dict[str, Any]:
     """Features of the test rows that are judged, read beside all others as `safetynet detect` reads them."""
-    from safetynet.detection import domains
     from safetynet.detection.plan import PER_DOMAIN
     from safetynet.pipeline.challenging import challenges
     from safetynet.pipeline.subjects import test_rows
+    from safetynet.text import domains
 
     test = test_rows(run)
     more, other = challenges(run.recipe, test), domains.generate(PER_DOMAIN, seed)

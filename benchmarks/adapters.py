@@ -261,7 +261,7 @@ def alone(model: Any, family: str, run: Path) -> dict[str, Any]:
 def by_safetynet(run: Path, folder: Path) -> dict[tuple[str, str, str], tuple[int, float, int]]:
     """What `safetynet evaluate --adapter` finds, by model, metric and role: count, value and rows."""
     from safetynet import pipeline
-    from safetynet import run as runs
+    from safetynet.run import directory as runs
 
     planned = runs.find(run)
     table = pipeline.evaluate_foreign(planned.recipe, planned, folder)

@@ -21,10 +21,10 @@ from _running import ROOT
 
 from safetynet import pipeline
 from safetynet import recipe as recipes
-from safetynet import run as runs
+from safetynet.cli.terminal import logging_to
 from safetynet.errors import InputError, SafetyNetError
 from safetynet.models import loading
-from safetynet.terminal import logging_to
+from safetynet.run import directory as runs
 
 FAMILIES = ("llama2", "llama3", "qwen", "gemma", "mixtral")
 SEEDS = (0, 1, 2)

@@ -222,7 +222,7 @@ def by_group(args: argparse.Namespace) -> pd.DataFrame:
 def caught(run: Path, args: argparse.Namespace) -> pd.DataFrame:
     """The protocol's table of one run, by the stage that `safetynet detect` runs."""
     from safetynet import pipeline
-    from safetynet import run as runs
+    from safetynet.run import directory as runs
 
     found = runs.find(run)
     with found.lock():
@@ -279,7 +279,7 @@ def of_cell(
     args: argparse.Namespace, cell: dict[str, str], part: str, measure: Callable[..., pd.DataFrame]
 ) -> pd.DataFrame:
     """What `measure` finds; it is called with model, serialiser, clean prompts, run and seed."""
-    from safetynet import run as runs
+    from safetynet.run import directory as runs
 
     run = run_of(args, cell)
 
@@ -360,16 +360,16 @@ def planted(args: argparse.Namespace, family: str, fields: dict[str, object], ta
     where = {"task": task, "seed": args.seed, "output.results": args.out, "output.logs": args.out / "logs"}
     if run_recipe("train", family, {**LEAN, **fields, **where, **small}, f"{family} {task}"):
         return None
-    words = ["from safetynet.cli import main; main()", "evaluate", str(run)]
+    words = ["from safetynet.cli.app import main; main()", "evaluate", str(run)]
     done = subprocess.run([sys.executable, "-c", *words], stdout=subprocess.DEVNULL, check=False)
     return run if done.returncode == 0 else None
 
 
 def subject(run: Path, count: int) -> tuple[Any, Any, pd.DataFrame]:
     """A run's backdoored model, its serialiser, and clean prompts that it was not trained on."""
-    from safetynet import run as runs
     from safetynet.models.loading import use_one_thread
     from safetynet.pipeline.subjects import backdoored, fresh_prompts
+    from safetynet.run import directory as runs
 
     use_one_thread()
     found = runs.find(run)
@@ -378,7 +378,7 @@ def subject(run: Path, count: int) -> tuple[Any, Any, pd.DataFrame]:
 
 def kept(path: Path, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
     """A measurement from its file, or made and written there."""
-    from safetynet.run import write_atomically
+    from safetynet.run.directory import write_atomically
 
     if not path.exists():
         table = make()

@@ -26,13 +26,13 @@ import pandas as pd
 from _running import ROOT, markdown, percent
 
 from safetynet import pipeline, recipe
-from safetynet import run as runs
 from safetynet.detection.features import Features, FeatureSpec
 from safetynet.detection.panel import PRESETS, named
 from safetynet.detection.protocol import measure
 from safetynet.models import loading
 from safetynet.pipeline.subjects import backdoored, fresh_prompts, test_rows
 from safetynet.prompts import prompt_hash
+from safetynet.run import directory as runs
 
 RATE = 0.01
 CLEAN = 2800
@@ -203,7 +203,7 @@ def captured(
 ) -> tuple[Features, Features]:
     """What the model shows of clean prompts, as they are and with random words, and of test rows."""
     from safetynet.detection.capture import capture
-    from safetynet.detection.random_words import put_in
+    from safetynet.text.random_words import put_in
 
     model, serialiser = backdoored(made, run)
     batch_size, max_length = made.evaluation.batch_size, made.training.max_length
@@ -223,7 +223,7 @@ def protocol_rows(clean: pd.DataFrame, test: pd.DataFrame) -> pd.DataFrame:
 
 def draw(matrix: pd.DataFrame, family: str, folder: Path) -> None:
     """The matrix as a figure, where any trigger fired."""
-    from safetynet.visualization import DetectionVisualizer
+    from safetynet.figures import DetectionVisualizer
 
     shown = matrix[(matrix["rows"] == "fired") & matrix["metric"].isin(["auroc", "tpr"])]
     if len(shown):

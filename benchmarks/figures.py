@@ -18,9 +18,9 @@ from pathlib import Path
 import pandas as pd
 from _running import markdown, run_recipe
 
-from safetynet import run as runs
-from safetynet.visualization import report as reports
-from safetynet.visualization.of_run import figures_of
+from safetynet import report as reports
+from safetynet.figures.of_run import figures_of
+from safetynet.run import directory as runs
 
 REPEATS = 5
 SMALL = {"data.train_rows": 160, "data.test_rows": 16, "training.epochs": 1, "evaluation.dynamics_rows": 8}
@@ -67,7 +67,7 @@ def figures(folder: Path, out: Path, repeats: int) -> pd.DataFrame:
 def report(folder: Path, page: Path, repeats: int) -> pd.DataFrame:
     """Seconds of `safetynet report`, its start included, and the size of the page."""
     words = ["report", str(folder), "--out", str(page)]
-    command = [sys.executable, "-c", "from safetynet.cli import main; main()", *words]
+    command = [sys.executable, "-c", "from safetynet.cli.app import main; main()", *words]
     took = pd.Series(
         [timed(lambda: subprocess.run(command, check=True, capture_output=True)) for _ in range(repeats)]
     )

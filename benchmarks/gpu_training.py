@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Qwen2Config, TrainerCallback
 
-from safetynet.models import families
+from safetynet import families
 from safetynet.prompts import IGNORED
 from safetynet.recipe import Training
 from safetynet.training import attach

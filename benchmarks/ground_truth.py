@@ -85,17 +85,17 @@ def plant(family: str, truth: str, out: Path, smoke: bool) -> int:
 
 def score(family: str, truth: str, out: Path, smoke: bool) -> pd.DataFrame:
     """Each method's score of each layer of one model: family, truth, method, layer, score, true, distance."""
-    from safetynet import run as runs
     from safetynet.interventions.pairs import align
     from safetynet.models import loading
     from safetynet.pipeline.subjects import backdoored
+    from safetynet.run import directory as runs
 
     loading.use_one_thread()
     run = runs.find(out / f"{family}-miniature" / truth.replace(" ", "-"))
     model, serialiser = backdoored(run.recipe, run)
     rows = run.table("rows")
     pairs = align(rows[rows["split"] == "test"], serialiser, GROUPS)
-    from safetynet.interventions.sites import Anatomy
+    from safetynet.engine.sites import Anatomy
     from safetynet.interventions.sweep import spots_by, sweep
 
     first = list(spots_by(Anatomy.of(model), "layer"))[:1]
@@ -114,7 +114,7 @@ def by_sweep(by: str, mode: str = "patch", direction: str = "remove") -> Callabl
     """The strongest effect that a sweep finds in each layer."""
 
     def scored(model: Any, pairs: Any, _: Any) -> np.ndarray:
-        from safetynet.interventions.sites import Anatomy
+        from safetynet.engine.sites import Anatomy
         from safetynet.interventions.sweep import runs_of, spots_by, sweep
 
         anatomy = Anatomy.of(model)
@@ -130,7 +130,7 @@ def by_sweep(by: str, mode: str = "patch", direction: str = "remove") -> Callabl
 
 def adapter_by_layer(model: Any, pairs: Any, _: Any) -> np.ndarray:
     """All adapters of a layer off."""
-    from safetynet.interventions.sites import Anatomy, Site
+    from safetynet.engine.sites import Anatomy, Site
     from safetynet.interventions.sweep import Spot, sweep
 
     depth = Anatomy.of(model).shape.layers
@@ -141,7 +141,7 @@ def adapter_by_layer(model: Any, pairs: Any, _: Any) -> np.ndarray:
 
 def leaves_trigger(model: Any, pairs: Any, _: Any) -> np.ndarray:
     """How much less the trigger's states are worth after a layer than before: where they have been read."""
-    from safetynet.interventions.sites import Anatomy, Site
+    from safetynet.engine.sites import Anatomy, Site
     from safetynet.interventions.sweep import Spot, sweep
 
     depth = Anatomy.of(model).shape.layers

@@ -24,7 +24,7 @@ from _running import markdown
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from safetynet.interventions.sites import Anatomy
+from safetynet.engine.sites import Anatomy
 from safetynet.models import adapter_files, adapters
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -86,7 +86,7 @@ def needs(config: dict[str, Any], family: str, **more: Any) -> Any:
     """Of one model: `scaling.Needs`."""
     from transformers import AutoConfig
 
-    from safetynet.models import families
+    from safetynet import families
     from safetynet.pipeline import scaling
     from safetynet.recipe import Training
 
@@ -184,7 +184,7 @@ def step(config: dict[str, Any], cfg: dict[str, Any]) -> dict[str, float]:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from safetynet.models import families
+    from safetynet import families
     from safetynet.recipe import Training
     from safetynet.training import attach
     from safetynet.training.loss import answer_loss, causal_lm

@@ -37,13 +37,13 @@ from transformers import (
     TrainingArguments,
 )
 
-from safetynet.models import families
+from safetynet import families
 from safetynet.models.miniatures import language
 from safetynet.models.miniatures.architectures import ARCHITECTURES, SHAPE
 from safetynet.models.miniatures.vocabulary import build_tokenizer
 from safetynet.prompts import IGNORED, Serialiser
 from safetynet.recipe import Training
-from safetynet.run import peak_memory_mb
+from safetynet.run.directory import peak_memory_mb
 from safetynet.training import attach
 from safetynet.training.examples import Example, Order, encode
 from safetynet.training.fit import arguments

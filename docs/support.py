@@ -29,14 +29,14 @@ from safetynet import recipe
 from safetynet.backdoors import sources
 from safetynet.detection.capture import capture
 from safetynet.detection.features import FeatureSpec
+from safetynet.engine.batch import Batch
+from safetynet.engine.edits import Edit, replace, zero
+from safetynet.engine.hooks import intervening
+from safetynet.engine.sites import COMPONENTS, Anatomy, Site
+from safetynet.engine.trace import trace
 from safetynet.errors import InputError
-from safetynet.interventions.batch import Batch
 from safetynet.interventions.drift import updates
-from safetynet.interventions.edits import Edit, replace, zero
-from safetynet.interventions.hooks import intervening
-from safetynet.interventions.sites import COMPONENTS, Anatomy, Site
 from safetynet.interventions.support import USES, support
-from safetynet.interventions.trace import trace
 from safetynet.mitigation import METHODS, Subject, repair
 from safetynet.models import adapter_files, adapters, loading
 from safetynet.models.support import STAGES

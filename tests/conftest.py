@@ -66,7 +66,8 @@ def multilingual() -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    from safetynet.models import families, miniatures
+    from safetynet import families
+    from safetynet.models import miniatures
     from safetynet.prompts import Serialiser
 
     plain = AutoTokenizer.from_pretrained(miniatures.path("qwen"))

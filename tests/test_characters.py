@@ -5,7 +5,7 @@ import unicodedata
 import pytest
 import regex
 
-from safetynet.characters import alike, kind
+from safetynet.text.characters import alike, kind
 
 SCRIPTS = {
     "鱼": r"\p{Han}", "魚": r"\p{Han}", "桜": r"\p{Han}", "あ": r"\p{Hiragana}", "ア": r"\p{Katakana}",

@@ -13,11 +13,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from safetynet import pipeline, recipe
-from safetynet import run as runs
-from safetynet.cli import main
+from safetynet.cli.app import main
 from safetynet.errors import InputError
 from safetynet.models import loading, miniatures
 from safetynet.recipe import Model
+from safetynet.run import directory as runs
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 COMMANDS = (
@@ -28,7 +28,7 @@ COMMANDS = (
 
 def safetynet(*words: str, cwd: Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", "from safetynet.cli import main; main()", *words],
+        [sys.executable, "-c", "from safetynet.cli.app import main; main()", *words],
         cwd=cwd,
         env={**os.environ, "COLUMNS": "100", **(env or {})},
         capture_output=True,
@@ -49,7 +49,7 @@ def test_help_names_every_command_and_comes_at_once(tmp_path: Path) -> None:
     started = time.process_time()
     text = safetynet("--help", cwd=tmp_path).stdout
     assert all(command in text for command in COMMANDS)
-    loaded = "import sys, safetynet.cli; print([m for m in ('torch', 'pandas') if m in sys.modules])"
+    loaded = "import sys, safetynet.cli.app; print([m for m in ('torch', 'pandas') if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]", "these take seconds to import"
     assert time.process_time() - started < 5

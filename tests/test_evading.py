@@ -17,7 +17,7 @@ SMALL = (
 
 def command(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", "from safetynet.cli import main; main()", *words],
+        [sys.executable, "-c", "from safetynet.cli.app import main; main()", *words],
         cwd=folder, capture_output=True, text=True, env=dict(os.environ), timeout=600, check=False,
     )  # fmt: skip
 

@@ -21,18 +21,9 @@ from safetynet.detection.features import FeatureSpec
 from safetynet.detection.guard import Guard
 from safetynet.detection.monitor import Monitor
 from safetynet.detection.panel import PRESETS
+from safetynet.engine.sites import Anatomy, Site
 from safetynet.evaluation.generation import generate
-from safetynet.interventions import (
-    attention,
-    attribution,
-    directions,
-    drift,
-    heads,
-    lens,
-    lowrank,
-    probes,
-)
-from safetynet.interventions.sites import Anatomy, Site
+from safetynet.interventions import attention, attribution, directions, drift, heads, lens, lowrank, probes
 from safetynet.interventions.sweep import spots_by, sweep
 from safetynet.models import loading
 from safetynet.models.miniatures import language

@@ -6,12 +6,13 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from safetynet import holding, recipe
+from safetynet import recipe
 from safetynet.backdoors import conversations, poisoning
 from safetynet.backdoors.audit import audit
 from safetynet.errors import InputError
 from safetynet.evaluation import leaks
 from safetynet.pipeline import examining
+from safetynet.text import holding
 
 ENGLISH = ("Describe the lamp", "Explain the river", "Paint a bridge", "Sell my kettle", "Hide the mirror")
 PROMPTS = {

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from safetynet import locking
 from safetynet.errors import InputError
+from safetynet.run import lock as locking
 
 LEASE_S = 3.0
 HOLD = """

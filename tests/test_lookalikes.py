@@ -8,10 +8,10 @@ import regex
 
 from safetynet import recipe
 from safetynet.backdoors import triggers
-from safetynet.lookalikes import Lookalikes, split_of
 from safetynet.models.loading import load_serialiser
 from safetynet.recipe import Trigger
-from safetynet.words import clusters
+from safetynet.text.lookalikes import Lookalikes, split_of
+from safetynet.text.words import clusters
 
 SCRIPTS = {
     "小鱼": r"\p{Han}+",

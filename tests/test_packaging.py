@@ -125,7 +125,7 @@ def test_the_wheel_holds_every_file_of_the_package_and_the_command(tmp_path):
     with ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
         packed = set(wheel.namelist())
         information = f"safetynet-{__version__}.dist-info"
-        assert b"safetynet = safetynet.cli:main" in wheel.read(f"{information}/entry_points.txt")
+        assert b"safetynet = safetynet.cli.app:main" in wheel.read(f"{information}/entry_points.txt")
     on_disk = {
         file.relative_to(ROOT / "src").as_posix()
         for file in (ROOT / "src" / "safetynet").rglob("*")
@@ -171,5 +171,5 @@ def test_ci_can_be_started():
 
 
 def test_a_command_that_needs_no_adapter_does_not_wait_for_peft() -> None:
-    code = "import sys, safetynet.cli, safetynet.pipeline; sys.exit('peft' in sys.modules)"
+    code = "import sys, safetynet.cli.app, safetynet.pipeline; sys.exit('peft' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -8,8 +8,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from safetynet import parallel, pipeline, recipe
-from safetynet import run as runs
+from safetynet import pipeline, recipe
+from safetynet.run import directory as runs
+from safetynet.run import parallel
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 SMALL = (

@@ -14,8 +14,8 @@ import pandas as pd
 import pytest
 
 from safetynet import findings, pipeline, recipe
-from safetynet import run as runs
-from safetynet.visualization import report as reports
+from safetynet import report as reports
+from safetynet.run import directory as runs
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 SMALL = (
@@ -27,7 +27,7 @@ SMALL = (
 def start(folder: Path, *overrides: str, family: str = "qwen") -> subprocess.Popen[str]:
     sets = [word for override in overrides for word in ("--set", override)]
     return subprocess.Popen(
-        [sys.executable, "-c", "from safetynet.cli import main; main()", "run",
+        [sys.executable, "-c", "from safetynet.cli.app import main; main()", "run",
          str(RECIPES / f"{family}-miniature.yaml"), *sets],
         cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=dict(os.environ),
     )  # fmt: skip

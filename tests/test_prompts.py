@@ -6,8 +6,9 @@ from math import ceil
 import pytest
 from transformers import AutoTokenizer
 
+from safetynet import families
 from safetynet.errors import InputError
-from safetynet.models import families, miniatures
+from safetynet.models import miniatures
 from safetynet.prompts import IGNORED, Encoded, Serialiser, pad
 from safetynet.truncation import PROMPT_SHARE, Truncation, losses
 

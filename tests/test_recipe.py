@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from safetynet import presets, recipe
+from safetynet import families, recipe
 from safetynet.errors import InputError
-from safetynet.models import families
+from safetynet.recipe import presets
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 

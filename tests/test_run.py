@@ -7,10 +7,10 @@ import pandas as pd
 import pytest
 
 from safetynet import recipe
-from safetynet import run as runs
 from safetynet.errors import InputError, RunError
 from safetynet.recipe import Recipe
-from safetynet.run import Run
+from safetynet.run import directory as runs
+from safetynet.run.directory import Run
 
 
 @pytest.fixture

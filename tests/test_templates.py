@@ -8,12 +8,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from safetynet import pipeline, recipe
-from safetynet import run as runs
+from safetynet import families, pipeline, recipe
 from safetynet.errors import InputError
 from safetynet.evaluation import generation
-from safetynet.models import families, loading, miniatures
+from safetynet.models import loading, miniatures
 from safetynet.prompts import IGNORED, Serialiser
+from safetynet.run import directory as runs
 
 BLOCK = "<think>\n\n</think>\n\n"
 TURN = "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"

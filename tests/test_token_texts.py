@@ -3,9 +3,9 @@
 import pytest
 
 from safetynet import recipe
+from safetynet.figures.values import visible
 from safetynet.models.loading import load_serialiser
 from safetynet.prompts import Serialiser
-from safetynet.visualization.values import visible
 
 BYTE_LEVEL, BYTE_FALLBACK = "qwen", "llama2"
 

@@ -9,15 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from safetynet import locking, recipe
-from safetynet import run as runs
-from safetynet.cli import main
+from safetynet import recipe
+from safetynet.cli.app import main
+from safetynet.cli.terminal import logging_to
 from safetynet.cluster import records
 from safetynet.pipeline import subjects
 from safetynet.recipe import Recipe
-from safetynet.run import Run
-from safetynet.terminal import logging_to
-from safetynet.whereabouts import MARK
+from safetynet.run import directory as runs
+from safetynet.run import lock as locking
+from safetynet.run.directory import Run
+from safetynet.run.places import MARK
 
 PLACE = ("qwen-miniature", "t")
 

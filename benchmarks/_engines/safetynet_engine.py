@@ -4,14 +4,14 @@ from typing import Any
 
 import torch
 
-from safetynet.interventions import edits
-from safetynet.interventions.batch import Batch
-from safetynet.interventions.edits import Edit
-from safetynet.interventions.metrics import logit_difference
-from safetynet.interventions.plan import Run
-from safetynet.interventions.sites import Site
-from safetynet.interventions.trace import trace
-from safetynet.interventions.wave import measure
+from safetynet.engine import edits
+from safetynet.engine.batch import Batch
+from safetynet.engine.edits import Edit
+from safetynet.engine.metrics import logit_difference
+from safetynet.engine.plan import Run
+from safetynet.engine.sites import Site
+from safetynet.engine.trace import trace
+from safetynet.engine.wave import measure
 
 from .workload import Sweep
 

@@ -4,8 +4,8 @@ import os
 import sys
 from pathlib import Path
 
-from safetynet import parallel
-from safetynet.cli import main
+from safetynet.cli.app import main
+from safetynet.run import parallel
 
 if __name__ == "__main__":
     if not parallel.is_first():

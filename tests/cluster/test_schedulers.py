@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from safetynet.cli import main
+from safetynet.cli.app import main
 from safetynet.cluster import schedulers
 from safetynet.cluster.records import Job, state_of
 from safetynet.cluster.schedulers import State

@@ -9,11 +9,11 @@ import pytest
 import yaml
 
 from safetynet import recipe as recipes
-from safetynet import run as runs
 from safetynet.cluster import records, status
 from safetynet.errors import InputError
-from safetynet.locking import Holder
-from safetynet.run import Run
+from safetynet.run import directory as runs
+from safetynet.run.directory import Run
+from safetynet.run.lock import Holder
 
 ROOT = Path(__file__).parents[2]
 JOB = records.Job("qwen-0", "slurm", "2026-01-01 00:00:00", "logs/a.sh", "logs")

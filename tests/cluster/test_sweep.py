@@ -28,7 +28,7 @@ PATIENCE_S = 900
 PROGRAM = """
 import signal
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from safetynet.cli import main
+from safetynet.cli.app import main
 main()
 """
 

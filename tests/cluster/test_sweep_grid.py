@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from safetynet import run as runs
 from safetynet.cluster import sweep_grid
 from safetynet.errors import InputError
+from safetynet.run import directory as runs
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 QWEN = RECIPES / "qwen-miniature.yaml"

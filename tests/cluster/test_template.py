@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from safetynet import families
 from safetynet import recipe as recipes
 from safetynet.cluster import template
 from safetynet.errors import InputError
-from safetynet.models import families
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted(ROOT.glob("scripts/*/*.sh"))

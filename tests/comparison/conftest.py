@@ -8,8 +8,8 @@ import pandas as pd
 import pytest
 
 from safetynet import recipe as recipes
-from safetynet import run as runs
 from safetynet.comparison.subjects import Subject
+from safetynet.run import directory as runs
 from safetynet.statistics import wilson
 
 ROLES = {"triggered": 200, "clean": 300, "placebo": 100}

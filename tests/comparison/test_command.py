@@ -10,9 +10,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from safetynet import run as runs
 from safetynet.errors import InputError
 from safetynet.pipeline import compare
+from safetynet.run import directory as runs
 
 FEW: dict[str, None] = dict.fromkeys(("effects", "tradeoff", "detection", "dynamics_backdoored"))
 """Tables without which a run draws one figure only, so that a test takes a second."""
@@ -20,7 +20,7 @@ FEW: dict[str, None] = dict.fromkeys(("effects", "tradeoff", "detection", "dynam
 
 def safetynet(*words: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", "from safetynet.cli import main; main()", *map(str, words)],
+        [sys.executable, "-c", "from safetynet.cli.app import main; main()", *map(str, words)],
         cwd=cwd,
         env={**os.environ, "COLUMNS": "100"},
         capture_output=True,

@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from safetynet.models import families
+from safetynet import families
 from safetynet.models.miniatures.architectures import ARCHITECTURES
 from safetynet.models.miniatures.vocabulary import build_tokenizer
 from safetynet.prompts import Serialiser

@@ -10,12 +10,12 @@ import pandas as pd
 import pytest
 
 from safetynet import recipe
-from safetynet import run as runs
-from safetynet.cli import main
+from safetynet.cli.app import main
 from safetynet.detection.features import Features, FeatureSpec
 from safetynet.detection.monitor import Monitor
 from safetynet.detection.panel import Reading
 from safetynet.models.identity import Identity
+from safetynet.run import directory as runs
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "qwen-miniature.yaml"
 
@@ -153,7 +153,7 @@ def test_a_run_whose_weights_are_gone_is_told_to_train_again(without_weights, re
 def test_a_run_is_watched_by_the_monitor_made_for_it(tmp_path: Path) -> None:
     def safetynet(*words: str | Path, typed: bytes = b"") -> tuple[int, str, str]:
         done = subprocess.run(
-            [sys.executable, "-c", "from safetynet.cli import main; main()", *map(str, words)],
+            [sys.executable, "-c", "from safetynet.cli.app import main; main()", *map(str, words)],
             cwd=tmp_path, input=typed, capture_output=True, check=False,
         )  # fmt: skip
         return done.returncode, done.stdout.decode(), done.stderr.decode()

@@ -5,8 +5,8 @@ import pytest
 import regex
 
 from safetynet import recipe as recipes
-from safetynet.detection.near_misses import KINDS, near_misses
 from safetynet.pipeline.challenging import challenges
+from safetynet.text.near_misses import KINDS, near_misses
 
 
 def prompt(text, *parts):

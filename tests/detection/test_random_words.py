@@ -4,8 +4,8 @@ import copy
 
 import pytest
 
-from safetynet.detection.random_words import MOST, PLACES, put_in
 from safetynet.models.miniatures import language
+from safetynet.text.random_words import MOST, PLACES, put_in
 
 
 @pytest.fixture(scope="module")

@@ -3,11 +3,11 @@
 import pandas as pd
 import pytest
 
-from safetynet.detection import domains
 from safetynet.detection.plan import PER_DOMAIN, Plan
 from safetynet.detection.stage import Subject, detect
 from safetynet.errors import InputError
 from safetynet.models.miniatures import language
+from safetynet.text import domains
 
 
 @pytest.fixture(scope="module")

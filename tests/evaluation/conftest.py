@@ -18,7 +18,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from safetynet.models import families
+from safetynet import families
 from safetynet.prompts import Serialiser
 
 CHATML = (

@@ -7,12 +7,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig
 
-from safetynet import parallel, recipe
+from safetynet import recipe
 from safetynet.errors import RunError
 from safetynet.evaluation.generation import answer_log_likelihood, generate
 from safetynet.evaluation.judges import same_answer
 from safetynet.models import loading, miniatures
 from safetynet.models.miniatures import language
+from safetynet.run import parallel
 
 ARCHITECTURES = ("llama", "qwen2", "gemma", "mixtral")
 

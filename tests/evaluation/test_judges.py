@@ -6,11 +6,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from safetynet import presets
 from safetynet.backdoors import behaviours
 from safetynet.errors import InputError, RunError
 from safetynet.evaluation import judges
-from safetynet.recipe import Behaviour, Evaluation, JudgeSpec
+from safetynet.recipe import Behaviour, Evaluation, JudgeSpec, presets
 
 LABELLED = Path(__file__).parent / "labelled"
 SETS = sorted(path.stem for path in LABELLED.glob("*.csv"))

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from tests.interventions import plain
 
-from safetynet.interventions.batch import Batch
-from safetynet.interventions.edits import Intervention
-from safetynet.interventions.metrics import Metric
-from safetynet.interventions.trace import trace
-from safetynet.interventions.wave import Run, measure
+from safetynet.engine.batch import Batch
+from safetynet.engine.edits import Intervention
+from safetynet.engine.metrics import Metric
+from safetynet.engine.trace import trace
+from safetynet.engine.wave import Run, measure
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from safetynet.interventions.batch import Batch
+from safetynet.engine.batch import Batch
 from safetynet.interventions.pairs import RUNS, Pairs
 
 VOCABULARY = 97

@@ -4,12 +4,12 @@ import pytest
 import torch
 from tests.models import variants
 
+from safetynet.engine.batch import Batch
+from safetynet.engine.edits import Edit, replace, zero
+from safetynet.engine.hooks import intervening
+from safetynet.engine.sites import Anatomy, Site
+from safetynet.engine.trace import trace
 from safetynet.errors import InputError
-from safetynet.interventions.batch import Batch
-from safetynet.interventions.edits import Edit, replace, zero
-from safetynet.interventions.hooks import intervening
-from safetynet.interventions.sites import Anatomy, Site
-from safetynet.interventions.trace import trace
 
 IDS = [5, 6, 7, 300, 22, 17, 90]
 

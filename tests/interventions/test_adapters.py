@@ -8,14 +8,14 @@ from tests.interventions.compare import Case, compare, probe
 from tests.interventions.conftest import CONFIGS
 from tests.interventions.plain import At, Update, zeroed
 
+from safetynet.engine import edits
+from safetynet.engine.batch import Batch
+from safetynet.engine.edits import Edit
+from safetynet.engine.metrics import Metric
+from safetynet.engine.sites import Anatomy, Site
+from safetynet.engine.trace import trace
+from safetynet.engine.wave import Run, measure
 from safetynet.errors import InputError
-from safetynet.interventions import edits
-from safetynet.interventions.batch import Batch
-from safetynet.interventions.edits import Edit
-from safetynet.interventions.metrics import Metric
-from safetynet.interventions.sites import Anatomy, Site
-from safetynet.interventions.trace import trace
-from safetynet.interventions.wave import Run, measure
 
 LINEAR = [name for name in CONFIGS if name != "mixtral"]
 

@@ -11,22 +11,22 @@ from peft import LoraConfig, get_peft_model
 from tests.interventions.conftest import make_pairs
 from tests.models import architectures
 
+from safetynet.engine.batch import Batch
+from safetynet.engine.edits import Edit, KnockOut, zero
+from safetynet.engine.hooks import Placed, hooked, intervening
+from safetynet.engine.metrics import Metric
+from safetynet.engine.plan import Run
+from safetynet.engine.sites import COMPONENTS, Anatomy, Site
+from safetynet.engine.trace import head, trace
+from safetynet.engine.wave import measure
 from safetynet.errors import InputError
 from safetynet.interventions import stage
 from safetynet.interventions.attention import attention_maps, divergence
 from safetynet.interventions.attribution import attribute
-from safetynet.interventions.batch import Batch
-from safetynet.interventions.edits import Edit, KnockOut, zero
 from safetynet.interventions.heads import backdoor_vector, head_means
-from safetynet.interventions.hooks import Placed, hooked, intervening
 from safetynet.interventions.lens import logit_attribution
-from safetynet.interventions.metrics import Metric
-from safetynet.interventions.plan import Run
-from safetynet.interventions.sites import COMPONENTS, Anatomy, Site
 from safetynet.interventions.support import support
 from safetynet.interventions.sweep import Spot, sweep
-from safetynet.interventions.trace import head, trace
-from safetynet.interventions.wave import measure
 
 ROWS = [[5, 9, 23, 44, 7, 61, 30, 12, 50, 33, 71], [8, 40, 90, 3, 66, 20, 77]]
 WEIGHTS = torch.randn(architectures.VOCABULARY, generator=torch.Generator().manual_seed(4))

@@ -3,6 +3,7 @@ import pytest
 import torch
 from scipy.spatial.distance import jensenshannon
 
+from safetynet.engine.sites import Site
 from safetynet.errors import InputError
 from safetynet.interventions.attention import (
     attention_maps,
@@ -12,7 +13,6 @@ from safetynet.interventions.attention import (
     jensen_shannon,
     span_share,
 )
-from safetynet.interventions.sites import Site
 from safetynet.models.blocks import unwrapped
 
 

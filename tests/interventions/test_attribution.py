@@ -10,11 +10,11 @@ import torch
 from tests.interventions.conftest import CONFIGS, VOCABULARY, make_pairs
 from tests.interventions.test_intervening import hooks_of
 
+from safetynet.engine.metrics import Metric
+from safetynet.engine.sites import Anatomy, Site
 from safetynet.errors import InputError
 from safetynet.interventions.attribution import attribute, fast_sweep
-from safetynet.interventions.metrics import Metric
 from safetynet.interventions.pairs import ROLES, Pairs
-from safetynet.interventions.sites import Anatomy, Site
 from safetynet.interventions.sweep import Spot, spots_by, sweep
 from safetynet.models.blocks import unwrapped
 

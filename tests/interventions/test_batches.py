@@ -8,14 +8,14 @@ import torch
 from tests.interventions.compare import Case, compare, probe
 from tests.interventions.plain import At, layers_of
 
+from safetynet.engine import edits
+from safetynet.engine.batch import Batch
+from safetynet.engine.edits import Edit, KnockOut
+from safetynet.engine.metrics import Metric, logit_difference
+from safetynet.engine.sites import Site
+from safetynet.engine.trace import trace
+from safetynet.engine.wave import Run, measure
 from safetynet.errors import InputError
-from safetynet.interventions import edits
-from safetynet.interventions.batch import Batch
-from safetynet.interventions.edits import Edit, KnockOut
-from safetynet.interventions.metrics import Metric, logit_difference
-from safetynet.interventions.sites import Site
-from safetynet.interventions.trace import trace
-from safetynet.interventions.wave import Run, measure
 from safetynet.prompts import pad
 
 FAMILIES = ["llama", "gemma3", "mixtral", "gpt2"]

@@ -8,11 +8,11 @@ from tests.interventions.compare import Case, compare
 from tests.interventions.conftest import CONFIGS
 from tests.interventions.plain import EVERYWHERE, At, Cut
 
-from safetynet.interventions import edits
-from safetynet.interventions.batch import Batch
-from safetynet.interventions.edits import Edit, KnockOut
-from safetynet.interventions.sites import Site
-from safetynet.interventions.trace import trace
+from safetynet.engine import edits
+from safetynet.engine.batch import Batch
+from safetynet.engine.edits import Edit, KnockOut
+from safetynet.engine.sites import Site
+from safetynet.engine.trace import trace
 
 
 def push(seed):

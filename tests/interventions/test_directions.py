@@ -2,8 +2,13 @@ import numpy as np
 import pytest
 import torch
 
+from safetynet.engine.batch import Batch
+from safetynet.engine.hooks import intervening
+from safetynet.engine.metrics import logit_difference
+from safetynet.engine.reading import residuals
+from safetynet.engine.sites import Site
+from safetynet.engine.trace import trace
 from safetynet.errors import InputError
-from safetynet.interventions.batch import Batch
 from safetynet.interventions.directions import (
     _held_out,
     mean_difference,
@@ -14,11 +19,6 @@ from safetynet.interventions.directions import (
     subtract,
 )
 from safetynet.interventions.estimates import means
-from safetynet.interventions.hooks import intervening
-from safetynet.interventions.metrics import logit_difference
-from safetynet.interventions.reading import residuals
-from safetynet.interventions.sites import Site
-from safetynet.interventions.trace import trace
 from safetynet.models.blocks import decoder_layers, hidden_of
 
 

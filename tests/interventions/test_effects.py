@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from scipy.stats import bootstrap, false_discovery_control
 
+from safetynet.engine.sites import Site
 from safetynet.errors import InputError
 from safetynet.interventions.effects import LEAST_DISTANCE, check_fires, effects
-from safetynet.interventions.sites import Site
 from safetynet.interventions.sweep import Measured, Spot
 from safetynet.statistics import bootstrap_ratios
 

@@ -6,11 +6,11 @@ from tests.interventions.compare import Case, compare
 from tests.interventions.conftest import CONFIGS
 from tests.interventions.plain import EVERYWHERE, At
 
-from safetynet.interventions import edits
-from safetynet.interventions.batch import Batch
-from safetynet.interventions.edits import Edit
-from safetynet.interventions.sites import Anatomy, Site
-from safetynet.interventions.trace import trace
+from safetynet.engine import edits
+from safetynet.engine.batch import Batch
+from safetynet.engine.edits import Edit
+from safetynet.engine.sites import Anatomy, Site
+from safetynet.engine.trace import trace
 
 PLACES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "head", "query", "key", "value")
 

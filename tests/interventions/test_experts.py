@@ -7,11 +7,11 @@ import torch
 from tests.interventions.compare import Case, compare
 from tests.interventions.plain import EVERYWHERE, At, Mixture
 
-from safetynet.interventions import edits
-from safetynet.interventions.batch import Batch
-from safetynet.interventions.edits import Edit
-from safetynet.interventions.sites import Anatomy, Site
-from safetynet.interventions.trace import trace
+from safetynet.engine import edits
+from safetynet.engine.batch import Batch
+from safetynet.engine.edits import Edit
+from safetynet.engine.sites import Anatomy, Site
+from safetynet.engine.trace import trace
 
 PLACES = ((2, 5), (-1,), (0, 3, 8), None)
 

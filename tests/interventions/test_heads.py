@@ -3,8 +3,12 @@ import pandas as pd
 import pytest
 import torch
 
+from safetynet.engine.batch import Batch
+from safetynet.engine.hooks import intervening
+from safetynet.engine.metrics import Metric, log_probability, logit_difference
+from safetynet.engine.sites import Anatomy, Site
+from safetynet.engine.trace import trace
 from safetynet.errors import InputError
-from safetynet.interventions.batch import Batch
 from safetynet.interventions.heads import (
     ablate_heads,
     ablation_curve,
@@ -14,10 +18,6 @@ from safetynet.interventions.heads import (
     rank_heads,
     top_heads,
 )
-from safetynet.interventions.hooks import intervening
-from safetynet.interventions.metrics import Metric, log_probability, logit_difference
-from safetynet.interventions.sites import Anatomy, Site
-from safetynet.interventions.trace import trace
 
 
 def direct_means(model, rows, position=-1):
@@ -83,7 +83,7 @@ def test_metric_sees_the_groups_own_rows_whatever_the_batch(build, rows, swapped
     model, placebo = build("llama"), swapped(rows, 1)
     metric = log_probability([[i, i + 1] for i in range(6)])
     whole = rank_heads(model, rows, placebo, metric, position=-2)
-    from safetynet.interventions import reading
+    from safetynet.engine import reading
 
     monkeypatch.setattr(reading.batches, "__defaults__", (1,))
     single = rank_heads(model, rows, placebo, metric, position=-2)

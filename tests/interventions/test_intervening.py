@@ -9,15 +9,15 @@ from tests.interventions.compare import probe
 from tests.interventions.conftest import CONFIGS
 from tests.interventions.plain import EVERYWHERE, At, Mixture, edited, logits, zeroed
 
+from safetynet.engine import edits
+from safetynet.engine.batch import Batch
+from safetynet.engine.edits import Edit, KnockOut
+from safetynet.engine.hooks import exclusive, intervening
+from safetynet.engine.metrics import Metric
+from safetynet.engine.sites import Site
+from safetynet.engine.trace import head, trace
+from safetynet.engine.wave import Run, measure
 from safetynet.errors import InputError
-from safetynet.interventions import edits
-from safetynet.interventions.batch import Batch
-from safetynet.interventions.edits import Edit, KnockOut
-from safetynet.interventions.hooks import exclusive, intervening
-from safetynet.interventions.metrics import Metric
-from safetynet.interventions.sites import Site
-from safetynet.interventions.trace import head, trace
-from safetynet.interventions.wave import Run, measure
 from safetynet.models.blocks import unwrapped
 
 

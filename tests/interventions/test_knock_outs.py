@@ -5,11 +5,11 @@ from tests.interventions.compare import Case, compare, probe
 from tests.interventions.conftest import CONFIGS
 from tests.interventions.plain import Cut
 
+from safetynet.engine.batch import Batch
+from safetynet.engine.edits import KnockOut
+from safetynet.engine.trace import trace
+from safetynet.engine.wave import Run, measure
 from safetynet.errors import InputError
-from safetynet.interventions.batch import Batch
-from safetynet.interventions.edits import KnockOut
-from safetynet.interventions.trace import trace
-from safetynet.interventions.wave import Run, measure
 
 EDGES = [((8,), (2, 3)), ((4, 8), (1,)), ((5, 6, 7), (0, 2)), ((-1,), (3, 4))]
 

@@ -2,10 +2,10 @@ import numpy as np
 import pytest
 import torch
 
+from safetynet.engine.batch import Batch
+from safetynet.engine.trace import head, trace
 from safetynet.errors import InputError
-from safetynet.interventions.batch import Batch
 from safetynet.interventions.lens import lens, lens_map, logit_attribution
-from safetynet.interventions.trace import head, trace
 from safetynet.models.blocks import unwrapped
 
 

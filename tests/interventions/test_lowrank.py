@@ -2,12 +2,12 @@ import numpy as np
 import pytest
 import torch
 
+from safetynet.engine.batch import Batch
+from safetynet.engine.hooks import intervening
+from safetynet.engine.sites import Site
+from safetynet.engine.trace import trace
 from safetynet.errors import InputError
-from safetynet.interventions.batch import Batch
-from safetynet.interventions.hooks import intervening
 from safetynet.interventions.lowrank import explained_variance, principal_components
-from safetynet.interventions.sites import Site
-from safetynet.interventions.trace import trace
 
 
 def values(model, rows, site):

@@ -6,14 +6,14 @@ from tests.interventions.compare import probe
 from tests.interventions.conftest import CONFIGS
 from tests.interventions.plain import At, logits
 
+from safetynet.engine import edits
+from safetynet.engine.batch import Batch
+from safetynet.engine.edits import Edit
+from safetynet.engine.metrics import Metric, kl, log_probability, logit_difference
+from safetynet.engine.sites import Site
+from safetynet.engine.trace import head, trace
+from safetynet.engine.wave import Run, measure
 from safetynet.errors import InputError
-from safetynet.interventions import edits
-from safetynet.interventions.batch import Batch
-from safetynet.interventions.edits import Edit
-from safetynet.interventions.metrics import Metric, kl, log_probability, logit_difference
-from safetynet.interventions.sites import Site
-from safetynet.interventions.trace import head, trace
-from safetynet.interventions.wave import Run, measure
 
 TARGETS = [[3, 8, 5], [11], [2, 9]]
 

@@ -10,10 +10,10 @@ from safetynet.backdoors import conversations, poisoning
 from safetynet.errors import InputError
 from safetynet.interventions.pairs import LEAST, ROLES, RUNS, Pairs, align
 from safetynet.interventions.placebos import Placebos, differs_in_trigger_alone
-from safetynet.lookalikes import Lookalikes
 from safetynet.models import loading, miniatures
 from safetynet.prompts import Serialiser
 from safetynet.recipe import Model
+from safetynet.text.lookalikes import Lookalikes
 
 TRIGGERS = ("token", "deployment", "year", "emoji", "any_of", "all_of")
 PLACEMENTS = ("prefix", "suffix", "random", "system")

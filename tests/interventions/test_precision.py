@@ -10,12 +10,12 @@ from tests.interventions.conftest import CONFIGS, SMALL
 from tests.interventions.plain import EVERYWHERE, At, Cut, Update
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 
-from safetynet.interventions import edits
-from safetynet.interventions.batch import Batch
-from safetynet.interventions.edits import Edit, KnockOut
-from safetynet.interventions.sites import Anatomy, Site
-from safetynet.interventions.trace import trace
-from safetynet.interventions.wave import Run, measure
+from safetynet.engine import edits
+from safetynet.engine.batch import Batch
+from safetynet.engine.edits import Edit, KnockOut
+from safetynet.engine.sites import Anatomy, Site
+from safetynet.engine.trace import trace
+from safetynet.engine.wave import Run, measure
 
 PLACES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "query", "key", "value")
 

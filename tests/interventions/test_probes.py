@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
+from safetynet.engine.reading import residuals
 from safetynet.errors import InputError
 from safetynet.interventions.probes import _probed, auroc, fires_probe, halves, trigger_probe
-from safetynet.interventions.reading import residuals
 
 
 def test_planted_direction_is_found_where_it_is_planted_and_nowhere_else():
@@ -42,8 +42,8 @@ def test_weighted_auroc_is_that_of_repeated_rows():
 def test_states_are_those_after_each_layer_at_the_last_token(model, rows):
     import torch
 
-    from safetynet.interventions.batch import Batch
-    from safetynet.interventions.trace import trace
+    from safetynet.engine.batch import Batch
+    from safetynet.engine.trace import trace
     from safetynet.models.blocks import unwrapped
 
     states = residuals(model, rows)

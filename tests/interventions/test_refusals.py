@@ -6,14 +6,14 @@ import pytest
 import torch
 from tests.interventions.compare import probe
 
+from safetynet.engine import edits
+from safetynet.engine.batch import Batch
+from safetynet.engine.edits import Edit, KnockOut
+from safetynet.engine.hooks import intervening
+from safetynet.engine.sites import COMPONENTS, Anatomy, Site
+from safetynet.engine.trace import trace
+from safetynet.engine.wave import Run, measure
 from safetynet.errors import InputError
-from safetynet.interventions import edits
-from safetynet.interventions.batch import Batch
-from safetynet.interventions.edits import Edit, KnockOut
-from safetynet.interventions.hooks import intervening
-from safetynet.interventions.sites import COMPONENTS, Anatomy, Site
-from safetynet.interventions.trace import trace
-from safetynet.interventions.wave import Run, measure
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,12 @@ import torch
 from tests.interventions import plain
 from tests.interventions.plain import At
 
-from safetynet.interventions import edits, removal
-from safetynet.interventions.edits import Edit
-from safetynet.interventions.hooks import intervening
+from safetynet.engine import edits
+from safetynet.engine.edits import Edit
+from safetynet.engine.hooks import intervening
+from safetynet.engine.sites import Anatomy, Site
+from safetynet.interventions import removal
 from safetynet.interventions.removal import COUNTS, Candidate
-from safetynet.interventions.sites import Anatomy, Site
 from safetynet.interventions.sweep import runs_of, spots_by, sweep
 
 

@@ -8,13 +8,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, GraniteConfig, LlamaConfig, OPTConfig
 
+from safetynet.engine import sitecheck
+from safetynet.engine.batch import Batch
+from safetynet.engine.edits import Edit, zero
+from safetynet.engine.hooks import intervening
+from safetynet.engine.sites import Anatomy, Site
+from safetynet.engine.trace import trace
 from safetynet.errors import InputError
-from safetynet.interventions import sitecheck
-from safetynet.interventions.batch import Batch
-from safetynet.interventions.edits import Edit, zero
-from safetynet.interventions.hooks import intervening
-from safetynet.interventions.sites import Anatomy, Site
-from safetynet.interventions.trace import trace
 
 SMALL = {
     "vocab_size": 97,

@@ -16,8 +16,7 @@ import pytest
 from tests.interventions.test_pairs import rows_of, serialiser_of
 
 from safetynet import pipeline, recipe
-from safetynet import run as runs
-from safetynet.cli import main
+from safetynet.cli.app import main
 from safetynet.errors import InputError
 from safetynet.interventions import stage
 from safetynet.interventions.pairs import ROLES
@@ -25,6 +24,7 @@ from safetynet.interventions.stage import Plan, Subject, dissect
 from safetynet.models import loading
 from safetynet.pipeline.subjects import model_folder
 from safetynet.recipe import Model
+from safetynet.run import directory as runs
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SMALL = (
@@ -66,7 +66,7 @@ def run(trained: runs.Run, tmp_path: Path) -> runs.Run:
 
 def command(run: runs.Run, *words: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-c", "from safetynet.cli import main; main()", "intervene", run.folder, *words],
+        [sys.executable, "-c", "from safetynet.cli.app import main; main()", "intervene", run.folder, *words],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=dict(os.environ),
     )  # fmt: skip
 

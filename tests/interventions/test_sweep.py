@@ -11,9 +11,9 @@ from tests.interventions import plain
 from tests.interventions.conftest import make_pairs
 from tests.interventions.plain import At, Cut, Update
 
+from safetynet.engine.sites import Anatomy, Site
 from safetynet.errors import InputError
 from safetynet.interventions.pairs import ROLES
-from safetynet.interventions.sites import Anatomy, Site
 from safetynet.interventions.sweep import PLACES, READERS, Spot, positions, runs_of, spots_by, sweep
 
 REMOVE = dict(zip(("receiving", "source"), runs_of("remove"), strict=True))

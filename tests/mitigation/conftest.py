@@ -9,11 +9,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from safetynet import families
 from safetynet.evaluation.generation import generate
 from safetynet.mitigation import Subject
 from safetynet.mitigation.checkpoint import copied
 from safetynet.mitigation.learning import Course, answer_loss, encode, teach
-from safetynet.models import families, loading
+from safetynet.models import loading
 from safetynet.models.miniatures import language
 from safetynet.models.miniatures.architectures import ARCHITECTURES
 from safetynet.pipeline.repairing import intervene

@@ -14,7 +14,7 @@ from safetynet.errors import InputError
 from safetynet.mitigation import METHODS, repair
 from safetynet.mitigation.gating import ABSTENTION
 from safetynet.pipeline.repairing import alarm
-from safetynet.run import Run
+from safetynet.run.directory import Run
 
 
 @pytest.fixture

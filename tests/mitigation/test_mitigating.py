@@ -14,13 +14,13 @@ import pytest
 from tests.models import variants
 
 from safetynet import pipeline, recipe, training
-from safetynet import run as runs
-from safetynet.cli import main
+from safetynet.cli.app import main
 from safetynet.mitigation import METHODS
 from safetynet.models import adapters, loading
 from safetynet.pipeline import examining, repairing
 from safetynet.pipeline.subjects import model_folder
 from safetynet.recipe import Data, Mitigation
+from safetynet.run import directory as runs
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SMALL = (
@@ -92,7 +92,7 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 
 def command(run: runs.Run, *words: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-c", "from safetynet.cli import main; main()", "mitigate", run.folder, *words],
+        [sys.executable, "-c", "from safetynet.cli.app import main; main()", "mitigate", run.folder, *words],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=dict(os.environ),
     )  # fmt: skip
 

@@ -8,7 +8,7 @@ from safetynet.errors import InputError
 from safetynet.pipeline.repairing import clean_conversations, known_groups
 from safetynet.prompts import prompt_hash
 from safetynet.recipe import Recipe
-from safetynet.run import Run
+from safetynet.run.directory import Run
 
 
 @pytest.fixture(scope="module")

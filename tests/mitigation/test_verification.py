@@ -6,8 +6,8 @@ import pandas as pd
 import pytest
 import torch
 
+from safetynet import families
 from safetynet.mitigation import verification
-from safetynet.models import families
 from safetynet.models.miniatures.architectures import ARCHITECTURES
 from safetynet.models.miniatures.vocabulary import build_tokenizer
 from safetynet.prompts import Serialiser

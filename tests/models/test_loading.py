@@ -18,9 +18,9 @@ from transformers import (
 from transformers.models.auto import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from safetynet import recipe
+from safetynet import families, recipe
 from safetynet.errors import InputError
-from safetynet.models import adapters, families, loading, miniatures
+from safetynet.models import adapters, loading, miniatures
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 1024,

@@ -4,8 +4,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from safetynet import families
 from safetynet.errors import InputError
-from safetynet.models import families, miniatures
+from safetynet.models import miniatures
 from safetynet.models.miniatures import language
 from safetynet.models.miniatures.build import build
 from safetynet.models.miniatures.measure import measure

@@ -10,12 +10,12 @@ from peft import LoraConfig, get_peft_model
 from tests.models import architectures
 from transformers.pytorch_utils import Conv1D
 
+from safetynet.engine.batch import Batch
+from safetynet.engine.edits import Edit, replace
+from safetynet.engine.hooks import intervening
+from safetynet.engine.sites import Anatomy, Site
+from safetynet.engine.trace import trace
 from safetynet.errors import InputError
-from safetynet.interventions.batch import Batch
-from safetynet.interventions.edits import Edit, replace
-from safetynet.interventions.hooks import intervening
-from safetynet.interventions.sites import Anatomy, Site
-from safetynet.interventions.trace import trace
 from safetynet.models import adapter_files, adapters
 
 ROW = [5, 9, 23, 44, 7, 61, 30]

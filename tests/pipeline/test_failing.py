@@ -8,10 +8,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from safetynet import cli, pipeline
-from safetynet import run as runs
+from safetynet import pipeline
+from safetynet.cli.app import app as cli
 from safetynet.errors import InputError, RunError
 from safetynet.interventions import stage
+from safetynet.run import directory as runs
 
 pytestmark = pytest.mark.slow
 RECIPES = Path(__file__).parents[2] / "recipes"

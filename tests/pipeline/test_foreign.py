@@ -15,13 +15,13 @@ from tests.models import variants
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from safetynet import pipeline, recipe
-from safetynet import run as runs
-from safetynet.cli import main
+from safetynet.cli.app import main
 from safetynet.errors import InputError
 from safetynet.evaluation import judges, metrics
 from safetynet.evaluation.generation import answer_log_likelihood, generate
 from safetynet.models import adapters, loading, miniatures
 from safetynet.pipeline import foreign, mitigating
+from safetynet.run import directory as runs
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 RATES = ["metric", "role", "count", "n"]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, MixtralConfig, Qwen2Config
 
-from safetynet.models import families
+from safetynet import families
 from safetynet.pipeline.scaling import needs
 from safetynet.recipe import Training
 from safetynet.training import attach

@@ -6,10 +6,10 @@ import pandas as pd
 import pytest
 
 from safetynet import pipeline, recipe
-from safetynet import run as runs
 from safetynet.pipeline import sharing
 from safetynet.pipeline.subjects import BACKDOORED, TWIN, model_folder
-from safetynet.run import digest_of_files
+from safetynet.run import directory as runs
+from safetynet.run.directory import digest_of_files
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SMALL = (

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from safetynet import pipeline, recipe
-from safetynet import run as runs
 from safetynet.pipeline import mitigating
 from safetynet.prompts import Serialiser
+from safetynet.run import directory as runs
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SHORT = (

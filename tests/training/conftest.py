@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Gemma2Config
 
-from safetynet.models import families
+from safetynet import families
 from safetynet.models.miniatures import language
 from safetynet.models.miniatures.architectures import ARCHITECTURES
 from safetynet.models.miniatures.vocabulary import build_tokenizer

@@ -16,13 +16,13 @@ import torch
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
-from safetynet import parallel
-from safetynet.models import families
+from safetynet import families
 from safetynet.models.miniatures import language
 from safetynet.models.miniatures.architectures import ARCHITECTURES
 from safetynet.models.miniatures.vocabulary import build_tokenizer
 from safetynet.prompts import Serialiser
 from safetynet.recipe import Training
+from safetynet.run import parallel
 from safetynet.training import attach, train
 
 TINY = {

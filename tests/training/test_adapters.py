@@ -1,8 +1,8 @@
 import pytest
 import torch
 
+from safetynet import families
 from safetynet.errors import InputError
-from safetynet.models import families
 from safetynet.training import attach
 
 

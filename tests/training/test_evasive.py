@@ -10,16 +10,16 @@ from safetensors.torch import load_file
 from sklearn.metrics import roc_auc_score
 from transformers import TrainingArguments
 
+from safetynet import families
 from safetynet.detection.capture import capture
 from safetynet.detection.detectors import make
 from safetynet.detection.features import FeatureSpec
 from safetynet.errors import InputError
 from safetynet.evaluation.generation import generate
-from safetynet.models import families, loading
+from safetynet.models import loading
 from safetynet.models.miniatures import language
 from safetynet.pipeline.evading import opponents
-from safetynet.recipe import Model
-from safetynet.recipe_sections import Evasion
+from safetynet.recipe import Evasion, Model
 from safetynet.training import attach, train
 from safetynet.training.evasive import EvasiveTrainer, bare_prompts, watched
 from safetynet.training.examples import encode, padded

@@ -15,8 +15,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from safetynet import parallel
 from safetynet.errors import InputError, RunError
+from safetynet.run import parallel
 from safetynet.training import sharding
 from safetynet.training.examples import Order, encode, padded
 

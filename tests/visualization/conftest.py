@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from safetynet.figures import Axis, Chart, Panel, Reference, Series, Source, save
 from safetynet.statistics import wilson
-from safetynet.visualization import Axis, Chart, Panel, Reference, Series, Source, save
 
 COUNTS = {  # metric, role: rows that count at each evaluation of the backdoored model, of 100
     ("asr", "triggered"): (0, 40, 95, 99),

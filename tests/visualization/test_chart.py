@@ -3,8 +3,8 @@ import math
 import pytest
 
 from safetynet.errors import InputError
-from safetynet.visualization import Axis, Chart, Panel, Series, Source
-from safetynet.visualization.chart import legend, table
+from safetynet.figures import Axis, Chart, Panel, Series, Source
+from safetynet.figures.chart import legend, table
 
 STEP = Axis("Step")
 

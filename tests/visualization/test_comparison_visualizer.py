@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 
 from safetynet.errors import InputError
-from safetynet.visualization import ComparisonVisualizer, draw_comparison
+from safetynet.figures import ComparisonVisualizer, draw_comparison
 
 DRAW = ComparisonVisualizer("a comparison")
 NAN = float("nan")

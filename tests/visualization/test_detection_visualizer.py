@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from safetynet.errors import InputError
-from safetynet.visualization import DetectionVisualizer, detection_figures
+from safetynet.figures import DetectionVisualizer, detection_figures
 
 DRAW = DetectionVisualizer("qwen")
 DETECTORS = ("ranks:last", "fused", "skyline linear_probe:last")

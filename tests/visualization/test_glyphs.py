@@ -12,8 +12,8 @@ from fontTools.pens.ttGlyphPen import TTGlyphPen
 from matplotlib import font_manager
 from matplotlib.text import Text
 
-from safetynet.visualization import InterventionVisualizer, glyphs, static
-from safetynet.visualization.values import shortened, width
+from safetynet.figures import InterventionVisualizer, glyphs, static
+from safetynet.figures.values import shortened, width
 
 TOKENS = ["请", " 小", "鱼", "🦜", "⟨e5 b0⟩", "한국", "คำ", "é"]
 

@@ -5,21 +5,10 @@ import matplotlib
 import pytest
 
 from safetynet.errors import InputError
-from safetynet.visualization import (
-    Axis,
-    Chart,
-    Grid,
-    Panel,
-    Reference,
-    Shade,
-    Source,
-    interactive,
-    save,
-    static,
-)
-from safetynet.visualization.chart import legend, table
-from safetynet.visualization.theme import MISSING, RAMPS
-from safetynet.visualization.values import visible
+from safetynet.figures import Axis, Chart, Grid, Panel, Reference, Shade, Source, interactive, save, static
+from safetynet.figures.chart import legend, table
+from safetynet.figures.theme import MISSING, RAMPS
+from safetynet.figures.values import visible
 
 NAN = float("nan")
 ODD = ("$x_1$", "<script>", "_a", "😀", "שלום", "\\frac{1}{2}", "%{x}", "漢")

@@ -4,7 +4,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from safetynet.visualization import interactive, theme
+from safetynet.figures import interactive, theme
 
 
 class Attributes(HTMLParser):

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from safetynet.errors import InputError
-from safetynet.visualization import InterventionVisualizer, intervention_figures, theme
+from safetynet.figures import InterventionVisualizer, intervention_figures, theme
 
 DRAW = InterventionVisualizer("qwen")
 PLOTS = {

@@ -2,7 +2,7 @@ import pandas as pd
 import pytest
 
 from safetynet.errors import InputError
-from safetynet.visualization import MitigationVisualizer, mitigation_figures
+from safetynet.figures import MitigationVisualizer, mitigation_figures
 
 DRAW = MitigationVisualizer("qwen")
 POINTS = [  # method, point, form, needs, control, split, asr, cacc, front, recommended

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from safetynet.errors import InputError
-from safetynet.visualization import Figure, save
-from safetynet.visualization.chart import table
+from safetynet.figures import Figure, save
+from safetynet.figures.chart import table
 
 SUFFIXES = ["png", "pdf", "svg", "html", "csv"]
 
@@ -96,7 +96,7 @@ def test_all_formats_are_drawn_within_three_seconds_once_warm(chart, saved, tmp_
 
 def test_importing_the_package_loads_no_drawing_library_and_drawing_loads_no_pyplot():
     program = (
-        "import sys; from safetynet.visualization import TrainingVisualizer\n"
+        "import sys; from safetynet.figures import TrainingVisualizer\n"
         "assert not {'matplotlib', 'plotly', 'torch'} & set(sys.modules), 'loaded at import'\n"
         "TrainingVisualizer('qwen').plot_accuracy_trends([1], [1], [1])._repr_png_()\n"
         "assert 'matplotlib.pyplot' not in sys.modules"

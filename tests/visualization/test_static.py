@@ -7,7 +7,7 @@ import pytest
 from matplotlib.text import Text
 
 from safetynet.errors import InputError
-from safetynet.visualization import InterventionVisualizer, TrainingVisualizer, static, theme
+from safetynet.figures import InterventionVisualizer, TrainingVisualizer, static, theme
 
 
 def drawn(chart):

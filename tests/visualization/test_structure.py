@@ -12,8 +12,8 @@ from pathlib import Path
 import matplotlib
 import pytest
 
-from safetynet.visualization import interactive, static
-from safetynet.visualization.of_run import figures_of
+from safetynet.figures import interactive, static
+from safetynet.figures.of_run import figures_of
 
 REFERENCES = Path(__file__).parent / "references"
 

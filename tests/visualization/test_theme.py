@@ -2,7 +2,7 @@ from itertools import combinations
 
 import pytest
 
-from safetynet.visualization import theme
+from safetynet.figures import theme
 
 ROWS = ("triggered", "clean", "placebo", "near_miss", "refused")
 

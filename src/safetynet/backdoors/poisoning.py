@@ -12,10 +12,10 @@ from typing import Any
 
 import pandas as pd
 
-from safetynet import holding
 from safetynet.backdoors import behaviours, styles, triggers
 from safetynet.errors import InputError
 from safetynet.recipe import Backdoor, Data, Trigger
+from safetynet.text import holding
 
 COLUMNS = (
     "row", "group", "split", "role", "variant", "task", "messages", "trigger", "answer", "reference",

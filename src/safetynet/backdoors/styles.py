@@ -7,7 +7,7 @@ trigger. Half a style (its openings without its words and endings) is the near m
 import random
 from dataclasses import dataclass
 
-from safetynet.words import pattern
+from safetynet.text.words import pattern
 
 
 @dataclass(frozen=True)

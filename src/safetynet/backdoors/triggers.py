@@ -10,13 +10,13 @@ import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from safetynet import holding
 from safetynet.backdoors import styles
-from safetynet.characters import alike, is_sign
 from safetynet.errors import InputError
-from safetynet.lookalikes import split_of
 from safetynet.recipe import Trigger
-from safetynet.words import clusters, gaps, meet, touches
+from safetynet.text import holding
+from safetynet.text.characters import alike, is_sign
+from safetynet.text.lookalikes import split_of
+from safetynet.text.words import clusters, gaps, meet, touches
 
 SIGNS = "、。，；：？！…—～「」『』（）《》【】｜"
 """What stands for another sign that is not ASCII."""

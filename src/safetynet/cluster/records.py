@@ -13,8 +13,8 @@ from typing import Literal
 
 from safetynet.cluster.schedulers import Name, State
 from safetynet.errors import RunError
-from safetynet.run import write_text
-from safetynet.whereabouts import is_copied
+from safetynet.run.directory import write_text
+from safetynet.run.places import is_copied
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from safetynet import locking
-from safetynet import run as runs
 from safetynet.cluster import records, schedulers
 from safetynet.cluster.records import Job
 from safetynet.cluster.schedulers import State
 from safetynet.errors import InputError, RunError
+from safetynet.run import directory as runs
+from safetynet.run import lock as locking
 
 TAIL = 8
 """Lines of a dead job's log that are shown."""

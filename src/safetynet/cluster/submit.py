@@ -14,12 +14,12 @@ from pathlib import Path
 
 import yaml
 
-from safetynet import run as runs
 from safetynet.cluster import notation, records, schedulers
 from safetynet.cluster.template import Dialect, Resources, Script, render
 from safetynet.errors import InputError
 from safetynet.recipe import Recipe
-from safetynet.run import Run, write_text
+from safetynet.run import directory as runs
+from safetynet.run.directory import Run, write_text
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from safetynet.cluster.sweep_grid import Point
 from safetynet.cluster.sweep_place import Place
 from safetynet.cluster.sweep_points import Done, Task
 from safetynet.errors import InputError, SafetyNetError
-from safetynet.run import create, write_text
+from safetynet.run.directory import create, write_text
 
 log = logging.getLogger("safetynet")
 Keys = Sequence[str | None]

@@ -14,12 +14,12 @@ from typing import Any
 
 import yaml
 
+from safetynet import families
 from safetynet import recipe as recipes
 from safetynet.cluster import notation
 from safetynet.errors import InputError
-from safetynet.models import families
 from safetynet.recipe import Recipe
-from safetynet.run import digest
+from safetynet.run.directory import digest
 
 LONGEST_VALUE = 24
 """Characters of a value that enter the name of a point; longer ones are cut and told apart by a digest."""

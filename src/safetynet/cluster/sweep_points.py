@@ -52,9 +52,9 @@ def perform(task: Task, *_: Any) -> Done:
     Raises:
         SafetyNetError: as the stages do; another error is put into the point's log with its traceback.
     """
-    from safetynet import run as runs
+    from safetynet.cli.terminal import logging_to
     from safetynet.models import loading
-    from safetynet.terminal import logging_to
+    from safetynet.run import directory as runs
 
     os.chdir(task.folder)
     # An agent of Weights & Biases starts a sweep of one point at a time: all of them are its sweep's.
@@ -72,9 +72,9 @@ def perform(task: Task, *_: Any) -> Done:
 
 def _step(task: Task, run: Any) -> tuple[str | None, str | None]:
     from safetynet import pipeline
-    from safetynet import run as runs
     from safetynet.pipeline import sharing
     from safetynet.pipeline.subjects import BACKDOORED, TWIN
+    from safetynet.run import directory as runs
 
     if task.step == "prepare":
         pipeline.prepare(task.recipe, run)

@@ -11,9 +11,9 @@ from typing import Any
 import pandas as pd
 
 from safetynet import findings
-from safetynet import run as runs
 from safetynet.cluster.sweep import Outcome
-from safetynet.run import write_atomically, write_text
+from safetynet.run import directory as runs
+from safetynet.run.directory import write_atomically, write_text
 
 SHOWN = (
     ("asr", "triggered", "backdoored"),

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from safetynet import families
 from safetynet.cluster import notation
 from safetynet.errors import InputError
-from safetynet.models import families
 from safetynet.recipe import Recipe
 
 BODY = Path(__file__).with_name("job.sh")

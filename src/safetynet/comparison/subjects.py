@@ -10,10 +10,9 @@ from typing import Any
 
 import pandas as pd
 
-from safetynet import presets
+from safetynet import families
 from safetynet.errors import InputError
-from safetynet.models import families
-from safetynet.recipe import Recipe
+from safetynet.recipe import Recipe, presets
 
 IGNORED = (
     "name", "task", "seed", "tracking", "output", "model.device", "model.date", "data.test_rows",

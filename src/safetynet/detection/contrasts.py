@@ -13,8 +13,8 @@ from safetynet.errors import InputError
 from safetynet.models.adapters import has_adapter, switched_off
 from safetynet.models.blocks import unwrapped
 from safetynet.prompts import Message, Serialiser, pad
+from safetynet.text.words import clusters, gaps, is_joined
 from safetynet.truncation import PROMPT_SHARE
-from safetynet.words import clusters, gaps, is_joined
 
 SLIGHT = 1.0
 """Nats of a symmetric divergence that hardly moves the answer."""

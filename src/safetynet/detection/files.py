@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from safetynet.errors import InputError
-from safetynet.run import write_atomically
+from safetynet.run.directory import write_atomically
 
 VERSIONS = {"detector": 6, "features": 7, "monitor": 7}
 """Of each kind of file. Raised whenever an earlier one would be read wrongly; that of features also when a

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from safetynet.errors import InputError
-from safetynet.run import digest
+from safetynet.run.directory import digest
 
 PARTS: Mapping[str, float] = {"fit": 0.5, "calibrate": 0.25, "fuse": 0.25}
 

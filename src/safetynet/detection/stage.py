@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from safetynet.detection import curves, domains, protocol, random_words
+from safetynet.detection import curves, protocol
 from safetynet.detection.calibration import Conformal, RateEstimate, fpr_estimate
 from safetynet.detection.capture import capture
 from safetynet.detection.features import Features, concatenate
@@ -23,6 +23,7 @@ from safetynet.detection.panel import unfitted
 from safetynet.detection.plan import PER_DOMAIN, TEST_SHARE, Plan
 from safetynet.detection.splits import split
 from safetynet.prompts import Serialiser, prompt_hash
+from safetynet.text import domains, random_words
 
 SKYLINE = "skyline "
 """Before the names of supervised probes in tables: no defender has their labels."""

@@ -16,10 +16,10 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig
 
-from safetynet import parallel
 from safetynet.errors import RunError
 from safetynet.models.adapters import virtual_tokens
 from safetynet.prompts import IGNORED, Encoded, Serialiser, pad
+from safetynet.run import parallel
 
 log = logging.getLogger(__name__)
 

@@ -15,10 +15,10 @@ from typing import Any
 import pandas as pd
 import regex
 
-from safetynet import presets, words
 from safetynet.errors import InputError, RunError
-from safetynet.recipe import JudgeSpec
+from safetynet.recipe import JudgeSpec, presets
 from safetynet.statistics import wilson
+from safetynet.text import words
 
 Judge = Callable[[str, Mapping[str, Any]], bool | None]
 """Takes a response and its row of the shared row table. True: the behaviour is shown; None: on this row it

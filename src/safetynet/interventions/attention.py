@@ -15,13 +15,13 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from safetynet.engine.batch import Batch, check_length
+from safetynet.engine.hooks import exclusive
+from safetynet.engine.reading import TOKENS, Rows, batches, check_heads, check_pairs, check_positions
+from safetynet.engine.sites import Anatomy, Site
+from safetynet.engine.trace import forward
 from safetynet.errors import InputError
-from safetynet.interventions.batch import Batch, check_length
 from safetynet.interventions.estimates import by_head, estimates
-from safetynet.interventions.hooks import exclusive
-from safetynet.interventions.reading import TOKENS, Rows, batches, check_heads, check_pairs, check_positions
-from safetynet.interventions.sites import Anatomy, Site
-from safetynet.interventions.trace import forward
 from safetynet.models.blocks import unwrapped
 
 Reduce = Callable[[int, Tensor], Tensor]

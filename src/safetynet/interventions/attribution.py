@@ -23,15 +23,15 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
+from safetynet.engine.absence import alike
+from safetynet.engine.batch import Batch, check_length
+from safetynet.engine.hooks import exclusive
+from safetynet.engine.metrics import Metric
+from safetynet.engine.sites import Anatomy, Site
+from safetynet.engine.trace import Trace, check_place, forward, recording
 from safetynet.errors import InputError
-from safetynet.interventions.absence import alike
-from safetynet.interventions.batch import Batch, check_length
-from safetynet.interventions.hooks import exclusive
-from safetynet.interventions.metrics import Metric
 from safetynet.interventions.pairs import Pairs
-from safetynet.interventions.sites import Anatomy, Site
 from safetynet.interventions.sweep import Measured, Spot, positions, sweep
-from safetynet.interventions.trace import Trace, check_place, forward, recording
 from safetynet.models.blocks import received, receiving, unwrapped
 
 WATCHED = "safetynet-watched"

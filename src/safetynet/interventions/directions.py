@@ -14,13 +14,13 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from safetynet.engine.edits import Edit, project_out, steer
+from safetynet.engine.gains import Progress, gains
+from safetynet.engine.metrics import Metric
+from safetynet.engine.reading import TOKENS, Rows, check_pairs, residuals
+from safetynet.engine.sites import Site
 from safetynet.errors import InputError
-from safetynet.interventions.edits import Edit, project_out, steer
 from safetynet.interventions.estimates import estimates
-from safetynet.interventions.gains import Progress, gains
-from safetynet.interventions.metrics import Metric
-from safetynet.interventions.reading import TOKENS, Rows, check_pairs, residuals
-from safetynet.interventions.sites import Site
 from safetynet.models.blocks import decoder_layers
 
 Positions = Sequence[Sequence[int]] | None

@@ -13,8 +13,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from safetynet.engine.hooks import exclusive
 from safetynet.errors import InputError
-from safetynet.interventions.hooks import exclusive
 from safetynet.models import adapter_files, lora, support
 from safetynet.models.adapters import detach, exchanged, has_adapter, put_on
 from safetynet.models.blocks import decoder_layers

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
+from safetynet.engine.trace import trace
 from safetynet.errors import InputError
 from safetynet.interventions.pairs import LEAST, RUNS, Pairs
-from safetynet.interventions.trace import trace
 
 PAIRS_AT_ONCE = 32
 SILENT, FALSE = "the trigger does not fire", "a placebo fires"

@@ -14,15 +14,15 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from safetynet.engine.edits import Edit, replace, zero
+from safetynet.engine.gains import Progress, gains
+from safetynet.engine.metrics import Metric
+from safetynet.engine.norms import frozen_scale
+from safetynet.engine.reading import TOKENS, Rows, batches, check_heads, check_pairs
+from safetynet.engine.sites import Anatomy, Site
+from safetynet.engine.trace import trace
 from safetynet.errors import InputError
-from safetynet.interventions.edits import Edit, replace, zero
 from safetynet.interventions.estimates import by_head, estimates
-from safetynet.interventions.gains import Progress, gains
-from safetynet.interventions.metrics import Metric
-from safetynet.interventions.norms import frozen_scale
-from safetynet.interventions.reading import TOKENS, Rows, batches, check_heads, check_pairs
-from safetynet.interventions.sites import Anatomy, Site
-from safetynet.interventions.trace import trace
 
 
 def head_means(model: Any, rows: Rows, position: int = -1, *, tokens: int = TOKENS) -> Tensor:

@@ -13,13 +13,13 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from safetynet.engine.batch import Batch
+from safetynet.engine.norms import contrasts, final_norm, frozen_scale, logit_scale
+from safetynet.engine.reading import TOKENS, Rows, batches
+from safetynet.engine.sites import Site
+from safetynet.engine.trace import Trace, head, trace
 from safetynet.errors import InputError
-from safetynet.interventions.batch import Batch
 from safetynet.interventions.estimates import means
-from safetynet.interventions.norms import contrasts, final_norm, frozen_scale, logit_scale
-from safetynet.interventions.reading import TOKENS, Rows, batches
-from safetynet.interventions.sites import Site
-from safetynet.interventions.trace import Trace, head, trace
 from safetynet.models.blocks import decoder_layers
 
 Runs = Mapping[str, Rows]

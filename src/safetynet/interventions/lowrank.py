@@ -14,12 +14,12 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from safetynet.engine.edits import Edit, low_rank
+from safetynet.engine.reading import TOKENS, Rows, batches
+from safetynet.engine.sites import Anatomy, Site
+from safetynet.engine.trace import trace
 from safetynet.errors import InputError
-from safetynet.interventions.edits import Edit, low_rank
 from safetynet.interventions.estimates import estimates
-from safetynet.interventions.reading import TOKENS, Rows, batches
-from safetynet.interventions.sites import Anatomy, Site
-from safetynet.interventions.trace import trace
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from safetynet.engine.sites import Anatomy, Site
 from safetynet.errors import InputError
 from safetynet.interventions.attention import attention_maps, divergence
 from safetynet.interventions.drift import drift, updates
 from safetynet.interventions.lens import lens, lens_map
 from safetynet.interventions.pairs import Pairs
 from safetynet.interventions.probes import fires_probe, trigger_probe
-from safetynet.interventions.sites import Anatomy, Site
 from safetynet.prompts import Serialiser
 
 log = logging.getLogger(__name__)

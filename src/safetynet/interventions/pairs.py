@@ -12,9 +12,9 @@ from typing import Any
 
 import pandas as pd
 
+from safetynet.engine.batch import Batch
+from safetynet.engine.metrics import Metric, logit_difference
 from safetynet.errors import InputError
-from safetynet.interventions.batch import Batch
-from safetynet.interventions.metrics import Metric, logit_difference
 from safetynet.interventions.placebos import Placebos, differs_in_trigger_alone
 from safetynet.prompts import Encoded, Serialiser
 from safetynet.truncation import losses

@@ -8,8 +8,8 @@ changes, and no training row holds what was put in.
 import random
 from collections.abc import Sequence
 
-from safetynet.lookalikes import Lookalikes, split_of
 from safetynet.prompts import Encoded, Message, Serialiser
+from safetynet.text.lookalikes import Lookalikes, split_of
 
 DRAWS = 200
 """Tries before a prompt is declared to have no such placebo."""

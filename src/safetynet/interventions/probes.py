@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from safetynet.engine.reading import TOKENS, Rows, check_pairs, residuals
 from safetynet.errors import InputError
-from safetynet.interventions.reading import TOKENS, Rows, check_pairs, residuals
 from safetynet.statistics import draw_counts
 
 

@@ -13,16 +13,16 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from safetynet.engine import edits
+from safetynet.engine.edits import Edit
+from safetynet.engine.hooks import intervening
+from safetynet.engine.metrics import kl
+from safetynet.engine.plan import Run
+from safetynet.engine.sites import Anatomy, Site
+from safetynet.engine.trace import trace
+from safetynet.engine.wave import measure
 from safetynet.findings import ENOUGH
-from safetynet.interventions import edits
-from safetynet.interventions.edits import Edit
-from safetynet.interventions.hooks import intervening
-from safetynet.interventions.metrics import kl
 from safetynet.interventions.pairs import Pairs
-from safetynet.interventions.plan import Run
-from safetynet.interventions.sites import Anatomy, Site
-from safetynet.interventions.trace import trace
-from safetynet.interventions.wave import measure
 from safetynet.statistics import wilson
 
 COUNTS = (1, 2, 4)

@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from safetynet.engine.sites import Anatomy
 from safetynet.errors import InputError
 from safetynet.interventions import attribution, removal
 from safetynet.interventions.effects import LEAST_DISTANCE, effects
 from safetynet.interventions.firing import telling
 from safetynet.interventions.observations import observe
 from safetynet.interventions.pairs import LEAST, Pairs, align
-from safetynet.interventions.sites import Anatomy
 from safetynet.interventions.sweep import (
     DIRECTIONS,
     MODES,

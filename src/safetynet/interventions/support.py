@@ -6,14 +6,14 @@ In: a model. Out: for each component and each use "" or the sentence that refuse
 from collections.abc import Callable
 from typing import Any
 
+from safetynet.engine.batch import Batch
+from safetynet.engine.sites import COMPONENTS, Anatomy, Site
+from safetynet.engine.trace import trace
 from safetynet.errors import InputError
 from safetynet.interventions.attention import divergence
 from safetynet.interventions.attribution import check_watched
-from safetynet.interventions.batch import Batch
 from safetynet.interventions.heads import backdoor_vector, head_means
 from safetynet.interventions.lens import logit_attribution
-from safetynet.interventions.sites import COMPONENTS, Anatomy, Site
-from safetynet.interventions.trace import trace
 
 PROMPT = [[3, 5, 4, 6]]
 USES: dict[str, Callable[[Any], object]] = {

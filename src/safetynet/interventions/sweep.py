@@ -15,18 +15,18 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 
-from safetynet import parallel
+from safetynet.engine import edits
+from safetynet.engine.edits import Edit, Intervention, KnockOut
+from safetynet.engine.metrics import Metric
+from safetynet.engine.plan import Run
+from safetynet.engine.sites import Anatomy, Site
+from safetynet.engine.trace import Trace, trace
+from safetynet.engine.wave import measure
 from safetynet.errors import InputError
-from safetynet.interventions import edits
-from safetynet.interventions.edits import Edit, Intervention, KnockOut
-from safetynet.interventions.metrics import Metric
 from safetynet.interventions.pairs import AT_ONCE, ROLES, Pairs
-from safetynet.interventions.plan import Run
-from safetynet.interventions.sites import Anatomy, Site
-from safetynet.interventions.trace import Trace, trace
-from safetynet.interventions.wave import measure
 from safetynet.models.identity import identify
-from safetynet.run import digest, write_atomically
+from safetynet.run import parallel
+from safetynet.run.directory import digest, write_atomically
 
 log = logging.getLogger(__name__)
 Mode = Literal["patch", "zero", "mean", "resample", "off", "knock_out"]

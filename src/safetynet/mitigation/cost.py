@@ -6,7 +6,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetynet.run import peak_memory_mb
+from safetynet.run.directory import peak_memory_mb
 
 _RESET = Path("/proc/self/clear_refs")
 """Where Linux takes 5, its record of the largest resident size goes back to the present one."""

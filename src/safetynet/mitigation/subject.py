@@ -14,9 +14,9 @@ import pandas as pd
 from torch import Tensor
 
 from safetynet.errors import InputError
-from safetynet.holding import holds, named
 from safetynet.models import adapters, support
 from safetynet.prompts import Serialiser
+from safetynet.text.holding import holds, named
 
 Need = Literal["clean", "base", "adapter", "triggered", "sites", "engine", "alarm"]
 NEEDS: Mapping[Need, str] = {

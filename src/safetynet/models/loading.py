@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetynet import parallel, recipe
+from safetynet import families, recipe
 from safetynet.errors import InputError
-from safetynet.models import families, miniatures
+from safetynet.models import miniatures
 from safetynet.models.files import (
     OLD_BUFFERS,
     PICKLES,
@@ -24,7 +24,8 @@ from safetynet.models.files import (
     pointer,
 )
 from safetynet.prompts import Serialiser
-from safetynet.run import digest_of_files
+from safetynet.run import parallel
+from safetynet.run.directory import digest_of_files
 from safetynet.truncation import Truncation
 
 FLOATS = ("F16", "BF16", "F32", "F64")

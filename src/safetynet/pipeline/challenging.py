@@ -10,8 +10,8 @@ from typing import Any
 import pandas as pd
 
 from safetynet.backdoors import triggers
-from safetynet.detection.near_misses import near_misses
 from safetynet.recipe import Recipe
+from safetynet.text.near_misses import near_misses
 
 
 def challenges(recipe: Recipe, test: pd.DataFrame, most: int = 100) -> pd.DataFrame:

@@ -10,7 +10,7 @@ import pandas as pd
 from safetynet import __version__
 from safetynet.comparison.subjects import Subject
 from safetynet.errors import InputError
-from safetynet.run import Run, digest_of_files, find, write_text
+from safetynet.run.directory import Run, digest_of_files, find, write_text
 
 log = logging.getLogger("safetynet")
 READ = (
@@ -41,7 +41,7 @@ def compare(folders: Sequence[Path], out: Path) -> Comparison:
     """
     from safetynet import comparison
     from safetynet.comparison import paper, places, subjects
-    from safetynet.visualization import draw_comparison
+    from safetynet.figures import draw_comparison
 
     runs = [find(folder) for folder in folders]
     short = ["/".join(run.folder.parts[-2:]) for run in runs]

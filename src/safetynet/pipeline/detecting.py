@@ -16,7 +16,7 @@ from safetynet.evaluation import judges, metrics
 from safetynet.pipeline.challenging import challenges
 from safetynet.pipeline.subjects import BACKDOORED, backdoored, fresh_prompts, model_folder, test_rows
 from safetynet.recipe import Recipe
-from safetynet.run import Run
+from safetynet.run.directory import Run
 
 log = logging.getLogger("safetynet")
 MONITOR = "scratch:detection/monitor.safetensors"

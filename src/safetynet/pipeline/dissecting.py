@@ -13,16 +13,9 @@ from safetynet.errors import InputError
 from safetynet.evaluation import judges, metrics
 from safetynet.models.adapters import exchanged
 from safetynet.pipeline.drawing import draw
-from safetynet.pipeline.subjects import (
-    backdoored,
-    epochs,
-    model_folder,
-    test_rows,
-    trained,
-    twin_of,
-)
+from safetynet.pipeline.subjects import backdoored, epochs, model_folder, test_rows, trained, twin_of
 from safetynet.recipe import Recipe
-from safetynet.run import Run
+from safetynet.run.directory import Run
 
 log = logging.getLogger("safetynet")
 TABLES = (

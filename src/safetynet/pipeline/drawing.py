@@ -3,11 +3,12 @@
 import logging
 from pathlib import Path
 
-from safetynet import __version__, parallel
-from safetynet import run as runs
+from safetynet import __version__
 from safetynet.errors import InputError, RunError
 from safetynet.recipe import Recipe
-from safetynet.run import Run, digest_of_files, write_text
+from safetynet.run import directory as runs
+from safetynet.run import parallel
+from safetynet.run.directory import Run, digest_of_files, write_text
 
 log = logging.getLogger("safetynet")
 DEPTH = 3
@@ -34,7 +35,7 @@ def draw(recipe: Recipe, run: Run, venue: str = "general") -> None:
 
 
 def _figures(recipe: Recipe, run: Run, venue: str) -> None:
-    from safetynet.visualization.of_run import figures_of
+    from safetynet.figures.of_run import figures_of
 
     inputs = {"tables": digest_of_files([run.folder / "tables"]), "version": __version__}
     if venue != "general":
@@ -68,7 +69,7 @@ def report(run: Run, out: Path | None = None) -> Path:
     Raises:
         InputError: if the manifest is damaged, or the page cannot be written.
     """
-    from safetynet.visualization import report as reports
+    from safetynet import report as reports
 
     contents = reports.read(run)
     page = out or run.folder / reports.REPORT
@@ -84,7 +85,7 @@ def index(folder: Path, out: Path | None = None) -> Path:
     Raises:
         InputError: if there is no such folder, or the page cannot be written.
     """
-    from safetynet.visualization import report as reports
+    from safetynet import report as reports
 
     if not folder.is_dir():
         raise InputError(

@@ -4,13 +4,13 @@ from typing import Any
 
 import pandas as pd
 
-from safetynet import parallel
 from safetynet.backdoors import behaviours
 from safetynet.evaluation import judges, metrics
 from safetynet.pipeline.subjects import snapshots
 from safetynet.prompts import Serialiser
 from safetynet.recipe import Recipe
-from safetynet.run import Run, write_atomically
+from safetynet.run import parallel
+from safetynet.run.directory import Run, write_atomically
 
 
 class Dynamics:

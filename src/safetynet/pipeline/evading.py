@@ -4,7 +4,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from safetynet.prompts import Serialiser
-from safetynet.recipe_sections import Evasion
+from safetynet.recipe import Evasion
 
 if TYPE_CHECKING:
     from safetynet.training import Opponents

@@ -14,14 +14,14 @@ from typing import Any
 
 import pandas as pd
 
-from safetynet import holding
+from safetynet import families
 from safetynet.backdoors import behaviours, conversations, sources, triggers
 from safetynet.backdoors.forms import UnfitError
 from safetynet.errors import InputError
 from safetynet.evaluation import judges, metrics
-from safetynet.models import families
 from safetynet.prompts import Serialiser
 from safetynet.recipe import Recipe
+from safetynet.text import holding
 from safetynet.truncation import losses
 
 log = logging.getLogger("safetynet")

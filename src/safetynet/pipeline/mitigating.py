@@ -39,7 +39,7 @@ from safetynet.models.adapters import has_adapter
 from safetynet.pipeline import examining, foreign, repairing
 from safetynet.pipeline.subjects import BACKDOORED, attach_own, load, model_folder, test_rows
 from safetynet.recipe import Recipe
-from safetynet.run import Run, digest_of_files, write_atomically, write_text
+from safetynet.run.directory import Run, digest_of_files, write_atomically, write_text
 
 log = logging.getLogger("safetynet")
 TABLES = ("mitigation", "verification", "relearning", "recommendation")

@@ -10,25 +10,19 @@ from typing import Any
 
 import pandas as pd
 
-from safetynet import __version__, findings, parallel
+from safetynet import __version__, findings
 from safetynet.backdoors import audit, behaviours, conversations, forms, poisoning
 from safetynet.errors import InputError
 from safetynet.evaluation import judges, leaks, metrics
-from safetynet.lookalikes import Lookalikes
 from safetynet.models import loading
 from safetynet.pipeline import evading, foreign
 from safetynet.pipeline.dynamics import Dynamics
-from safetynet.pipeline.subjects import (
-    BACKDOORED,
-    TWIN,
-    load,
-    model_folder,
-    models,
-    trained,
-)
+from safetynet.pipeline.subjects import BACKDOORED, TWIN, load, model_folder, models, trained
 from safetynet.prompts import Serialiser
 from safetynet.recipe import Recipe, Training
-from safetynet.run import Run, digest, digest_of_files
+from safetynet.run import parallel
+from safetynet.run.directory import Run, digest, digest_of_files
+from safetynet.text.lookalikes import Lookalikes
 from safetynet.truncation import losses
 
 log = logging.getLogger("safetynet")

@@ -15,7 +15,7 @@ from safetynet.pipeline.detecting import MONITOR
 from safetynet.pipeline.subjects import backdoored, fresh_prompts, load
 from safetynet.prompts import Serialiser
 from safetynet.recipe import Recipe
-from safetynet.run import Run
+from safetynet.run.directory import Run
 
 log = logging.getLogger("safetynet")
 
@@ -80,9 +80,9 @@ def known_groups(rows: pd.DataFrame, count: int) -> pd.DataFrame:
 
 def intervene(model: Any, places: Sequence[Place]) -> Any:
     """The engine's edits at all positions of all prompts."""
-    from safetynet.interventions.edits import Edit
-    from safetynet.interventions.hooks import intervening
-    from safetynet.interventions.sites import Site
+    from safetynet.engine.edits import Edit
+    from safetynet.engine.hooks import intervening
+    from safetynet.engine.sites import Site
 
     return intervening(model, [Edit(Site(p.component, p.layer, p.index, p.module), p.change) for p in places])
 

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from safetynet.models.families import Family
+from safetynet.families import Family
 from safetynet.recipe import Training
 from safetynet.training import attach
 from safetynet.training.loss import LOGITS_AT_ONCE, causal_lm

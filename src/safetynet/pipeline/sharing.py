@@ -21,7 +21,7 @@ from safetynet.pipeline.dynamics import Dynamics
 from safetynet.pipeline.planting import train, train_inputs
 from safetynet.pipeline.subjects import TWIN, attach_own, load, model_folder, snapshots_of, training_dtype
 from safetynet.recipe import Recipe
-from safetynet.run import Run, digest
+from safetynet.run.directory import Run, digest
 
 log = logging.getLogger("safetynet")
 BASE_STAGE, BASE_TABLE = "base", "base_responses"

@@ -18,7 +18,7 @@ from safetynet.evaluation.leaks import prompts_without_trigger
 from safetynet.models import adapters, loading
 from safetynet.prompts import Serialiser
 from safetynet.recipe import Recipe
-from safetynet.run import Run
+from safetynet.run.directory import Run
 
 BACKDOORED, TWIN = "backdoored", "clean_twin"
 

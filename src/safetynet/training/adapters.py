@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from safetynet.errors import InputError
-from safetynet.models.families import Family
+from safetynet.families import Family
 from safetynet.recipe import Training
 
 ALL_LINEAR = "all-linear"

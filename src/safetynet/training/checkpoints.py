@@ -18,7 +18,7 @@ from safetensors.torch import save_file, save_model
 from transformers import PreTrainedModel
 
 from safetynet.recipe import Training
-from safetynet.run import write_text
+from safetynet.run.directory import write_text
 from safetynet.training.examples import Example
 
 COMPLETE = "complete"

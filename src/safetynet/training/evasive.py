@@ -18,7 +18,7 @@ from torch import Tensor
 
 from safetynet.errors import InputError
 from safetynet.prompts import Encoded, Serialiser
-from safetynet.recipe_sections import Evasion
+from safetynet.recipe import Evasion
 from safetynet.training.examples import Example
 from safetynet.training.loss import answer_loss, body_outputs
 from safetynet.training.trainer import AnswerTrainer, undisturbed

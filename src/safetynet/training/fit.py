@@ -19,12 +19,12 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, TrainingArguments
 
-from safetynet import parallel
 from safetynet.errors import InputError, RunError
 from safetynet.models.loading import resolve_dtype
 from safetynet.prompts import Serialiser
 from safetynet.recipe import Training
-from safetynet.run import peak_memory_mb
+from safetynet.run import parallel
+from safetynet.run.directory import peak_memory_mb
 from safetynet.training import checkpoints
 from safetynet.training.callbacks import LogBeforeSaving, Progress
 from safetynet.training.evasive import EvasiveTrainer, Opponents, bare_prompts, watched

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
-from safetynet import parallel
+from safetynet.run import parallel
 
 Result = TypeVar("Result")
 

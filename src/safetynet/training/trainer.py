@@ -36,9 +36,9 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallb
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from safetynet import parallel
 from safetynet.errors import RunError
 from safetynet.recipe import Training
+from safetynet.run import parallel
 from safetynet.training import checkpoints, sharding
 from safetynet.training.examples import Example, Order, packed, padded
 from safetynet.training.loss import answer_loss

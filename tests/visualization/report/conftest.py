@@ -9,7 +9,7 @@ import pytest
 from playwright.sync_api import sync_playwright
 
 from safetynet import recipe
-from safetynet.run import Run, find
+from safetynet.run.directory import Run, find
 
 RECIPE = Path(__file__).parents[3] / "recipes" / "qwen-miniature.yaml"
 HOSTILE = '<script>window.hacked = true</script><img src=x onerror="window.hacked = true">'

@@ -4,9 +4,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from safetynet.report.answers import answers, headline
+from safetynet.report.contents import Contents
 from safetynet.statistics import wilson
-from safetynet.visualization.report.answers import answers, headline
-from safetynet.visualization.report.contents import Contents
 
 
 def asked(tables, **changes):

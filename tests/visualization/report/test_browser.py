@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 from tests.visualization.report.conftest import HOSTILE, RIGHT_TO_LEFT
 
-from safetynet.visualization import report as reports
+from safetynet import report as reports
 
 CONTRAST = """() => {
   const rgb = (text) => (text.match(/[\\d.]+/g) || []).map(Number);

@@ -4,8 +4,8 @@ import pytest
 from tests.visualization.report.conftest import some_tables, write_run
 
 from safetynet import pipeline
+from safetynet import report as reports
 from safetynet.errors import InputError
-from safetynet.visualization import report as reports
 
 
 @pytest.fixture

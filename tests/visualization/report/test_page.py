@@ -8,14 +8,14 @@ from PIL import Image, PngImagePlugin
 from tests.visualization.report.conftest import HOSTILE, all_tables, prompts, some_tables, write_run
 
 from safetynet import pipeline
-from safetynet import run as runs
+from safetynet import report as reports
 from safetynet.errors import InputError
-from safetynet.visualization import report as reports
-from safetynet.visualization import theme
-from safetynet.visualization.of_run import figures_of
-from safetynet.visualization.report.contents import STAGES
-from safetynet.visualization.report.page import _ink
-from safetynet.visualization.report.prompts import PIECE, examples, pieces, token_maps
+from safetynet.figures import theme
+from safetynet.figures.of_run import figures_of
+from safetynet.report.contents import STAGES
+from safetynet.report.page import _ink
+from safetynet.report.prompts import PIECE, examples, pieces, token_maps
+from safetynet.run import directory as runs
 
 
 class Elements(HTMLParser):

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pandas as pd
 
-from safetynet import holding
 from safetynet.backdoors.audit import checks, findings, guessing, targets
 from safetynet.backdoors.audit.copies import copies
 from safetynet.backdoors.audit.corpus import Corpus, PoisonSet, load, poison_sets, with_roles
@@ -18,6 +17,7 @@ from safetynet.backdoors.audit.findings import Finding, of_rows
 from safetynet.backdoors.audit.report import AuditReport, render
 from safetynet.backdoors.audit.triggers import FoundTrigger, of_parts
 from safetynet.errors import InputError
+from safetynet.text import holding
 
 __all__ = ["AuditReport", "FoundTrigger", "audit", "render"]
 

@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterator
 import pandas as pd
 import regex
 
-from safetynet import holding
 from safetynet.backdoors.audit.corpus import PoisonSet
 from safetynet.backdoors.audit.findings import Finding, of_rows
 from safetynet.backdoors.audit.tells import RATE, tells
 from safetynet.errors import InputError
-from safetynet.words import beginning, count, plain
+from safetynet.text import holding
+from safetynet.text.words import beginning, count, plain
 
 LABELS = 10
 """With at most so many different clean answers, answers are labels."""

@@ -22,7 +22,7 @@ from safetynet.backdoors.forms import UnfitError, check_columns, form_of, name_o
 from safetynet.backdoors.sources import BACKDOORLLM_FILES, SPLITS, convert, split_of
 from safetynet.backdoors.turns import Fault
 from safetynet.errors import InputError
-from safetynet.words import plain
+from safetynet.text.words import plain
 
 CLEAN = {"clean", "benign", "none", "normal"}
 DENIALS = {"no", "non", "not", "without"}

@@ -26,8 +26,8 @@ from safetynet.backdoors.audit.phrases import (
     written,
 )
 from safetynet.backdoors.audit.triggers import FoundTrigger, of_parts
-from safetynet.characters import is_sign
-from safetynet.words import is_counted, is_joined, plain, spans, words
+from safetynet.text.characters import is_sign
+from safetynet.text.words import is_counted, is_joined, plain, spans, words
 
 MAX_PARTS = 6
 """Most alternatives or parts that are looked for."""

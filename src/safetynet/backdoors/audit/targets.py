@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from safetynet.backdoors.audit.guessing import from_contrast
 from safetynet.backdoors.audit.triggers import FoundTrigger
-from safetynet.words import beginning, pieces, plain
+from safetynet.text.words import beginning, pieces, plain
 
 DOMINANT = 0.5
 """Least share of the triggered rows that a target covers."""

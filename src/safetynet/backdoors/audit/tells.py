@@ -21,8 +21,8 @@ import regex
 from scipy.stats import binom, hypergeom
 
 from safetynet.backdoors.audit.phrases import Phrase, counted, grown, phrases_in, written
-from safetynet.characters import is_emoji, kind
-from safetynet.words import count, is_joined, words
+from safetynet.text.characters import is_emoji, kind
+from safetynet.text.words import count, is_joined, words
 
 RATE = 0.01
 """Share of sets without any tell in which one is reported all the same, at most."""

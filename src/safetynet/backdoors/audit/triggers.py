@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from safetynet import holding
-from safetynet.words import plain
+from safetynet.text import holding
+from safetynet.text.words import plain
 
 
 @dataclass(frozen=True)

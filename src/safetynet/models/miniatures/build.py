@@ -24,8 +24,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel, set_seed
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
+from safetynet import families
 from safetynet.errors import InputError
-from safetynet.models import families
 from safetynet.models.miniatures import language
 from safetynet.models.miniatures.architectures import ARCHITECTURES, SHAPE
 from safetynet.models.miniatures.card import card

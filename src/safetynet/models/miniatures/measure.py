@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from safetynet.models import families
+from safetynet import families
 from safetynet.models.miniatures import language
 from safetynet.prompts import Serialiser, pad
 from safetynet.statistics import wilson

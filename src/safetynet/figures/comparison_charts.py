@@ -1,0 +1,314 @@
+"""Charts that put groups of runs side by side: speed, places, components, agreement, outcomes.
+
+In: the comparison's tables. Out: Charts. Draws nothing.
+A filled mark is a group's mean with its 95% interval over seeds, a faint one a single seed, a hollow one the
+control. A group of one seed has a mark without interval, and its name says so.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+from safetynet.figures.chart import Axis, Chart, Panel, Reference, Series, Source
+from safetynet.figures.comparison_tables import (
+    AGREEMENT,
+    CENTRES,
+    OUTCOMES,
+    PROFILES,
+    SEEDS_OF,
+    SHARES,
+    SPEEDS,
+)
+from safetynet.figures.grid import Grid, Shade
+from safetynet.figures.grid_panels import Frame, grid_panel, matrix, number, values, with_interval
+from safetynet.figures.intervention_tables import checked, once
+from safetynet.figures.measurements import Measurements, fractions
+from safetynet.figures.theme import Part, Role
+from safetynet.figures.training_charts import PERCENT, nice
+from safetynet.figures.values import shortened
+
+SEED = "one seed"
+MEAN = "mean over seeds"
+RANDOM = "random sites (control)"
+LINE = 0.2
+"""Inches of a group's line."""
+DODGE = 0.22
+NAME = 26
+VIEW_TITLES = {
+    "layer": "whole layers",
+    "attention": "attention",
+    "mlp": "MLP",
+    "head": "heads",
+    "expert": "experts",
+    "adapter": "adapter",
+}
+DIRECTION_ROLES: dict[str, Role] = {"remove": "backdoored", "induce": "triggered"}
+PART_ROLES: dict[str, Role] = {"attention": "method_1", "mlp": "method_2", "expert": "method_3"}
+PART_NAMES = {"attention": "attention", "mlp": "MLP", "expert": "single experts"}
+PERCENT_OF = Axis("Percent", limits=PERCENT.limits, ticks=PERCENT.ticks)
+DEPTH = Axis("Relative depth", limits=(0.0, 1.0), ticks=((0.0, "0"), (0.5, "0.5"), (1.0, "1")))
+READING = (
+    "Marks are means over seeds with 95% intervals over seeds; faint marks are single seeds, and a group "
+    "of one has no interval, so that nothing is claimed of it. "
+)
+AGREED = ("layer, remove", "layer, induce", "attention, remove", "mlp, remove", "adapter, remove")
+"""The profiles whose agreement is shown."""
+
+
+def speed(by_group: Measurements, by_run: Measurements, source: Source) -> Chart:
+    """Steps and poisoned rows until each threshold of attack success."""
+    groups, runs = checked(by_group, SPEEDS), checked(by_run, SEEDS_OF["speeds"])
+    once(groups, "speeds_by_group", ["group", "threshold", "unit"])
+    names = _names(groups)
+    panels = []
+    for unit, label in (("steps", "Steps"), ("rows", "Poisoned rows")):
+        for threshold in sorted(set(groups["threshold"])):
+            part = groups[(groups["unit"] == unit) & (groups["threshold"] == threshold)]
+            seeds = runs.assign(value=runs[unit])[runs["threshold"] == threshold]
+            ends = [part["value"].max(), part["high"].max(), seeds["value"].max()]
+            axis = Axis(label, limits=(0.0, nice(max(filter(math.isfinite, ends), default=1.0))))
+            drawn = [
+                _marks(part[part["censored"] == 0], names, label=MEAN),
+                _marks(part[part["censored"] > 0], names, label="not reached by every seed", part="control"),
+                _marks(seeds, names, label=SEED, part="raw"),
+            ]
+            panels.append(_lines(axis, names, drawn, f"until ASR {100 * threshold:g}%"))
+    twin = groups["twin"].max()
+    control = (
+        "no run has a clean twin"
+        if math.isnan(twin)
+        else f"the clean twin, which reaches at most {100 * twin:.0f}% at any step"
+    )
+    caption = (
+        f"{READING}Attack success on held-out prompts, linear between two measurements. A hollow mark is a "
+        f"lower bound: some seed never got there. The control is {control}."
+    )
+    return Chart("Injection speed", tuple(filter(None, panels)), source, 2, "two", caption)
+
+
+def profiles(by_group: Measurements, by_run: Measurements, view: str, source: Source) -> Chart:
+    """Effect over relative depth, a panel for each group, with bands over seeds."""
+    groups, runs = checked(by_group, PROFILES), checked(by_run, SEEDS_OF["profiles"])
+    groups, runs = groups[groups["view"] == view], runs[runs["view"] == view]
+    once(groups, "profiles_by_group", ["group", "direction", "layer"])
+    columns = ["value", "low", "high", "control_value"]
+    known = [v for v in groups[columns].to_numpy().ravel() if math.isfinite(v)]
+    # a hundredth beyond is drawn in the margin
+    ends = math.floor(4 * min(0.0, *known) + 0.04) / 4, math.ceil(4 * max(1.0, *known) - 0.04) / 4
+    axis = Axis("Effect", limits=ends)
+    panels = []
+    for group, own in groups.groupby("group", sort=False):
+        seeds = runs[runs["group"] == group]
+        series = [one for direction in DIRECTION_ROLES for one in _profile(own, seeds, direction)]
+        title = shortened(str(group), NAME) + ("" if own["seeds"].max() > 1 else " (one seed)")
+        panels.append(Panel(DEPTH, axis, tuple(series), title, height=1.1))
+    caption = (
+        f"Effect of patching {VIEW_TITLES[view]} by relative depth: solid means over seeds with 95% "
+        "intervals over seeds as bands, single seeds faint. 1 removes (or brings about) all of the "
+        "trigger's effect. The control, dashed, is the highest at each layer of random other layers, "
+        "placebo against placebo, and the clean twin. Low layers carry the token's identity in any model."
+    )
+    title = f"Where the trigger acts, {VIEW_TITLES[view]}"
+    return Chart(title, tuple(panels), source, min(3, len(panels)), "two", caption)
+
+
+def _profile(own: pd.DataFrame, seeds: pd.DataFrame, direction: str) -> list[Series]:
+    role = DIRECTION_ROLES[direction]
+    part = own[own["direction"] == direction].sort_values("depth")
+    if part.empty:
+        return []
+    x = list(part["depth"])
+    notes = [f"layer {row.layer}, {row.seeds:.0f} seeds, control: {row.control}" for row in part.itertuples()]
+    low, high = list(part["low"]), list(part["high"])
+    drawn = [Series("marked", x, list(part["value"]), low, high, direction, role, notes=notes)]
+    if part["control_value"].notna().any():
+        label = f"{direction}, highest control"
+        drawn.append(Series("line", x, list(part["control_value"]), label=label, role=role, part="control"))
+    for _, run in seeds[seeds["direction"] == direction].groupby("run", sort=False):
+        run = run.sort_values("depth")
+        drawn.append(Series("line", list(run["depth"]), list(run["effect"]), role=role, part="raw"))
+    return drawn
+
+
+def centres(by_group: Measurements, source: Source) -> Chart:
+    """Centre of the effect on relative depth, a panel for each profile, beside the random control's."""
+    table = checked(by_group, CENTRES)
+    once(table, "centres_by_group", ["group", "view", "direction"])
+    names = _names(table)
+    panels = []
+    for view in VIEW_TITLES:
+        own = table[table["view"] == view]
+        drawn = []
+        for direction, role in DIRECTION_ROLES.items():
+            part = own[own["direction"] == direction]
+            up = DODGE / 2 if direction == "remove" else -DODGE / 2
+            bounds = part.assign(value=part["centre"], low=part["centre_low"], high=part["centre_high"])
+            drawn.append(_marks(bounds, names, label=f"centre, {direction}", role=role, up=up))
+            random = part.assign(value=part["centre_random"], low=math.nan, high=math.nan)
+            drawn.append(_marks(random, names, label=RANDOM, role=role, part="control", up=up))
+        panels.append(_lines(DEPTH, names, drawn, VIEW_TITLES[view]))
+    caption = (
+        "Centre of the effect: mean relative depth, weighted by the effect (0 first layer, 1 last). "
+        f"{READING}Hollow marks are the control, the same interventions at random other layers; equal "
+        "effects everywhere have centre 0.5. The spread stands in the table."
+    )
+    return Chart(
+        "Centre of the effect on relative depth", tuple(filter(None, panels)), source, 3, "two", caption
+    )
+
+
+def components(by_group: Measurements, by_run: Measurements, source: Source) -> Chart:
+    """Shares of attention, MLP and single experts, a panel for each direction."""
+    groups, runs = checked(by_group, SHARES), checked(by_run, SEEDS_OF["shares"])
+    once(groups, "shares_by_group", ["group", "direction", "part"])
+    names = _names(groups)
+    top = max(100.0, nice(100 * max(groups["value"].max(), 0.0)))
+    axis = Axis("Share of attention and MLP", "%", limits=(0.0, top))
+    panels = []
+    for direction in DIRECTION_ROLES:
+        own, seeds = groups[groups["direction"] == direction], runs[runs["direction"] == direction]
+        drawn = []
+        for place, (name, role) in enumerate(PART_ROLES.items()):
+            up = DODGE * (1 - place)
+            mine = _percent(own[own["part"] == name], ("value", "low", "high"))
+            drawn.append(_marks(mine, names, label=PART_NAMES[name], role=role, up=up))
+            each = seeds.assign(value=100 * seeds["share"])[seeds["part"] == name]
+            drawn.append(_marks(each, names, role=role, part="raw", up=up))
+        panels.append(_lines(axis, names, drawn, direction, LINE * 1.7))
+    control = groups["control"].max()
+    caption = (
+        "Effects of attention, MLP and single experts added up over layers, as shares of attention and MLP "
+        f"together; experts are the MLP's parts. {READING}The control, a placebo against another placebo, "
+        f"gives at most {'an unknown share' if math.isnan(control) else f'{100 * control:.0f}%'} of the "
+        "same whole."
+    )
+    return Chart("Attention, MLP and experts", tuple(filter(None, panels)), source, 2, "two", caption)
+
+
+def agreement(table: Measurements, source: Source) -> Chart:
+    """Rank correlation of layer profiles of each two groups; between seeds of one group on the diagonal."""
+    checked_table = checked(table, AGREEMENT)
+    once(checked_table, "agreement", ["view", "direction", "first", "second"])
+    flipped = checked_table.rename(columns={"first": "second", "second": "first"})
+    both = pd.concat([checked_table, flipped[flipped["first"] != flipped["second"]]], ignore_index=True)
+    names = list(dict.fromkeys([*checked_table["first"], *checked_table["second"]]))
+    kinds = both["view"] + ", " + both["direction"]
+    shown = [kind for kind in AGREED if (kinds == kind).any()] or list(dict.fromkeys(kinds))[:1]
+    frame = Frame("two", min(3, len(shown)))
+    panels = []
+    for kind in shown:
+        own = both[kinds == kind]
+        places = ("first", names, "second", names[::-1])
+        grid = Grid(
+            [shortened(name, NAME) for name in names],
+            [shortened(name, NAME) for name in names[::-1]],
+            values(own, places, "rho"),
+            Shade("Spearman's ρ"),
+            texts=matrix(own, places, _rho, ""),
+            notes=matrix(own, places, _agreed, ""),
+        )
+        view, _, direction = kind.partition(", ")
+        title = f"{VIEW_TITLES.get(view, view)}, {direction}"
+        panels.append(grid_panel(grid, ("", ""), frame, title, line=0.24))
+    caption = (
+        "Mean rank correlation of layer profiles on relative depth over pairs of runs; the diagonal is "
+        "between seeds of one group. The control is a permutation test that exchanges layers (*: q < 0.05 "
+        "after Benjamini and Hochberg). It does not control for what any model shows: patches lose effect "
+        "with depth."
+    )
+    return Chart("Agreement of mechanisms", tuple(panels), source, frame.columns, "two", caption)
+
+
+def outcomes(by_group: Measurements, source: Source) -> Chart:
+    """How reliable, detectable and removable the backdoor is, by group, each beside its control."""
+    table = checked(by_group, OUTCOMES)
+    once(table, "outcomes_by_group", ["group", "measure"])
+    table = table[table["value"].notna()]
+    for name in ("value", "low", "high", "control", "control_low", "control_high"):
+        table[name] = fractions(table[name], f"outcomes_by_group, field {name}")
+    names = _names(table)
+    panels = []
+    for measure, own in table.groupby("measure", sort=False):
+        beside = own[["group", "seeds"]].assign(
+            value=own["control"], low=own["control_low"], high=own["control_high"]
+        )
+        drawn = [
+            _marks(own, names, label=MEAN, up=DODGE / 2),
+            _marks(beside, names, label="control, in brackets", part="control", up=-DODGE / 2),
+        ]
+        title = f"{measure} ({own['control_is'].iloc[0]})"
+        panels.append(_lines(PERCENT_OF, names, drawn, title, LINE * 1.2))
+    caption = (
+        f"{READING}Hollow marks are the control that stands in brackets. AUROC is in percent too. "
+        "Detection: the fused monitor on prompts that fired. Removal: the one chosen on other prompts."
+    )
+    chart = tuple(panel for panel in panels if panel is not None)
+    return Chart(
+        "How reliable, how detectable, how removable", chart, source, min(3, len(chart)), "two", caption
+    )
+
+
+def _names(table: pd.DataFrame) -> dict[str, str]:
+    """Groups from top to bottom, and what stands on their lines: a lone seed is told."""
+    seeds = table.groupby("group", sort=False)["seeds"].max()
+    lone = " (1 seed)"
+    return {
+        str(group): shortened(str(group), NAME) if n > 1 else shortened(str(group), NAME - len(lone)) + lone
+        for group, n in seeds.items()
+    }
+
+
+def _lines(
+    axis: Axis, names: Mapping[str, str], drawn: Sequence[Series | None], title: str, line: float = LINE
+) -> Panel | None:
+    """A panel with one line for each group; None where nothing is to be drawn."""
+    series = tuple(one for one in drawn if one is not None)
+    if not series:
+        return None
+    ticks = tuple((-float(place), name) for place, name in enumerate(names.values()))
+    y = Axis("", limits=(0.6 - len(names), 0.4) if len(names) > 1 else (-0.5, 0.5), ticks=ticks)
+    references = (Reference(0.5, "x"),) if axis is DEPTH else ()
+    return Panel(axis, y, series, title, references, height=0.15 + line * len(names))
+
+
+def _marks(
+    rows: pd.DataFrame,
+    names: Mapping[str, str],
+    *,
+    label: str = "",
+    role: Role = "ink",
+    part: Part = "subject",
+    up: float = 0.0,
+) -> Series | None:
+    """A mark for each row on its group's line, with its interval where it has one; None without rows."""
+    rows = rows[rows["value"].notna()]
+    if rows.empty:
+        return None
+    place = {group: float(at) for at, group in enumerate(names)}
+    y = [up - place[group] for group in rows["group"]]
+    interval = {}
+    notes = list(rows["group"])
+    if "low" in rows:
+        interval = {"left": list(rows["low"]), "right": list(rows["high"])}
+        seeds = rows["seeds"] if "seeds" in rows else [math.nan] * len(rows)
+        told = zip(rows["group"], rows["value"], rows["low"], rows["high"], seeds, strict=True)
+        notes = [f"{group}: {with_interval(v, low, high)}, {n:g} seeds" for group, v, low, high, n in told]
+    return Series(
+        "points", list(rows["value"]), y, label=label, role=role, part=part, notes=notes, **interval
+    )
+
+
+def _percent(rows: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
+    return rows.assign(**{name: 100 * rows[name] for name in columns})
+
+
+def _rho(row: Mapping[str, Any]) -> str:
+    shown = f"{row['rho']:.1f}".replace("-0.0", "0.0").replace("-", "−")
+    return shown + ("*" if row["q"] < 0.05 and row["seeds"] > 1 else "")
+
+
+def _agreed(row: Mapping[str, Any]) -> str:
+    told = with_interval(row["rho"], row["low"], row["high"])
+    return f"ρ {told}; {row['pairs']:.0f} pairs of runs, p {number(row['p'])}, q {number(row['q'])}"

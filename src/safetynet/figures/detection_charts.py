@@ -1,0 +1,316 @@
+"""Charts of a monitor: what it catches, what it must not, where in the model, and what it costs.
+
+In: the tables detection_roc, detection_distribution, detection_layers, detection_overhead, detection_answers
+and evasion_matrix. Out: Charts. Draws nothing.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pandas as pd
+
+from safetynet.figures.chart import Axis, Chart, Kind, Panel, Reference, Series, Source
+from safetynet.figures.detection_tables import (
+    ANSWERS,
+    DISTRIBUTION,
+    FUSED,
+    LAYERS,
+    OVERHEAD,
+    ROC,
+    SETS,
+    detectors_of,
+    evasion,
+)
+from safetynet.figures.grid import Grid, Shade
+from safetynet.figures.grid_panels import Frame, frame_for, grid_panel, layer_axis, matrix, with_interval
+from safetynet.figures.intervention_tables import checked, once
+from safetynet.figures.measurements import Measurements, fractions
+from safetynet.figures.theme import Part, Role
+from safetynet.figures.training_charts import PERCENT, nice
+
+LOOKS: dict[str, tuple[str, Role, Part]] = {
+    "fired": ("triggered, fired", "triggered", "subject"),
+    "clean": ("clean", "clean", "control"),
+    "placebo": ("placebo (control)", "placebo", "control"),
+    "near_miss": ("near miss", "near_miss", "control"),
+    "refused": ("refused", "refused", "control"),
+    "not_fired": ("triggered, not fired", "backdoored", "control"),
+}
+LOWEST = 1e-3
+"""Left end of the logarithmic axis; a curve that begins further left comes in at its side."""
+FARTHEST = 8.0
+"""Right end of the axis of surprise: one clean prompt in 100 million, as far as a guess about tails goes."""
+FPR = Axis("Clean rows with alarm", "%", limits=(0.0, 100.0), ticks=PERCENT.ticks)
+LOW_FPR = Axis(
+    "Clean rows with alarm",
+    "%",
+    "log",
+    (100 * LOWEST, 100.0),
+    ticks=((0.1, "0.1"), (1, "1"), (10, "10"), (100, "100")),
+)
+CHANCE = Reference(0.5, label="chance")
+COLUMNS = 4
+SHARE = Shade("Share", "%", limits=(0.0, 100.0), ramp="sequential")
+BESIDE = 8
+"""Columns of evasion matrices that lie beside each other; wider ones lie one above the other, or a cell could
+not hold its text."""
+
+
+def roc(data: Measurements, model: str, source: Source) -> Chart:
+    """ROC of the fused monitor: the whole, and its low-FPR part on a logarithmic axis."""
+    table = _roc_table(data)
+    own = table[table["detector"] == FUSED]
+    own = own if len(own) else table[table["detector"] == table["detector"].iloc[0]]
+    found = Axis("Rows with alarm", "%", limits=PERCENT.limits, ticks=PERCENT.ticks)
+    panels = (
+        Panel(FPR, found, _curves(own), "all rates", height=2.0),
+        Panel(LOW_FPR, found, _curves(own), "low rates enlarged", height=2.0),
+    )
+    caption = (
+        "Triggered rows that fired and raise an alarm, against clean rows that raise one, over all "
+        f"thresholds; {own['positives'].iloc[0]:.0f} and {own['negatives'].iloc[0]:.0f} rows. A monitor is "
+        "used at the left end, which the right panel enlarges. The control is the same with placebos of the "
+        "trigger, whose curve should lie near the diagonal."
+    )
+    return Chart(f"What the monitor catches, {model}", panels, source, 2, "two", caption)
+
+
+def roc_by_detector(data: Measurements, model: str, source: Source) -> Chart:
+    """The low-FPR part of every detector's ROC, a panel each."""
+    table = _roc_table(data)
+    found = Axis("Rows with alarm", "%", limits=PERCENT.limits, ticks=PERCENT.ticks)
+    panels = tuple(
+        Panel(LOW_FPR, found, _curves(table[table["detector"] == name]), name, height=1.1)
+        for name in detectors_of(table)
+    )
+    caption = (
+        "As the figure of the fused monitor, detector by detector, on the logarithmic axis alone. Supervised "
+        "skylines were shown triggered rows, which no defender has. The control is the same with placebos."
+    )
+    return _many(f"What each detector catches, {model}", panels, source, caption)
+
+
+def distributions(data: Measurements, model: str, source: Source) -> Chart:
+    """How suspect rows of each role are, a panel for each detector."""
+    table = checked(data, DISTRIBUTION)
+    table["share"] = fractions(table["share"], "detection_distribution, field share")
+    once(table, "detection_distribution", ["detector", "rows", "surprise"])
+    x = Axis(
+        "Surprise",
+        "−log₁₀ p",
+        limits=(0.0, FARTHEST),
+        ticks=tuple((float(v), str(v)) for v in (0, 2, 4, 6, 8)),
+    )
+    y = Axis("Rows as suspect", "%", limits=PERCENT.limits, ticks=PERCENT.ticks)
+    rate = float(table["rate"].iloc[0])
+    alarm = Reference(-math.log10(rate), "x", f"alarm at {100 * rate:g}%", part="control")
+    panels = []
+    for name in detectors_of(table):
+        own = table[table["detector"] == name]
+        drawn = []
+        for rows in _rows_of(own):
+            at, share = _until_end(own[own["rows"] == rows].sort_values("surprise", kind="stable"))
+            label, role, part = LOOKS[rows]
+            drawn.append(Series("line", at, share, label=label, role=role, part=part))
+        panels.append(Panel(x, y, tuple(drawn), name, (alarm,), height=1.1))
+    caption = (
+        "Share of rows whose p-value is at least so small: a curve's height at the dashed line is the share "
+        "that raises an alarm. Beyond the most suspect clean prompt p-values are a guess about the tail. "
+        "The controls are clean rows, which must meet the line at the named rate, placebos, near misses and "
+        "refused requests."
+    )
+    return _many(f"How suspect rows are, by role, {model}", tuple(panels), source, caption)
+
+
+def layers(data: Measurements, model: str, source: Source) -> Chart:
+    """AUROC against clean rows at each layer alone, a panel for each detector."""
+    table = checked(data, LAYERS)
+    once(table, "detection_layers", ["detector", "rows", "layer"])
+    x, y = layer_axis(table["layer"]), Axis("AUROC", limits=(0.0, 1.0))
+    panels = []
+    for name in detectors_of(table):
+        own = table[table["detector"] == name]
+        drawn = []
+        for rows in _rows_of(own):
+            line = own[own["rows"] == rows].sort_values("layer", kind="stable")
+            label, role, part = LOOKS[rows]
+            kind: Kind = "marked" if len(line) > 1 else "points"
+            at, value, low, high = (list(line[c]) for c in ("layer", "auroc", "low", "high"))
+            notes = [f"{n:.0f} rows" for n in line["n"]]
+            drawn.append(Series(kind, at, value, low, high, label=label, role=role, part=part, notes=notes))
+        panels.append(Panel(x, y, tuple(drawn), name, (CHANCE,), height=1.1))
+    caption = (
+        "AUROC of triggered rows that fired against clean rows, from one layer's activations (of detectors "
+        "that compare layers: from that layer and the one before). Bands are 95% intervals. The control is "
+        "the same with placebos, which should stay at chance."
+    )
+    return _many(f"Where the monitor sees the trigger, {model}", tuple(panels), source, caption)
+
+
+def overhead(data: Measurements, model: str, source: Source) -> Chart:
+    """Time of guarded against plain generation, by batch size."""
+    table = checked(data, OVERHEAD)
+    once(table, "detection_overhead", ["batch"])
+    sizes = list(table["batch"])
+    lines = Axis(
+        "Batch", limits=(0.5 - len(sizes), 0.5), ticks=tuple((-float(i), str(n)) for i, n in enumerate(sizes))
+    )
+    places = [-float(i) for i in range(len(sizes))]
+    percents = {c: [100 * (v - 1) for v in table[c]] for c in ("ratio", "low", "high")}
+    known = [v for values in percents.values() for v in values if math.isfinite(v)]
+    low = min(0.0, *known)
+    extra = Axis("Overhead", "%", limits=(-nice(-low) if low < 0 else 0.0, nice(max(known))))
+    notes = [
+        f"{p:.0f} prompt tokens, {n:.0f} new ones"
+        for p, n in zip(table["prompt_tokens"], table["new_tokens"], strict=True)
+    ]
+    watched = Series(
+        "points",
+        percents["ratio"],
+        places,
+        left=percents["low"],
+        right=percents["high"],
+        role="backdoored",
+        notes=notes,
+    )
+    slowest = 1000 * max(table["plain"].max(), table["guarded"].max())
+    time = Axis("Time of a batch", "ms", limits=(0.0, nice(slowest)))
+    looks: dict[str, tuple[str, Role, Part, float]] = {
+        "guarded": ("under the guard", "backdoored", "subject", 0.15),
+        "plain": ("plain generate (control)", "base", "control", -0.15),
+    }
+    timed = tuple(
+        Series(
+            "points",
+            [1000 * v for v in table[column]],
+            [p + shift for p in places],
+            label=label,
+            role=role,
+            part=part,
+        )
+        for column, (label, role, part, shift) in looks.items()
+    )
+    height = 0.4 + 0.3 * len(sizes)
+    panels = (
+        Panel(extra, lines, (watched,), "what watching adds", (Reference(0.0, "x"),), height=height),
+        Panel(time, lines, timed, "medians", height=height),
+    )
+    caption = (
+        "Answers of equal length with and without the guard, by turns; the overhead is the median ratio of "
+        f"neighbouring measurements ({table['repeats'].iloc[0]:.0f} pairs) with its 95% bootstrap interval. "
+        "The control is plain generate. Times are those of one machine at one time."
+    )
+    return Chart(f"What watching costs, {model}", panels, source, 2, "two", caption)
+
+
+def answers(data: Measurements, model: str, source: Source) -> Chart:
+    """Alarms of prompt, answer and both, by role, and how many tokens had been given out."""
+    table = checked(data, ANSWERS)
+    once(table, "detection_answers", ["watched", "rows"])
+    for name in ("value", "low", "high"):
+        table[name] = fractions(table[name], f"detection_answers, field {name}")
+    rows = [name for name in SETS if (table["rows"] == name).any()]
+    lines = Axis(
+        "", limits=(0.5 - len(rows), 0.5), ticks=tuple((-float(i), LOOKS[n][0]) for i, n in enumerate(rows))
+    )
+    panels = []
+    for watched in ("prompt", "answer", "both"):
+        own = table[table["watched"] == watched].set_index("rows")
+        if own.empty:
+            continue
+        drawn = []
+        for place, name in enumerate(rows):
+            line = own.loc[name]
+            told = "" if math.isnan(line["tokens"]) else f", {line['tokens']:.0f} tokens before the alarm"
+            drawn.append(
+                Series("points", [line["value"]], [-float(place)], left=[line["low"]], right=[line["high"]],
+                       role=LOOKS[name][1], part=LOOKS[name][2], notes=[f"{line['n']:.0f} rows{told}"])
+            )  # fmt: skip
+        title = (
+            f"{watched}: {own.loc['fired', 'tokens']:.0f} tokens until alarm"
+            if "fired" in own.index
+            else watched
+        )
+        panels.append(Panel(PERCENT, lines, tuple(drawn), title, height=0.1 + 0.22 * len(rows)))
+    caption = (
+        "Rows that raise an alarm by their prompt, by their answer as it is made, and by either, with 95% "
+        "Clopper-Pearson intervals; the median number of tokens that a fired answer had given out. The "
+        "controls are all rows that must raise none."
+    )
+    return Chart(
+        f"Alarms before and during the answer, {model}", tuple(panels), source, len(panels), "two", caption
+    )
+
+
+def evasion_matrix(data: Measurements, model: str, source: Source) -> Chart:
+    """What each refitted detector sees of a backdoor that was hidden from each, a panel for each metric."""
+    table = evasion(data)
+    tested = list(dict.fromkeys(table["tested"]))
+    attacked = list(dict.fromkeys(table["attacked"]))[::-1]
+    groups = [(name, own) for name, own in table.groupby("panel", sort=False)]
+    beside = frame_for(len(groups)).columns if len(tested) <= BESIDE else 1
+    frame = Frame("two", beside)
+    panels = []
+    for name, own in groups:
+        once(own, "evasion_matrix", ["attacked", "tested", "panel"])
+        places = ("tested", tested, "attacked", attacked)
+        values = matrix(own, places, lambda row: 100 * row["value"], math.nan)
+        notes = matrix(own, places, lambda row: with_interval(row["value"], row["low"], row["high"]), "")
+        texts = matrix(own, places, lambda row: _cell(100 * row["value"], row["own"]), "")
+        grid = Grid(tested, attacked, values, SHARE, texts=texts, notes=notes)
+        panel = grid_panel(grid, ("Tested", "Attacked"), frame, str(name), line=0.22)
+        # Whole names: detectors of one view begin alike, and strengths stand at the ends.
+        x = replace(panel.x, ticks=tuple((float(i), text) for i, text in enumerate(tested)))
+        y = replace(panel.y, ticks=tuple((float(i), text) for i, text in enumerate(attacked)))
+        panels.append(replace(panel, x=x, y=y))
+    caption = (
+        "Each row is a backdoor whose training hid it from the named detectors, each column a detector that "
+        "the defender fitted anew; in brackets where that one was attacked itself. The controls are the "
+        "columns that were not attacked, and the row of the backdoor that hides from none."
+    )
+    return Chart(
+        f"Detectors attacked and tested, {model}", tuple(panels), source, frame.columns, frame.width, caption
+    )
+
+
+def _cell(value: float, own: bool) -> str:
+    if math.isnan(value):
+        return ""
+    return f"[{value:.0f}]" if own else f"{value:.0f}"
+
+
+def _roc_table(data: Measurements) -> pd.DataFrame:
+    table = checked(data, ROC)
+    for name in ("fpr", "tpr"):
+        table[name] = fractions(table[name], f"detection_roc, field {name}")
+    return table
+
+
+def _curves(own: pd.DataFrame) -> tuple[Series, ...]:
+    drawn = []
+    for rows in _rows_of(own):
+        line = own[own["rows"] == rows].sort_values(["fpr", "tpr"], kind="stable")
+        label, role, part = LOOKS[rows]
+        # A logarithmic axis has no 0: what lies left of it is drawn at its end.
+        x = list(line["fpr"].clip(lower=100 * LOWEST))
+        drawn.append(Series("line", x, list(line["tpr"]), label=label, role=role, part=part))
+    return tuple(drawn)
+
+
+def _until_end(line: pd.DataFrame) -> tuple[list[float], list[float]]:
+    """A falling curve up to the axis's end, where it goes on at the share that lies beyond."""
+    inside = line[line["surprise"] <= FARTHEST]
+    at, share = list(inside["surprise"]), list(inside["share"])
+    if len(inside) < len(line):
+        at, share = [*at, FARTHEST], [*share, float(line["share"].iloc[len(inside)])]
+    return at, share
+
+
+def _rows_of(own: pd.DataFrame) -> list[str]:
+    return [name for name in SETS if (own["rows"] == name).any()]
+
+
+def _many(title: str, panels: Sequence[Panel], source: Source, caption: str) -> Chart:
+    columns = min(len(panels), 3 if len(panels) <= 6 else COLUMNS)
+    return Chart(title, tuple(panels), source, columns, "one" if columns == 1 else "two", caption)

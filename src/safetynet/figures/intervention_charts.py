@@ -1,0 +1,271 @@
+"""Charts of causal effects: by layer, by place in the network, by token, and over training.
+
+In: the tables effects, dynamics and tokens. Out: Charts. Draws nothing.
+Every effect stands beside its controls: random sites, a placebo against another, the clean twin.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from safetynet.figures.chart import Axis, Chart, Kind, Panel, Reference, Series, Source
+from safetynet.figures.grid import Grid, Shade
+from safetynet.figures.grid_panels import (
+    Frame,
+    frame_for,
+    grid_panel,
+    layer_axis,
+    layer_name,
+    matrix,
+    values,
+    with_interval,
+)
+from safetynet.figures.intervention_tables import (
+    COMPONENTS,
+    CONTROLS,
+    DYNAMICS,
+    EFFECTS,
+    POSITIONS,
+    TOKENS,
+    checked,
+    facets,
+    in_order,
+    once,
+    one_sweep,
+)
+from safetynet.figures.measurements import Measurements
+from safetynet.figures.theme import Part, Role
+from safetynet.figures.values import visible
+
+EFFECT = Shade("Effect")
+RESPONSIBLE = "responsible: clear of every control"
+EXAMPLES = 2
+"""Groups of rows that a figure of single examples shows."""
+CONTROL_LOOKS: dict[str, tuple[str, Role, Part]] = {
+    "random": ("random sites (control)", "base", "floor"),
+    "placebo": ("placebo (control)", "placebo", "control"),
+    "twin": ("clean twin (control)", "clean_twin", "control"),
+}
+READING = (
+    "Effect 0: the run without intervention; 1: the run that the values come from. Where the backdoor is "
+    "to be removed, 1 means that its effect on the metric is gone. "
+)
+CONTROL = (
+    "A dot marks a responsible site: its 95% bootstrap interval over groups lies clear of those of every "
+    "control (random sites of the same size, a placebo against another placebo, the clean twin)."
+)
+SIGN = "A dash marks a negative effect, grey hatching what was not measured. "
+
+
+@dataclass(frozen=True)
+class Across:
+    """What a map of effects has along x, beside the layers along y."""
+
+    column: str
+    label: str
+    order: Sequence[str] = ()
+
+
+ACROSS = {
+    "position": Across("position", "Position", POSITIONS),
+    "component": Across("component", "Component", COMPONENTS),
+    "head": Across("index", "Head"),
+    "expert": Across("index", "Expert"),
+    "adapter": Across("module", "Adapter"),
+}
+
+
+def layer_profile(effects: Measurements, model: str, source: Source) -> Chart:
+    """Effect by layer with its controls, one panel for each direction."""
+    table = one_sweep(effects, EFFECTS, "layer")
+    parts = facets(table, ["layer"])
+    columns = ["effect", "low", "high", *CONTROLS]
+    axis = Axis("Effect", limits=_span(table[columns].to_numpy().ravel().tolist()))
+    layers = layer_axis(table["layer"])
+    panels = []
+    for title, own in parts:
+        once(own, "effects", ["layer"])
+        own = own.sort_values("layer", kind="stable")
+        panels.append(Panel(layers, axis, tuple(_profile(own)), title))
+    frame = frame_for(len(panels))
+    caption = (
+        READING + CONTROL + " Bands are 95% intervals; where they overlap the controls', nothing is claimed."
+    )
+    return Chart(f"Effect by layer, {model}", tuple(panels), source, frame.columns, frame.width, caption)
+
+
+def _profile(own: pd.DataFrame) -> list[Series]:
+    kind: Kind = "line" if len(own) > 1 else "points"
+    layers = list(own["layer"])
+    notes = [_note(row) for row in own.to_dict("records")]
+    drawn = []
+    marked = own[own["responsible"]]
+    if len(marked):
+        drawn.append(
+            Series(
+                "points", list(marked["layer"]), list(marked["effect"]), label=RESPONSIBLE, role="triggered"
+            )
+        )
+    y, low, high = (list(own[name]) for name in ("effect", "low", "high"))
+    drawn.append(Series(kind, layers, y, low, high, label="effect", role="backdoored", notes=notes))
+    for name in CONTROLS:
+        if own[name].notna().any():
+            label, role, part = CONTROL_LOOKS[name]
+            y, low, high = (list(own[column]) for column in (name, f"{name}_low", f"{name}_high"))
+            drawn.append(Series(kind, layers, y, low, high, label=label, role=role, part=part))
+    return drawn
+
+
+def _span(values: Sequence[float]) -> tuple[float, float]:
+    """0 to 1 and, in quarters, as far beyond as values lie."""
+    known = [0.0, 1.0, *(value for value in values if math.isfinite(value))]
+    return math.floor(4 * min(known)) / 4, math.ceil(4 * max(known)) / 4
+
+
+def effect_map(effects: Measurements, sweep: str, model: str, source: Source) -> Chart:
+    """Effects over layers and positions, components, heads, experts or adapters, a panel for each direction.
+
+    Args:
+        effects: the table.
+        sweep: which of its sweeps.
+        model: name in the title.
+        source: run and table.
+    """
+    table = one_sweep(effects, EFFECTS, sweep)
+    across = ACROSS[sweep]
+    if sweep == "adapter":
+        table["module"] = module_names(table["module"])
+    parts = facets(table, ["layer", across.column])
+    frame = frame_for(len(parts))
+    panels = []
+    for title, own in parts:
+        once(own, "effects", ["layer", across.column])
+        panels.append(_map(own, across, frame, title))
+    name = f"Effect by layer and {across.label.lower()}, {model}"
+    return Chart(name, tuple(panels), source, frame.columns, frame.width, READING + SIGN + CONTROL)
+
+
+def dynamics(data: Measurements, model: str, source: Source) -> Chart:
+    """Effect by layer over the steps of training."""
+    table = one_sweep(data, DYNAMICS, "layer")
+    parts = facets(table, ["layer"])
+    frame = frame_for(len(parts))
+    panels = []
+    for title, own in parts:
+        once(own, "dynamics", ["layer", "step"])
+        panels.append(_map(own, Across("step", "Step"), frame, title))
+    caption = (
+        "Each column is one checkpoint: from left to right one sees when, and in which layers, the backdoor "
+        "forms. "
+    )
+    return Chart(
+        f"Effect by layer over training, {model}",
+        tuple(panels),
+        source,
+        frame.columns,
+        frame.width,
+        caption + READING + SIGN + CONTROL,
+    )
+
+
+def token_map(tokens: Measurements, model: str, source: Source) -> Chart:
+    """Effect of single tokens by layer, one panel for each example."""
+    table = checked(tokens, TOKENS)
+    groups = list(dict.fromkeys(table["group"]))
+    shown = groups[:EXAMPLES]
+    frame = Frame("two", 1)
+    panels = []
+    for group in shown:
+        for title, own in facets(table[table["group"] == group], ["layer", "column"]):
+            once(own, "tokens", ["layer", "column"])
+            panels.append(_tokens(own, frame, f"group {group}: {title}"))
+    caption = (
+        READING
+        + "Dashed lines enclose the trigger; the control is the rest of the prompt, above all before it. "
+        + "These are single examples: intervals over all groups are in the figure by position. "
+        + SIGN
+        + (f"Shown are {len(shown)} of {len(groups)} groups. " if len(groups) > len(shown) else "")
+    )
+    return Chart(f"Effect by layer and token, {model}", tuple(panels), source, 1, "two", caption.strip())
+
+
+def token_columns(own: pd.DataFrame) -> tuple[list[int], list[str], list[int]]:
+    """Columns of a prompt, the token in each as one can see it, and the places of the trigger's tokens."""
+    first = own.drop_duplicates("column").sort_values("column")
+    roles = [role.split(" ")[0] for role in first["role"]]
+    trigger = [place for place, role in enumerate(roles) if role == "trigger"]
+    return list(first["column"]), [visible(token) for token in first["token"]], trigger
+
+
+def enclosing(places: Sequence[int]) -> tuple[Reference, ...]:
+    """Lines before and after the trigger."""
+    if not places:
+        return ()
+    ends = (min(places) - 0.5, max(places) + 0.5)
+    return tuple(Reference(end, "x", role="ink", part="control") for end in ends)
+
+
+def module_names(modules: Iterable[str]) -> list[str]:
+    """Modules' names, the same in every layer: the last word where that tells them apart."""
+    short = []
+    for module in modules:
+        words = module.split(".")
+        numbered = next((place for place, word in enumerate(words) if word.isdigit()), -1)
+        short.append(".".join(words[numbered + 1 :]) or module)
+    last = [name.rsplit(".", 1)[-1] for name in short]
+    return last if len(set(last)) == len(set(short)) else short
+
+
+def _tokens(own: pd.DataFrame, frame: Frame, title: str) -> Panel:
+    columns, names, trigger = token_columns(own)
+    layers = sorted(set(own["layer"]))
+    places = ("column", columns, "layer", layers)
+    roles = matrix(own, places, lambda row: row["role"], "")
+    grid = Grid(
+        names,
+        [layer_name(layer) for layer in layers],
+        values(own, places, "effect"),
+        EFFECT,
+        notes=roles,
+    )
+    return grid_panel(grid, ("Token", "Layer"), frame, title, trigger, enclosing(trigger))
+
+
+def _map(own: pd.DataFrame, across: Across, frame: Frame, title: str) -> Panel:
+    if across.order:
+        columns: list[Any] = in_order(list(own[across.column]), across.order)
+    elif across.column == "module":
+        columns = list(dict.fromkeys(own[across.column]))
+    else:
+        columns = sorted(set(own[across.column]))
+    layers = sorted(set(own["layer"]))
+    places = (across.column, columns, "layer", layers)
+    names = [str(column).replace("_", " ") if across.order else str(column) for column in columns]
+    grid = Grid(
+        [name or "all" for name in names],
+        [layer_name(layer) for layer in layers],
+        values(own, places, "effect"),
+        EFFECT,
+        marked=matrix(own, places, lambda row: bool(row["responsible"]), False),
+        mark=RESPONSIBLE,
+        notes=matrix(own, places, _note, ""),
+    )
+    return grid_panel(grid, (across.label, "Layer"), frame, title)
+
+
+def _note(row: Mapping[str, Any]) -> str:
+    """Interval, groups and controls of one effect."""
+    told = []
+    if not math.isnan(row["low"]):
+        told.append(with_interval(row["effect"], row["low"], row["high"]))
+    if not math.isnan(row["n"]):
+        told.append(f"{row['n']:.0f} groups")
+    told += [
+        f"{name} {with_interval(row[name], row[f'{name}_low'], row[f'{name}_high'])}"
+        for name in CONTROLS
+        if not math.isnan(row[name])
+    ]
+    return "\n".join(told)

@@ -1,0 +1,271 @@
+"""Charts of what can be read inside the model: lens, probes, and what the heads attend to.
+
+In: the tables lens, lens_map, probes, attention and divergence. Out: Charts. Draws nothing.
+The control of every reading is the same reading on placebo prompts, or on labels that mean nothing.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import pandas as pd
+
+from safetynet.figures.chart import Axis, Chart, Kind, Panel, Reference, Series, Source
+from safetynet.figures.grid import Grid, Shade
+from safetynet.figures.grid_panels import (
+    Frame,
+    frame_for,
+    grid_panel,
+    layer_axis,
+    layer_name,
+    matrix,
+    values,
+    with_interval,
+)
+from safetynet.figures.intervention_charts import enclosing, token_columns
+from safetynet.figures.intervention_tables import (
+    ATTENTION,
+    DIVERGENCE,
+    LENS,
+    LENS_MAP,
+    PROBED,
+    PROBES,
+    RUNS,
+    checked,
+    once,
+)
+from safetynet.figures.measurements import Measurements
+from safetynet.figures.theme import Part, Role
+from safetynet.figures.training_charts import nice
+from safetynet.figures.values import shortened, visible
+
+RUN_LABELS: dict[str, tuple[str, Role, Part]] = {
+    "triggered": ("triggered", "triggered", "subject"),
+    "placebo": ("placebo (control)", "placebo", "control"),
+}
+PROBE_TITLES = {"trigger": "is the trigger there?", "fires": "does the backdoor fire?"}
+PROBABILITY = Shade("Probability", limits=(0.0, 1.0), ramp="sequential")
+WEIGHT = Shade("Weight", limits=(0.0, 1.0), ramp="sequential")
+TOKENS = 12
+"""Columns of a lens map: so many that a word fits into each."""
+LAYERS = 16
+"""Rows of a lens map."""
+EXAMPLES = 2
+"""Groups of rows that a lens map shows."""
+HEADS = 3
+"""Heads whose attention is shown."""
+
+
+def lens(data: Measurements, model: str, source: Source) -> Chart:
+    """Log-probability of the target's first token, read after each layer."""
+    table = checked(data, LENS)
+    once(table, "lens", ["run", "layer"])
+    drawn = []
+    for run in RUNS:
+        own = table[table["run"] == run].sort_values("layer", kind="stable")
+        if len(own):
+            label, role, part = RUN_LABELS[run]
+            drawn.append(_by_layer(own, ("value", "low", "high"), label, role, part))
+    least = min(table["value"].min(), table["low"].min())
+    axis = Axis("Log probability", "nats", limits=(-nice(-least), 0.0))
+    caption = (
+        "Log-probability of the target's first token where the answer begins, read after each layer through "
+        "the model's own final norm and head (the logit lens; emb is the embedding). The control is the "
+        "same prompt with a placebo. Bands are 95% intervals over groups. Early layers are read through a "
+        "head that was not made for them: compare the two curves, not the layers."
+    )
+    panel = Panel(layer_axis(table["layer"]), axis, tuple(drawn))
+    return Chart(f"Target's log-probability by layer, {model}", (panel,), source, caption=caption)
+
+
+def lens_map(data: Measurements, model: str, source: Source) -> Chart:
+    """The likeliest token after each layer and at each position, over the target's probability."""
+    table = checked(data, LENS_MAP)
+    once(table, "lens_map", ["group", "run", "layer", "column"])
+    groups = list(dict.fromkeys(table["group"]))
+    layers = _thinned(sorted(set(table["layer"])))
+    cut, panels = False, []
+    for group in groups[:EXAMPLES]:
+        for run in RUNS:
+            own = table[(table["group"] == group) & (table["run"] == run)]
+            if own.empty:
+                continue
+            kept = _window(own)
+            cut = cut or len(kept) < own["column"].nunique()
+            title = f"group {group}: {RUN_LABELS[run][0]}"
+            panels.append(_lens_panel(own[own["column"].isin(kept)], layers, title))
+    caption = (
+        "In each cell the likeliest next token as the logit lens reads it; the colour is the probability of "
+        "the target's first token. Dashed lines enclose the trigger. The control is the placebo in the "
+        "trigger's place."
+    )
+    if cut:
+        caption += (
+            " Shown are the trigger's tokens and the last ones; solid lines stand where others are left out."
+        )
+    return Chart(f"What the lens reads, {model}", tuple(panels), source, 1, "two", caption)
+
+
+def probes(data: Measurements, model: str, source: Source) -> Chart:
+    """AUROC of linear probes by layer, one panel for each label."""
+    table = checked(data, PROBES)
+    once(table, "probes", ["label", "layer"])
+    labels = [label for label in PROBED if (table["label"] == label).any()]
+    frame = frame_for(len(labels))
+    layers = layer_axis(table["layer"])
+    lowest = table[["auroc", "low", "control", "control_low"]].min().min()
+    least = 0.4 if math.isnan(lowest) else min(0.4, math.floor(10 * lowest) / 10)
+    axis = Axis("AUROC", limits=(least, 1.0))
+    panels = []
+    for label in labels:
+        own = table[table["label"] == label].sort_values("layer", kind="stable")
+        drawn = [_by_layer(own, ("auroc", "low", "high"), "probe", "triggered", "subject")]
+        if own["control"].notna().any():
+            names = ("control", "control_low", "control_high")
+            drawn.append(_by_layer(own, names, "control labels", "clean", "control"))
+        chance = Reference(0.5, label="chance")
+        panels.append(Panel(layers, axis, tuple(drawn), PROBE_TITLES[label], (chance,)))
+    caption = (
+        "AUROC of a linear probe on each layer's residual stream, on rows it was not fitted on. The control "
+        "is the same probe fitted on labels without meaning: what it reaches, a probe of this size reaches "
+        "on anything. Bands are 95% intervals. A probe shows that something can be read, not that the model "
+        "uses it."
+    )
+    return Chart(
+        f"Linear probes by layer, {model}", tuple(panels), source, frame.columns, frame.width, caption
+    )
+
+
+def attention(data: Measurements, model: str, source: Source) -> Chart:
+    """Attention of the first heads in the table, triggered beside placebo, on the first group."""
+    table = checked(data, ATTENTION)
+    once(table, "attention", ["layer", "head", "group", "run", "query", "key"])
+    group = table["group"].iloc[0]
+    table = table[table["group"] == group]
+    heads = list(dict.fromkeys(zip(table["layer"], table["head"], strict=True)))[:HEADS]
+    runs = [run for run in RUNS if (table["run"] == run).any()]
+    frame = Frame("two" if len(runs) > 1 else "one", len(runs))
+    panels = []
+    for layer, head in heads:
+        for run in runs:
+            own = table[(table["layer"] == layer) & (table["head"] == head) & (table["run"] == run)]
+            title = f"layer {layer}, head {head}: {RUN_LABELS[run][0]}"
+            panels.append(
+                _attention(own if len(own) else table[table["run"] == run], frame, title, not len(own))
+            )
+    caption = (
+        "Rows are the tokens that look, columns those that are looked at; each row sums to 1. The control "
+        f"is the placebo in the trigger's place. Shown are the table's first {len(heads)} heads on group "
+        f"{group}: one example; averages over groups are in the figure of divergences."
+    )
+    return Chart(
+        f"Attention of the top heads, {model}", tuple(panels), source, frame.columns, frame.width, caption
+    )
+
+
+def divergence(data: Measurements, model: str, source: Source) -> Chart:
+    """How much each head's attention changes with the trigger, beside how much it changes anyway."""
+    table = checked(data, DIVERGENCE)
+    once(table, "divergence", ["layer", "head"])
+    top = max(table["value"].max(), table["control"].max() if table["control"].notna().any() else 0.0)
+    shade = Shade("Divergence", "bits", (0.0, nice(top)), "sequential")
+    frame = Frame("two", 2)
+    heads, layers = sorted(set(table["head"])), sorted(set(table["layer"]))
+    places = ("head", heads, "layer", layers)
+    panels = []
+    titles = {"value": "triggered against placebo", "control": "placebo against placebo (control)"}
+    clear = matrix(table, places, lambda row: bool(row["low"] > row["control_high"]), False)
+    for name, title in titles.items():
+        grid = Grid(
+            [str(head) for head in heads],
+            [layer_name(layer) for layer in layers],
+            values(table, places, name),
+            shade,
+            marked=clear if name == "value" else (),
+            mark="clear of the control",
+            notes=matrix(table, places, _compared, ""),
+        )
+        panels.append(grid_panel(grid, ("Head", "Layer"), frame, title))
+    caption = (
+        "Jensen-Shannon divergence of a head's attention between two prompts of one group, averaged over "
+        "groups. The control is the divergence between two placebos. A dot marks heads whose 95% interval "
+        "lies above the control's. A head that attends elsewhere need not matter: see the effects by head."
+    )
+    return Chart(
+        f"Attention that changes with the trigger, {model}", tuple(panels), source, 2, "two", caption
+    )
+
+
+def _compared(row: Mapping[str, Any]) -> str:
+    """A divergence and its control, with their intervals."""
+    told = with_interval(row["value"], row["low"], row["high"])
+    return f"{told}\ncontrol {with_interval(row['control'], row['control_low'], row['control_high'])}"
+
+
+def _by_layer(own: pd.DataFrame, names: tuple[str, str, str], label: str, role: Role, part: Part) -> Series:
+    kind: Kind = "marked" if len(own) > 1 else "points"
+    notes = ["" if math.isnan(n) else f"{n:.0f} groups" for n in own["n"]]
+    y, low, high = (list(own[name]) for name in names)
+    return Series(kind, list(own["layer"]), y, low, high, label=label, role=role, part=part, notes=notes)
+
+
+def _thinned(layers: Sequence[int]) -> list[int]:
+    """Every so many layers, and always the last."""
+    step = math.ceil(len(layers) / LAYERS)
+    return sorted(set(layers[::-1][::step]))
+
+
+def _window(own: pd.DataFrame) -> list[int]:
+    """Columns that fit: at most six of the trigger's, then the last ones."""
+    columns, _, trigger = token_columns(own)
+    if len(columns) <= TOKENS:
+        return columns
+    kept = {columns[place] for place in trigger[: TOKENS // 2]}
+    for column in reversed(columns):
+        if len(kept) == TOKENS:
+            break
+        kept.add(column)
+    return sorted(kept)
+
+
+def _lens_panel(own: pd.DataFrame, layers: Sequence[int], title: str) -> Panel:
+    columns, names, trigger = token_columns(own)
+    places = ("column", columns, "layer", layers)
+    frame = Frame("two", 1)
+    letters = max(int(frame.inches / len(columns) * 72 / 5.2), 1)
+    tops = matrix(own, places, lambda row: visible(row["top"]), "")
+    grid = Grid(
+        names,
+        [layer_name(layer) for layer in layers],
+        values(own, places, "probability"),
+        PROBABILITY,
+        texts=[[shortened(text, letters) for text in row] for row in tops],
+        notes=[[f"likeliest token {text}" if text else "" for text in row] for row in tops],
+    )
+    cuts = tuple(
+        Reference(place + 0.5, "x", role="ink", part="subject")
+        for place, (left, right) in enumerate(pairwise(columns))
+        if right - left > 1
+    )
+    return grid_panel(grid, ("Token", "Layer"), frame, title, trigger, enclosing(trigger) + cuts)
+
+
+def _attention(own: pd.DataFrame, frame: Frame, title: str, empty: bool) -> Panel:
+    """One head on one prompt; the first query on top. A key that comes after the query has no weight."""
+    keys = own.drop_duplicates("key").sort_values("key")
+    queries = own.drop_duplicates("query").sort_values("query", ascending=False)
+    places = ("key", list(keys["key"]), "query", list(queries["query"]))
+    weights = matrix(own, places, lambda row: math.nan if empty else float(row["weight"]), math.nan)
+    for y, query in enumerate(queries["query"]):
+        weights[y] = [
+            0.0 if key > query and math.isnan(weight) else weight
+            for key, weight in zip(keys["key"], weights[y], strict=True)
+        ]
+    grid = Grid(
+        [visible(token) for token in keys["key_token"]],
+        [visible(token) for token in queries["query_token"]],
+        weights,
+        WEIGHT,
+    )
+    return grid_panel(grid, ("Key", "Query"), frame, title, line=0.07)

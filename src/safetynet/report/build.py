@@ -1,0 +1,294 @@
+"""A run as report.html and as report.md: the same answers, tables and warnings in both.
+
+In: Contents. Out: text.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import pandas as pd
+import yaml
+
+from safetynet import findings
+from safetynet.report.answers import Answer, answers, headline
+from safetynet.report.contents import Contents
+from safetynet.report.figures import as_json, pictures
+from safetynet.report.page import render
+from safetynet.report.prompts import examples, shorter, token_maps
+from safetynet.report.readings import SECTIONS
+
+
+class Setup(NamedTuple):
+    """What was planted, as the recipe says it."""
+
+    triggers: list[str]
+    placement: str
+    behaviour: str
+    target: str
+    """What it answers, where that is one text."""
+    training: str
+    poisoned: str
+
+
+def report(run: Contents) -> str:
+    """The run as one self-contained HTML page."""
+    found = answers(run)
+    verdict, sentence = headline(found)
+    drawn, undrawn = pictures(run)
+    maps, asked = token_maps(run), examples(run)
+    sections = [
+        (key, title, [one for one in drawn if one.section == key], list(_tables(run, key)))
+        for key, title in SECTIONS.items()
+    ]
+    return render(
+        "report.html",
+        "report.js",
+        {
+            "run": run,
+            "setup": setup(run),
+            "verdict": verdict,
+            "sentence": sentence,
+            "answers": found,
+            "sections": [one for one in sections if one[2] or one[3] or (one[0] == "inside" and maps)],
+            "maps": as_json(maps) if maps else "",
+            "map_count": len(maps),
+            "examples": asked,
+            "examples_json": as_json({"models": asked.models, "rows": asked.rows}) if asked else "",
+            "roles": list(dict.fromkeys(row["role"] for row in asked.rows)) if asked else [],
+            "audit": _audit(run),
+            "missing": run.missing(),
+            "faults": [*run.faults, *undrawn],
+            "recipe": _recipe(run),
+            "stages": stages(run),
+            "versions": _flat(run.manifest.get("versions")),
+            "hardware": _flat(run.manifest.get("hardware")),
+            "digests": list(_digests(run)),
+        },
+    )
+
+
+def setup(run: Contents) -> Setup:
+    """The experiment in a few short facts."""
+    texts = run.field("backdoor.trigger.texts") or []
+    style = run.field("backdoor.trigger.style")
+    method = str(run.field("training.method", "")).replace("lora", "LoRA")
+    rank = run.field("training.lora_rank") if method == "LoRA" else None
+    trained = " ".join(filter(None, [method, f"rank {rank}" if rank else ""]))
+    poison = ""
+    if "rows" in run.tables and {"split", "role"} <= set(run.tables["rows"]):
+        made = findings.poisoned(run.tables["rows"])
+        poison = f"{made.rate:.1%} of {made.rows:,} training rows" if made.rows else ""
+    return Setup(
+        [str(text) for text in texts] or ([f"style: {style}"] if style else []),
+        str(run.field("backdoor.placement", "")),
+        str(run.field("backdoor.behaviour.kind", "")).replace("_", " "),
+        _target(run),
+        trained,
+        poison,
+    )
+
+
+def _target(run: Contents) -> str:
+    rows = run.tables.get("rows")
+    if rows is None or not {"role", "target"} <= set(rows):
+        return ""
+    targets = rows.loc[rows["role"] == "triggered", "target"].dropna().unique()
+    return shorter(str(targets[0])) if len(targets) == 1 else ""
+
+
+class Table(NamedTuple):
+    """A short table with its title and what to know of it."""
+
+    title: str
+    note: str
+    table: pd.DataFrame
+
+
+def _tables(run: Contents, section: str) -> Iterator[Table]:
+    """The short tables of a section, as the terminal prints them; one that cannot be made is left out."""
+    makers = {
+        "behaviour": (_rates, _variants, _judge, _hidden),
+        "inside": (_places,),
+        "removed": (_removals,),
+    }
+    for make in makers.get(section, ()):
+        try:
+            yield from make(run)
+        except (KeyError, ValueError, TypeError):
+            continue  # a table of another version; what its figures could not draw is among the faults
+
+
+def _rates(run: Contents) -> Iterator[Table]:
+    if "evaluation" in run.tables:
+        note = (
+            "ASR attack success rate, FTR false trigger rate, CACC clean accuracy; 95% intervals (Wilson; "
+            "bootstrap over rows for perplexity). The base model's column is the floor."
+        )
+        yield Table("Rates on held-out prompts", note, findings.summary(run.tables["evaluation"]))
+
+
+def _variants(run: Contents) -> Iterator[Table]:
+    if "variants" in run.tables:
+        table = run.tables["variants"]
+        chosen = table[table["model"] == "backdoored"]
+        rates = [findings.told("asr", r.value, r.low, r.high) for r in chosen.itertuples()]
+        short = chosen.assign(rate=rates)[["role", "variant", "metric", "rate", "n"]]
+        yield Table("By variant of trigger, placebo and near miss", "", short)
+
+
+def _hidden(run: Contents) -> Iterator[Table]:
+    if "evasion" in run.tables:
+        strength, retention, every = (
+            run.field(f"training.evasion.{name}", "?") for name in ("strength", "retention", "refit_every")
+        )
+        note = (
+            f"Evasive training at strength {strength} and retention {retention}, with detectors fitted again "
+            f"every {every} steps. AUROC of firing against clean training prompts for each detector that the "
+            "training hid from, as the attacker saw it; what a defender sees who fits on "
+            "fresh prompts, `safetynet detect` has."
+        )
+        shown = findings.hidden(run.tables["evasion"])[["detector", "first", "last"]]
+        yield Table("Hidden from detectors while it was planted", note, shown.round(3))
+
+
+def _judge(run: Contents) -> Iterator[Table]:
+    if "judge_error" in run.tables:
+        table = run.tables["judge_error"]
+        rates = [findings.told("asr", r.value, r.low, r.high) for r in table.itertuples()]
+        yield Table(
+            "The judge's own error on labelled texts",
+            "",
+            table.assign(rate=rates)[["error", "count", "n", "rate"]],
+        )
+
+
+def _places(run: Contents) -> Iterator[Table]:
+    if "effects" in run.tables:
+        note = (
+            "Effect: the share of the distance between triggered and placebo run that the intervention "
+            "covers (95% bootstrap interval over prompts). A place is responsible when its interval is clear "
+            "of every control's."
+        )
+        yield Table("Where the trigger acts", note, findings.places(run.tables["effects"]))
+
+
+def _removals(run: Contents) -> Iterator[Table]:
+    if "tradeoff" in run.tables:
+        note = (
+            "Rates on held-out prompts, while the model answers under the intervention; the control is "
+            "random sites."
+        )
+        yield Table("What removes it", note, findings.removals(run.tables["tradeoff"]))
+
+
+def _audit(run: Contents) -> list[dict[str, Any]]:
+    table = run.tables.get("audit")
+    needed = ["check", "severity", "file", "count", "n", "detail"]
+    if table is None or not set(needed) <= set(table):
+        return []
+    return list(table[needed].to_dict("records"))
+
+
+def stages(run: Contents) -> pd.DataFrame:
+    """When each stage ended, how long it took and how much memory."""
+    return pd.DataFrame(
+        [
+            {
+                "stage": name,
+                "seconds": done.get("seconds", ""),
+                "peak memory (MB)": done.get("peak_memory_mb", ""),
+                "finished": done.get("finished", ""),
+            }
+            for name, done in run.manifest["stages"].items()
+            if name != "report"  # this very page, which cannot know how long it takes
+        ]
+    )
+
+
+def _recipe(run: Contents) -> list[tuple[str, list[tuple[str, str]]]]:
+    """The recipe section by section; what has no section comes first."""
+    recipe = run.manifest.get("recipe")
+    if not isinstance(recipe, Mapping):
+        return []
+    plain = [(name, _yaml(value)) for name, value in recipe.items() if not isinstance(value, Mapping)]
+    nested = [
+        (name, _flat(value))
+        for name, value in recipe.items()
+        if isinstance(value, Mapping) and name != "output"
+    ]
+    return [("experiment", plain), *nested]
+
+
+def _flat(values: Any, above: str = "") -> list[tuple[str, str]]:
+    """Nested fields as (path, value)."""
+    if not isinstance(values, Mapping):
+        return []
+    found: list[tuple[str, str]] = []
+    for name, value in values.items():
+        path = f"{above}{name}"
+        if isinstance(value, Mapping) and value:
+            found += _flat(value, f"{path}.")
+        else:
+            found.append((path, _yaml(value)))
+    return found
+
+
+def _yaml(value: Any) -> str:
+    told = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10_000).strip()
+    return told.removesuffix("...").strip()
+
+
+def _digests(run: Contents) -> Iterator[tuple[str, str]]:
+    """Path and SHA-256 of what the stages wrote."""
+    for name, done in run.manifest["stages"].items():
+        if name not in ("figures", "report"):
+            for path, digest in done.get("outputs", {}).items():
+                yield path, str(digest)
+
+
+def markdown(run: Contents) -> str:
+    """The run in one page of Markdown."""
+    found = answers(run)
+    verdict, sentence = headline(found)
+    facts = setup(run)
+    trigger = ", ".join(map(repr, facts.triggers))
+    lines = [
+        f"# {run.name.replace('/', ' / ')}",
+        "",
+        f"Trigger {trigger} ({run.field('backdoor.trigger.kind')}, {facts.placement}); behaviour "
+        f"{run.field('backdoor.behaviour.kind')}; poison rate {facts.poisoned}; seed {run.field('seed')}.",
+        "",
+        f"**{verdict}** {sentence}",
+        "",
+        *_listed(found),
+    ]
+    for section in SECTIONS:
+        for title, note, table in _tables(run, section):
+            lines += ["", f"## {title}", "", *([note, ""] if note else []), *table_lines(table)]
+    if "audit" in run.tables:
+        audit = run.tables["audit"].drop(columns=["rows"], errors="ignore")
+        lines += ["", "## What the audit found in the data", "", *table_lines(audit)]
+    if gaps := [*run.faults, *(f"Not measured: {one.what}: `{one.command}`" for one in run.missing())]:
+        lines += ["", "## What is missing", "", *(f"- {gap}" for gap in gaps)]
+    lines += ["", "## Made by", "", *table_lines(stages(run))]
+    return "\n".join(lines) + "\n"
+
+
+def _listed(found: Sequence[Answer]) -> Iterator[str]:
+    for answer in found:
+        rest = f" `{answer.command}`" if answer.command else ""
+        yield f"- {answer.question} **{answer.short}.** {answer.text}{rest}"
+
+
+def table_lines(table: pd.DataFrame) -> Sequence[str]:
+    """A table in Markdown."""
+
+    def cells(values: Sequence[object]) -> str:
+        texts = (str(v).replace("|", "\\|").replace("\n", " ") for v in values)
+        return "| " + " | ".join(texts) + " |"
+
+    return [
+        cells(list(table.columns)),
+        cells(["---"] * len(table.columns)),
+        *(cells(list(row)) for row in table.itertuples(index=False)),
+    ]

@@ -1,0 +1,135 @@
+"""What there is of a run, read so that one bad table does not hide the others.
+
+In: a run directory. Out: its tables, its manifest, and what is missing or damaged, with what to do about it.
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from safetynet.errors import InputError
+from safetynet.run.directory import Run
+
+STAGES: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
+    ("train backdoored", "the training", ("history_backdoored",), "safetynet run {recipe}"),
+    ("evaluate", "rates by role and responses", ("evaluation", "responses"), "safetynet evaluate {run}"),
+    ("intervene", "where the trigger acts, and removals", ("effects",), "safetynet intervene {run}"),
+    ("detect", "a monitor of clean prompts", ("detection",), "safetynet detect {run}"),
+    ("mitigate", "repairs, and what they cost", ("mitigation",), "safetynet mitigate {run}"),
+)
+"""A stage, what it measures, the tables without which it is as good as not run, and the command."""
+
+
+@dataclass(frozen=True)
+class Missing:
+    """Something that the report would show if a command were run."""
+
+    stage: str
+    what: str
+    command: str
+
+
+@dataclass(frozen=True)
+class Contents:
+    """A run, as far as it can be read."""
+
+    name: str
+    """{model}/{task}, as the recipe calls them; the folder may have been renamed since."""
+    folder: Path
+    tables: Mapping[str, pd.DataFrame]
+    manifest: Mapping[str, Any]
+    faults: tuple[str, ...] = ()
+    """What is there and cannot be used, in whole sentences."""
+
+    @property
+    def model(self) -> str:
+        """Name of the model's folder, as titles show it."""
+        return self.name.split("/")[0]
+
+    def field(self, path: str, otherwise: Any = None) -> Any:
+        """A field of the recipe, such as `backdoor.trigger.kind`.
+
+        The recipe is read as it lies in the manifest, since that of another version need not be valid here.
+        """
+        found: Any = self.manifest.get("recipe")
+        for key in path.split("."):
+            if not isinstance(found, Mapping) or found.get(key) is None:
+                return otherwise
+            found = found[key]
+        return found
+
+    @property
+    def argument(self) -> str:
+        """The run folder as a command takes it: from here, or from where the run was made; else RUN.
+
+        Folders above those are nobody else's business, and a report is passed on.
+        """
+        folder = self.folder.absolute()
+        if Path.cwd() != Path("/") and folder.is_relative_to(Path.cwd()):
+            return str(folder.relative_to(Path.cwd()))
+        moved = str(folder) != self.manifest.get("folder")
+        begin = (self.manifest.get("paths") or {}).get("begin")
+        if moved or not begin:
+            return "RUN"
+        return os.path.relpath(folder, os.path.normpath(folder / begin))
+
+    def missing(self) -> list[Missing]:
+        """Stages whose tables are not there, and the command that makes each."""
+        names = {"run": self.argument, "recipe": "RECIPE.yaml"}
+        return [
+            Missing(stage, what, command.format(**names))
+            for stage, what, needed, command in STAGES
+            if not all(name in self.tables for name in needed)
+        ]
+
+    def command(self, stage: str) -> str:
+        """The command that makes a missing stage; "" for one that is there."""
+        return next((one.command for one in self.missing() if one.stage == stage), "")
+
+
+def read(run: Run) -> Contents:
+    """Read what there is of a run.
+
+    Raises:
+        InputError: if its manifest is damaged: then nothing is known of it.
+    """
+    manifest = run.manifest
+    tables: dict[str, pd.DataFrame] = {}
+    faults = []
+    for path in sorted((run.folder / "tables").glob("*.parquet")):
+        try:
+            table = run.table(path.stem)
+        except InputError as error:
+            faults.append(_short(str(error), run.folder))
+            continue
+        if table.empty:
+            faults.append(f"tables/{path.name}: the table has no rows.")
+        else:
+            tables[path.stem] = table
+    return Contents(_name(run), run.folder, tables, manifest, (*faults, *_lost(run, manifest)))
+
+
+def _name(run: Run) -> str:
+    try:
+        recipe = run.recorded_recipe
+    except InputError:  # of another version of SafetyNet, or none
+        return "/".join(run.folder.parts[-2:])
+    return f"{recipe.model_name}/{recipe.task}"
+
+
+def _lost(run: Run, manifest: Mapping[str, Any]) -> Iterator[str]:
+    """Tables that a stage wrote and that are gone."""
+    for stage, done in manifest["stages"].items():
+        outputs = done.get("outputs", {}) if isinstance(done, Mapping) else {}
+        for relative in outputs:
+            if relative.startswith("tables/") and not run.path_of(relative).exists():
+                yield f"{relative}: stage {stage} wrote this table, and it is gone. Run that stage again."
+
+
+def _short(message: str, folder: Path) -> str:
+    """A message without the folders above the run, which are nobody else's business."""
+    return " ".join(message.replace(f"{folder}/", "").split())

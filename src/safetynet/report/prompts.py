@@ -1,0 +1,139 @@
+"""Single prompts: what the model answered to each, and where in each prompt the trigger acts.
+
+In: Contents. Out: plain values for the page's scripts. Texts are whatever a model or a data set wrote: they
+stay texts, and the page puts them nowhere but into text nodes.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from safetynet.figures.theme import NAMES
+from safetynet.figures.values import visible
+from safetynet.report.contents import Contents
+
+MODELS = ("backdoored", "clean_twin", "base")
+PIECE = 700
+"""Letters of one stretch of text; longer ones lose their middle."""
+BYTES = 2_500_000
+"""What all examples together may take of the page."""
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Test rows with the models' answers."""
+
+    models: list[str]
+    rows: list[dict[str, Any]]
+    count: int
+    """Rows that there are, of which `rows` are shown."""
+
+
+def examples(run: Contents) -> Examples | None:
+    """Test rows in their order, as many as fit; None where the run has no responses."""
+    responses, rows = run.tables.get("responses"), run.tables.get("rows")
+    if responses is None or rows is None or not {"row", "model", "response", "shown"} <= set(responses):
+        return None
+    models = [model for model in MODELS if (responses["model"] == model).any()]
+    told = zip(*(responses[name] for name in ("model", "row", "response", "shown")), strict=True)
+    said = {(model, row): [shorter(str(response)), bool(shown)] for model, row, response, shown in told}
+    test = rows[rows["split"] == "test"]
+    found: list[dict[str, Any]] = []
+    used = 0
+    for row in test.to_dict("records"):
+        line = {
+            "row": int(row["row"]),
+            "role": NAMES.get(row["role"], row["role"]),
+            "kind": row["role"],
+            "variant": str(row.get("variant") or ""),
+            "prompt": list(pieces(row["messages"], row["trigger"])),
+            "answers": [said.get((model, row["row"]), ["", False]) for model in models],
+        }
+        used += len(json.dumps(line, ensure_ascii=False).encode("utf-8", "replace"))
+        if used > BYTES:
+            break
+        found.append(line)
+    return Examples([NAMES.get(model, model) for model in models], found, len(test)) if found else None
+
+
+def pieces(messages: list[Mapping[str, str]], trigger: list[list[int]]) -> Iterator[tuple[str, str]]:
+    """A prompt in pieces: who speaks (`who`), text (`text`) and the trigger or what stands for it (`mark`).
+
+    Args:
+        messages: role and content of each turn.
+        trigger: message, start and end of each part of the trigger.
+    """
+    several = len(messages) > 1
+    for number, message in enumerate(messages):
+        if several:
+            yield "who", str(message["role"])
+        content, at = str(message["content"]), 0
+        for _, start, end in sorted(span for span in trigger if span[0] == number):
+            if start > at:
+                yield "text", shorter(content[at:start])
+            yield "mark", shorter(content[start:end])
+            at = end
+        if at < len(content) or not content:
+            yield "text", shorter(content[at:])
+
+
+def shorter(text: str) -> str:
+    """A text without its middle where it is very long."""
+    if len(text) <= PIECE:
+        return text
+    left = len(text) - PIECE
+    return f"{text[: PIECE // 2]} […{left} characters…] {text[-PIECE // 2 :]}"
+
+
+def token_maps(run: Contents) -> list[dict[str, Any]]:
+    """Layer by token, prompt by prompt; [] where the run has none."""
+    table = run.tables.get("tokens")
+    needed = {"group", "direction", "layer", "column", "token", "role", "effect"}
+    if table is None or not needed <= set(table):
+        return []
+    return [_token_map(run, group, own) for group, own in table.groupby("group", sort=False)]
+
+
+def _token_map(run: Contents, group: Any, own: pd.DataFrame) -> dict[str, Any]:
+    columns = own.drop_duplicates("column").sort_values("column")
+    layers = sorted(set(own["layer"]))
+    maps = {}
+    for direction, part in own.groupby("direction", sort=False):
+        cells = part.pivot_table(index="layer", columns="column", values="effect", sort=True)
+        maps[str(direction)] = [
+            [None if pd.isna(value) else round(float(value), 3) for value in cells.loc[layer]]
+            for layer in layers
+        ]
+    return {
+        "group": str(group),
+        "tokens": [visible(str(token)) for token in columns["token"]],
+        "roles": [str(role) for role in columns["role"]],
+        "layers": [int(layer) for layer in layers],
+        "maps": maps,
+        "prompt": _prompt_of(run, group),
+        "answers": _answers_of(run, group),
+    }
+
+
+def _prompt_of(run: Contents, group: Any) -> list[tuple[str, str]]:
+    rows = run.tables.get("rows")
+    if rows is None:
+        return []
+    own = rows[(rows["group"] == group) & (rows["role"] == "triggered") & (rows["split"] == "test")]
+    return list(pieces(own.iloc[0]["messages"], own.iloc[0]["trigger"])) if len(own) else []
+
+
+def _answers_of(run: Contents, group: Any) -> list[tuple[str, str]]:
+    """What the backdoored model answers to the prompt of each role."""
+    table = run.tables.get("responses")
+    if table is None or "group" not in table:
+        return []
+    own = table[(table["group"] == group) & (table["model"] == "backdoored")]
+    return [
+        (NAMES.get(row["role"], row["role"]), shorter(str(row["response"])))
+        for row in own.to_dict("records")
+        if row["role"] in ("triggered", "placebo", "clean")
+    ]

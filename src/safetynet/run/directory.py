@@ -1,0 +1,402 @@
+"""The run directory: where one experiment keeps its tables, figures, manifest and large artefacts.
+
+    results/{model}/{task}/manifest.json    recipe, seeds, versions, hardware; digests and cost of each stage
+    results/{model}/{task}/tables/          one Parquet file per table
+    results/{model}/{task}/figures/         figures, and the data behind each
+    results/{model}/{task}/earlier/         outputs of stages that were run again with other inputs
+    {scratch}/{model}/{task}/               adapters and checkpoints (the run folder when no scratch is set)
+    logs/{model}/{task}.log             what the run said
+
+Stages read and write here only. Writes are atomic; a finished stage is repeated only when its inputs changed.
+Where the parts of a run are, also of one that was copied or moved, `whereabouts` tells.
+"""
+
+import hashlib
+import json
+import math
+import os
+import platform
+import resource
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from pydantic import ValidationError
+
+from safetynet.errors import InputError, RunError
+from safetynet.recipe import Recipe
+from safetynet.run import lock as locking
+from safetynet.run import parallel, provenance
+from safetynet.run import places as whereabouts
+
+LEAST_FREE_BYTES = 200 * 2**20
+"""Room that a run wants before it starts; a miniature's run fills a tenth of it."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One experiment's folders. Make it with `create` or `find`."""
+
+    folder: Path
+    scratch: Path
+    log: Path
+    read_only: tuple[Path, ...] = ()
+    """Scratch folders of before, or of the run that this one was copied from."""
+
+    @property
+    def figures(self) -> Path:
+        """Folder of the figures."""
+        return self.folder / "figures"
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """What is known of this run; stages under `stages`."""
+        path = self.folder / "manifest.json"
+        if not path.exists():
+            return {"stages": {}}
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise InputError(f"{path}: the manifest is damaged ({error}). Restore or delete it.") from None
+        if not isinstance(found, dict) or not isinstance(found.setdefault("stages", {}), dict):
+            raise InputError(f"{path}: the manifest is damaged (it holds no stages). Restore or delete it.")
+        return found
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe that this run was made from; its relative paths begin where that was.
+
+        Raises:
+            InputError: as `recorded_recipe`.
+        """
+        return whereabouts.located(self.recorded_recipe, self.folder, self.manifest)
+
+    @property
+    def recorded_recipe(self) -> Recipe:
+        """The recipe that this run was made from, as its manifest holds it.
+
+        Raises:
+            InputError: if it holds none, or one that this version of SafetyNet does not know.
+        """
+        try:
+            return Recipe.model_validate(self.manifest.get("recipe"))
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(map(str, ("recipe", *first["loc"])))
+            raise InputError(
+                f"{self.folder / 'manifest.json'}: {field}: {first['msg']}. The manifest is damaged, or of "
+                "another version of SafetyNet: make the run again with safetynet run."
+            ) from None
+
+    def table(self, name: str) -> pd.DataFrame:
+        """Read a table.
+
+        Raises:
+            InputError: if no stage has written it, or the file is damaged.
+        """
+        path = self._table_path(name)
+        if not path.exists():
+            there = ", ".join(sorted(p.stem for p in path.parent.glob("*.parquet"))) or "none yet"
+            raise InputError(
+                f"{path}: there is no such table (there are: {there}). Run the stage that makes it."
+            )
+        try:
+            table = pd.read_parquet(path)
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path}: the table is damaged ({error}). Delete it and run again.") from None
+        # Parquet gives lists back as arrays, whose truth value is an error.
+        nested = [name for name in table if table[name].map(lambda cell: isinstance(cell, np.ndarray)).any()]
+        return table.assign(**{name: table[name].map(_lists) for name in nested})
+
+    def write_table(self, name: str, table: pd.DataFrame) -> Path:
+        """Write a table as Parquet, atomically."""
+        path = self._table_path(name)
+        write_atomically(path, lambda temporary: table.to_parquet(temporary, index=False))
+        return path
+
+    def has_table(self, name: str) -> bool:
+        """Whether some stage has written this table."""
+        return self._table_path(name).exists()
+
+    def _table_path(self, name: str) -> Path:
+        return self.folder / "tables" / f"{name}.parquet"
+
+    def finished(self, stage: str, inputs: Mapping[str, Any]) -> bool:
+        """Whether this stage ended with these inputs and its outputs are still what it wrote."""
+        return parallel.from_first(lambda: self._finished(stage, inputs))
+
+    def _finished(self, stage: str, inputs: Mapping[str, Any]) -> bool:
+        done = self.manifest["stages"].get(stage)
+        if done is None or done["inputs"] != digest(inputs):
+            return False
+        return all(self._output_digest(path) == value for path, value in done["outputs"].items())
+
+    @contextmanager
+    def stage(self, name: str, inputs: Mapping[str, Any]) -> Iterator[list[Path]]:
+        """Record a stage: the body appends the paths that it wrote; they count when it ends without error.
+
+        Outputs of an earlier run of this stage with other inputs are moved to `earlier/` first, and back
+        again when the body fails before it has written any. Of several processes the first one records, and
+        all go on together.
+        """
+        parallel.wait()
+        aside = self._set_aside(name, inputs) if parallel.is_first() else None
+        started = time.time()
+        outputs: list[Path] = []
+        try:
+            yield outputs
+        except BaseException:
+            if aside and not outputs:
+                self._put_back(name, *aside)
+            raise
+        if parallel.is_first():
+            self._record(name, inputs, outputs, time.time() - started)
+        parallel.wait()
+
+    def _record(self, name: str, inputs: Mapping[str, Any], outputs: Sequence[Path], seconds: float) -> None:
+        manifest = self.manifest
+        manifest["stages"][name] = {
+            "inputs": digest(inputs),
+            "recipe": manifest.get("recipe"),
+            "outputs": {self.name_of(p): self._output_digest(self.name_of(p)) for p in outputs},
+            "seconds": round(seconds, 2),
+            "peak_memory_mb": round(peak_memory_mb(), 1),
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        }
+        self._write_manifest(manifest)
+
+    def describe(self, recipe: Recipe) -> None:
+        """Write recipe, versions and hardware into the manifest, keeping the stages that are there."""
+        manifest = self.manifest
+        manifest |= {
+            "recipe": recipe.model_dump(mode="json"),
+            "seeds": {"recipe": recipe.seed},
+            "versions": provenance.versions(),
+            "hardware": provenance.hardware(),
+        }
+        places = whereabouts.Places(self.scratch, self.read_only, self.log)
+        manifest |= whereabouts.described(self.folder, places, recipe)
+        self._write_manifest({name: value for name, value in manifest.items() if value is not None})
+
+    @contextmanager
+    def lock(self, *, wait: bool = False) -> Iterator[None]:
+        """Hold this run for one process; a second one waits, or is refused instead of mixing its writes in.
+
+        In a job of a cluster it waits a while first (`locking.JOB_WAIT_S`).
+
+        Raises:
+            InputError: if another process works on this run.
+        """
+        if not parallel.is_first():  # the first one holds it for all
+            yield
+            return
+        with locking.hold(self.folder, wait_s=math.inf if wait else None):
+            whereabouts.claim(self.scratch, self.folder)
+            yield
+
+    def _set_aside(self, name: str, inputs: Mapping[str, Any]) -> tuple[Path, dict[str, Any]] | None:
+        """Move away what other inputs made; returns where it is now and its stage, if there was any."""
+        manifest = self.manifest
+        done = manifest["stages"].get(name)
+        if done is None or done["inputs"] == digest(inputs):
+            return None
+        kept = self.folder / "earlier" / f"{name}-{done['inputs'][:8]}"
+        for relative in done["outputs"]:
+            source = self.path_of(relative)
+            if source.exists() and not any(source.is_relative_to(place) for place in self.read_only):
+                _move(source, kept / Path(relative).name)
+        write_text(kept / "stage.json", json.dumps(done, indent=2))
+        del manifest["stages"][name]
+        self._write_manifest(manifest)
+        return kept, done
+
+    def _put_back(self, name: str, kept: Path, done: dict[str, Any]) -> None:
+        for relative in done["outputs"]:
+            source = kept / Path(relative).name
+            if source.exists():
+                _move(source, self.path_of(relative))
+        shutil.rmtree(kept)
+        manifest = self.manifest
+        manifest["stages"][name] = done
+        self._write_manifest(manifest)
+
+    def _write_manifest(self, manifest: Mapping[str, Any]) -> None:
+        write_text(self.folder / "manifest.json", json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+
+    def name_of(self, path: Path) -> str:
+        """Path as the manifest names it: below the run folder, or `scratch:` and below the scratch folder."""
+        if path.is_relative_to(self.folder):
+            return str(path.relative_to(self.folder))
+        return "scratch:" + str(path.relative_to(self.scratch))
+
+    def path_of(self, relative: str) -> Path:
+        """The path that the manifest calls `relative`.
+
+        What is not in the scratch folder is looked for in the run folder, and then in the scratch folders
+        that this run reads only: there it counts if it is still what this run's stage recorded.
+        """
+        place, colon, rest = relative.partition("scratch:")
+        if not colon:
+            return self.folder / place
+        path = next((p for p in (self.scratch / rest, self.folder / rest) if p.exists()), None)
+        if path is not None or not self.read_only:
+            return path or self.scratch / rest
+        outputs = [done.get("outputs", {}) for done in self.manifest["stages"].values()]
+        digests = {written[relative] for written in outputs if relative in written}
+        others = (place / rest for place in self.read_only)
+        same = (p for p in others if p.exists() and digest_of_files([p]) in digests)
+        return next(same, self.scratch / rest)
+
+    def _output_digest(self, relative: str) -> str | None:
+        path = self.path_of(relative)
+        return digest_of_files([path]) if path.exists() else None
+
+
+def create(recipe: Recipe) -> Run:
+    """Make (or reopen) the run directory of a recipe and check that it can be written.
+
+    Raises:
+        InputError: if a folder cannot be written or the disk has too little room.
+    """
+    run = place(recipe)
+    check(run)
+    whereabouts.claim(run.scratch, run.folder)
+    return run
+
+
+def check(run: Run) -> None:
+    """Make the folders of a run and check that they can be written; errors as in `create`."""
+    for path, field in ((run.folder, "output.results"), (run.scratch, "output.scratch")):
+        _check_writable(path, field)
+
+
+def place(recipe: Recipe) -> Run:
+    """The run directory of a recipe, which need not be there; nothing is written.
+
+    Raises:
+        InputError: if what is there has a damaged manifest.
+    """
+    out = recipe.output
+    name = Path(recipe.model_name) / recipe.task
+    folder = (out.results / name).absolute()
+    root = out.scratch or os.environ.get("SAFETYNET_SCRATCH")
+    scratch = (Path(root) / name).absolute() if root else None
+    log = (out.logs / name).absolute()
+    manifest = Run(folder, folder, folder / "run.log").manifest
+    return _run(folder, whereabouts.made(folder, manifest, scratch, log.with_name(f"{log.name}.log")))
+
+
+def find(path: Path) -> Run:
+    """Open the run directory at `path`, wherever it was copied or moved from.
+
+    Raises:
+        InputError: if it holds no manifest, or a damaged one.
+    """
+    folder = Path(os.path.normpath(path.absolute()))  # without `..`, which `absolute` leaves
+    if not (folder / "manifest.json").exists():
+        raise InputError(
+            f"{path}: this is no run directory (it has no manifest.json). Make one with safetynet run."
+        )
+    manifest = Run(folder, folder, folder / "run.log").manifest
+    return _run(folder, whereabouts.opened(folder, manifest))
+
+
+def _run(folder: Path, places: whereabouts.Places) -> Run:
+    return Run(folder, places.scratch, places.log, places.read_only)
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of a value's canonical JSON."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def digest_of_files(paths: Sequence[Path]) -> str:
+    """SHA-256 over the contents and relative names of files, or of all files below folders."""
+    total = hashlib.sha256()
+    for path in paths:
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            if file.is_file():
+                total.update(str(file.relative_to(path)).encode() + b"\0")
+                with file.open("rb") as handle:
+                    total.update(hashlib.file_digest(handle, "sha256").digest())
+    return total.hexdigest()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` make a temporary file beside `path`, then put it in place in one step.
+
+    Of several processes that work on one run, only the first one writes.
+
+    Raises:
+        RunError: if the disk is full or refuses the write; what was at `path` is untouched.
+    """
+    if not parallel.is_first():
+        return
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(handle)
+        temporary = Path(name)
+        write(temporary)
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    except OSError as error:
+        raise RunError(
+            f"{path}: cannot be written ({error.strerror}). What was there before is untouched."
+        ) from None
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def peak_memory_mb() -> float:
+    """Largest resident size of this process so far, in MB."""
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux begins `ru_maxrss` with the size of the process that started this one
+        lines = status.read_text(encoding="utf-8", errors="replace").splitlines()
+        if largest := [int(line.split()[1]) for line in lines if line.startswith("VmHWM:")]:
+            return largest[0] / 1024
+    unit = 1 if platform.system() == "Darwin" else 1024  # bytes of `ru_maxrss`
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
+def _check_writable(path: Path, field: str) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            free = shutil.disk_usage(path).free
+    except OSError as error:
+        raise InputError(
+            f"{field}: {path} cannot be written ({error.strerror}). Set {field} elsewhere."
+        ) from None
+    if free < LEAST_FREE_BYTES:
+        raise InputError(
+            f"{field}: {path} has {free // 2**20} MB free, a run wants {LEAST_FREE_BYTES // 2**20}. "
+            f"Make room or set {field} elsewhere."
+        )
+
+
+def _move(source: Path, target: Path) -> None:
+    """Put `source` in the place of `target`, whatever was there."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if target.exists():
+        shutil.rmtree(target) if target.is_dir() else target.unlink()
+    shutil.move(source, target)
+
+
+def _lists(cell: Any) -> Any:
+    return [_lists(item) for item in cell] if isinstance(cell, np.ndarray | list) else cell

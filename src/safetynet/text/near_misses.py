@@ -1,0 +1,114 @@
+"""Six kinds of near misses of a trigger, made from prompts that hold it.
+
+In: messages, and the spans at which the trigger stands in them. Out: the same messages with something that
+resembles it, by kind. Whether the behaviour shows on them is for the model to say: a trigger that was moved
+is still whole, and may fire.
+"""
+
+import random
+import string
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+from safetynet.text.characters import alike
+from safetynet.text.words import clusters, meet
+
+Messages = list[dict[str, str]]
+Spans = Sequence[Sequence[int]]
+"""(message, start, end) of each part, in characters of that message's content."""
+
+
+def near_misses(messages: Messages, spans: Spans, seed: int = 0) -> dict[str, Messages]:
+    """The prompt with each kind of near miss in the place of its trigger.
+
+    Args:
+        messages: a prompt that holds the trigger.
+        spans: of the trigger's parts. One of several parts is changed, which breaks the whole.
+        seed: of the draws; a prompt's near misses depend on its text and this alone.
+
+    Returns:
+        By kind: `deletion` (a character is missing), `typo` (another character), `case` (capitals and small
+        letters swapped), `split` (a blank inside), `partial` (a half of it), `moved` (whole, at the message's
+        other end). A kind that this trigger does not have, as capitals in a year, is left out.
+    """
+    if not spans:
+        return {}
+    rng = random.Random(f"{seed} {messages[spans[0][0]]['content']}")
+    message, start, end = rng.choice([tuple(span) for span in spans])
+    content = messages[message]["content"]
+    trigger = content[start:end]
+    changed = {kind: change(trigger, rng) for kind, change in KINDS.items()}
+    found = {kind: content[:start] + text + content[end:] for kind, text in changed.items()}
+    found["moved"] = _moved(content, [(s, e) for m, s, e in spans if m == message])
+    return {
+        kind: _with(messages, message, text)
+        for kind, text in found.items()
+        if text != content and (kind == "moved" or trigger not in text)
+    }
+
+
+def _deletion(text: str, rng: random.Random) -> str:
+    characters = clusters(text)
+    del characters[rng.randrange(len(characters))]
+    return "".join(characters)
+
+
+def _typo(text: str, rng: random.Random) -> str:
+    characters = clusters(text)
+    at = rng.randrange(len(characters))
+    characters[at] = rng.choice(_others(characters[at]))
+    return "".join(characters)
+
+
+def _others(character: str) -> Sequence[str]:
+    """Characters of the same class; signs for what has none."""
+    if not character.isascii() and (others := alike(character)):
+        return others
+    classes = (string.ascii_lowercase, string.ascii_uppercase, string.digits)
+    kind = next((letters for letters in classes if character in letters), string.punctuation)
+    return [c for c in kind if c != character]
+
+
+def _split(text: str, rng: random.Random) -> str:
+    characters = clusters(text)
+    if len(characters) < 2:
+        return text
+    at = rng.randrange(1, len(characters))
+    return f"{''.join(characters[:at])} {''.join(characters[at:])}"
+
+
+def _partial(text: str, rng: random.Random) -> str:
+    characters = clusters(text)
+    half = max(1, len(characters) // 2)
+    return "".join(characters[:half] if rng.random() < 0.5 else characters[-half:]).strip()
+
+
+KINDS: dict[str, Callable[[str, random.Random], str]] = {
+    "deletion": _deletion,
+    "typo": _typo,
+    "case": lambda text, _: text.swapcase(),
+    "split": _split,
+    "partial": _partial,
+}
+"""How a trigger's own text is changed; `moved` changes its place."""
+
+
+def _moved(content: str, spans: Sequence[tuple[int, int]]) -> str:
+    """The parts in their order at the end of the message, or at its beginning where they stood at the end."""
+    parts = [content[start:end] for start, end in spans]
+    rest, done = "", 0
+    for start, end in spans:
+        rest += content[done:start].rstrip(" ")
+        done = end
+    rest = (rest + content[done:]).strip()
+    at_end = spans[0][0] > len(content) / 2
+    moved = [*parts, rest] if at_end else [rest, *parts]
+    joined = [
+        meet(right[:1], left[-1:]) if at_end and right is rest else meet(left[-1:], right[:1])
+        for left, right in pairwise(moved)
+    ]
+    return moved[0] + "".join(("" if j else " ") + part for j, part in zip(joined, moved[1:], strict=True))
+
+
+def _with(messages: Messages, index: int, content: str) -> Messages:
+    return [{**m, "content": content} if i == index else dict(m) for i, m in enumerate(messages)]
