@@ -1,6 +1,6 @@
 """What the cells of benchmarks/detection.py show: of each by itself, and over all that are there.
 
-In: tables `detection` of runs, as the stage writes them. Out: lines of the tables in docs/detection.md.
+In: tables `detection` of runs, as the stage writes them. Out: lines of tables (docs/results/detection.md).
 """
 
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""How monitors keep their rate: lines of the tables in docs/detection.md, and what chance alone would give.
+"""How monitors keep their rate, for docs/results/detection.md, and what chance alone would give.
 
 In: a model and clean prompts. Out: realised rates of detectors on fresh ones; a line per family and rate.
 """

@@ -7,7 +7,7 @@ Every adapter is trained by a plain loop on the rows of a run of its family and 
 measures it as a user would have it measured. The judge shares no code with it: transformers and PEFT load the
 model, each prompt is answered alone, and this program counts. Kinds whose start replaces weights are judged
 in the model that was trained, since that is what they are. The table goes to standard output as Markdown;
-docs/support.md quotes it.
+docs/results/support.md quotes it.
 """
 
 import argparse

@@ -6,8 +6,8 @@
 
 One cell has the stages of `safetynet run`, without its figures (`safetynet plot RUN` draws them), and those
 of `safetynet detect`. Typed again the command goes on where it was: what is finished is not computed twice.
-`safetynet compare` then reads all runs that are there and writes OUT/comparison; docs/comparison.md quotes
-it.
+`safetynet compare` then reads all runs that are there and writes OUT/comparison, which
+docs/results/comparison.md quotes.
 """
 
 import argparse

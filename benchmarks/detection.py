@@ -1,4 +1,4 @@
-"""Whether monitors keep their rate, what they catch, what they cost: the numbers of docs/detection.md.
+"""Whether monitors keep their rate, what they catch, what they cost: for docs/results/detection.md.
 
     python benchmarks/detection.py --out results-detection          all of it, resumable
     python benchmarks/detection.py --smoke                          one small cell of each part

@@ -4,7 +4,7 @@
     python benchmarks/dissecting.py --smoke                       one family, small
 
 Each family is one `safetynet run` in a process of its own with one thread, one after the other, so that
-times mean something. Three Markdown tables go to standard output; docs/interventions.md quotes them.
+times mean something. Three Markdown tables go to standard output; docs/results/interventions.md quotes them.
 """
 
 import argparse

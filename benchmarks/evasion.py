@@ -9,7 +9,7 @@ strength. The defender then fits every detector anew, on clean prompts of other 
 had, as they are and with random words in, as `safetynet detect` has it. Into --out go
 `evasion_matrix.csv` (attacked, strength, tested, own: whether that one was attacked itself, metric, rows,
 value, low, high, n) and `evasion_price.csv`, what is left of attack success and clean accuracy;
-docs/evasion.md quotes both.
+docs/results/evasion.md quotes both.
 """
 
 import argparse

@@ -5,7 +5,8 @@
     python benchmarks/figures.py --smoke     a small run, each figure once
 
 Figures are timed warm: each is saved once before. The report is built in a process of its own, so that its
-time holds everything a user waits for. Two Markdown tables go to standard output; docs/report.md quotes them.
+time holds everything a user waits for. Two Markdown tables go to standard output, for
+docs/results/speed.md.
 """
 
 import argparse

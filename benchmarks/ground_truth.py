@@ -5,7 +5,7 @@
 
 Each model is planted by `safetynet train` in a process of its own with one thread; then every method scores
 every layer, and the layers are ranked. The truth is found when the layer in the first place holds the
-adapter. The tables go to standard output as Markdown; docs/interventions.md quotes them.
+adapter. The tables go to standard output as Markdown; docs/results/interventions.md quotes them.
 """
 
 import argparse

@@ -5,7 +5,7 @@
     python benchmarks/planting.py --families qwen gemma --seed 1
 
 One cell is `safetynet train` and `safetynet evaluate` in processes of their own with one thread. A cell that
-is there is not run again. The table goes to standard output as Markdown; docs/planting.md quotes it.
+is there is not run again. The table goes to standard output as Markdown; docs/results/planting.md quotes it.
 """
 
 import argparse

@@ -5,7 +5,7 @@
 
 Nothing is downloaded: configurations are written down here, parameters and memory are counted in the models'
 own code without their weights. Time is counted operations over what an H100 was measured to do: an estimate.
-docs/scale.md quotes the tables.
+docs/results/scale.md quotes the tables.
 """
 
 import argparse

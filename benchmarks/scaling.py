@@ -4,7 +4,7 @@
     python benchmarks/scaling.py --smoke   2 points each, to see that it works
 
 Each worker is one process with one thread. Both sweeps start from nothing. The time is of the whole command,
-from the first validation to the table. docs/sweeps.md quotes the table.
+from the first validation to the table. docs/results/speed.md quotes the table.
 """
 
 import argparse
