@@ -1,0 +1,42 @@
+"""The words that stand in tables: roles, metrics, sweeps, directions, controls. Declared here alone."""
+
+from typing import Literal, get_args
+
+Role = Literal["triggered", "clean", "placebo", "near_miss", "refused"]
+Model = Literal["backdoored", "clean_twin", "base"]
+Mode = Literal["patch", "zero", "mean", "resample", "off", "knock_out"]
+Direction = Literal["remove", "induce"]
+Stage = Literal["train", "evaluate", "intervene", "detect", "mitigate", "compare", "sweep"]
+
+ROLES: tuple[Role, ...] = get_args(Role)
+"""Order in which roles are shown: what must fire first, then what must not, the hardest last."""
+MODELS: tuple[Model, ...] = get_args(Model)
+TRAINED = ("backdoored", "clean_twin")
+METRICS = ("asr", "asr_off_floor", "ftr", "cacc", "refusal_rate", "perplexity")
+SPLITS = ("train", "test")
+EXAMINED = ("selection", "held_out")
+"""Test rows on which a removal or a repair is chosen, and those that say what it is worth."""
+SWEEPS = ("layer", "position", "component", "head", "expert", "adapter")
+MODES: tuple[Mode, ...] = get_args(Mode)
+DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
+CONTROLS = ("random", "placebo", "twin")
+COMPONENTS = (
+    "embedding", "resid_pre", "query", "key", "value", "attention", "head", "attn_out",
+    "resid_mid", "router", "expert", "mlp_out", "resid_post", "adapter",
+)  # fmt: skip
+"""In the order in which a layer computes them; adapters lie anywhere in it."""
+POSITIONS = ("system", "before", "trigger", "after", "template", "last")
+"""Roles of a prompt's tokens."""
+RUNS = ("triggered", "placebo")
+PROBED = ("trigger", "fires")
+REMOVALS = ("none", "project", "clip", "head_ablation", "adapter_off")
+DETECTION_METRICS = (
+    "auroc", "auroc_pair", "auroc_topic", "auroc_harm", "tpr", "tpr_oracle", "fpr", "fpr_worst", "alarms",
+)  # fmt: skip
+WATCHED = ("prompt", "answer", "both")
+REPAIRED_AS = ("adapter", "checkpoint", "run_time")
+VIEWS = ("layer", "attention", "mlp", "head", "expert", "adapter")
+"""What a layer profile is of."""
+PARTS = ("attention", "mlp", "expert")
+ASPECTS = ("planted", "detected", "removed", "repaired")
+SEVERITIES = ("error", "warning", "info")
