@@ -30,12 +30,12 @@ PACKAGE = "safetynet"
 
 FLOORS = {
     "ground": (
-        "", "errors", "families", "tables", "text", "statistics",
+        "", "errors", "families", "tables", "statistics",
         "models.families", "words", "characters", "token_texts", "holding", "parallel", "provenance",
         "presets", "findings",
     ),
     "models, prompts, run, recipe": (
-        "models", "prompts", "run", "recipe",
+        "models", "prompts", "run", "recipe", "text",
         "recipe_sections", "whereabouts", "locking", "templates", "truncation", "lookalikes",
     ),
     "engine": ("engine",),
@@ -44,9 +44,8 @@ FLOORS = {
     "stages": (
         "interventions", "detection", "mitigation", "scan", "comparison", "figures", "report",
         "backdoors.stage", "training.stage", "evaluation.stage",
-        "visualization",
     ),
-    "list of the stages": ("stages", "cluster", "pipeline"),
+    "list of the stages": ("stages", "cluster", "visualization", "pipeline"),
     "cli": ("cli", "__main__", "commands", "terminal"),
 }  # fmt: skip
 """Floors from the lowest to the highest, each with its rooms: packages and modules below `safetynet`.

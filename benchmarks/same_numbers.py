@@ -241,7 +241,7 @@ def text(cell: Any) -> str:
 
 def smoke() -> None:
     """Write a run twice, and once with one digit changed and a column renamed; check what is reported."""
-    from safetynet.run import Run
+    from safetynet.run.directory import Run
 
     table = pd.DataFrame(
         {"role": ["triggered", "clean"], "value": [0.1, np.nan], "n": [198, 40], "texts": [["a", "b"], []]}
