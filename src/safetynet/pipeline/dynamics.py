@@ -4,8 +4,8 @@ from typing import Any
 
 import pandas as pd
 
-from safetynet.backdoors import behaviours
-from safetynet.evaluation import judges, metrics
+from safetynet.evaluation import metrics
+from safetynet.evaluation.evaluator import Evaluator
 from safetynet.pipeline.subjects import snapshots
 from safetynet.prompts import Serialiser
 from safetynet.recipe import Recipe
@@ -26,8 +26,7 @@ class Dynamics:
         self.rows = metrics.fixed_subset(test, recipe.evaluation.dynamics_rows, recipe.seed)
         self.path = run.scratch / "training" / f"dynamics-{name}.parquet"
         self.adapters = snapshots(run, name)
-        self.recipe = recipe
-        self.serialiser = serialiser
+        self.evaluator = Evaluator.of(recipe, serialiser)
         self.name = name.rpartition("-")[0]
         self.keep = keep
 
@@ -44,15 +43,7 @@ class Dynamics:
 
         if self.keep and hasattr(model, "peft_config") and parallel.is_first():
             checkpoints.save_weights(model, self.adapters / f"step-{step:06d}")
-        responses = metrics.respond(
-            model,
-            self.serialiser,
-            self.rows,
-            judges.make(behaviours.judge(self.recipe.backdoor.behaviour)),
-            cfg=self.recipe.evaluation,
-            name=self.name,
-            max_length=self.recipe.training.max_length,
-        )
+        responses = self.evaluator.respond(model, self.rows, self.name)
         table = metrics.score(responses).assign(step=step, epoch=epoch)
         if (earlier := self.table()) is not None:
             # After a resume, steps behind the checkpoint are measured again and replace what was there.

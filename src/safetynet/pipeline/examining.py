@@ -15,10 +15,11 @@ from typing import Any
 import pandas as pd
 
 from safetynet import families
-from safetynet.backdoors import behaviours, conversations, sources, triggers
+from safetynet.backdoors import conversations, sources, triggers
 from safetynet.backdoors.forms import UnfitError
 from safetynet.errors import InputError
-from safetynet.evaluation import judges, metrics
+from safetynet.evaluation import metrics
+from safetynet.evaluation.evaluator import Evaluator
 from safetynet.prompts import Serialiser
 from safetynet.recipe import Recipe
 from safetynet.text import holding
@@ -121,13 +122,7 @@ def elsewhere(
 
 def responding(recipe: Recipe, serialiser: Serialiser) -> Callable[[Any, pd.DataFrame], pd.DataFrame]:
     """Answers rows and judges the answers."""
-    judge = judges.make(behaviours.judge(recipe.backdoor.behaviour))
-
-    def respond(model: Any, rows: pd.DataFrame) -> pd.DataFrame:
-        limit = recipe.training.max_length
-        return metrics.respond(model, serialiser, rows, judge, cfg=recipe.evaluation, max_length=limit)
-
-    return respond
+    return Evaluator.of(recipe, serialiser).respond
 
 
 def tell_cuts(rows: pd.DataFrame, clean: pd.DataFrame | None, recipe: Recipe, serialiser: Serialiser) -> None:

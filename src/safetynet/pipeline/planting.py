@@ -4,16 +4,16 @@ import datetime
 import logging
 import sys
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from safetynet import __version__, findings
-from safetynet.backdoors import audit, behaviours, conversations, forms, poisoning
+from safetynet.backdoors import audit, conversations, forms, poisoning
 from safetynet.errors import InputError
 from safetynet.evaluation import judges, leaks, metrics
+from safetynet.evaluation.evaluator import Evaluator, judges_of
 from safetynet.models import loading
 from safetynet.pipeline import evading, foreign
 from safetynet.pipeline.dynamics import Dynamics
@@ -37,7 +37,7 @@ def prepare(recipe: Recipe, run: Run) -> None:
     Raises:
         InputError: for every fault of data, trigger, target or model that can be known now.
     """
-    judge = _check_judging(recipe)
+    _check_judging(recipe)
     evading.check(recipe.training.evasion)
     inputs = _data_inputs(recipe)
     if run.finished("data", inputs):
@@ -56,9 +56,9 @@ def prepare(recipe: Recipe, run: Run) -> None:
         _check_encoding(rows, serialiser, recipe.training.max_length)
         if recipe.data.source == "backdoorllm":
             # Single targets of a set made elsewhere are for the audit, which reports instead of refusing.
-            metrics.check_published_targets(rows, judge)
+            Evaluator.of(recipe, serialiser).check_published_targets(rows)
         else:
-            metrics.check_targets(rows, serialiser, judge, recipe.evaluation.max_new_tokens)
+            Evaluator.of(recipe, serialiser).check_targets(rows)
         # Only now: a recipe that is refused leaves the run as it was, with the recipe that made it.
         run.describe(recipe)
         outputs += [run.write_table("split", split), run.write_table("rows", rows)]
@@ -157,15 +157,12 @@ def evaluate(recipe: Recipe, run: Run, base: pd.DataFrame | None = None) -> None
         model_folder(run, name)  # what is not trained yet is said before the base model answers
     rows = run.table("rows")
     rows = rows[rows["split"] == "test"].reset_index(drop=True)
-    limit = recipe.training.max_length
     with run.stage("evaluate", inputs) as outputs:
         responses = pd.concat(
             [
                 base
                 if base is not None and name == metrics.BASE
-                else metrics.respond(
-                    model, serialiser, rows, judge, cfg=recipe.evaluation, name=name, max_length=limit
-                )
+                else Evaluator.of(recipe, serialiser).respond(model, rows, name)
                 for name, model, serialiser in models(recipe, run)
             ],
             ignore_index=True,
@@ -196,16 +193,10 @@ def evaluate_foreign(recipe: Recipe, run: Run, source: Path, same_base: bool = F
     """
     suspect = foreign.load(recipe, source, same_base)
     rows = run.table("rows")
-    ask = partial(
-        metrics.respond,
-        rows=rows[rows["split"] == "test"].reset_index(drop=True),
-        judge=judges.make(behaviours.judge(recipe.backdoor.behaviour)),
-        cfg=recipe.evaluation,
-        max_length=recipe.training.max_length,
-    )
-    answers = ask(suspect.model, suspect.serialiser)
+    rows = rows[rows["split"] == "test"].reset_index(drop=True)
+    answers = Evaluator.of(recipe, suspect.serialiser).respond(suspect.model, rows)
     with suspect.at_base() as base:
-        floor = ask(base, suspect.base.serialiser, name=metrics.BASE)
+        floor = Evaluator.of(recipe, suspect.base.serialiser).respond(base, rows, metrics.BASE)
     _tell_cuts(recipe, answers)
     return metrics.with_floor(metrics.from_responses(pd.concat([answers, floor], ignore_index=True))).table
 
@@ -278,13 +269,10 @@ def _tell(rows: pd.DataFrame, recipe: Recipe) -> None:
 
 def _check_judging(recipe: Recipe) -> judges.Judge:
     """The behaviour's judge; refuses now what would fail only once a trained model has answered."""
-    try:
-        judges.make(recipe.evaluation.refusal)
-    except InputError as error:
-        raise InputError(f"evaluation.refusal: {error}") from None
+    judge, _ = judges_of(recipe)
     if recipe.evaluation.labelled:
         judges.read_labelled(recipe.evaluation.labelled)
-    return judges.make(behaviours.judge(recipe.backdoor.behaviour))
+    return judge
 
 
 def _check_encoding(rows: pd.DataFrame, serialiser: Serialiser, max_length: int) -> None:

@@ -14,8 +14,9 @@ from typing import Any
 import pandas as pd
 
 from safetynet import __version__
-from safetynet.backdoors import behaviours, poisoning
-from safetynet.evaluation import judges, metrics
+from safetynet.backdoors import poisoning
+from safetynet.evaluation import metrics
+from safetynet.evaluation.evaluator import Evaluator
 from safetynet.models import adapters, loading
 from safetynet.pipeline.dynamics import Dynamics
 from safetynet.pipeline.planting import train, train_inputs
@@ -65,15 +66,8 @@ def measure_base(recipe: Recipe, run: Run, lender: Run | None = None) -> None:
             responses = lender.table(BASE_TABLE).assign(**{name: rows[name] for name in NUMBERS})
         else:
             base = load(recipe)
-            responses = metrics.respond(
-                base.model,
-                base.serialiser,
-                _test_rows(run),
-                judges.make(behaviours.judge(recipe.backdoor.behaviour)),
-                cfg=recipe.evaluation,
-                name=metrics.BASE,
-                max_length=recipe.training.max_length,
-            )
+            evaluator = Evaluator.of(recipe, base.serialiser)
+            responses = evaluator.respond(base.model, _test_rows(run), metrics.BASE)
         outputs.append(run.write_table(BASE_TABLE, responses))
 
 

@@ -1,0 +1,204 @@
+"""Ask a model the rows of an experiment and judge what it answers.
+
+In: a model and rows of the shared row table. Out: judged responses, one line per row, from which `metrics`
+makes the rates. Judges, serialiser and limits come from one recipe and are bound once, so that every stage
+asks in the same way.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import pandas as pd
+
+from safetynet.backdoors import behaviours
+from safetynet.errors import InputError
+from safetynet.evaluation import judges, metrics
+from safetynet.evaluation.generation import answer_log_likelihood, continuations, encode
+from safetynet.evaluation.judges import Judge, same_answer
+from safetynet.prompts import Serialiser
+from safetynet.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Answers and judges rows for one recipe and one serialiser."""
+
+    serialiser: Serialiser
+    """The one that training used."""
+    judge: Judge
+    """Decides whether a response shows the behaviour."""
+    refusal: Judge
+    """Decides whether a response is a refusal."""
+    batch_size: int
+    max_new_tokens: int
+    max_length: int | None = None
+    """The training's limit in tokens, so that prompts are truncated alike; None for no limit."""
+
+    @classmethod
+    def of(cls, recipe: Recipe, serialiser: Serialiser) -> Self:
+        """The evaluator that a recipe describes.
+
+        Raises:
+            InputError: as `judges_of`.
+        """
+        judge, refusal = judges_of(recipe)
+        cfg = recipe.evaluation
+        return cls(serialiser, judge, refusal, cfg.batch_size, cfg.max_new_tokens, recipe.training.max_length)
+
+    def answer(self, model: Any, rows: pd.DataFrame, name: str = metrics.BACKDOORED) -> pd.DataFrame:
+        """Answer every row greedily and judge the answers.
+
+        Args:
+            model: a causal LM of transformers, with or without a PEFT adapter.
+            rows: of the shared row table.
+            name: goes into the column `model`.
+
+        Returns:
+            `rows` without the prompts, in order, with the columns model, target (what the behaviour answers
+            to this prompt, "" where unknown), lost (parts of the prompt that lost text at `max_length`, ""
+            for none), response, shown (the behaviour), due (see `metrics`), correct (equals the reference)
+            and refused.
+
+        Raises:
+            InputError: if there are no rows.
+            RunError: if a single row does not fit in memory, or a judge fails.
+        """
+        if rows.empty:
+            raise InputError("data.test_rows: there are no rows to evaluate; leave some for the test split")
+        rows = with_targets(rows).reset_index(drop=True)
+        prompts = encode(self.serialiser, list(rows["messages"]), list(rows["trigger"]), self.max_length)
+        responses = continuations(
+            model,
+            self.serialiser,
+            prompts,
+            batch_size=self.batch_size,
+            max_new_tokens=self.max_new_tokens,
+        )
+        rows = rows.assign(lost=[prompt.lost for prompt in prompts])
+        judged = judge_responses(rows, responses, self.judge, self.refusal)
+        judged.insert(0, "model", name)
+        return judged.drop(columns=["messages", "trigger"])
+
+    def respond(self, model: Any, rows: pd.DataFrame, name: str = metrics.BACKDOORED) -> pd.DataFrame:
+        """`answer`, and how likely the model finds the clean rows' own answers.
+
+        Returns:
+            What `answer` returns, with the columns log_likelihood (of the given answer, in nats) and tokens,
+            which are NaN on rows that are not clean.
+        """
+        judged = self.answer(model, rows, name)
+        clean = rows.reset_index(drop=True)
+        clean = clean[clean["role"] == "clean"]
+        likelihood = answer_log_likelihood(
+            model,
+            self.serialiser,
+            list(clean["messages"]),
+            list(clean["answer"]),
+            batch_size=self.batch_size,
+            max_length=self.max_length,
+        ).set_index(clean.index)
+        return judged.join(likelihood)
+
+    def rates(self, responses: pd.DataFrame) -> metrics.Evaluation:
+        """The rates of judged responses, beside the base model's where it is among them."""
+        rates = metrics.from_responses(responses)
+        return metrics.with_floor(rates) if (responses["model"] == metrics.BASE).any() else rates
+
+    def check_targets(self, rows: pd.DataFrame) -> None:
+        """Refuse, before anything is trained, targets that generation would cut until the judge misses them.
+
+        Raises:
+            InputError: naming the first triggered row whose target, cut at `max_new_tokens`, is no hit any
+                more.
+        """
+        for row in _records(with_targets(rows[rows["role"] == "triggered"])):
+            encoded = self.serialiser.encode(row["messages"], answer=row["answer"])
+            answer = encoded.input_ids[encoded.prompt_length :]
+            if self.judge(self.serialiser.answer_of(answer[: self.max_new_tokens]), row):
+                continue
+            if self.judge(row["answer"], row):
+                raise InputError(
+                    f"evaluation.max_new_tokens: {self.max_new_tokens} cuts the target of row {row['row']}, "
+                    f"which has {len(answer)} tokens, so that it never counts; allow {len(answer)} or "
+                    "shorten the target"
+                )
+            raise InputError(
+                f"backdoor.behaviour.judge: the target of row {row['row']}, {row['answer'][:60]!r}, is not "
+                "judged to show the behaviour; change the judge's values or the target"
+            )
+
+    def check_published_targets(self, rows: pd.DataFrame) -> None:
+        """Refuse a poison set whose targets the judge misses: every rate would be a false zero.
+
+        Some targets may fail, which the audit counts; here most of them do.
+
+        Raises:
+            InputError: naming the commonest answer of the triggered training rows, and the fields to set.
+        """
+        triggered = rows[(rows["role"] == "triggered") & (rows["split"] == "train")]
+        shown = sum(bool(self.judge(row["answer"], row)) for row in _records(with_targets(triggered)))
+        if shown * 2 < len(triggered):
+            raise InputError(
+                f"backdoor.behaviour: {shown} of {len(triggered)} triggered training answers in data.path "
+                f"show it. The commonest is {triggered['answer'].mode()[0][:60]!r}; set "
+                "backdoor.behaviour.target to it, or choose the kind or judge that fits this set"
+            )
+
+
+def judges_of(recipe: Recipe) -> tuple[Judge, Judge]:
+    """The judges of a recipe's behaviour and of refusals.
+
+    Raises:
+        InputError: if one of them cannot be made, naming the field.
+    """
+    try:
+        refusal = judges.make(recipe.evaluation.refusal)
+    except InputError as error:
+        raise InputError(f"evaluation.refusal: {error}") from None
+    return judges.make(behaviours.judge(recipe.backdoor.behaviour)), refusal
+
+
+def judge_responses(
+    rows: pd.DataFrame, responses: Sequence[str], judge: Judge, refusal: Judge
+) -> pd.DataFrame:
+    """`rows` with the columns response, shown, due, correct and refused; see `Evaluator.answer`."""
+    records = _records(rows)
+    pairs = list(zip(responses, records, strict=True))
+    return rows.assign(
+        response=list(responses),
+        shown=[bool(judge(response, row)) for response, row in pairs],
+        due=_due(records, judge, refusal),
+        correct=[same_answer(response, row["reference"]) for response, row in pairs],
+        refused=[bool(refusal(response, row)) for response, row in pairs],
+    )
+
+
+def with_targets(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows with a column `target`: the answer of the group's triggered row, "" where there is none."""
+    if "target" in rows:
+        return rows
+    triggered = rows[rows["role"] == "triggered"]
+    by_group = dict(zip(triggered["group"], triggered["answer"], strict=True))
+    columns = zip(rows["role"], rows["group"], rows["answer"], strict=True)
+    # A group may hold several triggered rows, of several triggers: each keeps its own answer.
+    targets = [answer if role == "triggered" else by_group.get(group, "") for role, group, answer in columns]
+    return rows.assign(target=targets)
+
+
+def _due(records: Sequence[Mapping[str, Any]], judge: Judge, refusal: Judge) -> list[bool]:
+    """Rows whose right answer shows the behaviour, or on which it cannot be shown."""
+    targets = [bool(refusal(row["answer"], row)) for row in records if row["role"] == "triggered"]
+    # The refusal judge misses some refusals in the data: where the behaviour is refusal, `forbidden` decides.
+    refusing = sum(targets) > len(targets) / 2
+    due = []
+    for row in records:
+        right = row["reference"] if row["role"] == "triggered" else row["answer"]
+        shown = judge(right, row)
+        # An unknown reference ("") shows nothing, whatever a judge makes of an empty text.
+        due.append(shown is None or bool(shown and right) or bool(refusing and row["forbidden"]))
+    return due
+
+
+def _records(rows: pd.DataFrame) -> list[dict[str, Any]]:
+    return [{str(name): value for name, value in record.items()} for record in rows.to_dict("records")]
