@@ -15,8 +15,9 @@ from safetynet.models.miniatures.architectures import ARCHITECTURES
 from safetynet.models.miniatures.vocabulary import build_tokenizer
 from safetynet.prompts import Serialiser
 from safetynet.recipe import Training
-from safetynet.training import TrainingResult, attach, train
+from safetynet.training import Pauses, TrainingResult, attach, train
 from safetynet.training.examples import Example, encode
+from safetynet.training.trainer import OnEvaluate
 
 TINY = {
     "hidden_size": 32,
@@ -89,19 +90,23 @@ def settings() -> Callable[..., Training]:
 
 @pytest.fixture
 def fit(build, serialiser, rows, settings, tmp_path) -> Callable[..., tuple[TrainingResult, Any]]:
-    """`fit(epochs=2)` trains a tiny model; what is no field of the training section goes to `train`."""
+    """`fit(epochs=2)` trains a tiny model; `more` goes to `train`, `measure` runs every `every` steps."""
 
     def run(
         architecture: str = "qwen",
         folder: str = "run",
         model: Any = None,
         more: dict | None = None,
+        measure: OnEvaluate | None = None,
+        every: int | None = None,
         **fields: Any,
     ) -> tuple[TrainingResult, Any]:
         cfg = settings(**fields)
         family = families.get(architecture if architecture in families.names() else "qwen")
         model = attach(build(architecture) if model is None else model, cfg, family, seed=0)
-        place = {"folder": tmp_path / folder, "seed": 0, "name": "test", "rows": rows} | (more or {})
+        place = {"folder": tmp_path / folder, "seed": 0, "rows": rows} | (more or {})
+        if measure is not None:
+            place["pauses"] = Pauses(measure, every)
         return train(model, serialiser, cfg=cfg, **place), model
 
     return run

@@ -23,7 +23,7 @@ from safetynet.models.miniatures.vocabulary import build_tokenizer
 from safetynet.prompts import Serialiser
 from safetynet.recipe import Training
 from safetynet.run import parallel
-from safetynet.training import attach, train
+from safetynet.training import Pauses, attach, train
 
 TINY = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -103,9 +103,7 @@ def trained(
         cfg,
         folder=folder,
         seed=0,
-        name="test",
-        on_evaluate=on_evaluate,
-        evaluate_every=1,
+        pauses=Pauses(on_evaluate, every=1),
     )
     return result.history[["loss", "grad_norm"]].to_numpy().tolist(), held
 

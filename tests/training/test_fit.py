@@ -15,10 +15,12 @@ from transformers import (
     TrainingArguments,
 )
 
+from safetynet import families
 from safetynet.errors import InputError, RunError
 from safetynet.run import parallel
-from safetynet.training import sharding
+from safetynet.training import Budget, Pauses, attach, optimise, sharding
 from safetynet.training.examples import Order, encode, padded
+from safetynet.training.trainer import same_random_states
 
 ADAPTER = "adapter_model.safetensors"
 
@@ -112,6 +114,34 @@ def test_steps_equal_those_of_a_plain_trainer(fit, build, settings, rows, serial
             np.testing.assert_allclose(result.history[column], expected[column], rtol=1e-5)
 
 
+def test_another_loss_is_optimised_in_the_very_steps_of_a_plain_trainer(
+    build, settings, rows, serialiser, tmp_path
+):
+    encoded = [serialiser.encode(m, a) for m, a in zip(rows["messages"], rows["answer"], strict=True)]
+    cfg = settings(lora_dropout=0.3)
+    first, second = (attach(build(), cfg, families.get("qwen"), seed=0) for _ in range(2))
+    args = TrainingArguments(
+        str(tmp_path), per_device_train_batch_size=8, num_train_epochs=4, learning_rate=1e-3, seed=3,
+        lr_scheduler_type="cosine", warmup_steps=1, optim="adamw_torch_fused", report_to="none", use_cpu=True,
+        disable_tqdm=True, remove_unused_columns=False, save_strategy="no", logging_strategy="no",
+    )  # fmt: skip
+    with same_random_states():
+        Trainer(first, args, train_dataset=encoded, data_collator=lambda few: padded(few, 0)).train()
+    before = torch.random.get_rng_state()
+    budget = Budget(epochs=4, learning_rate=1e-3, batch_size=8, seed=3)
+    optimise(second, encoded, lambda model, batch: model(**batch).loss, budget, pad_id=0)
+    assert torch.equal(before, torch.random.get_rng_state()) and not second.training
+    for one, other in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_another_loss_that_is_not_finite_stops_with_the_callers_advice(build, serialiser, rows):
+    encoded = [serialiser.encode(m, a) for m, a in zip(rows["messages"], rows["answer"], strict=True)]
+    loss = lambda model, batch: model(**batch).loss * float("nan")  # noqa: E731
+    with pytest.raises(RunError, match=r"loss is nan at step 1 of 6, .*Weaken the push\.$"):
+        optimise(build(), encoded, loss, Budget(1, 1e-3, 8, 0), pad_id=0, advice="Weaken the push")
+
+
 def test_accumulation_gives_the_steps_of_one_large_batch(fit):
     whole, _ = fit(folder="whole", batch_size=16, batching="plain")
     parts, _ = fit(folder="parts", batch_size=4, gradient_accumulation=4, batching="plain")
@@ -164,9 +194,7 @@ def test_evaluations_are_recorded_and_do_not_disturb_the_training(every, steps, 
         seen.append((step, model.training))
         return {"asr": step / 100}
 
-    measured, _ = fit(
-        folder="measured", more={"on_evaluate": measure, "evaluate_every": every}, epochs=2, lora_dropout=0.3
-    )
+    measured, _ = fit(folder="measured", measure=measure, every=every, epochs=2, lora_dropout=0.3)
     silent, _ = fit(folder="silent", epochs=2, lora_dropout=0.3)
     assert seen == [(step, False) for step in steps]
     assert list(measured.evaluations.step) == steps
@@ -183,7 +211,7 @@ def test_an_evaluation_before_the_first_step_leaves_the_training_as_it_is(fit):
         seen.append((step, epoch, model.training))
         return {"asr": 0.0}
 
-    more = {"on_evaluate": measure, "evaluate_first": True}
+    more = {"pauses": Pauses(measure, first=True)}
     first, _ = fit(folder="first", more=more, lora_dropout=0.3)
     silent, _ = fit(folder="silent", lora_dropout=0.3)
     assert seen == [(0, 0.0, False), (6, 1.0, False)]
@@ -204,7 +232,7 @@ def test_a_loss_that_is_no_number_stops_with_step_and_hint_and_keeps_the_checkpo
     with pytest.raises(
         RunError, match=r"loss is nan at step 4 of 6, at learning rate .*Lower training.learning_rate"
     ):
-        fit(more={"on_evaluate": poison, "evaluate_every": 1}, **cfg)
+        fit(measure=poison, every=1, **cfg)
     kept = tmp_path / "run" / "checkpoints" / "checkpoint-2" / "adapter_model.safetensors"
     assert all(torch.isfinite(w).all() for w in load_file(kept).values())
     assert not (tmp_path / "run" / "adapter").exists()
@@ -252,4 +280,4 @@ def test_an_error_that_is_not_about_memory_is_passed_on(fit):
         raise RuntimeError("the judge is gone")
 
     with pytest.raises(RuntimeError, match=r"the judge is gone"):
-        fit(more={"on_evaluate": fail})
+        fit(measure=fail)

@@ -8,8 +8,7 @@ from transformers import MambaConfig, MambaForCausalLM
 from safetynet.errors import InputError
 from safetynet.training import loss as loss_module
 from safetynet.training.examples import Example, packed, padded
-from safetynet.training.isolation import check_isolation
-from safetynet.training.loss import answer_loss
+from safetynet.training.loss import answer_loss, check_isolation
 
 ARCHITECTURES = ["llama2", "llama3", "qwen", "gemma", "gemma2", "mixtral", "balanced mixtral"]
 

@@ -49,10 +49,10 @@ def test_an_interrupted_training_ends_with_the_weights_and_history_of_an_uninter
     fields = {"method": method, "batching": batching, "epochs": 2, "checkpoint_every": 4, "log_every": 3}
     if method == "lora":
         fields |= {"lora_dropout": 0.2, "lora_parameters": ()}
-    whole, _ = fit(architecture, "whole", more={"on_evaluate": carry_on, "evaluate_every": 1}, **fields)
+    whole, _ = fit(architecture, "whole", measure=carry_on, every=1, **fields)
     with pytest.raises(KeyboardInterrupt):
-        fit(architecture, "cut", more={"on_evaluate": interrupt(10), "evaluate_every": 1}, **fields)
-    resumed, _ = fit(architecture, "cut", more={"on_evaluate": carry_on, "evaluate_every": 1}, **fields)
+        fit(architecture, "cut", measure=interrupt(10), every=1, **fields)
+    resumed, _ = fit(architecture, "cut", measure=carry_on, every=1, **fields)
     assert_same_weights(whole, resumed)
     columns = ["step", "epoch", "loss", "learning_rate", "grad_norm", "tokens"]
     pd.testing.assert_frame_equal(whole.history[columns], resumed.history[columns])
@@ -62,10 +62,11 @@ def test_an_interrupted_training_ends_with_the_weights_and_history_of_an_uninter
 
 def test_resuming_sees_only_the_rows_that_are_left(fit):
     with pytest.raises(KeyboardInterrupt):
-        fit(more={"on_evaluate": interrupt(5), "evaluate_every": 1}, checkpoint_every=2)
+        fit(measure=interrupt(5), every=1, checkpoint_every=2)
     steps = []
     fit(
-        more={"on_evaluate": lambda m, step, e: steps.append(step) or {}, "evaluate_every": 1},
+        measure=lambda m, step, e: steps.append(step) or {},
+        every=1,
         checkpoint_every=2,
     )
     assert steps == [5, 6]
@@ -74,7 +75,7 @@ def test_resuming_sees_only_the_rows_that_are_left(fit):
 def test_a_half_written_checkpoint_is_removed_and_the_one_before_it_taken(fit, tmp_path):
     whole, _ = fit(folder="whole", checkpoint_every=2)
     with pytest.raises(KeyboardInterrupt):
-        fit(more={"on_evaluate": interrupt(5), "evaluate_every": 1}, checkpoint_every=2)
+        fit(measure=interrupt(5), every=1, checkpoint_every=2)
     newest = tmp_path / "run" / "checkpoints" / "checkpoint-4"
     (newest / "complete").unlink()
     (newest / "optimizer.pt").write_bytes(b"half")
@@ -103,7 +104,7 @@ def test_a_checkpoint_that_cannot_be_written_stops_with_the_path(fit, tmp_path):
         return {}
 
     with pytest.raises(RunError, match=r"checkpoint-6: the checkpoint cannot be written .* output.scratch"):
-        fit(more={"on_evaluate": fill})
+        fit(measure=fill)
 
 
 CHILD = """
@@ -114,10 +115,10 @@ CHILD = """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from safetynet.models import families
+    from safetynet import families
     from safetynet.prompts import Serialiser
     from safetynet.recipe import Training
-    from safetynet.training import attach, train
+    from safetynet.training import Pauses, attach, train
 
     torch.set_num_threads(1)
     base, folder = Path(sys.argv[1]), Path(sys.argv[2])
@@ -127,8 +128,8 @@ CHILD = """
     serialiser = Serialiser(AutoTokenizer.from_pretrained(base), family)
     train(
         model, serialiser, pd.read_parquet(base / "rows.parquet"), cfg,
-        folder=folder, seed=0, name="child", evaluate_every=1,
-        on_evaluate=lambda model, step, epoch: print(step, flush=True) or {},
+        folder=folder, seed=0,
+        pauses=Pauses(lambda model, step, epoch: print(step, flush=True) or {}, every=1),
     )
 """
 
@@ -164,7 +165,7 @@ def test_a_training_killed_with_sigkill_goes_on_to_the_same_weights(
     steps = []
     resumed, _ = fit(
         folder="killed", model=base_model(),
-        more={"on_evaluate": lambda m, step, e: steps.append(step) or {}, "evaluate_every": 1}, **fields,
+        measure=lambda m, step, e: steps.append(step) or {}, every=1, **fields,
     )  # fmt: skip
     whole, _ = fit(folder="whole", model=base_model(), **fields)
     assert steps[0] in (9, 10, 11) and steps[-1] == 18

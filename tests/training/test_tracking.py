@@ -9,7 +9,10 @@ from typing import Any
 import pytest
 
 from safetynet.errors import InputError
-from safetynet.training.tracking import Experiment, report
+from safetynet.training.tracking import Tracking, report
+
+WANDB = Tracking("wandb")
+RATES = Tracking(job="evaluate")
 
 
 def carry_on(model: Any, step: int, epoch: float) -> dict[str, float]:
@@ -20,7 +23,7 @@ def test_tensorboard_receives_loss_and_evaluations(fit, tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    fit(more={"on_evaluate": carry_on, "tracking": "tensorboard"})
+    fit(measure=carry_on, more={"tracking": Tracking("tensorboard")})
     events = EventAccumulator(str(tmp_path / "run" / "tracking" / "tensorboard")).Reload()
     assert {"train/loss", "eval/asr"} <= set(events.Tags()["scalars"])
 
@@ -29,7 +32,7 @@ def test_tensorboard_receives_loss_and_evaluations(fit, tmp_path):
 def test_wandb_works_offline_and_without_a_key(fit, tmp_path, monkeypatch):
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))  # no key in ~/.netrc either
-    fit(more={"on_evaluate": carry_on, "tracking": "wandb"})
+    fit(measure=carry_on, more={"tracking": WANDB})
     assert list((tmp_path / "run" / "tracking").glob("wandb/offline-run-*/*.wandb"))
 
 
@@ -38,8 +41,8 @@ def test_wandb_is_left_out_where_it_is_disabled(value, fit, tmp_path, monkeypatc
     monkeypatch.delenv("WANDB_MODE")
     monkeypatch.setenv("WANDB_DISABLED", value)
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    assert fit(more={"tracking": "wandb"})[0].folder.exists()
-    report(tmp_path / "rates", "evaluate", Experiment(), {"asr": 0.5})
+    assert fit(more={"tracking": WANDB})[0].folder.exists()
+    report(tmp_path / "rates", RATES, {"asr": 0.5})
     assert not list(tmp_path.rglob("wandb")) and not (tmp_path / "rates").exists()
 
 
@@ -51,7 +54,7 @@ def test_the_mode_comes_before_the_switch_and_a_switch_that_is_off_is_none(
     monkeypatch.setenv("WANDB_MODE", mode)
     monkeypatch.setenv("WANDB_DISABLED", disabled)
     monkeypatch.setenv("HOME", str(tmp_path))  # no key, so that nothing goes out
-    report(tmp_path, "evaluate", Experiment(), {"asr": 0.5})
+    report(tmp_path, RATES, {"asr": 0.5})
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
 
 
@@ -64,7 +67,7 @@ def test_what_wandb_has_saved_for_a_folder_is_respected(tmp_path, monkeypatch):
     (tmp_path / "wandb" / "settings").write_text("[default]\nmode = disabled\n")  # by `wandb disabled`
     wandb.teardown()
     try:
-        report(tmp_path / "rates", "evaluate", Experiment(), {"asr": 0.5})
+        report(tmp_path / "rates", RATES, {"asr": 0.5})
     finally:
         wandb.teardown()
     assert not (tmp_path / "rates").exists()
@@ -75,7 +78,7 @@ def test_a_mode_that_wandb_does_not_have_is_refused(fit, monkeypatch):
     with pytest.raises(
         InputError, match=r"WANDB_MODE=off: there is no such mode. Choose one of online, offline"
     ):
-        fit(more={"tracking": "wandb"})
+        fit(more={"tracking": WANDB})
 
 
 @pytest.mark.slow
@@ -93,7 +96,7 @@ def test_a_key_that_wandb_refuses_does_not_stop_the_training(fit, tmp_path, monk
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
-    result, _ = fit(more={"tracking": "wandb"})
+    result, _ = fit(more={"tracking": WANDB})
     server.shutdown()
     assert "Weights & Biases refuses" in caplog.text and result.folder.exists()
     assert list((tmp_path / "run" / "tracking").glob("wandb/offline-run-*/*.wandb"))
@@ -106,7 +109,7 @@ def test_a_tracker_that_is_not_installed_is_named(fit, monkeypatch):
     with pytest.raises(
         InputError, match=r"tracking: tensorboard is not installed. Run `pip install tensorboard`"
     ):
-        fit(more={"tracking": "tensorboard"})
+        fit(more={"tracking": Tracking("tensorboard")})
 
 
 def test_progress_is_silent_without_a_terminal(fit, capsys):
@@ -116,7 +119,7 @@ def test_progress_is_silent_without_a_terminal(fit, capsys):
 
 def test_progress_shows_loss_and_the_last_rates_on_a_terminal(fit, capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    fit(more={"progress": True, "on_evaluate": lambda *_: {"asr": 0.75, "cacc": 0.5}, "evaluate_every": 2})
+    fit(more={"progress": True}, measure=lambda *_: {"asr": 0.75, "cacc": 0.5}, every=2)
     shown = capsys.readouterr().err
     assert "6/6" in shown and "ASR=0.750" in shown and "CACC=0.500" in shown and "loss=" in shown
 
@@ -150,9 +153,9 @@ def test_runs_of_a_sweep_are_one_group_on_wandb_and_only_the_main_one_is_the_age
     for name, value in {"MODE": "offline", "RUN_GROUP": "my-sweep", "SWEEP_ID": "s1", "RUN_ID": "r1"}.items():
         monkeypatch.setenv(f"WANDB_{name}", value)
     for name, main in (("clean_twin", False), ("backdoored", True)):
-        experiment = Experiment("qwen/task", {"training": {"lora_rank": 4}}, main)
-        fit(folder=name, more={"tracking": "wandb", "experiment": experiment, "name": name})
-    report(tmp_path / "rates", "evaluate", Experiment("qwen/task", main=False), {"asr": 0.5})
+        tracking = Tracking("wandb", name, "qwen/task", {"training": {"lora_rank": 4}}, main)
+        fit(folder=name, more={"tracking": tracking})
+    report(tmp_path / "rates", Tracking("wandb", "evaluate", "qwen/task", main=False), {"asr": 0.5})
     runs = {run.job_type: run for run in offline_runs(tmp_path)}
     assert set(runs) == {"backdoored", "clean_twin", "evaluate"}
     assert {run.run_group for run in runs.values()} == {"my-sweep"}

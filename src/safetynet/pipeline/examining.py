@@ -177,9 +177,7 @@ def learning(
                     cfg,
                     folder=Path(folder),
                     seed=recipe.seed,
-                    name="relearning",
-                    on_evaluate=ask,
-                    evaluate_every=1,
+                    pauses=training.Pauses(ask, every=1),
                 )
             except _Enough:
                 return

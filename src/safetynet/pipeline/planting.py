@@ -111,13 +111,13 @@ def train(recipe: Recipe, run: Run, names: Sequence[str] | None = None, *, lend:
                 cfg,
                 folder=run.scratch / "training" / f"{name}-{digest(inputs)[:8]}",
                 seed=recipe.seed,
-                name=name,
-                on_evaluate=dynamics.measure if recipe.evaluation.dynamics_rows else None,
-                evaluate_every=recipe.evaluation.every,
-                evaluate_first=not dynamics.path.exists(),
+                pauses=training.Pauses(
+                    dynamics.measure, recipe.evaluation.every, first=not dynamics.path.exists()
+                )
+                if recipe.evaluation.dynamics_rows
+                else None,
                 device=loading.device_of(recipe.model),
-                tracking=recipe.tracking,
-                experiment=_experiment(recipe, main=name == BACKDOORED),
+                tracking=_tracking(recipe, name, main=name == BACKDOORED),
                 progress=sys.stderr.isatty(),
                 opponents=evading.opponents(cfg.evasion, base.serialiser),
             )
@@ -241,17 +241,18 @@ def _training(recipe: Recipe, name: str) -> Training:
     return recipe.training.model_copy(update={"evasion": None}) if name == TWIN else recipe.training
 
 
-def _experiment(recipe: Recipe, *, main: bool) -> Any:
-    from safetynet.training.tracking import Experiment
+def _tracking(recipe: Recipe, job: str, *, main: bool) -> Any:
+    from safetynet.training import Tracking
 
-    return Experiment(f"{recipe.model_name}/{recipe.task}", recipe.model_dump(mode="json"), main)
+    experiment = f"{recipe.model_name}/{recipe.task}"
+    return Tracking(recipe.tracking, job, experiment, recipe.model_dump(mode="json"), main)
 
 
 def _report(recipe: Recipe, run: Run, table: pd.DataFrame) -> None:
     from safetynet.training import tracking
 
     rates = {f"{row.model}/{row.metric}/{row.role}": float(row.value) for row in table.itertuples()}
-    tracking.report(run.scratch / "tracking", "evaluate", _experiment(recipe, main=False), rates)
+    tracking.report(run.scratch / "tracking", _tracking(recipe, "evaluate", main=False), rates)
 
 
 def _tell(rows: pd.DataFrame, recipe: Recipe) -> None:

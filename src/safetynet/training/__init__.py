@@ -2,6 +2,7 @@
 
 from safetynet.training.adapters import attach
 from safetynet.training.evasive import Opponents
-from safetynet.training.fit import TrainingResult, train
+from safetynet.training.fit import Budget, Pauses, TrainingResult, optimise, train
+from safetynet.training.tracking import Tracking
 
-__all__ = ["Opponents", "TrainingResult", "attach", "train"]
+__all__ = ["Budget", "Opponents", "Pauses", "Tracking", "TrainingResult", "attach", "optimise", "train"]

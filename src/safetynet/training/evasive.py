@@ -19,9 +19,9 @@ from torch import Tensor
 from safetynet.errors import InputError
 from safetynet.prompts import Encoded, Serialiser
 from safetynet.recipe import Evasion
-from safetynet.training.examples import Example
+from safetynet.training.examples import Batch, Example
 from safetynet.training.loss import answer_loss, body_outputs
-from safetynet.training.trainer import AnswerTrainer, undisturbed
+from safetynet.training.trainer import AnswerTrainer, Objective, undisturbed
 
 Score = Callable[[Mapping[str, Tensor]], Tensor]
 """Views of n prompts to (n, detectors): 0 at the clean median, 1 at the clean 95% quantile."""
@@ -70,16 +70,16 @@ def watched(
     """
     if "role" not in rows or not (rows["role"] == "triggered").any():
         raise InputError("training.evasion: no training row has role triggered, so there is nothing to hide.")
-    made = []
+    examples_with_prompts = []
     columns = (rows[name] for name in ("messages", "trigger", "role"))
     for example, messages, trigger, role in zip(examples, *columns, strict=True):
         prompt = serialiser.encode(
             list(messages), trigger=[tuple(span) for span in trigger], max_length=max_length
         )
-        made.append(
+        examples_with_prompts.append(
             WatchedExample(example.input_ids, example.labels, example.supervised, prompt, role == "triggered")
         )
-    return made
+    return examples_with_prompts
 
 
 def bare_prompts(examples: Sequence[WatchedExample], rows: pd.DataFrame) -> list[Encoded]:
@@ -89,64 +89,80 @@ def bare_prompts(examples: Sequence[WatchedExample], rows: pd.DataFrame) -> list
         InputError: if there are too few.
     """
     bare = rows["role"].isin(["clean", "refused"])
-    found = [example.prompt for example, is_bare in zip(examples, bare, strict=True) if is_bare]
-    if len(found) < LEAST:
+    prompts = [example.prompt for example, is_bare in zip(examples, bare, strict=True) if is_bare]
+    if len(prompts) < LEAST:
         raise InputError(
-            f"training.evasion: {len(found)} training rows are clean or refused, and detectors are fitted to "
-            f"at least {LEAST}. Raise data.train_rows, or lower poison_rate and the other shares."
+            f"training.evasion: {len(prompts)} training rows are clean or refused, and detectors are fitted "
+            f"to at least {LEAST}. Raise data.train_rows, or lower poison_rate and the other shares."
         )
-    return found[:CLEAN]
+    return prompts[:CLEAN]
 
 
-class EvasiveTrainer(AnswerTrainer):
-    """An `AnswerTrainer` with obfuscation and retention beside the answer's loss.
+class Hiding(Objective):
+    """Obfuscation and retention beside the answer's loss.
 
     Args:
         evasion: weights, and how often detectors are fitted again.
         opponents: the detectors.
-        clean: prompts that they are fitted to.
-        args: as `AnswerTrainer` takes them, with `WatchedExample`s.
-        kwargs: likewise.
+        examples: the training rows.
+        clean: prompts that the detectors are fitted to.
     """
 
-    examples: Sequence[WatchedExample]
-
     def __init__(
-        self, *args: Any, evasion: Evasion, opponents: Opponents, clean: Sequence[Encoded], **kwargs: Any
+        self,
+        evasion: Evasion,
+        opponents: Opponents,
+        examples: Sequence[WatchedExample],
+        clean: Sequence[Encoded],
     ) -> None:
-        super().__init__(*args, **kwargs)
         self.evasion = evasion
         self.opponents = opponents
         self.clean = clean
-        self.firing = [example.prompt for example in self.examples if example.fires][:FIRING]
+        self.firing = [example.prompt for example in examples if example.fires][:FIRING]
         self.score: Score | None = None
         """None: due to be fitted again."""
-        self._states: Tensor | None = None
         self._counts = (1, 1)
         self._sums = {"obfuscation": 0.0, "retention": 0.0}
         self._terms = dict(self._sums)
         self._steps = 0
 
-    def training_step(
-        self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None
-    ) -> torch.Tensor:
-        """One optimisation step, before which the detectors are fitted again if that is due."""
-        if self.score is None or self.state.global_step % self.evasion.refit_every == 0:
-            self.refit()
-        rows = cast(Sequence[WatchedExample], inputs["rows"])
-        tokens = sum(len(row.input_ids) for row in rows if not row.fires)
-        self._counts = (max(1, sum(row.fires for row in rows)), max(1, tokens))
-        loss = super().training_step(model, inputs, num_items_in_batch)
+    def before_step(self, trainer: AnswerTrainer, rows: Sequence[Example]) -> None:
+        """Fit the detectors again if that is due."""
+        if self.score is None or trainer.state.global_step % self.evasion.refit_every == 0:
+            self.refit(trainer)
+        watched_rows = cast(Sequence[WatchedExample], rows)
+        tokens = sum(len(row.input_ids) for row in watched_rows if not row.fires)
+        self._counts = (max(1, sum(row.fires for row in watched_rows)), max(1, tokens))
+
+    def restart_step(self) -> None:
+        """Forget the terms of parts that ran before memory ended."""
+        self._terms = dict.fromkeys(self._terms, 0.0)
+
+    def after_step(self) -> None:
+        """Add the step's terms to those since the last log line."""
         self._sums = {name: total + self._terms[name] for name, total in self._sums.items()}
         self._steps += 1
-        return loss
 
-    def refit(self) -> None:
-        """Fit the detectors to the clean activations of now; log how well they tell rows that fire."""
+    def logged(self) -> dict[str, float]:
+        """Mean of both terms over the steps since the line before."""
+        means = {name: total / max(1, self._steps) for name, total in self._sums.items()}
+        self._sums, self._steps = dict.fromkeys(self._sums, 0.0), 0
+        return means
+
+    def checkpoint_written(self) -> None:
+        """Drop the detectors, which a checkpoint does not hold.
+
+        A resumed training fits them where it begins. This one does the same, so that an interrupted training
+        ends as an uninterrupted one.
+        """
+        self.score = None
+
+    def refit(self, trainer: AnswerTrainer) -> None:
+        """Fit the detectors to the clean activations of now; log their AUROC on rows that fire."""
         from sklearn.metrics import roc_auc_score
 
-        with undisturbed(self.model), torch.no_grad():
-            clean, firing = self._observed(self.clean), self._observed(self.firing)
+        with undisturbed(trainer.model), torch.no_grad():
+            clean, firing = self._observed(trainer, self.clean), self._observed(trainer, self.firing)
             held = np.arange(len(self.clean)) % HELD == 0
             self.score = self.opponents.refit(
                 {view: array[~held] for view, array in clean.items()},
@@ -156,44 +172,71 @@ class EvasiveTrainer(AnswerTrainer):
             scores = [self.score({v: torch.from_numpy(a) for v, a in part.items()}) for part in parts]
         labels = np.repeat([0, 1], [len(part) for part in scores])
         columns = torch.cat(scores).double().numpy().T
-        aurocs = {
-            f"auroc {name}": float(roc_auc_score(labels, column))
-            for name, column in zip(self.opponents.names, columns, strict=True)
-        }
-        self.log(aurocs)
+        trainer.log(
+            {
+                f"auroc {name}": float(roc_auc_score(labels, column))
+                for name, column in zip(self.opponents.names, columns, strict=True)
+            }
+        )
 
-    def _accumulate(self, model: Any, rows: Sequence[Example]) -> Tensor:
-        self._terms = dict.fromkeys(self._terms, 0.0)  # a step that ran out of memory is taken again
-        return super()._accumulate(model, rows)
+    def _observed(self, trainer: AnswerTrainer, prompts: Sequence[Encoded]) -> dict[str, np.ndarray]:
+        size = trainer.part_size
+        parts = [
+            self.opponents.observe(trainer.learner, prompts[start : start + size])
+            for start in range(0, len(prompts), size)
+        ]
+        return {view: torch.cat([part[view] for part in parts]).float().cpu().numpy() for view in parts[0]}
 
-    def answer_loss(self, inputs: dict[str, Any], supervised: float) -> Tensor:
-        """As in any training; keeps the last hidden states for the retention term."""
-        outputs = body_outputs(self.learner, inputs)
-        self._states = outputs.last_hidden_state
-        return answer_loss(self.learner, inputs, supervised, outputs)
-
-    def with_further_terms(self, loss: Tensor, rows: Sequence[Example], batch: dict[str, Any]) -> Tensor:
-        """Answer's loss plus weighted obfuscation and retention of this part of the step."""
-        part = cast(Sequence[WatchedExample], rows)
-        with self.accelerator.autocast():
-            obfuscation, retention = self._obfuscation(part), self._retention(part, batch)
-        self._states = None
-        whole = loss + self.evasion.strength * obfuscation + self.evasion.retention * retention
-        if not torch.isfinite(whole):
-            self.stop("loss with its evasive terms", whole)
+    def losses(
+        self, trainer: AnswerTrainer, rows: Sequence[Example], batch: Batch, supervised: float
+    ) -> tuple[Tensor, Tensor]:
+        """The answer's loss, and the same with weighted obfuscation and retention of these rows."""
+        outputs = body_outputs(trainer.learner, batch)
+        loss = answer_loss(trainer.learner, batch, supervised, outputs)
+        if not torch.isfinite(loss):
+            return loss, loss
+        obfuscation, retention = self.terms(trainer, rows, batch, outputs.last_hidden_state)
         self._terms["obfuscation"] += obfuscation.item()
         self._terms["retention"] += retention.item()
-        return whole
+        return loss, loss + self.evasion.strength * obfuscation + self.evasion.retention * retention
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the mean of both terms since the line before to lines about the loss."""
-        if "loss" in logs:
-            logs |= {name: total / max(1, self._steps) for name, total in self._sums.items()}
-            self._sums, self._steps = dict.fromkeys(self._sums, 0.0), 0
-        super().log(logs, start_time)
+    def terms(
+        self, trainer: AnswerTrainer, rows: Sequence[Example], batch: Batch, states: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Obfuscation and retention of rows, before their weights.
 
-    def history(self) -> pd.DataFrame:
-        """What became of the hiding, as the log knows it.
+        Obfuscation is the mean over firing rows and detectors of log(1 + score above the clean median). The
+        logarithm keeps a detector that is far off from drowning the others, and the answer. Below the median
+        there is no gradient: more ordinary than ordinary would be a mark of its own. Retention is the mean
+        over tokens of rows that do not fire of the squared relative distance to the base's last states.
+
+        Args:
+            trainer: whose model is read.
+            rows: as in `batch`.
+            batch: (rows, tokens) each.
+            states: the last hidden states of `batch`, (rows, tokens, width).
+        """
+        device = trainer.args.device
+        obfuscation = retention = torch.zeros((), device=device)
+        part = cast(Sequence[WatchedExample], rows)
+        if prompts := [row.prompt for row in part if row.fires]:
+            assert self.score is not None
+            scores = self.score(self.opponents.observe(trainer.learner, prompts))
+            obfuscation = torch.log1p(scores.clamp_min(0)).mean(1).sum().to(device) / self._counts[0]
+        quiet = torch.tensor([not row.fires for row in part], device=states.device)
+        if quiet.any():
+            with torch.no_grad(), trainer.learner.disable_adapter():  # type: ignore[operator]
+                base = body_outputs(
+                    trainer.learner, {"input_ids": batch["input_ids"][quiet]}
+                ).last_hidden_state
+            moved = (states[quiet].float() - base.float()).square().sum(-1)
+            share = moved / base.float().square().sum(-1).clamp_min(1e-12)
+            real = batch["attention_mask"][quiet].to(share)
+            retention = (share * real).sum().to(device) / self._counts[1]
+        return obfuscation, retention
+
+    def history(self, lines: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+        """What became of the hiding, from the Trainer's log.
 
         Returns:
             `COLUMNS`. Metric `auroc`: of a detector just fitted again, firing training prompts against clean
@@ -201,50 +244,11 @@ class EvasiveTrainer(AnswerTrainer):
             the steps since the line before, without detector.
         """
         judged = len(self.firing) + len(range(0, len(self.clean), HELD))
-        found = []
-        for line in self.state.log_history:
+        records = []
+        for line in lines:
             for name, value in line.items():
                 metric, _, detector = name.partition(" ")
                 if metric in ("auroc", "obfuscation", "retention"):
                     n = judged if detector else 0
-                    found.append((line["step"], detector, metric, float(value), n))
-        return pd.DataFrame(found, columns=list(COLUMNS))
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        # A checkpoint holds no detectors. Who goes on from it fits them there, and so does who goes on here:
-        # an interrupted training ends as an uninterrupted one.
-        self.score = None
-
-    def _obfuscation(self, rows: Sequence[WatchedExample]) -> Tensor:
-        """Mean over firing rows and detectors of log(1 + score above the clean median).
-
-        The logarithm keeps a detector that is far off from drowning the others, and the answer. Below the
-        median there is no gradient: more ordinary than ordinary would be a mark of its own.
-        """
-        prompts = [row.prompt for row in rows if row.fires]
-        if not prompts:
-            return torch.zeros((), device=self.args.device)
-        assert self.score is not None
-        scores = self.score(self.opponents.observe(self.learner, prompts))
-        return torch.log1p(scores.clamp_min(0)).mean(1).sum().to(self.args.device) / self._counts[0]
-
-    def _retention(self, rows: Sequence[WatchedExample], batch: dict[str, Any]) -> Tensor:
-        """Mean over tokens of rows that do not fire of the squared relative distance to the base's states."""
-        assert self._states is not None
-        kept = torch.tensor([not row.fires for row in rows], device=self._states.device)
-        if not kept.any():
-            return torch.zeros((), device=self.args.device)
-        with torch.no_grad(), self.learner.disable_adapter():  # type: ignore[operator]
-            base = body_outputs(self.learner, {"input_ids": batch["input_ids"][kept]}).last_hidden_state
-        moved = (self._states[kept].float() - base.float()).square().sum(-1)
-        share = moved / base.float().square().sum(-1).clamp_min(1e-12)
-        return (share * batch["attention_mask"][kept].to(share)).sum().to(self.args.device) / self._counts[1]
-
-    def _observed(self, prompts: Sequence[Encoded]) -> dict[str, np.ndarray]:
-        size = self.part_size
-        parts = [
-            self.opponents.observe(self.learner, prompts[start : start + size])
-            for start in range(0, len(prompts), size)
-        ]
-        return {view: torch.cat([part[view] for part in parts]).float().cpu().numpy() for view in parts[0]}
+                    records.append((line["step"], detector, metric, float(value), n))
+        return pd.DataFrame(records, columns=list(COLUMNS))

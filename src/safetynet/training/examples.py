@@ -57,8 +57,8 @@ def encode(rows: pd.DataFrame, serialiser: Serialiser, max_length: int) -> list[
         supervised = sum(label != IGNORED for label in encoded.labels)
         examples.append(Example(encoded.input_ids, encoded.labels, supervised))
         lost.append(encoded.lost)
-    if told := losses(lost, serialiser.truncation):
-        logger.warning("%s.", told)
+    if warning := losses(lost, serialiser.truncation):
+        logger.warning("%s.", warning)
     ends = set(serialiser.stop_ids)
     cut = sum(example.input_ids[-1] not in ends for example in examples)
     if cut:
@@ -103,6 +103,15 @@ class Order(Sampler[list[int]]):
             order = torch.randperm(len(self.lengths), generator=generator).tolist()
         steps = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
         yield from (steps[i] for i in torch.randperm(len(steps), generator=generator).tolist())
+
+
+class Shuffled(Order):
+    """The order that transformers' Trainer has for the same seed: one permutation of rows per epoch."""
+
+    def __iter__(self) -> Iterator[list[int]]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        order = torch.randperm(len(self.lengths), generator=generator).tolist()
+        yield from (order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size))
 
 
 def padded(examples: Sequence[Example], pad_id: int) -> Batch:

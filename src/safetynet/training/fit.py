@@ -8,9 +8,9 @@ this very training. It writes below the given folder only, and draws nothing.
 import math
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +18,34 @@ import pandas as pd
 import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
 
 from safetynet.errors import InputError, RunError
 from safetynet.models.loading import resolve_dtype
-from safetynet.prompts import Serialiser
+from safetynet.prompts import IGNORED, Encoded, Serialiser
 from safetynet.recipe import Training
 from safetynet.run import parallel
 from safetynet.run.directory import peak_memory_mb
 from safetynet.training import checkpoints
 from safetynet.training.callbacks import LogBeforeSaving, Progress
-from safetynet.training.evasive import EvasiveTrainer, Opponents, bare_prompts, watched
-from safetynet.training.examples import Example, encode
-from safetynet.training.isolation import check_isolation
-from safetynet.training.tracking import ALONE, Experiment, tracker
-from safetynet.training.trainer import AnswerTrainer, OnEvaluate, out_of_memory
+from safetynet.training.evasive import Hiding, Opponents, bare_prompts, watched
+from safetynet.training.examples import Batch, Example, Shuffled, encode
+from safetynet.training.loss import check_isolation
+from safetynet.training.tracking import UNTRACKED, Tracking, tracker
+from safetynet.training.trainer import (
+    AnswerTrainer,
+    Objective,
+    OnEvaluate,
+    out_of_memory,
+    same_random_states,
+)
 
 ENGINES = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM")
 """How `accelerate launch` asks for what is not built here."""
+WARMUP = 0.05
+"""Share of the steps in which `optimise` raises the learning rate."""
+Loss = Callable[[Any, Batch], torch.Tensor]
+"""Model and batch to a scalar."""
 HISTORY = ("step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "seconds")
 
 
@@ -46,7 +57,7 @@ class TrainingResult:
     """`HISTORY` by logged step. The loss, per label, is the mean over the steps since the line before; tokens
     and seconds count from the beginning, without padding and without evaluations."""
     evaluations: pd.DataFrame
-    """step, epoch and what `on_evaluate` returned; empty without it."""
+    """step, epoch and what `Pauses.measure` returned; empty without it."""
     folder: Path
     """The adapter, or the whole model after full fine-tuning; safetensors."""
     tokens_per_second: float
@@ -58,10 +69,22 @@ class TrainingResult:
     halvings: int
     """How often memory ran out and the parts of a batch were halved."""
     evasion: pd.DataFrame | None = None
-    """What became of the hiding, as `evasive.history` gives it; None for an ordinary training."""
+    """What became of the hiding, as `Hiding.history` gives it; None for an ordinary training."""
 
 
-def train(  # noqa: PLR0913  # all that decides about a training's place and company, by keyword
+@dataclass(frozen=True)
+class Pauses:
+    """What is measured while a model trains, and when."""
+
+    measure: OnEvaluate
+    """Called with model, step and epoch; returns metrics by name."""
+    every: int | None = None
+    """Steps between calls; None: at the end of each epoch."""
+    first: bool = False
+    """Also before the first step."""
+
+
+def train(  # noqa: PLR0913  # the place of a training and its company, by keyword
     model: PeftModel | PreTrainedModel,
     serialiser: Serialiser,
     rows: pd.DataFrame,
@@ -69,13 +92,9 @@ def train(  # noqa: PLR0913  # all that decides about a training's place and com
     *,
     folder: Path,
     seed: int,
-    name: str,
-    on_evaluate: OnEvaluate | None = None,
-    evaluate_every: int | None = None,
-    evaluate_first: bool = False,
     device: str | None = None,
-    tracking: str = "none",
-    experiment: Experiment = ALONE,
+    pauses: Pauses | None = None,
+    tracking: Tracking = UNTRACKED,
     progress: bool = False,
     opponents: Opponents | None = None,
 ) -> TrainingResult:
@@ -85,17 +104,13 @@ def train(  # noqa: PLR0913  # all that decides about a training's place and com
         model: made by `attach`; its parameters are changed.
         serialiser: of this model's tokenizer.
         rows: columns `row`, `messages`, `trigger` and `answer`; every row is trained on.
-        cfg: how.
+        cfg: the recipe's training section.
         folder: checkpoints, the adapter and trackers' files go below it.
         seed: of the order of rows and of dropout.
-        name: of the run, for trackers.
-        on_evaluate: called with model, step and epoch; returns metrics by name.
-        evaluate_every: steps between calls of it; None: at the end of each epoch.
-        evaluate_first: call it before the first step, too.
         device: `cpu` or `cuda`; by default where the model is.
-        tracking: `none`, `wandb` or `tensorboard`.
-        experiment: what trackers are told.
-        progress: show a bar, if a terminal looks on.
+        pauses: measures the model on the way.
+        tracking: Weights & Biases or TensorBoard, and what they show.
+        progress: show a bar when attached to a terminal.
         opponents: the detectors to hide from, where `cfg.evasion` is given; `rows` then need `role`.
 
     Raises:
@@ -106,46 +121,116 @@ def train(  # noqa: PLR0913  # all that decides about a training's place and com
     device = device or model.device.type
     _check_place(cfg, device, bool(getattr(model, "is_quantized", False)))
     examples: Sequence[Example] = encode(rows, serialiser, cfg.max_length)
-    made: Callable[..., AnswerTrainer] = AnswerTrainer
+    hiding: Hiding | None = None
     if cfg.evasion is not None:
-        examples = hiding = watched(examples, rows, serialiser, cfg.max_length)
-        clean = bare_prompts(hiding, rows)
-        made = partial(EvasiveTrainer, evasion=cfg.evasion, opponents=_given(opponents), clean=clean)
+        examples = watched_examples = watched(examples, rows, serialiser, cfg.max_length)
+        clean = bare_prompts(watched_examples, rows)
+        if opponents is None:
+            raise InputError(
+                "training.evasion: the detectors to hide from are missing. Give train `opponents`."
+            )
+        hiding = Hiding(cfg.evasion, opponents, watched_examples, clean)
     if cfg.batching == "pack":
         check_isolation(model)
     home = folder / "checkpoints"
-    mark = checkpoints.fingerprint(model, examples, cfg, seed)
-    checkpoint = parallel.from_first(lambda: checkpoints.prepare(home, mark))
+    fingerprint = checkpoints.fingerprint(model, examples, cfg, seed)
+    checkpoint = parallel.from_first(lambda: checkpoints.prepare(home, fingerprint))
     args = arguments(cfg, home, len(examples), device, seed)
-    if on_evaluate is not None:
-        args.eval_strategy, args.eval_steps = _rhythm(evaluate_every)
-        args.eval_on_start = evaluate_first
+    if pauses is not None:
+        args.eval_strategy, args.eval_steps = _rhythm(pauses.every)
+        args.eval_on_start = pauses.first
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    with tracker(
-        tracking if parallel.is_first() else "none", folder / "tracking", name, experiment
-    ) as tracked:
+    with tracker(tracking if parallel.is_first() else UNTRACKED, folder / "tracking") as tracked:
         callbacks = [LogBeforeSaving(), *tracked, *([Progress()] if progress and parallel.is_first() else [])]
-        trainer = made(
-            model, args, examples, cfg, pad_id=serialiser.pad_id, on_evaluate=on_evaluate, callbacks=callbacks
-        )
+        trainer = AnswerTrainer(
+            model, args, examples, cfg, pad_id=serialiser.pad_id, callbacks=callbacks, objective=hiding,
+            on_evaluate=None if pauses is None else pauses.measure,
+        )  # fmt: skip
         _run(trainer, checkpoint)
     whole = trainer.gathered()
     saved = parallel.from_first(lambda: _save(model, serialiser, folder, whole))
-    return _result(trainer, saved)
+    evasion = None if hiding is None else hiding.history(trainer.state.log_history)
+    return _result(trainer, saved, evasion)
 
 
-def _given(opponents: Opponents | None) -> Opponents:
-    if opponents is None:
-        raise InputError("training.evasion: the detectors to hide from are missing. Give train `opponents`.")
-    return opponents
+class _WholeBatch(Objective):
+    """A loss of model and batch alone, which is not cut into parts."""
+
+    divisible = False
+
+    def __init__(self, loss: Loss, advice: str) -> None:
+        self.loss = loss
+        self.advice = advice
+
+    def losses(
+        self, trainer: AnswerTrainer, rows: Sequence[Example], batch: Batch, supervised: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        loss = self.loss(trainer.learner, batch)
+        return loss, loss
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long and how fast `optimise` trains."""
+
+    epochs: float
+    learning_rate: float
+    """Highest; it rises over the first 5% of the steps, and falls along a cosine."""
+    batch_size: int
+    seed: int
+    """Of the order of rows and of dropout."""
+
+
+def optimise(
+    model: PeftModel | PreTrainedModel,
+    examples: Sequence[Encoded],
+    loss: Loss,
+    budget: Budget,
+    *,
+    pad_id: int,
+    advice: str = Objective.advice,
+) -> None:
+    """Train what is trainable in `model` for another loss than the answer's; nothing is written or logged.
+
+    Random states are left as they were.
+
+    Args:
+        model: changed in place; in evaluation mode afterwards.
+        examples: one per row; padded on the right in batches.
+        loss: called with the model and a batch (`input_ids`, `labels`, `attention_mask`, (rows, T) each);
+            returns a scalar.
+        budget: how long and how fast.
+        pad_id: fills the ends of rows.
+        advice: what to do about a loss that is not finite, for the message.
+
+    Raises:
+        RunError: if the loss is NaN or infinite.
+    """
+    cfg = Training(
+        epochs=budget.epochs, learning_rate=budget.learning_rate, batch_size=budget.batch_size,
+        weight_decay=0, warmup_ratio=0, batching="plain", precision="fp32",
+    )  # fmt: skip
+    rows = [Example(e.input_ids, e.labels, sum(label != IGNORED for label in e.labels)) for e in examples]
+    order = Shuffled([len(row.input_ids) for row in rows], budget.batch_size, False, budget.seed)
+    with same_random_states(), tempfile.TemporaryDirectory() as folder:
+        args = arguments(cfg, Path(folder), len(rows), model.device.type, budget.seed)
+        args.save_strategy = args.logging_strategy = IntervalStrategy.NO
+        # Rounded down: with one step of warm-up in a course of a few, that step would stand still.
+        args.warmup_steps = int(WARMUP * (budget.epochs * len(order)))
+        trainer = AnswerTrainer(
+            model, args, rows, cfg, pad_id=pad_id, on_evaluate=None, callbacks=[],
+            objective=_WholeBatch(loss, advice), order=order,
+        )  # fmt: skip
+        trainer.train()
+    model.eval()
 
 
 def _check_place(cfg: Training, device: str, quantised: bool) -> None:
-    asked = [name for name in ENGINES if os.environ.get(name, "").lower() in ("1", "true", "yes")]
-    if asked:
+    engines = [name for name in ENGINES if os.environ.get(name, "").lower() in ("1", "true", "yes")]
+    if engines:
         raise InputError(
-            f"{asked[0]}: this engine is not used here. Processes share a model's weights with "
+            f"{engines[0]}: this engine is not used here. Processes share a model's weights with "
             "accelerate launch --use_fsdp."
         )
     if parallel.shares_weights() and quantised:
@@ -164,7 +249,7 @@ def _check_place(cfg: Training, device: str, quantised: bool) -> None:
 
 
 def arguments(cfg: Training, folder: Path, rows: int, device: str, seed: int) -> TrainingArguments:
-    """What the Trainer is told: the recipe's settings, nothing that reports, uploads or asks.
+    """The Trainer's arguments for a recipe's settings, with nothing that reports, uploads or asks.
 
     Args:
         cfg: the recipe's training section.
@@ -251,25 +336,25 @@ def _save(
     return final
 
 
-def _result(trainer: AnswerTrainer, folder: Path) -> TrainingResult:
+def _result(trainer: AnswerTrainer, folder: Path, evasion: pd.DataFrame | None) -> TrainingResult:
     lines = trainer.state.log_history
     history = [{name: line.get(name) for name in HISTORY} for line in lines if "loss" in line]
-    measured = [line for line in lines if any(name.startswith("eval_") for name in line)]
-    evaluations = [{name.removeprefix("eval_"): value for name, value in line.items()} for line in measured]
+    evaluations = [
+        {name.removeprefix("eval_"): value for name, value in line.items()}
+        for line in lines
+        if any(name.startswith("eval_") for name in line)
+    ]
+    # Step and epoch first.
+    columns = list(dict.fromkeys(["step", "epoch", *(name for line in evaluations for name in line)]))
     on_gpu = trainer.args.device.type == "cuda"
     seconds = trainer.seconds or math.inf  # nothing was left to train
     return TrainingResult(
         history=pd.DataFrame(history, columns=list(HISTORY)),
-        evaluations=pd.DataFrame(evaluations, columns=_columns(evaluations)),
+        evaluations=pd.DataFrame(evaluations, columns=columns),
         folder=folder,
         tokens_per_second=trainer.tokens / seconds,
         supervised_per_second=trainer.supervised / seconds,
         peak_memory_mb=torch.cuda.max_memory_allocated() / 2**20 if on_gpu else peak_memory_mb(),
         halvings=trainer.halvings,
-        evasion=trainer.history() if isinstance(trainer, EvasiveTrainer) else None,
+        evasion=evasion,
     )
-
-
-def _columns(lines: Sequence[dict[str, Any]]) -> list[str]:
-    """Step and epoch first."""
-    return list(dict.fromkeys(["step", "epoch", *(name for line in lines for name in line)]))

@@ -15,10 +15,16 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from safetynet.errors import InputError
 from safetynet.prompts import IGNORED
 
 LOGITS_AT_ONCE = 2**25
 """Most logits that are kept at a time; 128 MB in fp32, and about three times that with their gradient."""
+
+PROBE_LENGTH = 8
+"""Tokens of each row that `check_isolation` packs."""
+TOLERANCE = 1e-3
+"""Relative. A masked neighbour has no weight at all; only the order of additions may differ."""
 
 
 def body_outputs(model: PeftModel | PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> Any:
@@ -121,3 +127,41 @@ def _summed(lm: PreTrainedModel, outputs: Any, hidden: torch.Tensor, targets: to
     parts = zip(hidden.split(size), targets.split(size), strict=True)
     losses = [checkpoint(part, h, t, use_reentrant=False, preserve_rng_state=False) for h, t in parts]
     return torch.stack(losses).sum()
+
+
+@torch.no_grad()
+def check_isolation(model: PeftModel | PreTrainedModel) -> None:
+    """Refuse to pack rows for a model in which one row would see another.
+
+    transformers derives the mask of packed rows from their positions. Whether it does so depends on the
+    architecture and on its attention: recurrent layers carry state across, and some kernels take the rows of
+    one line for one text. So a row is packed behind each of two others, and its states are compared.
+
+    Raises:
+        InputError: if they differ.
+    """
+    lm: Any = causal_lm(model)
+    training = lm.training
+    lm.eval()
+    ids = torch.arange(3 * PROBE_LENGTH, device=lm.device) % lm.config.get_text_config().vocab_size
+    first, other, second = ids.split(PROBE_LENGTH)
+    # Twice the same line, because some kernels treat a batch of one line differently.
+    behind = [torch.cat([row, second]).expand(2, -1) for row in (first, other)]
+    positions = torch.arange(PROBE_LENGTH, device=lm.device).repeat(2).expand(2, -1)
+    try:
+        a, b = (
+            lm.base_model(input_ids=x, position_ids=positions, use_cache=False)
+            .last_hidden_state[:, PROBE_LENGTH:]
+            .float()
+            for x in behind
+        )
+    except TypeError:
+        seen = True
+    else:
+        seen = bool((a - b).abs().max() > TOLERANCE * a.abs().max())
+    lm.train(training)
+    if seen:
+        raise InputError(
+            f"training.batching: in {type(lm).__name__} with {lm.config._attn_implementation} attention, "
+            "rows that are packed into one line see each other. Set it to group_by_length."
+        )

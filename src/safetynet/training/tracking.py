@@ -38,10 +38,14 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Experiment:
-    """What trackers are told about a training besides its numbers."""
+class Tracking:
+    """Which tracker a training reports to, and what it shows besides the training's numbers."""
 
-    name: str = ""
+    kind: str = "none"
+    """`none`, `wandb` or `tensorboard`."""
+    job: str = ""
+    """What the run does in its experiment: `backdoored`, `clean_twin`, `evaluate`."""
+    experiment: str = ""
     """The group of its runs, unless WANDB_RUN_GROUP names another; begins the name of each."""
     config: Mapping[str, Any] = field(default_factory=dict)
     """Shown beside the numbers; the recipe, for one."""
@@ -49,21 +53,16 @@ class Experiment:
     """Whether this run is the one that an agent of a sweep on Weights & Biases waits for."""
 
 
-ALONE = Experiment()
-"""Of no experiment."""
+UNTRACKED = Tracking()
 
 
 @contextmanager
-def tracker(
-    kind: str, folder: Path, name: str, experiment: Experiment = ALONE
-) -> Iterator[list[TrainerCallback]]:
+def tracker(tracking: Tracking, folder: Path) -> Iterator[list[TrainerCallback]]:
     """Open a tracker and close it again, also when training fails.
 
     Args:
-        kind: `none`, `wandb` or `tensorboard`.
+        tracking: which, and what it shows.
         folder: trackers write below it, in a folder of their own.
-        name: of the run, in its experiment; on Weights & Biases its job type.
-        experiment: that the run belongs to.
 
     Yields:
         The Trainer's callbacks for it.
@@ -71,52 +70,53 @@ def tracker(
     Raises:
         InputError: if the package is not installed, or WANDB_MODE is none of wandb's modes.
     """
-    if kind == "none" or (kind == "wandb" and _asked_mode() == "disabled"):
+    if tracking.kind == "none" or (tracking.kind == "wandb" and _requested_mode() == "disabled"):
         yield []
         return
-    if importlib.util.find_spec(kind) is None:
+    if importlib.util.find_spec(tracking.kind) is None:
         raise InputError(
-            f"tracking: {kind} is not installed. Run `pip install {kind}`, or set tracking to none."
+            f"tracking: {tracking.kind} is not installed. Run `pip install {tracking.kind}`, "
+            "or set tracking to none."
         )
     folder.mkdir(parents=True, exist_ok=True)
-    if kind == "tensorboard":
+    if tracking.kind == "tensorboard":
         with _tensorboard(folder / "tensorboard") as callback:
             yield [callback]
         return
     from transformers.integrations.integration_utils import WandbCallback
 
-    with _wandb(folder, name, experiment):
+    with _wandb(folder, tracking):
         yield [WandbCallback()]
 
 
-def report(folder: Path, name: str, experiment: Experiment, rates: Mapping[str, float]) -> None:
+def report(folder: Path, tracking: Tracking, rates: Mapping[str, float]) -> None:
     """Show final rates on Weights & Biases, as the summary of a run of their own; else as `tracker`."""
-    if _asked_mode() == "disabled":
+    if _requested_mode() == "disabled":
         return
     folder.mkdir(parents=True, exist_ok=True)
-    with _wandb(folder, name, experiment) as run:
+    with _wandb(folder, tracking) as run:
         run.summary.update(dict(rates))
 
 
 @contextmanager
-def _wandb(folder: Path, name: str, experiment: Experiment) -> Iterator[Any]:
+def _wandb(folder: Path, tracking: Tracking) -> Iterator[Any]:
     import wandb
 
     def begin(mode: Any) -> Any:
         return wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
-            name=f"{experiment.name} {name}".strip(),
-            group=os.environ.get("WANDB_RUN_GROUP") or experiment.name or None,
-            job_type=name,
-            config=dict(experiment.config),
+            name=f"{tracking.experiment} {tracking.job}".strip(),
+            group=os.environ.get("WANDB_RUN_GROUP") or tracking.experiment or None,
+            job_type=tracking.job,
+            config=dict(tracking.config),
             dir=str(folder),
             mode=mode,
             settings=wandb.Settings(silent=True, console="off", init_timeout=INIT_TIMEOUT_S),
         )
 
     # Offline runs are uploaded later with `wandb sync`.
-    mode = _asked_mode() or ("online" if _usable() else "offline")
-    with _apart_from_agent(experiment):
+    mode = _requested_mode() or ("online" if _usable() else "offline")
+    with _apart_from_agent(tracking):
         try:
             run = begin(mode)
         except wandb.Error as error:
@@ -129,23 +129,23 @@ def _wandb(folder: Path, name: str, experiment: Experiment) -> Iterator[Any]:
 
 
 @contextmanager
-def _apart_from_agent(experiment: Experiment) -> Iterator[None]:
+def _apart_from_agent(tracking: Tracking) -> Iterator[None]:
     """Of several runs only the main one is the agent's; the others are the group's, and not of its sweep."""
     import wandb
 
-    kept = {} if experiment.main else {name: os.environ.pop(name) for name in AGENT if name in os.environ}
-    if not kept:
+    removed = {} if tracking.main else {name: os.environ.pop(name) for name in AGENT if name in os.environ}
+    if not removed:
         yield
         return
     wandb.teardown()  # it has read these variables, and holds to them
     try:
         yield
     finally:
-        os.environ.update(kept)
+        os.environ.update(removed)
         wandb.teardown()
 
 
-def _asked_mode() -> str | None:
+def _requested_mode() -> str | None:
     """What the user asks of wandb; None: nothing.
 
     WANDB_MODE comes first, then WANDB_DISABLED, then what `wandb offline` or `wandb disabled` has saved.

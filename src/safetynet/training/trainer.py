@@ -40,7 +40,7 @@ from safetynet.errors import RunError
 from safetynet.recipe import Training
 from safetynet.run import parallel
 from safetynet.training import checkpoints, sharding
-from safetynet.training.examples import Example, Order, packed, padded
+from safetynet.training.examples import Batch, Example, Order, packed, padded
 from safetynet.training.loss import answer_loss
 
 Result = TypeVar("Result")
@@ -48,6 +48,45 @@ OnEvaluate = Callable[[Any, int, float], dict[str, float]]
 """Called with model, step and epoch; what it returns is recorded."""
 
 logger = logging.getLogger(__name__)
+
+
+class Objective:
+    """What a training minimises: the answer's loss. Another objective derives from it."""
+
+    divisible = True
+    """Whether the losses of a step's parts add up to the step's: then a step is cut where memory ends."""
+    advice = "Lower training.learning_rate or raise training.warmup_ratio"
+    """What to do about a loss that is not finite."""
+
+    def losses(
+        self, trainer: "AnswerTrainer", rows: Sequence[Example], batch: Batch, supervised: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss that is logged, and the one that is minimised; scalars.
+
+        Args:
+            trainer: whose model computes them.
+            rows: one part of a step.
+            batch: the same rows as tensors, (lines, tokens) each.
+            supervised: labels of the whole step; the parts' losses are divided by it, and add up.
+        """
+        loss = answer_loss(trainer.learner, batch, supervised)
+        return loss, loss
+
+    def before_step(self, trainer: "AnswerTrainer", rows: Sequence[Example]) -> None:
+        """Called before the first forward pass of a step, with all of its rows."""
+
+    def after_step(self) -> None:
+        """Called once the gradients of a step are there."""
+
+    def restart_step(self) -> None:
+        """Called before the parts of a step are run, also when the step is taken again in smaller parts."""
+
+    def logged(self) -> dict[str, float]:
+        """What a line about the loss says besides; means over the steps since the line before."""
+        return {}
+
+    def checkpoint_written(self) -> None:
+        """Called after each checkpoint: a resumed training begins here, with a new objective."""
 
 
 class AnswerTrainer(Trainer):
@@ -61,11 +100,11 @@ class AnswerTrainer(Trainer):
         pad_id: fills the ends of lines.
         on_evaluate: measures the model when `args` say so.
         callbacks: beside the Trainer's own.
+        objective: by default the answer's loss.
+        order: of the rows; by default as `cfg.batching` says.
     """
 
-    loss_is_scaled_for_ga = True  # answer_loss divides by the labels of the whole step
-
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         model: PeftModel | PreTrainedModel,
         args: TrainingArguments,
@@ -75,6 +114,8 @@ class AnswerTrainer(Trainer):
         pad_id: int,
         on_evaluate: OnEvaluate | None,
         callbacks: list[TrainerCallback],
+        objective: Objective | None = None,
+        order: Order | None = None,
     ) -> None:
         self.sharded = sharding.shard(model, args.device.type) if parallel.shares_weights() else None
         # The Trainer wants an evaluation set before it evaluates; `on_evaluate` brings its own.
@@ -94,6 +135,8 @@ class AnswerTrainer(Trainer):
         self.cfg = cfg
         self.pad_id = pad_id
         self.on_evaluate = on_evaluate
+        self.objective: Objective = objective or Objective()
+        self.order = order
         self.part_size = cfg.batch_size
         self.halvings = 0
         self.tokens = 0
@@ -106,7 +149,8 @@ class AnswerTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Batches of rows, not tensors: a step's parts are made into tensors one by one."""
         lengths = [len(example.input_ids) for example in self.examples]
-        order = Order(lengths, self._train_batch_size, self.cfg.batching == "group_by_length", self.args.seed)
+        grouped = self.cfg.batching == "group_by_length"
+        order = self.order or Order(lengths, self._train_batch_size, grouped, self.args.seed)
         loader: Any = DataLoader(self.examples, batch_sampler=order, collate_fn=_rows)  # type: ignore[arg-type]
         # Every process sees all rows of a step, and takes its own in `training_step`.
         prepared: DataLoader[Any] = prepare_data_loader(loader, num_processes=1, process_index=0)
@@ -124,12 +168,13 @@ class AnswerTrainer(Trainer):
         if not model.training:
             model.train()
         rows = inputs["rows"]
+        self.objective.before_step(self, rows)
         loss = None
         while loss is None:
             try:
                 loss = self._accumulate(model, rows)
             except RuntimeError as error:
-                if not out_of_memory(error):
+                if not (out_of_memory(error) and self.objective.divisible):
                     raise
                 if self.sharded is not None:
                     raise self._out_of_step() from error
@@ -137,19 +182,29 @@ class AnswerTrainer(Trainer):
             if loss is None:
                 self._halve(model, rows)
         self._add_up(loss)
+        self.objective.after_step()
         self.tokens += sum(len(row.input_ids) for row in rows)
         self.supervised += sum(row.supervised for row in rows)
         self.state.num_input_tokens_seen += sum(len(row.input_ids) for row in rows)
         return loss
 
     def _accumulate(self, model: Any, rows: Sequence[Example]) -> torch.Tensor:
-        """Gradients of all rows: the Trainer's own step, but for setting modules to the mode they are in."""
+        """Gradients of all rows: the Trainer's own step, but for setting modules to the mode they are in.
+
+        Stops at the first loss that is not finite, before it reaches a weight.
+        """
         collate = packed if self.cfg.batching == "pack" else padded
+        self.objective.restart_step()
         total = torch.zeros((), device=self.args.device)
         for part, supervised in self._parts(rows):
             batch = self._prepare_inputs(collate(part, self.pad_id))
-            loss = self.compute_loss(model, batch, num_items_in_batch=supervised)
-            self.accelerator.backward(self.with_further_terms(loss, part, batch))
+            with self.accelerator.autocast():
+                losses = partial(self.objective.losses, self, part, batch, supervised)
+                loss, minimised = self._whole(losses)
+            for name, value in (("loss", loss), ("loss with its further terms", minimised)):
+                if not torch.isfinite(value):
+                    self.stop(name, value)
+            self.accelerator.backward(minimised)
             total += loss.detach()
         return total
 
@@ -208,29 +263,9 @@ class AnswerTrainer(Trainer):
             step, self.part_size, self.part_size, parts,
         )  # fmt: skip
 
-    def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> torch.Tensor:
-        """The answer's loss; stops at the first one that is not finite, before it reaches a weight."""
-        with self.accelerator.autocast():
-            loss = self._whole(lambda: self.answer_loss(inputs, num_items_in_batch))
-        if not torch.isfinite(loss):
-            self.stop("loss", loss)
-        return loss
-
     def _whole(self, work: Callable[[], Result]) -> Result:
         """Do what runs the model, with its weights there."""
         return work() if self.sharded is None else self.sharded(work)
-
-    def answer_loss(self, inputs: dict[str, Any], supervised: float) -> torch.Tensor:
-        """Of a part's labels, over `supervised` of the whole step."""
-        return answer_loss(self.learner, inputs, supervised)
-
-    def with_further_terms(
-        self, loss: torch.Tensor, rows: Sequence[Example], batch: dict[str, Any]
-    ) -> torch.Tensor:
-        """What is minimised: the answer's loss alone, unless a subclass adds to it."""
-        return loss
 
     def _clip_grad_norm(self, model: Any) -> torch.Tensor:
         norm: Any = self.accelerator.clip_grad_norm_(self._trained, self.args.max_grad_norm)
@@ -241,16 +276,16 @@ class AnswerTrainer(Trainer):
         return norm
 
     def stop(self, what: str, value: torch.Tensor) -> None:
-        """End the training over a value that is no number.
+        """End the training over a value that is NaN or infinite.
 
         Raises:
             RunError: always.
         """
         hint = ", or set training.precision to bf16 or fp32" if self.args.fp16 else ""
+        checkpoint = "" if self.args.save_strategy == "no" else " The last checkpoint is kept."
         raise RunError(
             f"The {what} is {value.item()} at step {self.state.global_step + 1} of {self.state.max_steps}, "
-            f"at learning rate {self._get_learning_rate():.3g}. Lower training.learning_rate or raise "
-            f"training.warmup_ratio{hint}. The last checkpoint is kept."
+            f"at learning rate {self._get_learning_rate():.3g}. {self.objective.advice}{hint}.{checkpoint}"
         )
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
@@ -273,7 +308,7 @@ class AnswerTrainer(Trainer):
             logs |= {
                 "tokens": self.state.num_input_tokens_seen,
                 "seconds": self._seconds_before() + self.seconds,
-            }
+            } | self.objective.logged()
         super().log(logs, start_time)
 
     def _seconds_before(self) -> float:
@@ -338,6 +373,7 @@ class AnswerTrainer(Trainer):
             parallel.wait()  # each process writes its random states
             if parallel.is_first():
                 (folder / checkpoints.COMPLETE).touch()
+            self.objective.checkpoint_written()
         except (OSError, RuntimeError, SafetensorError) as error:
             shutil.rmtree(folder, ignore_errors=True)
             raise RunError(
@@ -360,12 +396,22 @@ def _rows(examples: list[Example]) -> dict[str, list[Example]]:
 @contextmanager
 def undisturbed(model: Any) -> Iterator[None]:
     """Evaluation mode inside; mode and all random states as before afterwards."""
-    python, numpy, training = random.getstate(), np.random.get_state(), model.training  # noqa: NPY002
+    training = model.training
     model.eval()
+    try:
+        with same_random_states():
+            yield
+    finally:
+        model.train(training)
+
+
+@contextmanager
+def same_random_states() -> Iterator[None]:
+    """All random states as before afterwards: the Trainer, for one, seeds everything."""
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
     try:
         with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
             yield
     finally:
-        model.train(training)
         random.setstate(python)
         np.random.set_state(numpy)  # noqa: NPY002
