@@ -18,14 +18,16 @@ from safetynet.errors import InputError
 from safetynet.models import adapter_files, lora, support
 from safetynet.models.adapters import detach, exchanged, has_adapter, put_on
 from safetynet.models.blocks import decoder_layers
-from safetynet.models.lora import LoraUpdate, Place
+from safetynet.models.lora import LayerModule, LoraUpdate
 from safetynet.models.parts import adapters
 
 DIRECTIONS = 4
 """Singular directions whose overlap is measured."""
 
 
-def updates(model: Any, adapter: str = "default", folder: Path | None = None) -> dict[Place, LoraUpdate]:
+def updates(
+    model: Any, adapter: str = "default", folder: Path | None = None
+) -> dict[LayerModule, LoraUpdate]:
     """The updates of one LoRA adapter, by layer and module.
 
     Args:
@@ -54,7 +56,7 @@ def updates(model: Any, adapter: str = "default", folder: Path | None = None) ->
     if has_adapter(model) and adapter in model.peft_config:
         support.check(model.peft_config[adapter], "drift")
     moved = {
-        place: LoraUpdate(update.up.cpu(), update.down.cpu().clone())
+        place: LoraUpdate(update.up.cpu(), update.down.cpu())
         for place, _, update in lora.updates(model, adapter)
     }
     if not moved:
@@ -64,8 +66,8 @@ def updates(model: Any, adapter: str = "default", folder: Path | None = None) ->
 
 def drift(
     model: Any,
-    current: dict[Place, LoraUpdate],
-    earlier: dict[Place, LoraUpdate] | None = None,
+    current: dict[LayerModule, LoraUpdate],
+    earlier: dict[LayerModule, LoraUpdate] | None = None,
     step: int = -1,
     directions: int = DIRECTIONS,
 ) -> pd.DataFrame:
