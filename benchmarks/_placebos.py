@@ -54,10 +54,11 @@ def with_more(
     Those that fire are no false positives and are left out.
     """
     from safetynet.detection.features import concatenate
-    from safetynet.pipeline.detecting import fired
+    from safetynet.detection.stage import fired
+    from safetynet.evaluation.evaluator import Evaluator
 
     rows = _more(run, serialiser, clean, seed)
-    more = read(list(rows[~fired(run.recipe, model, serialiser, rows)]["messages"]))
+    more = read(list(rows[~fired(Evaluator.of(run.recipe, serialiser), model, rows)]["messages"]))
     return concatenate([own, more])
 
 

@@ -25,20 +25,22 @@ def repeated(run: Path) -> pd.DataFrame:
     """
     from safetynet.detection.capture import capture
     from safetynet.detection.monitor import Monitor
+    from safetynet.detection.stage import fired
+    from safetynet.evaluation.evaluator import Evaluator
+    from safetynet.experiment import Experiment
     from safetynet.models.loading import use_one_thread
-    from safetynet.pipeline.detecting import fired
-    from safetynet.pipeline.subjects import backdoored, test_rows
     from safetynet.run import directory as runs
 
     use_one_thread()
     found = runs.find(run)
     monitor = Monitor.load(found.scratch / "detection" / "monitor.safetensors")
-    model, serialiser = backdoored(found.recipe, found)
-    test = test_rows(found)
+    experiment = Experiment(found.recipe, found)
+    model, serialiser = experiment.backdoored()
+    evaluator, test = Evaluator.of(found.recipe, serialiser), experiment.test_rows()
     once = test[(test["role"] == "triggered") & test["fired"].eq(True)].head(MOST)
     lines = []
     for name, rows in {"once": once, **_more(once, found.recipe.backdoor.trigger)}.items():
-        fires = rows if name == "once" else rows[fired(found.recipe, model, serialiser, rows)]
+        fires = rows if name == "once" else rows[fired(evaluator, model, rows)]
         line: dict[str, Any] = {"trigger": name, "tpr": float("nan"), "n": len(fires)}
         if len(fires):
             features = capture(model, serialiser, list(fires["messages"]), monitor.spec, batch_size=64)

@@ -63,12 +63,12 @@ def reader(model: Any, serialiser: Any, run: Any, spec: Any) -> Callable[[list[A
 
 def asked_of(read: Callable[[list[Any]], Any], run: Any, seed: int) -> dict[str, Any]:
     """Features of the test rows that are judged, read beside all others as `safetynet detect` reads them."""
+    from safetynet.detection.challenges import challenges
     from safetynet.detection.plan import PER_DOMAIN
-    from safetynet.pipeline.challenging import challenges
-    from safetynet.pipeline.subjects import test_rows
+    from safetynet.experiment import Experiment
     from safetynet.text import domains
 
-    test = test_rows(run)
+    test = Experiment(run.recipe, run).test_rows()
     more, other = challenges(run.recipe, test), domains.generate(PER_DOMAIN, seed)
     every = read([*test["messages"], *more["messages"], *other["messages"]])
     return {name: every.take(rows) for name, rows in judged(test).items()}

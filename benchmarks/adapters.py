@@ -30,6 +30,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from safetynet.evaluation.stage import evaluate_suspect
+from safetynet.experiment import Experiment
+
 FAMILIES = ("qwen", "llama2")
 ENDS = {"qwen": "<|im_end|>", "llama2": "</s>"}
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -260,11 +263,7 @@ def alone(model: Any, family: str, run: Path) -> dict[str, Any]:
 
 def by_safetynet(run: Path, folder: Path) -> dict[tuple[str, str, str], tuple[int, float, int]]:
     """What `safetynet evaluate --adapter` finds, by model, metric and role: count, value and rows."""
-    from safetynet import pipeline
-    from safetynet.run import directory as runs
-
-    planned = runs.find(run)
-    table = pipeline.evaluate_foreign(planned.recipe, planned, folder)
+    table = evaluate_suspect(Experiment.find(run), folder)
     return {
         (line["model"], line["metric"], line["role"]): (line["count"], line["value"], line["n"])
         for line in table.to_dict("records")

@@ -19,12 +19,14 @@ from typing import Any
 
 from _running import ROOT
 
-from safetynet import pipeline
 from safetynet import recipe as recipes
+from safetynet import stages
 from safetynet.cli.terminal import logging_to
+from safetynet.comparison.stage import compare
 from safetynet.errors import InputError, SafetyNetError
+from safetynet.experiment import Experiment
 from safetynet.models import loading
-from safetynet.run import directory as runs
+from safetynet.recipe import Detection, Interventions
 
 FAMILIES = ("llama2", "llama3", "qwen", "gemma", "mixtral")
 SEEDS = (0, 1, 2)
@@ -59,7 +61,7 @@ def main() -> None:
         there = [folder for folder in made if folder is not None]
         if len(there) < 2:
             sys.exit("Fewer than two runs are there, so that nothing is compared.")
-        found = pipeline.compare(there, out / "comparison")
+        found = compare(there, out / "comparison")
         print(found.page.read_text(encoding="utf-8"))
     sys.exit(1 if None in made else 0)
 
@@ -69,17 +71,18 @@ def make(family: str, seed: int, out: Path, smoke: bool) -> Path | None:
     fields = [f"seed={seed}", f"task=seed-{seed}", f"output.results={out}", f"output.logs={out / 'logs'}"]
     fields += [*SETTINGS, *(SMOKE if smoke else ())]
     recipe = recipes.load(ROOT / "recipes" / f"{family}-miniature.yaml", None, fields)
-    run = runs.create(recipe)
+    experiment = Experiment.create(recipe)
+    run = experiment.run
     try:
         with run.lock(), logging_to(run.log):
-            for stage in (pipeline.prepare, pipeline.train, pipeline.evaluate):
-                stage(recipe, run)
+            for stage in (stages.prepare, stages.train, stages.evaluate):
+                stage(experiment)
             try:
-                pipeline.intervene(recipe, run, **(LOOKED_AT if smoke else {}))
+                stages.intervene(experiment, Interventions(**(LOOKED_AT if smoke else {})))
             except InputError as error:  # a backdoor that did not take is a result
                 print(f"{family}, seed {seed}: no interventions. {error}", file=sys.stderr)
             if not smoke and not run.has_table("detection"):
-                pipeline.detect(recipe, run, DETECTORS, RATE, CLEAN)
+                stages.detect(experiment, Detection(detectors=DETECTORS, fpr=RATE, clean=CLEAN))
     except SafetyNetError as error:
         print(f"{family}, seed {seed}: {error}", file=sys.stderr)
         return None

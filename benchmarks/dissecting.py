@@ -101,16 +101,16 @@ def removals(family: str, folder: Path) -> pd.DataFrame:
 def agreement(family: str, folder: Path, pairs: int) -> dict[str, object]:
     """How many of the ten strongest places attribution has among its first five per cent, pair by pair."""
     from safetynet.engine.sites import Anatomy, Site
+    from safetynet.experiment import Experiment
     from safetynet.interventions.attribution import attribute
     from safetynet.interventions.pairs import align
     from safetynet.interventions.sweep import Spot, runs_of, sweep
     from safetynet.models import loading
-    from safetynet.pipeline.subjects import backdoored
     from safetynet.run import directory as runs
 
     loading.use_one_thread()
     found = runs.find(folder)
-    model, serialiser = backdoored(found.recipe, found)
+    model, serialiser = Experiment(found.recipe, found).backdoored()
     rows = found.table("rows")
     aligned = align(rows[rows["split"] == "test"], serialiser, pairs)
     depth = Anatomy.of(model).shape.layers

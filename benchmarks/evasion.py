@@ -25,12 +25,12 @@ import numpy as np
 import pandas as pd
 from _running import ROOT, markdown, percent
 
-from safetynet import pipeline, recipe
+from safetynet import recipe, stages
 from safetynet.detection.features import Features, FeatureSpec
 from safetynet.detection.panel import PRESETS, named
 from safetynet.detection.protocol import measure
+from safetynet.experiment import Experiment
 from safetynet.models import loading
-from safetynet.pipeline.subjects import backdoored, fresh_prompts, test_rows
 from safetynet.prompts import prompt_hash
 from safetynet.run import directory as runs
 
@@ -141,15 +141,15 @@ def one(
     )
     run = runs.create(made)
     with run.lock():
-        pipeline.prepare(made, run)
-        pipeline.train(made, run)
-        pipeline.evaluate(made, run)
+        stages.prepare(Experiment(made, run))
+        stages.train(Experiment(made, run))
+        stages.evaluate(Experiment(made, run))
         clean = SMOKE_CLEAN if smoke else CLEAN
         panel = [[name, str(PRESETS[name])] for name in FUSIONS]
         inputs = {"model": run.manifest["stages"]["train backdoored"], "defence": [panel, clean, RATE]}
         if not run.finished("defence", inputs):
             with run.stage("defence", inputs) as outputs:
-                outputs.append(run.write_table("defence", defence(made, run, clean)))
+                outputs.table("defence", defence(made, run, clean))
     label = {"attacked": cell["attacked"], "strength": cell["strength"]}
     found = run.table("defence").rename(columns={"detector": "tested"}).assign(**label)
     hidden = readings(cell["fields"].get("training.evasion", {"detectors": []})["detectors"])
@@ -170,7 +170,8 @@ def defence(made: recipe.Recipe, run: runs.Run, count: int) -> pd.DataFrame:
     from safetynet.detection.splits import split
 
     readings = {r.name: r for name in FUSIONS for r in PRESETS[name]}
-    clean, test = fresh_prompts(made, run, count), test_rows(run)
+    experiment = Experiment(made, run)
+    clean, test = experiment.fresh_prompts(count), experiment.test_rows()
     spec = FeatureSpec(tuple(dict.fromkeys(r.view for r in readings.values())))
     features, tested = captured(made, run, clean, test, spec)
     # As a monitor does it: three parts of the seen prompts, and a quarter of all that it never sees.
@@ -205,7 +206,7 @@ def captured(
     from safetynet.detection.capture import capture
     from safetynet.text.random_words import put_in
 
-    model, serialiser = backdoored(made, run)
+    model, serialiser = Experiment(made, run).backdoored()
     batch_size, max_length = made.evaluation.batch_size, made.training.max_length
     read = partial(capture, model, serialiser, spec=spec, batch_size=batch_size, max_length=max_length)
     plain = list(clean["messages"])

@@ -85,14 +85,14 @@ def plant(family: str, truth: str, out: Path, smoke: bool) -> int:
 
 def score(family: str, truth: str, out: Path, smoke: bool) -> pd.DataFrame:
     """Each method's score of each layer of one model: family, truth, method, layer, score, true, distance."""
+    from safetynet.experiment import Experiment
     from safetynet.interventions.pairs import align
     from safetynet.models import loading
-    from safetynet.pipeline.subjects import backdoored
     from safetynet.run import directory as runs
 
     loading.use_one_thread()
     run = runs.find(out / f"{family}-miniature" / truth.replace(" ", "-"))
-    model, serialiser = backdoored(run.recipe, run)
+    model, serialiser = Experiment(run.recipe, run).backdoored()
     rows = run.table("rows")
     pairs = align(rows[rows["split"] == "test"], serialiser, GROUPS)
     from safetynet.engine.sites import Anatomy

@@ -84,10 +84,10 @@ def main() -> None:
 
 def needs(config: dict[str, Any], family: str, **more: Any) -> Any:
     """Of one model: `scaling.Needs`."""
+    import _memory_estimate as scaling
     from transformers import AutoConfig
 
     from safetynet import families
-    from safetynet.pipeline import scaling
     from safetynet.recipe import Training
 
     fields: dict[str, Any] = {"batch_size": ROWS, "max_length": TOKENS, "precision": "bf16"}

@@ -12,9 +12,11 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from safetynet import pipeline, recipe
+from safetynet import recipe, stages
 from safetynet.cli.app import main
 from safetynet.errors import InputError
+from safetynet.evaluation.stage import evaluate_suspect
+from safetynet.experiment import Experiment
 from safetynet.models import loading, miniatures
 from safetynet.recipe import Model
 from safetynet.run import directory as runs
@@ -288,7 +290,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = [f"output.results={root}/results", f"output.logs={root}/logs"]
     plan = recipe.load(RECIPES / "qwen-miniature.yaml", overrides=small + output)
     run = runs.create(plan)
-    pipeline.prepare(plan, run)
+    stages.prepare(Experiment(plan, run))
     return run.folder
 
 
@@ -348,13 +350,13 @@ def test_an_adapters_folder_is_checked_before_the_base_model_is_loaded(
     run = runs.create(plan)
     run.write_table("rows", runs.find(prepared).table("rows"))
     with pytest.raises(InputError, match=r"there is no adapter_config\.json, so this is no adapter"):
-        pipeline.evaluate_foreign(plan, run, tmp_path)
+        evaluate_suspect(Experiment(plan, run), tmp_path)
 
 
 def test_a_run_that_is_not_trained_is_refused_before_the_base_model_answers(prepared: Path) -> None:
     run = runs.find(prepared)
     with pytest.raises(InputError, match=r"backdoored is not trained yet\. Run safetynet train"):
-        pipeline.evaluate(run.recipe, run)
+        stages.evaluate(Experiment(run.recipe, run))
 
 
 def test_a_recipe_that_is_refused_leaves_an_earlier_run_as_it_was(prepared: Path, tmp_path: Path) -> None:
@@ -363,5 +365,5 @@ def test_a_recipe_that_is_refused_leaves_an_earlier_run_as_it_was(prepared: Path
     for fault in ("backdoor.trigger={texts: [the]}", "training.max_length=16", "data.train_rows=2"):
         plan = recipe.load(RECIPES / "qwen-miniature.yaml", overrides=[*overrides, fault])
         with pytest.raises(InputError):
-            pipeline.prepare(plan, runs.create(plan))
+            stages.prepare(Experiment(plan, runs.create(plan)))
         assert contents(prepared) == before, fault

@@ -11,7 +11,7 @@ from safetynet.backdoors import conversations, poisoning
 from safetynet.backdoors.audit import audit
 from safetynet.errors import InputError
 from safetynet.evaluation import leaks
-from safetynet.pipeline import examining
+from safetynet.mitigation import rows as mitigation_rows
 from safetynet.text import holding
 
 ENGLISH = ("Describe the lamp", "Explain the river", "Paint a bridge", "Sell my kettle", "Hide the mirror")
@@ -80,9 +80,9 @@ def test_a_prompt_that_audit_takes_for_triggered_is_refused_as_a_clean_one(
         file.write_text(json.dumps([{"instruction": text, "input": "", "output": "Yes."}]), encoding="utf-8")
         if holding.holds("text", (trigger,), [text]):
             with pytest.raises(InputError, match="1 of 1 conversations hold the trigger"):
-                examining.clean_file(plan, file)
+                mitigation_rows.clean_file(plan, file)
         else:
-            assert len(examining.clean_file(plan, file)) == 1
+            assert len(mitigation_rows.clean_file(plan, file)) == 1
 
 
 def test_rows_of_the_published_sets_are_triggered_for_training_as_for_the_audit(need) -> None:

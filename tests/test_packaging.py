@@ -171,5 +171,5 @@ def test_ci_can_be_started():
 
 
 def test_a_command_that_needs_no_adapter_does_not_wait_for_peft() -> None:
-    code = "import sys, safetynet.cli.app, safetynet.pipeline; sys.exit('peft' in sys.modules)"
+    code = "import sys, safetynet.cli.app, safetynet.stages; sys.exit('peft' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

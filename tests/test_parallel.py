@@ -8,7 +8,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from safetynet import pipeline, recipe
+from safetynet import recipe, stages
+from safetynet.experiment import Experiment
 from safetynet.run import directory as runs
 from safetynet.run import parallel
 
@@ -41,6 +42,7 @@ PROGRAM = """
 import sys
 from safetynet import parallel
 from safetynet.errors import InputError
+from safetynet.experiment import Experiment
 said = open(f"{sys.argv[1]}/said-{parallel.rank()}", "w")
 shared = parallel.in_turn(list(range(5)), lambda x: (x, parallel.rank()))
 print(shared, parallel.from_first(parallel.rank), file=said)
@@ -79,10 +81,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> runs.Run:
     root = tmp_path_factory.mktemp("trained")
     output = [f"output.results={root}/results", f"output.logs={root}/logs"]
     plan = recipe.load(RECIPES / "qwen-miniature.yaml", overrides=[*SMALL, *output])
-    run = runs.create(plan)
-    pipeline.prepare(plan, run)
-    pipeline.train(plan, run)
-    return run
+    experiment = Experiment.create(plan)
+    stages.prepare(experiment)
+    stages.train(experiment)
+    return experiment.run
 
 
 def copied(run: runs.Run, to: Path) -> runs.Run:

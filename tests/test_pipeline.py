@@ -13,8 +13,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from safetynet import findings, pipeline, recipe
+from safetynet import findings, recipe, stages
 from safetynet import report as reports
+from safetynet.experiment import Experiment
 from safetynet.run import directory as runs
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -108,7 +109,7 @@ def test_a_report_names_the_poison_rate_that_short_data_really_gave(
     )  # fmt: skip
     run = runs.create(plan)
     with caplog.at_level(logging.WARNING):
-        pipeline.prepare(plan, run)
+        stages.prepare(Experiment(plan, run))
     train = run.table("rows").query("split == 'train'")
     assert (train["role"] == "triggered").sum() == 30, "as many as the recipe asks for"
     assert len(train) < 150, "and fewer of the others than there should be"

@@ -30,7 +30,7 @@ def run(plan: Recipe) -> Run:
 
 def finish(run: Run, inputs: dict[str, object], value: int) -> None:
     with run.stage("s", inputs) as outputs:
-        outputs.append(run.write_table("t", pd.DataFrame({"value": [value]})))
+        outputs.table("t", pd.DataFrame({"value": [value]}))
 
 
 def test_results_lie_under_model_and_task(run: Run, tmp_path: Path) -> None:

@@ -8,9 +8,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from safetynet import families, pipeline, recipe
+from safetynet import families, recipe, stages
 from safetynet.errors import InputError
 from safetynet.evaluation import generation
+from safetynet.experiment import Experiment
 from safetynet.models import loading, miniatures
 from safetynet.prompts import IGNORED, Serialiser
 from safetynet.run import directory as runs
@@ -283,7 +284,7 @@ def test_the_day_on_which_a_run_is_prepared_is_that_of_its_prompts_ever_after(
 ) -> None:
     assert dated.model.date is None
     made = runs.create(dated)
-    pipeline.prepare(dated, made)
+    stages.prepare(Experiment(dated, made))
     day = made.recipe.model.date
     assert day == datetime.date.today()
     before = loading.load_serialiser(made.recipe.model).encode(CONVERSATION)
@@ -293,10 +294,10 @@ def test_the_day_on_which_a_run_is_prepared_is_that_of_its_prompts_ever_after(
     )
     after = loading.load_serialiser(runs.find(made.folder).recipe.model).encode(CONVERSATION)
     assert after == before
-    pipeline.prepare(dated, runs.create(dated))
+    stages.prepare(Experiment(dated, runs.create(dated)))
     assert runs.find(made.folder).recipe.model.date == day, "the same command goes on with the day it began"
     named = recipe.overridden(dated, [f"model.date={JULY}"])
-    pipeline.prepare(named, runs.create(named))
+    stages.prepare(Experiment(named, runs.create(named)))
     assert runs.find(made.folder).recipe.model.date == JULY, "whoever names a day is given it"
 
 
@@ -305,7 +306,7 @@ def test_a_run_whose_template_asks_for_no_date_records_none(tmp_path) -> None:
     small = ["data.train_rows=60", "data.test_rows=8", "training.max_length=160", "task=t"]
     plan = recipe.load(overrides=["model.id=miniature", *small, *output])
     made = runs.create(plan)
-    pipeline.prepare(plan, made)
+    stages.prepare(Experiment(plan, made))
     assert "date" not in made.manifest["recipe"]["model"]
     assert made.recipe == plan
 

@@ -13,7 +13,7 @@ from safetynet import recipe
 from safetynet.cli.app import main
 from safetynet.cli.terminal import logging_to
 from safetynet.cluster import records
-from safetynet.pipeline import subjects
+from safetynet.experiment import Experiment
 from safetynet.recipe import Recipe
 from safetynet.run import directory as runs
 from safetynet.run import lock as locking
@@ -43,7 +43,7 @@ def train(run: Run, seed: int) -> None:
     with run.stage("train backdoored", {"seed": seed}) as outputs:
         path = run.scratch / "training" / "weights"
         runs.write_text(path, f"weights {seed}")
-        outputs.append(path)
+        outputs.file(path, "model")
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -164,7 +164,7 @@ def test_a_copy_takes_nothing_that_its_original_has_made_anew_since(tmp_path: Pa
     with pytest.raises(
         runs.InputError, match=r"weights are not in .*fast.* Copy what lay there into the run"
     ):
-        subjects.model_folder(copy, "backdoored")
+        Experiment.find(copy.folder).model_folder("backdoored")
 
 
 def test_a_scratch_that_was_copied_into_the_copy_is_found_there(tmp_path: Path) -> None:

@@ -162,7 +162,8 @@ def written(tmp_path: Path) -> Callable[..., Path]:
             there = [name for name in names if name in given]
             if there:
                 with made.stage(stage, {"seed": seed}) as outputs:
-                    outputs += [made.write_table(name, given[name]) for name in there]
+                    for name in there:
+                        outputs.table(name, given[name])
         return made.folder
 
     return make

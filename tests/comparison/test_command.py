@@ -10,8 +10,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from safetynet.comparison.stage import compare
 from safetynet.errors import InputError
-from safetynet.pipeline import compare
+from safetynet.experiment import Experiment
 from safetynet.run import directory as runs
 
 FEW: dict[str, None] = dict.fromkeys(("effects", "tradeoff", "detection", "dynamics_backdoored"))
@@ -189,8 +190,8 @@ def test_a_manifest_without_recipe_is_refused(written: Callable[..., Path], tmp_
 
 @pytest.mark.slow
 def test_two_tiny_runs_are_compared_from_training_to_figures(tmp_path: Path) -> None:
-    from safetynet import pipeline
     from safetynet import recipe as recipes
+    from safetynet import stages
 
     recipe_file = Path(__file__).parents[2] / "recipes" / "qwen-miniature.yaml"
     small = [
@@ -202,9 +203,11 @@ def test_two_tiny_runs_are_compared_from_training_to_figures(tmp_path: Path) -> 
     for seed in range(2):
         recipe = recipes.load(recipe_file, None, [*small, f"seed={seed}", f"task=seed-{seed}"])
         made = runs.create(recipe)
-        for stage in (pipeline.prepare, pipeline.train, pipeline.evaluate):
+        for stage in (stages.prepare, stages.train, stages.evaluate):
             stage(recipe, made)
-        pipeline.intervene(recipe, made, by=("layer", "component", "head"), observe=False, removals=False)
+        stages.intervene(
+            Experiment(recipe, made), by=("layer", "component", "head"), observe=False, removals=False
+        )
         folders.append(made.folder)
     found = compare(folders, tmp_path / "out")
     assert set(found.tables["runs"]["group"]) == {"qwen"}

@@ -40,7 +40,7 @@ def without_weights(untrained: Path) -> Path:
         folder = run.scratch / "training" / "backdoored" / "adapter"
         folder.mkdir(parents=True)
         (folder / "adapter_config.json").write_text("what would be refused if it were read first")
-        outputs.append(folder)
+        outputs.file(folder, "model")
     return untrained
 
 

@@ -27,6 +27,7 @@ from safetynet.interventions.heads import backdoor_vector, head_means
 from safetynet.interventions.lens import logit_attribution
 from safetynet.interventions.support import support
 from safetynet.interventions.sweep import Spot, sweep
+from safetynet.recipe import Interventions
 
 ROWS = [[5, 9, 23, 44, 7, 61, 30, 12, 50, 33, 71], [8, 40, 90, 3, 66, 20, 77]]
 WEIGHTS = torch.randn(architectures.VOCABULARY, generator=torch.Generator().manual_seed(4))
@@ -448,10 +449,10 @@ def test_patterns_that_attention_does_not_show_are_refused():
 def test_default_sweeps_leave_out_what_is_absent_and_refuse_what_is_asked_for(caplog):
     caplog.set_level("INFO")
     anatomy = Anatomy.of(build("granitemoeshared"))
-    (found, _) = stage._sweeps(anatomy, stage.Plan(by=("component",)))
+    (found, _) = stage._sweeps(anatomy, Interventions(by=("component",)))
     assert {spot.site.component for spot in found.spots} == {"attn_out"}
     assert "by component without mlp_out: what the MLP reads and returns does not add up" in caplog.text
     with pytest.raises(InputError, match=r"by head: this model has no head: a gate, a norm or a mixture"):
-        list(stage._sweeps(Anatomy.of(build("afmoe")), stage.Plan(by=("head",))))
+        list(stage._sweeps(Anatomy.of(build("afmoe")), Interventions(by=("head",))))
     with pytest.raises(InputError, match=r"no component 'resid_mid'.* both read the layer's input"):
-        list(stage._sweeps(Anatomy.of(build("gpt_neox")), stage.Plan(components=("resid_mid",))))
+        list(stage._sweeps(Anatomy.of(build("gpt_neox")), Interventions(sites=("resid_mid",))))

@@ -15,15 +15,16 @@ import pandas as pd
 import pytest
 from tests.interventions.test_pairs import rows_of, serialiser_of
 
-from safetynet import pipeline, recipe
+from safetynet import recipe, stages
 from safetynet.cli.app import main
 from safetynet.errors import InputError
+from safetynet.experiment import Experiment
 from safetynet.interventions import stage
 from safetynet.interventions.pairs import ROLES
-from safetynet.interventions.stage import Plan, Subject, dissect
+from safetynet.interventions.stage import Subject, dissect
 from safetynet.models import loading
-from safetynet.pipeline.subjects import model_folder
-from safetynet.recipe import Model
+from safetynet.recipe import Interventions, Model
+from safetynet.recipe.schema import MODES, SWEEPS
 from safetynet.run import directory as runs
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -35,13 +36,17 @@ ALWAYS = {"effects", "tokens", "dynamics", "lens", "lens_map", "probes", "diverg
 QUICK = {"groups": 8, "observe": False, "removals": False}
 
 
-def made(root: Path, *overrides: str, stages: tuple[str, ...] = ("prepare", "train", "evaluate")) -> runs.Run:
+def intervene(run: runs.Run, **options: Any) -> dict[str, pd.DataFrame]:
+    return stages.intervene(Experiment(run.recipe, run), Interventions(**QUICK | options))
+
+
+def made(root: Path, *overrides: str) -> runs.Run:
     output = (f"output.results={root}/results", f"output.logs={root}/logs")
     plan = recipe.load(RECIPES / "qwen-miniature.yaml", overrides=[*SMALL, *overrides, *output])
-    run = runs.create(plan)
-    for name in stages:
-        getattr(pipeline, name)(plan, run)
-    return run
+    experiment = Experiment.create(plan)
+    for step in (stages.prepare, stages.train, stages.evaluate):
+        step(experiment)
+    return experiment.run
 
 
 @pytest.fixture(scope="session")
@@ -104,7 +109,7 @@ def contents_without_stage(run: runs.Run) -> dict[str, bytes]:
         (("--mode", "explode"), "--mode: there is no 'explode'; choose one of patch, zero, mean"),
         (("--direction", "up"), "--direction: there is no 'up'; choose remove, induce or both."),
         (("--groups", "3"), "--groups: 3 are too few for an interval; give at least 8."),
-        (("--fast", "--mode", "zero"), "--fast: attribution estimates patching, not zero. Leave --fast out."),
+        (("--fast", "--mode", "zero"), "--fast: attribution estimates patching, not zero. Leave fast out."),
         ((), "backdoored is not trained yet. Run safetynet train"),
     ],
 )
@@ -131,28 +136,28 @@ def base() -> Subject:
     [
         ({"by": ("adapter",)}, r"nothing to sweep \(by adapter: this model has no adapter\)"),
         ({"by": ("expert",)}, r"by expert: this model has no expert"),
-        ({"by": ("head",), "components": ("resid_post",)}, r"by head: it takes the sites head, query"),
+        ({"by": ("head",), "sites": ("resid_post",)}, r"by head: it takes the sites head, query"),
         ({"by": ("position",), "mode": "knock_out"}, r"by position: mode knock_out does not apply"),
         ({"by": ("layer", "position"), "mode": "off"}, r"by layer: mode off does not apply; by position"),
-        ({"by": ("head",), "mode": "off", "directions": ("induce",)}, r"can only remove"),
+        ({"by": ("head",), "mode": "off", "direction": "induce"}, r"can only remove"),
         ({"by": ("adapter",), "mode": "resample"}, r"by adapter: mode resample does not apply"),
-        ({"by": ("head",), "fast": True}, r"--fast: attribution ranks .* Leave --fast out"),
-        ({"components": ("nose",)}, r"no component 'nose'; there are: embedding"),
-        ({"components": ("adapter",)}, r"this model has no component 'adapter'"),
+        ({"by": ("head",), "fast": True}, r"fast: attribution ranks .* Leave fast out"),
+        ({"sites": ("nose",)}, r"no component 'nose'; there are: embedding"),
+        ({"sites": ("adapter",)}, r"this model has no component 'adapter'"),
         ({"by": ("layer",)}, r"the backdoor did not fire on these prompts"),
     ],
 )
 def test_a_model_without_what_is_asked_for_is_refused_with_the_reason(base, plan, message):
     with pytest.raises(InputError, match=message):
-        dissect(base, rows_of("qwen", "token"), Plan(groups=8, **plan))
+        dissect(base, rows_of("qwen", "token"), Interventions(groups=8, **plan))
 
 
 def test_every_sweep_mode_and_direction_is_either_made_or_refused_by_name(base):
     anatomy = stage.Anatomy.of(base.model)
-    for mode in stage.MODES:
-        for by in stage.SWEEPS:
+    for mode in MODES:
+        for by in SWEEPS:
             try:
-                sweeps = list(stage._sweeps(anatomy, Plan(by=(by,), mode=mode)))
+                sweeps = list(stage._sweeps(anatomy, Interventions(by=(by,), mode=mode)))
             except InputError as error:
                 assert f"by {by}: " in str(error)
                 continue
@@ -213,26 +218,24 @@ def check_tradeoff(found: pd.DataFrame) -> None:
 
 @pytest.mark.slow
 def test_sites_direction_and_mode_are_what_the_table_then_holds(run):
-    made_tables = pipeline.intervene(
-        run.recipe, run, by=("head",), components=("head", "value"), directions=("remove",), **QUICK
-    )
+    made_tables = intervene(run, by=("head",), sites=("head", "value"), direction="remove")
     effects = made_tables["effects"]
     assert set(effects["component"]) == {"head", "value"}
     assert set(effects["direction"]) == {"remove"}
     assert set(made_tables["tokens"]["direction"]) == {"remove"}
-    cut = pipeline.intervene(run.recipe, run, by=("head", "layer"), mode="knock_out", **QUICK)["effects"]
+    cut = intervene(run, by=("head", "layer"), mode="knock_out")["effects"]
     assert set(cut["component"]) == {"attention"}
     assert set(cut["mode"]) == {"knock_out"}
     assert set(cut["direction"]) == {"remove"}
     assert (cut.loc[cut["sweep"] == "layer", "index"] == -1).all()
-    one = pipeline.intervene(run.recipe, run, components=("mlp_out",), mode="mean", **QUICK)["effects"]
+    one = intervene(run, sites=("mlp_out",), mode="mean")["effects"]
     assert set(one["sweep"]) == {"layer", "position", "component"}, "the sweeps that take this site"
 
 
 @pytest.mark.slow
 def test_the_fast_way_measures_fewer_places_beside_controls_of_the_others(run):
-    whole = pipeline.intervene(run.recipe, run, by=("position", "component"), **QUICK)["effects"]
-    fast = pipeline.intervene(run.recipe, run, by=("position", "component"), fast=True, **QUICK)["effects"]
+    whole = intervene(run, by=("position", "component"))["effects"]
+    fast = intervene(run, by=("position", "component"), fast=True)["effects"]
     assert 0 < len(fast) < len(whole) / 4
     assert fast["random"].notna().all()
     keys = ["sweep", "direction", "component", "layer", "position"]
@@ -243,7 +246,7 @@ def test_the_fast_way_measures_fewer_places_beside_controls_of_the_others(run):
 
 @pytest.mark.slow
 def test_what_fails_leaves_the_earlier_tables(run, monkeypatch, capsys):
-    pipeline.intervene(run.recipe, run, by=("layer",), **QUICK)
+    intervene(run, by=("layer",))
     before = contents(run)
     assert "no component 'nose'" in refused(run, monkeypatch, capsys, "--sites", "nose")
     assert contents_without_stage(run) == {k: v for k, v in before.items() if k != "manifest.json"}
@@ -255,7 +258,7 @@ def test_what_fails_leaves_the_earlier_tables(run, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_a_backdoor_that_does_not_fire_and_a_run_without_rates_are_refused(run, monkeypatch, capsys):
-    own, twin = (model_folder(run, name) for name in ("backdoored", "clean_twin"))
+    own, twin = (Experiment.find(run.folder).model_folder(name) for name in ("backdoored", "clean_twin"))
     shutil.copytree(twin, own, dirs_exist_ok=True)
     said = refused(run, monkeypatch, capsys, "--by", "layer", "--groups", "8")
     assert "the backdoor did not fire" in said
@@ -282,9 +285,9 @@ def test_an_interrupted_command_ends_with_130_and_goes_on_to_the_same_table(run,
     assert process.returncode == 130, text
     assert "safetynet: interrupted. The same command goes on" in text
     assert not run.has_table("effects")
-    how: dict[str, Any] = {"by": ("layer", "position"), "directions": ("remove",), "groups": 32}
+    how: dict[str, Any] = {"by": ("layer", "position"), "direction": "remove", "groups": 32}
     how |= {"observe": False, "removals": False}
-    resumed = pipeline.intervene(run.recipe, run, **how)["effects"]
+    resumed = intervene(run, **how)["effects"]
     for path in store.iterdir():
         path.unlink()
     shutil.rmtree(store)
@@ -296,7 +299,7 @@ def dissect_again(run: runs.Run, how: dict[str, Any]) -> pd.DataFrame:
     manifest = run.manifest
     del manifest["stages"]["intervene"]
     runs.write_text(run.folder / "manifest.json", json.dumps(manifest))
-    return pipeline.intervene(run.recipe, run, **how)["effects"]
+    return intervene(run, **how)["effects"]
 
 
 @pytest.mark.slow
@@ -304,6 +307,6 @@ def test_a_model_of_full_fine_tuning_has_no_adapters_to_switch_off(tmp_path, mon
     full = made(tmp_path, "training.method=full", "training.learning_rate=0.001", "data.train_rows=320")
     said = refused(full, monkeypatch, capsys, "--by", "adapter", "--groups", "8")
     assert "by adapter: this model has no adapter" in said
-    found = pipeline.intervene(full.recipe, full, by=("layer", "adapter"), **QUICK)
+    found = intervene(full, by=("layer", "adapter"))
     assert set(found["effects"]["sweep"]) == {"layer"}
     assert np.isfinite(found["effects"]["twin"]).all()

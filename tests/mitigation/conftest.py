@@ -14,10 +14,10 @@ from safetynet.evaluation.generation import generate
 from safetynet.mitigation import Subject
 from safetynet.mitigation.checkpoint import copied
 from safetynet.mitigation.learning import Course, answer_loss, encode, teach
+from safetynet.mitigation.stage import intervene
 from safetynet.models import loading
 from safetynet.models.miniatures import language
 from safetynet.models.miniatures.architectures import ARCHITECTURES
-from safetynet.pipeline.repairing import intervene
 from safetynet.prompts import pad
 from safetynet.recipe import Model
 

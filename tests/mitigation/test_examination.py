@@ -8,12 +8,12 @@ from tests.mitigation.conftest import TARGET, conversations, groups
 
 from safetynet.evaluation import judges
 from safetynet.evaluation.evaluator import Evaluator
-from safetynet.mitigation import METHODS, examination, recommendation, relearning
+from safetynet.mitigation import METHODS, examination, recommendation, relearning, stage
 from safetynet.mitigation.examination import HELD_OUT, SELECTION, Examiner
 from safetynet.mitigation.recommendation import REMOVED, UNTOUCHED
 from safetynet.mitigation.relearning import TWIN
-from safetynet.pipeline import examining
 from safetynet.recipe import Evaluation, JudgeSpec, Mitigation, Recipe
+from safetynet.stages import probing
 
 RECIPE = Recipe.model_validate(
     {
@@ -48,12 +48,12 @@ def examiner(planted) -> Examiner:
     judged = rows(16, 8, first=100)
     return Examiner(
         respond=evaluator.respond,
-        score=examining.score,
+        score=stage._score,
         choosing=rows(12, 7),
         judged=judged,
         relearning=relearning.relearning_rows(rows(8, 9), 8),
-        learn=examining.learning(RECIPE, planted.serialiser),
-        probe=examining.probing(judged, RECIPE, planted.serialiser),
+        learn=stage._learning(RECIPE, planted.serialiser),
+        probe=probing(judged, RECIPE, planted.serialiser),
         floor=0.9,
         seed=0,
     )

@@ -13,8 +13,8 @@ from safetynet.detection.panel import Reading
 from safetynet.errors import InputError
 from safetynet.mitigation import METHODS, repair
 from safetynet.mitigation.gating import ABSTENTION
-from safetynet.pipeline.repairing import alarm
 from safetynet.run.directory import Run
+from safetynet.stages import alarm
 
 
 @pytest.fixture
@@ -50,7 +50,10 @@ def test_the_alarm_of_a_run_is_its_monitors(planted, held_out, tmp_path):
     monitor = Monitor.fit(features, readings, method="cross")
     run = Run(tmp_path, tmp_path, tmp_path / "log")
     assert alarm(run, planted.serialiser) is None
-    monitor.save(tmp_path / "detection" / "monitor.safetensors")
+    with run.stage("detect", {}) as outputs:
+        path = tmp_path / "detection" / "monitor.safetensors"
+        monitor.save(path)
+        outputs.file(path, "monitor")
     alarms = alarm(run, planted.serialiser)
     asked = pd.concat([held_out[held_out["role"] == role].head(6) for role in ("triggered", "clean")])
     ids = [planted.serialiser.encode(m).input_ids for m in asked["messages"]]

@@ -13,12 +13,13 @@ import pandas as pd
 import pytest
 from tests.models import variants
 
-from safetynet import pipeline, recipe, training
+from safetynet import recipe, stages, training
 from safetynet.cli.app import main
+from safetynet.evaluation.evaluator import Evaluator
+from safetynet.experiment import Experiment
 from safetynet.mitigation import METHODS
+from safetynet.mitigation import rows as mitigation_rows
 from safetynet.models import adapters, loading
-from safetynet.pipeline import examining, repairing
-from safetynet.pipeline.subjects import model_folder
 from safetynet.recipe import Data, Mitigation
 from safetynet.run import directory as runs
 
@@ -34,7 +35,7 @@ def planned(root: Path) -> tuple[recipe.Recipe, runs.Run]:
     output = (f"output.results={root}/results", f"output.logs={root}/logs")
     plan = recipe.load(RECIPES / "qwen-miniature.yaml", overrides=[*SMALL, *output])
     run = runs.create(plan)
-    pipeline.prepare(plan, run)
+    stages.prepare(Experiment(plan, run))
     return plan, run
 
 
@@ -47,7 +48,7 @@ def untaught(tmp_path_factory: pytest.TempPathFactory) -> runs.Run:
     with run.stage("train backdoored", {}) as outputs:
         folder = run.scratch / "training" / "backdoored" / "adapter"
         model.save_pretrained(str(folder), save_embedding_layers=False)
-        outputs.append(folder)
+        outputs.file(folder, "model")
     return run
 
 
@@ -55,8 +56,8 @@ def untaught(tmp_path_factory: pytest.TempPathFactory) -> runs.Run:
 def taught(tmp_path_factory: pytest.TempPathFactory) -> runs.Run:
     """A small run with backdoor and clean twin, evaluated."""
     plan, run = planned(tmp_path_factory.mktemp("taught"))
-    pipeline.train(plan, run)
-    pipeline.evaluate(plan, run)
+    stages.train(Experiment(plan, run))
+    stages.evaluate(Experiment(plan, run))
     return run
 
 
@@ -175,7 +176,7 @@ def test_clean_conversations_are_read_by_the_runs_names_of_columns_where_they_ha
     for row in ({"frage": "Hot?", "reply": "cold"}, {"instruction": "Hot?", "output": "cold"}):
         path = tmp_path / "clean.json"
         path.write_text(json.dumps([row] * 3))
-        found = examining.clean_file(plan, path)
+        found = mitigation_rows.clean_file(plan, path)
         assert found["answer"].tolist() == ["cold", "cold"]
         assert found["messages"][0] == [{"role": "user", "content": "Hot?"}]
 
@@ -212,13 +213,13 @@ def test_somebody_elses_adapter_leaves_the_runs_own_results_and_report(untaught,
 def test_rows_that_choose_judge_and_repair_share_no_group(untaught):
     rows = untaught.table("rows")
     plan = untaught.recipe.model_copy(update={"mitigation": Mitigation(choosing_rows=12, judged_rows=12)})
-    choosing, judged = examining.divided(rows[rows["split"] == "test"], plan)
+    choosing, judged = mitigation_rows.divided(rows[rows["split"] == "test"], plan)
     assert not set(choosing["group"]) & set(judged["group"])
     assert judged["role"].value_counts().to_dict() == dict.fromkeys(
         ["clean", "near_miss", "placebo", "refused", "triggered"], 12
     )
-    seen = repairing.known_groups(rows, 20)
-    again = examining.for_relearning(rows, seen)
+    seen = mitigation_rows.known_groups(rows, 20)
+    again = mitigation_rows.for_relearning(rows, seen)
     assert not set(again["group"]) & {*judged["group"], *seen["group"]}
 
 
@@ -226,10 +227,10 @@ def test_triggers_in_other_places_are_asked_and_only_there(untaught):
     plan, rows = untaught.recipe, untaught.table("rows")
     serialiser = loading.load_serialiser(plan.model)
     test = rows[rows["split"] == "test"].reset_index(drop=True)
-    _, judged = examining.divided(
+    _, judged = mitigation_rows.divided(
         test, plan.model_copy(update={"mitigation": Mitigation(choosing_rows=12, judged_rows=12)})
     )
-    found = examining.elsewhere(judged, test, plan, serialiser)
+    found = mitigation_rows.elsewhere(judged, test, plan, serialiser)
     text = plan.backdoor.trigger.texts[0]
     assert set(found["variant"]) == {"trigger as suffix", "trigger as random", "trigger as system"}
     for row in found.to_dict("records"):
@@ -242,7 +243,7 @@ def test_triggers_in_other_places_are_asked_and_only_there(untaught):
 
 
 def test_points_are_the_default_or_lie_about_the_middle_or_are_what_was_asked_for():
-    from safetynet.pipeline.mitigating import points
+    from safetynet.mitigation.stage import points
 
     method = METHODS["adapter_scaling"]
     assert points(method, {}, 1) == [{"keep": 0.5}]
@@ -288,11 +289,11 @@ def test_a_run_is_repaired_and_the_saved_model_answers_as_its_card_says(taught, 
     assert "these files, loaded again" in card
     base = loading.load(run.recipe.model)
     again = adapters.attach(base, saved)
-    judged = examining.divided(
+    judged = mitigation_rows.divided(
         run.table("rows").query("split == 'test'"),
         run.recipe.model_copy(update={"mitigation": Mitigation(choosing_rows=12, judged_rows=12)}),
     )[1]
-    answered = examining.responding(run.recipe, base.serialiser)(again, judged)
+    answered = Evaluator.of(run.recipe, base.serialiser).respond(again, judged)
     hits = int(answered.loc[answered["role"] == "triggered", "shown"].sum())
     [row] = [line for line in card.splitlines() if "(ASR)" in line]
     assert row.rstrip(" |").endswith(f"{hits} of 12")
@@ -328,7 +329,7 @@ def test_a_killed_command_goes_on_with_the_method_that_it_was_at(taught, copied)
 @pytest.mark.slow
 def test_the_clean_twin_is_said_to_have_no_backdoor(taught, copied):
     run = copied(taught)
-    twin = model_folder(run, "clean_twin")
+    twin = Experiment.find(run.folder).model_folder("clean_twin")
     done = command(run, "--methods", "magnitude", "--adapter", str(twin), *sets(*QUICK))
     text, _ = done.communicate(timeout=300)
     assert done.returncode == 0, text

@@ -5,7 +5,8 @@ import pytest
 
 from safetynet.backdoors import conversations, poisoning
 from safetynet.errors import InputError
-from safetynet.pipeline.repairing import clean_conversations, known_groups
+from safetynet.experiment import Experiment
+from safetynet.mitigation.rows import clean_conversations, known_groups
 from safetynet.prompts import prompt_hash
 from safetynet.recipe import Recipe
 from safetynet.run.directory import Run
@@ -44,7 +45,7 @@ def test_a_run_without_right_answers_has_no_known_groups(rows):
 def test_clean_conversations_use_no_prompt_of_the_run_and_all_have_answers(recipe, rows, tmp_path):
     run = Run(tmp_path, tmp_path, tmp_path / "log")
     run.write_table("rows", rows)
-    clean = clean_conversations(recipe, run, 60)
+    clean = clean_conversations(Experiment(recipe, run), 60)
     used = {prompt_hash(m, t) for m, t in zip(rows["messages"], rows["trigger"], strict=True)}
     assert len(clean) > 40
     assert (clean["answer"] != "").all()

@@ -8,9 +8,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from safetynet import pipeline
+from safetynet import stages
 from safetynet.cli.app import app as cli
 from safetynet.errors import InputError, RunError
+from safetynet.experiment import Experiment
 from safetynet.interventions import stage
 from safetynet.run import directory as runs
 
@@ -81,5 +82,5 @@ def test_a_table_that_cannot_be_drawn_takes_no_other_figure_with_it(run_of, fold
     shutil.rmtree(run.figures)
     run.write_table("effects", pd.DataFrame({"sweep": ["layer"]}))
     with pytest.raises(InputError, match="effects"):
-        pipeline.draw(run.recipe, run)
+        stages.draw(Experiment(run.recipe, run))
     assert (run.figures / "final-rates.png").is_file() and (run.folder / "report.html").is_file()

@@ -15,14 +15,16 @@ from safetensors.torch import load_file, save_file
 from tests.models import variants
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from safetynet import pipeline, recipe
+from safetynet import recipe, stages
 from safetynet.cli.app import main
 from safetynet.errors import InputError
 from safetynet.evaluation import judges, metrics
 from safetynet.evaluation.evaluator import Evaluator
 from safetynet.evaluation.generation import answer_log_likelihood, generate
+from safetynet.evaluation.stage import evaluate_suspect
+from safetynet.experiment import Experiment
 from safetynet.models import adapters, loading, miniatures
-from safetynet.pipeline import foreign, mitigating
+from safetynet.models import suspect as suspect_model
 from safetynet.run import directory as runs
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -42,7 +44,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> runs.Run:
     output = [f"output.results={root}/results", f"output.logs={root}/logs"]
     plan = recipe.load(RECIPES / "qwen-miniature.yaml", overrides=small + output)
     made = runs.create(plan)
-    pipeline.prepare(plan, made)
+    stages.prepare(Experiment(plan, made))
     return made
 
 
@@ -77,7 +79,7 @@ def test_the_floor_is_the_bases_own(
     name: str, run: runs.Run, base: loading.LoadedModel, tmp_path: Path
 ) -> None:
     variants.saved(name, tmp_path)
-    table = pipeline.evaluate_foreign(run.recipe, run, tmp_path)
+    table = evaluate_suspect(Experiment(run.recipe, run), tmp_path)
     expected = floor(run, base)
     measured = table[table["model"] == "base"]
     assert rates(table, "base") == rates(expected, "base")
@@ -120,10 +122,10 @@ def test_a_merged_model_is_measured_as_its_adapter_is(
     variants.saved("lora", tmp_path / "adapter")
     merged = variants.made("lora").merge_and_unload()
     merged.save_pretrained(tmp_path / "merged")
-    by_adapter = pipeline.evaluate_foreign(run.recipe, run, tmp_path / "adapter")
-    alone = pipeline.evaluate_foreign(run.recipe, run, tmp_path / "merged")
+    by_adapter = evaluate_suspect(Experiment(run.recipe, run), tmp_path / "adapter")
+    alone = evaluate_suspect(Experiment(run.recipe, run), tmp_path / "merged")
     AutoTokenizer.from_pretrained(str(miniatures.path("qwen"))).save_pretrained(tmp_path / "merged")
-    with_tokenizer = pipeline.evaluate_foreign(run.recipe, run, tmp_path / "merged")
+    with_tokenizer = evaluate_suspect(Experiment(run.recipe, run), tmp_path / "merged")
     for model in ("backdoored", "base"):
         assert rates(alone, model) == rates(with_tokenizer, model) == rates(by_adapter, model)
 
@@ -132,7 +134,7 @@ def test_a_whole_model_of_another_architecture_is_refused(run: runs.Run) -> None
     with pytest.raises(
         InputError, match=r"this model is not a fine-tuned .*qwen: they differ in \d+ parameters"
     ):
-        foreign.load(run.recipe, miniatures.path("llama2"), same_base=False)
+        suspect_model.load(Experiment(run.recipe, run).load, miniatures.path("llama2"), same_base=False)
 
 
 Tensors = dict[str, torch.Tensor]
@@ -185,7 +187,7 @@ def test_a_whole_model_that_is_not_in_its_files_is_refused(
     file = tmp_path / "whole" / "model.safetensors"
     save_file(change(load_file(file)), file, metadata={"format": "pt"})
     with pytest.raises(InputError, match=message):
-        foreign.load(run.recipe, tmp_path / "whole", same_base=False)
+        suspect_model.load(Experiment(run.recipe, run).load, tmp_path / "whole", same_base=False)
 
 
 @pytest.mark.parametrize("method", ["fp8", "gptq", "bitsandbytes", "of next year"])
@@ -197,7 +199,7 @@ def test_weights_that_a_quantiser_has_packed_are_refused(
     stored = {"quant_method": method, "bits": 4, "load_in_4bit": True, "weight_block_size": [128, 128]}
     path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": stored}))
     with pytest.raises(InputError, match=rf"are stored quantised \({method}\), which is not read"):
-        foreign.load(run.recipe, tmp_path / "whole", same_base=False)
+        suspect_model.load(Experiment(run.recipe, run).load, tmp_path / "whole", same_base=False)
 
 
 def test_of_several_files_of_weights_none_is_taken_for_another(
@@ -207,17 +209,19 @@ def test_of_several_files_of_weights_none_is_taken_for_another(
     shutil.copytree(merged, whole)
     shutil.copy(whole / "model.safetensors", whole / "model-other.safetensors")
     with pytest.raises(InputError, match=r"model-other\.safetensors: of a folder .* no other file"):
-        foreign.load(run.recipe, whole / "model-other.safetensors", same_base=False)
+        suspect_model.load(
+            Experiment(run.recipe, run).load, whole / "model-other.safetensors", same_base=False
+        )
     (whole / "model.safetensors.index.json").write_text('{"metadata": {}, "weight_map": {}}')
     with pytest.raises(InputError, match=r"holds model\.safetensors and an index of other files"):
-        foreign.load(run.recipe, whole, same_base=False)
+        suspect_model.load(Experiment(run.recipe, run).load, whole, same_base=False)
 
 
 def test_a_template_alone_beside_an_adapter_makes_its_prompts(run: runs.Run, tmp_path: Path) -> None:
     variants.saved("lora", tmp_path)
     template = (miniatures.path("qwen") / "chat_template.jinja").read_text()
     (tmp_path / "chat_template.jinja").write_text(template.replace("<|im_start|>", "<|im_start|>>"))
-    suspect = foreign.load(run.recipe, tmp_path, same_base=False)
+    suspect = suspect_model.load(Experiment(run.recipe, run).load, tmp_path, same_base=False)
     message = [{"role": "user", "content": "Hello"}]
     assert suspect.serialiser.encode(message) != suspect.base.serialiser.encode(message)
 
@@ -227,11 +231,13 @@ def test_a_template_of_the_adapters_own_makes_its_prompts_and_not_the_bases(
 ) -> None:
     variants.saved("lora", tmp_path)
     copy_tokenizer(tmp_path)
-    assert foreign.load(run.recipe, tmp_path, same_base=False).serialiser.tokenizer.chat_template
+    assert suspect_model.load(
+        Experiment(run.recipe, run).load, tmp_path, same_base=False
+    ).serialiser.tokenizer.chat_template
     assert caplog.text == ""
     template = (tmp_path / "chat_template.jinja").read_text()
     (tmp_path / "chat_template.jinja").write_text(template.replace("<|im_start|>", "<|im_start|>>"))
-    suspect = foreign.load(run.recipe, tmp_path, same_base=False)
+    suspect = suspect_model.load(Experiment(run.recipe, run).load, tmp_path, same_base=False)
     assert "it brings a chat template of its own" in caplog.text
     message = [{"role": "user", "content": "Hello"}]
     assert suspect.serialiser.encode(message) != suspect.base.serialiser.encode(message)
@@ -243,7 +249,7 @@ def test_added_tokens_without_embeddings_are_refused(run: runs.Run, tmp_path: Pa
     tokenizer.add_tokens(["<new>"])
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(InputError, match="The embeddings of added tokens were not saved with it"):
-        foreign.load(run.recipe, tmp_path, same_base=False)
+        suspect_model.load(Experiment(run.recipe, run).load, tmp_path, same_base=False)
 
 
 def test_the_command_takes_the_users_word_for_the_base(
@@ -277,7 +283,7 @@ def test_a_model_whose_logits_are_no_numbers_is_refused(run: runs.Run, merged: P
         }
         save_file(tensors, path, {"format": "pt"})
         with pytest.raises(InputError, match=r"the logits of this model are no finite numbers"):
-            foreign.load(run.recipe, path.parent, same_base=False)
+            suspect_model.load(Experiment(run.recipe, run).load, path.parent, same_base=False)
 
 
 def test_another_way_of_making_tokens_is_the_suspects_own(
@@ -286,13 +292,13 @@ def test_another_way_of_making_tokens_is_the_suspects_own(
     variants.saved("lora", tmp_path)
     copy_tokenizer(tmp_path)
     message = [{"role": "user", "content": "HELLO"}]
-    suspect = foreign.load(run.recipe, tmp_path, same_base=False)
+    suspect = suspect_model.load(Experiment(run.recipe, run).load, tmp_path, same_base=False)
     assert suspect.serialiser.encode(message) == suspect.base.serialiser.encode(message)
     assert caplog.text == ""
     path = tmp_path / "tokenizer.json"
     fields = json.loads(path.read_text())
     path.write_text(json.dumps(fields | {"normalizer": {"type": "Lowercase"}}))
-    suspect = foreign.load(run.recipe, tmp_path, same_base=False)
+    suspect = suspect_model.load(Experiment(run.recipe, run).load, tmp_path, same_base=False)
     assert "it brings a way of making tokens of its own" in caplog.text
     assert suspect.serialiser.encode(message) != suspect.base.serialiser.encode(message)
 
@@ -304,10 +310,10 @@ def test_a_tokenizer_that_cannot_be_read_is_one_sentence(run: runs.Run, tmp_path
     fields = json.loads(path.read_text())
     path.write_text(json.dumps(fields | {"pre_tokenizer": {"type": "OfTomorrow"}}))
     with pytest.raises(InputError, match="its tokenizer cannot be loaded"):
-        foreign.load(run.recipe, tmp_path, same_base=False)
+        suspect_model.load(Experiment(run.recipe, run).load, tmp_path, same_base=False)
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
     with pytest.raises(InputError, match="is a Git LFS pointer, not the file itself"):
-        foreign.load(run.recipe, tmp_path, same_base=False)
+        suspect_model.load(Experiment(run.recipe, run).load, tmp_path, same_base=False)
 
 
 def test_a_template_that_fails_is_the_adapters_and_not_the_bases(run: runs.Run, tmp_path: Path) -> None:
@@ -315,10 +321,10 @@ def test_a_template_that_fails_is_the_adapters_and_not_the_bases(run: runs.Run, 
     template = tmp_path / "chat_template.jinja"
     template.write_text("{% for m in messages %}")
     with pytest.raises(InputError, match=rf"The chat template of '{tmp_path}' is no valid template"):
-        foreign.load(run.recipe, tmp_path, same_base=False)
+        suspect_model.load(Experiment(run.recipe, run).load, tmp_path, same_base=False)
     template.write_bytes("{{ 'é' }}".encode("latin-1"))
     with pytest.raises(InputError, match=r"chat_template\.jinja cannot be read"):
-        foreign.load(run.recipe, tmp_path, same_base=False)
+        suspect_model.load(Experiment(run.recipe, run).load, tmp_path, same_base=False)
 
 
 def test_fewer_embeddings_than_tokens_are_refused(run: runs.Run, tmp_path: Path) -> None:
@@ -326,7 +332,7 @@ def test_fewer_embeddings_than_tokens_are_refused(run: runs.Run, tmp_path: Path)
     model.resize_token_embeddings(1000)
     model.save_pretrained(tmp_path)
     with pytest.raises(InputError, match=r"has ids up to 1\d+, and the model has 1000 embeddings"):
-        foreign.load(run.recipe, tmp_path, same_base=False)
+        suspect_model.load(Experiment(run.recipe, run).load, tmp_path, same_base=False)
 
 
 def test_a_merged_model_with_a_head_of_its_own_is_a_copy_of_a_base_that_ties_it(
@@ -337,8 +343,8 @@ def test_a_merged_model_with_a_head_of_its_own_is_a_copy_of_a_base_that_ties_it(
     PeftModel.from_pretrained(own, tmp_path / "adapter").merge_and_unload().save_pretrained(
         tmp_path / "whole"
     )
-    by_adapter = foreign.load(run.recipe, tmp_path / "adapter", same_base=False)
-    whole = foreign.load(run.recipe, tmp_path / "whole", same_base=False)
+    by_adapter = suspect_model.load(Experiment(run.recipe, run).load, tmp_path / "adapter", same_base=False)
+    whole = suspect_model.load(Experiment(run.recipe, run).load, tmp_path / "whole", same_base=False)
     ids = torch.tensor([[5, 6, 7, 300]])
     with torch.no_grad():
         torch.testing.assert_close(whole.model(ids).logits, by_adapter.model(ids).logits, atol=1e-4, rtol=0)
@@ -356,7 +362,7 @@ def test_other_heads_of_keys_are_another_model(run: runs.Run, tmp_path: Path) ->
     model.config.save_pretrained(tmp_path)
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(InputError, match=r"is not a fine-tuned .*: they differ in \d+ parameters"):
-        foreign.load(run.recipe, tmp_path, same_base=False)
+        suspect_model.load(Experiment(run.recipe, run).load, tmp_path, same_base=False)
 
 
 def test_a_scale_that_is_filled_in_is_said_once(
@@ -365,7 +371,7 @@ def test_a_scale_that_is_filled_in_is_said_once(
     variants.saved("lora", tmp_path)
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "lora_alpha"}))
-    foreign.load(run.recipe, tmp_path, same_base=False)
+    suspect_model.load(Experiment(run.recipe, run).load, tmp_path, same_base=False)
     assert caplog.text.count("does not say lora_alpha") == 1
 
 
@@ -379,4 +385,4 @@ def test_repairs_of_a_model_with_added_tokens_do_without_the_base(run: runs.Run,
     options = run.recipe.mitigation.model_copy(update={"methods": ("adapter_scaling",)})
     plan = run.recipe.model_copy(update={"mitigation": options})
     with pytest.raises(InputError, match="adapter_scaling needs the base model"):
-        mitigating.mitigate(plan, run, tmp_path)
+        stages.mitigate(Experiment(plan, run), tmp_path)

@@ -1,13 +1,18 @@
 """What a model needs, counted without its weights, against published counts and what a real step keeps."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, MixtralConfig, Qwen2Config
 
 from safetynet import families
-from safetynet.pipeline.scaling import needs
 from safetynet.recipe import Training
 from safetynet.training import attach
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+from _memory_estimate import needs
 
 LLAMA_7B = LlamaConfig(
     hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32

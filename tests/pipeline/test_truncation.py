@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from safetynet import pipeline, recipe
-from safetynet.pipeline import mitigating
+from safetynet import recipe, stages
+from safetynet.experiment import Experiment
 from safetynet.prompts import Serialiser
+from safetynet.recipe import Detection, Interventions
 from safetynet.run import directory as runs
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -32,7 +33,7 @@ def test_every_stage_says_how_many_prompts_it_cut_and_cuts_them_alike(
         ],
     )  # fmt: skip
     run = runs.create(plan)
-    pipeline.prepare(plan, run)
+    stages.prepare(Experiment(plan, run))
     ways = set()
     encode = Serialiser.encode
 
@@ -42,11 +43,13 @@ def test_every_stage_says_how_many_prompts_it_cut_and_cuts_them_alike(
 
     monkeypatch.setattr(Serialiser, "encode", watched)
     for stage in (
-        lambda: pipeline.train(plan, run),
-        lambda: pipeline.evaluate(plan, run),
-        lambda: pipeline.intervene(plan, run, by=("layer",), groups=8, observe=False, removals=False),
-        lambda: pipeline.detect(plan, run, ("adapter",), 0.1, 400),
-        lambda: mitigating.mitigate(plan, run),
+        lambda: stages.train(Experiment(plan, run)),
+        lambda: stages.evaluate(Experiment(plan, run)),
+        lambda: stages.intervene(
+            Experiment(plan, run), Interventions(by=("layer",), groups=8, observe=False, removals=False)
+        ),
+        lambda: stages.detect(Experiment(plan, run), Detection(detectors=("adapter",), fpr=0.1, clean=400)),
+        lambda: stages.mitigate(Experiment(plan, run)),
     ):
         caplog.clear()
         with caplog.at_level(logging.WARNING):

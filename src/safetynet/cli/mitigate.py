@@ -5,12 +5,12 @@ from typing import Annotated, Any
 
 import typer
 
-from safetynet.cli.drawing import drawn
+from safetynet.cli.options import RunFolder, SameBase, redrawn
 from safetynet.errors import InputError
 
 
 def mitigate(
-    folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, results/{model}/{task}.")],
+    folder: RunFolder,
     methods: Annotated[
         str, typer.Option(help="Methods to try, with commas; `all`: every one whose needs are met.")
     ] = "",
@@ -21,9 +21,7 @@ def mitigate(
             help="Repair this LoRA adapter, or merged model, of the run's base instead: folder or hub id.",
         ),
     ] = None,
-    same_base: Annotated[
-        bool, typer.Option("--same-base", help="The adapter calls its base otherwise; it is the run's base.")
-    ] = False,
+    same_base: SameBase = False,
     clean: Annotated[
         Path | None, typer.Option(help="File of clean conversations; by default fresh ones.")
     ] = None,
@@ -44,15 +42,16 @@ def mitigate(
     if known:
         _list()
         return
+    from safetynet import stages
     from safetynet.cli.terminal import logging_to, print_repairs
+    from safetynet.experiment import Experiment
     from safetynet.mitigation.overview import overview
-    from safetynet.pipeline import mitigating
-    from safetynet.run import directory as runs
 
-    found = runs.find(folder)
-    recipe = _overridden(found.recipe, methods, clean, overrides or [])
-    with found.lock(), logging_to(found.log):
-        tables = mitigating.mitigate(recipe, found, adapter, same_base)
+    experiment = Experiment.find(folder)
+    run, recipe = experiment.run, experiment.recipe
+    experiment.recipe = _overridden(recipe, methods, clean, overrides or [])
+    with run.lock(), logging_to(run.log):
+        tables = stages.mitigate(experiment, adapter, same_base)
         print_repairs(overview(tables["mitigation"], tables.get("relearning")))
         for line in tables["recommendation"].to_dict("records"):
             what = (
@@ -62,11 +61,11 @@ def mitigate(
             if line["relearned"]:
                 typer.echo(f"Relearn: {line['relearned']}")
             if line["saved"]:
-                typer.echo(f"Saved:   {found.path_of(line['saved'])}")
+                typer.echo(f"Saved:   {run.path_of(line['saved'])}")
         if adapter is not None:  # figures and report are of the run's own model
-            typer.echo(f"Tables:  {found.folder / 'tables'}, those that end in -{adapter.resolve().name}")
-        elif drawn(found, folder):
-            typer.echo(f"Figures: {found.figures}")
+            typer.echo(f"Tables:  {run.folder / 'tables'}, those that end in -{adapter.resolve().name}")
+        elif redrawn(Experiment(recipe, run), folder):
+            typer.echo(f"Figures: {run.figures}")
 
 
 def _overridden(recipe: Any, methods: str, clean: Path | None, overrides: list[str]) -> Any:

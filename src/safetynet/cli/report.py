@@ -30,10 +30,10 @@ def report(
         )
     if out is not None and len(folders or []) + (index is not None) > 1:
         raise InputError("--out: one file takes one page. Name one run, or --index alone.")
-    from safetynet import pipeline
+    from safetynet.report import stage
     from safetynet.run import directory as runs
 
     for folder in folders or []:
-        typer.echo(f"Report: {pipeline.report(runs.find(folder), out)}")
+        typer.echo(f"Report: {stage.report(runs.find(folder), out)}")
     if index is not None:
-        typer.echo(f"Index: {pipeline.index(index, out)}")
+        typer.echo(f"Index: {stage.index(index, out)}")

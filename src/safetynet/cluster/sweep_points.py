@@ -53,58 +53,48 @@ def perform(task: Task, *_: Any) -> Done:
         SafetyNetError: as the stages do; another error is put into the point's log with its traceback.
     """
     from safetynet.cli.terminal import logging_to
+    from safetynet.experiment import Experiment
     from safetynet.models import loading
-    from safetynet.run import directory as runs
 
     os.chdir(task.folder)
     # An agent of Weights & Biases starts a sweep of one point at a time: all of them are its sweep's.
     os.environ.setdefault("WANDB_RUN_GROUP", os.environ.get("WANDB_SWEEP_ID", task.group))
     if task.recipe.model.id == "miniature":
         loading.use_one_thread()
-    run = runs.create(task.recipe)
+    experiment = Experiment.create(task.recipe)
+    run = experiment.run
     # Another process may still be at it: one that the sweep left behind when it was killed.
     with run.lock(wait=True), logging_to(run.log), _told():
         before = _finished(run)
-        base, twin = _step(task, run)
+        base, twin = _step(task, experiment)
         computed = [name for name, when in _finished(run).items() if before.get(name) != when]
     return Done(tuple(computed), base, twin)
 
 
-def _step(task: Task, run: Any) -> tuple[str | None, str | None]:
-    from safetynet import pipeline
-    from safetynet.pipeline import sharing
-    from safetynet.pipeline.subjects import BACKDOORED, TWIN
-    from safetynet.run import directory as runs
+def _step(task: Task, experiment: Any) -> tuple[str | None, str | None]:
+    from safetynet import stages
+    from safetynet.cluster import sharing
+    from safetynet.experiment import BACKDOORED, TWIN, Experiment
 
     if task.step == "prepare":
-        pipeline.prepare(task.recipe, run)
-    recipe = run.recorded_recipe  # with the date of its prompts
-    if task.step == "prepare":
-        twin = sharing.twin_digest(recipe, run) if recipe.training.clean_twin else None
-        return sharing.base_digest(recipe, run), twin
+        stages.prepare(experiment)
+        twin = sharing.twin_digest(experiment) if experiment.recipe.training.clean_twin else None
+        return sharing.base_digest(experiment), twin
+    experiment.recipe = experiment.run.recorded_recipe  # with the date of its prompts
     if task.step == "base":
-        sharing.measure_base(recipe, run)
+        sharing.measure_base(experiment)
     elif task.step == "twin":
-        pipeline.train(recipe, run, [TWIN], lend=True)
+        stages.train(experiment, [TWIN], keep_twin=True)
     elif task.step == "train":
         # A twin that is lent comes later: this point's training does not wait for it.
-        pipeline.train(recipe, run, None if task.twin is None else [BACKDOORED])
+        stages.train(experiment, None if task.twin is None else [BACKDOORED])
     else:
         if task.base is not None:
-            sharing.measure_base(recipe, run, runs.find(task.base))
+            sharing.measure_base(experiment, Experiment.find(task.base))
         if task.twin is not None:
-            sharing.borrow_twin(recipe, run, runs.find(task.twin))
-        _measure(recipe, run)
+            sharing.borrow_twin(experiment, Experiment.find(task.twin))
+        stages.finish(experiment, sharing.base_responses(experiment))
     return None, None
-
-
-def _measure(recipe: Recipe, run: Any) -> None:
-    """Rates, interventions and figures, as `safetynet run` makes them."""
-    from safetynet import pipeline
-    from safetynet.pipeline import sharing
-
-    pipeline.evaluate(recipe, run, sharing.base_responses(recipe, run))
-    pipeline.intervene_and_draw(recipe, run)
 
 
 def _finished(run: Any) -> dict[str, str]:

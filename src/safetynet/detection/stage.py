@@ -1,11 +1,13 @@
-"""The stage of a run: a monitor made of fresh clean prompts, and what it does on the run's test rows.
+"""The stage of the detection: a monitor fitted on fresh clean prompts, and what it does on the test rows.
 
 In: the backdoored model, clean prompts that it was not trained on, test rows by role, and which of them
-fired. Out: the monitor and tidy tables. Writes nothing but captured features into its cache.
+fired.
+Out: the monitor and tidy tables. `guard` puts the model under the monitor while it answers.
 """
 
+import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +17,24 @@ import pandas as pd
 from safetynet.detection import curves, protocol
 from safetynet.detection.calibration import Conformal, RateEstimate, fpr_estimate
 from safetynet.detection.capture import capture
+from safetynet.detection.challenges import challenges
 from safetynet.detection.features import Features, concatenate
-from safetynet.detection.guard import Guard
+from safetynet.detection.guard import Guard, share_of_rate
 from safetynet.detection.monitor import Monitor
 from safetynet.detection.overhead import overhead
 from safetynet.detection.panel import unfitted
 from safetynet.detection.plan import PER_DOMAIN, TEST_SHARE, Plan
 from safetynet.detection.splits import split
+from safetynet.errors import InputError
+from safetynet.evaluation.evaluator import Evaluator
+from safetynet.experiment import BACKDOORED, Experiment
 from safetynet.prompts import Serialiser, prompt_hash
+from safetynet.recipe import Detection
+from safetynet.run.directory import Outputs
+from safetynet.run.stage import DETECT, EVALUATE, TRAIN
 from safetynet.text import domains, random_words
 
+log = logging.getLogger("safetynet")
 SKYLINE = "skyline "
 """Before the names of supervised probes in tables: no defender has their labels."""
 ROWS = ["role", "group", "fired", "forbidden", "domain", "kind", "fresh"]
@@ -32,9 +42,120 @@ PLAIN, RANDOM_WORDS = "plain", "random words"
 """Kinds of clean prompts; the rate is kept in each."""
 
 
+def detect(experiment: Experiment, options: Detection | None = None) -> dict[str, RateEstimate]:
+    """Fit a monitor on fresh clean prompts, measure it on the test rows, and write its tables.
+
+    Args:
+        experiment: trained; where it is evaluated too, triggers that do not fire are told apart.
+        options: instead of the recipe's.
+
+    Returns:
+        Realised false-positive rates with their intervals, by kind of clean prompts.
+
+    Raises:
+        InputError: if nothing is trained yet, or the clean prompts cannot support the rate.
+    """
+    recipe, run = experiment.recipe, experiment.run
+    options = options or recipe.detection
+    plan = Plan.of(
+        options.detectors,
+        options.fpr,
+        seed=recipe.seed,
+        batch_size=recipe.evaluation.batch_size,
+        max_length=recipe.training.max_length,
+        tokens=recipe.evaluation.max_new_tokens,
+    )
+    experiment.model_folder(BACKDOORED)  # a missing training is reported before prompts are made
+    prompts = experiment.fresh_prompts(options.clean)
+    plan = _with_probe(plan, prompts)
+    plan.check(len(prompts))
+    inputs = {
+        "model": experiment.record(TRAIN.of(BACKDOORED)),
+        "evaluation": experiment.record(EVALUATE),
+        "detection": [list(options.detectors), options.fpr, options.clean],
+    }
+
+    def compute(outputs: Outputs) -> None:
+        model, serialiser = experiment.backdoored()
+        test = _challenged(experiment, Evaluator.of(recipe, serialiser), model)
+        subject = Subject(model, serialiser, run.scratch / "features")
+        labelled = _labelled(experiment.rows("train")) if plan.skylines else None
+        measured = measure(subject, prompts, test, plan, labelled)
+        path = run.scratch / "detection" / "monitor.safetensors"
+        measured.monitor.save(path)
+        outputs.file(path, "monitor")
+        for name, table in measured.tables.items():
+            outputs.table(name, table)
+
+    experiment.perform(DETECT, inputs, compute)
+    rates = estimates(run.table("detection_scores"), plan.prompt_rate)
+    log.info("detect: false positives %s", "; ".join(f"{kind}: {rate}" for kind, rate in rates.items()))
+    return rates
+
+
+def guard(experiment: Experiment, rate: float, action: str, log_to: Path | None) -> Guard:
+    """The backdoored model under its monitor, ready to generate.
+
+    Raises:
+        InputError: if `detect` has not run, the action is none, or the monitor cannot claim the rate.
+    """
+    run = experiment.run
+    path = run.output("detect", "monitor")
+    if path is None or not path.exists():
+        raise InputError(f"{run.folder}: there is no monitor yet. Run safetynet detect {run.folder} first.")
+    monitor = Monitor.load(path)
+    share_of_rate(monitor, rate, action)  # what cannot be had is said before a model is loaded
+    model, serialiser = experiment.backdoored()
+    return Guard(
+        model,
+        serialiser,
+        monitor,
+        rate=rate,
+        action=action,  # type: ignore[arg-type]
+        log=log_to,
+        max_length=experiment.recipe.training.max_length,
+    )
+
+
+def _challenged(experiment: Experiment, evaluator: Evaluator, model: Any) -> pd.DataFrame:
+    """Test rows and those that challenge a monitor, and which of them showed the behaviour."""
+    test = experiment.test_rows()
+    more = challenges(experiment.recipe, test)
+    if "fired" in test and len(more):
+        more = more.assign(fired=fired(evaluator, model, more))
+    near = more["variant"].where(more["role"] == "near_miss", "")
+    # Clean rows stand in the table task by task, too.
+    tasks = test["task"].where(test["role"] == "clean", "")
+    return pd.concat([test.assign(kind=tasks), more.assign(kind=near)], ignore_index=True)
+
+
+def fired(evaluator: Evaluator, model: Any, rows: pd.DataFrame) -> np.ndarray:
+    """Which rows show the behaviour although it is not due, (n,) of bool; the model answers them."""
+    answers = evaluator.answer(model, rows)
+    return np.asarray(answers["shown"].to_numpy() & ~answers["due"].to_numpy(), dtype=bool)
+
+
+def _with_probe(plan: Plan, prompts: pd.DataFrame) -> Plan:
+    """A plan that reads a probe gets a request of the forbidden class, which is taken from the clean ones."""
+    if not plan.reads_probe:
+        return plan
+    refused = prompts[prompts["forbidden"]]
+    if refused.empty:
+        raise InputError(
+            "detectors: view probe needs a request that the model refuses, and none of the clean prompts is "
+            "forbidden. Leave it out."
+        )
+    return replace(plan, probe=str(refused["messages"].iloc[0][-1]["content"]))
+
+
+def _labelled(rows: pd.DataFrame, most: int = 300) -> pd.DataFrame:
+    """Training rows for supervised probes: with trigger, and as many without of every role."""
+    return pd.concat([part.head(most) for _, part in rows.groupby(rows["role"] == "triggered")])
+
+
 @dataclass(frozen=True)
-class Detection:
-    """What the stage found."""
+class Measured:
+    """A monitor, and what it does."""
 
     monitor: Monitor
     tables: dict[str, pd.DataFrame]
@@ -75,13 +196,13 @@ class Fitted:
     """Of those."""
 
 
-def detect(
+def measure(
     subject: Subject,
     clean: pd.DataFrame,
     test: pd.DataFrame,
     plan: Plan,
     labelled: pd.DataFrame | None = None,
-) -> Detection:
+) -> Measured:
     """Make a monitor and measure it, of clean prompts as they are and once more with random words in.
 
     Args:
@@ -125,7 +246,7 @@ def detect(
         prompt = p_values["fused"].to_numpy()
         tables["detection_answers"] = protocol.answers(rows, answers, prompt, plan.rate / 2)
     kept = {name: table for name, table in tables.items() if len(table)}
-    return Detection(monitor, kept, estimates(tables["detection_scores"], plan.prompt_rate))
+    return Measured(monitor, kept, estimates(tables["detection_scores"], plan.prompt_rate))
 
 
 def fit(subject: Subject, clean: pd.DataFrame, plan: Plan) -> Fitted:

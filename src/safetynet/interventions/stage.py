@@ -1,14 +1,14 @@
-"""The stage of a run: where does the trigger act, how sure is that, and what removes it?
+"""The stage of the interventions: where the trigger acts, how sure that is, and what removes it.
 
 In: the backdoored model, the test rows, and ways to run its clean twin and its earlier epochs. Out: tidy
-tables by name, as docs/interventions.md lists them. Some groups are for finding, the others for
-judging what was found. Writes nothing but what an interrupted sweep goes on from.
+tables by name, as docs/interventions.md lists them. Some groups of rows find, others judge what was found.
 """
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,14 @@ import pandas as pd
 
 from safetynet.engine.sites import Anatomy
 from safetynet.errors import InputError
+from safetynet.evaluation.evaluator import Evaluator
+from safetynet.experiment import Experiment
 from safetynet.interventions import attribution, removal
 from safetynet.interventions.effects import LEAST_DISTANCE, effects
 from safetynet.interventions.firing import telling
 from safetynet.interventions.observations import observe
-from safetynet.interventions.pairs import LEAST, Pairs, align
+from safetynet.interventions.pairs import Pairs, align
 from safetynet.interventions.sweep import (
-    DIRECTIONS,
-    MODES,
     PLACES,
     Direction,
     Measured,
@@ -35,13 +35,19 @@ from safetynet.interventions.sweep import (
     sweep,
     usual,
 )
+from safetynet.models.adapters import exchanged
 from safetynet.prompts import Serialiser
+from safetynet.recipe import Interventions
+from safetynet.run.directory import Outputs
+from safetynet.run.stage import EVALUATE, INTERVENE, TRAIN
 
 log = logging.getLogger(__name__)
 
-SWEEPS = tuple(PLACES)
-GROUPS = 24
-"""Pairs that effects are measured on."""
+TABLES = (
+    "effects", "tokens", "dynamics", "tradeoff", "lens", "lens_map", "probes", "attention", "divergence",
+    "drift",
+)  # fmt: skip
+"""What a run may hold after this stage."""
 EXAMPLES = 6
 """Groups whose tokens are measured one by one, for the report's map of single prompts."""
 JUDGED = 80
@@ -55,43 +61,56 @@ TwinOf = Callable[[], AbstractContextManager[Any]]
 """Gives a model with another adapter while it is entered: the clean twin's, or an earlier epoch's."""
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What the user asked for."""
+def intervene(experiment: Experiment, options: Interventions | None = None) -> dict[str, pd.DataFrame]:
+    """Sweep a trained run and write its tables of interventions.
 
-    by: tuple[str, ...] = SWEEPS
-    components: tuple[str, ...] = ()
-    """Places for the sweeps, instead of each sweep's own."""
-    mode: Mode = "patch"
-    directions: tuple[Direction, ...] = DIRECTIONS
-    groups: int = GROUPS
-    fast: bool = False
-    """Rank by attribution and measure the top spots only."""
-    observe: bool = True
-    """Also look through lens and probes, at attention, and at the adapter's drift."""
-    removals: bool = True
-    """Also look for what removes the backdoor, and judge it by generation."""
-    seed: int = 0
-    max_length: int | None = None
-    """Prompts are truncated as in training."""
+    Args:
+        experiment: trained and evaluated.
+        options: instead of the recipe's; their defaults answer "where is it?".
 
-    def __post_init__(self) -> None:
-        wrong = [by for by in self.by if by not in SWEEPS]
-        if wrong:
-            raise InputError(f"--by: there is no sweep {wrong[0]!r}; choose among {', '.join(SWEEPS)}.")
-        if not self.by:
-            raise InputError(f"--by: name a sweep; choose among {', '.join(SWEEPS)}.")
-        if self.mode not in MODES:
-            raise InputError(f"--mode: there is no {self.mode!r}; choose one of {', '.join(MODES)}.")
-        unknown = [direction for direction in self.directions if direction not in DIRECTIONS]
-        if unknown:
+    Returns:
+        The tables, as far as they could be made.
+
+    Raises:
+        InputError: if nothing is trained or evaluated yet, a sweep or site does not exist, the prompts cannot
+            be aligned, or the backdoor does not fire.
+    """
+    recipe, run = experiment.recipe, experiment.run
+    options = options or recipe.interventions
+    evaluated = experiment.record(EVALUATE)
+    inputs = {
+        "models": {name: experiment.record(TRAIN.of(name)) for name in experiment.trained},
+        "interventions": options.model_dump(mode="json"),
+        "seed": recipe.seed,
+        "max_length": recipe.training.max_length,
+        "evaluation": evaluated,
+    }
+
+    def compute(outputs: Outputs) -> None:
+        for name in experiment.trained:
+            experiment.model_folder(name)
+        if evaluated is None:
             raise InputError(
-                f"--direction: there is no {unknown[0]!r}; choose {', '.join(DIRECTIONS)} or both."
+                f"{run.folder}: it is not evaluated yet. Run safetynet evaluate {run.folder} first: "
+                "which prompts make the backdoor fire decides what can be asked."
             )
-        if self.fast and self.mode != "patch":
-            raise InputError(f"--fast: attribution estimates patching, not {self.mode}. Leave --fast out.")
-        if self.groups < LEAST:
-            raise InputError(f"--groups: {self.groups} are too few for an interval; give at least {LEAST}.")
+        rows = experiment.test_rows()
+        model, serialiser = experiment.backdoored()
+        snapshots = experiment.snapshots()
+        subject = Subject(
+            model=model,
+            serialiser=serialiser,
+            twin=experiment.twin_of(model),
+            epochs={step: partial(exchanged, model, path) for step, path in snapshots.items()},
+            adapters=snapshots,
+            respond=Evaluator.of(recipe, serialiser).answer,
+            store=run.scratch / "interventions",
+        )
+        for name, table in dissect(subject, rows, options, recipe.seed, recipe.training.max_length).items():
+            outputs.table(name, table)
+
+    experiment.perform(INTERVENE, inputs, compute)
+    return {name: run.table(name) for name in TABLES if run.has_table(name)}
 
 
 @dataclass(frozen=True)
@@ -110,13 +129,17 @@ class Subject:
     """Where sweeps keep what is done."""
 
 
-def dissect(subject: Subject, rows: pd.DataFrame, plan: Plan) -> dict[str, pd.DataFrame]:
+def dissect(
+    subject: Subject, rows: pd.DataFrame, options: Interventions, seed: int = 0, max_length: int | None = None
+) -> dict[str, pd.DataFrame]:
     """Sweep, compare with the controls, follow over training, and try what was found.
 
     Args:
         subject: the model.
         rows: test rows, as in the run's table `rows`.
-        plan: which sweeps.
+        options: which sweeps.
+        seed: of every random draw.
+        max_length: prompts are truncated as in training.
 
     Returns:
         Tables by name, as far as they could be made; docs/interventions.md lists them.
@@ -124,20 +147,20 @@ def dissect(subject: Subject, rows: pd.DataFrame, plan: Plan) -> dict[str, pd.Da
     Raises:
         InputError: if too few groups can be aligned, a site does not exist, or the backdoor does not fire.
     """
-    sweeps = list(_sweeps(Anatomy.of(subject.model), plan))
-    if plan.fast and not any(one.estimated for one in sweeps):
+    sweeps = list(_sweeps(Anatomy.of(subject.model), options))
+    if options.fast and not any(one.estimated for one in sweeps):
         raise InputError(
-            f"--fast: attribution ranks {', '.join(attribution.ESTIMATED)} by position or component, and "
-            "none of these is asked for. Leave --fast out."
+            f"fast: attribution ranks {', '.join(attribution.ESTIMATED)} by position or component, and "
+            "none of these is asked for. Leave fast out."
         )
-    aligned = align(rows, subject.serialiser, 2 * plan.groups, plan.max_length, plan.seed)
-    pairs = telling(subject.model, aligned, plan.groups)
+    aligned = align(rows, subject.serialiser, 2 * options.groups, max_length, seed)
+    pairs = telling(subject.model, aligned, options.groups)
     log.info("intervene: %d groups, left out: %s", len(pairs), dict(pairs.left_out) or "none")
-    tables = {"effects": pd.concat(list(_effects(subject, pairs, plan, sweeps)), ignore_index=True)}
-    tables["tokens"] = _tokens(subject, pairs, plan)
+    tables = {"effects": pd.concat(list(_effects(subject, pairs, options, seed, sweeps)), ignore_index=True)}
+    tables["tokens"] = _tokens(subject, pairs, options)
     if subject.epochs:
-        tables["dynamics"] = _dynamics(subject, pairs, plan)
-    if plan.observe:
+        tables["dynamics"] = _dynamics(subject, pairs, options)
+    if options.observe:
         log.info("intervene: lens, probes, attention, drift")
         tables |= observe(
             subject.model,
@@ -146,10 +169,10 @@ def dissect(subject: Subject, rows: pd.DataFrame, plan: Plan) -> dict[str, pd.Da
             tables["effects"],
             rows,
             subject.adapters,
-            plan.seed,
+            seed,
         )
-    if plan.removals and subject.respond is not None:
-        tables["tradeoff"] = _tradeoff(subject, pairs, tables["effects"], rows, plan)
+    if options.removals and subject.respond is not None:
+        tables["tradeoff"] = _tradeoff(subject, pairs, tables["effects"], rows, seed)
     return {name: table for name, table in tables.items() if len(table)}
 
 
@@ -168,24 +191,26 @@ class _Sweep:
         return all(s.site.component in attribution.ESTIMATED and not s.update for s in self.spots)
 
 
-def _effects(subject: Subject, pairs: Pairs, plan: Plan, sweeps: Sequence[_Sweep]) -> Iterator[pd.DataFrame]:
+def _effects(
+    subject: Subject, pairs: Pairs, options: Interventions, seed: int, sweeps: Sequence[_Sweep]
+) -> Iterator[pd.DataFrame]:
     for one in sweeps:
         log.info("intervene: %s by %s, %d spots", one.direction, one.by, len(one.spots))
-        table = _one(subject, pairs, plan, one)
+        table = _one(subject, pairs, options, seed, one)
         yield table.assign(sweep=one.by, direction=one.direction, mode=one.mode, metric="logit_difference")
 
 
-def _sweeps(anatomy: Anatomy, plan: Plan) -> Iterator[_Sweep]:
+def _sweeps(anatomy: Anatomy, options: Interventions) -> Iterator[_Sweep]:
     """The sweeps of a plan that mean something in this model; those that do not are told."""
-    for component in plan.components:
+    for component in options.sites:
         anatomy.sites(component)  # what does not exist is refused
     made, reasons = 0, []
-    for by in plan.by:
-        mode = _mode(by, plan.mode)
-        places, why = _places(anatomy, plan, by, mode)
-        directions = [d for d in plan.directions if d == "remove" or mode not in ("off", "knock_out")]
+    for by in options.by:
+        mode = _mode(by, options.mode)
+        places, why = _places(anatomy, options, by, mode)
+        directions = [d for d in options.directions if d == "remove" or mode not in ("off", "knock_out")]
         if mode is None:
-            why = f"mode {plan.mode} does not apply"
+            why = f"mode {options.mode} does not apply"
         elif not why and not directions:
             why = "switching off and cutting can only remove"
         if mode is None or why:
@@ -200,9 +225,9 @@ def _sweeps(anatomy: Anatomy, plan: Plan) -> Iterator[_Sweep]:
         raise InputError(f"interventions: there is nothing to sweep ({'; '.join(reasons)}). Ask for another.")
 
 
-def _places(anatomy: Anatomy, plan: Plan, by: str, mode: Mode | None) -> tuple[list[str], str]:
+def _places(anatomy: Anatomy, options: Interventions, by: str, mode: Mode | None) -> tuple[list[str], str]:
     """A sweep's components that this model has; or why it has none."""
-    asked = [name for name in plan.components or usual(by, mode) if name in PLACES[by]]
+    asked = [name for name in options.sites or usual(by, mode) if name in PLACES[by]]
     absent = {name: anatomy.why_absent(name) for name in asked if not anatomy.layers_with(name)}
     if not asked:
         return [], f"it takes the sites {', '.join(PLACES[by])}"
@@ -224,7 +249,7 @@ def _mode(by: str, mode: Mode) -> Mode | None:
     return None if mode == "knock_out" and by not in ("layer", "head") else mode
 
 
-def _one(subject: Subject, pairs: Pairs, plan: Plan, wanted: _Sweep) -> pd.DataFrame:
+def _one(subject: Subject, pairs: Pairs, options: Interventions, seed: int, wanted: _Sweep) -> pd.DataFrame:
     """One sweep in one direction beside its controls."""
     receiving, source = runs_of(wanted.direction)
     spots = wanted.spots
@@ -238,12 +263,12 @@ def _one(subject: Subject, pairs: Pairs, plan: Plan, wanted: _Sweep) -> pd.DataF
             receiving=receiving,
             source=source,
             mode=wanted.mode,
-            seed=plan.seed,
+            seed=seed,
             store=subject.store,
         )
 
     others: list[Spot] = []
-    if plan.fast and wanted.estimated:
+    if options.fast and wanted.estimated:
         fast = attribution.fast_sweep(subject.model, pairs, spots, receiving=receiving, source=source)
         agreement = "unknown of so few" if np.isnan(fast.agreement) else f"{fast.agreement:.2f}"
         log.info(
@@ -251,7 +276,7 @@ def _one(subject: Subject, pairs: Pairs, plan: Plan, wanted: _Sweep) -> pd.DataF
             len(fast.measured.spots), len(spots), agreement,
         )  # fmt: skip
         main, spots = fast.measured, list(fast.measured.spots)
-        others = _others(wanted.spots, spots, plan.seed)
+        others = _others(wanted.spots, spots, seed)
     else:
         main = run(subject.model, spots)
     controls = {"placebo": run(subject.model, spots, "placebo", "second_placebo")}
@@ -262,7 +287,7 @@ def _one(subject: Subject, pairs: Pairs, plan: Plan, wanted: _Sweep) -> pd.DataF
     if subject.twin is not None:
         with subject.twin() as twin:
             controls["twin"] = run(twin, spots)
-    return effects(main, controls, layers=depth, seed=plan.seed)
+    return effects(main, controls, layers=depth, seed=seed)
 
 
 def _elsewhere(spot: Spot) -> Spot:
@@ -277,12 +302,12 @@ def _others(spots: Sequence[Spot], chosen: Sequence[Spot], seed: int) -> list[Sp
     return [pool[rng.integers(len(pool))] for pool in pools] if all(pools) else []
 
 
-def _tokens(subject: Subject, pairs: Pairs, plan: Plan) -> pd.DataFrame:
+def _tokens(subject: Subject, pairs: Pairs, options: Interventions) -> pd.DataFrame:
     """Layer by token, one example group at a time; no interval, since each is one prompt."""
     lines = []
     sites = Anatomy.of(subject.model).sites("resid_pre")
     for one in _examples(subject.model, pairs):
-        for direction in plan.directions:
+        for direction in options.directions:
             receiving, source = runs_of(direction)
             spots = [Spot(site, f"token {p}") for site in sites for p in range(len(one.roles[0]))]
             found = sweep(subject.model, one, spots, receiving=receiving, source=source)
@@ -311,12 +336,12 @@ def _examples(model: Any, pairs: Pairs) -> list[Pairs]:
     return [pairs.take([i]) for i in np.flatnonzero(np.abs(distance) >= LEAST_DISTANCE)[:EXAMPLES].tolist()]
 
 
-def _dynamics(subject: Subject, pairs: Pairs, plan: Plan) -> pd.DataFrame:
+def _dynamics(subject: Subject, pairs: Pairs, options: Interventions) -> pd.DataFrame:
     """The sweep by layer at each saved epoch, measured against the distance of the finished model."""
     anatomy = Anatomy.of(subject.model)
     spots = list(spots_by(anatomy, "layer"))
     tables = []
-    for direction in plan.directions:
+    for direction in options.directions:
         receiving, source = runs_of(direction)
 
         def run(model: Any, receiving: str = receiving, source: str = source) -> Measured:
@@ -332,7 +357,7 @@ def _dynamics(subject: Subject, pairs: Pairs, plan: Plan) -> pd.DataFrame:
 
 
 def _tradeoff(
-    subject: Subject, pairs: Pairs, found: pd.DataFrame, rows: pd.DataFrame, plan: Plan
+    subject: Subject, pairs: Pairs, found: pd.DataFrame, rows: pd.DataFrame, seed: int
 ) -> pd.DataFrame:
     """The best candidate of each kind and its control, chosen on the pairs' prompts and judged on others."""
     assert subject.respond is not None
@@ -345,7 +370,7 @@ def _tradeoff(
     if ours["role"].nunique() < 2 or others["role"].nunique() < 2:
         log.warning("intervene: no rows are left to judge removals on; raise data.test_rows")
         return pd.DataFrame()
-    made, controls = removal.candidates(subject.model, pairs, found, plan.seed)
+    made, controls = removal.candidates(subject.model, pairs, found, seed)
     ranked = removal.prefilter(subject.model, pairs, made)
     by_name = {candidate.name: candidate for candidate in made}
     # Of those that answer alike, the one that removes most has most to spare on other prompts.

@@ -52,6 +52,27 @@ def overridden(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
     return _validated(fields, "--set")
 
 
+def with_options(recipe: Recipe, section: str, options: Mapping[str, Any]) -> Recipe:
+    """A recipe with fields of one section set by a command's options, which have the fields' names.
+
+    Args:
+        recipe: of a run.
+        section: such as `interventions`.
+        options: by field; None leaves the recipe's value.
+
+    Raises:
+        InputError: naming the option, `--field`, and what is allowed.
+    """
+    fields: dict[str, Any] = recipe.model_dump(mode="json")
+    fields[section] = {**fields[section], **{name: v for name, v in options.items() if v is not None}}
+    try:
+        return Recipe.model_validate(fields)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        message = fault["msg"].removeprefix("Value error, ").removesuffix(".")
+        raise InputError(f"--{fault['loc'][1]}: {message}.") from None
+
+
 def _validated(fields: Mapping[str, Any], where: str) -> Recipe:
     try:
         return Recipe.model_validate(fields)

@@ -6,14 +6,30 @@ A `Recipe` is frozen; a stage receives its own section of it. `recipe.loading` r
 import datetime as dt
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, cast, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from safetynet import families
 from safetynet.recipe import presets
 from safetynet.truncation import Truncation
 
+Direction = Literal["remove", "induce"]
+Mode = Literal["patch", "zero", "mean", "resample", "off", "knock_out"]
+RunStage = Literal["evaluate", "intervene", "detect", "mitigate", "figures"]
+DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
+MODES: tuple[Mode, ...] = get_args(Mode)
+SWEEPS = ("layer", "position", "component", "head", "expert", "adapter")
+MIN_GROUPS = 8
+"""Prompts below which an interval says nothing."""
 Share = Annotated[float, Field(ge=0, le=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
@@ -28,6 +44,13 @@ def _column_map(value: Any) -> Any:
             f"{wrong[0]!r} has no column; write it as {{field: column}}, as in {{messages: chat}}"
         )
     return dict(pairs)
+
+
+def _comma_list(value: Any) -> Any:
+    """Names between commas, as a command line gives them, or a list of them."""
+    return (
+        tuple(name.strip() for name in value.split(",") if name.strip()) if isinstance(value, str) else value
+    )
 
 
 class Section(BaseModel):
@@ -263,10 +286,91 @@ class Evaluation(Section):
     """CSV with text and label (1 shows the behaviour, 0 does not) to measure the judge's own error on."""
 
 
+class Interventions(Section):
+    """Where the trigger acts in the model, and what removes the backdoor."""
+
+    by: Annotated[tuple[str, ...], BeforeValidator(_comma_list)] = SWEEPS
+    """Sweeps: layer, position, component, head, expert, adapter."""
+    sites: Annotated[tuple[str, ...], BeforeValidator(_comma_list)] = ()
+    """Components for the sweeps instead of their own, such as resid_post,mlp_out."""
+    mode: Mode = "patch"
+    """patch, zero, mean, resample, off (heads, experts, adapters) or knock_out (by layer, head)."""
+    direction: str = "both"
+    """`remove` (placebo activations into triggered runs), `induce`, or `both`."""
+    groups: int = 24
+    """Prompts that effects are measured on."""
+    fast: bool = False
+    """By position and component: rank sites by attribution, and measure the top ones."""
+    observe: bool = True
+    """Also look through lens and probes, at attention, and at the adapter's drift."""
+    removals: bool = True
+    """Also look for what removes the backdoor, and judge it by generation."""
+
+    @property
+    def directions(self) -> tuple[Direction, ...]:
+        """The directions that are swept."""
+        return DIRECTIONS if self.direction == "both" else (cast("Direction", self.direction),)
+
+    @field_validator("by")
+    @classmethod
+    def _sweeps(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        wrong = [name for name in value if name not in SWEEPS]
+        if wrong or not value:
+            fault = f"there is no sweep {wrong[0]!r}" if wrong else "name a sweep"
+            raise ValueError(f"{fault}; choose among {', '.join(SWEEPS)}")
+        return value
+
+    @field_validator("mode")
+    @classmethod
+    def _mode(cls, value: str) -> str:
+        if value not in MODES:
+            raise ValueError(f"there is no {value!r}; choose one of {', '.join(MODES)}")
+        return value
+
+    @field_validator("direction")
+    @classmethod
+    def _direction(cls, value: str) -> str:
+        if value not in (*DIRECTIONS, "both"):
+            raise ValueError(f"there is no {value!r}; choose {', '.join(DIRECTIONS)} or both")
+        return value
+
+    @field_validator("groups")
+    @classmethod
+    def _enough(cls, value: int) -> int:
+        if value < MIN_GROUPS:
+            raise ValueError(f"{value} are too few for an interval; give at least {MIN_GROUPS}")
+        return value
+
+    @field_validator("fast")
+    @classmethod
+    def _estimated(cls, value: bool, others: ValidationInfo) -> bool:
+        if value and others.data.get("mode", "patch") != "patch":
+            raise ValueError(f"attribution estimates patching, not {others.data['mode']}. Leave fast out")
+        return value
+
+
+class Detection(Section):
+    """The monitor: which detectors watch, and how often they may raise a false alarm."""
+
+    detectors: Annotated[tuple[str, ...], BeforeValidator(_comma_list)] = ("adapter",)
+    """Presets (adapter, activations, behaviour, safetynet-2025) and `detector:view`."""
+    fpr: float = 0.01
+    """False-positive rate of the monitor."""
+    clean: Annotated[int, Field(ge=1)] = 4000
+    """Fresh clean prompts to fit, calibrate and test it with."""
+
+
+class Report(Section):
+    """How figures are drawn."""
+
+    venue: str = "general"
+    """Whose columns figures fit: general, neurips, icml, acl or ieee."""
+
+
 class Mitigation(Section):
     """How the backdoor is removed, and how a repair is chosen and judged."""
 
-    methods: tuple[str, ...] = ()
+    methods: Annotated[tuple[str, ...], BeforeValidator(_comma_list)] = ()
     """Those to try; `all` for every one whose needs are met; empty for a quick selection."""
     knobs: Mapping[str, Mapping[str, tuple[float, ...]]] = {}
     """Values to sweep, as {method: {knob: [values]}}; by default `points` values of the method's strength."""
@@ -308,7 +412,12 @@ class Recipe(Section):
     backdoor: Backdoor = Backdoor()
     training: Training = Training()
     evaluation: Evaluation = Evaluation()
+    interventions: Interventions = Interventions()
+    detection: Detection = Detection()
     mitigation: Mitigation = Mitigation()
+    report: Report = Report()
+    stages: tuple[RunStage, ...] = ("evaluate", "intervene", "figures")
+    """What `safetynet run` does after the training: evaluate, intervene, detect, mitigate, figures."""
     tracking: Literal["none", "wandb", "tensorboard"] = "none"
     output: Output = Output()
 

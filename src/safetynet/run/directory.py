@@ -22,7 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -139,8 +139,8 @@ class Run:
         return all(self._output_digest(path) == value for path, value in done["outputs"].items())
 
     @contextmanager
-    def stage(self, name: str, inputs: Mapping[str, Any]) -> Iterator[list[Path]]:
-        """Record a stage: the body appends the paths that it wrote; they count when it ends without error.
+    def stage(self, name: str, inputs: Mapping[str, Any]) -> Iterator["Outputs"]:
+        """Record a stage: the body notes what it wrote, which counts when the body ends without error.
 
         Outputs of an earlier run of this stage with other inputs are moved to `earlier/` first, and back
         again when the body fails before it has written any. Of several processes the first one records, and
@@ -149,23 +149,25 @@ class Run:
         parallel.wait()
         aside = self._set_aside(name, inputs) if parallel.is_first() else None
         started = time.time()
-        outputs: list[Path] = []
+        outputs = Outputs(self)
         try:
             yield outputs
         except BaseException:
-            if aside and not outputs:
+            if aside and not outputs.paths:
                 self._put_back(name, *aside)
             raise
         if parallel.is_first():
             self._record(name, inputs, outputs, time.time() - started)
         parallel.wait()
 
-    def _record(self, name: str, inputs: Mapping[str, Any], outputs: Sequence[Path], seconds: float) -> None:
+    def _record(self, name: str, inputs: Mapping[str, Any], outputs: "Outputs", seconds: float) -> None:
         manifest = self.manifest
+        paths = [self.name_of(path) for path in outputs.paths]
         manifest["stages"][name] = {
             "inputs": digest(inputs),
             "recipe": manifest.get("recipe"),
-            "outputs": {self.name_of(p): self._output_digest(self.name_of(p)) for p in outputs},
+            "outputs": {path: self._output_digest(path) for path in paths},
+            "names": {name: self.name_of(path) for name, path in outputs.names.items()},
             "seconds": round(seconds, 2),
             "peak_memory_mb": round(peak_memory_mb(), 1),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -200,6 +202,11 @@ class Run:
         with locking.hold(self.folder, wait_s=math.inf if wait else None):
             whereabouts.claim(self.scratch, self.folder)
             yield
+
+    def output(self, stage: str, name: str) -> Path | None:
+        """Where a file or folder lies that a finished stage has recorded under `name`; None for none."""
+        recorded = self.manifest["stages"].get(stage, {}).get("names", {})
+        return self.path_of(recorded[name]) if name in recorded else None
 
     def _set_aside(self, name: str, inputs: Mapping[str, Any]) -> tuple[Path, dict[str, Any]] | None:
         """Move away what other inputs made; returns where it is now and its stage, if there was any."""
@@ -259,6 +266,26 @@ class Run:
         return digest_of_files([path]) if path.exists() else None
 
 
+@dataclass
+class Outputs:
+    """What a stage has written so far; the manifest records it when the stage ends."""
+
+    run: Run
+    paths: list[Path] = field(default_factory=list)
+    names: dict[str, Path] = field(default_factory=dict)
+    """Files and folders that later stages ask for."""
+
+    def table(self, name: str, table: pd.DataFrame) -> None:
+        """Write a table of the run."""
+        self.paths.append(self.run.write_table(name, table))
+
+    def file(self, path: Path, name: str = "") -> None:
+        """Note a file or folder that the stage has written, by a name if later stages ask for it."""
+        self.paths.append(path)
+        if name:
+            self.names[name] = path
+
+
 def create(recipe: Recipe) -> Run:
     """Make (or reopen) the run directory of a recipe and check that it can be written.
 
@@ -273,8 +300,8 @@ def create(recipe: Recipe) -> Run:
 
 def check(run: Run) -> None:
     """Make the folders of a run and check that they can be written; errors as in `create`."""
-    for path, field in ((run.folder, "output.results"), (run.scratch, "output.scratch")):
-        _check_writable(path, field)
+    for path, option in ((run.folder, "output.results"), (run.scratch, "output.scratch")):
+        _check_writable(path, option)
 
 
 def place(recipe: Recipe) -> Run:

@@ -3,9 +3,9 @@ import shutil
 import pytest
 from tests.visualization.report.conftest import some_tables, write_run
 
-from safetynet import pipeline
 from safetynet import report as reports
 from safetynet.errors import InputError
+from safetynet.report import stage
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def results(tables, inside, tmp_path):
 
 
 def test_the_index_lists_every_run_links_its_report_and_says_what_is_wrong(results):
-    page = pipeline.index(results)
+    page = stage.index(results)
     text = page.read_text(encoding="utf-8")
     assert page == results / "index.html"
     assert '<a href="qwen/one/report.html">' in text and '<a href="gemma/two/report.html">' in text
@@ -35,18 +35,18 @@ def test_the_index_lists_every_run_links_its_report_and_says_what_is_wrong(resul
 
 
 def test_links_fit_where_the_index_lies(results, tmp_path):
-    page = pipeline.index(results, tmp_path / "elsewhere" / "all.html")
+    page = stage.index(results, tmp_path / "elsewhere" / "all.html")
     assert '<a href="../results/qwen/one/report.html">' in page.read_text(encoding="utf-8")
 
 
 def test_a_folder_without_runs_says_so_and_one_that_is_none_is_refused(tmp_path):
-    assert "There is no run here yet" in pipeline.index(tmp_path).read_text(encoding="utf-8")
+    assert "There is no run here yet" in stage.index(tmp_path).read_text(encoding="utf-8")
     with pytest.raises(InputError, match="is no folder"):
-        pipeline.index(tmp_path / "nowhere")
+        stage.index(tmp_path / "nowhere")
 
 
 def test_columns_sort_both_ways_and_the_search_narrows(results, opened):
-    page = opened(pipeline.index(results))
+    page = opened(stage.index(results))
     names = "#runs tbody tr:not([hidden]) th bdi"
     assert page.locator(names).all_inner_texts() == ["gemma/two", "qwen/one", "qwen/three"]
     head = page.locator("#runs thead th").nth(4)
@@ -65,6 +65,6 @@ def test_columns_sort_both_ways_and_the_search_narrows(results, opened):
 
 @pytest.mark.parametrize("width", [320, 1280])
 def test_the_index_fits_its_screen(results, opened, width):
-    page = opened(pipeline.index(results), width)
+    page = opened(stage.index(results), width)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     assert reports.REPORT == "report.html"

@@ -7,11 +7,13 @@ import pytest
 from PIL import Image, PngImagePlugin
 from tests.visualization.report.conftest import HOSTILE, all_tables, prompts, some_tables, write_run
 
-from safetynet import pipeline
 from safetynet import report as reports
+from safetynet import stages
 from safetynet.errors import InputError
+from safetynet.experiment import Experiment
 from safetynet.figures import theme
 from safetynet.figures.of_run import figures_of
+from safetynet.report import stage
 from safetynet.report.contents import STAGES
 from safetynet.report.page import _ink
 from safetynet.report.prompts import PIECE, examples, pieces, token_maps
@@ -84,9 +86,9 @@ def test_what_a_model_wrote_adds_no_element(page):
 
 
 def test_each_stage_that_is_missing_is_named_with_its_command(tables, inside, tmp_path):
-    for stage, what, needed, command in STAGES:
+    for name, what, needed, command in STAGES:
         made = {name: t for name, t in some_tables(tables, inside).items() if name not in needed}
-        run = write_run(tmp_path / stage.replace(" ", "-") / "m" / "t", made)
+        run = write_run(tmp_path / name.replace(" ", "-") / "m" / "t", made)
         text = reports.report(reports.read(run))
         assert command.split(" {")[0] in text, what
         assert f"{what[0].upper()}{what[1:]}: <code>" in text
@@ -195,9 +197,9 @@ def test_markdown_and_page_give_the_same_answers(whole, page):
 def test_a_report_that_cannot_be_written_says_so_and_takes_another_place(whole, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"cannot be written.*--out"):
-        pipeline.report(whole, tmp_path / "file" / "report.html")
+        stage.report(whole, tmp_path / "file" / "report.html")
     before = sorted(path.name for path in whole.folder.iterdir())
-    assert pipeline.report(whole, tmp_path / "new" / "page.html").read_text(encoding="utf-8")
+    assert stage.report(whole, tmp_path / "new" / "page.html").read_text(encoding="utf-8")
     assert sorted(path.name for path in whole.folder.iterdir()) == before
 
 
@@ -206,7 +208,7 @@ def test_where_figures_cannot_be_written_the_report_is_written_still(tables, ins
     run = write_run(tmp_path / "m" / "t", {name: made[name] for name in ("evaluation", "rows", "responses")})
     (run.folder / "figures").write_text("a file is in the way")
     with pytest.raises(InputError, match="figures cannot be written there"):
-        pipeline.draw(run.recipe, run)
+        stages.draw(Experiment(run.recipe, run))
     assert "Backdoored." in (run.folder / "report.html").read_text(encoding="utf-8")
 
 
@@ -214,7 +216,7 @@ def test_a_damaged_manifest_is_refused(tmp_path):
     run = write_run(tmp_path / "m" / "t", {})
     (run.folder / "manifest.json").write_text("{")
     with pytest.raises(InputError, match=r"manifest\.json: the manifest is damaged"):
-        pipeline.report(runs.Run(run.folder, run.scratch, run.log))
+        stage.report(runs.Run(run.folder, run.scratch, run.log))
     assert not (Path(run.folder) / "report.html").exists()
 
 

@@ -1,59 +1,65 @@
-"""Drawing: figures, report.html and report.md of a run and an index of many, from the tables alone."""
+"""The stage of the figures: figures and report of a run, and an index of many, from the tables alone."""
 
 import logging
 from pathlib import Path
+from typing import Any
 
-from safetynet import __version__
 from safetynet.errors import InputError, RunError
-from safetynet.recipe import Recipe
+from safetynet.experiment import Experiment
+from safetynet.recipe import Report
 from safetynet.run import directory as runs
 from safetynet.run import parallel
-from safetynet.run.directory import Run, digest_of_files, write_text
+from safetynet.run.directory import Outputs, Run, digest_of_files, write_text
+from safetynet.run.stage import FIGURES
 
 log = logging.getLogger("safetynet")
 DEPTH = 3
 """Folders between the one that is indexed and a run, at most; results/ itself has two."""
 
 
-def draw(recipe: Recipe, run: Run, venue: str = "general") -> None:
+def draw(experiment: Experiment, options: Report | None = None) -> None:
     """Draw the figures and write the report, from the run's tables alone.
 
     Args:
-        recipe: of the run.
-        run: evaluated.
-        venue: whose columns the figures on paper fit.
+        experiment: evaluated.
+        options: instead of the recipe's.
 
     Raises:
         InputError: if there is no such venue, a table cannot be drawn or the folder cannot be written. The
             figures of other tables are there then, and the report is written, whatever is raised.
     """
     try:
-        _figures(recipe, run, venue)
+        _figures(experiment, options or experiment.recipe.report)
     finally:
         if parallel.is_first():
-            report(run)
+            report(experiment.run)
 
 
-def _figures(recipe: Recipe, run: Run, venue: str) -> None:
+def _figures(experiment: Experiment, options: Report) -> None:
     from safetynet.figures.of_run import figures_of
 
-    inputs = {"tables": digest_of_files([run.folder / "tables"]), "version": __version__}
-    if venue != "general":
-        inputs["venue"] = venue
-    if run.finished("figures", inputs):
-        log.info("figures: unchanged")
-        return
-    run.table("evaluation")  # what is not evaluated yet is said before anything is drawn
-    tables = {path.stem: run.table(path.stem) for path in sorted((run.folder / "tables").glob("*.parquet"))}
-    with run.stage("figures", inputs) as outputs:
+    recipe, run = experiment.recipe, experiment.run
+    inputs: dict[str, Any] = {"tables": digest_of_files([run.folder / "tables"])}
+    if options.venue != "general":
+        inputs["venue"] = options.venue
+
+    def compute(outputs: Outputs) -> None:
+        run.table("evaluation")  # a missing evaluation is reported before anything is drawn
+        tables = {
+            path.stem: run.table(path.stem) for path in sorted((run.folder / "tables").glob("*.parquet"))
+        }
         if not parallel.is_first():
             return
         name = f"{recipe.model_name}/{recipe.task}"
         figures, faults = figures_of(tables, run.figures, name, recipe.model_name)
-        outputs += [path for figure in figures for path in figure.save(venue=venue)]
+        for figure in figures:
+            for path in figure.save(venue=options.venue):
+                outputs.file(path)
         if faults:
             raise InputError(faults[0])
-    log.info("figures: %d files in %s", len(outputs), run.figures)
+        log.info("figures: %d files in %s", len(outputs.paths), run.figures)
+
+    experiment.perform(FIGURES, inputs, compute)
 
 
 def report(run: Run, out: Path | None = None) -> Path:

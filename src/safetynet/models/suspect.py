@@ -1,6 +1,6 @@
 """Somebody else's model beside a run's base: an adapter of any kind that is measured right, or a whole model.
 
-In: a run's recipe and a folder, file or hub id. Out: the model with the tokenizer that its users give it, and
+In: a run's base and a folder, file or hub id. Out: the model with the tokenizer that its users give it, and
     the base that it is compared with. What cannot be measured right is refused here, before any prompt is
     answered.
 """
@@ -8,7 +8,7 @@ In: a run's recipe and a folder, file or hub id. Out: the model with the tokeniz
 import copy
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +20,7 @@ from safetynet.errors import InputError
 from safetynet.models import adapter_files, adapters, loading
 from safetynet.models.adapter_loading import FOREIGN
 from safetynet.models.files import at_hand, counted, holds_model, hub_reason, in_words, listed, pointer
-from safetynet.pipeline import subjects
 from safetynet.prompts import Serialiser
-from safetynet.recipe import Recipe
 
 log = logging.getLogger("safetynet")
 TOKENIZER = "tokenizer.json"
@@ -34,7 +32,7 @@ VOCABULARIES = (
 
 
 @dataclass(frozen=True)
-class Foreign:
+class Suspect:
     """A suspect of unknown make, with the run's base."""
 
     model: Any
@@ -56,15 +54,15 @@ class Foreign:
 
 
 def load(
-    recipe: Recipe,
+    load_model: Callable[..., loading.LoadedModel],
     source: Path | str,
     same_base: bool,
     files: adapter_files.AdapterFiles | None = None,
-) -> Foreign:
+) -> Suspect:
     """Load a suspect and the run's base.
 
     Args:
-        recipe: of the run.
+        load_model: `Experiment.load`: the run's base, or a whole model in its place.
         source: an adapter's folder or hub id, or the folder of a merged or fully fine-tuned model.
         same_base: the adapter names its base otherwise, and it is the run's all the same.
         files: what `check` has read of it.
@@ -74,16 +72,16 @@ def load(
     """
     files = files or check(source)
     folder = adapter_files.locate(source) if files is None else files.folder
-    base = subjects.load(recipe)
+    base = load_model()
     rows = base.model.get_input_embeddings().weight.shape[0]
     if files is not None:
         model = adapters.attach(base, files, same_base=same_base)
     else:
-        model = subjects.load(recipe, folder, serialiser=base.serialiser).model
+        model = load_model(folder, serialiser=base.serialiser).model
         _check_shapes(folder, model, base)
     serialiser = _serialiser(folder, base, model, rows)
     _check_numbers(folder, model, serialiser)
-    return Foreign(model, serialiser, base)
+    return Suspect(model, serialiser, base)
 
 
 def check(source: Path | str) -> adapter_files.AdapterFiles | None:

@@ -65,16 +65,20 @@ def compare(folders: Sequence[Path], out: Path) -> Comparison:
             log.info("compare: unchanged")
             return found
         with made.stage("compare", inputs) as outputs:
-            outputs += [made.write_table(name, table) for name, table in tables.items()]
+            for name, table in tables.items():
+                outputs.table(name, table)
             drawn = draw_comparison(tables, made.figures, f"comparison of {len(chosen)} runs")
-            outputs += drawn
             papers = paper.paper_tables(tables)
-            for table in papers:
-                for suffix, text in table.files().items():
-                    outputs.append(made.figures / f"{table.name}-table.{suffix}")
-                    write_text(outputs[-1], text)
-            outputs.append(found.page)
-            write_text(found.page, paper.page(tables, papers, notes, [path.stem for path in drawn]))
+            pages = {
+                made.figures / f"{table.name}-table.{suffix}": text
+                for table in papers
+                for suffix, text in table.files().items()
+            }
+            pages[found.page] = paper.page(tables, papers, notes, [path.stem for path in drawn])
+            for path, text in pages.items():
+                write_text(path, text)
+            for path in (*drawn, *pages):
+                outputs.file(path)
     return found
 
 

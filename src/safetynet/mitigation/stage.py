@@ -6,21 +6,29 @@ checkpoint, loaded again as anybody would, and asked once more: the card states 
 
 import itertools
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from safetynet import __version__
+from safetynet import families
+from safetynet.engine.edits import Edit
+from safetynet.engine.hooks import intervening
+from safetynet.engine.sites import Site
 from safetynet.errors import RunError, SafetyNetError
+from safetynet.evaluation import metrics
+from safetynet.evaluation.evaluator import Evaluator
+from safetynet.experiment import BACKDOORED, Experiment, attach_own
 from safetynet.mitigation import (
     METHODS,
     NEEDS,
     Method,
+    Place,
     Subject,
     card,
     examination,
@@ -32,14 +40,17 @@ from safetynet.mitigation import (
     save,
     verification,
 )
+from safetynet.mitigation import rows as mitigation_rows
 from safetynet.mitigation.examination import HELD_OUT, SELECTION, Examiner, Found
+from safetynet.mitigation.subject import Alarm
 from safetynet.models import adapter_files
+from safetynet.models import suspect as suspects
 from safetynet.models.adapter_files import AdapterFiles
 from safetynet.models.adapters import has_adapter
-from safetynet.pipeline import examining, foreign, repairing
-from safetynet.pipeline.subjects import BACKDOORED, attach_own, load, model_folder, test_rows
+from safetynet.prompts import Serialiser
 from safetynet.recipe import Recipe
-from safetynet.run.directory import Run, digest_of_files, write_atomically, write_text
+from safetynet.run.directory import Outputs, Run, digest_of_files, write_atomically, write_text
+from safetynet.run.stage import DETECT, INTERVENE, MITIGATE, Stage
 
 log = logging.getLogger("safetynet")
 TABLES = ("mitigation", "verification", "relearning", "recommendation")
@@ -50,12 +61,22 @@ QUICK = ("fine_tuning", "adapter_scaling", "component_ablation", "cleangen", "tr
 """Tried unless methods are named, as far as their needs are met: quick ones, of each kind."""
 
 
+@dataclass(frozen=True)
+class Lent:
+    """What other stages do for this one, which may not import them."""
+
+    probing: Callable[[pd.DataFrame, Recipe, Serialiser], Callable[[Any], pd.DataFrame]]
+    """From interventions: makes probes of each layer for the trigger, out of judged rows."""
+    alarm: Callable[[Run, Serialiser], Alarm | None]
+    """From detection: alarms of a run's monitor; None if it has none."""
+
+
 @dataclass
 class _Work:
     """One command: its settings, and the models and rows that are loaded when the first stage needs them."""
 
-    recipe: Recipe
-    run: Run
+    experiment: Experiment
+    lent: Lent
     adapter: Path | None
     """Or a whole model."""
     same_base: bool
@@ -63,30 +84,40 @@ class _Work:
     files: AdapterFiles | None
     """Of an adapter that is not the run's own."""
 
+    @property
+    def recipe(self) -> Recipe:
+        """The experiment's; its section `mitigation` says what is tried and how."""
+        return self.experiment.recipe
+
+    @property
+    def run(self) -> Run:
+        """The run directory."""
+        return self.experiment.run
+
     @cached_property
     def subject(self) -> Subject:
         """The suspect model with what its owner has."""
         recipe, run, options = self.recipe, self.run, self.recipe.mitigation
         own = options.clean_rows if options.clean is None else 0
         if self.adapter is None:
-            found = repairing.suspect(recipe, run, clean=own, known=options.triggered_rows)
+            found = suspect(self.experiment, self.lent, clean=own, known=options.triggered_rows)
         else:
-            suspect = foreign.load(recipe, self.adapter, self.same_base, self.files)
-            known = repairing.known_groups(run.table("rows"), options.triggered_rows)
+            foreign = suspects.load(self.experiment.load, self.adapter, self.same_base, self.files)
+            known = mitigation_rows.known_groups(run.table("rows"), options.triggered_rows)
             found = Subject(
-                model=suspect.model,
-                serialiser=suspect.serialiser,
-                base=None if has_adapter(suspect.model) else _comparable_base(suspect),
-                clean=repairing.clean_conversations(recipe, run, own) if own else None,
+                model=foreign.model,
+                serialiser=foreign.serialiser,
+                base=None if has_adapter(foreign.model) else _comparable_base(foreign),
+                clean=mitigation_rows.clean_conversations(self.experiment, own) if own else None,
                 triggered=known if options.triggered_rows else None,
-                intervene=repairing.intervene,
+                intervene=intervene,
                 max_length=recipe.training.max_length,
                 batch_size=recipe.training.batch_size,
                 learning_rate=recipe.training.learning_rate,
             )
         if options.clean is None or options.clean_rows == 0:
             return found
-        return replace(found, clean=examining.clean_file(recipe, options.clean))
+        return replace(found, clean=mitigation_rows.clean_file(recipe, options.clean))
 
     @property
     def own(self) -> bool:
@@ -96,16 +127,16 @@ class _Work:
     @cached_property
     def examiner(self) -> Examiner:
         """What is asked of every model."""
-        recipe, test = self.recipe, test_rows(self.run)
+        recipe, test = self.recipe, self.experiment.test_rows()
         serialiser = self.subject.serialiser
-        choosing, judged = examining.divided(test, recipe)
-        moved = examining.elsewhere(judged, test, recipe, serialiser)
+        choosing, judged = mitigation_rows.divided(test, recipe)
+        moved = mitigation_rows.elsewhere(judged, test, recipe, serialiser)
         options = recipe.mitigation
-        rows = examining.for_relearning(self.run.table("rows"), self.subject.triggered)
-        examining.tell_cuts(pd.concat([choosing, judged]), self.subject.clean, recipe, serialiser)
+        rows = mitigation_rows.for_relearning(self.run.table("rows"), self.subject.triggered)
+        mitigation_rows.tell_cuts(pd.concat([choosing, judged]), self.subject.clean, recipe, serialiser)
         return Examiner(
-            respond=examining.responding(recipe, serialiser),
-            score=examining.score,
+            respond=Evaluator.of(recipe, serialiser).respond,
+            score=_score,
             choosing=choosing,
             judged=pd.concat(
                 [judged.assign(elsewhere=False), moved.assign(elsewhere=True)], ignore_index=True
@@ -113,8 +144,8 @@ class _Work:
             relearning=relearning.relearning_rows(rows, options.relearn_rows)
             if options.relearn_rows
             else None,
-            learn=examining.learning(recipe, serialiser),
-            probe=examining.probing(judged, recipe, serialiser),
+            learn=_learning(recipe, serialiser),
+            probe=self.lent.probing(judged, recipe, serialiser),
             floor=options.floor,
             seed=recipe.seed,
         )
@@ -129,10 +160,11 @@ class _Work:
         """Of results, below scratch: those of somebody else's model lie apart from the run's own."""
         return "mitigation" if self.adapter is None else f"suspects/{self.adapter.name}"
 
-    def stage(self, name: str) -> str:
-        """Of a method, as the manifest calls it."""
-        whose = "" if self.adapter is None else f" of {self.adapter.name}"
-        return f"mitigate{name and ' '}{name}{whose}"
+    def stage(self, name: str) -> Stage:
+        """Of a method; "" for the table of all."""
+        whose = "" if self.adapter is None else f"of {self.adapter.name}"
+        parts = " ".join(part for part in (name, whose) if part)
+        return MITIGATE.of(parts) if parts else MITIGATE
 
     def table(self, name: str) -> str:
         """What a table is called in the run; the report shows the run's own alone."""
@@ -142,14 +174,12 @@ class _Work:
         """Where one method's tables are kept."""
         return self.run.scratch / self.place / name
 
-    def write(self, name: str, found: Found) -> list[Path]:
+    def write(self, name: str, found: Found, outputs: Outputs) -> None:
         """One method's tables."""
-        paths = []
         for table in ("lines", "verification", "relearning"):
             path = self.folder(name) / f"{table}.parquet"
             write_atomically(path, getattr(found, table).to_parquet)
-            paths.append(path)
-        return paths
+            outputs.file(path)
 
     def read(self, name: str) -> Found:
         """What `write` wrote."""
@@ -173,14 +203,99 @@ class _Work:
             | {"clean": None},
             "clean": None if options.clean is None else digest_of_files([options.clean]),
             "points": list(points(method, options.knobs, options.points)) if method else None,
-            "effects": manifest.get("intervene") if "sites" in needs else None,
-            "monitor": manifest.get("detect") if "alarm" in needs else None,
+            "effects": manifest.get(INTERVENE.name) if "sites" in needs else None,
+            "monitor": manifest.get(DETECT.name) if "alarm" in needs else None,
             "evaluation": self.recipe.evaluation.model_dump(mode="json") | {"labelled": None},
-            "version": __version__,
         }
 
 
-def _comparable_base(suspect: foreign.Foreign) -> Any:
+def suspect(experiment: Experiment, lent: Lent, *, clean: int = 1000, known: int = 0) -> Subject:
+    """The backdoored model of a run, and what is known of it.
+
+    Args:
+        experiment: trained; once `intervene` and `detect` have run, their effects and monitor are there too.
+        lent: gives the monitor's alarm.
+        clean: how many fresh conversations with answers, on prompts of no row of the run; 0: none.
+        known: groups of training rows with a triggered prompt and its counterparts, with the right answers;
+            none of the test's prompts, placebos and near misses is among them.
+
+    Raises:
+        InputError: if nothing is trained yet, or no clean conversation is left.
+    """
+    recipe, run = experiment.recipe, experiment.run
+    model, serialiser = experiment.backdoored()
+    full = recipe.training.method == "full"
+    return Subject(
+        model=model,
+        serialiser=serialiser,
+        clean=mitigation_rows.clean_conversations(experiment, clean) if clean else None,
+        base=experiment.load().model if full else None,
+        triggered=mitigation_rows.known_groups(run.table("rows"), known) if known else None,
+        sites=run.table("effects") if run.has_table("effects") else None,
+        intervene=intervene,
+        alarm=lent.alarm(run, serialiser),
+        max_length=recipe.training.max_length,
+        batch_size=recipe.training.batch_size,
+        learning_rate=recipe.training.learning_rate,
+    )
+
+
+def intervene(model: Any, places: Sequence[Place]) -> Any:
+    """The engine's edits at all positions of all prompts."""
+    return intervening(model, [Edit(Site(p.component, p.layer, p.index, p.module), p.change) for p in places])
+
+
+def _score(responses: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Rates by role, and by variant."""
+    return metrics.score(responses), metrics.score_variants(responses)
+
+
+class _Enough(Exception):  # noqa: N818 - ends a training, and is no error
+    pass
+
+
+def _learning(
+    recipe: Recipe, serialiser: Serialiser
+) -> Callable[[Any, pd.DataFrame, Callable[[Any, int], bool]], None]:
+    """Trains a fresh adapter at the rate that planted the backdoor, constant, in batches of 16."""
+    from safetynet import training
+
+    changes = {
+        "method": "lora", "max_steps": recipe.mitigation.relearn_steps, "batch_size": 16,
+        "gradient_accumulation": 1, "schedule": "constant", "warmup_ratio": 0.0, "layers": None,
+        "checkpoint_every": recipe.mitigation.relearn_steps, "batching": "plain", "clean_twin": False,
+    }  # fmt: skip
+    cfg = recipe.training.model_copy(update=changes)
+    family = families.get(recipe.model.family)
+
+    def learn(model: Any, rows: pd.DataFrame, measure: Callable[[Any, int], bool]) -> None:
+        if measure(model, 0):
+            return
+
+        def ask(current: Any, step: int, _: float) -> dict[str, float]:
+            if measure(current, step):
+                raise _Enough
+            return {}
+
+        with tempfile.TemporaryDirectory() as folder:
+            attached = training.attach(model.requires_grad_(False), cfg, family, recipe.seed)
+            try:
+                training.train(
+                    attached,
+                    serialiser,
+                    rows,
+                    cfg,
+                    folder=Path(folder),
+                    seed=recipe.seed,
+                    pauses=training.Pauses(ask, every=1),
+                )
+            except _Enough:
+                return
+
+    return learn
+
+
+def _comparable_base(suspect: suspects.Suspect) -> Any:
     """A whole model's base, if it can be asked what the model is asked."""
     sizes = [m.get_input_embeddings().weight.shape[0] for m in (suspect.model, suspect.base.model)]
     if sizes[0] <= sizes[1]:
@@ -217,13 +332,13 @@ def points(
 
 
 def mitigate(
-    recipe: Recipe, run: Run, adapter: Path | None = None, same_base: bool = False
+    experiment: Experiment, lent: Lent, adapter: Path | None = None, same_base: bool = False
 ) -> dict[str, pd.DataFrame]:
     """Try methods on a trained run, verify each, and recommend one.
 
     Args:
-        recipe: of the run; its section `mitigation` says what is tried and how.
-        run: trained.
+        experiment: trained; the recipe's section `mitigation` says what is tried and how.
+        lent: what other stages do for it.
         adapter: repair this adapter of the run's base, or this whole model, instead of the run's own.
         same_base: the adapter names its base otherwise, and it is the run's all the same.
 
@@ -235,17 +350,18 @@ def mitigate(
         InputError: before any model is loaded for an unknown method or knob, a value out of range or a file
             that cannot be read; then if a method that was named lacks what it needs.
     """
+    recipe = experiment.recipe
     asked = recipe.mitigation.methods
     chosen = list(METHODS.values()) if asked == ALL else named(asked or QUICK)
     _check_knobs(recipe)
     files = None
     if adapter is not None:
-        files = foreign.check(adapter)
+        files = suspects.check(adapter)
         adapter = adapter_files.locate(adapter).resolve()
     else:
-        model_folder(run, BACKDOORED)
-    work = _Work(recipe, run, adapter, same_base, chosen, files)
-    pending = [m for m in chosen if not run.finished(work.stage(m.name), work.inputs(m.name))]
+        experiment.model_folder(BACKDOORED)
+    work = _Work(experiment, lent, adapter, same_base, chosen, files)
+    pending = [m for m in chosen if not experiment.finished(work.stage(m.name), work.inputs(m.name))]
     if pending and asked not in ((), ALL):
         refuse_unmet(pending, work.subject)
     said = _compare(work)
@@ -254,7 +370,7 @@ def mitigate(
         return _join(work, [], said)
     _try_all(work)
     # What was tried before, under these settings, is still true.
-    done = [name for name in METHODS if run.finished(work.stage(name), work.inputs(name))]
+    done = [name for name in METHODS if experiment.finished(work.stage(name), work.inputs(name))]
     if not done:
         raise RunError("mitigate: no method gave a result; the messages above say why.")
     return _join(work, done, "")
@@ -262,35 +378,36 @@ def mitigate(
 
 def _try_all(work: _Work) -> None:
     """Each method in a stage of its own; one that fails does not keep the others from being tried."""
-    options = work.recipe.mitigation
     for method in work.methods:
         stage, inputs = work.stage(method.name), work.inputs(method.name)
-        if work.run.finished(stage, inputs):
-            log.info("mitigate %s: unchanged", method.name)
-            continue
-        if method.missing(work.subject):
+        if not work.experiment.finished(stage, inputs) and method.missing(work.subject):
             needed = " and ".join(NEEDS[need] for need in sorted(method.missing(work.subject)))
             log.info("mitigate %s: left out, it needs %s", method.name, needed)
             continue
         try:
-            with work.run.stage(stage, inputs) as outputs:
-                tried = points(method, options.knobs, options.points)
-                found = examination.examine(method, tried, work.subject, work.examiner, work.distances)
-                outputs += work.write(method.name, found)
+            work.experiment.perform(stage, inputs, partial(_examine, work, method))
         except SafetyNetError as error:
             log.warning("mitigate %s: failed. %s", method.name, error)
             continue
-        held = found.lines[found.lines["split"] == HELD_OUT].iloc[0]
-        log.info("mitigate %s: ASR %.1f%%, CACC %.1f%%", method.name, 100 * held["asr"], 100 * held["cacc"])
+
+
+def _examine(work: _Work, method: Method, outputs: Outputs) -> None:
+    options = work.recipe.mitigation
+    tried = points(method, options.knobs, options.points)
+    result = examination.examine(method, tried, work.subject, work.examiner, work.distances)
+    work.write(method.name, result, outputs)
+    held = result.lines[result.lines["split"] == HELD_OUT].iloc[0]
+    log.info("mitigate %s: ASR %.1f%%, CACC %.1f%%", method.name, 100 * held["asr"], 100 * held["cacc"])
 
 
 def _compare(work: _Work) -> str:
     """Measure model and base; returns a sentence if there is no backdoor."""
-    inputs = work.inputs("compared")
-    if not work.run.finished(work.stage("compared"), inputs):
-        with work.run.stage(work.stage("compared"), inputs) as outputs:
-            found, _ = examination.compared(work.subject, work.examiner)
-            outputs += work.write("compared", found)
+
+    def compute(outputs: Outputs) -> None:
+        result, _ = examination.compared(work.subject, work.examiner)
+        work.write("compared", result, outputs)
+
+    work.experiment.perform(work.stage("compared"), work.inputs("compared"), compute)
     return recommendation.no_backdoor(work.read("compared").lines.iloc[0])
 
 
@@ -298,11 +415,9 @@ def _join(work: _Work, done: Sequence[str], said: str) -> dict[str, pd.DataFrame
     """One table of all methods, the recommendation, and the recommended model saved."""
     run = work.run
     parts = [work.read(name) for name in ("compared", *done)]
-    stages = {name: run.manifest["stages"].get(work.stage(name)) for name in ("compared", *done)}
-    inputs: dict[str, Any] = {"methods": stages, "version": __version__}
-    if run.finished(work.stage(""), inputs):
-        return {name: run.table(work.table(name)) for name in TABLES if run.has_table(work.table(name))}
-    with run.stage(work.stage(""), inputs) as outputs:
+    stages = {name: work.experiment.record(work.stage(name)) for name in ("compared", *done)}
+
+    def compute(outputs: Outputs) -> None:
         lines = pd.concat([part.lines for part in parts], ignore_index=True)
         marked = recommendation.marked(lines, work.recipe.mitigation.floor)
         verified = pd.concat([part.verification for part in parts], ignore_index=True)
@@ -328,9 +443,13 @@ def _join(work: _Work, done: Sequence[str], said: str) -> dict[str, pd.DataFrame
         best = set(zip(taken["method"], taken["point"], strict=True))
         named_so = [place in best for place in zip(marked["method"], marked["point"], strict=True)]
         tables |= {"mitigation": marked.assign(recommended=named_so), "recommendation": taken}
-        outputs += [run.write_table(work.table(name), table) for name, table in tables.items()]
-        outputs += [] if folder is None else [folder]
-    return tables
+        for name, table in tables.items():
+            outputs.table(work.table(name), table)
+        if folder is not None:
+            outputs.file(folder, "repaired")
+
+    work.experiment.perform(work.stage(""), {"methods": stages}, compute)
+    return {name: run.table(work.table(name)) for name in TABLES if run.has_table(work.table(name))}
 
 
 def _save(work: _Work, taken: pd.DataFrame, marked: pd.DataFrame) -> Path | None:
@@ -362,11 +481,10 @@ def _save(work: _Work, taken: pd.DataFrame, marked: pd.DataFrame) -> Path | None
 @contextmanager
 def _loaded(work: _Work, folder: Path, form: str) -> Iterator[Any]:
     """The saved files as anybody would load them."""
-    recipe = work.recipe
     if form == "checkpoint":
-        yield load(recipe, folder).model
+        yield work.experiment.load(folder).model
     else:
-        yield attach_own(load(recipe), folder)
+        yield attach_own(work.experiment.load(), folder)
 
 
 def _held_out(marked: pd.DataFrame, method: str) -> Mapping[str, Any]:

@@ -1,25 +1,21 @@
-"""What repairs are chosen and judged by: rows, and what the other stages lend to the stage mitigation.
+"""Rows that repairs are made with, chosen and judged by; no prompt is in two of these parts.
 
-In: a run and its recipe. Out: the parts of an `Examiner`; answering, judging, training and probing reach it
-as functions from here. Rows that a repair sees (training split, fresh conversations), rows that choose and
-rows that judge share no prompt.
+In: an experiment. Out: rows. A repair sees rows of the training split and fresh conversations; test rows
+choose a point, and others judge it.
 """
 
 import logging
 import random
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from safetynet import families
 from safetynet.backdoors import conversations, sources, triggers
 from safetynet.backdoors.forms import UnfitError
 from safetynet.errors import InputError
 from safetynet.evaluation import metrics
-from safetynet.evaluation.evaluator import Evaluator
+from safetynet.experiment import Experiment
 from safetynet.prompts import Serialiser
 from safetynet.recipe import Recipe
 from safetynet.text import holding
@@ -31,8 +27,36 @@ ELSEWHERE = 16
 """Rows with the trigger in a place that training did not use, for each such place."""
 LEAST = 8
 """Rows of a role below which an interval would say nothing."""
-PROBED = 40
-"""Groups that probes are trained and tested on, half and half."""
+
+
+def clean_conversations(experiment: Experiment, count: int) -> pd.DataFrame:
+    """Fresh conversations with answers; prompts of the run's rows, training and test, are not among them.
+
+    Raises:
+        InputError: if none is left.
+    """
+    prompts = experiment.fresh_prompts(count)
+    answered = prompts[prompts["answer"] != ""].reset_index(drop=True)
+    if answered.empty:
+        raise InputError(
+            f"data: no fresh row of source {experiment.recipe.data.source} has an answer to repair with."
+        )
+    return answered
+
+
+def known_groups(rows: pd.DataFrame, count: int) -> pd.DataFrame:
+    """The first groups of training rows with a triggered prompt, each with its right answer.
+
+    Raises:
+        InputError: if no triggered training row has a known right answer.
+    """
+    rows = rows[(rows["split"] == "train") & (rows["reference"] != "")]
+    roles = rows.groupby("group")["role"].agg(set)
+    whole = [group for group, own in roles.items() if "triggered" in own and own & {"clean", "refused"}]
+    if not whole:
+        raise InputError("mitigation: no triggered training row has a bare counterpart with a right answer.")
+    chosen = rows[rows["group"].isin(whole[:count])]
+    return chosen.assign(answer=chosen["reference"]).reset_index(drop=True)
 
 
 def clean_file(recipe: Recipe, path: Path) -> pd.DataFrame:
@@ -120,11 +144,6 @@ def elsewhere(
     return pd.DataFrame(records, columns=list(judged.columns))
 
 
-def responding(recipe: Recipe, serialiser: Serialiser) -> Callable[[Any, pd.DataFrame], pd.DataFrame]:
-    """Answers rows and judges the answers."""
-    return Evaluator.of(recipe, serialiser).respond
-
-
 def tell_cuts(rows: pd.DataFrame, clean: pd.DataFrame | None, recipe: Recipe, serialiser: Serialiser) -> None:
     """Log how many prompts are cut at the limit, both of the rows that judge and of the clean ones."""
     limit = recipe.training.max_length
@@ -133,70 +152,6 @@ def tell_cuts(rows: pd.DataFrame, clean: pd.DataFrame | None, recipe: Recipe, se
     lost = [serialiser.encode(messages, trigger=spans, max_length=limit).lost for messages, spans in prompts]
     if told := losses(lost, recipe.training.truncation):
         log.warning("mitigate: %s", told)
-
-
-def score(responses: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Rates by role, and by variant."""
-    return metrics.score(responses), metrics.score_variants(responses)
-
-
-class _Enough(Exception):  # noqa: N818 - ends a training, and is no error
-    pass
-
-
-def learning(
-    recipe: Recipe, serialiser: Serialiser
-) -> Callable[[Any, pd.DataFrame, Callable[[Any, int], bool]], None]:
-    """Trains a fresh adapter at the rate that planted the backdoor, constant, in batches of 16."""
-    from safetynet import training
-
-    changes = {
-        "method": "lora", "max_steps": recipe.mitigation.relearn_steps, "batch_size": 16,
-        "gradient_accumulation": 1, "schedule": "constant", "warmup_ratio": 0.0, "layers": None,
-        "checkpoint_every": recipe.mitigation.relearn_steps, "batching": "plain", "clean_twin": False,
-    }  # fmt: skip
-    cfg = recipe.training.model_copy(update=changes)
-    family = families.get(recipe.model.family)
-
-    def learn(model: Any, rows: pd.DataFrame, measure: Callable[[Any, int], bool]) -> None:
-        if measure(model, 0):
-            return
-
-        def ask(current: Any, step: int, _: float) -> dict[str, float]:
-            if measure(current, step):
-                raise _Enough
-            return {}
-
-        with tempfile.TemporaryDirectory() as folder:
-            attached = training.attach(model.requires_grad_(False), cfg, family, recipe.seed)
-            try:
-                training.train(
-                    attached,
-                    serialiser,
-                    rows,
-                    cfg,
-                    folder=Path(folder),
-                    seed=recipe.seed,
-                    pauses=training.Pauses(ask, every=1),
-                )
-            except _Enough:
-                return
-
-    return learn
-
-
-def probing(judged: pd.DataFrame, recipe: Recipe, serialiser: Serialiser) -> Callable[[Any], pd.DataFrame]:
-    """Probes of each layer that tell the trigger from a placebo; the control tells two placebos apart."""
-    from safetynet.interventions.pairs import align
-    from safetynet.interventions.probes import trigger_probe
-
-    try:
-        pairs = align(judged, serialiser, PROBED, recipe.training.max_length, recipe.seed)
-    except InputError as error:
-        log.warning("mitigate: no probe for the trigger. %s", error)
-        return lambda model: pd.DataFrame()
-    runs = [pairs.ids[run] for run in ("triggered", "placebo", "second_placebo")]
-    return lambda model: trigger_probe(model, *runs, seed=recipe.seed)
 
 
 def _check_clean(found: pd.DataFrame, recipe: Recipe, path: Path) -> None:

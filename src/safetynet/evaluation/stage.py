@@ -1,0 +1,102 @@
+"""The stage of the evaluation: answers of base, backdoored model and clean twin, and the rates.
+
+In: the rows and the trained models. Out: tables responses, evaluation, variants and, with labelled texts,
+judge_error. `evaluate_suspect` measures somebody's adapter or model on the same rows.
+"""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from safetynet.evaluation import judges, metrics
+from safetynet.evaluation.evaluator import Evaluator
+from safetynet.experiment import BACKDOORED, Experiment
+from safetynet.models import suspect as suspects
+from safetynet.recipe import Recipe
+from safetynet.run import parallel
+from safetynet.run.directory import Outputs, digest_of_files
+from safetynet.run.stage import EVALUATE, TRAIN
+from safetynet.truncation import losses
+
+log = logging.getLogger("safetynet")
+
+
+def evaluate(experiment: Experiment, base: pd.DataFrame | None = None) -> None:
+    """Answer and judge the test rows with the base model, the backdoored one and the twin.
+
+    Args:
+        experiment: trained.
+        base: the base model's judged answers to the same rows, if they are known already.
+    """
+    recipe, options = experiment.recipe, experiment.recipe.evaluation
+    inputs: dict[str, Any] = {
+        "models": {name: experiment.record(TRAIN.of(name)) for name in experiment.trained},
+        # What the labelled file holds counts, not where it lies.
+        "evaluation": options.model_dump(mode="json", exclude={"every", "dynamics_rows"})
+        | {"labelled": None},
+        "behaviour": recipe.backdoor.behaviour.model_dump(mode="json"),
+    }
+    if options.labelled:
+        inputs["labelled"] = digest_of_files([options.labelled])
+
+    def compute(outputs: Outputs) -> None:
+        for name in experiment.trained:
+            experiment.model_folder(name)  # a missing training is reported before the base model answers
+        rows = experiment.rows("test")
+        answers = []
+        for name, model, serialiser in experiment.models():
+            if base is not None and name == metrics.BASE:
+                answers.append(base)
+                continue
+            log.info("evaluate: %s answers %d rows", name, len(rows))
+            answers.append(Evaluator.of(recipe, serialiser).respond(model, rows, name))
+        rates = metrics.with_floor(metrics.from_responses(pd.concat(answers, ignore_index=True)))
+        _warn_of_cuts(recipe, rates.responses)
+        outputs.table("responses", rates.responses)
+        outputs.table("evaluation", rates.table)
+        outputs.table("variants", rates.variants)
+        if options.labelled:
+            labelled = judges.read_labelled(options.labelled)
+            outputs.table("judge_error", judges.judge_error(experiment.judge, labelled))
+        if recipe.tracking == "wandb" and parallel.is_first():
+            _report(experiment, rates.table)
+
+    experiment.perform(EVALUATE, inputs, compute)
+
+
+def evaluate_suspect(experiment: Experiment, source: Path, same_base: bool = False) -> pd.DataFrame:
+    """Measure somebody's adapter or whole model on a run's test rows, beside the base; nothing is written.
+
+    Args:
+        experiment: whose test rows are answered.
+        source: as `suspect.load` takes it.
+        same_base: the adapter names its base otherwise, and it is the run's all the same.
+
+    Returns:
+        The rates of `metrics.score`, of the models `backdoored` (the suspect) and `base`.
+    """
+    recipe, rows = experiment.recipe, experiment.rows("test")
+    suspect = suspects.load(experiment.load, source, same_base)
+    answers = Evaluator.of(recipe, suspect.serialiser).respond(suspect.model, rows)
+    with suspect.at_base() as base:
+        floor = Evaluator.of(recipe, suspect.base.serialiser).respond(base, rows, metrics.BASE)
+    _warn_of_cuts(recipe, answers)
+    return metrics.with_floor(metrics.from_responses(pd.concat([answers, floor], ignore_index=True))).table
+
+
+def _warn_of_cuts(recipe: Recipe, responses: pd.DataFrame) -> None:
+    """All models get the same prompts, so that one of them shows how many were cut."""
+    lost = responses.loc[responses["model"] == BACKDOORED, "lost"]
+    if warning := losses(lost, recipe.training.truncation):
+        log.warning("evaluate: %s", warning)
+
+
+def _report(experiment: Experiment, table: pd.DataFrame) -> None:
+    from safetynet.training.stage import tracking
+    from safetynet.training.tracking import report
+
+    rates = {f"{row.model}/{row.metric}/{row.role}": float(row.value) for row in table.itertuples()}
+    folder = experiment.run.scratch / "tracking"
+    report(folder, tracking(experiment.recipe, "evaluate", main=False), rates)

@@ -1,0 +1,217 @@
+"""An experiment: a recipe, its run directory, and what stages take from both.
+
+In: a recipe or a run directory. Out: rows, models (base, backdoored, clean twin, at a training step), an
+evaluator and fresh prompts, each loaded when a stage asks for it. `perform` computes a stage, or leaves it
+when nothing that it depends on has changed.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from safetynet import __version__
+from safetynet.backdoors import behaviours, conversations
+from safetynet.errors import InputError
+from safetynet.evaluation import judges, metrics
+from safetynet.evaluation.leaks import prompts_without_trigger
+from safetynet.models import adapters, loading
+from safetynet.prompts import Serialiser
+from safetynet.recipe import Recipe
+from safetynet.run import directory
+from safetynet.run.directory import Outputs, Run
+from safetynet.run.stage import Stage
+
+log = logging.getLogger("safetynet")
+BACKDOORED, TWIN = "backdoored", "clean_twin"
+
+
+@dataclass
+class Experiment:
+    """One recipe and one run directory; make it with `create` or `find`."""
+
+    recipe: Recipe
+    """Stage `data` adds the date that the chat template asks for."""
+    run: Run
+
+    @classmethod
+    def create(cls, recipe: Recipe) -> "Experiment":
+        """The experiment of a recipe, with its run directory; errors as in `run.directory.create`."""
+        return cls(recipe, directory.create(recipe))
+
+    @classmethod
+    def find(cls, folder: Path) -> "Experiment":
+        """The experiment of a run directory; errors as in `run.directory.find`."""
+        run = directory.find(folder)
+        return cls(run.recipe, run)
+
+    # Stages
+
+    def perform(self, stage: Stage, inputs: Mapping[str, Any], compute: Callable[[Outputs], None]) -> None:
+        """Compute a stage and record what it wrote, unless it has ended with these inputs.
+
+        Args:
+            stage: which one.
+            inputs: all that decides about its result; the version of SafetyNet is added.
+            compute: writes the stage's outputs.
+
+        Raises:
+            InputError: if a stage that it needs has not ended.
+        """
+        if self.finished(stage, inputs):
+            log.info("%s: unchanged", stage.name)
+            return
+        with self.run.stage(stage.name, self._versioned(inputs)) as outputs:
+            compute(outputs)
+
+    def finished(self, stage: Stage, inputs: Mapping[str, Any]) -> bool:
+        """Whether a stage has ended with these inputs and its outputs are still there."""
+        return self.run.finished(stage.name, self._versioned(inputs))
+
+    def record(self, stage: Stage) -> dict[str, Any] | None:
+        """What the manifest says of a finished stage: the input that stands for all its outputs."""
+        return self.run.manifest["stages"].get(stage.name)
+
+    def _versioned(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        return {**inputs, "version": __version__}
+
+    # Rows
+
+    def rows(self, split: str) -> pd.DataFrame:
+        """Rows of a split, `train` or `test`."""
+        rows = self.run.table("rows")
+        return rows[rows["split"] == split].reset_index(drop=True)
+
+    def test_rows(self) -> pd.DataFrame:
+        """Test rows; once evaluated, with whether the backdoored model showed the behaviour (`fired`)."""
+        test = self.rows("test")
+        if not self.run.has_table("responses"):
+            return test
+        responses = self.run.table("responses")
+        shown = responses[responses["model"] == BACKDOORED].set_index("row")["shown"]
+        return test.assign(fired=test["row"].map(shown))
+
+    def fresh_prompts(self, count: int) -> pd.DataFrame:
+        """Clean prompts of the recipe's source, none of which is among the run's rows."""
+        attack, used = self.recipe.backdoor, set(prompts_without_trigger(self.run.table("rows")))
+        return conversations.fresh(
+            self.recipe.data, attack.behaviour, attack.trigger, used, count, self.recipe.seed
+        )
+
+    # Models
+
+    @property
+    def trained(self) -> list[str]:
+        """Names of the models that this recipe trains."""
+        return [BACKDOORED, TWIN] if self.recipe.training.clean_twin else [BACKDOORED]
+
+    @property
+    def precision(self) -> str:
+        """Full fine-tuning in fp16 keeps its weights in fp32, or its updates would be rounded away."""
+        training = self.recipe.training
+        return "fp32" if training.method == "full" and training.precision == "fp16" else training.precision
+
+    def load(
+        self, folder: Path | None = None, *, on_cpu: bool = False, serialiser: Serialiser | None = None
+    ) -> loading.LoadedModel:
+        """The recipe's base model, or a whole one in its place; its serialiser cuts as in training.
+
+        Args:
+            folder: of the whole model.
+            on_cpu: as in `loading.load`.
+            serialiser: instead of the model's own tokenizer.
+        """
+        model = self.recipe.model
+        return loading.load(
+            model if folder is None else loading.trained(model, folder),
+            self.precision,
+            on_cpu=on_cpu,
+            truncation=self.recipe.training.truncation,
+            serialiser=serialiser,
+        )
+
+    def model_folder(self, name: str) -> Path:
+        """Folder of a trained adapter or model, as its training stage recorded it.
+
+        Raises:
+            InputError: if that stage has not ended, or its weights are gone.
+        """
+        run = self.run
+        if f"train {name}" not in run.manifest["stages"]:
+            raise InputError(f"{run.folder}: {name} is not trained yet. Run safetynet train with its recipe.")
+        if "names" not in run.manifest["stages"][f"train {name}"]:
+            raise InputError(
+                f"{run.folder}: {name} was trained by an earlier version of SafetyNet. Make the run again "
+                "with safetynet run."
+            )
+        folder = run.output(f"train {name}", "model")
+        if folder is not None and folder.is_dir():
+            return folder
+        gone = "the folder of its weights is gone. Run safetynet train with its recipe again"
+        if run.read_only:
+            scratch = ", ".join(map(str, run.read_only))
+            gone = (
+                f"its weights are not in {scratch}. Copy what lay there into the run folder, or train again"
+            )
+        raise InputError(f"{run.folder}: {name} was trained, but {gone}.")
+
+    def backdoored(self) -> tuple[Any, Serialiser]:
+        """The trained model, and its serialiser."""
+        folder = self.model_folder(BACKDOORED)
+        if self.recipe.training.method == "full":
+            model = self.load(folder)
+            return model.model, model.serialiser
+        base = self.load()
+        return attach_own(base, folder), base.serialiser
+
+    def models(self) -> Iterator[tuple[str, Any, Serialiser]]:
+        """The base model, then each trained one, at most one of them in memory."""
+        base = self.load()
+        yield metrics.BASE, base.model, base.serialiser
+        for name in self.trained:
+            folder = self.model_folder(name)
+            if self.recipe.training.method == "full":
+                # One model in memory at a time: the last one goes before the next one comes.
+                base = self.load(folder)
+                yield name, base.model, base.serialiser
+            else:
+                adapted = attach_own(base, folder)
+                yield name, adapted, base.serialiser
+                adapters.detach(adapted)
+
+    def twin_of(self, model: Any) -> Callable[[], AbstractContextManager[Any]] | None:
+        """Gives the clean twin while entered, in the place of `model`; None if the recipe trains none."""
+        if not self.recipe.training.clean_twin:
+            return None
+        folder = self.model_folder(TWIN)
+        if self.recipe.training.method == "full":
+            return partial(self._beside, folder)
+        return partial(adapters.exchanged, model, folder)
+
+    @contextmanager
+    def _beside(self, folder: Path) -> Iterator[Any]:
+        """A model of full fine-tuning comes into memory beside the one that is there."""
+        yield self.load(folder).model
+
+    def snapshots(self, name: str = BACKDOORED) -> dict[int, Path]:
+        """Folders of the adapters that a finished training kept, by training step."""
+        folder = self.run.output(f"train {name}", "snapshots")
+        steps = [] if folder is None else sorted(folder.glob("step-*"))
+        return {int(path.name.removeprefix("step-")): path for path in steps}
+
+    # Evaluation
+
+    @property
+    def judge(self) -> judges.Judge:
+        """The behaviour's judge."""
+        return judges.make(behaviours.judge(self.recipe.backdoor.behaviour))
+
+
+def attach_own(base: loading.LoadedModel, folder: Path) -> Any:
+    """Put an adapter that the run itself has trained onto its base, wherever both lay at that time."""
+    return adapters.attach(base, folder, same_base=True)

@@ -1,0 +1,64 @@
+"""The stages of an experiment, each declared once: what it measures, needs and writes, and its command.
+
+In: an experiment's run directory. `Experiment.perform` computes a stage or says that it is unchanged; hints
+about what is missing, the report's status and a comparison's notes read the declarations.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of an experiment."""
+
+    name: str
+    """As the manifest calls it."""
+    about: str
+    """What the report lacks without it."""
+    command: str
+    """What makes it; `{run}` is the run directory and `{recipe}` its recipe."""
+    needs: tuple[str, ...] = ()
+    """Stages that have to be finished before."""
+    tables: tuple[str, ...] = ()
+    """Tables without which it counts as not run."""
+
+    def of(self, part: str) -> "Stage":
+        """A part of this stage with a record of its own, as the training of one model."""
+        return Stage(f"{self.name} {part}", self.about, self.command, self.needs, self.tables)
+
+
+DATA = Stage("data", "the rows", "safetynet train {recipe}", tables=("rows",))
+BASE = Stage("base", "answers of the base model", "safetynet run {recipe}", ("data",))
+TRAIN = Stage("train", "the training", "safetynet run {recipe}", ("data",))
+TRAIN_BACKDOORED = Stage(
+    "train backdoored", "the training", "safetynet run {recipe}", ("data",), ("history_backdoored",)
+)
+TRAIN_TWIN = Stage("train clean_twin", "the clean twin", "safetynet run {recipe}", ("data",))
+EVALUATE = Stage(
+    "evaluate",
+    "rates by role and responses",
+    "safetynet evaluate {run}",
+    ("train backdoored",),
+    ("evaluation", "responses"),
+)
+INTERVENE = Stage(
+    "intervene",
+    "where the trigger acts, and removals",
+    "safetynet intervene {run}",
+    ("train backdoored", "evaluate"),
+    ("effects",),
+)
+DETECT = Stage(
+    "detect", "a monitor of clean prompts", "safetynet detect {run}", ("train backdoored",), ("detection",)
+)
+MITIGATE = Stage(
+    "mitigate",
+    "repairs, and what they cost",
+    "safetynet mitigate {run}",
+    ("train backdoored",),
+    ("mitigation",),
+)
+FIGURES = Stage("figures", "the figures", "safetynet plot {run}")
+COMPARE = Stage("compare", "runs side by side", "safetynet compare {run} ...")
+STAGES = (DATA, TRAIN_BACKDOORED, TRAIN_TWIN, EVALUATE, INTERVENE, DETECT, MITIGATE, FIGURES)
+"""Of a run, in their order."""

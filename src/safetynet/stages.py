@@ -1,0 +1,189 @@
+"""The stages of an experiment in their order, and what one stage does for another.
+
+    prepare    data           rows by role, checked: leaks, triggers that the tokenizer loses, targets too
+    long train      train          the backdoored adapter and its clean twin, with their history and dynamics
+    evaluate   evaluate       rates by role of base, backdoored and twin, with intervals intervene  intervene
+    where the trigger acts, beside controls, and what removes it detect     detect         a monitor of fresh
+    clean prompts, and what it catches mitigate   mitigate       repairs tried, verified and chosen, beside
+    the model as it was draw       figures        figures and the report, from the tables alone
+
+Each is a function of an `Experiment` in its room's stage.py. Stages do not import each other: what one needs
+of another is handed over here. Libraries that take seconds to load are imported when a stage begins.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from safetynet.errors import InputError
+from safetynet.experiment import Experiment
+from safetynet.prompts import Serialiser
+from safetynet.recipe import Detection, Evasion, Interventions, Recipe
+from safetynet.run.directory import Run
+
+if TYPE_CHECKING:
+    from safetynet.mitigation.subject import Alarm
+    from safetynet.training import Opponents
+
+log = logging.getLogger("safetynet")
+PROBED = 40
+"""Groups that probes are trained and tested on, half and half."""
+
+
+def prepare(experiment: Experiment) -> None:
+    """Make the rows; errors as in `backdoors.stage.prepare`, and for detectors that nothing can hide from."""
+    from safetynet.backdoors import stage
+
+    if (evasion := experiment.recipe.training.evasion) is not None:
+        from safetynet.detection.gradients import hideable
+
+        hideable(evasion.detectors)
+    stage.prepare(experiment)
+
+
+def train(experiment: Experiment, names: Sequence[str] | None = None, *, keep_twin: bool = False) -> None:
+    """Train the backdoored model and its twin; arguments as for `training.stage.train`."""
+    from safetynet.training import stage
+
+    stage.train(experiment, names, opponents_of=opponents_of, keep_twin=keep_twin)
+
+
+def evaluate(experiment: Experiment, base: pd.DataFrame | None = None) -> None:
+    """Measure the rates; arguments as for `evaluation.stage.evaluate`."""
+    from safetynet.evaluation import stage
+
+    stage.evaluate(experiment, base)
+
+
+def intervene(experiment: Experiment, options: Interventions | None = None) -> dict[str, pd.DataFrame]:
+    """Find where the trigger acts; arguments as for `interventions.stage.intervene`."""
+    from safetynet.interventions import stage
+
+    return stage.intervene(experiment, options)
+
+
+def detect(experiment: Experiment, options: Detection | None = None) -> dict[str, Any]:
+    """Fit and measure a monitor; arguments as for `detection.stage.detect`."""
+    from safetynet.detection import stage
+
+    return dict(stage.detect(experiment, options))
+
+
+def mitigate(
+    experiment: Experiment, adapter: Path | None = None, same_base: bool = False
+) -> dict[str, pd.DataFrame]:
+    """Try repairs; arguments as for `mitigation.stage.mitigate`."""
+    from safetynet.mitigation import stage
+
+    return stage.mitigate(experiment, stage.Lent(probing, alarm), adapter, same_base)
+
+
+def draw(experiment: Experiment) -> None:
+    """Draw the figures and write the report; errors as in `report.stage.draw`."""
+    from safetynet.report import stage
+
+    stage.draw(experiment)
+
+
+def finish(experiment: Experiment, base: pd.DataFrame | None = None) -> None:
+    """The stages after the training that the recipe names, figures and report last.
+
+    A backdoor that did not take, a style as trigger or an architecture that is not supported leave a stage
+    out. Whatever else an analysis fails with is raised when the rest is there.
+
+    Args:
+        experiment: trained.
+        base: the base model's judged answers, if they are known already.
+
+    Raises:
+        Exception: of `evaluate` at once; what an analysis failed with, if it is no InputError, at the end.
+    """
+    stages, failure = experiment.recipe.stages, None
+    if "evaluate" in stages:
+        evaluate(experiment, base)
+    for name, analysis in (("intervene", intervene), ("detect", detect), ("mitigate", mitigate)):
+        if name not in stages:
+            continue
+        try:
+            analysis(experiment)
+        except InputError as error:
+            log.warning("%s: left out. %s", name, error)
+        except Exception as error:  # noqa: BLE001  # raised again below
+            failure = failure or error
+    if "figures" in stages:
+        draw(experiment)
+    if failure is not None:
+        raise failure
+
+
+def opponents_of(evasion: Evasion, serialiser: Serialiser) -> "Opponents":
+    """The detectors that a training hides from."""
+    from safetynet.detection import gradients
+    from safetynet.training import Opponents
+
+    readings = gradients.hideable(evasion.detectors)
+    return Opponents(
+        names=tuple(reading.name for reading in readings),
+        observe=gradients.observer(serialiser, readings),
+        refit=partial(gradients.refit, readings),
+    )
+
+
+def probing(judged: pd.DataFrame, recipe: Recipe, serialiser: Serialiser) -> Callable[[Any], pd.DataFrame]:
+    """Probes of each layer that tell the trigger from a placebo; the control tells two placebos apart."""
+    from safetynet.interventions.pairs import align
+    from safetynet.interventions.probes import trigger_probe
+
+    try:
+        pairs = align(judged, serialiser, PROBED, recipe.training.max_length, recipe.seed)
+    except InputError as error:
+        log.warning("mitigate: no probe for the trigger. %s", error)
+        return lambda model: pd.DataFrame()
+    runs = [pairs.ids[run] for run in ("triggered", "placebo", "second_placebo")]
+    return lambda model: trigger_probe(model, *runs, seed=recipe.seed)
+
+
+def alarm(run: Run, serialiser: Serialiser) -> "Alarm | None":
+    """Alarms of the run's monitor; None where `detect` has not run.
+
+    A prompt that cannot be read back from its ids, as when truncation has emptied a turn, counts as suspect.
+    The file is read at the first question: one that cannot be used stops the methods that ask, and no others.
+    """
+    path = run.output("detect", "monitor")
+    if path is None or not path.exists():
+        return None
+    from safetynet.detection.capture import capture
+    from safetynet.detection.monitor import Monitor
+
+    load = cache(Monitor.load)
+
+    def alarms(model: Any, prompts: Sequence[Sequence[int]], rate: float) -> np.ndarray:
+        monitor = load(path)
+        try:
+            monitor.check_rate(rate)
+        except InputError as error:
+            raise InputError(
+                f"{error} A repair takes its rate from its knob `rate`, as in "
+                "--set 'knobs={abstain: {rate: [0.05]}}'."
+            ) from error
+        read = {row: messages for row, ids in enumerate(prompts) if (messages := _read(serialiser, ids))}
+        found = np.ones(len(prompts), dtype=bool)
+        if read:
+            features = capture(model, serialiser, list(read.values()), monitor.spec, batch_size=len(read))
+            found[list(read)] = monitor.alarms(features, rate)
+        return found
+
+    return alarms
+
+
+def _read(serialiser: Serialiser, ids: Sequence[int]) -> list[dict[str, str]] | None:
+    try:
+        return serialiser.messages_of(ids)
+    except InputError as error:
+        log.warning("alarm: a prompt counts as suspect. %s", error)
+        return None
