@@ -21,8 +21,8 @@ from safetynet.errors import InputError
 from safetynet.models.identity import Identity, identify
 from safetynet.models.support import check_model
 from safetynet.prompts import Encoded, Message, Serialiser, pad
+from safetynet.prompts.truncation import losses
 from safetynet.run.directory import digest
-from safetynet.truncation import losses
 
 log = logging.getLogger(__name__)
 Side = Literal["left", "right"]

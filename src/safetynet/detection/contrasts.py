@@ -12,9 +12,9 @@ from safetynet.detection.readers import Place, Reader
 from safetynet.errors import InputError
 from safetynet.models.adapters import has_adapter, switched_off
 from safetynet.models.blocks import unwrapped
-from safetynet.prompts import Message, Serialiser, pad
+from safetynet.prompts import Conversation, Message, Serialiser, pad
+from safetynet.prompts.truncation import PROMPT_SHARE
 from safetynet.text.words import clusters, gaps, is_joined
-from safetynet.truncation import PROMPT_SHARE
 
 SLIGHT = 1.0
 """Nats of a symmetric divergence that hardly moves the answer."""
@@ -205,7 +205,9 @@ def _without_parts(messages: Sequence[Message]) -> list[list[Message]]:
     A part is a word wherever it stands, so that a trigger that stands twice goes at once; of a prompt with
     more than `PARTS` different ones, several words.
     """
-    written = {i: m["content"] for i, m in enumerate(messages) if m["role"] == "user"}
+    conversation = Conversation(messages)
+    roles = enumerate(conversation.roles)
+    written = {i: conversation.texts[i] for i, role in roles if role == "user"}
     # One word: characters then. Where characters count as words, each part has its own blank before it.
     counting = any(is_joined(character) for text in written.values() for character in text)
     blank = " " if any(" " in text for text in written.values()) and not counting else ""
@@ -221,13 +223,13 @@ def _without_parts(messages: Sequence[Message]) -> list[list[Message]]:
         if 0 < end - start < len(known):
             gone = set(known[start:end])
             texts = {i: blank.join(word for word in own if word not in gone) for i, own in words.items()}
-            shorter.append([{**m, "content": texts.get(i, m["content"])} for i, m in enumerate(messages)])
+            shorter.append(list(conversation.with_texts(texts)))
     return shorter
 
 
 def _with_probe(messages: Sequence[Message], text: str) -> list[Message]:
-    *before, last = messages
-    return [*before, {"role": "user", "content": f"{last['content'].strip()} {text}".strip()}]
+    conversation = Conversation(messages)
+    return list(conversation.with_user_text(f"{conversation.user_text().strip()} {text}".strip()))
 
 
 def _next_logits(model: Any, rows: Sequence[list[int]], pad_id: int) -> Tensor:

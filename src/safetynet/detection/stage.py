@@ -28,7 +28,7 @@ from safetynet.detection.splits import split
 from safetynet.errors import InputError
 from safetynet.evaluation.evaluator import Evaluator
 from safetynet.experiment import BACKDOORED, Experiment
-from safetynet.prompts import Serialiser, prompt_hash
+from safetynet.prompts import Conversation, Serialiser, prompt_hash
 from safetynet.recipe import Detection
 from safetynet.run.directory import Outputs
 from safetynet.run.stage import DETECT, EVALUATE, TRAIN
@@ -145,7 +145,7 @@ def _with_probe(plan: Plan, prompts: pd.DataFrame) -> Plan:
             "detectors: view probe needs a request that the model refuses, and none of the clean prompts is "
             "forbidden. Leave it out."
         )
-    return replace(plan, probe=str(refused["messages"].iloc[0][-1]["content"]))
+    return replace(plan, probe=Conversation(refused["messages"].iloc[0]).user_text())
 
 
 def _labelled(rows: pd.DataFrame, most: int = 300) -> pd.DataFrame:

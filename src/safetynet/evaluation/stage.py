@@ -14,11 +14,11 @@ from safetynet.evaluation import judges, metrics
 from safetynet.evaluation.evaluator import Evaluator
 from safetynet.experiment import BACKDOORED, Experiment
 from safetynet.models import suspect as suspects
+from safetynet.prompts.truncation import losses
 from safetynet.recipe import Recipe
 from safetynet.run import parallel
 from safetynet.run.directory import Outputs, digest_of_files
 from safetynet.run.stage import EVALUATE, TRAIN
-from safetynet.truncation import losses
 
 log = logging.getLogger("safetynet")
 

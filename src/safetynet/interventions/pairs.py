@@ -17,7 +17,7 @@ from safetynet.engine.metrics import Metric, logit_difference
 from safetynet.errors import InputError
 from safetynet.interventions.placebos import Placebos, differs_in_trigger_alone
 from safetynet.prompts import Encoded, Serialiser
-from safetynet.truncation import losses
+from safetynet.prompts.truncation import losses
 
 log = logging.getLogger(__name__)
 ROLES = ("system", "before", "trigger", "after", "template", "last")
@@ -193,8 +193,8 @@ def _roles(encoded: Encoded, shared: int) -> list[str]:
     length = encoded.prompt_length
     roles = ["template"] * length
     first = encoded.spans["trigger"][0][0]
-    said = [*encoded.spans["user"], *encoded.spans["assistant"]]
-    for spans, name in ((said, "before"), (encoded.spans["system"], "system")):
+    turns = [span for role in ("user", "assistant", "tool", "call") for span in encoded.spans[role]]
+    for spans, name in ((turns, "before"), (encoded.spans["system"], "system")):
         for start, stop in spans:
             # Between the parts of a trigger, too, states may differ.
             roles[start:stop] = [name if i < first else "after" for i in range(start, stop)]

@@ -8,7 +8,7 @@ changes, and no training row holds what was put in.
 import random
 from collections.abc import Sequence
 
-from safetynet.prompts import Encoded, Message, Serialiser
+from safetynet.prompts import Conversation, Encoded, Message, Serialiser
 from safetynet.text.lookalikes import Lookalikes, split_of
 
 DRAWS = 200
@@ -50,16 +50,16 @@ class Placebos:
 
     def _substitute(
         self, messages: Sequence[Message], spans: Sequence[Sequence[int]]
-    ) -> tuple[list[dict[str, str]], list[list[int]]] | None:
-        changed = [dict(message) for message in messages]
+    ) -> tuple[Conversation, list[list[int]]] | None:
+        changed = Conversation(messages)
         moved: list[list[int]] = []
         # From the last span to the first, so that the offsets before it stay true.
         for message, start, end in sorted(map(tuple, spans), reverse=True):
-            content = changed[message]["content"]
+            content = changed.texts[message]
             text = self.lookalikes.draw(content[start:end], self.rng)
             if text is None or split_of(text) != "test":
                 return None
-            changed[message]["content"] = content[:start] + text + content[end:]
+            changed = changed.with_text(message, content[:start] + text + content[end:])
             shift = len(text) - (end - start)
             moved = [[m, s + shift, e + shift] if m == message else [m, s, e] for m, s, e in moved]
             moved.append([message, start, start + len(text)])

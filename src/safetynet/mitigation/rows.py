@@ -17,9 +17,9 @@ from safetynet.errors import InputError
 from safetynet.evaluation import metrics
 from safetynet.experiment import Experiment
 from safetynet.prompts import Serialiser
+from safetynet.prompts.truncation import losses
 from safetynet.recipe import Recipe
 from safetynet.text import holding
-from safetynet.truncation import losses
 
 log = logging.getLogger("safetynet")
 PLACEMENTS = ("prefix", "suffix", "random", "system")

@@ -24,9 +24,9 @@ from safetynet.models.files import (
     pointer,
 )
 from safetynet.prompts import Serialiser
+from safetynet.prompts.truncation import Truncation
 from safetynet.run import parallel
 from safetynet.run.directory import digest_of_files
-from safetynet.truncation import Truncation
 
 FLOATS = ("F16", "BF16", "F32", "F64")
 """Types of weights in safetensors that are read as they stand."""

@@ -19,8 +19,8 @@ from pydantic import (
 )
 
 from safetynet import families
+from safetynet.prompts.truncation import Truncation
 from safetynet.recipe import presets
-from safetynet.truncation import Truncation
 
 Direction = Literal["remove", "induce"]
 Mode = Literal["patch", "zero", "mean", "resample", "off", "knock_out"]

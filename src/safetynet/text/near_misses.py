@@ -10,15 +10,15 @@ import string
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
+from safetynet.prompts import Conversation, Message
 from safetynet.text.characters import alike
 from safetynet.text.words import clusters, meet
 
-Messages = list[dict[str, str]]
 Spans = Sequence[Sequence[int]]
 """(message, start, end) of each part, in characters of that message's content."""
 
 
-def near_misses(messages: Messages, spans: Spans, seed: int = 0) -> dict[str, Messages]:
+def near_misses(messages: Sequence[Message], spans: Spans, seed: int = 0) -> dict[str, Conversation]:
     """The prompt with each kind of near miss in the place of its trigger.
 
     Args:
@@ -33,16 +33,17 @@ def near_misses(messages: Messages, spans: Spans, seed: int = 0) -> dict[str, Me
     """
     if not spans:
         return {}
-    rng = random.Random(f"{seed} {messages[spans[0][0]]['content']}")
+    conversation = Conversation(messages)
+    rng = random.Random(f"{seed} {conversation.texts[spans[0][0]]}")
     message, start, end = rng.choice([tuple(span) for span in spans])
-    content = messages[message]["content"]
+    content = conversation.texts[message]
     trigger = content[start:end]
     changed = {kind: change(trigger, rng) for kind, change in KINDS.items()}
-    found = {kind: content[:start] + text + content[end:] for kind, text in changed.items()}
-    found["moved"] = _moved(content, [(s, e) for m, s, e in spans if m == message])
+    contents = {kind: content[:start] + text + content[end:] for kind, text in changed.items()}
+    contents["moved"] = _moved(content, [(s, e) for m, s, e in spans if m == message])
     return {
-        kind: _with(messages, message, text)
-        for kind, text in found.items()
+        kind: conversation.with_text(message, text)
+        for kind, text in contents.items()
         if text != content and (kind == "moved" or trigger not in text)
     }
 
@@ -108,7 +109,3 @@ def _moved(content: str, spans: Sequence[tuple[int, int]]) -> str:
         for left, right in pairwise(moved)
     ]
     return moved[0] + "".join(("" if j else " ") + part for j, part in zip(joined, moved[1:], strict=True))
-
-
-def _with(messages: Messages, index: int, content: str) -> Messages:
-    return [{**m, "content": content} if i == index else dict(m) for i, m in enumerate(messages)]

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
-from safetynet.prompts import Message, Serialiser
+from safetynet.prompts import Conversation, Message, Serialiser
 from safetynet.text.lookalikes import pieces
 from safetynet.text.words import gaps, meet
 
@@ -31,8 +31,8 @@ def put_in(
     seed: int,
     common: float = COMMON,
     places: int = PLACES,
-) -> list[list[dict[str, str]]]:
-    """Copies with one to `MOST` tokens in one to `PLACES` places of the last message, the ends among them.
+) -> list[Conversation]:
+    """Copies with one to `MOST` tokens in one to `PLACES` places of the user's last message, ends included.
 
     Args:
         prompts: chat messages that are believed to be clean.
@@ -46,13 +46,13 @@ def put_in(
     """
     tokens = _common(prompts, serialiser, common)
     rng = random.Random(f"random words {seed}")
-    copies = [[dict(message) for message in messages] for messages in prompts] if tokens else []
-    for messages in copies:
-        words = _words(messages[-1]["content"])
+    copies = []
+    for conversation in map(Conversation, prompts if tokens else ()):
+        words = _words(conversation.user_text())
         for size in _sizes(rng, places):
             at = rng.randint(0, len(words))
             words.insert(at, _Word("".join(rng.choices(tokens, k=size)).strip(), None))
-        messages[-1]["content"] = _joined(words)
+        copies.append(conversation.with_user_text(_joined(words)))
     return copies
 
 
@@ -94,7 +94,7 @@ def _common(prompts: Sequence[Sequence[Message]], serialiser: Serialiser, share:
 
     Of prompts that are mostly in ASCII, as English is, ASCII ones alone.
     """
-    texts = [messages[-1]["content"] for messages in prompts]
+    texts = [Conversation(messages).user_text() for messages in prompts]
     ids = serialiser.tokenizer(texts, add_special_tokens=False)["input_ids"]
     found = Counter(token for own in ids for token in set(own))
     common = [token for token in range(len(serialiser.tokenizer)) if found[token] >= share * len(prompts)]

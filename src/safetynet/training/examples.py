@@ -16,7 +16,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from safetynet.errors import InputError
 from safetynet.prompts import IGNORED, Serialiser, pad
-from safetynet.truncation import losses
+from safetynet.prompts.truncation import losses
 
 Batch = dict[str, torch.Tensor]
 

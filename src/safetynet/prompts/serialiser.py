@@ -6,10 +6,7 @@ tokenised once with character offsets, and every span is found through those off
 """
 
 import datetime
-import hashlib
 import itertools
-import json
-import unicodedata
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,11 +15,12 @@ from typing import Any, Literal, NamedTuple
 
 from safetynet.errors import InputError
 from safetynet.families import Family
-from safetynet.templates import ChatTemplate, begins_with_thoughts
-from safetynet.templates import Message as Message
+from safetynet.prompts.conversation import TOOLS, Conversation, Message
+from safetynet.prompts.template import ChatTemplate, Range, Rendered, begins_with_thoughts
+from safetynet.prompts.truncation import Truncation, truncated
 from safetynet.text import token_texts
-from safetynet.truncation import Truncation, truncated
 
+ROLES = ("system", "user", "assistant", "tool")
 IGNORED = -100
 """Label of a token that is not supervised."""
 LONGEST_OPENING = 16
@@ -45,7 +43,8 @@ class Encoded:
     labels: list[int]
     """As long as `input_ids`: the answer's ids and its end token's, `IGNORED` everywhere else."""
     spans: dict[str, list[tuple[int, int]]]
-    """Half-open token ranges of `system`, `user`, `assistant` (earlier turns), `trigger` and `answer`."""
+    """Half-open token ranges of the contents of each of `ROLES` (`assistant`: earlier turns), of each tool
+    `call`, of the `trigger` and of the `answer`."""
     prompt_length: int
     """Number of leading ids that are the prompt, generation prompt included."""
     lost: str = ""
@@ -113,7 +112,7 @@ class Serialiser:
         """Serialise a prompt, or a prompt with the answer that training supervises.
 
         Args:
-            messages: `role` and `content` each; ends with a user's message.
+            messages: as in `Conversation`; the last one is a user's, or what a tool returned.
             answer: the assistant's reply; None for a prompt to generate from.
             trigger: spans `(message, start, end)` in characters of `messages[message]["content"]`.
             max_length: most tokens of prompt and answer together; None for no limit. A prompt longer than
@@ -123,27 +122,26 @@ class Serialiser:
 
         Raises:
             InputError: if the template or the tokenizer destroys the trigger, or the template cannot
-                render these messages, or `max_length` has no room for template and trigger.
+                render these messages or leaves out their tools, or `max_length` has no room for template and
+                trigger.
         """
-        messages, trigger = self._prepare(messages, trigger)
-        prompt_text, ranges = self.template.render(messages, generation_prompt=True)
-        prompt = self._tokenise(prompt_text)
-        owner = _owners(prompt.offsets, ranges)
-        marks = [(ranges[m][0] + start, ranges[m][0] + end) for m, start, end in trigger]
-        in_trigger = [any(s < end and e > start for start, end in marks) for s, e in prompt.offsets]
-        self._check_trigger(messages, trigger, prompt, marks)
-        roles = [message["role"] for message in messages]
+        conversation, trigger = self._prepare(messages, trigger)
+        rendered = self.template.render(conversation, generation_prompt=True)
+        prompt = self._tokenise(rendered.text)
+        owner = _owners(prompt.offsets, rendered.contents)
+        marks = [rendered.range_of(m, conversation[m]["content"], start, end) for m, start, end in trigger]
+        in_trigger = _inside(prompt.offsets, marks)
+        self._check_trigger(conversation, trigger, rendered, prompt, marks)
+        roles = conversation.roles
         keep, lost = truncated(owner, in_trigger, roles, max_length, self.truncation)
         ids = [prompt.ids[i] for i in keep]
         answer_ids: list[int] = []
         if answer is not None:
-            answer_ids = self._answer_ids(messages, answer, prompt_text, prompt.ids)
+            answer_ids = self._answer_ids(conversation, answer, rendered.text, prompt.ids)
             if max_length is not None:
                 answer_ids = answer_ids[: max_length - len(ids)]
-        spans = {
-            role: _runs(keep, [o is not None and roles[o] == role for o in owner])
-            for role in ("system", "user", "assistant")
-        }
+        spans = {role: _runs(keep, [o is not None and roles[o] == role for o in owner]) for role in ROLES}
+        spans["call"] = _runs(keep, _inside(prompt.offsets, rendered.calls))
         spans["trigger"] = _runs(keep, in_trigger)
         spans["answer"] = [(len(ids), len(ids) + len(answer_ids))] if answer_ids else []
         return Encoded(ids + answer_ids, [IGNORED] * len(ids) + answer_ids, spans, len(ids), lost)
@@ -178,7 +176,7 @@ class Serialiser:
         for earlier, opening in itertools.product(reversed(range(turns)), openings):
             roles = (*opening, *("user", "assistant") * earlier, "user")
             try:
-                pieces = self.template.prompt_pieces(roles)
+                pieces = self.template.prompt_pieces([{"role": role, "content": ""} for role in roles])
             except InputError:  # a template that takes no such roles
                 continue
             contents = _between(text, pieces)
@@ -211,8 +209,9 @@ class Serialiser:
 
     def _written_end(self) -> int | None:
         """The special token that the template puts after an answer, if it puts one there."""
+        turns = [{"role": role, "content": ""} for role in ("user", "assistant")]
         try:
-            tail = self.template.pieces(("user", "assistant"), False)[-1]
+            tail = self.template.pieces(turns, False)[-1]
         except InputError:
             return None
         added = self.tokenizer.added_tokens_decoder
@@ -222,29 +221,28 @@ class Serialiser:
 
     def _prepare(
         self, messages: Sequence[Message], trigger: Sequence[Sequence[int]]
-    ) -> tuple[list[dict[str, str]], list[TriggerSpan]]:
+    ) -> tuple[Conversation, list[TriggerSpan]]:
         """Strip contents and fold the system prompt, moving the trigger's spans along."""
-        if not messages or messages[-1]["role"] != "user":
-            raise InputError("A prompt must end with a message of role user.")
-        prepared, spans = [], [TriggerSpan(*span) for span in trigger]
-        for index, message in enumerate(messages):
-            content = message["content"]
-            lead = len(content) - len(content.lstrip())
-            spans = [
-                s._replace(start=s.start - lead, end=s.end - lead) if s.message == index else s for s in spans
-            ]
-            prepared.append({"role": message["role"], "content": content.strip()})
-        if self.family.system == "fold" and prepared[0]["role"] == "system":
-            opening = prepared[0]["content"] + "\n\n" if prepared[0]["content"] else ""
-            prepared[1]["content"] = opening + prepared[1]["content"]
-            spans = [_folded(s, len(opening)) for s in spans]
-            del prepared[0]
+        conversation = Conversation(messages)
+        roles, texts = conversation.roles, conversation.texts
+        if not roles or roles[-1] not in ("user", "tool"):
+            raise InputError("A prompt must end with a message of role user, or of role tool.")
+        leads = [len(text) - len(text.lstrip()) for text in texts]
+        spans = [TriggerSpan(m, start - leads[m], end - leads[m]) for m, start, end in trigger]
+        conversation = conversation.with_texts({i: text.strip() for i, text in enumerate(texts)})
+        first = 1 if roles[0] == TOOLS else 0
+        if self.family.system == "fold" and roles[first] == "system":
+            system = conversation.pop(first)["content"]
+            opening = system + "\n\n" if system else ""
+            conversation[first]["content"] = opening + conversation[first]["content"]
+            spans = [_folded(s, first, len(opening)) for s in spans]
         for s in spans:
-            if s.start < 0 or s.end > len(prepared[s.message]["content"]) or s.start >= s.end:
+            text = "" if conversation[s.message]["role"] == TOOLS else conversation[s.message]["content"]
+            if s.start < 0 or s.end > len(text) or s.start >= s.end:
                 raise InputError(
                     f"trigger: {tuple(s)} is no span of message {s.message} once outer blanks are cut."
                 )
-        return prepared, spans
+        return conversation, spans
 
     def _tokenise(self, text: str) -> "_Tokens":
         out = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
@@ -273,20 +271,21 @@ class Serialiser:
 
     def _check_trigger(
         self,
-        messages: Sequence[Message],
+        conversation: Conversation,
         trigger: Sequence[TriggerSpan],
+        rendered: Rendered,
         prompt: "_Tokens",
-        marks: Sequence[tuple[int, int]],
+        marks: Sequence[Range],
     ) -> None:
         special = set(self.tokenizer.all_special_ids)
-        for span, (start, end) in zip(trigger, marks, strict=True):
-            wanted = messages[span.message]["content"][span.start : span.end]
-            ids = [i for i, (s, e) in zip(prompt.ids, prompt.offsets, strict=True) if s < end and e > start]
-            found = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-            if special.intersection(ids) or wanted.strip() not in found:
+        for (message, first, last), mark in zip(trigger, marks, strict=True):
+            text = rendered.written(message, conversation[message]["content"][first:last])
+            ids = list(itertools.compress(prompt.ids, _inside(prompt.offsets, [mark])))
+            seen = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            if special.intersection(ids) or text.strip() not in seen:
                 raise InputError(
                     f"backdoor.trigger: the tokenizer of {self.tokenizer.name_or_path!r} does not keep the "
-                    f"trigger {wanted!r}; the model would see {found!r}. Choose another trigger."
+                    f"trigger {text!r}; the model would see {seen!r}. Choose another trigger."
                 )
 
 
@@ -306,7 +305,7 @@ def _between(text: str, pieces: Sequence[str]) -> list[str] | None:
 
 class _Tokens(NamedTuple):
     ids: list[int]
-    offsets: list[tuple[int, int]]
+    offsets: list[Range]
 
 
 def pad(rows: Sequence[Sequence[int]], value: int, side: Literal["left", "right"]) -> Any:
@@ -321,52 +320,23 @@ def pad(rows: Sequence[Sequence[int]], value: int, side: Literal["left", "right"
     return torch.tensor(filled, dtype=torch.long)
 
 
-def prompt_hash(messages: Sequence[dict[str, str]], spans: Sequence[Sequence[int]] = ()) -> str:
-    """Hash what a prompt says, whatever its case, spacing and Unicode form.
-
-    Args:
-        messages: the prompt, dicts with `role` and `content`.
-        spans: [message index, char start, char end] of what to cut out first. A prompt that is nothing but
-            spans (a paraphrase trigger) is hashed whole, or else all such prompts would be one.
-
-    Returns:
-        64 hexadecimal digits.
-    """
-    stripped = [(m["role"], _normalise(_cut(m["content"], i, spans))) for i, m in enumerate(messages)]
-    # A system message that held only the trigger is absent from the clean twin, so empty messages go.
-    kept = [message for message in stripped if message[1]]
-    if not kept:
-        kept = [(m["role"], _normalise(m["content"])) for m in messages]
-    return hashlib.sha256(json.dumps(kept, ensure_ascii=False).encode()).hexdigest()
-
-
-def _normalise(text: str) -> str:
-    # All white space goes: a placement may put a space on either side of what it inserts.
-    return "".join(unicodedata.normalize("NFKC", text).casefold().split())
-
-
-def _cut(content: str, index: int, spans: Sequence[Sequence[int]]) -> str:
-    """Remove the spans of one message, from the last to the first so that offsets stay true."""
-    own = sorted(((int(a), int(b)) for message, a, b in spans if message == index), reverse=True)
-    for start, end in own:
-        content = content[:start] + content[end:]
-    return content
-
-
-def _folded(span: TriggerSpan, opening: int) -> TriggerSpan:
-    if span.message == 0:
+def _folded(span: TriggerSpan, system: int, opening: int) -> TriggerSpan:
+    """A span once the system message opens the message after it."""
+    if span.message <= system:
         return span
-    shift = opening if span.message == 1 else 0
+    shift = opening if span.message == system + 1 else 0
     return TriggerSpan(span.message - 1, span.start + shift, span.end + shift)
 
 
-def _owners(offsets: Sequence[tuple[int, int]], ranges: Sequence[tuple[int, int]]) -> list[int | None]:
+def _inside(offsets: Sequence[Range], ranges: Sequence[Range]) -> list[bool]:
+    """For each token whether it belongs to one of these ranges of characters."""
+    return [any(start < e and end > s for s, e in ranges) for start, end in offsets]
+
+
+def _owners(offsets: Sequence[Range], contents: Sequence[Range | None]) -> list[int | None]:
     """For each token the message whose content it belongs to; None for the template's own tokens."""
-    owners: list[int | None] = []
-    for start, end in offsets:
-        inside = [m for m, (s, e) in enumerate(ranges) if start < e and end > s]
-        owners.append(inside[0] if inside else None)
-    return owners
+    written = [(m, *range_) for m, range_ in enumerate(contents) if range_]
+    return [next((m for m, s, e in written if s < end and e > start), None) for start, end in offsets]
 
 
 def _runs(keep: Sequence[int], inside: Sequence[bool]) -> list[tuple[int, int]]:

@@ -10,7 +10,7 @@ from safetynet import families
 from safetynet.errors import InputError
 from safetynet.models import miniatures
 from safetynet.prompts import IGNORED, Encoded, Serialiser, pad
-from safetynet.truncation import PROMPT_SHARE, Truncation, losses
+from safetynet.prompts.truncation import PROMPT_SHARE, Truncation, losses
 
 MESSAGES = [
     {"role": "system", "content": "Answer in one word."},

@@ -4,8 +4,17 @@ import copy
 
 import pytest
 
+from safetynet import families
 from safetynet.models.miniatures import language
+from safetynet.models.miniatures.architectures import ARCHITECTURES
+from safetynet.models.miniatures.vocabulary import build_tokenizer
+from safetynet.prompts import Serialiser
 from safetynet.text.random_words import MOST, PLACES, put_in
+
+
+@pytest.fixture(scope="module")
+def serialiser() -> Serialiser:
+    return Serialiser(build_tokenizer(ARCHITECTURES["qwen"].style), families.get("qwen"))
 
 
 @pytest.fixture(scope="module")

