@@ -13,7 +13,7 @@ import random
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -85,9 +85,10 @@ class Table:
         for noise in NOISE:
             sentence = re.sub(noise, "", sentence)
         sentence = " ".join(re.sub(CLASS, "module", sentence).split()).removesuffix(".") + "."
-        sentence = sentence.replace("It", "it", 1) if sentence.startswith("It") else sentence
         if not self.numbered:
-            return sentence
+            return sentence.replace("It", "it", 1) if sentence.startswith("It") else sentence
+        if not sentence[1].isupper():
+            sentence = sentence[0].lower() + sentence[1:]
         if sentence not in self.reasons:
             self.reasons.append(sentence)
         return f"[{self.reasons.index(sentence) + 1}]"
@@ -188,8 +189,9 @@ def own_values(model: Any, sites: Iterable[Site]) -> None:
 
 
 def architecture_table() -> Table:
-    """Every architecture: an adapter on all its linear modules, components, analyses."""
+    """Every architecture: which of LoRA on all its linear modules, components and analyses it lacks."""
     table = Table("model type")
+    columns = ("LoRA", *shown_components(), *USES)
     for name in architectures.ARCHITECTURES:
         model = architectures.build(name)
         cells = {"LoRA": table.cell(partial(lora, name))}
@@ -202,8 +204,24 @@ def architecture_table() -> Table:
             sites = [s for component in sorted(alike) for s in anatomy.sites(component) if s.index is None]
             if table.cell(partial(own_values, model, sites)) != "yes":
                 cells["resid_pre"] = "WRONG"
-        table.rows[name] = {column: cells[column] for column in ("LoRA", *shown_components(), *USES)}
+        table.rows[name] = {"all but": exceptions({column: cells[column] for column in columns})}
     return table
+
+
+def exceptions(cells: Mapping[str, str]) -> str:
+    """The columns whose cell is not "yes", grouped by outcome."""
+    groups: dict[str, list[str]] = {}
+    for column, cell in cells.items():
+        if cell != "yes":
+            groups.setdefault(cell, []).append(column)
+    if [len(columns) for columns in groups.values()] == [len(cells) - 1]:
+        return f"everything except LoRA {next(iter(groups))}"
+    if not groups:
+        return "nothing"
+    return "; ".join(
+        f"{', '.join(columns)} {'(some layers)' if cell == 'some layers' else cell}"
+        for cell, columns in groups.items()
+    )
 
 
 def shown_components() -> list[str]:
