@@ -37,7 +37,7 @@ one
 | gemma | - | 1 (0 to 2) | 7, 4e-05 | 2% |  |
 """
     file = tmp_path / "folder" / "cells.csv"
-    command = [sys.executable, ROOT / "docs" / "tables.py", file]
+    command = [sys.executable, ROOT / "docs" / "to_csv.py", file]
     subprocess.run(command, input=printed, text=True, check=True)
     table = pd.read_csv(file)
     assert list(table.columns) == [
@@ -52,6 +52,6 @@ def test_tables_for_one_file_stand_below_each_other_with_their_headings(tmp_path
     printed = "### qwen\n\n| a |\n|---|\n| 1 |\n\n### gemma\n\n| a |\n|---|\n| 2 |\n"
     file = tmp_path / "cells.csv"
     subprocess.run(
-        [sys.executable, ROOT / "docs" / "tables.py", file, file], input=printed, text=True, check=True
+        [sys.executable, ROOT / "docs" / "to_csv.py", file, file], input=printed, text=True, check=True
     )
     assert pd.read_csv(file).to_dict("list") == {"heading": ["qwen", "gemma"], "a": [1, 2]}

@@ -1,6 +1,6 @@
 """Write the Markdown tables that a benchmark prints as the CSV files of docs/results.
 
-    python benchmarks/planting.py --out OUT | python docs/tables.py docs/results/planting/cells.csv
+    python benchmarks/planting.py --out OUT | python docs/to_csv.py docs/results/planting/cells.csv
 
 In: Markdown on standard input. Out: the first table in the first file named, the second in the second, and
 so on; `-` leaves a table out. Tables that go to one file stand below each other, each with the line of text
