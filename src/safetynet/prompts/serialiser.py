@@ -194,8 +194,7 @@ class Serialiser:
 
     def count(self, text: str) -> int:
         """Number of tokens of a piece of text, without special tokens."""
-        # The tokenizer's own call is ten times slower, and a placebo may take hundreds of counts.
-        return len(self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False))
+        return len(self._tokenise(text).ids)
 
     def _end_id(self) -> int:
         token = self.family.end_of_turn or self.tokenizer.eos_token
@@ -245,8 +244,13 @@ class Serialiser:
         return conversation, spans
 
     def _tokenise(self, text: str) -> "_Tokens":
-        out = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        return _Tokens(list(out["input_ids"]), [tuple(pair) for pair in out["offset_mapping"]])
+        # The tokenizer's own call is ten times slower, and a placebo may take hundreds of them.
+        backend = self.tokenizer.backend_tokenizer
+        if backend.truncation is not None or backend.padding is not None:  # as a tokenizer.json may say
+            backend.no_truncation()
+            backend.no_padding()
+        encoding = backend.encode(text, add_special_tokens=False)
+        return _Tokens(encoding.ids, encoding.offsets)
 
     def _answer_ids(
         self, messages: Sequence[Message], answer: str, prompt_text: str, prompt_ids: list[int]
@@ -257,7 +261,7 @@ class Serialiser:
                 f"The answer {answer.strip()[:40]!r} begins with thoughts, without which answers are judged. "
                 f"Keep what follows {thoughts[1]} in the data."
             )
-        text = self.template.answered(messages, answer.strip())
+        text = self.template.answered(prompt_text, messages, answer.strip())
         ids = self._tokenise(text).ids
         if not text.startswith(prompt_text) or ids[: len(prompt_ids)] != prompt_ids:
             raise InputError(

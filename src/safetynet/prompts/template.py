@@ -117,8 +117,8 @@ class ChatTemplate:
         self._check_tools(messages, generation_prompt)
         return rendered
 
-    def answered(self, messages: Sequence[Message], answer: str) -> str:
-        """The text of a prompt with its answer, up to the end of the answer's turn.
+    def answered(self, prompt: str, messages: Sequence[Message], answer: str) -> str:
+        """The text of a prompt, as `render` gives it, with its answer, up to the end of the answer's turn.
 
         It begins with the text of the prompt, whose generation prompt may have a closed block of thoughts
         that conversations lack; where it does not, the template makes two prompts of one.
@@ -126,7 +126,6 @@ class ChatTemplate:
         Raises:
             InputError: as `render`.
         """
-        prompt = self.render(messages, True).text
         whole = self.render([*messages, {"role": "assistant", "content": answer}], False)
         start = (whole.contents[-1] or (0, 0))[0]
         before, after = whole.text[:start], whole.text[start:]
