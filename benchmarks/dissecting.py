@@ -100,7 +100,7 @@ def removals(family: str, folder: Path) -> pd.DataFrame:
 
 def agreement(family: str, folder: Path, pairs: int) -> dict[str, object]:
     """How many of the ten strongest places attribution has among its first five per cent, pair by pair."""
-    from safetynet.engine.sites import Anatomy, Site
+    from safetynet.engine.sites import Architecture, Site
     from safetynet.experiment import Experiment
     from safetynet.interventions.attribution import attribute
     from safetynet.interventions.pairs import align
@@ -113,7 +113,7 @@ def agreement(family: str, folder: Path, pairs: int) -> dict[str, object]:
     model, serialiser = Experiment(found.recipe, found).backdoored()
     rows = found.table("rows")
     aligned = align(rows[rows["split"] == "test"], serialiser, pairs)
-    depth = Anatomy.of(model).shape.layers
+    depth = Architecture.of(model).shape.layers
     counts: dict[str, list[int]] = {"gradient": [], "score": []}
     passes, exact = [], []
     for i in range(len(aligned)):

@@ -95,10 +95,10 @@ def score(family: str, truth: str, out: Path, smoke: bool) -> pd.DataFrame:
     model, serialiser = Experiment(run.recipe, run).backdoored()
     rows = run.table("rows")
     pairs = align(rows[rows["split"] == "test"], serialiser, GROUPS)
-    from safetynet.engine.sites import Anatomy
+    from safetynet.engine.sites import Architecture
     from safetynet.interventions.sweep import spots_by, sweep
 
-    first = list(spots_by(Anatomy.of(model), "layer"))[:1]
+    first = list(spots_by(Architecture.of(model), "layer"))[:1]
     distance = sweep(model, pairs, first, receiving="triggered", source="placebo").distance.mean()
     lines = []
     for method, scored in METHODS.items():
@@ -114,26 +114,26 @@ def by_sweep(by: str, mode: str = "patch", direction: str = "remove") -> Callabl
     """The strongest effect that a sweep finds in each layer."""
 
     def scored(model: Any, pairs: Any, _: Any) -> np.ndarray:
-        from safetynet.engine.sites import Anatomy
+        from safetynet.engine.sites import Architecture
         from safetynet.interventions.sweep import runs_of, spots_by, sweep
 
-        anatomy = Anatomy.of(model)
+        architecture = Architecture.of(model)
         receiving, source = runs_of(direction)  # type: ignore[arg-type]
-        spots = list(spots_by(anatomy, by))
+        spots = list(spots_by(architecture, by))
         found = sweep(model, pairs, spots, receiving=receiving, source=source, mode=mode)  # type: ignore[arg-type]
         share = found.change.mean(1) / found.distance.mean()
         layers = np.array([spot.site.layer for spot in spots])
-        return np.array([share[layers == layer].max(initial=0) for layer in range(anatomy.shape.layers)])
+        return np.array([share[layers == layer].max(initial=0) for layer in range(architecture.shape.layers)])
 
     return scored
 
 
 def adapter_by_layer(model: Any, pairs: Any, _: Any) -> np.ndarray:
     """All adapters of a layer off."""
-    from safetynet.engine.sites import Anatomy, Site
+    from safetynet.engine.sites import Architecture, Site
     from safetynet.interventions.sweep import Spot, sweep
 
-    depth = Anatomy.of(model).shape.layers
+    depth = Architecture.of(model).shape.layers
     spots = [Spot(Site("adapter", layer)) for layer in range(depth)]
     found = sweep(model, pairs, spots, receiving="triggered", source="placebo", mode="off")
     return found.change.mean(1) / found.distance.mean()
@@ -141,10 +141,10 @@ def adapter_by_layer(model: Any, pairs: Any, _: Any) -> np.ndarray:
 
 def leaves_trigger(model: Any, pairs: Any, _: Any) -> np.ndarray:
     """How much less the trigger's states are worth after a layer than before: where they have been read."""
-    from safetynet.engine.sites import Anatomy, Site
+    from safetynet.engine.sites import Architecture, Site
     from safetynet.interventions.sweep import Spot, sweep
 
-    depth = Anatomy.of(model).shape.layers
+    depth = Architecture.of(model).shape.layers
     spots = [Spot(Site("resid_pre", layer), "trigger") for layer in range(depth)]
     found = sweep(model, pairs, spots, receiving="triggered", source="placebo")
     share = found.change.mean(1) / found.distance.mean()

@@ -24,7 +24,7 @@ from _running import markdown
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from safetynet.engine.sites import Anatomy
+from safetynet.engine.sites import Architecture
 from safetynet.models import adapter_files, adapters
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -63,7 +63,7 @@ def main() -> None:
     ids = torch.arange(5, 5 + PROMPT)[None]
     checking = in_turns(
         (lambda: model(ids, use_cache=False), lambda _: None),
-        (lambda: Anatomy.of(copy.copy(model)).verdict, lambda _: None),  # a copy has no verdict yet
+        (lambda: Architecture.of(copy.copy(model)).checked, lambda _: None),  # a copy has no verdict yet
     )
     lines = [
         line(name, "attaching an adapter: PEFT, SafetyNet", *loading),

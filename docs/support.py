@@ -32,7 +32,7 @@ from safetynet.detection.features import FeatureSpec
 from safetynet.engine.batch import Batch
 from safetynet.engine.edits import Edit, replace, zero
 from safetynet.engine.hooks import intervening
-from safetynet.engine.sites import COMPONENTS, Anatomy, Site
+from safetynet.engine.sites import COMPONENTS, Architecture, Site
 from safetynet.engine.trace import trace
 from safetynet.errors import InputError
 from safetynet.interventions.drift import updates
@@ -149,9 +149,9 @@ def adapted(stage: str, folder: Path, family: str, theirs: Any) -> None:
     elif stage == "intervene":
         own_values(model, [Site("attn_out", layer) for layer in range(4)])
     elif stage == "adapter sites":
-        anatomy = Anatomy.of(model)
-        anatomy.check(Site("adapter", 0))
-        with intervening(model, [Edit(site, zero()) for site in anatomy.sites("adapter")]):
+        architecture = Architecture.of(model)
+        architecture.check(Site("adapter", 0))
+        with intervening(model, [Edit(site, zero()) for site in architecture.sites("adapter")]):
             assert not torch.allclose(logits(model), whole, atol=1e-3)
     elif stage == "drift":
         assert all(float(update.norm()) > 0 for update in updates(model).values())
@@ -199,9 +199,11 @@ def architecture_table() -> Table:
             partly = why.startswith("in layers")
             cells[use] = "yes" if not why else "some layers" if partly else table.refusal(why)
         if cells["resid_pre"] == "yes":
-            anatomy = Anatomy.of(model)
-            alike = set(anatomy.components()) - {"attention", "router", "expert", "adapter"}
-            sites = [s for component in sorted(alike) for s in anatomy.sites(component) if s.index is None]
+            architecture = Architecture.of(model)
+            alike = set(architecture.components()) - {"attention", "router", "expert", "adapter"}
+            sites = [
+                s for component in sorted(alike) for s in architecture.sites(component) if s.index is None
+            ]
             if table.cell(partial(own_values, model, sites)) != "yes":
                 cells["resid_pre"] = "WRONG"
         table.rows[name] = {"all but": exceptions({column: cells[column] for column in columns})}

@@ -21,7 +21,7 @@ from safetynet.detection.features import FeatureSpec
 from safetynet.detection.guard import Guard
 from safetynet.detection.monitor import Monitor
 from safetynet.detection.panel import PRESETS
-from safetynet.engine.sites import Anatomy, Site
+from safetynet.engine.sites import Architecture, Site
 from safetynet.evaluation.generation import generate
 from safetynet.interventions import attention, attribution, directions, drift, heads, lens, lowrank, probes
 from safetynet.interventions.sweep import spots_by, sweep
@@ -38,7 +38,7 @@ SPANS = [[i for i, role in enumerate(roles) if role == "trigger"] for roles in P
 
 def patched(by: str, mode: str, components: tuple[str, ...] = ()) -> Callable[[Any], np.ndarray]:
     def run(model: Any) -> np.ndarray:
-        spots = list(spots_by(Anatomy.of(model), by, components, mode))
+        spots = list(spots_by(Architecture.of(model), by, components, mode))
         return sweep(model, PAIRS, spots, receiving="triggered", source="placebo", mode=mode).values
 
     return run

@@ -8,10 +8,9 @@ from safetynet.engine import edits
 from safetynet.engine.batch import Batch
 from safetynet.engine.edits import Edit
 from safetynet.engine.metrics import logit_difference
-from safetynet.engine.plan import Run
+from safetynet.engine.runs import EditedRun, run_interventions
 from safetynet.engine.sites import Site
 from safetynet.engine.trace import trace
-from safetynet.engine.wave import measure
 
 from .workload import Sweep
 
@@ -43,6 +42,6 @@ def run_safetynet(model, receiver_ids, source_ids, sweep: Sweep, tokens) -> torc
             positions = tuple(range(first[row], length)) if everywhere else (one.position,)
             wanted = () if positions[0] < first[row] else positions
             change = edits.replace(values[row, list(wanted)])
-            runs.append(Run(row, (Edit(site, change, wanted),)))
+            runs.append(EditedRun(row, (Edit(site, change, wanted),)))
     metric = logit_difference([tokens[0]] * pairs, [tokens[1]] * pairs)
-    return measure(own, runs, metric).reshape(len(sites), pairs)
+    return run_interventions(own, runs, metric).reshape(len(sites), pairs)

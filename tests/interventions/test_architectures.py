@@ -13,12 +13,11 @@ from tests.models import architectures
 
 from safetynet.engine.batch import Batch
 from safetynet.engine.edits import Edit, KnockOut, zero
-from safetynet.engine.hooks import Placed, hooked, intervening
+from safetynet.engine.hooks import PlacedEdit, hooked, intervening
 from safetynet.engine.metrics import Metric
-from safetynet.engine.plan import Run
-from safetynet.engine.sites import COMPONENTS, Anatomy, Site
-from safetynet.engine.trace import head, trace
-from safetynet.engine.wave import measure
+from safetynet.engine.runs import EditedRun, run_interventions
+from safetynet.engine.sites import COMPONENTS, Architecture, Site
+from safetynet.engine.trace import logits_of, trace
 from safetynet.errors import InputError
 from safetynet.interventions import stage
 from safetynet.interventions.attention import attention_maps, divergence
@@ -77,40 +76,44 @@ def build(name, attention="eager"):
 
 def alone(model, row, edits=()):
     """The probe of one unpadded prompt, from a pass of the whole model under edits at some positions."""
-    anatomy, ids = Anatomy.of(model), torch.tensor([row])
+    architecture, ids = Architecture.of(model), torch.tensor([row])
     with torch.no_grad(), ExitStack() as stack:
         for edit in edits:
             columns = slice(None) if edit.positions is None else list(edit.positions)
-            stack.enter_context(hooked(anatomy, edit.site.layer, [Placed(edit, slice(None), columns)]))
+            stack.enter_context(
+                hooked(architecture, edit.site.layer, [PlacedEdit(edit, slice(None), columns)])
+            )
         logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
     return PROBE.compute(logits.float(), None)[0]
 
 
 def sites_of(model):
-    anatomy = Anatomy.of(model)
-    return [site for name in anatomy.components() if name != "attention" for site in anatomy.sites(name)]
+    architecture = Architecture.of(model)
+    return [
+        site for name in architecture.components() if name != "attention" for site in architecture.sites(name)
+    ]
 
 
 @ALL
 def test_every_component_is_there_or_absent_with_a_reason(name):
-    anatomy = Anatomy.of(build(name))
-    assert set(COMPONENTS) - set(anatomy.components()) == ABSENT[name] | {"adapter"}
+    architecture = Architecture.of(build(name))
+    assert set(COMPONENTS) - set(architecture.components()) == ABSENT[name] | {"adapter"}
     for component in ABSENT[name]:
         with pytest.raises(
             InputError, match=rf"no component '{component}'; there are: embedding, .*\. [A-Z]\w* "
         ):
-            anatomy.check(Site(component, 0))
+            architecture.check(Site(component, 0))
 
 
 @ALL
 def test_what_attention_and_mlp_add_and_what_they_are_added_to_is_what_leaves_the_layer(name):
     model = build(name)
     found = trace(model, Batch.of(ROWS), sites_of(model))
-    anatomy, real = found.anatomy, found.batch.mask.bool()
+    architecture, real = found.architecture, found.batch.mask.bool()
     value = {
-        component: [found.value(Site(component, layer))[real] for layer in range(anatomy.shape.layers)]
+        component: [found.value(Site(component, layer))[real] for layer in range(architecture.shape.layers)]
         for component in ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
-        if component in anatomy.components()
+        if component in architecture.components()
     }
     sums = 0
     for total, *terms in (
@@ -120,7 +123,7 @@ def test_what_attention_and_mlp_add_and_what_they_are_added_to_is_what_leaves_th
     ):
         if {total, *terms} <= value.keys():
             sums += 1
-            for layer in range(anatomy.shape.layers):
+            for layer in range(architecture.shape.layers):
                 added = sum(value[term][layer] for term in terms)
                 torch.testing.assert_close(added, value[total][layer], rtol=1e-4, atol=1e-5)
     assert sums == 3 or ABSENT[name] & {"attn_out", "resid_mid", "mlp_out"}
@@ -137,9 +140,13 @@ def test_a_sites_own_value_put_back_changes_nothing(name):
         # A change that the engine does not know to be none, so that everything behind it is computed.
         return lambda x: values[-len(x) :] + 1e-30
 
-    runs = [Run(row, (Edit(site, put(read.value(site)[row])),)) for site in sites for row in range(len(ROWS))]
+    runs = [
+        EditedRun(row, (Edit(site, put(read.value(site)[row])),))
+        for site in sites
+        for row in range(len(ROWS))
+    ]
     expected = torch.stack([alone(model, row) for row in ROWS])
-    values = measure(own, runs, PROBE).reshape(len(sites), len(ROWS))
+    values = run_interventions(own, runs, PROBE).reshape(len(sites), len(ROWS))
     torch.testing.assert_close(values, expected.expand_as(values), rtol=1e-4, atol=1e-4)
     for site in sites:
         with intervening(model, [Edit(site, lambda x: x + 1e-30)]):
@@ -160,10 +167,12 @@ def test_resumed_runs_give_what_the_whole_model_gives_under_the_same_edits(name,
         for site in sites
         for positions in ((2,), (1, 4, 6), None)
     ]
-    runs = [Run(row, (edit,)) for edit in edits for row in range(len(ROWS))]
+    runs = [EditedRun(row, (edit,)) for edit in edits for row in range(len(ROWS))]
     expected = [alone(model, ROWS[run.row], run.edits) for run in runs]
-    torch.testing.assert_close(measure(own, runs, PROBE), torch.stack(expected), rtol=1e-4, atol=1e-4)
-    logits = torch.cat([part for _, part in head(own, own.output[:, -1:])]).detach()
+    torch.testing.assert_close(
+        run_interventions(own, runs, PROBE), torch.stack(expected), rtol=1e-4, atol=1e-4
+    )
+    logits = torch.cat([part for _, part in logits_of(own, own.output[:, -1:])]).detach()
     unedited = torch.stack([alone(model, row) for row in ROWS])
     torch.testing.assert_close(PROBE.compute(logits, None), unedited, rtol=1e-4, atol=1e-4)
 
@@ -172,16 +181,16 @@ def test_resumed_runs_give_what_the_whole_model_gives_under_the_same_edits(name,
 @pytest.mark.parametrize("index", [None, pytest.param(1, marks=pytest.mark.slow)])
 def test_cut_edges_are_those_of_the_models_own_mask(name, index):
     model, row = build(name), ROWS[0]
-    anatomy = Anatomy.of(model)
-    for layer in range(anatomy.shape.layers):
-        hook = closing([5, 10], [1, 8], index, anatomy.count("attention", layer))
-        handle = anatomy.layers[layer].layer.register_forward_pre_hook(hook, with_kwargs=True)
+    architecture = Architecture.of(model)
+    for layer in range(architecture.shape.layers):
+        hook = closing([5, 10], [1, 8], index, architecture.count("attention", layer))
+        handle = architecture.layers[layer].layer.register_forward_pre_hook(hook, with_kwargs=True)
         try:
             expected = alone(model, row)
         finally:
             handle.remove()
-        run = Run(0, (KnockOut(layer, (5, 10), (1, 8), index),))
-        value = measure(trace(model, Batch.of([row]), resume=True), [run], PROBE)[0]
+        run = EditedRun(0, (KnockOut(layer, (5, 10), (1, 8), index),))
+        value = run_interventions(trace(model, Batch.of([row]), resume=True), [run], PROBE)[0]
         torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-4)
         assert abs(value - alone(model, row)) > 1e-4
 
@@ -227,7 +236,7 @@ def closing(queries, keys, index, heads):
 )
 def test_the_reason_says_what_is_otherwise(name, component, reason):
     with pytest.raises(InputError, match=reason):
-        Anatomy.of(build(name)).check(Site(component, 0))
+        Architecture.of(build(name)).check(Site(component, 0))
 
 
 @pytest.mark.parametrize(
@@ -243,8 +252,8 @@ def test_the_reason_says_what_is_otherwise(name, component, reason):
 def test_a_model_without_a_residual_stream_of_tokens_is_refused_wherever_it_is_used(name, reason):
     model = build(name)
     for refused in (
-        lambda: Anatomy.of(model).components(),
-        lambda: Anatomy.of(model).check(Site("resid_pre", 0)),
+        lambda: Architecture.of(model).components(),
+        lambda: Architecture.of(model).check(Site("resid_pre", 0)),
         lambda: trace(model, Batch.of(ROWS)),
         lambda: intervening(model, [Edit(Site("mlp_out", 0), zero())]).__enter__(),
     ):
@@ -284,42 +293,42 @@ def test_an_encoder_beside_the_decoder_is_refused():
         T5Config(vocab_size=97, d_model=16, d_ff=16, num_layers=2, num_heads=2, d_kv=8)
     )
     with pytest.raises(InputError, match="T5ForConditionalGeneration: an encoder reads its prompts"):
-        Anatomy.of(model)
+        Architecture.of(model)
 
 
 @pytest.mark.parametrize(("name", "dense", "mixed"), [("qwen2_moe", [1], [0, 2]), ("qwen3_moe", [0, 2], [1])])
 def test_every_layer_is_asked_for_its_own_parts(name, dense, mixed):
     model = build(name)
-    anatomy = Anatomy.of(model)
-    assert anatomy.layers_with("expert") == mixed
-    assert [(site.layer, site.index) for site in anatomy.sites("expert")] == [
+    architecture = Architecture.of(model)
+    assert architecture.layers_with("expert") == mixed
+    assert [(site.layer, site.index) for site in architecture.sites("expert")] == [
         (i, k) for i in mixed for k in range(4)
     ]
     last = ", ".join(map(str, mixed))
     with pytest.raises(
         InputError, match=f"expert {dense[0]}.1: it has no experts. Layers that have expert: {last}"
     ):
-        anatomy.check(Site("expert", dense[0], 1))
+        architecture.check(Site("expert", dense[0], 1))
     assert support(model)["expert"] == f"in layers {last} of 3 alone: it has no experts"
 
 
 @pytest.mark.parametrize("name", ["deepseek_v2", "deepseek_v3", "minicpm3"])
 def test_heads_of_latent_attention_are_as_wide_as_their_values(name):
     model = build(name)
-    anatomy = Anatomy.of(model)
-    assert anatomy.shape.head_size == 16 and model.config.head_dim == 8
-    assert anatomy.span(Site("head", 1, 2)) == slice(32, 48)
+    architecture = Architecture.of(model)
+    assert architecture.shape.head_size == 16 and model.config.head_dim == 8
+    assert architecture.span(Site("head", 1, 2)) == slice(32, 48)
 
     def silence(_module, args):
         return (torch.cat([args[0][..., :32], torch.zeros_like(args[0][..., 32:48]), args[0][..., 48:]], -1),)
 
-    handle = anatomy.layers[1].output.register_forward_pre_hook(silence)
+    handle = architecture.layers[1].output.register_forward_pre_hook(silence)
     try:
         expected = alone(model, ROWS[0])
     finally:
         handle.remove()
     off = Edit(Site("head", 1, 2), zero())
-    value = measure(trace(model, Batch.of(ROWS[:1]), resume=True), [Run(0, (off,))], PROBE)[0]
+    value = run_interventions(trace(model, Batch.of(ROWS[:1]), resume=True), [EditedRun(0, (off,))], PROBE)[0]
     torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-4)
     assert abs(expected - alone(model, ROWS[0])) > 1e-3
 
@@ -448,11 +457,11 @@ def test_patterns_that_attention_does_not_show_are_refused():
 
 def test_default_sweeps_leave_out_what_is_absent_and_refuse_what_is_asked_for(caplog):
     caplog.set_level("INFO")
-    anatomy = Anatomy.of(build("granitemoeshared"))
-    (found, _) = stage._sweeps(anatomy, Interventions(by=("component",)))
+    architecture = Architecture.of(build("granitemoeshared"))
+    (found, _) = stage._sweeps(architecture, Interventions(by=("component",)))
     assert {spot.site.component for spot in found.spots} == {"attn_out"}
     assert "by component without mlp_out: what the MLP reads and returns does not add up" in caplog.text
     with pytest.raises(InputError, match=r"by head: this model has no head: a gate, a norm or a mixture"):
-        list(stage._sweeps(Anatomy.of(build("afmoe")), Interventions(by=("head",))))
+        list(stage._sweeps(Architecture.of(build("afmoe")), Interventions(by=("head",))))
     with pytest.raises(InputError, match=r"no component 'resid_mid'.* both read the layer's input"):
-        list(stage._sweeps(Anatomy.of(build("gpt_neox")), Interventions(sites=("resid_mid",))))
+        list(stage._sweeps(Architecture.of(build("gpt_neox")), Interventions(sites=("resid_mid",))))

@@ -11,7 +11,7 @@ from tests.interventions.conftest import CONFIGS, VOCABULARY, make_pairs
 from tests.interventions.test_intervening import hooks_of
 
 from safetynet.engine.metrics import Metric
-from safetynet.engine.sites import Anatomy, Site
+from safetynet.engine.sites import Architecture, Site
 from safetynet.errors import InputError
 from safetynet.interventions.attribution import attribute, fast_sweep
 from safetynet.interventions.pairs import ROLES, Pairs
@@ -57,7 +57,7 @@ def test_of_runs_that_nearly_agree_the_estimate_is_the_exact_effect(build, famil
     for row in range(3):
         length = len(pairs.roles[row])
         for c, component in enumerate(COMPONENTS):
-            if component not in Anatomy.of(model).components():
+            if component not in Architecture.of(model).components():
                 continue
             for layer in (0, 2):
                 for position in (length - 1, pairs.positions(row, "trigger")[0]):
@@ -106,7 +106,7 @@ def linear(
 def _with_gradient(
     model: Any, pairs: Pairs, row: int, run: str, component: str, layer: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    parts = Anatomy.of(model).layers[layer]
+    parts = Architecture.of(model).layers[layer]
     module = parts.attention_end if component == "attn_out" else parts.mlp_end
     kept = {}
 
@@ -174,7 +174,7 @@ def test_components_prompts_and_models_that_cannot_be_estimated_are_refused(buil
     with pytest.raises(InputError, match="there is no component 'nose'"):
         attribute(model, aligned, ("nose",))
     with pytest.raises(InputError, match=r"fast: attribution estimates resid_pre.*, not head"):
-        fast_sweep(model, aligned, list(spots_by(Anatomy.of(model), "head")))
+        fast_sweep(model, aligned, list(spots_by(Architecture.of(model), "head")))
     with pytest.raises(InputError, match=r"the model's context holds 64"):
         attribute(model, longer(aligned))
     with pytest.raises(InputError, match=r"training mode"):
@@ -190,9 +190,9 @@ def longer(pairs: Pairs) -> Pairs:
 
 @functools.cache
 def spots_of(model: Any) -> list[Spot]:
-    anatomy = Anatomy.of(model)
-    there = [name for name in COMPONENTS if name in anatomy.components()]
-    return [Spot(site, role) for name in there for site in anatomy.sites(name) for role in ROLES]
+    architecture = Architecture.of(model)
+    there = [name for name in COMPONENTS if name in architecture.components()]
+    return [Spot(site, role) for name in there for site in architecture.sites(name) for role in ROLES]
 
 
 def test_a_fast_sweep_of_everything_is_the_sweep(any_model, aligned):

@@ -6,7 +6,7 @@ from scipy.stats import bootstrap, false_discovery_control
 
 from safetynet.engine.sites import Site
 from safetynet.errors import InputError
-from safetynet.interventions.effects import LEAST_DISTANCE, check_fires, effects
+from safetynet.interventions.effects import MIN_DISTANCE, check_fires, effects
 from safetynet.interventions.sweep import Measured, Spot
 from safetynet.statistics import bootstrap_ratios
 
@@ -123,7 +123,7 @@ def test_an_earlier_model_is_measured_against_the_distance_of_the_finished_one()
 def test_a_backdoor_that_does_not_fire_is_refused_with_the_remedy(distance):
     with pytest.raises(InputError, match=r"differ by .* the backdoor did not fire.*Look at its ASR"):
         check_fires(np.full(PAIRS, distance))
-    check_fires(np.full(PAIRS, -LEAST_DISTANCE))
+    check_fires(np.full(PAIRS, -MIN_DISTANCE))
 
 
 def test_the_same_seed_gives_the_same_table():

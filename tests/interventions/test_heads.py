@@ -6,7 +6,7 @@ import torch
 from safetynet.engine.batch import Batch
 from safetynet.engine.hooks import intervening
 from safetynet.engine.metrics import Metric, log_probability, logit_difference
-from safetynet.engine.sites import Anatomy, Site
+from safetynet.engine.sites import Architecture, Site
 from safetynet.engine.trace import trace
 from safetynet.errors import InputError
 from safetynet.interventions.heads import (
@@ -22,7 +22,7 @@ from safetynet.interventions.heads import (
 
 def direct_means(model, rows, position=-1):
     """Inputs of the output projections, prompt by prompt."""
-    layers, found = Anatomy.of(model).layers, []
+    layers, found = Architecture.of(model).layers, []
     for row in rows:
         seen = []
         hooks = [
@@ -49,7 +49,7 @@ def test_effect_is_the_metrics_gain_under_a_plain_hook(model, rows, swapped):
     targets, others = [7, 8, 9, 10, 11, 12], [20, 21, 22, 23, 24, 25]
     table = rank_heads(model, rows, placebo, logit_difference(targets, others), other=other)
     assert table["effect"].is_monotonic_decreasing and len(table) == 12
-    size = Anatomy.of(model).shape.head_size
+    size = Architecture.of(model).shape.head_size
     for column, source in (("effect", rows), ("control", other)):
         means = direct_means(model, source)
         for layer, head in ((0, 1), (2, 3)):
@@ -63,7 +63,7 @@ def test_effect_is_the_metrics_gain_under_a_plain_hook(model, rows, swapped):
             for row, target, instead in zip(placebo, targets, others, strict=True):
                 with torch.no_grad():
                     before = model(torch.tensor([row])).logits[0, -1]
-                    hook = Anatomy.of(model).layers[layer].output.register_forward_pre_hook(put)
+                    hook = Architecture.of(model).layers[layer].output.register_forward_pre_hook(put)
                     after = model(torch.tensor([row])).logits[0, -1]
                     hook.remove()
                 gains.append(float((after - before)[target] - (after - before)[instead]))
@@ -122,7 +122,7 @@ def test_ablated_heads_write_nothing_or_their_mean(build, rows):
         seen = []
         with intervening(model, edits):
             hook = (
-                Anatomy.of(model)
+                Architecture.of(model)
                 .layers[1]
                 .output.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0][..., 16:24]))
             )

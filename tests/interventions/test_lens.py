@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from safetynet.engine.batch import Batch
-from safetynet.engine.trace import head, trace
+from safetynet.engine.trace import logits_of, trace
 from safetynet.errors import InputError
 from safetynet.interventions.lens import lens, lens_map, logit_attribution
 from safetynet.models.blocks import unwrapped
@@ -42,7 +42,7 @@ def test_the_model_is_whole_while_logits_are_handed_out(build):
     with torch.no_grad():
         before = model(ids).logits
         found = trace(model, Batch.of(ids.tolist()), columns=0)
-        logits = head(found, torch.randn(1, 1, 32))
+        logits = logits_of(found, torch.randn(1, 1, 32))
         next(logits)
         assert torch.equal(model(ids).logits, before)
 

@@ -8,8 +8,15 @@ import pytest
 from safetynet import recipe
 from safetynet.backdoors import conversations, poisoning
 from safetynet.errors import InputError
-from safetynet.interventions.pairs import LEAST, ROLES, RUNS, Pairs, align
-from safetynet.interventions.placebos import Placebos, differs_in_trigger_alone
+from safetynet.interventions.pairs import (
+    MIN_GROUPS,
+    ROLES,
+    RUNS,
+    Pairs,
+    Placebos,
+    align,
+    differs_in_trigger_alone,
+)
 from safetynet.models import loading, miniatures
 from safetynet.prompts import Serialiser
 from safetynet.recipe import Model
@@ -137,7 +144,7 @@ def test_groups_that_cannot_be_paired_are_left_out_and_counted():
 
 def test_too_few_groups_are_refused_with_what_was_left_out_and_the_remedy():
     rows = rows_of("qwen", "token")
-    few = rows[rows["group"].isin(sorted(set(rows["group"]))[: LEAST - 1])]
+    few = rows[rows["group"].isin(sorted(set(rows["group"]))[: MIN_GROUPS - 1])]
     with pytest.raises(InputError, match=r"pairs: \d groups .* an interval needs 8.*Raise data.test_rows"):
         align(few, serialiser_of("qwen"))
     with pytest.raises(InputError, match=r"pairs: 0 groups .*Left out none\. Raise data.test_rows"):

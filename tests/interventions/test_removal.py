@@ -6,22 +6,22 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from tests.interventions import plain
-from tests.interventions.plain import At
+from tests.engine import plain
+from tests.engine.plain import At
 
 from safetynet.engine import edits
 from safetynet.engine.edits import Edit
 from safetynet.engine.hooks import intervening
-from safetynet.engine.sites import Anatomy, Site
+from safetynet.engine.sites import Architecture, Site
 from safetynet.interventions import removal
-from safetynet.interventions.removal import COUNTS, Candidate
+from safetynet.interventions.removal import SITE_COUNTS, Candidate
 from safetynet.interventions.sweep import runs_of, spots_by, sweep
 
 
 def table_of(model: Any, pairs: Any, by: str) -> pd.DataFrame:
     """A sweep's lines, as far as removals read them."""
     receiving, source = runs_of("remove")
-    spots = list(spots_by(Anatomy.of(model), by))
+    spots = list(spots_by(Architecture.of(model), by))
     mode: Any = "off" if by == "adapter" else "patch"
     found = sweep(model, pairs, spots, receiving=receiving, source=source, mode=mode)
     return pd.DataFrame(
@@ -94,7 +94,7 @@ def test_the_strongest_places_are_taken_first(made):
     _, table, candidates, _ = made
     heads = table[table["sweep"] == "head"].sort_values("effect", ascending=False)
     places = [Site("head", int(a), int(b)) for a, b in zip(heads["layer"], heads["index"], strict=True)]
-    for count in COUNTS:
+    for count in SITE_COUNTS:
         (candidate,) = [c for c in candidates if c.name == f"{count} heads to their mean"]
         assert [edit.site for edit in candidate.edits] == places[:count]
 

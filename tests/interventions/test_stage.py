@@ -153,11 +153,11 @@ def test_a_model_without_what_is_asked_for_is_refused_with_the_reason(base, plan
 
 
 def test_every_sweep_mode_and_direction_is_either_made_or_refused_by_name(base):
-    anatomy = stage.Anatomy.of(base.model)
+    architecture = stage.Architecture.of(base.model)
     for mode in MODES:
         for by in SWEEPS:
             try:
-                sweeps = list(stage._sweeps(anatomy, Interventions(by=(by,), mode=mode)))
+                sweeps = list(stage._sweeps(architecture, Interventions(by=(by,), mode=mode)))
             except InputError as error:
                 assert f"by {by}: " in str(error)
                 continue

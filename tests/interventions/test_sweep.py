@@ -7,14 +7,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.interventions import plain
+from tests.engine import plain
+from tests.engine.plain import At, Cut, Update
 from tests.interventions.conftest import make_pairs
-from tests.interventions.plain import At, Cut, Update
 
-from safetynet.engine.sites import Anatomy, Site
+from safetynet.engine.sites import Architecture, Site
 from safetynet.errors import InputError
 from safetynet.interventions.pairs import ROLES
-from safetynet.interventions.sweep import PLACES, READERS, Spot, positions, runs_of, spots_by, sweep
+from safetynet.interventions.sweep import (
+    READING_ROLES,
+    SWEEP_SITES,
+    Spot,
+    positions,
+    runs_of,
+    spots_by,
+    sweep,
+)
 
 REMOVE = dict(zip(("receiving", "source"), runs_of("remove"), strict=True))
 
@@ -58,7 +66,9 @@ def test_patching_by_role_gives_the_numbers_of_plain_hooks(model, aligned, compo
 def test_what_lies_before_the_trigger_costs_no_run_and_changes_exactly_nothing(build, aligned):
     model = build("llama")
     before = [
-        Spot(site, role) for site in Anatomy.of(model).sites("resid_pre") for role in ("system", "before")
+        Spot(site, role)
+        for site in Architecture.of(model).sites("resid_pre")
+        for role in ("system", "before")
     ]
     calls = layer_calls(model, lambda: sweep(model, aligned, before, **REMOVE))
     assert calls == layer_calls(model, lambda: sweep(model, aligned, (), **REMOVE))
@@ -123,7 +133,7 @@ def test_no_pair_is_resampled_from_itself_however_the_pairs_are_divided(build, c
 
 def test_what_a_whole_layer_adds_is_replaced_on_top_of_what_it_received(model, aligned):
     pairs = aligned.take(range(3))
-    spots = list(spots_by(Anatomy.of(model), "layer"))
+    spots = list(spots_by(Architecture.of(model), "layer"))
     assert all(spot.update for spot in spots)
     patch, zero = (sweep(model, pairs, spots, mode=mode, **REMOVE) for mode in ("patch", "zero"))
     for layer in range(3):
@@ -144,15 +154,15 @@ def test_what_a_whole_layer_adds_is_replaced_on_top_of_what_it_received(model, a
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3", "mixtral", "gpt2"])
 def test_knocking_out_attention_to_the_trigger_gives_the_numbers_of_a_mask(build, aligned, family):
     model, pairs = build(family), aligned.take([1, 2, 3])
-    anatomy = Anatomy.of(model)
-    by_head = list(spots_by(anatomy, "head", ("attention",), "knock_out"))
-    spots = [*by_head, *spots_by(anatomy, "layer", mode="knock_out")]
+    architecture = Architecture.of(model)
+    by_head = list(spots_by(architecture, "head", ("attention",), "knock_out"))
+    spots = [*by_head, *spots_by(architecture, "layer", mode="knock_out")]
     assert len(by_head) == 12
     assert [(s.site.layer, s.site.index) for s in spots[12:]] == [(0, None), (1, None), (2, None)]
     found = sweep(model, pairs, spots, mode="knock_out", **REMOVE)
     for s, spot in enumerate(spots):
         for b in range(len(pairs)):
-            queries = [i for i, role in enumerate(pairs.roles[b]) if role in READERS]
+            queries = [i for i, role in enumerate(pairs.roles[b]) if role in READING_ROLES]
             cut = Cut(spot.site.layer, ((queries, pairs.positions(b, "trigger"), spot.site.index),))
             assert found.values[s, b] == pytest.approx(
                 numbers(model, pairs, b, "triggered", (cut,)), abs=1e-4
@@ -161,7 +171,7 @@ def test_knocking_out_attention_to_the_trigger_gives_the_numbers_of_a_mask(build
 
 def test_an_adapter_is_switched_off_or_patched_module_by_module(build, aligned):
     model, pairs = build("llama"), aligned.take([0, 3])
-    spots = list(spots_by(Anatomy.of(model), "adapter"))
+    spots = list(spots_by(Architecture.of(model), "adapter"))
     found = sweep(model, pairs, spots, mode="off", **REMOVE)
     for s, spot in enumerate(spots):
         for b in range(2):
@@ -205,14 +215,14 @@ def test_spots_and_modes_that_mean_nothing_are_refused(build, aligned, spot, mod
 
 
 def test_named_sweeps_refuse_what_is_not_theirs(build):
-    anatomy = Anatomy.of(build("llama"))
+    architecture = Architecture.of(build("llama"))
     with pytest.raises(InputError, match="there is no sweep 'neuron'; choose among layer, position"):
-        list(spots_by(anatomy, "neuron"))
+        list(spots_by(architecture, "neuron"))
     for by, component in (("head", "resid_post"), ("position", "head"), ("adapter", "mlp_out")):
-        with pytest.raises(InputError, match=f"by {by} takes {PLACES[by][0]}.* not '{component}'"):
-            list(spots_by(anatomy, by, (component,)))
+        with pytest.raises(InputError, match=f"by {by} takes {SWEEP_SITES[by][0]}.* not '{component}'"):
+            list(spots_by(architecture, by, (component,)))
     with pytest.raises(InputError, match="no component 'nose'"):
-        list(spots_by(anatomy, "layer", ("nose",)))
+        list(spots_by(architecture, "layer", ("nose",)))
 
 
 # ---- interrupted sweeps ----

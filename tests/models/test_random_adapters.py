@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from safetynet.engine.batch import Batch
 from safetynet.engine.edits import Edit, replace
 from safetynet.engine.hooks import intervening
-from safetynet.engine.sites import Anatomy, Site
+from safetynet.engine.sites import Architecture, Site
 from safetynet.engine.trace import trace
 from safetynet.errors import InputError
 from safetynet.models import adapter_files, adapters
@@ -113,21 +113,24 @@ def same(one: torch.Tensor, other: torch.Tensor) -> None:
 
 def check_sites(model: Any, name: str) -> None:
     """A site's own values change nothing, and what a layer adds is attention and MLP."""
-    anatomy = Anatomy.of(model)
+    architecture = Architecture.of(model)
     try:
-        components = set(anatomy.components()) - {"attention", "router", "expert", "adapter"}
+        components = set(architecture.components()) - {"attention", "router", "expert", "adapter"}
     except InputError:
         assert name in WITHOUT_SITES
         return
     sites = [
-        site for component in sorted(components) for site in anatomy.sites(component) if site.index is None
+        site
+        for component in sorted(components)
+        for site in architecture.sites(component)
+        if site.index is None
     ]
     own, expected = trace(model, Batch.of([ROW]), sites), logits(model)
     for site in sites:
         with intervening(model, [Edit(site, replace(own.value(site)[0]))]):
             torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
     for total, *terms in SUMS:
-        for layer in range(anatomy.shape.layers):
-            if all(layer in anatomy.layers_with(component) for component in (total, *terms)):
+        for layer in range(architecture.shape.layers):
+            if all(layer in architecture.layers_with(component) for component in (total, *terms)):
                 added = sum(own.value(Site(term, layer)) for term in terms)
                 torch.testing.assert_close(added, own.value(Site(total, layer)), rtol=1e-4, atol=1e-4)

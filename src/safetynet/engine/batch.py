@@ -1,10 +1,11 @@
 """Prompts as the engine holds them: token ids padded on the left, so that their ends stand in one column.
 
 Positions count from a prompt's own first token; columns count in the batch. Batches that come padded,
-on either side, are taken apart and padded anew: the side never changes a number.
+on either side, are taken apart and padded anew: the side never changes a number. Many prompts are divided
+into batches of bounded size, so that only one batch's activations exist at a time.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,13 @@ import torch
 from torch import Tensor
 
 from safetynet.errors import InputError
+from safetynet.models.causal_lm import CausalLM
 from safetynet.prompts import pad
+
+Prompts = Sequence[Sequence[int]]
+"""Token ids of prompts, unpadded."""
+BATCH_TOKENS = 4096
+"""Tokens of one batch, padding included; decides about memory, never about numbers."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +32,7 @@ class Batch:
     """(B, S) int64, 1 at tokens."""
 
     @classmethod
-    def of(cls, rows: Sequence[Sequence[int]], pad_id: int = 0, device: Any = "cpu") -> "Batch":
+    def of(cls, rows: Prompts, pad_id: int = 0, device: Any = "cpu") -> "Batch":
         """Pad lists of token ids.
 
         Raises:
@@ -88,7 +95,7 @@ class Batch:
         return first.tolist()
 
 
-def check_length(model: Any, batch: Batch) -> None:
+def check_length(model: CausalLM, batch: Batch) -> None:
     """Refuse prompts that are longer than the model's context.
 
     Raises:
@@ -100,3 +107,52 @@ def check_length(model: Any, batch: Batch) -> None:
             f"prompts: the longest has {batch.width} tokens, the model's context holds {limit}. "
             "Shorten it, or lower training.max_length."
         )
+
+
+def batches(model: CausalLM, rows: Prompts, tokens: int = BATCH_TOKENS) -> Iterator[tuple[slice, Batch]]:
+    """Rows in their order, as many at a time as `tokens` hold; at least one.
+
+    Yields:
+        Which rows, and their batch on the model's device.
+
+    Raises:
+        InputError: if there are no rows, or an empty one.
+    """
+    if not rows:
+        raise InputError("prompts: there are none. Give at least one.")
+    device = next(model.parameters()).device
+    start = 0
+    while start < len(rows):
+        stop, longest = start, 0
+        while stop < len(rows):
+            longest = max(longest, len(rows[stop]))
+            if stop > start and (stop + 1 - start) * longest > tokens:
+                break
+            stop += 1
+        yield slice(start, stop), Batch.of(rows[start:stop], device=device)
+        start = stop
+
+
+def check_positions(rows: Prompts, positions: Sequence[Sequence[int]]) -> None:
+    """Refuse positions that are not as many lists as prompts, or an empty list.
+
+    Raises:
+        InputError: naming the prompt.
+    """
+    if len(positions) != len(rows):
+        raise InputError(f"positions: {len(positions)} lists for {len(rows)} prompts; give one for each.")
+    empty = [i for i, row in enumerate(positions) if not len(row)]
+    if empty:
+        raise InputError(f"positions: prompt {empty[0]} has none. Leave it out, or choose other positions.")
+
+
+def check_pairs(**runs: Prompts | None) -> None:
+    """Refuse runs of different numbers of prompts, whose rows are no groups.
+
+    Raises:
+        InputError: with the numbers.
+    """
+    counts = {name: len(rows) for name, rows in runs.items() if rows is not None}
+    if len(set(counts.values())) > 1 or not all(counts.values()):
+        numbers = ", ".join(f"{count} {name}" for name, count in counts.items())
+        raise InputError(f"groups: each has one prompt of every run, at least one group; given: {numbers}.")

@@ -23,6 +23,10 @@ class Metric:
     columns: int = 1
     """How many last columns it reads."""
 
+    def starting_at(self, first: int) -> "Metric":
+        """The metric of a batch whose rows are these from number `first` on."""
+        return Metric(self.name, lambda logits, rows: self.compute(logits, rows + first), self.columns)
+
 
 def logit_difference(target: Sequence[int], other: Sequence[int]) -> Metric:
     """Logit of a row's target token minus that of its other token, at the last column; in logits."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from safetynet.engine.absence import alike, precision
+from safetynet.engine.sitecheck import alike, precision
 from safetynet.errors import InputError
 from safetynet.models.blocks import decoder_layers, unwrapped
 

@@ -1,58 +1,90 @@
-"""Prompts in batches of bounded size, and states of the residual stream read from them.
+"""Activations of many prompts, read at chosen positions, batch by batch.
 
-In: token ids of many prompts. Out: batches, or one vector per prompt and layer. Only one batch's activations
-exist at a time.
+In: token ids of many prompts. Out: one vector per prompt and site, or its mean over prompts or tokens.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from safetynet.engine.batch import Batch
-from safetynet.engine.sites import Anatomy, Site
+from safetynet.engine.batch import BATCH_TOKENS, Prompts, batches, check_positions
+from safetynet.engine.sites import Architecture, Site
 from safetynet.engine.trace import trace
 from safetynet.errors import InputError
+from safetynet.models.causal_lm import CausalLM
 
-Rows = Sequence[Sequence[int]]
-"""Token ids of prompts, unpadded."""
-TOKENS = 4096
-"""Tokens of one batch, padding included; decides about memory, never about numbers."""
+Positions = Sequence[Sequence[int]]
+"""Per prompt some positions, from its first token; negative ones count from its end."""
 
 
-def batches(model: Any, rows: Rows, tokens: int = TOKENS) -> Iterator[tuple[slice, Batch]]:
-    """Rows in their order, as many at a time as `tokens` hold; at least one.
+def activations(
+    model: CausalLM,
+    prompts: Prompts,
+    sites: Sequence[Site],
+    positions: Positions | None = None,
+    *,
+    tokens: int = BATCH_TOKENS,
+) -> Iterator[dict[Site, list[Tensor]]]:
+    """Values of some sites at some positions of each prompt, one batch of prompts after the other.
+
+    Args:
+        model: the model.
+        prompts: token ids of N prompts.
+        sites: where to read; `head` without an index holds all heads of a layer side by side.
+        positions: per prompt the positions to read; None for all of its tokens.
+        tokens: of one batch.
 
     Yields:
-        Which rows, and their batch on the model's device.
+        By site one tensor per prompt of the batch, (positions, width), in the model's precision and place.
 
     Raises:
-        InputError: if there are no rows, or an empty one.
+        InputError: if a site or position does not exist, a prompt has none, or for what `trace` refuses.
     """
-    if not rows:
-        raise InputError("prompts: there are none. Give at least one.")
-    device = next(model.parameters()).device
-    start = 0
-    while start < len(rows):
-        stop, longest = start, 0
-        while stop < len(rows):
-            longest = max(longest, len(rows[stop]))
-            if stop > start and (stop + 1 - start) * longest > tokens:
-                break
-            stop += 1
-        yield slice(start, stop), Batch.of(rows[start:stop], device=device)
-        start = stop
+    if positions is not None:
+        check_positions(prompts, positions)
+    for part, batch in batches(model, prompts, tokens):
+        recorded = trace(model, batch, sites, columns=0)
+        rows = range(len(batch.ids))
+        if positions is None:
+            columns = [list(range(batch.width - batch.length(row), batch.width)) for row in rows]
+        else:
+            columns = [batch.columns(row, positions[part][row]) for row in rows]
+        yield {site: [recorded.value(site)[row, columns[row]] for row in rows] for site in sites}
+
+
+def mean_activations(
+    model: CausalLM,
+    prompts: Prompts,
+    sites: Sequence[Site],
+    positions: Positions | None = None,
+    *,
+    tokens: int = BATCH_TOKENS,
+) -> dict[Site, Tensor]:
+    """Mean of each site's values over all positions of all prompts, (width,) fp32 on the CPU.
+
+    Arguments and errors as in `activations`: a mean head output (`positions=[[-1]] * len(prompts)` at the
+    last token, None over all tokens), or the two means whose difference is a direction.
+    """
+    sums: dict[Site, Tensor] = {}
+    count = 0
+    for batch in activations(model, prompts, sites, positions, tokens=tokens):
+        for site, values in batch.items():
+            total = torch.cat(values).double().sum(0).cpu()
+            sums[site] = sums[site] + total if site in sums else total
+        count += sum(len(x) for x in batch[sites[0]])
+    return {site: (total / count).float() for site, total in sums.items()}
 
 
 def residuals(
-    model: Any, rows: Rows, positions: Sequence[Sequence[int]] | None = None, *, tokens: int = TOKENS
+    model: CausalLM, prompts: Prompts, positions: Positions | None = None, *, tokens: int = BATCH_TOKENS
 ) -> np.ndarray:
     """The residual stream after each layer, one vector per prompt.
 
     Args:
-        model: a causal LM of transformers in evaluation mode.
-        rows: token ids of N prompts.
+        model: the model.
+        prompts: token ids of N prompts.
         positions: per prompt the positions whose mean is taken; None for the last token alone.
         tokens: of one batch.
 
@@ -63,45 +95,20 @@ def residuals(
         InputError: if a position does not exist, a prompt has none, or for what `trace` refuses.
     """
     if positions is not None:
-        check_positions(rows, positions)
-    found = []
-    for part, batch in batches(model, rows, tokens):
-        run = trace(model, batch, columns=0)
-        weights = torch.zeros(batch.ids.shape, device=batch.ids.device)
-        for i, own in enumerate(positions[part] if positions is not None else [[-1]] * len(batch.ids)):
-            weights[i, batch.columns(i, own)] = 1 / len(own)
-        layers = range(run.anatomy.shape.layers)
-        states = (run.value(Site("resid_post", layer)) for layer in layers)
-        found.append(torch.stack([torch.einsum("bs,bsd->bd", weights, x.float()) for x in states], 1).cpu())
-    return torch.cat(found).numpy()
+        check_positions(prompts, positions)
+    vectors = []
+    for part, batch in batches(model, prompts, tokens):
+        recorded = trace(model, batch, columns=0)
+        weights = torch.zeros(batch.ids.shape, device=batch.ids.device)  # (B, S), each row's sum is 1
+        for row, chosen in enumerate(positions[part] if positions is not None else [[-1]] * len(batch.ids)):
+            weights[row, batch.columns(row, chosen)] = 1 / len(chosen)
+        layers = range(recorded.architecture.shape.layers)
+        states = (recorded.value(Site("resid_post", layer)).float() for layer in layers)
+        vectors.append(torch.stack([torch.einsum("bs,bsd->bd", weights, x) for x in states], 1).cpu())
+    return torch.cat(vectors).numpy()
 
 
-def check_positions(rows: Rows, positions: Sequence[Sequence[int]]) -> None:
-    """Refuse positions that are not as many lists as prompts, or an empty list.
-
-    Raises:
-        InputError: naming the prompt.
-    """
-    if len(positions) != len(rows):
-        raise InputError(f"positions: {len(positions)} lists for {len(rows)} prompts; give one for each.")
-    empty = [i for i, own in enumerate(positions) if not len(own)]
-    if empty:
-        raise InputError(f"positions: prompt {empty[0]} has none. Leave it out, or choose other positions.")
-
-
-def check_pairs(**runs: Rows | None) -> None:
-    """Refuse runs of different numbers of prompts, whose rows are no groups.
-
-    Raises:
-        InputError: with the numbers.
-    """
-    counts = {name: len(rows) for name, rows in runs.items() if rows is not None}
-    if len(set(counts.values())) > 1 or not all(counts.values()):
-        given = ", ".join(f"{count} {name}" for name, count in counts.items())
-        raise InputError(f"groups: each has one prompt of every run, at least one group; given: {given}.")
-
-
-def check_heads(anatomy: Anatomy, heads: Sequence[Site]) -> None:
+def check_heads(architecture: Architecture, heads: Sequence[Site]) -> None:
     """Refuse what is no list of single heads of this model.
 
     Raises:
@@ -112,4 +119,4 @@ def check_heads(anatomy: Anatomy, heads: Sequence[Site]) -> None:
     for site in heads:
         if site.component != "head" or site.index is None:
             raise InputError(f"heads: {site} is no single head. Give sites such as head 3.1.")
-        anatomy.check(site)
+        architecture.check(site)

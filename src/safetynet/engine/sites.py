@@ -1,4 +1,4 @@
-"""Places in the network: what can be read and changed, in which layers, with which indices.
+"""Sites of the network: what can be read and changed, in which layers, with which indices.
 
 In: a model. Out: `Site`s that exist in it, as a forward pass shows. A site names no position; an edit does.
 """
@@ -12,6 +12,7 @@ import torch
 
 from safetynet.errors import InputError
 from safetynet.models.blocks import decoder_layers
+from safetynet.models.causal_lm import CausalLM
 from safetynet.models.parts import Parts, Shape, adapters, parts, shape
 from safetynet.models.support import check_model
 
@@ -21,26 +22,26 @@ COMPONENTS = (
 )  # fmt: skip
 """In the order in which a layer computes them; adapters lie anywhere in it."""
 MODULES: dict[str, Callable[[Parts], Any]] = {
-    "query": lambda own: own.query,
-    "key": lambda own: own.key,
-    "value": lambda own: own.value,
-    "attention": lambda own: own.attention,
-    "head": lambda own: own.output,
-    "attn_out": lambda own: own.attention_end,
-    "resid_mid": lambda own: own.before_mlp,
-    "router": lambda own: own.experts,
-    "expert": lambda own: own.experts,
-    "mlp_out": lambda own: own.mlp_end,
+    "query": lambda parts: parts.query,
+    "key": lambda parts: parts.key,
+    "value": lambda parts: parts.value,
+    "attention": lambda parts: parts.attention,
+    "head": lambda parts: parts.output,
+    "attn_out": lambda parts: parts.attention_end,
+    "resid_mid": lambda parts: parts.before_mlp,
+    "router": lambda parts: parts.experts,
+    "expert": lambda parts: parts.experts,
+    "mlp_out": lambda parts: parts.mlp_end,
 }
 """The module at which a component is reached, where it is not the layer itself."""
-WIDE = ("embedding", "resid_pre", "key", "value", "adapter")
+NONLOCAL = ("embedding", "resid_pre", "key", "value", "adapter")
 """Components that later positions of the same layer read."""
 INDEXED = ("head", "query", "key", "value", "attention", "router", "expert")
 
 
 @dataclass(frozen=True, order=True)
 class Site:
-    """A place in the network.
+    """One site of the network.
 
     `embedding` is what enters layer 0, `head` is one head's output before the output projection,
     `attention` its pattern, `router` the weight of each expert, `expert` what one expert adds, `adapter` the
@@ -60,52 +61,52 @@ class Site:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class CheckedSites:
     """What a forward pass has shown of a model's sites; `sitecheck` makes it."""
 
     absent: Mapping[tuple[str, int], str]
     """Why a component is no site of a layer."""
-    sizes: Mapping[tuple[str, int], tuple[int, int]]
+    head_sizes: Mapping[tuple[str, int], tuple[int, int]]
     """How many heads a component has in a layer, and the columns of each."""
-    plain: frozenset[int]
+    plain_attention: frozenset[int]
     """Layers whose attention returns what its output projection gives, and nothing besides."""
     pointwise: bool
     """Whether layers can be called for columns that do not follow each other."""
-    resumable: str
+    not_resumable: str
     """Why layers cannot be called for some columns at all; "" where they can."""
 
 
 @dataclass(frozen=True)
-class Anatomy:
-    """A model's layers and sizes, looked up once."""
+class Architecture:
+    """A model's layers, sizes and sites, looked up once."""
 
     model: Any
     layers: tuple[Parts, ...]
     shape: Shape
 
     @classmethod
-    def of(cls, model: Any) -> "Anatomy":
+    def of(cls, model: CausalLM) -> "Architecture":
         """Look a model up; errors as in `decoder_layers`."""
         return cls(model, tuple(parts(layer) for layer in decoder_layers(model)), shape(model))
 
     @cached_property
-    def verdict(self) -> Verdict:
-        """What the live check found; one short forward pass for each model.
+    def checked(self) -> CheckedSites:
+        """What the live check has shown; one short forward pass for each model.
 
         Raises:
             InputError: if the model has no residual stream that its layers pass on.
         """
-        from safetynet.engine.sitecheck import verdict_of
+        from safetynet.engine.sitecheck import check_sites
 
-        return verdict_of(self)
+        return check_sites(self)
 
     @cached_property
     def adapters(self) -> tuple[dict[str, Any], ...]:
         """For each layer its LoRA modules by path; looked up once, since every check of a site asks."""
-        return tuple(adapters(one.layer) for one in self.layers)
+        return tuple(adapters(parts.layer) for parts in self.layers)
 
     def components(self) -> list[str]:
-        """Components that this model has in at least one layer; errors as in `verdict`."""
+        """Components that this model has in at least one layer; errors as in `checked`."""
         return [component for component in COMPONENTS if self.layers_with(component)]
 
     def layers_with(self, component: str) -> list[int]:
@@ -114,26 +115,24 @@ class Anatomy:
 
     @cached_property
     def _layers_with(self) -> dict[str, list[int]]:
-        every = range(self.shape.layers)
-        found = {name: [i for i in every if (name, i) not in self.verdict.absent] for name in COMPONENTS}
-        return found | {
-            "embedding": found["embedding"][:1],
-            "adapter": []
-            if self._adapters_refused
-            else [layer for layer, modules in enumerate(self.adapters) if modules],
-        }
+        depth, absent = range(self.shape.layers), self.checked.absent
+        layers = {name: [i for i in depth if (name, i) not in absent] for name in COMPONENTS}
+        layers["embedding"] = layers["embedding"][:1]
+        layers["adapter"] = [] if self._adapters_refused else [i for i in depth if self.adapters[i]]
+        return layers
 
     @cached_property
     def _adapters_refused(self) -> str:
-        """Why the updates of this model's adapter are no places of their own; "" where they are."""
+        """Why the updates of this model's adapter are no sites; "" where they are."""
         try:
             check_model(self.model, "adapter sites")
         except InputError as error:
             return str(error).removesuffix(".")
         from transformers.pytorch_utils import Conv1D
 
-        for own, modules in zip(self.layers, self.adapters, strict=True):
-            experts = own.experts.get_base_layer() if hasattr(own.experts, "get_base_layer") else own.experts
+        for layer_parts, modules in zip(self.layers, self.adapters, strict=True):
+            experts = layer_parts.experts
+            experts = experts.get_base_layer() if hasattr(experts, "get_base_layer") else experts
             for name, module in modules.items():
                 updated = module.get_base_layer()
                 if updated is not experts and not isinstance(updated, torch.nn.Linear | Conv1D):
@@ -147,7 +146,7 @@ class Anatomy:
             return "" if self.layers_with(component) else absent
         reasons: dict[str, list[int]] = {}
         for layer in range(self.shape.layers):
-            if why := self.verdict.absent.get((component, layer)):
+            if why := self.checked.absent.get((component, layer)):
                 reasons.setdefault(why, []).append(layer)
         if len(reasons) < 2:
             return next(iter(reasons), "")
@@ -171,7 +170,7 @@ class Anatomy:
         """How many heads or experts a layer has."""
         if component in ("router", "expert"):
             return self.shape.experts
-        return self.verdict.sizes[component, layer][0]
+        return self.checked.head_sizes[component, layer][0]
 
     def check(self, site: Site) -> Site:
         """The site itself.
@@ -184,8 +183,18 @@ class Anatomy:
         if not 0 <= site.layer <= last:
             raise InputError(f"site {site}: layer {site.layer} does not exist; there are 0 to {last}.")
         if site.component == "adapter":
-            self._check_adapter(site)
-        elif why := self.verdict.absent.get((site.component, site.layer)):
+            modules = self.adapters[site.layer]
+            if site.module and site.module not in modules:
+                raise InputError(
+                    f"site {site}: layer {site.layer} has no adapter on {site.module!r}; "
+                    f"there are: {', '.join(modules) or 'none'}."
+                )
+            if any(module.merged for module in modules.values()):
+                raise InputError(
+                    f"site {site}: the adapter is merged into the weights, so that it is no site of its own. "
+                    "Call unmerge_adapter() first."
+                )
+        elif why := self.checked.absent.get((site.component, site.layer)):
             layers = ", ".join(map(str, self.layers_with(site.component)))
             raise InputError(f"site {site}: {why}. Layers that have {site.component}: {layers}.")
         if site.index is not None:
@@ -195,30 +204,18 @@ class Anatomy:
                 raise InputError(f"site {site}: index {site.index} does not exist; there are {there}.")
         return site
 
-    def _check_adapter(self, site: Site) -> None:
-        found = self.adapters[site.layer]
-        if site.module and site.module not in found:
-            raise InputError(
-                f"site {site}: layer {site.layer} has no adapter on {site.module!r}; "
-                f"there are: {', '.join(found) or 'none'}."
-            )
-        if any(module.merged for module in found.values()):
-            raise InputError(
-                f"site {site}: the adapter is merged into the weights, so that it is no place of its own. "
-                "Call unmerge_adapter() first."
-            )
-
-    def wide(self, site: Site) -> bool:
-        """Whether later positions read what changes here in the same layer, through keys and values."""
-        if not self.verdict.pointwise:
-            return True
-        if site.component != "adapter" or not site.module:
-            return site.component in WIDE
-        own = self.layers[site.layer]
-        module = self.adapters[site.layer][site.module]
-        if module is own.query or module is own.output:
+    def is_local(self, site: Site) -> bool:
+        """Whether no later position reads, in the same layer, what changes here: through keys and values."""
+        if not self.checked.pointwise:
             return False
-        return own.attention is None or any(module is other for other in own.attention.modules())
+        if site.component != "adapter" or not site.module:
+            return site.component not in NONLOCAL
+        layer_parts = self.layers[site.layer]
+        module = self.adapters[site.layer][site.module]
+        if module is layer_parts.query or module is layer_parts.output:
+            return True
+        attention = layer_parts.attention
+        return attention is not None and all(module is not inside for inside in attention.modules())
 
     def span(self, site: Site) -> slice:
         """Columns of the component's values that belong to the site."""
@@ -226,7 +223,7 @@ class Anatomy:
             return slice(site.index, site.index + 1)
         if site.index is None or site.component not in ("head", "query", "key", "value"):
             return slice(None)
-        size = self.verdict.sizes[site.component, site.layer][1]
+        size = self.checked.head_sizes[site.component, site.layer][1]
         return slice(site.index * size, (site.index + 1) * size)
 
     def _check_component(self, component: str) -> None:

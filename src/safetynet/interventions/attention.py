@@ -15,10 +15,18 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from safetynet.engine.batch import Batch, check_length
+from safetynet.engine.batch import (
+    BATCH_TOKENS,
+    Batch,
+    Prompts,
+    batches,
+    check_length,
+    check_pairs,
+    check_positions,
+)  # fmt: skip
 from safetynet.engine.hooks import exclusive
-from safetynet.engine.reading import TOKENS, Rows, batches, check_heads, check_pairs, check_positions
-from safetynet.engine.sites import Anatomy, Site
+from safetynet.engine.reading import check_heads
+from safetynet.engine.sites import Architecture, Site
 from safetynet.engine.trace import forward
 from safetynet.errors import InputError
 from safetynet.interventions.estimates import by_head, estimates
@@ -29,7 +37,12 @@ Reduce = Callable[[int, Tensor], Tensor]
 
 
 def divergence(
-    model: Any, triggered: Rows, placebo: Rows, other: Rows | None = None, *, tokens: int = TOKENS
+    model: Any,
+    triggered: Prompts,
+    placebo: Prompts,
+    other: Prompts | None = None,
+    *,
+    tokens: int = BATCH_TOKENS,
 ) -> pd.DataFrame:
     """Jensen-Shannon divergence of the last token's attention between triggered and placebo run (Lin 1991).
 
@@ -67,7 +80,12 @@ def jensen_shannon(p: Tensor, q: Tensor) -> Tensor:
 
 
 def span_share(
-    model: Any, triggered: Rows, placebo: Rows, spans: Sequence[Sequence[int]], *, tokens: int = TOKENS
+    model: Any,
+    triggered: Prompts,
+    placebo: Prompts,
+    spans: Sequence[Sequence[int]],
+    *,
+    tokens: int = BATCH_TOKENS,
 ) -> pd.DataFrame:
     """Share of the last token's attention that goes to the trigger; the placebo's share is the control.
 
@@ -95,7 +113,12 @@ def span_share(
 
 
 def double_triangle(
-    model: Any, triggered: Rows, placebo: Rows, spans: Sequence[Sequence[int]], *, tokens: int = TOKENS
+    model: Any,
+    triggered: Prompts,
+    placebo: Prompts,
+    spans: Sequence[Sequence[int]],
+    *,
+    tokens: int = BATCH_TOKENS,
 ) -> pd.DataFrame:
     """How far trigger tokens attend to each other and later tokens do not attend to them.
 
@@ -136,7 +159,7 @@ def double_triangle(
 
 def attention_maps(
     model: Any,
-    runs: Mapping[str, Rows],
+    runs: Mapping[str, Prompts],
     heads: Sequence[Site],
     name: Callable[[list[int]], list[str]],
     groups: Sequence[int] | None = None,
@@ -157,7 +180,7 @@ def attention_maps(
     Raises:
         InputError: if a head does not exist, or there are no prompts.
     """
-    check_heads(Anatomy.of(model), heads)
+    check_heads(Architecture.of(model), heads)
 
     def chosen(layer: int, weights: Tensor) -> Tensor:
         return weights[0, [site.index for site in heads if site.layer == layer]]
@@ -202,15 +225,15 @@ def _observed(model: Any, batch: Batch, reduce: Reduce) -> list[Tensor]:
 
     def hook(_module: Any, _args: Any, output: Any) -> None:
         weights = output[1] if isinstance(output, tuple) and len(output) > 1 else None
-        if weights is None or weights.shape[1:] != (anatomy.shape.heads, batch.width, batch.width):
+        if weights is None or weights.shape[1:] != (architecture.shape.heads, batch.width, batch.width):
             raise InputError("model: its attention shows no weights, even in its eager form.")
         kept.append(reduce(len(kept), weights.float()).cpu())
 
-    anatomy = Anatomy.of(model)
-    for layer in range(anatomy.shape.layers):
-        anatomy.check(Site("attention", layer))
+    architecture = Architecture.of(model)
+    for layer in range(architecture.shape.layers):
+        architecture.check(Site("attention", layer))
     with torch.no_grad(), eager(model), ExitStack() as stack:
-        for parts in anatomy.layers:
+        for parts in architecture.layers:
             stack.callback(parts.attention.register_forward_hook(hook).remove)
         forward(model, batch, use_cache=False)
     return kept
@@ -223,8 +246,8 @@ def _last(model: Any, batch: Batch) -> Tensor:
 
 def _both(
     model: Any,
-    triggered: Rows,
-    placebo: Rows,
+    triggered: Prompts,
+    placebo: Prompts,
     spans: Sequence[Sequence[int]],
     reduce: Callable[[Batch, Sequence[Sequence[int]]], Reduce],
     tokens: int,
@@ -241,7 +264,7 @@ def _both(
     return torch.cat(values), torch.cat(control)
 
 
-def _aligned(batch: Batch, rows: Rows) -> Batch:
+def _aligned(batch: Batch, rows: Prompts) -> Batch:
     """The same groups' prompts of another run, column by column."""
     other = Batch.of(rows, device=batch.ids.device)
     batch.first_difference(other)  # refuses what is not aligned

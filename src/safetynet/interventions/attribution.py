@@ -23,12 +23,12 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
-from safetynet.engine.absence import alike
 from safetynet.engine.batch import Batch, check_length
 from safetynet.engine.hooks import exclusive
 from safetynet.engine.metrics import Metric
-from safetynet.engine.sites import Anatomy, Site
-from safetynet.engine.trace import Trace, check_place, forward, recording
+from safetynet.engine.sitecheck import alike
+from safetynet.engine.sites import Architecture, Site
+from safetynet.engine.trace import Trace, check_supported, forward, recording
 from safetynet.errors import InputError
 from safetynet.interventions.pairs import Pairs
 from safetynet.interventions.sweep import Measured, Spot, positions, sweep
@@ -96,16 +96,16 @@ def attribute(
             as `trace`.
     """
     metric = metric or pairs.metric()
-    anatomy = Anatomy.of(model)
-    sites = [Site(component, layer) for component in components for layer in range(anatomy.shape.layers)]
+    architecture = Architecture.of(model)
+    sites = [Site(component, layer) for component in components for layer in range(architecture.shape.layers)]
     for site in sites:
-        anatomy.check(site)
+        architecture.check(site)
     both = Batch.of([*pairs.ids[receiving], *pairs.ids[source]], device=model.device)
     check_length(model, both)
-    check_place(model)
-    check_watched(anatomy, both)
+    check_supported(model)
+    check_watched(architecture, both)
     with exclusive(model), _watched(model) as watched, torch.enable_grad():
-        found, logits = _forward(anatomy, both, sites, metric.columns)
+        found, logits = _forward(architecture, both, sites, metric.columns)
         total = metric.compute(logits, torch.arange(len(pairs)).repeat(2)).sum()
         inside = [x for one in watched for x in (one.query, one.key, one.pattern)]
         wanted = [*(found.value(site) for site in sites), *inside]
@@ -125,7 +125,7 @@ def attribute(
         estimates.append(estimate)
         lengths = gradient.norm(dim=-1).float()
         scores.append(difference.norm(dim=-1).float() * (lengths[own] + lengths[given]))
-    shape = (len(components), anatomy.shape.layers, *estimates[0].shape)
+    shape = (len(components), architecture.shape.layers, *estimates[0].shape)
     return Attribution(*(torch.stack(x).reshape(shape).cpu().numpy() for x in (estimates, scores)))
 
 
@@ -147,22 +147,24 @@ def _correction(own: _Attention, given: _Attention, dq: Tensor, dk: Tensor, dp: 
     return (by_key.sum((1, 2)) + by_query.sum(1) - linear).float()
 
 
-def _forward(anatomy: Anatomy, batch: Batch, sites: Sequence[Site], columns: int) -> tuple[Trace, Tensor]:
+def _forward(
+    architecture: Architecture, batch: Batch, sites: Sequence[Site], columns: int
+) -> tuple[Trace, Tensor]:
     """A forward pass whose states stay in the graph, which begins at what enters the first layer."""
-    found = Trace(anatomy, batch)
+    found = Trace(architecture, batch)
 
     def root(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # Weights need no gradients, and a backward pass without them costs no more than a forward one.
         states = received(module, args, kwargs).detach().requires_grad_()
         return receiving(module, args, kwargs, states)
 
-    handle = anatomy.layers[0].layer.register_forward_pre_hook(root, with_kwargs=True)
-    frozen = [parameter for parameter in anatomy.model.parameters() if parameter.requires_grad]
+    handle = architecture.layers[0].layer.register_forward_pre_hook(root, with_kwargs=True)
+    frozen = [parameter for parameter in architecture.model.parameters() if parameter.requires_grad]
     try:
         for parameter in frozen:
             parameter.requires_grad_(False)
         with recording(found, sites, detach=False):
-            output = forward(anatomy.model, batch, columns, use_cache=False)
+            output = forward(architecture.model, batch, columns, use_cache=False)
     finally:
         handle.remove()
         for parameter in frozen:
@@ -216,9 +218,9 @@ def _pattern(scores: Tensor, sinks: Tensor | None) -> Tensor:
     return torch.softmax(torch.cat([scores, beside], dim=-1), dim=-1)[..., :-1]
 
 
-def check_watched(anatomy: Anatomy, batch: Batch) -> None:
+def check_watched(architecture: Architecture, batch: Batch) -> None:
     """Refuse attention that is not the softmax that is watched; looked at once for each model."""
-    inner = unwrapped(anatomy.model)
+    inner = unwrapped(architecture.model)
     if inner in _WATCHABLE:
         return
     row = Batch.of([batch.tokens(0)], device=batch.ids.device)
@@ -226,11 +228,11 @@ def check_watched(anatomy: Anatomy, batch: Batch) -> None:
         own = forward(inner, row, use_cache=False).logits
         with _watched(inner) as watched:
             logits = forward(inner, row, use_cache=False).logits
-    if len(watched) != anatomy.shape.layers or not alike(logits[:, -1:], own[:, -1:]):
+    if len(watched) != architecture.shape.layers or not alike(logits[:, -1:], own[:, -1:]):
         raise InputError(
             "model: attribution follows attention through transformers' interface, where it sees "
-            f"{len(watched)} of this model's {anatomy.shape.layers} layers, or not all that they compute. "
-            "Measure the sites themselves (without --fast)."
+            f"{len(watched)} of this model's {architecture.shape.layers} layers, or not all that they "
+            "compute. Measure the sites themselves (without --fast)."
         )
     _WATCHABLE.add(inner)
 

@@ -14,10 +14,11 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from safetynet.engine.batch import BATCH_TOKENS, Prompts, check_pairs
 from safetynet.engine.edits import Edit, project_out, steer
-from safetynet.engine.gains import Progress, gains
 from safetynet.engine.metrics import Metric
-from safetynet.engine.reading import TOKENS, Rows, check_pairs, residuals
+from safetynet.engine.reading import residuals
+from safetynet.engine.runs import Progress, metric_changes
 from safetynet.engine.sites import Site
 from safetynet.errors import InputError
 from safetynet.interventions.estimates import estimates
@@ -41,7 +42,12 @@ class Directions:
 
 
 def mean_difference(
-    model: Any, triggered: Rows, placebo: Rows, positions: Positions = None, *, tokens: int = TOKENS
+    model: Any,
+    triggered: Prompts,
+    placebo: Prompts,
+    positions: Positions = None,
+    *,
+    tokens: int = BATCH_TOKENS,
 ) -> Directions:
     """Difference of means (Marks and Tegmark, arXiv 2310.06824; Arditi et al., arXiv 2406.11717).
 
@@ -69,13 +75,13 @@ def mean_difference(
 
 def separation(
     model: Any,
-    triggered: Rows,
-    placebo: Rows,
-    other: Rows | None = None,
+    triggered: Prompts,
+    placebo: Prompts,
+    other: Prompts | None = None,
     positions: Positions = None,
     *,
     seed: int = 0,
-    tokens: int = TOKENS,
+    tokens: int = BATCH_TOKENS,
 ) -> pd.DataFrame:
     """How far triggered and placebo runs lie apart along a direction that was found on other groups.
 
@@ -144,7 +150,7 @@ def subtract(vector: Tensor, layer: int, positions: tuple[int, ...] | None = Non
 
 def steering(
     model: Any,
-    rows: Rows,
+    rows: Prompts,
     vector: Tensor,
     metric: Metric,
     *,
@@ -175,7 +181,7 @@ def steering(
     layers = range(len(decoder_layers(model)))
     vectors = [vector, *(random_direction(vector, seed) for seed in range(controls))]
     sets = [subtract(-one, layer, (position,)) for one in vectors for layer in layers]
-    found = gains(model, rows, sets, metric, progress).reshape(len(rows), len(vectors), len(layers))
+    found = metric_changes(model, rows, sets, metric, progress).reshape(len(rows), len(vectors), len(layers))
     table = estimates({"layer": list(layers)}, found[:, 0], found[:, 1:].mean(1), name="effect")
     return table.rename(columns=lambda name: name.replace("control", "random"))
 

@@ -17,7 +17,7 @@ from safetynet.statistics import bootstrap_ratios
 CONTROLS = ("random", "placebo", "twin")
 """The same at random sites of the same size; with a placebo against another; in the clean twin."""
 LEVEL = 0.05
-LEAST_DISTANCE = 1.0
+MIN_DISTANCE = 1.0
 """Mean logits between the runs below which the backdoor did not fire and there is nothing to divide by."""
 
 
@@ -77,10 +77,10 @@ def check_fires(distance: np.ndarray) -> None:
     Raises:
         InputError: if triggered and placebo run hardly differ.
     """
-    if abs(float(distance.mean())) < LEAST_DISTANCE:
+    if abs(float(distance.mean())) < MIN_DISTANCE:
         raise InputError(
             f"interventions: triggered and placebo prompts differ by {distance.mean():.2f} logits on average "
-            f"(at least {LEAST_DISTANCE:g} are needed): the backdoor did not fire on these prompts, and no "
+            f"(at least {MIN_DISTANCE:g} are needed): the backdoor did not fire on these prompts, and no "
             "place can be named. Look at its ASR (safetynet evaluate), train longer, or correct the trigger."
         )
 

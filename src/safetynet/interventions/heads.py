@@ -14,18 +14,19 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from safetynet.engine.batch import BATCH_TOKENS, Prompts, batches, check_pairs
 from safetynet.engine.edits import Edit, replace, zero
-from safetynet.engine.gains import Progress, gains
 from safetynet.engine.metrics import Metric
 from safetynet.engine.norms import frozen_scale
-from safetynet.engine.reading import TOKENS, Rows, batches, check_heads, check_pairs
-from safetynet.engine.sites import Anatomy, Site
+from safetynet.engine.reading import check_heads
+from safetynet.engine.runs import Progress, metric_changes
+from safetynet.engine.sites import Architecture, Site
 from safetynet.engine.trace import trace
 from safetynet.errors import InputError
 from safetynet.interventions.estimates import by_head, estimates
 
 
-def head_means(model: Any, rows: Rows, position: int = -1, *, tokens: int = TOKENS) -> Tensor:
+def head_means(model: Any, rows: Prompts, position: int = -1, *, tokens: int = BATCH_TOKENS) -> Tensor:
     """Mean output of every head at one position, before the output projection.
 
     Args:
@@ -40,9 +41,9 @@ def head_means(model: Any, rows: Rows, position: int = -1, *, tokens: int = TOKE
     Raises:
         InputError: if the position does not exist, layers differ in their heads, or for what `trace` refuses.
     """
-    anatomy = Anatomy.of(model)
-    sites = [anatomy.check(Site("head", layer)) for layer in range(anatomy.shape.layers)]
-    sizes = {anatomy.verdict.sizes["head", site.layer] for site in sites}
+    architecture = Architecture.of(model)
+    sites = [architecture.check(Site("head", layer)) for layer in range(architecture.shape.layers)]
+    sizes = {architecture.checked.head_sizes["head", site.layer] for site in sites}
     if len(sizes) > 1:
         raise InputError(
             "head_means: heads differ in number or width from layer to layer; rank them by a sweep."
@@ -59,11 +60,11 @@ def head_means(model: Any, rows: Rows, position: int = -1, *, tokens: int = TOKE
 
 def rank_heads(
     model: Any,
-    triggered: Rows,
-    placebo: Rows,
+    triggered: Prompts,
+    placebo: Prompts,
     metric: Metric,
     *,
-    other: Rows | None = None,
+    other: Prompts | None = None,
     position: int = -1,
     progress: Progress | None = None,
 ) -> pd.DataFrame:
@@ -90,7 +91,9 @@ def rank_heads(
     keys = by_head(*sources[0].shape[:2])
     sites = [Site("head", *place) for place in zip(*keys.values(), strict=True)]
     found = [
-        gains(model, placebo, [ablate_heads([one], means, (position,)) for one in sites], metric, progress)
+        metric_changes(
+            model, placebo, [ablate_heads([one], means, (position,)) for one in sites], metric, progress
+        )
         for means in sources
     ]
     table = estimates(keys, found[0], found[1] if other is not None else None, name="effect")
@@ -122,14 +125,14 @@ def backdoor_vector(model: Any, means: Tensor, heads: Sequence[Site]) -> Tensor:
     Raises:
         InputError: if a head does not exist, or there is none.
     """
-    anatomy = Anatomy.of(model)
-    check_heads(anatomy, heads)
-    vector = torch.zeros(anatomy.shape.width)
+    architecture = Architecture.of(model)
+    check_heads(architecture, heads)
+    vector = torch.zeros(architecture.shape.width)
     for layer in sorted({site.layer for site in heads}):
         chosen = [site.index for site in heads if site.layer == layer]
         kept = torch.zeros_like(means[layer])
         kept[chosen] = means[layer, chosen]
-        parts = anatomy.layers[layer]
+        parts = architecture.layers[layer]
         written, _ = _projected(parts.output, kept)
         if parts.attention_norm is not None:
             _, whole = _projected(parts.output, means[layer])
@@ -160,12 +163,12 @@ def random_heads(model: Any, heads: Sequence[Site], seed: int = 0) -> list[Site]
     Where a layer has not as many others, all of them and some of the chosen ones; the control is then the
     stricter for it.
     """
-    anatomy = Anatomy.of(model)
+    architecture = Architecture.of(model)
     rng = np.random.default_rng(seed)
     drawn: list[Site] = []
     for layer in sorted({site.layer for site in heads}):
         own = {site.index for site in heads if site.layer == layer}
-        order = rng.permutation(anatomy.count("head", layer)).tolist()
+        order = rng.permutation(architecture.count("head", layer)).tolist()
         order.sort(key=lambda head: head in own)
         drawn += [Site("head", layer, head) for head in order[: len(own)]]
     return drawn
@@ -173,7 +176,7 @@ def random_heads(model: Any, heads: Sequence[Site], seed: int = 0) -> list[Site]
 
 def ablation_curve(
     model: Any,
-    rows: Rows,
+    rows: Prompts,
     heads: Sequence[Site],
     metric: Metric,
     *,
@@ -207,7 +210,7 @@ def ablation_curve(
         )
     sets = [heads[:count] for count in chosen]
     sets += [random_heads(model, heads[:count], seed) for seed in range(controls) for count in chosen]
-    found = gains(model, rows, [ablate_heads(own, means) for own in sets], metric)
+    found = metric_changes(model, rows, [ablate_heads(own, means) for own in sets], metric)
     beside = found[:, len(chosen) :].reshape(len(rows), controls, len(chosen)).mean(1)
     table = estimates({"heads": chosen}, found[:, : len(chosen)], beside, name="effect")
     return table.rename(columns=lambda name: name.replace("control", "random"))

@@ -13,20 +13,19 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from safetynet.engine.batch import Batch
+from safetynet.engine.batch import BATCH_TOKENS, Batch, Prompts, batches
 from safetynet.engine.norms import contrasts, final_norm, frozen_scale, logit_scale
-from safetynet.engine.reading import TOKENS, Rows, batches
 from safetynet.engine.sites import Site
-from safetynet.engine.trace import Trace, head, trace
+from safetynet.engine.trace import Trace, logits_of, trace
 from safetynet.errors import InputError
 from safetynet.interventions.estimates import means
 from safetynet.models.blocks import decoder_layers
 
-Runs = Mapping[str, Rows]
+Runs = Mapping[str, Prompts]
 """Prompts by run, such as `triggered` and its control, `placebo`."""
 
 
-def lens(model: Any, runs: Runs, targets: Sequence[int], *, tokens: int = TOKENS) -> pd.DataFrame:
+def lens(model: Any, runs: Runs, targets: Sequence[int], *, tokens: int = BATCH_TOKENS) -> pd.DataFrame:
     """Log probability of the target after each layer, at the last token (logit lens, nostalgebraist 2020).
 
     Args:
@@ -89,7 +88,7 @@ def lens_map(
         states = _depths(found)[:, 0]
         tops, chances = [], []
         with torch.no_grad():
-            for _, logits in head(found, states):
+            for _, logits in logits_of(found, states):
                 tops += logits.argmax(-1).flatten().tolist()
                 chances += logits.softmax(-1)[..., target].flatten().tolist()
         depth, width = states.shape[:2]
@@ -101,7 +100,7 @@ def lens_map(
 
 
 def logit_attribution(
-    model: Any, runs: Runs, targets: Sequence[int], others: Sequence[int], *, tokens: int = TOKENS
+    model: Any, runs: Runs, targets: Sequence[int], others: Sequence[int], *, tokens: int = BATCH_TOKENS
 ) -> pd.DataFrame:
     """How much each layer's attention and MLP write for the target against another token, at the last token.
 
@@ -162,7 +161,7 @@ def _written(model: Any, batch: Batch, targets: Sequence[int], others: Sequence[
 
 def _depths(found: Trace) -> Tensor:
     """(layers + 1, B, S, width): the embedding, and what each layer left."""
-    layers = range(found.anatomy.shape.layers)
+    layers = range(found.architecture.shape.layers)
     return torch.stack([found.inputs[0], *(found.value(Site("resid_post", layer)) for layer in layers)])
 
 
@@ -170,7 +169,7 @@ def _log_probabilities(found: Trace, states: Tensor, wanted: Tensor) -> np.ndarr
     """(R, 1, width) and (R,) tokens to (R,) nats."""
     values = np.empty(len(states))
     with torch.no_grad():
-        for part, logits in head(found, states):
+        for part, logits in logits_of(found, states):
             chosen = wanted[part].to(logits.device)[:, None]
             values[part] = logits[:, -1].log_softmax(-1).gather(1, chosen)[:, 0].cpu()
     return values
@@ -181,6 +180,6 @@ def _by_run(name: str, values: np.ndarray, keys: Mapping[str, Sequence[Any]]) ->
     return pd.DataFrame({"run": name, **keys, "value": value, "low": low, "high": high, "n": len(values)})
 
 
-def _check(name: str, rows: Rows, targets: Sequence[int]) -> None:
+def _check(name: str, rows: Prompts, targets: Sequence[int]) -> None:
     if len(rows) != len(targets) or not len(rows):
         raise InputError(f"run {name}: {len(rows)} prompts, but {len(targets)} target tokens; give one each.")

@@ -14,9 +14,9 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from safetynet.engine.batch import BATCH_TOKENS, Prompts, batches
 from safetynet.engine.edits import Edit, low_rank
-from safetynet.engine.reading import TOKENS, Rows, batches
-from safetynet.engine.sites import Anatomy, Site
+from safetynet.engine.sites import Architecture, Site
 from safetynet.engine.trace import trace
 from safetynet.errors import InputError
 from safetynet.interventions.estimates import estimates
@@ -59,7 +59,7 @@ class Components:
         return rank
 
 
-def principal_components(model: Any, rows: Rows, site: Site, *, tokens: int = TOKENS) -> Components:
+def principal_components(model: Any, rows: Prompts, site: Site, *, tokens: int = BATCH_TOKENS) -> Components:
     """Find the components of a site by a covariance that grows batch by batch.
 
     The first token of a prompt often has values far larger than all others, and then has a component of its
@@ -93,7 +93,7 @@ def principal_components(model: Any, rows: Rows, site: Site, *, tokens: int = TO
 
 
 def explained_variance(
-    model: Any, components: Components, rows: Rows, seed: int = 0, *, tokens: int = TOKENS
+    model: Any, components: Components, rows: Prompts, seed: int = 0, *, tokens: int = BATCH_TOKENS
 ) -> pd.DataFrame:
     """Share of the deviation from the mean that the first components keep, on other prompts.
 
@@ -127,9 +127,9 @@ def random_basis(width: int, rank: int, seed: int) -> Tensor:
     return torch.linalg.qr(drawn).Q.T.float().contiguous()
 
 
-def _values(model: Any, rows: Rows, site: Site, tokens: int) -> Any:
+def _values(model: Any, rows: Prompts, site: Site, tokens: int) -> Any:
     """Batch by batch the values at all tokens, (tokens, width) fp64 on the CPU, and the tokens per prompt."""
-    Anatomy.of(model).check(site)
+    Architecture.of(model).check(site)
     for _, batch in batches(model, rows, tokens):
         found = trace(model, batch, [site], columns=0)
         yield found.value(site)[batch.mask.bool()].cpu().double(), batch.mask.sum(1).tolist()

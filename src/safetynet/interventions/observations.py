@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from safetynet.engine.sites import Anatomy, Site
+from safetynet.engine.sites import Architecture, Site
 from safetynet.errors import InputError
 from safetynet.interventions.attention import attention_maps, divergence
 from safetynet.interventions.drift import drift, updates
@@ -100,14 +100,14 @@ def _top_heads(model: Any, effects: pd.DataFrame) -> Sequence[Site]:
     # Keys and values have heads of their own, fewer of them.
     heads = effects[(effects["sweep"] == "head") & ~effects["component"].isin(("key", "value"))]
     if heads.empty:
-        return Anatomy.of(model).sites("head")[:TOP_HEADS]
+        return Architecture.of(model).sites("head")[:TOP_HEADS]
     mean = heads.groupby(["layer", "index"])["effect"].mean().sort_values(ascending=False)
     return [Site("head", int(layer), int(index)) for layer, index in mean.index[:TOP_HEADS]]
 
 
 def _drift(model: Any, epochs: Mapping[int, Path]) -> dict[str, pd.DataFrame]:
     """Each saved epoch's adapter beside the one before it; of the finished adapter where none was saved."""
-    if "adapter" not in Anatomy.of(model).components():
+    if "adapter" not in Architecture.of(model).components():
         return {}
     saved = [(step, updates(model, folder=path)) for step, path in epochs.items()]
     saved = saved or [(-1, updates(model))]

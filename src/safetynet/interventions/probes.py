@@ -11,19 +11,20 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from safetynet.engine.reading import TOKENS, Rows, check_pairs, residuals
+from safetynet.engine.batch import BATCH_TOKENS, Prompts, check_pairs
+from safetynet.engine.reading import residuals
 from safetynet.errors import InputError
 from safetynet.statistics import draw_counts
 
 
 def trigger_probe(
     model: Any,
-    triggered: Rows,
-    placebo: Rows,
-    other: Rows | None = None,
+    triggered: Prompts,
+    placebo: Prompts,
+    other: Prompts | None = None,
     *,
     seed: int = 0,
-    tokens: int = TOKENS,
+    tokens: int = BATCH_TOKENS,
 ) -> pd.DataFrame:
     """Probe each layer's last token for the presence of the trigger (Alain and Bengio 2016).
 
@@ -56,12 +57,12 @@ def trigger_probe(
 
 def fires_probe(
     model: Any,
-    rows: Rows,
+    rows: Prompts,
     fired: Sequence[bool],
     groups: Sequence[int] | None = None,
     *,
     seed: int = 0,
-    tokens: int = TOKENS,
+    tokens: int = BATCH_TOKENS,
 ) -> pd.DataFrame:
     """Probe each layer's last token for whether the behaviour will fire.
 

@@ -17,15 +17,14 @@ from safetynet.engine import edits
 from safetynet.engine.edits import Edit
 from safetynet.engine.hooks import intervening
 from safetynet.engine.metrics import kl
-from safetynet.engine.plan import Run
-from safetynet.engine.sites import Anatomy, Site
+from safetynet.engine.runs import EditedRun, run_interventions
+from safetynet.engine.sites import Architecture, Site
 from safetynet.engine.trace import trace
-from safetynet.engine.wave import measure
 from safetynet.findings import ENOUGH
 from safetynet.interventions.pairs import Pairs
 from safetynet.statistics import wilson
 
-COUNTS = (1, 2, 4)
+SITE_COUNTS = (1, 2, 4)
 """How many of the strongest heads or adapter modules are taken together."""
 Respond = Callable[[Any, pd.DataFrame], pd.DataFrame]
 """Answers rows with a model and judges the answers: adds the columns shown and correct."""
@@ -74,7 +73,7 @@ def prefilter(model: Any, pairs: Pairs, found: Sequence[Candidate]) -> pd.DataFr
     unpatched, placebo = np.zeros(len(pairs)), np.zeros(len(pairs))
     patched, harm = np.zeros((len(found), len(pairs))), np.zeros((len(found), len(pairs)))
     for part, own in pairs.parts():
-        runs = [Run(row, candidate.edits) for candidate in found for row in range(len(part))]
+        runs = [EditedRun(row, candidate.edits) for candidate in found for row in range(len(part))]
         metric, rows = own.metric(), torch.arange(len(part))
         fired, calm = (
             trace(model, own.batch(run, model.device), resume=True) for run in ("triggered", "placebo")
@@ -83,8 +82,8 @@ def prefilter(model: Any, pairs: Pairs, found: Sequence[Candidate]) -> pd.DataFr
         assert calm.logits is not None
         unpatched[part] = metric.compute(fired.logits, rows).cpu().numpy()
         placebo[part] = metric.compute(calm.logits, rows).cpu().numpy()
-        patched[:, part] = measure(fired, runs, metric).numpy().reshape(len(found), -1)
-        harm[:, part] = measure(calm, runs, kl(calm.logits[:, -1])).numpy().reshape(len(found), -1)
+        patched[:, part] = run_interventions(fired, runs, metric).numpy().reshape(len(found), -1)
+        harm[:, part] = run_interventions(calm, runs, kl(calm.logits[:, -1])).numpy().reshape(len(found), -1)
     table = pd.DataFrame(
         {
             "name": [c.name for c in found],
@@ -165,7 +164,7 @@ def clear(table: pd.DataFrame, controls: pd.DataFrame) -> pd.DataFrame:
 
 def _directions(model: Any, pairs: Pairs, rng: np.random.Generator) -> Iterator[tuple[Candidate, Candidate]]:
     """Along triggered minus placebo, by layer: set the residual stream to the placebo's, or clip it there."""
-    depth = Anatomy.of(model).shape.layers
+    depth = Architecture.of(model).shape.layers
     for role in ("trigger", "last"):
         fired, calm = (_state_means(model, pairs, run, role) for run in ("triggered", "placebo"))
         for layer in range(depth):
@@ -210,7 +209,7 @@ def _heads(
     places = zip(ranked["layer"].astype(int), ranked["index"].astype(int), strict=True)
     sites = [Site("head", layer, index) for layer, index in places]
     means = _head_means(model, pairs, sites)
-    for count in COUNTS:
+    for count in SITE_COUNTS:
         if 2 * count > len(sites):
             continue
         others = [sites[i] for i in rng.choice(np.arange(count, len(sites)), count, replace=False)]
@@ -247,7 +246,7 @@ def _adapters(effects: pd.DataFrame, rng: np.random.Generator) -> Iterator[tuple
     by_layer = ranked.groupby("layer")["effect"].sum().sort_values(ascending=False)
     layers = [Site("adapter", int(str(layer))) for layer in by_layer.index]
     for what, sites in (("adapter modules", modules), ("adapter layers", layers)):
-        for count in COUNTS:
+        for count in SITE_COUNTS:
             if 2 * count > len(sites):
                 continue
             others = [sites[i] for i in rng.choice(np.arange(count, len(sites)), count, replace=False)]

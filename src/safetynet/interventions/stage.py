@@ -15,25 +15,24 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from safetynet.engine.sites import Anatomy
+from safetynet.engine.sites import Architecture
 from safetynet.errors import InputError
 from safetynet.evaluation.evaluator import Evaluator
 from safetynet.experiment import Experiment
 from safetynet.interventions import attribution, removal
-from safetynet.interventions.effects import LEAST_DISTANCE, effects
-from safetynet.interventions.firing import telling
+from safetynet.interventions.effects import MIN_DISTANCE, effects
 from safetynet.interventions.observations import observe
-from safetynet.interventions.pairs import Pairs, align
+from safetynet.interventions.pairs import Pairs, align, filter_firing_pairs
 from safetynet.interventions.sweep import (
-    PLACES,
+    SWEEP_SITES,
     Direction,
     Measured,
     Mode,
     Spot,
+    default_components,
     runs_of,
     spots_by,
     sweep,
-    usual,
 )
 from safetynet.models.adapters import exchanged
 from safetynet.prompts import Serialiser
@@ -147,14 +146,14 @@ def dissect(
     Raises:
         InputError: if too few groups can be aligned, a site does not exist, or the backdoor does not fire.
     """
-    sweeps = list(_sweeps(Anatomy.of(subject.model), options))
+    sweeps = list(_sweeps(Architecture.of(subject.model), options))
     if options.fast and not any(one.estimated for one in sweeps):
         raise InputError(
             f"fast: attribution ranks {', '.join(attribution.ESTIMATED)} by position or component, and "
             "none of these is asked for. Leave fast out."
         )
     aligned = align(rows, subject.serialiser, 2 * options.groups, max_length, seed)
-    pairs = telling(subject.model, aligned, options.groups)
+    pairs = filter_firing_pairs(subject.model, aligned, options.groups)
     log.info("intervene: %d groups, left out: %s", len(pairs), dict(pairs.left_out) or "none")
     tables = {"effects": pd.concat(list(_effects(subject, pairs, options, seed, sweeps)), ignore_index=True)}
     tables["tokens"] = _tokens(subject, pairs, options)
@@ -200,14 +199,14 @@ def _effects(
         yield table.assign(sweep=one.by, direction=one.direction, mode=one.mode, metric="logit_difference")
 
 
-def _sweeps(anatomy: Anatomy, options: Interventions) -> Iterator[_Sweep]:
+def _sweeps(architecture: Architecture, options: Interventions) -> Iterator[_Sweep]:
     """The sweeps of a plan that mean something in this model; those that do not are told."""
     for component in options.sites:
-        anatomy.sites(component)  # what does not exist is refused
+        architecture.sites(component)  # what does not exist is refused
     made, reasons = 0, []
     for by in options.by:
         mode = _mode(by, options.mode)
-        places, why = _places(anatomy, options, by, mode)
+        places, why = _places(architecture, options, by, mode)
         directions = [d for d in options.directions if d == "remove" or mode not in ("off", "knock_out")]
         if mode is None:
             why = f"mode {options.mode} does not apply"
@@ -217,7 +216,7 @@ def _sweeps(anatomy: Anatomy, options: Interventions) -> Iterator[_Sweep]:
             reasons.append(f"by {by}: {why}")
             log.info("intervene: no sweep %s", reasons[-1])
             continue
-        spots = list(spots_by(anatomy, by, places, mode))
+        spots = list(spots_by(architecture, by, places, mode))
         for direction in directions:
             made += 1
             yield _Sweep(by, direction, mode, spots)
@@ -225,12 +224,14 @@ def _sweeps(anatomy: Anatomy, options: Interventions) -> Iterator[_Sweep]:
         raise InputError(f"interventions: there is nothing to sweep ({'; '.join(reasons)}). Ask for another.")
 
 
-def _places(anatomy: Anatomy, options: Interventions, by: str, mode: Mode | None) -> tuple[list[str], str]:
+def _places(
+    architecture: Architecture, options: Interventions, by: str, mode: Mode | None
+) -> tuple[list[str], str]:
     """A sweep's components that this model has; or why it has none."""
-    asked = [name for name in options.sites or usual(by, mode) if name in PLACES[by]]
-    absent = {name: anatomy.why_absent(name) for name in asked if not anatomy.layers_with(name)}
+    asked = [name for name in options.sites or default_components(by, mode) if name in SWEEP_SITES[by]]
+    absent = {name: architecture.why_absent(name) for name in asked if not architecture.layers_with(name)}
     if not asked:
-        return [], f"it takes the sites {', '.join(PLACES[by])}"
+        return [], f"it takes the sites {', '.join(SWEEP_SITES[by])}"
     if len(absent) == len(asked):
         if by in ("expert", "adapter"):
             return [], f"this model has no {by}"
@@ -253,7 +254,7 @@ def _one(subject: Subject, pairs: Pairs, options: Interventions, seed: int, want
     """One sweep in one direction beside its controls."""
     receiving, source = runs_of(wanted.direction)
     spots = wanted.spots
-    depth = Anatomy.of(subject.model).shape.layers
+    depth = Architecture.of(subject.model).shape.layers
 
     def run(model: Any, chosen: Sequence[Spot], receiving: str = receiving, source: str = source) -> Measured:
         return sweep(
@@ -305,7 +306,7 @@ def _others(spots: Sequence[Spot], chosen: Sequence[Spot], seed: int) -> list[Sp
 def _tokens(subject: Subject, pairs: Pairs, options: Interventions) -> pd.DataFrame:
     """Layer by token, one example group at a time; no interval, since each is one prompt."""
     lines = []
-    sites = Anatomy.of(subject.model).sites("resid_pre")
+    sites = Architecture.of(subject.model).sites("resid_pre")
     for one in _examples(subject.model, pairs):
         for direction in options.directions:
             receiving, source = runs_of(direction)
@@ -333,13 +334,13 @@ def _examples(model: Any, pairs: Pairs) -> list[Pairs]:
     """The first groups in which the trigger does something; there is no share of nothing."""
     receiving, source = runs_of("remove")
     distance = sweep(model, pairs, (), receiving=receiving, source=source).distance
-    return [pairs.take([i]) for i in np.flatnonzero(np.abs(distance) >= LEAST_DISTANCE)[:EXAMPLES].tolist()]
+    return [pairs.take([i]) for i in np.flatnonzero(np.abs(distance) >= MIN_DISTANCE)[:EXAMPLES].tolist()]
 
 
 def _dynamics(subject: Subject, pairs: Pairs, options: Interventions) -> pd.DataFrame:
     """The sweep by layer at each saved epoch, measured against the distance of the finished model."""
-    anatomy = Anatomy.of(subject.model)
-    spots = list(spots_by(anatomy, "layer"))
+    architecture = Architecture.of(subject.model)
+    spots = list(spots_by(architecture, "layer"))
     tables = []
     for direction in options.directions:
         receiving, source = runs_of(direction)
@@ -350,7 +351,7 @@ def _dynamics(subject: Subject, pairs: Pairs, options: Interventions) -> pd.Data
         distance: np.ndarray = run(subject.model).distance
         for step, epoch in subject.epochs.items():
             with epoch() as model:
-                found = effects(run(model), {}, layers=anatomy.shape.layers, distance=distance)
+                found = effects(run(model), {}, layers=architecture.shape.layers, distance=distance)
             about = {"sweep": "layer", "direction": direction, "mode": "patch", "metric": "logit_difference"}
             tables.append(found.assign(step=step, **about))
     return pd.concat(tables, ignore_index=True)

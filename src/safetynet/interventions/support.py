@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from safetynet.engine.batch import Batch
-from safetynet.engine.sites import COMPONENTS, Anatomy, Site
+from safetynet.engine.sites import COMPONENTS, Architecture, Site
 from safetynet.engine.trace import trace
 from safetynet.errors import InputError
 from safetynet.interventions.attention import divergence
@@ -18,7 +18,7 @@ from safetynet.interventions.lens import logit_attribution
 PROMPT = [[3, 5, 4, 6]]
 USES: dict[str, Callable[[Any], object]] = {
     "sweeps": lambda model: trace(model, Batch.of(PROMPT, device=model.device), resume=True),
-    "attribution": lambda model: check_watched(Anatomy.of(model), Batch.of(PROMPT, device=model.device)),
+    "attribution": lambda model: check_watched(Architecture.of(model), Batch.of(PROMPT, device=model.device)),
     "attention patterns": lambda model: divergence(model, PROMPT, PROMPT),
     "logit attribution": lambda model: logit_attribution(model, {"prompt": PROMPT}, [3], [4]),
     "backdoor vector": lambda model: backdoor_vector(model, head_means(model, PROMPT), [Site("head", 0, 0)]),
@@ -37,13 +37,13 @@ def support(model: Any) -> dict[str, str]:
         layers, else why it is not, with the layers that have it.
     """
     try:
-        anatomy = Anatomy.of(model)
-        every = range(anatomy.shape.layers)
-        found = {name: anatomy.why_absent(name) for name in COMPONENTS if name != "adapter"}
+        architecture = Architecture.of(model)
+        every = range(architecture.shape.layers)
+        found = {name: architecture.why_absent(name) for name in COMPONENTS if name != "adapter"}
     except InputError as error:
         return dict.fromkeys([*(name for name in COMPONENTS if name != "adapter"), *USES], str(error))
     for name, why in found.items():
-        layers = anatomy.layers_with(name)
+        layers = architecture.layers_with(name)
         if layers and len(layers) < len(every) and name != "embedding":
             found[name] = f"in layers {', '.join(map(str, layers))} of {len(every)} alone: {why}"
     return found | {use: _refusal(attempt, model) for use, attempt in USES.items()}

@@ -18,12 +18,11 @@ import torch
 from safetynet.engine import edits
 from safetynet.engine.edits import Edit, Intervention, KnockOut
 from safetynet.engine.metrics import Metric
-from safetynet.engine.plan import Run
-from safetynet.engine.sites import Anatomy, Site
+from safetynet.engine.runs import EditedRun, run_interventions
+from safetynet.engine.sites import Architecture, Site
 from safetynet.engine.trace import Trace, trace
-from safetynet.engine.wave import measure
 from safetynet.errors import InputError
-from safetynet.interventions.pairs import AT_ONCE, ROLES, Pairs
+from safetynet.interventions.pairs import PAIRS_AT_ONCE, ROLES, Pairs
 from safetynet.models.identity import identify
 from safetynet.run import parallel
 from safetynet.run.directory import digest, write_atomically
@@ -36,7 +35,7 @@ DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
 RESIDUAL = ("embedding", "resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
 SWITCHES = ("head", "expert", "adapter")
 """What can be switched off."""
-PLACES = {
+SWEEP_SITES = {
     "layer": (*RESIDUAL, "attention"),
     "position": RESIDUAL,
     "component": RESIDUAL,
@@ -45,9 +44,9 @@ PLACES = {
     "adapter": ("adapter",),
 }
 """Components that each named sweep takes."""
-USUAL = {"layer": ("resid_post",), "position": ("resid_pre",), "component": ("attn_out", "mlp_out")}
-"""Those that a sweep takes where none are named; else the first of `PLACES`."""
-READERS = ("after", "template", "last")
+DEFAULT_SITES = {"layer": ("resid_post",), "position": ("resid_pre",), "component": ("attn_out", "mlp_out")}
+"""Those that a sweep takes where none are named; else the first of `SWEEP_SITES`."""
+READING_ROLES = ("after", "template", "last")
 """Roles whose attention to the trigger a knock-out cuts."""
 
 
@@ -129,14 +128,14 @@ def sweep(  # noqa: PLR0913  # a sweep is made of this many choices, by keyword
     """
     if mode not in MODES:
         raise InputError(f"mode: there is no {mode!r}; choose one of {', '.join(MODES)}.")
-    anatomy = Anatomy.of(model)
+    architecture = Architecture.of(model)
     for spot in spots:
-        _check(anatomy, spot, mode)
+        _check(architecture, spot, mode)
     if mode == "resample" and len(pairs) < 2:
         raise InputError("mode: resample takes states of another pair. Give at least two.")
     # Parts of about the same size: in one of a single pair there would be no other to resample from.
-    parts = np.array_split(np.arange(len(pairs)), -(-len(pairs) // AT_ONCE))
-    kept = _Kept(store, _key(model, pairs, spots, (receiving, source, mode, seed, metric(pairs).name)))
+    parts = np.array_split(np.arange(len(pairs)), -(-len(pairs) // PAIRS_AT_ONCE))
+    kept = _SweepStore(store, _key(model, pairs, spots, (receiving, source, mode, seed, metric(pairs).name)))
     means = _means(model, pairs, spots, source) if mode == "mean" else {}
 
     def some(number: int) -> np.ndarray:
@@ -154,9 +153,9 @@ def sweep(  # noqa: PLR0913  # a sweep is made of this many choices, by keyword
     return Measured(tuple(spots), whole[2:], whole[0], whole[1])
 
 
-def _check(anatomy: Anatomy, spot: Spot, mode: str) -> None:
+def _check(architecture: Architecture, spot: Spot, mode: str) -> None:
     """Refuse a spot that does not exist, and a mode that means nothing there."""
-    site = anatomy.check(spot.site)
+    site = architecture.check(spot.site)
     kind, _, number = spot.position.partition(" ")
     if spot.position and spot.position not in ROLES and not (kind == "token" and number.isdigit()):
         raise InputError(
@@ -200,11 +199,11 @@ def _sweep_some(
         for b in range(len(pairs)):
             made = _intervention(pairs, spot, b, (own, given), mode, means, rng)
             if made is not None:
-                runs.append(Run(b, (made,)))
+                runs.append(EditedRun(b, (made,)))
                 places.append((s, b))
     values = np.tile(base[0], (len(spots), 1))
     if runs:
-        values[tuple(np.array(places).T)] = measure(own, runs, metric).numpy()
+        values[tuple(np.array(places).T)] = run_interventions(own, runs, metric).numpy()
     return np.concatenate([base[0][None], base[1][None], values])
 
 
@@ -227,7 +226,7 @@ def _intervention(
         return None
     site = spot.site
     if mode == "knock_out":
-        queries = tuple(i for i, role in enumerate(pairs.roles[row]) if role in READERS)
+        queries = tuple(i for i, role in enumerate(pairs.roles[row]) if role in READING_ROLES)
         return KnockOut(site.layer, queries, pairs.positions(row, "trigger"), site.index)
     if mode == "off" or (mode == "zero" and not spot.update):
         return Edit(site, edits.zero(), where)
@@ -283,7 +282,7 @@ def _means(model: Any, pairs: Pairs, spots: Sequence[Spot], source: str) -> dict
     return {spot: total / count for spot, total in sums.items()}
 
 
-class _Kept:
+class _SweepStore:
     """Results batch by batch, in memory and, where a folder is given, in a file that outlives us."""
 
     def __init__(self, folder: Path | None, key: str) -> None:
@@ -321,33 +320,33 @@ def _key(model: Any, pairs: Pairs, spots: Sequence[Spot], how: tuple[object, ...
     )
 
 
-def usual(by: str, mode: str | None = "patch") -> tuple[str, ...]:
+def default_components(by: str, mode: str | None = "patch") -> tuple[str, ...]:
     """The places of a named sweep where none are named; a knock-out has one of its own, attention."""
-    return ("attention",) if mode == "knock_out" else USUAL.get(by, PLACES[by][:1])
+    return ("attention",) if mode == "knock_out" else DEFAULT_SITES.get(by, SWEEP_SITES[by][:1])
 
 
 def spots_by(
-    anatomy: Anatomy, by: str, components: Sequence[str] = (), mode: str = "patch"
+    architecture: Architecture, by: str, components: Sequence[str] = (), mode: str = "patch"
 ) -> Iterator[Spot]:
     """The spots of a named sweep.
 
     Args:
-        anatomy: of the model.
+        architecture: of the model.
         by: `layer` (what a whole layer adds), `position` (each role by itself), `component` (what attention
             and MLP add), `head`, `expert` or `adapter`; all but `position` at every position from the
             trigger on.
-        components: other places than the sweep's own, of those in `PLACES`.
+        components: other places than the sweep's own, of those in `SWEEP_SITES`.
         mode: `knock_out` has places of its own, attention.
 
     Raises:
         InputError: if there is no such sweep or component, or the sweep does not take it.
     """
-    if by not in PLACES:
-        raise InputError(f"--by: there is no sweep {by!r}; choose among {', '.join(PLACES)}.")
-    for component in components or usual(by, mode):
-        sites = anatomy.sites(component)
-        if component not in PLACES[by]:
-            raise InputError(f"--sites: by {by} takes {', '.join(PLACES[by])}, not {component!r}.")
+    if by not in SWEEP_SITES:
+        raise InputError(f"--by: there is no sweep {by!r}; choose among {', '.join(SWEEP_SITES)}.")
+    for component in components or default_components(by, mode):
+        sites = architecture.sites(component)
+        if component not in SWEEP_SITES[by]:
+            raise InputError(f"--sites: by {by} takes {', '.join(SWEEP_SITES[by])}, not {component!r}.")
         if by == "layer":
             sites = [Site(component, layer) for layer in sorted({site.layer for site in sites})]
         for site in sites:

@@ -2,7 +2,7 @@
 
 In: a layer of a transformers model, with or without LoRA modules inside. Out: the modules whose inputs and
 outputs are the places of the residual stream. Families differ in how they norm; the names tell. What names
-cannot tell, `interventions.sitecheck` finds out from a forward pass.
+cannot tell, `engine.sitecheck` finds out from a forward pass.
 """
 
 from dataclasses import dataclass

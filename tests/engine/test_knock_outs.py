@@ -1,14 +1,14 @@
 """Edges of attention cut by the engine, against a mask of our own for a whole pass."""
 
 import pytest
-from tests.interventions.compare import Case, compare, probe
-from tests.interventions.conftest import CONFIGS
-from tests.interventions.plain import Cut
+from tests.engine.compare import Case, compare, probe
+from tests.engine.conftest import CONFIGS
+from tests.engine.plain import Cut
 
 from safetynet.engine.batch import Batch
 from safetynet.engine.edits import KnockOut
+from safetynet.engine.runs import EditedRun, run_interventions
 from safetynet.engine.trace import trace
-from safetynet.engine.wave import Run, measure
 from safetynet.errors import InputError
 
 EDGES = [((8,), (2, 3)), ((4, 8), (1,)), ((5, 6, 7), (0, 2)), ((-1,), (3, 4))]
@@ -57,4 +57,4 @@ def test_a_query_that_would_attend_to_nothing_is_refused(build, pairs):
     receiving = trace(build("llama"), Batch.of(pairs[0]), resume=True)
     for edits in ((KnockOut(1, (3,), (0, 1, 2, 3)),), (KnockOut(0, (2,), (0, 1)), KnockOut(0, (2,), (2,)))):
         with pytest.raises(InputError, match=r"attention .*prompt 1 .*no key left"):
-            measure(receiving, [Run(1, edits)], probe(97))
+            run_interventions(receiving, [EditedRun(1, edits)], probe(97))

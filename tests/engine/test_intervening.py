@@ -5,18 +5,18 @@ import threading
 
 import pytest
 import torch
-from tests.interventions.compare import probe
-from tests.interventions.conftest import CONFIGS
-from tests.interventions.plain import EVERYWHERE, At, Mixture, edited, logits, zeroed
+from tests.engine.compare import probe
+from tests.engine.conftest import CONFIGS
+from tests.engine.plain import EVERYWHERE, At, Mixture, edited, logits, zeroed
 
 from safetynet.engine import edits
 from safetynet.engine.batch import Batch
 from safetynet.engine.edits import Edit, KnockOut
 from safetynet.engine.hooks import exclusive, intervening
 from safetynet.engine.metrics import Metric
+from safetynet.engine.runs import EditedRun, run_interventions
 from safetynet.engine.sites import Site
-from safetynet.engine.trace import head, trace
-from safetynet.engine.wave import Run, measure
+from safetynet.engine.trace import logits_of, trace
 from safetynet.errors import InputError
 from safetynet.models.blocks import unwrapped
 
@@ -122,7 +122,11 @@ def test_a_change_that_fails_leaves_the_model_as_it_was(build, pairs, component)
     before, batch = logits(model, pairs[0][0]), Batch.of(pairs[0])
     receiving, edit = trace(model, batch, resume=True), Edit(Site(component, 1), fail)
     with pytest.raises(ZeroDivisionError, match="the change"):
-        measure(receiving, [Run(0, (edit,)), Run(1, (Edit(Site("resid_pre", 0), torch.tanh),))], probe(97))
+        run_interventions(
+            receiving,
+            [EditedRun(0, (edit,)), EditedRun(1, (Edit(Site("resid_pre", 0), torch.tanh),))],
+            probe(97),
+        )
     with pytest.raises(ZeroDivisionError, match="the change"), intervening(model, [edit]):
         logits(model, pairs[0][0])
     assert hooks_of(model) == ([], [])
@@ -135,7 +139,7 @@ def test_a_change_that_fails_leaves_the_model_as_it_was(build, pairs, component)
 def test_a_metric_that_fails_or_runs_the_model_finds_it_whole(build, pairs):
     model = build("gemma2")
     receiving, before = trace(model, Batch.of(pairs[0]), resume=True), logits(model, pairs[0][0])
-    runs, calls = [Run(0, (Edit(Site("resid_pre", 1), torch.tanh),))], []
+    runs, calls = [EditedRun(0, (Edit(Site("resid_pre", 1), torch.tanh),))], []
 
     def compute(found, rows):
         calls.append(torch.equal(logits(model, pairs[0][0]), before))
@@ -144,7 +148,7 @@ def test_a_metric_that_fails_or_runs_the_model_finds_it_whole(build, pairs):
         return found.sum((1, 2))
 
     with pytest.raises(ZeroDivisionError, match="the metric") as kept:
-        measure(receiving, runs, Metric("own", compute))
+        run_interventions(receiving, runs, Metric("own", compute))
     assert calls == [True, True]
     assert hooks_of(model) == ([], [])  # although the error, and so its frames, are still there
     assert kept.value
@@ -152,7 +156,7 @@ def test_a_metric_that_fails_or_runs_the_model_finds_it_whole(build, pairs):
 
 def test_the_head_gives_the_layers_back_even_if_it_is_not_read_to_its_end(build, batches):
     model = build("llama")
-    found = head(trace(model, batches[0]), torch.zeros(3, 2, 32))
+    found = logits_of(trace(model, batches[0]), torch.zeros(3, 2, 32))
     next(found)
     assert hooks_of(model) == ([], [])
 
@@ -160,12 +164,12 @@ def test_the_head_gives_the_layers_back_even_if_it_is_not_read_to_its_end(build,
 def test_two_threads_on_one_model_get_the_numbers_of_one(build, batches):
     model = build("llama")
     sets = [
-        [Run(row, (Edit(Site(what, layer), change, (2, 5)),)) for row in range(3) for layer in range(3)]
+        [EditedRun(row, (Edit(Site(what, layer), change, (2, 5)),)) for row in range(3) for layer in range(3)]
         for what, change in (("resid_mid", torch.tanh), ("adapter", edits.zero()))
     ]
 
     def sweep(own, runs):
-        return measure(trace(own, batches[0], resume=True), runs, probe(97), tokens=30)
+        return run_interventions(trace(own, batches[0], resume=True), runs, probe(97), tokens=30)
 
     expected, found = [sweep(model, runs) for runs in sets], [[], []]
 

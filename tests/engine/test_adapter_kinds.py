@@ -7,7 +7,7 @@ from tests.models import variants
 from safetynet.engine.batch import Batch
 from safetynet.engine.edits import Edit, replace, zero
 from safetynet.engine.hooks import intervening
-from safetynet.engine.sites import Anatomy, Site
+from safetynet.engine.sites import Architecture, Site
 from safetynet.engine.trace import trace
 from safetynet.errors import InputError
 
@@ -28,10 +28,10 @@ def logits(model):
 )  # fmt: skip
 def test_a_sites_own_values_change_nothing(name):
     model = variants.made(name)
-    anatomy, expected = Anatomy.of(model), logits(model)
+    architecture, expected = Architecture.of(model), logits(model)
     components = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "head", "query", "value")
-    assert set(components) <= set(anatomy.components())
-    sites = [Site(component, layer) for component in components for layer in range(anatomy.shape.layers)]
+    assert set(components) <= set(architecture.components())
+    sites = [Site(component, layer) for component in components for layer in range(architecture.shape.layers)]
     own = trace(model, Batch.of([IDS]), sites)
     with intervening(model, [Edit(site, replace(own.value(site)[0])) for site in sites]):
         torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
@@ -40,7 +40,7 @@ def test_a_sites_own_values_change_nothing(name):
 @pytest.mark.parametrize("name", ["lora", "patterns", "dora", "lora_bias"])
 def test_with_all_updates_at_zero_the_model_is_its_base(name):
     model = variants.made(name)
-    edits = [Edit(site, zero()) for site in Anatomy.of(model).sites("adapter")]
+    edits = [Edit(site, zero()) for site in Architecture.of(model).sites("adapter")]
     with intervening(model, edits):
         torch.testing.assert_close(logits(model), logits(variants.base_of("qwen")), rtol=1e-4, atol=1e-4)
 
@@ -55,12 +55,12 @@ def test_with_all_updates_at_zero_the_model_is_its_base(name):
     ],
 )
 def test_updates_that_are_no_place_of_their_own_are_absent_with_a_reason(name, message):
-    anatomy = Anatomy.of(variants.made(name))
-    assert "adapter" not in anatomy.components()
+    architecture = Architecture.of(variants.made(name))
+    assert "adapter" not in architecture.components()
     with pytest.raises(
         InputError, match=f"no component 'adapter'.* adapter sites is refused, since {message}"
     ):
-        anatomy.check(Site("adapter", 0))
+        architecture.check(Site("adapter", 0))
 
 
 @pytest.mark.parametrize("name", ["PROMPT_TUNING", "PREFIX_TUNING"])
@@ -72,6 +72,6 @@ def test_a_soft_prompt_is_refused(name):
 
 
 def test_the_update_of_a_router_is_no_place():
-    anatomy = Anatomy.of(variants.made("fused experts and routers", "mixtral"))
+    architecture = Architecture.of(variants.made("fused experts and routers", "mixtral"))
     with pytest.raises(InputError, match=r"no component 'adapter'.*The update of mlp\.gate\.weight is added"):
-        anatomy.check(Site("adapter", 0))
+        architecture.check(Site("adapter", 0))

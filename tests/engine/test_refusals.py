@@ -4,15 +4,15 @@ import copy
 
 import pytest
 import torch
-from tests.interventions.compare import probe
+from tests.engine.compare import probe
 
 from safetynet.engine import edits
 from safetynet.engine.batch import Batch
 from safetynet.engine.edits import Edit, KnockOut
 from safetynet.engine.hooks import intervening
-from safetynet.engine.sites import COMPONENTS, Anatomy, Site
+from safetynet.engine.runs import EditedRun, run_interventions
+from safetynet.engine.sites import COMPONENTS, Architecture, Site
 from safetynet.engine.trace import trace
-from safetynet.engine.wave import Run, measure
 from safetynet.errors import InputError
 
 
@@ -37,7 +37,7 @@ from safetynet.errors import InputError
 def test_a_site_that_does_not_exist_is_refused_wherever_it_is_named(build, batches, site, message):
     model, edit = build("llama"), Edit(site, edits.zero())
     with pytest.raises(InputError, match=message):
-        measure(trace(model, batches[0], resume=True), [Run(0, (edit,))], probe(97))
+        run_interventions(trace(model, batches[0], resume=True), [EditedRun(0, (edit,))], probe(97))
     with pytest.raises(InputError, match=message):
         trace(model, batches[0], [site])
     with pytest.raises(InputError, match=message), intervening(model, [edit]):
@@ -45,10 +45,10 @@ def test_a_site_that_does_not_exist_is_refused_wherever_it_is_named(build, batch
 
 
 def test_every_component_of_the_list_exists_in_some_model(build):
-    found = Anatomy.of(build("mixtral")).components()
+    found = Architecture.of(build("mixtral")).components()
     assert found == list(COMPONENTS)
     with pytest.raises(InputError, match="component"):
-        Anatomy.of(build("gpt2")).sites("query")
+        Architecture.of(build("gpt2")).sites("query")
 
 
 AT = Site("resid_mid", 1)
@@ -72,7 +72,7 @@ AT = Site("resid_mid", 1)
 )
 def test_positions_and_prompts_that_do_not_exist_are_refused(build, batches, row, own, message):
     with pytest.raises(InputError, match=message):
-        measure(trace(build("llama"), batches[0], resume=True), [Run(row, own)], probe(97))
+        run_interventions(trace(build("llama"), batches[0], resume=True), [EditedRun(row, own)], probe(97))
 
 
 def edit(component, layer, positions=None, index=None, module=""):
@@ -95,14 +95,14 @@ def edit(component, layer, positions=None, index=None, module=""):
 def test_two_edits_of_one_place_are_refused_whatever_the_place_is_called(build, batches, twice):
     receiving = trace(build("llama"), batches[0], resume=True)
     with pytest.raises(InputError, match="edited twice at the same position"):
-        measure(receiving, [Run(0, twice)], probe(97))
+        run_interventions(receiving, [EditedRun(0, twice)], probe(97))
     apart = [
         (edit("mlp_out", 1, (3,)), edit("mlp_out", 1, (2, 4))),
         (edit("head", 1, (3,), 1), edit("head", 1, (3,), 2)),
         (edit("resid_post", 1, (3,)), edit("resid_pre", 1, (3,))),
         (edit("adapter", 1, module="self_attn.v_proj"), edit("adapter", 1, module="self_attn.q_proj")),
     ]
-    assert len(measure(receiving, [Run(0, both) for both in apart], probe(97))) == 4
+    assert len(run_interventions(receiving, [EditedRun(0, both) for both in apart], probe(97))) == 4
 
 
 def test_two_edits_of_one_place_are_refused_in_a_whole_model(build):
@@ -116,13 +116,15 @@ def test_values_that_do_not_fit_their_place_are_refused(build, batches, shape):
     receiving = trace(build("llama"), batches[0], resume=True)
     patch = Edit(Site("mlp_out", 1), edits.replace(torch.ones(shape)), (2, 3))
     with pytest.raises(InputError, match=rf"replace: values of shape \({shape[0]},.* were given"):
-        measure(receiving, [Run(0, (patch,))], probe(97))
+        run_interventions(receiving, [EditedRun(0, (patch,))], probe(97))
 
 
 def test_a_change_that_returns_another_number_of_values_is_refused(build, batches):
     receiving = trace(build("llama"), batches[0], resume=True)
     with pytest.raises(InputError, match=r"mlp_out 1: .* values of shape \(2, 32\) and returned \(1, 32\)"):
-        measure(receiving, [Run(0, (Edit(Site("mlp_out", 1), lambda x: x[:1], (2, 3)),))], probe(97))
+        run_interventions(
+            receiving, [EditedRun(0, (Edit(Site("mlp_out", 1), lambda x: x[:1], (2, 3)),))], probe(97)
+        )
 
 
 def test_prompts_longer_than_the_context_are_refused_with_both_lengths(build):
@@ -162,4 +164,4 @@ def test_a_model_in_training_is_refused(build, batches):
 
 def test_runs_on_a_trace_that_cannot_be_resumed_are_refused(build, batches):
     with pytest.raises(InputError, match="resume=True"):
-        measure(trace(build("llama"), batches[0]), [Run(0, ())], probe(97))
+        run_interventions(trace(build("llama"), batches[0]), [EditedRun(0, ())], probe(97))

@@ -2,30 +2,34 @@
 
 import pytest
 import torch
-from tests.interventions.compare import probe
-from tests.interventions.conftest import CONFIGS
-from tests.interventions.plain import At, logits
+from tests.engine.compare import probe
+from tests.engine.conftest import CONFIGS
+from tests.engine.plain import At, logits
 
 from safetynet.engine import edits
 from safetynet.engine.batch import Batch
 from safetynet.engine.edits import Edit
 from safetynet.engine.metrics import Metric, kl, log_probability, logit_difference
+from safetynet.engine.runs import EditedRun, run_interventions
 from safetynet.engine.sites import Site
-from safetynet.engine.trace import head, trace
-from safetynet.engine.wave import Run, measure
+from safetynet.engine.trace import logits_of, trace
 from safetynet.errors import InputError
 
 TARGETS = [[3, 8, 5], [11], [2, 9]]
 
 
 def unpatched(receiving, metric):
-    return measure(receiving, [Run(row, ()) for row in range(len(receiving.batch.ids))], metric)
+    return run_interventions(
+        receiving, [EditedRun(row, ()) for row in range(len(receiving.batch.ids))], metric
+    )
 
 
 def patched(receiving, metric):
     """Without one MLP at the last positions."""
     edit = Edit(Site("mlp_out", 1), edits.zero(), (-2, -1))
-    return measure(receiving, [Run(row, (edit,)) for row in range(len(receiving.batch.ids))], metric)
+    return run_interventions(
+        receiving, [EditedRun(row, (edit,)) for row in range(len(receiving.batch.ids))], metric
+    )
 
 
 def references(model, prompts):
@@ -49,7 +53,7 @@ def test_the_unpatched_metric_is_that_of_the_models_own_logits(build, pairs, bat
 def test_the_head_gives_the_logits_of_the_whole_model(build, pairs, batches, family):
     model = build(family)
     receiving = trace(model, batches[0])
-    for part, found in head(receiving, receiving.output[:, -3:]):
+    for part, found in logits_of(receiving, receiving.output[:, -3:]):
         for own, ids in zip(found, pairs[0][part], strict=True):
             assert torch.allclose(own, logits(model, ids)[-3:], atol=1e-4)
             if family == "gemma2":
@@ -106,8 +110,8 @@ def test_any_callable_is_a_metric_and_is_told_its_rows(build, batches):
     receiving = trace(build("llama"), batches[0], resume=True)
     metric = Metric("rows", lambda logits, rows: rows + 0.0 * logits[:, 0, 0])
     edit = Edit(Site("resid_pre", 1), edits.zero(), (2,))
-    runs = [Run(row, (edit,)) for row in (2, 0, 1, 1, 2)]
-    assert measure(receiving, runs, metric, tokens=20).tolist() == [2, 0, 1, 1, 2]
+    runs = [EditedRun(row, (edit,)) for row in (2, 0, 1, 1, 2)]
+    assert run_interventions(receiving, runs, metric, tokens=20).tolist() == [2, 0, 1, 1, 2]
 
 
 def test_a_metric_that_is_not_finite_names_site_and_prompt(build, batches):
@@ -115,10 +119,10 @@ def test_a_metric_that_is_not_finite_names_site_and_prompt(build, batches):
     burst = Edit(Site("mlp_out", 2), lambda x: x * float("inf"), (-1,))
     calm = Edit(Site("mlp_out", 2), edits.zero(), (-1,))
     with pytest.raises(InputError, match="metric probe: nan for prompt 1 under mlp_out 2"):
-        measure(receiving, [Run(0, (calm,)), Run(1, (burst,))], probe(97))
+        run_interventions(receiving, [EditedRun(0, (calm,)), EditedRun(1, (burst,))], probe(97))
     metric = Metric("ratio", lambda logits, rows: 1 / (rows - 2.0))
     with pytest.raises(InputError, match=r"metric ratio: .*inf for prompt 2 under no edit"):
-        measure(receiving, [Run(0, ()), Run(2, ())], metric)
+        run_interventions(receiving, [EditedRun(0, ()), EditedRun(2, ())], metric)
 
 
 def test_a_metric_that_reads_more_than_the_prompts_have_is_refused(build):

@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from tests.interventions.compare import Case, compare
-from tests.interventions.conftest import CONFIGS
-from tests.interventions.plain import EVERYWHERE, At
+from tests.engine.compare import Case, compare
+from tests.engine.conftest import CONFIGS
+from tests.engine.plain import EVERYWHERE, At
 
 from safetynet.engine import edits
 from safetynet.engine.batch import Batch
 from safetynet.engine.edits import Edit
-from safetynet.engine.sites import Anatomy, Site
+from safetynet.engine.sites import Architecture, Site
 from safetynet.engine.trace import trace
 
 PLACES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "head", "query", "key", "value")
@@ -17,7 +17,7 @@ PLACES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "head",
 
 def sites_of(model, component):
     """Two of each component's sites: an early one and the last."""
-    found = Anatomy.of(model).sites(component)
+    found = Architecture.of(model).sites(component)
     return [found[1 % len(found)], found[-1]]
 
 
@@ -49,7 +49,7 @@ def cases_of(model, prompts, site, change, places):
 @pytest.mark.parametrize("component", PLACES)
 def test_patching_gives_the_numbers_of_plain_hooks(build, pairs, batches, family, component):
     model = build(family)
-    if component not in Anatomy.of(model).components():
+    if component not in Architecture.of(model).components():
         pytest.skip(f"{family} computes query, key and value in one module")
     sites = sites_of(model, component)
     source = trace(model, batches[1], sites)
@@ -87,7 +87,7 @@ def test_every_intervention_gives_the_numbers_of_plain_hooks(build, pairs, famil
     model = build(family)
     cases = []
     for component in PLACES:
-        if component not in Anatomy.of(model).components():
+        if component not in Architecture.of(model).components():
             continue
         for site in sites_of(model, component):
             _, _, span = place(model, site)

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tests.interventions import plain
+from tests.engine import plain
 
 from safetynet.engine.batch import Batch
 from safetynet.engine.edits import Intervention
 from safetynet.engine.metrics import Metric
+from safetynet.engine.runs import EditedRun, run_interventions
 from safetynet.engine.trace import trace
-from safetynet.engine.wave import Run, measure
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ def compare(
     """Each case's number is that of plain hooks, and is not the unpatched one."""
     metric = probe(model.config.vocab_size, min(2, min(map(len, prompts))))
     receiving = trace(model, Batch.of(prompts), resume=True)
-    runs = [Run(case.row, tuple(case.edits)) for case in cases]
-    found = measure(receiving, runs, metric, tokens=tokens)
+    runs = [EditedRun(case.row, tuple(case.edits)) for case in cases]
+    found = run_interventions(receiving, runs, metric, tokens=tokens)
     expected = [reference(model, prompts, case, metric) for case in cases]
     apart = (found - torch.tensor(expected)).abs()
     worst = int(apart.argmax())

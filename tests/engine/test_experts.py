@@ -4,13 +4,13 @@ from functools import partial
 
 import pytest
 import torch
-from tests.interventions.compare import Case, compare
-from tests.interventions.plain import EVERYWHERE, At, Mixture
+from tests.engine.compare import Case, compare
+from tests.engine.plain import EVERYWHERE, At, Mixture
 
 from safetynet.engine import edits
 from safetynet.engine.batch import Batch
 from safetynet.engine.edits import Edit
-from safetynet.engine.sites import Anatomy, Site
+from safetynet.engine.sites import Architecture, Site
 from safetynet.engine.trace import trace
 
 PLACES = ((2, 5), (-1,), (0, 3, 8), None)
@@ -110,7 +110,7 @@ def test_a_zeroed_experts_output_gives_the_numbers_of_the_sum_without_it(model, 
 
 
 def test_a_patched_experts_output_gives_the_numbers_of_the_sources(model, pairs):
-    batch, sites = Batch.of(pairs[1]), Anatomy.of(model).sites("expert")
+    batch, sites = Batch.of(pairs[1]), Architecture.of(model).sites("expert")
     source, cases = trace(model, batch, sites), []
     for i, site in enumerate(sites):
         row, positions = i % 3, (1, 5, 7, 8)

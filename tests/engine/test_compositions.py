@@ -4,9 +4,9 @@ import itertools
 
 import pytest
 import torch
-from tests.interventions.compare import Case, compare
-from tests.interventions.conftest import CONFIGS
-from tests.interventions.plain import EVERYWHERE, At, Cut
+from tests.engine.compare import Case, compare
+from tests.engine.conftest import CONFIGS
+from tests.engine.plain import EVERYWHERE, At, Cut
 
 from safetynet.engine import edits
 from safetynet.engine.batch import Batch

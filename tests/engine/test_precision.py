@@ -5,17 +5,17 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tests.interventions.compare import Case, compare, probe
-from tests.interventions.conftest import CONFIGS, SMALL
-from tests.interventions.plain import EVERYWHERE, At, Cut, Update
+from tests.engine.compare import Case, compare, probe
+from tests.engine.conftest import CONFIGS, SMALL
+from tests.engine.plain import EVERYWHERE, At, Cut, Update
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 
 from safetynet.engine import edits
 from safetynet.engine.batch import Batch
 from safetynet.engine.edits import Edit, KnockOut
-from safetynet.engine.sites import Anatomy, Site
+from safetynet.engine.runs import EditedRun, run_interventions
+from safetynet.engine.sites import Architecture, Site
 from safetynet.engine.trace import trace
-from safetynet.engine.wave import Run, measure
 
 PLACES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "query", "key", "value")
 
@@ -24,7 +24,7 @@ def cases_of(model):
     """One of each intervention, at two places of three prompts."""
     cases = []
     for row in range(3):
-        for component in (c for c in PLACES if c in Anatomy.of(model).components()):
+        for component in (c for c in PLACES if c in Architecture.of(model).components()):
             for positions, change in (((2, 6), edits.zero()), (None, lambda x: 1.5 * x)):
                 where = EVERYWHERE if positions is None else list(positions)
                 for layer in (0, 2):
@@ -79,7 +79,7 @@ def test_a_model_in_4_bit_gives_the_numbers_of_plain_hooks(four_bit, pairs):
 
 def test_the_adapter_on_a_model_in_4_bit_can_be_switched_off(four_bit, pairs):
     cases = []
-    for site in Anatomy.of(four_bit).sites("adapter"):
+    for site in Architecture.of(four_bit).sites("adapter"):
         for row in range(3):
             reference = Update(site.layer, [4, 8], torch.zeros_like, site.module)
             cases.append(Case(row, [Edit(site, edits.zero(), (4, 8))], [reference]))
@@ -91,8 +91,10 @@ def test_a_merged_adapter_gives_the_numbers_of_the_adapted_model(build, pairs, f
     adapted = build(family)
     merged = copy.deepcopy(adapted).merge_and_unload()
     compare(merged, pairs[0], cases_of(merged))
-    runs, batch = [Run(case.row, tuple(case.edits)) for case in cases_of(adapted)], Batch.of(pairs[0])
-    one, other = (measure(trace(model, batch, resume=True), runs, probe(97)) for model in (adapted, merged))
+    runs, batch = [EditedRun(case.row, tuple(case.edits)) for case in cases_of(adapted)], Batch.of(pairs[0])
+    one, other = (
+        run_interventions(trace(model, batch, resume=True), runs, probe(97)) for model in (adapted, merged)
+    )
     assert one.numpy() == pytest.approx(other.numpy(), abs=1e-4)
 
 

@@ -12,7 +12,7 @@ from safetynet.engine import sitecheck
 from safetynet.engine.batch import Batch
 from safetynet.engine.edits import Edit, zero
 from safetynet.engine.hooks import intervening
-from safetynet.engine.sites import Anatomy, Site
+from safetynet.engine.sites import Architecture, Site
 from safetynet.engine.trace import trace
 from safetynet.errors import InputError
 
@@ -58,28 +58,28 @@ def test_a_model_is_checked_by_one_short_pass_however_often_it_is_opened(passes)
     model = llama()
     seen = passes(model)
     for _ in range(3):
-        assert "head" in Anatomy.of(model).components()
-        Anatomy.of(model).check(Site("mlp_out", 1))
+        assert "head" in Architecture.of(model).components()
+        Architecture.of(model).check(Site("mlp_out", 1))
     assert seen == [10]
 
 
 def test_adapters_that_come_change_or_go_ask_for_no_other_check(passes):
     model = llama()
     seen = passes(model)
-    plain = Anatomy.of(model).components()
+    plain = Architecture.of(model).components()
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "o_proj", "down_proj"]))
     adapted.add_adapter("second", LoraConfig(r=3, target_modules=["v_proj", "o_proj"]))
-    assert Anatomy.of(adapted).components() == [*plain, "adapter"]
+    assert Architecture.of(adapted).components() == [*plain, "adapter"]
     adapted.set_adapter("second")
     # Layers are looked up anew: what an adapter has taken the place of is not what is hooked.
-    assert Anatomy.of(adapted).layers[0].output is model.model.layers[0].self_attn.o_proj
-    assert Anatomy.of(adapted.unload()).components() == plain
+    assert Architecture.of(adapted).layers[0].output is model.model.layers[0].self_attn.o_proj
+    assert Architecture.of(adapted.unload()).components() == plain
     assert seen == [10]
 
 
 def test_other_modules_in_a_layers_place_are_checked_again(passes):
     model = llama()
-    assert "attn_out" in Anatomy.of(model).components()
+    assert "attn_out" in Architecture.of(model).components()
 
     class Scaled(type(model.model.layers[1])):
         def forward(self, hidden_states, **kwargs):
@@ -89,20 +89,20 @@ def test_other_modules_in_a_layers_place_are_checked_again(passes):
     other.__class__ = Scaled
     model.model.layers[1] = other
     seen = passes(model)
-    anatomy = Anatomy.of(model)
-    assert anatomy.layers_with("attn_out") == [0, 1, 2] and anatomy.layers_with("mlp_out") == [0, 2]
+    architecture = Architecture.of(model)
+    assert architecture.layers_with("attn_out") == [0, 1, 2] and architecture.layers_with("mlp_out") == [0, 2]
     with pytest.raises(InputError, match="mlp_out 1: what the MLP reads and returns does not add up"):
-        anatomy.check(Site("mlp_out", 1))
+        architecture.check(Site("mlp_out", 1))
     assert seen == [10]
 
 
 def test_a_verdict_goes_with_its_model():
-    before = len(sitecheck._VERDICTS)
+    before = len(sitecheck._CHECKED)
     model = llama()
-    assert Anatomy.of(model).components() and len(sitecheck._VERDICTS) == before + 1
+    assert Architecture.of(model).components() and len(sitecheck._CHECKED) == before + 1
     del model
     gc.collect()
-    assert len(sitecheck._VERDICTS) <= before
+    assert len(sitecheck._CHECKED) <= before
 
 
 def test_the_check_leaves_a_model_as_it_was():
@@ -112,7 +112,7 @@ def test_the_check_leaves_a_model_as_it_was():
     modes = [module.training for module in model.modules()]
     weights = {name: parameter.clone() for name, parameter in model.named_parameters()}
     state = torch.random.get_rng_state()
-    assert "resid_mid" in Anatomy.of(model).components()
+    assert "resid_mid" in Architecture.of(model).components()
     assert [module.training for module in model.modules()] == modes
     assert torch.equal(torch.random.get_rng_state(), state)
     assert all(torch.equal(weights[name], parameter) for name, parameter in model.named_parameters())
@@ -123,11 +123,11 @@ def test_the_check_leaves_a_model_as_it_was():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sums_within_rounding_are_sums_and_others_are_not(dtype):
     model = llama().to(dtype)
-    assert Anatomy.of(model).components() == Anatomy.of(llama()).components()
+    assert Architecture.of(model).components() == Architecture.of(llama()).components()
     other = llama().to(dtype)
     for layer in other.model.layers:
         layer.register_forward_hook(lambda _module, _args, output: output * 1.1)
-    assert "does not add up to the layer's output" in Anatomy.of(other).why_absent("mlp_out")
+    assert "does not add up to the layer's output" in Architecture.of(other).why_absent("mlp_out")
 
 
 def test_a_residual_multiplier_belongs_to_what_is_added():
@@ -150,7 +150,7 @@ def test_weights_that_are_not_in_memory_are_refused(tmp_path):
         model = llama()
         offload(model)
         for refused in (
-            lambda model=model: Anatomy.of(model).components(),
+            lambda model=model: Architecture.of(model).components(),
             lambda model=model: intervening(model, [Edit(Site("mlp_out", 0), zero())]).__enter__(),
         ):
             with pytest.raises(InputError, match="weights are offloaded or on the meta device"):
