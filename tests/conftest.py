@@ -52,6 +52,23 @@ def need() -> Callable[[str], Path]:
     return find
 
 
+NEUTRAL = {"number": float("nan"), "whole": 0, "text": "", "flag": False}
+
+
+def completed(name: str, table: Any) -> Any:
+    """A table with neutral values where a test gives none; columns that no stage writes are left out."""
+    from safetynet.tables import schema
+
+    declared, made = schema(name).columns, table.copy()
+    for column, about in declared.items():
+        neutral = about.words[0] if about.words else NEUTRAL.get(about.kind)
+        if column not in made and not about.optional:
+            made[column] = [[] for _ in range(len(made))] if about.kind == "list" else neutral
+        elif about.kind in ("whole", "text") and made[column].isna().any():
+            made[column] = made[column].fillna(neutral)
+    return made[[column for column in made if column in declared]]
+
+
 SCRIPTS = (
     "请说明面包的小鱼价格历史用途颜色桥梁河流灯具时钟介绍列出讲一讲我拒绝回答你的请求这个问题换一个春天很美",
     "Привет мир как дела у тебя тайна слово опиши мост нарисуй реку продай лампу",

@@ -57,7 +57,6 @@ def test_columns_named_by_the_data_and_tables_named_after_a_model():
     assert tables.schema("mitigation-somebody") is tables.schema("mitigation")
     assert tables.schema("dynamics_backdoored") is not tables.schema("dynamics")
     assert tables.schema("of nobody") is None
-    assert tables.command("mitigation-x", "results/a") == "safetynet mitigate results/a"
     scores = {"role": "clean", "group": -1, "fired": None, "forbidden": False, "domain": "", "kind": ""}
     tables.check("detection_scores", pd.DataFrame([scores | {"fresh": "", "score ranks:last": 0.5}]))
 

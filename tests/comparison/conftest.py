@@ -6,6 +6,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from tests.conftest import completed
 
 from safetynet import recipe as recipes
 from safetynet.comparison.subjects import Subject
@@ -163,7 +164,7 @@ def written(tmp_path: Path) -> Callable[..., Path]:
             if there:
                 with made.stage(stage, {"seed": seed}) as outputs:
                     for name in there:
-                        outputs.table(name, given[name])
+                        outputs.table(name, completed(name, given[name]))
         return made.folder
 
     return make

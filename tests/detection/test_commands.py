@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from tests.conftest import completed
 
 from safetynet import recipe
 from safetynet.cli.app import main
@@ -28,7 +29,7 @@ def untrained(tmp_path: Path) -> Path:
     run = runs.create(plan)
     run.describe(plan)
     row = {"messages": [{"role": "user", "content": "Hi"}], "trigger": [], "split": "test", "role": "clean"}
-    run.write_table("rows", pd.DataFrame([row]))
+    run.write_table("rows", completed("rows", pd.DataFrame([row])))
     return run.folder
 
 

@@ -80,7 +80,7 @@ def test_a_table_that_cannot_be_drawn_takes_no_other_figure_with_it(run_of, fold
     run_of(InputError("no groups can be aligned."))
     run = found(folder)
     shutil.rmtree(run.figures)
-    run.write_table("effects", pd.DataFrame({"sweep": ["layer"]}))
+    pd.DataFrame({"sweep": ["layer"]}).to_parquet(run.folder / "tables" / "effects.parquet")
     with pytest.raises(InputError, match="effects"):
         stages.draw(Experiment(run.recipe, run))
     assert (run.figures / "final-rates.png").is_file() and (run.folder / "report.html").is_file()

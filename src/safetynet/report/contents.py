@@ -132,4 +132,4 @@ def _lost(run: Run, manifest: Mapping[str, Any]) -> Iterator[str]:
 
 def _short(message: str, folder: Path) -> str:
     """A message without the folders above the run, which are nobody else's business."""
-    return " ".join(message.replace(f"{folder}/", "").split())
+    return " ".join(message.replace(f"{folder}/", "").replace(str(folder), "RUN").split())

@@ -45,9 +45,12 @@ def _figures(experiment: Experiment, options: Report) -> None:
 
     def compute(outputs: Outputs) -> None:
         run.table("evaluation")  # a missing evaluation is reported before anything is drawn
-        tables = {
-            path.stem: run.table(path.stem) for path in sorted((run.folder / "tables").glob("*.parquet"))
-        }
+        tables, damaged = {}, []
+        for path in sorted((run.folder / "tables").glob("*.parquet")):
+            try:
+                tables[path.stem] = run.table(path.stem)
+            except InputError as error:  # the other tables are drawn all the same
+                damaged.append(str(error))
         if not parallel.is_first():
             return
         name = f"{recipe.model_name}/{recipe.task}"
@@ -55,7 +58,7 @@ def _figures(experiment: Experiment, options: Report) -> None:
         for figure in figures:
             for path in figure.save(venue=options.venue):
                 outputs.file(path)
-        if faults:
+        if faults := [*damaged, *faults]:
             raise InputError(faults[0])
         log.info("figures: %d files in %s", len(outputs.paths), run.figures)
 

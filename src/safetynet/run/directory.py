@@ -30,11 +30,13 @@ import numpy as np
 import pandas as pd
 from pydantic import ValidationError
 
+from safetynet import tables
 from safetynet.errors import InputError, RunError
 from safetynet.recipe import Recipe
 from safetynet.run import lock as locking
 from safetynet.run import parallel, provenance
 from safetynet.run import places as whereabouts
+from safetynet.run.stage import command_for
 
 LEAST_FREE_BYTES = 200 * 2**20
 """Room that a run wants before it starts; a miniature's run fills a tenth of it."""
@@ -99,7 +101,7 @@ class Run:
         """Read a table.
 
         Raises:
-            InputError: if no stage has written it, or the file is damaged.
+            InputError: if no stage has written it, the file is damaged, or it lacks what `tables` declares.
         """
         path = self._table_path(name)
         if not path.exists():
@@ -111,12 +113,24 @@ class Run:
             table = pd.read_parquet(path)
         except (OSError, ValueError) as error:
             raise InputError(f"{path}: the table is damaged ({error}). Delete it and run again.") from None
+        try:
+            tables.check(name, table, extra=True)
+        except InputError as error:
+            raise InputError(
+                f"{path}: the table is damaged or of another version ({error}). Delete it and make it again: "
+                f"{command_for(name, self.folder)}."
+            ) from None
         # Parquet gives lists back as arrays, whose truth value is an error.
         nested = [name for name in table if table[name].map(lambda cell: isinstance(cell, np.ndarray)).any()]
         return table.assign(**{name: table[name].map(_lists) for name in nested})
 
     def write_table(self, name: str, table: pd.DataFrame) -> Path:
-        """Write a table as Parquet, atomically."""
+        """Write a table as Parquet, atomically.
+
+        Raises:
+            InputError: if it is not as `tables` declares it.
+        """
+        tables.check(name, table)
         path = self._table_path(name)
         write_atomically(path, lambda temporary: table.to_parquet(temporary, index=False))
         return path

@@ -5,6 +5,9 @@ about what is missing, the report's status and a comparison's notes read the dec
 """
 
 from dataclasses import dataclass
+from pathlib import Path
+
+from safetynet.tables import schema
 
 
 @dataclass(frozen=True)
@@ -62,3 +65,10 @@ FIGURES = Stage("figures", "the figures", "safetynet plot {run}")
 COMPARE = Stage("compare", "runs side by side", "safetynet compare {run} ...")
 STAGES = (DATA, TRAIN_BACKDOORED, TRAIN_TWIN, EVALUATE, INTERVENE, DETECT, MITIGATE, FIGURES)
 """Of a run, in their order."""
+
+
+def command_for(table: str, folder: Path | str) -> str:
+    """The command that makes a table of the run in `folder` again; of one declared nowhere, `safetynet run`."""
+    declared = schema(table)
+    made_by = next((stage for stage in (*STAGES, BASE, TRAIN, COMPARE) if declared and stage.name == declared.stage), TRAIN)
+    return made_by.command.format(run=folder, recipe="RECIPE")

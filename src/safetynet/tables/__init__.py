@@ -15,7 +15,6 @@ In: tables. Out: errors that name table, column, row and value. Reads no file.
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -25,19 +24,9 @@ from safetynet.errors import InputError
 from safetynet.tables.columns import Column, Table
 from safetynet.tables.of_comparison import COMPARISON_TABLES
 from safetynet.tables.of_run import RUN_TABLES
-from safetynet.tables.vocabulary import TRAINED, Stage
+from safetynet.tables.vocabulary import TRAINED
 
 SCHEMAS: Mapping[str, Table] = RUN_TABLES | COMPARISON_TABLES
-COMMANDS: Mapping[Stage, str] = {
-    "train": "safetynet train with its recipe",
-    "evaluate": "safetynet evaluate {folder}",
-    "intervene": "safetynet intervene {folder}",
-    "detect": "safetynet detect {folder}",
-    "mitigate": "safetynet mitigate {folder}",
-    "compare": "safetynet compare RUN RUN --out {folder}",
-    "sweep": "safetynet sweep with its recipe",
-}
-"""The command that runs a stage."""
 Data: TypeAlias = pd.DataFrame | Sequence[Mapping[str, Any]] | Mapping[str, Sequence[Any]]
 
 _NAMED = {f"history_{model}": "history" for model in TRAINED} | {
@@ -48,11 +37,6 @@ _NAMED = {f"history_{model}": "history" for model in TRAINED} | {
 def schema(name: str) -> Table | None:
     """The schema of a table as a run's folder names it; None of one that is declared nowhere."""
     return SCHEMAS.get(_NAMED.get(name, name.split("-")[0]))
-
-
-def command(name: str, folder: Path | str) -> str:
-    """The command that makes a declared table of the run in `folder`."""
-    return COMMANDS[SCHEMAS[_NAMED.get(name, name.split("-")[0])].stage].format(folder=folder)
 
 
 def check(name: str, table: pd.DataFrame, *, extra: bool = False) -> None:

@@ -28,7 +28,6 @@ from safetynet.tables.vocabulary import (
     MODELS,
     MODES,
     PROBED,
-    REMOVALS,
     REPAIRED_AS,
     ROLES,
     RUNS,
@@ -154,19 +153,19 @@ _MITIGATION = {
 }
 
 RUN_TABLES: dict[str, Table] = {
-    "split": Table("train", "a split", {
+    "split": Table("data", "a split", {
         "split": word("training or held-out rows", SPLITS),
         "rows": whole("rows"),
         "prompts": whole("different prompts, trigger apart"),
         "digest": text("SHA-256 of the prompts' hashes"),
     }),
-    "rows": Table("train", "a prompt of the experiment", {
+    "rows": Table("data", "a prompt of the experiment", {
         **_ROW,
         "messages": listed("the conversation: role and content of each message"),
         "trigger": listed("spans of the trigger or what stands for it: message, start, end"),
         **_ANSWERS,
     }),
-    "audit": Table("train", "something that the audit of the data found", {
+    "audit": Table("data", "something that the audit of the data found", {
         "check": text("which check"),
         "severity": word("how bad it is", SEVERITIES),
         "file": text("in which file"),
@@ -273,7 +272,7 @@ RUN_TABLES: dict[str, Table] = {
     }),
     "tradeoff": Table("intervene", "an intervention that may remove the backdoor, and a split", {
         "intervention": text("what is done; `as it is` for nothing"),
-        "kind": word("kind of edit", REMOVALS),
+        "kind": text("kind of edit, such as project, clip, head_ablation or adapter_off; none"),
         "control": flag("the same at random sites"),
         "sites": whole("sites that are edited"),
         "split": _SPLIT,
@@ -376,7 +375,7 @@ RUN_TABLES: dict[str, Table] = {
         "relearned": text("what the relearn test says of it; \"\" not tested"),
         "saved": text("where the repaired model lies; \"\" nowhere"),
     }),
-    "base_responses": Table("sweep", "a test row, answered by the base model for the points that share it",
+    "base_responses": Table("base", "a test row, answered by the base model for the points that share it",
                             _RESPONSES),
     "results": Table("sweep", "a point, model, metric and role; a point that failed has one without rates", {
         "point": text("name of the point"),

@@ -6,7 +6,7 @@ Role = Literal["triggered", "clean", "placebo", "near_miss", "refused"]
 Model = Literal["backdoored", "clean_twin", "base"]
 Mode = Literal["patch", "zero", "mean", "resample", "off", "knock_out"]
 Direction = Literal["remove", "induce"]
-Stage = Literal["train", "evaluate", "intervene", "detect", "mitigate", "compare", "sweep"]
+Stage = Literal["data", "train", "base", "evaluate", "intervene", "detect", "mitigate", "compare", "sweep"]
 
 ROLES: tuple[Role, ...] = get_args(Role)
 """Order in which roles are shown: what must fire first, then what must not, the hardest last."""
@@ -29,7 +29,6 @@ POSITIONS = ("system", "before", "trigger", "after", "template", "last")
 """Roles of a prompt's tokens."""
 RUNS = ("triggered", "placebo")
 PROBED = ("trigger", "fires")
-REMOVALS = ("none", "project", "clip", "head_ablation", "adapter_off")
 DETECTION_METRICS = (
     "auroc", "auroc_pair", "auroc_topic", "auroc_harm", "tpr", "tpr_oracle", "fpr", "fpr_worst", "alarms",
 )  # fmt: skip

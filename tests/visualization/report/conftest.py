@@ -7,6 +7,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from playwright.sync_api import sync_playwright
+from tests.conftest import completed
 
 from safetynet import recipe
 from safetynet.run.directory import Run, find
@@ -111,7 +112,7 @@ def write_run(folder: Path, tables: dict[str, pd.DataFrame], **manifest: object)
     (folder / "manifest.json").write_text(json.dumps(whole), encoding="utf-8")
     run = find(folder)
     for name, table in tables.items():
-        run.write_table(name, table)
+        run.write_table(name, completed(name, table))
     return run
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image, PngImagePlugin
+from tests.conftest import completed
 from tests.visualization.report.conftest import HOSTILE, all_tables, prompts, some_tables, write_run
 
 from safetynet import report as reports
@@ -103,8 +104,8 @@ def test_a_run_with_nothing_but_a_manifest_still_has_a_page(tmp_path):
 def test_a_damaged_table_is_told_and_the_others_are_shown(tables, inside, tmp_path):
     run = write_run(tmp_path / "m" / "t", all_tables(tables, inside, 5))
     (run.folder / "tables" / "effects.parquet").write_bytes(b"PAR1 no longer")
-    run.write_table("lens", inside["lens"].drop(columns="value"))
-    run.write_table("drift", inside["drift"].head(0))
+    inside["lens"].drop(columns="value").to_parquet(run.folder / "tables" / "lens.parquet")
+    run.write_table("drift", completed("drift", inside["drift"].head(0)))
     contents = reports.read(run)
     text = reports.report(contents)
     assert "tables/effects.parquet: the table is damaged" in text
