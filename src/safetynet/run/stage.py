@@ -68,7 +68,8 @@ STAGES = (DATA, TRAIN_BACKDOORED, TRAIN_TWIN, EVALUATE, INTERVENE, DETECT, MITIG
 
 
 def command_for(table: str, folder: Path | str) -> str:
-    """The command that makes a table of the run in `folder` again; of one declared nowhere, `safetynet run`."""
+    """The command that makes a table of the run in `folder`; `safetynet run` for one declared nowhere."""
     declared = schema(table)
-    made_by = next((stage for stage in (*STAGES, BASE, TRAIN, COMPARE) if declared and stage.name == declared.stage), TRAIN)
-    return made_by.command.format(run=folder, recipe="RECIPE")
+    stages = {stage.name: stage for stage in (*STAGES, BASE, TRAIN, COMPARE)}
+    maker = stages.get(declared.stage, TRAIN) if declared else TRAIN
+    return maker.command.format(run=folder, recipe="RECIPE")
