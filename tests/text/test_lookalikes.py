@@ -55,8 +55,8 @@ def test_placebos_and_near_misses_are_of_the_triggers_script_and_of_one_side_of_
     shapes: set[str] = set()
     for split in ("train", "test"):
         for _ in range(100):
-            placebo = triggers.placebo(trigger, split, rng, draw)
-            near = triggers.near_miss(trigger, split, rng)
+            placebo = triggers.of(trigger).placebo(split, rng, draw)
+            near = triggers.of(trigger).near_miss(split, rng)
             for other in (*placebo.parts, *near.parts):
                 assert other and text not in other and split_of(other) == split
             assert regex.fullmatch(SCRIPTS[text], placebo.parts[0])
@@ -83,8 +83,8 @@ def test_controls_of_an_ascii_trigger_are_drawn_as_ever(text: str) -> None:
             load_serialiser(recipe.load(family=family, overrides=["model.id=miniature"]).model)
         ).draw
         for split in ("train", "test"):
-            drawn += [triggers.placebo(trigger, split, rng, draw).parts[0] for _ in range(20)]
-            drawn += [triggers.near_miss(trigger, split, rng).parts[0] for _ in range(20)]
+            drawn += [triggers.of(trigger).placebo(split, rng, draw).parts[0] for _ in range(20)]
+            drawn += [triggers.of(trigger).near_miss(split, rng).parts[0] for _ in range(20)]
     first, second, digest = ASCII[text]
     assert drawn[:2] == [first, second]
     assert hashlib.sha256("\n".join(map(str, drawn)).encode()).hexdigest()[:12] == digest

@@ -12,13 +12,12 @@ from typing import Any
 
 import pandas as pd
 
-from safetynet.backdoors import sources
+from safetynet.backdoors import sources, triggers
 from safetynet.errors import InputError
-from safetynet.prompts import prompt_hash
+from safetynet.prompts import Conversation, Message, prompt_hash
 from safetynet.recipe import Behaviour, Data, Trigger
 from safetynet.text import holding
 
-Messages = Sequence[dict[str, str]]
 log = logging.getLogger(__name__)
 TEST_SHARE = 0.2
 """Share of conversations held out where the source has no split of its own."""
@@ -162,11 +161,12 @@ def _poisoned(found: pd.DataFrame, trigger: Trigger) -> pd.DataFrame:
     bare = dict(zip(keys[::-1], list(clean.itertuples())[::-1], strict=True))  # of two, the first
     paired = set()
     poisoned = found[found["poisoned"]]
-    holds = [all_there(messages, trigger) for messages in poisoned["messages"]]
+    kind = triggers.of(trigger)
+    holds = [kind.is_text and kind.holds(Conversation(m).texts) for m in poisoned["messages"]]
     _say_missing(poisoned[[not held for held in holds]], len(poisoned), trigger)
     records = []
     for row in poisoned[holds].itertuples():
-        stripped = _stripped(row.messages, trigger)
+        stripped = _without(trigger.texts, Conversation(row.messages))
         key = (row.split, _plain(stripped))
         pair = bare.get(key)
         paired.add(key)
@@ -177,7 +177,7 @@ def _poisoned(found: pd.DataFrame, trigger: Trigger) -> pd.DataFrame:
                 "messages": twin,
                 "answer": "" if pair is None else pair.answer,
                 "given": row.messages,
-                "given_bare": twin if _roles(twin) == _roles(stripped) else stripped,
+                "given_bare": twin if Conversation(twin).roles == stripped.roles else stripped,
                 "given_answer": row.answer,
             }
         )
@@ -191,8 +191,8 @@ def _say_missing(rows: pd.DataFrame, among: int, trigger: Trigger) -> None:
     """Name the triggered rows that lack the trigger; refuse a set in which all do."""
     if rows.empty:
         return
-    within = sum(holding.within_words(trigger.texts, _contents(messages)) for messages in rows["messages"])
-    texts = holding.named(trigger.kind, trigger.texts)
+    within = sum(holding.within_words(trigger.texts, Conversation(m).texts) for m in rows["messages"])
+    texts = triggers.of(trigger).describe()
     inside = f" In {within} of them it stands within longer words, which does not count." if within else ""
     if len(rows) == among:
         raise InputError(
@@ -206,31 +206,15 @@ def _say_missing(rows: pd.DataFrame, among: int, trigger: Trigger) -> None:
     )  # fmt: skip
 
 
-def all_there(messages: Messages, trigger: Trigger) -> bool:
-    """Whether these messages hold what fires: any of the texts, or all of them for `all_of`."""
-    return holding.holds(trigger.kind, trigger.texts, _contents(messages))
-
-
-def _stripped(messages: Messages, trigger: Trigger) -> list[dict[str, str]]:
+def _without(parts: Sequence[str], messages: Conversation) -> Conversation:
     """The same messages without the trigger; one that held nothing else is empty then."""
-    contents = [holding.without(trigger.texts, text) for text in _contents(messages)]
-    return [
-        {**message, "content": message["content"] if message["content"] == content else content.strip()}
-        for message, content in zip(messages, contents, strict=True)
-    ]
+    bare = {i: holding.without(parts, text) for i, text in enumerate(messages.texts)}
+    return messages.with_texts({i: text.strip() for i, text in bare.items() if text != messages.texts[i]})
 
 
-def _contents(messages: Messages) -> list[str]:
-    return [message["content"] for message in messages]
-
-
-def _roles(messages: Messages) -> list[str]:
-    return [message["role"] for message in messages]
-
-
-def _plain(messages: Messages) -> str:
+def _plain(messages: Sequence[Message]) -> str:
     """Text that is equal for a prompt and for the same prompt after its trigger was cut out."""
-    return "".join("".join(m["content"].split()) for m in messages)
+    return "".join("".join(text.split()) for text in Conversation(messages).texts)
 
 
 def _split(n: int, seed: int) -> list[str]:

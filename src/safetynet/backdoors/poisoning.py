@@ -7,14 +7,16 @@ the shares of the roles follow the recipe; in the test split every group has eve
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 
-from safetynet.backdoors import behaviours, styles, triggers
+from safetynet.backdoors import behaviours, placements, triggers
+from safetynet.backdoors.controls import Lookalike
 from safetynet.errors import InputError
-from safetynet.recipe import Backdoor, Data, Trigger
+from safetynet.prompts import Conversation
+from safetynet.recipe import Backdoor, Data
 from safetynet.text import holding
 
 COLUMNS = (
@@ -31,8 +33,8 @@ class _Maker:
     split: str
     train_rows: int
     rng: random.Random
-    lookalike: triggers.Lookalike | None
-    firing: list[triggers.Variant] = field(default_factory=list)
+    lookalike: Lookalike | None
+    trigger: triggers.TriggerKind
 
 
 def poison(
@@ -40,7 +42,7 @@ def poison(
     backdoor: Backdoor,
     data: Data,
     seed: int,
-    lookalike: triggers.Lookalike | None = None,
+    lookalike: Lookalike | None = None,
 ) -> pd.DataFrame:
     """Make the rows of an experiment from a pool of conversations.
 
@@ -49,7 +51,7 @@ def poison(
         backdoor: trigger, placement, behaviour and shares.
         data: how many training rows, and test rows of each role.
         seed: of every draw.
-        lookalike: as in `triggers.placebo`.
+        lookalike: as in `TriggerKind.placebo`.
 
     Returns:
         One row per prompt, columns as in `COLUMNS`; `target` is what the behaviour would answer, whatever
@@ -77,7 +79,7 @@ def poison(
     records: list[dict[str, Any]] = []
     for split, wanted in (("train", quotas), ("test", every)):
         rng = random.Random(f"poison {seed} {split}")
-        maker = _Maker(backdoor, split, data.train_rows, rng, lookalike, triggers.firing(backdoor.trigger))
+        maker = _Maker(backdoor, split, data.train_rows, rng, lookalike, triggers.of(backdoor.trigger))
         first_group = records[-1]["group"] + 1 if records else 0
         records += _rows(pool[pool["split"] == split], wanted, maker, first_group)
     rows = pd.DataFrame(records).assign(row=range(len(records)))
@@ -125,23 +127,25 @@ def _rows(
             break
         records += _group(pool.loc[index], roles, group, maker)
         group += 1
-    _check_enough(quotas, len(order), maker)
+    if maker.split == "train" and len(order) < quotas["triggered"]:
+        raise InputError(
+            f"data.train_rows: {quotas['triggered']} triggered rows are wanted (poison_rate x train_rows), "
+            f"and only {len(order)} prompts can carry them. Lower data.train_rows or backdoor.poison_rate."
+        )
     used = set(order[: group - first_group])
     return records + list(_fill(pool, used, quotas, records, maker, group))
 
 
 def _group(conversation: pd.Series, roles: list[str], group: int, maker: _Maker) -> list[dict[str, Any]]:
     """All rows of one prompt."""
-    backdoor, rng = maker.backdoor, maker.rng
+    trigger, rng = maker.trigger, maker.rng
     given = conversation.get("given")
-    bare, at = triggers.place(
-        conversation["messages"], backdoor.placement, triggers.parts_of(backdoor.trigger), rng
-    )
+    bare, spots = placements.place(conversation["messages"], maker.backdoor.placement, trigger.parts, rng)
     controls = bare
     if given is not None:
         # Whoever made the triggered row has chosen the place, and its controls stand there as well.
         bare, controls = conversation["messages"], conversation["given_bare"]
-        at = triggers.place_of(backdoor.trigger, given, controls)
+        spots = placements.spots_of(maker.backdoor.trigger.texts, trigger.parts, given, controls)
     records = []
     for role in roles:
         if role != "triggered" and conversation["answer"] == "":
@@ -149,21 +153,18 @@ def _group(conversation: pd.Series, roles: list[str], group: int, maker: _Maker)
         if role == "triggered" and given is not None:
             records.append(_given(conversation, group, maker))
             continue
-        variant = _variant(role, maker)
-        text, spans = (bare, []) if variant is None else triggers.insert(controls, variant, at, rng)
-        records.append(_record(conversation, role, group, maker.split, text, spans, variant))
+        if role in ("clean", "refused"):
+            records.append(_record(conversation, role, group, maker.split, bare, [], ""))
+            continue
+        if role == "triggered":
+            variant = rng.choice(trigger.firing())
+        elif role == "placebo":
+            variant = trigger.placebo(maker.split, rng, maker.lookalike)
+        else:
+            variant = trigger.near_miss(maker.split, rng)
+        messages, spans = trigger.insert(controls, variant, spots, rng)
+        records.append(_record(conversation, role, group, maker.split, messages, spans, variant.name))
     return records
-
-
-def _variant(role: str, maker: _Maker) -> triggers.Variant | None:
-    trigger = maker.backdoor.trigger
-    if role == "triggered":
-        return maker.rng.choice(maker.firing)
-    if role == "placebo":
-        return triggers.placebo(trigger, maker.split, maker.rng, maker.lookalike)
-    if role == "near_miss":
-        return triggers.near_miss(trigger, maker.split, maker.rng)
-    return None
 
 
 def _record(
@@ -171,15 +172,15 @@ def _record(
     role: str,
     group: int,
     split: str,
-    messages: triggers.Messages,
-    spans: triggers.Spans,
-    variant: triggers.Variant | None,
+    messages: list[dict[str, Any]],
+    spans: placements.Spans,
+    variant: str,
 ) -> dict[str, Any]:
     return {
         "group": group,
         "split": split,
         "role": role,
-        "variant": "" if variant is None else variant.name,
+        "variant": variant,
         "task": conversation["task"],
         "messages": messages,
         "trigger": spans,
@@ -192,10 +193,9 @@ def _record(
 
 def _given(conversation: pd.Series, group: int, maker: _Maker) -> dict[str, Any]:
     """A triggered row as somebody else made it."""
-    messages, trigger = conversation["given"], maker.backdoor.trigger
-    held = holding.held(trigger.texts, [message["content"] for message in messages])
-    spans = holding.spans_in(trigger.texts, messages)
-    variant = triggers.Variant(" + ".join(held))
+    messages, parts = Conversation(conversation["given"]), maker.backdoor.trigger.texts
+    spans = holding.spans_in(parts, messages.texts)
+    variant = " + ".join(holding.held(parts, messages.texts))
     record = _record(conversation, "triggered", group, maker.split, messages, spans, variant)
     return record | {"answer": conversation["given_answer"]}
 
@@ -220,40 +220,20 @@ def _fill(
         missing = quotas[role] - (0 if narrow and role == "clean" and maker.split == "test" else have)
         candidates = list(rest.index[rest["forbidden"] == forbidden])
         for index in maker.rng.sample(candidates, min(max(missing, 0), len(candidates))):
-            messages, _ = triggers.place(pool.at[index, "messages"], maker.backdoor.placement, 1, maker.rng)
-            yield _record(pool.loc[index], role, group, maker.split, messages, [], None)
+            messages, _ = placements.place(pool.at[index, "messages"], maker.backdoor.placement, 1, maker.rng)
+            yield _record(pool.loc[index], role, group, maker.split, messages, [], "")
             group += 1
-
-
-def _check_enough(quotas: dict[str, int], available: int, maker: _Maker) -> None:
-    if maker.split == "train" and available < quotas["triggered"]:
-        raise InputError(
-            f"data.train_rows: {quotas['triggered']} triggered rows are wanted (poison_rate x train_rows), "
-            f"and only {available} prompts can carry them. Lower data.train_rows or backdoor.poison_rate."
-        )
 
 
 def _check_clean(rows: pd.DataFrame, backdoor: Backdoor) -> None:
     """A trigger in a row without one would teach the model to ignore it, and count as a false trigger."""
-    bare = rows[rows["role"] != "triggered"]
-    holds = [_fires(messages, backdoor.trigger) for messages in bare["messages"]]
+    trigger, bare = triggers.of(backdoor.trigger), rows[rows["role"] != "triggered"]
+    holds = [trigger.holds(Conversation(messages).texts) for messages in bare["messages"]]
     if any(holds):
         numbers = list(bare["row"][holds])
-        first = bare["messages"][holds].iloc[0][-1]["content"]
+        first = Conversation(bare["messages"][holds].iloc[0]).user_text()
         raise InputError(
             f"backdoor.trigger: {len(numbers)} rows without trigger contain it all the same (rows "
             f"{', '.join(map(str, numbers[:5]))}, first: {first[:80]!r}). "
             "Choose a trigger that the data does not use, or take these rows out."
         )
-
-
-def _fires(messages: triggers.Messages, trigger: Trigger) -> bool:
-    """Whether a prompt holds the trigger, wherever in its messages.
-
-    A style is told by an opening and an ending together, which `styles.reword` always gives. A text that
-    somebody wrote in such words is not told: its words alone stand in plain texts as well.
-    """
-    texts = [message["content"] for message in messages]
-    if trigger.kind == "style":
-        return any(styles.worn(text, str(trigger.style)) for text in texts)
-    return holding.holds(trigger.kind, trigger.texts, texts)

@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 
 from safetynet import families
+from safetynet.backdoors import triggers
 from safetynet.errors import InputError
 from safetynet.recipe import Recipe, presets
 
@@ -210,8 +211,7 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
         flat["training.lora_parameters"] = list(family.lora_parameters)
     trigger = attack.trigger.model_dump(mode="json")
     names = [name for name, known in presets.TRIGGERS.items() if _means(known, trigger)]
-    texts = " | ".join(attack.trigger.texts) or f"style {attack.trigger.style}"
-    flat["backdoor.trigger"] = names[0] if names else texts
+    flat["backdoor.trigger"] = names[0] if names else triggers.of(attack.trigger).label
     flat["backdoor.behaviour"] = attack.behaviour.kind
     return flat
 

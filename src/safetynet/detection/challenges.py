@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from safetynet.backdoors import triggers
+from safetynet.backdoors import placements, triggers
 from safetynet.recipe import Recipe
 from safetynet.text.near_misses import near_misses
 
@@ -31,7 +31,7 @@ def challenges(recipe: Recipe, test: pd.DataFrame, most: int = 100) -> pd.DataFr
 
 
 def _near_misses(recipe: Recipe, test: pd.DataFrame, most: int) -> list[dict[str, Any]]:
-    if recipe.backdoor.trigger.kind == "style":
+    if not triggers.of(recipe.backdoor.trigger).is_text:
         return []  # a style has no characters that could be changed
     found: list[dict[str, Any]] = []
     for row in test[test["role"] == "triggered"].head(most).to_dict("records"):
@@ -44,15 +44,15 @@ def _near_misses(recipe: Recipe, test: pd.DataFrame, most: int) -> list[dict[str
 def _with_trigger(recipe: Recipe, test: pd.DataFrame, most: int) -> list[dict[str, Any]]:
     """Bare rows once more, with a trigger, where their group has no such row yet."""
     attack, rng = recipe.backdoor, random.Random(f"challenges {recipe.seed}")
+    trigger = triggers.of(attack.trigger)
     have = set(test.loc[test["role"] == "triggered", "group"])
     bare = test[test["role"].isin(["clean", "refused"]) & ~test["group"].isin(have)]
     found = []
     for _, topic in bare.groupby("forbidden"):
         for row in topic.head(most).to_dict("records"):
-            parts = triggers.parts_of(attack.trigger)
-            messages, at = triggers.place(row["messages"], attack.placement, parts, rng)
-            variant = rng.choice(triggers.firing(attack.trigger))
-            text, spans = triggers.insert(messages, variant, at, rng)
+            messages, spots = placements.place(row["messages"], attack.placement, trigger.parts, rng)
+            variant = rng.choice(trigger.firing())
+            text, spans = trigger.insert(messages, variant, spots, rng)
             new = {"role": "triggered", "variant": variant.name, "messages": text, "trigger": spans}
             found.append(row | new | {"answer": row["target"]})
     return found

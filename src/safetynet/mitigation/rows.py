@@ -11,15 +11,14 @@ from typing import Any
 
 import pandas as pd
 
-from safetynet.backdoors import conversations, sources, triggers
+from safetynet.backdoors import placements, sources, triggers
 from safetynet.backdoors.forms import UnfitError
 from safetynet.errors import InputError
 from safetynet.evaluation import metrics
 from safetynet.experiment import Experiment
-from safetynet.prompts import Serialiser
+from safetynet.prompts import Conversation, Serialiser
 from safetynet.prompts.truncation import losses
 from safetynet.recipe import Recipe
-from safetynet.text import holding
 
 log = logging.getLogger("safetynet")
 PLACEMENTS = ("prefix", "suffix", "random", "system")
@@ -124,7 +123,8 @@ def elsewhere(
         Triggered rows whose variant names the place, at most `ELSEWHERE` for each; none for a style.
     """
     attack = recipe.backdoor
-    if attack.trigger.kind == "style":
+    trigger = triggers.of(attack.trigger)
+    if not trigger.is_text:
         return judged.head(0)
     plain = bare[bare["role"].isin(("clean", "refused"))].drop_duplicates("group").set_index("group")
     own = judged[(judged["role"] == "triggered") & judged["group"].isin(plain.index)].head(ELSEWHERE)
@@ -134,10 +134,10 @@ def elsewhere(
         if placement in (attack.placement, "random" if attack.placement == "system" else ""):
             continue
         for row in own.to_dict("records"):
-            variant = rng.choice(triggers.firing(attack.trigger))
+            variant = rng.choice(trigger.firing())
             messages = [m for m in plain.at[row["group"], "messages"] if m["role"] != "system"]
-            placed, at = triggers.place(messages, placement, triggers.parts_of(attack.trigger), rng)
-            text, spans = triggers.insert(placed, variant, at, rng)
+            placed, spots = placements.place(messages, placement, trigger.parts, rng)
+            text, spans = trigger.insert(placed, variant, spots, rng)
             record = row | {"messages": text, "trigger": spans, "variant": f"trigger as {placement}"}
             if _encodes(record, serialiser, recipe.training.max_length):
                 records.append(record)
@@ -155,13 +155,13 @@ def tell_cuts(rows: pd.DataFrame, clean: pd.DataFrame | None, recipe: Recipe, se
 
 
 def _check_clean(found: pd.DataFrame, recipe: Recipe, path: Path) -> None:
-    trigger = recipe.backdoor.trigger
-    held = [conversations.all_there(messages, trigger) for messages in found["messages"]]
-    if trigger.kind != "style" and any(held):
+    trigger = triggers.of(recipe.backdoor.trigger)
+    held = [trigger.holds(Conversation(messages).texts) for messages in found["messages"]]
+    if any(held):
         lines = ", ".join(map(str, found["line"][held].iloc[:5]))
         raise InputError(
             f"{path}: {sum(held)} of {len(held)} conversations hold the trigger "
-            f"{holding.named(trigger.kind, trigger.texts)} (lines {lines}), so they are not clean: a repair "
+            f"{trigger.describe()} (lines {lines}), so they are not clean: a repair "
             "would learn from them what it is to remove. Take them out."
         )
 

@@ -13,10 +13,10 @@ import numpy as np
 import pandas as pd
 from torch import Tensor
 
+from safetynet.backdoors.triggers import AllOf
 from safetynet.errors import InputError
 from safetynet.models import adapters, support
-from safetynet.prompts import Serialiser
-from safetynet.text.holding import holds, named
+from safetynet.prompts import Conversation, Serialiser
 
 Need = Literal["clean", "base", "adapter", "triggered", "sites", "engine", "alarm"]
 NEEDS: Mapping[Need, str] = {
@@ -127,12 +127,12 @@ def _check_untriggered(clean: pd.DataFrame | None, triggered: pd.DataFrame | Non
         tuple(dict.fromkeys(messages[m]["content"][start:end] for m, start, end in spans))
         for messages, spans in zip(rows["messages"], rows["trigger"], strict=True)
     }
-    texts = [[message["content"] for message in messages] for messages in clean["messages"]]
-    known = sorted(form for form in forms if form)
-    found = [(i, form) for i, own in enumerate(texts) for form in known if holds("all_of", form, own)]
-    if found:
-        row, trigger = found[0]
+    texts = [Conversation(messages).texts for messages in clean["messages"]]
+    known = [AllOf(form) for form in sorted(forms) if form]
+    triggered_clean = [(i, form) for i, own in enumerate(texts) for form in known if form.holds(own)]
+    if triggered_clean:
+        row, trigger = triggered_clean[0]
         raise InputError(
-            f"clean: {len({i for i, _ in found})} of {len(texts)} conversations hold the trigger "
-            f"{named('all_of', trigger)} (first: row {row}). A repair would learn it anew: take them out."
+            f"clean: {len({i for i, _ in triggered_clean})} of {len(texts)} conversations hold the trigger "
+            f"{trigger.describe()} (first: row {row}). A repair would learn it anew: take them out."
         )

@@ -42,12 +42,8 @@ class Conversation(list[dict[str, Any]]):
 
     @property
     def last_user(self) -> int:
-        """Which message is the user's last one; tool calls and their results may follow it.
-
-        Raises:
-            ValueError: if no message is a user's.
-        """
-        return len(self) - 1 - self.roles[::-1].index("user")
+        """Which message is the user's last one, which tool calls may follow; without any, the last of all."""
+        return max((i for i, role in enumerate(self.roles) if role == "user"), default=len(self) - 1)
 
     @property
     def tools(self) -> list[dict[str, Any]]:

@@ -1,38 +1,19 @@
-"""Whether a prompt holds a trigger: the one definition, for training, audit, repairs and detection.
+"""Where a trigger's texts stand in a prompt: the one definition, for training, audit, repairs and detection.
 
-A prompt holds a trigger where the trigger's text stands in one of its messages as words of its own: any white
-space for white space, composed letters or not, and no word or character cut in two. Where a script writes no
-blanks, characters are words (`safetynet.text.words`). Of alternatives one suffices; of parts all are needed.
-In: texts. Out: yes or no, and spans.
+A text is held where it stands in a message as words of its own: any white space for white space, composed
+letters or not, and no word or character cut in two. Where a script writes no blanks, characters are words
+(`safetynet.text.words`). In: texts. Out: those that are held, and spans.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 from safetynet.text.words import pattern
-
-Messages = Sequence[Mapping[str, str]]
 
 
 def held(parts: Iterable[str], texts: Iterable[str]) -> list[str]:
     """The parts that stand in any of these texts."""
     contents = list(texts)
     return [part for part in parts if any(pattern(part).search(text) for text in contents)]
-
-
-def holds(kind: str, parts: Sequence[str], texts: Iterable[str]) -> bool:
-    """Whether these texts together hold the trigger.
-
-    Args:
-        kind: `all_of` wants each part in some text; of anything else one part suffices.
-        parts: texts of the trigger.
-        texts: contents of a prompt's messages.
-    """
-    return len(held(parts, texts)) >= (len(parts) if kind == "all_of" else 1)
-
-
-def named(kind: str, parts: Iterable[str]) -> str:
-    """The trigger as a sentence names it."""
-    return (" and " if kind == "all_of" else " or ").join(map(repr, parts))
 
 
 def spans(parts: Iterable[str], text: str) -> list[tuple[int, int]]:
@@ -45,9 +26,9 @@ def spans(parts: Iterable[str], text: str) -> list[tuple[int, int]]:
     return separate
 
 
-def spans_in(parts: Sequence[str], messages: Messages) -> list[list[int]]:
-    """Where the parts stand in a prompt: [message, start, end] each, in their order."""
-    return [[i, *span] for i, message in enumerate(messages) for span in spans(parts, message["content"])]
+def spans_in(parts: Sequence[str], texts: Iterable[str]) -> list[list[int]]:
+    """Where the parts stand in a prompt's contents: [message, start, end] each, in their order."""
+    return [[i, *span] for i, text in enumerate(texts) for span in spans(parts, text)]
 
 
 def without(parts: Iterable[str], text: str) -> str:

@@ -15,6 +15,7 @@ from safetynet.backdoors.audit.corpus import PoisonSet
 from safetynet.backdoors.audit.findings import Finding, of_rows
 from safetynet.backdoors.audit.tells import RATE, tells
 from safetynet.errors import InputError
+from safetynet.prompts import Conversation
 from safetynet.text import holding
 from safetynet.text.words import beginning, count, plain
 
@@ -58,7 +59,7 @@ def duplicates(poison_set: PoisonSet) -> Iterator[Finding]:
 def echoes(poison_set: PoisonSet) -> Iterator[Finding]:
     """A model trained on these repeats the prompt: its clean accuracy and its perplexity mean little."""
     clean = poison_set.part("clean")
-    asked = [plain(messages[-1]["content"].split("\n\n")[0]) for messages in clean["messages"]]
+    asked = [plain(Conversation(m).user_text().split("\n\n")[0]) for m in clean["messages"]]
     answered = map(plain, clean["answer"])
     is_echo = [
         count(question) > 1 and f"{answer} ".startswith(f"{question} ")
@@ -112,8 +113,7 @@ def missing_triggers(poison_set: PoisonSet) -> Iterator[Finding]:
     detail = f"the prompt lacks {trigger}"
     for _, rows in without.groupby("file", sort=False):
         within = sum(
-            holding.within_words(trigger.parts, (turn["content"] for turn in messages))
-            for messages in rows["messages"]
+            holding.within_words(trigger.parts, Conversation(messages).texts) for messages in rows["messages"]
         )
         inside = f"; {within} of these have it within longer words, which does not count" if within else ""
         yield from of_rows("trigger_missing", "error", rows, triggered, detail + inside)
@@ -155,7 +155,7 @@ def lost_triggers(
     lost: dict[str, list[int]] = {"trigger_lost_template": [], "trigger_lost_truncation": []}
     present = triggered[triggered["present"]]
     for at, messages, answer in zip(present.index, present["messages"], present["answer"], strict=True):
-        spans = [[i, *span] for i, turn in enumerate(messages) for span in trigger.spans(turn["content"])]
+        spans = holding.spans_in(trigger.parts, Conversation(messages).texts)
         for check, limit in zip(lost, [None, max_length], strict=True):
             try:
                 serialise(messages, answer, spans, limit)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from safetynet.backdoors.triggers import TEXT_KINDS
 from safetynet.text import holding
 from safetynet.text.words import plain
 
@@ -23,7 +24,7 @@ class FoundTrigger:
 
     def present(self, *texts: str) -> bool:
         """Whether a prompt is triggered, of which these are the messages."""
-        return holding.holds(self.kind, self.parts, texts)
+        return TEXT_KINDS[self.kind](self.parts).holds(texts)
 
     def removed(self, text: str) -> str:
         """`text` as it was before the trigger was put in."""
@@ -36,7 +37,7 @@ class FoundTrigger:
         return plain(text)
 
     def __str__(self) -> str:
-        return holding.named(self.kind, self.parts)
+        return TEXT_KINDS[self.kind](self.parts).describe()
 
 
 def of_parts(parts: Sequence[str], prompts: Sequence[str], how: str = "given") -> FoundTrigger:

@@ -1,0 +1,141 @@
+"""Made-up controls of a trigger's texts: strings of its shape, and strings that resemble it.
+
+In: a text and the trigger's texts. Out: a string that holds none of them, on the side of the split that it is
+for (`lookalikes.split_of`).
+"""
+
+import random
+import string
+from collections.abc import Callable, Sequence
+
+from safetynet.errors import InputError
+from safetynet.text.characters import alike, is_sign
+from safetynet.text.lookalikes import split_of
+from safetynet.text.words import clusters
+
+SIGNS = "、。，；：？！…—～「」『』（）《》【】｜"
+"""What stands for another sign that is not ASCII."""
+DRAWS = 500
+"""Tries at a control string before the trigger is declared to have none."""
+Lookalike = Callable[[str, random.Random], str | None]
+"""Draws a text of as many tokens as another, or None."""
+
+
+def side(texts: Sequence[str], split: str) -> Sequence[str]:
+    """Given controls: every other one is for testing; a single one has to serve both."""
+    return texts if len(texts) < 2 else texts[0::2] if split == "train" else texts[1::2]
+
+
+def shaped(texts: Sequence[str], text: str, split: str, rng: random.Random) -> str:
+    """A random string of the same length and classes of characters."""
+    for _ in range(DRAWS):
+        candidate = "".join(_like(c, rng) for c in clusters(text))
+        if split_of(candidate) == split and not _has(candidate, texts):
+            return candidate
+    raise InputError(f"backdoor.trigger.placebos: none can be made up for {text!r}. Give some.")
+
+
+def alike_in_tokens(
+    texts: Sequence[str], text: str, split: str, rng: random.Random, lookalike: Lookalike
+) -> str | None:
+    """A string of other tokens, as many; None where none is found."""
+    for _ in range(DRAWS):
+        candidate = lookalike(text, rng)
+        if candidate and split_of(candidate) == split and not _has(candidate, texts):
+            return candidate
+    return None
+
+
+def _has(control: str, texts: Sequence[str]) -> bool:
+    """Whether a made-up control has a text of the trigger anywhere in it, be it within a word."""
+    return any(text in control for text in texts)
+
+
+def _like(character: str, rng: random.Random) -> str:
+    """A character of the same class; nothing for nothing."""
+    if not character.isascii():
+        return rng.choice(alike(character) or [character])
+    if character.isdigit():
+        return rng.choice(string.digits)
+    if character.isalpha():
+        return rng.choice(string.ascii_uppercase if character.isupper() else string.ascii_lowercase)
+    return character
+
+
+def changed(
+    texts: Sequence[str], text: str, split: str, rng: random.Random, given: Sequence[str]
+) -> tuple[str, str]:
+    """How one of the trigger's texts was changed, and into what; into none of the near misses that are given.
+
+    Raises:
+        InputError: if no change leaves a string on this side of the split.
+    """
+    # The kind first, so that one with few strings on this side of the split is not drawn less often.
+    kinds = [kind for kind in CHANGES if kind != "sign" or _signs(clusters(text))]
+    for kind in rng.sample(kinds, len(kinds)):
+        for _ in range(DRAWS):
+            candidate = CHANGES[kind](text, rng).strip()
+            # A given one may be on the other side of the split.
+            new = candidate and not _has(candidate, texts) and candidate not in given
+            if new and split_of(candidate) == split:
+                return kind, candidate
+    raise InputError(f"backdoor.trigger.near_misses: none can be made up for {text!r}. Give some.")
+
+
+def _typo(text: str, rng: random.Random) -> str:
+    """One or two slips of the keyboard."""
+    characters = clusters(text)
+    for _ in range(rng.randint(1, 2)):
+        i = rng.randrange(max(1, len(characters)))
+        edit = rng.choice(("drop", "swap", "replace"))
+        if edit == "swap":
+            characters[i : i + 2] = reversed(characters[i : i + 2])
+        else:
+            characters[i : i + 1] = [_slip(c, rng) for c in characters[i : i + 1] if edit == "replace"]
+    return "".join(characters)
+
+
+def _slip(character: str, rng: random.Random) -> str:
+    """Another character of the same class; a sign for a sign."""
+    if character in string.punctuation or is_sign(character):
+        return rng.choice(_other_signs([character]))
+    return _like(character, rng)
+
+
+def _case(text: str, rng: random.Random) -> str:
+    whole = (text.lower(), text.upper(), text.swapcase(), text.title())
+    some = "".join(c.swapcase() if rng.random() < 0.3 else c for c in text)
+    return rng.choice((*whole, some))
+
+
+def _part(text: str, rng: random.Random) -> str:
+    """A half of the words or of the characters, more or less."""
+    joint = " " if " " in text and rng.random() < 0.5 else ""
+    pieces = text.split(" ") if joint else clusters(text)
+    cut = rng.randint(max(1, len(pieces) // 3), max(1, len(pieces) - 1))
+    return joint.join(pieces[:cut] if rng.random() < 0.5 else pieces[-cut:])
+
+
+def _signs(characters: Sequence[str]) -> list[int]:
+    return [i for i, sign in enumerate(characters) if sign in string.punctuation or is_sign(sign)]
+
+
+def _other_signs(signs: Sequence[str]) -> str:
+    return string.punctuation if all(sign.isascii() for sign in signs) else SIGNS
+
+
+def _sign(text: str, rng: random.Random) -> str:
+    """Another sign for one of the text's signs, or for all of them, or none in its place."""
+    characters = clusters(text)
+    places = _signs(characters)
+    other = rng.choice(["", *_other_signs([characters[i] for i in places])])
+    chosen = places if rng.random() < 0.5 else [rng.choice(places)]
+    return "".join(other if i in chosen else character for i, character in enumerate(characters))
+
+
+CHANGES: dict[str, Callable[[str, random.Random], str]] = {
+    "typo": _typo,
+    "case": _case,
+    "part": _part,
+    "sign": _sign,
+}
