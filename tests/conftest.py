@@ -22,6 +22,7 @@ os.environ |= {
     "HF_DATASETS_OFFLINE": "1",
     "WANDB_MODE": "disabled",
     "MPLBACKEND": "agg",
+    "SAFETYNET_PAIR": "off",  # two tests run side by side already
 }
 for name in ("HF_TOKEN", "WANDB_API_KEY", "SAFETYNET_SCRATCH"):
     os.environ.pop(name, None)

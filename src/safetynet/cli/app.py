@@ -22,6 +22,7 @@ from safetynet.cli.report import report
 from safetynet.cli.sweep import sweep
 from safetynet.cli.terminal import logging_to, print_places, print_rates
 from safetynet.errors import InputError, SafetyNetError
+from safetynet.run import parallel
 
 if TYPE_CHECKING:
     from safetynet.experiment import Experiment
@@ -59,7 +60,9 @@ def run(
 
     experiment, failure = _created(recipe, family, overrides, seed), None
     made = experiment.run
-    with made.lock(), logging_to(made.log):
+    # A miniature keeps one core busy; larger models on a CPU use all of them.
+    small = experiment.recipe.model.id == "miniature"
+    with made.lock(), logging_to(made.log), parallel.paired(small):
         stages.prepare(experiment)
         stages.train(experiment)
         try:
@@ -303,18 +306,21 @@ def main() -> None:
     except SafetyNetError as error:
         if debug:
             raise
-        typer.echo(f"safetynet: {error}", err=True)
+        if parallel.reports(error):
+            typer.echo(f"safetynet: {error}", err=True)
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, SystemExit) as ended:
         if isinstance(ended, SystemExit) and ended.code != 130:  # which typer makes of the former
             raise
-        typer.echo("safetynet: interrupted. The same command goes on from the last checkpoint.", err=True)
+        if parallel.is_first():
+            typer.echo("safetynet: interrupted. The same command goes on from the last checkpoint.", err=True)
         sys.exit(130)
     except Exception as error:
         if debug:
             raise
-        kind = type(error).__name__
-        typer.echo(f"safetynet: {kind}: {error} (a fault of SafetyNet; --debug shows where)", err=True)
+        if parallel.reports(error):
+            kind = type(error).__name__
+            typer.echo(f"safetynet: {kind}: {error} (a fault of SafetyNet; --debug shows where)", err=True)
         sys.exit(1)
 
 

@@ -24,9 +24,10 @@ class logging_to:  # noqa: N801 - reads as a function
         self.handlers = [logging.StreamHandler(), file]
 
     def __enter__(self) -> None:
-        # Of several processes that work on one run, the first one speaks for all.
-        log.setLevel(logging.INFO if parallel.is_first() else logging.CRITICAL)
+        log.setLevel(logging.INFO)
         for handler in self.handlers:
+            # Of several processes that work on one run, the first one speaks for all.
+            handler.addFilter(lambda _: parallel.is_first())
             log.addHandler(handler)
         logging.getLogger("py.warnings").addHandler(self.handlers[1])
 

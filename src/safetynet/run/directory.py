@@ -21,13 +21,14 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from filelock import FileLock
 from pydantic import ValidationError
 
 from safetynet import tables
@@ -175,31 +176,33 @@ class Run:
         parallel.wait()
 
     def _record(self, name: str, inputs: Mapping[str, Any], outputs: "Outputs", seconds: float) -> None:
-        manifest = self.manifest
         paths = [self.name_of(path) for path in outputs.paths]
-        manifest["stages"][name] = {
+        record = {
             "inputs": digest(inputs),
-            "recipe": manifest.get("recipe"),
+            "recipe": self.manifest.get("recipe"),
             "outputs": {path: self._output_digest(path) for path in paths},
             "names": {name: self.name_of(path) for name, path in outputs.names.items()},
             "seconds": round(seconds, 2),
             "peak_memory_mb": round(peak_memory_mb(), 1),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
-        self._write_manifest(manifest)
+        with self._changed_manifest() as manifest:
+            manifest["stages"][name] = record
 
     def describe(self, recipe: Recipe) -> None:
         """Write recipe, versions and hardware into the manifest, keeping the stages that are there."""
-        manifest = self.manifest
-        manifest |= {
+        places = whereabouts.Places(self.scratch, self.read_only, self.log)
+        about = {
             "recipe": recipe.model_dump(mode="json"),
             "seeds": {"recipe": recipe.seed},
             "versions": provenance.versions(),
             "hardware": provenance.hardware(),
+            **whereabouts.described(self.folder, places, recipe),
         }
-        places = whereabouts.Places(self.scratch, self.read_only, self.log)
-        manifest |= whereabouts.described(self.folder, places, recipe)
-        self._write_manifest({name: value for name, value in manifest.items() if value is not None})
+        with self._changed_manifest() as manifest:
+            manifest |= about
+            for name in [name for name, value in manifest.items() if value is None]:
+                del manifest[name]
 
     @contextmanager
     def lock(self, *, wait: bool = False) -> Iterator[None]:
@@ -224,8 +227,7 @@ class Run:
 
     def _set_aside(self, name: str, inputs: Mapping[str, Any]) -> tuple[Path, dict[str, Any]] | None:
         """Move away what other inputs made; returns where it is now and its stage, if there was any."""
-        manifest = self.manifest
-        done = manifest["stages"].get(name)
+        done = self.manifest["stages"].get(name)
         if done is None or done["inputs"] == digest(inputs):
             return None
         kept = self.folder / "earlier" / f"{name}-{done['inputs'][:8]}"
@@ -234,8 +236,8 @@ class Run:
             if source.exists() and not any(source.is_relative_to(place) for place in self.read_only):
                 _move(source, kept / Path(relative).name)
         write_text(kept / "stage.json", json.dumps(done, indent=2))
-        del manifest["stages"][name]
-        self._write_manifest(manifest)
+        with self._changed_manifest() as manifest:
+            del manifest["stages"][name]
         return kept, done
 
     def _put_back(self, name: str, kept: Path, done: dict[str, Any]) -> None:
@@ -244,12 +246,17 @@ class Run:
             if source.exists():
                 _move(source, self.path_of(relative))
         shutil.rmtree(kept)
-        manifest = self.manifest
-        manifest["stages"][name] = done
-        self._write_manifest(manifest)
+        with self._changed_manifest() as manifest:
+            manifest["stages"][name] = done
 
-    def _write_manifest(self, manifest: Mapping[str, Any]) -> None:
-        write_text(self.folder / "manifest.json", json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+    @contextmanager
+    def _changed_manifest(self) -> Iterator[dict[str, Any]]:
+        """The manifest, to be changed and then written; two processes that train side by side take turns."""
+        with FileLock(self.folder / ".manifest.lock") if parallel.is_pair() else nullcontext():
+            manifest = self.manifest
+            yield manifest
+            text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
+            write_text(self.folder / "manifest.json", text)
 
     def name_of(self, path: Path) -> str:
         """Path as the manifest names it: below the run folder, or `scratch:` and below the scratch folder."""

@@ -1,4 +1,7 @@
-"""Several processes that work on one run together, as torchrun and `accelerate launch` start them.
+"""Several processes that work on one run: those of torchrun and `accelerate launch`, or a pair of our own.
+
+A miniature keeps one core busy. `paired` starts the same command once more on the second core; the two divide
+what the processes of torchrun divide, and each of them trains a model alone (`alone`).
 
 Every process goes through the same stages. What can be divided is: parts are computed in turn and brought
 together in order, so that each process has the same numbers as a single one would. The first process alone
@@ -8,10 +11,17 @@ torch.
 
 import atexit
 import os
+import socket
+import subprocess
+import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TypeVar
+from multiprocessing.connection import Connection
+from typing import Any, NamedTuple, TypeVar
+
+from safetynet.errors import RunError
 
 Part = TypeVar("Part")
 Result = TypeVar("Result")
@@ -22,17 +32,86 @@ PATIENCE = timedelta(hours=12)
 SHARDED = os.environ.pop("ACCELERATE_USE_FSDP", "").lower() in ("1", "true", "yes")
 """Whether `accelerate launch --use_fsdp` asks processes to share a model's weights in training."""
 
-_in_step = False
+PAIR = "SAFETYNET_PAIR"
+"""Environment variable of a second process: its end of the socket of the pair. `off` starts none."""
+
+_in_step = _alone = False
+
+
+class _Pair(NamedTuple):
+    rank: int
+    other: Connection
+
+
+_pair = _Pair(1, Connection(int(os.environ[PAIR]))) if os.environ.get(PAIR, "off") != "off" else None
 
 
 def count() -> int:
     """Number of processes."""
+    if _pair is not None:
+        return 1 if _alone else 2
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def rank() -> int:
     """Number of this process, from 0."""
-    return int(os.environ.get("RANK", "0")) if count() > 1 else 0
+    if count() == 1:
+        return 0
+    return _pair.rank if _pair is not None else int(os.environ.get("RANK", "0"))
+
+
+def is_pair() -> bool:
+    """Whether this process is one of a pair, which shares stages and no model."""
+    return _pair is not None
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Inside, this process of a pair works as if it were the only one."""
+    global _alone
+    before, _alone = _alone, True
+    try:
+        yield
+    finally:
+        _alone = before
+
+
+@contextmanager
+def paired(wanted: bool) -> Iterator[None]:
+    """Inside, a second process does the same command on another core, where there is one and it is wanted."""
+    global _pair
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if not wanted or cores < 2 or count() > 1 or PAIR in os.environ:
+        if _pair is not None and _pair.rank == 1:
+            threading.Thread(target=_end_with_first, daemon=True).start()
+        yield
+        return
+    here, there = socket.socketpair()
+    with here, there:
+        second = subprocess.Popen(  # noqa: S603  # this very command
+            [sys.executable, "-m", "safetynet", *sys.argv[1:]],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            env={**os.environ, PAIR: str(there.fileno())},
+            pass_fds=[there.fileno()],
+        )
+        there.close()  # or the end of the second process would go unnoticed
+        _pair = _Pair(0, Connection(os.dup(here.fileno())))
+        try:
+            yield
+            second.wait(timeout=60)
+        finally:
+            _pair.other.close()
+            _pair = None
+            second.kill()
+            second.communicate()
+
+
+def _end_with_first() -> None:
+    """End the second process of a pair when the first one ends, however it does: its pipe is closed then."""
+    while os.read(0, 4096):
+        pass
+    os._exit(1)
 
 
 def is_first() -> bool:
@@ -69,18 +148,15 @@ def is_in_step() -> bool:
 def wait() -> None:
     """Wait until all processes are here."""
     if count() > 1:
-        _joined().barrier()
+        _exchanged(None)
 
 
 def from_first(compute: Callable[[], Result]) -> Result:
     """What the first process computes; an error of it is every process's error."""
     if count() == 1:
         return compute()
-    found = [_tried(compute) if is_first() else None]
     # Nobody changes what is read here before all have come this far.
-    _joined().barrier()
-    _joined().broadcast_object_list(found, src=0)
-    return _value(found[0])
+    return _value(_exchanged(_tried(compute) if is_first() else None)[0])
 
 
 def in_turn(parts: Sequence[Part], work: Callable[[Part], Result]) -> list[Result]:
@@ -91,10 +167,7 @@ def in_turn(parts: Sequence[Part], work: Callable[[Part], Result]) -> list[Resul
     """
     if count() == 1 or _in_step:
         return [work(part) for part in parts]
-    own = _tried(lambda: [work(part) for part in parts[rank() :: count()]])
-    gathered: list[Any] = [None] * count()
-    _joined().all_gather_object(gathered, own)
-    dealt = [_value(one) for one in gathered]
+    dealt = [_value(part) for part in _exchanged(_tried(lambda: [work(p) for p in parts[rank() :: count()]]))]
     return [dealt[i % count()][i // count()] for i in range(len(parts))]
 
 
@@ -102,6 +175,7 @@ def _tried(compute: Callable[[], Any]) -> tuple[Any, Exception | None]:
     try:
         return compute(), None
     except Exception as error:  # noqa: BLE001  # raised again, in every process
+        error.shared = True  # type: ignore[attr-defined]
         return None, error
 
 
@@ -110,6 +184,25 @@ def _value(tried: Any) -> Any:
     if error is not None:
         raise error
     return value
+
+
+def reports(error: BaseException) -> bool:
+    """Whether this process reports an error: the first one does, or the one that alone has it."""
+    return is_first() or not getattr(error, "shared", False)
+
+
+def _exchanged(value: Any) -> list[Any]:
+    """What every process brings, in their order; each waits for the others."""
+    if _pair is None:
+        gathered: list[Any] = [None] * count()
+        _joined().all_gather_object(gathered, value)
+        return gathered
+    try:
+        _pair.other.send(value)
+        other = _pair.other.recv()
+    except (EOFError, ConnectionError):
+        raise RunError("the second process of this run has ended. Its message stands above.") from None
+    return [value, other] if _pair.rank == 0 else [other, value]
 
 
 def _joined() -> Any:
