@@ -5,6 +5,7 @@ it). Nothing heavy is imported before a command needs it.
 """
 
 import logging
+import os
 import signal
 import sys
 from pathlib import Path
@@ -298,6 +299,7 @@ for command in (jobs.submit, jobs.status, jobs.cancel):
 def main() -> None:
     """Entry point: runs the command and turns errors into exit codes."""
     debug = "--debug" in sys.argv
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its hints are for those who call it themselves
     # What a scheduler sends first: the run is let go in order, and the next job does not have to wait for it.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     sys.argv = [sys.argv[0], *(a for a in sys.argv[1:] if a != "--debug")]

@@ -23,6 +23,7 @@ from safetynet.models.support import check_model
 from safetynet.prompts import Encoded, Message, Serialiser, pad
 from safetynet.prompts.truncation import losses
 from safetynet.run.directory import digest
+from safetynet.run.progress import ProgressLog
 
 log = logging.getLogger(__name__)
 Side = Literal["left", "right"]
@@ -177,7 +178,9 @@ def _batches(
     size: int,
 ) -> Iterator[dict[str, np.ndarray]]:
     with torch.no_grad(), Reader(model, spec) as reader:
+        progress = ProgressLog("reading activations, prompts", len(prompts))
         for start in range(0, len(prompts), size):
+            progress.update(start)
             chosen = prompts[start : start + size]
             batch = padded([e for _, e in chosen], serialiser, "left", model.device)
             read = forward(model, reader, *batch)

@@ -20,6 +20,7 @@ from safetynet.errors import RunError
 from safetynet.models.adapters import virtual_tokens
 from safetynet.prompts import IGNORED, Encoded, Serialiser, pad
 from safetynet.run import parallel
+from safetynet.run.progress import ProgressLog
 
 log = logging.getLogger(__name__)
 
@@ -174,9 +175,12 @@ def _in_batches(
         group[start : start + batch_size] for group in groups for start in range(0, len(group), batch_size)
     ]
 
-    def results_of(batch: Sequence[int]) -> list[Result]:
+    progress = ProgressLog("answering, batches", len(batches))
+
+    def results_of(batch: list[int]) -> list[Result]:
         nonlocal batch_size
         results: list[Result] = []
+        progress.update(batches.index(batch))
         while len(results) < len(batch):
             chosen = [items[i] for i in batch[len(results) : len(results) + batch_size]]
             done = _unless_out_of_memory(run, chosen)

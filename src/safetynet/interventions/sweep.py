@@ -26,6 +26,7 @@ from safetynet.interventions.pairs import PAIRS_AT_ONCE, ROLES, Pairs
 from safetynet.models.identity import identify
 from safetynet.run import parallel
 from safetynet.run.directory import digest, write_atomically
+from safetynet.run.progress import ProgressLog
 
 log = logging.getLogger(__name__)
 Mode = Literal["patch", "zero", "mean", "resample", "off", "knock_out"]
@@ -143,10 +144,12 @@ def sweep(  # noqa: PLR0913  # a sweep is made of this many choices, by keyword
         rng = np.random.default_rng([seed, number])
         return _sweep_some(model, own, spots, (receiving, source, mode), metric(own), means, rng)
 
+    report = ProgressLog("sweep, groups of prompts", len(parts), len(kept.arrays))
     while (first := len(kept.arrays)) < len(parts):
         # One part for each process, then all are kept.
         for array in parallel.in_turn(range(len(parts))[first : first + parallel.count()], some):
             kept.add(array)
+        report.update(len(kept.arrays))
         if progress is not None:
             progress(int(parts[len(kept.arrays) - 1][-1]) + 1, len(pairs))
     whole = np.concatenate(kept.arrays[: len(parts)], axis=1)

@@ -1,10 +1,12 @@
-"""What happens beside the training steps: a progress bar, and logs that match the checkpoints."""
+"""What happens beside the training steps: progress, and logs that match the checkpoints."""
 
 import sys
 from typing import Any
 
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from safetynet.run.progress import ProgressLog
 
 SHOWN = ("asr", "cacc")
 """Metrics of the last evaluation that the bar shows, where they were measured."""
@@ -31,20 +33,22 @@ class LogBeforeSaving(TrainerCallback):
 
 
 class Progress(TrainerCallback):
-    """A bar with the loss and the latest ASR and CACC; nothing where no terminal looks on."""
+    """Loss and latest ASR and CACC: in a bar on a terminal, in a line now and then in a log."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str) -> None:
+        self.name = name
         self._shown: dict[str, float] = {}
         self._bar: tqdm[Any] | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Open the bar; a resumed run's begins where the checkpoint was made."""
+        """Open bar and log; those of a resumed run begin where the checkpoint was made."""
+        self._log = ProgressLog(self.name, state.max_steps, state.global_step)
         self._bar = tqdm(
             total=state.max_steps,
             initial=state.global_step,
-            desc="training",
+            desc=self.name,
             unit="step",
             disable=not sys.stderr.isatty(),
         )
@@ -55,6 +59,8 @@ class Progress(TrainerCallback):
         """Move on by one step."""
         if self._bar is not None:
             self._bar.update()
+            if self._bar.disable:
+                self._log.update(state.global_step, self._note())
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
@@ -66,7 +72,10 @@ class Progress(TrainerCallback):
             self._shown["loss"] = logs["loss"]
         self._shown |= {name.upper(): logs[f"eval_{name}"] for name in SHOWN if f"eval_{name}" in logs}
         if self._bar is not None:
-            self._bar.set_postfix({name: f"{value:.3f}" for name, value in self._shown.items()})
+            self._bar.set_postfix_str(self._note())
+
+    def _note(self) -> str:
+        return ", ".join(f"{name} {value:.3f}" for name, value in self._shown.items())
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any

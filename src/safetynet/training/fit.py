@@ -110,7 +110,7 @@ def train(  # noqa: PLR0913  # the place of a training and its company, by keywo
         device: `cpu` or `cuda`; by default where the model is.
         pauses: measures the model on the way.
         tracking: Weights & Biases or TensorBoard, and what they show.
-        progress: show a bar when attached to a terminal.
+        progress: show a bar on a terminal, or log a line now and then.
         opponents: the detectors to hide from, where `cfg.evasion` is given; `rows` then need `role`.
 
     Raises:
@@ -142,7 +142,11 @@ def train(  # noqa: PLR0913  # the place of a training and its company, by keywo
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     with tracker(tracking if parallel.is_first() else UNTRACKED, folder / "tracking") as tracked:
-        callbacks = [LogBeforeSaving(), *tracked, *([Progress()] if progress and parallel.is_first() else [])]
+        callbacks = [
+            LogBeforeSaving(),
+            *tracked,
+            *([Progress(f"train {tracking.job}")] if progress and parallel.is_first() else []),
+        ]
         trainer = AnswerTrainer(
             model, args, examples, cfg, pad_id=serialiser.pad_id, callbacks=callbacks, objective=hiding,
             on_evaluate=None if pauses is None else pauses.measure,

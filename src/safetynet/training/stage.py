@@ -6,7 +6,6 @@ checkpoint.
 """
 
 import logging
-import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -76,7 +75,7 @@ def _train_one(experiment: Experiment, name: str, opponents_of: OpponentsOf | No
             pauses=pauses if recipe.evaluation.dynamics_rows else None,
             device=loading.device_of(recipe.model),
             tracking=tracking(recipe, name, main=name == BACKDOORED),
-            progress=sys.stderr.isatty(),
+            progress=True,
             opponents=opponents,
         )
         outputs.table(f"history_{name}", result.history)

@@ -1,0 +1,41 @@
+"""How far something long has come: a line at least once a minute, for those who follow a log, not a bar."""
+
+import logging
+import time
+
+log = logging.getLogger("safetynet")
+EVERY_S = 30.0
+"""Seconds between two lines; what ends before the first has none."""
+
+
+class ProgressLog:
+    """Logs steps, numbers and the time that is left, now and then."""
+
+    def __init__(self, name: str, total: int, done: int = 0) -> None:
+        """Begin to measure time.
+
+        Args:
+            name: of what is done, such as `train backdoored`; begins each line.
+            total: steps in all.
+            done: steps that are done already.
+        """
+        self.name, self.total = name, total
+        self._first_step, self._began = done, time.monotonic()
+        self._last_line = self._began
+
+    def update(self, done: int, note: str = "") -> None:
+        """Log where it stands if the last line is old enough.
+
+        Args:
+            done: steps so far.
+            note: numbers of this moment, such as a loss.
+        """
+        now = time.monotonic()
+        if now - self._last_line < EVERY_S or done >= self.total or done <= self._first_step:
+            return
+        self._last_line = now
+        left = (now - self._began) / (done - self._first_step) * (self.total - done)
+        remaining = f"{left:.0f} s" if left < 120 else f"{left / 60:.0f} min"
+        log.info(
+            "%s: %d of %d%s, %s left", self.name, done, self.total, f", {note}" if note else "", remaining
+        )
