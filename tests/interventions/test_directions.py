@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from safetynet.engine.batch import Batch
+from safetynet.engine.edits import Edit, project_out, steer
 from safetynet.engine.hooks import intervening
 from safetynet.engine.metrics import logit_difference
 from safetynet.engine.reading import residuals
@@ -12,11 +13,9 @@ from safetynet.errors import InputError
 from safetynet.interventions.directions import (
     _held_out,
     mean_difference,
-    project,
     random_direction,
     separation,
     steering,
-    subtract,
 )
 from safetynet.interventions.estimates import means
 from safetynet.models.blocks import decoder_layers, hidden_of
@@ -57,15 +56,16 @@ def test_edits_remove_or_subtract_the_direction_in_the_running_model(model, rows
     batch = Batch.of(rows)
     unit, centre = found.unit[1], found.placebo[1]
 
-    def along(edits, layer=1):
-        with intervening(model, edits):
-            return trace(model, batch).value(Site("resid_pre", layer + 1))[batch.mask.bool()] @ unit
+    def along(*changes):
+        with intervening(model, [Edit(Site("resid_post", 1), change) for change in changes]):
+            return trace(model, batch).value(Site("resid_pre", 2))[batch.mask.bool()] @ unit
 
-    before = along([])
-    np.testing.assert_allclose(along(project(unit, [1])), 0, atol=1e-4)
-    np.testing.assert_allclose(along(project(unit, [1], centre)), float(centre @ unit), atol=1e-4)
-    np.testing.assert_allclose(along(subtract(2 * unit, 1)), before - 2, atol=1e-4)
-    assert [edit.site.layer for edit in project(unit, [0, 2])] == [0, 2]
+    before = along()
+    np.testing.assert_allclose(along(project_out(unit)), 0, atol=1e-4)
+    np.testing.assert_allclose(along(project_out(unit, centre)), float(centre @ unit), atol=1e-4)
+    half = (before + centre @ unit) / 2
+    np.testing.assert_allclose(along(project_out(unit, centre, share=0.5)), half, atol=1e-4)
+    np.testing.assert_allclose(along(steer(2 * unit, -1)), before - 2, atol=1e-4)
 
 
 def test_steering_is_the_metrics_change_in_the_running_model(model, rows):
@@ -101,7 +101,7 @@ def test_a_direction_without_length_and_too_few_groups_are_refused(build, rows):
     found = mean_difference(build("qwen"), rows, rows)
     assert (found.unit == 0).all()
     with pytest.raises(InputError, match="the direction has no length"):
-        project(found.unit[0], [0])
+        project_out(found.unit[0])
     with pytest.raises(InputError, match="3 groups are too few"):
         separation(build("qwen"), rows[:3], rows[:3])
     with pytest.raises(InputError, match="positions: 1 lists for 6 prompts"):

@@ -76,14 +76,18 @@ def steer(direction: Tensor, strength: float) -> Change:
     return lambda x: x + strength * direction.to(x)
 
 
-def project_out(direction: Tensor, centre: Tensor | None = None) -> Change:
-    """Remove the component along a direction; with `centre`, (width,), set it to that of the centre."""
-    unit = direction / direction.norm()
+def project_out(direction: Tensor, centre: Tensor | None = None, share: float = 1.0) -> Change:
+    """Remove `share` of the component along a direction; with `centre`, (width,), set it to the centre's.
+
+    Raises:
+        InputError: if the direction has no length.
+    """
+    unit = _unit("project_out", direction)
 
     def change(x: Tensor) -> Tensor:
         along = unit.to(x)
         off = x if centre is None else x - centre.to(x)
-        return x - (off @ along)[:, None] * along
+        return x - share * (off @ along)[:, None] * along
 
     return change
 
@@ -92,8 +96,11 @@ def clip(direction: Tensor, centre: Tensor, most: float) -> Change:
     """Where the component along a direction exceeds the centre's by more than `most`, set it to the centre's.
 
     What has little of the direction, as clean prompts do, is left as it is.
+
+    Raises:
+        InputError: if the direction has no length.
     """
-    unit = direction / direction.norm()
+    unit = _unit("clip", direction)
 
     def change(x: Tensor) -> Tensor:
         along = unit.to(x)
@@ -101,6 +108,12 @@ def clip(direction: Tensor, centre: Tensor, most: float) -> Change:
         return x - torch.where(excess > most, excess, torch.zeros_like(excess))[:, None] * along
 
     return change
+
+
+def _unit(change: str, direction: Tensor) -> Tensor:
+    if not direction.norm() > 0:
+        raise InputError(f"{change}: the direction has no length. Are the two runs the same?")
+    return direction / direction.norm()
 
 
 def reroute(expert: int, to: int) -> Change:

@@ -1,13 +1,11 @@
-"""Directions of the residual stream that tell triggered from placebo runs, and edits along them.
+"""Directions of the residual stream that separate triggered from placebo runs.
 
-In: prompts of both runs. Out: a direction per layer, a table of how far the runs lie apart along it, and
-edits that remove or subtract it. That a direction tells two runs apart does not make it the cause: the edits
-test that.
+In: prompts of both runs. Out: a direction per layer, a table of how far the runs lie apart along it, and what
+adding it does. That a direction separates two runs does not make it the cause: `project_out`, `clip` and
+`steer` of the engine test that.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,16 +13,15 @@ import torch
 from torch import Tensor
 
 from safetynet.engine.batch import BATCH_TOKENS, Prompts, check_pairs
-from safetynet.engine.edits import Edit, project_out, steer
+from safetynet.engine.edits import Edit, steer
 from safetynet.engine.metrics import Metric
-from safetynet.engine.reading import residuals
+from safetynet.engine.reading import Positions, residuals
 from safetynet.engine.runs import Progress, metric_changes
 from safetynet.engine.sites import Site
 from safetynet.errors import InputError
 from safetynet.interventions.estimates import estimates
 from safetynet.models.blocks import decoder_layers
-
-Positions = Sequence[Sequence[int]] | None
+from safetynet.models.causal_lm import CausalLM
 
 
 @dataclass(frozen=True)
@@ -42,17 +39,17 @@ class Directions:
 
 
 def mean_difference(
-    model: Any,
+    model: CausalLM,
     triggered: Prompts,
     placebo: Prompts,
-    positions: Positions = None,
+    positions: Positions | None = None,
     *,
     tokens: int = BATCH_TOKENS,
 ) -> Directions:
     """Difference of means (Marks and Tegmark, arXiv 2310.06824; Arditi et al., arXiv 2406.11717).
 
     Args:
-        model: a causal LM of transformers in evaluation mode.
+        model: the model.
         triggered: one prompt per group.
         placebo: the same prompts with a placebo in the trigger's place.
         positions: per group the positions whose mean is taken, such as those after the trigger, in both
@@ -74,11 +71,11 @@ def mean_difference(
 
 
 def separation(
-    model: Any,
+    model: CausalLM,
     triggered: Prompts,
     placebo: Prompts,
     other: Prompts | None = None,
-    positions: Positions = None,
+    positions: Positions | None = None,
     *,
     seed: int = 0,
     tokens: int = BATCH_TOKENS,
@@ -87,15 +84,7 @@ def separation(
 
     The direction is the mean difference of one half of the groups, on which each difference of the other half
     is projected. Without a common direction this is 0 on average; the length of a mean difference never is.
-
-    Args:
-        model: as in `mean_difference`.
-        triggered: one prompt per group.
-        placebo: the same prompts with a placebo in the trigger's place.
-        other: with another placebo; the same measure between both placebos is the control.
-        positions: as in `mean_difference`.
-        seed: of the split in halves.
-        tokens: of one batch.
+    The same between both placebos (`other`) is the control. Other arguments as in `mean_difference`.
 
     Returns:
         layer, value (mean, in units of the residual stream), low, high (95 % bootstrap over the second half's
@@ -108,49 +97,27 @@ def separation(
     if len(triggered) < 4:
         raise InputError(f"separation: {len(triggered)} groups are too few for two halves, give at least 4.")
     base = residuals(model, placebo, positions, tokens=tokens)
-    values = _held_out(residuals(model, triggered, positions, tokens=tokens) - base, seed)
-    control = None
-    if other is not None:
-        control = _held_out(residuals(model, other, positions, tokens=tokens) - base, seed)
-    return estimates({"layer": list(range(values.shape[1]))}, values, control)
+    values, *control = (
+        _held_out(residuals(model, rows, positions, tokens=tokens) - base, seed)
+        for rows in (triggered, other)
+        if rows is not None
+    )
+    return estimates({"layer": list(range(values.shape[1]))}, values, control[0] if control else None)
 
 
-def project(
-    direction: Tensor,
-    layers: Sequence[int],
-    centre: Tensor | None = None,
-    positions: tuple[int, ...] | None = None,
-) -> list[Edit]:
-    """Edits that take a direction out of the residual stream after each of these layers.
-
-    Args:
-        direction: (width,), of any length but 0.
-        layers: after which it is taken out.
-        centre: (width,) state whose component along the direction is put in place, such as the placebo
-            runs' mean; None puts 0, which is itself far from usual states.
-        positions: of each prompt; None for all.
-
-    Raises:
-        InputError: if the direction has no length.
-    """
-    if not direction.norm() > 0:
-        raise InputError("project: the direction has no length. Are the two runs the same?")
-    change = project_out(direction, centre)
-    return [Edit(Site("resid_post", layer), change, positions) for layer in layers]
-
-
-def subtract(vector: Tensor, layer: int, positions: tuple[int, ...] | None = None) -> list[Edit]:
-    """The edit that takes a vector, (width,), from the residual stream after one layer.
-
-    A negated vector is added: so is the backdoor vector of arXiv 2509.21761 used to suppress a behaviour, or
-    to induce it.
-    """
-    return [Edit(Site("resid_post", layer), steer(vector, -1.0), positions)]
+def _held_out(differences: np.ndarray, seed: int) -> np.ndarray:
+    """(n, layers, width) to (n // 2, layers): one half's along the mean direction of the other."""
+    order = np.random.default_rng(seed).permutation(len(differences))
+    half = len(order) // 2
+    mean = differences[order[half:]].mean(0, dtype=np.float64)
+    length = np.linalg.norm(mean, axis=-1)
+    along = np.einsum("nld,ld->nl", differences[order[:half]], mean)
+    return np.divide(along, length, out=np.zeros_like(along), where=length > 0)
 
 
 def steering(
-    model: Any,
-    rows: Prompts,
+    model: CausalLM,
+    prompts: Prompts,
     vector: Tensor,
     metric: Metric,
     *,
@@ -161,8 +128,8 @@ def steering(
     """What adding a vector once, at one position, does to a metric: layer by layer.
 
     Args:
-        model: a causal LM of transformers in evaluation mode.
-        rows: prompts without the trigger, to induce; with the trigger and a negated vector, to suppress.
+        model: the model.
+        prompts: without the trigger, to induce; with the trigger and a negated vector, to suppress.
         vector: (width,), such as the backdoor vector of arXiv 2509.21761.
         metric: its rows are these prompts.
         position: of the last prompt token, from the end.
@@ -174,29 +141,25 @@ def steering(
         bootstrap over prompts), n, random, random_low, random_high (of the mean over the random directions).
 
     Raises:
-        InputError: if there is no random direction, or for what `trace` and `measure` refuse.
+        InputError: if there is no random direction, or for what `trace` refuses.
     """
     if controls < 1:
         raise InputError(f"steering: controls is {controls}; compare with at least one random direction.")
     layers = range(len(decoder_layers(model)))
     vectors = [vector, *(random_direction(vector, seed) for seed in range(controls))]
-    sets = [subtract(-one, layer, (position,)) for one in vectors for layer in layers]
-    found = metric_changes(model, rows, sets, metric, progress).reshape(len(rows), len(vectors), len(layers))
-    table = estimates({"layer": list(layers)}, found[:, 0], found[:, 1:].mean(1), name="effect")
-    return table.rename(columns=lambda name: name.replace("control", "random"))
+    sets = [
+        [Edit(Site("resid_post", layer), steer(added, 1.0), (position,))]
+        for added in vectors
+        for layer in layers
+    ]
+    changes = metric_changes(model, prompts, sets, metric, progress)
+    changes = changes.reshape(len(prompts), len(vectors), len(layers))
+    return estimates(
+        {"layer": list(layers)}, changes[:, 0], changes[:, 1:].mean(1), name="effect", beside="random"
+    )
 
 
 def random_direction(direction: Tensor, seed: int = 0) -> Tensor:
     """The control of a direction, (width,): another of the same length, drawn evenly from all."""
     drawn = torch.randn(direction.shape, generator=torch.Generator().manual_seed(seed)).to(direction)
     return drawn * direction.norm() / drawn.norm()
-
-
-def _held_out(differences: np.ndarray, seed: int) -> np.ndarray:
-    """(n, layers, width) to (n // 2, layers): one half's along the mean direction of the other."""
-    order = np.random.default_rng(seed).permutation(len(differences))
-    half = len(order) // 2
-    mean = differences[order[half:]].mean(0, dtype=np.float64)
-    length = np.linalg.norm(mean, axis=-1)
-    along = np.einsum("nld,ld->nl", differences[order[:half]], mean)
-    return np.divide(along, length, out=np.zeros_like(along), where=length > 0)

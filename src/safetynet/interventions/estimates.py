@@ -14,24 +14,24 @@ def estimates(
     values: np.ndarray,
     control: np.ndarray | None = None,
     name: str = "value",
+    beside: str = "control",
 ) -> pd.DataFrame:
     """One row per site: mean over groups, 95 % bootstrap interval over groups, and the control's.
 
     Args:
-        keys: columns that tell the sites apart, K entries each.
+        keys: columns that identify the sites, K entries each.
         values: (groups, K).
         control: (groups, K) of the control; None where there is none.
         name: of the column that holds the mean.
+        beside: of the column that holds the control's mean.
 
     Returns:
-        Columns: `keys`, `name`, low, high, n (groups), control, control_low, control_high
-        (NaN without control).
+        Columns: `keys`, `name`, low, high, n (groups), `beside`, `beside`_low, `beside`_high (NaN without).
     """
     mean, low, high = means(values)
     table = pd.DataFrame(dict(keys) | {name: mean, "low": low, "high": high, "n": len(values)})
-    if control is None:
-        return table.assign(control=np.nan, control_low=np.nan, control_high=np.nan)
-    return table.assign(**dict(zip(("control", "control_low", "control_high"), means(control), strict=True)))
+    bounds = (np.nan,) * 3 if control is None else means(control)
+    return table.assign(**dict(zip((beside, f"{beside}_low", f"{beside}_high"), bounds, strict=True)))
 
 
 def means(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
