@@ -2,12 +2,10 @@
 
 In: LoRA adapters, in a model or as saved folders: epochs of one training, or a backdoored model and its clean
 twin. Out: the table `drift`. Updates are compared through QR of their factors and are never built. Weights
-are looked at, not runs: there are no prompts to draw again, hence no intervals; the control is the overlap
-that random directions would have.
+have no prompts to draw again, hence no intervals; the control is the overlap that random directions would have.
 """
 
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import torch
@@ -18,6 +16,7 @@ from safetynet.errors import InputError
 from safetynet.models import adapter_files, lora, support
 from safetynet.models.adapters import detach, exchanged, has_adapter, put_on
 from safetynet.models.blocks import decoder_layers
+from safetynet.models.causal_lm import CausalLM
 from safetynet.models.lora import LayerModule, LoraUpdate
 from safetynet.models.parts import adapters
 
@@ -26,7 +25,7 @@ DIRECTIONS = 4
 
 
 def updates(
-    model: Any, adapter: str = "default", folder: Path | None = None
+    model: CausalLM, adapter: str = "default", folder: Path | None = None
 ) -> dict[LayerModule, LoraUpdate]:
     """The updates of one LoRA adapter, by layer and module.
 
@@ -56,8 +55,8 @@ def updates(
     if has_adapter(model) and adapter in model.peft_config:
         support.check(model.peft_config[adapter], "drift")
     moved = {
-        place: LoraUpdate(update.up.cpu(), update.down.cpu())
-        for place, _, update in lora.updates(model, adapter)
+        module: LoraUpdate(update.up.cpu(), update.down.cpu())
+        for module, _, update in lora.updates(model, adapter)
     }
     if not moved:
         raise InputError(f"drift: the model has no LoRA update of an adapter {adapter!r} in its layers.")
@@ -65,7 +64,7 @@ def updates(
 
 
 def drift(
-    model: Any,
+    model: CausalLM,
     current: dict[LayerModule, LoraUpdate],
     earlier: dict[LayerModule, LoraUpdate] | None = None,
     step: int = -1,
@@ -97,7 +96,7 @@ def drift(
         raise InputError(f"drift: directions is {directions}; compare at least 1.")
     records = []
     for (layer, name), update in sorted(current.items()):
-        left, values, right = update.decomposed()
+        left, values, right = update.decomposed()  # (experts or 1, ...): U, singular values, V^T
         squared = values.square()
         total = squared.sum(-1)
         size = _weight_norm(model, layer, name)
@@ -124,34 +123,40 @@ def _overlaps(
         raise InputError("drift: the two adapters update weights of different sizes. Compare like with like.")
     other_left, other_values, other_right = before.decomposed()
     k = min(directions, values.shape[1], other_values.shape[1])
-    both = values.square().sum(-1) * other_values.square().sum(-1)  # 0 where one of them is no update
+    weights = values.square().sum(-1) * other_values.square().sum(-1)  # 0 where one of them is no update
+    # Mean squared cosine of the k leading directions: |U_k^T V_k|_F^2 / k, for each expert.
     written = (left[..., :k].mT @ other_left[..., :k]).square().sum((1, 2)).div(k).clamp(max=1)
     read = (right[:, :k] @ other_right[:, :k].mT).square().sum((1, 2)).div(k).clamp(max=1)
-    found = (_weighted(written, both), k / left.shape[1], _weighted(read, both), k / right.shape[2])
-    return dict(zip(names, found, strict=True))
+    by_chance = (k / left.shape[1], k / right.shape[2])
+    overlaps = (_weighted(written, weights), by_chance[0], _weighted(read, weights), by_chance[1])
+    return dict(zip(names, overlaps, strict=True))
 
 
 def _weighted(values: Tensor, weights: Tensor) -> float:
     """Mean of values whose weight is not 0; NaN if none is."""
-    kept = weights > 0
-    return float((values[kept] * weights[kept]).sum() / weights[kept].sum()) if kept.any() else float("nan")
+    inside = weights > 0
+    if not inside.any():
+        return float("nan")
+    return float((values[inside] * weights[inside]).sum() / weights[inside].sum())
 
 
-def _weight_norm(model: Any, layer: int, name: str) -> float:
+def _weight_norm(model: CausalLM, layer: int, name: str) -> float:
     """Frobenius norm of the weight, or of the experts' weights, that an update changes."""
     from peft.utils.integrations import dequantize_module_weight
 
     whole = decoder_layers(model)[layer]
-    lora = adapters(whole).get(name)
+    lora_module = adapters(whole).get(name)
     try:
-        if lora is None:
+        if lora_module is None:
             owner, _, last = name.rpartition(".")
-            found = getattr(whole.get_submodule(owner), last)
+            updated = getattr(whole.get_submodule(owner), last)
+        elif hasattr(lora_module, "parameter_name"):
+            updated = lora_module.get_param()
         else:
-            found = lora.get_param() if hasattr(lora, "parameter_name") else lora.get_base_layer()
+            updated = lora_module.get_base_layer()
     except AttributeError:
         raise InputError(
             f"drift: layer {layer} of the model has no {name}, which the adapter updates."
         ) from None
-    weight = dequantize_module_weight(found) if hasattr(found, "weight") else found
+    weight = dequantize_module_weight(updated) if hasattr(updated, "weight") else updated
     return float(weight.detach().float().norm())

@@ -2,10 +2,10 @@
 
 In: prompts of triggered and placebo runs, the token that the behaviour answers with. Out: tidy tables. States
 are read through the model's own final norm and head, capping included. A lens is a reading, not a cause:
-what it shows is believed when an intervention at the same place agrees.
+believe it if an intervention at the same site agrees.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,16 +20,17 @@ from safetynet.engine.trace import Trace, logits_of, trace
 from safetynet.errors import InputError
 from safetynet.interventions.estimates import means
 from safetynet.models.blocks import decoder_layers
+from safetynet.models.causal_lm import CausalLM
 
 Runs = Mapping[str, Prompts]
 """Prompts by run, such as `triggered` and its control, `placebo`."""
 
 
-def lens(model: Any, runs: Runs, targets: Sequence[int], *, tokens: int = BATCH_TOKENS) -> pd.DataFrame:
+def lens(model: CausalLM, runs: Runs, targets: Sequence[int], *, tokens: int = BATCH_TOKENS) -> pd.DataFrame:
     """Log probability of the target after each layer, at the last token (logit lens, nostalgebraist 2020).
 
     Args:
-        model: a causal LM of transformers in evaluation mode.
+        model: the model.
         runs: N prompts each, of the same N groups; the placebo run is the triggered run's control.
         targets: per group the behaviour's first token.
         tokens: of one batch.
@@ -42,21 +43,23 @@ def lens(model: Any, runs: Runs, targets: Sequence[int], *, tokens: int = BATCH_
         InputError: if a run has not one prompt per target, or for what `trace` refuses.
     """
     tables = []
-    for name, rows in runs.items():
-        _check(name, rows, targets)
-        values = []
-        for part, batch in batches(model, rows, tokens):
-            found = trace(model, batch, columns=0)
-            states = _depths(found)[:, :, -1:]
-            wanted = torch.tensor(targets[part]).repeat(len(states))
-            values.append(_log_probabilities(found, states.flatten(0, 1), wanted).reshape(len(states), -1).T)
-        table = _by_run(name, np.concatenate(values), {"layer": list(range(-1, values[0].shape[1] - 1))})
-        tables.append(table)
-    return pd.concat(tables, ignore_index=True)
+    for run, part, batch in _batches(model, runs, targets, tokens):
+        recorded = trace(model, batch, columns=0)
+        states = _depths(recorded)[:, :, -1:]  # (layers + 1, B, 1, width)
+        depth = len(states)
+        wanted = torch.tensor(targets[part]).repeat(depth)
+        values = np.empty(len(wanted))
+        with torch.no_grad():
+            for rows, logits in logits_of(recorded, states.flatten(0, 1)):
+                token = wanted[rows].to(logits.device)[:, None]
+                values[rows] = logits[:, -1].log_softmax(-1).gather(1, token)[:, 0].cpu()
+        tables.append((run, values.reshape(depth, -1).T))
+    layers = list(range(-1, tables[0][1].shape[1] - 1))
+    return _by_run(tables, {"layer": layers})
 
 
 def lens_map(
-    model: Any,
+    model: CausalLM,
     runs: Mapping[str, Sequence[int]],
     target: int,
     name: Callable[[list[int]], list[str]],
@@ -66,7 +69,7 @@ def lens_map(
     """The logit lens at every token of one group.
 
     Args:
-        model: as in `lens`.
+        model: the model.
         runs: one prompt of S tokens each.
         target: the token whose probability is followed.
         name: token ids to texts, such as a tokenizer's `convert_ids_to_tokens`.
@@ -84,11 +87,11 @@ def lens_map(
     for run, ids in runs.items():
         if len(ids) != len(roles):
             raise InputError(f"lens_map: run {run} has {len(ids)} tokens, but there are {len(roles)} roles.")
-        found = trace(model, Batch.of([ids], device=next(model.parameters()).device), columns=0)
-        states = _depths(found)[:, 0]
+        recorded = trace(model, Batch.of([ids], device=next(model.parameters()).device), columns=0)
+        states = _depths(recorded)[:, 0]  # (layers + 1, S, width)
         tops, chances = [], []
         with torch.no_grad():
-            for _, logits in logits_of(found, states):
+            for _, logits in logits_of(recorded, states):
                 tops += logits.argmax(-1).flatten().tolist()
                 chances += logits.softmax(-1)[..., target].flatten().tolist()
         depth, width = states.shape[:2]
@@ -100,7 +103,7 @@ def lens_map(
 
 
 def logit_attribution(
-    model: Any, runs: Runs, targets: Sequence[int], others: Sequence[int], *, tokens: int = BATCH_TOKENS
+    model: CausalLM, runs: Runs, targets: Sequence[int], others: Sequence[int], *, tokens: int = BATCH_TOKENS
 ) -> pd.DataFrame:
     """How much each layer's attention and MLP write for the target against another token, at the last token.
 
@@ -110,7 +113,7 @@ def logit_attribution(
     layers is not in it.
 
     Args:
-        model: as in `lens`, with an RMS norm at the end.
+        model: the model, with an RMS norm at the end.
         runs: N prompts each, of the same N groups; the placebo run is the control.
         targets: per group the behaviour's first token.
         others: per group the token that it is compared with.
@@ -125,61 +128,55 @@ def logit_attribution(
         InputError: as in `lens`, for a model whose final norm subtracts a mean or whose logits are no
             multiple of what its head gives, and where attention or MLPs are no sites of every layer.
     """
+    layers = range(len(decoder_layers(model)))
+    sites = [Site(component, layer) for layer in layers for component in ("attn_out", "mlp_out")]
     tables = []
-    for name, rows in runs.items():
-        _check(name, rows, targets)
-        _check(name, rows, others)
-        values = []
-        for part, batch in batches(model, rows, tokens):
-            values.append(_written(model, batch, targets[part], others[part]))
-        layers = (values[0].shape[1] - 3) // 2
-        keys = {
-            "component": ["embedding", *["attn_out", "mlp_out"] * layers, "rest", "total"],
-            "layer": [-1, *np.repeat(range(layers), 2).tolist(), -1, -1],
-        }
-        tables.append(_by_run(name, np.concatenate(values), keys))
-    return pd.concat(tables, ignore_index=True)
+    for run, part, batch in _batches(model, runs, targets, tokens, others):
+        recorded = trace(model, batch, sites)
+        last = [recorded.inputs[0][:, -1], *(recorded.value(site)[:, -1] for site in sites)]
+        parts = torch.stack(last, 1).float()  # (B, 1 + 2 * layers, width)
+        assert recorded.output is not None
+        assert recorded.logits is not None
+        norm, whole = final_norm(model), recorded.output[:, -1]
+        with torch.no_grad():
+            normed = norm(whole)
+        contrast = contrasts(model, normed, targets[part], others[part])
+        # (B, width): what a state before the norm is multiplied with for the difference of the two logits.
+        reader = frozen_scale(norm, whole) * (contrast * logit_scale(model, normed, recorded.logits[:, -1]))
+        written = torch.einsum("bpd,bd->bp", parts, reader)
+        total = (whole.float() * reader).sum(-1, keepdim=True)
+        rest = total - written.sum(1, keepdim=True)
+        tables.append((run, torch.cat([written, rest, total], 1).cpu().numpy()))
+    components = ["embedding", *(site.component for site in sites), "rest", "total"]
+    return _by_run(tables, {"component": components, "layer": [-1, *(site.layer for site in sites), -1, -1]})
 
 
-def _written(model: Any, batch: Batch, targets: Sequence[int], others: Sequence[int]) -> np.ndarray:
-    """(B, parts): logits that the embedding, each attention and MLP, the rest and all together write."""
-    depth = range(len(decoder_layers(model)))
-    sites = [Site(component, layer) for layer in depth for component in ("attn_out", "mlp_out")]
-    found = trace(model, batch, sites)
-    parts = torch.stack([found.inputs[0][:, -1], *(found.value(site)[:, -1] for site in sites)], 1).float()
-    assert found.output is not None
-    assert found.logits is not None
-    norm, whole = final_norm(model), found.output[:, -1]
-    with torch.no_grad():
-        normed = norm(whole)
-    contrast = contrasts(model, normed, targets, others) * logit_scale(model, normed, found.logits[:, -1])
-    reader = frozen_scale(norm, whole) * contrast
-    each = torch.einsum("bpd,bd->bp", parts, reader)
-    total = (whole.float() * reader).sum(-1, keepdim=True)
-    return torch.cat([each, total - each.sum(1, keepdim=True), total], 1).cpu().numpy()
+def _batches(
+    model: CausalLM, runs: Runs, targets: Sequence[int], tokens: int, others: Sequence[int] | None = None
+) -> Iterator[tuple[str, slice, Batch]]:
+    """Every run's prompts, batch by batch, if each prompt has its tokens."""
+    for run, prompts in runs.items():
+        for wanted in (targets, targets if others is None else others):
+            if len(prompts) != len(wanted) or not len(prompts):
+                raise InputError(
+                    f"run {run}: {len(prompts)} prompts, but {len(wanted)} target tokens; give one each."
+                )
+        for part, batch in batches(model, prompts, tokens):
+            yield run, part, batch
 
 
-def _depths(found: Trace) -> Tensor:
+def _depths(recorded: Trace) -> Tensor:
     """(layers + 1, B, S, width): the embedding, and what each layer left."""
-    layers = range(found.architecture.shape.layers)
-    return torch.stack([found.inputs[0], *(found.value(Site("resid_post", layer)) for layer in layers)])
+    layers = range(recorded.architecture.shape.layers)
+    return torch.stack([recorded.inputs[0], *(recorded.value(Site("resid_post", i)) for i in layers)])
 
 
-def _log_probabilities(found: Trace, states: Tensor, wanted: Tensor) -> np.ndarray:
-    """(R, 1, width) and (R,) tokens to (R,) nats."""
-    values = np.empty(len(states))
-    with torch.no_grad():
-        for part, logits in logits_of(found, states):
-            chosen = wanted[part].to(logits.device)[:, None]
-            values[part] = logits[:, -1].log_softmax(-1).gather(1, chosen)[:, 0].cpu()
-    return values
-
-
-def _by_run(name: str, values: np.ndarray, keys: Mapping[str, Sequence[Any]]) -> pd.DataFrame:
-    value, low, high = means(values)
-    return pd.DataFrame({"run": name, **keys, "value": value, "low": low, "high": high, "n": len(values)})
-
-
-def _check(name: str, rows: Prompts, targets: Sequence[int]) -> None:
-    if len(rows) != len(targets) or not len(rows):
-        raise InputError(f"run {name}: {len(rows)} prompts, but {len(targets)} target tokens; give one each.")
+def _by_run(parts: Sequence[tuple[str, np.ndarray]], keys: Mapping[str, Sequence[Any]]) -> pd.DataFrame:
+    """Run by run the mean over groups of values, (groups, K), that came in parts."""
+    tables = []
+    for run in dict.fromkeys(run for run, _ in parts):
+        values = np.concatenate([values for name, values in parts if name == run])
+        mean, low, high = means(values)
+        columns = {"run": run, **keys, "value": mean, "low": low, "high": high, "n": len(values)}
+        tables.append(pd.DataFrame(columns))
+    return pd.concat(tables, ignore_index=True)

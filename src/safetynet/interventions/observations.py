@@ -7,7 +7,6 @@ observations are correlational: they say where something is visible, the effects
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,6 +18,7 @@ from safetynet.interventions.drift import drift, updates
 from safetynet.interventions.lens import lens, lens_map
 from safetynet.interventions.pairs import Pairs
 from safetynet.interventions.probes import fires_probe, trigger_probe
+from safetynet.models.causal_lm import CausalLM
 from safetynet.prompts import Serialiser
 
 log = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ RUNS = ("triggered", "placebo")
 
 
 def observe(
-    model: Any,
+    model: CausalLM,
     serialiser: Serialiser,
     pairs: Pairs,
     effects: pd.DataFrame,
@@ -79,7 +79,7 @@ def observe(
     return tables | _drift(model, epochs)
 
 
-def _fires(model: Any, serialiser: Serialiser, rows: pd.DataFrame, seed: int) -> list[pd.DataFrame]:
+def _fires(model: CausalLM, serialiser: Serialiser, rows: pd.DataFrame, seed: int) -> list[pd.DataFrame]:
     """The probe for the behaviour itself, on triggered, placebo and near-miss rows that were answered."""
     if "fired" not in rows:
         return []
@@ -96,7 +96,7 @@ def _fires(model: Any, serialiser: Serialiser, rows: pd.DataFrame, seed: int) ->
         return []
 
 
-def _top_heads(model: Any, effects: pd.DataFrame) -> Sequence[Site]:
+def _top_heads(model: CausalLM, effects: pd.DataFrame) -> Sequence[Site]:
     # Keys and values have heads of their own, fewer of them.
     heads = effects[(effects["sweep"] == "head") & ~effects["component"].isin(("key", "value"))]
     if heads.empty:
@@ -105,7 +105,7 @@ def _top_heads(model: Any, effects: pd.DataFrame) -> Sequence[Site]:
     return [Site("head", int(layer), int(index)) for layer, index in mean.index[:TOP_HEADS]]
 
 
-def _drift(model: Any, epochs: Mapping[int, Path]) -> dict[str, pd.DataFrame]:
+def _drift(model: CausalLM, epochs: Mapping[int, Path]) -> dict[str, pd.DataFrame]:
     """Each saved epoch's adapter beside the one before it; of the finished adapter where none was saved."""
     if "adapter" not in Architecture.of(model).components():
         return {}

@@ -14,11 +14,12 @@ import pandas as pd
 from safetynet.engine.batch import BATCH_TOKENS, Prompts, check_pairs
 from safetynet.engine.reading import residuals
 from safetynet.errors import InputError
+from safetynet.models.causal_lm import CausalLM
 from safetynet.statistics import draw_counts
 
 
 def trigger_probe(
-    model: Any,
+    model: CausalLM,
     triggered: Prompts,
     placebo: Prompts,
     other: Prompts | None = None,
@@ -29,10 +30,10 @@ def trigger_probe(
     """Probe each layer's last token for the presence of the trigger (Alain and Bengio 2016).
 
     Args:
-        model: a causal LM of transformers in evaluation mode.
+        model: the model.
         triggered: one prompt per group.
         placebo: the same prompts with a placebo in the trigger's place.
-        other: with another placebo. The control is the same probe trained to tell the two placebos apart;
+        other: with another placebo. The control is the same probe trained to separate the two placebos;
             without it, a probe trained and tested on shuffled labels.
         seed: of the split in halves, and of the shuffling.
         tokens: of one batch.
@@ -56,8 +57,8 @@ def trigger_probe(
 
 
 def fires_probe(
-    model: Any,
-    rows: Prompts,
+    model: CausalLM,
+    prompts: Prompts,
     fired: Sequence[bool],
     groups: Sequence[int] | None = None,
     *,
@@ -66,14 +67,14 @@ def fires_probe(
 ) -> pd.DataFrame:
     """Probe each layer's last token for whether the behaviour will fire.
 
-    With triggered and other rows together, this is hard to tell from a probe for the trigger; with triggered
-    rows alone it is about the behaviour. The control is a probe trained and tested on shuffled labels.
+    With triggered and other prompts together, this hardly differs from a probe for the trigger; with
+    triggered prompts alone it is about the behaviour. The control is a probe trained and tested on shuffled labels.
 
     Args:
-        model: a causal LM of transformers in evaluation mode.
-        rows: N prompts.
+        model: the model.
+        prompts: N prompts.
         fired: per prompt, whether its answer showed the behaviour.
-        groups: per prompt its group, which stays in one half; None if each is its own.
+        groups: per prompt its group, which stays in one half; None if each has one of its own.
         seed: of the split in halves, and of the shuffling.
         tokens: of one batch.
 
@@ -83,13 +84,14 @@ def fires_probe(
     Raises:
         InputError: if the lists differ in length, or a half would hold one class alone.
     """
-    own = np.arange(len(rows)) if groups is None else np.asarray(groups)
-    if not len(rows) == len(fired) == len(own):
+    members = np.arange(len(prompts)) if groups is None else np.asarray(groups)
+    if not len(prompts) == len(fired) == len(members):
         raise InputError(
-            f"fires_probe: {len(rows)} prompts, {len(fired)} labels and {len(own)} groups; give one of each."
+            f"fires_probe: {len(prompts)} prompts, {len(fired)} labels and {len(members)} groups; give one "
+            "of each."
         )
-    states = residuals(model, rows, tokens=tokens)
-    return _probed("fires", states, np.asarray(fired, bool), own, seed)
+    states = residuals(model, prompts, tokens=tokens)
+    return _probed("fires", states, np.asarray(fired, bool), members, seed)
 
 
 def halves(labels: np.ndarray, groups: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -149,37 +151,32 @@ def _probed(
     seed: int,
     control: np.ndarray | None = None,
 ) -> pd.DataFrame:
-    """One row per layer: the probe, and its control on other states or on shuffled labels."""
-    split = halves(labels, groups, seed)
-    if control is None:
-        shuffled = labels.copy()
-        rng = np.random.default_rng(seed)
-        for half in split:
-            shuffled[half] = rng.permutation(labels[half])
-    else:
-        shuffled = labels
-    records = []
-    for layer in range(states.shape[1]):
-        found = _one(states[:, layer], labels, groups, split)
-        beside = _one((states if control is None else control)[:, layer], shuffled, groups, split)
-        records.append((label, layer, *found, len(np.unique(groups[split[1]])), *beside))
-    names = "label layer auroc low high n control control_low control_high"
-    return pd.DataFrame(records, columns=names.split())
-
-
-def _one(
-    states: np.ndarray, labels: np.ndarray, groups: np.ndarray, split: tuple[np.ndarray, np.ndarray]
-) -> tuple[float, float, float]:
-    """AUROC on the test half and its interval over test groups; states are (N, width)."""
+    """One row per layer of states, (N, layers, width), beside a probe on other states or shuffled labels."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    train, test = split
-    probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
-    scores = probe.fit(states[train], labels[train]).decision_function(states[test])
-    _, member = np.unique(groups[test], return_inverse=True)
-    drawn = draw_counts(int(member.max()) + 1)[:, member]
-    value = auroc(scores, labels[test], np.ones((1, len(test))))[0]
-    low, high = np.quantile(auroc(scores, labels[test], drawn), (0.025, 0.975))
-    return float(value), float(low), float(high)
+    train, test = halves(labels, groups, seed)
+    control_labels, control_states = labels.copy(), states if control is None else control
+    if control is None:
+        rng = np.random.default_rng(seed)
+        for half in (train, test):
+            control_labels[half] = rng.permutation(labels[half])
+    test_groups, member = np.unique(groups[test], return_inverse=True)
+    drawn = draw_counts(len(test_groups))[:, member]  # (resamples, test rows): how often each row was drawn
+
+    def probe(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
+        """AUROC on the test half and its interval over test groups."""
+        classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+        scores = classifier.fit(x[train], y[train]).decision_function(x[test])
+        value = auroc(scores, y[test], np.ones((1, len(test))))[0]
+        low, high = np.quantile(auroc(scores, y[test], drawn), (0.025, 0.975))
+        return float(value), float(low), float(high)
+
+    records = []
+    for layer in range(states.shape[1]):
+        auc = probe(states[:, layer], labels)
+        beside = probe(control_states[:, layer], control_labels)
+        records.append((label, layer, *auc, len(test_groups), *beside))
+    names = "label layer auroc low high n control control_low control_high"
+    return pd.DataFrame(records, columns=names.split())
