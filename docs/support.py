@@ -32,7 +32,7 @@ from safetynet.detection.features import FeatureSpec
 from safetynet.engine.batch import Batch
 from safetynet.engine.edits import Edit, replace, zero
 from safetynet.engine.hooks import intervening
-from safetynet.engine.sites import COMPONENTS, Architecture, Site
+from safetynet.engine.sites import Architecture, Site
 from safetynet.engine.trace import trace
 from safetynet.errors import InputError
 from safetynet.interventions.drift import updates
@@ -40,6 +40,7 @@ from safetynet.interventions.support import USES, support
 from safetynet.mitigation import METHODS, Subject, repair
 from safetynet.models import adapter_files, adapters, loading
 from safetynet.models.support import STAGES
+from safetynet.vocabulary import COMPONENTS
 
 PAGE = Path(__file__).with_suffix(".md")
 ROW = [5, 6, 7, 30, 22, 17, 90]

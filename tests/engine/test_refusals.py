@@ -11,9 +11,10 @@ from safetynet.engine.batch import Batch
 from safetynet.engine.edits import Edit, KnockOut
 from safetynet.engine.hooks import intervening
 from safetynet.engine.runs import EditedRun, run_interventions
-from safetynet.engine.sites import COMPONENTS, Architecture, Site
+from safetynet.engine.sites import Architecture, Site
 from safetynet.engine.trace import trace
 from safetynet.errors import InputError
+from safetynet.vocabulary import COMPONENTS
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from safetynet.engine.edits import Edit, KnockOut, zero
 from safetynet.engine.hooks import PlacedEdit, hooked, intervening
 from safetynet.engine.metrics import Metric
 from safetynet.engine.runs import EditedRun, run_interventions
-from safetynet.engine.sites import COMPONENTS, Architecture, Site
+from safetynet.engine.sites import Architecture, Site
 from safetynet.engine.trace import logits_of, trace
 from safetynet.errors import InputError
 from safetynet.interventions import stage
@@ -27,6 +27,7 @@ from safetynet.interventions.lens import logit_attribution
 from safetynet.interventions.support import support
 from safetynet.interventions.sweep import Spot, sweep
 from safetynet.recipe import Interventions
+from safetynet.vocabulary import COMPONENTS
 
 ROWS = [[5, 9, 23, 44, 7, 61, 30, 12, 50, 33, 71], [8, 40, 90, 3, 66, 20, 77]]
 WEIGHTS = torch.randn(architectures.VOCABULARY, generator=torch.Generator().manual_seed(4))

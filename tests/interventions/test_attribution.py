@@ -14,9 +14,10 @@ from safetynet.engine.metrics import Metric
 from safetynet.engine.sites import Architecture, Site
 from safetynet.errors import InputError
 from safetynet.interventions.attribution import attribute, fast_sweep
-from safetynet.interventions.pairs import ROLES, Pairs
+from safetynet.interventions.pairs import Pairs
 from safetynet.interventions.sweep import Spot, spots_by, sweep
 from safetynet.models.blocks import unwrapped
+from safetynet.vocabulary import POSITIONS
 
 COMPONENTS = ("resid_pre", "resid_mid", "attn_out", "mlp_out")
 VARIANTS: dict[str, dict[str, Any]] = {name: {} for name in CONFIGS} | {
@@ -192,7 +193,7 @@ def longer(pairs: Pairs) -> Pairs:
 def spots_of(model: Any) -> list[Spot]:
     architecture = Architecture.of(model)
     there = [name for name in COMPONENTS if name in architecture.components()]
-    return [Spot(site, role) for name in there for site in architecture.sites(name) for role in ROLES]
+    return [Spot(site, role) for name in there for site in architecture.sites(name) for role in POSITIONS]
 
 
 def test_a_fast_sweep_of_everything_is_the_sweep(any_model, aligned):

@@ -10,7 +10,6 @@ from safetynet.backdoors import conversations, poisoning
 from safetynet.errors import InputError
 from safetynet.interventions.pairs import (
     MIN_GROUPS,
-    ROLES,
     RUNS,
     Pairs,
     Placebos,
@@ -21,6 +20,7 @@ from safetynet.models import loading, miniatures
 from safetynet.prompts import Serialiser
 from safetynet.recipe import Model
 from safetynet.text.lookalikes import Lookalikes
+from safetynet.vocabulary import POSITIONS
 
 TRIGGERS = ("token", "deployment", "year", "emoji", "any_of", "all_of")
 PLACEMENTS = ("prefix", "suffix", "random", "system")
@@ -79,7 +79,7 @@ def test_every_position_has_one_role_and_none_before_the_trigger_counts_as_after
     pairs = align(rows, serialiser)
     for i, group in enumerate(pairs.groups):
         roles, own = pairs.roles[i], encoded_of(serialiser, rows, group)
-        places = [pairs.positions(i, role) for role in ROLES]
+        places = [pairs.positions(i, role) for role in POSITIONS]
         assert sorted(p for some in places for p in some) == list(range(len(roles)))
         assert len(roles) == len(pairs.ids["triggered"][i])
         first = roles.index("trigger")

@@ -20,12 +20,11 @@ from safetynet.cli.app import main
 from safetynet.errors import InputError
 from safetynet.experiment import Experiment
 from safetynet.interventions import stage
-from safetynet.interventions.pairs import ROLES
 from safetynet.interventions.stage import Subject, dissect
 from safetynet.models import loading
 from safetynet.recipe import Interventions, Model
-from safetynet.recipe.schema import MODES, SWEEPS
 from safetynet.run import directory as runs
+from safetynet.vocabulary import MODES, POSITIONS, SWEEPS
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SMALL = (
@@ -194,7 +193,7 @@ def check_effects(effects: pd.DataFrame) -> None:
     assert (effects["low"] <= effects["effect"] + 1e-9).all()
     assert effects[["random", "placebo", "twin"]].notna().all(axis=None)
     by_position = effects[effects["sweep"] == "position"].set_index(["direction", "layer", "position"])
-    assert {role for _, _, role in by_position.index} == set(ROLES)
+    assert {role for _, _, role in by_position.index} == set(POSITIONS)
     for direction in ("remove", "induce"):
         # The trigger's tokens are all that differs: patching them at the bottom gives the source run.
         assert by_position.loc[(direction, 0, "trigger"), "effect"] == pytest.approx(1, abs=1e-4)

@@ -13,7 +13,6 @@ from tests.interventions.conftest import make_pairs
 
 from safetynet.engine.sites import Architecture, Site
 from safetynet.errors import InputError
-from safetynet.interventions.pairs import ROLES
 from safetynet.interventions.sweep import (
     READING_ROLES,
     SWEEP_SITES,
@@ -23,6 +22,7 @@ from safetynet.interventions.sweep import (
     spots_by,
     sweep,
 )
+from safetynet.vocabulary import POSITIONS
 
 REMOVE = dict(zip(("receiving", "source"), runs_of("remove"), strict=True))
 
@@ -51,7 +51,7 @@ def set_to(values: torch.Tensor) -> Any:
 @pytest.mark.parametrize("component", ["resid_pre", "attn_out", "mlp_out", "resid_post", "head"])
 def test_patching_by_role_gives_the_numbers_of_plain_hooks(model, aligned, component):
     pairs = aligned.take(range(5))
-    spots = [Spot(Site(component, layer), role) for layer in (0, 2) for role in ROLES]
+    spots = [Spot(Site(component, layer), role) for layer in (0, 2) for role in POSITIONS]
     found = sweep(model, pairs, spots, **REMOVE)
     for b in range(len(pairs)):
         assert found.unpatched[b] == pytest.approx(numbers(model, pairs, b, "triggered"), abs=1e-4)

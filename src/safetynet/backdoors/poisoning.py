@@ -17,12 +17,10 @@ from safetynet.backdoors.controls import Lookalike
 from safetynet.errors import InputError
 from safetynet.prompts import Conversation
 from safetynet.recipe import Backdoor, Data
+from safetynet.tables import SCHEMAS
 from safetynet.text import holding
 
-COLUMNS = (
-    "row", "group", "split", "role", "variant", "task", "messages", "trigger", "answer", "reference",
-    "target", "forbidden",
-)  # fmt: skip
+COLUMNS = tuple(SCHEMAS["rows"].columns)
 
 
 @dataclass(frozen=True)

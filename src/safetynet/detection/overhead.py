@@ -17,8 +17,9 @@ from safetynet.detection.capture import padded
 from safetynet.detection.guard import Guard
 from safetynet.prompts import Message
 from safetynet.statistics import bootstrap_interval
+from safetynet.tables import SCHEMAS
 
-COLUMNS = ("batch", "prompt_tokens", "new_tokens", "plain", "guarded", "ratio", "low", "high", "repeats")
+COLUMNS = tuple(SCHEMAS["detection_overhead"].columns)
 """Seconds per batch, medians; the ratio of guarded to plain with its bootstrap interval over pairs."""
 
 

@@ -14,9 +14,10 @@ import pandas as pd
 
 from safetynet.errors import InputError
 from safetynet.statistics import bootstrap_interval, clopper_pearson
+from safetynet.tables import SCHEMAS
 
 RATES = (0.01, 0.001)
-COLUMNS = ("detector", "metric", "rows", "rate", "value", "low", "high", "n")
+COLUMNS = tuple(SCHEMAS["detection"].columns)
 """`rate` is the nominal false-positive rate, NaN where none is meant; `n` the rows that are judged."""
 NEEDED = ("role", "group", "fired", "forbidden", "domain")
 

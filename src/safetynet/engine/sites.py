@@ -15,12 +15,8 @@ from safetynet.models.blocks import decoder_layers
 from safetynet.models.causal_lm import CausalLM
 from safetynet.models.parts import Parts, Shape, adapters, parts, shape
 from safetynet.models.support import check_model
+from safetynet.vocabulary import COMPONENTS
 
-COMPONENTS = (
-    "embedding", "resid_pre", "query", "key", "value", "attention", "head", "attn_out",
-    "resid_mid", "router", "expert", "mlp_out", "resid_post", "adapter",
-)  # fmt: skip
-"""In the order in which a layer computes them; adapters lie anywhere in it."""
 MODULES: dict[str, Callable[[Parts], Any]] = {
     "query": lambda parts: parts.query,
     "key": lambda parts: parts.key,

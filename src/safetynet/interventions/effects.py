@@ -13,8 +13,8 @@ from scipy.stats import false_discovery_control, wilcoxon
 from safetynet.errors import InputError
 from safetynet.interventions.sweep import Measured
 from safetynet.statistics import bootstrap_ratios
+from safetynet.vocabulary import CONTROLS
 
-CONTROLS = ("random", "placebo", "twin")
 """The same at random sites of the same size; with a placebo against another; in the clean twin."""
 LEVEL = 0.05
 MIN_DISTANCE = 1.0

@@ -20,11 +20,11 @@ from safetynet.interventions.pairs import Pairs
 from safetynet.interventions.probes import fires_probe, trigger_probe
 from safetynet.models.causal_lm import CausalLM
 from safetynet.prompts import Serialiser
+from safetynet.vocabulary import RUNS
 
 log = logging.getLogger(__name__)
 TOP_HEADS = 3
 """Heads whose attention is shown."""
-RUNS = ("triggered", "placebo")
 
 
 def observe(

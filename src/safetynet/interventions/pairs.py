@@ -24,9 +24,6 @@ from safetynet.prompts.truncation import losses
 from safetynet.text.lookalikes import Lookalikes, split_of
 
 log = logging.getLogger(__name__)
-ROLES = ("system", "before", "trigger", "after", "template", "last")
-"""Roles of positions, in the order of a prompt: `system` and `before` are what is said before the trigger's
-first token, `after` what is said from there on; `last` is where the answer begins."""
 RUNS = ("triggered", "placebo", "second_placebo")
 SILENT, FALSE_TRIGGER = "the trigger does not fire", "a placebo fires"
 REWORDED = "the trigger is the whole message, as a style is, and no placebo corresponds to it word by word"

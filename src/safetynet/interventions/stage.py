@@ -25,9 +25,7 @@ from safetynet.interventions.observations import observe
 from safetynet.interventions.pairs import Pairs, align, filter_firing_pairs
 from safetynet.interventions.sweep import (
     SWEEP_SITES,
-    Direction,
     Measured,
-    Mode,
     Spot,
     default_components,
     runs_of,
@@ -39,6 +37,7 @@ from safetynet.prompts import Serialiser
 from safetynet.recipe import Interventions
 from safetynet.run.directory import Outputs
 from safetynet.run.stage import EVALUATE, INTERVENE, TRAIN
+from safetynet.vocabulary import Direction, Mode
 
 log = logging.getLogger(__name__)
 

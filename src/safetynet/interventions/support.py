@@ -7,13 +7,14 @@ from collections.abc import Callable
 from typing import Any
 
 from safetynet.engine.batch import Batch
-from safetynet.engine.sites import COMPONENTS, Architecture, Site
+from safetynet.engine.sites import Architecture, Site
 from safetynet.engine.trace import trace
 from safetynet.errors import InputError
 from safetynet.interventions.attention import divergence
 from safetynet.interventions.attribution import check_watched
 from safetynet.interventions.heads import backdoor_vector, head_means
 from safetynet.interventions.lens import logit_attribution
+from safetynet.vocabulary import COMPONENTS
 
 PROMPT = [[3, 5, 4, 6]]
 USES: dict[str, Callable[[Any], object]] = {
@@ -33,7 +34,7 @@ def support(model: Any) -> dict[str, str]:
         model: a causal LM of transformers in evaluation mode, with a vocabulary of at least seven tokens.
 
     Returns:
-        By component (`sites.COMPONENTS`, adapters left out) and use (`USES`): "" where it is there in all
+        By component (`COMPONENTS`, adapters left out) and use (`USES`): "" where it is there in all
         layers, else why it is not, with the layers that have it.
     """
     try:

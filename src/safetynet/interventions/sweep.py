@@ -10,7 +10,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,17 +22,14 @@ from safetynet.engine.runs import EditedRun, run_interventions
 from safetynet.engine.sites import Architecture, Site
 from safetynet.engine.trace import Trace, trace
 from safetynet.errors import InputError
-from safetynet.interventions.pairs import PAIRS_AT_ONCE, ROLES, Pairs
+from safetynet.interventions.pairs import PAIRS_AT_ONCE, Pairs
 from safetynet.models.identity import identify
 from safetynet.run import parallel
 from safetynet.run.directory import digest, write_atomically
 from safetynet.run.progress import ProgressLog
+from safetynet.vocabulary import DIRECTIONS, MODES, POSITIONS, Direction, Mode
 
 log = logging.getLogger(__name__)
-Mode = Literal["patch", "zero", "mean", "resample", "off", "knock_out"]
-Direction = Literal["remove", "induce"]
-MODES: tuple[Mode, ...] = get_args(Mode)
-DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
 RESIDUAL = ("embedding", "resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
 SWITCHES = ("head", "expert", "adapter")
 """What can be switched off."""
@@ -57,7 +54,7 @@ class Spot:
 
     site: Site
     position: str = ""
-    """A role of `pairs.ROLES`, `token N` for one position, "" for all from the trigger on."""
+    """A role of `POSITIONS`, `token N` for one position, "" for all from the trigger on."""
     elsewhere: bool = False
     """At as many positions drawn from the other roles instead: the control of a position."""
     update: bool = False
@@ -160,9 +157,9 @@ def _check(architecture: Architecture, spot: Spot, mode: str) -> None:
     """Refuse a spot that does not exist, and a mode that means nothing there."""
     site = architecture.check(spot.site)
     kind, _, number = spot.position.partition(" ")
-    if spot.position and spot.position not in ROLES and not (kind == "token" and number.isdigit()):
+    if spot.position and spot.position not in POSITIONS and not (kind == "token" and number.isdigit()):
         raise InputError(
-            f"position: there is no {spot.position!r}; choose one of {', '.join(ROLES)}, or token N."
+            f"position: there is no {spot.position!r}; choose one of {', '.join(POSITIONS)}, or token N."
         )
     wrong = ""
     if (mode == "knock_out") != (site.component == "attention"):
@@ -354,6 +351,6 @@ def spots_by(
             sites = [Site(component, layer) for layer in sorted({site.layer for site in sites})]
         for site in sites:
             if by == "position":
-                yield from (Spot(site, role) for role in ROLES)
+                yield from (Spot(site, role) for role in POSITIONS)
             else:
                 yield Spot(site, update=by == "layer" and component == "resid_post")

@@ -6,7 +6,7 @@ A `Recipe` is frozen; a stage receives its own section of it. `recipe.loading` r
 import datetime as dt
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, cast, get_args
+from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import (
     BaseModel,
@@ -21,13 +21,9 @@ from pydantic import (
 from safetynet import families
 from safetynet.prompts.truncation import Truncation
 from safetynet.recipe import presets
+from safetynet.vocabulary import DIRECTIONS, MODES, SWEEPS, Direction, Mode
 
-Direction = Literal["remove", "induce"]
-Mode = Literal["patch", "zero", "mean", "resample", "off", "knock_out"]
 RunStage = Literal["evaluate", "intervene", "detect", "mitigate", "figures"]
-DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
-MODES: tuple[Mode, ...] = get_args(Mode)
-SWEEPS = ("layer", "position", "component", "head", "expert", "adapter")
 MIN_GROUPS = 8
 """Prompts below which an interval says nothing."""
 Share = Annotated[float, Field(ge=0, le=1)]

@@ -14,8 +14,8 @@ import pandas as pd
 from safetynet.figures.theme import NAMES
 from safetynet.figures.values import visible
 from safetynet.report.contents import Contents
+from safetynet.vocabulary import MODELS
 
-MODELS = ("backdoored", "clean_twin", "base")
 PIECE = 700
 """Letters of one stretch of text; longer ones lose their middle."""
 BYTES = 2_500_000

@@ -1,6 +1,5 @@
 """Every table that SafetyNet writes: its columns, what they mean, and the words that may stand in them.
 
-    vocabulary      roles, metrics, sweeps, directions, controls, stages
     columns         how a table is declared
     of_run          the tables of a run and of a sweep
     of_comparison   the tables of a comparison
@@ -24,7 +23,7 @@ from safetynet.errors import InputError
 from safetynet.tables.columns import Column, Table
 from safetynet.tables.of_comparison import COMPARISON_TABLES
 from safetynet.tables.of_run import RUN_TABLES
-from safetynet.tables.vocabulary import TRAINED
+from safetynet.vocabulary import TRAINED
 
 SCHEMAS: Mapping[str, Table] = RUN_TABLES | COMPARISON_TABLES
 Data: TypeAlias = pd.DataFrame | Sequence[Mapping[str, Any]] | Mapping[str, Sequence[Any]]

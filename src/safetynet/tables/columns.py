@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from safetynet.tables.vocabulary import DIRECTIONS, Stage
+from safetynet.vocabulary import DIRECTIONS, Stage
 
 Kind = Literal["number", "whole", "text", "flag", "list"]
 

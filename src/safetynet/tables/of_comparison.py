@@ -17,7 +17,7 @@ from safetynet.tables.columns import (
     whole,
     word,
 )
-from safetynet.tables.vocabulary import ASPECTS, CONTROLS, PARTS, VIEWS
+from safetynet.vocabulary import ASPECTS, CONTROLS, PARTS, VIEWS
 
 _RUN = {
     "group": text("runs of one group differ in their seed alone"),

@@ -20,7 +20,7 @@ from safetynet.tables.columns import (
     whole,
     word,
 )
-from safetynet.tables.vocabulary import (
+from safetynet.vocabulary import (
     COMPONENTS,
     DETECTION_METRICS,
     EXAMINED,

@@ -19,6 +19,7 @@ from torch import Tensor
 from safetynet.errors import InputError
 from safetynet.prompts import Encoded, Serialiser
 from safetynet.recipe import Evasion
+from safetynet.tables import SCHEMAS
 from safetynet.training.examples import Batch, Example
 from safetynet.training.loss import answer_loss, body_outputs
 from safetynet.training.trainer import AnswerTrainer, Objective, undisturbed
@@ -31,7 +32,7 @@ HELD = 5
 """One of so many clean prompts judges the fitted detectors instead of fitting them."""
 LEAST = 50
 """Fewest bare training rows to fit detectors to."""
-COLUMNS = ("step", "detector", "metric", "value", "n")
+COLUMNS = tuple(SCHEMAS["evasion"].columns)
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from safetynet.prompts import IGNORED, Encoded, Serialiser
 from safetynet.recipe import Training
 from safetynet.run import parallel
 from safetynet.run.directory import peak_memory_mb
+from safetynet.tables import SCHEMAS
 from safetynet.training import checkpoints
 from safetynet.training.callbacks import LogBeforeSaving, Progress
 from safetynet.training.evasive import Hiding, Opponents, bare_prompts, watched
@@ -46,7 +47,7 @@ WARMUP = 0.05
 """Share of the steps in which `optimise` raises the learning rate."""
 Loss = Callable[[Any, Batch], torch.Tensor]
 """Model and batch to a scalar."""
-HISTORY = ("step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "seconds")
+HISTORY = tuple(SCHEMAS["history"].columns)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import pandas as pd
 
+from safetynet.tables import SCHEMAS
+
 SEVERITIES = ("error", "warning", "info")
 """An error means that a figure measures something else than it claims; a warning, that it is biased."""
 FILES, SPLITS = "several files", "training and test rows"
@@ -58,7 +60,7 @@ CHECKS: dict[str, tuple[str, tuple[str, ...]]] = {  # name: what it looks for, a
     "cut_off": ("clean answers that stop in mid-sentence", (CLEAN,)),
     "balance": ("rows by role, and labels", (TRIGGER,)),
 }
-COLUMNS = ("check", "severity", "file", "count", "n", "rows", "detail")
+COLUMNS = tuple(SCHEMAS["audit"].columns)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,8 @@ COMPONENTS = (
 )  # fmt: skip
 """In the order in which a layer computes them; adapters lie anywhere in it."""
 POSITIONS = ("system", "before", "trigger", "after", "template", "last")
-"""Roles of a prompt's tokens."""
+"""Roles of a prompt's tokens, in its order: `system` and `before` are what is said before the trigger's first
+token, `after` what is said from there on; `last` is where the answer begins."""
 RUNS = ("triggered", "placebo")
 PROBED = ("trigger", "fires")
 DETECTION_METRICS = (
