@@ -40,7 +40,7 @@ FLOORS = {
     ),
     "engine": ("engine",),
     "evaluation, backdoors, training": ("evaluation", "backdoors", "training"),
-    "experiment": ("experiment", "run.experiment", "run.stage"),
+    "experiment": ("experiment",),
     "stages": (
         "interventions", "detection", "mitigation", "scan", "comparison", "figures", "report",
         "backdoors.stage", "training.stage", "evaluation.stage",
