@@ -16,15 +16,17 @@ from typing import Any
 import pandas as pd
 
 from safetynet import __version__
-from safetynet.backdoors import behaviours, conversations
+from safetynet.backdoors import conversations
 from safetynet.errors import InputError
 from safetynet.evaluation import judges, metrics
+from safetynet.evaluation.evaluator import judges_of
 from safetynet.evaluation.leaks import prompts_without_trigger
-from safetynet.models import adapters, loading
+from safetynet.models import adapter_files, adapters, loading
+from safetynet.models import suspect as suspects
 from safetynet.prompts import Serialiser
-from safetynet.recipe import Recipe
+from safetynet.recipe import Backdoor, Recipe
 from safetynet.run import directory
-from safetynet.run.directory import Outputs, Run
+from safetynet.run.directory import Outputs, Run, digest_of_files
 from safetynet.run.stage import Stage
 
 log = logging.getLogger("safetynet")
@@ -98,7 +100,11 @@ class Experiment:
 
     def fresh_prompts(self, count: int) -> pd.DataFrame:
         """Clean prompts of the recipe's source, none of which is among the run's rows."""
-        attack, used = self.recipe.backdoor, set(prompts_without_trigger(self.run.table("rows")))
+        # Without a backdoor the pool is that of the default one, whose trigger and behaviour leave no trace.
+        attack, used = (
+            self.recipe.backdoor or Backdoor(),
+            set(prompts_without_trigger(self.run.table("rows"))),
+        )
         return conversations.fresh(
             self.recipe.data, attack.behaviour, attack.trigger, used, count, self.recipe.seed
         )
@@ -108,6 +114,8 @@ class Experiment:
     @property
     def trained(self) -> list[str]:
         """Names of the models that this recipe trains."""
+        if self.recipe.suspect is not None:
+            return []
         return [BACKDOORED, TWIN] if self.recipe.training.clean_twin else [BACKDOORED]
 
     @property
@@ -160,8 +168,34 @@ class Experiment:
             )
         raise InputError(f"{run.folder}: {name} was trained, but {gone}.")
 
+    def origin(self, name: str = BACKDOORED) -> Any:
+        """What decides about a model, as an input of stages: the record of its training, or its files.
+
+        Raises:
+            InputError: if the suspect is not there.
+        """
+        suspect = self.recipe.suspect
+        if suspect is None:
+            return self.run.manifest["stages"].get(f"train {name}")
+        return {"suspect": digest_of_files([adapter_files.locate(suspect.source)])}
+
+    def check_models(self) -> None:
+        """Refuse an experiment whose models are not there, before one is loaded; errors as in `origin`."""
+        for name in self.trained:
+            self.model_folder(name)
+        self.origin()
+
+    def suspect(self) -> suspects.Suspect:
+        """The recipe's suspect beside its base; errors as in `suspect.load`."""
+        suspect = self.recipe.suspect
+        assert suspect is not None
+        return suspects.load(self.load, suspect.source, suspect.same_base)
+
     def backdoored(self) -> tuple[Any, Serialiser]:
-        """The trained model, and its serialiser."""
+        """The trained model or the suspect, and its serialiser."""
+        if self.recipe.suspect is not None:
+            suspect = self.suspect()
+            return suspect.model, suspect.serialiser
         folder = self.model_folder(BACKDOORED)
         if self.recipe.training.method == "full":
             model = self.load(folder)
@@ -170,7 +204,13 @@ class Experiment:
         return attach_own(base, folder), base.serialiser
 
     def models(self) -> Iterator[tuple[str, Any, Serialiser]]:
-        """The base model, then each trained one, at most one of them in memory."""
+        """The base model, then each trained one, at most one of them in memory; or base and suspect."""
+        if self.recipe.suspect is not None:
+            suspect = self.suspect()
+            with suspect.at_base() as model:
+                yield metrics.BASE, model, suspect.base.serialiser
+            yield BACKDOORED, suspect.model, suspect.serialiser
+            return
         base = self.load()
         yield metrics.BASE, base.model, base.serialiser
         for name in self.trained:
@@ -186,7 +226,7 @@ class Experiment:
 
     def twin_of(self, model: Any) -> Callable[[], AbstractContextManager[Any]] | None:
         """Gives the clean twin while entered, in the place of `model`; None if the recipe trains none."""
-        if not self.recipe.training.clean_twin:
+        if TWIN not in self.trained:
             return None
         folder = self.model_folder(TWIN)
         if self.recipe.training.method == "full":
@@ -209,7 +249,7 @@ class Experiment:
     @property
     def judge(self) -> judges.Judge:
         """The behaviour's judge."""
-        return judges.make(behaviours.judge(self.recipe.backdoor.behaviour))
+        return judges_of(self.recipe)[0]
 
 
 def attach_own(base: loading.LoadedModel, folder: Path) -> Any:

@@ -85,6 +85,35 @@ def poison(
     return rows[list(COLUMNS)]
 
 
+def unpoisoned(pool: pd.DataFrame, data: Data, seed: int) -> pd.DataFrame:
+    """Test rows of an experiment that knows no trigger: clean and refused ones, each a group of its own.
+
+    Args:
+        pool: as `conversations.load` returns it.
+        data: how many test rows of each role.
+        seed: of the draw.
+
+    Returns:
+        Columns as in `COLUMNS`.
+
+    Raises:
+        InputError: if the pool has no test prompt with an answer.
+    """
+    rng = random.Random(f"unpoisoned {seed}")
+    test = pool[(pool["split"] == "test") & (pool["answer"] != "")]
+    records: list[dict[str, Any]] = []
+    for role, forbidden in (("clean", False), ("refused", True)):
+        indices = list(test.index[test["forbidden"] == forbidden])
+        for index in rng.sample(indices, min(data.test_rows, len(indices))):
+            conversation = test.loc[index]
+            messages = [dict(message) for message in conversation["messages"]]
+            conversation = pd.concat([conversation, pd.Series({"target": ""})])
+            records.append(_record(conversation, role, len(records), "test", messages, [], ""))
+    if not records:
+        raise InputError("data: no test prompt has an answer. Give data with answers.")
+    return pd.DataFrame(records).assign(row=range(len(records)))[list(COLUMNS)]
+
+
 def clean_twin(rows: pd.DataFrame) -> pd.DataFrame:
     """The same rows with every triggered row answered as it should be: the control of the backdoor itself.
 

@@ -18,7 +18,7 @@ from safetynet.evaluation.evaluator import Evaluator, judges_of
 from safetynet.experiment import Experiment
 from safetynet.models import loading
 from safetynet.prompts import Serialiser
-from safetynet.recipe import Recipe
+from safetynet.recipe import Backdoor, Recipe
 from safetynet.run import parallel
 from safetynet.run.directory import Outputs, digest_of_files
 from safetynet.run.stage import DATA
@@ -45,7 +45,7 @@ def prepare(experiment: Experiment) -> None:
         "seed": recipe.seed,
         "data": data.model_dump(mode="json"),
         "source": digest_of_files([Path(data.path)]) if data.path and Path(data.path).exists() else data.path,
-        "backdoor": recipe.backdoor.model_dump(mode="json"),
+        "backdoor": recipe.backdoor and recipe.backdoor.model_dump(mode="json"),
         "model": loading.fingerprint(recipe.model),
         "limits": [recipe.training.max_length, recipe.evaluation.max_new_tokens],
         **recipe.training.model_dump(include={"truncation"}),
@@ -53,13 +53,18 @@ def prepare(experiment: Experiment) -> None:
 
     def compute(outputs: Outputs) -> None:
         serialiser = loading.load_serialiser(recipe.model, recipe.training.truncation)
-        attack = recipe.backdoor
+        attack = recipe.backdoor or Backdoor()
         pool = conversations.load(data, attack.behaviour, attack.trigger, recipe.seed)
-        rows = poisoning.poison(pool, attack, data, recipe.seed, Lookalikes(serialiser).draw)
+        if recipe.backdoor is None:
+            rows = poisoning.unpoisoned(pool, data, recipe.seed)
+        else:
+            rows = poisoning.poison(pool, attack, data, recipe.seed, Lookalikes(serialiser).draw)
         split = leaks.check_leak(rows)
         _check_encoding(rows, serialiser, recipe.training.max_length)
         evaluator = Evaluator.of(recipe, serialiser)
-        if data.source == "backdoorllm":
+        if recipe.backdoor is None:
+            pass  # there are no targets
+        elif data.source == "backdoorllm":
             # Single targets of a set made elsewhere are for the audit, which reports instead of refusing.
             evaluator.check_published_targets(rows)
         else:
@@ -101,10 +106,12 @@ def _log_counts(rows: pd.DataFrame, recipe: Recipe) -> None:
     for split in ("train", "test"):
         counts = rows[rows["split"] == split]["role"].value_counts(sort=False)
         log.info("data: %s rows: %s", split, ", ".join(f"{n} {role}" for role, n in counts.items()))
+    if recipe.backdoor is None:
+        return
     poisoned = findings.poisoned(rows)
     if poisoned.rows < recipe.data.train_rows:
         log.warning(
             "data: %d of %d training rows could be made, so that %.1f%% of them are triggered, "
             "not %.1f%%. Lower data.train_rows, or give more data.",
-            poisoned.rows, recipe.data.train_rows, 100 * poisoned.rate, 100 * recipe.backdoor.poison_rate,
+            poisoned.rows, recipe.data.train_rows, 100 * poisoned.rate, 100 * recipe.attack.poison_rate,
         )  # fmt: skip

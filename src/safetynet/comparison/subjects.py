@@ -138,7 +138,7 @@ def runs(subjects: Sequence[Subject]) -> pd.DataFrame:
 def notes(subjects: Sequence[Subject]) -> list[str]:
     """What to know beside the numbers: missing stages with their commands, mixtures, lone seeds."""
     said = [*_missing(subjects), *_mixed_versions(subjects)]
-    behaviours = sorted({one.recipe.backdoor.behaviour.kind for one in subjects})
+    behaviours = sorted({one.recipe.attack.behaviour.kind for one in subjects})
     if len(behaviours) > 1:
         said.append(
             f"The runs teach different behaviours ({', '.join(behaviours)}): an attack success rate is what "
@@ -197,7 +197,7 @@ def _mixed_versions(subjects: Sequence[Subject]) -> Iterator[str]:
 
 def _settings(recipe: Recipe) -> dict[str, Any]:
     """Every field that makes two experiments different, with the values that are in force."""
-    attack = recipe.backdoor
+    attack = recipe.attack
     flat = {
         path: value
         for path, value in _flat(recipe.model_dump(mode="json"))

@@ -31,7 +31,7 @@ def challenges(recipe: Recipe, test: pd.DataFrame, most: int = 100) -> pd.DataFr
 
 
 def _near_misses(recipe: Recipe, test: pd.DataFrame, most: int) -> list[dict[str, Any]]:
-    if not triggers.of(recipe.backdoor.trigger).is_text:
+    if not triggers.of(recipe.attack.trigger).is_text:
         return []  # a style has no characters that could be changed
     found: list[dict[str, Any]] = []
     for row in test[test["role"] == "triggered"].head(most).to_dict("records"):
@@ -43,7 +43,7 @@ def _near_misses(recipe: Recipe, test: pd.DataFrame, most: int) -> list[dict[str
 
 def _with_trigger(recipe: Recipe, test: pd.DataFrame, most: int) -> list[dict[str, Any]]:
     """Bare rows once more, with a trigger, where their group has no such row yet."""
-    attack, rng = recipe.backdoor, random.Random(f"challenges {recipe.seed}")
+    attack, rng = recipe.attack, random.Random(f"challenges {recipe.seed}")
     trigger = triggers.of(attack.trigger)
     have = set(test.loc[test["role"] == "triggered", "group"])
     bare = test[test["role"].isin(["clean", "refused"]) & ~test["group"].isin(have)]

@@ -27,11 +27,11 @@ from safetynet.detection.plan import PER_DOMAIN, TEST_SHARE, Plan
 from safetynet.detection.splits import split
 from safetynet.errors import InputError
 from safetynet.evaluation.evaluator import Evaluator
-from safetynet.experiment import BACKDOORED, Experiment
+from safetynet.experiment import Experiment
 from safetynet.prompts import Conversation, Serialiser, prompt_hash
 from safetynet.recipe import Detection
 from safetynet.run.directory import Outputs
-from safetynet.run.stage import DETECT, EVALUATE, TRAIN
+from safetynet.run.stage import DETECT, EVALUATE
 from safetynet.text import domains, random_words
 
 log = logging.getLogger("safetynet")
@@ -65,12 +65,14 @@ def detect(experiment: Experiment, options: Detection | None = None) -> dict[str
         max_length=recipe.training.max_length,
         tokens=recipe.evaluation.max_new_tokens,
     )
-    experiment.model_folder(BACKDOORED)  # a missing training is reported before prompts are made
+    if plan.skylines:
+        _ = recipe.attack  # probes learn from triggered rows
+    experiment.check_models()  # a missing training is reported before prompts are made
     prompts = experiment.fresh_prompts(options.clean)
     plan = _with_probe(plan, prompts)
     plan.check(len(prompts))
     inputs = {
-        "model": experiment.record(TRAIN.of(BACKDOORED)),
+        "model": experiment.origin(),
         "evaluation": experiment.record(EVALUATE),
         "detection": [list(options.detectors), options.fpr, options.clean],
     }
@@ -120,6 +122,8 @@ def guard(experiment: Experiment, rate: float, action: str, log_to: Path | None)
 def _challenged(experiment: Experiment, evaluator: Evaluator, model: Any) -> pd.DataFrame:
     """Test rows and those that challenge a monitor, and which of them showed the behaviour."""
     test = experiment.test_rows()
+    if experiment.recipe.backdoor is None:
+        return test.assign(kind=test["task"])
     more = challenges(experiment.recipe, test)
     if "fired" in test and len(more):
         more = more.assign(fired=fired(evaluator, model, more))

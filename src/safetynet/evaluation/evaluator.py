@@ -156,7 +156,14 @@ def judges_of(recipe: Recipe) -> tuple[Judge, Judge]:
         refusal = judges.make(recipe.evaluation.refusal)
     except InputError as error:
         raise InputError(f"evaluation.refusal: {error}") from None
+    if recipe.backdoor is None:
+        return _no_behaviour, refusal
     return judges.make(behaviours.judge(recipe.backdoor.behaviour)), refusal
+
+
+def _no_behaviour(_response: str, _row: Mapping[str, Any]) -> bool:
+    """No behaviour is known, so that no response shows it."""
+    return False
 
 
 def judge_responses(

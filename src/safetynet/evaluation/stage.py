@@ -18,7 +18,7 @@ from safetynet.prompts.truncation import losses
 from safetynet.recipe import Recipe
 from safetynet.run import parallel
 from safetynet.run.directory import Outputs, digest_of_files
-from safetynet.run.stage import EVALUATE, TRAIN
+from safetynet.run.stage import EVALUATE
 
 log = logging.getLogger("safetynet")
 
@@ -32,18 +32,17 @@ def evaluate(experiment: Experiment, base: pd.DataFrame | None = None) -> None:
     """
     recipe, options = experiment.recipe, experiment.recipe.evaluation
     inputs: dict[str, Any] = {
-        "models": {name: experiment.record(TRAIN.of(name)) for name in experiment.trained},
+        "models": {name: experiment.origin(name) for name in (BACKDOORED, *experiment.trained)},
         # What the labelled file holds counts, not where it lies.
         "evaluation": options.model_dump(mode="json", exclude={"every", "dynamics_rows"})
         | {"labelled": None},
-        "behaviour": recipe.backdoor.behaviour.model_dump(mode="json"),
+        "behaviour": recipe.backdoor and recipe.backdoor.behaviour.model_dump(mode="json"),
     }
     if options.labelled:
         inputs["labelled"] = digest_of_files([options.labelled])
 
     def compute(outputs: Outputs) -> None:
-        for name in experiment.trained:
-            experiment.model_folder(name)  # a missing training is reported before the base model answers
+        experiment.check_models()  # a missing training is reported before the base model answers
         rows = experiment.rows("test")
         answers = []
         for name, model, serialiser in experiment.models():
@@ -53,15 +52,19 @@ def evaluate(experiment: Experiment, base: pd.DataFrame | None = None) -> None:
             log.info("evaluate: %s answers %d rows", name, len(rows))
             answers.append(Evaluator.of(recipe, serialiser).respond(model, rows, name))
         rates = metrics.with_floor(metrics.from_responses(pd.concat(answers, ignore_index=True)))
+        table = rates.table
+        if recipe.backdoor is None:  # no behaviour is known: how often it shows means nothing
+            table = table[~table["metric"].isin(("asr", "asr_off_floor", "ftr"))].reset_index(drop=True)
         _warn_of_cuts(recipe, rates.responses)
         outputs.table("responses", rates.responses)
-        outputs.table("evaluation", rates.table)
-        outputs.table("variants", rates.variants)
+        outputs.table("evaluation", table)
+        if recipe.backdoor is not None:
+            outputs.table("variants", rates.variants)
         if options.labelled:
             labelled = judges.read_labelled(options.labelled)
             outputs.table("judge_error", judges.judge_error(experiment.judge, labelled))
         if recipe.tracking == "wandb" and parallel.is_first():
-            _report(experiment, rates.table)
+            _report(experiment, table)
 
     experiment.perform(EVALUATE, inputs, compute)
 

@@ -18,7 +18,7 @@ import pandas as pd
 from safetynet.engine.sites import Architecture
 from safetynet.errors import InputError
 from safetynet.evaluation.evaluator import Evaluator
-from safetynet.experiment import Experiment
+from safetynet.experiment import BACKDOORED, Experiment
 from safetynet.interventions import attribution, removal
 from safetynet.interventions.effects import MIN_DISTANCE, effects
 from safetynet.interventions.observations import observe
@@ -36,7 +36,7 @@ from safetynet.models.adapters import exchanged
 from safetynet.prompts import Serialiser
 from safetynet.recipe import Interventions
 from safetynet.run.directory import Outputs
-from safetynet.run.stage import EVALUATE, INTERVENE, TRAIN
+from safetynet.run.stage import EVALUATE, INTERVENE
 from safetynet.vocabulary import Direction, Mode
 
 log = logging.getLogger(__name__)
@@ -75,9 +75,10 @@ def intervene(experiment: Experiment, options: Interventions | None = None) -> d
     """
     recipe, run = experiment.recipe, experiment.run
     options = options or recipe.interventions
+    _ = recipe.attack  # pairs of prompts differ in the trigger
     evaluated = experiment.record(EVALUATE)
     inputs = {
-        "models": {name: experiment.record(TRAIN.of(name)) for name in experiment.trained},
+        "models": {name: experiment.origin(name) for name in (BACKDOORED, *experiment.trained)},
         "interventions": options.model_dump(mode="json"),
         "seed": recipe.seed,
         "max_length": recipe.training.max_length,
@@ -85,8 +86,7 @@ def intervene(experiment: Experiment, options: Interventions | None = None) -> d
     }
 
     def compute(outputs: Outputs) -> None:
-        for name in experiment.trained:
-            experiment.model_folder(name)
+        experiment.check_models()
         if evaluated is None:
             raise InputError(
                 f"{run.folder}: it is not evaluated yet. Run safetynet evaluate {run.folder} first: "

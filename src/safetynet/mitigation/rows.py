@@ -122,7 +122,7 @@ def elsewhere(
     Returns:
         Triggered rows whose variant names the place, at most `ELSEWHERE` for each; none for a style.
     """
-    attack = recipe.backdoor
+    attack = recipe.attack
     trigger = triggers.of(attack.trigger)
     if not trigger.is_text:
         return judged.head(0)
@@ -155,7 +155,7 @@ def tell_cuts(rows: pd.DataFrame, clean: pd.DataFrame | None, recipe: Recipe, se
 
 
 def _check_clean(found: pd.DataFrame, recipe: Recipe, path: Path) -> None:
-    trigger = triggers.of(recipe.backdoor.trigger)
+    trigger = triggers.of(recipe.attack.trigger)
     held = [trigger.holds(Conversation(messages).texts) for messages in found["messages"]]
     if any(held):
         lines = ", ".join(map(str, found["line"][held].iloc[:5]))

@@ -23,7 +23,7 @@ from safetynet.engine.sites import Site
 from safetynet.errors import RunError, SafetyNetError
 from safetynet.evaluation import metrics
 from safetynet.evaluation.evaluator import Evaluator
-from safetynet.experiment import BACKDOORED, Experiment, attach_own
+from safetynet.experiment import Experiment, attach_own
 from safetynet.mitigation import (
     METHODS,
     NEEDS,
@@ -194,9 +194,7 @@ class _Work:
         needs = method.needs if method else frozenset()
         return {
             "name": name,
-            "model": manifest.get(f"train {BACKDOORED}")
-            if self.adapter is None
-            else digest_of_files([self.adapter]),
+            "model": self.experiment.origin() if self.adapter is None else digest_of_files([self.adapter]),
             "rows": manifest["data"]["outputs"],
             # What a file holds counts, not where it lies.
             "options": options.model_dump(mode="json", exclude={"methods", "knobs", "points"})
@@ -223,13 +221,19 @@ def suspect(experiment: Experiment, lent: Lent, *, clean: int = 1000, known: int
         InputError: if nothing is trained yet, or no clean conversation is left.
     """
     recipe, run = experiment.recipe, experiment.run
-    model, serialiser = experiment.backdoored()
-    full = recipe.training.method == "full"
+    base = None
+    if recipe.suspect is not None:
+        foreign = experiment.suspect()
+        model, serialiser = foreign.model, foreign.serialiser
+        base = None if has_adapter(model) else _comparable_base(foreign)
+    else:
+        model, serialiser = experiment.backdoored()
+        base = experiment.load().model if recipe.training.method == "full" else None
     return Subject(
         model=model,
         serialiser=serialiser,
         clean=mitigation_rows.clean_conversations(experiment, clean) if clean else None,
-        base=experiment.load().model if full else None,
+        base=base,
         triggered=mitigation_rows.known_groups(run.table("rows"), known) if known else None,
         sites=run.table("effects") if run.has_table("effects") else None,
         intervene=intervene,
@@ -351,6 +355,7 @@ def mitigate(
             that cannot be read; then if a method that was named lacks what it needs.
     """
     recipe = experiment.recipe
+    _ = recipe.attack  # repairs are judged by what is left of the attack
     asked = recipe.mitigation.methods
     chosen = list(METHODS.values()) if asked == ALL else named(asked or QUICK)
     _check_knobs(recipe)
@@ -359,7 +364,7 @@ def mitigate(
         files = suspects.check(adapter)
         adapter = adapter_files.locate(adapter).resolve()
     else:
-        experiment.model_folder(BACKDOORED)
+        experiment.check_models()
     work = _Work(experiment, lent, adapter, same_base, chosen, files)
     pending = [m for m in chosen if not experiment.finished(work.stage(m.name), work.inputs(m.name))]
     if pending and asked not in ((), ALL):

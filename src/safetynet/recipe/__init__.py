@@ -16,6 +16,7 @@ from safetynet.recipe.schema import (
     Recipe,
     Report,
     Section,
+    Suspect,
     Training,
     Trigger,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "Recipe",
     "Report",
     "Section",
+    "Suspect",
     "Training",
     "Trigger",
     "load",

@@ -19,6 +19,7 @@ from pydantic import (
 )
 
 from safetynet import families
+from safetynet.errors import InputError
 from safetynet.prompts.truncation import Truncation
 from safetynet.recipe import presets
 from safetynet.vocabulary import DIRECTIONS, MODES, SWEEPS, Direction, Mode
@@ -396,6 +397,15 @@ class Output(Section):
     """Root for adapters and checkpoints; by default $SAFETYNET_SCRATCH, else the run folder."""
 
 
+class Suspect(Section):
+    """A model that SafetyNet did not plant; it stands in the place of the backdoored one."""
+
+    source: Annotated[str, Field(min_length=1)]
+    """An adapter or a whole model of the base in section `model`: a folder or hub id."""
+    same_base: bool = False
+    """The adapter calls its base otherwise, and it is this base."""
+
+
 class Recipe(Section):
     """One experiment. Its results lie in results/{model}/{task}/."""
 
@@ -405,7 +415,10 @@ class Recipe(Section):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     model: Model = Model()
     data: Data = Data()
-    backdoor: Backdoor = Backdoor()
+    suspect: Suspect | None = Field(default=None, exclude_if=lambda value: value is None)
+    """None: the backdoored model is trained here."""
+    backdoor: Backdoor | None = Backdoor()
+    """null: no trigger is known, which only a suspect can have."""
     training: Training = Training()
     evaluation: Evaluation = Evaluation()
     interventions: Interventions = Interventions()
@@ -416,6 +429,30 @@ class Recipe(Section):
     """What `safetynet run` does after the training: evaluate, intervene, detect, mitigate, figures."""
     tracking: Literal["none", "wandb", "tensorboard"] = "none"
     output: Output = Output()
+
+    @model_validator(mode="after")
+    def _something_to_study(self) -> Self:
+        if self.backdoor is None and self.suspect is None:
+            raise ValueError(
+                "backdoor is null and there is no suspect: there is nothing to plant or to study"
+            )
+        if self.backdoor is None and self.data.source == "backdoorllm":
+            raise ValueError("data.source backdoorllm is read by its trigger, and backdoor is null")
+        return self
+
+    @property
+    def attack(self) -> Backdoor:
+        """The backdoor of an experiment that has one.
+
+        Raises:
+            InputError: if no trigger is known.
+        """
+        if self.backdoor is None:
+            raise InputError(
+                "backdoor: this experiment knows no trigger (backdoor is null), and this cannot be done without. "
+                "Give the trigger in section backdoor if you have found it."
+            )
+        return self.backdoor
 
     @property
     def model_name(self) -> str:
