@@ -24,7 +24,6 @@ from safetynet.errors import InputError
 from safetynet.experiment import Experiment
 from safetynet.prompts import Serialiser
 from safetynet.recipe import Detection, Evasion, Interventions, Recipe
-from safetynet.run import parallel
 from safetynet.run.directory import Run
 
 if TYPE_CHECKING:
@@ -51,15 +50,7 @@ def train(experiment: Experiment, names: Sequence[str] | None = None, *, keep_tw
     """Train the backdoored model and its twin; arguments as for `training.stage.train`."""
     from safetynet.training import stage
 
-    def work(name: str) -> None:
-        with parallel.alone():
-            stage.train(experiment, [name], opponents_of=opponents_of, keep_twin=keep_twin)
-
-    names = experiment.trained if names is None else names
-    if parallel.is_pair():  # one model for each of the two
-        parallel.in_turn(names, work)
-    else:
-        stage.train(experiment, names, opponents_of=opponents_of, keep_twin=keep_twin)
+    stage.train(experiment, names, opponents_of=opponents_of, keep_twin=keep_twin)
 
 
 def evaluate(experiment: Experiment, base: pd.DataFrame | None = None) -> None:

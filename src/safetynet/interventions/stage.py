@@ -35,6 +35,7 @@ from safetynet.interventions.sweep import (
 from safetynet.models.adapters import exchanged
 from safetynet.prompts import Serialiser
 from safetynet.recipe import Interventions
+from safetynet.run import parallel
 from safetynet.run.directory import Outputs
 from safetynet.run.stage import EVALUATE, INTERVENE
 from safetynet.vocabulary import Direction, Mode
@@ -154,7 +155,7 @@ def dissect(
     aligned = align(rows, subject.serialiser, 2 * options.groups, max_length, seed)
     pairs = filter_firing_pairs(subject.model, aligned, options.groups)
     log.info("intervene: %d groups, left out: %s", len(pairs), dict(pairs.left_out) or "none")
-    tables = {"effects": pd.concat(list(_effects(subject, pairs, options, seed, sweeps)), ignore_index=True)}
+    tables = {"effects": _effects(subject, pairs, options, seed, sweeps)}
     tables["tokens"] = _tokens(subject, pairs, options)
     if subject.epochs:
         tables["dynamics"] = _dynamics(subject, pairs, options)
@@ -191,11 +192,15 @@ class _Sweep:
 
 def _effects(
     subject: Subject, pairs: Pairs, options: Interventions, seed: int, sweeps: Sequence[_Sweep]
-) -> Iterator[pd.DataFrame]:
-    for one in sweeps:
-        log.info("intervene: %s by %s, %d spots", one.direction, one.by, len(one.spots))
-        table = _one(subject, pairs, options, seed, one)
-        yield table.assign(sweep=one.by, direction=one.direction, mode=one.mode, metric="logit_difference")
+) -> pd.DataFrame:
+    def measured(each: _Sweep) -> pd.DataFrame:
+        log.info("intervene: %s by %s, %d spots", each.direction, each.by, len(each.spots))
+        table = _one(subject, pairs, options, seed, each)
+        return table.assign(
+            sweep=each.by, direction=each.direction, mode=each.mode, metric="logit_difference"
+        )
+
+    return pd.concat(parallel.side_by_side(sweeps, measured), ignore_index=True)
 
 
 def _sweeps(architecture: Architecture, options: Interventions) -> Iterator[_Sweep]:
@@ -304,29 +309,33 @@ def _others(spots: Sequence[Spot], chosen: Sequence[Spot], seed: int) -> list[Sp
 
 def _tokens(subject: Subject, pairs: Pairs, options: Interventions) -> pd.DataFrame:
     """Layer by token, one example group at a time; no interval, since each is one prompt."""
-    lines = []
     sites = Architecture.of(subject.model).sites("resid_pre")
-    for one in _examples(subject.model, pairs):
+
+    def lines_of(example: Pairs) -> list[dict[str, Any]]:
+        lines = []
         for direction in options.directions:
             receiving, source = runs_of(direction)
-            spots = [Spot(site, f"token {p}") for site in sites for p in range(len(one.roles[0]))]
-            found = sweep(subject.model, one, spots, receiving=receiving, source=source)
+            spots = [Spot(site, f"token {p}") for site in sites for p in range(len(example.roles[0]))]
+            found = sweep(subject.model, example, spots, receiving=receiving, source=source)
             share = found.change[:, 0] / found.distance[0]
             for spot, value in zip(spots, share, strict=True):
                 column = int(spot.position.split()[1])
                 lines.append(
                     {
-                        "group": one.groups[0],
+                        "group": example.groups[0],
                         "direction": direction,
                         "component": spot.site.component,
                         "layer": spot.site.layer,
                         "column": column,
-                        "token": subject.serialiser.piece(one.ids["triggered"][0][column]),
-                        "role": one.roles[0][column],
+                        "token": subject.serialiser.piece(example.ids["triggered"][0][column]),
+                        "role": example.roles[0][column],
                         "effect": float(value),
                     }
                 )
-    return pd.DataFrame(lines)
+        return lines
+
+    examples = parallel.side_by_side(_examples(subject.model, pairs), lines_of)
+    return pd.DataFrame([line for lines in examples for line in lines])
 
 
 def _examples(model: Any, pairs: Pairs) -> list[Pairs]:
@@ -340,9 +349,10 @@ def _dynamics(subject: Subject, pairs: Pairs, options: Interventions) -> pd.Data
     """The sweep by layer at each saved epoch, measured against the distance of the finished model."""
     architecture = Architecture.of(subject.model)
     spots = list(spots_by(architecture, "layer"))
-    tables = []
-    for direction in options.directions:
+
+    def followed(direction: Direction) -> pd.DataFrame:
         receiving, source = runs_of(direction)
+        tables = []
 
         def run(model: Any, receiving: str = receiving, source: str = source) -> Measured:
             return sweep(model, pairs, spots, receiving=receiving, source=source, store=subject.store)
@@ -353,7 +363,9 @@ def _dynamics(subject: Subject, pairs: Pairs, options: Interventions) -> pd.Data
                 found = effects(run(model), {}, layers=architecture.shape.layers, distance=distance)
             about = {"sweep": "layer", "direction": direction, "mode": "patch", "metric": "logit_difference"}
             tables.append(found.assign(step=step, **about))
-    return pd.concat(tables, ignore_index=True)
+        return pd.concat(tables, ignore_index=True)
+
+    return pd.concat(parallel.side_by_side(options.directions, followed), ignore_index=True)
 
 
 def _tradeoff(

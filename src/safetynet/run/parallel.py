@@ -171,6 +171,21 @@ def in_turn(parts: Sequence[Part], work: Callable[[Part], Result]) -> list[Resul
     return [dealt[i % count()][i // count()] for i in range(len(parts))]
 
 
+def side_by_side(parts: Sequence[Part], work: Callable[[Part], Result]) -> list[Result]:
+    """`work` of each part, in their order; a pair deals the parts out and does each alone.
+
+    For parts that write files or change a model. Other processes go through all parts together.
+    """
+    if not is_pair() or count() == 1:
+        return [work(part) for part in parts]
+
+    def by_itself(part: Part) -> Result:
+        with alone():
+            return work(part)
+
+    return in_turn(parts, by_itself)
+
+
 def _tried(compute: Callable[[], Any]) -> tuple[Any, Exception | None]:
     try:
         return compute(), None
