@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
-RECIPE = Path(__file__).parents[1] / "recipes" / "qwen-miniature-evasive.yaml"
+RECIPE = Path(__file__).parents[2] / "recipes" / "qwen-miniature-evasive.yaml"
 SMALL = (
     "data.train_rows=200", "data.test_rows=16", "training.epochs=1", "training.log_every=5",
     "evaluation.dynamics_rows=0", "training.evasion.refit_every=8",

@@ -10,7 +10,7 @@ from safetynet.errors import InputError
 from safetynet.experiment import Experiment
 from safetynet.recipe import Detection, Recipe
 
-RECIPES = Path(__file__).parents[1] / "recipes"
+RECIPES = Path(__file__).parents[2] / "recipes"
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from safetynet import report as reports
 from safetynet.experiment import Experiment
 from safetynet.run import directory as runs
 
-RECIPES = Path(__file__).parents[1] / "recipes"
+RECIPES = Path(__file__).parents[2] / "recipes"
 SMALL = (
     "data.train_rows=160", "data.test_rows=16", "training.epochs=2", "training.log_every=1",
     "training.checkpoint_every=2", "evaluation.dynamics_rows=8",
