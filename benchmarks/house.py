@@ -30,7 +30,7 @@ PACKAGE = "safetynet"
 
 FLOORS = {
     "ground": (
-        "", "errors", "families", "tables", "statistics",
+        "", "errors", "families", "tables", "vocabulary", "statistics",
         "models.families", "words", "characters", "token_texts", "holding", "parallel", "provenance",
         "presets", "findings",
     ),
