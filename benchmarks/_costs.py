@@ -17,10 +17,9 @@ import pandas as pd
 def overheads(models: dict[str, Any], serialiser: Any, prompts: pd.DataFrame, repeats: int) -> pd.DataFrame:
     """Ratio of guarded to plain generation: monitors of one pass and of more, in each of the models."""
     from safetynet.detection.capture import capture
-    from safetynet.detection.guard import Guard
+    from safetynet.detection.detector_set import PRESETS
+    from safetynet.detection.guard import Guard, overhead
     from safetynet.detection.monitor import Monitor
-    from safetynet.detection.overhead import overhead
-    from safetynet.detection.panel import PRESETS
     from safetynet.detection.plan import Plan
 
     tables = []

@@ -9,9 +9,11 @@ import sys
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from safetynet.detection.capture import forward
+from safetynet.detection.capture import read
 from safetynet.detection.features import FeatureSpec
-from safetynet.detection.readers import Place, Reader
+from safetynet.detection.readers import Reader
+from safetynet.engine.batch import Batch
+from safetynet.engine.trace import forward
 from safetynet.run.directory import peak_memory_mb
 
 
@@ -28,11 +30,10 @@ def main() -> None:
     model = LlamaForCausalLM(config).eval()
     rows, width = (2, 64) if small else (16, 512)
     ids = torch.randint(0, 512, (rows, width))
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    place = Place(torch.full((rows,), width - 1), torch.ones(rows, width))
+    batch, user = Batch(ids, torch.ones_like(ids)), torch.ones(rows, width)
     before = peak_mb()
     with torch.no_grad():
-        WAYS[sys.argv[1]](model, inputs, place)
+        WAYS[sys.argv[1]](model, batch, user)
     print(peak_mb() - before)
 
 
@@ -43,18 +44,18 @@ def peak_mb() -> float:
     return peak_memory_mb()
 
 
-def by_capture(model: LlamaForCausalLM, inputs: dict[str, torch.Tensor], place: Place) -> None:
+def by_capture(model: LlamaForCausalLM, batch: Batch, user: torch.Tensor) -> None:
     """Reduced inside the hooks."""
     with Reader(model, FeatureSpec()) as reader:
-        forward(model, reader, inputs, place)
+        read(model, reader, batch, user)
 
 
-def by_hidden_states(model: LlamaForCausalLM, inputs: dict[str, torch.Tensor], place: Place) -> None:
+def by_hidden_states(model: LlamaForCausalLM, batch: Batch, user: torch.Tensor) -> None:
     """All states of all layers, then the same reduction."""
-    states = model(**inputs, use_cache=False, output_hidden_states=True, logits_to_keep=1).hidden_states
-    for layer in states[1:]:
-        place.at_last(layer)
-        place.mean(layer)
+    output = forward(model, batch, use_cache=False, output_hidden_states=True)
+    for layer in output.hidden_states[1:]:
+        layer[:, -1].clone()
+        torch.einsum("bt,btd->bd", user, layer.float()) / user.sum(1, keepdim=True)
 
 
 WAYS = {"capture": by_capture, "hidden_states": by_hidden_states}

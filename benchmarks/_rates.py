@@ -21,12 +21,12 @@ def of_one_monitor(model: Any, serialiser: Any, prompts: pd.DataFrame, clean: in
 
     from safetynet.detection.calibration import fpr_estimate
     from safetynet.detection.capture import capture
+    from safetynet.detection.detector_set import PRESETS, DetectorSpec
     from safetynet.detection.features import FeatureSpec
     from safetynet.detection.monitor import Monitor
-    from safetynet.detection.panel import PRESETS, Reading
 
     extra = ("mixture", "autoencoders", "variational", "gram", "sklearn.neighbors.LocalOutlierFactor")
-    readings = (*PRESETS["adapter"], *map(Reading, extra), Reading("ranks", "mean"))
+    readings = (*PRESETS["adapter"], *map(DetectorSpec, extra), DetectorSpec("ranks", "mean"))
     spec = FeatureSpec(tuple(dict.fromkeys(r.view for r in readings)))
     features = capture(model, serialiser, list(prompts["messages"]), spec, batch_size=64)
     monitor = Monitor.fit(features.take(slice(0, clean)), readings, seed=seed)
@@ -57,8 +57,8 @@ def of_many_monitors(
         seed: of the draws.
     """
     from safetynet.detection.capture import capture
+    from safetynet.detection.detector_set import PRESETS
     from safetynet.detection.monitor import Monitor
-    from safetynet.detection.panel import PRESETS
     from safetynet.detection.plan import Plan
 
     made, fresh, monitors = sizes

@@ -29,8 +29,8 @@ def compare(model: Any, serialiser: Any, clean: pd.DataFrame, run: Any, seed: in
         rows (fired, placebo, near miss, fresh as they are, fresh with random words), n, and the share that
         each way's monitor alarms at.
     """
+    from safetynet.detection.detector_set import PRESETS
     from safetynet.detection.monitor import Monitor
-    from safetynet.detection.panel import PRESETS
     from safetynet.detection.plan import Plan
     from safetynet.text.random_words import put_in
 

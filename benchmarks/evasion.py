@@ -26,8 +26,8 @@ import pandas as pd
 from _running import ROOT, markdown, percent
 
 from safetynet import recipe, stages
+from safetynet.detection.detector_set import PRESETS, named
 from safetynet.detection.features import Features, FeatureSpec
-from safetynet.detection.panel import PRESETS, named
 from safetynet.detection.protocol import measure
 from safetynet.experiment import Experiment
 from safetynet.models import loading
@@ -165,9 +165,8 @@ def readings(detectors: Sequence[str]) -> set[str]:
 
 def defence(made: recipe.Recipe, run: runs.Run, count: int) -> pd.DataFrame:
     """Fit every detector to fresh clean prompts of this run's model; measure each, and fusions of them."""
-    from safetynet.detection.calibration import Calibration
-    from safetynet.detection.panel import Panel
-    from safetynet.detection.splits import split
+    from safetynet.detection.calibration import Calibration, split
+    from safetynet.detection.detector_set import DetectorSet
 
     readings = {r.name: r for name in FUSIONS for r in PRESETS[name]}
     experiment = Experiment(made, run)
@@ -179,7 +178,7 @@ def defence(made: recipe.Recipe, run: runs.Run, count: int) -> pd.DataFrame:
     part = split([prompt_hash(list(m)) for m in clean["messages"]] * 2, parts, made.seed)
     kinds = np.repeat(["plain", "random words"], len(clean))
     of_kinds = kinds[part == "calibrate"], kinds[part == "fuse"]
-    panel = Panel.fit(list(readings.values()), features.take(part == "fit").arrays)
+    panel = DetectorSet.fit(list(readings.values()), features.take(part == "fit").arrays)
     first, second, fresh = (
         panel.scores(features.take(part == name).arrays) for name in ("calibrate", "fuse", "fresh")
     )
@@ -188,7 +187,7 @@ def defence(made: recipe.Recipe, run: runs.Run, count: int) -> pd.DataFrame:
     scores, p_values = pd.DataFrame(both), pd.DataFrame()
     for name in FUSIONS:
         members = [reading.name for reading in PRESETS[name]]
-        calibrated = Calibration.of(
+        calibrated = Calibration.fit(
             {m: first[m] for m in members}, {m: second[m] for m in members}, kinds=of_kinds
         )
         scores[f"fused {name}"] = calibrated.statistic(both)

@@ -17,10 +17,10 @@ from tests.interventions.conftest import make_pairs
 
 from safetynet import recipe
 from safetynet.detection.capture import capture
+from safetynet.detection.detector_set import PRESETS
 from safetynet.detection.features import FeatureSpec
 from safetynet.detection.guard import Guard
 from safetynet.detection.monitor import Monitor
-from safetynet.detection.panel import PRESETS
 from safetynet.engine.sites import Architecture, Site
 from safetynet.evaluation.generation import generate
 from safetynet.interventions import attention, attribution, directions, drift, heads, lens, lowrank, probes

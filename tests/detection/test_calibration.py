@@ -11,7 +11,6 @@ from safetynet.detection.calibration import (
     check_rate,
     fpr_estimate,
     fuse,
-    group_rates,
     smallest_rate,
 )
 from safetynet.errors import InputError
@@ -36,7 +35,7 @@ def test_the_fused_rate_is_kept_whatever_the_correlation(how, correlation, rate)
     # Mean over calibrations: conformal coverage is a statement about that mean.
     rates = []
     for seed in range(40):
-        calibration = Calibration.of(
+        calibration = Calibration.fit(
             scores(600, 3 * seed, correlation), scores(600, 3 * seed + 1, correlation), how
         )
         p = calibration.p_values(scores(500, 3 * seed + 2, correlation))["fused"]
@@ -46,7 +45,7 @@ def test_the_fused_rate_is_kept_whatever_the_correlation(how, correlation, rate)
 
 
 def test_plain_or_of_uncalibrated_detectors_breaks_the_rate_and_the_fused_one_does_not():
-    calibration = Calibration.of(scores(2000, 0, 0.0), scores(2000, 1, 0.0))
+    calibration = Calibration.fit(scores(2000, 0, 0.0), scores(2000, 1, 0.0))
     p = calibration.p_values(scores(4000, 2, 0.0))
     plain = (p.drop(columns="fused").min(axis=1) <= 0.01).mean()
     assert plain > 0.06
@@ -54,7 +53,7 @@ def test_plain_or_of_uncalibrated_detectors_breaks_the_rate_and_the_fused_one_do
 
 
 def test_the_realised_rate_does_not_grow_with_the_number_of_tested_prompts():
-    yardstick = Conformal.of(np.random.default_rng(0).standard_normal(2000))
+    yardstick = Conformal.fit(np.random.default_rng(0).standard_normal(2000))
     realised = [
         (yardstick.p_values(np.random.default_rng(1).standard_normal(n)) <= 0.05).mean()
         for n in (1000, 100_000)
@@ -63,17 +62,17 @@ def test_the_realised_rate_does_not_grow_with_the_number_of_tested_prompts():
 
 
 def test_conformal_p_values_are_the_formula_with_ties_counted_against_an_alarm():
-    yardstick = Conformal.of(np.array([1.0, 2.0, 2.0, 3.0]))
+    yardstick = Conformal.fit(np.array([1.0, 2.0, 2.0, 3.0]))
     np.testing.assert_allclose(yardstick.p_values(np.array([0.0, 2.0, 3.5])), [1.0, 0.8, 0.2])
 
 
 def test_the_smoothed_tail_orders_what_lies_above_all_clean_scores():
-    yardstick = Conformal.of(np.random.default_rng(0).standard_normal(200))
+    yardstick = Conformal.fit(np.random.default_rng(0).standard_normal(200))
     p = yardstick.smoothed(np.array([0.0, 2.0, 5.0, 10.0, 1e6]))
     assert (np.diff(p) < 0).all()
     assert p[-1] > 0
     assert p[0] == yardstick.p_values(np.array([0.0]))[0]
-    assert Conformal.of(np.zeros(50)).smoothed(np.array([1.0])) == pytest.approx(1 / 51)
+    assert Conformal.fit(np.zeros(50)).smoothed(np.array([1.0])) == pytest.approx(1 / 51)
 
 
 def test_a_rate_is_kept_in_each_kind_and_met_in_the_most_suspect_one():
@@ -81,12 +80,12 @@ def test_a_rate_is_kept_in_each_kind_and_met_in_the_most_suspect_one():
     for seed in range(40):
         rng = np.random.default_rng(seed)
         scores = np.r_[rng.standard_normal(1500), rng.standard_normal(500) + 1]
-        yardstick = Conformal.of(scores, ["plain"] * 1500 + ["odd"] * 500)
+        yardstick = Conformal.fit(scores, ["plain"] * 1500 + ["odd"] * 500)
         assert yardstick.n == 500
         for kind, shift in (("plain", 0), ("odd", 1)):
             p = yardstick.p_values(rng.standard_normal(2000) + shift)
             realised[kind].append((p <= 0.05).mean())
-        pooled = Conformal.of(scores).p_values(rng.standard_normal(2000) + 1)
+        pooled = Conformal.fit(scores).p_values(rng.standard_normal(2000) + 1)
         assert (pooled <= 0.05).mean() > 0.08
     assert np.mean(realised["odd"]) == pytest.approx(0.05, abs=0.005)
     assert 0 < np.mean(realised["plain"]) < 0.02
@@ -95,9 +94,9 @@ def test_a_rate_is_kept_in_each_kind_and_met_in_the_most_suspect_one():
 def test_the_smoothed_tail_of_several_kinds_is_that_of_the_least_suspect_p_value():
     rng = np.random.default_rng(0)
     low, high = rng.standard_normal(400), rng.standard_normal(300) + 1
-    both = Conformal.of(np.r_[low, high], ["a"] * 400 + ["b"] * 300)
+    both = Conformal.fit(np.r_[low, high], ["a"] * 400 + ["b"] * 300)
     at = np.array([-1.0, 0.5, 2.5, 6.0])
-    alone = [Conformal.of(own).smoothed(at) for own in (low, high)]
+    alone = [Conformal.fit(own).smoothed(at) for own in (low, high)]
     np.testing.assert_array_equal(both.smoothed(at), np.maximum(*alone))
 
 
@@ -113,7 +112,7 @@ def test_the_fused_statistic_is_calibrated_kind_by_kind(method):
             return {name: rng.standard_normal(1000) + shift for name in ("a:x", "b:y")}
 
         if method == "split":
-            calibrated = Calibration.of(drawn(), drawn(), kinds=(kinds, kinds))
+            calibrated = Calibration.fit(drawn(), drawn(), kinds=(kinds, kinds))
         else:
             calibrated = Calibration.cross_fitted(drawn(), rng.integers(0, 5, 1000), kinds=kinds)
         alarm = calibrated.p_values(drawn())["fused"].to_numpy() <= 0.05
@@ -132,11 +131,11 @@ def test_each_kind_weighs_the_detectors_by_itself_and_the_larger_p_value_counts(
         return {"a:x": rng.standard_normal(1200) * odd + shift, "b:y": rng.standard_normal(1200)}
 
     first, second, fresh = drawn(), drawn(), drawn(4.0)
-    both = Calibration.of(first, second, kinds=(kinds, kinds)).p_values(fresh)
+    both = Calibration.fit(first, second, kinds=(kinds, kinds)).p_values(fresh)
 
     def alone(kind):
         parts = ({name: own[kinds == kind] for name, own in part.items()} for part in (first, second))
-        return Calibration.of(*parts).p_values(fresh)
+        return Calibration.fit(*parts).p_values(fresh)
 
     pd.testing.assert_frame_equal(both, np.maximum(alone("plain"), alone("odd")))
 
@@ -145,7 +144,7 @@ def test_a_kind_that_one_part_of_the_split_lacks_is_refused_by_name():
     some = {"a:x": np.arange(9.0), "b:y": np.arange(9.0)}
     for kinds in (("p" * 9, "p" * 8 + "q"), ("p" * 8 + "q", "p" * 9)):
         with pytest.raises(InputError, match="'q'"):
-            Calibration.of(some, some, kinds=tuple(np.array(list(own)) for own in kinds))
+            Calibration.fit(some, some, kinds=tuple(np.array(list(own)) for own in kinds))
 
 
 def test_one_detector_is_calibrated_on_both_parts_and_keeps_its_rate():
@@ -153,7 +152,7 @@ def test_one_detector_is_calibrated_on_both_parts_and_keeps_its_rate():
     for seed in range(200):
         rng = np.random.default_rng(seed)
         first, second, fresh = ({"a:x": rng.standard_normal(n)} for n in (100, 60, 500))
-        calibrated = Calibration.of(first, second)
+        calibrated = Calibration.fit(first, second)
         assert calibrated.fused.n == 160
         rates.append((calibrated.p_values(fresh)["fused"] <= 0.05).mean())
         scores = np.r_[first["a:x"], second["a:x"]]
@@ -162,7 +161,7 @@ def test_one_detector_is_calibrated_on_both_parts_and_keeps_its_rate():
         np.testing.assert_allclose(calibrated.p_values(fresh)["fused"][tail], direct[tail])
     # 8 of 161: the largest rank that does not exceed 5%. Three standard errors over 200 draws.
     assert np.mean(rates) == pytest.approx(8 / 161, abs=3 * np.std(rates) / np.sqrt(200))
-    two = Calibration.of({"a:x": np.ones(9), "b:y": np.ones(9)}, {"a:x": np.ones(7), "b:y": np.ones(7)})
+    two = Calibration.fit({"a:x": np.ones(9), "b:y": np.ones(9)}, {"a:x": np.ones(7), "b:y": np.ones(7)})
     assert two.fused.n == 7
 
 
@@ -199,13 +198,6 @@ def test_the_estimate_carries_its_exact_interval():
         fpr_estimate(np.array([]), 0.01)
 
 
-def test_the_worst_group_is_reported_first():
-    p = np.r_[np.full(10, 0.5), np.full(5, 0.001), np.full(5, 0.5)]
-    table = group_rates(p, ["chat"] * 10 + ["code"] * 10, 0.01)
-    assert table["group"].tolist() == ["code", "chat"]
-    assert table["value"].tolist() == [0.5, 0.0]
-
-
 def test_one_detector_that_sees_is_enough_among_many_that_see_nothing():
     def seen_by_one(n: int, seed: int) -> dict[str, np.ndarray]:
         found = scores(n, seed, 0.7)
@@ -213,12 +205,12 @@ def test_one_detector_that_sees_is_enough_among_many_that_see_nothing():
 
     clean = scores(2000, 0, 0.7), scores(2000, 1, 0.7)
     caught = {
-        how: (Calibration.of(*clean, how).p_values(seen_by_one(500, 2))["fused"] <= 0.01).mean()
+        how: (Calibration.fit(*clean, how).p_values(seen_by_one(500, 2))["fused"] <= 0.01).mean()
         for how in ("max", "fisher")
     }
     assert caught["max"] > 0.95
     assert caught["fisher"] < 0.5
-    assert Calibration.of(*clean).how == "max"
+    assert Calibration.fit(*clean).how == "max"
 
 
 def test_many_detectors_of_one_view_leave_another_view_its_share_of_the_rate():
@@ -232,7 +224,7 @@ def test_many_detectors_of_one_view_leave_another_view_its_share_of_the_rate():
     caught, rates = {}, {}
     for view in ("last", "divergence"):
         clean = [named(scores(4000, seed, 0.3), view) for seed in range(3)]
-        calibration = Calibration.of(*clean[:2])
+        calibration = Calibration.fit(*clean[:2])
         caught[view] = (calibration.p_values(named(seen_by_one(2000, 3), view))["fused"] <= 0.01).mean()
         rates[view] = (calibration.p_values(clean[2])["fused"] <= 0.01).mean()
     assert caught["divergence"] > caught["last"] + 0.05
@@ -250,4 +242,4 @@ def test_fusions_grow_with_evidence_and_stay_finite():
 def test_scores_that_are_no_numbers_calibrate_nothing():
     for bad in ([], [1.0, float("nan")]):
         with pytest.raises(InputError, match="clean scores that are numbers"):
-            Conformal.of(np.array(bad))
+            Conformal.fit(np.array(bad))

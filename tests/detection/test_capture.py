@@ -7,12 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from safetynet.detection import capture as capturing
-from safetynet.detection.answers import confidence
-from safetynet.detection.capture import capture, stream
-from safetynet.detection.contrasts import FIRM, PARTS, SLIGHT
+from safetynet.detection.capture import batched, capture, read, stream
 from safetynet.detection.features import Features, FeatureSpec, concatenate
-from safetynet.detection.readers import Reader
+from safetynet.detection.passes import FIRM, PARTS, SLIGHT
+from safetynet.detection.readers import Reader, confidence
 from safetynet.errors import InputError
 
 EVERYTHING = FeatureSpec(
@@ -49,19 +47,6 @@ def test_last_and_mean_are_the_hidden_states_of_each_prompt_alone(family, build,
         user = np.concatenate([np.arange(*span) for span in encoded.spans["user"]])
         np.testing.assert_allclose(features["last"][row], hidden[:, -1], atol=1e-4)
         np.testing.assert_allclose(features["mean"][row], hidden[:, user].mean(axis=1), atol=1e-4)
-
-
-def test_padding_on_either_side_gives_the_same_features(build, serialiser, prompts):
-    model, spec = build(), FeatureSpec(("last", "mean", "energy", "energy_max", "direction", "confidence"))
-    encoded = [serialiser.encode(p) for p in prompts]
-    found = {}
-    with torch.no_grad(), Reader(model, spec) as reader:
-        for side in ("left", "right"):
-            found[side] = capturing.forward(
-                model, reader, *capturing.padded(encoded, serialiser, side, "cpu")
-            )
-    for view in found["left"]:
-        torch.testing.assert_close(found["left"][view], found["right"][view], atol=1e-4, rtol=1e-4)
 
 
 def test_every_view_of_a_batch_is_that_of_each_prompt_alone(build, serialiser, prompts):
@@ -353,12 +338,7 @@ def test_prompts_that_are_cut_are_counted_and_keep_their_trigger(build, serialis
     assert "1 lost the end of the last message" in caplog.text
     ids = serialiser.encode(long, trigger=span, max_length=80).input_ids
     with torch.no_grad(), Reader(model, spec) as reader:
-        read = capturing.forward(
-            model,
-            reader,
-            *capturing.padded(
-                [serialiser.encode(long, trigger=span, max_length=80)], serialiser, "left", "cpu"
-            ),
-        )
-    np.testing.assert_allclose(spared["last"][1], read["last"][0].numpy(), atol=1e-4)
+        batch = batched([serialiser.encode(long, trigger=span, max_length=80)], serialiser, "cpu")
+        taken = read(model, reader, *batch)
+    np.testing.assert_allclose(spared["last"][1], taken["last"][0].numpy(), atol=1e-4)
     assert "BadMagic" in serialiser.decode(ids)

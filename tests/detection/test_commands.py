@@ -12,9 +12,9 @@ from tests.conftest import completed
 
 from safetynet import recipe
 from safetynet.cli.app import main
+from safetynet.detection.detector_set import DetectorSpec
 from safetynet.detection.features import Features, FeatureSpec
 from safetynet.detection.monitor import Monitor
-from safetynet.detection.panel import Reading
 from safetynet.models.identity import Identity
 from safetynet.run import directory as runs
 
@@ -52,8 +52,11 @@ def watched(without_weights: Path) -> Path:
     features = Features(
         {"last": rng.standard_normal((200, 3, 8)).astype(np.float32)}, Identity("b", "a", "d"), FeatureSpec()
     )
-    path = runs.find(without_weights).scratch / "detection" / "monitor.safetensors"
-    Monitor.fit(features, [Reading("mahalanobis")]).save(path)
+    run = runs.find(without_weights)
+    path = run.scratch / "detection" / "monitor.safetensors"
+    with run.stage("detect", {}) as outputs:
+        Monitor.fit(features, [DetectorSpec("mahalanobis")]).save(path)
+        outputs.file(path, "monitor")
     return without_weights
 
 

@@ -6,11 +6,10 @@ import pytest
 from sklearn.metrics import roc_auc_score, roc_curve
 
 from safetynet.detection import curves
+from safetynet.detection.detector_set import DetectorSpec
 from safetynet.detection.features import Features, FeatureSpec
-from safetynet.detection.guard import Guard
+from safetynet.detection.guard import OVERHEAD, Guard, overhead
 from safetynet.detection.monitor import Monitor
-from safetynet.detection.overhead import COLUMNS, overhead
-from safetynet.detection.panel import Reading
 from safetynet.detection.protocol import auroc
 from safetynet.models.identity import Identity
 
@@ -67,9 +66,9 @@ def test_auroc_by_layer_finds_the_layer_that_was_changed(activations, rows):
     tested[(rows["role"] == "triggered").to_numpy(), 2] += 3.0
     features = Features({"last": tested}, HERE, clean.spec)
     readings = [
-        Reading("mahalanobis"),
-        Reading("layer_deltas"),
-        Reading("sklearn.neighbors.LocalOutlierFactor"),
+        DetectorSpec("mahalanobis"),
+        DetectorSpec("layer_deltas"),
+        DetectorSpec("sklearn.neighbors.LocalOutlierFactor"),
     ]
     monitor = Monitor.fit(clean, readings)
     table = curves.by_layer(monitor, clean, features, rows).set_index(["detector", "rows", "layer"])["auroc"]
@@ -80,7 +79,7 @@ def test_auroc_by_layer_finds_the_layer_that_was_changed(activations, rows):
         assert table[detector, "placebo", 9] == pytest.approx(0.5, abs=0.1)
     assert table["layer_deltas:last", "fired", 9] > 0.9
     assert ("layer_deltas:last", "fired", 4) not in table
-    direct = monitor.panel.fitted["mahalanobis:last"].layer_scores(tested.astype(float))[:, 2]
+    direct = monitor.detectors.fitted["mahalanobis:last"].layer_scores(tested.astype(float))[:, 2]
     fired, bare = ((rows["role"] == role).to_numpy() for role in ("triggered", "clean"))
     assert table["mahalanobis:last", "fired", 9] == pytest.approx(auroc(direct[fired], direct[bare]))
 
@@ -91,19 +90,19 @@ def test_overhead_times_answers_of_equal_length(build, serialiser, prompts):
     from safetynet.detection.capture import capture
 
     features = capture(model, serialiser, prompts * 24, spec)
-    monitor = Monitor.fit(features, [Reading("mahalanobis")])
+    monitor = Monitor.fit(features, [DetectorSpec("mahalanobis")])
     guard = Guard(model, serialiser, monitor, rate=0.2)
     lengths = []
     plain = guard.answer
 
     def answer(*given):
         made = plain(*given)
-        lengths.append(made.shape[1] - given[0]["input_ids"].shape[1])
+        lengths.append(made.shape[1] - given[0].width)
         return made
 
     guard.answer = answer
     table = overhead(guard, prompts, batches=(1, 3), new_tokens=4, repeats=2)
-    assert list(table) == list(COLUMNS)
+    assert list(table) == list(OVERHEAD)
     assert table["batch"].tolist() == [1, 3]
     assert set(lengths) == {4}
     assert len(lengths) == 2 * 2 * 3

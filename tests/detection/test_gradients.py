@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from safetynet.detection.capture import capture
+from safetynet.detection.detector_set import DetectorSpec
 from safetynet.detection.detectors import make
 from safetynet.detection.features import FeatureSpec
 from safetynet.detection.gradients import VIEWS, hideable, observer, refit, score_tensor
-from safetynet.detection.panel import Reading
 from safetynet.errors import InputError
 
 SETTINGS = {
@@ -51,7 +51,7 @@ def test_a_step_along_the_gradient_changes_the_score_as_it_says(detector, activa
 @pytest.mark.parametrize("architecture", ["qwen", "gemma", "mixtral"])
 def test_views_with_gradients_are_those_that_capture_takes(architecture, build, serialiser, prompts):
     model = build(architecture)
-    readings = [Reading("mahalanobis", view) for view in VIEWS]
+    readings = [DetectorSpec("mahalanobis", view) for view in VIEWS]
     encoded = [serialiser.encode(prompt) for prompt in prompts]
     views = observer(serialiser, readings)(model, encoded)
     captured = capture(model, serialiser, prompts, FeatureSpec(VIEWS))
@@ -65,7 +65,7 @@ def test_views_with_gradients_are_those_that_capture_takes(architecture, build, 
 def test_every_view_leads_gradients_into_both_factors_of_the_adapter(view, build, serialiser, prompts):
     model = build()
     encoded = [serialiser.encode(prompt) for prompt in prompts]
-    observer(serialiser, [Reading("mahalanobis", view)])(model, encoded)[view].square().sum().backward()
+    observer(serialiser, [DetectorSpec("mahalanobis", view)])(model, encoded)[view].square().sum().backward()
     for factor in ("lora_A", "lora_B"):
         gradients = [p.grad for name, p in model.named_parameters() if factor in name and p.requires_grad]
         assert any(g is not None and g.abs().max() > 0 for g in gradients), factor

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from safetynet.detection import contrasts
+from safetynet.detection import passes as views_of_passes
 from safetynet.detection.capture import capture
-from safetynet.detection.contrasts import SLIGHT
+from safetynet.detection.detector_set import DetectorSpec
 from safetynet.detection.features import FeatureSpec
 from safetynet.detection.guard import Guard
 from safetynet.detection.monitor import Monitor
-from safetynet.detection.panel import Reading
+from safetynet.detection.passes import SLIGHT
 from safetynet.errors import InputError
 from safetynet.models.miniatures import language
 
@@ -33,17 +33,17 @@ def clean():
 @pytest.fixture(scope="module")
 def monitor(model, serialiser, clean):
     readings = [
-        Reading("mahalanobis"),
-        Reading("neighbours", "mean"),
-        Reading("extremes", "divergence"),
-        Reading("extremes", "unexplained"),
+        DetectorSpec("mahalanobis"),
+        DetectorSpec("neighbours", "mean"),
+        DetectorSpec("extremes", "divergence"),
+        DetectorSpec("extremes", "unexplained"),
     ]
     views = (*(reading.view for reading in readings), "confidence", "steps", "step_confidence")
     features = capture(model, serialiser, clean, FeatureSpec(views, tokens=TOKENS))
     watch = [
-        Reading("mahalanobis", "steps"),
-        Reading("extremes", "step_confidence", {"two_sided": True}),
-        Reading("lock", "step_confidence"),
+        DetectorSpec("mahalanobis", "steps"),
+        DetectorSpec("extremes", "step_confidence", {"two_sided": True}),
+        DetectorSpec("lock", "step_confidence"),
     ]
     return Monitor.fit(features, readings, token_readings=watch)
 
@@ -51,7 +51,9 @@ def monitor(model, serialiser, clean):
 @pytest.fixture(scope="module")
 def prompt_monitor(model, serialiser, clean):
     features = capture(model, serialiser, clean, FeatureSpec(("last", "mean")))
-    return Monitor.fit(features, [Reading("mahalanobis"), Reading("pca_residual", "mean")], method="cross")
+    return Monitor.fit(
+        features, [DetectorSpec("mahalanobis"), DetectorSpec("pca_residual", "mean")], method="cross"
+    )
 
 
 def alarmed(monitor, count=1):
@@ -169,7 +171,7 @@ def test_decisions_of_finished_batches_outlive_a_failure(model, serialiser, prom
 def test_a_prompt_costs_one_pass_a_divergence_one_more_and_one_that_differs_two_more(
     model, serialiser, monitor, prompt_monitor, clean, monkeypatch
 ):
-    monkeypatch.setattr(contrasts, "SLIGHT", SLIGHT / 2)  # this adapter changes little
+    monkeypatch.setattr(views_of_passes, "SLIGHT", SLIGHT / 2)  # this adapter changes little
     apart = []
     for messages in clean:
         ids = torch.tensor([serialiser.encode(messages).input_ids])
@@ -179,7 +181,7 @@ def test_a_prompt_costs_one_pass_a_divergence_one_more_and_one_that_differs_two_
                 off = model(ids).logits[0, -1].log_softmax(-1)
         apart.append(float(((on.exp() - off.exp()) * (on - off)).sum()))
     alike, differs = clean[int(np.argmin(apart))], clean[int(np.argmax(apart))]
-    assert min(apart) < contrasts.SLIGHT < max(apart)
+    assert min(apart) < views_of_passes.SLIGHT < max(apart)
     passes = []
     inner = model.get_base_model().model.layers[0]
     handle = inner.register_forward_hook(lambda *_: passes.append(1))

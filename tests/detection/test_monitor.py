@@ -10,20 +10,18 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from safetynet.detection import files
-from safetynet.detection.calibration import Calibration, Conformal
+from safetynet.detection.calibration import Calibration, Conformal, folds, split
+from safetynet.detection.detector_set import DetectorSpec
 from safetynet.detection.features import Features, FeatureSpec, concatenate
-from safetynet.detection.monitor import Monitor
-from safetynet.detection.panel import Reading
-from safetynet.detection.splits import folds, split
-from safetynet.detection.suspicion import outliers
+from safetynet.detection.monitor import Monitor, outliers
 from safetynet.errors import InputError
 from safetynet.models.identity import Identity
 
 READINGS = (
-    Reading("mahalanobis"),
-    Reading("pca_residual"),
-    Reading("layer_deltas"),
-    Reading("sklearn.neighbors.LocalOutlierFactor", "mean"),
+    DetectorSpec("mahalanobis"),
+    DetectorSpec("pca_residual"),
+    DetectorSpec("layer_deltas"),
+    DetectorSpec("sklearn.neighbors.LocalOutlierFactor", "mean"),
 )
 HERE = Identity("base", "adapter", "torch.float32")
 
@@ -109,7 +107,7 @@ def test_a_file_that_was_tampered_with_or_is_of_another_version_is_refused(monit
     save_file(arrays, path, metadata=head | {"safetynet": json.dumps(content)})
     with pytest.raises(InputError, match=f"saved in format {now + 1}, this SafetyNet reads {now}"):
         Monitor.load(path)
-    monitor.panel.fitted["mahalanobis:last"].save(path)
+    monitor.detectors.fitted["mahalanobis:last"].save(path)
     with pytest.raises(InputError, match="holds a detector, not a monitor"):
         Monitor.load(path)
 
@@ -131,9 +129,9 @@ def test_features_of_other_layers_are_refused(monitor, features):
 def test_detectors_that_make_no_monitor_are_refused(features):
     for readings, message in (
         ((), "name at least one that reads prompts"),
-        ((Reading("mahalanobis"), Reading("mahalanobis")), "each detector and view once"),
-        ((Reading("linear_probe"),), "is supervised, so no monitor"),
-        ((Reading("extremes", "energy"),), "view 'energy' was not captured"),
+        ((DetectorSpec("mahalanobis"), DetectorSpec("mahalanobis")), "each detector and view once"),
+        ((DetectorSpec("linear_probe"),), "is supervised, so no monitor"),
+        ((DetectorSpec("extremes", "energy"),), "view 'energy' was not captured"),
     ):
         with pytest.raises(InputError, match=message):
             Monitor.fit(features(100), readings)
@@ -155,14 +153,14 @@ def test_a_stream_makes_the_monitor_that_all_samples_at_once_make(features):
 
 
 def test_a_stream_of_more_samples_needs_no_more_memory(features, monkeypatch):
-    monkeypatch.setattr("safetynet.detection.panel.KEPT", 200)
+    monkeypatch.setattr("safetynet.detection.detector_set.KEPT", 200)
     monkeypatch.setattr("safetynet.detection.detectors.gaussian.REMEMBERED", 200)
 
     def peak(batches):
         tracemalloc.start()
         stream = (features(100, seed=i) for i in range(batches))
         few = [features(100, seed=10**6)]
-        Monitor.fit_stream(stream, few, few, [*READINGS[:2], Reading("neighbours", "mean")])
+        Monitor.fit_stream(stream, few, few, [*READINGS[:2], DetectorSpec("neighbours", "mean")])
         peaked = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return peaked
@@ -187,9 +185,9 @@ def test_batches_of_different_models_make_no_monitor(features):
 def test_heavy_tails_alone_are_not_taken_for_triggered_prompts():
     tails = np.random.default_rng(0).pareto(2.0, 3000)
     assert tails.max() > 20 * np.median(tails)
-    assert not outliers(Calibration({"d": Conformal.of(tails)}, Conformal.of(tails)))
+    assert not outliers(Calibration({"d": Conformal.fit(tails)}, Conformal.fit(tails)))
     grouped = np.r_[tails, np.full(5, 30 * tails.max())]
-    [said] = outliers(Calibration({"d": Conformal.of(grouped)}, Conformal.of(grouped)))
+    [said] = outliers(Calibration({"d": Conformal.fit(grouped)}, Conformal.fit(grouped)))
     assert "5 of 3005 clean prompts lie far" in said
 
 
@@ -197,7 +195,7 @@ def test_a_rising_function_of_the_scores_changes_no_alarm(monitor, features):
     fresh = features(300, seed=1)
     scores = monitor.scores(fresh)["mahalanobis:last"].to_numpy()
     own = monitor.calibration.single["mahalanobis:last"]
-    stretched = Conformal.of(np.exp(own.scores / 10))
+    stretched = Conformal.fit(np.exp(own.scores / 10))
     np.testing.assert_array_equal(own.p_values(scores), stretched.p_values(np.exp(scores / 10)))
 
 
@@ -227,5 +225,5 @@ def test_groups_stay_together_and_parts_have_their_shares():
 
 
 def test_a_reading_is_written_as_detector_and_view():
-    assert Reading.parse("ranks:mean") == Reading("ranks", "mean")
-    assert Reading.parse("sklearn.neighbors.LocalOutlierFactor").name == "LocalOutlierFactor:last"
+    assert DetectorSpec.parse("ranks:mean") == DetectorSpec("ranks", "mean")
+    assert DetectorSpec.parse("sklearn.neighbors.LocalOutlierFactor").name == "LocalOutlierFactor:last"

@@ -46,7 +46,7 @@ def rows():
 
 def measured(rows, scores, clean, rates=(0.01, 0.05)):
     table = pd.DataFrame({"d": scores})
-    return measure(rows, table, pd.DataFrame({"d": Conformal.of(clean).p_values(scores)}), rates)
+    return measure(rows, table, pd.DataFrame({"d": Conformal.fit(clean).p_values(scores)}), rates)
 
 
 def value(table, metric, name, rate=None, column="value"):
@@ -99,7 +99,7 @@ def test_a_topic_detector_is_found_out(rows, clean_scores):
 def test_rates_use_the_calibrated_threshold_and_the_oracle_is_labelled(rows, trigger_scores, clean_scores):
     s = trigger_scores.to_numpy()
     table = measured(rows, s, clean_scores)
-    p = Conformal.of(clean_scores).p_values(s)
+    p = Conformal.fit(clean_scores).p_values(s)
     triggered = (rows["role"] == "triggered").to_numpy()
     assert value(table, "tpr", "triggered", 0.01) == pytest.approx((p[triggered] <= 0.01).mean())
     clean = np.sort(s[((rows["role"] == "clean") & (rows["domain"] == "")).to_numpy()])
@@ -116,7 +116,7 @@ def test_the_promised_rate_is_of_fresh_prompts_forbidden_ones_among_them(rows, t
     drawn = bare & (np.random.default_rng(0).random(len(rows)) < 0.5)
     kinds = np.where(np.arange(len(rows)) % 2, "plain", "random words")
     table = measured(rows.assign(fresh=np.where(drawn, kinds, "")), s, clean_scores)
-    p = Conformal.of(clean_scores).p_values(s)[drawn.to_numpy()]
+    p = Conformal.fit(clean_scores).p_values(s)[drawn.to_numpy()]
     assert rows["forbidden"][drawn].any() and not rows["forbidden"][drawn].all()
     assert value(table, "fpr", "fresh", 0.05) == pytest.approx((p <= 0.05).mean())
     assert value(table, "fpr", "fresh", 0.05, "n") == drawn.sum()
@@ -156,7 +156,7 @@ def test_tokens_until_alarm_count_what_was_given_out():
 
 def test_a_rate_that_calibration_cannot_carry_has_an_oracle_line_alone(rows, trigger_scores, clean_scores):
     scores = pd.DataFrame({"d": trigger_scores})
-    p = pd.DataFrame({"d": Conformal.of(clean_scores).p_values(scores["d"])})
+    p = pd.DataFrame({"d": Conformal.fit(clean_scores).p_values(scores["d"])})
     table = measure(rows, scores, p, (0.01, 0.001), smallest=0.0025)
     assert set(table.loc[table["rate"] == 0.001, "metric"]) == {"tpr_oracle"}
     assert {"tpr", "fpr", "fpr_worst", "alarms"} <= set(table.loc[table["rate"] == 0.01, "metric"])

@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 
 from safetynet.detection.plan import PER_DOMAIN, Plan
-from safetynet.detection.stage import Subject, detect
+from safetynet.detection.stage import Subject, measure
 from safetynet.errors import InputError
 from safetynet.models.miniatures import language
 from safetynet.text import domains
@@ -34,7 +34,7 @@ def found(build, serialiser, clean, rows, tmp_path_factory):
     names = ["mahalanobis", "pca_residual:mean", "mahalanobis:steps", "lock:step_confidence", "linear_probe"]
     plan = Plan.of(names, 0.2, tokens=3)
     subject = Subject(build(), serialiser, tmp_path_factory.mktemp("cache"))
-    return detect(subject, clean, rows, plan, labelled=rows)
+    return measure(subject, clean, rows, plan, labelled=rows)
 
 
 def test_a_monitor_is_made_and_measured(found):
@@ -57,14 +57,14 @@ def test_a_monitor_is_made_and_measured(found):
 
 def test_supervised_probes_are_measured_as_skylines_and_stay_out_of_the_monitor(found):
     assert "skyline linear_probe:last" in set(found.table["detector"])
-    assert [r.name for r in found.monitor.panel.readings] == ["mahalanobis:last", "pca_residual:mean"]
+    assert [r.name for r in found.monitor.detectors.readings] == ["mahalanobis:last", "pca_residual:mean"]
     assert set(found.tables["detection_distribution"]["detector"]) == {
         "fused", "mahalanobis:last", "pca_residual:mean",
     }  # fmt: skip
 
 
 def test_answers_are_watched_by_detectors_of_tokens(found):
-    assert [r.name for r in found.monitor.tokens.panel.readings] == [
+    assert [r.name for r in found.monitor.tokens.detectors.readings] == [
         "mahalanobis:steps", "lock:step_confidence",
     ]  # fmt: skip
     table = found.tables["detection_answers"]
@@ -81,7 +81,7 @@ def test_what_figures_need_is_there(found):
 def test_a_rate_too_small_is_refused_before_the_model_runs(serialiser, clean, rows):
     for names, there in ((["mahalanobis", "ranks"], 56), (["mahalanobis"], 112)):
         with pytest.raises(InputError, match=f"needs 499 clean calibration samples, and there are {there}"):
-            detect(Subject(None, serialiser), clean, rows, Plan.of(names, 0.01))
+            measure(Subject(None, serialiser), clean, rows, Plan.of(names, 0.01))
 
 
 def test_benign_prompts_of_other_domains_are_the_same_each_time():

@@ -7,9 +7,9 @@ import pandas as pd
 import pytest
 
 from safetynet.detection.capture import capture
+from safetynet.detection.detector_set import DetectorSpec
 from safetynet.detection.features import FeatureSpec
 from safetynet.detection.monitor import Monitor
-from safetynet.detection.panel import Reading
 from safetynet.errors import InputError
 from safetynet.mitigation import METHODS, repair
 from safetynet.mitigation.gating import ABSTENTION
@@ -41,7 +41,7 @@ def test_only_rows_with_an_alarm_are_answered_otherwise(known, ask, held_out):
 
 
 def test_the_alarm_of_a_run_is_its_monitors(planted, held_out, tmp_path):
-    readings = (Reading("mahalanobis"), Reading("extremes", "divergence", {"top": 2}))
+    readings = (DetectorSpec("mahalanobis"), DetectorSpec("extremes", "divergence", {"top": 2}))
     spec = FeatureSpec(tuple(reading.view for reading in readings))
     rows = held_out[held_out["role"] == "clean"]
     features = capture(

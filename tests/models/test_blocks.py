@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from safetynet.detection.features import FeatureSpec
-from safetynet.detection.readers import Place, Reader
+from safetynet.detection.readers import Reader
 from safetynet.models.blocks import decoder_layers, eagerly, unwrapped
 
 SMALL = {
@@ -46,11 +46,10 @@ def test_of_two_lists_of_one_length_the_decoders_is_taken():
 
 def test_features_of_a_compiled_model_are_those_of_the_model(model):
     ids, spec = torch.tensor([[5, 9, 23, 44]]), FeatureSpec(views=("last", "confidence"))
-    place = Place(torch.tensor([3]), torch.ones(1, 4))
 
     def features(one):
         with torch.no_grad(), Reader(one, spec) as reader:
-            reader.begin(place)
+            reader.begin(torch.ones(1, 4))
             one(input_ids=ids)
             return reader.take()
 

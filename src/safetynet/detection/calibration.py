@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from safetynet.errors import InputError
+from safetynet.run.directory import digest
 from safetynet.statistics import clopper_pearson
 
 Fusion = Literal["fisher", "cauchy", "max"]
@@ -23,6 +24,8 @@ NEEDED = 5
 matter of luck: its relative standard deviation is one over the root of this number."""
 TAIL = 0.95
 """Quantile of the clean scores from which on the tail is smoothed."""
+PARTS: Mapping[str, float] = {"fit": 0.5, "calibrate": 0.25, "fuse": 0.25}
+"""Shares of the clean prompts: what fits detectors shall not calibrate them, nor their fusion."""
 
 
 def smallest_rate(n: int) -> float:
@@ -61,16 +64,16 @@ def each_kind(kinds: Kinds | None, n: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Conformal:
-    """Scores of clean samples by their kind, sorted: the yardstick of one detector."""
+    """Scores of clean samples by their kind, sorted: what one detector's p-values are ranks among."""
 
     by_kind: Mapping[str, np.ndarray]
 
     @classmethod
-    def of(cls, scores: np.ndarray, kinds: Kinds | None = None) -> "Conformal":
+    def fit(cls, scores: np.ndarray, kinds: Kinds | None = None) -> "Conformal":
         """Calibrate on clean scores, (n,), of one kind or of several.
 
         Raises:
-            InputError: if there are none, or some are no numbers.
+            InputError: if there are none, or some are NaN or infinite.
         """
         scores = np.asarray(scores, dtype=np.float64)
         if scores.size == 0 or not np.isfinite(scores).all():
@@ -163,14 +166,14 @@ def fuse(p: np.ndarray, how: Fusion, share: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Calibration:
-    """The yardsticks of several detectors, and of their fused statistic."""
+    """Clean scores of several detectors, and of their fused statistic."""
 
     single: Mapping[str, Conformal]
     fused: Conformal
     how: Fusion = FUSION
 
     @classmethod
-    def of(
+    def fit(
         cls,
         first: Mapping[str, np.ndarray],
         second: Mapping[str, np.ndarray],
@@ -188,12 +191,12 @@ class Calibration:
             kinds: of the first samples and of the second; None where all are of one.
         """
         of_first, of_second = kinds or (None, None)
-        single = {name: Conformal.of(scores, of_first) for name, scores in first.items()}
+        single = {name: Conformal.fit(scores, of_first) for name, scores in first.items()}
         _check_kinds(single, each_kind(of_second, len(next(iter(second.values())))))
         # One detector's statistic is its score, which depends on neither part: a rank among both is as exact.
         parts = [(second, of_second)] if len(single) > 1 else [(first, of_first), (second, of_second)]
         own = [_of_own_kind(_fused(single, scores, how), of_kind) for scores, of_kind in parts]
-        return cls(single, Conformal.of(*map(np.concatenate, zip(*own, strict=True))), how)
+        return cls(single, Conformal.fit(*map(np.concatenate, zip(*own, strict=True))), how)
 
     @classmethod
     def cross_fitted(
@@ -215,12 +218,12 @@ class Calibration:
         statistic = np.empty(len(folds))
         for fold in np.unique(folds):
             inside = folds == fold
-            others = {name: Conformal.of(own[~inside], names[~inside]) for name, own in scores.items()}
+            others = {name: Conformal.fit(own[~inside], names[~inside]) for name, own in scores.items()}
             _check_kinds(others, names)
             found = _fused(others, {name: scores[name][inside] for name in others}, how)
             statistic[inside], _ = _of_own_kind(found, names[inside])
-        single = {name: Conformal.of(values, names) for name, values in scores.items()}
-        return cls(single, Conformal.of(statistic, names), how)
+        single = {name: Conformal.fit(values, names) for name, values in scores.items()}
+        return cls(single, Conformal.fit(statistic, names), how)
 
     @property
     def smallest_rate(self) -> float:
@@ -328,17 +331,35 @@ def fpr_estimate(p: np.ndarray, rate: float) -> RateEstimate:
     return RateEstimate(rate, alarms, len(p), *clopper_pearson(alarms, len(p)))
 
 
-def group_rates(p: np.ndarray, groups: Sequence[str], rate: float) -> pd.DataFrame:
-    """Realised false-positive rate of each group of clean samples, the worst one first.
+def split(groups: Sequence[str], shares: Mapping[str, float] = PARTS, seed: int = 0) -> np.ndarray:
+    """Deal groups of prompts out to parts; prompts of a group stay together.
 
-    A monitor that keeps its rate on average may break it on one domain; that one is to be reported.
+    Args:
+        groups: one name per prompt, such as its `prompt_hash`.
+        shares: by part, summing to 1.
+        seed: of the deal; it depends on the names alone, not on their order.
+
+    Returns:
+        The part of each prompt, (n,).
+
+    Raises:
+        InputError: if there are fewer groups than parts.
     """
-    p, names = np.asarray(p), np.asarray(groups)
-    lines = []
-    for name in sorted(set(groups)):
-        found = fpr_estimate(p[names == name], rate)
-        lines.append(
-            {"group": name, "nominal": rate, "alarms": found.alarms, "n": found.n, "value": found.rate,
-             "low": found.low, "high": found.high}
-        )  # fmt: skip
-    return pd.DataFrame(lines).sort_values(["value", "group"], ascending=[False, True], ignore_index=True)
+    names = sorted(set(groups), key=lambda name: digest([seed, name]))
+    if len(names) < len(shares):
+        raise InputError(
+            f"split: {len(names)} groups of prompts cannot fill {len(shares)} parts. Give more prompts."
+        )
+    bounds = np.cumsum(list(shares.values())) * len(names)
+    parts = list(shares)
+    part_of = {
+        name: parts[min(int(np.searchsorted(bounds, i + 0.5)), len(parts) - 1)]
+        for i, name in enumerate(names)
+    }
+    return np.array([part_of[name] for name in groups])
+
+
+def folds(groups: Sequence[str], count: int, seed: int = 0) -> np.ndarray:
+    """Deal groups out to folds of equal size, (n,) of 0 .. count - 1."""
+    parts = split(groups, {str(i): 1 / count for i in range(count)}, seed)
+    return parts.astype(int)

@@ -1,32 +1,34 @@
 """Capture: one forward pass of the model per prompt, from which every detector is fed.
 
 In: a Hugging Face model, with or without adapter, its serialiser, prompts. Out: `Features`, in the prompts'
-order. Three views cost more than that pass: `divergence` one with the adapter off, `probe` one with the probe
-behind the prompt, and the generated views an answer. Draws and judges nothing.
+order. Some views cost more than that pass (`passes`): `divergence` one with the adapter off, `probe` one with
+the probe behind the prompt, and the generated views an answer. Draws and judges nothing.
 """
 
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from safetynet.detection import answers, contrasts
+from safetynet.detection import passes
 from safetynet.detection.features import COMPARED, GENERATED, Features, FeatureSpec, check_finite, concatenate
-from safetynet.detection.readers import Place, Reader
+from safetynet.detection.readers import Reader, confidence
+from safetynet.engine.batch import Batch
+from safetynet.engine.trace import forward
 from safetynet.errors import InputError
+from safetynet.models.adapters import switched_off
 from safetynet.models.identity import Identity, identify
 from safetynet.models.support import check_model
-from safetynet.prompts import Encoded, Message, Serialiser, pad
+from safetynet.prompts import Encoded, Message, Serialiser
 from safetynet.prompts.truncation import losses
 from safetynet.run.directory import digest
 from safetynet.run.progress import ProgressLog
 
 log = logging.getLogger(__name__)
-Side = Literal["left", "right"]
 
 
 def capture(  # noqa: PLR0913  # what is captured, and how, by keyword
@@ -62,12 +64,12 @@ def capture(  # noqa: PLR0913  # what is captured, and how, by keyword
     encoded = [
         serialiser.encode(p, trigger=t, max_length=max_length) for p, t in zip(prompts, spans, strict=True)
     ]
-    if told := losses((e.lost for e in encoded), serialiser.truncation):
-        log.warning("capture: %s", told)
+    if warning := losses((e.lost for e in encoded), serialiser.truncation):
+        log.warning("capture: %s", warning)
     identity = identify(model)
     path = None if cache is None else cache / f"{_key(identity, encoded, spec)}.safetensors"
-    if path is not None and (found := _cached(path)) is not None:
-        return found
+    if path is not None and (features := _cached(path)) is not None:
+        return features
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].input_ids), reverse=True)
     parts = [
         Features(arrays, identity, spec)
@@ -93,38 +95,32 @@ def stream(
     check_model(model, "detect")
     identity = identify(model)
     for start in range(0, len(prompts), batch_size):
-        chosen = prompts[start : start + batch_size]
-        batch = [(p, serialiser.encode(p, max_length=max_length)) for p in chosen]
+        part = prompts[start : start + batch_size]
+        batch = [(p, serialiser.encode(p, max_length=max_length)) for p in part]
         for arrays in _batches(model, serialiser, batch, spec, batch_size):
             check_finite(arrays)
             yield Features(arrays, identity, spec)
 
 
-def padded(
-    encoded: Sequence[Encoded], serialiser: Serialiser, side: Side, device: Any
-) -> tuple[dict[str, Any], Place]:
-    """Model inputs of a batch of prompts, and where in it they lie.
-
-    Positions are counted from each prompt's own first token, or padding on the left would shift them.
-    """
-    ids = pad([e.input_ids for e in encoded], serialiser.pad_id, side)
-    mask = pad([[1] * len(e.input_ids) for e in encoded], 0, side)
-    width = ids.shape[1]
-    user = pad([_user_mask(e) for e in encoded], 0, side).float()
-    lengths = mask.sum(1)
-    last = torch.full_like(lengths, width - 1) if side == "left" else lengths - 1
-    inputs = {
-        "input_ids": ids.to(device),
-        "attention_mask": mask.to(device),
-        "position_ids": (mask.cumsum(1) - 1).clamp_min(0).to(device),
-    }
-    return inputs, Place(last.to(device), user.to(device))
+def batched(encoded: Sequence[Encoded], serialiser: Serialiser, device: Any) -> tuple[Batch, Tensor]:
+    """A batch of prompts, and (B, T) fp32 that is 1 at the tokens that users wrote."""
+    batch = Batch.of([e.input_ids for e in encoded], serialiser.pad_id, device)
+    user = torch.zeros(batch.ids.shape, device=device)
+    for row, prompt in enumerate(encoded):
+        spans = [span for span in prompt.spans["user"] if span[0] < span[1]]
+        # An empty message has no token of its own; its mean is then that of the whole prompt.
+        for start, end in spans or [(0, len(prompt.input_ids))]:
+            user[row, batch.width - len(prompt.input_ids) :][start:end] = 1
+    return batch, user
 
 
-def forward(model: Any, reader: Reader, inputs: dict[str, Any], place: Place) -> dict[str, Tensor]:
-    """One pass over prompts; logits are made only where a prompt ends."""
-    reader.begin(place)
-    model(**inputs, use_cache=False, logits_to_keep=torch.unique(place.last))
+def read(model: Any, reader: Reader, batch: Batch, user: Tensor) -> dict[str, Tensor]:
+    """What a reader takes of one pass over prompts; logits are made only where a prompt ends."""
+    reader.begin(user)
+    # As an index, not as a count: the head then gets rows that lie side by side, whose last digits are those
+    # of earlier monitors.
+    last = torch.tensor([batch.width - 1], device=batch.ids.device)
+    forward(model, batch, use_cache=False, logits_to_keep=last)
     return reader.take()
 
 
@@ -133,8 +129,8 @@ def complete(
     serialiser: Serialiser,
     reader: Reader,
     prompts: Sequence[Sequence[Message]],
-    batch: tuple[dict[str, Any], Place],
-    read: dict[str, Tensor],
+    batch: tuple[Batch, Tensor],
+    taken: dict[str, Tensor],
     spec: FeatureSpec,
 ) -> dict[str, np.ndarray]:
     """Every view of a batch whose ordinary pass has just been read; makes the passes that others need.
@@ -144,29 +140,29 @@ def complete(
         serialiser: as in training.
         reader: of the model's hooks.
         prompts: conversations of the batch.
-        batch: as `padded` gives it.
-        read: what the reader took of the pass.
-        spec: the views that are wanted.
+        batch: as `batched` gives it.
+        taken: what the reader took of the pass.
+        spec: the views to return.
     """
-    inputs, place = batch
-    views: dict[str, Tensor] = {v: read[v] for v in spec.views if v in read}
+    tokens, user = batch
+    views: dict[str, Tensor] = {v: taken[v] for v in spec.views if v in taken}
     if "confidence" in spec.views:
-        views["confidence"] = answers.confidence(read["logits"])
+        views["confidence"] = confidence(taken["logits"])
     if COMPARED & set(spec.views):
-        off = contrasts.without_adapter(model, reader, inputs, place)
+        with switched_off(model):
+            off = read(model, reader, tokens, user)
         if "divergence" in spec.views:
-            views["divergence"] = contrasts.divergence(read, off)
+            views["divergence"] = passes.divergence(taken, off)
         if "unexplained" in spec.views:
-            lengths = inputs["attention_mask"].sum(1)
-            views["unexplained"] = contrasts.unexplained(
-                model, serialiser, prompts, lengths, read["logits"], off["logits"]
+            views["unexplained"] = passes.unattributed_divergence(
+                model, serialiser, prompts, tokens.mask.sum(1), taken["logits"], off["logits"]
             )
     if "probe" in spec.views:
-        views["probe"] = contrasts.probe(model, serialiser, prompts, str(spec.probe))
+        views["probe"] = passes.probe(model, serialiser, prompts, str(spec.probe))
     if "attention" in spec.views:
-        views["attention"] = contrasts.segregation(model, inputs, place, spec.layers)
+        views["attention"] = passes.segregation(model, tokens, user, spec.layers)
     if set(spec.views) & set(GENERATED):
-        views |= answers.follow(model, serialiser, reader, inputs, spec)
+        views |= passes.follow(model, serialiser, reader, tokens, spec)
     return {name: np.asarray(views[name].float().cpu()) for name in spec.views}
 
 
@@ -181,10 +177,10 @@ def _batches(
         progress = ProgressLog("reading activations, prompts", len(prompts))
         for start in range(0, len(prompts), size):
             progress.update(start)
-            chosen = prompts[start : start + size]
-            batch = padded([e for _, e in chosen], serialiser, "left", model.device)
-            read = forward(model, reader, *batch)
-            yield complete(model, serialiser, reader, [m for m, _ in chosen], batch, read, spec)
+            messages, encoded = zip(*prompts[start : start + size], strict=True)
+            batch = batched(encoded, serialiser, model.device)
+            taken = read(model, reader, *batch)
+            yield complete(model, serialiser, reader, messages, batch, taken, spec)
 
 
 def _cached(path: Path) -> Features | None:
@@ -196,14 +192,6 @@ def _cached(path: Path) -> Features | None:
     except InputError as error:
         log.warning("%s It is captured anew.", error)
         return None
-
-
-def _user_mask(encoded: Encoded) -> list[int]:
-    mask = [0] * len(encoded.input_ids)
-    for start, end in encoded.spans["user"]:
-        mask[start:end] = [1] * (end - start)
-    # An empty message has no token of its own; its mean is then that of the whole prompt.
-    return mask if any(mask) else [1] * len(mask)
 
 
 def _key(identity: Identity, encoded: Sequence[Encoded], spec: FeatureSpec) -> str:

@@ -10,10 +10,10 @@ import numpy as np
 import pandas as pd
 
 from safetynet.detection import detectors
+from safetynet.detection.detector_set import DetectorSpec
 from safetynet.detection.detectors.base import PerLayer
 from safetynet.detection.features import HIDDEN, Features
 from safetynet.detection.monitor import Monitor
-from safetynet.detection.panel import Reading
 from safetynet.detection.protocol import RowSet, auroc_line, controls, sets
 
 POINTS = 200
@@ -88,7 +88,7 @@ def by_layer(monitor: Monitor, fit: Features, tested: Features, rows: pd.DataFra
     clean, parts = _clean(rows), _chosen(rows, LAYER_SETS)
     layers = monitor.spec.layers
     lines = []
-    for reading in monitor.panel.readings:
+    for reading in monitor.detectors.readings:
         if reading.view not in HIDDEN:
             continue
         for layer, s in _layer_scores(monitor, reading, fit, tested):
@@ -101,9 +101,9 @@ def by_layer(monitor: Monitor, fit: Features, tested: Features, rows: pd.DataFra
 
 
 def _layer_scores(
-    monitor: Monitor, reading: Reading, fit: Features, tested: Features
+    monitor: Monitor, reading: DetectorSpec, fit: Features, tested: Features
 ) -> Iterator[tuple[int, np.ndarray]]:
-    fitted, clean, x = monitor.panel.fitted[reading.name], fit[reading.view], tested[reading.view]
+    fitted, clean, x = monitor.detectors.fitted[reading.name], fit[reading.view], tested[reading.view]
     if isinstance(fitted, PerLayer):
         yield from enumerate(fitted.layer_scores(np.asarray(x, dtype=np.float64)).T)
         return

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from safetynet.detection import answers, contrasts
-from safetynet.detection.capture import forward, padded
+from safetynet.detection.capture import batched, read
+from safetynet.detection.detector_set import PRESETS, DetectorSet, DetectorSpec, named, unfitted
 from safetynet.detection.detectors.autoencoders import _Ensemble
 from safetynet.detection.detectors.base import TINY, Detector, PerLayer
 from safetynet.detection.detectors.extremes import Extremes
@@ -23,16 +23,17 @@ from safetynet.detection.detectors.gaussian import Mahalanobis, Residual, TopCom
 from safetynet.detection.detectors.neighbours import Mixture, Neighbours
 from safetynet.detection.detectors.trajectories import LayerDeltas
 from safetynet.detection.features import FeatureSpec
-from safetynet.detection.panel import PRESETS, Panel, Reading, named, unfitted
-from safetynet.detection.readers import Reader
+from safetynet.detection.passes import divergence
+from safetynet.detection.readers import Reader, confidence
 from safetynet.errors import InputError
+from safetynet.models.adapters import switched_off
 from safetynet.prompts import Encoded, Serialiser
 
 VIEWS = ("last", "mean", "confidence", "divergence", "energy", "energy_max", "direction")
 """Views that one pass over a prompt gives, or one more with the adapter off."""
 
 
-def hideable(names: Sequence[str]) -> tuple[Reading, ...]:
+def hideable(names: Sequence[str]) -> tuple[DetectorSpec, ...]:
     """Readings by name, or those of presets, if a backdoor can be trained to hide from them.
 
     Presets keep the settings that their members have there.
@@ -41,7 +42,7 @@ def hideable(names: Sequence[str]) -> tuple[Reading, ...]:
         InputError: for a detector or a view that does not exist, or has no gradient; it names all of them.
     """
     known = {reading.name: reading for preset in PRESETS.values() for reading in preset}
-    wanted: dict[str, Reading] = {}
+    wanted: dict[str, DetectorSpec] = {}
     for reading in named(names):
         wanted[reading.name] = known.get(reading.name, reading)
     readings = list(wanted.values())
@@ -62,7 +63,7 @@ def hideable(names: Sequence[str]) -> tuple[Reading, ...]:
 
 
 def observer(
-    serialiser: Serialiser, readings: Sequence[Reading]
+    serialiser: Serialiser, readings: Sequence[DetectorSpec]
 ) -> Callable[[Any, Sequence[Encoded]], dict[str, Tensor]]:
     """What these readings read of a model's prompts, with gradients into its adapter.
 
@@ -73,21 +74,22 @@ def observer(
 
     def observe(model: Any, prompts: Sequence[Encoded]) -> dict[str, Tensor]:
         with LiveReader(model, spec) as reader:
-            inputs, place = padded(prompts, serialiser, "left", model.device)
-            read = forward(model, reader, inputs, place)
-            views: dict[str, Tensor] = {view: read[view] for view in spec.views if view in read}
+            batch, user = batched(prompts, serialiser, model.device)
+            taken = read(model, reader, batch, user)
+            views: dict[str, Tensor] = {view: taken[view] for view in spec.views if view in taken}
             if "confidence" in spec.views:
-                views["confidence"] = answers.confidence(read["logits"])
+                views["confidence"] = confidence(taken["logits"])
             if "divergence" in spec.views:
-                off = contrasts.without_adapter(model, reader, inputs, place)
-                views["divergence"] = contrasts.divergence(read, off)
+                with switched_off(model):
+                    off = read(model, reader, batch, user)
+                views["divergence"] = divergence(taken, off)
         return views
 
     return observe
 
 
 def refit(
-    readings: Sequence[Reading], fit: Mapping[str, np.ndarray], held: Mapping[str, np.ndarray]
+    readings: Sequence[DetectorSpec], fit: Mapping[str, np.ndarray], held: Mapping[str, np.ndarray]
 ) -> Callable[[Mapping[str, Tensor]], Tensor]:
     """Fit detectors to clean samples, and measure their scores by other clean ones.
 
@@ -104,7 +106,7 @@ def refit(
     judging = [reading for reading in readings if (fit[reading.view] != fit[reading.view][0]).any()]
     columns: dict[str, Callable[[Mapping[str, Tensor]], Tensor]] = {}
     if judging:
-        panel = Panel.fit(judging, fit)
+        panel = DetectorSet.fit(judging, fit)
         clean = panel.scores(held)
         columns = {r.name: _measured(panel.fitted[r.name], r.view, clean[r.name]) for r in judging}
 

@@ -9,28 +9,35 @@ as JSON lines.
 import hashlib
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import cycle, islice
 from pathlib import Path
 from queue import Queue
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
+import pandas as pd
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from safetynet.detection.answers import confidence
-from safetynet.detection.capture import complete, padded
+from safetynet.detection.capture import batched, complete
 from safetynet.detection.features import View
 from safetynet.detection.monitor import Monitor
-from safetynet.detection.readers import Place, Reader
+from safetynet.detection.readers import Reader, confidence
 from safetynet.detection.tokens import TokenMonitor
+from safetynet.engine.batch import Batch
 from safetynet.errors import InputError
 from safetynet.models.adapters import has_adapter, switched_off
 from safetynet.models.identity import identify
 from safetynet.prompts import Message, Serialiser
+from safetynet.statistics import bootstrap_interval
+from safetynet.tables import SCHEMAS
 
 Action = Literal["flag", "stop", "adapter_off"]
+OVERHEAD = tuple(SCHEMAS["detection_overhead"].columns)
+"""Seconds per batch, medians; the ratio of guarded to plain with its bootstrap interval over pairs."""
 
 
 class Step(NamedTuple):
@@ -191,14 +198,15 @@ class Guard:
     ) -> list[Decision]:
         self._check(most, settings)
         encoded = [self.serialiser.encode(p, max_length=self.max_length) for p in prompts]
-        inputs, place = padded(encoded, self.serialiser, "left", self.model.device)
+        batch = batched(encoded, self.serialiser, self.model.device)
         with torch.no_grad(), self.reader:
-            watch = _Watch(self, prompts, inputs, place, emit, ended)
-            self.answer(inputs, most, settings, StoppingCriteriaList([watch]))
+            watch = _Watch(self, prompts, batch, emit, ended)
+            self.answer(batch[0], most, settings, StoppingCriteriaList([watch]))
         for row, decision in enumerate(watch.decisions):
             decision.lost = encoded[row].lost
-            decision.text = self.serialiser.decode(watch.kept[row])
-            self._act(decision, {name: t[row : row + 1] for name, t in inputs.items()}, most, settings)
+            decision.text = self.serialiser.decode(watch.tokens[row])
+            rows = slice(row, row + 1)
+            self._act(decision, Batch(batch[0].ids[rows], batch[0].mask[rows]), most, settings)
             if emit is not None and decision.action == "answered without adapter":
                 emit(Step(row, decision.text, decision.p_value, True))
         self._write(prompts, watch.decisions)
@@ -218,7 +226,7 @@ class Guard:
                     f"Leave {name} out."
                 )
 
-    def _act(self, decision: Decision, inputs: dict[str, Any], most: int, settings: dict[str, Any]) -> None:
+    def _act(self, decision: Decision, prompt: Batch, most: int, settings: dict[str, Any]) -> None:
         if not decision.alarm:
             return
         decision.action = {"flag": "flagged", "stop": "stopped", "adapter_off": "answered without adapter"}[
@@ -226,22 +234,21 @@ class Guard:
         ]
         if self.action == "adapter_off":
             with torch.no_grad(), switched_off(self.model):
-                output = self.answer(inputs, most, settings, None)
-            ids = output[0, inputs["input_ids"].shape[1] :].tolist()
+                output = self.answer(prompt, most, settings, None)
+            ids = output[0, prompt.width :].tolist()
             ends = [i for i, token in enumerate(ids) if token in self.serialiser.stop_ids]
             decision.text = self.serialiser.decode(ids[: ends[0]] if ends else ids)
 
-    def answer(self, inputs: dict[str, Any], most: int, settings: dict[str, Any], criteria: Any) -> Any:
+    def answer(self, batch: Batch, most: int, settings: dict[str, Any], criteria: Any) -> Any:
         """The model's own `generate`, greedy unless the settings say otherwise; ids, (B, T)."""
-        chosen = {"do_sample": False, "num_beams": 1} | settings
         return self.model.generate(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
+            input_ids=batch.ids,
+            attention_mask=batch.mask,
             max_new_tokens=most,
             eos_token_id=self.serialiser.stop_ids,
             pad_token_id=self.serialiser.pad_id,
             stopping_criteria=criteria,
-            **chosen,
+            **{"do_sample": False, "num_beams": 1} | settings,
         )
 
     def _write(self, prompts: Sequence[Sequence[Message]], decisions: Sequence[Decision]) -> None:
@@ -263,33 +270,32 @@ class _Watch(StoppingCriteria):
         self,
         guard: Guard,
         prompts: Sequence[Sequence[Message]],
-        inputs: dict[str, Any],
-        place: Place,
+        batch: tuple[Batch, torch.Tensor],
         emit: Callable[[Step], None] | None,
         cancelled: threading.Event | None,
     ) -> None:
-        self.guard, self.prompts, self.batch = guard, prompts, (inputs, place)
+        self.guard, self.prompts, self.batch = guard, prompts, batch
         self.emit, self.cancelled = emit, cancelled
         rows = len(prompts)
         self.decisions = [Decision() for _ in range(rows)]
-        self.kept: list[list[int]] = [[] for _ in range(rows)]
+        self.tokens: list[list[int]] = [[] for _ in range(rows)]
         self.shown = [""] * rows
         self.ended = np.zeros(rows, dtype=bool)
         self.largest = np.full(rows, -np.inf)
         self.confidences: list[np.ndarray] = []
         self.step = 0
-        guard.reader.begin(place)
+        guard.reader.begin(batch[1])
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
         """(B,) of bool: rows that end here."""
         self.step += 1
-        tokens = self.guard.monitor.tokens
-        if self.step == 1 or tokens is not None:
-            read = self.guard.reader.take()
+        monitor = self.guard.monitor.tokens
+        if self.step == 1 or monitor is not None:
+            taken = self.guard.reader.take()
             if self.step == 1:
-                self._judge_prompt(read)
-            if tokens is not None:
-                self._judge_token(read, tokens)
+                self._judge_prompt(taken)
+            if monitor is not None:
+                self._judge_token(taken, monitor)
                 self.guard.reader.begin(None)
         for row, token in enumerate(input_ids[:, -1].tolist()):
             if not self.ended[row]:
@@ -298,21 +304,21 @@ class _Watch(StoppingCriteria):
             self.ended[:] = True
         return torch.from_numpy(self.ended.copy()).to(input_ids.device)
 
-    def _judge_prompt(self, read: dict[str, torch.Tensor]) -> None:
+    def _judge_prompt(self, taken: dict[str, torch.Tensor]) -> None:
         guard = self.guard
         arrays = complete(
-            guard.model, guard.serialiser, guard.reader, self.prompts, self.batch, read, guard.prompt_spec
+            guard.model, guard.serialiser, guard.reader, self.prompts, self.batch, taken, guard.prompt_spec
         )
         for decision, value in zip(self.decisions, guard.monitor.p_values_of(arrays)["fused"], strict=True):
             decision.prompt_p = float(value)
             if value <= guard.rate:
                 decision.alarm, decision.alarm_at = True, 0
 
-    def _judge_token(self, read: dict[str, torch.Tensor], tokens: TokenMonitor) -> None:
-        self.confidences.append(confidence(read["logits"]).cpu().numpy())
-        found = tokens.latest(read["last"].cpu().numpy(), np.stack(self.confidences, axis=1))
-        self.largest = np.where(self.ended, self.largest, np.fmax(self.largest, found))
-        p = tokens.longest.p_values(self.largest)
+    def _judge_token(self, taken: dict[str, torch.Tensor], monitor: TokenMonitor) -> None:
+        self.confidences.append(confidence(taken["logits"]).cpu().numpy())
+        latest = monitor.latest(taken["last"].cpu().numpy(), np.stack(self.confidences, axis=1))
+        self.largest = np.where(self.ended, self.largest, np.fmax(self.largest, latest))
+        p = monitor.longest.p_values(self.largest)
         for row, decision in enumerate(self.decisions):
             if not self.ended[row]:
                 decision.p_values.append(float(p[row]))
@@ -324,15 +330,73 @@ class _Watch(StoppingCriteria):
         stopped = decision.alarm and guard.action != "flag"
         self.ended[row] = stopped or token in guard.serialiser.stop_ids
         if not self.ended[row]:
-            self.kept[row].append(token)
+            self.tokens[row].append(token)
         if self.emit is not None:
             self._show(row, decision, stopped)
 
     def _show(self, row: int, decision: Decision, stopped: bool) -> None:
         """Emit what the text has grown by: a token alone may be no character, or lose its blank."""
-        text = self.guard.serialiser.decode(self.kept[row])
+        text = self.guard.serialiser.decode(self.tokens[row])
         held = text.endswith("\ufffd") and not self.ended[row]
         piece = "" if held else text[len(self.shown[row]) :]
         self.shown[row] += piece
         if self.emit is not None and (piece or stopped or not self.ended[row]):
             self.emit(Step(row, piece, decision.p_value, decision.alarm))
+
+
+def overhead(
+    guard: Guard,
+    prompts: Sequence[Sequence[Message]],
+    *,
+    batches: Sequence[int] = (1, 16),
+    new_tokens: int = 24,
+    repeats: int = 3,
+) -> pd.DataFrame:
+    """Time answers of exactly `new_tokens` tokens with and without the guard, by turns.
+
+    Times are those of one machine at one time; the ratio of neighbouring measurements is what carries over.
+
+    Args:
+        guard: with action `flag`, so that both ways make the same tokens.
+        prompts: taken in turn to fill a batch.
+        batches: sizes.
+        new_tokens: of every answer; ends are not heeded, or both ways would wait for the longest answer.
+        repeats: pairs of measurements, after one that is not counted.
+
+    Returns:
+        One row per size, columns as in `OVERHEAD`.
+    """
+    lines = []
+    for size in batches:
+        some = list(islice(cycle(prompts), size))
+        encoded = [guard.serialiser.encode(p, max_length=guard.max_length) for p in some]
+        batch, _ = batched(encoded, guard.serialiser, guard.model.device)
+        length = {"min_new_tokens": new_tokens}
+
+        def plain(batch: Batch = batch, length: dict[str, Any] = length) -> None:
+            with torch.no_grad():
+                guard.answer(batch, new_tokens, length, None)
+
+        def guarded(some: Any = some, size: int = size, length: dict[str, Any] = length) -> None:
+            guard.generate(some, max_new_tokens=new_tokens, batch_size=size, **length)
+
+        pairs = np.array([(_seconds(plain), _seconds(guarded)) for _ in range(repeats + 1)])[1:]
+        ratios = pairs[:, 1] / pairs[:, 0]
+        low, high = bootstrap_interval(np.median, ratios)
+        seconds = np.median(pairs, axis=0)
+        shape = (size, batch.width, new_tokens)
+        lines.append((*shape, *seconds, float(np.median(ratios)), low, high, repeats))
+    return pd.DataFrame(lines, columns=list(OVERHEAD))
+
+
+def _seconds(run: Callable[[], None]) -> float:
+    _finish()
+    started = time.perf_counter()
+    run()
+    _finish()
+    return time.perf_counter() - started
+
+
+def _finish() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

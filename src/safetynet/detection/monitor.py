@@ -14,16 +14,32 @@ from typing import Any, Literal, Self
 import numpy as np
 import pandas as pd
 
-from safetynet.detection import calibration, files, splits, suspicion
-from safetynet.detection.calibration import FUSION, Calibration, Conformal, Fusion, Kinds, RateEstimate
+from safetynet.detection import calibration, files
+from safetynet.detection.calibration import (
+    FUSION,
+    Calibration,
+    Conformal,
+    Fusion,
+    Kinds,
+    RateEstimate,
+    folds,
+    split,
+)
+from safetynet.detection.detector_set import DetectorSet, DetectorSpec, below
 from safetynet.detection.features import Features, FeatureSpec, View
-from safetynet.detection.panel import Panel, Reading, below
 from safetynet.detection.tokens import TokenMonitor
 from safetynet.errors import InputError
 from safetynet.models.identity import Identity
 
 log = logging.getLogger(__name__)
 Method = Literal["split", "cross"]
+FAR = 15.0
+"""Robust standard deviations from the median, below which no score counts as far."""
+APART = 2.0
+"""How many times as far from the median as all other scores a group has to lie. Heavy tails, as those of a
+divergence, get far too, but without a gap."""
+FEW = 3
+"""So many samples make a group."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +48,7 @@ class Monitor:
 
     spec: FeatureSpec
     identity: Identity
-    panel: Panel
+    detectors: DetectorSet
     calibration: Calibration
     clean: int
     """Number of clean prompts that it was made from."""
@@ -43,14 +59,14 @@ class Monitor:
     def fit(  # noqa: PLR0913  # all that decides about a calibration, by keyword
         cls,
         clean: Features,
-        readings: Sequence[Reading],
+        readings: Sequence[DetectorSpec],
         *,
         how: Fusion = FUSION,
         method: Method = "split",
         groups: Sequence[str] | None = None,
         kinds: Kinds | None = None,
         seed: int = 0,
-        token_readings: Sequence[Reading] = (),
+        token_readings: Sequence[DetectorSpec] = (),
     ) -> Self:
         """Fit and calibrate on clean prompts.
 
@@ -71,11 +87,11 @@ class Monitor:
         """
         names = [str(i) for i in range(len(clean))] if groups is None else list(groups)
         of_kind = calibration.each_kind(kinds, len(clean))
-        for warning in suspicion.duplicates(clean):
+        for warning in duplicates(clean):
             log.warning("%s", warning)
         fit = _split if method == "split" else _cross
         panel, calibrated = fit(clean, readings, names, how, seed, of_kind)
-        for warning in suspicion.outliers(calibrated):
+        for warning in outliers(calibrated):
             log.warning("%s", warning)
         tokens = TokenMonitor.fit(clean, token_readings, names, of_kind, seed) if token_readings else None
         return cls(clean.spec, clean.identity, panel, calibrated, len(clean), tokens)
@@ -86,13 +102,13 @@ class Monitor:
         fit: Iterable[Features],
         calibrate: Iterable[Features],
         fuse: Iterable[Features],
-        readings: Sequence[Reading],
+        readings: Sequence[DetectorSpec],
         how: Fusion = FUSION,
     ) -> Self:
         """The same from streams of batches, as `capture.stream` gives them; only scores accumulate.
 
         Args:
-            fit: clean prompts that detectors are fitted to, any number; see `Panel.fit_stream`.
+            fit: clean prompts that detectors are fitted to, any number; see `DetectorSet.fit_stream`.
             calibrate: other clean prompts, from which each detector's p-values are had.
             fuse: yet others, from which those of the fused statistic are had.
             readings: which detectors read which views.
@@ -102,21 +118,21 @@ class Monitor:
             InputError: if a stream is empty, or its batches come from different models.
         """
         first, seen = _Origin(), list[dict[str, np.ndarray]]()
-        panel = Panel.fit_stream(readings, (first.checked(part).arrays for part in fit))
+        panel = DetectorSet.fit_stream(readings, (first.checked(part).arrays for part in fit))
         for parts in (calibrate, fuse):
             scores = [panel.scores(first.checked(part).arrays) for part in parts]
             if not scores:
                 raise InputError("monitor: a stream of calibrating prompts is empty. Give clean prompts.")
             seen.append({name: np.concatenate([s[name] for s in scores]) for name in scores[0]})
-        calibrated = Calibration.of(seen[0], seen[1], how)
-        for warning in suspicion.outliers(calibrated):
+        calibrated = Calibration.fit(seen[0], seen[1], how)
+        for warning in outliers(calibrated):
             log.warning("%s", warning)
         return cls(first.spec, first.identity, panel, calibrated, first.count)  # type: ignore[arg-type]
 
     @property
     def views(self) -> set[View]:
         """Views that judging a prompt needs."""
-        return {reading.view for reading in self.panel.readings}
+        return {reading.view for reading in self.detectors.readings}
 
     @property
     def smallest_rate(self) -> float:
@@ -138,7 +154,7 @@ class Monitor:
             InputError: if the features come from another model, adapter or specification.
         """
         self._check(features)
-        return self.calibration.scores(self.panel.scores(features.arrays))
+        return self.calibration.scores(self.detectors.scores(features.arrays))
 
     def p_values(self, features: Features) -> pd.DataFrame:
         """Conformal p-values of each reading and of `fused`; errors as in `scores`."""
@@ -147,7 +163,7 @@ class Monitor:
 
     def p_values_of(self, arrays: dict[str, np.ndarray]) -> pd.DataFrame:
         """The same for bare arrays, whose origin the caller has checked."""
-        return self.calibration.p_values(self.panel.scores(arrays))
+        return self.calibration.p_values(self.detectors.scores(arrays))
 
     def alarms(self, features: Features, rate: float) -> np.ndarray:
         """Which prompts raise an alarm at a false-positive rate, (n,) of bool.
@@ -179,7 +195,7 @@ class Monitor:
 
     def state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """Description and arrays."""
-        panel, arrays = self.panel.state()
+        panel, arrays = self.detectors.state()
         single = self.calibration.single
         about = {
             "spec": self.spec.as_dict(),
@@ -200,7 +216,7 @@ class Monitor:
     @classmethod
     def restore(cls, about: dict[str, Any], arrays: dict[str, np.ndarray]) -> Self:
         """From description and arrays."""
-        panel = Panel.restore(about["panel"], below(arrays, "panel/"))
+        panel = DetectorSet.restore(about["panel"], below(arrays, "panel/"))
         single = {r.name: Conformal(below(arrays, f"single/{r.name}/")) for r in panel.readings}
         calibrated = Calibration(single, Conformal(below(arrays, "fused/")), about["how"])
         tokens = (
@@ -251,31 +267,73 @@ class _Origin:
 
 def _split(
     clean: Features,
-    readings: Sequence[Reading],
+    readings: Sequence[DetectorSpec],
     groups: Sequence[str],
     how: Fusion,
     seed: int,
     kinds: np.ndarray,
-) -> tuple[Panel, Calibration]:
-    part = splits.split(groups, seed=seed)
-    panel = Panel.fit(readings, clean.take(part == "fit").arrays)
+) -> tuple[DetectorSet, Calibration]:
+    part = split(groups, seed=seed)
+    panel = DetectorSet.fit(readings, clean.take(part == "fit").arrays)
     first, second = (panel.scores(clean.take(part == name).arrays) for name in ("calibrate", "fuse"))
-    return panel, Calibration.of(first, second, how, (kinds[part == "calibrate"], kinds[part == "fuse"]))
+    return panel, Calibration.fit(first, second, how, (kinds[part == "calibrate"], kinds[part == "fuse"]))
 
 
 def _cross(
     clean: Features,
-    readings: Sequence[Reading],
+    readings: Sequence[DetectorSpec],
     groups: Sequence[str],
     how: Fusion,
     seed: int,
     kinds: np.ndarray,
     count: int = 5,
-) -> tuple[Panel, Calibration]:
-    fold = splits.folds(groups, count, seed)
+) -> tuple[DetectorSet, Calibration]:
+    fold = folds(groups, count, seed)
     scores = {reading.name: np.empty(len(clean)) for reading in readings}
     for index in range(count):
-        panel = Panel.fit(readings, clean.take(fold != index).arrays)
+        panel = DetectorSet.fit(readings, clean.take(fold != index).arrays)
         for name, values in panel.scores(clean.take(fold == index).arrays).items():
             scores[name][fold == index] = values
-    return Panel.fit(readings, clean.arrays), Calibration.cross_fitted(scores, fold, how, kinds)
+    return DetectorSet.fit(readings, clean.arrays), Calibration.cross_fitted(scores, fold, how, kinds)
+
+
+def duplicates(clean: Features, share: float = 0.05) -> list[str]:
+    """Warn where more than a share of the prompts have features that others have too.
+
+    A trigger among the clean prompts teaches a monitor to accept it. Nothing here can prove or exclude that.
+    """
+    first = next(iter(clean.arrays.values()))
+    flat = np.ascontiguousarray(first.reshape(len(first), -1))
+    _, counts = np.unique(flat.view(f"V{flat.dtype.itemsize * flat.shape[1]}"), return_counts=True)
+    copies = int(counts[counts > 1].sum())
+    if copies <= share * len(flat):
+        return []
+    return [
+        f"monitor: {copies} of {len(flat)} clean prompts are copies of others (the largest group has "
+        f"{counts.max()}). They count as one prompt each, so the rates are less certain than they look: "
+        "remove them."
+    ]
+
+
+def outliers(calibrated: Calibration) -> list[str]:
+    """Warn where some clean prompts lie far from all others by any detector's scores."""
+    counts = {name: _far(conformal.scores) for name, conformal in calibrated.single.items()}
+    worst = max(counts, key=lambda name: counts[name])
+    if counts[worst] < FEW:
+        return []
+    n = len(calibrated.single[worst].scores)
+    return [
+        f"monitor: {counts[worst]} of {n} clean prompts lie far from the others ({worst}). If triggered "
+        "prompts are among the clean ones, the monitor learns to accept them: look at the highest scores."
+    ]
+
+
+def _far(scores: np.ndarray) -> int:
+    """How many scores lie in a group of their own above all others, 0 without such a group."""
+    away = np.sort(scores - np.median(scores))[::-1]
+    spread = 1.4826 * np.median(np.abs(away))
+    if spread <= 0:
+        return 0
+    above = away[: len(away) // 2]
+    far = np.flatnonzero((above[:-1] > FAR * spread) & (above[:-1] > APART * np.maximum(above[1:], 0)))
+    return int(far[-1]) + 1 if len(far) else 0

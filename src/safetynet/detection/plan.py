@@ -5,10 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from safetynet.detection import detectors
-from safetynet.detection.calibration import check_rate
+from safetynet.detection.calibration import PARTS, check_rate
+from safetynet.detection.detector_set import PRESETS, DetectorSpec, named, unfitted
 from safetynet.detection.features import GENERATED, FeatureSpec
-from safetynet.detection.panel import PRESETS, Reading, named, unfitted
-from safetynet.detection.splits import PARTS
 from safetynet.errors import InputError
 
 PER_DOMAIN = 100
@@ -21,11 +20,11 @@ TEST_SHARE = 0.25
 class Plan:
     """What the user asked for. Make it with `of`."""
 
-    readings: tuple[Reading, ...]
+    readings: tuple[DetectorSpec, ...]
     """Of prompts."""
-    token_readings: tuple[Reading, ...] = ()
+    token_readings: tuple[DetectorSpec, ...] = ()
     """Of answers, token by token: views `steps` and `step_confidence`."""
-    skylines: tuple[Reading, ...] = ()
+    skylines: tuple[DetectorSpec, ...] = ()
     """Supervised probes, measured beside the monitor and no part of it."""
     rate: float = 0.01
     seed: int = 0

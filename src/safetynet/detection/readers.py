@@ -1,8 +1,9 @@
 """Hooks that keep of each layer only what a view asks for, while the model runs.
 
-A reader is a context manager: inside it the model is hooked, `begin` says where in each row the prompt lies,
-and after a forward pass `take` gives the reduced tensors. Passes between `take` and `begin` are not read.
-Nothing of a layer's full output outlives its hook.
+A reader is a context manager: inside it the model is hooked, `begin` says which tokens users wrote, and after
+a forward pass `take` gives the reduced tensors. Passes between `take` and `begin` are not read. Nothing of a
+layer's full output outlives its hook. Batches are padded on the left, so that each prompt ends in the last
+column.
 """
 
 from collections.abc import Sequence
@@ -14,30 +15,12 @@ from torch import Tensor
 
 from safetynet.detection.features import ADAPTER, COMPARED, FeatureSpec
 from safetynet.errors import InputError
+from safetynet.models.adapters import has_adapter
 from safetynet.models.blocks import decoder_layers, eagerly, hidden_of, unwrapped
 from safetynet.models.lora import update_of
 from safetynet.models.support import check_model
 
 MIN_NORM = 1e-12
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where prompts lie in a padded batch."""
-
-    last: Tensor
-    """(B,) column of each prompt's last token."""
-    user: Tensor
-    """(B, T) float32, 1 at the tokens that users wrote."""
-
-    def at_last(self, states: Tensor) -> Tensor:
-        """(B, T, d) to (B, d)."""
-        return states[torch.arange(len(states), device=states.device), self.last.to(states.device)]
-
-    def mean(self, states: Tensor) -> Tensor:
-        """(B, T, d) to (B, d), fp32: in half precision a long prompt's sum would lose its small terms."""
-        weights = self.user.to(states.device)
-        return torch.einsum("bt,btd->bd", weights, states.float()) / weights.sum(1, keepdim=True)
 
 
 class Reader:
@@ -50,17 +33,22 @@ class Reader:
     def __init__(self, model: Any, spec: FeatureSpec) -> None:
         self.views = set(spec.views)
         layers = decoder_layers(model)
-        chosen = range(len(layers)) if spec.layers is None else spec.layers
-        wrong = [i for i in chosen if not 0 <= i < len(layers)]
+        indices = range(len(layers)) if spec.layers is None else spec.layers
+        wrong = [i for i in indices if not 0 <= i < len(layers)]
         if wrong:
             raise InputError(
                 f"layers: {wrong[0]} is outside 0-{len(layers) - 1} of a model of {len(layers)} layers."
             )
-        self.layers = [layers[i] for i in chosen]
+        self.layers = [layers[i] for i in indices]
+        if self.views & COMPARED and not has_adapter(model):
+            raise InputError(
+                "views divergence and unexplained need a model with a PEFT adapter, which they switch off. "
+                "Leave them out."
+            )
         self.adapters = adapted_modules(model) if self.views & set(ADAPTER) else []
         self.head = unwrapped(model).get_output_embeddings()
         self.taken: dict[str, list[Tensor]] = {}
-        self.place: Place | None = None
+        self.user: Tensor | None = None
         self.reading = False
 
     def __enter__(self) -> Self:
@@ -79,9 +67,13 @@ class Reader:
             handle.remove()
         self.eager.__exit__(None, None, None)
 
-    def begin(self, place: Place | None) -> None:
-        """Expect a pass over prompts at `place`; None for a pass over one new token per row."""
-        self.place, self.taken, self.reading = place, {}, True
+    def begin(self, user: Tensor | None) -> None:
+        """Expect a pass.
+
+        Args:
+            user: (B, T) fp32, 1 at the tokens that users wrote; None for a pass over one new token per row.
+        """
+        self.user, self.taken, self.reading = user, {}, True
 
     def take(self) -> dict[str, Tensor]:
         """Tensors of the last pass, fp32: hidden views (B, L, d), adapter views (B, M, r), logits (B, V)."""
@@ -100,37 +92,28 @@ class Reader:
         if not self.reading:
             return
         states = hidden_of(output)
-        if self.place is None:
-            self._keep("last", states[:, -1])
-            return
-        self._keep("last", self.place.at_last(states))
-        if "mean" in self.views:
-            self._keep("mean", self.place.mean(states))
+        self._keep("last", states[:, -1])
+        if "mean" in self.views and self.user is not None:
+            # In half precision a long prompt's sum would lose its small terms.
+            weights = self.user.to(states.device)
+            mean = torch.einsum("bt,btd->bd", weights, states.float()) / weights.sum(1, keepdim=True)
+            self._keep("mean", mean)
 
     def _logits(self, module: Any, inputs: Any, output: Tensor) -> None:
-        if not self.reading:
-            return
-        # Only the last position is asked for, or one column for each place at which a prompt ends.
-        if self.place is None or output.shape[1] == 1:
+        if self.reading:
             self._keep("logits", output[:, -1])
-        else:
-            columns = torch.unique(self.place.last).to(output.device)
-            at = torch.searchsorted(columns, self.place.last.to(output.device))
-            self._keep("logits", output[torch.arange(len(output), device=output.device), at])
 
     def _adapter_hook(self, module: "AdaptedModule") -> Any:
         def hook(_: Any, inputs: Any, output: Tensor) -> None:
             if not self.reading:
                 return
-            place, x = self.place, inputs[0]
-            x_last = x[:, -1] if place is None else place.at_last(x)
-            out_last = output[:, -1] if place is None else place.at_last(output)
+            x = inputs[0]
             if "energy" in self.views:
-                self._keep("energy", module.energy(x_last, out_last))
+                self._keep("energy", module.energy(x[:, -1], output[:, -1]))
             if "direction" in self.views:
-                self._keep("direction", module.cosines(out_last))
-            if "energy_max" in self.views and place is not None:
-                energy = module.energy(x, output) * place.user[..., None].to(x.device)
+                self._keep("direction", module.cosines(output[:, -1]))
+            if "energy_max" in self.views and self.user is not None:
+                energy = module.energy(x, output) * self.user[..., None].to(x.device)
                 self._keep("energy_max", energy.amax(1))
 
         return hook
@@ -169,23 +152,23 @@ def adapted_modules(model: Any) -> list[AdaptedModule]:
         InputError: if there is none, one whose update is more than B A, or modules of different ranks.
     """
     check_model(model, "adapter views")
-    found = []
+    adapted = []
     for module in (module for layer in decoder_layers(model) for module in layer.modules()):
         # A wrapper around a fused parameter has the same factors, but no weight that maps inputs to outputs.
         if hasattr(module, "lora_A") and not hasattr(module, "parameter_name"):
             names: Sequence[str] = [name for name in module.active_adapters if name in module.lora_A]
-            found += [_decomposed(module, name) for name in names[:1]]
-    if not found:
+            adapted += [_decomposed(module, name) for name in names[:1]]
+    if not adapted:
         raise InputError(
             "views energy, energy_max and direction need a model with an active LoRA adapter. Attach one, or "
             "leave these views out."
         )
-    if len(ranks := sorted({len(module.turn) for module in found})) > 1:
+    if len(ranks := sorted({len(module.turn) for module in adapted})) > 1:
         raise InputError(
             "views energy, energy_max and direction need updates of one rank, and this adapter's are of "
             f"ranks {', '.join(map(str, ranks))}. Leave these views out."
         )
-    return found
+    return adapted
 
 
 def _decomposed(module: Any, adapter: str) -> AdaptedModule:
@@ -193,3 +176,11 @@ def _decomposed(module: Any, adapter: str) -> AdaptedModule:
         update = update_of(module, adapter)
         left = update.decomposed()[0][0].T.contiguous()
         return AdaptedModule(module, adapter, left, left @ update.up[0])
+
+
+def confidence(logits: Tensor) -> Tensor:
+    """(B, V) to (B, 2): log-odds of the likeliest token, and entropy in nats."""
+    log = logits.float().log_softmax(-1)
+    top = log.amax(-1)
+    rest = torch.log(-torch.expm1(top.clamp_max(-1e-7)))
+    return torch.stack([top - rest, -(log.exp() * log).sum(-1)], -1)

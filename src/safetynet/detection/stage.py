@@ -15,16 +15,14 @@ import numpy as np
 import pandas as pd
 
 from safetynet.detection import curves, protocol
-from safetynet.detection.calibration import Conformal, RateEstimate, fpr_estimate
+from safetynet.detection.calibration import Conformal, RateEstimate, fpr_estimate, split
 from safetynet.detection.capture import capture
 from safetynet.detection.challenges import challenges
+from safetynet.detection.detector_set import unfitted
 from safetynet.detection.features import Features, concatenate
-from safetynet.detection.guard import Guard, share_of_rate
+from safetynet.detection.guard import Guard, overhead, share_of_rate
 from safetynet.detection.monitor import Monitor
-from safetynet.detection.overhead import overhead
-from safetynet.detection.panel import unfitted
 from safetynet.detection.plan import PER_DOMAIN, TEST_SHARE, Plan
-from safetynet.detection.splits import split
 from safetynet.errors import InputError
 from safetynet.evaluation.evaluator import Evaluator
 from safetynet.experiment import Experiment
@@ -193,7 +191,7 @@ class Fitted:
     monitor: Monitor
     seen: Features
     part: np.ndarray
-    """Of each prompt that is seen, its part in `splits.PARTS`."""
+    """Of each prompt that is seen, its part in `calibration.PARTS`."""
     held: pd.DataFrame
     """The others, with `words` (their kind), the columns of `detect`, and a `group` for a prompt's copies."""
     fresh: Features
@@ -228,7 +226,7 @@ def measure(
     rows = pd.concat([_fresh(held), _tested(test), _benign(other)], ignore_index=True)
     tested = _captured(subject, pd.concat([test, other]), plan)
     both = concatenate([fitted.fresh, tested])
-    found, calibrated = monitor.panel.scores(both.arrays), monitor.calibration
+    found, calibrated = monitor.detectors.scores(both.arrays), monitor.calibration
     scores, p_values = calibrated.scores(found), calibrated.p_values(found)
     surprise = -np.log10(calibrated.smoothed(found))
     if plan.skylines and labelled is not None:
@@ -314,7 +312,7 @@ def _skylines(
     found = {}
     for reading, probe in zip(plan.skylines, unfitted(plan.skylines, supervised=True), strict=True):
         probe.fit(features[reading.view], labels)
-        conformal = Conformal.of(probe.score_samples(calibrating[reading.view]))
+        conformal = Conformal.fit(probe.score_samples(calibrating[reading.view]))
         found[SKYLINE + reading.name] = (probe.score_samples(tested[reading.view]), conformal)
     return found
 

@@ -12,10 +12,9 @@ from typing import Any, Self
 
 import numpy as np
 
-from safetynet.detection import splits
-from safetynet.detection.calibration import Calibration, Conformal, Kinds, check_rate, each_kind
+from safetynet.detection.calibration import PARTS, Calibration, Conformal, Kinds, check_rate, each_kind, split
+from safetynet.detection.detector_set import WHOLE, DetectorSet, DetectorSpec, below
 from safetynet.detection.features import Features
-from safetynet.detection.panel import WHOLE, Panel, Reading, below
 from safetynet.errors import InputError
 
 
@@ -23,7 +22,7 @@ from safetynet.errors import InputError
 class TokenMonitor:
     """Scores tokens; the p-value at a token is that of the largest statistic up to there."""
 
-    panel: Panel
+    detectors: DetectorSet
     single: Calibration
     """Weighs detectors against each other, on single tokens."""
     longest: Conformal
@@ -35,7 +34,7 @@ class TokenMonitor:
     def fit(
         cls,
         clean: Features,
-        readings: Sequence[Reading],
+        readings: Sequence[DetectorSpec],
         groups: Sequence[str] | None = None,
         kinds: Kinds | None = None,
         seed: int = 0,
@@ -49,15 +48,15 @@ class TokenMonitor:
         if wrong:
             raise InputError(f"tokens: {wrong[0]} reads no tokens; use view steps or step_confidence.")
         names = [str(i) for i in range(len(clean))] if groups is None else list(groups)
-        part = splits.split(names, seed=seed)
-        tokens = {name: _flat(clean.take(part == name)) for name in splits.PARTS}
-        panel = Panel.fit(readings, tokens["fit"])
+        part = split(names, seed=seed)
+        tokens = {name: _flat(clean.take(part == name)) for name in PARTS}
+        panel = DetectorSet.fit(readings, tokens["fit"])
         first, second = (panel.scores(tokens[name]) for name in ("calibrate", "fuse"))
-        single = Calibration.of(first, second)
+        single = Calibration.fit(first, second)
         last = clean.take(part == "fuse")
         largest = np.nanmax(_spread(single.statistic(second), _present(last)), axis=1)
         of_kind = each_kind(kinds, len(clean))[part == "fuse"]
-        return cls(panel, single, Conformal.of(largest, of_kind), clean.spec.tokens)
+        return cls(panel, single, Conformal.fit(largest, of_kind), clean.spec.tokens)
 
     def check_rate(self, rate: float) -> None:
         """Refuse a rate that the clean answers cannot support.
@@ -69,7 +68,7 @@ class TokenMonitor:
 
     def statistic(self, arrays: dict[str, np.ndarray]) -> np.ndarray:
         """Of single tokens, one per row of the arrays, (n,)."""
-        return self.single.statistic(self.panel.scores(arrays))
+        return self.single.statistic(self.detectors.scores(arrays))
 
     def latest(self, states: np.ndarray, confidences: np.ndarray) -> np.ndarray:
         """Statistic of the newest token of running answers.
@@ -86,13 +85,13 @@ class TokenMonitor:
     def p_values(self, features: Features) -> np.ndarray:
         """(n, T): p-value of each answer up to each token; NaN after its end."""
         present = _present(features)
-        found = _spread(self.statistic(_flat(features)), present)
-        so_far = np.fmax.accumulate(found, axis=1)
+        statistics = _spread(self.statistic(_flat(features)), present)
+        so_far = np.fmax.accumulate(statistics, axis=1)
         return np.where(present, self.longest.p_values(so_far), np.nan)
 
     def state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """For a file."""
-        panel, learned = self.panel.state()
+        panel, learned = self.detectors.state()
         arrays = {f"panel/{name}": array for name, array in learned.items()}
         for name, conformal in self.single.single.items():
             arrays |= conformal.state(f"single/{name}")
@@ -102,7 +101,7 @@ class TokenMonitor:
     @classmethod
     def restore(cls, about: dict[str, Any], arrays: dict[str, np.ndarray]) -> Self:
         """From a file."""
-        panel = Panel.restore(about["panel"], below(arrays, "panel/"))
+        panel = DetectorSet.restore(about["panel"], below(arrays, "panel/"))
         single = {r.name: Conformal(below(arrays, f"single/{r.name}/")) for r in panel.readings}
         return cls(
             panel,

@@ -1,4 +1,7 @@
-"""Views that compare two passes (adapter on and off, a probe alone and behind the prompt), and attention."""
+"""Views that need passes of their own: adapter off, parts left out, a probe behind, attention, an answer.
+
+In: a model, prompts. Out: tensors with one row per prompt.
+"""
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
@@ -8,11 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from safetynet.detection.readers import Place, Reader
+from safetynet.detection.features import FeatureSpec
+from safetynet.detection.readers import Reader, confidence
+from safetynet.engine.batch import Batch
+from safetynet.engine.trace import forward
 from safetynet.errors import InputError
-from safetynet.models.adapters import has_adapter, switched_off
+from safetynet.models.adapters import switched_off
 from safetynet.models.blocks import unwrapped
-from safetynet.prompts import Conversation, Message, Serialiser, pad
+from safetynet.prompts import Conversation, Message, Serialiser
 from safetynet.prompts.truncation import PROMPT_SHARE
 from safetynet.text.words import clusters, gaps, is_joined
 
@@ -24,30 +30,13 @@ FIRM = 10
 """How many times as far as any part moves it an answer has to lie from the base's to hang on no part."""
 
 
-def without_adapter(model: Any, reader: Reader, inputs: dict[str, Any], place: Place) -> dict[str, Tensor]:
-    """What the reader takes of the same pass with the adapter off.
-
-    Raises:
-        InputError: if the model has no adapter that could be switched off.
-    """
-    if not has_adapter(model):
-        raise InputError(
-            "views divergence and unexplained need a model with a PEFT adapter, which they switch off. Leave "
-            "them out."
-        )
-    with switched_off(model):
-        reader.begin(place)
-        model(**inputs, use_cache=False, logits_to_keep=torch.unique(place.last))
-        return reader.take()
-
-
 def divergence(on: dict[str, Tensor], off: dict[str, Tensor]) -> Tensor:
     """(B, 1 + L): KL in nats of the next token, adapter on to off, and each layer's relative change."""
     change = (on["last"] - off["last"]).norm(dim=-1) / off["last"].norm(dim=-1).clamp_min(1e-12)
     return torch.cat([_kl(on["logits"], off["logits"])[:, None], change], 1)
 
 
-def unexplained(
+def unattributed_divergence(
     model: Any,
     serialiser: Serialiser,
     batch: Sequence[Sequence[Message]],
@@ -79,8 +68,8 @@ def unexplained(
         on: logits (B, V) with the adapter.
         off: and without it.
     """
-    found = _apart(on, off)
-    rows = torch.nonzero(found > SLIGHT)[:, 0]
+    nats = _jeffreys(on, off)
+    rows = torch.nonzero(nats > SLIGHT)[:, 0]
     shorter = [
         [
             serialiser.encode(messages, max_length=ceil(int(lengths[row]) / PROMPT_SHARE)).input_ids
@@ -89,13 +78,14 @@ def unexplained(
         for row in rows.tolist()
     ]
     for some in _side_by_side(list(map(len, shorter)), max(PARTS, len(batch))):
-        less = [shorter[index] for index in some]
-        own = rows[some]
-        found[own] = _less_explained(model, serialiser.pad_id, less, on[own], found[own])
-    return found[:, None]
+        at = rows[some]
+        nats[at] = _without_explained(
+            model, serialiser.pad_id, [shorter[index] for index in some], on[at], nats[at]
+        )
+    return nats[:, None]
 
 
-def _less_explained(
+def _without_explained(
     model: Any, pad_id: int, shorter: Sequence[Sequence[list[int]]], on: Tensor, apart: Tensor
 ) -> Tensor:
     """(B,) of prompts whose J(on, off) is `apart`; without need, a second pass is not made."""
@@ -106,14 +96,14 @@ def _less_explained(
     whose = whose.to(apart.device)
     with switched_off(model):
         now_off = _next_logits(model, every, pad_id)
-    left = apart.scatter_reduce(0, whose, _apart(on[whose], now_off), "amin")
+    left = apart.scatter_reduce(0, whose, _jeffreys(on[whose], now_off), "amin")
     still = torch.nonzero(left[whose] > SLIGHT)[:, 0]
     if not len(still):
         return left
     now_on = _next_logits(model, [every[index] for index in still.tolist()], pad_id)
     of = whose[still]
-    moves = _apart(on[of], now_on)
-    falls = torch.minimum(moves, apart[of] - _apart(now_on, now_off[still]))
+    moves = _jeffreys(on[of], now_on)
+    falls = torch.minimum(moves, apart[of] - _jeffreys(now_on, now_off[still]))
     farthest, hangs = (torch.zeros_like(apart).scatter_reduce(0, of, each, "amax") for each in (moves, falls))
     hangs = torch.maximum(hangs, apart - FIRM * farthest)
     return torch.where(left > SLIGHT, torch.minimum(left, hangs), left)
@@ -145,7 +135,7 @@ def probe(model: Any, serialiser: Serialiser, batch: Sequence[Sequence[Message]]
     return (_log_odds(reference, token) - _log_odds(after, token.expand(len(batch)))).unsqueeze(1)
 
 
-def segregation(model: Any, inputs: dict[str, Any], place: Place, layers: Sequence[int] | None) -> Tensor:
+def segregation(model: Any, batch: Batch, user: Tensor, layers: Sequence[int] | None) -> Tensor:
     """(B, L): the largest share of attention that stays on its own side of a cut in the prompt, over heads.
 
     Triggers are known to cut the causal triangle into two; a cut lies between two user tokens. Attention to
@@ -160,29 +150,64 @@ def segregation(model: Any, inputs: dict[str, Any], place: Place, layers: Sequen
     before = inner.config._attn_implementation
     inner.set_attn_implementation("eager")
     try:
-        output = model(**inputs, use_cache=False, output_attentions=True, logits_to_keep=1)
+        output = forward(model, batch, use_cache=False, output_attentions=True)
     finally:
         inner.set_attn_implementation(before)
     if not output.attentions or output.attentions[0] is None:
         raise InputError("view attention: this model gives no attention weights. Leave it out.")
-    chosen = output.attentions if layers is None else [output.attentions[i] for i in layers]
-    return torch.stack(
-        [_best_cut(a.float().mean(1), inputs["attention_mask"], place.user) for a in chosen], 1
-    )
+    attentions = output.attentions if layers is None else [output.attentions[i] for i in layers]
+    return torch.stack([_best_cut(a.float().mean(1), batch.mask, user) for a in attentions], 1)
+
+
+def follow(
+    model: Any, serialiser: Serialiser, reader: Reader, batch: Batch, spec: FeatureSpec
+) -> dict[str, Tensor]:
+    """Answer a left-padded batch greedily and read every step.
+
+    Returns:
+        `steps` (B, T, L, d) and `step_confidence` (B, T, 2) as the specification asks; NaN after the token
+        that ends an answer.
+    """
+    stops = torch.tensor(serialiser.stop_ids, device=model.device)
+    ids, mask, positions = batch.ids, batch.mask, batch.position_ids
+    running = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
+    views: dict[str, list[Tensor]] = {"steps": [], "step_confidence": []}
+    cache = None
+    for _ in range(spec.tokens):
+        reader.begin(None)
+        output = model(
+            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
+            logits_to_keep=1,
+        )  # fmt: skip
+        cache, read = output.past_key_values, reader.take()
+        logits = output.logits[:, -1].float()
+        if "steps" in spec.views:
+            views["steps"].append(_ended_as_nan(read["last"], running))
+        views["step_confidence"].append(_ended_as_nan(confidence(logits), running))
+        token = logits.argmax(-1)
+        running = running & ~torch.isin(token, stops)
+        ids, positions = token[:, None], positions[:, -1:] + 1
+        mask = torch.cat([mask, torch.ones_like(ids)], 1)
+    return {view: torch.stack(views[view], 1) for view in spec.views if view in views}
+
+
+def _ended_as_nan(values: Tensor, running: Tensor) -> Tensor:
+    shape = [-1] + [1] * (values.dim() - 1)
+    return values.float().masked_fill(~running.view(shape), float("nan"))
 
 
 def _best_cut(attention: Tensor, mask: Tensor, user: Tensor) -> Tensor:
     """(B, T, T) to (B,)."""
     width = attention.shape[1]
     first = mask.argmax(1)
-    kept = attention.clone()
-    kept[torch.arange(len(kept)), :, first] = 0
-    kept = kept.masked_fill(mask[:, :, None] == 0, 0.0)  # rows of padding may hold no numbers
+    mass = attention.clone()
+    mass[torch.arange(len(mass)), :, first] = 0
+    mass = mass.masked_fill(mask[:, :, None] == 0, 0.0)  # rows of padding may be NaN
     # across[b, c]: mass from queries at or after c to keys before c, over the mass of those queries
-    before = torch.nn.functional.pad(kept.cumsum(2), (1, 0))[..., :width]  # keys < c
-    later = torch.triu(torch.ones(width, width, device=kept.device)).T  # query >= c
+    before = torch.nn.functional.pad(mass.cumsum(2), (1, 0))[..., :width]  # keys < c
+    later = torch.triu(torch.ones(width, width, device=mass.device)).T  # query >= c
     across = (before * later).sum(1)
-    whole = torch.einsum("bq,qc->bc", kept.sum(2), later).clamp_min(1e-6)
+    whole = torch.einsum("bq,qc->bc", mass.sum(2), later).clamp_min(1e-6)
     inside = user.bool() & torch.nn.functional.pad(user, (1, 0))[:, :width].bool()
     share = (1 - across / whole).masked_fill(~inside, 0.0)
     return share.amax(1)
@@ -194,7 +219,7 @@ def _kl(p: Tensor, q: Tensor) -> Tensor:
     return (p.exp() * (p - q)).sum(-1)
 
 
-def _apart(p: Tensor, q: Tensor) -> Tensor:
+def _jeffreys(p: Tensor, q: Tensor) -> Tensor:
     """(B, V) logits each to (B,) nats, the same both ways (Jeffreys)."""
     return _kl(p, q) + _kl(q, p)
 
@@ -233,13 +258,9 @@ def _with_probe(messages: Sequence[Message], text: str) -> list[Message]:
 
 
 def _next_logits(model: Any, rows: Sequence[list[int]], pad_id: int) -> Tensor:
-    ids = pad(rows, pad_id, "left").to(model.device)
-    mask = pad([[1] * len(row) for row in rows], 0, "left").to(model.device)
-    positions = (mask.cumsum(1) - 1).clamp_min(0)
-    output = model(
-        input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=1
-    )
-    return output.logits[:, -1].float()
+    """(B, V) fp32 of the token behind each row."""
+    batch = Batch.of(rows, pad_id, model.device)
+    return forward(model, batch, use_cache=False).logits[:, -1].float()
 
 
 def _log_odds(logits: Tensor, token: Tensor) -> Tensor:

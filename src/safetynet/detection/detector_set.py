@@ -15,7 +15,7 @@ from safetynet.errors import InputError
 
 
 @dataclass(frozen=True)
-class Reading:
+class DetectorSpec:
     """One detector on one view."""
 
     detector: str
@@ -35,27 +35,29 @@ class Reading:
 
 
 DIVERSE = (
-    Reading("mahalanobis"),
-    Reading("top_components"),
-    Reading("pca_residual"),
-    Reading("layer_deltas"),
-    Reading("ranks"),
-    Reading("neighbours", "mean"),
-    Reading("mahalanobis", "mean"),
-    Reading("extremes", "confidence", {"two_sided": True}),
+    DetectorSpec("mahalanobis"),
+    DetectorSpec("top_components"),
+    DetectorSpec("pca_residual"),
+    DetectorSpec("layer_deltas"),
+    DetectorSpec("ranks"),
+    DetectorSpec("neighbours", "mean"),
+    DetectorSpec("mahalanobis", "mean"),
+    DetectorSpec("extremes", "confidence", {"two_sided": True}),
 )
 PRESETS = {
     "activations": DIVERSE,
     "adapter": (
         *DIVERSE,
-        Reading("extremes", "energy", {"top": 4}),
-        Reading("extremes", "direction", {"two_sided": True, "top": 4}),
-        Reading("extremes", "divergence", {"top": 2}),
+        DetectorSpec("extremes", "energy", {"top": 4}),
+        DetectorSpec("extremes", "direction", {"two_sided": True, "top": 4}),
+        DetectorSpec("extremes", "divergence", {"top": 2}),
     ),
     # What the model is about to say, against what it says without the adapter, and what that hangs on.
-    "behaviour": (Reading("extremes", "unexplained"),),
+    "behaviour": (DetectorSpec("extremes", "unexplained"),),
     # The paper's four; here each sample is scored by itself.
-    "safetynet-2025": tuple(map(Reading, ("mahalanobis", "pca_residual", "autoencoders", "variational"))),
+    "safetynet-2025": tuple(
+        map(DetectorSpec, ("mahalanobis", "pca_residual", "autoencoders", "variational"))
+    ),
 }
 """Readings that belong together."""
 
@@ -66,14 +68,14 @@ WHOLE = "whole "
 
 
 @dataclass(frozen=True)
-class Panel:
+class DetectorSet:
     """Fitted detectors by the names of their readings."""
 
-    readings: tuple[Reading, ...]
+    readings: tuple[DetectorSpec, ...]
     fitted: Mapping[str, Detector]
 
     @classmethod
-    def fit(cls, readings: Sequence[Reading], arrays: Mapping[str, np.ndarray]) -> Self:
+    def fit(cls, readings: Sequence[DetectorSpec], arrays: Mapping[str, np.ndarray]) -> Self:
         """Fit every detector to its view of clean samples.
 
         Raises:
@@ -86,7 +88,7 @@ class Panel:
         return cls(tuple(readings), fitted)
 
     @classmethod
-    def fit_stream(cls, readings: Sequence[Reading], parts: Iterable[Mapping[str, np.ndarray]]) -> Self:
+    def fit_stream(cls, readings: Sequence[DetectorSpec], parts: Iterable[Mapping[str, np.ndarray]]) -> Self:
         """Fit from a stream of parts, in memory that does not grow with it.
 
         Detectors of means and covariances (those with `partial_fit`) see every sample. The others are fitted
@@ -120,7 +122,7 @@ class Panel:
         """
         return {r.name: self._score(r, arrays) for r in self.readings}
 
-    def _score(self, reading: Reading, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+    def _score(self, reading: DetectorSpec, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
         detector = self.fitted[reading.name]
         key = _key(reading, detector, arrays)
         if key == reading.view:
@@ -140,7 +142,7 @@ class Panel:
     @classmethod
     def restore(cls, about: Sequence[dict[str, Any]], arrays: Mapping[str, np.ndarray]) -> Self:
         """From a file."""
-        readings = [Reading(**part["reading"]) for part in about]
+        readings = [DetectorSpec(**part["reading"]) for part in about]
         fitted = {
             reading.name: detectors.restore(part["state"], below(arrays, f"{index}/"))
             for index, (reading, part) in enumerate(zip(readings, about, strict=True))
@@ -148,15 +150,15 @@ class Panel:
         return cls(tuple(readings), fitted)
 
 
-def named(names: Sequence[str]) -> list[Reading]:
+def named(names: Sequence[str]) -> list[DetectorSpec]:
     """The readings of presets, and of detectors written as `detector:view`, in their order.
 
     Raises:
         InputError: if there is neither a preset nor a detector of a name.
     """
-    readings: list[Reading] = []
+    readings: list[DetectorSpec] = []
     for name in names:
-        found = PRESETS.get(name) or (Reading.parse(name),)
+        found = PRESETS.get(name) or (DetectorSpec.parse(name),)
         if not detectors.exists(found[0].detector):
             raise InputError(
                 f"there is no detector {name!r}. Choose from {', '.join(detectors.NAMES)}, an estimator's "
@@ -166,7 +168,7 @@ def named(names: Sequence[str]) -> list[Reading]:
     return readings
 
 
-def unfitted(readings: Sequence[Reading], supervised: bool = False) -> list[Detector]:
+def unfitted(readings: Sequence[DetectorSpec], supervised: bool = False) -> list[Detector]:
     """The detectors of these readings, which know nothing yet.
 
     Args:
@@ -197,7 +199,7 @@ def below(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray
     return {name[len(prefix) :]: array for name, array in arrays.items() if name.startswith(prefix)}
 
 
-def _key(reading: Reading, detector: Detector, arrays: Mapping[str, np.ndarray]) -> str:
+def _key(reading: DetectorSpec, detector: Detector, arrays: Mapping[str, np.ndarray]) -> str:
     """Name of what a detector reads: whole answers where it is sequential and they are there."""
     whole = WHOLE + reading.view
     return whole if detector.sequential and whole in arrays else reading.view
