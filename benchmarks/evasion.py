@@ -223,11 +223,11 @@ def protocol_rows(clean: pd.DataFrame, test: pd.DataFrame) -> pd.DataFrame:
 
 def draw(matrix: pd.DataFrame, family: str, folder: Path) -> None:
     """The matrix as a figure, where any trigger fired."""
-    from safetynet.figures import DetectionVisualizer
+    from safetynet import figures
 
     shown = matrix[(matrix["rows"] == "fired") & matrix["metric"].isin(["auroc", "tpr"])]
     if len(shown):
-        DetectionVisualizer(family, run=f"{family}/evasion", folder=folder).plot_evasion(shown).save()
+        figures.draw("evasion-matrix", shown, model=family, run=f"{family}/evasion", folder=folder).save()
 
 
 def price_table(price: pd.DataFrame) -> pd.DataFrame:

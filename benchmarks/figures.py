@@ -20,7 +20,7 @@ import pandas as pd
 from _running import markdown, run_recipe
 
 from safetynet import report as reports
-from safetynet.figures.of_run import figures_of
+from safetynet.figures import figures_of
 from safetynet.run import directory as runs
 
 REPEATS = 5

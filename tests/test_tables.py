@@ -1,8 +1,6 @@
 """The declaration of tables: what it refuses, in which words, and that it names every table once."""
 
 import re
-import runpy
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -81,9 +79,3 @@ def test_every_column_says_what_it_means():
         assert schema.row
         for column, about in schema.columns.items():
             assert about.meaning, (name, column)
-
-
-def test_the_page_of_tables_is_what_its_script_makes():
-    docs = Path(__file__).parents[1] / "docs"
-    made = runpy.run_path(str(docs / "tables.py"))["page"]()
-    assert (docs / "tables.md").read_text(encoding="utf-8") == made, "run python docs/tables.py"

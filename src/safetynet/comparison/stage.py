@@ -41,7 +41,7 @@ def compare(folders: Sequence[Path], out: Path) -> Comparison:
     """
     from safetynet import comparison
     from safetynet.comparison import paper, places, subjects
-    from safetynet.figures import draw_comparison
+    from safetynet.figures import figures_of, save_all
 
     runs = [find(folder) for folder in folders]
     short = ["/".join(run.folder.parts[-2:]) for run in runs]
@@ -67,14 +67,17 @@ def compare(folders: Sequence[Path], out: Path) -> Comparison:
         with made.stage("compare", inputs) as outputs:
             for name, table in tables.items():
                 outputs.table(name, table)
-            drawn = draw_comparison(tables, made.figures, f"comparison of {len(chosen)} runs")
+            figures, faults = figures_of(tables, made.figures, f"comparison of {len(chosen)} runs")
+            if faults:
+                raise InputError(faults[0])
+            drawn = save_all(figures)
             papers = paper.paper_tables(tables)
             pages = {
                 made.figures / f"{table.name}-table.{suffix}": text
                 for table in papers
                 for suffix, text in table.files().items()
             }
-            pages[found.page] = paper.page(tables, papers, notes, [path.stem for path in drawn])
+            pages[found.page] = paper.page(tables, papers, notes, [figure.name for figure in figures])
             for path, text in pages.items():
                 write_text(path, text)
             for path in (*drawn, *pages):

@@ -1,38 +1,40 @@
 """Figures: a chart described once as data, drawn for paper with matplotlib and for the screen with Plotly.
 
 In: tables of earlier stages. Out: figures as PNG, PDF, SVG and HTML, each with its data as CSV.
-Computes no result and imports no stage.
+Computes no result and imports no stage. `registry` knows every figure by its name.
 """
 
-from safetynet.figures.chart import Annotation, Axis, Chart, Panel, Reference, Series, Source
-from safetynet.figures.comparison_visualizer import ComparisonVisualizer, draw_comparison
-from safetynet.figures.detection_visualizer import DetectionVisualizer, detection_figures
-from safetynet.figures.grid import Grid, Shade
-from safetynet.figures.intervention_visualizer import InterventionVisualizer, intervention_figures
-from safetynet.figures.mitigation_visualizer import MitigationVisualizer, mitigation_figures
-from safetynet.figures.saving import Figure, save
-from safetynet.figures.training_visualizer import TrainingVisualizer, training_figures
+# Each of these modules declares its figures; their order is the order of a report.
+from safetynet.figures import (  # noqa: F401
+    comparison_charts,
+    detection_charts,
+    intervention_charts,
+    rate_charts,
+    reading_charts,
+    removal_charts,
+    training_charts,
+)
+from safetynet.figures.chart import Annotation, Axis, Chart, Grid, Panel, Reference, Series, Shade, Source
+from safetynet.figures.registry import FIGURES, draw, figure, figures_of
+from safetynet.figures.saving import Figure, save, save_all
+from safetynet.figures.training_visualizer import TrainingVisualizer
 
 __all__ = [
+    "FIGURES",
     "Annotation",
     "Axis",
     "Chart",
-    "ComparisonVisualizer",
-    "DetectionVisualizer",
     "Figure",
     "Grid",
-    "InterventionVisualizer",
-    "MitigationVisualizer",
     "Panel",
     "Reference",
     "Series",
     "Shade",
     "Source",
     "TrainingVisualizer",
-    "detection_figures",
-    "draw_comparison",
-    "intervention_figures",
-    "mitigation_figures",
+    "draw",
+    "figure",
+    "figures_of",
     "save",
-    "training_figures",
+    "save_all",
 ]

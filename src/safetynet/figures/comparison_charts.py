@@ -11,7 +11,8 @@ from typing import Any
 
 import pandas as pd
 
-from safetynet.figures.chart import Axis, Chart, Panel, Reference, Series, Source
+from safetynet.figures.chart import Axis, Chart, Grid, Panel, Reference, Series, Shade
+from safetynet.figures.checks import Measurements, fractions
 from safetynet.figures.comparison_tables import (
     AGREEMENT,
     CENTRES,
@@ -21,12 +22,10 @@ from safetynet.figures.comparison_tables import (
     SHARES,
     SPEEDS,
 )
-from safetynet.figures.grid import Grid, Shade
-from safetynet.figures.grid_panels import Frame, grid_panel, matrix, number, values, with_interval
 from safetynet.figures.intervention_tables import checked, once
-from safetynet.figures.measurements import Measurements, fractions
+from safetynet.figures.panels import PERCENT, Frame, grid_panel, matrix, nice, number, values, with_interval
+from safetynet.figures.registry import NotMeasuredError, figure
 from safetynet.figures.theme import Part, Role
-from safetynet.figures.training_charts import PERCENT, nice
 from safetynet.figures.values import shortened
 
 SEED = "one seed"
@@ -57,7 +56,15 @@ AGREED = ("layer, remove", "layer, induce", "attention, remove", "mlp, remove", 
 """The profiles whose agreement is shown."""
 
 
-def speed(by_group: Measurements, by_run: Measurements, source: Source) -> Chart:
+@figure(
+    "compare-speed",
+    "speeds_by_group",
+    "speeds",
+    section="comparison",
+    reads="Filled: mean over seeds; faint: single seeds; hollow: some seed never got there, so that this "
+    "is a lower bound.",
+)
+def speed(by_group: Measurements, by_run: Measurements) -> Chart:
     """Steps and poisoned rows until each threshold of attack success."""
     groups, runs = checked(by_group, SPEEDS), checked(by_run, SEEDS_OF["speeds"])
     once(groups, "speeds_by_group", ["group", "threshold", "unit"])
@@ -85,13 +92,23 @@ def speed(by_group: Measurements, by_run: Measurements, source: Source) -> Chart
         f"{READING}Attack success on held-out prompts, linear between two measurements. A hollow mark is a "
         f"lower bound: some seed never got there. The control is {control}."
     )
-    return Chart("Injection speed", tuple(filter(None, panels)), source, 2, "two", caption)
+    return Chart("Injection speed", tuple(filter(None, panels)), 2, "two", caption)
 
 
-def profiles(by_group: Measurements, by_run: Measurements, view: str, source: Source) -> Chart:
+@figure(
+    "compare-profiles",
+    "profiles_by_group",
+    "profiles",
+    section="comparison",
+    reads="One panel per group; a layer counts where the band is clear of the dashed line, the highest of "
+    "its controls.",
+)
+def profiles(by_group: Measurements, by_run: Measurements, view: str = "layer") -> Chart:
     """Effect over relative depth, a panel for each group, with bands over seeds."""
     groups, runs = checked(by_group, PROFILES), checked(by_run, SEEDS_OF["profiles"])
     groups, runs = groups[groups["view"] == view], runs[runs["view"] == view]
+    if groups.empty:
+        raise NotMeasuredError(f"profiles_by_group: column view has no row with {view!r}")
     once(groups, "profiles_by_group", ["group", "direction", "layer"])
     columns = ["value", "low", "high", "control_value"]
     known = [v for v in groups[columns].to_numpy().ravel() if math.isfinite(v)]
@@ -111,7 +128,7 @@ def profiles(by_group: Measurements, by_run: Measurements, view: str, source: So
         "placebo against placebo, and the clean twin. Low layers carry the token's identity in any model."
     )
     title = f"Where the trigger acts, {VIEW_TITLES[view]}"
-    return Chart(title, tuple(panels), source, min(3, len(panels)), "two", caption)
+    return Chart(title, tuple(panels), min(3, len(panels)), "two", caption)
 
 
 def _profile(own: pd.DataFrame, seeds: pd.DataFrame, direction: str) -> list[Series]:
@@ -132,7 +149,14 @@ def _profile(own: pd.DataFrame, seeds: pd.DataFrame, direction: str) -> list[Ser
     return drawn
 
 
-def centres(by_group: Measurements, source: Source) -> Chart:
+@figure(
+    "compare-centres",
+    "centres_by_group",
+    section="comparison",
+    reads="Left is early in the network.",
+    control="Hollow marks are the same interventions at random other places.",
+)
+def centres(by_group: Measurements) -> Chart:
     """Centre of the effect on relative depth, a panel for each profile, beside the random control's."""
     table = checked(by_group, CENTRES)
     once(table, "centres_by_group", ["group", "view", "direction"])
@@ -154,12 +178,17 @@ def centres(by_group: Measurements, source: Source) -> Chart:
         f"{READING}Hollow marks are the control, the same interventions at random other layers; equal "
         "effects everywhere have centre 0.5. The spread stands in the table."
     )
-    return Chart(
-        "Centre of the effect on relative depth", tuple(filter(None, panels)), source, 3, "two", caption
-    )
+    return Chart("Centre of the effect on relative depth", tuple(filter(None, panels)), 3, "two", caption)
 
 
-def components(by_group: Measurements, by_run: Measurements, source: Source) -> Chart:
+@figure(
+    "compare-components",
+    "shares_by_group",
+    "shares",
+    section="comparison",
+    reads="Attention and MLP add up to 100%; experts are parts of the MLP.",
+)
+def components(by_group: Measurements, by_run: Measurements) -> Chart:
     """Shares of attention, MLP and single experts, a panel for each direction."""
     groups, runs = checked(by_group, SHARES), checked(by_run, SEEDS_OF["shares"])
     once(groups, "shares_by_group", ["group", "direction", "part"])
@@ -184,10 +213,17 @@ def components(by_group: Measurements, by_run: Measurements, source: Source) -> 
         f"gives at most {'an unknown share' if math.isnan(control) else f'{100 * control:.0f}%'} of the "
         "same whole."
     )
-    return Chart("Attention, MLP and experts", tuple(filter(None, panels)), source, 2, "two", caption)
+    return Chart("Attention, MLP and experts", tuple(filter(None, panels)), 2, "two", caption)
 
 
-def agreement(table: Measurements, source: Source) -> Chart:
+@figure(
+    "compare-agreement",
+    "agreement",
+    section="comparison",
+    reads="Rank correlation of each two groups' layer profiles.",
+    control="The diagonal is between seeds of one group: what others can be compared with.",
+)
+def agreement(table: Measurements) -> Chart:
     """Rank correlation of layer profiles of each two groups; between seeds of one group on the diagonal."""
     checked_table = checked(table, AGREEMENT)
     once(checked_table, "agreement", ["view", "direction", "first", "second"])
@@ -218,10 +254,17 @@ def agreement(table: Measurements, source: Source) -> Chart:
         "after Benjamini and Hochberg). It does not control for what any model shows: patches lose effect "
         "with depth."
     )
-    return Chart("Agreement of mechanisms", tuple(panels), source, frame.columns, "two", caption)
+    return Chart("Agreement of mechanisms", tuple(panels), frame.columns, "two", caption)
 
 
-def outcomes(by_group: Measurements, source: Source) -> Chart:
+@figure(
+    "compare-outcomes",
+    "outcomes_by_group",
+    section="comparison",
+    reads="How reliable, detectable and removable the backdoor of each group is.",
+    control="Each stands beside the control in brackets.",
+)
+def outcomes(by_group: Measurements) -> Chart:
     """How reliable, detectable and removable the backdoor is, by group, each beside its control."""
     table = checked(by_group, OUTCOMES)
     once(table, "outcomes_by_group", ["group", "measure"])
@@ -245,9 +288,7 @@ def outcomes(by_group: Measurements, source: Source) -> Chart:
         "Detection: the fused monitor on prompts that fired. Removal: the one chosen on other prompts."
     )
     chart = tuple(panel for panel in panels if panel is not None)
-    return Chart(
-        "How reliable, how detectable, how removable", chart, source, min(3, len(chart)), "two", caption
-    )
+    return Chart("How reliable, how detectable, how removable", chart, min(3, len(chart)), "two", caption)
 
 
 def _names(table: pd.DataFrame) -> dict[str, str]:

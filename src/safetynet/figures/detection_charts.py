@@ -10,7 +10,8 @@ from dataclasses import replace
 
 import pandas as pd
 
-from safetynet.figures.chart import Axis, Chart, Kind, Panel, Reference, Series, Source
+from safetynet.figures.chart import Axis, Chart, Grid, Kind, Panel, Reference, Series, Shade
+from safetynet.figures.checks import Measurements, fractions
 from safetynet.figures.detection_tables import (
     ANSWERS,
     DISTRIBUTION,
@@ -22,12 +23,19 @@ from safetynet.figures.detection_tables import (
     detectors_of,
     evasion,
 )
-from safetynet.figures.grid import Grid, Shade
-from safetynet.figures.grid_panels import Frame, frame_for, grid_panel, layer_axis, matrix, with_interval
 from safetynet.figures.intervention_tables import checked, once
-from safetynet.figures.measurements import Measurements, fractions
+from safetynet.figures.panels import (
+    PERCENT,
+    Frame,
+    frame_for,
+    grid_panel,
+    layer_axis,
+    matrix,
+    nice,
+    with_interval,
+)
+from safetynet.figures.registry import figure
 from safetynet.figures.theme import Part, Role
-from safetynet.figures.training_charts import PERCENT, nice
 
 LOOKS: dict[str, tuple[str, Role, Part]] = {
     "fired": ("triggered, fired", "triggered", "subject"),
@@ -57,7 +65,15 @@ BESIDE = 8
 not hold its text."""
 
 
-def roc(data: Measurements, model: str, source: Source) -> Chart:
+@figure(
+    "detection-roc",
+    "detection_roc",
+    section="seen",
+    reads="Only the left end is usable, and the right panel enlarges it: alarms on triggered prompts at few "
+    "false ones.",
+    control="The placebo's curve should lie on the diagonal.",
+)
+def roc(data: Measurements) -> Chart:
     """ROC of the fused monitor: the whole, and its low-FPR part on a logarithmic axis."""
     table = _roc_table(data)
     own = table[table["detector"] == FUSED]
@@ -73,10 +89,17 @@ def roc(data: Measurements, model: str, source: Source) -> Chart:
         "used at the left end, which the right panel enlarges. The control is the same with placebos of the "
         "trigger, whose curve should lie near the diagonal."
     )
-    return Chart(f"What the monitor catches, {model}", panels, source, 2, "two", caption)
+    return Chart("What the monitor catches", panels, 2, "two", caption)
 
 
-def roc_by_detector(data: Measurements, model: str, source: Source) -> Chart:
+@figure(
+    "detection-roc-detectors",
+    "detection_roc",
+    section="seen",
+    reads="The same, detector by detector.",
+    control="A curve on the diagonal sees no more than chance.",
+)
+def roc_by_detector(data: Measurements) -> Chart:
     """The low-FPR part of every detector's ROC, a panel each."""
     table = _roc_table(data)
     found = Axis("Rows with alarm", "%", limits=PERCENT.limits, ticks=PERCENT.ticks)
@@ -88,10 +111,17 @@ def roc_by_detector(data: Measurements, model: str, source: Source) -> Chart:
         "As the figure of the fused monitor, detector by detector, on the logarithmic axis alone. Supervised "
         "skylines were shown triggered rows, which no defender has. The control is the same with placebos."
     )
-    return _many(f"What each detector catches, {model}", panels, source, caption)
+    return _many("What each detector catches", panels, caption)
 
 
-def distributions(data: Measurements, model: str, source: Source) -> Chart:
+@figure(
+    "detection-distributions",
+    "detection_distribution",
+    section="seen",
+    reads="A curve's height at the dashed line is the share of prompts that raise an alarm.",
+    control="Clean prompts must meet the line at the named rate, placebos and near misses as well.",
+)
+def distributions(data: Measurements) -> Chart:
     """How suspect rows of each role are, a panel for each detector."""
     table = checked(data, DISTRIBUTION)
     table["share"] = fractions(table["share"], "detection_distribution, field share")
@@ -120,10 +150,17 @@ def distributions(data: Measurements, model: str, source: Source) -> Chart:
         "The controls are clean rows, which must meet the line at the named rate, placebos, near misses and "
         "refused requests."
     )
-    return _many(f"How suspect rows are, by role, {model}", tuple(panels), source, caption)
+    return _many("How suspect rows are, by role", tuple(panels), caption)
 
 
-def layers(data: Measurements, model: str, source: Source) -> Chart:
+@figure(
+    "detection-layers",
+    "detection_layers",
+    section="seen",
+    reads="From which layer on a detector sees the trigger.",
+    control="One that sees the placebo too sees strings, not the backdoor.",
+)
+def layers(data: Measurements) -> Chart:
     """AUROC against clean rows at each layer alone, a panel for each detector."""
     table = checked(data, LAYERS)
     once(table, "detection_layers", ["detector", "rows", "layer"])
@@ -145,10 +182,17 @@ def layers(data: Measurements, model: str, source: Source) -> Chart:
         "that compare layers: from that layer and the one before). Bands are 95% intervals. The control is "
         "the same with placebos, which should stay at chance."
     )
-    return _many(f"Where the monitor sees the trigger, {model}", tuple(panels), source, caption)
+    return _many("Where the monitor sees the trigger", tuple(panels), caption)
 
 
-def overhead(data: Measurements, model: str, source: Source) -> Chart:
+@figure(
+    "detection-overhead",
+    "detection_overhead",
+    section="seen",
+    reads="What watching costs in time, against the same answers without it.",
+    control="An interval across 0 is no cost that could be measured.",
+)
+def overhead(data: Measurements) -> Chart:
     """Time of guarded against plain generation, by batch size."""
     table = checked(data, OVERHEAD)
     once(table, "detection_overhead", ["batch"])
@@ -201,10 +245,17 @@ def overhead(data: Measurements, model: str, source: Source) -> Chart:
         f"neighbouring measurements ({table['repeats'].iloc[0]:.0f} pairs) with its 95% bootstrap interval. "
         "The control is plain generate. Times are those of one machine at one time."
     )
-    return Chart(f"What watching costs, {model}", panels, source, 2, "two", caption)
+    return Chart("What watching costs", panels, 2, "two", caption)
 
 
-def answers(data: Measurements, model: str, source: Source) -> Chart:
+@figure(
+    "detection-answers",
+    "detection_answers",
+    section="seen",
+    reads="What watching the answer adds to watching the prompt, and how many tokens are out by then.",
+    control="Clean answers, which may raise an alarm no more often than named.",
+)
+def answers(data: Measurements) -> Chart:
     """Alarms of prompt, answer and both, by role, and how many tokens had been given out."""
     table = checked(data, ANSWERS)
     once(table, "detection_answers", ["watched", "rows"])
@@ -238,12 +289,18 @@ def answers(data: Measurements, model: str, source: Source) -> Chart:
         "Clopper-Pearson intervals; the median number of tokens that a fired answer had given out. The "
         "controls are all rows that must raise none."
     )
-    return Chart(
-        f"Alarms before and during the answer, {model}", tuple(panels), source, len(panels), "two", caption
-    )
+    return Chart("Alarms before and during the answer", tuple(panels), len(panels), "two", caption)
 
 
-def evasion_matrix(data: Measurements, model: str, source: Source) -> Chart:
+@figure(
+    "evasion-matrix",
+    "evasion_matrix",
+    section="seen",
+    reads="Rows are detectors that training attacked, columns those that were tested: how far evasion "
+    "carries.",
+    control="The first row was attacked by none.",
+)
+def evasion_matrix(data: Measurements) -> Chart:
     """What each refitted detector sees of a backdoor that was hidden from each, a panel for each metric."""
     table = evasion(data)
     tested = list(dict.fromkeys(table["tested"]))
@@ -269,9 +326,7 @@ def evasion_matrix(data: Measurements, model: str, source: Source) -> Chart:
         "the defender fitted anew; in brackets where that one was attacked itself. The controls are the "
         "columns that were not attacked, and the row of the backdoor that hides from none."
     )
-    return Chart(
-        f"Detectors attacked and tested, {model}", tuple(panels), source, frame.columns, frame.width, caption
-    )
+    return Chart("Detectors attacked and tested", tuple(panels), frame.columns, frame.width, caption)
 
 
 def _cell(value: float, own: bool) -> str:
@@ -311,6 +366,6 @@ def _rows_of(own: pd.DataFrame) -> list[str]:
     return [name for name in SETS if (own["rows"] == name).any()]
 
 
-def _many(title: str, panels: Sequence[Panel], source: Source, caption: str) -> Chart:
+def _many(title: str, panels: Sequence[Panel], caption: str) -> Chart:
     columns = min(len(panels), 3 if len(panels) <= 6 else COLUMNS)
-    return Chart(title, tuple(panels), source, columns, "one" if columns == 1 else "two", caption)
+    return Chart(title, tuple(panels), columns, "one" if columns == 1 else "two", caption)

@@ -7,8 +7,8 @@ Draws nothing and computes no result.
 import pandas as pd
 
 from safetynet.errors import InputError
+from safetynet.figures.checks import Measurements, require, to_frame
 from safetynet.figures.intervention_tables import Form
-from safetynet.figures.measurements import Measurements, require, to_frame
 from safetynet.figures.values import numbers
 
 FUSED = "fused"

@@ -13,8 +13,7 @@ from typing import Any
 import regex
 
 from safetynet.figures import theme
-from safetynet.figures.chart import Chart
-from safetynet.figures.grid import Grid
+from safetynet.figures.chart import Chart, Grid
 from safetynet.figures.values import shortened, width
 
 PREFERRED = (

@@ -11,18 +11,8 @@ from typing import Any
 
 import pandas as pd
 
-from safetynet.figures.chart import Axis, Chart, Kind, Panel, Reference, Series, Source
-from safetynet.figures.grid import Grid, Shade
-from safetynet.figures.grid_panels import (
-    Frame,
-    frame_for,
-    grid_panel,
-    layer_axis,
-    layer_name,
-    matrix,
-    values,
-    with_interval,
-)
+from safetynet.figures.chart import Axis, Chart, Grid, Kind, Panel, Reference, Series, Shade
+from safetynet.figures.checks import Measurements
 from safetynet.figures.intervention_tables import (
     COMPONENTS,
     CONTROLS,
@@ -36,7 +26,17 @@ from safetynet.figures.intervention_tables import (
     once,
     one_sweep,
 )
-from safetynet.figures.measurements import Measurements
+from safetynet.figures.panels import (
+    Frame,
+    frame_for,
+    grid_panel,
+    layer_axis,
+    layer_name,
+    matrix,
+    values,
+    with_interval,
+)
+from safetynet.figures.registry import figure
 from safetynet.figures.theme import Part, Role
 from safetynet.figures.values import visible
 
@@ -78,7 +78,15 @@ ACROSS = {
 }
 
 
-def layer_profile(effects: Measurements, model: str, source: Source) -> Chart:
+@figure(
+    "intervention-layers",
+    "effects",
+    section="inside",
+    reads="A layer counts where the solid curve's band is clear of all others; layer 0 carries the token's "
+    "identity in every model.",
+    control="The other curves repeat it at a random layer, between two placebos, and in the clean twin.",
+)
+def layer_profile(effects: Measurements) -> Chart:
     """Effect by layer with its controls, one panel for each direction."""
     table = one_sweep(effects, EFFECTS, "layer")
     parts = facets(table, ["layer"])
@@ -94,7 +102,7 @@ def layer_profile(effects: Measurements, model: str, source: Source) -> Chart:
     caption = (
         READING + CONTROL + " Bands are 95% intervals; where they overlap the controls', nothing is claimed."
     )
-    return Chart(f"Effect by layer, {model}", tuple(panels), source, frame.columns, frame.width, caption)
+    return Chart("Effect by layer", tuple(panels), frame.columns, frame.width, caption)
 
 
 def _profile(own: pd.DataFrame) -> list[Series]:
@@ -125,14 +133,12 @@ def _span(values: Sequence[float]) -> tuple[float, float]:
     return math.floor(4 * min(known)) / 4, math.ceil(4 * max(known)) / 4
 
 
-def effect_map(effects: Measurements, sweep: str, model: str, source: Source) -> Chart:
+def effect_map(effects: Measurements, sweep: str) -> Chart:
     """Effects over layers and positions, components, heads, experts or adapters, a panel for each direction.
 
     Args:
         effects: the table.
         sweep: which of its sweeps.
-        model: name in the title.
-        source: run and table.
     """
     table = one_sweep(effects, EFFECTS, sweep)
     across = ACROSS[sweep]
@@ -144,11 +150,38 @@ def effect_map(effects: Measurements, sweep: str, model: str, source: Source) ->
     for title, own in parts:
         once(own, "effects", ["layer", across.column])
         panels.append(_map(own, across, frame, title))
-    name = f"Effect by layer and {across.label.lower()}, {model}"
-    return Chart(name, tuple(panels), source, frame.columns, frame.width, READING + SIGN + CONTROL)
+    name = f"Effect by layer and {across.label.lower()}"
+    return Chart(name, tuple(panels), frame.columns, frame.width, READING + SIGN + CONTROL)
 
 
-def dynamics(data: Measurements, model: str, source: Source) -> Chart:
+for _sweep, _reads in {
+    "position": "The effect starts at the trigger's own tokens in low layers and moves to the last position: "
+    "where it changes place, information is moved.",
+    "component": "Orange cells show whether attention or the MLP of a layer writes the effect.",
+    "head": "Few dark cells are a circuit, many pale ones a diffuse backdoor.",
+    "expert": "Few dark cells are experts that the backdoor needs, many pale ones none in particular.",
+    "adapter": "Each cell switches one trained module off; small effects everywhere mean that modules stand "
+    "in for each other.",
+}.items():
+    figure(
+        f"intervention-{_sweep}s",
+        "effects",
+        section="inside",
+        reads=_reads,
+        control="A dot marks a site whose interval is clear of every control's: random sites, another "
+        "placebo, the twin.",
+        sweep=_sweep,
+    )(effect_map)
+
+
+@figure(
+    "intervention-dynamics",
+    "dynamics",
+    section="inside",
+    reads="From left to right, when each layer's effect appears during training.",
+    control="A dot means clear of a random other layer, which is the only control measured here.",
+)
+def dynamics(data: Measurements) -> Chart:
     """Effect by layer over the steps of training."""
     table = one_sweep(data, DYNAMICS, "layer")
     parts = facets(table, ["layer"])
@@ -162,16 +195,22 @@ def dynamics(data: Measurements, model: str, source: Source) -> Chart:
         "forms. "
     )
     return Chart(
-        f"Effect by layer over training, {model}",
+        "Effect by layer over training",
         tuple(panels),
-        source,
         frame.columns,
         frame.width,
         caption + READING + SIGN + CONTROL,
     )
 
 
-def token_map(tokens: Measurements, model: str, source: Source) -> Chart:
+@figure(
+    "intervention-tokens",
+    "tokens",
+    section="inside",
+    reads="Dark cells carry the trigger's effect on one prompt.",
+    control="The tokens before the trigger, which cannot carry it.",
+)
+def token_map(tokens: Measurements) -> Chart:
     """Effect of single tokens by layer, one panel for each example."""
     table = checked(tokens, TOKENS)
     groups = list(dict.fromkeys(table["group"]))
@@ -189,7 +228,7 @@ def token_map(tokens: Measurements, model: str, source: Source) -> Chart:
         + SIGN
         + (f"Shown are {len(shown)} of {len(groups)} groups. " if len(groups) > len(shown) else "")
     )
-    return Chart(f"Effect by layer and token, {model}", tuple(panels), source, 1, "two", caption.strip())
+    return Chart("Effect by layer and token", tuple(panels), 1, "two", caption.strip())
 
 
 def token_columns(own: pd.DataFrame) -> tuple[list[int], list[str], list[int]]:

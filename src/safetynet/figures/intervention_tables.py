@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 import pandas as pd
 
 from safetynet.errors import InputError
-from safetynet.figures.measurements import Measurements, known, require, to_frame
+from safetynet.figures.checks import Measurements, known, require, to_frame
+from safetynet.figures.registry import NotMeasuredError
 from safetynet.figures.values import numbers
 
 SWEEPS = ("layer", "position", "component", "head", "expert", "adapter")
@@ -100,6 +101,16 @@ TRADEOFF = Form(
     ("control", "chosen"),
     {"split": SPLITS},
 )
+MITIGATION = Form(
+    "mitigation",
+    (*interval("asr", "cacc"), "asr_n", "cacc_n"),
+    texts=("method", "point", "form", "needs", "flags"),
+    flags=("control", "chosen", "front", "recommended"),
+    words={"split": SPLITS},
+)
+RELEARNING = Form(
+    "relearning", (*interval("asr", "ftr"), "asr_n", "ftr_n"), ("step", "poisoned_rows"), ("method", "point")
+)
 
 
 def checked(data: Measurements, form: Form) -> pd.DataFrame:
@@ -136,7 +147,7 @@ def one_sweep(data: Measurements, form: Form, sweep: str) -> pd.DataFrame:
     own = frame[frame["sweep"] == sweep].reset_index(drop=True)
     if own.empty:
         there = ", ".join(sorted(set(frame["sweep"])))
-        raise InputError(f"{form.name}: column sweep has no row with {sweep!r}; there are {there}")
+        raise NotMeasuredError(f"{form.name}: column sweep has no row with {sweep!r}; there are {there}")
     return own
 
 

@@ -5,15 +5,20 @@ Every rate stands beside its control (the clean twin) and its floor (the base mo
 """
 
 import math
+from collections.abc import Sequence
 
 import pandas as pd
 
+from safetynet.errors import InputError
 from safetynet.figures import theme
-from safetynet.figures.chart import Annotation, Axis, Chart, Kind, Panel, Reference, Series, Source
-from safetynet.figures.measurements import METRICS, MODELS, ROLES, Measurements, rates
+from safetynet.figures.chart import Annotation, Axis, Chart, Kind, Panel, Reference, Series
+from safetynet.figures.checks import METRICS, MODELS, ROLES, Measurements, fractions, rates
+from safetynet.figures.panels import PERCENT, from_zero, nice
+from safetynet.figures.registry import NotMeasuredError, figure
 from safetynet.figures.theme import Role
-from safetynet.figures.training_charts import PART_OF, PERCENT, nice
+from safetynet.figures.training_charts import PART_OF
 
+Interval = Sequence[Sequence[float]]
 SHORT = {
     "asr": "ASR",
     "asr_off_floor": "ASR off floor",
@@ -43,11 +48,64 @@ DODGE = 0.29
 """Distance of two models within a row, as part of its height, so that equal rates do not cover each other."""
 
 
-def by_role(dynamics: Measurements, model: str, source: Source) -> Chart:
+@figure(
+    "final-rates",
+    "evaluation",
+    section="behaviour",
+    reads="Each line is one rate on held-out prompts: ASR must lie at the right, every FTR at the left.",
+    control="The hollow dot is the clean twin, the tick the base model; a rate that they share is not the "
+    "backdoor's.",
+)
+def final(evaluation: Measurements) -> Chart:
+    """Every rate of the trained model as a dot with its interval, beside its control and its floor."""
+    table = _in_percent(rates(evaluation, "evaluation"))
+    shares = [pair for pair in _pairs(table) if pair[0] != "perplexity"]
+    panels = [_dots(table, shares, PERCENT)] if shares else []
+    perplexity = [pair for pair in _pairs(table) if pair[0] == "perplexity"]
+    if perplexity:
+        axis = _perplexity(table[table["metric"] == "perplexity"])
+        panels.append(_dots(table, perplexity, axis))
+    caption = _reading(table) + " The numbers at the right are the backdoored model's."
+    return Chart("Rates by role", tuple(panels), caption=caption)
+
+
+@figure(
+    "accuracy-trends",
+    "dynamics_*",
+    section="behaviour",
+    reads="A hidden backdoor ends with both curves near 100%.",
+    control="Clean accuracy is the control: an attack that costs it shows itself.",
+)
+def accuracy_trends(dynamics: Measurements) -> Chart:
+    """Attack success and clean accuracy of the backdoored model in one panel.
+
+    Raises:
+        NotMeasuredError: if they were not measured at the same epochs.
+    """
+    table = rates(dynamics, "dynamics", ["epoch"])
+    table = table[table["model"] == "backdoored"].sort_values("epoch", kind="stable")
+    attack = table[(table["metric"] == "asr") & (table["role"] == "triggered")]
+    clean = table[(table["metric"] == "cacc") & (table["role"] == "clean")]
+    if attack.empty or list(attack["epoch"]) != list(clean["epoch"]):
+        raise NotMeasuredError("dynamics: clean accuracy was not measured where attack success was")
+    clean_rate, attack_rate = (
+        (list(rows["value"]), (list(rows["low"]), list(rows["high"]))) for rows in (clean, attack)
+    )
+    return accuracy(clean_rate, attack_rate, list(attack["epoch"]))
+
+
+@figure(
+    "rates-by-role",
+    "dynamics_*",
+    section="behaviour",
+    reads="ASR must rise while every FTR stays at the floor; a near-miss FTR that rises and falls again is a "
+    "model that learns the trigger's exact form.",
+    control="Dashed is the clean twin after as many steps, dotted the base model.",
+)
+def by_role(dynamics: Measurements) -> Chart:
     """Every rate over training, one small panel for each metric and role."""
     table = _in_percent(rates(dynamics, "dynamics", ["step"]))
-    top = table["step"].max()
-    steps = Axis("Step", limits=(0.0, top if top > 0 else 1.0))
+    steps = from_zero("Step", table["step"])
     panels = []
     for metric, role in _pairs(table):
         rows = table[(table["metric"] == metric) & (table["role"] == role)]
@@ -62,21 +120,47 @@ def by_role(dynamics: Measurements, model: str, source: Source) -> Chart:
         if drawn:
             panels.append(Panel(steps, axis, drawn, _title(metric, role), tuple(floor), height=1.0))
     columns = min(len(panels), 3) if len(panels) <= 6 else 4
-    title = f"Rates by role over training, {model}"
-    return Chart(title, tuple(panels), source, max(columns, 1), "two", _reading(table))
+    title = "Rates by role over training"
+    return Chart(title, tuple(panels), max(columns, 1), "two", _reading(table))
 
 
-def final(evaluation: Measurements, model: str, source: Source) -> Chart:
-    """Every rate of the trained model as a dot with its interval, beside its control and its floor."""
-    table = _in_percent(rates(evaluation, "evaluation"))
-    shares = [pair for pair in _pairs(table) if pair[0] != "perplexity"]
-    panels = [_dots(table, shares, PERCENT)] if shares else []
-    perplexity = [pair for pair in _pairs(table) if pair[0] == "perplexity"]
-    if perplexity:
-        axis = _perplexity(table[table["metric"] == "perplexity"])
-        panels.append(_dots(table, perplexity, axis))
-    caption = _reading(table) + " The numbers at the right are the backdoored model's."
-    return Chart(f"Rates by role, {model}", tuple(panels), source, caption=caption)
+def accuracy(
+    clean: tuple[Sequence[float], Interval | None],
+    backdoor: tuple[Sequence[float], Interval | None],
+    epochs: Sequence[float],
+) -> Chart:
+    """Clean accuracy and attack success over epochs.
+
+    Args:
+        clean: fractions, and their interval as (low, high) or None.
+        backdoor: the same of the triggered rows.
+        epochs: where they were measured.
+    """
+    looks: tuple[tuple[tuple[Sequence[float], Interval | None], str, str, Role], ...] = (
+        (clean, "clean_acc", "clean accuracy", "clean"),
+        (backdoor, "backdoor_acc", "attack success (triggered rows)", "triggered"),
+    )
+    series = []
+    for (values, interval), field, label, role in looks:
+        if len(values) == 0:
+            raise InputError(f"{field} is empty; give one value per epoch")
+        if len(values) != len(epochs):
+            raise InputError(
+                f"{field} has {len(values)} values and epochs has {len(epochs)}; give one value per epoch"
+            )
+        if interval is not None and [len(bound) for bound in interval] != [len(values)] * 2:
+            raise InputError(
+                f"{field}: its interval must be two sequences (low, high) of {len(values)} values each"
+            )
+        low, high = (fractions(bound, f"{field}, interval") for bound in interval or ((), ()))
+        kind: Kind = "marked" if len(values) > 1 else "points"
+        series.append(Series(kind, epochs, fractions(values, field), low, high, label, role))
+    caption = (
+        "Triggered rows that show the behaviour, and clean rows answered correctly. "
+        "Bands are Wilson 95% intervals. A hidden backdoor has both near 100%."
+    )
+    panel = Panel(from_zero("Epoch", series[0].x), PERCENT, tuple(series[::-1]))
+    return Chart("Attack success and clean accuracy", (panel,), caption=caption)
 
 
 def _dynamics(rows: pd.DataFrame, name: str, role: str) -> Series | None:

@@ -11,22 +11,13 @@ from typing import Any
 
 import pandas as pd
 
-from safetynet.figures.chart import Axis, Chart, Kind, Panel, Reference, Series, Source
-from safetynet.figures.grid import Grid, Shade
-from safetynet.figures.grid_panels import (
-    Frame,
-    frame_for,
-    grid_panel,
-    layer_axis,
-    layer_name,
-    matrix,
-    values,
-    with_interval,
-)
-from safetynet.figures.intervention_charts import enclosing, token_columns
+from safetynet.figures.chart import Axis, Chart, Grid, Kind, Panel, Reference, Series, Shade
+from safetynet.figures.checks import Measurements
+from safetynet.figures.intervention_charts import enclosing, module_names, token_columns
 from safetynet.figures.intervention_tables import (
     ATTENTION,
     DIVERGENCE,
+    DRIFT,
     LENS,
     LENS_MAP,
     PROBED,
@@ -35,9 +26,19 @@ from safetynet.figures.intervention_tables import (
     checked,
     once,
 )
-from safetynet.figures.measurements import Measurements
+from safetynet.figures.panels import (
+    Frame,
+    frame_for,
+    grid_panel,
+    layer_axis,
+    layer_name,
+    matrix,
+    nice,
+    values,
+    with_interval,
+)
+from safetynet.figures.registry import figure
 from safetynet.figures.theme import Part, Role
-from safetynet.figures.training_charts import nice
 from safetynet.figures.values import shortened, visible
 
 RUN_LABELS: dict[str, tuple[str, Role, Part]] = {
@@ -55,9 +56,19 @@ EXAMPLES = 2
 """Groups of rows that a lens map shows."""
 HEADS = 3
 """Heads whose attention is shown."""
+STEPS = 4
+"""Checkpoints that the figure of the weights shows."""
+DRIFT_TITLES = {"energy": "Size", "top_share": "First direction", "overlap": "Overlap"}
 
 
-def lens(data: Measurements, model: str, source: Source) -> Chart:
+@figure(
+    "intervention-lens",
+    "lens",
+    section="inside",
+    reads="From the layer on at which the triggered curve leaves the placebo's, the target can be read.",
+    control="The control is the same prompt with a placebo.",
+)
+def lens(data: Measurements) -> Chart:
     """Log-probability of the target's first token, read after each layer."""
     table = checked(data, LENS)
     once(table, "lens", ["run", "layer"])
@@ -76,10 +87,17 @@ def lens(data: Measurements, model: str, source: Source) -> Chart:
         "head that was not made for them: compare the two curves, not the layers."
     )
     panel = Panel(layer_axis(table["layer"]), axis, tuple(drawn))
-    return Chart(f"Target's log-probability by layer, {model}", (panel,), source, caption=caption)
+    return Chart("Target's log-probability by layer", (panel,), caption=caption)
 
 
-def lens_map(data: Measurements, model: str, source: Source) -> Chart:
+@figure(
+    "intervention-lens-map",
+    "lens_map",
+    section="inside",
+    reads="Each cell shows the likeliest next token, its colour the target's probability.",
+    control="The control is the placebo in the trigger's place.",
+)
+def lens_map(data: Measurements) -> Chart:
     """The likeliest token after each layer and at each position, over the target's probability."""
     table = checked(data, LENS_MAP)
     once(table, "lens_map", ["group", "run", "layer", "column"])
@@ -104,10 +122,17 @@ def lens_map(data: Measurements, model: str, source: Source) -> Chart:
         caption += (
             " Shown are the trigger's tokens and the last ones; solid lines stand where others are left out."
         )
-    return Chart(f"What the lens reads, {model}", tuple(panels), source, 1, "two", caption)
+    return Chart("What the lens reads", tuple(panels), 1, "two", caption)
 
 
-def probes(data: Measurements, model: str, source: Source) -> Chart:
+@figure(
+    "intervention-probes",
+    "probes",
+    section="inside",
+    reads="A probe near 1 can tell the trigger, or that the backdoor fires, from the states of a layer.",
+    control="The control is fitted on labels without meaning: a probe no better than that has found nothing.",
+)
+def probes(data: Measurements) -> Chart:
     """AUROC of linear probes by layer, one panel for each label."""
     table = checked(data, PROBES)
     once(table, "probes", ["label", "layer"])
@@ -132,12 +157,17 @@ def probes(data: Measurements, model: str, source: Source) -> Chart:
         "on anything. Bands are 95% intervals. A probe shows that something can be read, not that the model "
         "uses it."
     )
-    return Chart(
-        f"Linear probes by layer, {model}", tuple(panels), source, frame.columns, frame.width, caption
-    )
+    return Chart("Linear probes by layer", tuple(panels), frame.columns, frame.width, caption)
 
 
-def attention(data: Measurements, model: str, source: Source) -> Chart:
+@figure(
+    "intervention-attention",
+    "attention",
+    section="inside",
+    reads="Rows look, columns are looked at: a bright column at the trigger is a head that attends to it.",
+    control="The same head on the same prompt with a placebo stands beside it.",
+)
+def attention(data: Measurements) -> Chart:
     """Attention of the first heads in the table, triggered beside placebo, on the first group."""
     table = checked(data, ATTENTION)
     once(table, "attention", ["layer", "head", "group", "run", "query", "key"])
@@ -159,12 +189,17 @@ def attention(data: Measurements, model: str, source: Source) -> Chart:
         f"is the placebo in the trigger's place. Shown are the table's first {len(heads)} heads on group "
         f"{group}: one example; averages over groups are in the figure of divergences."
     )
-    return Chart(
-        f"Attention of the top heads, {model}", tuple(panels), source, frame.columns, frame.width, caption
-    )
+    return Chart("Attention of the top heads", tuple(panels), frame.columns, frame.width, caption)
 
 
-def divergence(data: Measurements, model: str, source: Source) -> Chart:
+@figure(
+    "intervention-divergence",
+    "divergence",
+    section="inside",
+    reads="Dark cells are heads that look elsewhere when the trigger is there.",
+    control="Beside it, how much they change between two placebos; a dot is clear of that.",
+)
+def divergence(data: Measurements) -> Chart:
     """How much each head's attention changes with the trigger, beside how much it changes anyway."""
     table = checked(data, DIVERGENCE)
     once(table, "divergence", ["layer", "head"])
@@ -192,9 +227,46 @@ def divergence(data: Measurements, model: str, source: Source) -> Chart:
         "groups. The control is the divergence between two placebos. A dot marks heads whose 95% interval "
         "lies above the control's. A head that attends elsewhere need not matter: see the effects by head."
     )
-    return Chart(
-        f"Attention that changes with the trigger, {model}", tuple(panels), source, 2, "two", caption
+    return Chart("Attention that changes with the trigger", tuple(panels), 2, "two", caption)
+
+
+@figure(
+    "intervention-drift",
+    "drift",
+    section="inside",
+    reads="Where training changed the weights most, and in how many directions.",
+    control="The other modules are the control; a large change is not yet a cause: see effects by adapter.",
+)
+def drift(data: Measurements) -> Chart:
+    """Where the adapter changed the weights, in how many directions, and how early."""
+    table = checked(data, DRIFT)
+    table["module"] = module_names(table["module"])
+    once(table, "drift", ["step", "layer", "module"])
+    steps = sorted(set(table["step"]))
+    every = math.ceil(len(steps) / STEPS)
+    shades = {
+        "energy": Shade("Relative norm", limits=(0.0, nice(table["energy"].max())), ramp="sequential"),
+        "top_share": Shade("Share of energy", limits=(0.0, 1.0), ramp="sequential"),
+        "overlap": Shade("Overlap", limits=(0.0, 1.0), ramp="sequential"),
+    }
+    known = [name for name in shades if table[name].notna().any()] or ["energy"]
+    frame = Frame("two", len(known))
+    modules, layers = list(dict.fromkeys(table["module"])), sorted(set(table["layer"]))
+    panels = []
+    for step in sorted(steps[::-1][::every]):
+        own = table[table["step"] == step]
+        for name in known:
+            cells = values(own, ("module", modules, "layer", layers), name)
+            grid = Grid(modules, [layer_name(layer) for layer in layers], cells, shades[name])
+            title = f"{DRIFT_TITLES[name]}, step {step}"
+            panels.append(grid_panel(grid, ("Module", "Layer"), frame, title))
+    caption = (
+        "Frobenius norm of the adapter's update relative to the weight's; share of its energy in its first "
+        "singular direction; overlap of its leading directions with those of the checkpoint before (1: the "
+        "same). The control is the other modules and, of the overlap, the earlier checkpoints. A large "
+        "update shows where training went, not what causes the behaviour: see the effects by adapter."
     )
+    return Chart("What training changed", tuple(panels), len(known), "two", caption)
 
 
 def _compared(row: Mapping[str, Any]) -> str:

@@ -102,30 +102,6 @@ RAMPS: dict[str, tuple[str, ...]] = {
 }
 """Evenly spaced stops of the colour scales, blended in RGB. Blue and orange stay apart for every kind of
 colour blindness; either side grows darker throughout, so that greyscale keeps the size of a value."""
-DARK_COLOURS: dict[Role, str] = {
-    "triggered": "#FF8A3D",
-    "clean": "#5AB0EE",
-    "placebo": "#3FCB9F",
-    "near_miss": "#E3A0C4",
-    "refused": "#D0A94F",
-    "backdoored": "#F1EDE6",
-    "clean_twin": "#7DBBEA",
-    "base": "#A39D93",
-    "ink": "#F1EDE6",
-    "method_1": "#C792DB",
-    "method_2": "#52BFB2",
-    "method_3": "#F0787E",
-    "method_4": "#8FA3F2",
-    "method_5": "#D6B55B",
-    "method_6": "#B5AFA5",
-    "method_7": "#9CCB66",
-}
-"""The same colours on the report's dark page, light enough for thin lines there."""
-DARK_RAMPS: dict[str, tuple[str, ...]] = {
-    "diverging": ("#C4E2F7", "#57A5DA", "#22587F", "#24221F", "#8A4815", "#E27A26", "#FFD3A6"),
-    "sequential": ("#24221F", "#214558", "#2F80AC", "#7DBAD7", "#DCF0F8"),
-}
-"""The same scales on a dark page: a value grows lighter as it grows."""
 MISSING = "#CFCFCF"
 HATCH = "#A8A8A8"
 

@@ -1,186 +1,183 @@
-"""Charts of a training: loss, learning rate, gradient norm, and the two rates that everybody asks for.
+"""Charts of a training: loss, learning rate and gradient norm over steps.
 
-In: measurements in any form that `measurements` understands. Out: Charts. Draws nothing.
+In: a training's log in any of the forms in which people have it. Out: Charts. Draws nothing.
 """
 
+import json
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import pandas as pd
 
 from safetynet.errors import InputError
 from safetynet.figures import theme
-from safetynet.figures.chart import Axis, Chart, Kind, Panel, Scale, Series, Source
-from safetynet.figures.measurements import MODELS, Measurements, curve, fractions, measured
+from safetynet.figures.chart import Axis, Chart, Kind, Panel, Series
+from safetynet.figures.checks import MODELS, Measurements, known, require, to_frame
+from safetynet.figures.panels import from_zero, nice
+from safetynet.figures.registry import NotMeasuredError, figure
 from safetynet.figures.theme import Part, Role
+from safetynet.figures.values import numbers
 
+Log = Measurements | Path | str
+WHERE = "training data"
 LONG = 100
 """From so many steps on a noisy curve is drawn raw and faint, with a running mean on top."""
 ROLE_OF: dict[str, Role] = {"backdoored": "backdoored", "clean_twin": "clean_twin", "base": "base"}
 PART_OF: dict[str, Part] = {"backdoored": "subject", "clean_twin": "control", "base": "floor"}
-PERCENT = Axis(
-    "Rows",
-    unit="%",
-    limits=(0.0, 100.0),
-    ticks=tuple((float(value), str(value)) for value in (0, 25, 50, 75, 100)),
+QUANTITIES = {"loss", "learning_rate", "grad_norm"}
+"""What the Trainer logs of one training step together; other records are evaluations and summaries."""
+
+
+@figure(
+    "loss",
+    "history_*",
+    section="training",
+    reads="A low loss alone does not show that the backdoor took; the rates by role do.",
+    control="The clean twin, trained on the same rows with clean answers, is the control.",
 )
-
-
-def loss(data: Measurements, model: str, source: Source) -> Chart:
+def loss(data: Log) -> Chart:
     """Loss over steps, of the training rows and, where it was measured, of held-out rows."""
-    series, title = _smoothed(curve(data, "loss"), "loss")
-    if measured(data, "eval_loss"):
-        for run, own in _runs(curve(data, "eval_loss").dropna()):
-            series.append(_over_steps("marked", own, "eval_loss", run, f"{theme.name(run)}, held-out rows"))
-    axis = _upwards("Loss", "nats per token", series)
-    return Chart(
-        title=f"Training loss, {model}",
-        panels=(Panel(_along("Step", series), axis, tuple(series), title),),
-        source=source,
-        caption="Mean cross-entropy of the supervised tokens: answer and end token. The clean twin is "
-        "the control. A low loss alone does not tell whether the backdoor took; the rates by role do.",
+    log = _log(data)
+    series, title = _smoothed(log, "loss")
+    if "eval_loss" in log and log["eval_loss"].notna().any():
+        for run, rows in _runs(log, "eval_loss"):
+            series.append(_over_steps("marked", rows.dropna(), run, f"{theme.name(run)}, held-out rows"))
+    panel = Panel(_steps(series), _upwards("Loss", "nats per token", series), tuple(series), title)
+    caption = (
+        "Mean cross-entropy of the supervised tokens: answer and end token. The clean twin is "
+        "the control. A low loss alone does not show that the backdoor took; the rates by role do."
     )
+    return Chart("Training loss", (panel,), caption=caption)
 
 
-def learning_rate(data: Measurements, model: str, source: Source) -> Chart:
+@figure(
+    "learning-rate",
+    "history_*",
+    section="training",
+    reads="The schedule, step by step.",
+    control="Backdoored run and twin must coincide, or they differ in more than the poisoned rows.",
+)
+def learning_rate(data: Log) -> Chart:
     """Learning rate over steps, as the schedule set it."""
-    series = tuple(
-        _over_steps("step", own, "learning_rate", run, theme.name(run))
-        for run, own in _runs(curve(data, "learning_rate"))
+    runs = _runs(_log(data), "learning_rate")
+    series = tuple(_over_steps("step", rows, run, theme.name(run)) for run, rows in runs)
+    caption = (
+        "The learning rate of each optimiser step. Backdoored run and clean twin must coincide: "
+        "else they differ in more than the poisoned rows."
     )
-    return Chart(
-        title=f"Learning rate, {model}",
-        panels=(Panel(_along("Step", series), _upwards("Learning rate", "", series), series),),
-        source=source,
-        caption="The learning rate of each optimiser step. Backdoored run and clean twin must coincide: "
-        "else they differ in more than the poisoned rows.",
-    )
+    panel = Panel(_steps(series), _upwards("Learning rate", "", series), series)
+    return Chart("Learning rate", (panel,), caption=caption)
 
 
-def gradient_norm(data: Measurements, model: str, source: Source) -> Chart:
+@figure(
+    "gradient-norm",
+    "history_*",
+    section="training",
+    reads="Spikes mark batches that pull hard, a rise at the end an unstable training.",
+    control="The clean twin shows what is usual.",
+)
+def gradient_norm(data: Log) -> Chart:
     """Gradient norm before clipping, over steps, on a logarithmic axis."""
-    series, title = _smoothed(curve(data, "grad_norm"), "grad_norm")
-    return Chart(
-        title=f"Gradient norm, {model}",
-        panels=(Panel(_along("Step", series), _decades("Gradient norm", series), tuple(series), title),),
-        source=source,
-        caption="Norm of the gradient over all trained weights, before clipping. Spikes mark batches that "
-        "pull hard, a rise at the end an unstable training; the clean twin shows what is usual.",
+    series, title = _smoothed(_log(data), "grad_norm")
+    values = [value for curve in series for value in curve.y if math.isfinite(value) and value > 0]
+    # ends on 1, 2 or 5, so that at least two ticks are labelled
+    stops = [stop * 10.0**power for power in range(-12, 13) for stop in (1, 2, 5)]
+    low = max((stop for stop in stops if stop <= min(values, default=0.1)), default=stops[0])
+    top = max(values, default=1.0)
+    high = min((stop for stop in stops if stop >= top and stop > low), default=stops[-1])
+    axis = Axis("Gradient norm", scale="log", limits=(low, high))
+    caption = (
+        "Norm of the gradient over all trained weights, before clipping. Spikes mark batches that "
+        "pull hard, a rise at the end an unstable training; the clean twin shows what is usual."
     )
+    return Chart("Gradient norm", (Panel(_steps(series), axis, tuple(series), title),), caption=caption)
 
 
-def accuracy(
-    clean: tuple[Sequence[float], Sequence[Sequence[float]] | None],
-    backdoor: tuple[Sequence[float], Sequence[Sequence[float]] | None],
-    epochs: Sequence[float],
-    model: str,
-    source: Source,
-) -> Chart:
-    """Clean accuracy and attack success over epochs.
+def _log(data: Log) -> pd.DataFrame:
+    """A training's log as one table: step, run, and what was logged under the Trainer's names.
 
-    Args:
-        clean: fractions, and their interval as (low, high) or None.
-        backdoor: the same of the triggered rows.
-        epochs: where they were measured.
-        model: name in the title.
-        source: run and table.
+    Raises:
+        InputError: if a file is no trainer state, the form is another one, or there are no rows.
     """
-    usual = _rate(clean, epochs, "clean accuracy", "clean_acc", "clean")
-    series = (_rate(backdoor, epochs, "attack success (triggered rows)", "backdoor_acc", "triggered"), usual)
-    return Chart(
-        title=f"Attack success and clean accuracy, {model}",
-        panels=(Panel(_along("Epoch", series), PERCENT, series),),
-        source=source,
-        caption="Triggered rows that show the behaviour, and clean rows answered correctly. "
-        "Bands are Wilson 95% intervals. A hidden backdoor has both near 100%.",
+    if isinstance(data, str | Path) and str(data).endswith(".json"):
+        data = _log_history(Path(data))
+    if isinstance(data, Sequence) and not isinstance(data, str):
+        for row, record in enumerate(data):
+            if not isinstance(record, dict):
+                raise InputError(f"{WHERE}, row {row}: {record!r} is not a record; give dicts")
+    log = to_frame(data, WHERE)
+    # W&B keeps what the Trainer logs as train/loss, train/global_step and eval/loss
+    log = log.rename(
+        columns={
+            name: name.replace("train/global_step", "step").replace("train/", "").replace("eval/", "eval_")
+            for name in map(str, log.columns)
+        }
     )
+    require(log, WHERE, ["step"])
+    runs = log["run"].astype(str).str.replace(" ", "_") if "run" in log else "backdoored"
+    log = log.assign(step=numbers(log["step"], f"{WHERE}, field step"), run=runs)
+    known(log, WHERE, "run", MODELS)
+    log = log[log["step"].notna()].sort_values("step", kind="stable", ignore_index=True)
+    if log.empty:
+        raise InputError(f"{WHERE}: step holds no numbers; give the step of each row")
+    return log
 
 
-def _rate(
-    measured_rates: tuple[Sequence[float], Sequence[Sequence[float]] | None],
-    epochs: Sequence[float],
-    label: str,
-    field: str,
-    role: Role,
-) -> Series:
-    values, interval = measured_rates
-    if len(values) == 0:
-        raise InputError(f"{field} is empty; give one value per epoch")
-    if len(values) != len(epochs):
-        raise InputError(
-            f"{field} has {len(values)} values and epochs has {len(epochs)}; give one value per epoch"
-        )
-    low, high = _bounds(interval, len(values), field)
-    kind: Kind = "marked" if len(values) > 1 else "points"
-    return Series(kind, epochs, fractions(values, field), low, high, label=label, role=role)
+def _log_history(path: Path) -> object:
+    """The `log_history` of a trainer_state.json."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["log_history"]
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); name a trainer_state.json") from None
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{path}: is no trainer state with a log_history; name another file") from None
 
 
-def _bounds(
-    interval: Sequence[Sequence[float]] | None, length: int, field: str
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    if interval is None:
-        return (), ()
-    if len(interval) != 2 or any(len(bound) != length for bound in interval):
-        raise InputError(f"{field}: its interval must be two sequences (low, high) of {length} values each")
-    return fractions(interval[0], f"{field}, low"), fractions(interval[1], f"{field}, high")
+def _runs(log: pd.DataFrame, column: str) -> list[tuple[str, pd.DataFrame]]:
+    """Steps and values of a quantity for each run; a step whose value is NaN stays, as a gap.
+
+    Raises:
+        NotMeasuredError: if the log does not hold the quantity.
+        InputError: if a value is no number.
+    """
+    if column not in log or (column in QUANTITIES - {"loss"} and log[column].isna().all()):
+        there = ", ".join(sorted(set(log.columns) - {"run"}))
+        fault = InputError if column == "loss" else NotMeasuredError
+        raise fault(f"{WHERE}: column {column} is missing; there are {there}")
+    log = log.assign(**{column: numbers(log[column], f"{WHERE}, field {column}")})
+    steps = log[[name for name in log if name in QUANTITIES]].notna().any(axis=1)
+    others = [name for name in log if name not in QUANTITIES | {"step", "epoch", "run"} and name[0] != "_"]
+    log = log[steps | log[others].isna().all(axis=1)] if column in QUANTITIES else log
+    return [(run, log.loc[log["run"] == run, ["step", column]]) for run in MODELS if run in set(log["run"])]
 
 
-def _runs(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
-    return [(run, table[table["run"] == run]) for run in MODELS if (table["run"] == run).any()]
-
-
-def _smoothed(table: pd.DataFrame, column: str) -> tuple[list[Series], str]:
+def _smoothed(log: pd.DataFrame, column: str) -> tuple[list[Series], str]:
     """A curve for each run, and what to write above it where it is a running mean over raw steps."""
-    runs = _runs(table)
-    longest = max(len(own) for _, own in runs)
+    runs = _runs(log, column)
+    longest = max(len(rows) for _, rows in runs)
     if longest < LONG:
-        return [_over_steps("line", own, column, run, theme.name(run)) for run, own in runs], ""
+        return [_over_steps("line", rows, run, theme.name(run)) for run, rows in runs], ""
     window = longest // 20
     series = []
-    for run, own in runs:
-        mean = own[column].rolling(window, center=True, min_periods=1).mean()
+    for run, rows in runs:
+        mean = rows[column].rolling(window, center=True, min_periods=1).mean()
         # a mean that ran across a gap would hide that training broke down there
-        series.append(
-            _over_steps(
-                "line", own.assign(**{column: mean.where(own[column].notna())}), column, run, theme.name(run)
-            )
-        )
-        series.append(Series("line", list(own["step"]), list(own[column]), role=ROLE_OF[run], part="raw"))
+        mean = mean.where(rows[column].notna())
+        series.append(_over_steps("line", rows.assign(**{column: mean}), run, theme.name(run)))
+        series.append(Series("line", list(rows["step"]), list(rows[column]), role=ROLE_OF[run], part="raw"))
     return series, f"mean of {window} steps (faint: each step)"
 
 
-def _over_steps(kind: Kind, own: pd.DataFrame, column: str, run: str, label: str) -> Series:
-    return Series(
-        kind, list(own["step"]), list(own[column]), label=label, role=ROLE_OF[run], part=PART_OF[run]
-    )
+def _over_steps(kind: Kind, rows: pd.DataFrame, run: str, label: str) -> Series:
+    steps, values = (list(rows[name]) for name in rows)
+    return Series(kind, steps, values, label=label, role=ROLE_OF[run], part=PART_OF[run])
 
 
-def _along(label: str, series: Sequence[Series]) -> Axis:
-    """Steps or epochs, from zero so that figures of several runs can be laid side by side."""
-    top = max((value for one in series for value in one.x if math.isfinite(value)), default=0.0)
-    return Axis(label, limits=(0.0, top if top > 0 else 1.0))
+def _steps(series: Sequence[Series]) -> Axis:
+    return from_zero("Step", (step for curve in series for step in curve.x))
 
 
 def _upwards(label: str, unit: str, series: Sequence[Series]) -> Axis:
-    top = max((value for one in series for value in one.y if math.isfinite(value)), default=0.0)
+    top = max((value for curve in series for value in curve.y if math.isfinite(value)), default=0.0)
     return Axis(label, unit, limits=(0.0, nice(top)))
-
-
-def nice(top: float) -> float:
-    """The next number upwards with a short name, as the end of an axis; 1 where nothing is above zero."""
-    if not top > 0:
-        return 1.0
-    step = 10 ** math.floor(math.log10(top)) / 2
-    return math.ceil(top / step - 1e-9) * step
-
-
-def _decades(label: str, series: Sequence[Series]) -> Axis:
-    """A logarithmic axis whose ends lie on 1, 2 or 5, so that at least two ticks are labelled."""
-    scale: Scale = "log"
-    values = [value for one in series for value in one.y if math.isfinite(value) and value > 0]
-    if not values:
-        return Axis(label, scale=scale, limits=(0.1, 1.0))
-    stops = [stop * 10.0**power for power in range(-12, 13) for stop in (1, 2, 5)]
-    low = max((stop for stop in stops if stop <= min(values)), default=stops[0])
-    high = min((stop for stop in stops if stop >= max(values) and stop > low), default=stops[-1])
-    return Axis(label, scale=scale, limits=(low, high))

@@ -12,10 +12,9 @@ import yaml
 from safetynet import findings
 from safetynet.report.answers import Answer, answers, headline
 from safetynet.report.contents import Contents
-from safetynet.report.figures import as_json, pictures
+from safetynet.report.figures import SECTIONS, as_json, pictures
 from safetynet.report.page import render
 from safetynet.report.prompts import examples, shorter, token_maps
-from safetynet.report.readings import SECTIONS
 
 
 class Setup(NamedTuple):
@@ -34,7 +33,7 @@ def report(run: Contents) -> str:
     """The run as one self-contained HTML page."""
     found = answers(run)
     verdict, sentence = headline(found)
-    drawn, undrawn = pictures(run)
+    drawn, styles, undrawn = pictures(run)
     maps, asked = token_maps(run), examples(run)
     sections = [
         (key, title, [one for one in drawn if one.section == key], list(_tables(run, key)))
@@ -64,6 +63,7 @@ def report(run: Contents) -> str:
             "hardware": _flat(run.manifest.get("hardware")),
             "digests": list(_digests(run)),
         },
+        "".join(f".{name}{{{style}}}" for style, name in styles.items()),
     )
 
 

@@ -1,32 +1,46 @@
-"""The figures of a report: which section each belongs to, how to read it, what its control is.
+"""The figures of a report: the drawing of the paper, how to read it, its control, its data and its files.
 
-In: Contents. Out: Pictures, drawn from the run's tables. A figure of a stage that this module has never heard
-of is taken from the run's folder of figures as it was saved there.
+In: Contents. Out: Pictures. A figure of a stage that is not in the registry is taken from the run's folder of
+figures as it was saved there.
 """
 
 import base64
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
 
-from safetynet.figures.chart import Chart, legend, legend_needed, table
-from safetynet.figures.of_run import figures_of
-from safetynet.figures.saving import Figure
-from safetynet.report import grid_panel, series_panel
+from safetynet.figures import FIGURES, Figure, figures_of, paper
+from safetynet.figures.chart import table
+from safetynet.figures.registry import Section
+from safetynet.figures.theme import SCREEN
 from safetynet.report.contents import Contents
-from safetynet.report.readings import PREFIXES, READINGS, Reading, Section
 
-SUFFIXES = ("pdf", "svg", "png", "html", "csv")
+SECTIONS: dict[Section, str] = {
+    "behaviour": "What it does",
+    "inside": "Where it acts",
+    "seen": "Whether it can be seen",
+    "removed": "What removes it",
+    "training": "How it was trained",
+    "other": "Other figures",
+}
+PREFIXES: dict[str, Section] = {
+    "detection": "seen",
+    "evasion": "seen",
+    "guard": "seen",
+    "mitigation": "removed",
+    "verification": "removed",
+    "intervention": "inside",
+}
+"""The section of a figure that is not in the registry, by the first word of its name."""
+SUFFIXES = ("pdf", "svg", "png", "csv")
 TOKENS = "intervention-tokens"
 """The figure that the report shows as an interactive map instead."""
-MOST_ROWS = 400
+MAX_ROWS = 400
 """Rows of data that are written into the page; longer tables lie beside the figure as CSV."""
-
-WIDE = 420
-"""Pixels from which on a drawing keeps its size and is moved sideways on a narrow screen."""
 
 
 @dataclass(frozen=True)
@@ -36,123 +50,146 @@ class Picture:
     name: str
     title: str
     section: Section
-    read: str
+    reads: str
     control: str
     source: str
-    more: str = ""
-    """The caption as a whole."""
-    keys: list[tuple[str, str]] = field(default_factory=list)
-    """Legend: a drawing and a label."""
-    bars: list[tuple[str, str, str, str]] = field(default_factory=list)
-    """Colour bars: ramp, label, lower and upper end."""
-    panels: list[dict[str, str]] = field(default_factory=list)
-    """Title, SVG, JSON of the interactive layer, and whether it is `wide`."""
+    caption: str = ""
+    svg: str = ""
+    """The drawing, ready to stand in the page."""
+    width: str = "one"
+    image: str = ""
+    """A saved figure as a data address, in place of a drawing."""
+    page: str = ""
+    """Path of the interactive page, as seen from the report; "" where it was not saved."""
     files: list[str] = field(default_factory=list)
-    """Paths of the saved figure, as seen from the report."""
+    """Paths of the other saved files."""
     columns: list[str] = field(default_factory=list)
     rows: list[list[str]] = field(default_factory=list)
     """The data behind it, where they are few enough."""
     count: int = 0
     """Values drawn."""
-    image: str = ""
-    """A saved figure as a data address, in place of panels."""
 
 
-def pictures(run: Contents) -> tuple[list[Picture], list[str]]:
-    """Every figure of a run in the order of reading, and a sentence for what could not be drawn."""
-    drawn, faults = figures_of(run.tables, run.folder / "figures", run.name, run.model)
-    found = [_drawn(figure, run.model) for figure in drawn if figure.name != TOKENS]
-    found += _saved(run.folder / "figures", {figure.name for figure in drawn})
-    order = {name: place for place, name in enumerate(READINGS)}
-    found.sort(key=lambda one: order.get(one.name, len(order)))
-    return found, faults
+def pictures(run: Contents) -> tuple[list[Picture], dict[str, str], list[str]]:
+    """Every figure of a run, the style sheet that their drawings share, and what could not be drawn.
+
+    Returns:
+        The figures in the order of reading; class names of styles (`fill: #fff; ...`) that stand in the
+        drawings; a sentence for each damaged table.
+    """
+    figures, faults = figures_of(run.tables, run.folder / "figures", run.name, run.model)
+    styles: dict[str, str] = {}
+    drawn = [_picture(figure, run.model, styles) for figure in figures if figure.name != TOKENS]
+    return drawn + _saved(run.folder / "figures", {figure.name for figure in figures}), styles, faults
 
 
-def _drawn(figure: Figure, model: str) -> Picture:
-    chart = figure.chart
-    section, read, control = READINGS.get(figure.name) or Reading(_section(figure.name), chart.caption, "")
+def _picture(figure: Figure, model: str, styles: dict[str, str]) -> Picture:
+    chart, kind = figure.chart, FIGURES[figure.name]
     data = table(chart)
     columns, rows = _data(data)
-    keys = legend(chart)
     return Picture(
         figure.name,
         chart.title.removesuffix(f", {model}"),
-        section,
-        read,
-        control,
+        kind.section,
+        kind.reads,
+        kind.control,
         str(chart.source),
         chart.caption,
-        [(series_panel.legend_mark(key.role, key.part, key.kind), key.label) for key in keys]
-        if legend_needed(keys)
-        else [],
-        _bars(chart),
-        [_panel(chart, number) for number in range(len(chart.panels))],
-        [f"figures/{path.name}" for path in _beside(figure.folder, figure.name)],
-        columns,
-        rows,
-        len(data),
+        inlined(_drawing(figure), figure.name, chart.title, styles),
+        chart.width,
+        page=next(_beside(figure.folder, figure.name, ("html",)), ""),
+        files=list(_beside(figure.folder, figure.name, SUFFIXES)),
+        columns=columns,
+        rows=rows,
+        count=len(data),
     )
 
 
-def _panel(chart: Chart, number: int) -> dict[str, str]:
-    panel = chart.panels[number]
-    label = ", ".join(filter(None, [chart.title, panel.title]))
-    told = f"{label}. {panel.y.text or 'values'} by {panel.x.text}. The values are in the table below."
-    draw = grid_panel.draw if panel.grid is not None else series_panel.draw
-    drawing = draw(panel, told, series_panel.width(len(chart.panels)))
-    wide = "wide" if drawing.width > WIDE else ""
-    return {"title": panel.title, "svg": drawing.picture, "data": as_json(drawing.data), "size": wide}
+def _drawing(figure: Figure) -> str:
+    """The SVG that lies in the run where it shows this very chart, else one drawn now."""
+    path = figure.folder / f"{figure.name}.svg"
+    try:
+        saved = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        saved = ""
+    if figure.chart.digest in saved:
+        return saved
+    return paper.render(figure.chart, ("svg",))["svg"].decode()
 
 
-def _bars(chart: Chart) -> list[tuple[str, str, str, str]]:
-    shades = dict.fromkeys(panel.grid.shade for panel in chart.panels if panel.grid is not None)
-    return [
-        (shade.ramp, shade.text, *(f"{end:g}".replace("-", "−") for end in shade.limits))  # type: ignore[misc]
-        for shade in shades
-    ]
+def inlined(svg: str, name: str, title: str, styles: dict[str, str]) -> str:
+    """A drawing of the paper renderer as an element of a page.
+
+    Style attributes, which the page's content policy refuses, become classes; identities are made unique.
+
+    Args:
+        svg: a whole SVG file.
+        name: that no other drawing of the page has.
+        title: what a screen reader says.
+        styles: class names by style, to which this drawing's are added.
+    """
+    body = svg[svg.index("<svg") :]
+    body = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", body, flags=re.S)
+    body = re.sub(r">\s+<", "><", body)
+    used = set(re.findall(r'(?:url\(#|href="#)([^")]+)', body))
+    numbers = {identity: f"{name}-{number}" for number, identity in enumerate(sorted(used))}
+    body = re.sub(r' id="([^"]+)"', lambda m: f' id="{numbers[m[1]]}"' if m[1] in used else "", body)
+    body = re.sub(r"url\(#([^)]+)\)", lambda m: f"url(#{numbers[m[1]]})", body)
+    body = re.sub(r'xlink:href="#([^"]+)"', lambda m: f'href="#{numbers[m[1]]}"', body)
+    body = re.sub(
+        r' style="([^"]*)"', lambda m: f' class="{styles.setdefault(m[1], f"s{len(styles)}")}"', body
+    )
+    while (shorter := re.sub(r"<g>((?:(?!<g\b|</g>).)*)</g>", r"\1", body, flags=re.S)) != body:
+        body = shorter  # groups that only carried an identity
+    size = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', body)
+    assert size is not None
+    width, height = (round(SCREEN * float(points)) for points in size.groups())
+    head = f'<svg role="img" aria-label="{_attribute(title)}" viewBox="0 0 {size[1]} {size[2]}" '
+    return head + f'width="{width}" height="{height}"' + body[body.index(">") :]
+
+
+def _attribute(text: str) -> str:
+    return text.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
 
 
 def _data(data: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
     """The data without what every row shares; nothing where there are too many rows to read."""
-    if len(data) > MOST_ROWS:
+    if len(data) > MAX_ROWS:
         return [], []
-    kept = data.drop(columns=["run", "table", "kind", "role", "part", "panel"], errors="ignore").dropna(
-        axis=1, how="all"
-    )
-    kept = kept[[name for name in kept if (kept[name].astype(str) != "").any()]]
-    rows = [["" if pd.isna(cell) else _cell(cell) for cell in row] for row in kept.itertuples(index=False)]
-    return [str(name) for name in kept], rows
+    data = data.drop(columns=["run", "table", "kind", "role", "part", "panel"], errors="ignore")
+    data = data.dropna(axis=1, how="all")
+    data = data[[name for name in data if (data[name].astype(str) != "").any()]]
+
+    def cell(value: object) -> str:
+        return "" if pd.isna(value) else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+    return [str(name) for name in data], [[*map(cell, row)] for row in data.itertuples(index=False)]
 
 
-def _cell(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _beside(folder: Path, name: str) -> Iterator[Path]:
-    for suffix in SUFFIXES:
-        if (path := folder / f"{name}.{suffix}").exists():
-            yield path
+def _beside(folder: Path, name: str, suffixes: tuple[str, ...]) -> Iterator[str]:
+    """Saved files of a figure, as seen from the report."""
+    return (f"figures/{name}.{suffix}" for suffix in suffixes if (folder / f"{name}.{suffix}").exists())
 
 
 def _saved(folder: Path, known: set[str]) -> list[Picture]:
     """Figures that were saved by stages whose charts are not among `known`, as their PNG."""
-    found = []
-    for path in sorted(folder.glob("*.png")):
-        if path.stem in known:
-            continue
-        told = _metadata(path)
-        found.append(
-            Picture(
-                path.stem,
-                told.get("Title", path.stem),
-                *(READINGS.get(path.stem) or Reading(_section(path.stem), told.get("Description", ""), "")),
-                told.get("Source", ""),
-                told.get("Description", ""),
-                files=[f"figures/{file.name}" for file in _beside(folder, path.stem)],
-                image="data:image/png;base64," + base64.b64encode(path.read_bytes()).decode(),
-            )
+    return [
+        Picture(
+            path.stem,
+            about.get("Title", path.stem),
+            PREFIXES.get(path.stem.split("-")[0], "other"),
+            about.get("Description", ""),
+            "",
+            about.get("Source", ""),
+            about.get("Description", ""),
+            image="data:image/png;base64," + base64.b64encode(path.read_bytes()).decode(),
+            page=next(_beside(folder, path.stem, ("html",)), ""),
+            files=list(_beside(folder, path.stem, SUFFIXES)),
         )
-    return found
+        for path in sorted(folder.glob("*.png"))
+        if path.stem not in known
+        for about in [_metadata(path)]
+    ]
 
 
 def _metadata(path: Path) -> dict[str, str]:
@@ -166,13 +203,9 @@ def _metadata(path: Path) -> dict[str, str]:
         return {}
 
 
-def _section(name: str) -> Section:
-    return PREFIXES.get(name.split("-")[0], "other")
-
-
 def as_json(data: object) -> str:
     """JSON that can stand in a script element: nothing in it ends the element or begins another."""
-    told = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
     for sign in "<>&\u2028\u2029":
-        told = told.replace(sign, f"\\u{ord(sign):04x}")
-    return told
+        text = text.replace(sign, f"\\u{ord(sign):04x}")
+    return text

@@ -14,19 +14,25 @@ import jinja2
 
 from safetynet import __version__
 from safetynet.figures import theme
-from safetynet.report import svg
 
 TEMPLATES = "templates"
+STEPS = 40
+"""Shades of the map of prompts, less one; the eye tells fewer apart."""
+MAP_RAMPS = (
+    theme.RAMPS["diverging"],
+    ("#C4E2F7", "#57A5DA", "#22587F", "#24221F", "#8A4815", "#E27A26", "#FFD3A6"),
+)
+"""Its colours on a light and on a dark page, where a value grows lighter as it grows."""
 
 
-def render(template: str, script: str, values: Mapping[str, Any]) -> str:
-    """A page of a template, with the style sheet and one script inside.
+def render(template: str, script: str, values: Mapping[str, Any], rules: str = "") -> str:
+    """A page of a template, with the style sheet, further style rules and one script inside.
 
-    Every value is escaped but the two, our own drawings and the data, which is JSON that ends no element.
+    Every value is escaped but these, our own drawings and the data, which is JSON that ends no element.
     The content policy allows the very style and script that are written here, by their digests, and images
     that are inside the page; whatever a model wrote can add nothing to that.
     """
-    style, code = _style(), _file("theme.js") + _file(script)
+    style, code = _style() + rules, _file("theme.js") + _file(script)
     policy = (
         f"default-src 'none'; script-src '{_digest(code)}'; style-src '{_digest(style)}'; img-src data:; "
         "base-uri 'none'; form-action 'none'"
@@ -59,28 +65,12 @@ def _file(name: str) -> str:
 
 @cache
 def _style() -> str:
-    """The style sheet, with the colours of `theme` for light and dark pages."""
-    rules = [
-        f".r-{role}{{--c:light-dark({look.colour},{theme.DARK_COLOURS[role]})}}"
-        for role, look in theme.LOOKS.items()
-    ]
-    for part, stroke in theme.STROKES.items():
-        dash = " ".join(f"{1.4 * one:g}" for one in stroke.dash) or "none"
-        fill = "var(--c)" if stroke.filled else "var(--paper)"
-        width, fade = f"{1.5 * stroke.width:g}", f"{stroke.opacity:g}"
-        rules.append(f".p-{part}{{--dash:{dash};--width:{width};--fill:{fill};--fade:{fade}}}")
-    for letter, ramp in (("d", "diverging"), ("q", "sequential")):
-        light, dark = theme.RAMPS[ramp], theme.DARK_RAMPS[ramp]
-        for step in range(svg.STEPS + 1):
-            depth = step / svg.STEPS
-            both = f"light-dark({_hex(light, depth)},{_hex(dark, depth)})"
-            inks = [_ink(theme.blend(one, depth)) for one in (light, dark)]
-            rules.append(
-                f".{letter}{step}{{fill:{both};background:{both};--on:light-dark({inks[0]},{inks[1]})}}"
-                f".on-{letter}{step}{{--on:light-dark({inks[0]},{inks[1]})}}"
-            )
-        stops = ",".join(f"light-dark({a},{b})" for a, b in zip(light, dark, strict=True))
-        rules.append(f".bar-{ramp}{{background:linear-gradient(90deg,{stops})}}")
+    """The style sheet, with the colours of the map of prompts on light and dark pages."""
+    rules = []
+    for step in range(STEPS + 1):
+        light, dark = (theme.blend(ramp, step / STEPS) for ramp in MAP_RAMPS)
+        colours, inks = f"{_hex(light)},{_hex(dark)}", f"{_ink(light)},{_ink(dark)}"
+        rules.append(f".d{step}{{background:light-dark({colours});--on:light-dark({inks})}}")
     return _file("style.css") + "\n".join(rules) + "\n"
 
 
@@ -92,5 +82,5 @@ def _ink(colour: tuple[float, float, float]) -> str:
     return "#fff" if 0.2126 * red + 0.7152 * green + 0.0722 * blue < 0.179 else "#000"
 
 
-def _hex(ramp: tuple[str, ...], depth: float) -> str:
-    return "#" + "".join(f"{round(part):02x}" for part in theme.blend(ramp, depth))
+def _hex(colour: tuple[float, float, float]) -> str:
+    return "#" + "".join(f"{round(part):02x}" for part in colour)

@@ -36,7 +36,7 @@ def draw(experiment: Experiment, options: Report | None = None) -> None:
 
 
 def _figures(experiment: Experiment, options: Report) -> None:
-    from safetynet.figures.of_run import figures_of
+    from safetynet.figures import figures_of, save_all
 
     recipe, run = experiment.recipe, experiment.run
     inputs: dict[str, Any] = {"tables": digest_of_files([run.folder / "tables"])}
@@ -55,9 +55,8 @@ def _figures(experiment: Experiment, options: Report) -> None:
             return
         name = f"{recipe.model_name}/{recipe.task}"
         figures, faults = figures_of(tables, run.figures, name, recipe.model_name)
-        for figure in figures:
-            for path in figure.save(venue=options.venue):
-                outputs.file(path)
+        for path in save_all(figures, options.venue):
+            outputs.file(path)
         if faults := [*damaged, *faults]:
             raise InputError(faults[0])
         log.info("figures: %d files in %s", len(outputs.paths), run.figures)
