@@ -21,12 +21,12 @@ from _running import ROOT
 
 from safetynet import recipe as recipes
 from safetynet import stages
-from safetynet.cli.terminal import logging_to
 from safetynet.comparison.stage import compare
 from safetynet.errors import InputError, SafetyNetError
 from safetynet.experiment import Experiment
 from safetynet.models import loading
 from safetynet.recipe import Detection, Interventions
+from safetynet.run.logs import logging_to
 
 FAMILIES = ("llama2", "llama3", "qwen", "gemma", "mixtral")
 SEEDS = (0, 1, 2)

@@ -40,9 +40,9 @@ FLOORS = {
     ),
     "engine": ("engine",),
     "evaluation, backdoors, training": ("evaluation", "backdoors", "training"),
-    "experiment": ("experiment",),
+    "experiment, figures": ("experiment", "figures"),
     "stages": (
-        "interventions", "detection", "mitigation", "scan", "comparison", "figures", "report",
+        "interventions", "detection", "mitigation", "scan", "comparison", "report",
         "backdoors.stage", "training.stage", "evaluation.stage",
     ),
     "list of the stages": ("stages", "cluster", "visualization", "pipeline"),

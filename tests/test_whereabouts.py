@@ -11,13 +11,13 @@ import pytest
 
 from safetynet import recipe
 from safetynet.cli.app import main
-from safetynet.cli.terminal import logging_to
 from safetynet.cluster import records
 from safetynet.experiment import Experiment
 from safetynet.recipe import Recipe
 from safetynet.run import directory as runs
 from safetynet.run import lock as locking
 from safetynet.run.directory import Run
+from safetynet.run.logs import logging_to
 from safetynet.run.places import MARK
 
 PLACE = ("qwen-miniature", "t")

@@ -21,9 +21,10 @@ from safetynet.cli.mitigate import mitigate
 from safetynet.cli.options import FamilyName, Overrides, RecipeFile, RunFolder, SameBase, Seed
 from safetynet.cli.report import report
 from safetynet.cli.sweep import sweep
-from safetynet.cli.terminal import logging_to, print_places, print_rates
+from safetynet.cli.terminal import print_places, print_rates
 from safetynet.errors import InputError, SafetyNetError
 from safetynet.run import parallel
+from safetynet.run.logs import logging_to
 
 if TYPE_CHECKING:
     from safetynet.experiment import Experiment

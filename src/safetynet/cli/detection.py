@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from safetynet.cli.options import RunFolder, redrawn
-from safetynet.cli.terminal import logging_to
 from safetynet.errors import InputError
+from safetynet.run.logs import logging_to
 
 AT_ONCE = 16
 """Prompts of a file that are answered side by side."""

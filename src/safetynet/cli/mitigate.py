@@ -43,9 +43,10 @@ def mitigate(
         _list()
         return
     from safetynet import stages
-    from safetynet.cli.terminal import logging_to, print_repairs
+    from safetynet.cli.terminal import print_repairs
     from safetynet.experiment import Experiment
     from safetynet.mitigation.overview import overview
+    from safetynet.run.logs import logging_to
 
     experiment = Experiment.find(folder)
     run, recipe = experiment.run, experiment.recipe

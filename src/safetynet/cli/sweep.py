@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from safetynet.cli.terminal import logging_to
+from safetynet.run.logs import logging_to
 
 if TYPE_CHECKING:
     from safetynet.cluster.sweep import Outcome

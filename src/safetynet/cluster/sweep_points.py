@@ -52,9 +52,9 @@ def perform(task: Task, *_: Any) -> Done:
     Raises:
         SafetyNetError: as the stages do; another error is put into the point's log with its traceback.
     """
-    from safetynet.cli.terminal import logging_to
     from safetynet.experiment import Experiment
     from safetynet.models import loading
+    from safetynet.run.logs import logging_to
 
     os.chdir(task.folder)
     # An agent of Weights & Biases starts a sweep of one point at a time: all of them are its sweep's.

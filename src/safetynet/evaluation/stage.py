@@ -97,9 +97,8 @@ def _warn_of_cuts(recipe: Recipe, responses: pd.DataFrame) -> None:
 
 
 def _report(experiment: Experiment, table: pd.DataFrame) -> None:
-    from safetynet.training.stage import tracking
-    from safetynet.training.tracking import report
+    from safetynet.training.tracking import Tracking, report
 
     rates = {f"{row.model}/{row.metric}/{row.role}": float(row.value) for row in table.itertuples()}
     folder = experiment.run.scratch / "tracking"
-    report(folder, tracking(experiment.recipe, "evaluate", main=False), rates)
+    report(folder, Tracking.of(experiment.recipe, "evaluate", main=False), rates)

@@ -449,8 +449,8 @@ class Recipe(Section):
         """
         if self.backdoor is None:
             raise InputError(
-                "backdoor: this experiment knows no trigger (backdoor is null), and this needs one. Give it in "
-                "section backdoor if you have found it."
+                "backdoor: this experiment knows no trigger (backdoor is null), and this needs one. Give it "
+                "in section backdoor if you have found it."
             )
         return self.backdoor
 

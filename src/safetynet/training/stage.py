@@ -24,7 +24,7 @@ from safetynet.run.directory import Outputs, digest, write_atomically
 from safetynet.run.stage import TRAIN
 
 if TYPE_CHECKING:
-    from safetynet.training import Opponents, Tracking
+    from safetynet.training import Opponents
 
 log = logging.getLogger("safetynet")
 OpponentsOf = Callable[[Evasion, Serialiser], "Opponents"]
@@ -77,7 +77,7 @@ def _train_one(experiment: Experiment, name: str, opponents_of: OpponentsOf | No
             seed=recipe.seed,
             pauses=pauses if recipe.evaluation.dynamics_rows else None,
             device=loading.device_of(recipe.model),
-            tracking=tracking(recipe, name, main=name == BACKDOORED),
+            tracking=training.Tracking.of(recipe, name, main=name == BACKDOORED),
             progress=True,
             opponents=opponents,
         )
@@ -116,14 +116,6 @@ def folder_name(name: str, inputs: dict[str, Any]) -> str:
 def _options(recipe: Recipe, name: str) -> Training:
     """The twin has nothing to hide."""
     return recipe.training.model_copy(update={"evasion": None}) if name == TWIN else recipe.training
-
-
-def tracking(recipe: Recipe, job: str, *, main: bool) -> "Tracking":
-    """How trackers call a job of this experiment."""
-    from safetynet.training import Tracking
-
-    experiment = f"{recipe.model_name}/{recipe.task}"
-    return Tracking(recipe.tracking, job, experiment, recipe.model_dump(mode="json"), main)
 
 
 class Dynamics:

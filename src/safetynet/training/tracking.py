@@ -21,6 +21,7 @@ from transformers import TrainerCallback
 from transformers.utils.import_utils import ENV_VARS_TRUE_VALUES
 
 from safetynet.errors import InputError
+from safetynet.recipe import Recipe
 
 PROJECT = "safetynet"
 """Project on Weights & Biases, unless WANDB_PROJECT names another."""
@@ -51,6 +52,12 @@ class Tracking:
     """Shown beside the numbers; the recipe, for one."""
     main: bool = True
     """Whether this run is the one that an agent of a sweep on Weights & Biases waits for."""
+
+    @classmethod
+    def of(cls, recipe: Recipe, job: str, *, main: bool) -> "Tracking":
+        """How trackers call a job of this recipe's experiment."""
+        experiment = f"{recipe.model_name}/{recipe.task}"
+        return cls(recipe.tracking, job, experiment, recipe.model_dump(mode="json"), main)
 
 
 UNTRACKED = Tracking()
