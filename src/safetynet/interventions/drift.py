@@ -2,7 +2,7 @@
 
 In: LoRA adapters, in a model or as saved folders: epochs of one training, or a backdoored model and its clean
 twin. Out: the table `drift`. Updates are compared through QR of their factors and are never built. Weights
-have no prompts to draw again, hence no intervals; the control is the overlap that random directions would have.
+have no prompts to draw again, hence no intervals; the control is the overlap of random directions.
 """
 
 from pathlib import Path

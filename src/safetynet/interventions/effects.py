@@ -2,6 +2,8 @@
 
 In: `Measured` sweeps of one model and of its controls. Out: one line per spot. The effect is the share of the
 distance between unpatched and source run that the intervention covers: 0 is the unpatched run, 1 the source.
+Of the controls, `random` is the same at random sites of the same size, `placebo` with a placebo against
+another, `twin` in the clean twin.
 """
 
 from collections.abc import Mapping
@@ -15,8 +17,8 @@ from safetynet.interventions.sweep import Measured
 from safetynet.statistics import bootstrap_ratios
 from safetynet.vocabulary import CONTROLS
 
-"""The same at random sites of the same size; with a placebo against another; in the clean twin."""
-LEVEL = 0.05
+SIGNIFICANCE = 0.05
+"""Level of q below which a site can be called responsible."""
 MIN_DISTANCE = 1.0
 """Mean logits between the runs below which the backdoor did not fire and there is nothing to divide by."""
 
@@ -46,36 +48,45 @@ def effects(
     """
     distance = measured.distance if distance is None else distance
     check_fires(distance)
-    change = measured.change
-    others = {name: one.change for name, one in controls.items()}
-    others.setdefault("random", _elsewhere(measured, np.random.default_rng(seed)))
+    change = measured.change  # (S, B)
+    changes = {name: control.change for name, control in controls.items()}
+    changes.setdefault("random", _elsewhere(measured, np.random.default_rng(seed)))
     value, low, high = bootstrap_ratios(change, distance, seed=seed)
     table = pd.DataFrame({"effect": value, "low": low, "high": high, "n": len(distance)})
     for name in CONTROLS:
-        if name in others:
-            bounds = bootstrap_ratios(others[name], distance, seed=seed)
-        else:
-            bounds = (np.full(len(value), np.nan),) * 3
+        bounds = (np.full(len(value), np.nan),) * 3
+        if name in changes:
+            bounds = bootstrap_ratios(changes[name], distance, seed=seed)
         table[name], table[f"{name}_low"], table[f"{name}_high"] = bounds
-    difference = change - others["random"]
-    table["p"] = [_p(row) for row in difference]
-    table["q"] = false_discovery_control(table["p"])
-    spread = difference.std(1, ddof=1)
-    mean = difference.mean(1) * np.sign(distance.mean())
+    difference = change - changes["random"]
+    # Two-sided Wilcoxon signed-rank test over pairs; 1 where nothing differs, or there is no control.
+    testable = np.isfinite(difference).all(1) & (difference != 0).any(1)
+    table["p"] = [
+        float(wilcoxon(row).pvalue) if test else 1.0 for row, test in zip(difference, testable, strict=True)
+    ]
+    table["q"] = false_discovery_control(table["p"])  # Benjamini and Hochberg 1995
+    spread, mean = difference.std(1, ddof=1), difference.mean(1) * np.sign(distance.mean())
     table["cohen_d"] = np.divide(mean, spread, out=np.full(len(mean), np.nan), where=spread > 0)
-    highest = table[[f"{name}_high" for name in CONTROLS]].max(axis=1)
-    table["responsible"] = (table["low"] > highest.clip(lower=0)) & (table["q"] < LEVEL)
-    return pd.concat([_places(measured, layers, about), table], axis=1)
+    highest = table[[f"{name}_high" for name in CONTROLS]].max(axis=1)  # of those that were measured
+    table["responsible"] = (table["low"] > highest.clip(lower=0)) & (table["q"] < SIGNIFICANCE)
+    sites = [spot.site for spot in measured.spots]
+    keys = {
+        **about,
+        "component": [site.component for site in sites],
+        "layer": [site.layer for site in sites],
+        "depth": [site.layer / max(1, layers - 1) for site in sites],
+        "position": [spot.position for spot in measured.spots],
+        "index": [-1 if site.index is None else site.index for site in sites],
+        "module": [site.module for site in sites],
+    }
+    return pd.concat([pd.DataFrame(keys), table], axis=1)
 
 
 def check_fires(distance: np.ndarray) -> None:
     """Refuse to divide by nothing.
 
-    Args:
-        distance: (B,) between the runs.
-
     Raises:
-        InputError: if triggered and placebo run hardly differ.
+        InputError: if the distances between triggered and placebo runs, (B,), are small on average.
     """
     if abs(float(distance.mean())) < MIN_DISTANCE:
         raise InputError(
@@ -83,21 +94,6 @@ def check_fires(distance: np.ndarray) -> None:
             f"(at least {MIN_DISTANCE:g} are needed): the backdoor did not fire on these prompts, and no "
             "place can be named. Look at its ASR (safetynet evaluate), train longer, or correct the trigger."
         )
-
-
-def _places(measured: Measured, layers: int, about: Mapping[str, str]) -> pd.DataFrame:
-    sites = [spot.site for spot in measured.spots]
-    return pd.DataFrame(
-        {
-            **about,
-            "component": [site.component for site in sites],
-            "layer": [site.layer for site in sites],
-            "depth": [site.layer / max(1, layers - 1) for site in sites],
-            "position": [spot.position for spot in measured.spots],
-            "index": [-1 if site.index is None else site.index for site in sites],
-            "module": [site.module for site in sites],
-        }
-    )
 
 
 def _elsewhere(measured: Measured, rng: np.random.Generator) -> np.ndarray:
@@ -110,9 +106,3 @@ def _elsewhere(measured: Measured, rng: np.random.Generator) -> np.ndarray:
         if same:
             drawn[s] = change[rng.choice(same, change.shape[1]), np.arange(change.shape[1])]
     return drawn
-
-
-def _p(difference: np.ndarray) -> float:
-    """Two-sided Wilcoxon signed-rank test over pairs; 1 where nothing differs, or there is no control."""
-    known = np.isfinite(difference).all() and np.any(difference != 0)
-    return float(wilcoxon(difference).pvalue) if known else 1.0

@@ -43,7 +43,7 @@ class Pairs:
     ids: Mapping[str, list[list[int]]]
     """Token ids by run (`RUNS`), the answer's shared first tokens at the end."""
     roles: list[list[str]]
-    """Role of each position, the same in all runs of a group."""
+    """Role of each position (`vocabulary.POSITIONS`), the same in all runs of a group."""
     target: list[int]
     """The behaviour's first token that differs from the clean answer's."""
     other: list[int]
@@ -189,7 +189,11 @@ def _align_group(
 
 
 def _roles(encoded: Encoded, shared: int) -> list[str]:
-    """Role of each position of a triggered prompt and of the answer's shared tokens behind it."""
+    """Role of each position of a triggered prompt and of the answer's shared tokens behind it.
+
+    `system` and `before` are what is said before the trigger's first token, `after` what is said from there
+    on, `last` is where the answer begins.
+    """
     length = encoded.prompt_length
     roles = ["template"] * length
     first = encoded.spans["trigger"][0][0]

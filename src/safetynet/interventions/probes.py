@@ -68,7 +68,8 @@ def fires_probe(
     """Probe each layer's last token for whether the behaviour will fire.
 
     With triggered and other prompts together, this hardly differs from a probe for the trigger; with
-    triggered prompts alone it is about the behaviour. The control is a probe trained and tested on shuffled labels.
+    triggered prompts alone it is about the behaviour. The control is a probe trained and tested on shuffled
+    labels.
 
     Args:
         model: the model.

@@ -34,7 +34,7 @@ def support(model: Any) -> dict[str, str]:
         model: a causal LM of transformers in evaluation mode, with a vocabulary of at least seven tokens.
 
     Returns:
-        By component (`COMPONENTS`, adapters left out) and use (`USES`): "" where it is there in all
+        By component (`sites.COMPONENTS`, adapters left out) and use (`USES`): "" where it is there in all
         layers, else why it is not, with the layers that have it.
     """
     try:

@@ -2,7 +2,7 @@
 
 In: pairs, spots (a site and a role of positions), a mode and a direction. Out: the metric at every spot for
 every pair, beside its values without intervention and in the source run. Work is done batch by batch of
-pairs; what is done is kept in a file, so that an interrupted sweep goes on.
+pairs; finished batches are kept in a file, so that an interrupted sweep goes on.
 """
 
 import logging
@@ -10,7 +10,6 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,11 +17,12 @@ import torch
 from safetynet.engine import edits
 from safetynet.engine.edits import Edit, Intervention, KnockOut
 from safetynet.engine.metrics import Metric
-from safetynet.engine.runs import EditedRun, run_interventions
+from safetynet.engine.runs import EditedRun, Progress, run_interventions
 from safetynet.engine.sites import Architecture, Site
 from safetynet.engine.trace import Trace, trace
 from safetynet.errors import InputError
 from safetynet.interventions.pairs import PAIRS_AT_ONCE, Pairs
+from safetynet.models.causal_lm import CausalLM
 from safetynet.models.identity import identify
 from safetynet.run import parallel
 from safetynet.run.directory import digest, write_atomically
@@ -54,7 +54,7 @@ class Spot:
 
     site: Site
     position: str = ""
-    """A role of `POSITIONS`, `token N` for one position, "" for all from the trigger on."""
+    """A role of `vocabulary.POSITIONS`, `token N` for one position, "" for all from the trigger on."""
     elsewhere: bool = False
     """At as many positions drawn from the other roles instead: the control of a position."""
     update: bool = False
@@ -84,15 +84,8 @@ class Measured:
         return self.source - self.unpatched
 
 
-def runs_of(direction: Direction) -> tuple[str, str]:
-    """Receiving and source run: `remove` puts the placebo's states into the triggered run."""
-    if direction not in DIRECTIONS:
-        raise InputError(f"direction: there is no {direction!r}; choose one of {', '.join(DIRECTIONS)}.")
-    return ("triggered", "placebo") if direction == "remove" else ("placebo", "triggered")
-
-
 def sweep(  # noqa: PLR0913  # a sweep is made of this many choices, by keyword
-    model: Any,
+    model: CausalLM,
     pairs: Pairs,
     spots: Sequence[Spot],
     *,
@@ -102,23 +95,22 @@ def sweep(  # noqa: PLR0913  # a sweep is made of this many choices, by keyword
     metric: Callable[[Pairs], Metric] = Pairs.metric,
     seed: int = 0,
     store: Path | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Measured:
     """Intervene at every spot on every pair, exactly.
 
     Args:
-        model: a causal LM in evaluation mode.
+        model: the model.
         pairs: aligned prompts.
         spots: where.
         receiving: the run of `pairs.RUNS` that is changed.
-        source: the run that states come from (patch), or that gives means and resamples.
-        mode: `patch` puts the source's states in place; `zero`, `mean` (over the source's prompts and
-        positions)
-            and `resample` (the source state of another pair) ablate; `off` switches an adapter, head or
-            expert off; `knock_out` cuts attention to the trigger.
+        source: the run that activations come from (patch), or that gives means and resamples.
+        mode: `patch` puts the source's activations in place; `zero`, `mean` (over the source's prompts and
+            positions) and `resample` (the source's activations of another pair) ablate; `off` switches an
+            adapter, head or expert off; `knock_out` cuts attention to the trigger.
         metric: makes the metric of some pairs.
         seed: of drawn positions and resamples.
-        store: a folder for what is done; an interrupted sweep with the same inputs goes on from it.
+        store: a folder for finished batches; an interrupted sweep with the same inputs goes on from it.
         progress: called with pairs done and pairs in all.
 
     Raises:
@@ -133,23 +125,29 @@ def sweep(  # noqa: PLR0913  # a sweep is made of this many choices, by keyword
         raise InputError("mode: resample takes states of another pair. Give at least two.")
     # Parts of about the same size: in one of a single pair there would be no other to resample from.
     parts = np.array_split(np.arange(len(pairs)), -(-len(pairs) // PAIRS_AT_ONCE))
-    kept = _SweepStore(store, _key(model, pairs, spots, (receiving, source, mode, seed, metric(pairs).name)))
-    means = _means(model, pairs, spots, source) if mode == "mean" else {}
+    inputs = [
+        identify(model).as_dict(),
+        [pairs.ids, pairs.roles, pairs.target, pairs.other],
+        [asdict(spot) for spot in spots],
+        (receiving, source, mode, seed, metric(pairs).name),
+    ]
+    finished = _SweepStore(store, digest(inputs))
+    means = _source_means(model, pairs, spots, source) if mode == "mean" else {}
 
-    def some(number: int) -> np.ndarray:
-        own = pairs.take(parts[number].tolist())
-        rng = np.random.default_rng([seed, number])
-        return _sweep_some(model, own, spots, (receiving, source, mode), metric(own), means, rng)
+    def measure(number: int) -> np.ndarray:
+        part = pairs.take(parts[number].tolist())
+        donors = _Donors(part, mode, means, np.random.default_rng([seed, number]))
+        return _measure_part(model, spots, (receiving, source), metric(part), donors)
 
-    report = ProgressLog("sweep, groups of prompts", len(parts), len(kept.arrays))
-    while (first := len(kept.arrays)) < len(parts):
+    report = ProgressLog("sweep, groups of prompts", len(parts), len(finished.arrays))
+    while (first := len(finished.arrays)) < len(parts):
         # One part for each process, then all are kept.
-        for array in parallel.in_turn(range(len(parts))[first : first + parallel.count()], some):
-            kept.add(array)
-        report.update(len(kept.arrays))
+        for array in parallel.in_turn(range(len(parts))[first : first + parallel.count()], measure):
+            finished.add(array)
+        report.update(len(finished.arrays))
         if progress is not None:
-            progress(int(parts[len(kept.arrays) - 1][-1]) + 1, len(pairs))
-    whole = np.concatenate(kept.arrays[: len(parts)], axis=1)
+            progress(int(parts[len(finished.arrays) - 1][-1]) + 1, len(pairs))
+    whole = np.concatenate(finished.arrays[: len(parts)], axis=1)
     return Measured(tuple(spots), whole[2:], whole[0], whole[1])
 
 
@@ -176,82 +174,80 @@ def _check(architecture: Architecture, spot: Spot, mode: str) -> None:
         raise InputError(f"mode {mode} at site {site}: {wrong}.")
 
 
-def _sweep_some(
-    model: Any,
-    pairs: Pairs,
-    spots: Sequence[Spot],
-    how: tuple[str, str, str],
-    metric: Metric,
-    means: dict[Spot, torch.Tensor],
-    rng: np.random.Generator,
+@dataclass(frozen=True)
+class _Donors:
+    """What interventions on one part of the pairs are made from."""
+
+    pairs: Pairs
+    mode: Mode
+    means: dict[Spot, torch.Tensor]
+    rng: np.random.Generator
+
+    def intervention(self, spot: Spot, row: int, receiving: Trace, source: Trace) -> Intervention | None:
+        """The intervention at one spot of one pair; None where nothing can change."""
+        pairs, mode, site = self.pairs, self.mode, spot.site
+        where = positions(pairs, spot, row, self.rng)
+        if mode == "patch":
+            # Before the first token that differs both runs have the same activations.
+            where = tuple(i for i in where if i >= pairs.roles[row].index("trigger"))
+        if not where:
+            return None
+        if mode == "knock_out":
+            queries = tuple(i for i, role in enumerate(pairs.roles[row]) if role in READING_ROLES)
+            return KnockOut(site.layer, queries, pairs.positions(row, "trigger"), site.index)
+        if mode == "off" or (mode == "zero" and not spot.update):
+            return Edit(site, edits.zero(), where)
+        columns = receiving.batch.columns(row, where)
+        if mode == "mean":
+            values = self.means[spot]
+        elif mode == "zero":
+            values = torch.zeros(())
+        elif mode == "resample":
+            # From the end, where prompts of different lengths correspond.
+            length = len(pairs.roles[row])
+            others = [i for i in range(len(pairs)) if i != row]
+            other = int(self.rng.choice(others)) if others else row
+            first = -len(pairs.roles[other])
+            drawn = source.batch.columns(other, [max(p - length, first) for p in where])
+            values = _values(source, spot, other, drawn)
+        else:
+            values = _values(source, spot, row, columns)
+        # What a layer adds is replaced on top of what it received in the receiving run.
+        received = receiving.inputs[site.layer][row, columns] if spot.update else 0
+        return Edit(site, edits.replace(values + received), where)
+
+
+def _measure_part(
+    model: CausalLM, spots: Sequence[Spot], runs: tuple[str, str], metric: Metric, donors: _Donors
 ) -> np.ndarray:
-    """(2 + S, B): unpatched, source, and each spot."""
-    receiving, source, mode = how
+    """(2 + S, B): the metric unpatched, in the source run, and at each spot."""
+    pairs, reads_source = donors.pairs, donors.mode in ("patch", "resample")
     sites = sorted({spot.site for spot in spots if spot.site.component != "attention"}, key=str)
     read = [site for site in sites if site.module or site.component != "adapter"]
-    given = trace(model, pairs.batch(source, model.device), read if mode in ("patch", "resample") else ())
-    own = trace(model, pairs.batch(receiving, model.device), resume=True)
-    own.batch.first_difference(given.batch)  # refuses pairs that do not correspond
-    rows = torch.arange(len(pairs))
-    base = [metric.compute(one.logits, rows).cpu().numpy() for one in (own, given) if one.logits is not None]
-    runs, places = [], []
+    source = trace(model, pairs.batch(runs[1], model.device), read if reads_source else ())
+    receiving = trace(model, pairs.batch(runs[0], model.device), resume=True)
+    receiving.batch.first_difference(source.batch)  # refuses pairs that do not correspond
+    base = []
+    for recorded in (receiving, source):
+        assert recorded.logits is not None
+        base.append(metric.compute(recorded.logits, torch.arange(len(pairs))).cpu().numpy())
+    interventions, cells = [], []
     for s, spot in enumerate(spots):
         for b in range(len(pairs)):
-            made = _intervention(pairs, spot, b, (own, given), mode, means, rng)
-            if made is not None:
-                runs.append(EditedRun(b, (made,)))
-                places.append((s, b))
+            intervention = donors.intervention(spot, b, receiving, source)
+            if intervention is not None:
+                interventions.append(EditedRun(b, (intervention,)))
+                cells.append((s, b))
     values = np.tile(base[0], (len(spots), 1))
-    if runs:
-        values[tuple(np.array(places).T)] = run_interventions(own, runs, metric).numpy()
+    if cells:
+        values[tuple(np.array(cells).T)] = run_interventions(receiving, interventions, metric).numpy()
     return np.concatenate([base[0][None], base[1][None], values])
 
 
-def _intervention(
-    pairs: Pairs,
-    spot: Spot,
-    row: int,
-    traces: tuple[Trace, Trace],
-    mode: str,
-    means: dict[Spot, torch.Tensor],
-    rng: np.random.Generator,
-) -> Intervention | None:
-    """The intervention at one spot of one pair; None where nothing can change."""
-    own, given = traces
-    where = positions(pairs, spot, row, rng)
-    if mode == "patch":
-        # Before the first token that differs both runs are in the same state.
-        where = tuple(i for i in where if i >= pairs.roles[row].index("trigger"))
-    if not where:
-        return None
-    site = spot.site
-    if mode == "knock_out":
-        queries = tuple(i for i, role in enumerate(pairs.roles[row]) if role in READING_ROLES)
-        return KnockOut(site.layer, queries, pairs.positions(row, "trigger"), site.index)
-    if mode == "off" or (mode == "zero" and not spot.update):
-        return Edit(site, edits.zero(), where)
-    columns = own.batch.columns(row, where)
-    if mode == "mean":
-        values = means[spot]
-    elif mode == "zero":
-        values = torch.zeros(())
-    elif mode == "resample":
-        # From the end, where prompts of different lengths correspond.
-        length = len(pairs.roles[row])
-        other = int(rng.choice([i for i in range(len(pairs)) if i != row])) if len(pairs) > 1 else row
-        least = -len(pairs.roles[other])
-        drawn = given.batch.columns(other, [max(p - length, least) for p in where])
-        values = _values(given, spot, other, drawn)
-    else:
-        values = _values(given, spot, row, columns)
-    received = own.inputs[site.layer][row, columns] if spot.update else 0
-    return Edit(site, edits.replace(values + received), where)
-
-
-def _values(found: Trace, spot: Spot, row: int, columns: list[int]) -> torch.Tensor:
+def _values(recorded: Trace, spot: Spot, row: int, columns: list[int]) -> torch.Tensor:
     """(k, width) of a spot in a trace."""
-    values = found.value(spot.site)[row, columns]
-    return values - found.inputs[spot.site.layer][row, columns] if spot.update else values
+    values = recorded.value(spot.site)[row, columns]
+    return values - recorded.inputs[spot.site.layer][row, columns] if spot.update else values
 
 
 def positions(pairs: Pairs, spot: Spot, row: int, rng: np.random.Generator | None = None) -> tuple[int, ...]:
@@ -259,31 +255,33 @@ def positions(pairs: Pairs, spot: Spot, row: int, rng: np.random.Generator | Non
     kind, _, number = spot.position.partition(" ")
     if kind == "token":
         return (int(number),) if int(number) < len(pairs.roles[row]) else ()
-    chosen = pairs.positions(row, spot.position)
-    if not spot.elsewhere or not chosen or rng is None:
-        return chosen
-    others = [i for i in pairs.positions(row, "") if i not in chosen]
-    count = min(len(chosen), len(others))
+    inside = pairs.positions(row, spot.position)
+    if not spot.elsewhere or not inside or rng is None:
+        return inside
+    others = [i for i in pairs.positions(row, "") if i not in inside]
+    count = min(len(inside), len(others))
     return tuple(sorted(int(i) for i in rng.choice(others, count, replace=False))) if count else ()
 
 
-def _means(model: Any, pairs: Pairs, spots: Sequence[Spot], source: str) -> dict[Spot, torch.Tensor]:
+def _source_means(
+    model: CausalLM, pairs: Pairs, spots: Sequence[Spot], source: str
+) -> dict[Spot, torch.Tensor]:
     """Mean over the source's prompts, from the trigger on, of each spot's values: (width,)."""
     sums: dict[Spot, torch.Tensor] = {}
     count = 0
-    for _, own in pairs.parts():
-        given = trace(model, own.batch(source, model.device), sorted({s.site for s in spots}, key=str))
-        for row in range(len(own)):
-            columns = given.batch.columns(row, own.positions(row, ""))
+    for _, part in pairs.parts():
+        recorded = trace(model, part.batch(source, model.device), sorted({s.site for s in spots}, key=str))
+        for row in range(len(part)):
+            columns = recorded.batch.columns(row, part.positions(row, ""))
             count += len(columns)
             for spot in spots:
-                total = _values(given, spot, row, columns).float().sum(0)
+                total = _values(recorded, spot, row, columns).float().sum(0)
                 sums[spot] = sums[spot] + total if spot in sums else total
     return {spot: total / count for spot, total in sums.items()}
 
 
 class _SweepStore:
-    """Results batch by batch, in memory and, where a folder is given, in a file that outlives us."""
+    """Results batch by batch, in memory and, where a folder is given, in a file that outlives the process."""
 
     def __init__(self, folder: Path | None, key: str) -> None:
         self.path = None if folder is None else folder / f"sweep-{key[:16]}.npz"
@@ -293,8 +291,8 @@ class _SweepStore:
         if self.path is None or not self.path.exists():
             return []
         try:
-            with np.load(self.path) as found:
-                return [found[f"arr_{i}"] for i in range(len(found.files))]
+            with np.load(self.path) as file:
+                return [file[f"arr_{i}"] for i in range(len(file.files))]
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             log.warning("%s: is damaged (%s) and is made anew.", self.path, error)
             return []
@@ -309,19 +307,15 @@ class _SweepStore:
             np.savez(handle, *self.arrays)
 
 
-def _key(model: Any, pairs: Pairs, spots: Sequence[Spot], how: tuple[object, ...]) -> str:
-    return digest(
-        [
-            identify(model).as_dict(),
-            [pairs.ids, pairs.roles, pairs.target, pairs.other],
-            [asdict(spot) for spot in spots],
-            how,
-        ]
-    )
+def runs_of(direction: Direction) -> tuple[str, str]:
+    """Receiving and source run: `remove` puts the placebo's activations into the triggered run."""
+    if direction not in DIRECTIONS:
+        raise InputError(f"direction: there is no {direction!r}; choose one of {', '.join(DIRECTIONS)}.")
+    return ("triggered", "placebo") if direction == "remove" else ("placebo", "triggered")
 
 
 def default_components(by: str, mode: str | None = "patch") -> tuple[str, ...]:
-    """The places of a named sweep where none are named; a knock-out has one of its own, attention."""
+    """The components of a named sweep where none are named; a knock-out has one of its own, attention."""
     return ("attention",) if mode == "knock_out" else DEFAULT_SITES.get(by, SWEEP_SITES[by][:1])
 
 
@@ -335,8 +329,8 @@ def spots_by(
         by: `layer` (what a whole layer adds), `position` (each role by itself), `component` (what attention
             and MLP add), `head`, `expert` or `adapter`; all but `position` at every position from the
             trigger on.
-        components: other places than the sweep's own, of those in `SWEEP_SITES`.
-        mode: `knock_out` has places of its own, attention.
+        components: others than the sweep's own, of those in `SWEEP_SITES`.
+        mode: `knock_out` has a component of its own, attention.
 
     Raises:
         InputError: if there is no such sweep or component, or the sweep does not take it.
