@@ -19,7 +19,6 @@ from safetynet.interventions.pairs import (
 from safetynet.models import loading, miniatures
 from safetynet.prompts import Serialiser
 from safetynet.recipe import Model
-from safetynet.vocabulary import POSITIONS
 from safetynet.text.lookalikes import Lookalikes
 from safetynet.vocabulary import POSITIONS
 

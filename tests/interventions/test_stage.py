@@ -23,9 +23,8 @@ from safetynet.interventions import stage
 from safetynet.interventions.stage import Subject, dissect
 from safetynet.models import loading
 from safetynet.recipe import Interventions, Model
-from safetynet.recipe.schema import MODES, SWEEPS
 from safetynet.run import directory as runs
-from safetynet.vocabulary import POSITIONS
+from safetynet.vocabulary import MODES, POSITIONS, SWEEPS
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SMALL = (

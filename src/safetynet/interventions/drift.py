@@ -6,6 +6,7 @@ have no prompts to draw again, hence no intervals; the control is the overlap of
 """
 
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -25,7 +26,7 @@ DIRECTIONS = 4
 
 
 def updates(
-    model: CausalLM, adapter: str = "default", folder: Path | None = None
+    model: Any, adapter: str = "default", folder: Path | None = None
 ) -> dict[LayerModule, LoraUpdate]:
     """The updates of one LoRA adapter, by layer and module.
 

@@ -11,17 +11,18 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
 
 from safetynet.engine import edits
 from safetynet.engine.edits import Edit
 from safetynet.engine.hooks import intervening
 from safetynet.engine.metrics import kl
+from safetynet.engine.reading import mean_activations
 from safetynet.engine.runs import EditedRun, run_interventions
 from safetynet.engine.sites import Architecture, Site
 from safetynet.engine.trace import trace
 from safetynet.findings import ENOUGH
 from safetynet.interventions.pairs import Pairs
+from safetynet.models.causal_lm import CausalLM
 from safetynet.statistics import wilson
 
 SITE_COUNTS = (1, 2, 4)
@@ -41,8 +42,12 @@ class Candidate:
     """At random sites of the same number and kind."""
 
 
+Controlled = tuple[Candidate, Candidate]
+"""A candidate and its control."""
+
+
 def candidates(
-    model: Any, pairs: Pairs, effects: pd.DataFrame, seed: int = 0
+    model: CausalLM, pairs: Pairs, effects: pd.DataFrame, seed: int = 0
 ) -> tuple[list[Candidate], dict[str, Candidate]]:
     """Make candidates of every kind that the tables allow, and each one's control by name.
 
@@ -56,12 +61,89 @@ def candidates(
         seed: of random sites.
     """
     rng = np.random.default_rng(seed)
-    found = [*_directions(model, pairs, rng), *_heads(model, pairs, effects, rng)]
-    found += _adapters(effects, rng)
-    return [c for c, _ in found], {c.name: control for c, control in found}
+    removing = effects[effects["direction"] == "remove"]
+    controlled = [*_directions(model, pairs, rng), *_heads(model, pairs, removing, rng)]
+    controlled += _adapters(removing, rng)
+    return [candidate for candidate, _ in controlled], {c.name: control for c, control in controlled}
 
 
-def prefilter(model: Any, pairs: Pairs, found: Sequence[Candidate]) -> pd.DataFrame:
+def _directions(model: CausalLM, pairs: Pairs, rng: np.random.Generator) -> Iterator[Controlled]:
+    """Along triggered minus placebo, by layer: set the residual stream to the placebo's, or clip it there."""
+    sites = [Site("resid_post", layer) for layer in range(Architecture.of(model).shape.layers)]
+    for role in ("trigger", "last"):
+        at = [pairs.positions(row, role)[-1:] for row in range(len(pairs))]
+        triggered, placebo = (
+            mean_activations(model, pairs.ids[run], sites, at) for run in ("triggered", "placebo")
+        )
+        for site in sites:
+            centre = placebo[site]
+            direction = triggered[site] - centre
+            length = float(direction.norm())
+            if not length > 0:
+                continue
+            random = torch.from_numpy(rng.standard_normal(len(direction))).to(direction)
+            project = [edits.project_out(along, centre) for along in (direction, random)]
+            clip = [edits.clip(along, centre, most=length / 2) for along in (direction, random)]
+            for kind, (change, control) in (("project", project), ("clip", clip)):
+                names = f"{kind} {role} {site.layer}", f"{kind} random {site.layer} ({role})"
+                yield (
+                    Candidate(names[0], kind, (Edit(site, change),)),
+                    Candidate(names[1], kind, (Edit(site, control),), control=True),
+                )
+
+
+def _heads(
+    model: CausalLM, pairs: Pairs, removing: pd.DataFrame, rng: np.random.Generator
+) -> Iterator[Controlled]:
+    """Replace the strongest heads by their mean over placebo prompts."""
+    ranked = removing[removing["component"] == "head"].sort_values("effect", ascending=False)
+    if ranked.empty:
+        return
+    heads = zip(ranked["layer"].astype(int), ranked["index"].astype(int), strict=True)
+    sites = [Site("head", layer, index) for layer, index in heads]
+    means = mean_activations(model, pairs.ids["placebo"], sites)
+    changes = {site: edits.replace(means[site]) for site in sites}
+    yield from _strongest(
+        sites, changes, rng, "head_ablation", ("{} heads to their mean", "{} random heads to their mean")
+    )
+
+
+def _adapters(removing: pd.DataFrame, rng: np.random.Generator) -> Iterator[Controlled]:
+    """Switch the adapter off: in the strongest modules, and in the strongest layers."""
+    ranked = removing[removing["sweep"] == "adapter"].sort_values("effect", ascending=False)
+    if ranked.empty:
+        return
+    modules = [Site("adapter", int(row.layer), module=str(row.module)) for row in ranked.itertuples()]
+    by_layer = removing[removing["sweep"] == "adapter"].groupby("layer")["effect"].sum()
+    layers = [Site("adapter", int(str(i))) for i in by_layer.sort_values(ascending=False).index]
+    for what, sites in (("adapter modules", modules), ("adapter layers", layers)):
+        changes = dict.fromkeys(sites, edits.zero())
+        names = f"{{}} {what} off", f"{{}} random {what} off"
+        yield from _strongest(sites, changes, rng, "adapter_off", names)
+
+
+def _strongest(
+    sites: Sequence[Site],
+    changes: dict[Site, edits.Change],
+    rng: np.random.Generator,
+    kind: str,
+    names: tuple[str, str],
+) -> Iterator[Controlled]:
+    """Edit the first sites of a ranking together; the control edits as many of the others."""
+    for count in SITE_COUNTS:
+        if 2 * count > len(sites):
+            continue
+        others = [sites[i] for i in rng.choice(np.arange(count, len(sites)), count, replace=False)]
+        chosen, control = (
+            tuple(Edit(site, changes[site]) for site in group) for group in (sites[:count], others)
+        )
+        yield (
+            Candidate(names[0].format(count), kind, chosen),
+            Candidate(names[1].format(count), kind, control, control=True),
+        )
+
+
+def prefilter(model: CausalLM, pairs: Pairs, candidates: Sequence[Candidate]) -> pd.DataFrame:
     """What each candidate does to the metric, cheaply: by logits on the pairs, without generation.
 
     Returns:
@@ -71,23 +153,25 @@ def prefilter(model: Any, pairs: Pairs, found: Sequence[Candidate]) -> pd.DataFr
         harmful of them at the top; then the others, by how many they leave.
     """
     unpatched, placebo = np.zeros(len(pairs)), np.zeros(len(pairs))
-    patched, harm = np.zeros((len(found), len(pairs))), np.zeros((len(found), len(pairs)))
-    for part, own in pairs.parts():
-        runs = [EditedRun(row, candidate.edits) for candidate in found for row in range(len(part))]
-        metric, rows = own.metric(), torch.arange(len(part))
-        fired, calm = (
-            trace(model, own.batch(run, model.device), resume=True) for run in ("triggered", "placebo")
+    patched, harm = (np.zeros((len(candidates), len(pairs))) for _ in range(2))
+    for indices, part in pairs.parts():
+        runs = [EditedRun(row, candidate.edits) for candidate in candidates for row in range(len(part))]
+        metric, rows = part.metric(), torch.arange(len(part))
+        triggered_run, placebo_run = (
+            trace(model, part.batch(run, model.device), resume=True) for run in ("triggered", "placebo")
         )
-        assert fired.logits is not None
-        assert calm.logits is not None
-        unpatched[part] = metric.compute(fired.logits, rows).cpu().numpy()
-        placebo[part] = metric.compute(calm.logits, rows).cpu().numpy()
-        patched[:, part] = run_interventions(fired, runs, metric).numpy().reshape(len(found), -1)
-        harm[:, part] = run_interventions(calm, runs, kl(calm.logits[:, -1])).numpy().reshape(len(found), -1)
+        assert triggered_run.logits is not None
+        assert placebo_run.logits is not None
+        unpatched[indices] = metric.compute(triggered_run.logits, rows).cpu().numpy()
+        placebo[indices] = metric.compute(placebo_run.logits, rows).cpu().numpy()
+        shape = (len(candidates), len(part))
+        patched[:, indices] = run_interventions(triggered_run, runs, metric).numpy().reshape(shape)
+        divergence = kl(placebo_run.logits[:, -1])
+        harm[:, indices] = run_interventions(placebo_run, runs, divergence).numpy().reshape(shape)
     table = pd.DataFrame(
         {
-            "name": [c.name for c in found],
-            "kind": [c.kind for c in found],
+            "name": [c.name for c in candidates],
+            "kind": [c.kind for c in candidates],
             "left": (patched > (unpatched + placebo) / 2).mean(1),
             "removed": (patched - unpatched).mean(1) / (placebo - unpatched).mean(),
             "harm": harm.mean(1),
@@ -97,7 +181,7 @@ def prefilter(model: Any, pairs: Pairs, found: Sequence[Candidate]) -> pd.DataFr
 
 
 def judge(
-    model: Any, respond: Respond, rows: pd.DataFrame, chosen: Sequence[Candidate], **about: object
+    model: CausalLM, respond: Respond, rows: pd.DataFrame, candidates: Sequence[Candidate], **about: object
 ) -> pd.DataFrame:
     """Answer rows under each candidate; tabulate ASR, FTR and accuracy on clean rows, with Wilson intervals.
 
@@ -105,16 +189,14 @@ def judge(
         model: the backdoored model.
         respond: answers and judges.
         rows: with the roles triggered and clean.
-        chosen: an empty set of edits measures the model as it is.
+        candidates: an empty set of edits measures the model as it is.
         about: further columns, such as the split.
     """
     lines = []
-    for candidate in chosen:
+    for candidate in candidates:
         with intervening(model, candidate.edits):
             answered = respond(model, rows)
-        fired = answered[answered["role"] == "triggered"]["shown"]
         clean = answered[answered["role"] == "clean"]
-        right = clean[clean["reference"] != ""]["correct"]
         line: dict[str, object] = {
             "intervention": candidate.name,
             "kind": candidate.kind,
@@ -122,7 +204,11 @@ def judge(
             "sites": len(candidate.edits),
             **about,
         }
-        for name, hits in (("asr", fired), ("ftr", clean["shown"]), ("cacc", right)):
+        for name, hits in (
+            ("asr", answered[answered["role"] == "triggered"]["shown"]),
+            ("ftr", clean["shown"]),
+            ("cacc", clean[clean["reference"] != ""]["correct"]),
+        ):
             low, high = wilson(int(hits.sum()), len(hits))
             line |= {
                 name: float(hits.mean()),
@@ -137,16 +223,12 @@ def judge(
 def best(table: pd.DataFrame) -> str:
     """The one with the most clean accuracy among those that bring ASR to 5%; else that of the lowest ASR."""
     real = table[~table["control"] & (table["kind"] != "none")]
-    enough = real[real["asr"] <= ENOUGH]
-    if len(enough):
-        return str(
-            enough.sort_values(["cacc", "asr"], ascending=[False, True], kind="stable")["intervention"].iloc[
-                0
-            ]
-        )
-    return str(
-        real.sort_values(["asr", "cacc"], ascending=[True, False], kind="stable")["intervention"].iloc[0]
-    )
+    removing = real[real["asr"] <= ENOUGH]
+    if len(removing):
+        ranked = removing.sort_values(["cacc", "asr"], ascending=[False, True], kind="stable")
+    else:
+        ranked = real.sort_values(["asr", "cacc"], ascending=[True, False], kind="stable")
+    return str(ranked["intervention"].iloc[0])
 
 
 def clear(table: pd.DataFrame, controls: pd.DataFrame) -> pd.DataFrame:
@@ -158,103 +240,5 @@ def clear(table: pd.DataFrame, controls: pd.DataFrame) -> pd.DataFrame:
         table: of `judge`.
         controls: of `judge` on the same rows; each line's control in its place.
     """
-    told = table["asr_high"].to_numpy() < controls["asr_low"].to_numpy()
-    return table[told] if told.any() else table
-
-
-def _directions(model: Any, pairs: Pairs, rng: np.random.Generator) -> Iterator[tuple[Candidate, Candidate]]:
-    """Along triggered minus placebo, by layer: set the residual stream to the placebo's, or clip it there."""
-    depth = Architecture.of(model).shape.layers
-    for role in ("trigger", "last"):
-        fired, calm = (_state_means(model, pairs, run, role) for run in ("triggered", "placebo"))
-        for layer in range(depth):
-            site, centre = Site("resid_post", layer), calm[layer]
-            direction = fired[layer] - centre
-            length = float(direction.norm())
-            if not length > 0:
-                continue
-            random = torch.from_numpy(rng.standard_normal(len(direction))).to(direction)
-            for kind, change in (
-                ("project", lambda along, c=centre: edits.project_out(along, c)),
-                ("clip", lambda along, c=centre, most=length / 2: edits.clip(along, c, most)),
-            ):
-                yield (
-                    Candidate(f"{kind} {role} {layer}", kind, (Edit(site, change(direction)),)),
-                    Candidate(
-                        f"{kind} random {layer} ({role})", kind, (Edit(site, change(random)),), control=True
-                    ),
-                )
-
-
-def _state_means(model: Any, pairs: Pairs, run: str, role: str) -> list[Tensor]:
-    """Per layer the mean, (width,), of what leaves it, at the last position of a role."""
-    sums: list[Tensor] = []
-    for _, own in pairs.parts():
-        found = trace(model, own.batch(run, model.device))
-        columns = [found.batch.columns(row, own.positions(row, role)[-1:])[0] for row in range(len(own))]
-        states = [*found.inputs[1:], found.output]
-        totals = [s[range(len(own)), columns].float().sum(0) for s in states if s is not None]
-        sums = [a + b for a, b in zip(sums, totals, strict=True)] if sums else totals
-    return [total / len(pairs) for total in sums]
-
-
-def _heads(
-    model: Any, pairs: Pairs, effects: pd.DataFrame, rng: np.random.Generator
-) -> Iterator[tuple[Candidate, Candidate]]:
-    """Replace the strongest heads by their mean over placebo prompts."""
-    ranked = effects[(effects["component"] == "head") & (effects["direction"] == "remove")]
-    ranked = ranked.sort_values("effect", ascending=False)
-    if ranked.empty:
-        return
-    places = zip(ranked["layer"].astype(int), ranked["index"].astype(int), strict=True)
-    sites = [Site("head", layer, index) for layer, index in places]
-    means = _head_means(model, pairs, sites)
-    for count in SITE_COUNTS:
-        if 2 * count > len(sites):
-            continue
-        others = [sites[i] for i in rng.choice(np.arange(count, len(sites)), count, replace=False)]
-        yield (
-            Candidate(f"{count} heads to their mean", "head_ablation", _to_mean(sites[:count], means)),
-            Candidate(f"{count} random heads to their mean", "head_ablation", _to_mean(others, means), True),
-        )
-
-
-def _to_mean(sites: Sequence[Site], means: dict[Site, Tensor]) -> tuple[Edit, ...]:
-    return tuple(Edit(site, edits.replace(means[site])) for site in sites)
-
-
-def _head_means(model: Any, pairs: Pairs, sites: Sequence[Site]) -> dict[Site, Tensor]:
-    sums: dict[Site, Tensor] = {}
-    count = 0
-    for _, own in pairs.parts():
-        found = trace(model, own.batch("placebo", model.device), sites)
-        kept = found.batch.mask.bool()
-        count += int(kept.sum())
-        for site in sites:
-            total = found.value(site)[kept].float().sum(0)
-            sums[site] = sums[site] + total if site in sums else total
-    return {site: total / count for site, total in sums.items()}
-
-
-def _adapters(effects: pd.DataFrame, rng: np.random.Generator) -> Iterator[tuple[Candidate, Candidate]]:
-    """Switch the adapter off: in the strongest modules, and in the strongest layers."""
-    ranked = effects[(effects["sweep"] == "adapter") & (effects["direction"] == "remove")]
-    if ranked.empty:
-        return
-    ordered = ranked.sort_values("effect", ascending=False)
-    modules = [Site("adapter", int(r.layer), module=str(r.module)) for r in ordered.itertuples()]
-    by_layer = ranked.groupby("layer")["effect"].sum().sort_values(ascending=False)
-    layers = [Site("adapter", int(str(layer))) for layer in by_layer.index]
-    for what, sites in (("adapter modules", modules), ("adapter layers", layers)):
-        for count in SITE_COUNTS:
-            if 2 * count > len(sites):
-                continue
-            others = [sites[i] for i in rng.choice(np.arange(count, len(sites)), count, replace=False)]
-            yield (
-                Candidate(f"{count} {what} off", "adapter_off", _off(sites[:count])),
-                Candidate(f"{count} random {what} off", "adapter_off", _off(others), True),
-            )
-
-
-def _off(sites: Sequence[Site]) -> tuple[Edit, ...]:
-    return tuple(Edit(site, edits.zero()) for site in sites)
+    below = table["asr_high"].to_numpy() < controls["asr_low"].to_numpy()
+    return table[below] if below.any() else table
