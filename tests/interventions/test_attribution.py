@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.interventions.conftest import CONFIGS, VOCABULARY, make_pairs
+from tests.engine.conftest import CONFIGS, VOCABULARY
+from tests.interventions.conftest import make_pairs
 from tests.interventions.test_intervening import hooks_of
 
 from safetynet.engine.metrics import Metric
