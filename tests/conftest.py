@@ -23,6 +23,7 @@ os.environ |= {
     "WANDB_MODE": "disabled",
     "MPLBACKEND": "agg",
     "SAFETYNET_PAIR": "off",  # two tests run side by side already
+    "LOKY_MAX_CPU_COUNT": "1",
     "LOKY_MAX_CPU_COUNT": "1",  # figures are drawn in this process: tests run side by side themselves
 }
 for name in ("HF_TOKEN", "WANDB_API_KEY", "SAFETYNET_SCRATCH"):

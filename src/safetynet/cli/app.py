@@ -187,6 +187,10 @@ def plot(
     venue: Annotated[
         str | None, typer.Option(help="Whose columns figures fit: general, neurips, icml, acl or ieee.")
     ] = None,
+    self_contained: Annotated[
+        bool | None,
+        typer.Option("--self-contained", help="Interactive figures that can be sent alone, about 5 MB each."),
+    ] = None,
 ) -> None:
     """Draw a run's figures and write its report, from its tables alone.
 
@@ -197,7 +201,9 @@ def plot(
     from safetynet.experiment import Experiment
 
     experiment = Experiment.find(folder)
-    experiment.recipe = recipes.with_options(experiment.recipe, "report", {"venue": venue})
+    experiment.recipe = recipes.with_options(
+        experiment.recipe, "report", {"venue": venue, "self_contained": self_contained}
+    )
     with experiment.run.lock(), logging_to(experiment.run.log):
         stages.draw(experiment)
         typer.echo(f"Report:  {experiment.run.folder / 'report.html'}\nFigures: {experiment.run.figures}")

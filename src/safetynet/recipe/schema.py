@@ -362,6 +362,8 @@ class Report(Section):
 
     venue: str = "general"
     """Whose columns figures fit: general, neurips, icml, acl or ieee."""
+    self_contained: bool = False
+    """Each interactive figure carries Plotly, about 5 MB, instead of sharing the file beside it."""
 
 
 class Mitigation(Section):

@@ -40,8 +40,8 @@ def _figures(experiment: Experiment, options: Report) -> None:
 
     recipe, run = experiment.recipe, experiment.run
     inputs: dict[str, Any] = {"tables": digest_of_files([run.folder / "tables"])}
-    if options.venue != "general":
-        inputs["venue"] = options.venue
+    if options != Report():
+        inputs["options"] = options.model_dump(mode="json")
 
     def compute(outputs: Outputs) -> None:
         run.table("evaluation")  # a missing evaluation is reported before anything is drawn
@@ -55,7 +55,7 @@ def _figures(experiment: Experiment, options: Report) -> None:
             return
         name = f"{recipe.model_name}/{recipe.task}"
         figures, faults = figures_of(tables, run.figures, name, recipe.model_name)
-        for path in save_all(figures, options.venue):
+        for path in save_all(figures, options.venue, options.self_contained):
             outputs.file(path)
         if faults := [*damaged, *faults]:
             raise InputError(faults[0])

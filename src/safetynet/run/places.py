@@ -20,7 +20,13 @@ from safetynet.run import parallel
 
 MARK = ".run"
 """File in a scratch folder that names the run it belongs to."""
-PATHS = (("model", "id"), ("data", "path"), ("evaluation", "labelled"), ("mitigation", "clean"))
+PATHS = (
+    ("model", "id"),
+    ("suspect", "source"),
+    ("data", "path"),
+    ("evaluation", "labelled"),
+    ("mitigation", "clean"),
+)
 """Fields of a recipe that may name a file or a folder."""
 
 
@@ -135,7 +141,7 @@ def _relative(recipe: Recipe, section: str, field: str, begin: Path, local: list
     What was a file when the run was made (`local`) and is neither there nor here is looked for there, so that
     nobody takes it for a name on the hub.
     """
-    value = getattr(getattr(recipe, section), field)
+    value = getattr(getattr(recipe, section), field, None)  # an experiment may have no suspect
     if value is None or str(value) == "miniature" or str(value).startswith(("/", "~")):
         return None
     path = Path(os.path.normpath(begin / value))
