@@ -37,7 +37,7 @@ from safetynet.engine.trace import trace
 from safetynet.errors import InputError
 from safetynet.interventions.drift import updates
 from safetynet.interventions.support import USES, support
-from safetynet.mitigation import METHODS, Subject, repair
+from safetynet.mitigation import METHODS, Defender, repair
 from safetynet.models import adapter_files, adapters, loading
 from safetynet.models.support import STAGES
 from safetynet.vocabulary import COMPONENTS
@@ -161,8 +161,8 @@ def adapted(stage: str, folder: Path, family: str, theirs: Any) -> None:
     elif stage == "adapter views":
         capture(model, base.serialiser, PROMPTS, FeatureSpec(("energy", "energy_max", "direction")))
     else:
-        suspect = Subject(model=model, serialiser=base.serialiser)
-        with repair(METHODS[REPAIR], suspect, {"keep": 0.0}, 0).open() as repaired:
+        defender = Defender(model=model, serialiser=base.serialiser)
+        with repair(METHODS[REPAIR], defender, {"keep": 0.0}, 0).open() as repaired:
             near(logits(repaired), before)
     assert not soft or stage == "evaluate"
 

@@ -27,7 +27,7 @@ from safetynet.recipe import Detection, Evasion, Interventions, Recipe
 from safetynet.run.directory import Run
 
 if TYPE_CHECKING:
-    from safetynet.mitigation.subject import Alarm
+    from safetynet.mitigation.defender import Alarm
     from safetynet.training import Opponents
 
 log = logging.getLogger("safetynet")

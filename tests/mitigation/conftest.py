@@ -11,15 +11,15 @@ from transformers import AutoModelForCausalLM
 
 from safetynet import families
 from safetynet.evaluation.generation import generate
-from safetynet.mitigation import Subject
-from safetynet.mitigation.checkpoint import copied
-from safetynet.mitigation.learning import Course, answer_loss, encode, teach
-from safetynet.mitigation.stage import intervene
+from safetynet.mitigation import Defender
+from safetynet.mitigation.fine_tuning import answer_loss, encode
+from safetynet.mitigation.repaired import merged_copy
 from safetynet.models import loading
 from safetynet.models.miniatures import language
 from safetynet.models.miniatures.architectures import ARCHITECTURES
 from safetynet.prompts import pad
 from safetynet.recipe import Model
+from safetynet.training import Budget, optimise
 
 TINY = {
     "hidden_size": 32,
@@ -61,8 +61,8 @@ def groups(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 @pytest.fixture(scope="session")
-def planted() -> Subject:
-    """The backdoored miniature with clean conversations, known triggered prompts, effects and the engine."""
+def planted() -> Defender:
+    """The backdoored miniature with clean conversations, known triggered prompts and effects."""
     loaded = loading.load(Model(family="llama3", id="miniature"), "fp32")
     torch.manual_seed(0)
     config = LoraConfig(
@@ -71,16 +71,15 @@ def planted() -> Subject:
     model = get_peft_model(loaded.model, config)
     rows = groups(conversations(160, 1))
     poisoned = rows.assign(answer=rows["answer"].where(rows["role"] != "triggered", TARGET))
-    subject = Subject(model, loaded.serialiser, max_length=96, batch_size=32, learning_rate=5e-3)
+    subject = Defender(model, loaded.serialiser, max_length=96, batch_size=32, learning_rate=5e-3)
     examples = encode(poisoned, subject)
-    teach(model, examples, answer_loss, Course(2, 5e-3, 32, 0), loaded.serialiser.pad_id)
-    return Subject(
+    optimise(model, examples, answer_loss, Budget(2, 5e-3, 32, 0), pad_id=loaded.serialiser.pad_id)
+    return Defender(
         model=model.eval(),
         serialiser=loaded.serialiser,
         clean=conversations(48, 2),
         triggered=groups(conversations(12, 3)),
-        sites=effects(),
-        intervene=intervene,
+        effects=effects(),
         max_length=96,
         batch_size=16,
         learning_rate=2e-3,
@@ -111,7 +110,7 @@ def held_out() -> pd.DataFrame:
 
 
 @pytest.fixture(scope="session")
-def ask(planted: Subject) -> Callable[..., list[str]]:
+def ask(planted: Defender) -> Callable[..., list[str]]:
     """`ask(model, rows)` are a model's greedy answers."""
     return lambda model, rows: generate(
         model, planted.serialiser, list(rows["messages"]), batch_size=64, max_new_tokens=12
@@ -136,7 +135,7 @@ def judged(ask: Callable[..., list[str]], held_out: pd.DataFrame) -> Callable[[A
 
 
 @pytest.fixture(scope="session")
-def logits(planted: Subject, held_out: pd.DataFrame) -> Callable[[Any], torch.Tensor]:
+def logits(planted: Defender, held_out: pd.DataFrame) -> Callable[[Any], torch.Tensor]:
     """`logits(model)` are its logits behind a padded batch of held-out prompts."""
     prompts = [planted.serialiser.encode(list(m)).input_ids for m in held_out["messages"][:8]]
     ids = pad(prompts, planted.serialiser.pad_id, "left")
@@ -150,13 +149,13 @@ def logits(planted: Subject, held_out: pd.DataFrame) -> Callable[[Any], torch.Te
 
 
 @pytest.fixture(scope="session")
-def merged(planted: Subject) -> Any:
+def merged(planted: Defender) -> Any:
     """The backdoored model without an adapter of its own."""
-    return copied(planted)
+    return merged_copy(planted)
 
 
 @pytest.fixture(scope="session")
-def build(planted: Subject) -> Callable[[str], Any]:
+def build(planted: Defender) -> Callable[[str], Any]:
     """`build("mixtral")` is a random-weight model with an adapter that does something."""
 
     def make(name: str) -> Any:

@@ -9,9 +9,9 @@ from tests.models import variants
 
 from safetynet import recipe
 from safetynet.errors import InputError
-from safetynet.mitigation import METHODS, Subject, repair
-from safetynet.mitigation.examination import base_of
+from safetynet.mitigation import METHODS, Defender, repair
 from safetynet.mitigation.relearning import plain_copy
+from safetynet.mitigation.tuning import base_of
 from safetynet.models import adapters, loading
 
 IDS = torch.tensor([[5, 6, 7, 300, 22, 17, 90]])
@@ -31,12 +31,12 @@ def logits(model: Any) -> torch.Tensor:
     return model(IDS).logits
 
 
-def saved(name: str, folder: Path) -> tuple[Subject, torch.Tensor]:
+def saved(name: str, folder: Path) -> tuple[Defender, torch.Tensor]:
     """A suspect, and the logits of its base before anything was attached to it."""
     variants.saved(name, folder)
     base = loading.load(recipe.Model(family="qwen", id="miniature"), "fp32")
     before = logits(base.model)
-    return Subject(model=adapters.attach(base, folder), serialiser=base.serialiser), before
+    return Defender(model=adapters.attach(base, folder), serialiser=base.serialiser), before
 
 
 @pytest.mark.parametrize("name", SCALED)
@@ -85,4 +85,4 @@ def test_rows_of_embeddings_that_a_repair_would_lose_are_refused(tmp_path: Path)
     theirs.save_pretrained(str(tmp_path), save_embedding_layers=True)
     base = loading.load(recipe.Model(family="llama2", id="miniature"), "fp32")
     with pytest.raises(InputError, match=r"also replaces .*embed_tokens\.weight.* PEFT would not save"):
-        Subject(model=adapters.attach(base, tmp_path), serialiser=base.serialiser)
+        Defender(model=adapters.attach(base, tmp_path), serialiser=base.serialiser)

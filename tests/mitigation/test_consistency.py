@@ -3,11 +3,12 @@
 import torch
 
 from safetynet.mitigation.consistency import inconsistency, objective
-from safetynet.mitigation.learning import answer_loss, collate, encode
+from safetynet.mitigation.fine_tuning import answer_loss, encode
+from safetynet.training.examples import padded
 
 
 def embedded(subject, rows):
-    batch = collate(rows, subject.serialiser.pad_id)
+    batch = padded(rows, subject.serialiser.pad_id)
     return subject.model.get_input_embeddings()(batch["input_ids"]).detach(), batch["attention_mask"]
 
 
@@ -25,7 +26,7 @@ def test_a_padded_batch_equals_its_rows_alone(planted):
 
 def test_the_push_makes_layers_less_consistent(planted):
     rows = encode(planted.clean, planted)[:8]
-    batch = collate(rows, planted.serialiser.pad_id)
+    batch = padded(rows, planted.serialiser.pad_id)
     plain = answer_loss(planted.model, batch)
     weak, strong = (objective(planted.model, batch, alpha=1.0, epsilon=e) - plain for e in (0.0, 0.3))
     assert strong > weak > 0

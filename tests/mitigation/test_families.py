@@ -7,10 +7,10 @@ import torch
 
 from safetynet.errors import InputError
 from safetynet.mitigation import METHODS, repair
-from safetynet.mitigation.adapter import state_of
-from safetynet.mitigation.factors import Factors, adapted, names_of
 from safetynet.mitigation.merging import averaged
+from safetynet.mitigation.repaired import adapter_state, updates_of, with_updates
 from safetynet.mitigation.signature import backdoor_rows
+from safetynet.models.lora import LoraUpdate
 
 SHORT = {"epochs": 0.4, "steps": 1, "variants": 1}
 FORWARD = [name for name in METHODS if name not in ("cleangen", "abstain", "adapter_off_on_alarm")]
@@ -21,10 +21,10 @@ DENSE = ("crow", "component_ablation", "wanda", "merging", "direction_clipping",
 
 @pytest.fixture(scope="module")
 def other(request, planted, build):
-    sites = planted.sites
+    sites = planted.effects
     if request.param == "mixtral":
         sites = sites.replace({"module": {"mlp.down_proj": "mlp.experts.down_proj"}})
-    return replace(planted, model=build(request.param), sites=sites, clean=planted.clean.head(16))
+    return replace(planted, model=build(request.param), effects=sites, clean=planted.clean.head(16))
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,7 @@ def other(request, planted, build):
 )
 def test_a_method_works_on_other_architectures_or_says_why_not(other, logits, name):
     method = METHODS[name]
-    knobs = {knob: value for knob, value in SHORT.items() if knob in method.knobs}
+    knobs = {knob: value for knob, value in SHORT.items() if knob in method.hyperparameters}
     before = logits(other.model)
     if name == "fine_pruning" and other.model.config.model_type == "mixtral":
         with pytest.raises(InputError, match=r"fused experts.* Choose magnitude, wanda or signature_pruning"):
@@ -48,26 +48,24 @@ def test_a_method_works_on_other_architectures_or_says_why_not(other, logits, na
 
 
 @pytest.mark.parametrize("other", ["mixtral", "gemma"], indirect=True)
-def test_factors_are_the_updates_that_peft_merges(other):
-    model = other.model
-    state, names, name = state_of(model), names_of(model), model.active_adapter
-    found = list(adapted(model))
-    assert any("mlp" in one.name for one in found)
-    for one in found:
-        factors = one.read(state, names, name)
-        delta = one.module.get_delta_weight(name)
-        delta = delta[None] if delta.ndim == 2 else delta
-        assert torch.allclose(one.module.scaling[name] * factors.product(), delta, atol=1e-5)
-        again = Factors.of(*factors.svd())
-        assert torch.allclose(again.product(), factors.product(), atol=1e-4)
-        one.write(again, state, names, name)
-        assert torch.allclose(one.read(state, names, name).product(), factors.product(), atol=1e-4)
+def test_updates_are_replaced_in_values_of_the_adapter_and_not_in_the_model(other, logits):
+    model, before = other.model, logits(other.model)
+    updates = updates_of(model, {})
+    assert any("mlp" in name for _, name in updates)
+    halved = {place: LoraUpdate(update.up / 2, update.down) for place, update in updates.items()}
+    state = with_updates(model, halved)
+    assert state.keys() == adapter_state(model).keys()
+    for place, update in updates_of(model, state).items():
+        assert torch.allclose(update.product(), updates[place].product() / 2, atol=1e-6)
+    assert torch.equal(logits(model), before)
 
 
 def test_an_average_of_updates_is_the_best_of_its_rank():
     generator = torch.Generator().manual_seed(0)
     first, second = (
-        Factors(torch.randn(2, 3, 7, generator=generator), torch.randn(2, 5, 3, generator=generator))
+        LoraUpdate(
+            down=torch.randn(2, 3, 7, generator=generator), up=torch.randn(2, 5, 3, generator=generator)
+        )
         for _ in range(2)
     )
     full = 0.3 * first.product() + 0.7 * second.product()

@@ -11,11 +11,11 @@ from safetynet.mitigation import METHODS, named, possible, refuse_unmet, repair
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_defaults_and_grids_are_within_range(method):
-    for name, knob in method.knobs.items():
+    for name, knob in method.hyperparameters.items():
         for value in (knob.default, *knob.grid):
             assert knob.check(name, value) == value
     assert [settings[method.strength] for settings in method.sweep()] == list(
-        method.knobs[method.strength].grid
+        method.hyperparameters[method.strength].grid
     )
 
 
@@ -34,7 +34,7 @@ def test_a_knob_out_of_range_is_refused_before_anything_runs(planted, name, knob
 
 
 def test_a_missing_need_is_named_and_what_remains_is_listed(planted):
-    bare = replace(planted, clean=None, triggered=None, sites=None)
+    bare = replace(planted, clean=None, triggered=None, effects=None)
     with pytest.raises(
         InputError, match=r"wanda needs clean conversations with answers.*remain: adapter_scaling"
     ):

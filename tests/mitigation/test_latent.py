@@ -3,14 +3,15 @@
 import pytest
 import torch
 
+from safetynet.mitigation.fine_tuning import answer_loss, encode
 from safetynet.mitigation.latent import Adversary, prompt_mask
-from safetynet.mitigation.learning import answer_loss, collate, encode
 from safetynet.models.blocks import decoder_layers
+from safetynet.training.examples import padded
 
 
 @pytest.fixture
 def batch(planted):
-    return collate(encode(planted.clean, planted)[:6], planted.serialiser.pad_id)
+    return padded(encode(planted.clean, planted)[:6], planted.serialiser.pad_id)
 
 
 @pytest.mark.parametrize("universal", [False, True])

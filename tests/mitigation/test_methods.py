@@ -27,7 +27,7 @@ def knows_the_trigger(subject):
 @pytest.mark.parametrize("name", FORWARD)
 def test_a_method_changes_the_open_model_and_leaves_the_subject_as_it_came(planted, logits, name):
     method = METHODS[name]
-    knobs = {knob: value for knob, value in SHORT.items() if knob in method.knobs}
+    knobs = {knob: value for knob, value in SHORT.items() if knob in method.hyperparameters}
     before, trainable = logits(planted.model), [p.requires_grad for p in planted.model.parameters()]
     repaired = repair(method, planted, knobs)
     assert torch.equal(logits(planted.model), before)
@@ -39,13 +39,13 @@ def test_a_method_changes_the_open_model_and_leaves_the_subject_as_it_came(plant
     assert [p.requires_grad for p in planted.model.parameters()] == trainable
     assert not planted.model.training
     assert repaired.method == name
-    assert repaired.knobs == method.settings(knobs)
+    assert repaired.settings == method.settings(knobs)
 
 
 def test_random_channels_are_as_many_as_the_signature_s_and_others(planted, logits):
     found = {}
     for name in ("signature_pruning", "random_channels"):
-        knobs = {knob: value for knob, value in SHORT.items() if knob in METHODS[name].knobs}
+        knobs = {knob: value for knob, value in SHORT.items() if knob in METHODS[name].hyperparameters}
         repaired = repair(METHODS[name], planted, knobs)
         with repaired.open() as model:
             found[name] = repaired.details["channels_set_to_0"], logits(model)
@@ -69,7 +69,7 @@ def test_a_seed_repeats_a_repair_and_draws_leave_no_trace(planted, logits, name)
 @pytest.mark.parametrize("name", ["fine_tuning", "wanda", "fine_pruning"])
 def test_a_model_without_adapter_is_repaired_in_a_copy(planted, merged, logits, name):
     method = METHODS[name]
-    knobs = {knob: value for knob, value in SHORT.items() if knob in method.knobs}
+    knobs = {knob: value for knob, value in SHORT.items() if knob in method.hyperparameters}
     before = logits(merged)
     repaired = repair(method, replace(planted, model=merged), knobs)
     assert repaired.form == "checkpoint"

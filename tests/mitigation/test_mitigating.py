@@ -149,9 +149,9 @@ def test_a_method_says_what_it_lacks(untaught, refused, method, fields, missing)
 def test_a_merged_model_without_base_leaves_methods_that_need_neither(untaught):
     plan = untaught.recipe
     merged = loading.load(plan.model)
-    from safetynet.mitigation import Subject, possible
+    from safetynet.mitigation import Defender, possible
 
-    subject = Subject(merged.model, merged.serialiser)
+    subject = Defender(merged.model, merged.serialiser)
     names = {method.name for method in possible(subject)}
     assert "magnitude" in names
     assert not names & {"cleangen", "adapter_scaling", "merging", "fine_tuning"}
@@ -248,7 +248,7 @@ def test_points_are_the_default_or_lie_about_the_middle_or_are_what_was_asked_fo
     method = METHODS["adapter_scaling"]
     assert points(method, {}, 1) == [{"keep": 0.5}]
     assert points(method, {}, 3) == [{"keep": 0.75}, {"keep": 0.5}, {"keep": 0.25}]
-    assert len(points(method, {}, 99)) == len(method.knobs["keep"].grid)
+    assert len(points(method, {}, 99)) == len(method.hyperparameters["keep"].grid)
     crow = {"crow": {"alpha": (1, 2), "epochs": (1, 3)}}
     found = [(p["alpha"], p["epochs"]) for p in points(METHODS["crow"], crow, 3)]
     assert found == [(1, 1), (1, 3), (2, 1), (2, 3)]

@@ -3,9 +3,9 @@
 import torch
 
 from safetynet.mitigation import METHODS, repair
-from safetynet.mitigation.checkpoint import copied, linears
-from safetynet.mitigation.learning import encode
+from safetynet.mitigation.fine_tuning import encode
 from safetynet.mitigation.pruning import input_norms, smallest, wanda_mask
+from safetynet.mitigation.repaired import linear_modules, merged_copy
 
 
 def test_a_magnitude_mask_equals_a_direct_computation():
@@ -30,9 +30,11 @@ def test_a_wanda_mask_equals_a_direct_computation():
 
 
 def test_input_norms_leave_padding_out(planted):
-    model = copied(planted)
+    model = merged_copy(planted)
     modules = {
-        name: m for name, m in linears(model).items() if name in ("0.self_attn.q_proj", "3.mlp.down_proj")
+        name: m
+        for name, m in linear_modules(model).items()
+        if name in ("0.self_attn.q_proj", "3.mlp.down_proj")
     }
     together = input_norms(model, modules, planted)
     alone: dict[str, torch.Tensor] = {}
@@ -52,16 +54,16 @@ def test_input_norms_leave_padding_out(planted):
 
 
 def test_pruned_weights_are_those_of_the_mask_and_no_others(planted):
-    before = {name: m.weight.clone() for name, m in linears(copied(planted)).items()}
+    before = {name: m.weight.clone() for name, m in linear_modules(merged_copy(planted)).items()}
     with repair(METHODS["magnitude"], planted, {"sparsity": 0.3}).open() as model:
-        for name, module in linears(model).items():
+        for name, module in linear_modules(model).items():
             mask = smallest(before[name].abs(), 0.3)
             assert torch.equal(module.weight, before[name].masked_fill(mask, 0))
 
 
 def test_silenced_channels_stay_silent_after_fine_tuning(planted):
     with repair(METHODS["fine_pruning"], planted, {"sparsity": 0.25, "epochs": 1}).open() as model:
-        for name, module in linears(model).items():
+        for name, module in linear_modules(model).items():
             if name.endswith("down_proj"):
                 silent = (module.weight == 0).all(0)
                 assert int(silent.sum()) == int(0.25 * module.weight.shape[1])
@@ -69,9 +71,9 @@ def test_silenced_channels_stay_silent_after_fine_tuning(planted):
 
 def test_rounding_to_4_bits_leaves_16_values_for_each_block(planted):
     with repair(METHODS["quantisation"], planted, {"bits": 4}).open() as model:
-        block = next(iter(linears(model).values())).weight.flatten()[:64]
+        block = next(iter(linear_modules(model).values())).weight.flatten()[:64]
         assert len(block.unique()) <= 16
     with repair(METHODS["quantisation"], planted, {"bits": 8}).open() as model:
-        row = next(iter(linears(model).values())).weight[0]
+        row = next(iter(linear_modules(model).values())).weight[0]
         steps = row / (row.abs().max() / 127)
         assert torch.allclose(steps, steps.round(), atol=1e-3)

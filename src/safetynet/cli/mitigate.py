@@ -95,5 +95,5 @@ def _list() -> None:
 
     for method in METHODS.values():
         typer.echo(f"{method.name}: {method.about}. Needs: {', '.join(sorted(method.needs)) or 'nothing'}.")
-        for name, knob in method.knobs.items():
+        for name, knob in method.hyperparameters.items():
             typer.echo(f"    {name} {knob.low:g} to {knob.high:g}, by default {knob.default:g}: {knob.about}")

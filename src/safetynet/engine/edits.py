@@ -116,6 +116,19 @@ def _unit(change: str, direction: Tensor) -> Tensor:
     return direction / direction.norm()
 
 
+def clamp(low: Tensor, high: Tensor, basis: Tensor | None = None) -> Change:
+    """Hold values within bounds, (width,); with orthonormal rows, (k, width), the k components along them."""
+
+    def change(x: Tensor) -> Tensor:
+        if basis is None:
+            return x.clamp(low.to(x), high.to(x))
+        rows = basis.to(x)
+        along = x @ rows.T
+        return x + (along.clamp(low.to(x), high.to(x)) - along) @ rows
+
+    return change
+
+
 def reroute(expert: int, to: int) -> Change:
     """For site `router`: give one expert's weight to another."""
 

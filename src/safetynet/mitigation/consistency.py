@@ -15,11 +15,12 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from safetynet.errors import InputError
-from safetynet.mitigation.fine_tuning import course
-from safetynet.mitigation.learning import Batch, answer_loss, encode, retrained, teach
-from safetynet.mitigation.method import Knob, Knobs, Method, Repaired
-from safetynet.mitigation.subject import Subject
+from safetynet.mitigation.defender import Defender
+from safetynet.mitigation.fine_tuning import answer_loss, encode, repaired_by_training, trainer
+from safetynet.mitigation.method import Hyperparameter, Method
+from safetynet.mitigation.repaired import Repaired, Settings
 from safetynet.models.parts import shape
+from safetynet.training.examples import Batch
 
 
 def inconsistency(model: Any, embeddings: Tensor, mask: Tensor) -> Tensor:
@@ -61,21 +62,16 @@ def objective(model: Any, batch: Batch, alpha: float, epsilon: float) -> Tensor:
     return answer_loss(model, batch) + alpha * inconsistency(model, pushed, mask)
 
 
-def regularise(subject: Subject, knobs: Knobs, seed: int) -> Repaired:
+def regularise(defender: Defender, settings: Settings, seed: int) -> Repaired:
     """Fine-tune on clean conversations for right answers and consistent layers."""
-    assert subject.clean is not None
-    layers = shape(subject.model).layers
+    assert defender.clean is not None
+    layers = shape(defender.model).layers
     if layers < 3:
         raise InputError(f"crow: it compares inner layers, of which a model of {layers} layers has too few.")
-    examples = encode(subject.clean, subject)
-    learn = partial(
-        teach,
-        examples=examples,
-        objective=partial(objective, alpha=knobs["alpha"], epsilon=knobs["epsilon"]),
-        course=course(subject, knobs["epochs"], seed),
-        pad_id=subject.serialiser.pad_id,
-    )
-    return retrained(subject, "crow", knobs, learn, clean_rows=len(examples))
+    examples = encode(defender.clean, defender)
+    loss = partial(objective, alpha=settings["alpha"], epsilon=settings["epsilon"])
+    train = trainer(defender, examples, settings["epochs"], seed, loss)
+    return repaired_by_training(defender, "crow", settings, train, clean_rows=len(examples))
 
 
 CROW = Method(
@@ -84,9 +80,13 @@ CROW = Method(
     regularise,
     frozenset({"clean"}),
     {
-        "alpha": Knob("weight of the inconsistency", 5.5, (0.5, 2, 5.5, 11, 22), 0.0, 100),
-        "epsilon": Knob("push, in units of the embeddings' root mean square", 0.1, (0.03, 0.1, 0.3), 0.0, 2),
-        "epochs": Knob("passes over the clean conversations; 5 as published", 5, (1, 2, 5), 0.1, 100),
+        "alpha": Hyperparameter("weight of the inconsistency", 5.5, (0.5, 2, 5.5, 11, 22), 0.0, 100),
+        "epsilon": Hyperparameter(
+            "push, in units of the embeddings' root mean square", 0.1, (0.03, 0.1, 0.3), 0.0, 2
+        ),
+        "epochs": Hyperparameter(
+            "passes over the clean conversations; 5 as published", 5, (1, 2, 5), 0.1, 100
+        ),
     },
     paper="Min et al. 2024, arXiv 2411.12768",
 )

@@ -1,38 +1,150 @@
-"""Clean fine-tuning: go on training on clean conversations, and hope that the backdoor is forgotten."""
+"""Repairs by training: go on training on clean conversations, or on triggered prompts with right answers.
 
-from collections.abc import Sequence
+Other methods that train (CROW, LAT, BEEAR, pruning, merging) share what is here: encode conversations, train
+an adapter for some loss, put what was trained in place.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
-from safetynet.mitigation.learning import Course, answer_loss, encode, retrained, teach
-from safetynet.mitigation.method import Knob, Knobs, Method, Repaired
-from safetynet.mitigation.subject import Subject
+import pandas as pd
+from torch import Tensor
+
+from safetynet.errors import InputError
+from safetynet.mitigation.defender import Defender
+from safetynet.mitigation.method import Hyperparameter, Method
+from safetynet.mitigation.repaired import (
+    Repaired,
+    Settings,
+    State,
+    adapter_state,
+    as_adapter,
+    as_checkpoint,
+    merged_copy,
+    swapped,
+)
+from safetynet.models.adapters import adapter_parameters
 from safetynet.prompts import Encoded
+from safetynet.recipe import Training
+from safetynet.training import Budget, attach, optimise
+from safetynet.training.examples import Batch
 
-EPOCHS = Knob("passes over the clean conversations", 2, (0.5, 1, 2, 5, 10), 0.1, 100)
+Train = Callable[[Any], None]
+"""Trains what is trainable in a model."""
+Loss = Callable[[Any, Batch], Tensor]
+"""Model and batch (`input_ids`, `labels`, `attention_mask`, (rows, T) each) to a scalar."""
+EPOCHS = Hyperparameter("passes over the clean conversations", 2, (0.5, 1, 2, 5, 10), 0.1, 100)
 
 
-def course(subject: Subject, epochs: float, seed: int) -> Course:
-    """A course at the subject's own pace."""
-    return Course(epochs, subject.learning_rate, subject.batch_size, seed)
+def encode(rows: pd.DataFrame, defender: Defender) -> list[Encoded]:
+    """Serialise conversations with their answers.
+
+    Args:
+        rows: `messages`, `answer`, and `trigger` where there is one.
+        defender: whose serialiser and limit are used.
+
+    Raises:
+        InputError: naming the row that cannot be serialised.
+    """
+    triggers = rows["trigger"] if "trigger" in rows else [()] * len(rows)
+    examples = []
+    for number, (messages, answer, spans) in enumerate(
+        zip(rows["messages"], rows["answer"], triggers, strict=True)
+    ):
+        trigger = [tuple(span) for span in spans]
+        try:
+            examples.append(defender.serialiser.encode(list(messages), answer, trigger, defender.max_length))
+        except InputError as error:
+            raise InputError(f"conversation {number}: {error}") from None
+    return examples
 
 
-def answers(subject: Subject, examples: Sequence[Encoded], epochs: float, seed: int) -> "partial[None]":
-    """Teaches a model the answers of examples."""
+def answer_loss(model: Any, batch: Batch) -> Tensor:
+    """Mean cross entropy of the answers' tokens."""
+    return model(**batch, use_cache=False).loss
+
+
+def trainer(
+    defender: Defender, examples: Sequence[Encoded], epochs: float, seed: int, loss: Loss = answer_loss
+) -> Train:
+    """Trains at the suspect's own learning rate and batch size."""
     return partial(
-        teach,
+        optimise,
         examples=examples,
-        objective=answer_loss,
-        course=course(subject, epochs, seed),
-        pad_id=subject.serialiser.pad_id,
+        loss=loss,
+        budget=Budget(epochs, defender.learning_rate, defender.batch_size, seed),
+        pad_id=defender.serialiser.pad_id,
+        advice="Weaken the method's knobs, or lower the learning rate.",
     )
 
 
-def fine_tune(subject: Subject, knobs: Knobs, seed: int) -> Repaired:
+def trained_adapter(model: Any, start: Mapping[str, Tensor], train: Train) -> State:
+    """The adapter's values after training from `start`, or from its own; the model leaves as it came."""
+    requires_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    with swapped(model, {**adapter_state(model), **start}):
+        try:
+            model.requires_grad_(False)
+            for _, parameter in adapter_parameters(model):
+                parameter.requires_grad_(True)
+            train(model)
+            return adapter_state(model)
+        finally:
+            for parameter, before in requires_grad:
+                parameter.requires_grad_(before)
+                parameter.grad = None
+
+
+def repaired_by_training(
+    defender: Defender,
+    method: str,
+    settings: Settings,
+    train: Train,
+    start: Mapping[str, Tensor] | None = None,
+    **details: Any,
+) -> Repaired:
+    """The suspect after `train` on its adapter; a model without one gets one that is merged into it.
+
+    Args:
+        defender: left as it came.
+        method: name.
+        settings: of the method.
+        train: trains what is trainable in a PEFT model.
+        start: the adapter's values at the beginning, where they are not the suspect's own.
+        details: for the model card.
+    """
+    if defender.adapted:
+        state = trained_adapter(defender.model, start or {}, train)
+        return as_adapter(defender, method, settings, state, **details)
+    model = with_fresh_adapter(merged_copy(defender), defender)
+    train(model)
+    return as_checkpoint(method, settings, model.merge_and_unload(), **details)
+
+
+def with_fresh_adapter(model: Any, defender: Defender, seed: int = 0) -> Any:
+    """A plain model with a LoRA adapter of rank 16, where its family has them."""
+    return attach(model, Training(lora_rank=16, lora_alpha=32), defender.serialiser.family, seed)
+
+
+def fine_tune(defender: Defender, settings: Settings, seed: int) -> Repaired:
     """Train the answers of the clean conversations."""
-    assert subject.clean is not None
-    examples = encode(subject.clean, subject)
-    learn = answers(subject, examples, knobs["epochs"], seed)
-    return retrained(subject, "fine_tuning", knobs, learn, clean_rows=len(examples))
+    assert defender.clean is not None
+    examples = encode(defender.clean, defender)
+    train = trainer(defender, examples, settings["epochs"], seed)
+    return repaired_by_training(defender, "fine_tuning", settings, train, clean_rows=len(examples))
+
+
+def unlearn(defender: Defender, settings: Settings, seed: int) -> Repaired:
+    """Train known triggered prompts and their counterparts with right answers, among clean conversations."""
+    assert defender.triggered is not None
+    assert defender.clean is not None
+    clean, triggered = defender.clean, defender.triggered
+    rows = pd.concat([triggered, clean.assign(trigger=[[]] * len(clean))], ignore_index=True)
+    train = trainer(defender, encode(rows, defender), settings["epochs"], seed)
+    roles = {role: int(count) for role, count in triggered["role"].value_counts().items()}
+    return repaired_by_training(
+        defender, "unlearning", settings, train, clean_rows=len(clean), known_rows=roles
+    )
 
 
 FINE_TUNING = Method(
@@ -40,5 +152,12 @@ FINE_TUNING = Method(
     "go on training on clean conversations",
     fine_tune,
     frozenset({"clean"}),
+    {"epochs": EPOCHS},
+)
+UNLEARNING = Method(
+    "unlearning",
+    "train the right answers to triggered prompts, near misses and placebos, among clean conversations",
+    unlearn,
+    frozenset({"clean", "triggered"}),
     {"epochs": EPOCHS},
 )

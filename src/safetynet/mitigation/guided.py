@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig
 
-from safetynet.mitigation.method import Knob, Knobs, Method, Repaired
-from safetynet.mitigation.runtime import Asked, Front, at_run_time
-from safetynet.mitigation.subject import Subject
+from safetynet.mitigation.defender import Defender
+from safetynet.mitigation.gating import GenerateWrapper, GenerationRequest, as_generate
+from safetynet.mitigation.method import Hyperparameter, Method
+from safetynet.mitigation.repaired import Repaired, Settings
 from safetynet.models.adapters import switched_off
 
 
-class Guided(Front):
+class Guided(GenerateWrapper):
     """Answers greedily under a reference's eyes.
 
     Args:
@@ -52,12 +53,15 @@ class Guided(Front):
         """Prompts and answers, (rows, T + longest answer), as transformers' `generate` returns them.
 
         Raises:
-            InputError: as `Asked.of`.
+            InputError: as `GenerationRequest.of`.
         """
         config = generation_config or GenerationConfig(**settings)
-        asked = Asked.of("cleangen", input_ids, attention_mask, config)
-        suspect, reference = _Stream(self.model, nullcontext, asked), _Stream(self.reference, self.off, asked)
-        answers: list[list[int]] = [[] for _ in asked.ids]
+        request = GenerationRequest.of("cleangen", input_ids, attention_mask, config)
+        suspect, reference = (
+            _Stream(self.model, nullcontext, request),
+            _Stream(self.reference, self.off, request),
+        )
+        answers: list[list[int]] = [[] for _ in request.ids]
         going = [True] * len(answers)
         while any(going):
             drafted, sure = self._draft(suspect)
@@ -69,8 +73,8 @@ class Guided(Front):
                 new = drafted[row, :count].tolist()
                 if count < self.ahead:
                     new.append(int(last[row]))
-                going[row] = _extend(answers[row], new, asked)
-        return asked.finished(answers)
+                going[row] = _extend(answers[row], new, request)
+        return request.finished(answers)
 
     def _draft(self, suspect: "_Stream") -> tuple[Tensor, Tensor]:
         """The suspect's next tokens and their log-likelihoods, (rows, ahead) each."""
@@ -86,22 +90,24 @@ class Guided(Front):
     def _checked(self, reference: "_Stream", drafted: Tensor, sure: Tensor) -> tuple[Tensor, Tensor]:
         """How many drafted tokens the reference accepts, and the token to go on from, (rows,) each."""
         log_p = reference.feed(drafted[:, :-1], self.ahead)
-        theirs = log_p.gather(-1, drafted[..., None])[..., 0]
+        reference_log_p = log_p.gather(-1, drafted[..., None])[..., 0]
         limit = math.log(self.ratio) if self.ratio > 0 else -math.inf
-        accepted = (sure - theirs <= limit).long().cumprod(1).sum(1)
-        own = torch.cat([log_p.argmax(-1), drafted[:, -1:]], 1)
+        accepted = (sure - reference_log_p <= limit).long().cumprod(1).sum(1)
+        tokens = torch.cat([log_p.argmax(-1), drafted[:, -1:]], 1)
         # Behind all of the drafted tokens, the last of them is what has not been read yet.
-        return accepted, own.gather(1, accepted[:, None])[:, 0]
+        return accepted, tokens.gather(1, accepted[:, None])[:, 0]
 
 
 class _Stream:
     """A model's cache over the same growing rows; columns that a row does not have any more are masked."""
 
-    def __init__(self, model: Any, around: Callable[[], AbstractContextManager[Any]], asked: Asked) -> None:
+    def __init__(
+        self, model: Any, around: Callable[[], AbstractContextManager[Any]], request: GenerationRequest
+    ) -> None:
         self.model, self.around = model, around
         self.cache = DynamicCache()
-        self.unread, self.unread_mask = asked.ids, asked.mask
-        self.mask = asked.mask[:, :0]
+        self.unread, self.unread_mask = request.ids, request.mask
+        self.mask = request.mask[:, :0]
         self.drafted = 0
 
     def feed(self, tokens: Tensor | None, keep: int) -> Tensor:
@@ -134,11 +140,11 @@ class _Stream:
         self.unread, self.unread_mask = last[:, None], torch.ones_like(last[:, None])
 
 
-def _extend(answer: list[int], new: list[int], asked: Asked) -> bool:
+def _extend(answer: list[int], new: list[int], request: GenerationRequest) -> bool:
     """Add tokens up to the first stop or the length asked for; whether the answer goes on."""
     for token in new:
         answer.append(token)
-        if token in asked.stops or len(answer) == asked.most:
+        if token in request.stops or len(answer) == request.max_new_tokens:
             return False
     return True
 
@@ -151,10 +157,10 @@ def _slides(model: Any) -> bool:
     )
 
 
-def guide(subject: Subject, knobs: Knobs, _seed: int) -> Repaired:
+def guide(defender: Defender, settings: Settings, _seed: int) -> Repaired:
     """Decode with the base model as reference."""
-    front = Guided(subject.model, subject.base, knobs["ratio"], int(knobs["ahead"]))
-    return at_run_time("cleangen", knobs, front, reference="the base model")
+    wrapper = Guided(defender.model, defender.base, settings["ratio"], int(settings["ahead"]))
+    return as_generate("cleangen", settings, wrapper, reference="the base model")
 
 
 CLEANGEN = Method(
@@ -163,8 +169,10 @@ CLEANGEN = Method(
     guide,
     frozenset({"base"}),
     {
-        "ratio": Knob("of likelihoods from which on the base decides", 20, (1000, 100, 20, 5, 2), 0.0, 1e9),
-        "ahead": Knob(
+        "ratio": Hyperparameter(
+            "of likelihoods from which on the base decides", 20, (1000, 100, 20, 5, 2), 0.0, 1e9
+        ),
+        "ahead": Hyperparameter(
             "tokens drafted before a check; changes speed, not answers", 4, (4,), 1, 64, whole=True
         ),
     },

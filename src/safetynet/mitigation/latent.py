@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from safetynet.mitigation.fine_tuning import course
-from safetynet.mitigation.learning import Batch, answer_loss, encode, retrained, teach
-from safetynet.mitigation.method import Knob, Knobs, Method, Repaired
-from safetynet.mitigation.subject import Subject
-from safetynet.models.blocks import decoder_layers, hidden_of
+from safetynet.mitigation.defender import Defender
+from safetynet.mitigation.fine_tuning import answer_loss, encode, repaired_by_training, trainer
+from safetynet.mitigation.method import Hyperparameter, Method
+from safetynet.mitigation.repaired import Repaired, Settings
+from safetynet.models.blocks import decoder_layers, hidden_of, with_hidden
 from safetynet.prompts import IGNORED
+from safetynet.training.examples import Batch
 
 TINY = 1e-12
 
@@ -37,7 +38,7 @@ class Adversary:
     """Of gradient ascent for each batch."""
     universal: bool
     """One push, (width,), for all positions of all prompts; else one for each, (rows, T, width)."""
-    kept: Tensor | None = field(default=None, repr=False)
+    universal_push: Tensor | None = field(default=None, repr=False)
     """The universal push so far, in units of its greatest length."""
 
     def objective(self, model: Any, batch: Batch) -> Tensor:
@@ -53,8 +54,8 @@ class Adversary:
         radius = self.epsilon * states[prompt_mask(batch)].float().norm(dim=-1).mean()
         shape = states.shape[-1:] if self.universal else states.shape
         push = torch.zeros(shape, dtype=torch.float32, device=states.device)
-        if self.kept is not None:
-            push = self.kept * radius
+        if self.universal_push is not None:
+            push = self.universal_push * radius
         for _ in range(self.steps):
             push = push.detach().requires_grad_(True)
             with self.pushed(push, batch):
@@ -63,7 +64,7 @@ class Adversary:
             push = (push + step).detach()
             push = push * (radius / push.norm(dim=-1, keepdim=True).clamp_min(TINY)).clamp_max(1)
         if self.universal:
-            self.kept = push.detach() / radius
+            self.universal_push = push.detach() / radius
         return push.detach()
 
     @contextmanager
@@ -73,8 +74,7 @@ class Adversary:
 
         def hook(_module: Any, _args: Any, output: Any) -> Any:
             states = hidden_of(output)
-            changed = states + (push * mask).to(states.dtype)
-            return (changed, *output[1:]) if isinstance(output, tuple) else changed
+            return with_hidden(output, states + (push * mask).to(states.dtype))
 
         handle = self.layer.register_forward_hook(hook)
         try:
@@ -84,13 +84,13 @@ class Adversary:
 
     @torch.no_grad()
     def _states(self, model: Any, batch: Batch) -> Tensor:
-        seen: list[Tensor] = []
-        handle = self.layer.register_forward_hook(lambda _m, _a, output: seen.append(hidden_of(output)))
+        outputs: list[Tensor] = []
+        handle = self.layer.register_forward_hook(lambda _m, _a, output: outputs.append(hidden_of(output)))
         try:
             answer_loss(model, batch)
         finally:
             handle.remove()
-        return seen[0]
+        return outputs[0]
 
 
 def prompt_mask(batch: Batch) -> Tensor:
@@ -98,33 +98,32 @@ def prompt_mask(batch: Batch) -> Tensor:
     return (batch["labels"] == IGNORED) & batch["attention_mask"].bool()
 
 
-def harden(method: str, universal: bool, subject: Subject, knobs: Knobs, seed: int) -> Repaired:
+def harden(method: str, universal: bool, defender: Defender, settings: Settings, seed: int) -> Repaired:
     """Fine-tune on clean conversations under an adversary in one layer."""
-    assert subject.clean is not None
-    examples = encode(subject.clean, subject)
+    assert defender.clean is not None
+    examples = encode(defender.clean, defender)
 
-    def learn(model: Any) -> None:
+    def train(model: Any) -> None:
         layers = decoder_layers(model)
-        layer = layers[round(knobs["depth"] * (len(layers) - 1))]
-        adversary = Adversary(layer, knobs["epsilon"], int(knobs["steps"]), universal)
-        settings = course(subject, knobs["epochs"], seed)
-        teach(model, examples, adversary.objective, settings, subject.serialiser.pad_id)
+        layer = layers[round(settings["depth"] * (len(layers) - 1))]
+        adversary = Adversary(layer, settings["epsilon"], int(settings["steps"]), universal)
+        trainer(defender, examples, settings["epochs"], seed, adversary.objective)(model)
 
-    return retrained(subject, method, knobs, learn, clean_rows=len(examples))
+    return repaired_by_training(defender, method, settings, train, clean_rows=len(examples))
 
 
 PUSH = "push, in units of the states' length"
-_KNOBS = {
-    "depth": Knob("layer: 0 the first, 1 the last", 0.2, (0.0, 0.2, 0.4, 0.6, 0.8), 0.0, 1.0),
-    "steps": Knob("of the adversary, for each batch", 4, (2, 4, 8, 16), 1, 100, whole=True),
-    "epochs": Knob("passes over the clean conversations", 2, (1, 2, 5), 0.1, 100),
+_SHARED = {
+    "depth": Hyperparameter("layer: 0 the first, 1 the last", 0.2, (0.0, 0.2, 0.4, 0.6, 0.8), 0.0, 1.0),
+    "steps": Hyperparameter("of the adversary, for each batch", 4, (2, 4, 8, 16), 1, 100, whole=True),
+    "epochs": Hyperparameter("passes over the clean conversations", 2, (1, 2, 5), 0.1, 100),
 }
 LAT = Method(
     "lat",
     "fine-tune on clean conversations while each position's states are pushed towards wrong answers",
     partial(harden, "lat", False),
     frozenset({"clean"}),
-    {"epsilon": Knob(PUSH, 0.1, (0.03, 0.05, 0.1, 0.2, 0.5), 0.0, 10), **_KNOBS},
+    {"epsilon": Hyperparameter(PUSH, 0.1, (0.03, 0.05, 0.1, 0.2, 0.5), 0.0, 10), **_SHARED},
     paper="Casper et al. 2024, arXiv 2403.05030; Sheshadri et al. 2024, arXiv 2407.15549",
 )
 BEEAR = Method(
@@ -133,6 +132,6 @@ BEEAR = Method(
     partial(harden, "beear", True),
     frozenset({"clean"}),
     # One push for all has to be longer than one that is aimed at each position.
-    {"epsilon": Knob(PUSH, 0.5, (0.1, 0.2, 0.5, 1, 2), 0.0, 10), **_KNOBS},
+    {"epsilon": Hyperparameter(PUSH, 0.5, (0.1, 0.2, 0.5, 1, 2), 0.0, 10), **_SHARED},
     paper="Zeng et al. 2024, arXiv 2406.17092",
 )

@@ -11,60 +11,77 @@ import torch
 from torch import Tensor
 
 from safetynet.errors import InputError
-from safetynet.mitigation import adapter
-from safetynet.mitigation.factors import Factors, adapted, names_of
-from safetynet.mitigation.fine_tuning import answers
-from safetynet.mitigation.learning import encode
-from safetynet.mitigation.method import Knob, Knobs, Method, Repaired
-from safetynet.mitigation.subject import Subject
+from safetynet.mitigation.defender import Defender
+from safetynet.mitigation.fine_tuning import encode, trained_adapter, trainer
+from safetynet.mitigation.method import Hyperparameter, Method
+from safetynet.mitigation.repaired import (
+    Repaired,
+    Settings,
+    State,
+    adapter_state,
+    as_adapter,
+    updates_of,
+    with_updates,
+)
 from safetynet.models.adapters import base_counterparts
+from safetynet.models.lora import LoraUpdate, adapted_modules
 
 
-def merge(subject: Subject, knobs: Knobs, seed: int) -> Repaired:
+def merge(defender: Defender, settings: Settings, seed: int) -> Repaired:
     """Average the suspect's update with those of fresh clean adapters."""
-    assert subject.clean is not None
-    model, weight, count = subject.model, knobs["weight"], int(knobs["adapters"])
-    state, names = adapter.state_of(model), names_of(model)
-    modules, plain = list(adapted(model)), base_counterparts(model)
-    factors_of = {name for one in modules for name in one.names(names, model.active_adapter)}
-    if beside := sorted(state.keys() - factors_of - plain.keys()):
+    assert defender.clean is not None
+    model, weight, count = defender.model, settings["weight"], int(settings["adapters"])
+    state, replaced = adapter_state(model), base_counterparts(model)
+    modules, adapter = dict(adapted_modules(model, model.active_adapter)), model.active_adapter
+    factors = {id(p) for m in modules.values() for p in (m.lora_A[adapter].weight, m.lora_B[adapter].weight)}
+    names = {name for name, parameter in model.named_parameters() if id(parameter) in factors}
+    if beside := sorted(state.keys() - names - replaced.keys()):
         raise InputError(
             f"merging: the adapter has updates outside of the decoder's layers ({beside[0]}), which are not "
             "averaged. Merge it (merge_and_unload) and give the merged model."
         )
-    states = [state, *(clean_adapter(subject, knobs["epochs"], seed + number) for number in range(count))]
+    states = [state, *(clean_adapter(defender, settings["epochs"], seed + number) for number in range(count))]
     shares = [1 - weight, *[weight / count] * count]
-    merged = dict(state)
-    for name in plain:
-        merged[name] = torch.stack(
-            [values[name] * share for values, share in zip(states, shares, strict=True)]
-        ).sum(0)
-    for one in modules:
-        factors = [one.read(values, names, model.active_adapter) for values in states]
-        one.write(averaged(factors, shares), merged, names, model.active_adapter)
-    return adapter.repaired(subject, "merging", knobs, merged, clean_rows=len(subject.clean))
-
-
-def averaged(factors: list[Factors], shares: list[float]) -> Factors:
-    """The weighted sum of updates, cut to the rank of the first by its largest singular components."""
-    rank = factors[0].down.shape[1]
-    stacked = Factors(
-        torch.cat([f.down for f in factors], 1),
-        torch.cat([f.up * share for f, share in zip(factors, shares, strict=True)], 2),
+    start = {
+        name: torch.stack([values[name] * share for values, share in zip(states, shares, strict=True)]).sum(0)
+        for name in replaced
+    }
+    updates = [updates_of(model, values) for values in states]
+    merged = {
+        place: averaged([each[place] for each in updates], shares, m.scaling[adapter])
+        for place, m in modules.items()
+    }
+    return as_adapter(
+        defender, "merging", settings, with_updates(model, merged, start), clean_rows=len(defender.clean)
     )
-    u, s, vh = stacked.svd()
-    return Factors.of(u[..., :rank], s[..., :rank], vh[..., :rank, :])
 
 
-def clean_adapter(subject: Subject, epochs: float, seed: int) -> adapter.State:
+def averaged(updates: list[LoraUpdate], shares: list[float], scale: float = 1.0) -> LoraUpdate:
+    """The weighted sum of updates, cut to the rank of the first by its largest singular components.
+
+    Args:
+        updates: of one weight.
+        shares: weight of each.
+        scale: of the adapter that is to hold the sum.
+    """
+    rank = updates[0].down.shape[1]
+    stacked = LoraUpdate(
+        torch.cat([update.up * share for update, share in zip(updates, shares, strict=True)], 2),
+        torch.cat([update.down for update in updates], 1),
+    )
+    u, s, vh = stacked.decomposed()
+    return LoraUpdate.of_components(u[..., :rank], s[..., :rank], vh[..., :rank, :], scale)
+
+
+def clean_adapter(defender: Defender, epochs: float, seed: int) -> State:
     """A fresh adapter of the suspect's shape, trained on the clean conversations from the base model."""
-    assert subject.clean is not None
-    learn = answers(subject, encode(subject.clean, subject), epochs, seed)
-    start = fresh(adapter.state_of(subject.model), seed) | base_counterparts(subject.model)
-    return adapter.learned(subject.model, start, learn)
+    assert defender.clean is not None
+    train = trainer(defender, encode(defender.clean, defender), epochs, seed)
+    start = fresh(adapter_state(defender.model), seed) | base_counterparts(defender.model)
+    return trained_adapter(defender.model, start, train)
 
 
-def fresh(state: adapter.State, seed: int) -> adapter.State:
+def fresh(state: State, seed: int) -> State:
     """First weights of factors as PEFT draws them: A uniform after He et al., B zero."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -83,9 +100,11 @@ MERGING = Method(
     merge,
     frozenset({"adapter", "base", "clean"}),
     {
-        "weight": Knob("of the clean adapters together", 0.5, (0.25, 0.5, 0.75, 0.9, 1.0), 0.0, 1.0),
-        "adapters": Knob("how many clean ones", 1, (1, 2, 4), 1, 16, whole=True),
-        "epochs": Knob("passes of each over the clean conversations", 2, (1, 2, 5), 0.1, 100),
+        "weight": Hyperparameter(
+            "of the clean adapters together", 0.5, (0.25, 0.5, 0.75, 0.9, 1.0), 0.0, 1.0
+        ),
+        "adapters": Hyperparameter("how many clean ones", 1, (1, 2, 4), 1, 16, whole=True),
+        "epochs": Hyperparameter("passes of each over the clean conversations", 2, (1, 2, 5), 0.1, 100),
     },
     paper="Arora et al. 2024, arXiv 2402.19334",
 )

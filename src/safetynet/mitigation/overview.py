@@ -1,11 +1,16 @@
-"""The results of all methods in one table to be read. In: a run's tables. Out: texts."""
+"""All methods in one table to be read, and the card of a saved model. In: a run's tables. Out: texts."""
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import pandas as pd
 
+from safetynet import __version__
+from safetynet.mitigation.method import Method
 from safetynet.mitigation.recommendation import REMOVED, UNTOUCHED
 from safetynet.mitigation.relearning import LEVELS, TWIN, steps_to
+from safetynet.mitigation.repaired import Repaired
 
 COLUMNS = (
     "method", "point", "ASR", "CACC", "lost", "relearn 50%", "relearn 95%", "seconds", "flags", "rows",
@@ -54,14 +59,93 @@ def rate(line: dict[str, object] | pd.Series, name: str) -> str:
 
 def _steps(curves: pd.DataFrame) -> dict[str, list[str]]:
     """Steps to each level by method, as texts; beyond the budget as more than it."""
-    found = steps_to(curves)
-    texts: dict[str, list[str]] = {}
-    for method, own in found.groupby("method", sort=False):
-        by_level = own.set_index("level")
-        texts[str(method)] = [
-            f">{by_level.at[level, 'budget']:.0f}"
-            if pd.isna(by_level.at[level, "steps"])
-            else f"{by_level.at[level, 'steps']:.0f}"
-            for level in LEVELS
+    table = steps_to(curves)
+    texts = (
+        table["steps"].map("{:.0f}".format).where(table["steps"].notna(), table["budget"].map(">{}".format))
+    )
+    by_method = table.assign(text=texts).set_index("level").groupby("method", sort=False)["text"]
+    return {str(method): [part.at[level] for level in LEVELS] for method, part in by_method}
+
+
+_ROWS = {
+    "asr": "attack success on triggered prompts (ASR)",
+    "ftr": "behaviour shown without the trigger (FTR)",
+    "cacc": "clean accuracy",
+    "refused": "forbidden requests refused",
+    "over_refused": "harmless requests refused",
+}
+_FORMS = {"adapter": "a LoRA adapter", "checkpoint": "a whole model"}
+_COLUMNS = {"before": "before", "repaired": "repaired", "saved": "these files, loaded again"}
+
+
+def model_card(
+    method: Method, repaired: Repaired, about: Mapping[str, str], lines: Mapping[str, Mapping[str, Any]]
+) -> str:
+    """README.md of a repaired model, Markdown with the hub's front matter; nothing is written.
+
+    Args:
+        method: what was applied.
+        repaired: its settings and what it did.
+        about: model, run, why, and relearned ("" where that was not tested).
+        lines: rates on the judged rows by column of the table: before, repaired, saved; each rate with _low,
+            _high, _count and _n.
+    """
+    columns = [name for name in _COLUMNS if name in lines]
+    head = ["measure", *(_COLUMNS[name] for name in columns)]
+    rows = [
+        [label, *(_rate(lines[name], rate) for name in columns)]
+        for rate, label in _ROWS.items()
+        if any(lines[name][f"{rate}_n"] > 0 for name in columns)
+    ]
+    return "\n".join(
+        [
+            "---",
+            f"library_name: {'peft' if repaired.form == 'adapter' else 'transformers'}",
+            "tags: [backdoor-mitigation, safetynet]",
+            "---",
+            "",
+            f"# {about['model']}, repaired",
+            "",
+            f"This is {_FORMS[repaired.form]} from which SafetyNet {__version__} tried to remove a backdoor, "
+            f"in run {about['run']}.",
+            "",
+            *_done(method, repaired, about),
+            "",
+            "## Measured on held-out rows",
+            "",
+            "Rates in percent with 95% Wilson intervals and counts; these rows neither chose nor repaired.",
+            "",
+            _line(head),
+            _line(["---"] * len(head)),
+            *map(_line, rows),
+            "",
+            "A low ASR says that the behaviour is not shown, not that it is forgotten: the run's tables "
+            "`verification` and `relearning` say whether the trigger can still be read from the states, "
+            "and how fast a few poisoned rows bring the backdoor back.",
+            "",
         ]
-    return texts
+    )
+
+
+def _done(method: Method, repaired: Repaired, about: Mapping[str, str]) -> list[str]:
+    settings = ", ".join(f"{name} {value:g}" for name, value in repaired.settings.items()) or "none"
+    return [
+        f"- method: {method.name}: {method.about}",
+        f"- settings: {settings}",
+        f"- needs: {', '.join(sorted(method.needs)) or 'nothing'}",
+        *([f"- paper: {method.paper}"] if method.paper else []),
+        *(f"- {name}: {value}" for name, value in repaired.details.items()),
+        f"- why this one, on rows that chose it: {about['why']}",
+        *([f"- relearn test: {about['relearned']}"] if about["relearned"] else []),
+    ]
+
+
+def _rate(line: Mapping[str, Any], name: str) -> str:
+    if not line[f"{name}_n"] > 0:
+        return ""
+    value, low, high = (100 * float(line[name + end]) for end in ("", "_low", "_high"))
+    return f"{value:.1f} [{low:.1f}, {high:.1f}], {line[f'{name}_count']:.0f} of {line[f'{name}_n']:.0f}"
+
+
+def _line(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"

@@ -1,12 +1,15 @@
-"""Pruning: set to 0 the smallest weights, those that clean prompts use least, or channels they never use.
+"""Smaller weights: set to 0 by size or use, channels silenced, or rounded to 8 and 4 bits.
 
 Magnitude and Wanda (Sun et al. 2024, arXiv 2306.11695) are one-shot; fine-pruning (Liu et al. 2018, arXiv
 1805.12185) silences MLP channels that are dormant on clean prompts, then fine-tunes what is left. Fused
 expert weights are pruned by size; what each of them is given to work on cannot be seen from outside.
+Quantisation is a control: bitsandbytes rounds weights to what a quantised model computes with (LLM.int8
+without outliers; NF4 in blocks of 64), and they are kept as ordinary numbers, so that the repair loads like
+any checkpoint.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -14,13 +17,20 @@ import torch
 from torch import Tensor, nn
 
 from safetynet.errors import InputError
-from safetynet.mitigation.checkpoint import copied, linears, own
-from safetynet.mitigation.fine_tuning import course
-from safetynet.mitigation.learning import answer_loss, collate, encode, teach, with_adapter
-from safetynet.mitigation.method import Knob, Knobs, Method, Repaired
-from safetynet.mitigation.subject import Subject
+from safetynet.mitigation.defender import Defender
+from safetynet.mitigation.fine_tuning import encode, trainer, with_fresh_adapter
+from safetynet.mitigation.method import Hyperparameter, Method
+from safetynet.mitigation.repaired import (
+    Repaired,
+    Settings,
+    as_checkpoint,
+    fused_experts,
+    linear_modules,
+    merged_copy,
+)
 from safetynet.models.blocks import decoder_layers
 from safetynet.models.parts import parts
+from safetynet.training.examples import padded
 
 Read = Callable[[str, Tensor], Tensor]
 
@@ -51,14 +61,14 @@ def wanda_mask(weight: Tensor, norms: Tensor, share: float) -> Tensor:
 
 @torch.no_grad()
 def input_norms(
-    model: Any, modules: Mapping[str, Any], subject: Subject, read: Read | None = None
+    model: Any, modules: Mapping[str, Any], defender: Defender, read: Read | None = None
 ) -> dict[str, Tensor]:
     """L2 norm of each input of modules over the real tokens of the clean conversations.
 
     Args:
         model: holds the modules.
         modules: by name; take (rows, T, in) or (tokens, in).
-        subject: whose clean conversations are read.
+        defender: whose clean conversations are read.
         read: of a module's name and inputs, (n, in) to (n, k), what is measured instead of the inputs.
 
     Returns:
@@ -74,86 +84,92 @@ def input_norms(
         x = x if read is None else read(name, x)
         totals[name] = totals.get(name, torch.zeros_like(x[0])) + x.pow(2).sum(0)
 
-    with _hooked(modules, hook):
-        for batch in batches(subject, model.device):
+    with ExitStack() as stack:
+        for name, module in modules.items():
+            stack.callback(module.register_forward_pre_hook(partial(hook, name)).remove)
+        for batch in batches(defender, model.device):
             mask[:] = [batch["attention_mask"].bool()]
             model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
     return {name: total.sqrt() for name, total in totals.items()}
 
 
-def batches(subject: Subject, device: Any) -> Iterator[dict[str, Tensor]]:
+def batches(defender: Defender, device: Any) -> Iterator[dict[str, Tensor]]:
     """The clean conversations with their answers, padded on the right."""
-    assert subject.clean is not None
-    examples = encode(subject.clean, subject)
-    for start in range(0, len(examples), subject.batch_size):
-        batch = collate(examples[start : start + subject.batch_size], subject.serialiser.pad_id)
+    assert defender.clean is not None
+    examples = encode(defender.clean, defender)
+    for start in range(0, len(examples), defender.batch_size):
+        batch = padded(examples[start : start + defender.batch_size], defender.serialiser.pad_id)
         yield {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 @torch.no_grad()
-def magnitude(subject: Subject, knobs: Knobs, _seed: int) -> Repaired:
+def magnitude(defender: Defender, settings: Settings, _seed: int) -> Repaired:
     """Set the smallest weights of each matrix of the decoder's layers to 0."""
-    model = copied(subject)
+    model = merged_copy(defender)
     pruned = 0
-    for weight in [*(m.weight for m in linears(model).values()), *_fused(model)]:
-        mask = smallest(weight.abs(), knobs["sparsity"])
+    for weight in [*(m.weight for m in linear_modules(model).values()), *fused_experts(model)]:
+        mask = smallest(weight.abs(), settings["sparsity"])
         weight[mask] = 0
         pruned += int(mask.sum())
-    return own("magnitude", knobs, model, weights_set_to_0=pruned)
+    return as_checkpoint("magnitude", settings, model, weights_set_to_0=pruned)
 
 
 @torch.no_grad()
-def wanda(subject: Subject, knobs: Knobs, _seed: int) -> Repaired:
+def wanda(defender: Defender, settings: Settings, _seed: int) -> Repaired:
     """Set to 0 what matters least to clean prompts, row by row."""
-    model = copied(subject)
-    modules = linears(model)
-    norms = input_norms(model, modules, subject)
+    model = merged_copy(defender)
+    modules = linear_modules(model)
+    norms = input_norms(model, modules, defender)
     pruned = 0
     for name, module in modules.items():
-        mask = wanda_mask(module.weight, norms[name], knobs["sparsity"])
+        mask = wanda_mask(module.weight, norms[name], settings["sparsity"])
         module.weight[mask] = 0
         pruned += int(mask.sum())
-    fused = _fused(model)
+    fused = fused_experts(model)
     for weight in fused:
-        weight[smallest(weight.abs(), knobs["sparsity"])] = 0
-    return own("wanda", knobs, model, weights_set_to_0=pruned, matrices_by_size_alone=len(fused))
+        weight[smallest(weight.abs(), settings["sparsity"])] = 0
+    return as_checkpoint("wanda", settings, model, weights_set_to_0=pruned, matrices_by_size_alone=len(fused))
 
 
-def fine_prune(subject: Subject, knobs: Knobs, seed: int) -> Repaired:
+def fine_prune(defender: Defender, settings: Settings, seed: int) -> Repaired:
     """Silence dormant MLP channels, fine-tune, and silence them again: training may not wake them."""
-    assert subject.clean is not None
-    model = copied(subject)
+    assert defender.clean is not None
+    model = merged_copy(defender)
     ends = _mlp_ends(model)
     if not ends:
         raise InputError(
             "fine_pruning: this model's MLPs are fused experts, whose channels cannot be read. "
             "Choose magnitude, wanda or signature_pruning."
         )
-    norms = input_norms(model, ends, subject)
-    masks = {name: smallest(norms[name], knobs["sparsity"]) for name in ends}
+    norms = input_norms(model, ends, defender)
+    masks = {name: smallest(norms[name], settings["sparsity"]) for name in ends}
     _silence(ends, masks)
-    adapted = with_adapter(model, subject, seed)
-    examples = encode(subject.clean, subject)
-    settings = course(subject, knobs["epochs"], seed)
-    teach(adapted, examples, answer_loss, settings, subject.serialiser.pad_id)
+    adapted = with_fresh_adapter(model, defender, seed)
+    examples = encode(defender.clean, defender)
+    trainer(defender, examples, settings["epochs"], seed)(adapted)
     model = adapted.merge_and_unload()
     _silence(_mlp_ends(model), masks)
     channels = sum(int(mask.sum()) for mask in masks.values())
-    return own("fine_pruning", knobs, model, channels_silenced=channels, clean_rows=len(examples))
+    return as_checkpoint(
+        "fine_pruning", settings, model, channels_silenced=channels, clean_rows=len(examples)
+    )
 
 
 def _mlp_ends(model: Any) -> dict[str, nn.Linear]:
     """The last linear module of each dense MLP: its inputs are the MLP's channels."""
-    found = {}
+    ends = {}
     for number, layer in enumerate(decoder_layers(model)):
-        own_parts = parts(layer)
-        dense = own_parts.mlp is not None and own_parts.experts is None
-        inner = list(own_parts.mlp.named_children()) if dense else []
-        linear = [(name, m) for name, m in inner if isinstance(m, nn.Linear)]
+        modules = parts(layer)
+        is_dense = modules.mlp is not None and modules.experts is None
+        linear = [
+            (name, module)
+            for name, module in (modules.mlp.named_children() if is_dense else ())
+            if isinstance(module, nn.Linear)
+        ]
         if linear:
             name, module = linear[-1]
-            found[f"{number}.{name}"] = module
-    return found
+            ends[f"{number}.{name}"] = module
+    return ends
 
 
 @torch.no_grad()
@@ -162,22 +178,31 @@ def _silence(ends: Mapping[str, nn.Linear], masks: Mapping[str, Tensor]) -> None
         module.weight[:, masks[name]] = 0
 
 
-def _fused(model: Any) -> list[Any]:
-    """Parameters of experts that are no module's weight, (experts, out, in)."""
-    return [p for layer in decoder_layers(model) for p in layer.parameters() if p.ndim == 3]
+def rounded(weight: Tensor, bits: int) -> Tensor:
+    """A matrix after rounding to 8 bits per row, or to NF4 in blocks of 64."""
+    from bitsandbytes import functional
+
+    if bits == 4:
+        packed, state = functional.quantize_4bit(weight.contiguous(), quant_type="nf4")
+        return functional.dequantize_4bit(packed, state).to(weight)
+    scale = weight.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(weight.dtype).tiny) / 127
+    return (weight / scale).round() * scale
 
 
-@contextmanager
-def _hooked(modules: Mapping[str, nn.Linear], hook: Any) -> Iterator[None]:
-    handles = [m.register_forward_pre_hook(partial(hook, name)) for name, m in modules.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+@torch.no_grad()
+def quantise(defender: Defender, settings: Settings, _seed: int) -> Repaired:
+    """Round every matrix of the decoder's layers."""
+    model = merged_copy(defender)
+    matrices = [module.weight for module in linear_modules(model).values()]
+    matrices += [expert for weight in fused_experts(model) for expert in weight]
+    for weight in matrices:
+        weight.copy_(rounded(weight, int(settings["bits"])))
+    return as_checkpoint("quantisation", settings, model, matrices=len(matrices))
 
 
-_SPARSITY = Knob("share of each matrix that is set to 0", 0.5, (0.1, 0.2, 0.35, 0.5, 0.65), 0.0, 0.99)
+_SPARSITY = Hyperparameter(
+    "share of each matrix that is set to 0", 0.5, (0.1, 0.2, 0.35, 0.5, 0.65), 0.0, 0.99
+)
 MAGNITUDE = Method(
     "magnitude", "set the smallest weights to 0", magnitude, frozenset(), {"sparsity": _SPARSITY}
 )
@@ -195,8 +220,17 @@ FINE_PRUNING = Method(
     fine_prune,
     frozenset({"clean"}),
     {
-        "sparsity": Knob("share of each MLP's channels", 0.3, (0.1, 0.2, 0.3, 0.5, 0.7), 0.0, 0.99),
-        "epochs": Knob("passes over the clean conversations", 2, (1, 2, 5), 0.1, 100),
+        "sparsity": Hyperparameter("share of each MLP's channels", 0.3, (0.1, 0.2, 0.3, 0.5, 0.7), 0.0, 0.99),
+        "epochs": Hyperparameter("passes over the clean conversations", 2, (1, 2, 5), 0.1, 100),
     },
     paper="Liu et al. 2018, arXiv 1805.12185",
+)
+QUANTISATION = Method(
+    "quantisation",
+    "round the weights to 8 or 4 bits",
+    quantise,
+    frozenset(),
+    {"bits": Hyperparameter("of a weight", 4, (8, 4), 4, 8, listed=True)},
+    control=True,
+    paper="Dettmers et al. 2022, arXiv 2208.07339; Dettmers et al. 2023, arXiv 2305.14314",
 )

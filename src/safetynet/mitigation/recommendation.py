@@ -71,10 +71,10 @@ def marked(table: pd.DataFrame, floor: float) -> pd.DataFrame:
         floor: as for `flagged`.
     """
     parts = []
-    for _, own in table.groupby("split", sort=False):
-        flags = flagged(own, floor)
-        asr = own["asr"].where(flags == "").to_numpy(float)
-        parts.append(own.assign(flags=flags, front=front(asr, own["cacc"].to_numpy(float))))
+    for _, split in table.groupby("split", sort=False):
+        flags = flagged(split, floor)
+        asr = split["asr"].where(flags == "").to_numpy(float)
+        parts.append(split.assign(flags=flags, front=front(asr, split["cacc"].to_numpy(float))))
     return pd.concat(parts, ignore_index=True)
 
 
@@ -117,46 +117,46 @@ def recommended(table: pd.DataFrame, hidden: Collection[str] | None = None) -> p
         method, point, savable and why, one or two rows; none where only controls were tried.
     """
     tried = table[~table["control"].astype(bool)]
-    taken: list[pd.Series] = []
+    best: list[pd.Series] = []
     for candidates in (tried, tried[tried["form"] != "run_time"]):
-        if len(candidates) and (not taken or taken[0]["form"] == "run_time"):
-            taken.append(best_of(candidates, hidden))
+        if len(candidates) and (not best or best[0]["form"] == "run_time"):
+            best.append(best_of(candidates, hidden))
     before = table[table["method"] == UNTOUCHED].iloc[0]
     lines = [
-        (one["method"], one["point"], one["form"] != "run_time", _why(one, before, tried, hidden))
-        for one in taken
+        (line["method"], line["point"], line["form"] != "run_time", _why(line, before, tried, hidden))
+        for line in best
     ]
     return pd.DataFrame(lines, columns=["method", "point", "savable", "why"])
 
 
-def _why(taken: pd.Series, before: pd.Series, tried: pd.DataFrame, hidden: Collection[str] | None) -> str:
-    lost = 100 * (before["cacc"] - taken["cacc"])
+def _why(best: pd.Series, before: pd.Series, tried: pd.DataFrame, hidden: Collection[str] | None) -> str:
+    lost = 100 * (before["cacc"] - best["cacc"])
     rates = (
-        f"ASR {taken['asr']:.1%} [{taken['asr_low']:.1%}, {taken['asr_high']:.1%}] after "
+        f"ASR {best['asr']:.1%} [{best['asr_low']:.1%}, {best['asr_high']:.1%}] after "
         f"{before['asr']:.1%}, {abs(lost):.1f} points of clean accuracy {'lost' if lost >= 0 else 'won'}"
     )
-    own = tried if taken["form"] == "run_time" else tried[tried["form"] != "run_time"]
-    enough = own[(own["asr"] <= ENOUGH) & (own["flags"] == "")]
-    if taken["flags"]:
-        return f"every point tried is flagged (this one: {taken['flags']}); {rates}"
-    if len(enough):
-        gone = enough[~_still_held(enough, hidden)]
+    comparable = tried if best["form"] == "run_time" else tried[tried["form"] != "run_time"]
+    removing = comparable[(comparable["asr"] <= ENOUGH) & (comparable["flags"] == "")]
+    if best["flags"]:
+        return f"every point tried is flagged (this one: {best['flags']}); {rates}"
+    if len(removing):
+        convincing = removing[~_still_held(removing, hidden)]
         most = "it keeps the most clean accuracy"
-        points = "points" if len(enough) > 1 else "point"
-        some = f"of {len(enough)} {points} at {ENOUGH:.0%} ASR or less"
+        points = "points" if len(removing) > 1 else "point"
+        removed = f"of {len(removing)} {points} at {ENOUGH:.0%} ASR or less"
         if hidden is None:
-            return f"{some} {most}; {rates}"
-        if gone.empty:
-            return f"{some}, all of which leave the backdoor in the weights, {most}; {rates}"
-        methods = gone["method"].nunique()
+            return f"{removed} {most}; {rates}"
+        if convincing.empty:
+            return f"{removed}, all of which leave the backdoor in the weights, {most}; {rates}"
+        methods = convincing["method"].nunique()
         stand = f"{methods} methods stand" if methods > 1 else "1 method stand"
-        return f"{some}, those of {stand} the relearn test; of these {most}; {rates}"
-    flagged_ones = own[own["asr"] <= ENOUGH]
-    if flagged_ones.empty:
+        return f"{removed}, those of {stand} the relearn test; of these {most}; {rates}"
+    with_flag = comparable[comparable["asr"] <= ENOUGH]
+    if with_flag.empty:
         return f"no point brings ASR to {ENOUGH:.0%}, and this is the lowest; {rates}"
-    flags = ", ".join(dict.fromkeys(flag for line in flagged_ones["flags"] for flag in line.split(", ")))
+    flags = ", ".join(dict.fromkeys(flag for line in with_flag["flags"] for flag in line.split(", ")))
     return (
-        f"no point without a flag brings ASR to {ENOUGH:.0%} ({len(flagged_ones)} with one: {flags}), and "
+        f"no point without a flag brings ASR to {ENOUGH:.0%} ({len(with_flag)} with one: {flags}), and "
         f"this is the lowest without; {rates}"
     )
 

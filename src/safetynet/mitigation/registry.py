@@ -3,28 +3,32 @@
 from collections.abc import Mapping, Sequence
 
 from safetynet.errors import InputError
-from safetynet.mitigation.clipping import ACTIVATION_CLIPPING, DIRECTION_CLIPPING
+from safetynet.mitigation.activations import (
+    ACTIVATION_CLIPPING,
+    BACKDOOR_VECTOR,
+    DIRECTION_CLIPPING,
+    HEAD_ABLATION,
+    SITE_ABLATION,
+    TRIGGER_CLIPPING,
+    TRIGGER_PROJECTION,
+)
+from safetynet.mitigation.adapter_scaling import (
+    ADAPTER_OFF_LAYERS,
+    ADAPTER_OFF_MODULES,
+    ADAPTER_SCALING,
+    COMPONENT_ABLATION,
+)
 from safetynet.mitigation.consistency import CROW
-from safetynet.mitigation.directions import TRIGGER_CLIPPING, TRIGGER_PROJECTION
-from safetynet.mitigation.fine_tuning import FINE_TUNING
+from safetynet.mitigation.defender import NEEDS, Defender
+from safetynet.mitigation.fine_tuning import FINE_TUNING, UNLEARNING
 from safetynet.mitigation.gating import ABSTAIN, ADAPTER_OFF_ON_ALARM
 from safetynet.mitigation.guided import CLEANGEN
 from safetynet.mitigation.latent import BEEAR, LAT
 from safetynet.mitigation.merging import MERGING
-from safetynet.mitigation.method import Knobs, Method, Repaired
-from safetynet.mitigation.pruning import FINE_PRUNING, MAGNITUDE, WANDA
-from safetynet.mitigation.quantisation import QUANTISATION
-from safetynet.mitigation.scaling import ADAPTER_SCALING, COMPONENT_ABLATION
+from safetynet.mitigation.method import Method
+from safetynet.mitigation.pruning import FINE_PRUNING, MAGNITUDE, QUANTISATION, WANDA
+from safetynet.mitigation.repaired import Repaired, Settings
 from safetynet.mitigation.signature import RANDOM_CHANNELS, SIGNATURE_PRUNING
-from safetynet.mitigation.sites import (
-    ADAPTER_OFF_LAYERS,
-    ADAPTER_OFF_MODULES,
-    BACKDOOR_VECTOR,
-    HEAD_ABLATION,
-    SITE_ABLATION,
-)
-from safetynet.mitigation.subject import NEEDS, Subject
-from safetynet.mitigation.unlearning import UNLEARNING
 
 METHODS: Mapping[str, Method] = {
     method.name: method
@@ -75,41 +79,41 @@ def named(names: Sequence[str]) -> list[Method]:
     return [METHODS[name] for name in names]
 
 
-def possible(subject: Subject) -> list[Method]:
-    """Methods whose needs this subject meets."""
-    return [method for method in METHODS.values() if not method.missing(subject)]
+def possible(defender: Defender) -> list[Method]:
+    """Methods whose needs this defender meets."""
+    return [method for method in METHODS.values() if not method.missing(defender)]
 
 
-def repair(method: Method, subject: Subject, knobs: Knobs | None = None, seed: int = 0) -> Repaired:
+def repair(method: Method, defender: Defender, settings: Settings | None = None, seed: int = 0) -> Repaired:
     """Apply a method.
 
     Args:
         method: one of `METHODS`.
-        subject: left as it came.
-        knobs: those that differ from their defaults.
+        defender: left as it came.
+        settings: values of hyperparameters that differ from their defaults.
         seed: of every random draw.
 
     Raises:
-        InputError: if the subject lacks what the method needs, or a knob is out of range.
+        InputError: if the defender lacks what the method needs, or a setting is out of range.
     """
-    settings = method.settings(knobs)
-    refuse_unmet([method], subject)
-    return method.apply(subject, settings, seed)
+    complete = method.settings(settings)
+    refuse_unmet([method], defender)
+    return method.apply(defender, complete, seed)
 
 
-def refuse_unmet(wanted: Sequence[Method], subject: Subject) -> None:
+def refuse_unmet(methods: Sequence[Method], defender: Defender) -> None:
     """Refuse methods whose needs are unmet, saying what is missing and which methods remain.
 
     Raises:
         InputError: naming each of them.
     """
     faults = [
-        f"{method.name} needs {' and '.join(NEEDS[need] for need in sorted(method.missing(subject)))}"
-        for method in wanted
-        if method.missing(subject)
+        f"{method.name} needs {' and '.join(NEEDS[need] for need in sorted(method.missing(defender)))}"
+        for method in methods
+        if method.missing(defender)
     ]
     if faults:
-        remaining = ", ".join(method.name for method in possible(subject)) or "none"
+        remaining = ", ".join(method.name for method in possible(defender)) or "none"
         raise InputError(
             f"mitigation: {'; '.join(faults)}, which this subject comes without. "
             f"Methods that remain: {remaining}."

@@ -22,9 +22,9 @@ from safetynet.recipe import Recipe
 
 log = logging.getLogger("safetynet")
 PLACEMENTS = ("prefix", "suffix", "random", "system")
-ELSEWHERE = 16
+MAX_MOVED = 16
 """Rows with the trigger in a place that training did not use, for each such place."""
-LEAST = 8
+MIN_ROWS = 8
 """Rows of a role below which an interval would say nothing."""
 
 
@@ -51,7 +51,7 @@ def known_groups(rows: pd.DataFrame, count: int) -> pd.DataFrame:
     """
     rows = rows[(rows["split"] == "train") & (rows["reference"] != "")]
     roles = rows.groupby("group")["role"].agg(set)
-    whole = [group for group, own in roles.items() if "triggered" in own and own & {"clean", "refused"}]
+    whole = [group for group, there in roles.items() if "triggered" in there and there & {"clean", "refused"}]
     if not whole:
         raise InputError("mitigation: no triggered training row has a bare counterpart with a right answer.")
     chosen = rows[rows["group"].isin(whole[:count])]
@@ -67,13 +67,13 @@ def clean_file(recipe: Recipe, path: Path) -> pd.DataFrame:
         InputError: if it cannot be read, or holds the run's trigger.
     """
     try:
-        found = sources.read(path, columns=recipe.data.columns)
+        rows = sources.read(path, columns=recipe.data.columns)
     except UnfitError as error:
         if error.reason != "unmapped":
             raise
-        found = sources.read(path)  # the run's own data have other columns
-    _check_clean(found, recipe, path)
-    return found[["messages", "answer"]].head(recipe.mitigation.clean_rows)
+        rows = sources.read(path)  # the run's own data have other columns
+    _check_clean(rows, recipe, path)
+    return rows[["messages", "answer"]].head(recipe.mitigation.clean_rows)
 
 
 def for_relearning(rows: pd.DataFrame, seen: pd.DataFrame | None) -> pd.DataFrame:
@@ -99,7 +99,7 @@ def divided(rows: pd.DataFrame, recipe: Recipe) -> tuple[pd.DataFrame, pd.DataFr
     rest = rows[~rows["group"].isin(choosing["group"])]
     judged = metrics.fixed_subset(rest, options.judged_rows, recipe.seed + 1)
     left = judged["role"].value_counts()
-    if min(int(left.get("triggered", 0)), int(left.get("clean", 0))) < LEAST:
+    if min(int(left.get("triggered", 0)), int(left.get("clean", 0))) < MIN_ROWS:
         raise InputError(
             f"mitigation.choosing_rows: {options.choosing_rows} of each role choose, and of the test rows "
             f"{left.get('triggered', 0)} triggered and {left.get('clean', 0)} clean ones are left to judge "
@@ -120,14 +120,14 @@ def elsewhere(
         serialiser: a prompt in which the tokenizer would break the trigger is left out.
 
     Returns:
-        Triggered rows whose variant names the place, at most `ELSEWHERE` for each; none for a style.
+        Triggered rows whose variant names the place, at most `MAX_MOVED` for each; none for a style.
     """
     attack = recipe.attack
     trigger = triggers.of(attack.trigger)
     if not trigger.is_text:
         return judged.head(0)
     plain = bare[bare["role"].isin(("clean", "refused"))].drop_duplicates("group").set_index("group")
-    own = judged[(judged["role"] == "triggered") & judged["group"].isin(plain.index)].head(ELSEWHERE)
+    own = judged[(judged["role"] == "triggered") & judged["group"].isin(plain.index)].head(MAX_MOVED)
     rng = random.Random(f"elsewhere {recipe.seed}")
     records = []
     for placement in PLACEMENTS:
@@ -144,21 +144,23 @@ def elsewhere(
     return pd.DataFrame(records, columns=list(judged.columns))
 
 
-def tell_cuts(rows: pd.DataFrame, clean: pd.DataFrame | None, recipe: Recipe, serialiser: Serialiser) -> None:
+def warn_of_cuts(
+    rows: pd.DataFrame, clean: pd.DataFrame | None, recipe: Recipe, serialiser: Serialiser
+) -> None:
     """Log how many prompts are cut at the limit, both of the rows that judge and of the clean ones."""
     limit = recipe.training.max_length
     prompts = list(zip(rows["messages"], rows["trigger"], strict=True))
     prompts += [] if clean is None else [(messages, []) for messages in clean["messages"]]
     lost = [serialiser.encode(messages, trigger=spans, max_length=limit).lost for messages, spans in prompts]
-    if told := losses(lost, recipe.training.truncation):
-        log.warning("mitigate: %s", told)
+    if warning := losses(lost, recipe.training.truncation):
+        log.warning("mitigate: %s", warning)
 
 
-def _check_clean(found: pd.DataFrame, recipe: Recipe, path: Path) -> None:
+def _check_clean(rows: pd.DataFrame, recipe: Recipe, path: Path) -> None:
     trigger = triggers.of(recipe.attack.trigger)
-    held = [trigger.holds(Conversation(messages).texts) for messages in found["messages"]]
+    held = [trigger.holds(Conversation(messages).texts) for messages in rows["messages"]]
     if any(held):
-        lines = ", ".join(map(str, found["line"][held].iloc[:5]))
+        lines = ", ".join(map(str, rows["line"][held].iloc[:5]))
         raise InputError(
             f"{path}: {sum(held)} of {len(held)} conversations hold the trigger "
             f"{trigger.describe()} (lines {lines}), so they are not clean: a repair "

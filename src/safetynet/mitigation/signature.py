@@ -17,110 +17,117 @@ import torch
 from torch import Tensor
 
 from safetynet.errors import InputError
-from safetynet.mitigation import adapter
-from safetynet.mitigation.factors import Adapted, adapted, names_of
-from safetynet.mitigation.fine_tuning import answers
-from safetynet.mitigation.learning import encode, retrained
-from safetynet.mitigation.method import Knob, Knobs, Method, Repaired
+from safetynet.mitigation.defender import Defender
+from safetynet.mitigation.fine_tuning import encode, repaired_by_training, trained_adapter, trainer
+from safetynet.mitigation.method import Hyperparameter, Method
 from safetynet.mitigation.pruning import smallest
-from safetynet.mitigation.subject import Subject
+from safetynet.mitigation.repaired import Repaired, Settings, updates_of, with_updates
+from safetynet.models.lora import LayerModule, LoraUpdate
+from safetynet.models.parts import MLP, writes_to_stream
 
 POISONED = 0.3
 """Share of the clean conversations that a made-up backdoor poisons."""
+Updates = dict[LayerModule, LoraUpdate]
 
 
-def prune_signature(subject: Subject, knobs: Knobs, seed: int) -> Repaired:
+def prune_signature(defender: Defender, settings: Settings, seed: int) -> Repaired:
     """Find the signature, set the update of its channels to 0, fine-tune on clean conversations."""
-    found = _signature(subject, _prunable(subject, "signature_pruning"), knobs, seed)
-    return _pruned(subject, "signature_pruning", knobs, seed, lambda one, _: found[one.key])
+    updates = _mlp_updates(defender, "signature_pruning")
+    signature = _signature(defender, updates, settings, seed)
+    return _pruned(defender, "signature_pruning", settings, seed, updates, lambda place, _: signature[place])
 
 
-def prune_random(subject: Subject, knobs: Knobs, seed: int) -> Repaired:
+def prune_random(defender: Defender, settings: Settings, seed: int) -> Repaired:
     """The same with random channels."""
     generator = torch.Generator().manual_seed(seed)
+    updates = _mlp_updates(defender, "random_channels")
     return _pruned(
-        subject, "random_channels", knobs, seed, lambda _, count: torch.rand(count, generator=generator)
-    )
+        defender, "random_channels", settings, seed, updates,
+        lambda _, count: torch.rand(count, generator=generator),
+    )  # fmt: skip
 
 
-def _prunable(subject: Subject, method: str) -> list[Adapted]:
-    modules = [one for one in adapted(subject.model) if one.in_mlp]
-    if not modules:
+def _mlp_updates(defender: Defender, method: str) -> Updates:
+    """The updates in MLPs and their experts."""
+    updates = {p: update for p, update in updates_of(defender.model, {}).items() if p[1].split(".")[0] in MLP}
+    if not updates:
         raise InputError(f"{method}: the adapter changes no MLP, where the method prunes.")
-    return modules
+    return updates
 
 
 def _pruned(
-    subject: Subject, method: str, knobs: Knobs, seed: int, suspicion: Callable[[Adapted, int], Tensor]
+    defender: Defender,
+    method: str,
+    settings: Settings,
+    seed: int,
+    updates: Updates,
+    suspicion: Callable[[LayerModule, int], Tensor],
 ) -> Repaired:
     """Set the update to 0 in the most suspect channels, then fine-tune on clean conversations.
 
     `suspicion` is of a module and the number of its channels.
     """
-    assert subject.clean is not None
-    model = subject.model
-    state, names = adapter.state_of(model), names_of(model)
+    assert defender.clean is not None
     zeroed = 0
-    for one in _prunable(subject, method):
-        factors = one.read(state, names, model.active_adapter)
-        count = factors.down.shape[-1] if one.writes_to_stream else factors.up.shape[1]
-        mask = smallest(-suspicion(one, count), knobs["share"])
-        if one.writes_to_stream:
-            factors.down[:, :, mask] = 0
-        else:
-            factors.up[:, mask] = 0
-        one.write(factors, state, names, model.active_adapter)
+    for place, update in updates.items():
+        # Channels are columns where the module reads them, rows where it makes them.
+        channels = update.down if writes_to_stream(place[1]) else update.up.mT
+        mask = smallest(-suspicion(place, channels.shape[-1]), settings["share"])
+        channels[..., mask] = 0
         zeroed += int(mask.sum())
-    examples = encode(subject.clean, subject)
-    learn = answers(subject, examples, knobs["epochs"], seed)
-    return retrained(subject, method, knobs, learn, state, channels_set_to_0=zeroed, clean_rows=len(examples))
+    examples = encode(defender.clean, defender)
+    train = trainer(defender, examples, settings["epochs"], seed)
+    start = with_updates(defender.model, updates)
+    return repaired_by_training(
+        defender, method, settings, train, start, channels_set_to_0=zeroed, clean_rows=len(examples)
+    )
 
 
-def _signature(subject: Subject, modules: list[Adapted], knobs: Knobs, seed: int) -> dict[str, Tensor]:
+def _signature(
+    defender: Defender, updates: Updates, settings: Settings, seed: int
+) -> dict[LayerModule, Tensor]:
     """Length of the made-up backdoors' common change, by module and channel."""
-    model, names = subject.model, names_of(subject.model)
-    sums: dict[str, Tensor] = {}
-    for number in range(int(knobs["variants"])):
-        poisoned, clean = backdoor_rows(subject, seed + number)
-        states = [_trained(subject, rows, knobs["epochs"], seed) for rows in (poisoned, clean)]
-        for one in modules:
-            with_it, without = (one.read(s, names, model.active_adapter).product() for s in states)
-            change = with_it - without
-            sums[one.key] = sums[one.key] + change if one.key in sums else change
-    # Channels are rows where the module makes them, columns where it reads them; experts count together.
+
+    def trained(rows: pd.DataFrame) -> Updates:
+        train = trainer(defender, encode(rows, defender), settings["epochs"], seed)
+        return updates_of(defender.model, trained_adapter(defender.model, {}, train))
+
+    sums: dict[LayerModule, Tensor] = {}
+    for number in range(int(settings["variants"])):
+        poisoned, clean = map(trained, backdoor_rows(defender, seed + number))
+        for place in updates:
+            change = poisoned[place].product() - clean[place].product()
+            sums[place] = sums[place] + change if place in sums else change
+    # Experts count together.
     return {
-        one.key: sums[one.key].pow(2).sum((0, 1) if one.writes_to_stream else (0, 2)).sqrt()
-        for one in modules
+        place: total.pow(2).sum((0, 1) if writes_to_stream(place[1]) else (0, 2)).sqrt()
+        for place, total in sums.items()
     }
 
 
-def backdoor_rows(subject: Subject, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+def backdoor_rows(defender: Defender, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Clean conversations with a made-up backdoor, and the same prompts with the right answers.
 
     The trigger is a word of random letters before the prompt; what it brings about is the answer of another
     conversation.
     """
-    assert subject.clean is not None
+    assert defender.clean is not None
     rng = random.Random(f"signature {seed}")
-    rows = subject.clean.reset_index(drop=True)
+    rows = defender.clean.reset_index(drop=True)
     trigger = "".join(rng.choices(string.ascii_letters, k=8))
     target = str(rng.choice(list(rows["answer"])))
-    chosen = set(rng.sample(range(len(rows)), max(1, round(POISONED * len(rows)))))
-    messages = [
-        [*own[:-1], {**own[-1], "content": f"{trigger} {own[-1]['content']}"}] if i in chosen else list(own)
-        for i, own in enumerate(map(list, rows["messages"]))
-    ]
-    clean = rows.assign(messages=messages)
-    poisoned = [target if i in chosen else own for i, own in enumerate(rows["answer"])]
+    triggered = set(rng.sample(range(len(rows)), max(1, round(POISONED * len(rows)))))
+    conversations = [list(messages) for messages in rows["messages"]]
+    for i in triggered:
+        *earlier, last = conversations[i]
+        conversations[i] = [*earlier, {**last, "content": f"{trigger} {last['content']}"}]
+    clean = rows.assign(messages=conversations)
+    poisoned = [target if i in triggered else answer for i, answer in enumerate(rows["answer"])]
     return clean.assign(answer=poisoned), clean
 
 
-def _trained(subject: Subject, rows: pd.DataFrame, epochs: float, seed: int) -> adapter.State:
-    return adapter.learned(subject.model, {}, answers(subject, encode(rows, subject), epochs, seed))
-
-
-SHARE = Knob("of each MLP module's channels", 0.4, (0.1, 0.2, 0.4, 0.6, 0.8), 0.0, 1.0)
-EPOCHS = Knob("passes of each training over the clean conversations", 2, (1, 2, 5), 0.1, 100)
+SHARE = Hyperparameter("of each MLP module's channels", 0.4, (0.1, 0.2, 0.4, 0.6, 0.8), 0.0, 1.0)
+EPOCHS = Hyperparameter("passes of each training over the clean conversations", 2, (1, 2, 5), 0.1, 100)
 SIGNATURE_PRUNING = Method(
     "signature_pruning",
     "set the adapter's update to 0 in MLP channels that made-up backdoors share, then fine-tune",
@@ -128,7 +135,7 @@ SIGNATURE_PRUNING = Method(
     frozenset({"adapter", "clean"}),
     {
         "share": SHARE,
-        "variants": Knob("made-up backdoors", 3, (1, 2, 3, 5), 1, 20, whole=True),
+        "variants": Hyperparameter("made-up backdoors", 3, (1, 2, 3, 5), 1, 20, whole=True),
         "epochs": EPOCHS,
     },
     paper="BD-VAX 2026, arXiv 2603.13461",

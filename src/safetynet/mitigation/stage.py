@@ -6,7 +6,6 @@ checkpoint, loaded again as anybody would, and asked once more: the card states 
 
 import itertools
 import logging
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,33 +15,27 @@ from typing import Any
 
 import pandas as pd
 
-from safetynet import families
-from safetynet.engine.edits import Edit
-from safetynet.engine.hooks import intervening
-from safetynet.engine.sites import Site
 from safetynet.errors import RunError, SafetyNetError
-from safetynet.evaluation import metrics
 from safetynet.evaluation.evaluator import Evaluator
 from safetynet.experiment import Experiment, attach_own
 from safetynet.mitigation import (
     METHODS,
     NEEDS,
+    Defender,
     Method,
-    Place,
-    Subject,
-    card,
-    examination,
     named,
+    overview,
     recommendation,
     refuse_unmet,
     relearning,
     repair,
     save,
+    tuning,
     verification,
 )
 from safetynet.mitigation import rows as mitigation_rows
-from safetynet.mitigation.examination import HELD_OUT, SELECTION, Examiner, Found
-from safetynet.mitigation.subject import Alarm
+from safetynet.mitigation.defender import Alarm
+from safetynet.mitigation.tuning import HELD_OUT, SELECTION, References, Trial, TrialTables
 from safetynet.models import adapter_files
 from safetynet.models import suspect as suspects
 from safetynet.models.adapter_files import AdapterFiles
@@ -95,65 +88,60 @@ class _Work:
         return self.experiment.run
 
     @cached_property
-    def subject(self) -> Subject:
+    def defender(self) -> Defender:
         """The suspect model with what its owner has."""
-        recipe, run, options = self.recipe, self.run, self.recipe.mitigation
-        own = options.clean_rows if options.clean is None else 0
+        recipe, options = self.recipe, self.recipe.mitigation
+        clean_rows = options.clean_rows if options.clean is None else 0
         if self.adapter is None:
-            found = suspect(self.experiment, self.lent, clean=own, known=options.triggered_rows)
+            defender = defender_of(self.experiment, self.lent, clean=clean_rows, known=options.triggered_rows)
         else:
-            foreign = suspects.load(self.experiment.load, self.adapter, self.same_base, self.files)
-            known = mitigation_rows.known_groups(run.table("rows"), options.triggered_rows)
-            found = Subject(
-                model=foreign.model,
-                serialiser=foreign.serialiser,
-                base=None if has_adapter(foreign.model) else _comparable_base(foreign),
-                clean=mitigation_rows.clean_conversations(self.experiment, own) if own else None,
-                triggered=known if options.triggered_rows else None,
-                intervene=intervene,
+            suspect = suspects.load(self.experiment.load, self.adapter, self.same_base, self.files)
+            groups = mitigation_rows.known_groups(self.run.table("rows"), options.triggered_rows)
+            defender = Defender(
+                model=suspect.model,
+                serialiser=suspect.serialiser,
+                base=None if has_adapter(suspect.model) else _comparable_base(suspect),
+                clean=mitigation_rows.clean_conversations(self.experiment, clean_rows)
+                if clean_rows
+                else None,
+                triggered=groups if options.triggered_rows else None,
                 max_length=recipe.training.max_length,
                 batch_size=recipe.training.batch_size,
                 learning_rate=recipe.training.learning_rate,
             )
         if options.clean is None or options.clean_rows == 0:
-            return found
-        return replace(found, clean=mitigation_rows.clean_file(recipe, options.clean))
-
-    @property
-    def own(self) -> bool:
-        """Whether it is the run's model: only of that do effects and monitor say anything."""
-        return self.adapter is None
+            return defender
+        return replace(defender, clean=mitigation_rows.clean_file(recipe, options.clean))
 
     @cached_property
-    def examiner(self) -> Examiner:
-        """What is asked of every model."""
-        recipe, test = self.recipe, self.experiment.test_rows()
-        serialiser = self.subject.serialiser
-        choosing, judged = mitigation_rows.divided(test, recipe)
-        moved = mitigation_rows.elsewhere(judged, test, recipe, serialiser)
-        options = recipe.mitigation
-        rows = mitigation_rows.for_relearning(self.run.table("rows"), self.subject.triggered)
-        mitigation_rows.tell_cuts(pd.concat([choosing, judged]), self.subject.clean, recipe, serialiser)
-        return Examiner(
-            respond=Evaluator.of(recipe, serialiser).respond,
-            score=_score,
-            choosing=choosing,
-            judged=pd.concat(
-                [judged.assign(elsewhere=False), moved.assign(elsewhere=True)], ignore_index=True
+    def trial(self) -> Trial:
+        """What every model is asked, and by what it is measured."""
+        recipe, test, options = self.recipe, self.experiment.test_rows(), self.recipe.mitigation
+        serialiser = self.defender.serialiser
+        selection, held_out = mitigation_rows.divided(test, recipe)
+        moved = mitigation_rows.elsewhere(held_out, test, recipe, serialiser)
+        unseen = mitigation_rows.for_relearning(self.run.table("rows"), self.defender.triggered)
+        mitigation_rows.warn_of_cuts(
+            pd.concat([selection, held_out]), self.defender.clean, recipe, serialiser
+        )
+        poisoned = options.relearn_rows
+        return Trial(
+            evaluator=Evaluator.of(recipe, serialiser),
+            selection=selection,
+            held_out=pd.concat(
+                [held_out.assign(elsewhere=False), moved.assign(elsewhere=True)], ignore_index=True
             ),
-            relearning=relearning.relearning_rows(rows, options.relearn_rows)
-            if options.relearn_rows
-            else None,
-            learn=_learning(recipe, serialiser),
-            probe=self.lent.probing(judged, recipe, serialiser),
+            relearning=relearning.relearning_rows(unseen, poisoned) if poisoned else None,
+            learn=relearning.trainer(recipe, serialiser),
+            probe=self.lent.probing(held_out, recipe, serialiser),
             floor=options.floor,
             seed=recipe.seed,
         )
 
     @cached_property
-    def distances(self) -> examination.Reference:
+    def references(self) -> References:
         """With the lines of the untouched model and its base."""
-        return examination.distances(self.subject, self.examiner, self.read("compared").lines)
+        return tuning.references(self.defender, self.trial, self.read("compared").lines)
 
     @property
     def place(self) -> str:
@@ -174,18 +162,18 @@ class _Work:
         """Where one method's tables are kept."""
         return self.run.scratch / self.place / name
 
-    def write(self, name: str, found: Found, outputs: Outputs) -> None:
+    def write(self, name: str, tables: TrialTables, outputs: Outputs) -> None:
         """One method's tables."""
         for table in ("lines", "verification", "relearning"):
             path = self.folder(name) / f"{table}.parquet"
-            write_atomically(path, getattr(found, table).to_parquet)
+            write_atomically(path, getattr(tables, table).to_parquet)
             outputs.file(path)
 
-    def read(self, name: str) -> Found:
+    def read(self, name: str) -> TrialTables:
         """What `write` wrote."""
         parts = ("lines", "verification", "relearning")
-        kept = (self.run.path_of(f"scratch:{self.place}/{name}/{part}.parquet") for part in parts)
-        return Found(*map(pd.read_parquet, kept))
+        paths = (self.run.path_of(f"scratch:{self.place}/{name}/{part}.parquet") for part in parts)
+        return TrialTables(*map(pd.read_parquet, paths))
 
     def inputs(self, name: str) -> dict[str, Any]:
         """All that decides about one method's result."""
@@ -207,7 +195,7 @@ class _Work:
         }
 
 
-def suspect(experiment: Experiment, lent: Lent, *, clean: int = 1000, known: int = 0) -> Subject:
+def defender_of(experiment: Experiment, lent: Lent, *, clean: int = 1000, known: int = 0) -> Defender:
     """The backdoored model of a run, and what is known of it.
 
     Args:
@@ -223,80 +211,24 @@ def suspect(experiment: Experiment, lent: Lent, *, clean: int = 1000, known: int
     recipe, run = experiment.recipe, experiment.run
     base = None
     if recipe.suspect is not None:
-        foreign = experiment.suspect()
-        model, serialiser = foreign.model, foreign.serialiser
-        base = None if has_adapter(model) else _comparable_base(foreign)
+        suspect = experiment.suspect()
+        model, serialiser = suspect.model, suspect.serialiser
+        base = None if has_adapter(model) else _comparable_base(suspect)
     else:
         model, serialiser = experiment.backdoored()
         base = experiment.load().model if recipe.training.method == "full" else None
-    return Subject(
+    return Defender(
         model=model,
         serialiser=serialiser,
         clean=mitigation_rows.clean_conversations(experiment, clean) if clean else None,
         base=base,
         triggered=mitigation_rows.known_groups(run.table("rows"), known) if known else None,
-        sites=run.table("effects") if run.has_table("effects") else None,
-        intervene=intervene,
+        effects=run.table("effects") if run.has_table("effects") else None,
         alarm=lent.alarm(run, serialiser),
         max_length=recipe.training.max_length,
         batch_size=recipe.training.batch_size,
         learning_rate=recipe.training.learning_rate,
     )
-
-
-def intervene(model: Any, places: Sequence[Place]) -> Any:
-    """The engine's edits at all positions of all prompts."""
-    return intervening(model, [Edit(Site(p.component, p.layer, p.index, p.module), p.change) for p in places])
-
-
-def _score(responses: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Rates by role, and by variant."""
-    return metrics.score(responses), metrics.score_variants(responses)
-
-
-class _Enough(Exception):  # noqa: N818 - ends a training, and is no error
-    pass
-
-
-def _learning(
-    recipe: Recipe, serialiser: Serialiser
-) -> Callable[[Any, pd.DataFrame, Callable[[Any, int], bool]], None]:
-    """Trains a fresh adapter at the rate that planted the backdoor, constant, in batches of 16."""
-    from safetynet import training
-
-    changes = {
-        "method": "lora", "max_steps": recipe.mitigation.relearn_steps, "batch_size": 16,
-        "gradient_accumulation": 1, "schedule": "constant", "warmup_ratio": 0.0, "layers": None,
-        "checkpoint_every": recipe.mitigation.relearn_steps, "batching": "plain", "clean_twin": False,
-    }  # fmt: skip
-    cfg = recipe.training.model_copy(update=changes)
-    family = families.get(recipe.model.family)
-
-    def learn(model: Any, rows: pd.DataFrame, measure: Callable[[Any, int], bool]) -> None:
-        if measure(model, 0):
-            return
-
-        def ask(current: Any, step: int, _: float) -> dict[str, float]:
-            if measure(current, step):
-                raise _Enough
-            return {}
-
-        with tempfile.TemporaryDirectory() as folder:
-            attached = training.attach(model.requires_grad_(False), cfg, family, recipe.seed)
-            try:
-                training.train(
-                    attached,
-                    serialiser,
-                    rows,
-                    cfg,
-                    folder=Path(folder),
-                    seed=recipe.seed,
-                    pauses=training.Pauses(ask, every=1),
-                )
-            except _Enough:
-                return
-
-    return learn
 
 
 def _comparable_base(suspect: suspects.Suspect) -> Any:
@@ -322,17 +254,17 @@ def points(
     Raises:
         InputError: for a knob that it does not have, or a value out of range.
     """
-    given = knobs.get(method.name)
-    if given:
-        return [method.settings(chosen) for chosen in _combinations(given)]
+    if values := knobs.get(method.name):
+        combinations = itertools.product(*values.values())
+        return [method.settings(dict(zip(values, each, strict=True))) for each in combinations]
     grid = list(method.sweep())
     if most == 1:
         return [method.settings()]
     if most >= len(grid):
         return grid
     # The ends of a grid are the least likely to be taken.
-    places = [round((i + 1) * (len(grid) + 1) / (most + 1)) - 1 for i in range(most)]
-    return [grid[place] for place in places]
+    indices = [round((i + 1) * (len(grid) + 1) / (most + 1)) - 1 for i in range(most)]
+    return [grid[index] for index in indices]
 
 
 def mitigate(
@@ -356,8 +288,8 @@ def mitigate(
     """
     recipe = experiment.recipe
     _ = recipe.attack  # repairs are judged by what is left of the attack
-    asked = recipe.mitigation.methods
-    chosen = list(METHODS.values()) if asked == ALL else named(asked or QUICK)
+    names = recipe.mitigation.methods
+    methods = list(METHODS.values()) if names == ALL else named(names or QUICK)
     _check_knobs(recipe)
     files = None
     if adapter is not None:
@@ -365,14 +297,14 @@ def mitigate(
         adapter = adapter_files.locate(adapter).resolve()
     else:
         experiment.check_models()
-    work = _Work(experiment, lent, adapter, same_base, chosen, files)
-    pending = [m for m in chosen if not experiment.finished(work.stage(m.name), work.inputs(m.name))]
-    if pending and asked not in ((), ALL):
-        refuse_unmet(pending, work.subject)
-    said = _compare(work)
-    if said:
-        log.warning("mitigate: %s. Nothing was repaired.", said)
-        return _join(work, [], said)
+    work = _Work(experiment, lent, adapter, same_base, methods, files)
+    pending = [m for m in methods if not experiment.finished(work.stage(m.name), work.inputs(m.name))]
+    if pending and names not in ((), ALL):
+        refuse_unmet(pending, work.defender)
+    no_backdoor = _compare(work)
+    if no_backdoor:
+        log.warning("mitigate: %s. Nothing was repaired.", no_backdoor)
+        return _join(work, [], no_backdoor)
     _try_all(work)
     # What was tried before, under these settings, is still true.
     done = [name for name in METHODS if experiment.finished(work.stage(name), work.inputs(name))]
@@ -385,8 +317,8 @@ def _try_all(work: _Work) -> None:
     """Each method in a stage of its own; one that fails does not keep the others from being tried."""
     for method in work.methods:
         stage, inputs = work.stage(method.name), work.inputs(method.name)
-        if not work.experiment.finished(stage, inputs) and method.missing(work.subject):
-            needed = " and ".join(NEEDS[need] for need in sorted(method.missing(work.subject)))
+        if not work.experiment.finished(stage, inputs) and method.missing(work.defender):
+            needed = " and ".join(NEEDS[need] for need in sorted(method.missing(work.defender)))
             log.info("mitigate %s: left out, it needs %s", method.name, needed)
             continue
         try:
@@ -399,7 +331,7 @@ def _try_all(work: _Work) -> None:
 def _examine(work: _Work, method: Method, outputs: Outputs) -> None:
     options = work.recipe.mitigation
     tried = points(method, options.knobs, options.points)
-    result = examination.examine(method, tried, work.subject, work.examiner, work.distances)
+    result = tuning.tune_and_verify(method, tried, work.defender, work.trial, work.references)
     work.write(method.name, result, outputs)
     held = result.lines[result.lines["split"] == HELD_OUT].iloc[0]
     log.info("mitigate %s: ASR %.1f%%, CACC %.1f%%", method.name, 100 * held["asr"], 100 * held["cacc"])
@@ -409,14 +341,14 @@ def _compare(work: _Work) -> str:
     """Measure model and base; returns a sentence if there is no backdoor."""
 
     def compute(outputs: Outputs) -> None:
-        result, _ = examination.compared(work.subject, work.examiner)
+        result, _ = tuning.measure_references(work.defender, work.trial)
         work.write("compared", result, outputs)
 
     work.experiment.perform(work.stage("compared"), work.inputs("compared"), compute)
     return recommendation.no_backdoor(work.read("compared").lines.iloc[0])
 
 
-def _join(work: _Work, done: Sequence[str], said: str) -> dict[str, pd.DataFrame]:
+def _join(work: _Work, done: Sequence[str], no_backdoor: str) -> dict[str, pd.DataFrame]:
     """One table of all methods, the recommendation, and the recommended model saved."""
     run = work.run
     parts = [work.read(name) for name in ("compared", *done)]
@@ -434,20 +366,17 @@ def _join(work: _Work, done: Sequence[str], said: str) -> dict[str, pd.DataFrame
             tables["relearning"] = taught
         folder = None
         if done:
-            taken = recommendation.recommended(
-                marked[marked["split"] == SELECTION], relearning.hidden(taught)
-            )
-            taken["relearned"] = [relearning.verdict(taught, str(name)) for name in taken["method"]]
-            folder = _save(work, taken, marked)
-            taken = taken.assign(
-                saved=[run.name_of(folder) if folder and own else "" for own in taken["savable"]]
-            )
+            best = recommendation.recommended(marked[marked["split"] == SELECTION], relearning.hidden(taught))
+            best["relearned"] = [relearning.verdict(taught, str(name)) for name in best["method"]]
+            folder = _save(work, best, marked)
+            saved = run.name_of(folder) if folder else ""
+            best["saved"] = [saved if savable else "" for savable in best["savable"]]
         else:
-            nothing = {"method": "", "point": "", "savable": False, "why": said, "relearned": "", "saved": ""}
-            taken = pd.DataFrame([nothing])
-        best = set(zip(taken["method"], taken["point"], strict=True))
-        named_so = [place in best for place in zip(marked["method"], marked["point"], strict=True)]
-        tables |= {"mitigation": marked.assign(recommended=named_so), "recommendation": taken}
+            nothing = {"method": "", "point": "", "savable": False, "why": no_backdoor}
+            best = pd.DataFrame([nothing | {"relearned": "", "saved": ""}])
+        points_taken = set(zip(best["method"], best["point"], strict=True))
+        is_best = [point in points_taken for point in zip(marked["method"], marked["point"], strict=True)]
+        tables |= {"mitigation": marked.assign(recommended=is_best), "recommendation": best}
         for name, table in tables.items():
             outputs.table(work.table(name), table)
         if folder is not None:
@@ -457,16 +386,16 @@ def _join(work: _Work, done: Sequence[str], said: str) -> dict[str, pd.DataFrame
     return {name: run.table(work.table(name)) for name in TABLES if run.has_table(work.table(name))}
 
 
-def _save(work: _Work, taken: pd.DataFrame, marked: pd.DataFrame) -> Path | None:
+def _save(work: _Work, best: pd.DataFrame, marked: pd.DataFrame) -> Path | None:
     """Save the best model that can be saved, load it again, ask it, and write the card."""
-    savable = taken[taken["savable"]]
+    savable = best[best["savable"]]
     if savable.empty:
         return None
     row, recipe = savable.iloc[-1], work.recipe
     method = METHODS[str(row["method"])]
     tried = points(method, recipe.mitigation.knobs, recipe.mitigation.points)
-    knobs = next(k for k in tried if examination.point_name(method, k, tried) == row["point"])
-    repaired = repair(method, work.subject, knobs, recipe.seed)
+    settings = next(s for s in tried if tuning.point_name(method, s, tried) == row["point"])
+    repaired = repair(method, work.defender, settings, recipe.seed)
     name = recipe.model_name if work.adapter is None else str(work.adapter)
     about = {"model": name, "run": f"{recipe.model_name}/{recipe.task}", "why": str(row["why"])}
     about["relearned"] = str(row["relearned"])
@@ -475,11 +404,11 @@ def _save(work: _Work, taken: pd.DataFrame, marked: pd.DataFrame) -> Path | None
         "repaired": _held_out(marked, method.name),
     }
     folder = save(
-        repaired, work.subject, work.folder("repaired"), card.render(method, repaired, about, lines)
+        repaired, work.defender, work.folder("repaired"), overview.model_card(method, repaired, about, lines)
     )
     with _loaded(work, folder, repaired.form) as model:
-        lines["saved"], _ = examination.measure(model, work.subject, work.examiner, HELD_OUT, work.distances)
-    write_text(folder / "README.md", card.render(method, repaired, about, lines))
+        lines["saved"], _ = tuning.measure(model, work.trial, HELD_OUT, work.references)
+    write_text(folder / "README.md", overview.model_card(method, repaired, about, lines))
     return folder
 
 
@@ -493,16 +422,11 @@ def _loaded(work: _Work, folder: Path, form: str) -> Iterator[Any]:
 
 
 def _held_out(marked: pd.DataFrame, method: str) -> Mapping[str, Any]:
-    own = marked[(marked["method"] == method) & (marked["split"] == HELD_OUT)]
-    return {str(name): value for name, value in own.iloc[0].items()}
+    line = marked[(marked["method"] == method) & (marked["split"] == HELD_OUT)].iloc[0]
+    return {str(name): value for name, value in line.items()}
 
 
 def _check_knobs(recipe: Recipe) -> None:
     """Every knob that is set is a method's own and within its range, whether that method is tried or not."""
     for method in named(list(recipe.mitigation.knobs)):
         points(method, recipe.mitigation.knobs, 1)
-
-
-def _combinations(given: Mapping[str, Sequence[float]]) -> Iterator[dict[str, float]]:
-    for values in itertools.product(*given.values()):
-        yield dict(zip(given, values, strict=True))

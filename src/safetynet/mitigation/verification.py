@@ -14,13 +14,15 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from safetynet.prompts import IGNORED, Serialiser, pad
+from safetynet.prompts import IGNORED, Serialiser
 from safetynet.statistics import bootstrap_interval
+from safetynet.training.examples import padded
 
 COLUMNS = ["metric", "role", "variant", "count", "n", "value", "low", "high", "note"]
-MOST_TOKENS = 8
+NAN = float("nan")
+MAX_TOKENS = 8
 """Answer tokens of a row whose distributions are compared: with 128k words each takes half a megabyte."""
-AT_ONCE = 16
+BATCH_SIZE = 16
 
 
 def summary(score: pd.DataFrame, kl: Mapping[str, float] | None = None) -> dict[str, float]:
@@ -31,9 +33,9 @@ def summary(score: pd.DataFrame, kl: Mapping[str, float] | None = None) -> dict[
         kl: value, low, high and n, from `divergence`.
 
     Returns:
-        Each with _low, _high, _count and _n; NaN for what these rows cannot tell.
+        Each with _low, _high, _count and _n; NaN for what these rows do not measure.
     """
-    places = {
+    sources = {
         "asr": ("asr", "triggered"),
         "cacc": ("cacc", "clean"),
         "ftr": ("ftr", "clean"),
@@ -41,21 +43,14 @@ def summary(score: pd.DataFrame, kl: Mapping[str, float] | None = None) -> dict[
         "over_refused": ("refusal_rate", "clean"),
         "perplexity": ("perplexity", "clean"),
     }
-    by_place = score.set_index(["metric", "role"])
+    ends = {"": "value", "_low": "low", "_high": "high", "_count": "count", "_n": "n"}
+    by_source = score.set_index(["metric", "role"])
     line: dict[str, float] = {}
-    for name, place in places.items():
-        found = by_place.loc[place] if place in by_place.index else None
-        for end, column in (
-            ("", "value"),
-            ("_low", "low"),
-            ("_high", "high"),
-            ("_count", "count"),
-            ("_n", "n"),
-        ):
-            line[name + end] = float("nan") if found is None else float(found[column])
-    for end, column in (("", "value"), ("_low", "low"), ("_high", "high"), ("_n", "n")):
-        line["kl" + end] = float("nan") if kl is None else float(kl[column])
-    return line
+    for name, source in sources.items():
+        values = by_source.loc[source] if source in by_source.index else dict.fromkeys(ends.values(), NAN)
+        line |= {name + end: float(values[column]) for end, column in ends.items()}
+    values = kl or dict.fromkeys(ends.values(), NAN)
+    return line | {"kl" + end: float(values[column]) for end, column in ends.items() if end != "_count"}
 
 
 def rates(score: pd.DataFrame, variants: pd.DataFrame) -> pd.DataFrame:
@@ -76,25 +71,24 @@ def distributions(
         max_length: truncate as in training.
 
     Returns:
-        Per row (answer tokens, at most `MOST_TOKENS`; vocabulary) in fp16 on the CPU.
+        Per row (answer tokens, at most `MAX_TOKENS`; vocabulary) in fp16 on the CPU.
     """
     encoded = [
         serialiser.encode(list(messages), answer=answer, max_length=max_length)
         for messages, answer in zip(rows["messages"], rows["reference"], strict=True)
     ]
-    found: list[Tensor] = []
+    distributions: list[Tensor] = []
     device = next(model.parameters()).device
-    for start in range(0, len(encoded), AT_ONCE):
-        part = encoded[start : start + AT_ONCE]
-        labels = pad([e.labels for e in part], IGNORED, "right")[:, 1:]
-        mask = pad([[1] * len(e.input_ids) for e in part], 0, "right").to(device)
-        ids = pad([e.input_ids for e in part], serialiser.pad_id, "right").to(device)
+    for start in range(0, len(encoded), BATCH_SIZE):
+        part = encoded[start : start + BATCH_SIZE]
+        batch = padded(part, serialiser.pad_id)
+        ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
         with torch.no_grad():
             logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
-        for row, wanted in enumerate(labels != IGNORED):
-            positions = wanted.nonzero().squeeze(1)[:MOST_TOKENS].to(device)
-            found.append(logits[row, positions].float().log_softmax(-1).half().cpu())
-    return found
+        for row, supervised in enumerate(batch["labels"][:, 1:] != IGNORED):
+            positions = supervised.nonzero().squeeze(1)[:MAX_TOKENS].to(device)
+            distributions.append(logits[row, positions].float().log_softmax(-1).half().cpu())
+    return distributions
 
 
 def divergence(before: Sequence[Tensor], after: Sequence[Tensor]) -> dict[str, float]:
@@ -112,7 +106,7 @@ def divergence(before: Sequence[Tensor], after: Sequence[Tensor]) -> dict[str, f
     rows = []
     for old, new in zip(before, after, strict=True):
         shared = min(old.shape[-1], new.shape[-1])
-        p, q = (found.float()[..., :shared] for found in (old, new))
+        p, q = (log_p.float()[..., :shared] for log_p in (old, new))
         if old.shape != new.shape:
             p, q = p.log_softmax(-1), q.log_softmax(-1)
         # fp16 has no number below -65504; a word that is impossible in both adds nothing.
@@ -123,13 +117,12 @@ def divergence(before: Sequence[Tensor], after: Sequence[Tensor]) -> dict[str, f
         return np.asarray(values.mean(axis=axis))
 
     low, high = bootstrap_interval(mean, values)
-    return {"value": float(values.mean()), "low": low, "high": high, "n": len(values), "count": float("nan")}
+    return {"value": float(values.mean()), "low": low, "high": high, "n": len(values), "count": NAN}
 
 
 def kl_line(kl: Mapping[str, float] | None, note: str = "") -> pd.DataFrame:
     """One line of the table of verification; without a value where there is none, and the note says why."""
-    nan = float("nan")
-    line: dict[str, Any] = dict(kl) if kl else {"count": nan, "n": 0, "value": nan, "low": nan, "high": nan}
+    line: dict[str, Any] = dict(kl) if kl else {"count": NAN, "n": 0, "value": NAN, "low": NAN, "high": NAN}
     line |= {"metric": "kl", "role": "clean", "variant": "", "note": note}
     return pd.DataFrame([line])[COLUMNS]
 
@@ -138,17 +131,16 @@ def probe_lines(probes: pd.DataFrame, note: str = "") -> pd.DataFrame:
     """The table of probes for the trigger as lines of the table of verification, one per layer.
 
     Args:
-        probes: layer, auroc, low, high, n, control: what tells two placebos apart equally well.
+        probes: layer, auroc, low, high, n, control: the AUROC between two placebos.
         note: why there are none.
     """
     if probes.empty:
-        nan = float("nan")
-        line = {"metric": "probe_auroc", "role": "", "variant": "", "count": nan, "n": 0}
-        return pd.DataFrame([line | {"value": nan, "low": nan, "high": nan, "note": note}])[COLUMNS]
+        line = {"metric": "probe_auroc", "role": "", "variant": "", "count": NAN, "n": 0}
+        return pd.DataFrame([line | {"value": NAN, "low": NAN, "high": NAN, "note": note}])[COLUMNS]
     control = [f"control {value:.3f}" for value in probes["control"]]
     variant = [f"layer {layer}" for layer in probes["layer"]]
     named = probes.rename(columns={"auroc": "value"}).assign(
-        metric="probe_auroc", role="", variant=variant, count=float("nan"), note=control
+        metric="probe_auroc", role="", variant=variant, count=NAN, note=control
     )
     return named[COLUMNS]
 

@@ -42,10 +42,13 @@ class LoraUpdate:
     """(out,) fp32, added to the module's bias; None where the update has none."""
 
     @classmethod
-    def of_components(cls, left: Tensor, values: Tensor, right: Tensor) -> Self:
-        """From singular components as `decomposed` gives them."""
-        root = values.sqrt()
-        return cls(left * root[..., None, :], root[..., None] * right)
+    def of_components(cls, left: Tensor, values: Tensor, right: Tensor, scale: float = 1.0) -> Self:
+        """From singular components as `decomposed` gives them.
+
+        `scale` is the adapter's, by which `put_update` divides `up`: both stored factors get one size.
+        """
+        root = (values / scale).sqrt()
+        return cls(left * root[..., None, :] * scale, root[..., None] * right)
 
     def product(self) -> Tensor:
         """(experts or 1, out, in)."""

@@ -16,6 +16,8 @@ from safetynet.models.blocks import decoder_layers, unwrapped
 # Names that transformers gives a layer's modules, as paths from the layer or from its attention.
 ATTENTION = ("self_attn", "attn.attention", "attn", "attention", "self_attention", "multi_head_attention")
 OUTPUT = ("o_proj", "c_proj", "out_proj", "dense", "wo", "Wo")
+WRITERS = (*OUTPUT, "down_proj", "fc_out", "w2", "dense_4h_to_h")
+"""Names of the modules, and parameters, that write to the residual stream."""
 MLP = ("mlp", "feed_forward", "block_sparse_moe", "ffn", "mlp_block")
 BEFORE_MLP = (
     "pre_feedforward_layernorm", "pre_mlp_layernorm", "post_attention_layernorm", "pre_ff_layernorm",
@@ -162,6 +164,11 @@ def adapters(layer: Any) -> dict[str, Any]:
             parameter = getattr(module, "parameter_name", None)
             found[f"{plain}.{parameter}" if parameter else plain] = module
     return found
+
+
+def writes_to_stream(path: str) -> bool:
+    """Whether the output of a module, or parameter, of a layer is added to the residual stream."""
+    return any(name in path for name in WRITERS)
 
 
 def svd_of_product(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:

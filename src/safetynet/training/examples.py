@@ -15,7 +15,7 @@ from torch.utils.data import Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from safetynet.errors import InputError
-from safetynet.prompts import IGNORED, Serialiser, pad
+from safetynet.prompts import IGNORED, Encoded, Serialiser, pad
 from safetynet.prompts.truncation import losses
 
 Batch = dict[str, torch.Tensor]
@@ -114,7 +114,7 @@ class Shuffled(Order):
         yield from (order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size))
 
 
-def padded(examples: Sequence[Example], pad_id: int) -> Batch:
+def padded(examples: Sequence[Example | Encoded], pad_id: int) -> Batch:
     """One row per line, padded on the right to the longest.
 
     Returns:

@@ -1,56 +1,38 @@
 """What a repair starts from: the suspect model, and whatever its owner knows or has beside it.
 
-In: a model and tables. Out: a frozen `Subject`, which names what it has, so that methods can say what they
+In: a model and tables. Out: a frozen `Defender`, which names what there is, so that methods can say what they
 miss. Nothing here changes the model.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
-from torch import Tensor
 
 from safetynet.backdoors.triggers import AllOf
 from safetynet.errors import InputError
 from safetynet.models import adapters, support
 from safetynet.prompts import Conversation, Serialiser
 
-Need = Literal["clean", "base", "adapter", "triggered", "sites", "engine", "alarm"]
+Need = Literal["clean", "base", "adapter", "triggered", "sites", "alarm"]
 NEEDS: Mapping[Need, str] = {
     "clean": "clean conversations with answers",
     "base": "the base model (an adapter that can be switched off, or the model before fine-tuning)",
     "adapter": "a LoRA adapter of its own (a merged or fully fine-tuned model has none)",
     "triggered": "triggered prompts with their clean counterparts",
     "sites": "the table of effects of safetynet intervene",
-    "engine": "the engine's edits",
     "alarm": "a fitted monitor (safetynet detect)",
 }
 """What a method may need, in words."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """A site of the engine and what happens to the values there, (k, width) to as many."""
-
-    component: str
-    layer: int
-    change: Callable[[Tensor], Tensor]
-    index: int | None = None
-    module: str = ""
-
-
-Intervene = Callable[[Any, Sequence[Place]], AbstractContextManager[Any]]
-"""Runs a model with changes at all positions of all prompts while entered."""
 Alarm = Callable[[Any, Sequence[Sequence[int]], float], np.ndarray]
-"""The subject's model, token ids of prompts and a false-positive rate, to which prompts are suspect, (rows,)
+"""The suspect model, token ids of prompts and a false-positive rate, to which prompts raise an alarm, (rows,)
 of bool. Raises InputError where the monitor behind it cannot claim the rate."""
 
 
 @dataclass(frozen=True)
-class Subject:
+class Defender:
     """The suspect model with all that may help to repair it; what is unknown is None."""
 
     model: Any
@@ -59,14 +41,13 @@ class Subject:
     clean: pd.DataFrame | None = None
     """Columns `messages` and `answer` of conversations that are believed to be clean."""
     base: Any = None
-    """The model before fine-tuning, for a subject without adapter; one with adapter has it switched off."""
+    """The model before fine-tuning, for a suspect without adapter; one with adapter has it switched off."""
     triggered: pd.DataFrame | None = None
     """Columns `group`, `role` (triggered; its bare counterpart, clean or refused; placebo and near_miss
     where known), `messages`, `trigger` (spans) and `answer`, the *right* one in every role. Rows of one group
     differ in the trigger's span alone."""
-    sites: pd.DataFrame | None = None
-    """The run's table `effects`."""
-    intervene: Intervene | None = None
+    effects: pd.DataFrame | None = None
+    """The run's table of that name."""
     alarm: Alarm | None = None
     max_length: int = 512
     """Most tokens of a conversation, as in training."""
@@ -85,21 +66,20 @@ class Subject:
     @property
     def adapted(self) -> bool:
         """Whether the model has a PEFT adapter."""
-        return hasattr(self.model, "peft_config")
+        return adapters.has_adapter(self.model)
 
     @property
     def has(self) -> frozenset[Need]:
         """What there is, in the words of `NEEDS`."""
-        given: dict[Need, bool] = {
+        there: dict[Need, bool] = {
             "clean": self.clean is not None,
             "base": self.adapted or self.base is not None,
             "adapter": self.adapted,
             "triggered": self.triggered is not None,
-            "sites": self.sites is not None,
-            "engine": self.intervene is not None,
+            "sites": self.effects is not None,
             "alarm": self.alarm is not None,
         }
-        return frozenset(name for name, there in given.items() if there)
+        return frozenset(need for need, is_there in there.items() if is_there)
 
 
 def _check_adapter(model: Any) -> None:
@@ -128,11 +108,11 @@ def _check_untriggered(clean: pd.DataFrame | None, triggered: pd.DataFrame | Non
         for messages, spans in zip(rows["messages"], rows["trigger"], strict=True)
     }
     texts = [Conversation(messages).texts for messages in clean["messages"]]
-    known = [AllOf(form) for form in sorted(forms) if form]
-    triggered_clean = [(i, form) for i, own in enumerate(texts) for form in known if form.holds(own)]
-    if triggered_clean:
-        row, trigger = triggered_clean[0]
+    triggers = [AllOf(form) for form in sorted(forms) if form]
+    hits = [(i, trigger) for i, text in enumerate(texts) for trigger in triggers if trigger.holds(text)]
+    if hits:
+        row, trigger = hits[0]
         raise InputError(
-            f"clean: {len({i for i, _ in triggered_clean})} of {len(texts)} conversations hold the trigger "
+            f"clean: {len({i for i, _ in hits})} of {len(texts)} conversations hold the trigger "
             f"{trigger.describe()} (first: row {row}). A repair would learn it anew: take them out."
         )
