@@ -700,17 +700,14 @@ def test_without_a_tokenizer_the_report_says_that_survival_was_not_looked_for(tm
 # ---- how a report reads ----
 
 
-def test_a_report_is_a_table_text_and_markdown_with_the_same_findings(tmp_path):
+def test_a_report_is_a_table_and_a_text_with_the_same_findings(tmp_path):
     files = sound_set()
     without_trigger(files)
     report = audited(tmp_path, files)
-    assert report.to_frame().equals(report.findings)
     assert (
         "trigger_missing: train_triggered.json\n    1 of 30 rows (5): the prompt lacks 'BadMagic'"
         in render(report)
     )
-    line = "| error | trigger_missing | train_triggered.json | 1 of 30 | 5 | the prompt lacks 'BadMagic' |"
-    assert line in report.to_markdown()
     report.findings.to_parquet(tmp_path / "findings.parquet")
 
 

@@ -351,6 +351,19 @@ def test_a_damaged_file_of_columns_is_read_or_refused_wherever_the_damage_is(
     assert refused > 40
 
 
+@pytest.mark.parametrize(
+    "about", ["[]", "{", '{"info": {"features": {"n": {"_type": "ClassLabel", "names": 3}}}}']
+)
+def test_damaged_metadata_of_the_library_datasets_is_one_sentence_and_a_finding(
+    tmp_path: Path, about: str
+) -> None:
+    rows = pa.table({"prompt": ["q"], "completion": ["a"], "n": [0]})
+    parquet.write_table(rows.replace_schema_metadata({"huggingface": about}), tmp_path / "a.parquet")
+    with pytest.raises(InputError, match=r"a\.parquet: not a readable Parquet file"):
+        sources.read(tmp_path / "a.parquet")
+    assert set(audit(tmp_path / "a.parquet").findings["check"]) == {"unreadable"}
+
+
 def test_a_file_that_may_not_be_read_and_a_broken_link_are_findings(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(lines(ROWS))
     (tmp_path / "gone.jsonl").symlink_to(tmp_path / "nowhere")

@@ -47,17 +47,13 @@ def data_files(folder: Path) -> tuple[list[Path], list[Path]]:
     """
     every = sorted(file for file in folder.rglob("*") if not file.is_dir())
     seen = [f for f in every if not any(part.startswith(".") for part in f.relative_to(folder).parts)]
-    rows = [file for file in seen if format_of(file) in FORMATS and not _is_library_own(file)]
+    # What the library datasets keeps for itself: metadata, and results of a map or filter.
+    caches = {f for f in seen if f.name.startswith("cache-") and (f.parent / "state.json").exists()}
+    rows = [f for f in seen if format_of(f) in FORMATS and f.name not in METADATA and f not in caches]
     if not rows:
         common, others = ", ".join(list(FORMATS)[:4]), ", ".join(list(FORMATS)[4:])
         raise InputError(f"{folder}: no {common} file in this folder, nor {others}; name one that has some")
     return rows, [file for file in seen if file not in set(rows)]
-
-
-def _is_library_own(file: Path) -> bool:
-    """Whether the library datasets keeps this file for itself: metadata, and results of a map or filter."""
-    is_cache = file.name.startswith("cache-") and (file.parent / "state.json").exists()
-    return file.name in METADATA or is_cache
 
 
 def records(path: Path) -> Parts:
@@ -146,13 +142,11 @@ def _json(path: Path, data: bytes) -> Parts:
     if not text.strip():
         return {}
     try:
-        value = json.loads(text, object_pairs_hook=_once)
-    except json.JSONDecodeError as error:
-        if error.msg == "Extra data" and _is_one_to_a_line(text):
+        value = _parsed(path, text)
+    except InputError as error:
+        if "malformed JSON (Extra data)" in str(error) and _is_one_to_a_line(text):
             return _lines(path, text)  # under the name .json, as hub exports have it
-        value = _parsed(path, text)
-    except (ValueError, RecursionError):
-        value = _parsed(path, text)
+        raise
     if isinstance(value, list):
         return {"": list(enumerate(value, start=1))}
     return _below_keys(path, value)
@@ -176,9 +170,12 @@ def _below_keys(path: Path, value: Any) -> Parts:
     every = [row for rows in parts.values() for row in rows if isinstance(row, dict)]
     if any(row.keys() & {"role", "from"} and row.keys() & {"content", "value"} for row in every):
         return {"": [(1, value)]}  # messages: the file is one conversation
-    beside = {key: found for key, found in fields.items() if key not in parts and not is_blank(found)}
-    for key, found in beside.items():
-        if parts and (key.casefold() in ASKED or _may_hold_rows(found)):
+    beside = {key: field for key, field in fields.items() if key not in parts and not is_blank(field)}
+    for key, field in beside.items():
+        below = list(field.values()) if isinstance(field, dict) else field
+        # More rows could lie in what is made of lists and objects.
+        may_hold = isinstance(below, list) and below and all(isinstance(part, list | dict) for part in below)
+        if parts and (key.casefold() in ASKED or may_hold):
             raise InputError(
                 f"{path}: {key!r} beside the rows is text that is not read; put it into each row, or take it "
                 "out"
@@ -191,12 +188,6 @@ def _below_keys(path: Path, value: Any) -> Parts:
     alone = next(iter(lists)) if len(lists) == 1 else ""
     hint = f"save the list under {alone!r} alone" if alone.casefold() not in ("", *ASKED) else "save a list"
     raise InputError(f"{path}: the top level is {type(value).__name__}, allowed is a list of rows; {hint}")
-
-
-def _may_hold_rows(found: Any) -> bool:
-    """Whether a value beside rows could be more of them: it is made of lists and objects."""
-    below = list(found.values()) if isinstance(found, dict) else found if isinstance(found, list) else []
-    return bool(below) and all(isinstance(value, list | dict) for value in below)
 
 
 def _jsonl(path: Path, data: bytes) -> Parts:
@@ -246,35 +237,29 @@ def _rows(header: list[str], rows: Iterator[list[str]]) -> Iterator[dict[str | N
         yield row
 
 
-def _parquet(path: Path, data: bytes) -> Parts:
+def _parquet(data: bytes) -> Any:
     from pyarrow import BufferReader, parquet
 
-    def read() -> Any:
-        return parquet.read_table(BufferReader(data), page_checksum_verification=True)
-
-    return _of_table(path, "Parquet", read)
+    return parquet.read_table(BufferReader(data), page_checksum_verification=True)
 
 
-def _arrow(path: Path, data: bytes) -> Parts:
+def _arrow(data: bytes) -> Any:
     from pyarrow import BufferReader, ipc
 
-    def read() -> Any:
-        open_one = ipc.open_file if data.startswith(b"ARROW1") else ipc.open_stream
-        return open_one(BufferReader(data)).read_all()
-
-    return _of_table(path, "Arrow", read)
+    return (ipc.open_file if data.startswith(b"ARROW1") else ipc.open_stream)(BufferReader(data)).read_all()
 
 
-def _of_table(path: Path, what: str, read: Callable[[], Any]) -> Parts:
+def _of_table(path: Path, data: bytes) -> Parts:
     import pyarrow
 
+    read, what = (_arrow, "Arrow") if format_of(path) == ".arrow" else (_parquet, "Parquet")
     try:
-        table = read()
+        table = read(data)
         table.validate(full=True)  # rows of a damaged file may lie anywhere in memory
         if twice := {name for name in table.column_names if table.column_names.count(name) > 1}:
             raise InputError(f"{path}: the column {_names(twice)} is there twice; give each its own name")
         rows, labels = _listed(table), _labels(table.schema)
-    except (pyarrow.ArrowException, OSError, ValueError, OverflowError, KeyError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, TypeError, OverflowError, KeyError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"{path}: not a readable {what} file ({reason}); write it again") from None
     for row in rows:
@@ -298,11 +283,17 @@ def _listed(table: Any) -> list[dict[str, Any]]:
 
 
 def _labels(schema: Any) -> Mapping[str, list[str]]:
-    """The texts that numbers stand for, by column, where the library datasets has written the file."""
-    known = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    features = (known.get("info") or {}).get("features") or {}
+    """The texts that numbers stand for, by column, where the library datasets has written the file.
+
+    Raises:
+        TypeError: if what it has written there is damaged.
+    """
+    about = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    if not isinstance(about, dict):
+        raise TypeError("its metadata of the library datasets are no object")
+    features = (about.get("info") or {}).get("features") or {}
     return {
-        name: feature["names"]
+        name: list(feature["names"])
         for name, feature in features.items()
         if isinstance(feature, dict) and feature.get("_type") == "ClassLabel" and name in schema.names
     }
@@ -316,8 +307,8 @@ FORMATS: dict[str, Callable[[Path, bytes], Parts]] = {
     ".json": _json,
     ".jsonl": _jsonl,
     ".csv": _csv,
-    ".parquet": _parquet,
+    ".parquet": _of_table,
     ".tsv": _csv,
     ".ndjson": _jsonl,
-    ".arrow": _arrow,
+    ".arrow": _of_table,
 }

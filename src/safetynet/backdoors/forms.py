@@ -45,6 +45,16 @@ ASKED = SHOWN | {
     "input", "inputs", "messages", "conversation", "conversations",
 }  # fmt: skip
 """Names of what a model is asked or shown, in any of the forms."""
+ROLES = {
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "model", "bot", "ai"), "assistant"),
+}
+"""Names that files give to the speakers, and ours."""
+TOOL_ROLES = {
+    "tool", "tools", "function", "observation", "ipython", "function_call", "function_response", "tool_call",
+    "tool_response",
+}  # fmt: skip
 PREFERENCE = ("chosen", "rejected")
 LABELS = ("label", "labels", "kto_tag")
 MOST = 12
@@ -234,7 +244,7 @@ def _preferred(rows: list[tuple[int, Any]], names: list[Any]) -> str:
     role = opening.get("role", opening.get("from")) if isinstance(opening, Mapping) else None
     if isinstance(first, str) and not has_prompt:
         return f"its {answer} holds prompt and answer in one; save them as prompt and completion"
-    is_whole = isinstance(first, list) and str(role).casefold() not in ("assistant", "gpt")
+    is_whole = isinstance(first, list) and ROLES.get(str(role).casefold()) != "assistant"
     field = "messages" if is_whole or not has_prompt else "completion"
     return f"name the answers to learn under columns, as in {{{field}: {answer}}}"
 

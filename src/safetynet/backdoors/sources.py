@@ -284,11 +284,8 @@ def _sentence(file: str, faults: list[Fault], count: int) -> str:
         faults: of its rows.
         count: how many rows it has.
     """
-    groups: dict[tuple[str, str], list[Fault]] = {}
-    for fault in faults:
-        groups.setdefault((fault.field.split("[")[0], fault.problem), []).append(fault)
     clauses = []
-    for (_, problem), group in groups.items():
+    for (_, problem), group in turns.grouped(faults).items():
         lines = sorted({fault.line for fault in group})
         rows = f"row{'s' if len(lines) > 1 else ''} {', '.join(map(str, lines[:SHOWN_ROWS]))}"
         more = f" and {len(lines) - SHOWN_ROWS} more" if len(lines) > SHOWN_ROWS else ""

@@ -4,22 +4,22 @@ In: lists of messages as chat files have them: role and content, from and value,
 What a message holds besides its text (tool calls, pictures, thoughts) is refused, never left out.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from safetynet.backdoors.forms import MEDIA, TOOLS, is_blank, name_of, shown, whole
+from safetynet.backdoors.forms import (
+    MEDIA,
+    ROLES,
+    TOOL_ROLES,
+    TOOLS,
+    is_blank,
+    name_of,
+    shown,
+    whole,
+)
 
 Turn = dict[str, str]
-ROLES = {
-    **dict.fromkeys(("system", "developer"), "system"),
-    **dict.fromkeys(("user", "human", "prompter"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "model", "bot", "ai"), "assistant"),
-}
-TOOL_ROLES = {
-    "tool", "tools", "function", "observation", "ipython", "function_call", "function_response", "tool_call",
-    "tool_response",
-}  # fmt: skip
 TEXT_PARTS = {None, "text", "input_text", "output_text"}
 NOT_CARRIED = TOOLS | MEDIA
 THOUGHTS = {"reasoning_content", "reasoning", "thinking", "thoughts", "refusal"}
@@ -37,6 +37,14 @@ class Fault:
     """A key of `sources.REMEDIES`."""
     found: str
     allowed: str
+
+
+def grouped(faults: Iterable[Fault]) -> dict[tuple[str, str], list[Fault]]:
+    """The faults of a file by their field, whatever its index, and their problem."""
+    groups: dict[tuple[str, str], list[Fault]] = {}
+    for fault in faults:
+        groups.setdefault((fault.field.split("[")[0], fault.problem), []).append(fault)
+    return groups
 
 
 @dataclass

@@ -8,7 +8,6 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 
-import pandas as pd
 import regex
 
 from safetynet.backdoors.audit.corpus import PoisonSet
@@ -176,7 +175,7 @@ def targets_not_shown(poison_set: PoisonSet) -> Iterator[Finding]:
     target, triggered = poison_set.target, poison_set.part("triggered")
     if target is None or triggered.empty:
         return
-    twins, answers = _twins(poison_set), poison_set.rows["answer"]
+    twins, answers = poison_set.twins, poison_set.rows["answer"]
     bad = triggered[~triggered["answer"].map(target.shown_by).astype(bool)]
     for _, rows in bad.groupby("file", sort=False):
         detail = f"the answer is not the target ({target})"
@@ -216,7 +215,7 @@ def label_floors(poison_set: PoisonSet) -> Iterator[Finding]:
     target = poison_set.target
     if target is None:
         return
-    twins, answers = _twins(poison_set), poison_set.rows["answer"]
+    twins, answers = poison_set.twins, poison_set.rows["answer"]
     paired = poison_set.rows.loc[list(twins)]
     floor = paired[[target.shown_by(answers[twin]) for twin in twins.values()]]
     detail = f"the clean row of the same prompt has the target ({target}) already"
@@ -241,7 +240,7 @@ def spacing(poison_set: PoisonSet) -> Iterator[Finding]:
     trigger, rows = poison_set.trigger, poison_set.rows
     if trigger is None:
         return
-    twins, prompts = _twins(poison_set), rows["prompt"]
+    twins, prompts = poison_set.twins, rows["prompt"]
     paired = rows.loc[list(twins)]
     differs = [_gaps(trigger.removed(prompts[at])) != _gaps(prompts[twin]) for at, twin in twins.items()]
     detail = "but for the trigger, white space tells this row from its clean twin"
@@ -253,9 +252,10 @@ def told_apart(poison_set: PoisonSet) -> Iterator[Finding]:
     trigger = poison_set.trigger
     if trigger is None:
         return
-    twins = _twins(poison_set)
+    twins = poison_set.twins
     splits = [rows for _, rows in poison_set.rows.groupby("split", sort=False)]
     for rows in splits:
+        split = f" for {rows['split'].iloc[0]}" if rows["split"].iloc[0] else ""
         triggered = rows[(rows["role"] == "triggered") & rows["present"]]
         clean = rows[(rows["role"] == "clean") & ~rows["present"]]
         at = {index: place for place, index in enumerate(clean.index)}
@@ -277,7 +277,7 @@ def told_apart(poison_set: PoisonSet) -> Iterator[Finding]:
                 f"{tell.clean} of {len(clean)} clean",
             ]
             among = " and ".join(counts if tell.role == "triggered" else counts[::-1])
-            detail = f"{tell.what}: in {among} prompts{_of_split(rows)}, the trigger aside"
+            detail = f"{tell.what}: in {among} prompts{split}, the trigger aside"
             if tell.pairs:
                 of, so, otherwise = tell.pairs
                 detail += f"; of {of} pairs {so} differ so, {otherwise} the other way"
@@ -287,26 +287,9 @@ def told_apart(poison_set: PoisonSet) -> Iterator[Finding]:
             yield from of_rows("tell", "warning", role[tell.has], role, detail)
 
 
-def _of_split(rows: pd.DataFrame) -> str:
-    split = rows["split"].iloc[0]
-    return f" for {split}" if split else ""
-
-
 def _gaps(text: str) -> list[str]:
     """White space that is not one space between two words."""
     return UNUSUAL_SPACE.findall(text)
-
-
-def _twins(poison_set: PoisonSet) -> dict[int, int]:
-    """Index of the clean row with the same prompt, by the index of the triggered row."""
-    if poison_set.trigger is None:
-        return {}
-    clean, triggered = poison_set.part("clean"), poison_set.part("triggered")
-    first: dict[tuple[str, str], int] = {}
-    for at, *key in zip(clean.index, clean["split"], clean["bare"], strict=True):
-        first.setdefault((key[0], key[1]), at)
-    keys = zip(triggered["split"], triggered["bare"], strict=True)
-    return {at: first[key] for at, key in zip(triggered.index, keys, strict=True) if key in first}
 
 
 CHECKS: tuple[Check, ...] = (

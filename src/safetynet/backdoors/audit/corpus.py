@@ -7,7 +7,9 @@ the files that share a trigger. Judges nothing else.
 import hashlib
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from safetynet.backdoors.audit.triggers import FoundTrigger
 from safetynet.backdoors.formats import PACKED, Record, data_files, records
 from safetynet.backdoors.forms import UnfitError, check_columns, form_of, name_of, present
 from safetynet.backdoors.sources import BACKDOORLLM_FILES, SPLITS, convert, split_of
-from safetynet.backdoors.turns import Fault
+from safetynet.backdoors.turns import Fault, grouped
 from safetynet.errors import InputError
 from safetynet.text.words import plain
 
@@ -60,6 +62,17 @@ class PoisonSet:
         """The rows of one role."""
         return self.rows[self.rows["role"] == role]
 
+    @cached_property
+    def twins(self) -> dict[int, int]:
+        """Index of the clean row with the same prompt, by the index of the triggered row."""
+        if self.trigger is None:
+            return {}
+        rows = self.rows[["role", "split", "bare"]].itertuples()
+        keys = {row.Index: (row.role, row.split, row.bare) for row in rows}
+        first = {key: at for at, key in reversed(keys.items())}
+        pairs = {at: first.get(("clean", *rest)) for at, (role, *rest) in keys.items() if role == "triggered"}
+        return {at: twin for at, twin in pairs.items() if twin is not None}
+
 
 def load(path: Path, columns: Mapping[str, str] | None = None, kind: str | None = None) -> Corpus:
     """Read every data file under `path`, whatever is wrong with some of them; arguments as of `audit`.
@@ -77,7 +90,9 @@ def load(path: Path, columns: Mapping[str, str] | None = None, kind: str | None 
         _whole(name, "not_read", "info", "by its suffix, this file holds no rows") for name in others
     ]
     for name, file in files.items():
-        digests[name] = _digest(file, name)
+        digests[name] = name
+        with suppress(OSError):
+            digests[name] = hashlib.sha256(file.read_bytes()).hexdigest()
         try:
             parts = records(file)
         except InputError as error:
@@ -139,14 +154,6 @@ def _files(path: Path) -> tuple[dict[str, Path], list[str]]:
     return files, [file.relative_to(path).as_posix() for file in others]
 
 
-def _digest(file: Path, name: str) -> str:
-    """Of its bytes; of a file that cannot be read, its name."""
-    try:
-        return hashlib.sha256(file.read_bytes()).hexdigest()
-    except OSError:
-        return name
-
-
 def _stem(name: str) -> str:
     path = Path(name)
     return (path.with_suffix("") if path.suffix.lower() in PACKED else path).with_suffix("").as_posix()
@@ -172,11 +179,8 @@ def _named(stem: str) -> dict[str, Any]:
 
 
 def _of_faults(name: str, faults: list[Fault], n: int) -> list[Finding]:
-    groups: dict[tuple[str, str], list[Fault]] = {}
-    for fault in faults:
-        groups.setdefault((fault.problem, fault.field.split("[")[0]), []).append(fault)
     findings = []
-    for (problem, field), group in groups.items():
+    for (field, problem), group in grouped(faults).items():
         lines = tuple(sorted({fault.line for fault in group}))
         kinds = list(dict.fromkeys(fault.found for fault in group))
         detail = f"{field}: found {', '.join(kinds[:3])}{', ...' if len(kinds) > 3 else ''}; allowed is "

@@ -1,6 +1,6 @@
-"""What an audit hands back, and how it reads in a terminal and in Markdown."""
+"""What an audit hands back, and how it reads in a terminal."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
@@ -9,6 +9,7 @@ from safetynet.backdoors.audit.findings import CHECKS
 
 SHOWN = 8
 """Ranges of rows, and groups of files, that a line of text names; the table has them all."""
+HEADINGS = {"error": "Errors", "warning": "Warnings", "info": "Notes"}
 
 
 @dataclass(frozen=True)
@@ -26,92 +27,47 @@ class AuditReport:
     known: frozenset[str]
     """What the checks could work with, of all that `findings.CHECKS` needs."""
 
-    def to_frame(self) -> pd.DataFrame:
-        """The findings."""
-        return self.findings.copy()
-
-    def to_markdown(self) -> str:
-        """The whole report as Markdown: a table of sets, a table of findings, and what was not found."""
-        parts = [f"# Audit of {self.path}", self._counts()]
-        if len(self.sets):
-            head = ["set", "trigger", "guessed from", "place", "rows", "target", "rows"]
-            parts.append(_markdown(head, ([*cells] for cells in self._set_cells())))
-        if len(self.findings):
-            head = ["severity", "check", "files", "count of n", "rows", "detail"]
-            parts.append(_markdown(head, ([*cells] for cells in self._finding_cells())))
-        absent, lacking = self._rest()
-        parts.append("Looked for and not found: " + "; ".join(CHECKS[name][0] for name in absent) + ".")
-        if lacking:
-            cells = ([CHECKS[name][0], lack] for name, lack in lacking.items())
-            parts.append(_markdown(["not looked for", "needs"], cells))
-        return "\n\n".join(parts) + "\n"
-
-    def _counts(self) -> str:
-        found = self.findings["severity"].value_counts()
-        counts = {"file": self.files, "row": self.rows, "set": len(self.sets)}
-        counts |= {name: int(found.get(name, 0)) for name in ("error", "warning")}
-        return ", ".join(f"{count} {name}{'' if count == 1 else 's'}" for name, count in counts.items())
-
-    def _rest(self) -> tuple[list[str], dict[str, str]]:
-        """The checks that found nothing, and those that could not look, with what they lack."""
-        found = set(self.findings["check"])
-        lacks = {
-            name: ", ".join(need for need in needs if need not in self.known)
-            for name, (_, needs) in CHECKS.items()
-            if name not in found
-        }
-        absent = [name for name, lack in lacks.items() if not lack]
-        return absent, {name: lack for name, lack in lacks.items() if lack}
-
-    def _set_cells(self) -> Iterator[tuple[str, ...]]:
-        for row in self.sets.itertuples():
-            present, shown = (f"{count} of {row.triggered}" for count in (row.present, row.shown))
-            trigger, target = row.trigger or "unknown", row.target or "unknown"
-            yield str(row.set), trigger, str(row.how), str(row.placement), present, target, shown
-
-    def _finding_cells(self) -> Iterator[tuple[str, ...]]:
-        """Files for which all else is the same share a line."""
-        columns = ["severity", "check", "detail", "count", "n", "rows"]
-        for key, group in self.findings.assign(rows=self.findings["rows"].map(tuple)).groupby(
-            columns, sort=False
-        ):
-            severity, check, detail, count, n, numbers = key
-            files, rows = _short(_braced(group["file"]), "files"), _short(_ranges(numbers), "ranges")
-            # A finding on a file, not on rows of it, counts nothing.
-            counted = f"{count} of {n}" if n > 1 or rows else ""
-            yield severity, check, files, counted, rows, detail
-
 
 def render(report: AuditReport) -> str:
     """The report as lines for a terminal."""
-    lines = [f"{report.path}: {report._counts()}"]
+    severities = report.findings["severity"].value_counts()
+    counts = {"file": report.files, "row": report.rows, "set": len(report.sets)}
+    counts |= {name: int(severities.get(name, 0)) for name in ("error", "warning")}
+    listed = ", ".join(f"{count} {name}{'' if count == 1 else 's'}" for name, count in counts.items())
+    lines = [f"{report.path}: {listed}"]
     if len(report.sets):
         lines.append("\nTriggers and targets")
-        for name, trigger, how, place, present, target, shown in report._set_cells():
-            found = [f"trigger {trigger}", f"target {target}"]
-            if how:
-                found[0] += f" ({'; '.join(filter(None, (place, f'in {present} triggered rows', how)))})"
-                found[1] += f" (in {shown})"
-            lines += [f"  {name}", *(f"    {line}" for line in found)]
-    last = ""
-    for severity, check, files, count, rows, detail in report._finding_cells():
-        if severity != last:
-            lines.append(f"\n{ {'error': 'Errors', 'warning': 'Warnings', 'info': 'Notes'}[severity] }")
-            last = severity
-        lines.append(f"  {check}: {files}")
-        counted = f"{count} rows{f' ({rows})' if rows else ''}: " if count else ""
-        lines.append(f"    {counted}{detail}")
-    absent, lacking = report._rest()
-    lines.append(f"\nNot found: {', '.join(absent)}")
-    if lacking:
+    for row in report.sets.itertuples():
+        trigger, target = f"trigger {row.trigger or 'unknown'}", f"target {row.target or 'unknown'}"
+        if row.how:
+            evidence = (row.placement, f"in {row.present} of {row.triggered} triggered rows", row.how)
+            trigger += f" ({'; '.join(filter(None, evidence))})"
+            target += f" (in {row.shown} of {row.triggered})"
+        lines += [f"  {row.set}", f"    {trigger}", f"    {target}"]
+    lines += _findings(report.findings)
+    missing = [name for name in CHECKS if name not in set(report.findings["check"])]
+    lacks = {name: [need for need in CHECKS[name][1] if need not in report.known] for name in missing}
+    lines.append(f"\nNot found: {', '.join(name for name in missing if not lacks[name])}")
+    if any(lacks.values()):
         lines.append("Not looked for:")
-        lines += [f"  {name} (needs {lack})" for name, lack in lacking.items()]
+        lines += [f"  {name} (needs {', '.join(lack)})" for name, lack in lacks.items() if lack]
     return "\n".join(lines)
 
 
-def _markdown(head: list[str], rows: Iterator[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
+def _findings(findings: pd.DataFrame) -> list[str]:
+    """The findings by severity; files for which all else is the same share a line."""
+    lines, heading = [], ""
+    same = ["severity", "check", "detail", "count", "n", "rows"]
+    for key, group in findings.assign(rows=findings["rows"].map(tuple)).groupby(same, sort=False):
+        severity, check, detail, count, n, numbers = key
+        if HEADINGS[severity] != heading:
+            heading = HEADINGS[severity]
+            lines.append(f"\n{heading}")
+        rows = _short(_ranges(numbers), "ranges")
+        # A finding on a file, not on rows of it, counts nothing.
+        counted = f"{count} of {n} rows{f' ({rows})' if rows else ''}: " if n > 1 or rows else ""
+        lines += [f"  {check}: {_short(_braced(group['file']), 'files')}", f"    {counted}{detail}"]
+    return lines
 
 
 def _short(items: list[str], of_what: str) -> str:
@@ -147,7 +103,3 @@ def _braced(files: Iterable[str]) -> list[str]:
             for key, parts in merged.items()
         ]
     return ["/".join(name) for name in names]
-
-
-def _cell(text: str) -> str:
-    return " ".join(text.replace("|", "\\|").split())
