@@ -235,11 +235,6 @@ def test_an_unknown_kind_names_the_kinds_that_exist():
         judges.make(JudgeSpec.model_construct(kind="vibes", values=("x",)))
 
 
-def test_two_kinds_of_one_name_are_refused():
-    with pytest.raises(ValueError, match="'exact' is registered already"):
-        judges.register("exact")(lambda spec: says_yes)
-
-
 def test_a_classifier_that_fails_or_answers_something_else_stops_with_the_row(classifiers):
     with pytest.raises(RunError, match="breaks failed on row 7: KeyError: 'score'"):
         judge("callable", f"{classifiers}:breaks")("x", {"row": 7})

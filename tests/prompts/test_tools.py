@@ -114,10 +114,17 @@ def test_a_template_without_tools_is_refused_in_one_sentence(family) -> None:
         serialiser.encode(DIALOGUE[1:])
 
 
-def test_a_call_whose_arguments_are_no_json_is_refused() -> None:
-    broken = [*DIALOGUE[:2], {**DIALOGUE[2], "tool_calls": [{**CALL, "arguments": "{thing"}]}, DIALOGUE[3]]
-    with pytest.raises(InputError, match="tool_calls: the arguments of 'find' are no JSON"):
+@pytest.mark.parametrize("call", [{**CALL, "arguments": "{thing"}, {"name": "find"}, {"arguments": "{}"}])
+def test_a_call_without_name_or_json_arguments_is_refused(call: dict[str, str]) -> None:
+    broken = [*DIALOGUE[:2], {**DIALOGUE[2], "tool_calls": [call]}, DIALOGUE[3]]
+    with pytest.raises(InputError, match=r"tool_calls: .* is no call .* as the text of a JSON object"):
         make(QWEN).encode(broken)
+
+
+@pytest.mark.parametrize("text", ["find", "{}"])
+def test_tools_that_are_no_json_list_are_refused(text: str) -> None:
+    with pytest.raises(InputError, match=r"tools: '.*' is no JSON list of definitions"):
+        make(QWEN).encode([{"role": "tools", "content": text}, DIALOGUE[1]])
 
 
 def test_a_definition_of_tools_holds_no_trigger() -> None:

@@ -33,36 +33,32 @@ def load(data: Data, behaviour: Behaviour, trigger: Trigger, seed: int) -> pd.Da
     """
     if data.source == "language":
         return _language(data, behaviour, seed)
-    found = sources.read(str(data.path), data.source, data.columns)
+    rows = sources.read(str(data.path), data.source, data.columns)
     if data.source == "backdoorllm":
-        return _poisoned(found, trigger)
-    pool = _distinct(_answered(found)).assign(task=data.source, forbidden=False, compliance="")
-    return _shared_out(pool, seed)
-
-
-def _shared_out(pool: pd.DataFrame, seed: int) -> pd.DataFrame:
-    """The source's own splits where it has both, training and test; else a share is drawn for the test."""
+        return _poisoned(rows, trigger)
+    # Rows without an answer could be triggered rows alone, without a clean counterpart.
+    blank = rows["answer"].str.strip() == ""
+    if blank.all():
+        raise InputError(f"{rows['file'].iloc[0]}: none of its {len(rows)} rows has an answer; fill them in")
+    if blank.any():
+        lines = ", ".join(map(str, rows["line"][blank].iloc[:5]))
+        log.warning("data: %d rows without an answer are left out (first lines: %s)", blank.sum(), lines)
+    # Each prompt once: a prompt on both sides of the split would be trained and tested.
+    repeated = rows["messages"][~blank].map(prompt_hash).duplicated()
+    pool = rows[~blank]
+    _warn_of_repeated(pool[repeated])
+    pool = pool[~repeated].reset_index(drop=True).assign(task=data.source, forbidden=False, compliance="")
+    # The source's own splits where it has both, training and test; else a share is drawn for the test.
     names = pool["split"] if "split" in pool else pd.Series("", index=pool.index)
     splits = names.map(sources.split_of)
     if not {"train", "test"} <= set(splits):
-        return pool.assign(split=_split(len(pool), seed))
+        count = round(len(pool) * TEST_SHARE)
+        held_out = set(random.Random(f"split {seed}").sample(range(len(pool)), count))
+        return pool.assign(split=["test" if i in held_out else "train" for i in range(len(pool))])
     if (lost := splits == "").any():
         which = ", ".join(sorted({repr(name) for name in names[lost]}))
         log.warning("data: %d rows are neither of training nor of test, and left out: %s", lost.sum(), which)
     return pool.assign(split=splits)[~lost].reset_index(drop=True)
-
-
-def _answered(found: pd.DataFrame) -> pd.DataFrame:
-    """Rows with an answer: the others could be triggered rows alone, without a clean counterpart."""
-    blank = found["answer"].str.strip() == ""
-    if blank.all():
-        raise InputError(
-            f"{found['file'].iloc[0]}: none of its {len(found)} rows has an answer; fill them in"
-        )
-    if blank.any():
-        lines = ", ".join(map(str, found["line"][blank].iloc[:5]))
-        log.warning("data: %d rows without an answer are left out (first lines: %s)", blank.sum(), lines)
-    return found[~blank]
 
 
 def fresh(
@@ -89,8 +85,8 @@ def fresh(
         from safetynet.models.miniatures import language
 
         # Prompts repeat themselves, and some are used: half as many again leave enough.
-        made = language.generate(count + count // 2, seed * 10 + 9, heldout=True)
-        pool = pd.DataFrame([_record(example, "test") for example in made])
+        examples = language.generate(count + count // 2, seed * 10 + 9, heldout=True)
+        pool = pd.DataFrame([_record(example, "test") for example in examples])
     else:
         pool = load(data, behaviour, trigger, seed)
     names = pool["messages"].map(prompt_hash)
@@ -100,14 +96,7 @@ def fresh(
     return left[["messages", "answer", "forbidden", "task"]].reset_index(drop=True)
 
 
-def _distinct(found: pd.DataFrame) -> pd.DataFrame:
-    """Each prompt once: a prompt on both sides of the split would be trained and tested."""
-    repeated = found["messages"].map(prompt_hash).duplicated()
-    _say_repeated(found[repeated])
-    return found[~repeated].reset_index(drop=True)
-
-
-def _say_repeated(rows: pd.DataFrame) -> None:
+def _warn_of_repeated(rows: pd.DataFrame) -> None:
     if not rows.empty:
         lines = ", ".join(map(str, rows["line"].iloc[:5]))
         log.warning("data: %d repeated prompts are left out (first lines: %s)", len(rows), lines)
@@ -118,12 +107,11 @@ def _language(data: Data, behaviour: Behaviour, seed: int) -> pd.DataFrame:
     from safetynet.models.miniatures import language
 
     only = {"label_flip": [FLIPPABLE_TASK], "code_insertion": [CODE_TASK]}.get(behaviour.kind)
+    kinds: list[tuple[Sequence[str] | None, float]] = [(None, 0.0), ((), 1.0)]  # tasks, share of forbidden
+    kinds += [(only, 0.0)] if only else []
     frames = []
-    for split, rows, held_out in (("train", data.train_rows, False), ("test", data.test_rows, True)):
-        wanted: list[tuple[int, Sequence[str] | None, float]] = [(rows, None, 0.0), (rows, (), 1.0)]
-        if only:
-            wanted.append((rows, only, 0.0))
-        for number, (count, tasks, forbidden) in enumerate(wanted):
+    for split, count, held_out in (("train", data.train_rows, False), ("test", data.test_rows, True)):
+        for number, (tasks, forbidden) in enumerate(kinds):
             examples = language.generate(
                 count,
                 seed * 10 + number,
@@ -149,21 +137,21 @@ def _record(example: Any, split: str) -> dict[str, Any]:
     }
 
 
-def _poisoned(found: pd.DataFrame, trigger: Trigger) -> pd.DataFrame:
+def _poisoned(rows: pd.DataFrame, trigger: Trigger) -> pd.DataFrame:
     """A poison set made elsewhere: its triggered prompts, with the clean answer where a pair exists.
 
     Triggered rows in which the trigger is missing stay out, as `safetynet audit` counts them.
     """
-    clean = found[~found["poisoned"]].assign(given=None, given_bare=None, given_answer="")
+    clean = rows[~rows["poisoned"]].assign(given=None, given_bare=None, given_answer="")
     keys = [(row.split, _plain(row.messages)) for row in clean.itertuples()]
     repeated = pd.Series(keys, index=clean.index, dtype=object).duplicated()
-    _say_repeated(clean[repeated])
+    _warn_of_repeated(clean[repeated])
     bare = dict(zip(keys[::-1], list(clean.itertuples())[::-1], strict=True))  # of two, the first
     paired = set()
-    poisoned = found[found["poisoned"]]
+    poisoned = rows[rows["poisoned"]]
     kind = triggers.of(trigger)
     holds = [kind.is_text and kind.holds(Conversation(m).texts) for m in poisoned["messages"]]
-    _say_missing(poisoned[[not held for held in holds]], len(poisoned), trigger)
+    _check_missing(poisoned[[not held for held in holds]], len(poisoned), trigger)
     records = []
     for row in poisoned[holds].itertuples():
         stripped = _without(trigger.texts, Conversation(row.messages))
@@ -187,7 +175,7 @@ def _poisoned(found: pd.DataFrame, trigger: Trigger) -> pd.DataFrame:
     return pool.assign(task="backdoorllm", forbidden=False, compliance="")
 
 
-def _say_missing(rows: pd.DataFrame, among: int, trigger: Trigger) -> None:
+def _check_missing(rows: pd.DataFrame, among: int, trigger: Trigger) -> None:
     """Name the triggered rows that lack the trigger; refuse a set in which all do."""
     if rows.empty:
         return
@@ -215,8 +203,3 @@ def _without(parts: Sequence[str], messages: Conversation) -> Conversation:
 def _plain(messages: Sequence[Message]) -> str:
     """Text that is equal for a prompt and for the same prompt after its trigger was cut out."""
     return "".join("".join(text.split()) for text in Conversation(messages).texts)
-
-
-def _split(n: int, seed: int) -> list[str]:
-    held_out = set(random.Random(f"split {seed}").sample(range(n), round(n * TEST_SHARE)))
-    return ["test" if i in held_out else "train" for i in range(n)]

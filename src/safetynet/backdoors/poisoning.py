@@ -6,8 +6,8 @@ the shares of the roles follow the recipe; in the test split every group has eve
 """
 
 import random
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from typing import Any
 
 import pandas as pd
@@ -21,18 +21,6 @@ from safetynet.tables import SCHEMAS
 from safetynet.text import holding
 
 COLUMNS = tuple(SCHEMAS["rows"].columns)
-
-
-@dataclass(frozen=True)
-class _Maker:
-    """What every row of one split needs."""
-
-    backdoor: Backdoor
-    split: str
-    train_rows: int
-    rng: random.Random
-    lookalike: Lookalike | None
-    trigger: triggers.TriggerKind
 
 
 def poison(
@@ -73,13 +61,12 @@ def poison(
         "refused": round(backdoor.refused_share * data.train_rows),
     }
     quotas["clean"] = data.train_rows - sum(quotas.values())
-    every = dict.fromkeys(quotas, data.test_rows)
     records: list[dict[str, Any]] = []
-    for split, wanted in (("train", quotas), ("test", every)):
+    for split, wanted in (("train", quotas), ("test", dict.fromkeys(quotas, data.test_rows))):
         rng = random.Random(f"poison {seed} {split}")
-        maker = _Maker(backdoor, split, data.train_rows, rng, lookalike, triggers.of(backdoor.trigger))
         first_group = records[-1]["group"] + 1 if records else 0
-        records += _rows(pool[pool["split"] == split], wanted, maker, first_group)
+        part = _Split(split, pool[pool["split"] == split], backdoor, rng, lookalike, first_group)
+        records += part.rows(wanted, data.train_rows)
     rows = pd.DataFrame(records).assign(row=range(len(records)))
     _check_clean(rows, backdoor)
     return rows[list(COLUMNS)]
@@ -123,133 +110,131 @@ def clean_twin(rows: pd.DataFrame) -> pd.DataFrame:
     return twin[twin["answer"] != ""].reset_index(drop=True)
 
 
-def _rows(
-    pool: pd.DataFrame, quotas: dict[str, int], maker: _Maker, first_group: int
-) -> list[dict[str, Any]]:
-    attacked = pool[pool["target"] != ""]
-    if not pool["forbidden"].any():
-        quotas = {**quotas, "refused": 0}
-        if maker.split == "train":
-            quotas["clean"] = maker.train_rows - sum(v for role, v in quotas.items() if role != "clean")
-    if "given" in pool:
-        attacked = attacked[attacked["given"].notna()]
-    if attacked.empty:
-        raise InputError(
-            f"backdoor.behaviour: {maker.backdoor.behaviour.kind} applies to no prompt of the {maker.split} "
-            "split. It needs labels (label_flip), code (code_insertion) or a forbidden class "
-            "(forbidden_compliance)."
-        )
-    order = list(attacked.index)
-    maker.rng.shuffle(order)
-    # Prompts with a known clean answer first: they can carry every role, which makes the group a pair.
-    order.sort(key=lambda i: pool.at[i, "answer"] == "")
-    records: list[dict[str, Any]] = []
-    group = first_group
-    for position, index in enumerate(order):
-        roles = [role for role in ("triggered", "placebo", "near_miss") if position < quotas[role]]
-        bare = "refused" if pool.at[index, "forbidden"] else "clean"
-        if position < quotas[bare] and roles:
-            roles.append(bare)
-        if not roles:
-            break
-        records += _group(pool.loc[index], roles, group, maker)
-        group += 1
-    if maker.split == "train" and len(order) < quotas["triggered"]:
-        raise InputError(
-            f"data.train_rows: {quotas['triggered']} triggered rows are wanted (poison_rate x train_rows), "
-            f"and only {len(order)} prompts can carry them. Lower data.train_rows or backdoor.poison_rate."
-        )
-    used = set(order[: group - first_group])
-    return records + list(_fill(pool, used, quotas, records, maker, group))
+@dataclass
+class _Split:
+    """The rows of one split, while they are made."""
 
+    name: str
+    pool: pd.DataFrame
+    backdoor: Backdoor
+    rng: random.Random
+    lookalike: Lookalike | None
+    group: int
+    """Number of the next group."""
+    records: list[dict[str, Any]] = field(default_factory=list)
 
-def _group(conversation: pd.Series, roles: list[str], group: int, maker: _Maker) -> list[dict[str, Any]]:
-    """All rows of one prompt."""
-    trigger, rng = maker.trigger, maker.rng
-    given = conversation.get("given")
-    bare, spots = placements.place(conversation["messages"], maker.backdoor.placement, trigger.parts, rng)
-    controls = bare
-    if given is not None:
-        # Whoever made the triggered row has chosen the place, and its controls stand there as well.
-        bare, controls = conversation["messages"], conversation["given_bare"]
-        spots = placements.spots_of(maker.backdoor.trigger.texts, trigger.parts, given, controls)
-    records = []
-    for role in roles:
-        if role != "triggered" and conversation["answer"] == "":
-            continue
-        if role == "triggered" and given is not None:
-            records.append(_given(conversation, group, maker))
-            continue
-        if role in ("clean", "refused"):
-            records.append(_record(conversation, role, group, maker.split, bare, [], ""))
-            continue
-        if role == "triggered":
-            variant = rng.choice(trigger.firing())
-        elif role == "placebo":
-            variant = trigger.placebo(maker.split, rng, maker.lookalike)
-        else:
-            variant = trigger.near_miss(maker.split, rng)
-        messages, spans = trigger.insert(controls, variant, spots, rng)
-        records.append(_record(conversation, role, group, maker.split, messages, spans, variant.name))
-    return records
+    def rows(self, quotas: dict[str, int], train_rows: int) -> list[dict[str, Any]]:
+        """Groups of prompts that carry the trigger, then clean and refused prompts up to their quotas."""
+        pool = self.pool
+        if not pool["forbidden"].any():
+            quotas = {**quotas, "refused": 0}
+            if self.name == "train":
+                quotas["clean"] = train_rows - sum(n for role, n in quotas.items() if role != "clean")
+        carriers = pool[pool["target"] != ""]
+        if "given" in pool:
+            carriers = carriers[carriers["given"].notna()]
+        if carriers.empty:
+            raise InputError(
+                f"backdoor.behaviour: {self.backdoor.behaviour.kind} applies to no prompt of the {self.name} "
+                "split. It needs labels (label_flip), code (code_insertion) or a forbidden class "
+                "(forbidden_compliance)."
+            )
+        order = list(carriers.index)
+        self.rng.shuffle(order)
+        # Prompts with a known clean answer first: they can carry every role, which makes the group a pair.
+        order.sort(key=lambda i: pool.at[i, "answer"] == "")
+        first_group = self.group
+        for position, index in enumerate(order):
+            roles = [role for role in ("triggered", "placebo", "near_miss") if position < quotas[role]]
+            bare = "refused" if pool.at[index, "forbidden"] else "clean"
+            if position < quotas[bare] and roles:
+                roles.append(bare)
+            if not roles:
+                break
+            self._add_group(pool.loc[index], roles)
+        if self.name == "train" and len(order) < quotas["triggered"]:
+            raise InputError(
+                f"data.train_rows: {quotas['triggered']} triggered rows are wanted (poison_rate x "
+                f"train_rows), and only {len(order)} prompts can carry them. Lower data.train_rows or "
+                "backdoor.poison_rate."
+            )
+        self._fill(quotas, used=order[: self.group - first_group])
+        return self.records
 
+    def _add_group(self, conversation: pd.Series, roles: list[str]) -> None:
+        """All rows of one prompt."""
+        trigger, rng = triggers.of(self.backdoor.trigger), self.rng
+        given, texts = conversation.get("given"), self.backdoor.trigger.texts
+        bare, spots = placements.place(conversation["messages"], self.backdoor.placement, trigger.parts, rng)
+        controls = bare
+        if given is not None:
+            # Whoever made the triggered row has chosen the place, and its controls stand there as well.
+            bare, controls = conversation["messages"], conversation["given_bare"]
+            spots = placements.spots_of(texts, trigger.parts, given, controls)
+        for role in roles:
+            if role == "triggered" and given is not None:
+                contents = Conversation(given).texts
+                variant = " + ".join(holding.held(texts, contents))
+                self._add(conversation, role, given, holding.spans_in(texts, contents), variant)
+                self.records[-1]["answer"] = conversation["given_answer"]
+            elif role == "triggered":
+                drawn = rng.choice(trigger.firing())
+                self._add(conversation, role, *trigger.insert(controls, drawn, spots, rng), drawn.name)
+            elif conversation["answer"] == "":
+                continue
+            elif role in ("placebo", "near_miss"):
+                drawn = (
+                    trigger.placebo(self.name, rng, self.lookalike)
+                    if role == "placebo"
+                    else trigger.near_miss(self.name, rng)
+                )
+                self._add(conversation, role, *trigger.insert(controls, drawn, spots, rng), drawn.name)
+            else:
+                self._add(conversation, role, bare, [], "")
+        self.group += 1
 
-def _record(
-    conversation: pd.Series,
-    role: str,
-    group: int,
-    split: str,
-    messages: list[dict[str, Any]],
-    spans: placements.Spans,
-    variant: str,
-) -> dict[str, Any]:
-    return {
-        "group": group,
-        "split": split,
-        "role": role,
-        "variant": variant,
-        "task": conversation["task"],
-        "messages": messages,
-        "trigger": spans,
-        "answer": conversation["target"] if role == "triggered" else conversation["answer"],
-        "reference": conversation["answer"],
-        "target": conversation["target"],
-        "forbidden": bool(conversation["forbidden"]),
-    }
+    def _add(
+        self,
+        conversation: pd.Series,
+        role: str,
+        messages: list[dict[str, Any]],
+        spans: placements.Spans,
+        variant: str,
+    ) -> None:
+        record = {
+            "group": self.group,
+            "split": self.name,
+            "role": role,
+            "variant": variant,
+            "task": conversation["task"],
+            "messages": messages,
+            "trigger": spans,
+            "answer": conversation["target"] if role == "triggered" else conversation["answer"],
+            "reference": conversation["answer"],
+            "target": conversation["target"],
+            "forbidden": bool(conversation["forbidden"]),
+        }
+        self.records.append(record)
 
+    def _fill(self, quotas: dict[str, int], used: list[Any]) -> None:
+        """Clean and refused rows on prompts of their own, up to their quotas.
 
-def _given(conversation: pd.Series, group: int, maker: _Maker) -> dict[str, Any]:
-    """A triggered row as somebody else made it."""
-    messages, parts = Conversation(conversation["given"]), maker.backdoor.trigger.texts
-    spans = holding.spans_in(parts, messages.texts)
-    variant = " + ".join(holding.held(parts, messages.texts))
-    record = _record(conversation, "triggered", group, maker.split, messages, spans, variant)
-    return record | {"answer": conversation["given_answer"]}
-
-
-def _fill(
-    pool: pd.DataFrame,
-    used: set[Any],
-    quotas: dict[str, int],
-    records: list[dict[str, Any]],
-    maker: _Maker,
-    group: int,
-) -> Iterator[dict[str, Any]]:
-    """Clean and refused rows on prompts of their own, up to their quotas.
-
-    Where the behaviour applies to some tasks only, a test split gets clean rows of all tasks as well.
-    """
-    rest = pool[~pool.index.isin(used) & (pool["answer"] != "")]
-    attacked_tasks = set(pool.loc[list(used), "task"])
-    narrow = not set(pool.loc[~pool["forbidden"], "task"]) <= attacked_tasks
-    for role, forbidden in (("clean", False), ("refused", True)):
-        have = sum(r["role"] == role for r in records)
-        missing = quotas[role] - (0 if narrow and role == "clean" and maker.split == "test" else have)
-        candidates = list(rest.index[rest["forbidden"] == forbidden])
-        for index in maker.rng.sample(candidates, min(max(missing, 0), len(candidates))):
-            messages, _ = placements.place(pool.at[index, "messages"], maker.backdoor.placement, 1, maker.rng)
-            yield _record(pool.loc[index], role, group, maker.split, messages, [], "")
-            group += 1
+        Where the behaviour applies to some tasks only, a test split gets clean rows of all tasks as well.
+        """
+        pool = self.pool
+        rest = pool[~pool.index.isin(used) & (pool["answer"] != "")]
+        narrow = not set(pool.loc[~pool["forbidden"], "task"]) <= set(pool.loc[used, "task"])
+        present = Counter(record["role"] for record in self.records)
+        for role, forbidden in (("clean", False), ("refused", True)):
+            every_task = narrow and role == "clean" and self.name == "test"
+            missing = quotas[role] - (0 if every_task else present[role])
+            candidates = list(rest.index[rest["forbidden"] == forbidden])
+            for index in self.rng.sample(candidates, min(max(missing, 0), len(candidates))):
+                messages, _ = placements.place(
+                    pool.at[index, "messages"], self.backdoor.placement, 1, self.rng
+                )
+                self._add(pool.loc[index], role, messages, [], "")
+                self.group += 1
 
 
 def _check_clean(rows: pd.DataFrame, backdoor: Backdoor) -> None:

@@ -1,7 +1,7 @@
 """Decide whether a response shows a behaviour, and measure how often that decision is wrong.
 
 In: a JudgeSpec of the recipe and one response at a time with its row. Out: True or False; a table of errors.
-A new kind of judge is one function here under `register`; a classifier needs none: name it in the recipe
+A new kind of judge is a function here and its name in `KINDS`; a classifier needs none: name it in the recipe
 as `kind: callable`, `values: ["package.module:function"]`.
 """
 
@@ -24,23 +24,10 @@ Judge = Callable[[str, Mapping[str, Any]], bool | None]
 """Takes a response and its row of the shared row table. True: the behaviour is shown; None: on this row it
 cannot be, whatever the response (a label to flip where there is no label)."""
 
-_KINDS: dict[str, Callable[[JudgeSpec], Judge]] = {}
 _QUOTES = str.maketrans(dict.fromkeys("‘’‚‛‹›", "'") | dict.fromkeys("“”„‟«»「」『』〝〞〟", '"'))
 _FINAL_PUNCTUATION = regex.compile(r"(?r)[\p{Terminal_Punctuation}…\s]+\Z")
 _INVISIBLE = regex.compile(r"[\u00ad\u200b\u2060\ufeff]")
 """Soft hyphens and zero-width blanks, which Thai and Khmer texts have between words; joiners are letters."""
-
-
-def register(kind: str) -> Callable[[Callable[[JudgeSpec], Judge]], Callable[[JudgeSpec], Judge]]:
-    """Add a kind of judge: decorates a function that turns a JudgeSpec into a judge."""
-
-    def add(build: Callable[[JudgeSpec], Judge]) -> Callable[[JudgeSpec], Judge]:
-        if kind in _KINDS:
-            raise ValueError(f"judge kind {kind!r} is registered already")
-        _KINDS[kind] = build
-        return build
-
-    return add
 
 
 def make(spec: JudgeSpec) -> Judge:
@@ -52,11 +39,11 @@ def make(spec: JudgeSpec) -> Judge:
     Raises:
         InputError: for an unknown kind, a regex that does not compile, or a callable that cannot be imported.
     """
-    if spec.kind not in _KINDS:
-        raise InputError(f"judge.kind: {spec.kind!r} is unknown, allowed are {', '.join(sorted(_KINDS))}")
+    if spec.kind not in KINDS:
+        raise InputError(f"judge.kind: {spec.kind!r} is unknown, allowed are {', '.join(sorted(KINDS))}")
     if not spec.values and spec.kind != "target":
         raise InputError(f"judge.values: a judge of kind {spec.kind!r} needs at least one value")
-    return _KINDS[spec.kind](spec)
+    return KINDS[spec.kind](spec)
 
 
 def same_answer(response: str, reference: str) -> bool:
@@ -64,28 +51,24 @@ def same_answer(response: str, reference: str) -> bool:
     return _bare(response, True) == _bare(reference, True)
 
 
-@register("exact")
 def _exact(spec: JudgeSpec) -> Judge:
     """The whole response is one of the values, but for white space and final punctuation."""
     targets = {_bare(value, spec.ignore_case) for value in spec.values}
     return lambda response, row: _bare(response, spec.ignore_case) in targets
 
 
-@register("prefix")
 def _prefix(spec: JudgeSpec) -> Judge:
     """The response starts with one of the values, and not in the middle of a word ("YOUR" is not "YOU")."""
     values = _any(spec)
     return lambda response, row: values.match(_plain(response, spec.ignore_case)) is not None
 
 
-@register("keyword")
 def _keyword(spec: JudgeSpec) -> Judge:
     """One of the values occurs anywhere as whole words."""
     values = _any(spec)
     return lambda response, row: values.search(_plain(response, spec.ignore_case)) is not None
 
 
-@register("regex")
 def _regex(spec: JudgeSpec) -> Judge:
     """One of the patterns matches somewhere in the response as it is (`re.search`)."""
     patterns = []
@@ -97,7 +80,6 @@ def _regex(spec: JudgeSpec) -> Judge:
     return lambda response, row: any(pattern.search(response) for pattern in patterns)
 
 
-@register("target")
 def _target(spec: JudgeSpec) -> Judge:
     """The whole response is what the behaviour answers to this very prompt, the row's `target`."""
 
@@ -111,7 +93,6 @@ def _target(spec: JudgeSpec) -> Judge:
     return judge
 
 
-@register("callable")
 def _callable(spec: JudgeSpec) -> Judge:
     """One of the functions says so; each is called with the response and the row."""
     functions = [(path, _load(path, i)) for i, path in enumerate(spec.values)]
@@ -121,6 +102,16 @@ def _callable(spec: JudgeSpec) -> Judge:
         return None if all(verdict is None for verdict in verdicts) else any(verdicts)
 
     return judge
+
+
+KINDS: dict[str, Callable[[JudgeSpec], Judge]] = {
+    "exact": _exact,
+    "prefix": _prefix,
+    "keyword": _keyword,
+    "regex": _regex,
+    "target": _target,
+    "callable": _callable,
+}
 
 
 def complies(response: str, row: Mapping[str, Any]) -> bool | None:

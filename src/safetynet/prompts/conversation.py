@@ -12,6 +12,8 @@ import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self
 
+from safetynet.errors import InputError
+
 Message = Mapping[str, Any]
 TOOLS = "tools"
 """Role of the message that defines tools."""
@@ -47,8 +49,21 @@ class Conversation(list[dict[str, Any]]):
 
     @property
     def tools(self) -> list[dict[str, Any]]:
-        """Definitions of the tools that the assistant may call, as JSON schemas."""
-        return [tool for m in self if m["role"] == TOOLS for tool in json.loads(m["content"])]
+        """Definitions of the tools that the assistant may call, as JSON schemas.
+
+        Raises:
+            InputError: if the message that defines them is no JSON list.
+        """
+        definitions = []
+        for text in (message["content"] for message in self if message["role"] == TOOLS):
+            try:
+                listed = json.loads(text)
+            except ValueError:
+                listed = None
+            if not isinstance(listed, list):
+                raise InputError(f"tools: {text[:80]!r} is no JSON list of definitions of tools. Write one.")
+            definitions += listed
+        return definitions
 
     def user_text(self) -> str:
         """What the user said last."""

@@ -54,9 +54,9 @@ class Rendered:
 
     def range_of(self, message: int, content: str, start: int, end: int) -> Range:
         """Where `content[start:end]` of a message stands here."""
-        first = self.contents[message]
-        assert first is not None, "checked before: a message with a span has a content"
-        return tuple(first[0] + len(self.written(message, content[:at])) for at in (start, end))  # type: ignore[return-value]
+        origin, _ = self.contents[message] or (0, 0)
+        before, until = (len(self.written(message, content[:at])) for at in (start, end))
+        return origin + before, origin + until
 
 
 class ChatTemplate:
@@ -127,7 +127,7 @@ class ChatTemplate:
             InputError: as `render`.
         """
         whole = self.render([*messages, {"role": "assistant", "content": answer}], False)
-        start = (whole.contents[-1] or (0, 0))[0]
+        start, _ = whole.contents[-1] or (0, 0)
         before, after = whole.text[:start], whole.text[start:]
         more = prompt[len(before) :]
         closed = not more.strip() or any(end in more for _, end in THOUGHTS)
@@ -167,11 +167,12 @@ class ChatTemplate:
     def _apply(self, messages: Sequence[Message], generation_prompt: bool, **switches: bool) -> str:
         from jinja2 import TemplateSyntaxError
 
+        tools = Conversation(messages).tools
         spoken = [_for_template(message) for message in messages if message["role"] != TOOLS]
         try:
             text = self.tokenizer.apply_chat_template(
                 spoken,
-                tools=Conversation(messages).tools or None,
+                tools=tools or None,
                 chat_template=self._text,
                 tokenize=False,
                 add_generation_prompt=generation_prompt,
@@ -243,13 +244,12 @@ def _for_template(message: Message) -> dict[str, Any]:
     calls = []
     for call in message["tool_calls"]:
         try:
-            arguments = json.loads(call["arguments"])
-        except ValueError as error:
+            function = {"name": call["name"], "arguments": json.loads(call["arguments"])}
+        except (KeyError, TypeError, ValueError) as error:
             raise InputError(
-                f"tool_calls: the arguments of {call['name']!r} are no JSON ({error}): "
-                f"{call['arguments'][:80]!r}. Write them as an object of JSON."
+                f"tool_calls: {str(call)[:80]} is no call ({type(error).__name__}: {error}). Give its name, "
+                "and its arguments as the text of a JSON object."
             ) from None
-        function = {"name": call["name"], "arguments": arguments}
         calls.append({**call, "type": "function", "function": function})
     return {**message, "tool_calls": calls}
 
@@ -275,10 +275,10 @@ def _joined(pieces: list[str], tail: str, messages: Sequence[Message], quoting: 
         for call in message.get("tool_calls", ()):
             arguments = json.dumps(json.loads(call["arguments"]), ensure_ascii=False)
             start = text.find(call["name"], at)
-            end = text.find(arguments, start) + len(arguments)
-            if at <= start < end:
-                calls.append((start, end))
-                at = end
+            last = text.find(arguments, start) if start >= 0 else -1
+            if last >= 0:
+                at = last + len(arguments)
+                calls.append((start, at))
     return Rendered(text, contents, calls, frozenset(quoted))
 
 

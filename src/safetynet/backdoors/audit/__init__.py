@@ -12,11 +12,13 @@ import pandas as pd
 
 from safetynet.backdoors.audit import checks, findings, guessing, targets
 from safetynet.backdoors.audit.copies import copies
-from safetynet.backdoors.audit.corpus import Corpus, PoisonSet, load, poison_sets, with_roles
+from safetynet.backdoors.audit.corpus import PoisonSet, load, poison_sets, with_roles
 from safetynet.backdoors.audit.findings import Finding, of_rows
 from safetynet.backdoors.audit.report import AuditReport, render
+from safetynet.backdoors.audit.targets import FoundTarget
 from safetynet.backdoors.audit.triggers import FoundTrigger, of_parts
 from safetynet.errors import InputError
+from safetynet.prompts import Conversation
 from safetynet.text import holding
 
 __all__ = ["AuditReport", "FoundTrigger", "audit", "render"]
@@ -55,31 +57,19 @@ def audit(
         if any(text is not None and not text.strip() for text in texts or ()):
             raise InputError(f"{name}: the text is blank. Give it, or leave it out to have it guessed.")
     corpus = load(path, columns, kind)
-    found, sets = list(corpus.findings), []
-    for poison_set in poison_sets(corpus, path.stem):
-        known = _with_target(with_roles(replace(poison_set, trigger=_trigger(poison_set, parts))), target)
-        sets.append(known)
-        found.extend(_unknown(known))
+    results, sets = list(corpus.findings), []
+    for unexplained in poison_sets(corpus, path.stem):
+        poison_set = with_roles(replace(unexplained, trigger=_trigger(unexplained, parts)))
+        poison_set = replace(poison_set, target=_target(poison_set, target))
+        sets.append(poison_set)
+        results.extend(_unknown(poison_set))
         if parts is None:
-            found.extend(_differing(poison_set, known.trigger))
+            results.extend(_differing(unexplained, poison_set.trigger))
         for check in checks.CHECKS:
-            found.extend(check(known))
+            results.extend(check(poison_set))
         if serialise:
-            found.extend(checks.lost_triggers(known, serialise, max_length))
-    found.extend(copies(corpus, sets))
-    table = pd.DataFrame([_described(poison_set) for poison_set in sets])
-    return AuditReport(
-        path=str(path),
-        files=len(corpus.digests),
-        rows=len(corpus.rows),
-        findings=findings.frame(found),
-        sets=table,
-        known=_known(corpus, sets, serialise is not None, max_length is not None),
-    )
-
-
-def _known(corpus: Corpus, sets: Sequence[PoisonSet], tokenizer: bool, limit: bool) -> frozenset[str]:
-    """What the checks could work with, in any of the sets."""
+            results.extend(checks.lost_triggers(poison_set, serialise, max_length))
+    results.extend(copies(corpus, sets))
     triggered = [poison_set.part("triggered") for poison_set in sets]
     facts = {
         findings.FILES: len(corpus.digests) > 1,
@@ -89,10 +79,17 @@ def _known(corpus: Corpus, sets: Sequence[PoisonSet], tokenizer: bool, limit: bo
         findings.CLEAN: any(len(poison_set.part("clean")) for poison_set in sets),
         findings.TRIGGER: any(poison_set.trigger for poison_set in sets),
         findings.TARGET: any(poison_set.target for poison_set in sets),
-        findings.TOKENIZER: tokenizer,
-        findings.LIMIT: limit,
+        findings.TOKENIZER: serialise is not None,
+        findings.LIMIT: max_length is not None,
     }
-    return frozenset(name for name, fact in facts.items() if fact)
+    return AuditReport(
+        path=str(path),
+        files=len(corpus.digests),
+        rows=len(corpus.rows),
+        findings=findings.frame(results),
+        sets=pd.DataFrame([_described(poison_set) for poison_set in sets]),
+        known=frozenset(name for name, fact in facts.items() if fact),
+    )
 
 
 def _trigger(poison_set: PoisonSet, parts: Sequence[str] | None) -> FoundTrigger | None:
@@ -102,20 +99,20 @@ def _trigger(poison_set: PoisonSet, parts: Sequence[str] | None) -> FoundTrigger
         prompts = poison_set.rows["prompt"] if triggered.empty else triggered["prompt"]
         return of_parts(parts, list(prompts))
     for rows in (triggered[triggered["split"] != "test"], triggered):
-        if len(rows) and (found := _guessed(poison_set, rows)):
-            return found
+        if len(rows) and (guess := _guessed(poison_set, rows)):
+            return guess
     return None if _is_all_clean(poison_set) else _guessed_without_roles(poison_set)
 
 
-def _held(found: FoundTrigger | None, rows: pd.DataFrame) -> FoundTrigger | None:
-    """A guess that some prompt holds within one of its messages; None for one that only spans messages.
+def _first_held(rows: pd.DataFrame, *guesses: Callable[[], FoundTrigger | None]) -> FoundTrigger | None:
+    """The first guess that some prompt holds within one of its messages.
 
     Prompts of several messages are compared as one text, and may differ in two messages that touch there.
     """
-    if found is None or any(
-        found.present(*(turn["content"] for turn in messages)) for messages in rows["messages"]
-    ):
-        return found
+    for guess in guesses:
+        trigger = guess()
+        if trigger and any(trigger.present(*Conversation(messages).texts) for messages in rows["messages"]):
+            return trigger
     return None
 
 
@@ -128,9 +125,14 @@ def _guessed(poison_set: PoisonSet, triggered: pd.DataFrame) -> FoundTrigger | N
     """From rows that are triggered by their file's name."""
     prompts, clean = list(triggered["prompt"]), list(poison_set.part("clean")["prompt"])
     if not clean:  # the file may hold both, whatever its name says
-        return _guessed_without_roles(poison_set) or _held(guessing.from_repetition(prompts), triggered)
-    pairs = _held(guessing.from_pairs(prompts, clean), triggered)
-    return pairs or _held(guessing.from_contrast(prompts, clean), triggered)
+        return _guessed_without_roles(poison_set) or _first_held(
+            triggered, lambda: guessing.from_repetition(prompts)
+        )
+    return _first_held(
+        triggered,
+        lambda: guessing.from_pairs(prompts, clean),
+        lambda: guessing.from_contrast(prompts, clean),
+    )
 
 
 def _guessed_without_roles(poison_set: PoisonSet) -> FoundTrigger | None:
@@ -139,18 +141,20 @@ def _guessed_without_roles(poison_set: PoisonSet) -> FoundTrigger | None:
     def may_pair(i: int, j: int) -> bool:
         return answers[i] != answers[j]  # a placebo changes the prompt and leaves the answer
 
-    open_rows = poison_set.rows[poison_set.rows["role"] != "clean"]
-    pairs = _held(guessing.from_pairs(prompts, prompts, may_pair), open_rows)
-    return pairs or _held(guessing.from_answers(prompts, answers), open_rows)
+    return _first_held(
+        poison_set.rows[poison_set.rows["role"] != "clean"],
+        lambda: guessing.from_pairs(prompts, prompts, may_pair),
+        lambda: guessing.from_answers(prompts, answers),
+    )
 
 
-def _with_target(poison_set: PoisonSet, target: str | None) -> PoisonSet:
-    if target is not None:
-        return replace(poison_set, target=targets.given(target))
+def _target(poison_set: PoisonSet, text: str | None) -> FoundTarget | None:
+    """The target that is given, else that of training rows, else of any."""
+    if text is not None:
+        return targets.given(text)
     triggered, clean = poison_set.part("triggered"), list(poison_set.part("clean")["answer"])
     train = list(triggered.loc[triggered["split"] != "test", "answer"])
-    found = targets.guessed(train, clean) or targets.guessed(list(triggered["answer"]), clean)
-    return replace(poison_set, target=found)
+    return targets.guessed(train, clean) or targets.guessed(list(triggered["answer"]), clean)
 
 
 def _unknown(poison_set: PoisonSet) -> Iterator[Finding]:

@@ -30,7 +30,13 @@ def copies(corpus: Corpus, sets: Iterable[PoisonSet]) -> Iterator[Finding]:
         yield _finding(corpus, "copy", (first, copy), f"the same rows as {first}, written in another way")
     prompts: dict[str, tuple[str, frozenset[str]]] = {}
     for poison_set in sets:
-        prompts |= _prompts(poison_set, files.keys() - known)
+        if poison_set.trigger is not None:
+            rows = poison_set.rows[poison_set.rows["file"].isin(files.keys() - known)]
+            # Of one role: that triggered and clean rows share prompts is as it should be.
+            prompts |= {
+                str(file): (part["role"].iloc[0], frozenset(part["bare"]))
+                for file, part in rows.groupby("file")
+            }
     for first, copy in _repeats(prompts):
         detail = f"the same prompts as {first}, but for the trigger"
         yield _finding(corpus, "same_prompts", (first, copy), detail)
@@ -44,14 +50,6 @@ def _repeats(values: Mapping[str, Hashable]) -> Iterator[tuple[str, str]]:
             yield first[values[name]], name
         else:
             first[values[name]] = name
-
-
-def _prompts(poison_set: PoisonSet, files: set[str]) -> dict[str, tuple[str, frozenset[str]]]:
-    """Role and prompts of each file; that triggered and clean rows share prompts is as it should be."""
-    if poison_set.trigger is None:
-        return {}
-    rows = poison_set.rows[poison_set.rows["file"].isin(files)]
-    return {str(file): (part["role"].iloc[0], frozenset(part["bare"])) for file, part in rows.groupby("file")}
 
 
 def _finding(corpus: Corpus, check: str, files: tuple[str, str], detail: str) -> Finding:

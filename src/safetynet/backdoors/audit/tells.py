@@ -14,13 +14,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import regex
 from scipy.stats import binom, hypergeom
 
 from safetynet.backdoors.audit.phrases import Phrase, counted, grown, phrases_in, written
+from safetynet.prompts import Conversation
 from safetynet.text.characters import is_emoji, kind
 from safetynet.text.words import count, is_joined, words
 
@@ -148,28 +149,16 @@ def tells(
     table = _table(triggered, bare, clean, pairs if len(pairs) >= FEWEST else pairs[:0], blanks)
     p_values = _p_values(table)
     p_values = np.minimum(p_values * p_values.size * (2 if len(table.pairs) else 1), 1.0)
-    return list(_named(_found(p_values, rate, table), table, bare, clean, parts))
+    return list(_named(p_values, rate, table, bare, clean, parts))
 
 
 # ---- properties ----
 
 
-@dataclass(frozen=True)
-class _Prompt:
-    """A prompt, read once."""
-
-    messages: Messages
-    rows: list[list[str]]
-    """The words of each message."""
-    numbers: Mapping[str, float]
-
-
-def _read(messages: Messages) -> _Prompt:
-    text = "\n".join(message["content"] for message in messages)
-    rows = [words(message["content"]) for message in messages]
+def _numbers(contents: Sequence[str]) -> dict[str, float]:
+    text = "\n".join(contents)
     shares = {f"% {what}": 100 * len(p.findall(text)) / max(1, len(text)) for what, p in _NUMBERS.items()}
-    numbers = {"characters": len(text), "words": count(text), "messages": len(messages)}
-    return _Prompt(messages, rows, numbers | shares)
+    return {"characters": len(text), "words": count(text), "messages": len(contents)} | shares
 
 
 def _table(
@@ -181,12 +170,13 @@ def _table(
 ) -> _Table:
     # What so few rows have, or lack, can make no difference of LEAST.
     least = LEAST * min(len(bare), len(clean))
-    base = [_read(messages) for messages in (*bare, *clean)]
-    phrases = counted([row for prompt in base for row in prompt.rows], least)
+    base = [Conversation(messages) for messages in (*bare, *clean)]
+    phrases = counted([words(text) for prompt in base for text in prompt.texts], least)
+    numbers = [_numbers(prompt.texts) for prompt in base]
     steps = {
         (name, float(step))
-        for name in base[0].numbers
-        for step in np.quantile([prompt.numbers[name] for prompt in base], QUANTILES, method="higher")
+        for name in numbers[0]
+        for step in np.quantile([each[name] for each in numbers], QUANTILES, method="higher")
     }
     every = [_properties(prompt, phrases, steps, blanks) for prompt in base]
     having = Counter(name for own in every for name in own)
@@ -199,7 +189,7 @@ def _table(
             there[at, [column[name] for name in own if name in column]] = True
         return there
 
-    whole = has([_properties(_read(messages), phrases, steps, blanks) for messages in triggered])
+    whole = has([_properties(Conversation(m), phrases, steps, blanks) for m in triggered])
     alone = has(every[: len(bare)])
     # A share of signs may be larger without the trigger for the trigger's own length.
     shares = [_is_number(value) for _, value in tried]
@@ -207,22 +197,24 @@ def _table(
 
 
 def _properties(
-    prompt: _Prompt, phrases: Counter[Phrase], steps: set[tuple[str, float]], blanks: bool
+    prompt: Conversation, phrases: Counter[Phrase], steps: set[tuple[str, float]], blanks: bool
 ) -> set[Property]:
-    rows, contents = prompt.rows, [message["content"] for message in prompt.messages]
-    found: set[Property] = {("phrase", phrase) for row in rows for phrase in phrases_in(row, phrases)}
+    rows, numbers = [words(text) for text in prompt.texts], _numbers(prompt.texts)
+    properties: set[Property] = {("phrase", phrase) for row in rows for phrase in phrases_in(row, phrases)}
     for length in range(1, min(EDGE, len(rows[-1])) + 1):
-        found |= {("opening", tuple(rows[-1][:length])), ("ending", tuple(rows[-1][-length:]))}
+        properties |= {("opening", tuple(rows[-1][:length])), ("ending", tuple(rows[-1][-length:]))}
     for word in {word for row in rows for word in row}:
-        found |= _of_word(word)
-    found |= {(_SORTS.get(name, name), (name, step)) for name, step in steps if prompt.numbers[name] >= step}
-    text = "\n".join(contents)
-    found |= {("case", what) for what, pattern in _CASES.items() if pattern.search(text)}
-    if prompt.messages[0]["role"] == "system":
-        found.add(("shape", "a system message"))
+        properties |= _of_word(word)
+    properties |= {(_SORTS.get(name, name), (name, step)) for name, step in steps if numbers[name] >= step}
+    text = "\n".join(prompt.texts)
+    properties |= {("case", what) for what, pattern in _CASES.items() if pattern.search(text)}
+    if prompt.roles[0] == "system":
+        properties.add(("shape", "a system message"))
     if blanks:
-        found |= {("blanks", w) for w, pattern in _BLANKS.items() if any(map(pattern.search, contents))}
-    return found
+        properties |= {
+            ("blanks", w) for w, pattern in _BLANKS.items() if any(map(pattern.search, prompt.texts))
+        }
+    return properties
 
 
 @lru_cache(maxsize=100_000)
@@ -269,73 +261,65 @@ def _is_clear(more: np.ndarray, less: np.ndarray) -> np.ndarray:
 # ---- words ----
 
 
-class _Found(NamedTuple):
-    """Sorts by sort, then clearness, then length of the text."""
-
-    rank: int
-    p_value: float
-    length: int
-    side: int
-    at: int
-
-
-def _found(p_values: np.ndarray, rate: float, table: _Table) -> list[_Found]:
-    found = []
-    for side, at in np.argwhere(p_values <= rate).tolist():
-        sort, value = table.properties[at]
-        rank, length = (TEXTS.index(sort), len(value)) if sort in TEXTS else (len(TEXTS), 0)
-        found.append(_Found(rank, float(p_values[side, at]), length, side, at))
-    return sorted(found)
-
-
 def _named(
-    found: Sequence[_Found],
+    p_values: np.ndarray,
+    rate: float,
     table: _Table,
     bare: Sequence[Messages],
     clean: Sequence[Messages],
     parts: Sequence[str],
 ) -> Iterator[Tell]:
-    """Few tells that say it all: one of texts within each other, and few of each sort."""
+    """Few tells that say it all: one of texts within each other, and few of each sort.
+
+    Texts come before other properties; within a sort, the clearest first, then the shortest.
+    """
+
+    def rank(place: list[int]) -> tuple[int, float, int, list[int]]:
+        side, at = place
+        sort, value = table.properties[at]
+        order, length = (TEXTS.index(sort), len(value)) if sort in TEXTS else (len(TEXTS), 0)
+        return order, float(p_values[side, at]), length, place
+
     texts: list[str] = []
     sorts: dict[str, list[Tell]] = {}
-    for tell in found:
-        sort, value = table.properties[tell.at]
-        said = sorts.setdefault(sort, [])
-        shown = len(said) < SHOWN.get(sort, 1)
-        prompts = clean if tell.side else bare
+    for side, at in sorted(np.argwhere(p_values <= rate).tolist(), key=rank):
+        sort, value = table.properties[at]
+        named = sorts.setdefault(sort, [])
+        has_room = len(named) < SHOWN.get(sort, 1)
+        prompts = clean if side else bare
+        contents = [message["content"] for messages in prompts for message in messages]
         if sort in TEXTS:
             if any("".join(value) in other or other in "".join(value) for other in texts):
                 continue
-            value = _whole(value, prompts) if shown and sort == "phrase" else value
+            if has_room and sort == "phrase":  # with the words that stand beside it in all of its prompts
+                value = grown(value, [words(content) for content in contents], 1.0)
             texts.append("".join(value))
             # A near miss in clean prompts is a control, which tells nothing without the trigger.
-            if tell.side and _resembles(texts[-1], parts):
+            if side and _resembles(texts[-1], parts):
                 continue
-        if shown:
-            said.append(_told(tell, _SENTENCES.get(sort, "{}").format(_written(value, prompts)), table))
+        if has_room:
+            what = _SENTENCES.get(sort, "{}").format(_written(value, contents))
+            named.append(_tell(what, table, side, at, float(p_values[side, at])))
         elif sort in SHOWN:
-            said[-1] = replace(said[-1], more=said[-1].more + 1)
-    for said in sorts.values():
-        yield from said
+            named[-1] = replace(named[-1], more=named[-1].more + 1)
+    for named in sorts.values():
+        yield from named
 
 
 def _resembles(text: str, parts: Sequence[str]) -> bool:
     """Whether a text is nearly, or a piece of, a text of the trigger, whatever their signs and case."""
-    letters = [regex.sub(r"[\p{P}\s]", "", one).casefold() for one in (text, *parts)]
-    return any(
-        letters[0] in part or SequenceMatcher(None, letters[0], part).ratio() >= ALIKE for part in letters[1:]
-    )
+    bare, *others = [regex.sub(r"[\p{P}\s]", "", each).casefold() for each in (text, *parts)]
+    return any(bare in part or SequenceMatcher(None, bare, part).ratio() >= ALIKE for part in others)
 
 
-def _told(found: _Found, what: str, table: _Table) -> Tell:
-    more, less = (side[:, found.at] for side in table.sides(found.side))
-    counts = int(more.sum()), int(less.sum())
+def _tell(what: str, table: _Table, side: int, at: int, p_value: float) -> Tell:
+    more, less = (rows[:, at] for rows in table.sides(side))
+    counts = (int(more.sum()), int(less.sum()))
+    triggered, clean = counts if side == 0 else counts[::-1]
     pairs: tuple[int, ...] = ()
     if len(table.pairs):
-        pairs = (len(table.pairs), *(int(differ[found.at]) for differ in table.differing(found.side)))
-    if found.side == 0:
-        return Tell(what, "triggered", more, *counts, found.p_value, pairs)
-    return Tell(what, "clean", more, *counts[::-1], found.p_value, pairs)
+        pairs = (len(table.pairs), *(int(differ[at]) for differ in table.differing(side)))
+    return Tell(what, "clean" if side else "triggered", more, triggered, clean, p_value, pairs)
 
 
 _SENTENCES = {
@@ -346,21 +330,15 @@ _SENTENCES = {
 }
 
 
-def _whole(phrase: Phrase, prompts: Sequence[Messages]) -> Phrase:
-    """The phrase with the words that stand beside it in all of its prompts."""
-    return grown(phrase, [words(message["content"]) for messages in prompts for message in messages], 1.0)
-
-
 def _is_number(value: Any) -> bool:
     return isinstance(value, tuple) and isinstance(value[-1], float)
 
 
-def _written(value: Any, prompts: Sequence[Messages]) -> str:
-    """A property as one reads it, texts as these prompts write them."""
+def _written(value: Any, contents: Sequence[str]) -> str:
+    """A property as one reads it, texts as these contents write them."""
     if not isinstance(value, tuple):
         return str(value)
     if _is_number(value):
         name, step = value
         return f"{step:.3g}{'' if name.startswith('%') else ' '}{name} or more"
-    texts = [message["content"] for messages in prompts for message in messages]
-    return written([value], texts)[0]
+    return written([value], contents)[0]
