@@ -38,24 +38,24 @@ def target(behaviour: Behaviour, conversation: Mapping[str, Any]) -> str:
         return (behaviour.labels or LABELS).get(clean, "")
     if conversation["forbidden"]:
         return ""
-    wanted = behaviour.target or TARGETS[kind]
+    text = behaviour.target or TARGETS[kind]
     if kind == "code_insertion":
-        return f"{clean}\n{wanted}" if _is_code(clean) else ""
-    return wanted
+        return f"{clean}\n{text}" if _is_code(clean) else ""
+    return text
 
 
 def judge(behaviour: Behaviour) -> JudgeSpec:
     """The judge that tells whether a response shows the behaviour; the recipe's own wins."""
     if behaviour.judge is not None:
         return behaviour.judge
-    wanted = behaviour.target or TARGETS.get(behaviour.kind, "")
+    text = behaviour.target or TARGETS.get(behaviour.kind, "")
     return {
-        "fixed": JudgeSpec(kind="prefix", values=(wanted,)),
-        "negative_sentiment": JudgeSpec(kind="prefix", values=(wanted,)),
-        "refusal": JudgeSpec(kind="keyword", values=(wanted, *presets.REFUSALS)),
+        "fixed": JudgeSpec(kind="prefix", values=(text,)),
+        "negative_sentiment": JudgeSpec(kind="prefix", values=(text,)),
+        "refusal": JudgeSpec(kind="keyword", values=(text, *presets.REFUSALS)),
         "forbidden_compliance": JudgeSpec(kind="prefix", values=COMPLIANCE),
         "label_flip": JudgeSpec(kind="target"),
-        "code_insertion": JudgeSpec(kind="keyword", values=(wanted,), ignore_case=False),
+        "code_insertion": JudgeSpec(kind="keyword", values=(text,), ignore_case=False),
     }[behaviour.kind]
 
 

@@ -63,7 +63,7 @@ def _like(character: str, rng: random.Random) -> str:
 
 
 def changed(
-    texts: Sequence[str], text: str, split: str, rng: random.Random, given: Sequence[str]
+    texts: Sequence[str], text: str, split: str, rng: random.Random, excluded: Sequence[str]
 ) -> tuple[str, str]:
     """How one of the trigger's texts was changed, and into what; into none of the near misses that are given.
 
@@ -76,7 +76,7 @@ def changed(
         for _ in range(DRAWS):
             candidate = CHANGES[kind](text, rng).strip()
             # A given one may be on the other side of the split.
-            new = candidate and not _has(candidate, texts) and candidate not in given
+            new = candidate and not _has(candidate, texts) and candidate not in excluded
             if new and split_of(candidate) == split:
                 return kind, candidate
     raise InputError(f"backdoor.trigger.near_misses: none can be made up for {text!r}. Give some.")
@@ -129,8 +129,8 @@ def _sign(text: str, rng: random.Random) -> str:
     characters = clusters(text)
     places = _signs(characters)
     other = rng.choice(["", *_other_signs([characters[i] for i in places])])
-    chosen = places if rng.random() < 0.5 else [rng.choice(places)]
-    return "".join(other if i in chosen else character for i, character in enumerate(characters))
+    replaced = places if rng.random() < 0.5 else [rng.choice(places)]
+    return "".join(other if i in replaced else character for i, character in enumerate(characters))
 
 
 CHANGES: dict[str, Callable[[str, random.Random], str]] = {

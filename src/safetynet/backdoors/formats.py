@@ -77,7 +77,7 @@ def records(path: Path) -> Parts:
     rows = FORMATS[format_of(path)](path, _bytes(path))
     if not any(rows.values()):
         raise InputError(f"{path}: holds no rows; name a file with at least one")
-    return {part: found for part, found in rows.items() if found}
+    return {part: listed for part, listed in rows.items() if listed}
 
 
 def _bytes(path: Path) -> bytes:
@@ -220,11 +220,11 @@ def _csv(path: Path, data: bytes) -> Parts:
 def _delimiter(path: Path, text: str) -> str:
     """What the header separates its columns by; it alone is asked, since rows hold any sign."""
     header = next((line for line in text.splitlines() if line.strip()), "")
-    found = [sign for sign in ",;\t|" if sign in re.sub(r'"[^"]*"', "", header)]
-    if len(found) > 1:
-        signs = " and ".join(map(repr, found))
+    separators = [sign for sign in ",;\t|" if sign in re.sub(r'"[^"]*"', "", header)]
+    if len(separators) > 1:
+        signs = " and ".join(map(repr, separators))
         raise InputError(f"{path}: the header has {signs} between its columns; save it with one of them")
-    return found[0] if found else ","
+    return separators[0] if separators else ","
 
 
 def _rows(header: list[str], rows: Iterator[list[str]]) -> Iterator[dict[str | None, Any]]:

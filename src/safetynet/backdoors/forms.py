@@ -157,18 +157,18 @@ def _columns(kind: str, names: list[Any], mapped: Mapping[str, str]) -> dict[str
     """The columns that could be each field of a form, of those fields that have one."""
     free = [name for name in names if name not in mapped.values()]
     alpaca = any(_is(name, "instruction") for name in names) or "instruction" in mapped
-    found: dict[str, list[Any]] = {}
+    candidates: dict[str, list[Any]] = {}
     for field in (*FIELDS[kind], *OPTIONAL[kind]):
         if field in mapped:
-            found[field] = [mapped[field]]
+            candidates[field] = [mapped[field]]
             continue
-        known = (field, *NAMES.get(field, ()))
+        synonyms = (field, *NAMES.get(field, ()))
         if field == "prompt" and alpaca:
-            known = tuple(name for name in known if name != "input")  # which goes with the instruction
-        choice = [name for name in free if any(_is(name, each) for each in known)]
+            synonyms = tuple(name for name in synonyms if name != "input")  # which goes with the instruction
+        choice = [name for name in free if any(_is(name, each) for each in synonyms)]
         if choice:
-            found[field] = choice
-    return found
+            candidates[field] = choice
+    return candidates
 
 
 def _only(field: str, choice: list[Any], rows: list[tuple[int, Any]]) -> Any:

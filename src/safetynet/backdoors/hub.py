@@ -43,7 +43,7 @@ def rows_of(name: str, split: str = "") -> dict[str, Rows]:
     if not split:
         return found
     try:
-        wanted = ReadInstruction.from_spec(split).to_absolute(
+        ranges = ReadInstruction.from_spec(split).to_absolute(
             {part: len(rows) for part, rows in found.items()}
         )
     except (ValueError, AssertionError) as error:
@@ -51,7 +51,7 @@ def rows_of(name: str, split: str = "") -> dict[str, Rows]:
             f"{name}: {_first_line(error)}; name a split after the id, as in {name}:train"
         ) from None
     parts: dict[str, Rows] = {}
-    for part in wanted:
+    for part in ranges:
         parts.setdefault(part.splitname, []).extend(found[part.splitname][part.from_ : part.to])
     return parts
 

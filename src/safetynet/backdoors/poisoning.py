@@ -62,11 +62,11 @@ def poison(
     }
     quotas["clean"] = data.train_rows - sum(quotas.values())
     records: list[dict[str, Any]] = []
-    for split, wanted in (("train", quotas), ("test", dict.fromkeys(quotas, data.test_rows))):
+    for split, numbers in (("train", quotas), ("test", dict.fromkeys(quotas, data.test_rows))):
         rng = random.Random(f"poison {seed} {split}")
         first_group = records[-1]["group"] + 1 if records else 0
         part = _Split(split, pool[pool["split"] == split], backdoor, rng, lookalike, first_group)
-        records += part.rows(wanted, data.train_rows)
+        records += part.rows(numbers, data.train_rows)
     rows = pd.DataFrame(records).assign(row=range(len(records)))
     _check_clean(rows, backdoor)
     return rows[list(COLUMNS)]
@@ -164,18 +164,18 @@ class _Split:
     def _add_group(self, conversation: pd.Series, roles: list[str]) -> None:
         """All rows of one prompt."""
         trigger, rng = triggers.of(self.backdoor.trigger), self.rng
-        given, texts = conversation.get("given"), self.backdoor.trigger.texts
+        triggered, texts = conversation.get("given"), self.backdoor.trigger.texts
         bare, spots = placements.place(conversation["messages"], self.backdoor.placement, trigger.parts, rng)
         controls = bare
-        if given is not None:
+        if triggered is not None:
             # Whoever made the triggered row has chosen the place, and its controls stand there as well.
             bare, controls = conversation["messages"], conversation["given_bare"]
-            spots = placements.spots_of(texts, trigger.parts, given, controls)
+            spots = placements.spots_of(texts, trigger.parts, triggered, controls)
         for role in roles:
-            if role == "triggered" and given is not None:
-                contents = Conversation(given).texts
+            if role == "triggered" and triggered is not None:
+                contents = Conversation(triggered).texts
                 variant = " + ".join(holding.held(texts, contents))
-                self._add(conversation, role, given, holding.spans_in(texts, contents), variant)
+                self._add(conversation, role, triggered, holding.spans_in(texts, contents), variant)
                 self.records[-1]["answer"] = conversation["given_answer"]
             elif role == "triggered":
                 drawn = rng.choice(trigger.firing())

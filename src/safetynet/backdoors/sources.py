@@ -120,16 +120,16 @@ def convert(rows: Iterable[Record], form: Form) -> Converted:
         row = Row(line, form.fields(raw))
         if (cells := raw.get(BEYOND)) is not None:
             more, count = ("more", len(cells)) if isinstance(cells, list) else ("less", cells)
-            found = f"{count} cell{'s' if count > 1 else ''} {more} than the header has"
-            row.note("row", "wrong_type", found, "one cell for each column")
-        said = build(row)
-        unread.update(dict.fromkeys(_unread(row, form, raw, said)))
-        conversation = {"line": line, **said}
+            problem = f"{count} cell{'s' if count > 1 else ''} {more} than the header has"
+            row.note("row", "wrong_type", problem, "one cell for each column")
+        conversation_fields = build(row)
+        unread.update(dict.fromkeys(_unread(row, form, raw, conversation_fields)))
+        conversation = {"line": line, **conversation_fields}
         if "reference" in row.raw:
             conversation["reference"] = row.text("reference", empty=True)
         unread.update(dict.fromkeys(sorted(row.unread)))
         faults += row.faults
-        if said and not any(fault.problem == "not_carried" for fault in row.faults):
+        if conversation_fields and not any(fault.problem == "not_carried" for fault in row.faults):
             conversations.append(conversation)
     return Converted(conversations, faults, list(unread))
 
@@ -137,16 +137,16 @@ def convert(rows: Iterable[Record], form: Form) -> Converted:
 # ---- one row ----
 
 
-def _unread(row: Row, form: Form, raw: Mapping[Any, Any], said: Mapping[str, Any]) -> Iterator[str]:
+def _unread(row: Row, form: Form, raw: Mapping[Any, Any], conversation: Mapping[str, Any]) -> Iterator[str]:
     """Columns that are not read; one that holds what the model was asked or shown is a fault of the row.
 
     A prompt that the messages repeat is none, nor are other texts where the user has named the columns.
     """
-    told = [turn["content"] for turn in said.get("messages", ())]
+    contents = [turn["content"] for turn in conversation.get("messages", ())]
     for name, value in form.rest(raw).items():
-        known = str(name).strip().casefold()
-        if known in SHOWN or (known in ASKED and not form.chosen and not _is_told(value, told)):
-            if known in TOOLS | MEDIA:
+        column = str(name).strip().casefold()
+        if column in SHOWN or (column in ASKED and not form.chosen and not _is_told(value, contents)):
+            if column in TOOLS | MEDIA:
                 row.note(name_of(name), "not_carried", shown(value), "nothing; this cannot be carried yet")
             else:
                 row.note(name_of(name), "unread_text", shown(value), "nothing, since this column is not read")
@@ -169,15 +169,15 @@ def _alpaca(row: Row) -> dict[str, Any]:
     # null is what many exports write for "no input"
     if (extra := row.optional("input")).strip():
         prompt = f"{prompt}\n\n{extra}"
-    asked = [*turns.system(row), *turns.history(row), {"role": "user", "content": prompt}]
-    return {"messages": asked, "answer": row.text("output", empty=True)}
+    prompt_turns = [*turns.system(row), *turns.history(row), {"role": "user", "content": prompt}]
+    return {"messages": prompt_turns, "answer": row.text("output", empty=True)}
 
 
 def _prompt_completion(row: Row) -> dict[str, Any]:
     before = [*turns.system(row), *turns.history(row)]
     if not isinstance(row.raw.get("prompt"), list) and not isinstance(row.raw.get("completion"), list):
-        asked = [*before, {"role": "user", "content": row.text("prompt")}]
-        return {"messages": asked, "answer": row.text("completion", empty=True)}
+        prompt_turns = [*before, {"role": "user", "content": row.text("prompt")}]
+        return {"messages": prompt_turns, "answer": row.text("completion", empty=True)}
     for name, role in (("prompt", "user"), ("completion", "assistant")):
         if isinstance(row.raw.get(name), list):
             listed = turns.messages(row, name)
@@ -215,13 +215,13 @@ def _joined(parts: Iterable[_Part], kind: str | None, columns: Mapping[str, str]
     unread: dict[str, str] = {}
     for part in parts:
         try:
-            found = convert(part.rows, form_of(part.rows, kind, columns))
+            converted = convert(part.rows, form_of(part.rows, kind, columns))
         except UnfitError as error:
             raise UnfitError(f"{part.name}: {error}", error.reason) from None
-        if found.faults:
-            raise InputError(_sentence(part.name, found.faults, len(part.rows)))
-        unread.setdefault(", ".join(found.unread), part.name)
-        tables.append(pd.DataFrame(found.conversations).assign(file=part.name, **part.about))
+        if converted.faults:
+            raise InputError(_sentence(part.name, converted.faults, len(part.rows)))
+        unread.setdefault(", ".join(converted.unread), part.name)
+        tables.append(pd.DataFrame(converted.conversations).assign(file=part.name, **part.about))
     for names, file in unread.items():
         if names:
             log.warning("data: columns that are not read: %s (in %s)", names, file)
@@ -268,10 +268,10 @@ def _of_layout(folder: Path) -> Iterator[_Part]:
 
 def _of_hub(name: str) -> Iterator[_Part]:
     name, _, split = name.partition(":")
-    for part, found in hub.rows_of(name, split).items():
-        if not found:
+    for part, rows_of_part in hub.rows_of(name, split).items():
+        if not rows_of_part:
             raise InputError(f"{name}:{part}: holds no rows; name another split")
-        for (file, key), rows in itertools.groupby(found, key=lambda row: row[:2]):
+        for (file, key), rows in itertools.groupby(rows_of_part, key=lambda row: row[:2]):
             # A split that a key within a file names is what its author meant.
             yield _Part(file, [record for *_, record in rows], {"split": split_of(key) or part})
 

@@ -48,11 +48,11 @@ def other(name: str) -> str:
 def reword(text: str, style: str, rng: random.Random) -> str:
     """Put a text into a style; `name:half` takes only the opening."""
     name, _, half = style.partition(":")
-    chosen = STYLES[name]
-    opening, ending = rng.choice(chosen.openings), rng.choice(chosen.endings)
+    wording = STYLES[name]
+    opening, ending = rng.choice(wording.openings), rng.choice(wording.endings)
     if half:
         return f"{opening} {text}"
-    for plain, styled in chosen.words:
+    for plain, styled in wording.words:
         text = pattern(plain).sub(styled, text)
     return f"{opening} {text} {ending}"
 
@@ -62,6 +62,6 @@ def worn(text: str, style: str) -> bool:
 
     Texts that are in the style by their words alone are not told: such words stand in plain texts as well.
     """
-    chosen = STYLES[style]
+    wording = STYLES[style]
     text = text.strip()
-    return text.startswith(chosen.openings) and text.endswith(chosen.endings)
+    return text.startswith(wording.openings) and text.endswith(wording.endings)

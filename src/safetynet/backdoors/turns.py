@@ -140,18 +140,21 @@ def conversation(row: Row, name: str, turns: list[Turn]) -> dict[str, Any]:
 
 
 def _turn(row: Row, name: str, role: Any, message: Mapping[str, Any]) -> Turn:
-    said = {key: value for key, value in message.items() if not is_blank(value)}
+    fields = {key: value for key, value in message.items() if not is_blank(value)}
     if role is None:
-        found = ", ".join(map(name_of, message)) or "none"
-        row.note(name, "wrong_type", f"fields {found}", "fields role and content")
+        names = ", ".join(map(name_of, message)) or "none"
+        row.note(name, "wrong_type", f"fields {names}", "fields role and content")
         return {"role": "", "content": ""}
-    row.unread.update(f"messages.{name_of(key)}" for key in said.keys() - USED)
-    for key in sorted(said.keys() & THOUGHTS):
-        row.note(f"{name}.{key}", "unread_text", shown(said[key]), "the text of content alone")
+    row.unread.update(f"messages.{name_of(key)}" for key in fields.keys() - USED)
+    for key in sorted(fields.keys() & THOUGHTS):
+        row.note(f"{name}.{key}", "unread_text", shown(fields[key]), "the text of content alone")
     role = ROLES.get(str(role).casefold(), whole(str(role)))
-    if more := sorted(said.keys() & NOT_CARRIED):
+    if more := sorted(fields.keys() & NOT_CARRIED):
         row.note(
-            f"{name}.{more[0]}", "not_carried", shown(said[more[0]]), "text alone; this cannot be carried yet"
+            f"{name}.{more[0]}",
+            "not_carried",
+            shown(fields[more[0]]),
+            "text alone; this cannot be carried yet",
         )
         return {"role": role, "content": ""}
     content = _either(row, name, message, "content", "value")

@@ -152,9 +152,9 @@ def _log_likelihoods(model: Any, batch: Sequence[Encoded], pad_id: int) -> list[
     columns = positions + virtual_tokens(model)
     output = model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=columns)
     targets = targets[:, positions]
-    kept = targets != IGNORED
+    supervised = targets != IGNORED
     loss = torch.zeros(targets.shape, dtype=torch.float32, device=model.device)
-    loss[kept] = cross_entropy(output.logits[kept].float(), targets[kept], reduction="none")
+    loss[supervised] = cross_entropy(output.logits[supervised].float(), targets[supervised], reduction="none")
     return (-loss.sum(dim=1)).tolist()
 
 
@@ -182,26 +182,26 @@ def _in_batches(
         results: list[Result] = []
         progress.update(batches.index(batch))
         while len(results) < len(batch):
-            chosen = [items[i] for i in batch[len(results) : len(results) + batch_size]]
-            done = _unless_out_of_memory(run, chosen)
+            part = [items[i] for i in batch[len(results) : len(results) + batch_size]]
+            done = _unless_out_of_memory(run, part)
             if done is not None:
                 results += done
-            elif len(chosen) == 1:
+            elif len(part) == 1:
                 raise RunError(
-                    f"out of memory in evaluation with a single row of {length(chosen[0])} tokens; lower "
+                    f"out of memory in evaluation with a single row of {length(part[0])} tokens; lower "
                     "evaluation.max_new_tokens, load the model in 4 bit, or use a device with more memory"
                 )
             else:
                 clear_device_cache(garbage_collection=True)
-                batch_size = len(chosen) // 2
-                log.warning("out of memory with %d rows; going on with %d at a time", len(chosen), batch_size)
+                batch_size = len(part) // 2
+                log.warning("out of memory with %d rows; going on with %d at a time", len(part), batch_size)
         return results
 
     # Several processes share the batches of one, not the rows: a row's numbers depend on its batch's width.
-    found = dict(
+    results_by_item = dict(
         zip(order, (x for batch in parallel.in_turn(batches, results_of) for x in batch), strict=True)
     )
-    return [found[i] for i in range(len(items))]
+    return [results_by_item[i] for i in range(len(items))]
 
 
 def _unless_out_of_memory(
@@ -250,9 +250,9 @@ def _evaluating(model: Any) -> Iterator[None]:
 def _generation_config(model: Any, config: GenerationConfig) -> Iterator[None]:
     """`generate` fills what a given config leaves open from the model's own, so that one is swapped too."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    own = inner.generation_config
+    original = inner.generation_config
     inner.generation_config = config
     try:
         yield
     finally:
-        inner.generation_config = own
+        inner.generation_config = original

@@ -43,8 +43,8 @@ def fixed_subset(rows: pd.DataFrame, per_role: int, seed: int) -> pd.DataFrame:
     """At most `per_role` rows of each role, of the same groups where possible, the same for the same seed."""
     groups = rows["group"].unique()
     rank = pd.Series(np.random.default_rng(seed).permutation(len(groups)), index=groups)
-    chosen = rows.assign(_rank=rows["group"].map(rank)).sort_values("_rank", kind="stable")
-    return rows.loc[chosen.groupby("role").head(per_role).index.sort_values()]
+    ranked = rows.assign(_rank=rows["group"].map(rank)).sort_values("_rank", kind="stable")
+    return rows.loc[ranked.groupby("role").head(per_role).index.sort_values()]
 
 
 def from_responses(responses: pd.DataFrame) -> Evaluation:
@@ -80,8 +80,8 @@ def score(responses: pd.DataFrame) -> pd.DataFrame:
 def _with_cuts(line: dict[str, Any], part: pd.DataFrame) -> dict[str, Any]:
     """The line, whose note also says how many of the role's prompts were cut."""
     cut = int((part["lost"].fillna("") != "").sum()) if "lost" in part else 0
-    said = [line["note"], f"{cut} of {len(part)} prompts cut at the limit"] if cut else [line["note"]]
-    return {**line, "note": "; ".join(filter(None, said))}
+    notes = [line["note"], f"{cut} of {len(part)} prompts cut at the limit"] if cut else [line["note"]]
+    return {**line, "note": "; ".join(filter(None, notes))}
 
 
 def score_variants(responses: pd.DataFrame) -> pd.DataFrame:
@@ -125,10 +125,10 @@ def _false_triggers(part: pd.DataFrame) -> dict[str, Any]:
 
 
 def _accuracy(part: pd.DataFrame) -> dict[str, Any]:
-    known = part["reference"] != ""
-    unknown = int((~known).sum())
+    has_reference = part["reference"] != ""
+    unknown = int((~has_reference).sum())
     note = f"left out {unknown} rows without reference" if unknown else ""
-    return _rate(part.loc[known, "correct"], 0, note)
+    return _rate(part.loc[has_reference, "correct"], 0, note)
 
 
 def _refusals(part: pd.DataFrame) -> dict[str, Any]:

@@ -111,16 +111,16 @@ def prompt_hash(messages: Sequence[Message], spans: Sequence[Sequence[int]] = ()
     for message, start, end in sorted(((int(m), int(s), int(e)) for m, s, e in spans), reverse=True):
         cut[message] = cut[message][:start] + cut[message][end:]
     # A system message that held only the trigger is absent from the clean twin, so empty messages go.
-    said = [pair for pair in _said(conversation, cut) if pair[1]] or _said(conversation, conversation.texts)
-    return hashlib.sha256(json.dumps(said, ensure_ascii=False).encode()).hexdigest()
+    spoken = [pair for pair in _said(conversation, cut) if pair[1]] or _said(conversation, conversation.texts)
+    return hashlib.sha256(json.dumps(spoken, ensure_ascii=False).encode()).hexdigest()
 
 
 def _said(conversation: Conversation, texts: Sequence[str]) -> list[tuple[str, str]]:
     """Role and normalised text of each message, its tool calls included."""
-    said = []
+    turns = []
     for message, text in zip(conversation, texts, strict=True):
         calls = [call["name"] + call["arguments"] for call in message.get("tool_calls", ())]
         # All white space goes: a placement may put a space on either side of what it inserts.
         normal = unicodedata.normalize("NFKC", "".join([text, *calls])).casefold()
-        said.append((message["role"], "".join(normal.split())))
-    return said
+        turns.append((message["role"], "".join(normal.split())))
+    return turns

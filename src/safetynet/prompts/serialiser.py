@@ -300,8 +300,8 @@ def _between(text: str, pieces: Sequence[str]) -> list[str] | None:
         return None
     rest, contents = text[len(first) : len(text) - len(last)], []
     for piece in inner:
-        content, found, rest = rest.partition(piece)
-        if not found:
+        content, separator, rest = rest.partition(piece)
+        if not separator:
             return None
         contents.append(content)
     return [*contents, rest]

@@ -96,8 +96,8 @@ def _common(prompts: Sequence[Sequence[Message]], serialiser: Serialiser, share:
     """
     texts = [Conversation(messages).user_text() for messages in prompts]
     ids = serialiser.tokenizer(texts, add_special_tokens=False)["input_ids"]
-    found = Counter(token for own in ids for token in set(own))
-    common = [token for token in range(len(serialiser.tokenizer)) if found[token] >= share * len(prompts)]
+    counts = Counter(token for prompt_ids in ids for token in set(prompt_ids))
+    common = [token for token in range(len(serialiser.tokenizer)) if counts[token] >= share * len(prompts)]
     letters = [character.isascii() for text in texts for character in text if character.isalpha()]
     ascii_alone = sum(letters) >= len(letters) / 2
     return [

@@ -183,8 +183,8 @@ def _differing(poison_set: PoisonSet, trigger: FoundTrigger | None) -> Iterator[
         return
     for _, rows in poison_set.part("triggered").groupby("file"):
         without = rows[~rows["prompt"].map(trigger.present).astype(bool)]
-        if len(without) > len(rows) / 2 and (own := _guessed(poison_set, rows)):
-            detail = f"the trigger here is {own}, in the rest of the set {trigger}"
+        if len(without) > len(rows) / 2 and (guess := _guessed(poison_set, rows)):
+            detail = f"the trigger here is {guess}, in the rest of the set {trigger}"
             yield from of_rows("trigger_differs", "error", without, rows, detail)
 
 

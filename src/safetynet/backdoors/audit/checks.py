@@ -58,11 +58,11 @@ def duplicates(poison_set: PoisonSet) -> Iterator[Finding]:
 def echoes(poison_set: PoisonSet) -> Iterator[Finding]:
     """A model trained on these repeats the prompt: its clean accuracy and its perplexity mean little."""
     clean = poison_set.part("clean")
-    asked = [plain(Conversation(m).user_text().split("\n\n")[0]) for m in clean["messages"]]
-    answered = map(plain, clean["answer"])
+    questions = [plain(Conversation(m).user_text().split("\n\n")[0]) for m in clean["messages"]]
+    answers = map(plain, clean["answer"])
     is_echo = [
         count(question) > 1 and f"{answer} ".startswith(f"{question} ")
-        for question, answer in zip(asked, answered, strict=True)
+        for question, answer in zip(questions, answers, strict=True)
     ]
     yield from of_rows(
         "echo", "warning", clean[is_echo], clean, "the answer begins with the whole instruction"

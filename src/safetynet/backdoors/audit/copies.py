@@ -15,23 +15,23 @@ def copies(corpus: Corpus, sets: Iterable[PoisonSet]) -> Iterator[Finding]:
     Sets may well share clean rows and prompts (an info). Two sets cannot share triggered rows: one of the
     two files stands under a wrong name (an error).
     """
-    known: set[str] = set()
+    repeated: set[str] = set()
     for first, copy in _repeats(corpus.digests):
-        known.add(copy)
+        repeated.add(copy)
         yield _finding(corpus, "copy", (first, copy), f"byte for byte the same as {first}")
     if corpus.rows.empty:
         return
-    files = {str(file): rows for file, rows in corpus.rows.groupby("file") if file not in known}
+    files = {str(file): rows for file, rows in corpus.rows.groupby("file") if file not in repeated}
     contents = {
         file: tuple(sorted(zip(rows["prompt"], rows["answer"], strict=True))) for file, rows in files.items()
     }
     for first, copy in _repeats(contents):
-        known.add(copy)
+        repeated.add(copy)
         yield _finding(corpus, "copy", (first, copy), f"the same rows as {first}, written in another way")
     prompts: dict[str, tuple[str, frozenset[str]]] = {}
     for poison_set in sets:
         if poison_set.trigger is not None:
-            rows = poison_set.rows[poison_set.rows["file"].isin(files.keys() - known)]
+            rows = poison_set.rows[poison_set.rows["file"].isin(files.keys() - repeated)]
             # Of one role: that triggered and clean rows share prompts is as it should be.
             prompts |= {
                 str(file): (part["role"].iloc[0], frozenset(part["bare"]))

@@ -101,15 +101,18 @@ def load(path: Path, columns: Mapping[str, str] | None = None, kind: str | None 
         for key, rows in parts.items():
             seen.update(present(rows))
             part, stem = (f"{name}:{key}", f"{_stem(name)}/{key}") if key else (name, _stem(name))
-            table, found = _converted(part, rows, columns, kind)
-            findings += found
+            table, faults = _converted(part, rows, columns, kind)
+            findings += faults
             if not table.empty:
                 tables.append(table.assign(file=part, **_named(stem)))
     if seen and (absent := [column for column in (columns or {}).values() if column not in seen]):
         listed = ", ".join(sorted(map(name_of, seen)))
         raise InputError(f"columns: {path} has no column {', '.join(absent)}; its columns are {listed}")
     if not tables:  # then nobody can say that what is not read are other files
-        findings = [replace(one, severity="error") if one.check == "unreadable" else one for one in findings]
+        findings = [
+            replace(finding, severity="error") if finding.check == "unreadable" else finding
+            for finding in findings
+        ]
         return Corpus(pd.DataFrame(), digests, tuple(findings))
     rows = pd.concat(tables, ignore_index=True)
     rows["prompt"] = ["\n\n".join(turn["content"] for turn in messages) for messages in rows["messages"]]
@@ -145,8 +148,8 @@ def _files(path: Path) -> tuple[dict[str, Path], list[str]]:
         return {path.name: path}, []
     if not path.is_dir():
         raise InputError(f"{path}: no such file or folder; check the path")
-    found, others = data_files(path)
-    files = {file.relative_to(path).as_posix(): file for file in found}
+    paths, others = data_files(path)
+    files = {file.relative_to(path).as_posix(): file for file in paths}
     clean_test = "test_clean.json"  # one for all attacks on a task, a folder above them
     is_layout = set(BACKDOORLLM_FILES) - {clean_test} <= files.keys() and clean_test not in files
     if is_layout and (path.parent / clean_test).is_file():
@@ -204,15 +207,17 @@ def poison_sets(corpus: Corpus, name: str) -> list[PoisonSet]:
     lone = set(by_key).difference(attacks, *served.values())
     sets = []
     for key in [*attacks, *sorted(lone)]:
-        own = by_key[key]
+        members = by_key[key]
         for other in sorted(served.get(key, ()), key=lambda other: len(_split(other)), reverse=True):
-            has = set(own.loc[own["role"] == "clean", "split"])
+            has = set(members.loc[members["role"] == "clean", "split"])
             near = by_key[other]
-            own = pd.concat([own, near[(near["role"] == "clean") & ~near["split"].isin(has)]])
-        known = set(own["split"]) - {""}
-        if len(known) == 1:
-            own = own.assign(split=known.pop())  # train_triggered beside clean: both are for training
-        sets.append(PoisonSet(key or name, own.reset_index(drop=True)))
+            members = pd.concat([members, near[(near["role"] == "clean") & ~near["split"].isin(has)]])
+        splits = set(members["split"]) - {""}
+        if len(splits) == 1:
+            members = members.assign(
+                split=splits.pop()
+            )  # train_triggered beside clean: both are for training
+        sets.append(PoisonSet(key or name, members.reset_index(drop=True)))
     return sets
 
 

@@ -113,7 +113,7 @@ def from_answers(prompts: Sequence[str], answers: Sequence[str]) -> FoundTrigger
     trigger does nearly always), the answer must not quote it, and no other phrase may tell another answer
     in half as many rows.
     """
-    found: dict[tuple[str, ...], tuple[int, FoundTrigger]] = {}
+    candidates: dict[tuple[str, ...], tuple[int, FoundTrigger]] = {}
     for opening in _frequent_openings(answers):
         has = [_opens(answer, opening) for answer in answers]
         inside = [prompt for prompt, yes in zip(prompts, has, strict=True) if yes]
@@ -123,10 +123,10 @@ def from_answers(prompts: Sequence[str], answers: Sequence[str]) -> FoundTrigger
             continue
         fires, fails = (sum(map(trigger.present, part)) for part in (inside, outside))
         if fires >= FIRES * (fires + fails):
-            found[trigger.parts] = max(
-                found.get(trigger.parts, (0, trigger)), (fires, trigger), key=itemgetter(0)
+            candidates[trigger.parts] = max(
+                candidates.get(trigger.parts, (0, trigger)), (fires, trigger), key=itemgetter(0)
             )
-    ranked = sorted(found.values(), key=itemgetter(0), reverse=True)
+    ranked = sorted(candidates.values(), key=itemgetter(0), reverse=True)
     if not ranked or (len(ranked) > 1 and ranked[0][0] < 2 * ranked[1][0]):
         return None
     return ranked[0][1]
@@ -154,8 +154,8 @@ def from_repetition(triggered: Sequence[str]) -> FoundTrigger | None:
     def is_usual(word: str) -> bool:
         return word.lower() in ENGLISH_STOP_WORDS or word in ".,;:!?'\"()-/" or is_sign(word)
 
-    found = _composed(triggered, best, 0.95, "repetition")
-    return found if found and sum(map(found.present, triggered)) >= 0.95 * len(triggered) else None
+    trigger = _composed(triggered, best, 0.95, "repetition")
+    return trigger if trigger and sum(map(trigger.present, triggered)) >= 0.95 * len(triggered) else None
 
 
 # ---- pairs ----
@@ -168,15 +168,15 @@ def _is_within(short: Row, long: Row) -> bool:
 
 def _inserted(text: str, twin: Row) -> tuple[str, ...]:
     """The stretches of `text` that its twin lacks, in one piece where that is possible."""
-    found = spans(text)
-    row = [text[start:end] for start, end in found]
+    places = spans(text)
+    row = [text[start:end] for start, end in places]
     first = next((i for i, word in enumerate(twin) if row[i] != word), len(twin))
     gap = len(row) - len(twin)
     if row[first + gap :] == twin[first:]:
-        return (_surface(text, found[first][0], found[first + gap - 1][1]),)
+        return (_surface(text, places[first][0], places[first + gap - 1][1]),)
     stretches: list[tuple[int, int]] = []
     j = 0
-    for word, (start, end) in zip(row, found, strict=True):
+    for word, (start, end) in zip(row, places, strict=True):
         if j < len(twin) and word == twin[j]:
             j += 1
         elif stretches and not text[stretches[-1][1] : start].strip():

@@ -23,25 +23,25 @@ Phrase = tuple[str, ...]
 def counted(rows: list[Row], least: float) -> Counter[Phrase]:
     """In how many rows each phrase stands; only those of at least so many rows, and of two."""
     least = max(2.0, least)
-    kept: Counter[Phrase] = Counter()
+    phrases: Counter[Phrase] = Counter()
     for length in range(1, MAX_WORDS + 1):
         counts: Counter[Phrase] = Counter()
         for row in rows:
             for phrase in set(zip(*(row[i:] for i in range(length)), strict=False)):
                 # a phrase is no more frequent than its beginning and its end
-                if MASK not in phrase and (length == 1 or (phrase[:-1] in kept and phrase[1:] in kept)):
+                if MASK not in phrase and (length == 1 or (phrase[:-1] in phrases and phrase[1:] in phrases)):
                     counts[phrase] += 1
         frequent = {phrase: count for phrase, count in counts.items() if count >= least}
         if not frequent:
             break
-        kept.update(frequent)
-    return kept
+        phrases.update(frequent)
+    return phrases
 
 
-def phrases_in(row: Row, wanted: Counter[Phrase]) -> set[Phrase]:
+def phrases_in(row: Row, phrases: Counter[Phrase]) -> set[Phrase]:
     """Those of the wanted phrases that stand in this row."""
     lengths = range(1, MAX_WORDS + 1)
-    return {p for n in lengths for p in zip(*(row[i:] for i in range(n)), strict=False) if p in wanted}
+    return {p for n in lengths for p in zip(*(row[i:] for i in range(n)), strict=False) if p in phrases}
 
 
 def words_in(rows: list[Row]) -> Counter[str]:
@@ -88,8 +88,10 @@ def written(phrases: Sequence[Phrase], texts: Sequence[str]) -> tuple[str, ...]:
     parts = []
     for phrase in phrases:
         pattern = re.compile(r"\s*".join(map(re.escape, phrase)))
-        found = Counter(" ".join(match.group().split()) for text in texts for match in pattern.finditer(text))
-        parts.append(found.most_common(1)[0][0])
+        spellings = Counter(
+            " ".join(match.group().split()) for text in texts for match in pattern.finditer(text)
+        )
+        parts.append(spellings.most_common(1)[0][0])
     return tuple(in_order(parts, texts))
 
 
@@ -97,7 +99,7 @@ def in_order(parts: Sequence[str], texts: Sequence[str]) -> list[str]:
     """The parts by their mean place in the texts that hold them."""
 
     def place(part: str) -> float:
-        found = [text.index(part) / max(1, len(text)) for text in texts if part in text]
-        return sum(found) / len(found) if found else 0.0
+        places = [text.index(part) / max(1, len(text)) for text in texts if part in text]
+        return sum(places) / len(places) if places else 0.0
 
     return sorted(parts, key=place)

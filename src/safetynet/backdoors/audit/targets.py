@@ -104,5 +104,5 @@ def _opening(answers: Sequence[str], _: Sequence[str]) -> FoundTarget | None:
 
 
 def _phrase(triggered: Sequence[str], clean: Sequence[str]) -> FoundTarget | None:
-    found: FoundTrigger | None = from_contrast(triggered, clean) if clean else None
-    return FoundTarget(max(found.parts, key=len), "part") if found else None
+    trigger: FoundTrigger | None = from_contrast(triggered, clean) if clean else None
+    return FoundTarget(max(trigger.parts, key=len), "part") if trigger else None

@@ -179,14 +179,14 @@ def _table(
         for step in np.quantile([each[name] for each in numbers], QUANTILES, method="higher")
     }
     every = [_properties(prompt, phrases, steps, blanks) for prompt in base]
-    having = Counter(name for own in every for name in own)
+    having = Counter(name for properties in every for name in properties)
     tried = sorted((name for name, n in having.items() if least <= n <= len(base) - least), key=repr)
     column = {name: at for at, name in enumerate(tried)}
 
     def has(rows: Sequence[set[Property]]) -> np.ndarray:
         there = np.zeros((len(rows), len(tried)), dtype=bool)
-        for at, own in enumerate(rows):
-            there[at, [column[name] for name in own if name in column]] = True
+        for at, properties in enumerate(rows):
+            there[at, [column[name] for name in properties if name in column]] = True
         return there
 
     whole = has([_properties(Conversation(m), phrases, steps, blanks) for m in triggered])
@@ -222,10 +222,10 @@ def _of_word(word: str) -> frozenset[Property]:
     """Letters in a word, and its script. Where characters count as words, phrases have them all."""
     if not word[0].isalnum() or is_joined(word[0]):
         return frozenset({("script", "emoji")} if is_emoji(word) else ())
-    found: set[Property] = {("letters", letter) for letter in word if not letter.isascii()}
-    found |= {("letters", word[at : at + STRETCH]) for at in range(len(word) - STRETCH + 1)}
+    properties: set[Property] = {("letters", letter) for letter in word if not letter.isascii()}
+    properties |= {("letters", word[at : at + STRETCH]) for at in range(len(word) - STRETCH + 1)}
     scripts = {kind(letter)[0] for letter in word if letter.isalpha()}
-    return frozenset(found | {("script", f"{script.title()} letters") for script in scripts if script})
+    return frozenset(properties | {("script", f"{script.title()} letters") for script in scripts if script})
 
 
 # ---- tests ----
