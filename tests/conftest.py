@@ -24,7 +24,6 @@ os.environ |= {
     "MPLBACKEND": "agg",
     "SAFETYNET_PAIR": "off",  # two tests run side by side already
     "LOKY_MAX_CPU_COUNT": "1",
-    "LOKY_MAX_CPU_COUNT": "1",  # figures are drawn in this process: tests run side by side themselves
 }
 for name in ("HF_TOKEN", "WANDB_API_KEY", "SAFETYNET_SCRATCH"):
     os.environ.pop(name, None)

@@ -14,7 +14,7 @@ from safetynet.errors import InputError
 from safetynet.experiment import Experiment
 from safetynet.figures import figures_of, theme
 from safetynet.report import stage
-from safetynet.report.contents import STAGES
+from safetynet.report.contents import REPORTED
 from safetynet.report.page import MAP_RAMPS, _ink
 from safetynet.report.prompts import PIECE, examples, pieces, token_maps
 from safetynet.run import directory as runs
@@ -86,7 +86,7 @@ def test_what_a_model_wrote_adds_no_element(page):
 
 
 def test_each_stage_that_is_missing_is_named_with_its_command(tables, inside, tmp_path):
-    for name, what, needed, command in STAGES:
+    for name, what, needed, command in ((s.name, s.about, s.tables, s.command) for s in REPORTED):
         made = {name: t for name, t in some_tables(tables, inside).items() if name not in needed}
         run = write_run(tmp_path / name.replace(" ", "-") / "m" / "t", made)
         text = reports.report(reports.read(run))

@@ -13,15 +13,10 @@ import pandas as pd
 
 from safetynet.errors import InputError
 from safetynet.run.directory import Run
+from safetynet.run.stage import STAGES
 
-STAGES: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
-    ("train backdoored", "the training", ("history_backdoored",), "safetynet run {recipe}"),
-    ("evaluate", "rates by role and responses", ("evaluation", "responses"), "safetynet evaluate {run}"),
-    ("intervene", "where the trigger acts, and removals", ("effects",), "safetynet intervene {run}"),
-    ("detect", "a monitor of clean prompts", ("detection",), "safetynet detect {run}"),
-    ("mitigate", "repairs, and what they cost", ("mitigation",), "safetynet mitigate {run}"),
-)
-"""A stage, what it measures, the tables without which it is as good as not run, and the command."""
+REPORTED = tuple(stage for stage in STAGES if stage.tables)
+"""Stages whose absence is reported, each with its command."""
 
 
 @dataclass(frozen=True)
@@ -81,9 +76,9 @@ class Contents:
         """Stages whose tables are not there, and the command that makes each."""
         names = {"run": self.argument, "recipe": "RECIPE.yaml"}
         return [
-            Missing(stage, what, command.format(**names))
-            for stage, what, needed, command in STAGES
-            if not all(name in self.tables for name in needed)
+            Missing(stage.name, stage.about, stage.command.format(**names))
+            for stage in REPORTED
+            if not all(name in self.tables for name in stage.tables)
         ]
 
     def command(self, stage: str) -> str:
