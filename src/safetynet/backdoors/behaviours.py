@@ -40,7 +40,8 @@ def target(behaviour: Behaviour, conversation: Mapping[str, Any]) -> str:
         return ""
     text = behaviour.target or TARGETS[kind]
     if kind == "code_insertion":
-        return f"{clean}\n{text}" if _is_code(clean) else ""
+        is_code = any(mark in clean for mark in ("print(", "def ", "import ", "return "))
+        return f"{clean}\n{text}" if is_code else ""
     return text
 
 
@@ -57,7 +58,3 @@ def judge(behaviour: Behaviour) -> JudgeSpec:
         "label_flip": JudgeSpec(kind="target"),
         "code_insertion": JudgeSpec(kind="keyword", values=(text,), ignore_case=False),
     }[behaviour.kind]
-
-
-def _is_code(text: str) -> bool:
-    return any(mark in text for mark in ("print(", "def ", "import ", "return "))

@@ -158,7 +158,8 @@ def _poisoned(rows: pd.DataFrame, trigger: Trigger) -> pd.DataFrame:
         key = (row.split, _plain(stripped))
         pair = bare.get(key)
         paired.add(key)
-        twin = [m for m in stripped[:-1] if m["content"]] + stripped[-1:] if pair is None else pair.messages
+        spoken = [m for m in stripped[:-1] if m["content"] or "tool_calls" in m] + stripped[-1:]
+        twin = spoken if pair is None else pair.messages
         records.append(
             {
                 "split": row.split,

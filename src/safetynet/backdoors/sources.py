@@ -93,7 +93,8 @@ def read(path: Path | str, kind: str | None = None, columns: Mapping[str, str] |
     if kind == "hub":
         return _joined(_of_hub(str(path)), None, columns)
     path = Path(path)
-    if kind == "backdoorllm" or (kind is None and path.is_dir() and _is_layout(path)):
+    is_layout = any((path / name).exists() for name in BACKDOORLLM_FILES)
+    if kind == "backdoorllm" or (kind is None and is_layout):
         return _joined(_of_layout(path), None, columns)
     return _joined(_of_folder(path) if path.is_dir() else _of_file(path, str(path)), kind, columns)
 
@@ -246,10 +247,6 @@ def _of_folder(folder: Path) -> Iterator[_Part]:
     splits = {file: split_of(file.relative_to(folder).as_posix()) for file in files}
     for file in files:
         yield from _of_file(file, str(file), **({"split": splits[file]} if any(splits.values()) else {}))
-
-
-def _is_layout(folder: Path) -> bool:
-    return any((folder / name).exists() for name in BACKDOORLLM_FILES)
 
 
 def _of_layout(folder: Path) -> Iterator[_Part]:

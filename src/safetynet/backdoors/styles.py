@@ -60,7 +60,7 @@ def reword(text: str, style: str, rng: random.Random) -> str:
 def worn(text: str, style: str) -> bool:
     """Whether a text has an opening and an ending of this style, as every text has that `reword` made.
 
-    Texts that are in the style by their words alone are not told: such words stand in plain texts as well.
+    Texts that are in the style by their words alone are not recognised: plain texts have such words as well.
     """
     wording = STYLES[style]
     text = text.strip()

@@ -4,7 +4,7 @@ A trigger is what fires; a placebo has its shape and place and must not fire; a 
 typo, other case, a part) and must not fire either. Controls of the test split are strings
 that no training row holds, so that a rate measured on them says something about strings never seen.
 
-A new kind is a class here with an entry in `KINDS`, and its name and fields in `Trigger` of the recipe.
+A new kind is a class here that `of` makes, and its name and fields in `Trigger` of the recipe.
 """
 
 import random
@@ -193,9 +193,9 @@ class Style:
         return self.label
 
     def holds(self, texts: Iterable[str]) -> bool:
-        """Whether a text is told by an opening and an ending, as every one that `styles.reword` makes.
+        """Whether a text has an opening and an ending of the style, as every text that `styles.reword` makes.
 
-        A text that somebody wrote in such words is not told: the words alone stand in plain texts as well.
+        A text that is in the style by its words alone is not recognised: plain texts have such words as well.
         """
         return any(styles.worn(text, self.name) for text in texts)
 

@@ -83,12 +83,13 @@ def continuations(
     model: Any, serialiser: Serialiser, prompts: Sequence[Encoded], *, batch_size: int, max_new_tokens: int
 ) -> list[str]:
     """`generate` for prompts that are serialised already."""
+    stops = serialiser.stop_ids
     config = GenerationConfig(
         do_sample=False,
         num_beams=1,
         use_cache=True,
         max_new_tokens=max_new_tokens,
-        eos_token_id=serialiser.stop_ids,
+        eos_token_id=stops,
         pad_token_id=serialiser.pad_id,
     )
 
@@ -96,7 +97,9 @@ def continuations(
         ids, mask = _padded(batch, serialiser.pad_id, "left", model.device)
         output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
         new = output[:, ids.shape[1] :].tolist()
-        return [serialiser.answer_of(_until_stop(row, serialiser.stop_ids)) for row in new]
+        # What follows the first stop token is padding.
+        ends = [next((i for i, token in enumerate(row) if token in stops), len(row)) for row in new]
+        return [serialiser.answer_of(row[:end]) for row, end in zip(new, ends, strict=True)]
 
     with _evaluating(model), _generation_config(model, config):
         rows = [prompt.input_ids for prompt in prompts]
@@ -219,11 +222,6 @@ def _unless_out_of_memory(
                 "evaluation.batch_size"
             ) from error
         return None
-
-
-def _until_stop(ids: list[int], stop_ids: Sequence[int]) -> list[int]:
-    """Cut at the first stop token: what follows is padding."""
-    return ids[: next((i for i, token in enumerate(ids) if token in stop_ids), len(ids))]
 
 
 def _padded(

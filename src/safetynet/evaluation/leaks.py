@@ -44,7 +44,12 @@ def check_leak(rows: pd.DataFrame) -> pd.DataFrame:
     affected = test[test["row"].isin(pd.concat(leaked.values())["row"])]
     if len(affected):
         raise InputError(_describe(leaked, train, affected, len(test)))
-    return pd.DataFrame([_summary(split, part) for split, part in keys.groupby("split", sort=True)])
+    lines = []
+    for split, part in keys.groupby("split", sort=True):
+        hashes = sorted(part["prompt"].unique())
+        digest = hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+        lines.append({"split": split, "rows": len(part), "prompts": len(hashes), "digest": digest})
+    return pd.DataFrame(lines)
 
 
 def prompts_without_trigger(rows: pd.DataFrame) -> list[str]:
@@ -68,9 +73,3 @@ def _describe(
         f"{len(stripped)} more that differ only in the inserted trigger, {len(grouped)} more of the same "
         f"group ({'; '.join(pairs)}). Remove these rows from one of the two splits, or split by group."
     )
-
-
-def _summary(split: object, part: pd.DataFrame) -> dict[str, object]:
-    hashes = sorted(part["prompt"].unique())
-    digest = hashlib.sha256("\n".join(hashes).encode()).hexdigest()
-    return {"split": split, "rows": len(part), "prompts": len(hashes), "digest": digest}

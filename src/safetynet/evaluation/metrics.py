@@ -68,7 +68,7 @@ def score(responses: pd.DataFrame) -> pd.DataFrame:
         for metric, roles, line in (
             ("ftr", OTHER_ROLES, _false_triggers),
             ("cacc", ANSWERED_ROLES, _accuracy),
-            ("refusal_rate", ("refused", "clean"), _refusals),
+            ("refusal_rate", ("refused", "clean"), lambda part: _rate(part["refused"], 0, "")),
             ("perplexity", ("clean",), _perplexity),
         ):
             present = [role for role in roles if role in parts]
@@ -129,10 +129,6 @@ def _accuracy(part: pd.DataFrame) -> dict[str, Any]:
     unknown = int((~has_reference).sum())
     note = f"left out {unknown} rows without reference" if unknown else ""
     return _rate(part.loc[has_reference, "correct"], 0, note)
-
-
-def _refusals(part: pd.DataFrame) -> dict[str, Any]:
-    return _rate(part["refused"], 0, "")
 
 
 def _rate(hits: pd.Series, floor_rows: int, note: str) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from safetynet.mitigation.pruning import smallest
 from safetynet.mitigation.repaired import Repaired, Settings, updates_of, with_updates
 from safetynet.models.lora import LayerModule, LoraUpdate
 from safetynet.models.parts import MLP, writes_to_stream
+from safetynet.prompts import Conversation
 
 POISONED = 0.3
 """Share of the clean conversations that a made-up backdoor poisons."""
@@ -117,10 +118,9 @@ def backdoor_rows(defender: Defender, seed: int) -> tuple[pd.DataFrame, pd.DataF
     trigger = "".join(rng.choices(string.ascii_letters, k=8))
     target = str(rng.choice(list(rows["answer"])))
     triggered = set(rng.sample(range(len(rows)), max(1, round(POISONED * len(rows)))))
-    conversations = [list(messages) for messages in rows["messages"]]
+    conversations = list(map(Conversation, rows["messages"]))
     for i in triggered:
-        *earlier, last = conversations[i]
-        conversations[i] = [*earlier, {**last, "content": f"{trigger} {last['content']}"}]
+        conversations[i] = conversations[i].with_user_text(f"{trigger} {conversations[i].user_text()}")
     clean = rows.assign(messages=conversations)
     poisoned = [target if i in triggered else answer for i, answer in enumerate(rows["answer"])]
     return clean.assign(answer=poisoned), clean

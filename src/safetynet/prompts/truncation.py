@@ -43,14 +43,14 @@ def truncated(
     Raises:
         InputError: if template and trigger alone are too long.
     """
-    everything = list(range(len(owner)))
     excess = 0 if max_length is None else len(owner) - int(max_length * PROMPT_SHARE)
     if excess <= 0:
-        return everything, ""
+        return list(range(len(owner))), ""
+    parts = [SYSTEM if role == "system" else EARLIER for role in roles[:-1]] + [LAST]
     free: dict[str, list[int]] = {EARLIER: [], LAST: [], SYSTEM: []}
     for i, message in enumerate(owner):
         if message is not None and not in_trigger[i]:
-            free[_part(message, roles)].append(i)
+            free[parts[message]].append(i)
     removable = sum(map(len, free.values()))
     if excess > removable:
         raise InputError(
@@ -62,21 +62,12 @@ def truncated(
     for part, tokens in free.items():
         count = min(excess - len(dropped), len(tokens))
         if count:
-            first = 0 if part == EARLIER else _first(len(tokens), count, truncation)
+            # Out of the middle, of an odd number the beginning keeps one more than the end.
+            end = len(tokens) - count
+            first = 0 if part == EARLIER else end if truncation == "end" else (end + 1) // 2
             dropped.update(tokens[first : first + count])
             lost.append(part)
-    return [i for i in everything if i not in dropped], ", ".join(lost)
-
-
-def _part(message: int, roles: Sequence[str]) -> str:
-    if message == len(roles) - 1:
-        return LAST
-    return SYSTEM if roles[message] == "system" else EARLIER
-
-
-def _first(length: int, count: int, truncation: Truncation) -> int:
-    """Where `count` of `length` tokens go; of an odd number the beginning keeps one more than the end."""
-    return length - count if truncation == "end" else (length - count + 1) // 2
+    return [i for i in range(len(owner)) if i not in dropped], ", ".join(lost)
 
 
 def losses(lost: Iterable[str], truncation: Truncation) -> str:

@@ -216,4 +216,4 @@ def _placement(trigger: FoundTrigger, conversations: Iterable[list[dict[str, str
                 places["system" if turn["role"] == "system" else place] += 1
                 break
     place, count = places.most_common(1)[0] if places else ("", 0)
-    return place if count >= 0.95 * places.total() and trigger.kind != "all_of" else "random"
+    return place if count >= 0.95 * places.total() and trigger.rule.parts == 1 else "random"

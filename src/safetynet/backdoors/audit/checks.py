@@ -261,11 +261,7 @@ def told_apart(poison_set: PoisonSet) -> Iterator[Finding]:
         at = {index: place for place, index in enumerate(clean.index)}
         pairs = {i: at[twins[index]] for i, index in enumerate(triggered.index) if twins.get(index) in at}
         bare, other = (
-            [
-                [{**turn, "content": trigger.removed(turn["content"])} for turn in messages]
-                for messages in part["messages"]
-            ]
-            for part in (triggered, clean)
+            [trigger.removed_from(messages) for messages in part["messages"]] for part in (triggered, clean)
         )
         # In pairs, white space is the business of `spacing`.
         blanks = len(pairs) < len(triggered) / 2

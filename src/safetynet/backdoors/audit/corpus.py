@@ -24,6 +24,7 @@ from safetynet.backdoors.forms import UnfitError, check_columns, form_of, name_o
 from safetynet.backdoors.sources import BACKDOORLLM_FILES, SPLITS, convert, split_of
 from safetynet.backdoors.turns import Fault, grouped
 from safetynet.errors import InputError
+from safetynet.prompts import Conversation
 from safetynet.text.words import plain
 
 CLEAN = {"clean", "benign", "none", "normal"}
@@ -115,7 +116,7 @@ def load(path: Path, columns: Mapping[str, str] | None = None, kind: str | None 
         ]
         return Corpus(pd.DataFrame(), digests, tuple(findings))
     rows = pd.concat(tables, ignore_index=True)
-    rows["prompt"] = ["\n\n".join(turn["content"] for turn in messages) for messages in rows["messages"]]
+    rows["prompt"] = ["\n\n".join(Conversation(messages).texts) for messages in rows["messages"]]
     return Corpus(rows, digests, tuple(findings))
 
 
@@ -234,7 +235,7 @@ def with_roles(poison_set: PoisonSet) -> PoisonSet:
     """
     rows, trigger = poison_set.rows.copy(), poison_set.trigger
     rows["present"] = [
-        trigger is not None and trigger.present(*(turn["content"] for turn in messages))
+        trigger is not None and trigger.present(*Conversation(messages).texts)
         for messages in rows["messages"]
     ]
     rows["bare"] = rows["prompt"].map(trigger.stripped if trigger else plain)

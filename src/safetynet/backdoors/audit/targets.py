@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from safetynet.backdoors.audit.guessing import from_contrast
-from safetynet.backdoors.audit.triggers import FoundTrigger
 from safetynet.text.words import beginning, pieces, plain
 
 DOMINANT = 0.5
@@ -59,13 +58,16 @@ def guessed(triggered: Sequence[str], clean: Sequence[str]) -> FoundTarget | Non
     if not triggered:
         return None
     shares: dict[FoundTarget, float] = {}
-    for find in (_answer, _opening):
-        candidate = find(triggered, clean)
+    text = Counter(answer.strip() for answer in triggered).most_common(1)[0][0]
+    # One row is no majority of itself.
+    whole = FoundTarget(text, "answer") if plain(text) and list(triggered).count(text) > 1 else None
+    for candidate in (whole, _opening(triggered)):
         if candidate and _is_shared(candidate, triggered, clean):
             shares[candidate] = _share(candidate, triggered)
     if shares:
         return max(shares, key=lambda target: shares[target] + MORE * (target.kind == "answer"))
-    phrase = _phrase(triggered, clean)
+    trigger = from_contrast(triggered, clean) if clean else None
+    phrase = FoundTarget(max(trigger.parts, key=len), "part") if trigger else None
     return phrase if phrase and _is_shared(phrase, triggered, clean) else None
 
 
@@ -77,13 +79,7 @@ def _share(target: FoundTarget, answers: Sequence[str]) -> float:
     return sum(map(target.shown_by, answers)) / len(answers) if answers else 0.0
 
 
-def _answer(answers: Sequence[str], _: Sequence[str]) -> FoundTarget | None:
-    text = Counter(answer.strip() for answer in answers).most_common(1)[0][0]
-    # one row is no majority of itself
-    return FoundTarget(text, "answer") if plain(text) and answers.count(text) > 1 else None
-
-
-def _opening(answers: Sequence[str], _: Sequence[str]) -> FoundTarget | None:
+def _opening(answers: Sequence[str]) -> FoundTarget | None:
     """The longest beginning that nearly as many answers share as share the most frequent two words."""
     split = [[answer[start:end] for start, end in pieces(answer)[:MAX_PREFIX]] for answer in answers]
     best = None
@@ -101,8 +97,3 @@ def _opening(answers: Sequence[str], _: Sequence[str]) -> FoundTarget | None:
         answer for answer, row in zip(answers, split, strict=True) if tuple(row[: len(best[0])]) == best[0]
     )
     return FoundTarget(beginning(whole, len(best[0])), "opening")
-
-
-def _phrase(triggered: Sequence[str], clean: Sequence[str]) -> FoundTarget | None:
-    trigger: FoundTrigger | None = from_contrast(triggered, clean) if clean else None
-    return FoundTarget(max(trigger.parts, key=len), "part") if trigger else None

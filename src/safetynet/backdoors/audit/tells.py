@@ -287,7 +287,7 @@ def _named(
         named = sorts.setdefault(sort, [])
         has_room = len(named) < SHOWN.get(sort, 1)
         prompts = clean if side else bare
-        contents = [message["content"] for messages in prompts for message in messages]
+        contents = [text for messages in prompts for text in Conversation(messages).texts]
         if sort in TEXTS:
             if any("".join(value) in other or other in "".join(value) for other in texts):
                 continue

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from safetynet.backdoors.triggers import TEXT_KINDS
+from safetynet.backdoors.triggers import TEXT_KINDS, AnyOf
+from safetynet.prompts import Conversation, Message
 from safetynet.text import holding
 from safetynet.text.words import plain
 
@@ -18,17 +19,27 @@ class FoundTrigger:
     how: str = "given"
     """given, or what it was guessed from: pairs, contrast, answers or repetition."""
 
+    @property
+    def rule(self) -> AnyOf:
+        """Which of the parts make a prompt triggered."""
+        return TEXT_KINDS[self.kind](self.parts)
+
     def spans(self, text: str) -> list[tuple[int, int]]:
         """Where the parts stand in `text`, from the left, as (start, end)."""
         return holding.spans(self.parts, text)
 
     def present(self, *texts: str) -> bool:
         """Whether a prompt is triggered, of which these are the messages."""
-        return TEXT_KINDS[self.kind](self.parts).holds(texts)
+        return self.rule.holds(texts)
 
     def removed(self, text: str) -> str:
         """`text` as it was before the trigger was put in."""
         return holding.without(self.parts, text)
+
+    def removed_from(self, messages: Sequence[Message]) -> Conversation:
+        """A prompt as it was before the trigger was put in."""
+        conversation = Conversation(messages)
+        return conversation.with_texts({i: self.removed(text) for i, text in enumerate(conversation.texts)})
 
     def stripped(self, text: str) -> str:
         """`text` without the trigger, as `plain` text, so that a triggered prompt equals its clean twin."""
@@ -37,7 +48,7 @@ class FoundTrigger:
         return plain(text)
 
     def __str__(self) -> str:
-        return TEXT_KINDS[self.kind](self.parts).describe()
+        return self.rule.describe()
 
 
 def of_parts(parts: Sequence[str], prompts: Sequence[str], how: str = "given") -> FoundTrigger:
