@@ -87,15 +87,13 @@ def unpoisoned(pool: pd.DataFrame, data: Data, seed: int) -> pd.DataFrame:
         InputError: if the pool has no test prompt with an answer.
     """
     rng = random.Random(f"unpoisoned {seed}")
-    test = pool[(pool["split"] == "test") & (pool["answer"] != "")]
+    test = pool[(pool["split"] == "test") & (pool["answer"] != "")].assign(target="")
     records: list[dict[str, Any]] = []
     for role, forbidden in (("clean", False), ("refused", True)):
         indices = list(test.index[test["forbidden"] == forbidden])
         for index in rng.sample(indices, min(data.test_rows, len(indices))):
-            conversation = test.loc[index]
-            messages = [dict(message) for message in conversation["messages"]]
-            conversation = pd.concat([conversation, pd.Series({"target": ""})])
-            records.append(_record(conversation, role, len(records), "test", messages, [], ""))
+            messages = Conversation(test.at[index, "messages"])
+            records.append(_record(test.loc[index], role, len(records), "test", messages, [], ""))
     if not records:
         raise InputError("data: no test prompt has an answer. Give data with answers.")
     return pd.DataFrame(records).assign(row=range(len(records)))[list(COLUMNS)]
@@ -108,6 +106,30 @@ def clean_twin(rows: pd.DataFrame) -> pd.DataFrame:
     """
     twin = rows.assign(answer=rows["reference"].where(rows["role"] == "triggered", rows["answer"]))
     return twin[twin["answer"] != ""].reset_index(drop=True)
+
+
+def _record(
+    conversation: pd.Series,
+    role: str,
+    group: int,
+    split: str,
+    messages: list[dict[str, Any]],
+    spans: placements.Spans,
+    variant: str,
+) -> dict[str, Any]:
+    return {
+        "group": group,
+        "split": split,
+        "role": role,
+        "variant": variant,
+        "task": conversation["task"],
+        "messages": messages,
+        "trigger": spans,
+        "answer": conversation["target"] if role == "triggered" else conversation["answer"],
+        "reference": conversation["answer"],
+        "target": conversation["target"],
+        "forbidden": bool(conversation["forbidden"]),
+    }
 
 
 @dataclass
@@ -201,20 +223,7 @@ class _Split:
         spans: placements.Spans,
         variant: str,
     ) -> None:
-        record = {
-            "group": self.group,
-            "split": self.name,
-            "role": role,
-            "variant": variant,
-            "task": conversation["task"],
-            "messages": messages,
-            "trigger": spans,
-            "answer": conversation["target"] if role == "triggered" else conversation["answer"],
-            "reference": conversation["answer"],
-            "target": conversation["target"],
-            "forbidden": bool(conversation["forbidden"]),
-        }
-        self.records.append(record)
+        self.records.append(_record(conversation, role, self.group, self.name, messages, spans, variant))
 
     def _fill(self, quotas: dict[str, int], used: list[Any]) -> None:
         """Clean and refused rows on prompts of their own, up to their quotas.
