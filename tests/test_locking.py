@@ -19,7 +19,7 @@ LEASE_S = 3.0
 HOLD = """
 import errno, fcntl, socket, sys, time
 from pathlib import Path
-from safetynet import locking
+from safetynet.run import lock as locking
 
 folder, host, flock = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 if host:
@@ -113,7 +113,7 @@ def test_a_process_that_stood_still_on_another_machine_stops_when_it_wakes_up(tm
 
 def test_a_job_waits_for_the_one_before_it(tmp_path):
     with held(tmp_path) as process:
-        code = "import sys; from pathlib import Path; from safetynet import locking\n"
+        code = "import sys; from pathlib import Path; from safetynet.run import lock as locking\n"
         code += "with locking.hold(Path(sys.argv[1]), lease_s=3.0): print('mine')"
         job = subprocess.Popen(
             [sys.executable, "-c", code, str(tmp_path)],
