@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from tests.engine.conftest import CONFIGS, VOCABULARY
+from tests.engine.test_intervening import hooks_of
 from tests.interventions.conftest import make_pairs
-from tests.interventions.test_intervening import hooks_of
 
 from safetynet.engine.metrics import Metric
 from safetynet.engine.sites import Architecture, Site
