@@ -17,7 +17,7 @@ import pandas as pd
 
 from safetynet.errors import RunError, SafetyNetError
 from safetynet.evaluation.evaluator import Evaluator
-from safetynet.experiment import Experiment, attach_own
+from safetynet.experiment import BACKDOORED, Experiment, attach_own
 from safetynet.mitigation import (
     METHODS,
     NEEDS,
@@ -295,8 +295,8 @@ def mitigate(
     if adapter is not None:
         files = suspects.check(adapter)
         adapter = adapter_files.locate(adapter).resolve()
-    else:
-        experiment.check_models()
+    elif recipe.suspect is None:
+        experiment.model_folder(BACKDOORED)  # the twin need not be there
     work = _Work(experiment, lent, adapter, same_base, methods, files)
     pending = [m for m in methods if not experiment.finished(work.stage(m.name), work.inputs(m.name))]
     if pending and names not in ((), ALL):
