@@ -210,11 +210,11 @@ def _config(folder: Path, values: Mapping[str, Any]) -> Any:
             f"{folder}: its type {kind!r} is not known to the installed PEFT {peft.__version__}. Install "
             "the PEFT that made it, or save it as LoRA."
         )
-    known = {field.name: field.default for field in fields(PEFT_TYPE_TO_CONFIG_MAPPING[kind])}
-    _check_scales(folder, values, known)
+    defaults = {field.name: field.default for field in fields(PEFT_TYPE_TO_CONFIG_MAPPING[kind])}
+    _check_scales(folder, values, defaults)
     if kind in support.TYPES:
         _check_types(folder, values, PEFT_TYPE_TO_CONFIG_MAPPING[kind])
-    unknown = [name for name, value in values.items() if name not in {*known, "runtime_config"} and value]
+    unknown = [name for name, value in values.items() if name not in {*defaults, "runtime_config"} and value]
     if unknown:
         log.warning(
             "%s: PEFT %s does not know %s of its configuration, and acts as if that were not set. If it "
@@ -229,7 +229,7 @@ def _config(folder: Path, values: Mapping[str, Any]) -> Any:
         raise InputError(
             f"{folder}: its {CONFIG} cannot be read ({in_words(error)}). Save the adapter again."
         ) from None
-    for name in [name for name in SCALES if name in known and name not in values]:
+    for name in [name for name in SCALES if name in defaults and name not in values]:
         log.warning(
             "%s: its %s does not say %s, so PEFT's default %s decides how strongly it acts. If it was "
             "trained with another value, the numbers are not those of this adapter: add the field.",
@@ -265,17 +265,17 @@ def _check_number(folder: Path, name: str, value: Any) -> None:
         )
 
 
-def _check_types(folder: Path, values: Mapping[str, Any], known: type) -> None:
+def _check_types(folder: Path, values: Mapping[str, Any], config: type) -> None:
     """Refuse fields of a type that PEFT does not declare for them: it would take some for something else."""
     from typing import get_type_hints
 
     from pydantic import PydanticUserError, TypeAdapter
 
     try:
-        hints = get_type_hints(known)
+        hints = get_type_hints(config)
     except (NameError, TypeError):  # it names classes that are not there
         return
-    empty = {field.name for field in fields(known) if field.default is None}  # which null stands for
+    empty = {field.name for field in fields(config) if field.default is None}  # which null stands for
     for name in [name for name in PLACES if name in hints and name in values]:
         if values[name] is None and name in empty:
             continue

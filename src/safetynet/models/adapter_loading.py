@@ -63,12 +63,11 @@ def unwrap(base: Any) -> None:
     from peft.utils import AuxiliaryTrainingWrapper
 
     wrappers = (BaseTunerLayer, AuxiliaryTrainingWrapper)
-    while found := [(n, m) for n, m in base.named_modules() if isinstance(m, wrappers)]:
-        for name, wrapper in found:
-            inside = (
-                wrapper.get_base_layer() if isinstance(wrapper, BaseTunerLayer) else wrapper.original_module
-            )
-            if not any(name.startswith(f"{outer}.") for outer, _ in found):
+    while wrapped := [(n, m) for n, m in base.named_modules() if isinstance(m, wrappers)]:
+        for name, wrapper in wrapped:
+            is_layer = isinstance(wrapper, BaseTunerLayer)
+            inside = wrapper.get_base_layer() if is_layer else wrapper.original_module
+            if not any(name.startswith(f"{outer}.") for outer, _ in wrapped):
                 base.set_submodule(name, inside)
     for mark in ("peft_config", "_hf_peft_config_loaded"):
         if mark in vars(base):
@@ -89,16 +88,12 @@ def resize(base: Any, files: AdapterFiles) -> list[BaseValue]:
     embeddings = {id(module.weight) for module in modules}
     places = base.named_parameters(remove_duplicate=False)
     rows = {_canonical(name): len(p) for name, p in places if id(p) in embeddings}
-    wanted = [
-        count
-        for name, tensor in tensors.items()
-        for weight, count in (_rows_of(name, tensor),)
-        if count != rows.get(weight, count)
-    ]
-    if not wanted:
+    counts = [_rows_of(name, tensor) for name, tensor in tensors.items()]
+    other_counts = [count for weight, count in counts if count != rows.get(weight, count)]
+    if not other_counts:
         return []
-    config, size = base.config.get_text_config(), max(wanted)
-    saved = {weight for name in tensors for weight, is_whole in (_place_of(name),) if is_whole}
+    config, size = base.config.get_text_config(), max(other_counts)
+    saved = {weight for weight, is_whole in map(_place_of, tensors) if is_whole}
     lacking = [name for name, count in rows.items() if count < size and name not in saved]
     is_tied = len(embeddings) == 1  # then the rows of one name are those of all
     if lacking and not (is_tied and saved & rows.keys()):
@@ -222,7 +217,7 @@ def load(model: Any, files: AdapterFiles) -> list[BaseValue]:
         other = sorted(n for n in tensors.keys() & saved.keys() if tensors[n].shape != saved[n].shape)
         reason: Exception = error
         if other:
-            sizes = " and ".join(str(tuple(found[other[0]].shape)) for found in (tensors, saved))
+            sizes = " and ".join(str(tuple(group[other[0]].shape)) for group in (tensors, saved))
             reason = ValueError(
                 f"size mismatch of {len(other)} of its {len(tensors)} tensors, as of {other[0]}: {sizes} by "
                 "its configuration and this base, which do not go together"
@@ -375,16 +370,16 @@ def _without_copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     That is the trained module under its wrapper's name, the base's own one beside it, and of token rows the
     copy of a tied head.
     """
-    kept, rows = dict(tensors), ".token_adapter.trainable_tokens_delta"
+    single, rows = dict(tensors), ".token_adapter.trainable_tokens_delta"
     delta = next((tensor for name, tensor in tensors.items() if name.endswith(f"embed_tokens{rows}")), None)
     for name, tensor in tensors.items():
         plain = name.replace(".modules_to_save.", ".").replace(".original_module.", ".")
-        is_trained = plain in kept and plain != name and torch.equal(kept[plain], tensor)
-        is_own = ".original_module." in name and plain in kept
+        is_trained = plain in single and plain != name and torch.equal(single[plain], tensor)
+        is_base = ".original_module." in name and plain in single
         is_tied = name.endswith(f"lm_head{rows}") and delta is not None and torch.equal(delta, tensor)
-        if is_trained or is_own or is_tied:
-            del kept[name]
-    return kept
+        if is_trained or is_base or is_tied:
+            del single[name]
+    return single
 
 
 def _by_canonical(names: Iterable[str]) -> dict[str, list[str]]:

@@ -154,14 +154,14 @@ def exchanged(model: Any, folder: Path) -> Iterator[Any]:
             f"{folder}: this adapter's configuration differs in {listed(differing)} from the one in the "
             "model, by which its weights would then act. Attach it to a base model of its own."
         )
-    held = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-    own = {key: weight.clone() for key, weight in held.items()}
-    check_complete(folder, list(own.keys() - files.tensors.keys()), list(files.tensors.keys() - own.keys()))
+    weights = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    before = {key: weight.clone() for key, weight in weights.items()}
+    check_complete(folder, list(before.keys() - files.tensors), list(files.tensors.keys() - before.keys()))
     set_peft_model_state_dict(model, dict(files.tensors), name)
     try:
         yield model.eval()
     finally:
-        set_peft_model_state_dict(model, own, name)
+        set_peft_model_state_dict(model, before, name)
 
 
 def has_adapter(model: Any) -> bool:
@@ -308,10 +308,10 @@ def _logits(model: Any) -> Tensor:
             module.training = training
 
 
-def _check_rewritten(as_trained: Tensor, rewritten: Tensor, files: AdapterFiles, own: torch.dtype) -> None:
+def _check_rewritten(as_trained: Tensor, rewritten: Tensor, files: AdapterFiles, dtype: torch.dtype) -> None:
     """Refuse an adapter whose start was taken out of weights that the model reads past PEFT's modules."""
     apart = float((as_trained - rewritten).abs().max())
-    types = {tensor.dtype for tensor in files.tensors.values()} | {own}
+    types = {tensor.dtype for tensor in files.tensors.values()} | {dtype}
     coarse = max(torch.finfo(kind).eps for kind in types) ** 0.5
     if not apart <= max(PROBE_TOLERANCE, coarse) * float(as_trained.abs().max()):
         raise InputError(

@@ -50,7 +50,7 @@ def _adapter_digest(model: Any) -> str:
         _add(total, name, parameter, parameter.numel())
     for name, module in sorted(model.named_modules(), key=itemgetter(0)):
         if hasattr(module, "scaling") and hasattr(module, "active_adapters"):
-            strength = {one: module.scaling[one] for one in module.active_adapters if one in module.scaling}
+            strength = {a: module.scaling[a] for a in module.active_adapters if a in module.scaling}
             total.update(f"{name} {sorted(strength.items())}".encode())
     return total.hexdigest()
 
@@ -59,6 +59,6 @@ def _add(total: Any, name: str, parameter: Any, most: int) -> None:
     import torch
 
     flat = parameter.detach().reshape(-1)
-    chosen = flat[:: max(1, flat.numel() // most)].contiguous().cpu()
+    sample = flat[:: max(1, flat.numel() // most)].contiguous().cpu()
     total.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-    total.update(chosen.view(torch.uint8).numpy().tobytes())
+    total.update(sample.view(torch.uint8).numpy().tobytes())

@@ -34,7 +34,7 @@ FLOATS = ("F16", "BF16", "F32", "F64")
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A base model, ready to be trained or asked."""
+    """A base model, ready for training or evaluation."""
 
     model: Any
     """The transformers model, in evaluation mode."""
@@ -134,10 +134,6 @@ def device_of(spec: recipe.Model) -> str:
     return "cuda" if spec.device != "cpu" and torch.cuda.is_available() else "cpu"
 
 
-def _place(device: str) -> int | str:
-    return parallel.device_index() if device == "cuda" else "cpu"
-
-
 def use_one_thread() -> None:
     """Miniatures are too small to share among threads: two threads on busy cores are many times slower."""
     import torch
@@ -207,6 +203,7 @@ def _load_weights(name: str, spec: recipe.Model, dtype: str, on_cpu: bool) -> An
     config = AutoConfig.from_pretrained(name, revision=spec.revision, trust_remote_code=False)
     _check_stored_as_numbers(name, config)
     device = device_of(spec)
+    place = parallel.device_index() if device == "cuda" and not on_cpu else "cpu"
     number = resolve_dtype(dtype, device)
     quantisation = None
     if spec.quantisation == "4bit":
@@ -225,7 +222,7 @@ def _load_weights(name: str, spec: recipe.Model, dtype: str, on_cpu: bool) -> An
             use_safetensors=True,
             dtype=number,
             quantization_config=quantisation,
-            device_map="auto" if spec.device == "split" else {"": "cpu" if on_cpu else _place(device)},
+            device_map="auto" if spec.device == "split" else {"": place},
         )
     model, report = loaded
     _check_report(name, report)
@@ -302,8 +299,7 @@ def _unpacked(model: Any) -> Any:
 
     On processors with AVX512-BF16, bitsandbytes repacks a weight in its first pass without gradients. Every
     pass from then on goes through a kernel that has no backward, and whoever unpacks the weight reads it in
-    the wrong
-    order: gradients, merged weights and norms would be wrong in silence.
+    the wrong order: gradients, merged weights and norms would be wrong in silence.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -315,16 +311,16 @@ def _unpacked(model: Any) -> Any:
 def _without_report() -> Iterator[None]:
     """Keep transformers' table of missing tensors quiet: what is in it is one sentence here."""
     logger = logging.getLogger("transformers.modeling_utils")
+
     # At a level above WARNING, transformers checks a plan for several devices and tells of that.
-    logger.addFilter(_is_no_report)
+    def is_no_report(record: logging.LogRecord) -> bool:
+        return " LOAD REPORT" not in str(record.msg)
+
+    logger.addFilter(is_no_report)
     try:
         yield
     finally:
-        logger.removeFilter(_is_no_report)
-
-
-def _is_no_report(record: logging.LogRecord) -> bool:
-    return " LOAD REPORT" not in str(record.msg)
+        logger.removeFilter(is_no_report)
 
 
 @contextmanager

@@ -154,16 +154,15 @@ def _inputs(projection: Any) -> int | None:
 
 def adapters(layer: Any) -> dict[str, Any]:
     """LoRA modules of a layer by their path in it; a fused parameter's ends in the parameter's name."""
-    found = {}
+    modules = {}
     for name, module in layer.named_modules():
         factors = getattr(module, "lora_A", None)
-        if factors and all(
-            hasattr(factor, "weight") for factor in factors.values()
-        ):  # AdaLoRA's are no modules
+        # AdaLoRA's factors are no modules.
+        if factors and all(hasattr(factor, "weight") for factor in factors.values()):
             plain = name.replace(".base_layer", "")
             parameter = getattr(module, "parameter_name", None)
-            found[f"{plain}.{parameter}" if parameter else plain] = module
-    return found
+            modules[f"{plain}.{parameter}" if parameter else plain] = module
+    return modules
 
 
 def writes_to_stream(path: str) -> bool:

@@ -44,9 +44,9 @@ def check_base(files: AdapterFiles, base: "LoadedModel", same_base: bool) -> Non
             "%s: it calls its base %s, whose weights are those of %s.", files.folder, files.base, base.id
         )
         return
-    known = same is not None
+    compared = same is not None
     if same_base:
-        if known:
+        if compared:
             log.warning(
                 "%s: it was trained on %s, whose weights are not those of %s. As asked for, it is taken for "
                 "an adapter of the latter.",
@@ -56,7 +56,7 @@ def check_base(files: AdapterFiles, base: "LoadedModel", same_base: bool) -> Non
     hint = (
         ", whose weights are others. Take a run whose model.id is its base, or say --same-base (in Python "
         "same_base=True) to put it on this one all the same."
-        if known
+        if compared
         else (
             ". Take a run whose model.id is its base. Or is it the same model under another name? Its "
             "weights are not here to compare: if so, say --same-base (in Python same_base=True)."
@@ -65,12 +65,12 @@ def check_base(files: AdapterFiles, base: "LoadedModel", same_base: bool) -> Non
     raise InputError(f"{files.folder}: this adapter was trained on {files.base}, not on {base.id}{hint}")
 
 
-def _same_name(one: str, other: str) -> bool:
+def _same_name(first: str, second: str) -> bool:
     """Whether two names are one hub id or one folder."""
-    if hub_id(one).casefold() == hub_id(other).casefold():
+    if hub_id(first).casefold() == hub_id(second).casefold():
         return True
     try:
-        return Path(one).samefile(other)
+        return Path(first).samefile(second)
     except OSError:  # not there, or no name of a file
         return False
 
@@ -91,7 +91,7 @@ def _same_weights(one: Path, other: Path) -> bool | None:
         pairs = [(first[name], second[name]) for name in first.keys() & second.keys()]
         if lone:
             head, tied = (first[HEAD], second) if HEAD in first else (second[HEAD], first)
-            embeddings = next((found for name, found in tied.items() if name.endswith(EMBEDDINGS)), None)
+            embeddings = next((tensor for name, tensor in tied.items() if name.endswith(EMBEDDINGS)), None)
             if embeddings is None:
                 return False
             pairs.append((head, embeddings))
@@ -108,14 +108,16 @@ def _tensors(folder: Path) -> dict[str, tuple[Any, str]]:
     if any(map(pointer, files)):
         raise OSError("stand-ins of files that were not downloaded")
     opened = [safe_open(str(file), framework="pt") for file in files]
-    found = [(file, name) for file in opened for name in file.keys()]  # noqa: SIM118 - no mapping
     return {
-        name.removeprefix("model."): (file, name) for file, name in found if not name.endswith(OLD_BUFFERS)
+        name.removeprefix("model."): (file, name)
+        for file in opened
+        for name in file.keys()  # noqa: SIM118 - no mapping
+        if not name.endswith(OLD_BUFFERS)
     }
 
 
-def _equal(one: Tensor, other: Tensor) -> bool:
-    if one.shape != other.shape or not (one.is_floating_point() and other.is_floating_point()):
+def _equal(first: Tensor, second: Tensor) -> bool:
+    if first.shape != second.shape or not (first.is_floating_point() and second.is_floating_point()):
         return False
-    narrow = one.dtype if one.element_size() <= other.element_size() else other.dtype
-    return one.to(narrow).equal(other.to(narrow))
+    narrow = min(first.dtype, second.dtype, key=lambda dtype: dtype.itemsize)
+    return first.to(narrow).equal(second.to(narrow))

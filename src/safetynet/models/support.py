@@ -1,4 +1,4 @@
-"""What is measured right of other people's adapters, stage by stage: the one table, which the documents show.
+"""Which adapters each stage measures correctly: the one table, which the documents show.
 
 In: PEFT's configuration of an adapter. Out: nothing, or one sentence that names the kind and says what to do.
 A type that is not in `TYPES` has not been tried, and is refused.
@@ -177,8 +177,8 @@ def check(config: Any, stage: Stage) -> None:
         )
     for kind in KINDS:
         if stage in kind.refused and kind.has(config):
-            own = config.peft_type.value if config.peft_type.value in IN_PLACE else kind.name
-            raise InputError(f"adapter: {own}: {stage} is refused, since {kind.refused[stage]}.")
+            name = config.peft_type.value if config.peft_type.value in IN_PLACE else kind.name
+            raise InputError(f"adapter: {name}: {stage} is refused, since {kind.refused[stage]}.")
 
 
 def check_model(model: Any, stage: Stage) -> None:
@@ -216,13 +216,13 @@ def changes_base(config: Any) -> str | None:
     return replaces_weights(config)
 
 
-def differing(one: Any, other: Any) -> list[str]:
+def differing(config: Any, other: Any) -> list[str]:
     """Fields in which two configurations say different things of what a trained adapter does."""
 
     def plain(value: Any) -> Any:
         return sorted(value, key=str) if isinstance(value, list | set | tuple) else value
 
-    first, second = one.to_dict(), other.to_dict()
+    first, second = config.to_dict(), other.to_dict()
     names = sorted((first.keys() | second.keys()) - _UNIMPORTANT)
     fields = [name for name in names if plain(first.get(name)) != plain(second.get(name))]
     return fields + ["init_lora_weights"] * bool(replaces_weights(other))
