@@ -15,10 +15,10 @@ from typing import Any, Literal, NamedTuple
 
 from safetynet.errors import InputError
 from safetynet.families import Family
+from safetynet.prompts import token_texts
 from safetynet.prompts.conversation import TOOLS, Conversation, Message
 from safetynet.prompts.template import ChatTemplate, Range, Rendered, begins_with_thoughts
 from safetynet.prompts.truncation import Truncation, truncated
-from safetynet.text import token_texts
 
 ROLES = ("system", "user", "assistant", "tool")
 IGNORED = -100
@@ -334,6 +334,8 @@ def _folded(span: TriggerSpan, system: int, opening: int) -> TriggerSpan:
 
 def _inside(offsets: Sequence[Range], ranges: Sequence[Range]) -> list[bool]:
     """For each token whether it belongs to one of these ranges of characters."""
+    if not ranges:
+        return [False] * len(offsets)
     return [any(start < e and end > s for s, e in ranges) for start, end in offsets]
 
 

@@ -13,8 +13,8 @@ from functools import cached_property
 from itertools import groupby
 
 from safetynet.prompts import Serialiser
+from safetynet.prompts.token_texts import BYTE, is_partial
 from safetynet.text import characters
-from safetynet.text.token_texts import BYTE, is_partial
 from safetynet.text.words import clusters
 
 
