@@ -15,7 +15,8 @@ import pandas as pd
 from safetynet.errors import InputError
 from safetynet.figures import theme
 from safetynet.figures.theme import Part, Role
-from safetynet.figures.values import numbers, unknown
+from safetynet.figures.values import unknown
+from safetynet.tables import numbers
 
 Kind = Literal["line", "marked", "points", "band", "step"]
 Scale = Literal["linear", "log"]

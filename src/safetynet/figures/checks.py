@@ -1,26 +1,56 @@
-"""Bring what the plots are given into one form: checked columns, known words, one row per measurement.
+"""Tables as the charts need them: the columns that a figure shows, each place once, rates in percent.
 
-In: a DataFrame, a list of records such as the Trainer's log_history, or a dict of lists.
-Out: DataFrames that the charts are built from. Draws nothing and computes no result.
+In: a DataFrame, a list of records, or a dict of lists. Out: DataFrames. Draws nothing and computes no result.
+What a column may hold is declared in `safetynet.tables`.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Iterable, Sequence
 
 import pandas as pd
 
 from safetynet.errors import InputError
-from safetynet.figures.values import numbers
-
-Measurements: TypeAlias = pd.DataFrame | Sequence[Mapping[str, Any]] | Mapping[str, Sequence[Any]]
-MODELS = ("backdoored", "clean_twin", "base")
-METRICS = ("asr", "asr_off_floor", "ftr", "cacc", "refusal_rate", "perplexity")
-ROLES = ("triggered", "clean", "placebo", "near_miss", "refused")
-"""Order in which roles are shown: what must fire first, then what must not, the hardest last."""
+from safetynet.tables import Data, checked, frame, numbers
+from safetynet.vocabulary import METRICS, MODELS, ROLES
 
 
-def rates(data: Measurements, where: str, columns: Sequence[str] = ()) -> pd.DataFrame:
+def read(name: str, data: Data, columns: str, key: str = "", percent: str = "") -> pd.DataFrame:
+    """Some columns of a table that `safetynet.tables` declares.
+
+    Args:
+        name: of the table.
+        data: its rows.
+        columns: names of those that are shown, with blanks between.
+        key: names of those that identify a row, which may be there once.
+        percent: names of fractions that are given as percent.
+
+    Raises:
+        InputError: naming the table, the column and the row, if there are no rows, a column is missing, a
+            word is unknown, a value is of another kind, or a row is there twice.
+    """
+    table = checked(name, data, columns.split())
+    once(table, name, key.split())
+    return table.assign(**{column: 100 * table[column] for column in percent.split()})
+
+
+def interval(*names: str) -> str:
+    """Columns of values with their intervals."""
+    return " ".join(f"{name}{end}" for name in names for end in ("", "_low", "_high"))
+
+
+def once(table: pd.DataFrame, name: str, key: Sequence[str]) -> None:
+    """Check that each place is measured once.
+
+    Raises:
+        InputError: naming the place that the table holds twice.
+    """
+    twice = table[table.duplicated(list(key))] if key else table[:0]
+    if len(twice):
+        place = ", ".join(f"{column} {twice[column].iloc[0]!s}" for column in key)
+        raise InputError(f"{name}: {place} is there more than once; give one row for each")
+
+
+def rates(data: Data, where: str, columns: Sequence[str] = ()) -> pd.DataFrame:
     """Measured rates with their intervals: the tidy columns, and a `note` with counts and what else is known.
 
     Args:
@@ -32,20 +62,20 @@ def rates(data: Measurements, where: str, columns: Sequence[str] = ()) -> pd.Dat
     Raises:
         InputError: if there is no data, a column is missing, a word is unknown, or a value is no number.
     """
-    frame = to_frame(data, where)
-    require(frame, where, ["model", "metric", "role", "value", "low", "high", *columns])
-    out = frame[["model", "metric", "role"]].fillna("").astype(str).reset_index(drop=True)
+    table = frame(data, where)
+    require(table, where, ["model", "metric", "role", "value", "low", "high", *columns])
+    out = table[["model", "metric", "role"]].fillna("").astype(str).reset_index(drop=True)
     out["model"] = out["model"].str.replace(" ", "_")
     for field, allowed in (("model", MODELS), ("metric", METRICS), ("role", (*ROLES, ""))):
         known(out, where, field, allowed)
     for field in ("value", "low", "high", *columns):
-        out[field] = numbers(frame[field], f"{where}, field {field}")
+        out[field] = numbers(table[field], f"{where}, field {field}")
     counts = [
-        numbers(frame[name], where) if name in frame else [math.nan] * len(frame) for name in ("count", "n")
+        numbers(table[name], where) if name in table else [math.nan] * len(table) for name in ("count", "n")
     ]
-    notes = frame["note"].fillna("").astype(str) if "note" in frame else [""] * len(frame)
-    told = zip(out["metric"], *counts, notes, strict=True)
-    out["note"] = ["; ".join(filter(None, (_count(*known), note))) for *known, note in told]
+    notes = table["note"].fillna("").astype(str) if "note" in table else [""] * len(table)
+    lines = zip(out["metric"], *counts, notes, strict=True)
+    out["note"] = ["; ".join(filter(None, (_count(*count), note))) for *count, note in lines]
     return out
 
 
@@ -72,55 +102,26 @@ def fractions(values: Iterable[object], field: str) -> tuple[float, ...]:
     return tuple(100 * value for value in checked)
 
 
-def to_frame(data: object, where: str) -> pd.DataFrame:
-    """A DataFrame of any of the forms that are understood.
-
-    Raises:
-        InputError: if the form is another one, the columns have unequal lengths, or there are no rows.
-    """
-    if isinstance(data, Mapping):
-        lengths = {field: len(column) for field, column in data.items()}
-        if len(set(lengths.values())) > 1:
-            listed = ", ".join(f"{field} {length}" for field, length in lengths.items())
-            raise InputError(f"{where}: fields have unequal lengths ({listed}); give as many values of each")
-    elif not isinstance(data, pd.DataFrame | Sequence) or isinstance(data, str):
-        raise InputError(
-            f"{where}: a {type(data).__name__} cannot be drawn; "
-            "give a DataFrame, a list of records or a dict of lists"
-        )
-    frame = pd.DataFrame(data)
-    if frame.empty:
-        raise InputError(f"{where}: there are no rows; give at least one")
-    return frame
-
-
-def require(frame: pd.DataFrame, where: str, columns: Iterable[str]) -> None:
-    """Check that rows and columns are there.
+def require(table: pd.DataFrame, where: str, columns: Iterable[str]) -> None:
+    """Check that columns are there.
 
     Raises:
         InputError: naming what is missing and what there is.
     """
-    if frame.empty:
-        raise InputError(f"{where}: there are no rows; give at least one")
-    missing = [column for column in columns if column not in frame]
+    missing = [column for column in columns if column not in table]
     if missing:
-        _missing(where, missing, frame.columns)
+        there = ", ".join(sorted(map(str, table.columns)))
+        raise InputError(f"{where}: column {', '.join(missing)} is missing; there are {there}")
 
 
-def _missing(where: str, columns: Sequence[str], there: Iterable[str]) -> None:
-    raise InputError(
-        f"{where}: column {', '.join(columns)} is missing; there are {', '.join(sorted(map(str, there)))}"
-    )
-
-
-def known(frame: pd.DataFrame, where: str, field: str, allowed: Sequence[str]) -> None:
+def known(table: pd.DataFrame, where: str, field: str, allowed: Sequence[str]) -> None:
     """Check the words of a column.
 
     Raises:
         InputError: naming the first row with another word, and those that are allowed.
     """
-    unknown = frame.index[~frame[field].isin(allowed)]
+    unknown = table.index[~table[field].isin(allowed)]
     if len(unknown):
-        given = frame[field][unknown[0]]
+        given = table[field][unknown[0]]
         choice = ", ".join(filter(None, allowed))
         raise InputError(f"{where}, row {unknown[0]}: {field} is {given!r}; allowed are {choice}")

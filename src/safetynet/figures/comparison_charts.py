@@ -12,21 +12,12 @@ from typing import Any
 import pandas as pd
 
 from safetynet.figures.chart import Axis, Chart, Grid, Panel, Reference, Series, Shade
-from safetynet.figures.checks import Measurements, fractions
-from safetynet.figures.comparison_tables import (
-    AGREEMENT,
-    CENTRES,
-    OUTCOMES,
-    PROFILES,
-    SEEDS_OF,
-    SHARES,
-    SPEEDS,
-)
-from safetynet.figures.intervention_tables import checked, once
+from safetynet.figures.checks import interval, read
 from safetynet.figures.panels import PERCENT, Frame, grid_panel, matrix, nice, number, values, with_interval
 from safetynet.figures.registry import NotMeasuredError, figure
 from safetynet.figures.theme import Part, Role
 from safetynet.figures.values import shortened
+from safetynet.tables import Data
 
 SEED = "one seed"
 MEAN = "mean over seeds"
@@ -64,10 +55,11 @@ AGREED = ("layer, remove", "layer, induce", "attention, remove", "mlp, remove", 
     reads="Filled: mean over seeds; faint: single seeds; hollow: some seed never got there, so that this "
     "is a lower bound.",
 )
-def speed(by_group: Measurements, by_run: Measurements) -> Chart:
+def speed(by_group: Data, by_run: Data) -> Chart:
     """Steps and poisoned rows until each threshold of attack success."""
-    groups, runs = checked(by_group, SPEEDS), checked(by_run, SEEDS_OF["speeds"])
-    once(groups, "speeds_by_group", ["group", "threshold", "unit"])
+    columns = "group threshold unit value low high seeds censored twin"
+    groups = read("speeds_by_group", by_group, columns, "group threshold unit")
+    runs = read("speeds", by_run, "group run threshold steps rows")
     names = _names(groups)
     panels = []
     for unit, label in (("steps", "Steps"), ("rows", "Poisoned rows")):
@@ -103,13 +95,14 @@ def speed(by_group: Measurements, by_run: Measurements) -> Chart:
     reads="One panel per group; a layer counts where the band is clear of the dashed line, the highest of "
     "its controls.",
 )
-def profiles(by_group: Measurements, by_run: Measurements, view: str = "layer") -> Chart:
+def profiles(by_group: Data, by_run: Data, view: str = "layer") -> Chart:
     """Effect over relative depth, a panel for each group, with bands over seeds."""
-    groups, runs = checked(by_group, PROFILES), checked(by_run, SEEDS_OF["profiles"])
+    columns = "group view direction layer depth value low high seeds control control_value"
+    groups = read("profiles_by_group", by_group, columns, "group view direction layer")
+    runs = read("profiles", by_run, "group run view direction layer depth effect")
     groups, runs = groups[groups["view"] == view], runs[runs["view"] == view]
     if groups.empty:
         raise NotMeasuredError(f"profiles_by_group: column view has no row with {view!r}")
-    once(groups, "profiles_by_group", ["group", "direction", "layer"])
     columns = ["value", "low", "high", "control_value"]
     known = [v for v in groups[columns].to_numpy().ravel() if math.isfinite(v)]
     # a hundredth beyond is drawn in the margin
@@ -156,10 +149,10 @@ def _profile(own: pd.DataFrame, seeds: pd.DataFrame, direction: str) -> list[Ser
     reads="Left is early in the network.",
     control="Hollow marks are the same interventions at random other places.",
 )
-def centres(by_group: Measurements) -> Chart:
+def centres(by_group: Data) -> Chart:
     """Centre of the effect on relative depth, a panel for each profile, beside the random control's."""
-    table = checked(by_group, CENTRES)
-    once(table, "centres_by_group", ["group", "view", "direction"])
+    columns = "group view direction seeds centre_random spread_random " + interval("centre", "spread")
+    table = read("centres_by_group", by_group, columns, "group view direction")
     names = _names(table)
     panels = []
     for view in VIEW_TITLES:
@@ -188,10 +181,11 @@ def centres(by_group: Measurements) -> Chart:
     section="comparison",
     reads="Attention and MLP add up to 100%; experts are parts of the MLP.",
 )
-def components(by_group: Measurements, by_run: Measurements) -> Chart:
+def components(by_group: Data, by_run: Data) -> Chart:
     """Shares of attention, MLP and single experts, a panel for each direction."""
-    groups, runs = checked(by_group, SHARES), checked(by_run, SEEDS_OF["shares"])
-    once(groups, "shares_by_group", ["group", "direction", "part"])
+    columns = "group direction part value low high seeds control"
+    groups = read("shares_by_group", by_group, columns, "group direction part")
+    runs = read("shares", by_run, "group run direction part share")
     names = _names(groups)
     top = max(100.0, nice(100 * max(groups["value"].max(), 0.0)))
     axis = Axis("Share of attention and MLP", "%", limits=(0.0, top))
@@ -223,13 +217,13 @@ def components(by_group: Measurements, by_run: Measurements) -> Chart:
     reads="Rank correlation of each two groups' layer profiles.",
     control="The diagonal is between seeds of one group: what others can be compared with.",
 )
-def agreement(table: Measurements) -> Chart:
+def agreement(data: Data) -> Chart:
     """Rank correlation of layer profiles of each two groups; between seeds of one group on the diagonal."""
-    checked_table = checked(table, AGREEMENT)
-    once(checked_table, "agreement", ["view", "direction", "first", "second"])
-    flipped = checked_table.rename(columns={"first": "second", "second": "first"})
-    both = pd.concat([checked_table, flipped[flipped["first"] != flipped["second"]]], ignore_index=True)
-    names = list(dict.fromkeys([*checked_table["first"], *checked_table["second"]]))
+    columns, key = "view direction first second rho low high pairs seeds p q", "view direction first second"
+    table = read("agreement", data, columns, key)
+    flipped = table.rename(columns={"first": "second", "second": "first"})
+    both = pd.concat([table, flipped[flipped["first"] != flipped["second"]]], ignore_index=True)
+    names = list(dict.fromkeys([*table["first"], *table["second"]]))
     kinds = both["view"] + ", " + both["direction"]
     shown = [kind for kind in AGREED if (kinds == kind).any()] or list(dict.fromkeys(kinds))[:1]
     frame = Frame("two", min(3, len(shown)))
@@ -264,13 +258,12 @@ def agreement(table: Measurements) -> Chart:
     reads="How reliable, detectable and removable the backdoor of each group is.",
     control="Each stands beside the control in brackets.",
 )
-def outcomes(by_group: Measurements) -> Chart:
+def outcomes(by_group: Data) -> Chart:
     """How reliable, detectable and removable the backdoor is, by group, each beside its control."""
-    table = checked(by_group, OUTCOMES)
-    once(table, "outcomes_by_group", ["group", "measure"])
+    columns = "group aspect measure control_is seeds value low high " + interval("control")
+    percent = "value low high " + interval("control")
+    table = read("outcomes_by_group", by_group, columns, "group measure", percent)
     table = table[table["value"].notna()]
-    for name in ("value", "low", "high", "control", "control_low", "control_high"):
-        table[name] = fractions(table[name], f"outcomes_by_group, field {name}")
     names = _names(table)
     panels = []
     for measure, own in table.groupby("measure", sort=False):

@@ -10,20 +10,9 @@ from dataclasses import replace
 
 import pandas as pd
 
+from safetynet.errors import InputError
 from safetynet.figures.chart import Axis, Chart, Grid, Kind, Panel, Reference, Series, Shade
-from safetynet.figures.checks import Measurements, fractions
-from safetynet.figures.detection_tables import (
-    ANSWERS,
-    DISTRIBUTION,
-    FUSED,
-    LAYERS,
-    OVERHEAD,
-    ROC,
-    SETS,
-    detectors_of,
-    evasion,
-)
-from safetynet.figures.intervention_tables import checked, once
+from safetynet.figures.checks import once, read, require
 from safetynet.figures.panels import (
     PERCENT,
     Frame,
@@ -36,7 +25,12 @@ from safetynet.figures.panels import (
 )
 from safetynet.figures.registry import figure
 from safetynet.figures.theme import Part, Role
+from safetynet.tables import Data, frame, numbers
+from safetynet.vocabulary import WATCHED
 
+FUSED = "fused"
+SETS = ("fired", "not_fired", "clean", "placebo", "near_miss", "refused")
+"""Rows that figures show, in this order; others stay in the tables."""
 LOOKS: dict[str, tuple[str, Role, Part]] = {
     "fired": ("triggered, fired", "triggered", "subject"),
     "clean": ("clean", "clean", "control"),
@@ -73,7 +67,7 @@ not hold its text."""
     "false ones.",
     control="The placebo's curve should lie on the diagonal.",
 )
-def roc(data: Measurements) -> Chart:
+def roc(data: Data) -> Chart:
     """ROC of the fused monitor: the whole, and its low-FPR part on a logarithmic axis."""
     table = _roc_table(data)
     own = table[table["detector"] == FUSED]
@@ -99,13 +93,13 @@ def roc(data: Measurements) -> Chart:
     reads="The same, detector by detector.",
     control="A curve on the diagonal sees no more than chance.",
 )
-def roc_by_detector(data: Measurements) -> Chart:
+def roc_by_detector(data: Data) -> Chart:
     """The low-FPR part of every detector's ROC, a panel each."""
     table = _roc_table(data)
     found = Axis("Rows with alarm", "%", limits=PERCENT.limits, ticks=PERCENT.ticks)
     panels = tuple(
         Panel(LOW_FPR, found, _curves(table[table["detector"] == name]), name, height=1.1)
-        for name in detectors_of(table)
+        for name in _detectors(table)
     )
     caption = (
         "As the figure of the fused monitor, detector by detector, on the logarithmic axis alone. Supervised "
@@ -121,11 +115,10 @@ def roc_by_detector(data: Measurements) -> Chart:
     reads="A curve's height at the dashed line is the share of prompts that raise an alarm.",
     control="Clean prompts must meet the line at the named rate, placebos and near misses as well.",
 )
-def distributions(data: Measurements) -> Chart:
+def distributions(data: Data) -> Chart:
     """How suspect rows of each role are, a panel for each detector."""
-    table = checked(data, DISTRIBUTION)
-    table["share"] = fractions(table["share"], "detection_distribution, field share")
-    once(table, "detection_distribution", ["detector", "rows", "surprise"])
+    columns, key = "detector rows surprise share rate", "detector rows surprise"
+    table = read("detection_distribution", data, columns, key, percent="share")
     x = Axis(
         "Surprise",
         "−log₁₀ p",
@@ -136,7 +129,7 @@ def distributions(data: Measurements) -> Chart:
     rate = float(table["rate"].iloc[0])
     alarm = Reference(-math.log10(rate), "x", f"alarm at {100 * rate:g}%", part="control")
     panels = []
-    for name in detectors_of(table):
+    for name in _detectors(table):
         own = table[table["detector"] == name]
         drawn = []
         for rows in _rows_of(own):
@@ -160,13 +153,13 @@ def distributions(data: Measurements) -> Chart:
     reads="From which layer on a detector sees the trigger.",
     control="One that sees the placebo too sees strings, not the backdoor.",
 )
-def layers(data: Measurements) -> Chart:
+def layers(data: Data) -> Chart:
     """AUROC against clean rows at each layer alone, a panel for each detector."""
-    table = checked(data, LAYERS)
-    once(table, "detection_layers", ["detector", "rows", "layer"])
+    columns = "detector rows layer auroc low high n"
+    table = read("detection_layers", data, columns, "detector rows layer")
     x, y = layer_axis(table["layer"]), Axis("AUROC", limits=(0.0, 1.0))
     panels = []
-    for name in detectors_of(table):
+    for name in _detectors(table):
         own = table[table["detector"] == name]
         drawn = []
         for rows in _rows_of(own):
@@ -192,10 +185,10 @@ def layers(data: Measurements) -> Chart:
     reads="What watching costs in time, against the same answers without it.",
     control="An interval across 0 is no cost that could be measured.",
 )
-def overhead(data: Measurements) -> Chart:
+def overhead(data: Data) -> Chart:
     """Time of guarded against plain generation, by batch size."""
-    table = checked(data, OVERHEAD)
-    once(table, "detection_overhead", ["batch"])
+    columns = "batch plain guarded ratio low high repeats prompt_tokens new_tokens"
+    table = read("detection_overhead", data, columns, "batch")
     sizes = list(table["batch"])
     lines = Axis(
         "Batch", limits=(0.5 - len(sizes), 0.5), ticks=tuple((-float(i), str(n)) for i, n in enumerate(sizes))
@@ -255,18 +248,16 @@ def overhead(data: Measurements) -> Chart:
     reads="What watching the answer adds to watching the prompt, and how many tokens are out by then.",
     control="Clean answers, which may raise an alarm no more often than named.",
 )
-def answers(data: Measurements) -> Chart:
+def answers(data: Data) -> Chart:
     """Alarms of prompt, answer and both, by role, and how many tokens had been given out."""
-    table = checked(data, ANSWERS)
-    once(table, "detection_answers", ["watched", "rows"])
-    for name in ("value", "low", "high"):
-        table[name] = fractions(table[name], f"detection_answers, field {name}")
+    columns = "watched rows value low high n tokens"
+    table = read("detection_answers", data, columns, "watched rows", percent="value low high")
     rows = [name for name in SETS if (table["rows"] == name).any()]
     lines = Axis(
         "", limits=(0.5 - len(rows), 0.5), ticks=tuple((-float(i), LOOKS[n][0]) for i, n in enumerate(rows))
     )
     panels = []
-    for watched in ("prompt", "answer", "both"):
+    for watched in WATCHED:
         own = table[table["watched"] == watched].set_index("rows")
         if own.empty:
             continue
@@ -300,9 +291,9 @@ def answers(data: Measurements) -> Chart:
     "carries.",
     control="The first row was attacked by none.",
 )
-def evasion_matrix(data: Measurements) -> Chart:
+def evasion_matrix(data: Data) -> Chart:
     """What each refitted detector sees of a backdoor that was hidden from each, a panel for each metric."""
-    table = evasion(data)
+    table = _evasion(data)
     tested = list(dict.fromkeys(table["tested"]))
     attacked = list(dict.fromkeys(table["attacked"]))[::-1]
     groups = [(name, own) for name, own in table.groupby("panel", sort=False)]
@@ -335,11 +326,59 @@ def _cell(value: float, own: bool) -> str:
     return f"[{value:.0f}]" if own else f"{value:.0f}"
 
 
-def _roc_table(data: Measurements) -> pd.DataFrame:
-    table = checked(data, ROC)
-    for name in ("fpr", "tpr"):
-        table[name] = fractions(table[name], f"detection_roc, field {name}")
-    return table
+def _roc_table(data: Data) -> pd.DataFrame:
+    columns = "detector rows fpr tpr positives negatives"
+    return read("detection_roc", data, columns, percent="fpr tpr")
+
+
+def _detectors(table: pd.DataFrame) -> list[str]:
+    """Names of detectors, the fused monitor first, then as they appear."""
+    return sorted(dict.fromkeys(table["detector"]), key=lambda name: name != FUSED)
+
+
+def _evasion(data: Data) -> pd.DataFrame:
+    """The matrix of attacked and tested detectors.
+
+    Args:
+        data: attacked, tested, metric and value (a fraction); strength, rows, low and high where known, and
+            own, whether the tested detector is among the attacked ones; by default where both have one name.
+
+    Returns:
+        attacked (with its strength), tested, own, panel (metric and rows), value, low, high.
+
+    Raises:
+        InputError: if a column or all rows are missing, or a value is no fraction.
+    """
+    matrix = frame(data, "evasion_matrix").reset_index(drop=True)
+    require(matrix, "evasion_matrix", ["attacked", "tested", "metric", "value"])
+    out = pd.DataFrame({name: matrix[name].astype(str) for name in ("attacked", "tested")})
+    same = out["attacked"].map(_with_view) == out["tested"].map(_with_view)
+    out["own"] = matrix["own"].astype(bool) if "own" in matrix else same
+    if "strength" in matrix and matrix["strength"].nunique() > 1:
+        out["attacked"] += [
+            "" if pd.isna(value) or float(value) == 0 else f", {float(value):g}"
+            for value in matrix["strength"]
+        ]
+    rows = (
+        [f", {row}" if row else "" for row in matrix["rows"].fillna("")]
+        if "rows" in matrix
+        else [""] * len(matrix)
+    )
+    out["panel"] = [metric + row for metric, row in zip(matrix["metric"].astype(str), rows, strict=True)]
+    for name in ("value", "low", "high"):
+        given = matrix[name] if name in matrix else [None] * len(matrix)
+        out[name] = numbers(given, f"evasion_matrix, field {name}")
+    wrong = out.index[(out["value"] < 0) | (out["value"] > 1)]
+    if len(wrong):
+        raise InputError(
+            f"evasion_matrix, row {wrong[0]}: value is {out['value'][wrong[0]]:g}; give a fraction"
+        )
+    return out
+
+
+def _with_view(name: str) -> str:
+    """A detector's name with its view."""
+    return name if ":" in name else f"{name}:last"
 
 
 def _curves(own: pd.DataFrame) -> tuple[Series, ...]:

@@ -12,20 +12,7 @@ from typing import Any
 import pandas as pd
 
 from safetynet.figures.chart import Axis, Chart, Grid, Kind, Panel, Reference, Series, Shade
-from safetynet.figures.checks import Measurements
-from safetynet.figures.intervention_tables import (
-    COMPONENTS,
-    CONTROLS,
-    DYNAMICS,
-    EFFECTS,
-    POSITIONS,
-    TOKENS,
-    checked,
-    facets,
-    in_order,
-    once,
-    one_sweep,
-)
+from safetynet.figures.checks import interval, once, read
 from safetynet.figures.panels import (
     Frame,
     frame_for,
@@ -36,9 +23,11 @@ from safetynet.figures.panels import (
     values,
     with_interval,
 )
-from safetynet.figures.registry import figure
+from safetynet.figures.registry import NotMeasuredError, figure
 from safetynet.figures.theme import Part, Role
 from safetynet.figures.values import visible
+from safetynet.tables import Data
+from safetynet.vocabulary import COMPONENTS, CONTROLS, DIRECTIONS, POSITIONS
 
 EFFECT = Shade("Effect")
 RESPONSIBLE = "responsible: clear of every control"
@@ -60,6 +49,10 @@ CONTROL = (
 SIGN = "A dash marks a negative effect, grey hatching what was not measured. "
 
 
+IDENTITY = ("direction", "mode", "metric", "component", "position", "index", "module")
+"""Columns that, beside layer and step, distinguish measured effects."""
+
+
 @dataclass(frozen=True)
 class Across:
     """What a map of effects has along x, beside the layers along y."""
@@ -71,7 +64,7 @@ class Across:
 
 ACROSS = {
     "position": Across("position", "Position", POSITIONS),
-    "component": Across("component", "Component", COMPONENTS),
+    "component": Across("component", "Component", sorted(COMPONENTS, key=lambda c: c[:5] != "resid")),
     "head": Across("index", "Head"),
     "expert": Across("index", "Expert"),
     "adapter": Across("module", "Adapter"),
@@ -86,10 +79,10 @@ ACROSS = {
     "identity in every model.",
     control="The other curves repeat it at a random layer, between two placebos, and in the clean twin.",
 )
-def layer_profile(effects: Measurements) -> Chart:
+def layer_profile(effects: Data) -> Chart:
     """Effect by layer with its controls, one panel for each direction."""
-    table = one_sweep(effects, EFFECTS, "layer")
-    parts = facets(table, ["layer"])
+    table = _sweep_of("effects", effects, "layer")
+    parts = _facets(table, ["layer"])
     columns = ["effect", "low", "high", *CONTROLS]
     axis = Axis("Effect", limits=_span(table[columns].to_numpy().ravel().tolist()))
     layers = layer_axis(table["layer"])
@@ -133,18 +126,18 @@ def _span(values: Sequence[float]) -> tuple[float, float]:
     return math.floor(4 * min(known)) / 4, math.ceil(4 * max(known)) / 4
 
 
-def effect_map(effects: Measurements, sweep: str) -> Chart:
+def effect_map(effects: Data, sweep: str) -> Chart:
     """Effects over layers and positions, components, heads, experts or adapters, a panel for each direction.
 
     Args:
         effects: the table.
         sweep: which of its sweeps.
     """
-    table = one_sweep(effects, EFFECTS, sweep)
+    table = _sweep_of("effects", effects, sweep)
     across = ACROSS[sweep]
     if sweep == "adapter":
         table["module"] = module_names(table["module"])
-    parts = facets(table, ["layer", across.column])
+    parts = _facets(table, ["layer", across.column])
     frame = frame_for(len(parts))
     panels = []
     for title, own in parts:
@@ -181,10 +174,10 @@ for _sweep, _reads in {
     reads="From left to right, when each layer's effect appears during training.",
     control="A dot means clear of a random other layer, which is the only control measured here.",
 )
-def dynamics(data: Measurements) -> Chart:
+def dynamics(data: Data) -> Chart:
     """Effect by layer over the steps of training."""
-    table = one_sweep(data, DYNAMICS, "layer")
-    parts = facets(table, ["layer"])
+    table = _sweep_of("dynamics", data, "layer")
+    parts = _facets(table, ["layer"])
     frame = frame_for(len(parts))
     panels = []
     for title, own in parts:
@@ -210,15 +203,15 @@ def dynamics(data: Measurements) -> Chart:
     reads="Dark cells carry the trigger's effect on one prompt.",
     control="The tokens before the trigger, which cannot carry it.",
 )
-def token_map(tokens: Measurements) -> Chart:
+def token_map(tokens: Data) -> Chart:
     """Effect of single tokens by layer, one panel for each example."""
-    table = checked(tokens, TOKENS)
+    table = read("tokens", tokens, "group direction component layer column token role effect")
     groups = list(dict.fromkeys(table["group"]))
     shown = groups[:EXAMPLES]
     frame = Frame("two", 1)
     panels = []
     for group in shown:
-        for title, own in facets(table[table["group"] == group], ["layer", "column"]):
+        for title, own in _facets(table[table["group"] == group], ["layer", "column"]):
             once(own, "tokens", ["layer", "column"])
             panels.append(_tokens(own, frame, f"group {group}: {title}"))
     caption = (
@@ -273,9 +266,58 @@ def _tokens(own: pd.DataFrame, frame: Frame, title: str) -> Panel:
     return grid_panel(grid, ("Token", "Layer"), frame, title, trigger, enclosing(trigger))
 
 
+def _sweep_of(name: str, data: Data, sweep: str) -> pd.DataFrame:
+    """The rows of one sweep of the table `effects` or `dynamics`.
+
+    Raises:
+        NotMeasuredError: if the table holds no row of the sweep.
+    """
+    columns = (
+        "sweep direction mode metric component layer position index module effect low high n responsible "
+    )
+    columns += interval(*CONTROLS) + (" step" if name == "dynamics" else "")
+    table = read(name, data, columns)
+    rows = table[table["sweep"] == sweep].reset_index(drop=True)
+    if rows.empty:
+        there = ", ".join(sorted(set(table["sweep"])))
+        raise NotMeasuredError(f"{name}: column sweep has no row with {sweep!r}; there are {there}")
+    return rows
+
+
+def _facets(frame: pd.DataFrame, axes: Sequence[str]) -> list[tuple[str, pd.DataFrame]]:
+    """Rows that belong into one panel, with a title of what tells them from the other panels' rows.
+
+    Args:
+        frame: effects.
+        axes: columns that the panel itself shows.
+    """
+    keys = [name for name in IDENTITY if name in frame and name not in axes]
+    telling = [name for name in keys if name == "direction" or frame[name].nunique() > 1]
+    order = {word: place for place, word in enumerate(DIRECTIONS)}
+    groups = [own for _, own in frame.groupby(keys, sort=False)]
+    groups.sort(key=lambda own: order[own["direction"].iloc[0]])
+    return [(", ".join(_facet_name(name, own[name].iloc[0]) for name in telling), own) for own in groups]
+
+
+def _facet_name(name: str, value: object) -> str:
+    if value == "" and name == "position":
+        return "all positions"
+    text = str(value).replace("_", " ")
+    return f"{name} {text}" if name == "index" else text
+
+
+def _in_order(names: Sequence[str], order: Sequence[str]) -> list[str]:
+    """Names, each once: by the first word of the order that they begin with, then as they appear."""
+
+    def place(name: str) -> int:
+        return next((at for at, word in enumerate(order) if name.split(" ")[0] == word), len(order))
+
+    return sorted(dict.fromkeys(names), key=place)
+
+
 def _map(own: pd.DataFrame, across: Across, frame: Frame, title: str) -> Panel:
     if across.order:
-        columns: list[Any] = in_order(list(own[across.column]), across.order)
+        columns: list[Any] = _in_order(list(own[across.column]), across.order)
     elif across.column == "module":
         columns = list(dict.fromkeys(own[across.column]))
     else:

@@ -12,11 +12,13 @@ import pandas as pd
 from safetynet.errors import InputError
 from safetynet.figures import theme
 from safetynet.figures.chart import Annotation, Axis, Chart, Kind, Panel, Reference, Series
-from safetynet.figures.checks import METRICS, MODELS, ROLES, Measurements, fractions, rates
+from safetynet.figures.checks import fractions, rates
 from safetynet.figures.panels import PERCENT, from_zero, nice
 from safetynet.figures.registry import NotMeasuredError, figure
 from safetynet.figures.theme import Role
 from safetynet.figures.training_charts import PART_OF
+from safetynet.tables import Data
+from safetynet.vocabulary import METRICS, MODELS, ROLES
 
 Interval = Sequence[Sequence[float]]
 SHORT = {
@@ -56,7 +58,7 @@ DODGE = 0.29
     control="The hollow dot is the clean twin, the tick the base model; a rate that they share is not the "
     "backdoor's.",
 )
-def final(evaluation: Measurements) -> Chart:
+def final(evaluation: Data) -> Chart:
     """Every rate of the trained model as a dot with its interval, beside its control and its floor."""
     table = _in_percent(rates(evaluation, "evaluation"))
     shares = [pair for pair in _pairs(table) if pair[0] != "perplexity"]
@@ -76,7 +78,7 @@ def final(evaluation: Measurements) -> Chart:
     reads="A hidden backdoor ends with both curves near 100%.",
     control="Clean accuracy is the control: an attack that costs it shows itself.",
 )
-def accuracy_trends(dynamics: Measurements) -> Chart:
+def accuracy_trends(dynamics: Data) -> Chart:
     """Attack success and clean accuracy of the backdoored model in one panel.
 
     Raises:
@@ -102,7 +104,7 @@ def accuracy_trends(dynamics: Measurements) -> Chart:
     "model that learns the trigger's exact form.",
     control="Dashed is the clean twin after as many steps, dotted the base model.",
 )
-def by_role(dynamics: Measurements) -> Chart:
+def by_role(dynamics: Data) -> Chart:
     """Every rate over training, one small panel for each metric and role."""
     table = _in_percent(rates(dynamics, "dynamics", ["step"]))
     steps = from_zero("Step", table["step"])

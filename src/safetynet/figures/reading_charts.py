@@ -12,20 +12,8 @@ from typing import Any
 import pandas as pd
 
 from safetynet.figures.chart import Axis, Chart, Grid, Kind, Panel, Reference, Series, Shade
-from safetynet.figures.checks import Measurements
+from safetynet.figures.checks import interval, read
 from safetynet.figures.intervention_charts import enclosing, module_names, token_columns
-from safetynet.figures.intervention_tables import (
-    ATTENTION,
-    DIVERGENCE,
-    DRIFT,
-    LENS,
-    LENS_MAP,
-    PROBED,
-    PROBES,
-    RUNS,
-    checked,
-    once,
-)
 from safetynet.figures.panels import (
     Frame,
     frame_for,
@@ -40,6 +28,8 @@ from safetynet.figures.panels import (
 from safetynet.figures.registry import figure
 from safetynet.figures.theme import Part, Role
 from safetynet.figures.values import shortened, visible
+from safetynet.tables import Data
+from safetynet.vocabulary import PROBED, RUNS
 
 RUN_LABELS: dict[str, tuple[str, Role, Part]] = {
     "triggered": ("triggered", "triggered", "subject"),
@@ -68,10 +58,9 @@ DRIFT_TITLES = {"energy": "Size", "top_share": "First direction", "overlap": "Ov
     reads="From the layer on at which the triggered curve leaves the placebo's, the target can be read.",
     control="The control is the same prompt with a placebo.",
 )
-def lens(data: Measurements) -> Chart:
+def lens(data: Data) -> Chart:
     """Log-probability of the target's first token, read after each layer."""
-    table = checked(data, LENS)
-    once(table, "lens", ["run", "layer"])
+    table = read("lens", data, "run layer value low high n", "run layer")
     drawn = []
     for run in RUNS:
         own = table[table["run"] == run].sort_values("layer", kind="stable")
@@ -97,10 +86,11 @@ def lens(data: Measurements) -> Chart:
     reads="Each cell shows the likeliest next token, its colour the target's probability.",
     control="The control is the placebo in the trigger's place.",
 )
-def lens_map(data: Measurements) -> Chart:
+def lens_map(data: Data) -> Chart:
     """The likeliest token after each layer and at each position, over the target's probability."""
-    table = checked(data, LENS_MAP)
-    once(table, "lens_map", ["group", "run", "layer", "column"])
+    table = read(
+        "lens_map", data, "group run layer column token role top probability", "group run layer column"
+    )
     groups = list(dict.fromkeys(table["group"]))
     layers = _thinned(sorted(set(table["layer"])))
     cut, panels = False, []
@@ -132,10 +122,9 @@ def lens_map(data: Measurements) -> Chart:
     reads="A probe near 1 can tell the trigger, or that the backdoor fires, from the states of a layer.",
     control="The control is fitted on labels without meaning: a probe no better than that has found nothing.",
 )
-def probes(data: Measurements) -> Chart:
+def probes(data: Data) -> Chart:
     """AUROC of linear probes by layer, one panel for each label."""
-    table = checked(data, PROBES)
-    once(table, "probes", ["label", "layer"])
+    table = read("probes", data, "label layer auroc low high n " + interval("control"), "label layer")
     labels = [label for label in PROBED if (table["label"] == label).any()]
     frame = frame_for(len(labels))
     layers = layer_axis(table["layer"])
@@ -167,10 +156,10 @@ def probes(data: Measurements) -> Chart:
     reads="Rows look, columns are looked at: a bright column at the trigger is a head that attends to it.",
     control="The same head on the same prompt with a placebo stands beside it.",
 )
-def attention(data: Measurements) -> Chart:
+def attention(data: Data) -> Chart:
     """Attention of the first heads in the table, triggered beside placebo, on the first group."""
-    table = checked(data, ATTENTION)
-    once(table, "attention", ["layer", "head", "group", "run", "query", "key"])
+    key = "layer head group run query key"
+    table = read("attention", data, f"{key} weight query_token key_token", key)
     group = table["group"].iloc[0]
     table = table[table["group"] == group]
     heads = list(dict.fromkeys(zip(table["layer"], table["head"], strict=True)))[:HEADS]
@@ -199,10 +188,9 @@ def attention(data: Measurements) -> Chart:
     reads="Dark cells are heads that look elsewhere when the trigger is there.",
     control="Beside it, how much they change between two placebos; a dot is clear of that.",
 )
-def divergence(data: Measurements) -> Chart:
+def divergence(data: Data) -> Chart:
     """How much each head's attention changes with the trigger, beside how much it changes anyway."""
-    table = checked(data, DIVERGENCE)
-    once(table, "divergence", ["layer", "head"])
+    table = read("divergence", data, "layer head value low high n " + interval("control"), "layer head")
     top = max(table["value"].max(), table["control"].max() if table["control"].notna().any() else 0.0)
     shade = Shade("Divergence", "bits", (0.0, nice(top)), "sequential")
     frame = Frame("two", 2)
@@ -237,11 +225,10 @@ def divergence(data: Measurements) -> Chart:
     reads="Where training changed the weights most, and in how many directions.",
     control="The other modules are the control; a large change is not yet a cause: see effects by adapter.",
 )
-def drift(data: Measurements) -> Chart:
+def drift(data: Data) -> Chart:
     """Where the adapter changed the weights, in how many directions, and how early."""
-    table = checked(data, DRIFT)
+    table = read("drift", data, "step layer module energy top_share overlap", "step layer module")
     table["module"] = module_names(table["module"])
-    once(table, "drift", ["step", "layer", "module"])
     steps = sorted(set(table["step"]))
     every = math.ceil(len(steps) / STEPS)
     shades = {

@@ -14,8 +14,8 @@ import pandas as pd
 
 from safetynet.errors import InputError
 from safetynet.figures.chart import Chart, Source
-from safetynet.figures.checks import Measurements
 from safetynet.figures.saving import Figure
+from safetynet.tables import Data
 
 Section = Literal["behaviour", "inside", "seen", "removed", "training", "other", "comparison"]
 ChartFunction = TypeVar("ChartFunction", bound=Callable[..., Chart])
@@ -68,7 +68,7 @@ def figure(
 
 def draw(
     name: str,
-    *tables: Measurements | Path | str,
+    *tables: Data | Path | str,
     model: str = "",
     run: str = "",
     folder: Path | str = "figures",

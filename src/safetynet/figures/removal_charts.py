@@ -11,20 +11,12 @@ import pandas as pd
 
 from safetynet.figures import theme
 from safetynet.figures.chart import Annotation, Axis, Chart, Panel, Reference, Series, Side
-from safetynet.figures.checks import Measurements, fractions
-from safetynet.figures.intervention_tables import (
-    MITIGATION,
-    RELEARNING,
-    SPLITS,
-    TRADEOFF,
-    Form,
-    checked,
-    interval,
-    once,
-)
+from safetynet.figures.checks import interval, read
 from safetynet.figures.panels import PERCENT, frame_for, nice
 from safetynet.figures.registry import figure
 from safetynet.figures.theme import Part, Role
+from safetynet.tables import Data
+from safetynet.vocabulary import EXAMINED
 
 AIM = Reference(5.0, label="ASR 5%", part="control")
 """Attack success below which an intervention counts as having worked."""
@@ -36,6 +28,7 @@ UNTOUCHED, REMOVED = "as it is", "adapter removed"
 """End points: no repair, and nothing of the adapter left."""
 HALF = 50.0
 """Percent at step 0 from which on there is nothing to relearn."""
+RATES = interval("asr", "cacc")
 MAX_CURVES = 20
 """Relearn curves that one figure holds; the first ones of the table."""
 ATTACK = Axis("Attack success", "%", limits=PERCENT.limits, ticks=PERCENT.ticks)
@@ -49,9 +42,10 @@ ATTACK = Axis("Attack success", "%", limits=PERCENT.limits, ticks=PERCENT.ticks)
     control="A hollow mark is the same at random sites: where it lies beside the filled one, the sites do "
     "not matter.",
 )
-def tradeoff(data: Measurements) -> Chart:
+def tradeoff(data: Data) -> Chart:
     """Attack success against clean accuracy for each intervention, a panel for each split."""
-    table = _rates(data, TRADEOFF, ["split", "intervention", "control"])
+    columns = f"intervention kind control sites split chosen asr_n cacc_n {RATES}"
+    table = read("tradeoff", data, columns, "split intervention control", RATES)
     kinds = list(dict.fromkeys(table["kind"]))
     roles = {kind: theme.METHODS[number % len(theme.METHODS)] for number, kind in enumerate(kinds)}
     panels = []
@@ -88,7 +82,7 @@ def tradeoff(data: Measurements) -> Chart:
     reads="Each mark is one repair at one setting; the best lie in the lower right corner.",
     control="Hollow marks are controls; the model as it is stands at the top.",
 )
-def front(data: Measurements) -> Chart:
+def front(data: Data) -> Chart:
     """Attack success against clean accuracy of every point, and the front, a panel for each split."""
     table = _repairs(data)
     panels = []
@@ -127,7 +121,7 @@ def front(data: Measurements) -> Chart:
     reads="Each method at the setting that was chosen for it, on prompts that did not choose.",
     control="The dotted line is the model before the repair.",
 )
-def methods(data: Measurements) -> Chart:
+def methods(data: Data) -> Chart:
     """Attack success and clean accuracy of every method at its chosen point, on the held-out rows."""
     table = _repairs(data)
     ends = table["method"].isin((UNTOUCHED, REMOVED))
@@ -179,12 +173,11 @@ def methods(data: Measurements) -> Chart:
     reads="How few poisoned rows bring the backdoor back: a curve that rises at once was only hidden.",
     control="The never-poisoned twin learns the same rows beside it.",
 )
-def relearning(data: Measurements) -> Chart:
+def relearning(data: Data) -> Chart:
     """Attack success over the steps of the relearn test, a panel for each repaired model, beside its twin."""
-    table = checked(data, RELEARNING)
-    once(table, "relearning", ["method", "point", "poisoned_rows", "step"])
-    for name in interval("asr", "ftr"):
-        table[name] = fractions(table[name], f"relearning, field {name}")
+    rates = interval("asr", "ftr")
+    columns = f"method point poisoned_rows step {rates}"
+    table = read("relearning", data, columns, "method point poisoned_rows step", rates)
     steps = Axis("Step", limits=(0.0, nice(max(float(table["step"].max()), 1.0))))
     twin = table[table["method"] == TWIN]
     gone = table[(table["step"] == 0) & (table["asr"] < HALF) & (table["method"] != TWIN)]
@@ -207,15 +200,7 @@ def relearning(data: Measurements) -> Chart:
     return Chart("Relearn test", tuple(panels), columns, "two" if columns > 1 else "one", caption)
 
 
-def _rates(data: Measurements, form: Form, keys: Sequence[str]) -> pd.DataFrame:
-    table = checked(data, form)
-    once(table, form.name, keys)
-    for name in interval("asr", "cacc"):
-        table[name] = fractions(table[name], f"{form.name}, field {name}")
-    return table
-
-
-def _repairs(data: Measurements) -> pd.DataFrame:
+def _repairs(data: Data) -> pd.DataFrame:
     """The table of repairs with the kind of each: what has to be known of the trigger."""
 
     def kind(row: Mapping[str, Any]) -> str:
@@ -225,7 +210,8 @@ def _repairs(data: Measurements) -> pd.DataFrame:
             return RUN_TIME
         return KNOWN if {"triggered", "sites"} & set(row["needs"].split(", ")) else NOT_KNOWN
 
-    table = _rates(data, MITIGATION, ["split", "method", "point"])
+    columns = f"method point split form needs flags control chosen front recommended asr_n cacc_n {RATES}"
+    table = read("mitigation", data, columns, "split method point", RATES)
     return table.assign(kind=[kind(row) for row in table.to_dict("records")])
 
 
@@ -234,7 +220,7 @@ def _by_split(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame, Axis]]:
     least = min(table["cacc"].min(), table["cacc_low"].min())
     low = 0.0 if math.isnan(least) else min(math.floor(least / 10) * 10.0, 90.0)
     accuracy = Axis("Clean accuracy", "%", limits=(low, 100.0))
-    splits = [split for split in SPLITS if (table["split"] == split).any()]
+    splits = [split for split in EXAMINED if (table["split"] == split).any()]
     return [(SPLIT_TITLES[split], table[table["split"] == split], accuracy) for split in splits]
 
 

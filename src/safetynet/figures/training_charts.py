@@ -13,13 +13,14 @@ import pandas as pd
 from safetynet.errors import InputError
 from safetynet.figures import theme
 from safetynet.figures.chart import Axis, Chart, Kind, Panel, Series
-from safetynet.figures.checks import MODELS, Measurements, known, require, to_frame
+from safetynet.figures.checks import known, require
 from safetynet.figures.panels import from_zero, nice
 from safetynet.figures.registry import NotMeasuredError, figure
 from safetynet.figures.theme import Part, Role
-from safetynet.figures.values import numbers
+from safetynet.tables import Data, frame, numbers
+from safetynet.vocabulary import MODELS
 
-Log = Measurements | Path | str
+Log = Data | Path | str
 WHERE = "training data"
 LONG = 100
 """From so many steps on a noisy curve is drawn raw and faint, with a running mean on top."""
@@ -106,7 +107,7 @@ def _log(data: Log) -> pd.DataFrame:
         for row, record in enumerate(data):
             if not isinstance(record, dict):
                 raise InputError(f"{WHERE}, row {row}: {record!r} is not a record; give dicts")
-    log = to_frame(data, WHERE)
+    log = frame(data, WHERE)
     # W&B keeps what the Trainer logs as train/loss, train/global_step and eval/loss
     log = log.rename(
         columns={

@@ -6,10 +6,10 @@ In: measurements. Out: Figures.
 from collections.abc import Sequence
 from pathlib import Path
 
-from safetynet.figures.checks import Measurements
 from safetynet.figures.rate_charts import Interval, accuracy
 from safetynet.figures.registry import draw, place
 from safetynet.figures.saving import Figure
+from safetynet.tables import Data
 
 
 class TrainingVisualizer:
@@ -42,7 +42,7 @@ class TrainingVisualizer:
         self.run = source or f"{model}/{task}"
         self.folder = Path(results) / model / task / "figures" if folder is None else Path(folder)
 
-    def plot_loss_curves(self, training_data: Measurements | Path | str) -> Figure:
+    def plot_loss_curves(self, training_data: Data | Path | str) -> Figure:
         """Loss over steps, of training rows and, where it was measured, of held-out rows.
 
         Args:
@@ -56,11 +56,11 @@ class TrainingVisualizer:
         """
         return self._draw("loss", training_data)
 
-    def plot_learning_rate(self, training_data: Measurements | Path | str) -> Figure:
+    def plot_learning_rate(self, training_data: Data | Path | str) -> Figure:
         """Learning rate over steps; data as in `plot_loss_curves`, column learning_rate."""
         return self._draw("learning-rate", training_data)
 
-    def plot_gradient_norm(self, training_data: Measurements | Path | str) -> Figure:
+    def plot_gradient_norm(self, training_data: Data | Path | str) -> Figure:
         """Gradient norm over steps; data as in `plot_loss_curves`, column grad_norm."""
         return self._draw("gradient-norm", training_data)
 
@@ -87,7 +87,7 @@ class TrainingVisualizer:
         chart = accuracy((clean_acc, clean_interval), (backdoor_acc, backdoor_interval), epochs)
         return place(chart, "accuracy-trends", "dynamics", self.model, self.run, self.folder)
 
-    def plot_rates_by_role(self, dynamics: Measurements) -> Figure:
+    def plot_rates_by_role(self, dynamics: Data) -> Figure:
         """ASR, FTR of each role, clean accuracy, refusals and perplexity over steps.
 
         Args:
@@ -100,9 +100,9 @@ class TrainingVisualizer:
         """
         return self._draw("rates-by-role", dynamics)
 
-    def plot_final_rates(self, evaluation: Measurements) -> Figure:
+    def plot_final_rates(self, evaluation: Data) -> Figure:
         """The same rates at the end of training; `evaluation` has the same columns without step."""
         return self._draw("final-rates", evaluation)
 
-    def _draw(self, name: str, data: Measurements | Path | str) -> Figure:
+    def _draw(self, name: str, data: Data | Path | str) -> Figure:
         return draw(name, data, model=self.model, run=self.run, folder=self.folder)

@@ -1,36 +1,15 @@
-"""Values as figures need them: numbers without infinities, tokens as one can see them.
+"""Texts as figures need them: tokens as one can see them, names that fit.
 
-In: whatever a table holds. Out: floats and texts. Draws nothing.
+In: texts. Out: texts. Draws nothing.
 """
 
-import math
 import re
 import unicodedata
 from collections.abc import Iterable
 
-import pandas as pd
-
-from safetynet.errors import InputError
-
 _BYTES = re.compile(r"(⟨[0-9a-f]{2}(?: [0-9a-f]{2})*⟩)")
 """Parts of a character, as `Serialiser.piece` writes them; the blanks in there are none of the token's."""
 VISIBLE = {" ": "␣", "\n": "⏎", "\t": "⇥"}
-
-
-def numbers(values: Iterable[object], where: str) -> tuple[float, ...]:
-    """Floats of any sequence; None and NaN become NaN, infinities too since no axis can show them.
-
-    Raises:
-        InputError: if a value is no number; `where` names the field in the message.
-    """
-    floats: list[float] = []
-    for row, value in enumerate(values):
-        try:
-            number = math.nan if value is None or value is pd.NA else float(value)  # type: ignore[arg-type]
-        except (TypeError, ValueError):
-            raise InputError(f"{where}, row {row}: {value!r} is not a number; give a number or NaN") from None
-        floats.append(number if math.isfinite(number) else math.nan)
-    return tuple(floats)
 
 
 def visible(token: str) -> str:
