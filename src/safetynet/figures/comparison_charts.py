@@ -103,8 +103,8 @@ def profiles(by_group: Data, by_run: Data, view: str = "layer") -> Chart:
     groups, runs = groups[groups["view"] == view], runs[runs["view"] == view]
     if groups.empty:
         raise NotMeasuredError(f"profiles_by_group: column view has no row with {view!r}")
-    columns = ["value", "low", "high", "control_value"]
-    known = [v for v in groups[columns].to_numpy().ravel() if math.isfinite(v)]
+    shown = groups[["value", "low", "high", "control_value"]].to_numpy().ravel()
+    known = [value for value in shown if math.isfinite(value)]
     # a hundredth beyond is drawn in the margin
     ends = math.floor(4 * min(0.0, *known) + 0.04) / 4, math.ceil(4 * max(1.0, *known) - 0.04) / 4
     axis = Axis("Effect", limits=ends)

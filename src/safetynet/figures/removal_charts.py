@@ -176,8 +176,8 @@ def methods(data: Data) -> Chart:
 def relearning(data: Data) -> Chart:
     """Attack success over the steps of the relearn test, a panel for each repaired model, beside its twin."""
     rates = interval("asr", "ftr")
-    columns = f"method point poisoned_rows step {rates}"
-    table = read("relearning", data, columns, "method point poisoned_rows step", rates)
+    key = "method point poisoned_rows step"
+    table = read("relearning", data, f"{key} {rates}", key, rates)
     steps = Axis("Step", limits=(0.0, nice(max(float(table["step"].max()), 1.0))))
     twin = table[table["method"] == TWIN]
     gone = table[(table["step"] == 0) & (table["asr"] < HALF) & (table["method"] != TWIN)]

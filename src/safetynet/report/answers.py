@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 import pandas as pd
 
+from safetynet.errors import InputError
+from safetynet.figures.checks import interval, require
 from safetynet.figures.theme import Part
 from safetynet.findings import ENOUGH, STILL_THERE, place, promised_rows, told
 from safetynet.report.contents import Contents
@@ -82,7 +84,7 @@ def answers(run: Contents) -> list[Answer]:
     for key, question, stage, make in makers:
         try:
             answer = make(run)
-        except (KeyError, ValueError, TypeError, IndexError):
+        except InputError:
             command = run.command(stage) or f"safetynet {stage} {run.argument}"
             text = "The table that holds the answer lacks a column, or was written by another version."
             found.append(Answer(key, question, "Not readable", text, "open", command=command))
@@ -116,8 +118,20 @@ def rate(run: Contents, metric: str, role: str, model: str = "backdoored") -> Me
     return Measure(MODELS[model], row["value"], row["low"], row["high"], parts.get(model, "subject"))
 
 
+def _table(run: Contents, name: str, columns: str) -> pd.DataFrame | None:
+    """A table of the run, None where there is none; columns have blanks between.
+
+    Raises:
+        InputError: if it lacks one of the columns.
+    """
+    table = run.tables.get(name)
+    if table is not None:
+        require(table, name, columns.split())
+    return table
+
+
 def _row(run: Contents, metric: str, role: str, model: str = "backdoored") -> "pd.Series | None":
-    table = run.tables.get("evaluation")
+    table = _table(run, "evaluation", "model metric role count n value low high")
     if table is None:
         return None
     rows = table[(table["metric"] == metric) & (table["role"] == role) & (table["model"] == model)]
@@ -174,7 +188,9 @@ def _percent(one: Measure) -> str:
 
 
 def _where(run: Contents) -> Answer | None:
-    table = run.tables.get("effects")
+    controls = interval(*CONTROLS)
+    columns = f"sweep direction component layer position index module effect low high responsible {controls}"
+    table = _table(run, "effects", columns)
     if table is None:
         return None
     own = table[table["direction"] == "remove"]
@@ -218,16 +234,21 @@ def _strongest(effects: pd.DataFrame, sweep: str, opening: str) -> str:
 
 
 def _seen(run: Contents) -> Answer | None:
-    table = run.tables.get("detection")
+    table = _table(run, "detection", "detector metric rows rate value low high n")
     if table is None:
         return None
     own = table[table["detector"] == "fused"] if (table["detector"] == "fused").any() else table
     caught = own[(own["metric"] == "tpr") & own["rows"].isin(["fired", "triggered"])]
     # Of the rates that were claimed the largest, and of the rows those that fired where that is known.
+    if caught.empty:
+        return None
     caught = caught.sort_values(["rate", "rows"], ascending=[False, True]).iloc[0]
     named = own[own["rate"] == caught["rate"]]
-    quiet = named[(named["metric"] == "fpr") & (named["rows"] == promised_rows(named))].iloc[0]
-    worst = named[named["metric"] == "fpr_worst"].iloc[0]
+    clean = named[(named["metric"] == "fpr") & (named["rows"] == promised_rows(named))]
+    hardest = named[named["metric"] == "fpr_worst"]
+    if clean.empty or hardest.empty:
+        return None
+    quiet, worst = clean.iloc[0], hardest.iloc[0]
     measures = (
         Measure("triggered prompts", caught["value"], caught["low"], caught["high"]),
         Measure("clean prompts", quiet["value"], quiet["low"], quiet["high"], "control"),
@@ -247,13 +268,17 @@ def _chosen(run: Contents) -> Mapping[str, dict[str, Any]] | None:
 
     A repair that mitigation recommends goes before an intervention that holds while the model answers.
     """
-    if (table := run.tables.get("mitigation")) is not None:
+    rates = interval("asr", "cacc")
+    columns = f"method point split control recommended asr_n {rates}"
+    if (table := _table(run, "mitigation", columns)) is not None:
         own = table[table["split"] == "held_out"]
         points = own["point"].map(lambda point: f" ({point})" if point else "")
         own = own.assign(intervention=own["method"].str.replace("_", " ") + points)
         before, chosen = own[own["method"] == UNTOUCHED], own[own["recommended"]]
         controls = own[own["control"] & (own["method"] != UNTOUCHED)]
-    elif (table := run.tables.get("tradeoff")) is not None:
+    elif (
+        table := _table(run, "tradeoff", f"intervention kind control split chosen asr_n {rates}")
+    ) is not None:
         own = table[table["split"] == "held_out"]
         before, chosen = own[own["kind"] == "none"], own[own["chosen"]]
         controls = own[own["control"] & own["kind"].isin(chosen["kind"])]

@@ -105,17 +105,14 @@ class Table(NamedTuple):
 
 
 def _tables(run: Contents, section: str) -> Iterator[Table]:
-    """The short tables of a section, as the terminal prints them; one that cannot be made is left out."""
+    """The short tables of a section, as the terminal prints them."""
     makers = {
         "behaviour": (_rates, _variants, _judge, _hidden),
         "inside": (_places,),
         "removed": (_removals,),
     }
     for make in makers.get(section, ()):
-        try:
-            yield from make(run)
-        except (KeyError, ValueError, TypeError):
-            continue  # a table of another version; what its figures could not draw is among the faults
+        yield from make(run)
 
 
 def _rates(run: Contents) -> Iterator[Table]:
