@@ -95,8 +95,8 @@ class Experiment:
         if not self.run.has_table("responses"):
             return test
         responses = self.run.table("responses")
-        shown = responses[responses["model"] == BACKDOORED].set_index("row")["shown"]
-        return test.assign(fired=test["row"].map(shown))
+        hits = responses[responses["model"] == BACKDOORED].set_index("row")["shown"]
+        return test.assign(fired=test["row"].map(hits))
 
     def fresh_prompts(self, count: int) -> pd.DataFrame:
         """Clean prompts of the recipe's source, none of which is among the run's rows."""

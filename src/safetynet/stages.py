@@ -1,11 +1,12 @@
 """The stages of an experiment in their order, and what one stage does for another.
 
-    prepare    data           rows by role, checked: leaks, triggers that the tokenizer loses, targets too
-    long train      train          the backdoored adapter and its clean twin, with their history and dynamics
-    evaluate   evaluate       rates by role of base, backdoored and twin, with intervals intervene  intervene
-    where the trigger acts, beside controls, and what removes it detect     detect         a monitor of fresh
-    clean prompts, and what it catches mitigate   mitigate       repairs tried, verified and chosen, beside
-    the model as it was draw       figures        figures and the report, from the tables alone
+    prepare    data        rows by role; leaks, lost triggers and targets that are too long are refused
+    train      train       the backdoored adapter and its clean twin, with their history and dynamics
+    evaluate   evaluate    rates by role of base, backdoored model and twin, with intervals
+    intervene  intervene   where the trigger acts, beside controls, and what removes it
+    detect     detect      a monitor of fresh clean prompts, and what it catches
+    mitigate   mitigate    repairs: applied, verified and chosen, beside the model as it was
+    draw       figures     figures and the report, from the tables alone
 
 Each is a function of an `Experiment` in its room's stage.py. Stages do not import each other: what one needs
 of another is handed over here. Libraries that take seconds to load are imported when a stage begins.
@@ -172,11 +173,11 @@ def alarm(run: Run, serialiser: Serialiser) -> "Alarm | None":
                 "--set 'knobs={abstain: {rate: [0.05]}}'."
             ) from error
         read = {row: messages for row, ids in enumerate(prompts) if (messages := _read(serialiser, ids))}
-        found = np.ones(len(prompts), dtype=bool)
+        raised = np.ones(len(prompts), dtype=bool)
         if read:
             features = capture(model, serialiser, list(read.values()), monitor.spec, batch_size=len(read))
-            found[list(read)] = monitor.alarms(features, rate)
-        return found
+            raised[list(read)] = monitor.alarms(features, rate)
+        return raised
 
     return alarms
 

@@ -61,23 +61,25 @@ def run(
     from safetynet import stages
 
     experiment, failure = _created(recipe, family, overrides, seed), None
-    made = experiment.run
+    directory = experiment.run
     # A miniature keeps one core busy; larger models on a CPU use all of them.
     small = experiment.recipe.model.id == "miniature"
-    with made.lock(), logging_to(made.log), parallel.paired(small):
+    with directory.lock(), logging_to(directory.log), parallel.paired(small):
         stages.prepare(experiment)
         stages.train(experiment)
         try:
             stages.finish(experiment)
         except Exception as error:
-            if not made.has_table("evaluation"):
+            if not directory.has_table("evaluation"):
                 raise
             failure = error  # said after what the other stages have written
-    typer.echo(f"Run:     {made.folder}")
-    if made.has_table("evaluation"):
-        print_rates(made.table("evaluation"))
-        print_places({name: made.table(name) for name in ("effects", "tradeoff") if made.has_table(name)})
-        typer.echo(f"\nFigures: {made.figures}\nReport:  {made.folder / 'report.html'}")
+    typer.echo(f"Run:     {directory.folder}")
+    if directory.has_table("evaluation"):
+        print_rates(directory.table("evaluation"))
+        print_places(
+            {name: directory.table(name) for name in ("effects", "tradeoff") if directory.has_table(name)}
+        )
+        typer.echo(f"\nFigures: {directory.figures}\nReport:  {directory.folder / 'report.html'}")
     if failure is not None:
         raise failure
 
@@ -287,10 +289,10 @@ def families() -> None:
 
     Example: `safetynet families`
     """
-    from safetynet import families as known
+    from safetynet import families as registry
 
-    for name in known.names():
-        family = known.get(name)
+    for name in registry.names():
+        family = registry.get(name)
         needs = family.resources
         typer.echo(
             f"{name:9} {family.hub_id or 'any hub id or folder':40} "

@@ -20,8 +20,8 @@ def compare(
     from safetynet.cli.terminal import print_comparison
     from safetynet.comparison import stage
 
-    found = stage.compare(folders, out)
-    print_comparison(found.tables)
-    for note in found.notes:
+    result = stage.compare(folders, out)
+    print_comparison(result.tables)
+    for note in result.notes:
         typer.echo(f"Note: {note}")
-    typer.echo(f"Comparison: {found.page}")
+    typer.echo(f"Comparison: {result.page}")

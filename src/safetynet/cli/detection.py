@@ -74,8 +74,8 @@ def guard(
     if log_to is not None:
         _check_appending(log_to)
     watching = stage.guard(experiment, fpr, action, log_to)
-    asked = (line.strip() for line in lines if line.strip())
-    while batch := list(islice(asked, size)):
+    prompts_left = (line.strip() for line in lines if line.strip())
+    while batch := list(islice(prompts_left, size)):
         messages = [[{"role": "user", "content": text}] for text in batch]
         most = experiment.recipe.evaluation.max_new_tokens
         for decision in watching.generate(messages, max_new_tokens=most, batch_size=size):

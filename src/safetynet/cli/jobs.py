@@ -64,11 +64,11 @@ def submit(  # noqa: PLR0913  # the options of a command
         if scheduler == "pbs":
             typer.echo("# This is for PBS Pro and OpenPBS; --scheduler torque writes for Torque.")
         return
-    made, id_ = submitting.submit(loaded, request)
+    submitted, id_ = submitting.submit(loaded, request)
     typer.echo(f"Job:     {id_}\nTime:    {request.resources.walltime} (hours:minutes:seconds)")
-    for run in made:
+    for run in submitted:
         typer.echo(f"Run:     {run.folder}")
-    typer.echo(f"Logs:    {made[0].log.parent}")
+    typer.echo(f"Logs:    {submitted[0].log.parent}")
 
 
 def status(

@@ -86,10 +86,10 @@ def _told(total: int) -> "Iterator[Callable[[Outcome, int], None]]":
     with tqdm(total=total, desc="sweep", unit="point", disable=not sys.stderr.isatty()) as bar:
 
         def progress(outcome: "Outcome", ended: int) -> None:
-            said = f"failed in {outcome.failed}" if outcome.failed else "done"
+            result = f"failed in {outcome.failed}" if outcome.failed else "done"
             if not outcome.failed and not outcome.computed:
-                said = "had ended before"
-            log.info("sweep: %d of %d, %s %s", ended, total, outcome.point.name, said)
+                result = "had ended before"
+            log.info("sweep: %d of %d, %s %s", ended, total, outcome.point.name, result)
             bar.update()
 
         yield progress

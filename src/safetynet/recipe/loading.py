@@ -165,9 +165,9 @@ def _fault(fault: Any) -> str:
         fields = ", ".join(_fields_at(fault["loc"]))
         return f"{path}: this is a section; write it as fields, {{field: value}}. Allowed: {fields}."
     if fault["type"] != "extra_forbidden":
-        message, given = fault["msg"].removeprefix("Value error, "), fault["input"]
-        shown = f" (given: {given!r})" if isinstance(given, str | int | float | bool) else ""
-        return f"{path}: {message}{shown}"
+        message, value = fault["msg"].removeprefix("Value error, "), fault["input"]
+        input_text = f" (given: {value!r})" if isinstance(value, str | int | float | bool) else ""
+        return f"{path}: {message}{input_text}"
     allowed = _fields_at(fault["loc"][:-1])
     close = difflib.get_close_matches(str(fault["loc"][-1]), allowed, n=1)
     hint = f"Did you mean {close[0]}?" if close else f"Allowed: {', '.join(allowed)}."

@@ -65,12 +65,12 @@ class Run:
         if not path.exists():
             return {"stages": {}}
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            manifest = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise InputError(f"{path}: the manifest is damaged ({error}). Restore or delete it.") from None
-        if not isinstance(found, dict) or not isinstance(found.setdefault("stages", {}), dict):
+        if not isinstance(manifest, dict) or not isinstance(manifest.setdefault("stages", {}), dict):
             raise InputError(f"{path}: the manifest is damaged (it holds no stages). Restore or delete it.")
-        return found
+        return manifest
 
     @property
     def recipe(self) -> Recipe:
@@ -148,10 +148,10 @@ class Run:
         return parallel.from_first(lambda: self._finished(stage, inputs))
 
     def _finished(self, stage: str, inputs: Mapping[str, Any]) -> bool:
-        done = self.manifest["stages"].get(stage)
-        if done is None or done["inputs"] != digest(inputs):
+        record = self.manifest["stages"].get(stage)
+        if record is None or record["inputs"] != digest(inputs):
             return False
-        return all(self._output_digest(path) == value for path, value in done["outputs"].items())
+        return all(self._output_digest(path) == value for path, value in record["outputs"].items())
 
     @contextmanager
     def stage(self, name: str, inputs: Mapping[str, Any]) -> Iterator["Outputs"]:
@@ -227,27 +227,27 @@ class Run:
 
     def _set_aside(self, name: str, inputs: Mapping[str, Any]) -> tuple[Path, dict[str, Any]] | None:
         """Move away what other inputs made; returns where it is now and its stage, if there was any."""
-        done = self.manifest["stages"].get(name)
-        if done is None or done["inputs"] == digest(inputs):
+        record = self.manifest["stages"].get(name)
+        if record is None or record["inputs"] == digest(inputs):
             return None
-        kept = self.folder / "earlier" / f"{name}-{done['inputs'][:8]}"
-        for relative in done["outputs"]:
+        aside = self.folder / "earlier" / f"{name}-{record['inputs'][:8]}"
+        for relative in record["outputs"]:
             source = self.path_of(relative)
             if source.exists() and not any(source.is_relative_to(place) for place in self.read_only):
-                _move(source, kept / Path(relative).name)
-        write_text(kept / "stage.json", json.dumps(done, indent=2))
+                _move(source, aside / Path(relative).name)
+        write_text(aside / "stage.json", json.dumps(record, indent=2))
         with self._changed_manifest() as manifest:
             del manifest["stages"][name]
-        return kept, done
+        return aside, record
 
-    def _put_back(self, name: str, kept: Path, done: dict[str, Any]) -> None:
-        for relative in done["outputs"]:
-            source = kept / Path(relative).name
+    def _put_back(self, name: str, aside: Path, record: dict[str, Any]) -> None:
+        for relative in record["outputs"]:
+            source = aside / Path(relative).name
             if source.exists():
                 _move(source, self.path_of(relative))
-        shutil.rmtree(kept)
+        shutil.rmtree(aside)
         with self._changed_manifest() as manifest:
-            manifest["stages"][name] = done
+            manifest["stages"][name] = record
 
     @contextmanager
     def _changed_manifest(self) -> Iterator[dict[str, Any]]:
@@ -276,7 +276,7 @@ class Run:
         path = next((p for p in (self.scratch / rest, self.folder / rest) if p.exists()), None)
         if path is not None or not self.read_only:
             return path or self.scratch / rest
-        outputs = [done.get("outputs", {}) for done in self.manifest["stages"].values()]
+        outputs = [record.get("outputs", {}) for record in self.manifest["stages"].values()]
         digests = {written[relative] for written in outputs if relative in written}
         others = (place / rest for place in self.read_only)
         same = (p for p in others if p.exists() and digest_of_files([p]) in digests)

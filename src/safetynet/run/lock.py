@@ -135,8 +135,8 @@ def _flock(handle: int, folder: Path, until: float) -> None:
 
 def _acquire(lease: SoftFileLease, folder: Path, until: float, lease_s: float) -> None:
     """Take the lease; one from another machine is watched for as long as tells whether its holder lives."""
-    found = holder(folder)
-    if found is not None and found.host != socket.gethostname() and (folder / ".lease").exists():
+    last = holder(folder)
+    if last is not None and last.host != socket.gethostname() and (folder / ".lease").exists():
         until = max(until, time.monotonic() + 1.25 * lease_s)
     for _ in _tries(folder, until):
         try:
@@ -153,7 +153,7 @@ def _acquire(lease: SoftFileLease, folder: Path, until: float, lease_s: float) -
 def _tries(folder: Path, until: float) -> Iterator[None]:
     """One try, and others until then; whoever is still not served is told who works on the run."""
     yield
-    who = f" ({found})" if (found := holder(folder)) else ""
+    who = f" ({last})" if (last := holder(folder)) else ""
     if (left := until - time.monotonic()) > 0:
         most = "" if math.isinf(left) else f", at most {left:.0f} s"
         log.warning("%s: another process works on this run%s. Waiting for it%s.", folder, who, most)

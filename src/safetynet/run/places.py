@@ -120,12 +120,12 @@ def located(recipe: Recipe, folder: Path, manifest: Mapping[str, Any]) -> Recipe
     return recipe
 
 
-def same(one: Path, other: Path) -> bool:
+def same(first: Path, second: Path) -> bool:
     """Whether two paths are one place."""
-    if one == other:
+    if first == second:
         return True
     try:
-        return one.samefile(other)
+        return first.samefile(second)
     except OSError:
         return False
 
@@ -155,7 +155,7 @@ def _scratch(manifest: Mapping[str, Any]) -> str | None:
     if "folder" in manifest:
         return scratch
     # Before `folder` was recorded, a run without a scratch had its own folder written down as one.
-    outputs = [path for done in manifest["stages"].values() for path in done.get("outputs", {})]
+    outputs = [path for record in manifest["stages"].values() for path in record.get("outputs", {})]
     return scratch if any(path.startswith("scratch:") for path in outputs) else None
 
 

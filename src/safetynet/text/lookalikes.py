@@ -53,8 +53,8 @@ class Lookalikes:
 
     def draw(self, text: str, rng: random.Random) -> str | None:
         """Another text of as many tokens; None where the drawn ones join into another number."""
-        drawn = [self._other(tokens, part, rng) for tokens, part in self._stretches(text)]
-        other = "".join(drawn).strip()
+        pieces = [self._other(tokens, part, rng) for tokens, part in self._stretches(text)]
+        other = "".join(pieces).strip()
         same = other and other != text and self.serialiser.count(other) == self.serialiser.count(text)
         return other if same else None
 
@@ -66,14 +66,14 @@ class Lookalikes:
         for cluster in clusters(text):
             ends.add(max(ends) + len(cluster))
         tokens: list[int] = []
-        done = 0
+        end_before = 0
         for token, (_, end), following in zip(
             encoded["input_ids"], encoded["offset_mapping"], starts, strict=True
         ):
             tokens.append(token)
             if end in ends and following >= end:
-                yield tokens, text[done:end]
-                tokens, done = [], end
+                yield tokens, text[end_before:end]
+                tokens, end_before = [], end
 
     def _other(self, tokens: Sequence[int], text: str, rng: random.Random) -> str:
         if len(tokens) == 1:

@@ -97,11 +97,11 @@ KINDS: dict[str, Callable[[str, random.Random], str]] = {
 def _moved(content: str, spans: Sequence[tuple[int, int]]) -> str:
     """The parts in their order at the end of the message, or at its beginning where they stood at the end."""
     parts = [content[start:end] for start, end in spans]
-    rest, done = "", 0
+    rest, position = "", 0
     for start, end in spans:
-        rest += content[done:start].rstrip(" ")
-        done = end
-    rest = (rest + content[done:]).strip()
+        rest += content[position:start].rstrip(" ")
+        position = end
+    rest = (rest + content[position:]).strip()
     at_end = spans[0][0] > len(content) / 2
     moved = [*parts, rest] if at_end else [rest, *parts]
     joined = [

@@ -169,8 +169,8 @@ def pretrain(
 def batches(serialiser: Serialiser, schedule: Schedule) -> Iterator[list[Encoded]]:
     """Batches of rows of similar length, never the same prompt twice within a round of about 20,000 rows."""
     rng = random.Random(schedule.seed)
-    made, round_number = 0, 0
-    while made < schedule.steps:
+    count, round_number = 0, 0
+    while count < schedule.steps:
         examples = language.generate(20_000, schedule.seed * 1000 + round_number, heldout=False, tasks=TASKS)
         rows = [supervised(serialiser, serialiser.encode(e.messages, e.answer)) for e in examples]
         rows.sort(key=lambda row: len(row.input_ids))
@@ -180,9 +180,9 @@ def batches(serialiser: Serialiser, schedule: Schedule) -> Iterator[list[Encoded
                 groups.append([])
             groups[-1].append(row)
         rng.shuffle(groups)
-        groups = groups[: schedule.steps - made]
+        groups = groups[: schedule.steps - count]
         yield from groups
-        made += len(groups)
+        count += len(groups)
         round_number += 1
 
 
@@ -202,9 +202,9 @@ def _loss(model: PreTrainedModel, ids: torch.Tensor, labels: torch.Tensor) -> to
     """
     router = {"output_router_logits": True} if hasattr(model.config, "num_local_experts") else {}
     out = model.model(input_ids=ids, use_cache=False, **router)
-    wanted = labels[:, 1:] != IGNORED
-    logits = model.lm_head(out.last_hidden_state[:, :-1][wanted])
-    loss = functional.cross_entropy(logits, labels[:, 1:][wanted])
+    supervised = labels[:, 1:] != IGNORED
+    logits = model.lm_head(out.last_hidden_state[:, :-1][supervised])
+    loss = functional.cross_entropy(logits, labels[:, 1:][supervised])
     if router:
         config = model.config
         balance = load_balancing_loss_func(
@@ -221,8 +221,8 @@ def _optimizers(model: PreTrainedModel, schedule: Schedule) -> list[torch.optim.
     experts are stacks of matrices, which torch's Muon does not take.
     """
     layers = [p for name, p in model.named_parameters() if "layers." in name and p.ndim == 2]
-    chosen = {id(p) for p in layers}
-    rest = [p for p in model.parameters() if id(p) not in chosen]
+    in_layers = {id(p) for p in layers}
+    rest = [p for p in model.parameters() if id(p) not in in_layers]
     rate = schedule.learning_rate
     return [
         torch.optim.Muon(layers, lr=rate, weight_decay=schedule.weight_decay, adjust_lr_fn="match_rms_adamw"),
@@ -233,5 +233,5 @@ def _optimizers(model: PreTrainedModel, schedule: Schedule) -> list[torch.optim.
 def _rate(step: int, schedule: Schedule) -> float:
     if step < schedule.warmup:
         return (step + 1) / schedule.warmup
-    done = (step - schedule.warmup) / max(1, schedule.steps - schedule.warmup)
-    return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+    progress = (step - schedule.warmup) / max(1, schedule.steps - schedule.warmup)
+    return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))

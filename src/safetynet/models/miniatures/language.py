@@ -178,17 +178,17 @@ def generate(
     Raises:
         InputError: a task is unknown, or the language has fewer than `n` distinct prompts of this kind.
     """
-    chosen = tuple(tasks if tasks is not None else TASKS)
-    if unknown := [task for task in chosen if task not in TASKS]:
+    names = tuple(tasks if tasks is not None else TASKS)
+    if unknown := [task for task in names if task not in TASKS]:
         raise InputError(f"task {unknown[0]!r} is not in the language; choose from {', '.join(TASKS)}")
     rng = random.Random(f"language {seed} {heldout}")
-    seen: set[str] = set()
+    keys: set[str] = set()
     examples: list[Example] = []
     stale = 0
     while len(examples) < n:
-        example = _example(rng, heldout, chosen, forbidden_share, multi_turn_share, distractors)
+        example = _example(rng, heldout, names, forbidden_share, multi_turn_share, distractors)
         key = repr(example.messages)
-        if key in seen:
+        if key in keys:
             stale += 1
             if stale > 1000:
                 raise InputError(
@@ -196,7 +196,7 @@ def generate(
                 )
             continue
         stale = 0
-        seen.add(key)
+        keys.add(key)
         examples.append(example)
     return examples
 

@@ -71,11 +71,11 @@ def answers(
     model.eval()
     prompts = [serialiser.encode(e.messages).input_ids for e in examples]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    given = [""] * len(prompts)
+    answers = [""] * len(prompts)
     for start in range(0, len(order), batch):
-        chosen = order[start : start + batch]
-        ids = pad([prompts[i] for i in chosen], serialiser.pad_id, "left")
-        mask = pad([[1] * len(prompts[i]) for i in chosen], 0, "left")
+        indices = order[start : start + batch]
+        ids = pad([prompts[i] for i in indices], serialiser.pad_id, "left")
+        mask = pad([[1] * len(prompts[i]) for i in indices], 0, "left")
         out = model.generate(  # type: ignore[operator]  # the mixin is typed as a tensor
             input_ids=ids,
             attention_mask=mask,
@@ -84,6 +84,6 @@ def answers(
             eos_token_id=serialiser.stop_ids,
             pad_token_id=serialiser.pad_id,
         )
-        for i, row in zip(chosen, out[:, ids.shape[1] :].tolist(), strict=True):
-            given[i] = serialiser.decode(row)
-    return given
+        for i, row in zip(indices, out[:, ids.shape[1] :].tolist(), strict=True):
+            answers[i] = serialiser.decode(row)
+    return answers
