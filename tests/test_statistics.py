@@ -4,8 +4,17 @@ import math
 
 import numpy as np
 import pytest
+from scipy.stats import binomtest
+from sklearn.metrics import roc_auc_score
 
-from safetynet.statistics import bootstrap_interval, draw_counts, wilson
+from safetynet.statistics import (
+    auroc,
+    bootstrap_interval,
+    clopper_pearson,
+    draw_counts,
+    resampled_auroc,
+    wilson,
+)
 
 
 @pytest.mark.parametrize(
@@ -15,6 +24,13 @@ from safetynet.statistics import bootstrap_interval, draw_counts, wilson
 def test_wilson_gives_the_published_values(successes, n, low, high):
     # the last two are the examples of Newcombe (1998), table I, method 3
     assert wilson(successes, n) == pytest.approx((low, high), abs=1e-4)
+
+
+@pytest.mark.parametrize(("method", "interval"), [("wilson", wilson), ("exact", clopper_pearson)])
+def test_intervals_of_rates_are_those_of_scipy(method, interval):
+    for successes, n in [(0, 1), (1, 1), (0, 80), (3, 80), (80, 80), (1234, 2973)]:
+        theirs = binomtest(successes, n).proportion_ci(method=method)
+        assert interval(successes, n) == pytest.approx(tuple(theirs), abs=1e-11)
 
 
 def test_wilson_without_rows_knows_nothing():
@@ -63,3 +79,18 @@ def test_bootstrap_of_too_few_or_not_finite_values_is_unknown(values):
 def test_each_resample_draws_as_many_rows_as_there_are():
     counts = draw_counts(7, resamples=50)
     assert counts.shape == (50, 7) and (counts.sum(1) == 7).all()
+
+
+def test_aurocs_are_those_of_scikit_learn_with_ties():
+    rng = np.random.default_rng(0)
+    a, b = rng.integers(0, 5, 40), rng.integers(0, 4, 60)
+    assert auroc(a, b) == pytest.approx(roc_auc_score(np.r_[np.ones(40), np.zeros(60)], np.r_[a, b]))
+
+
+def test_weighted_auroc_is_that_of_repeated_rows():
+    rng = np.random.default_rng(1)
+    scores, labels = rng.integers(0, 5, 30).astype(float), np.arange(30) % 3 == 0
+    weights = rng.integers(0, 4, (6, 30))
+    expected = [roc_auc_score(np.repeat(labels, w), np.repeat(scores, w)) for w in weights]
+    np.testing.assert_allclose(resampled_auroc(scores, labels, weights), expected)
+    assert resampled_auroc(scores, labels, labels[None].astype(int)) == [0.5]  # one class alone

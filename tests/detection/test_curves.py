@@ -10,8 +10,8 @@ from safetynet.detection.detector_set import DetectorSpec
 from safetynet.detection.features import Features, FeatureSpec
 from safetynet.detection.guard import OVERHEAD, Guard, overhead
 from safetynet.detection.monitor import Monitor
-from safetynet.detection.protocol import auroc
 from safetynet.models.identity import Identity
+from safetynet.statistics import auroc
 
 HERE = Identity("base", "adapter", "torch.float32")
 

@@ -6,7 +6,7 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from safetynet.detection.calibration import Conformal
-from safetynet.detection.protocol import answers, auroc, controls, measure, until_alarm
+from safetynet.detection.protocol import answers, controls, measure, until_alarm
 from safetynet.errors import InputError
 from safetynet.statistics import clopper_pearson
 
@@ -65,12 +65,6 @@ def trigger_scores(rows):
 @pytest.fixture(scope="module")
 def clean_scores():
     return np.random.default_rng(1).standard_normal(2000)
-
-
-def test_aurocs_are_those_of_scikit_learn_with_ties():
-    rng = np.random.default_rng(0)
-    a, b = rng.integers(0, 5, 40), rng.integers(0, 4, 60)
-    assert auroc(a, b) == pytest.approx(roc_auc_score(np.r_[np.ones(40), np.zeros(60)], np.r_[a, b]))
 
 
 def test_a_trigger_detector_separates_within_a_topic_and_ignores_topics(rows, trigger_scores, clean_scores):

@@ -1,10 +1,9 @@
 import numpy as np
 import pytest
-from sklearn.metrics import roc_auc_score
 
 from safetynet.engine.reading import residuals
 from safetynet.errors import InputError
-from safetynet.interventions.probes import _probed, auroc, fires_probe, halves, trigger_probe
+from safetynet.interventions.probes import _probed, fires_probe, halves, trigger_probe
 
 
 def test_planted_direction_is_found_where_it_is_planted_and_nowhere_else():
@@ -28,15 +27,6 @@ def test_groups_stay_in_one_half_and_both_halves_hold_both_classes():
         assert not set(groups[train]) & set(groups[test])
         assert sorted([*train, *test]) == list(range(12))
         assert len(set(labels[train])) == len(set(labels[test])) == 2
-
-
-def test_weighted_auroc_is_that_of_repeated_rows():
-    rng = np.random.default_rng(1)
-    scores, labels = rng.integers(0, 5, 30).astype(float), np.arange(30) % 3 == 0
-    weights = rng.integers(0, 4, (6, 30))
-    expected = [roc_auc_score(np.repeat(labels, w), np.repeat(scores, w)) for w in weights]
-    np.testing.assert_allclose(auroc(scores, labels, weights), expected)
-    assert auroc(scores, labels, labels[None].astype(int)) == [0.5]  # one class alone
 
 
 def test_states_are_those_after_each_layer_at_the_last_token(model, rows):

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from safetynet.errors import InputError
-from safetynet.statistics import bootstrap_interval, clopper_pearson
+from safetynet.statistics import auroc, bootstrap_interval, clopper_pearson
 from safetynet.tables import SCHEMAS
 
 RATES = (0.01, 0.001)
@@ -124,15 +124,6 @@ def until_alarm(p_values: np.ndarray, rate: float, prompt_p: np.ndarray | None =
         first = np.where(prompt_p <= rate, 0.0, first)
     share = first / np.maximum(lengths, 1)
     return pd.DataFrame({"alarm": ~np.isnan(first), "tokens": first, "share": share})
-
-
-def auroc(positive: np.ndarray, negative: np.ndarray) -> float:
-    """Chance that a positive scores above a negative, ties counting half (Mann and Whitney 1947)."""
-    from scipy.stats import rankdata
-
-    ranks = rankdata(np.r_[positive, negative])
-    n, m = len(positive), len(negative)
-    return float((ranks[:n].sum() - n * (n + 1) / 2) / (n * m))
 
 
 def _check(rows: pd.DataFrame, scores: pd.DataFrame, p_values: pd.DataFrame) -> None:

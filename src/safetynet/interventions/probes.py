@@ -15,7 +15,7 @@ from safetynet.engine.batch import BATCH_TOKENS, Prompts, check_pairs
 from safetynet.engine.reading import residuals
 from safetynet.errors import InputError
 from safetynet.models.causal_lm import CausalLM
-from safetynet.statistics import draw_counts
+from safetynet.statistics import draw_counts, resampled_auroc
 
 
 def trigger_probe(
@@ -125,25 +125,6 @@ def halves(labels: np.ndarray, groups: np.ndarray, seed: int) -> tuple[np.ndarra
     return np.flatnonzero(~test), np.flatnonzero(test)
 
 
-def auroc(scores: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Area under the ROC curve of weighted rows, ties counted half.
-
-    Args:
-        scores: (N,), higher for True.
-        labels: (N,) bool.
-        weights: (R, N) weights of the rows, R times, such as how often a resample drew them.
-
-    Returns:
-        (R,) in [0, 1]; 0.5 where the weights leave one class alone, which says nothing.
-    """
-    high, low = scores[labels], scores[~labels]
-    above = (high[:, None] > low) + 0.5 * (high[:, None] == low)
-    positive, negative = weights[:, labels].astype(float), weights[:, ~labels].astype(float)
-    pairs = positive.sum(1) * negative.sum(1)
-    won = (positive @ above * negative).sum(1)
-    return np.where(pairs > 0, won / np.maximum(pairs, 1), 0.5)
-
-
 def _probed(
     label: str,
     states: np.ndarray,
@@ -170,8 +151,8 @@ def _probed(
         """AUROC on the test half and its interval over test groups."""
         classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
         scores = classifier.fit(x[train], y[train]).decision_function(x[test])
-        value = auroc(scores, y[test], np.ones((1, len(test))))[0]
-        low, high = np.quantile(auroc(scores, y[test], drawn), (0.025, 0.975))
+        value = resampled_auroc(scores, y[test], np.ones((1, len(test))))[0]
+        low, high = np.quantile(resampled_auroc(scores, y[test], drawn), (0.025, 0.975))
         return float(value), float(low), float(high)
 
     records = []
