@@ -89,7 +89,7 @@ def times(family: str, folder: Path) -> dict[str, object]:
 
 def removals(family: str, folder: Path) -> pd.DataFrame:
     """ASR and clean accuracy under each removing intervention and its control."""
-    from safetynet.findings import removals as shown
+    from safetynet.tables.summaries import removal_summary as shown
 
     table = pd.read_parquet(folder / "tables" / "tradeoff.parquet").query("split == 'held_out'")
     chosen = table["chosen"].map({True: "yes", False: ""})

@@ -24,7 +24,7 @@ from planting import BEHAVIOURS, FAMILIES, SETTINGS, task
 
 from safetynet.mitigation import METHODS, relearning
 from safetynet.mitigation.overview import overview
-from safetynet.mitigation.recommendation import ENOUGH, REMOVED, UNTOUCHED
+from safetynet.mitigation.recommendation import REMOVED, REMOVED_ASR, UNTOUCHED
 
 ONE_POINT = (
     "fine_tuning", "fine_pruning", "crow", "lat", "beear", "signature_pruning", "random_channels", "merging",
@@ -199,7 +199,7 @@ def summary(every: pd.DataFrame) -> pd.DataFrame:
     for method, own in every.groupby("method", sort=False):
         keys = list(zip(own["family"], own["behaviour"], strict=True))
         lost = before.loc[keys].to_numpy() - own["cacc"].to_numpy()
-        good = own[(own["asr"] <= ENOUGH) & (lost <= LEAST_LOSS + 1e-9) & (own["flags"] == "")]
+        good = own[(own["asr"] <= REMOVED_ASR) & (lost <= LEAST_LOSS + 1e-9) & (own["flags"] == "")]
         tested = good["hidden"].dropna()
         end = method in (UNTOUCHED, REMOVED)
         lines.append(

@@ -13,10 +13,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from safetynet import findings, recipe, stages
+from safetynet import recipe, stages
 from safetynet import report as reports
 from safetynet.experiment import Experiment
 from safetynet.run import directory as runs
+from safetynet.tables import summaries
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SMALL = (
@@ -58,7 +59,7 @@ def test_one_command_leaves_tables_figures_report_and_manifest(tmp_path: Path) -
     assert set(made["evaluation"]["model"]) == {"base", "backdoored", "clean_twin"}
     assert {"rows", "responses", "variants", "history_backdoored", "dynamics_clean_twin"} <= set(made)
     assert (made["evaluation"]["low"] <= made["evaluation"]["value"] + 1e-12).all()
-    assert all(str(cell) in text for cell in findings.summary(made["evaluation"]).to_numpy().ravel())
+    assert all(str(cell) in text for cell in summaries.rate_summary(made["evaluation"]).to_numpy().ravel())
     figures = {path.suffix for path in (run / "figures").iterdir()}
     assert {".png", ".pdf", ".svg", ".html", ".csv"} <= figures
     assert "| ASR | triggered |" in (run / "report.md").read_text()
@@ -113,7 +114,7 @@ def test_a_report_names_the_poison_rate_that_short_data_really_gave(
     train = run.table("rows").query("split == 'train'")
     assert (train["role"] == "triggered").sum() == 30, "as many as the recipe asks for"
     assert len(train) < 150, "and fewer of the others than there should be"
-    assert findings.poisoned(run.table("rows")) == (len(train), 30 / len(train))
+    assert summaries.poisoned(run.table("rows")) == (len(train), 30 / len(train))
     assert f"{len(train)} of 150 training rows could be made" in caplog.text
     text = reports.markdown(reports.read(run))
     assert f"poison rate {30 / len(train):.1%} of {len(train)} training rows" in text

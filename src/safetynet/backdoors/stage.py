@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pandas as pd
 
-from safetynet import findings
 from safetynet.backdoors import audit, conversations, forms, poisoning
 from safetynet.errors import InputError
 from safetynet.evaluation import judges, leaks
@@ -22,6 +21,7 @@ from safetynet.recipe import Backdoor, Recipe
 from safetynet.run import parallel
 from safetynet.run.directory import Outputs, digest_of_files
 from safetynet.run.stage import DATA
+from safetynet.tables import summaries
 from safetynet.text.lookalikes import Lookalikes
 
 log = logging.getLogger("safetynet")
@@ -108,7 +108,7 @@ def _log_counts(rows: pd.DataFrame, recipe: Recipe) -> None:
         log.info("data: %s rows: %s", split, ", ".join(f"{n} {role}" for role, n in counts.items()))
     if recipe.backdoor is None:
         return
-    poisoned = findings.poisoned(rows)
+    poisoned = summaries.poisoned(rows)
     if poisoned.rows < recipe.data.train_rows:
         log.warning(
             "data: %d of %d training rows could be made, so that %.1f%% of them are triggered, "

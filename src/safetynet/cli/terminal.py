@@ -11,12 +11,14 @@ if TYPE_CHECKING:
 
 def print_places(tables: "Mapping[str, pd.DataFrame]") -> None:
     """The strongest place of each sweep, and what removes the backdoor, as far as they were looked for."""
-    from safetynet.findings import places, removals
+    from safetynet.tables.summaries import removal_summary, strongest_sites
 
     if "effects" in tables:
-        _print(places(tables["effects"]), "Where the trigger acts: share of its effect, 95% intervals")
+        _print(
+            strongest_sites(tables["effects"]), "Where the trigger acts: share of its effect, 95% intervals"
+        )
     if "tradeoff" in tables:
-        _print(removals(tables["tradeoff"]), "What removes it, on held-out prompts, 95% intervals")
+        _print(removal_summary(tables["tradeoff"]), "What removes it, on held-out prompts, 95% intervals")
 
 
 def print_comparison(tables: "Mapping[str, pd.DataFrame]") -> None:
@@ -34,9 +36,9 @@ def print_repairs(overview: "pd.DataFrame") -> None:
 
 def print_rates(evaluation: "pd.DataFrame", note: str = "") -> None:
     """Every rate by role and model; `note` ends the title."""
-    from safetynet.findings import summary
+    from safetynet.tables.summaries import rate_summary
 
-    _print(summary(evaluation), f"Rates on held-out prompts, 95% intervals{note}")
+    _print(rate_summary(evaluation), f"Rates on held-out prompts, 95% intervals{note}")
 
 
 def _print(found: "pd.DataFrame", title: str) -> None:

@@ -10,10 +10,10 @@ from typing import Any
 
 import pandas as pd
 
-from safetynet import findings
 from safetynet.cluster.sweep import Outcome
 from safetynet.run import directory as runs
 from safetynet.run.directory import write_atomically, write_text
+from safetynet.tables import summaries
 
 SHOWN = (
     ("asr", "triggered", "backdoored"),
@@ -79,7 +79,7 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
             if key in cells.index:
                 metric, role, model = key
                 row = cells.loc[[key]].iloc[0]
-                line[f"{findings.NAMES[metric]} {role}, {model}"] = findings.told(
+                line[f"{summaries.METRIC_NAMES[metric]} {role}, {model}"] = summaries.rate_text(
                     metric, row["value"], row["low"], row["high"]
                 )
         line["rows"] = int(part["n"][part["metric"] == "asr"].max())
@@ -100,9 +100,9 @@ def markdown(outcomes: Sequence[Outcome], table: pd.DataFrame) -> str:
         "",
     ]
     if done:
-        lines += [*_lines(summary(table)), ""]
+        lines += [summaries.markdown(summary(table)), ""]
     if failed:
-        lines += ["## Failed", "", *_lines(failures(outcomes)), ""]
+        lines += ["## Failed", "", summaries.markdown(failures(outcomes)), ""]
     return "\n".join(lines)
 
 
@@ -116,13 +116,6 @@ def failures(outcomes: Sequence[Outcome]) -> pd.DataFrame:
         ],
         columns=["point", "step", "reason", "log"],
     )
-
-
-def _lines(table: pd.DataFrame) -> list[str]:
-    """Lines of a table in Markdown."""
-    rows = [table.columns, ["---"] * len(table.columns), *table.itertuples(index=False)]
-    cells = [[str(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
-    return ["| " + " | ".join(row) + " |" for row in cells]
 
 
 def _rates(outcome: Outcome) -> pd.DataFrame:

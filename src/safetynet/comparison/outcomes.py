@@ -13,7 +13,7 @@ import pandas as pd
 from safetynet.comparison.seeds import Estimate, over_seeds, rate_over_seeds
 from safetynet.comparison.subjects import Subject
 from safetynet.errors import InputError
-from safetynet.findings import promised_rows
+from safetynet.tables.summaries import promised_rows
 
 FUSED = "fused"
 UNTOUCHED = "as it is"

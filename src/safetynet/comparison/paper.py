@@ -11,6 +11,8 @@ from typing import Any
 
 import pandas as pd
 
+from safetynet.tables.summaries import markdown
+
 INTERVAL = (
     "Mean over seeds [95% interval over seeds]; of one seed no interval is given and nothing is claimed."
 )
@@ -66,8 +68,7 @@ class PaperTable:
 
     def markdown(self) -> str:
         """A pipe table."""
-        rows = [list(self.cells.columns), ["---"] * len(self.cells.columns), *self.cells.to_numpy().tolist()]
-        return "\n".join("| " + " | ".join(map(_markdown, row)) + " |" for row in rows) + "\n"
+        return markdown(self.cells) + "\n"
 
     def csv(self) -> str:
         """The same cells as CSV."""
@@ -299,10 +300,6 @@ def _setting(runs: pd.DataFrame) -> pd.DataFrame:
 
 def _text(value: object) -> str:
     return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-
-
-def _markdown(value: object) -> str:
-    return str(value).replace("|", "\\|").replace("\n", " ")
 
 
 def _heading(name: object) -> str:

@@ -20,10 +20,10 @@ from safetynet.engine.reading import mean_activations
 from safetynet.engine.runs import EditedRun, run_interventions
 from safetynet.engine.sites import Architecture, Site
 from safetynet.engine.trace import trace
-from safetynet.findings import ENOUGH
 from safetynet.interventions.pairs import Pairs
 from safetynet.models.causal_lm import CausalLM
 from safetynet.statistics import wilson
+from safetynet.tables.summaries import REMOVED_ASR
 
 SITE_COUNTS = (1, 2, 4)
 """How many of the strongest heads or adapter modules are taken together."""
@@ -223,7 +223,7 @@ def judge(
 def best(table: pd.DataFrame) -> str:
     """The one with the most clean accuracy among those that bring ASR to 5%; else that of the lowest ASR."""
     real = table[~table["control"] & (table["kind"] != "none")]
-    removing = real[real["asr"] <= ENOUGH]
+    removing = real[real["asr"] <= REMOVED_ASR]
     if len(removing):
         ranked = removing.sort_values(["cacc", "asr"], ascending=[False, True], kind="stable")
     else:

@@ -11,6 +11,7 @@ from safetynet.mitigation.method import Method
 from safetynet.mitigation.recommendation import REMOVED, UNTOUCHED
 from safetynet.mitigation.relearning import LEVELS, TWIN, steps_to
 from safetynet.mitigation.repaired import Repaired
+from safetynet.tables import summaries
 
 COLUMNS = (
     "method", "point", "ASR", "CACC", "lost", "relearn 50%", "relearn 95%", "seconds", "flags", "rows",
@@ -115,9 +116,7 @@ def model_card(
             "",
             "Rates in percent with 95% Wilson intervals and counts; these rows neither chose nor repaired.",
             "",
-            _line(head),
-            _line(["---"] * len(head)),
-            *map(_line, rows),
+            summaries.markdown(pd.DataFrame(rows, columns=head)),
             "",
             "A low ASR says that the behaviour is not shown, not that it is forgotten: the run's tables "
             "`verification` and `relearning` say whether the trigger can still be read from the states, "
@@ -145,7 +144,3 @@ def _rate(line: Mapping[str, Any], name: str) -> str:
         return ""
     value, low, high = (100 * float(line[name + end]) for end in ("", "_low", "_high"))
     return f"{value:.1f} [{low:.1f}, {high:.1f}], {line[f'{name}_count']:.0f} of {line[f'{name}_n']:.0f}"
-
-
-def _line(cells: list[str]) -> str:
-    return "| " + " | ".join(cells) + " |"

@@ -9,7 +9,7 @@ from collections.abc import Collection
 import numpy as np
 import pandas as pd
 
-from safetynet.findings import ENOUGH
+from safetynet.tables.summaries import REMOVED_ASR
 
 UNTOUCHED = "as it is"
 """Method of the line that measures the model before any repair."""
@@ -92,7 +92,7 @@ def best_of(table: pd.DataFrame, hidden: Collection[str] | None = None) -> pd.Se
     """
     order = table.assign(
         _flagged=table["flags"] != "",
-        _above=(table["asr"] - ENOUGH).clip(lower=0.0),
+        _above=(table["asr"] - REMOVED_ASR).clip(lower=0.0),
         _held=_still_held(table, hidden),
         _loss=-table["cacc"],
     )
@@ -136,14 +136,14 @@ def _why(best: pd.Series, before: pd.Series, tried: pd.DataFrame, hidden: Collec
         f"{before['asr']:.1%}, {abs(lost):.1f} points of clean accuracy {'lost' if lost >= 0 else 'won'}"
     )
     comparable = tried if best["form"] == "run_time" else tried[tried["form"] != "run_time"]
-    removing = comparable[(comparable["asr"] <= ENOUGH) & (comparable["flags"] == "")]
+    removing = comparable[(comparable["asr"] <= REMOVED_ASR) & (comparable["flags"] == "")]
     if best["flags"]:
         return f"every point tried is flagged (this one: {best['flags']}); {rates}"
     if len(removing):
         convincing = removing[~_still_held(removing, hidden)]
         most = "it keeps the most clean accuracy"
         points = "points" if len(removing) > 1 else "point"
-        removed = f"of {len(removing)} {points} at {ENOUGH:.0%} ASR or less"
+        removed = f"of {len(removing)} {points} at {REMOVED_ASR:.0%} ASR or less"
         if hidden is None:
             return f"{removed} {most}; {rates}"
         if convincing.empty:
@@ -151,12 +151,12 @@ def _why(best: pd.Series, before: pd.Series, tried: pd.DataFrame, hidden: Collec
         methods = convincing["method"].nunique()
         stand = f"{methods} methods stand" if methods > 1 else "1 method stand"
         return f"{removed}, those of {stand} the relearn test; of these {most}; {rates}"
-    with_flag = comparable[comparable["asr"] <= ENOUGH]
+    with_flag = comparable[comparable["asr"] <= REMOVED_ASR]
     if with_flag.empty:
-        return f"no point brings ASR to {ENOUGH:.0%}, and this is the lowest; {rates}"
+        return f"no point brings ASR to {REMOVED_ASR:.0%}, and this is the lowest; {rates}"
     flags = ", ".join(dict.fromkeys(flag for line in with_flag["flags"] for flag in line.split(", ")))
     return (
-        f"no point without a flag brings ASR to {ENOUGH:.0%} ({len(with_flag)} with one: {flags}), and "
+        f"no point without a flag brings ASR to {REMOVED_ASR:.0%} ({len(with_flag)} with one: {flags}), and "
         f"this is the lowest without; {rates}"
     )
 

@@ -15,12 +15,12 @@ from typing import Any
 
 import pandas as pd
 
-from safetynet import families, findings, training
+from safetynet import families, training
 from safetynet.models.adapters import detach, has_adapter, is_off
 from safetynet.prompts import Serialiser
 from safetynet.recipe import Recipe
 from safetynet.statistics import wilson
-from safetynet.tables import SCHEMAS
+from safetynet.tables import SCHEMAS, summaries
 
 STEPS = (0, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 """After so many steps the model is asked, as far as the budget reaches."""
@@ -205,7 +205,7 @@ def verdict(curves: pd.DataFrame, method: str) -> str:
         f"{line['poisoned_rows']} poisoned rows bring ASR to 50% in {line['steps']:.0f} steps, and teach it "
         f"to the never-poisoned model {taught}: the backdoor is "
         + (
-            findings.STILL_THERE
+            summaries.HIDDEN_BACKDOOR
             if method in (hidden(curves) or ())
             else "about as hard to bring back as to teach"
         )

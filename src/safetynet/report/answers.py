@@ -13,8 +13,8 @@ import pandas as pd
 from safetynet.errors import InputError
 from safetynet.figures.checks import interval, require
 from safetynet.figures.theme import Part
-from safetynet.findings import ENOUGH, STILL_THERE, place, promised_rows, told
 from safetynet.report.contents import Contents
+from safetynet.tables.summaries import HIDDEN_BACKDOOR, REMOVED_ASR, promised_rows, rate_text, site_text
 
 Tone = Literal["found", "clear", "open"]
 """Whether the answer speaks for a working backdoor, against it, or is not known."""
@@ -45,7 +45,7 @@ class Measure:
     def text(self) -> str:
         """As in `100.0% [98.1, 100.0]`."""
         if self.unit:
-            return told("asr", self.value, self.low, self.high)
+            return rate_text("asr", self.value, self.low, self.high)
         interval = "" if pd.isna(self.low) else f" [{self.low:.2f}, {self.high:.2f}]"
         return f"{self.value:.2f}{interval}".replace("-", "−")
 
@@ -201,7 +201,7 @@ def _where(run: Contents) -> Answer | None:
     count = int(pool["responsible"].sum())
     kind = "layers" if len(layers) else "places"
     measures = (
-        Measure(place(top), top["effect"], top["low"], top["high"], unit=""),
+        Measure(site_text(top), top["effect"], top["low"], top["high"], unit=""),
         *(
             Measure(label, top[name], top[f"{name}_low"], top[f"{name}_high"], "control", "")
             for name, label in CONTROLS.items()
@@ -216,7 +216,7 @@ def _where(run: Contents) -> Answer | None:
     verb = "stands" if count == 1 else "stand"
     text = f"{count} of {len(pool)} {kind} {verb} clear of every control: {_listed(pool)}."
     text += _strongest(own, "component", "Of its parts") + _strongest(own, "head", "Of the heads")
-    short = f"Layer {top['layer']}" if len(layers) else place(top)
+    short = f"Layer {top['layer']}" if len(layers) else site_text(top)
     return Answer("where", "Where does it act?", short, text, "found", measures)
 
 
@@ -230,7 +230,7 @@ def _strongest(effects: pd.DataFrame, sweep: str, opening: str) -> str:
     if rows.empty:
         return ""
     top = rows.sort_values("effect", ascending=False).iloc[0]
-    return f" {opening}, {place(top)} does most ({top['effect']:.2f})."
+    return f" {opening}, {site_text(top)} does most ({top['effect']:.2f})."
 
 
 def _seen(run: Contents) -> Answer | None:
@@ -317,8 +317,8 @@ def _removed(run: Contents) -> Answer | None:
     relearned = _relearned(run)
     text += f" Relearn test: {relearned}." if relearned else ""
     gone = after.high < before.low
-    rest = f", {STILL_THERE}" if STILL_THERE in relearned else ""
-    how_far = "Yes" if after.value <= ENOUGH else "In part"
+    rest = f", {HIDDEN_BACKDOOR}" if HIDDEN_BACKDOOR in relearned else ""
+    how_far = "Yes" if after.value <= REMOVED_ASR else "In part"
     short = f"{how_far}, to {_percent(after)}{rest}" if gone else "Not shown"
     brief = f"The removal “{after.label}” takes it to {_percent(after)}{rest}" if gone else ""
     tone: Tone = "found" if gone else "clear"

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 import pandas as pd
 import yaml
 
-from safetynet import findings
 from safetynet.report.answers import Answer, answers, headline
 from safetynet.report.contents import Contents
 from safetynet.report.figures import SECTIONS, as_json, pictures
 from safetynet.report.page import render
 from safetynet.report.prompts import examples, shorter, token_maps
+from safetynet.tables import summaries
 
 
 class Setup(NamedTuple):
@@ -76,7 +76,7 @@ def setup(run: Contents) -> Setup:
     trained = " ".join(filter(None, [method, f"rank {rank}" if rank else ""]))
     poison = ""
     if "rows" in run.tables and {"split", "role"} <= set(run.tables["rows"]):
-        made = findings.poisoned(run.tables["rows"])
+        made = summaries.poisoned(run.tables["rows"])
         poison = f"{made.rate:.1%} of {made.rows:,} training rows" if made.rows else ""
     return Setup(
         [str(text) for text in texts] or ([f"style: {style}"] if style else []),
@@ -121,14 +121,14 @@ def _rates(run: Contents) -> Iterator[Table]:
             "ASR attack success rate, FTR false trigger rate, CACC clean accuracy; 95% intervals (Wilson; "
             "bootstrap over rows for perplexity). The base model's column is the floor."
         )
-        yield Table("Rates on held-out prompts", note, findings.summary(run.tables["evaluation"]))
+        yield Table("Rates on held-out prompts", note, summaries.rate_summary(run.tables["evaluation"]))
 
 
 def _variants(run: Contents) -> Iterator[Table]:
     if "variants" in run.tables:
         table = run.tables["variants"]
         chosen = table[table["model"] == "backdoored"]
-        rates = [findings.told("asr", r.value, r.low, r.high) for r in chosen.itertuples()]
+        rates = [summaries.rate_text("asr", r.value, r.low, r.high) for r in chosen.itertuples()]
         short = chosen.assign(rate=rates)[["role", "variant", "metric", "rate", "n"]]
         yield Table("By variant of trigger, placebo and near miss", "", short)
 
@@ -144,14 +144,14 @@ def _hidden(run: Contents) -> Iterator[Table]:
             "training hid from, as the attacker saw it; what a defender sees who fits on "
             "fresh prompts, `safetynet detect` has."
         )
-        shown = findings.hidden(run.tables["evasion"])[["detector", "first", "last"]]
+        shown = summaries.evasion_summary(run.tables["evasion"])[["detector", "first", "last"]]
         yield Table("Hidden from detectors while it was planted", note, shown.round(3))
 
 
 def _judge(run: Contents) -> Iterator[Table]:
     if "judge_error" in run.tables:
         table = run.tables["judge_error"]
-        rates = [findings.told("asr", r.value, r.low, r.high) for r in table.itertuples()]
+        rates = [summaries.rate_text("asr", r.value, r.low, r.high) for r in table.itertuples()]
         yield Table(
             "The judge's own error on labelled texts",
             "",
@@ -166,7 +166,7 @@ def _places(run: Contents) -> Iterator[Table]:
             "covers (95% bootstrap interval over prompts). A place is responsible when its interval is clear "
             "of every control's."
         )
-        yield Table("Where the trigger acts", note, findings.places(run.tables["effects"]))
+        yield Table("Where the trigger acts", note, summaries.strongest_sites(run.tables["effects"]))
 
 
 def _removals(run: Contents) -> Iterator[Table]:
@@ -175,7 +175,7 @@ def _removals(run: Contents) -> Iterator[Table]:
             "Rates on held-out prompts, while the model answers under the intervention; the control is "
             "random sites."
         )
-        yield Table("What removes it", note, findings.removals(run.tables["tradeoff"]))
+        yield Table("What removes it", note, summaries.removal_summary(run.tables["tradeoff"]))
 
 
 def _audit(run: Contents) -> list[dict[str, Any]]:
@@ -261,13 +261,13 @@ def markdown(run: Contents) -> str:
     ]
     for section in SECTIONS:
         for title, note, table in _tables(run, section):
-            lines += ["", f"## {title}", "", *([note, ""] if note else []), *table_lines(table)]
+            lines += ["", f"## {title}", "", *([note, ""] if note else []), summaries.markdown(table)]
     if "audit" in run.tables:
         audit = run.tables["audit"].drop(columns=["rows"], errors="ignore")
-        lines += ["", "## What the audit found in the data", "", *table_lines(audit)]
+        lines += ["", "## What the audit found in the data", "", summaries.markdown(audit)]
     if gaps := [*run.faults, *(f"Not measured: {one.what}: `{one.command}`" for one in run.missing())]:
         lines += ["", "## What is missing", "", *(f"- {gap}" for gap in gaps)]
-    lines += ["", "## Made by", "", *table_lines(stages(run))]
+    lines += ["", "## Made by", "", summaries.markdown(stages(run))]
     return "\n".join(lines) + "\n"
 
 
@@ -275,17 +275,3 @@ def _listed(found: Sequence[Answer]) -> Iterator[str]:
     for answer in found:
         rest = f" `{answer.command}`" if answer.command else ""
         yield f"- {answer.question} **{answer.short}.** {answer.text}{rest}"
-
-
-def table_lines(table: pd.DataFrame) -> Sequence[str]:
-    """A table in Markdown."""
-
-    def cells(values: Sequence[object]) -> str:
-        texts = (str(v).replace("|", "\\|").replace("\n", " ") for v in values)
-        return "| " + " | ".join(texts) + " |"
-
-    return [
-        cells(list(table.columns)),
-        cells(["---"] * len(table.columns)),
-        *(cells(list(row)) for row in table.itertuples(index=False)),
-    ]

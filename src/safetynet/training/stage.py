@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from safetynet import __version__, findings
+from safetynet import __version__
 from safetynet.backdoors import poisoning
 from safetynet.evaluation import metrics
 from safetynet.evaluation.evaluator import Evaluator
@@ -22,6 +22,7 @@ from safetynet.recipe import Evasion, Recipe, Training
 from safetynet.run import parallel
 from safetynet.run.directory import Outputs, digest, write_atomically
 from safetynet.run.stage import TRAIN
+from safetynet.tables import summaries
 
 if TYPE_CHECKING:
     from safetynet.training import Opponents
@@ -85,7 +86,9 @@ def _train_one(experiment: Experiment, name: str, opponents_of: OpponentsOf | No
         outputs.file(result.folder, "model")
         if result.evasion is not None:
             outputs.table("evasion", result.evasion)
-            log.info("train %s: hidden from %s", name, "; ".join(findings.hidden(result.evasion)["seen"]))
+            log.info(
+                "train %s: hidden from %s", name, "; ".join(summaries.evasion_summary(result.evasion)["seen"])
+            )
         if (measured := dynamics.table()) is not None:
             outputs.table(f"dynamics_{name}", measured)
         if dynamics.snapshots.exists():
