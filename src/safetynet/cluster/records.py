@@ -70,35 +70,35 @@ def read(folder: Path) -> list[Job]:
             jobs.append(Job(**json.loads(path.read_text(encoding="utf-8"))))
         except (ValueError, TypeError):
             continue
-    own = [job for job in jobs if not is_copied(job.run, folder)]
-    return sorted(own, key=lambda job: (job.submitted, job.name))
+    jobs_here = [job for job in jobs if not is_copied(job.run, folder)]
+    return sorted(jobs_here, key=lambda job: (job.submitted, job.name))
 
 
-def state_of(job: Job, known: dict[str, State]) -> State | None:
+def state_of(job: Job, states: dict[str, State]) -> State | None:
     """What the scheduler says of a job.
 
     Args:
         job: as recorded.
-        known: by id, what the scheduler said of this user's jobs.
+        states: by id, what the scheduler said of this user's jobs.
 
     Returns:
         None if it knows it no more. After a restart under PBS the job has another id and the same name: the
         newest one counts. One that was taken although its submission was interrupted is found by its name.
     """
-    same = [state for state in known.values() if state.name == job.name]
-    if job.array and job.task_id in known:
-        return known[str(job.task_id)]
+    same = [state for state in states.values() if state.name == job.name]
+    if job.array and job.task_id in states:
+        return states[str(job.task_id)]
     if job.array and job.id is None:
         same = [state for state in same if state.id.endswith((f"_{job.seed}", f"[{job.seed}]"))] or same
     if not same:
-        return known.get(str(job.task_id)) or known.get(str(job.id))
+        return states.get(str(job.task_id)) or states.get(str(job.id))
     return max(same, key=lambda state: (state.active, int("".join(filter(str.isdigit, state.id)) or 0)))
 
 
 def adopted(folder: Path, job: Job, state: State) -> Job:
     """Give a job whose submission was interrupted the id that the scheduler gave it."""
     id_ = state.id.partition("_")[0].partition("[")[0] + ("[]" if "[" in state.id else "")
-    found = replace(job, id=id_)
+    adopted_job = replace(job, id=id_)
     with suppress(RunError):  # whoever looks at another's run may not be allowed to write there
-        write(folder, found)
-    return found
+        write(folder, adopted_job)
+    return adopted_job

@@ -69,11 +69,11 @@ def choose(name: str | None) -> Name:
     Raises:
         InputError: if there is no such scheduler, or none is here.
     """
-    wanted = list(COMMANDS) if name is None else [named(name)[0]]
-    for known in wanted:
-        if shutil.which(COMMANDS[known][0]):
-            return "pbs" if known == "pbs" else "slurm"
-    commands = " or ".join(COMMANDS[known][0] for known in wanted)
+    names = list(COMMANDS) if name is None else [named(name)[0]]
+    for scheduler in names:
+        if shutil.which(COMMANDS[scheduler][0]):
+            return "pbs" if scheduler == "pbs" else "slurm"
+    commands = " or ".join(COMMANDS[scheduler][0] for scheduler in names)
     raise InputError(
         f"there is no scheduler here: no command {commands}. Log in to a machine that submits jobs, or run "
         "it here with safetynet run; --dry-run with --scheduler shows the script anywhere."
@@ -149,34 +149,34 @@ def submit(command: Sequence[str], folder: Path, *, array: bool = False) -> str:
         InputError: if the scheduler refuses; with its words, and the queues that it has.
     """
     code, out, err = _ask(command, folder)
-    said = "\n".join(line for line in (out + err).splitlines() if line.strip())
+    output = "\n".join(line for line in (out + err).splitlines() if line.strip())
     if code != 0:
         raise InputError(
-            f"{command[0]} refused the job: {_cause(said)} Queues here: {queues(command[0])}. "
+            f"{command[0]} refused the job: {_cause(output)} Queues here: {queues(command[0])}. "
             f"Change {'--seeds, ' if array else ''}--queue, --walltime, --gpus or --account."
         )
     # Slurm's wrapper of qsub prints an empty id and success where sbatch was refused in some versions.
-    found = re.search(r"(?m)^(\d+(?:\[\])?)[^\s]*\s*$", out)
-    if found is None:
-        raise RunError(f"{command[0]} took the job and gave no id, but: {said}. See safetynet status.")
-    return found[1]
+    id_line = re.search(r"(?m)^(\d+(?:\[\])?)[^\s]*\s*$", out)
+    if id_line is None:
+        raise RunError(f"{command[0]} took the job and gave no id, but: {output}. See safetynet status.")
+    return id_line[1]
 
 
-def _cause(said: str) -> str:
+def _cause(output: str) -> str:
     """The error in what a refused submission printed."""
-    found = re.findall(r"(?:error|qsub): (.*?)'?$", said, flags=re.MULTILINE)
-    lines = [line for line in found if line != "Batch job submission failed:"] or said.splitlines()[-1:]
+    errors = re.findall(r"(?:error|qsub): (.*?)'?$", output, flags=re.MULTILINE)
+    lines = [line for line in errors if line != "Batch job submission failed:"] or output.splitlines()[-1:]
     return " ".join(line.rstrip(".'") + "." for line in lines) or "it gave no reason."
 
 
 def queues(command: str) -> str:
     """Names of the queues (partitions), separated by commas."""
     if command == "sbatch" or shutil.which("sinfo"):
-        found = _ask(["sinfo", "-h", "-o", "%R"])[1].split()
+        names = _ask(["sinfo", "-h", "-o", "%R"])[1].split()
     else:
         lines = _ask(["qstat", "-Q"])[1].splitlines()
-        found = [line.split()[0] for line in lines if line.strip() and not line.startswith(("Queue", "-"))]
-    return ", ".join(dict.fromkeys(found)) or "none that it would name"
+        names = [line.split()[0] for line in lines if line.strip() and not line.startswith(("Queue", "-"))]
+    return ", ".join(dict.fromkeys(names)) or "none that it would name"
 
 
 def ask(scheduler: Name, ids: Iterable[str]) -> dict[str, State]:
@@ -192,12 +192,12 @@ def _ask_slurm(ids: Iterable[str]) -> dict[str, State]:
     code, out, err = _ask(["squeue", "-h", "-r", "--me", "-t", "all", "-o", "%i|%j|%T|%r|%N|%L"])
     if code != 0:
         raise RunError(f"squeue does not answer: {' '.join(err.split())}")
-    found = {}
+    states = {}
     for line in out.splitlines():
         id_, name, state, reason, node, left = line.split("|")
-        said = f"on {node}, {left} left" if state == "RUNNING" else "" if reason == "None" else reason
-        found[id_] = State(id_, name, state, said)
-    gone = [id_ for id_ in ids if id_ not in found]
+        detail = f"on {node}, {left} left" if state == "RUNNING" else "" if reason == "None" else reason
+        states[id_] = State(id_, name, state, detail)
+    gone = [id_ for id_ in ids if id_ not in states]
     if gone:
         # The controller forgets jobs that ended minutes ago; the accounting, where there is one, does not.
         _, out, _ = _ask(
@@ -206,21 +206,21 @@ def _ask_slurm(ids: Iterable[str]) -> dict[str, State]:
         for line in out.splitlines():
             if line.count("|") == 3:
                 id_, name, state, exit_code = line.split("|")
-                found[id_] = State(id_, name, state.split()[0], f"exit code {exit_code.split(':')[0]}")
-    return found
+                states[id_] = State(id_, name, state.split()[0], f"exit code {exit_code.split(':')[0]}")
+    return states
 
 
 def _ask_pbs(ids: Iterable[str]) -> dict[str, State]:
     code, out, err = _ask(["qstat", "-f"])
     if code != 0 and "onnect" in err:  # Torque and the wrapper of Slurm fail where there is no job at all
         raise RunError(f"qstat does not answer: {' '.join(err.split())}")
-    found = parse_qstat(out)
+    states = parse_qstat(out)
     for id_ in ids:
         # Tasks of an array, and (PBS Pro's -x) what has ended.
         for words in ([id_], ["-x", id_]):
-            if id_ not in found:
-                found |= parse_qstat(_ask(["qstat", "-f", *words])[1])
-    return found
+            if id_ not in states:
+                states |= parse_qstat(_ask(["qstat", "-f", *words])[1])
+    return states
 
 
 def parse_qstat(text: str) -> dict[str, State]:
@@ -229,18 +229,18 @@ def parse_qstat(text: str) -> dict[str, State]:
     Args:
         text: blocks of `Job Id: ...` and indented lines `name = value`; a value goes on after a tab.
     """
-    found = {}
+    states = {}
     for block in re.split(r"(?m)^Job Id:\s*", re.sub(r"\n\t(?![\w.]+ = )", "", text))[1:]:
         first, *lines = block.splitlines()
         fields = dict(line.strip().split(" = ", 1) for line in lines if " = " in line)
         id_ = first.strip().partition(".")[0]
         state = _PBS_STATES.get(fields.get("job_state", ""), fields.get("job_state", ""))
         code = fields.get("Exit_status", fields.get("exit_status"))
-        said = f"exit code {code}" if code is not None else fields.get("comment", "")
+        detail = f"exit code {code}" if code is not None else fields.get("comment", "")
         if state == "RUNNING" and "exec_host" in fields:
-            said = f"on {fields['exec_host'].partition('/')[0]}"
-        found[id_] = State(id_, fields.get("Job_Name", ""), state, said)
-    return found
+            detail = f"on {fields['exec_host'].partition('/')[0]}"
+        states[id_] = State(id_, fields.get("Job_Name", ""), state, detail)
+    return states
 
 
 def cancel(scheduler: Name, id_: str) -> None:

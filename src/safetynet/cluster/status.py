@@ -39,29 +39,29 @@ def find_runs(path: Path) -> list[Path]:
     Raises:
         InputError: if there is none.
     """
-    found = [
+    folders = [
         folder
         for folder in (path, *sorted(path.glob("*")), *sorted(path.glob("*/*")))
         if (folder / "manifest.json").is_file() or (folder / "jobs").is_dir()
     ]
-    if not found:
+    if not folders:
         raise InputError(f"{path}: there is no run in it. Name results/, or a run directory below it.")
-    return found
+    return folders
 
 
 def ask(jobs: Iterable[Job]) -> Answer:
     """Ask the schedulers of these jobs; one that is not here, or is down, leaves its jobs unknown."""
-    known: dict[str, State] = {}
+    states: dict[str, State] = {}
     silent = ""
     for name in sorted({job.scheduler for job in jobs}):
         try:
             schedulers.choose(name)
-            known |= schedulers.ask(
+            states |= schedulers.ask(
                 name, [job.task_id for job in jobs if job.scheduler == name and job.task_id]
             )
         except (InputError, RunError) as error:
             silent = str(error)
-    return Answer(known, silent)
+    return Answer(states, silent)
 
 
 def describe(folders: Iterable[Path]) -> list[str]:
@@ -117,8 +117,8 @@ def _run_lines(folder: Path, who: locking.Holder | None, answer: Answer) -> list
         )
     if who is not None:
         alive = _alive(who, answer)
-        told = {True: "working now", False: "died at work", None: "was last heard of working"}[alive]
-        lines.append(f"  {told}: {who}" + (f"; {step}" if left and (step := _step(folder)) else ""))
+        word = {True: "working now", False: "died at work", None: "was last heard of working"}[alive]
+        lines.append(f"  {word}: {who}" + (f"; {step}" if left and (step := _step(folder)) else ""))
     return lines
 
 
@@ -127,8 +127,8 @@ def _stages(folder: Path) -> tuple[list[str], list[str], str]:
     if not (folder / "manifest.json").exists():
         return [], [], "not begun"
     try:
-        found = runs.find(folder)
-        done, recipe = list(found.manifest["stages"]), found.recorded_recipe
+        run = runs.find(folder)
+        done, recipe = list(run.manifest["stages"]), run.recorded_recipe
     except InputError as error:
         return [], [], str(error)
     twin = ["train clean_twin"] if recipe.training.clean_twin else []
@@ -140,9 +140,11 @@ def _stages(folder: Path) -> tuple[list[str], list[str], str]:
 
 def _step(folder: Path) -> str:
     """The newest checkpoint of a training that is going on."""
-    found = [*runs.find(folder).scratch.glob("training/*/checkpoints/checkpoint-*/trainer_state.json")]
+    checkpoints = [*runs.find(folder).scratch.glob("training/*/checkpoints/checkpoint-*/trainer_state.json")]
     going = [
-        path for path in found if not any((path.parents[2] / name).exists() for name in ("adapter", "model"))
+        path
+        for path in checkpoints
+        if not any((path.parents[2] / name).exists() for name in ("adapter", "model"))
     ]
     if not going:
         return ""
@@ -175,10 +177,10 @@ def _job_lines(folder: Path, job: Job, answer: Answer) -> list[str]:
     if job.ended == "refused":
         return [f"job {job.name} ({job.scheduler}, {job.submitted}): refused by the scheduler"]
     if state is None:
-        told: str = job.ended or ("unknown: the scheduler was not asked" if answer.silent else "ended")
+        state_text: str = job.ended or ("unknown: the scheduler was not asked" if answer.silent else "ended")
     else:
-        told = f"{state.state}{', ' + state.said if state.said else ''}"
-    lines = [f"{head}: {told}"]
+        state_text = f"{state.state}{', ' + state.said if state.said else ''}"
+    lines = [f"{head}: {state_text}"]
     if state is not None and state.state == "PENDING" and any(word in state.said for word in _FOREVER):
         lines.append("  it may never start like this: cancel it and ask for less, or for another queue")
     if state is not None and state.active:
@@ -191,9 +193,9 @@ def _last_words(job: Job, id_: str) -> list[str]:
     lines = []
     for path in _logs(job, id_):
         text = path.read_text(encoding="utf-8", errors="replace")
-        said = [line for line in text.splitlines() if line.strip() and not line.startswith("Log: ")]
-        if said:
-            lines += [f"  {_short(path)}:", *(f"    {line[:200]}" for line in said[-TAIL:])]
+        words = [line for line in text.splitlines() if line.strip() and not line.startswith("Log: ")]
+        if words:
+            lines += [f"  {_short(path)}:", *(f"    {line[:200]}" for line in words[-TAIL:])]
     return lines or [f"  it left no word in {_short(Path(job.logs))}"]
 
 

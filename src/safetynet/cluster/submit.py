@@ -97,11 +97,11 @@ def submit(recipe: Recipe, request: Request) -> tuple[list[Run], str]:
             refused array leaves nothing behind.
     """
     schedulers.check_array(request.scheduler, request.seeds)
-    made = [runs.place(one) for one in [recipe.seeded(seed) for seed in request.seeds] or [recipe]]
-    _refuse_second(made)
+    runs_made = [runs.place(one) for one in [recipe.seeded(seed) for seed in request.seeds] or [recipe]]
+    _refuse_second(runs_made)
     planned = plan(recipe, request)
-    absent = _absent(made, planned)
-    runs.check(made[0])  # the others lie beside it
+    absent = _absent(runs_made, planned)
+    runs.check(runs_made[0])  # the others lie beside it
     # As it is now: the file that it came from may change before the job starts.
     fields = recipe.model_dump(mode="json")
     write_text(planned.recipe, yaml.safe_dump(fields, sort_keys=False, allow_unicode=True))
@@ -118,10 +118,10 @@ def submit(recipe: Recipe, request: Request) -> tuple[list[Run], str]:
         )
         for seed in (request.seeds or (None,))
     ]
-    id_ = _submitted(made, jobs, planned, absent)
-    for one, job in zip(made, jobs, strict=True):
+    id_ = _submitted(runs_made, jobs, planned, absent)
+    for one, job in zip(runs_made, jobs, strict=True):
         records.write(one.folder, replace(job, id=id_))
-    return made, id_
+    return runs_made, id_
 
 
 def _submitted(

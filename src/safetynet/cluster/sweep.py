@@ -105,12 +105,12 @@ class _Graph:
         }
         self._build(prepared)
         last = {list(step.values())[-1]: number for number, step in enumerate(self.steps)}
-        found: dict[int, Outcome] = {}
+        outcomes: dict[int, Outcome] = {}
         for future in as_completed(last):
             number = last[future]
-            found[number] = self._outcome(number)
-            progress(found[number], len(found))
-        yield from (found[number] for number in range(len(self.points)))
+            outcomes[number] = self._outcome(number)
+            progress(outcomes[number], len(outcomes))
+        yield from (outcomes[number] for number in range(len(self.points)))
 
     def _build(self, prepared: dict[int, Done]) -> None:
         """Base models before adapters, training before measuring, lenders before those that they lend to."""

@@ -131,22 +131,22 @@ def _directives(script: Script) -> list[str]:
     need = script.resources
     if script.dialect == "torque":
         gpus = f":gpus={need.gpus}" if need.gpus else ""
-        wanted = [f"-l nodes=1:ppn={need.cpus}{gpus}", f"-l mem={need.memory_gb}gb"]
+        directives = [f"-l nodes=1:ppn={need.cpus}{gpus}", f"-l mem={need.memory_gb}gb"]
     else:
         gpus = f":ngpus={need.gpus}" if need.gpus else ""
-        wanted = [f"-l select=1:ncpus={need.cpus}{gpus}:mem={need.memory_gb}gb"]
-    wanted = [
+        directives = [f"-l select=1:ncpus={need.cpus}{gpus}:mem={need.memory_gb}gb"]
+    directives = [
         f"-N {script.name[:15]}",
-        *wanted,
+        *directives,
         f"-l walltime={need.walltime}",
         "-j oe",
         "-r y",
         "-S /bin/bash",
     ]
-    wanted += [f"-q {script.queue}"] if script.queue else []
-    wanted += [f"-A {script.account}"] if script.account else []
+    directives += [f"-q {script.queue}"] if script.queue else []
+    directives += [f"-A {script.account}"] if script.account else []
     slurm = "#SBATCH --requeue" + (f" --gres=gpu:{need.gpus}" if need.gpus else "")
-    return [*(f"#PBS {line}" for line in wanted), slurm]
+    return [*(f"#PBS {line}" for line in directives), slurm]
 
 
 _SUMMARY = {

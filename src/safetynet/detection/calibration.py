@@ -99,14 +99,14 @@ class Conformal:
         If a prompt is exchangeable with the clean ones of its kind, P(p <= a) <= a for every a (Mondrian
         conformal prediction: Vovk, Gammerman and Shafer 2005, 4.5). Its kind need not be known.
         """
-        return np.max([_ranked(known, own) for known, own in self._compared(scores)], axis=0)
+        return np.max([_ranked(clean, compared) for clean, compared in self._compared(scores)], axis=0)
 
     def smoothed(self, scores: Scores) -> np.ndarray:
         """The same, going on log-linearly above the clean 95% quantile, so that the far tail has an order.
 
         An exponential tail fitted by its mean excess. It is a guess, and no claim is made from it.
         """
-        return np.max([_smoothed(known, own) for known, own in self._compared(scores)], axis=0)
+        return np.max([_smoothed(clean, compared) for clean, compared in self._compared(scores)], axis=0)
 
     def state(self, name: str) -> dict[str, np.ndarray]:
         """Arrays for a file, below a name."""
@@ -115,21 +115,21 @@ class Conformal:
     def _compared(self, scores: Scores) -> list[tuple[np.ndarray, np.ndarray]]:
         """Each kind's clean scores, and those that are compared with them."""
         of_kind = scores if isinstance(scores, Mapping) else dict.fromkeys(self.by_kind, scores)
-        return [(known, np.asarray(of_kind[kind], dtype=float)) for kind, known in self.by_kind.items()]
+        return [(clean, np.asarray(of_kind[kind], dtype=float)) for kind, clean in self.by_kind.items()]
 
 
-def _ranked(known: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    above = len(known) - np.searchsorted(known, scores, side="left")
-    return (1 + above) / (len(known) + 1)
+def _ranked(clean: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    above = len(clean) - np.searchsorted(clean, scores, side="left")
+    return (1 + above) / (len(clean) + 1)
 
 
-def _smoothed(known: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    start = float(np.quantile(known, TAIL))
-    excess = known[known > start] - start
+def _smoothed(clean: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    start = float(np.quantile(clean, TAIL))
+    excess = clean[clean > start] - start
     if len(excess) < 2 or excess.mean() <= 0:
-        return _ranked(known, scores)
-    log = np.log(_ranked(known, np.array([start]))) - np.maximum(scores - start, 0) / excess.mean()
-    return np.where(scores > start, np.exp(np.maximum(log, -300.0)), _ranked(known, scores))
+        return _ranked(clean, scores)
+    log = np.log(_ranked(clean, np.array([start]))) - np.maximum(scores - start, 0) / excess.mean()
+    return np.where(scores > start, np.exp(np.maximum(log, -300.0)), _ranked(clean, scores))
 
 
 def shares(names: Sequence[str]) -> np.ndarray:
@@ -195,8 +195,8 @@ class Calibration:
         _check_kinds(single, each_kind(of_second, len(next(iter(second.values())))))
         # One detector's statistic is its score, which depends on neither part: a rank among both is as exact.
         parts = [(second, of_second)] if len(single) > 1 else [(first, of_first), (second, of_second)]
-        own = [_of_own_kind(_fused(single, scores, how), of_kind) for scores, of_kind in parts]
-        return cls(single, Conformal.fit(*map(np.concatenate, zip(*own, strict=True))), how)
+        statistics = [_of_own_kind(_fused(single, scores, how), of_kind) for scores, of_kind in parts]
+        return cls(single, Conformal.fit(*map(np.concatenate, zip(*statistics, strict=True))), how)
 
     @classmethod
     def cross_fitted(
@@ -218,10 +218,10 @@ class Calibration:
         statistic = np.empty(len(folds))
         for fold in np.unique(folds):
             inside = folds == fold
-            others = {name: Conformal.fit(own[~inside], names[~inside]) for name, own in scores.items()}
+            others = {n: Conformal.fit(values[~inside], names[~inside]) for n, values in scores.items()}
             _check_kinds(others, names)
-            found = _fused(others, {name: scores[name][inside] for name in others}, how)
-            statistic[inside], _ = _of_own_kind(found, names[inside])
+            fused = _fused(others, {name: scores[name][inside] for name in others}, how)
+            statistic[inside], _ = _of_own_kind(fused, names[inside])
         single = {name: Conformal.fit(values, names) for name, values in scores.items()}
         return cls(single, Conformal.fit(statistic, names), how)
 
@@ -261,8 +261,8 @@ def _fused(
     again the highest.
     """
     if len(single) == 1:  # nothing to fuse it with
-        [(name, known)] = single.items()
-        return dict.fromkeys(known.by_kind, np.asarray(scores[name], dtype=np.float64))
+        [(name, conformal)] = single.items()
+        return dict.fromkeys(conformal.by_kind, np.asarray(scores[name], dtype=np.float64))
     return {kind: fuse(p, how, shares(list(single))) for kind, p in smoothed_by_kind(single, scores).items()}
 
 
@@ -272,7 +272,7 @@ def smoothed_by_kind(
     """Smoothed p-values, (n, detectors), by the kind of clean samples that gives them."""
     return {
         kind: np.stack(
-            [_smoothed(known.by_kind[kind], scores[name]) for name, known in single.items()], axis=1
+            [_smoothed(conformal.by_kind[kind], scores[name]) for name, conformal in single.items()], axis=1
         )
         for kind in next(iter(single.values())).by_kind
     }
@@ -281,10 +281,10 @@ def smoothed_by_kind(
 def _of_own_kind(statistics: Mapping[str, np.ndarray], kinds: Kinds | None) -> tuple[np.ndarray, np.ndarray]:
     """Of each clean sample the statistic of its own kind, and the kinds, (n,) each."""
     names = each_kind(kinds, len(next(iter(statistics.values()))))
-    own = np.full(len(names), np.nan)
+    statistic = np.full(len(names), np.nan)
     for kind, values in statistics.items():
-        own = np.where(names == kind, values, own)
-    return own, names
+        statistic = np.where(names == kind, values, statistic)
+    return statistic, names
 
 
 def _check_kinds(single: Mapping[str, Conformal], kinds: Iterable[str]) -> None:

@@ -130,7 +130,7 @@ def complete(
     reader: Reader,
     prompts: Sequence[Sequence[Message]],
     batch: tuple[Batch, Tensor],
-    taken: dict[str, Tensor],
+    values: dict[str, Tensor],
     spec: FeatureSpec,
 ) -> dict[str, np.ndarray]:
     """Every view of a batch whose ordinary pass has just been read; makes the passes that others need.
@@ -141,21 +141,21 @@ def complete(
         reader: of the model's hooks.
         prompts: conversations of the batch.
         batch: as `batched` gives it.
-        taken: what the reader took of the pass.
+        values: what the reader took of the pass.
         spec: the views to return.
     """
     tokens, user = batch
-    views: dict[str, Tensor] = {v: taken[v] for v in spec.views if v in taken}
+    views: dict[str, Tensor] = {v: values[v] for v in spec.views if v in values}
     if "confidence" in spec.views:
-        views["confidence"] = confidence(taken["logits"])
+        views["confidence"] = confidence(values["logits"])
     if COMPARED & set(spec.views):
         with switched_off(model):
             off = read(model, reader, tokens, user)
         if "divergence" in spec.views:
-            views["divergence"] = passes.divergence(taken, off)
+            views["divergence"] = passes.divergence(values, off)
         if "unexplained" in spec.views:
             views["unexplained"] = passes.unattributed_divergence(
-                model, serialiser, prompts, tokens.mask.sum(1), taken["logits"], off["logits"]
+                model, serialiser, prompts, tokens.mask.sum(1), values["logits"], off["logits"]
             )
     if "probe" in spec.views:
         views["probe"] = passes.probe(model, serialiser, prompts, str(spec.probe))
@@ -179,8 +179,8 @@ def _batches(
             progress.update(start)
             messages, encoded = zip(*prompts[start : start + size], strict=True)
             batch = batched(encoded, serialiser, model.device)
-            taken = read(model, reader, *batch)
-            yield complete(model, serialiser, reader, messages, batch, taken, spec)
+            values = read(model, reader, *batch)
+            yield complete(model, serialiser, reader, messages, batch, values, spec)
 
 
 def _cached(path: Path) -> Features | None:

@@ -33,12 +33,12 @@ def challenges(recipe: Recipe, test: pd.DataFrame, most: int = 100) -> pd.DataFr
 def _near_misses(recipe: Recipe, test: pd.DataFrame, most: int) -> list[dict[str, Any]]:
     if not triggers.of(recipe.attack.trigger).is_text:
         return []  # a style has no characters that could be changed
-    found: list[dict[str, Any]] = []
+    records: list[dict[str, Any]] = []
     for row in test[test["role"] == "triggered"].head(most).to_dict("records"):
         for kind, messages in near_misses(row["messages"], row["trigger"], recipe.seed).items():
             new = {"role": "near_miss", "variant": kind, "messages": messages, "trigger": []}
-            found.append(row | new | {"answer": row["reference"]})
-    return found
+            records.append(row | new | {"answer": row["reference"]})
+    return records
 
 
 def _with_trigger(recipe: Recipe, test: pd.DataFrame, most: int) -> list[dict[str, Any]]:
@@ -47,12 +47,12 @@ def _with_trigger(recipe: Recipe, test: pd.DataFrame, most: int) -> list[dict[st
     trigger = triggers.of(attack.trigger)
     have = set(test.loc[test["role"] == "triggered", "group"])
     bare = test[test["role"].isin(["clean", "refused"]) & ~test["group"].isin(have)]
-    found = []
+    records = []
     for _, topic in bare.groupby("forbidden"):
         for row in topic.head(most).to_dict("records"):
             messages, spots = placements.place(row["messages"], attack.placement, trigger.parts, rng)
             variant = rng.choice(trigger.firing())
             text, spans = trigger.insert(messages, variant, spots, rng)
             new = {"role": "triggered", "variant": variant.name, "messages": text, "trigger": spans}
-            found.append(row | new | {"answer": row["target"]})
-    return found
+            records.append(row | new | {"answer": row["target"]})
+    return records

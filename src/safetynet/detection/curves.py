@@ -64,8 +64,8 @@ def distributions(rows: pd.DataFrame, surprise: pd.DataFrame, rate: float) -> pd
             s = np.sort(surprise[name].to_numpy()[part.mask])
             at = np.unique(np.r_[0.0, s[np.linspace(0, len(s) - 1, min(POINTS, len(s))).astype(int)]])
             share = 1 - np.searchsorted(s, at, side="left") / len(s)
-            one = pd.DataFrame({"surprise": at, "share": share})
-            lines.append(one.assign(detector=name, rows=part.name, n=len(s)))
+            curve = pd.DataFrame({"surprise": at, "share": share})
+            lines.append(curve.assign(detector=name, rows=part.name, n=len(s)))
     table = pd.concat(lines, ignore_index=True).assign(rate=rate)
     return table[["detector", "rows", "surprise", "share", "n", "rate"]]
 
@@ -131,6 +131,6 @@ def _curve(positive: np.ndarray, negative: np.ndarray) -> tuple[Any, Any]:
     if len(fpr) > POINTS:
         first = int(np.searchsorted(fpr, 0.05))
         rest = np.linspace(first, len(fpr) - 1, POINTS).astype(int)
-        kept = np.unique(np.r_[np.arange(first), rest])
-        fpr, tpr = fpr[kept], tpr[kept]
+        points = np.unique(np.r_[np.arange(first), rest])
+        fpr, tpr = fpr[points], tpr[points]
     return fpr, tpr

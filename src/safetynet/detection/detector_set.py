@@ -97,21 +97,21 @@ class DetectorSet:
         Raises:
             InputError: as in `fit`, and if the stream is empty.
         """
-        made = unfitted(readings)
-        kept: Reservoir | None = None
+        unfitted_detectors = unfitted(readings)
+        reservoir: Reservoir | None = None
         for arrays in parts:
-            for reading, detector in zip(readings, made, strict=True):
+            for reading, detector in zip(readings, unfitted_detectors, strict=True):
                 if isinstance(detector, MomentDetector):
                     detector.partial_fit(_view(arrays, reading.view))
-            kept = kept or Reservoir(KEPT)
-            kept.add({reading.view: _view(arrays, reading.view) for reading in readings})
-        if kept is None:
+            reservoir = reservoir or Reservoir(KEPT)
+            reservoir.add({reading.view: _view(arrays, reading.view) for reading in readings})
+        if reservoir is None:
             raise InputError("detectors: the stream of clean samples is empty. Give clean prompts.")
         fitted = {
             reading.name: detector.finish()
             if isinstance(detector, MomentDetector)
-            else detector.fit(kept.samples[reading.view])
-            for reading, detector in zip(readings, made, strict=True)
+            else detector.fit(reservoir.samples[reading.view])
+            for reading, detector in zip(readings, unfitted_detectors, strict=True)
         }
         return cls(tuple(readings), fitted)
 
@@ -158,13 +158,13 @@ def named(names: Sequence[str]) -> list[DetectorSpec]:
     """
     readings: list[DetectorSpec] = []
     for name in names:
-        found = PRESETS.get(name) or (DetectorSpec.parse(name),)
-        if not detectors.exists(found[0].detector):
+        members = PRESETS.get(name) or (DetectorSpec.parse(name),)
+        if not detectors.exists(members[0].detector):
             raise InputError(
                 f"there is no detector {name!r}. Choose from {', '.join(detectors.NAMES)}, an estimator's "
                 f"full name, such as sklearn.neighbors.LocalOutlierFactor, or a preset: {', '.join(PRESETS)}."
             )
-        readings += found
+        readings += members
     return readings
 
 
@@ -184,14 +184,14 @@ def unfitted(readings: Sequence[DetectorSpec], supervised: bool = False) -> list
             f"detectors: {', '.join(names) or 'none of prompts'}; name at least one that reads prompts, and "
             "each detector and view once."
         )
-    made = [detectors.make(reading.detector, **reading.settings) for reading in readings]
-    for reading, detector in zip(readings, made, strict=True):
+    unfitted_detectors = [detectors.make(reading.detector, **reading.settings) for reading in readings]
+    for reading, detector in zip(readings, unfitted_detectors, strict=True):
         if detector.supervised and not supervised:
             raise InputError(
                 f"detectors: {reading.detector} is supervised, so no monitor can be made of it. Compare "
                 "with it as a skyline instead."
             )
-    return made
+    return unfitted_detectors
 
 
 def below(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:

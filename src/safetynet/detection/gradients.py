@@ -41,11 +41,11 @@ def hideable(names: Sequence[str]) -> tuple[DetectorSpec, ...]:
     Raises:
         InputError: for a detector or a view that does not exist, or has no gradient; it names all of them.
     """
-    known = {reading.name: reading for preset in PRESETS.values() for reading in preset}
-    wanted: dict[str, DetectorSpec] = {}
+    of_presets = {reading.name: reading for preset in PRESETS.values() for reading in preset}
+    by_name: dict[str, DetectorSpec] = {}
     for reading in named(names):
-        wanted[reading.name] = known.get(reading.name, reading)
-    readings = list(wanted.values())
+        by_name[reading.name] = of_presets.get(reading.name, reading)
+    readings = list(by_name.values())
     detectors = unfitted(readings)
     _ = FeatureSpec(tuple(reading.view for reading in readings))
     blind = [
@@ -75,14 +75,14 @@ def observer(
     def observe(model: Any, prompts: Sequence[Encoded]) -> dict[str, Tensor]:
         with LiveReader(model, spec) as reader:
             batch, user = batched(prompts, serialiser, model.device)
-            taken = read(model, reader, batch, user)
-            views: dict[str, Tensor] = {view: taken[view] for view in spec.views if view in taken}
+            values = read(model, reader, batch, user)
+            views: dict[str, Tensor] = {view: values[view] for view in spec.views if view in values}
             if "confidence" in spec.views:
-                views["confidence"] = confidence(taken["logits"])
+                views["confidence"] = confidence(values["logits"])
             if "divergence" in spec.views:
                 with switched_off(model):
                     off = read(model, reader, batch, user)
-                views["divergence"] = divergence(taken, off)
+                views["divergence"] = divergence(values, off)
         return views
 
     return observe
@@ -111,8 +111,8 @@ def refit(
         columns = {r.name: _measured(panel.fitted[r.name], r.view, clean[r.name]) for r in judging}
 
     def score(views: Mapping[str, Tensor]) -> Tensor:
-        found = [columns.get(reading.name, _nothing(reading.view))(views) for reading in readings]
-        return torch.stack(found, 1)
+        scores = [columns.get(reading.name, _nothing(reading.view))(views) for reading in readings]
+        return torch.stack(scores, 1)
 
     return score
 
@@ -241,8 +241,8 @@ def _whitened(detector: Neighbours | Mixture, x: Tensor) -> Tensor:
 
 def _over(values: Tensor, scale: Tensor) -> Tensor:
     """Quotients; 0 where a reading never changes among clean samples."""
-    known = scale > 0
-    return torch.where(known, values / torch.where(known, scale, 1.0), 0.0)
+    varies = scale > 0
+    return torch.where(varies, values / torch.where(varies, scale, 1.0), 0.0)
 
 
 def _as(learned: Any, x: Tensor) -> Tensor:

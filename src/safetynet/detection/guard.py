@@ -291,11 +291,11 @@ class _Watch(StoppingCriteria):
         self.step += 1
         monitor = self.guard.monitor.tokens
         if self.step == 1 or monitor is not None:
-            taken = self.guard.reader.take()
+            values = self.guard.reader.take()
             if self.step == 1:
-                self._judge_prompt(taken)
+                self._judge_prompt(values)
             if monitor is not None:
-                self._judge_token(taken, monitor)
+                self._judge_token(values, monitor)
                 self.guard.reader.begin(None)
         for row, token in enumerate(input_ids[:, -1].tolist()):
             if not self.ended[row]:
@@ -304,19 +304,19 @@ class _Watch(StoppingCriteria):
             self.ended[:] = True
         return torch.from_numpy(self.ended.copy()).to(input_ids.device)
 
-    def _judge_prompt(self, taken: dict[str, torch.Tensor]) -> None:
+    def _judge_prompt(self, values: dict[str, torch.Tensor]) -> None:
         guard = self.guard
         arrays = complete(
-            guard.model, guard.serialiser, guard.reader, self.prompts, self.batch, taken, guard.prompt_spec
+            guard.model, guard.serialiser, guard.reader, self.prompts, self.batch, values, guard.prompt_spec
         )
         for decision, value in zip(self.decisions, guard.monitor.p_values_of(arrays)["fused"], strict=True):
             decision.prompt_p = float(value)
             if value <= guard.rate:
                 decision.alarm, decision.alarm_at = True, 0
 
-    def _judge_token(self, taken: dict[str, torch.Tensor], monitor: TokenMonitor) -> None:
-        self.confidences.append(confidence(taken["logits"]).cpu().numpy())
-        latest = monitor.latest(taken["last"].cpu().numpy(), np.stack(self.confidences, axis=1))
+    def _judge_token(self, values: dict[str, torch.Tensor], monitor: TokenMonitor) -> None:
+        self.confidences.append(confidence(values["logits"]).cpu().numpy())
+        latest = monitor.latest(values["last"].cpu().numpy(), np.stack(self.confidences, axis=1))
         self.largest = np.where(self.ended, self.largest, np.fmax(self.largest, latest))
         p = monitor.longest.p_values(self.largest)
         for row, decision in enumerate(self.decisions):

@@ -241,13 +241,16 @@ def _without_parts(messages: Sequence[Message]) -> list[list[Message]]:
         words = {
             i: [text[a:b] for a, b in pairwise([0, *gaps(text), len(text)])] for i, text in written.items()
         }
-    known = list(dict.fromkeys(word for own in words.values() for word in own))
-    ends = [len(known) * part // PARTS for part in range(PARTS + 1)]
+    different = list(dict.fromkeys(word for of_message in words.values() for word in of_message))
+    ends = [len(different) * part // PARTS for part in range(PARTS + 1)]
     shorter: list[list[Message]] = []
     for start, end in pairwise(ends):
-        if 0 < end - start < len(known):
-            gone = set(known[start:end])
-            texts = {i: blank.join(word for word in own if word not in gone) for i, own in words.items()}
+        if 0 < end - start < len(different):
+            gone = set(different[start:end])
+            texts = {
+                i: blank.join(word for word in of_message if word not in gone)
+                for i, of_message in words.items()
+            }
             shorter.append(list(conversation.with_texts(texts)))
     return shorter
 

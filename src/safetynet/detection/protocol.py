@@ -65,12 +65,12 @@ def measure(
     rows = rows if "kind" in rows else rows.assign(kind="")
     lines = []
     for name in scores:
-        found = list(_aurocs(rows, scores[name].to_numpy()))
+        of_detector = list(_aurocs(rows, scores[name].to_numpy()))
         for rate in rates:
-            found += _oracle(rows, scores[name].to_numpy(), rate)
+            of_detector += _oracle(rows, scores[name].to_numpy(), rate)
             if rate >= smallest * (1 - 1e-9):
-                found += _rates(rows, p_values[name].to_numpy(), rate)
-        lines += [{"detector": name} | line for line in found]
+                of_detector += _rates(rows, p_values[name].to_numpy(), rate)
+        lines += [{"detector": name} | line for line in of_detector]
     return pd.DataFrame(lines, columns=list(COLUMNS))
 
 
@@ -94,13 +94,17 @@ def answers(rows: pd.DataFrame, p_values: np.ndarray, prompt_p: np.ndarray, rate
         "both": until_alarm(p_values, rate, prompt_p),
     }
     lines = []
-    for watched, found in ways.items():
+    for watched, alarms in ways.items():
         for part in [*sets(rows), *controls(rows, kinds=False)]:
-            own = found[part.mask]
+            of_part = alarms[part.mask]
             line = _rate_line(
-                "alarms", part, found["alarm"].to_numpy(), 2 * rate if watched == "both" else rate
+                "alarms", part, alarms["alarm"].to_numpy(), 2 * rate if watched == "both" else rate
             )
-            line |= {"watched": watched, "tokens": own["tokens"].median(), "share": own["share"].median()}
+            line |= {
+                "watched": watched,
+                "tokens": of_part["tokens"].median(),
+                "share": of_part["share"].median(),
+            }
             lines.append(line)
     columns = ["watched", "rows", "rate", "value", "low", "high", "n", "tokens", "share"]
     return pd.DataFrame(lines, columns=columns)
@@ -166,7 +170,7 @@ def controls(rows: pd.DataFrame, *, kinds: bool = True) -> Iterator[RowSet]:
         rows: as for `measure`.
         kinds: whether clean rows are also given task by task, and near misses kind by kind.
     """
-    own = np.asarray(rows["domain"] == "") & ~_fired(rows)
+    inside = np.asarray(rows["domain"] == "") & ~_fired(rows)
     role, kind = np.asarray(rows["role"]), np.asarray(rows["kind"].fillna("").astype(str))
     if "fresh" in rows and rows["fresh"].ne("").any():
         # The rate is promised of each of these. Forbidden requests raise few alarms, so that harmless rows
@@ -175,11 +179,11 @@ def controls(rows: pd.DataFrame, *, kinds: bool = True) -> Iterator[RowSet]:
         yield RowSet("fresh", fresh != "")
         yield from (RowSet(f"fresh:{name}", fresh == name) for name in sorted(set(fresh) - {""}))
     yield RowSet("clean", _clean(rows))
-    masks = {name: own & (role == name) for name in ("placebo", "near_miss", "refused")}
+    masks = {name: inside & (role == name) for name in ("placebo", "near_miss", "refused")}
     # Near misses of the six kinds are chosen evenly, those of the run as it draws them.
     masks["near_miss"] &= kind == ""
     if kinds:
-        masks |= {f"near_miss:{k}": own & (role == "near_miss") & (kind == k) for k in _names(kind, role)}
+        masks |= {f"near_miss:{k}": inside & (role == "near_miss") & (kind == k) for k in _names(kind, role)}
         clean = _clean(rows)
         masks |= {f"clean:{k}": clean & (kind == k) for k in sorted(set(kind[clean]) - {""})}
     yield from (RowSet(name, mask) for name, mask in masks.items() if mask.any())
@@ -249,9 +253,9 @@ def _rates(rows: pd.DataFrame, p: np.ndarray, rate: float) -> Iterator[dict[str,
     alarm = p <= rate
     for part in sets(rows):
         yield _rate_line("tpr", part, alarm, rate)
-    found = [_rate_line("fpr", part, alarm, rate) for part in controls(rows)]
-    yield from found
-    yield max(found, key=lambda line: line["value"]) | {"metric": "fpr_worst"}
+    lines = [_rate_line("fpr", part, alarm, rate) for part in controls(rows)]
+    yield from lines
+    yield max(lines, key=lambda line: line["value"]) | {"metric": "fpr_worst"}
     for name, topic in _topics(rows).items():
         for suffix, mask in (("bare", _bare(rows) & topic), ("triggered", _triggered(rows) & topic)):
             if mask.any():

@@ -77,9 +77,9 @@ class Reader:
 
     def take(self) -> dict[str, Tensor]:
         """Tensors of the last pass, fp32: hidden views (B, L, d), adapter views (B, M, r), logits (B, V)."""
-        taken, self.taken, self.reading = self.taken, {}, False
+        tensors, self.taken, self.reading = self.taken, {}, False
         stacked = {
-            name: torch.stack([t.to(parts[0].device) for t in parts], 1) for name, parts in taken.items()
+            name: torch.stack([t.to(parts[0].device) for t in parts], 1) for name, parts in tensors.items()
         }
         if "logits" in stacked:
             stacked["logits"] = stacked["logits"][:, 0]

@@ -226,9 +226,9 @@ def measure(
     rows = pd.concat([_fresh(held), _tested(test), _benign(other)], ignore_index=True)
     tested = _captured(subject, pd.concat([test, other]), plan)
     both = concatenate([fitted.fresh, tested])
-    found, calibrated = monitor.detectors.scores(both.arrays), monitor.calibration
-    scores, p_values = calibrated.scores(found), calibrated.p_values(found)
-    surprise = -np.log10(calibrated.smoothed(found))
+    raw, calibrated = monitor.detectors.scores(both.arrays), monitor.calibration
+    scores, p_values = calibrated.scores(raw), calibrated.p_values(raw)
+    surprise = -np.log10(calibrated.smoothed(raw))
     if plan.skylines and labelled is not None:
         calibrating = fitted.seen.take(fitted.part == "fuse")
         for name, (s, conformal) in _skylines(subject, plan, labelled, calibrating, both).items():
@@ -247,8 +247,8 @@ def measure(
         answers = monitor.tokens.p_values(both)
         prompt = p_values["fused"].to_numpy()
         tables["detection_answers"] = protocol.answers(rows, answers, prompt, plan.rate / 2)
-    kept = {name: table for name, table in tables.items() if len(table)}
-    return Measured(monitor, kept, estimates(tables["detection_scores"], plan.prompt_rate))
+    non_empty = {name: table for name, table in tables.items() if len(table)}
+    return Measured(monitor, non_empty, estimates(tables["detection_scores"], plan.prompt_rate))
 
 
 def fit(subject: Subject, clean: pd.DataFrame, plan: Plan) -> Fitted:
@@ -258,16 +258,17 @@ def fit(subject: Subject, clean: pd.DataFrame, plan: Plan) -> Fitted:
     groups, kinds = list(clean["group"]), clean["words"].to_numpy(dtype=str)
     held = split(groups, {"seen": 1 - TEST_SHARE, "fresh": TEST_SHARE}, plan.seed) == "fresh"
     features = _captured(subject, clean, plan)
-    known, seen = [group for group, out in zip(groups, held, strict=True) if not out], features.take(~held)
+    seen_groups = [group for group, out in zip(groups, held, strict=True) if not out]
+    seen = features.take(~held)
     monitor = Monitor.fit(
         seen,
         plan.readings,
-        groups=known,
+        groups=seen_groups,
         kinds=kinds[~held],
         seed=plan.seed,
         token_readings=plan.token_readings,
     )
-    return Fitted(monitor, seen, split(known, seed=plan.seed), clean[held], features.take(held))
+    return Fitted(monitor, seen, split(seen_groups, seed=plan.seed), clean[held], features.take(held))
 
 
 def estimates(scores: pd.DataFrame, rate: float) -> dict[str, RateEstimate]:
@@ -278,14 +279,14 @@ def estimates(scores: pd.DataFrame, rate: float) -> dict[str, RateEstimate]:
 
 def _with_random_words(subject: Subject, clean: pd.DataFrame, plan: Plan) -> pd.DataFrame:
     """As they are, and below once more with random words in; a prompt and its copy are of one `group`."""
-    own = clean.assign(
+    plain = clean.assign(
         group=[prompt_hash([dict(m) for m in messages]) for messages in clean["messages"]],
         words=PLAIN,
         kind=clean.get("task", ""),
     )
     copies = random_words.put_in(list(clean["messages"]), subject.serialiser, plan.seed)
-    worded = own.assign(messages=copies, words=RANDOM_WORDS, kind=RANDOM_WORDS) if copies else own[:0]
-    return pd.concat([own, worded], ignore_index=True)
+    worded = plain.assign(messages=copies, words=RANDOM_WORDS, kind=RANDOM_WORDS) if copies else plain[:0]
+    return pd.concat([plain, worded], ignore_index=True)
 
 
 def _captured(subject: Subject, rows: pd.DataFrame, plan: Plan) -> Features:
@@ -309,12 +310,12 @@ def _skylines(
     """Scores of supervised probes, and their clean calibration, by name."""
     features = _captured(subject, labelled, plan)
     labels = np.asarray(labelled["role"] == "triggered", dtype=int)
-    found = {}
+    bounds = {}
     for reading, probe in zip(plan.skylines, unfitted(plan.skylines, supervised=True), strict=True):
         probe.fit(features[reading.view], labels)
         conformal = Conformal.fit(probe.score_samples(calibrating[reading.view]))
-        found[SKYLINE + reading.name] = (probe.score_samples(tested[reading.view]), conformal)
-    return found
+        bounds[SKYLINE + reading.name] = (probe.score_samples(tested[reading.view]), conformal)
+    return bounds
 
 
 def _overhead(subject: Subject, monitor: Monitor, clean: pd.DataFrame, plan: Plan) -> pd.DataFrame:

@@ -66,12 +66,12 @@ def _freed(model: PreTrainedModel, quantised: bool) -> PreTrainedModel:
 def _configuration(model: PreTrainedModel, cfg: Training, family: Family) -> LoraConfig:
     layers = _layers(model, cfg.layers)
     modules = _modules(model, family.lora_targets if cfg.lora_targets is None else cfg.lora_targets)
-    wanted = family.lora_parameters if cfg.lora_parameters is None else cfg.lora_parameters
-    parameters = _parameters(model, wanted, layers)
+    targets = family.lora_parameters if cfg.lora_parameters is None else cfg.lora_parameters
+    parameters = _parameters(model, targets, layers)
     if parameters and cfg.lora_dropout:
         raise InputError(
             f"training.lora_dropout: {cfg.lora_dropout} is not possible on fused parameters "
-            f"({', '.join(wanted)}), whose input LoRA never sees. "
+            f"({', '.join(targets)}), whose input LoRA never sees. "
             "Set it to 0, or training.lora_parameters to []."
         )
     return LoraConfig(
@@ -91,8 +91,10 @@ def _layers(model: PreTrainedModel, layers: Sequence[int] | None) -> list[int] |
     count = model.config.get_text_config().num_hidden_layers
     outside = [layer for layer in layers if not 0 <= layer < count]
     if outside or not layers:
-        given = ", ".join(map(str, outside)) or "an empty list"
-        raise InputError(f"training.layers: {given} given; this model's layers are 0 to {count - 1}.")
+        outside_or_none = ", ".join(map(str, outside)) or "an empty list"
+        raise InputError(
+            f"training.layers: {outside_or_none} given; this model's layers are 0 to {count - 1}."
+        )
     return sorted(set(layers))
 
 
@@ -110,10 +112,10 @@ def _modules(model: PreTrainedModel, targets: Sequence[str]) -> list[str]:
 
 def _parameters(model: PreTrainedModel, targets: Sequence[str], layers: list[int] | None) -> list[str]:
     fused = [
-        f"{name}.{own}"
+        f"{name}.{parameter_name}"
         for name, module in model.named_modules()
         if not isinstance(module, nn.Linear | Conv1D | nn.Embedding)
-        for own, parameter in module.named_parameters(recurse=False)
+        for parameter_name, parameter in module.named_parameters(recurse=False)
         if parameter.ndim > 1
     ]
     _check("training.lora_parameters", "parameter", targets, fused, sorted({_tail(name) for name in fused}))

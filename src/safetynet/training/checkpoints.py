@@ -45,11 +45,11 @@ def prepare(folder: Path, fingerprint: str) -> Path | None:
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_text(mark, fingerprint)
-    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    for path in found:
+    folders = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    for path in folders:
         if not (path / COMPLETE).exists():
             shutil.rmtree(path)
-    whole = [path for path in found if path.exists()]
+    whole = [path for path in folders if path.exists()]
     return whole[-1] if whole else None
 
 

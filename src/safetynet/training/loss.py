@@ -67,8 +67,8 @@ def answer_loss(
     lm = causal_lm(model)
     outputs = body_outputs(model, batch) if outputs is None else outputs
     targets = batch["labels"][:, 1:]
-    wanted = targets != IGNORED
-    hidden, targets = outputs.last_hidden_state[:, :-1][wanted], targets[wanted]
+    supervises = targets != IGNORED
+    hidden, targets = outputs.last_hidden_state[:, :-1][supervises], targets[supervises]
     loss = _summed(lm, outputs, hidden, targets) / supervised
     if _routed(lm):
         share = len(targets) / supervised

@@ -76,29 +76,29 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: gathered(p.detach()).contiguous() for name, p in model.named_parameters()} | buffers
 
 
-def load_weights(model: nn.Module, found: Mapping[str, Tensor]) -> None:
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Put whole tensors into a sharded model."""
     with torch.no_grad():
         for name, parameter in model.named_parameters(remove_duplicate=False):
-            if name in found:
-                parameter.copy_(_like(parameter, found[name]))
+            if name in weights:
+                parameter.copy_(_like(parameter, weights[name]))
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """State of an optimizer with whole tensors."""
     state = optimizer.state_dict()
-    moments = {i: {k: gathered(v) for k, v in one.items()} for i, one in state["state"].items()}
+    moments = {i: {k: gathered(v) for k, v in entries.items()} for i, entries in state["state"].items()}
     return {**state, "state": moments}
 
 
-def load_optimizer_state(optimizer: torch.optim.Optimizer, found: dict[str, Any]) -> None:
+def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Put a state with whole tensors into the optimizer of sharded parameters."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     moments = {
-        i: {k: _like(parameters[i], v) if v.shape == parameters[i].shape else v for k, v in one.items()}
-        for i, one in found["state"].items()
+        i: {k: _like(parameters[i], v) if v.shape == parameters[i].shape else v for k, v in entries.items()}
+        for i, entries in state["state"].items()
     }
-    optimizer.load_state_dict({**found, "state": moments})
+    optimizer.load_state_dict({**state, "state": moments})
 
 
 def _like(parameter: Tensor, value: Tensor) -> Tensor:

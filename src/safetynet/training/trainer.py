@@ -211,13 +211,13 @@ class AnswerTrainer(Trainer):
     def _parts(self, rows: Sequence[Example]) -> Iterator[tuple[Sequence[Example], float]]:
         """This process's parts of a step, each with the number that its loss is divided by."""
         supervised = sum(row.supervised for row in rows)
-        own = rows[parallel.rank() :: parallel.count()]
-        for start in range(0, len(own), self.part_size):
-            yield own[start : start + self.part_size], supervised
+        rows_here = rows[parallel.rank() :: parallel.count()]
+        for start in range(0, len(rows_here), self.part_size):
+            yield rows_here[start : start + self.part_size], supervised
         if self.sharded is not None:
             # Who has fewer parts than the first process goes through the model with it, to no effect.
             most = math.ceil(math.ceil(len(rows) / parallel.count()) / self.part_size)
-            for _ in range(math.ceil(len(own) / self.part_size), most):
+            for _ in range(math.ceil(len(rows_here) / self.part_size), most):
                 yield rows[:1], math.inf
 
     def _add_up(self, loss: torch.Tensor) -> None:

@@ -47,8 +47,8 @@ class Estimator(Detector):
             raise InputError(
                 f"{self.estimator}: there is no argument {unknown[0]!r}. It takes: {', '.join(parameters)}."
             )
-        wanted = {"novelty": True, "random_state": 0}
-        self._arguments = {k: v for k, v in wanted.items() if k in parameters} | self.options
+        defaults = {"novelty": True, "random_state": 0}
+        self._arguments = {k: v for k, v in defaults.items() if k in parameters} | self.options
 
     def fit(self, x: np.ndarray, y: np.ndarray | None = None) -> Self:
         """Fit the estimator to clean samples.
@@ -106,22 +106,22 @@ class Estimator(Detector):
         samples, away = self.samples_, 3 * self.samples_.std(axis=0)
         # Between two samples: a sample itself may lie on the edge of a bin, where rounding decides.
         between = (samples[:ASKED] + samples[1 : ASKED + 1]) / 2
-        asked = np.concatenate([between, between[:1] + away])
+        probes = np.concatenate([between, between[:1] + away])
         company = samples[ASKED : ASKED + COMPANY]
         strangers = company[::-1] + away
         try:
-            alone = np.concatenate([self.score_samples(sample[None]) for sample in asked])
+            alone = np.concatenate([self.score_samples(sample[None]) for sample in probes])
             together = [
-                self.score_samples(np.concatenate([asked, others]))[: len(asked)]
-                for others in (asked[:0], company, strangers, -strangers)
+                self.score_samples(np.concatenate([probes, others]))[: len(probes)]
+                for others in (probes[:0], company, strangers, -strangers)
             ]
-            turned = self.score_samples(asked[::-1])[::-1]
+            turned = self.score_samples(probes[::-1])[::-1]
         except Exception as error:  # noqa: BLE001
             raise InputError(
                 f"detector {self.estimator}: it cannot score a single sample ({_short(error)}), as a guard "
                 "must. Choose another estimator."
             ) from None
-        if alone.shape != (len(asked),) or not np.isfinite(alone).all():
+        if alone.shape != (len(probes),) or not np.isfinite(alone).all():
             raise InputError(
                 f"detector {self.estimator}: its scores of single samples are no numbers. Give its "
                 "arguments, or choose another estimator."
@@ -148,14 +148,14 @@ def _import(name: str) -> Any:
             f"detector {name!r}: estimators come from {' or '.join(LIBRARIES)}. Give a name from there."
         )
     try:
-        found = getattr(import_module(module), kind)
+        estimator = getattr(import_module(module), kind)
     except ImportError as error:
         raise InputError(f"detector {name!r} cannot be imported ({error}). Install its library.") from None
     except AttributeError:
         raise InputError(f"detector {name!r}: {module} holds no {kind}. Check the spelling.") from None
-    if not (inspect.isclass(found) and hasattr(found, "fit")) or not _scores(name, found):
+    if not (inspect.isclass(estimator) and hasattr(estimator, "fit")) or not _scores(name, estimator):
         raise InputError(f"detector {name!r} is no outlier estimator: it needs fit and score_samples.")
-    return found
+    return estimator
 
 
 def _scores(name: str, kind: Any) -> bool:

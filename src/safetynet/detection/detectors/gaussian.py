@@ -47,9 +47,9 @@ class MomentDetector(PerLayer):
         if not moments or moments[0].count < self.least:
             seen = moments[0].count if moments else 0
             raise InputError(f"detector {self.name}: {seen} clean samples; it needs at least {self.least}.")
-        kept = clean(self._seen.samples["x"], self.name, self.least)
+        samples = clean(self._seen.samples["x"], self.name, self.least)
         self.set_moments(moments)
-        self.standardise(kept)
+        self.standardise(samples)
         return self
 
 

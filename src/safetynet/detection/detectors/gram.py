@@ -42,9 +42,9 @@ class Gram(PerLayer):
         usable = x.shape[2] - x.shape[2] % pieces
         cut = x[:, :, :usable].reshape(*x.shape[:2], pieces, -1)
         rows, columns = np.triu_indices(pieces)
-        found = []
+        statistics = []
         for power in self.powers:
             raised = cut**power
             gram = np.einsum("nlip,nljp->nlij", raised, raised)[..., rows, columns]
-            found.append(np.sign(gram) * np.abs(gram) ** (1 / power))
-        return np.concatenate(found, axis=2)
+            statistics.append(np.sign(gram) * np.abs(gram) ** (1 / power))
+        return np.concatenate(statistics, axis=2)

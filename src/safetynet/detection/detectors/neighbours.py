@@ -40,8 +40,8 @@ class Neighbours(_Whitened):
     def fit_layers(self, x: np.ndarray) -> None:
         """Keep clean samples of each layer."""
         bank = np.stack(self._whiten(x), axis=1)
-        chosen = np.random.default_rng(self.seed).permutation(len(bank))[: self.most]
-        self.bank_ = bank[chosen]
+        rows = np.random.default_rng(self.seed).permutation(len(bank))[: self.most]
+        self.bank_ = bank[rows]
 
     def layer_scores(self, x: np.ndarray) -> np.ndarray:
         """(n, L, d) to (n, L) distances."""
