@@ -3,7 +3,7 @@
 A change takes the values at the edited positions, (k, width), and returns as many. It works row by row: of
 the last layer the engine computes only the rows that count. The constructors below are the field's
 interventions; any such function will do. Edits of one run are a set: the engine applies them where the
-network reaches them, and refuses two of the same place, whose order would matter.
+network reaches them, and refuses two of the same site, whose order would matter.
 """
 
 from collections.abc import Callable, Sequence
@@ -155,7 +155,7 @@ def low_rank(components: Tensor, mean: Tensor) -> Change:
 
 
 def check_set(placed: Sequence[tuple[Intervention, Sequence[int]]]) -> None:
-    """Refuse two edits of one place, each given with its columns, and edits of what only a knock-out changes.
+    """Refuse two edits of one site, each given with its columns, and edits of what only a knock-out changes.
 
     Raises:
         InputError: naming the site.
@@ -166,10 +166,10 @@ def check_set(placed: Sequence[tuple[Intervention, Sequence[int]]]) -> None:
             continue
         if edit.site.component == "attention":
             raise InputError(f"site {edit.site}: a pattern has no values to change. Cut it with a KnockOut.")
-        site = _where_it_is_edited(edit.site)
+        site = _canonical(edit.site)
         others = seen.setdefault((site.component, site.layer), [])
-        for other, taken in others:
-            if _meet(site, other) and not taken.isdisjoint(columns):
+        for other, edited in others:
+            if _overlap(site, other) and not edited.isdisjoint(columns):
                 raise InputError(
                     f"interventions: {edit.site} is edited twice at the same position, and the order would "
                     "decide. Make one change of both."
@@ -177,14 +177,14 @@ def check_set(placed: Sequence[tuple[Intervention, Sequence[int]]]) -> None:
         others.append((site, set(columns)))
 
 
-def _where_it_is_edited(site: Site) -> Site:
+def _canonical(site: Site) -> Site:
     """The stream between two layers has two names, as has the stream before the first."""
     if site.component == "resid_post":
         return Site("resid_pre", site.layer + 1)
     return Site("resid_pre", 0) if site.component == "embedding" else site
 
 
-def _meet(site: Site, other: Site) -> bool:
+def _overlap(site: Site, other: Site) -> bool:
     """Whether two sites of one component and layer share values; no index or module stands for all."""
     by_index = site.index is None or other.index is None or site.index == other.index
     return by_index and (not site.module or not other.module or site.module == other.module)

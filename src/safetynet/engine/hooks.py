@@ -229,8 +229,8 @@ def without_adapter(module: Any, args: tuple[Any, ...]) -> Tensor:
 
 def contribution(experts: Callable[..., Tensor], args: tuple[Any, ...], index: int | None) -> Tensor:
     """What one expert adds, (tokens, width), its routing weight included; of all experts for None."""
-    x, chosen, weights = args
-    return experts(x, chosen, weights if index is None else weights * (chosen == index))
+    x, routed, weights = args
+    return experts(x, routed, weights if index is None else weights * (routed == index))
 
 
 def dense_weights(index: Tensor, weights: Tensor, experts: int) -> Tensor:

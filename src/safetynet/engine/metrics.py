@@ -34,8 +34,8 @@ def logit_difference(target: Sequence[int], other: Sequence[int]) -> Metric:
 
     def compute(logits: Tensor, rows: Tensor) -> Tensor:
         last = logits[:, -1]
-        wanted, instead = (ids.to(last.device)[rows.to(last.device)][:, None] for ids in (targets, others))
-        return (last.gather(1, wanted) - last.gather(1, instead))[:, 0]
+        first, second = (ids.to(last.device)[rows.to(last.device)][:, None] for ids in (targets, others))
+        return (last.gather(1, first) - last.gather(1, second))[:, 0]
 
     return Metric("logit_difference", compute)
 
@@ -51,9 +51,9 @@ def log_probability(targets: Sequence[Sequence[int]]) -> Metric:
     labels = torch.tensor([[IGNORED] * (longest - len(row)) + list(row) for row in targets])
 
     def compute(logits: Tensor, rows: Tensor) -> Tensor:
-        wanted = labels.to(logits.device)[rows.to(logits.device)]
-        found = logits.log_softmax(-1).gather(2, wanted.clamp_min(0)[..., None])[..., 0]
-        return found.where(wanted != IGNORED, 0).sum(1)  # not a product: padding may be infinite
+        tokens = labels.to(logits.device)[rows.to(logits.device)]  # (R, n)
+        nats = logits.log_softmax(-1).gather(2, tokens.clamp_min(0)[..., None])[..., 0]
+        return nats.where(tokens != IGNORED, 0).sum(1)  # not a product: padding may be infinite
 
     return Metric("log_probability", compute, longest)
 
@@ -63,8 +63,8 @@ def kl(reference: Tensor) -> Metric:
     expected = reference.float().log_softmax(-1)
 
     def compute(logits: Tensor, rows: Tensor) -> Tensor:
-        found = logits[:, -1].log_softmax(-1)
-        wanted = expected.to(found.device)[rows.to(found.device)]
-        return (wanted.exp() * (wanted - found)).sum(-1)
+        actual = logits[:, -1].log_softmax(-1)
+        before = expected.to(actual.device)[rows.to(actual.device)]
+        return (before.exp() * (before - actual)).sum(-1)
 
     return Metric("kl", compute)

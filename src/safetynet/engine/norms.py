@@ -1,7 +1,7 @@
-"""Norms of the RMS kind as what they are at one state: a scale per dimension.
+"""RMSNorm linearised at a given state: a per-dimension scale.
 
 With the scale frozen, a norm is linear, and what reads the normed state can be shared out among the parts
-that were added up to it; so is the head, times what the model multiplies its logits with.
+that add up to it; so is the head, times what the model multiplies its logits with.
 """
 
 from collections.abc import Sequence
@@ -13,13 +13,14 @@ from torch import Tensor
 from safetynet.engine.sitecheck import alike, precision
 from safetynet.errors import InputError
 from safetynet.models.blocks import decoder_layers, unwrapped
+from safetynet.models.causal_lm import CausalLM
 
 FINAL = ("norm", "final_layernorm", "final_norm", "final_layer_norm", "ln_f", "norm_f")
 NEAR_CAP = 0.95
 """Share of a cap on logits above which the cap cannot be undone."""
 
 
-def final_norm(model: Any) -> Any:
+def final_norm(model: CausalLM) -> Any:
     """The norm between the last layer and the head, which stands beside the list of layers.
 
     Raises:
@@ -54,11 +55,11 @@ def frozen_scale(norm: Any, states: Tensor) -> Tensor:
     return scale
 
 
-def logit_scale(model: Any, normed: Tensor, logits: Tensor) -> float:
-    """What the model multiplies its head's output with, told from its own logits; capping is undone.
+def logit_scale(model: CausalLM, normed: Tensor, logits: Tensor) -> float:
+    """What the model multiplies its head's output with, found from its own logits; capping is undone.
 
     Args:
-        model: a causal LM of transformers.
+        model: the model.
         normed: (B, width) behind the final norm.
         logits: (B, vocabulary) that the model gives them.
 
@@ -69,12 +70,12 @@ def logit_scale(model: Any, normed: Tensor, logits: Tensor) -> float:
     cap = getattr(inner.config.get_text_config(), "final_logit_softcapping", None)
     head = inner.get_output_embeddings()
     with torch.no_grad():
-        plain, own = head(normed.to(head.weight.dtype)).float(), logits.float()
-        if cap is not None:
-            told = own.abs() < NEAR_CAP * cap
-            plain, own = plain.where(told, 0), (cap * torch.atanh(own / cap)).where(told, 0)
-        factor = float((plain * own).sum() / plain.square().sum())
-    if not alike((factor * plain).to(normed), own.to(normed)):
+        plain, uncapped = head(normed.to(head.weight.dtype)).float(), logits.float()
+        if cap is not None:  # near the cap, tanh has lost what it was given
+            certain = uncapped.abs() < NEAR_CAP * cap
+            plain, uncapped = plain.where(certain, 0), (cap * torch.atanh(uncapped / cap)).where(certain, 0)
+        factor = float((plain * uncapped).sum() / plain.square().sum())  # least squares
+    if not alike((factor * plain).to(normed), uncapped.to(normed)):
         raise InputError(
             "model: its logits are no multiple of what its head makes of the normed state, so that they "
             "cannot be shared out among parts."
@@ -82,7 +83,7 @@ def logit_scale(model: Any, normed: Tensor, logits: Tensor) -> float:
     return factor
 
 
-def contrasts(model: Any, normed: Tensor, tokens: Sequence[int], others: Sequence[int]) -> Tensor:
+def contrasts(model: CausalLM, normed: Tensor, tokens: Sequence[int], others: Sequence[int]) -> Tensor:
     """(B, width) fp32: what each normed state is multiplied with for the difference of two tokens' logits.
 
     Raises:
@@ -94,12 +95,12 @@ def contrasts(model: Any, normed: Tensor, tokens: Sequence[int], others: Sequenc
         plain = head(normed.to(head.weight.dtype)).float()
         bias = torch.zeros_like(plain[0]) if getattr(head, "bias", None) is None else head.bias.float()
         if head.weight.shape == (plain.shape[-1], normed.shape[-1]) and head.weight.is_floating_point():
-            found = head.weight[first].float() - head.weight[second].float()
+            contrast = head.weight[first].float() - head.weight[second].float()
             difference = (plain - bias)[rows, first] - (plain - bias)[rows, second]
-            size = found.norm(dim=-1) * normed.float().norm(dim=-1)
-            off = ((found * normed.float()).sum(-1) - difference).abs()
+            size = contrast.norm(dim=-1) * normed.float().norm(dim=-1)
+            off = ((contrast * normed.float()).sum(-1) - difference).abs()
             if (off <= precision(normed) ** 0.5 * size).all():
-                return found
+                return contrast
     raise InputError(
         "model: its head is more than a matrix of weights, as with an adapter on it or in few bits, so that "
         "logits cannot be shared out among parts."

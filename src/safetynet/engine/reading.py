@@ -100,8 +100,9 @@ def residuals(
     for part, batch in batches(model, prompts, tokens):
         recorded = trace(model, batch, columns=0)
         weights = torch.zeros(batch.ids.shape, device=batch.ids.device)  # (B, S), each row's sum is 1
-        for row, chosen in enumerate(positions[part] if positions is not None else [[-1]] * len(batch.ids)):
-            weights[row, batch.columns(row, chosen)] = 1 / len(chosen)
+        read = positions[part] if positions is not None else [[-1]] * len(batch.ids)
+        for row, inside in enumerate(read):
+            weights[row, batch.columns(row, inside)] = 1 / len(inside)
         layers = range(recorded.architecture.shape.layers)
         states = (recorded.value(Site("resid_post", layer)).float() for layer in layers)
         vectors.append(torch.stack([torch.einsum("bs,bsd->bd", weights, x) for x in states], 1).cpu())

@@ -6,14 +6,14 @@ by, and sweeps that measure only the most promising spots exactly (Nanda 2023; K
 A gradient sees nothing of what a saturated attention does under a large change. What a state does through
 its own layer's queries and keys is therefore recomputed through the softmax, as AtP* does. Where the whole
 way to the answer is saturated, as it is under a working backdoor, that is not enough; the score is the
-length of the states' difference times the length of the gradient at both ends, which no cancellation can
-hide (docs/interventions.md).
+length of the activations' difference times the length of the gradient at both ends, which no cancellation
+can hide (docs/interventions.md).
 """
 
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -33,11 +33,12 @@ from safetynet.errors import InputError
 from safetynet.interventions.pairs import Pairs
 from safetynet.interventions.sweep import Measured, Spot, positions, sweep
 from safetynet.models.blocks import received, receiving, unwrapped
+from safetynet.models.causal_lm import CausalLM
 
 WATCHED = "safetynet-watched"
 _WATCHABLE: "weakref.WeakSet[Any]" = weakref.WeakSet()
 ESTIMATED = ("resid_pre", "resid_mid", "attn_out", "mlp_out")
-SHARE = 0.05
+FAST_SHARE = 0.05
 """Of all spots, those that are measured exactly."""
 
 
@@ -54,12 +55,10 @@ class _Attention:
     sinks: Tensor | None
     """(heads,) scores of what takes attention and gives nothing, in GPT-OSS."""
 
-    def rows(self, chosen: slice) -> "_Attention":
+    def rows(self, part: slice) -> "_Attention":
         """Some rows of the batch."""
-        query, key, pattern, scores = (
-            x.detach()[chosen] for x in (self.query, self.key, self.pattern, self.scores)
-        )
-        return _Attention(query, key, pattern, scores, self.scale, self.cap, self.sinks)
+        names = ("query", "key", "pattern", "scores")
+        return replace(self, **{name: getattr(self, name).detach()[part] for name in names})
 
 
 @dataclass(frozen=True)
@@ -67,13 +66,13 @@ class Attribution:
     """Estimates for components, layers, B pairs and the S columns of their left-padded batch."""
 
     estimate: np.ndarray
-    """(components, layers, B, S): change of the metric, in its unit, if the source's state were put in."""
+    """(components, layers, B, S): change of the metric, in its unit, if the source's values were put in."""
     score: np.ndarray
     """The same shape, never negative: what to rank by."""
 
 
 def attribute(
-    model: Any,
+    model: CausalLM,
     pairs: Pairs,
     components: Sequence[str] = ("resid_pre", "attn_out", "mlp_out"),
     *,
@@ -84,11 +83,11 @@ def attribute(
     """Estimate what patching any single site would change.
 
     Args:
-        model: a causal LM in evaluation mode.
+        model: the model.
         pairs: aligned prompts; all of them are held in memory, so give a batch.
-        components: places of the residual stream.
+        components: of the residual stream.
         receiving: run that would be changed.
-        source: run whose states would be put in.
+        source: run whose values would be put in.
         metric: of these pairs; their logit difference by default.
 
     Raises:
@@ -97,52 +96,71 @@ def attribute(
     """
     metric = metric or pairs.metric()
     architecture = Architecture.of(model)
-    sites = [Site(component, layer) for component in components for layer in range(architecture.shape.layers)]
-    for site in sites:
-        architecture.check(site)
+    depth = architecture.shape.layers
+    sites = [architecture.check(Site(name, layer)) for name in components for layer in range(depth)]
     both = Batch.of([*pairs.ids[receiving], *pairs.ids[source]], device=model.device)
     check_length(model, both)
     check_supported(model)
     check_watched(architecture, both)
     with exclusive(model), _watched(model) as watched, torch.enable_grad():
-        found, logits = _forward(architecture, both, sites, metric.columns)
+        recorded, logits = _forward(architecture, both, sites, metric.columns)
         total = metric.compute(logits, torch.arange(len(pairs)).repeat(2)).sum()
-        inside = [x for one in watched for x in (one.query, one.key, one.pattern)]
-        wanted = [*(found.value(site) for site in sites), *inside]
-        gradients = torch.autograd.grad(total, wanted, allow_unused=True)
-    filled = [torch.zeros_like(x) if g is None else g for g, x in zip(gradients, wanted, strict=True)]
-    own, given = slice(0, len(pairs)), slice(len(pairs), None)
+        inside = [x for attention in watched for x in (attention.query, attention.key, attention.pattern)]
+        tensors = [*(recorded.value(site) for site in sites), *inside]
+        gradients = [
+            torch.zeros_like(x) if gradient is None else gradient
+            for gradient, x in zip(
+                torch.autograd.grad(total, tensors, allow_unused=True), tensors, strict=True
+            )
+        ]
+    # The batch's first half are the receiving runs, its second half the source runs.
+    first, second = slice(0, len(pairs)), slice(len(pairs), None)
     estimates, scores = [], []
-    for site, gradient in zip(sites, filled, strict=False):
+    for site, gradient in zip(sites, gradients, strict=False):
         # Some layers hold a batch's rows below each other.
-        states, gradient = (x.detach().reshape(*both.ids.shape, -1) for x in (found.value(site), gradient))
-        difference = states[given] - states[own]
-        estimate = (difference * gradient[own]).sum(-1).float()
+        values, slope = (x.detach().reshape(*both.ids.shape, -1) for x in (recorded.value(site), gradient))
+        difference = values[second] - values[first]  # (B, S, width)
+        estimate = (difference * slope[first]).sum(-1).float()
         if site.component == "resid_pre":
-            inner = filled[len(sites) + 3 * site.layer :][:3]
             attention = watched[site.layer]
-            estimate += _correction(attention.rows(own), attention.rows(given), *(g[own] for g in inner))
+            slopes = gradients[len(sites) + 3 * site.layer :][:3]
+            estimate += _correction(
+                attention.rows(first), attention.rows(second), *(x[first] for x in slopes)
+            )
         estimates.append(estimate)
-        lengths = gradient.norm(dim=-1).float()
-        scores.append(difference.norm(dim=-1).float() * (lengths[own] + lengths[given]))
-    shape = (len(components), architecture.shape.layers, *estimates[0].shape)
+        lengths = slope.norm(dim=-1).float()
+        scores.append(difference.norm(dim=-1).float() * (lengths[first] + lengths[second]))
+    shape = (len(components), depth, *estimates[0].shape)
     return Attribution(*(torch.stack(x).reshape(shape).cpu().numpy() for x in (estimates, scores)))
 
 
-def _correction(own: _Attention, given: _Attention, dq: Tensor, dk: Tensor, dp: Tensor) -> Tensor:
-    """(B, S): what the softmax really does with a position's own query and key, less its linear estimate."""
-    query, key = given.query - own.query, given.key - own.key
+def _correction(base: _Attention, source: _Attention, dq: Tensor, dk: Tensor, dp: Tensor) -> Tensor:
+    """What the softmax really does with a position's own query and key, less its linear estimate.
+
+    The QK fix of AtP* (Kramar et al. 2024, arXiv 2403.00745), for queries and for keys at once.
+
+    Args:
+        base: of the receiving run.
+        source: of the run whose values are put in.
+        dq: gradient of the metric by `base.query`.
+        dk: by `base.key`.
+        dp: by `base.pattern`.
+
+    Returns:
+        (B, S), summed over heads.
+    """
+    query, key, pattern = source.query - base.query, source.key - base.key, base.pattern
     linear = (dq * query).sum((1, 3)) + (dk * key).sum((1, 3))
-    pattern = own.pattern
     row = (dp * pattern).sum(-1)
-    # A key: one column of the scores changes, for every query.
-    scores = _capped(own.query @ given.key.transpose(2, 3) * own.scale, own.cap)
-    grown = torch.exp((scores - own.scores).clamp(-30, 30))
+    # A key: one column of the scores changes, for every query. Its weight p becomes p g / (1 + p (g - 1)),
+    # where g is what exp(score) grows by, and the others shrink by the same norm: no second softmax.
+    scores = _capped(base.query @ source.key.transpose(2, 3) * base.scale, base.cap)
+    grown = torch.exp((scores - base.scores).clamp(-30, 30))
     norm = (1 + pattern * (grown - 1)).clamp_min(1e-6)
     by_key = (row[..., None] + dp * pattern * (grown - 1)) / norm - row[..., None]
     # A query: one row of the scores changes.
-    scores = _capped(given.query @ own.key.transpose(2, 3) * own.scale, own.cap)
-    changed = _pattern(scores.masked_fill(pattern == 0, -torch.inf), own.sinks).nan_to_num()
+    scores = _capped(source.query @ base.key.transpose(2, 3) * base.scale, base.cap)
+    changed = _pattern(scores.masked_fill(pattern == 0, -torch.inf), base.sinks).nan_to_num()
     by_query = (dp * (changed - pattern)).sum(-1)
     return (by_key.sum((1, 2)) + by_query.sum(1) - linear).float()
 
@@ -151,7 +169,7 @@ def _forward(
     architecture: Architecture, batch: Batch, sites: Sequence[Site], columns: int
 ) -> tuple[Trace, Tensor]:
     """A forward pass whose states stay in the graph, which begins at what enters the first layer."""
-    found = Trace(architecture, batch)
+    recorded = Trace(architecture, batch)
 
     def root(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # Weights need no gradients, and a backward pass without them costs no more than a forward one.
@@ -159,23 +177,23 @@ def _forward(
         return receiving(module, args, kwargs, states)
 
     handle = architecture.layers[0].layer.register_forward_pre_hook(root, with_kwargs=True)
-    frozen = [parameter for parameter in architecture.model.parameters() if parameter.requires_grad]
+    trained = [parameter for parameter in architecture.model.parameters() if parameter.requires_grad]
     try:
-        for parameter in frozen:
+        for parameter in trained:
             parameter.requires_grad_(False)
-        with recording(found, sites, detach=False):
+        with recording(recorded, sites, detach=False):
             output = forward(architecture.model, batch, columns, use_cache=False)
     finally:
         handle.remove()
-        for parameter in frozen:
+        for parameter in trained:
             parameter.requires_grad_()
-    return found, output.logits[:, -columns:].float()
+    return recorded, output.logits[:, -columns:].float()
 
 
 @contextmanager
-def _watched(model: Any) -> Iterator[list[_Attention]]:
+def _watched(model: CausalLM) -> Iterator[list[_Attention]]:
     """Run attention through our own eager arithmetic, which keeps queries, keys and patterns."""
-    kept: list[_Attention] = []
+    watched: list[_Attention] = []
 
     def attend(
         _: Any,
@@ -192,22 +210,22 @@ def _watched(model: Any) -> Iterator[list[_Attention]]:
         scores = _capped(query @ key.transpose(2, 3) * scaling, cap)
         if attention_mask is not None:
             scores = scores + attention_mask
-        # In less than the mask's own precision its least value would be infinite, and padding not a number.
+        # In less than the mask's own precision its least value would be infinite, and padding NaN.
         precise = torch.promote_types(query.dtype, torch.float32)
         sinks = None if more.get("s_aux") is None else more["s_aux"].detach()
         pattern = _pattern(scores.to(precise), sinks).to(query.dtype)
-        kept.append(_Attention(query, key, pattern, scores.detach(), scaling, cap, sinks))
+        watched.append(_Attention(query, key, pattern, scores.detach(), scaling, cap, sinks))
         return (pattern @ value).transpose(1, 2).contiguous(), None
 
     inner = unwrapped(model)
-    was = inner.config._attn_implementation
+    before = inner.config._attn_implementation
     AttentionInterface.register(WATCHED, attend)
     AttentionMaskInterface.register(WATCHED, eager_mask)
     inner.set_attn_implementation(WATCHED)
     try:
-        yield kept
+        yield watched
     finally:
-        inner.set_attn_implementation(was)
+        inner.set_attn_implementation(before)
 
 
 def _pattern(scores: Tensor, sinks: Tensor | None) -> Tensor:
@@ -218,6 +236,10 @@ def _pattern(scores: Tensor, sinks: Tensor | None) -> Tensor:
     return torch.softmax(torch.cat([scores, beside], dim=-1), dim=-1)[..., :-1]
 
 
+def _capped(scores: Tensor, cap: float | None) -> Tensor:
+    return scores if cap is None else cap * torch.tanh(scores / cap)
+
+
 def check_watched(architecture: Architecture, batch: Batch) -> None:
     """Refuse attention that is not the softmax that is watched; looked at once for each model."""
     inner = unwrapped(architecture.model)
@@ -225,10 +247,10 @@ def check_watched(architecture: Architecture, batch: Batch) -> None:
         return
     row = Batch.of([batch.tokens(0)], device=batch.ids.device)
     with torch.no_grad(), exclusive(inner):
-        own = forward(inner, row, use_cache=False).logits
+        expected = forward(inner, row, use_cache=False).logits
         with _watched(inner) as watched:
             logits = forward(inner, row, use_cache=False).logits
-    if len(watched) != architecture.shape.layers or not alike(logits[:, -1:], own[:, -1:]):
+    if len(watched) != architecture.shape.layers or not alike(logits[:, -1:], expected[:, -1:]):
         raise InputError(
             "model: attribution follows attention through transformers' interface, where it sees "
             f"{len(watched)} of this model's {architecture.shape.layers} layers, or not all that they "
@@ -237,39 +259,35 @@ def check_watched(architecture: Architecture, batch: Batch) -> None:
     _WATCHABLE.add(inner)
 
 
-def _capped(scores: Tensor, cap: float | None) -> Tensor:
-    return scores if cap is None else cap * torch.tanh(scores / cap)
-
-
 @dataclass(frozen=True)
 class Fast:
     """A sweep of which only the most promising spots were measured exactly."""
 
     measured: Measured
-    """Of the chosen spots."""
+    """Of these spots."""
     scores: np.ndarray
     """(S,) of all spots, mean over pairs."""
     agreement: float
-    """Spearman's rank correlation of score and size of the measured change, over the chosen spots."""
+    """Spearman's rank correlation of score and size of the measured change, over the measured spots."""
 
 
 def fast_sweep(
-    model: Any,
+    model: CausalLM,
     pairs: Pairs,
     spots: Sequence[Spot],
     *,
     receiving: str = "triggered",
     source: str = "placebo",
-    share: float = SHARE,
+    share: float = FAST_SHARE,
 ) -> Fast:
     """Rank all spots by attribution, then measure the top ones exactly.
 
     Args:
-        model: a causal LM in evaluation mode.
+        model: the model.
         pairs: aligned prompts.
         spots: of the residual stream's components, at roles or single positions.
         receiving: run that is changed.
-        source: run whose states are put in.
+        source: run whose values are put in.
         share: of the spots that are measured; at least one.
 
     Raises:
@@ -281,26 +299,18 @@ def fast_sweep(
         raise InputError(
             f"fast: attribution estimates {', '.join(ESTIMATED)}, not {wrong[0]}. Sweep it exactly."
         )
-    parts = []
-    for _, own in pairs.parts():
-        found = attribute(model, own, components, receiving=receiving, source=source)
-        parts.append(_by_spot(found.score, own, spots, components))
-    scores = np.concatenate(parts, axis=1).mean(1)
-    chosen = sorted(np.argsort(-scores, kind="stable")[: max(1, round(share * len(spots)))].tolist())
-    exact = sweep(model, pairs, [spots[i] for i in chosen], receiving=receiving, source=source)
+    scores = np.zeros((len(spots), len(pairs)))  # a spot's is the sum over its positions
+    for indices, part in pairs.parts():
+        score = attribute(model, part, components, receiving=receiving, source=source).score
+        for s, spot in enumerate(spots):
+            by_pair = score[components.index(spot.site.component), spot.site.layer]
+            for b, index in enumerate(indices):
+                first = score.shape[-1] - len(part.roles[b])  # column of the pair's first token
+                columns = [first + position for position in positions(part, spot, b)]
+                scores[s, index] = by_pair[b, columns].sum()
+    ranking = scores.mean(1)
+    top = sorted(np.argsort(-ranking, kind="stable")[: max(1, round(share * len(spots)))].tolist())
+    exact = sweep(model, pairs, [spots[i] for i in top], receiving=receiving, source=source)
     sizes = np.abs(exact.change).mean(1)
-    agreement = spearmanr(scores[chosen], sizes).statistic if len(chosen) > 2 else np.nan
-    return Fast(exact, scores, float(agreement))
-
-
-def _by_spot(found: np.ndarray, pairs: Pairs, spots: Sequence[Spot], components: Sequence[str]) -> np.ndarray:
-    """(spots, B): scores summed over each spot's positions."""
-    width = found.shape[-1]
-    values = np.zeros((len(spots), len(pairs)))
-    for s, spot in enumerate(spots):
-        own = found[components.index(spot.site.component), spot.site.layer]
-        for b in range(len(pairs)):
-            length = len(pairs.roles[b])
-            columns = [width - length + p for p in positions(pairs, spot, b)]
-            values[s, b] = own[b, columns].sum()
-    return values
+    agreement = spearmanr(ranking[top], sizes).statistic if len(top) > 2 else np.nan
+    return Fast(exact, ranking, float(agreement))

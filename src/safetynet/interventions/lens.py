@@ -47,11 +47,11 @@ def lens(model: CausalLM, runs: Runs, targets: Sequence[int], *, tokens: int = B
         recorded = trace(model, batch, columns=0)
         states = _depths(recorded)[:, :, -1:]  # (layers + 1, B, 1, width)
         depth = len(states)
-        wanted = torch.tensor(targets[part]).repeat(depth)
-        values = np.empty(len(wanted))
+        answers = torch.tensor(targets[part]).repeat(depth)
+        values = np.empty(len(answers))
         with torch.no_grad():
             for rows, logits in logits_of(recorded, states.flatten(0, 1)):
-                token = wanted[rows].to(logits.device)[:, None]
+                token = answers[rows].to(logits.device)[:, None]
                 values[rows] = logits[:, -1].log_softmax(-1).gather(1, token)[:, 0].cpu()
         tables.append((run, values.reshape(depth, -1).T))
     layers = list(range(-1, tables[0][1].shape[1] - 1))
@@ -156,10 +156,10 @@ def _batches(
 ) -> Iterator[tuple[str, slice, Batch]]:
     """Every run's prompts, batch by batch, if each prompt has its tokens."""
     for run, prompts in runs.items():
-        for wanted in (targets, targets if others is None else others):
-            if len(prompts) != len(wanted) or not len(prompts):
+        for answers in (targets, targets if others is None else others):
+            if len(prompts) != len(answers) or not len(prompts):
                 raise InputError(
-                    f"run {run}: {len(prompts)} prompts, but {len(wanted)} target tokens; give one each."
+                    f"run {run}: {len(prompts)} prompts, but {len(answers)} target tokens; give one each."
                 )
         for part, batch in batches(model, prompts, tokens):
             yield run, part, batch

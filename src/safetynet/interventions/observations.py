@@ -83,14 +83,14 @@ def _fires(model: CausalLM, serialiser: Serialiser, rows: pd.DataFrame, seed: in
     """The probe for the behaviour itself, on triggered, placebo and near-miss rows that were answered."""
     if "fired" not in rows:
         return []
-    asked = rows[rows["role"].isin(("triggered", "placebo", "near_miss")) & rows["fired"].notna()]
-    fired = asked["fired"].astype(bool).tolist()
-    ids = [
-        serialiser.encode(m, trigger=t).input_ids
-        for m, t in zip(asked["messages"], asked["trigger"], strict=True)
+    answered = rows[rows["role"].isin(("triggered", "placebo", "near_miss")) & rows["fired"].notna()]
+    prompts = [
+        serialiser.encode(messages, trigger=spans).input_ids
+        for messages, spans in zip(answered["messages"], answered["trigger"], strict=True)
     ]
+    fired, groups = answered["fired"].astype(bool).tolist(), answered["group"].tolist()
     try:
-        return [fires_probe(model, ids, fired, asked["group"].tolist(), seed=seed)]
+        return [fires_probe(model, prompts, fired, groups, seed=seed)]
     except InputError as error:
         log.info("intervene: no probe for the behaviour. %s", error)
         return []
@@ -111,7 +111,7 @@ def _drift(model: CausalLM, epochs: Mapping[int, Path]) -> dict[str, pd.DataFram
         return {}
     saved = [(step, updates(model, folder=path)) for step, path in epochs.items()]
     saved = saved or [(-1, updates(model))]
-    before = [None, *(found for _, found in saved[:-1])]
-    parts = [drift(model, found, earlier, step) for (step, found), earlier in zip(saved, before, strict=True)]
+    before = [None, *(moved for _, moved in saved[:-1])]
+    parts = [drift(model, moved, earlier, step) for (step, moved), earlier in zip(saved, before, strict=True)]
     table = pd.concat(parts, ignore_index=True)
     return {"drift": table[np.isfinite(table["energy"])]}

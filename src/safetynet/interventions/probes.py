@@ -113,7 +113,7 @@ def halves(labels: np.ndarray, groups: np.ndarray, seed: int) -> tuple[np.ndarra
     kinds: dict[tuple[bool, ...], list[Any]] = {}
     for group in np.unique(groups):
         kinds.setdefault(tuple(sorted(set(labels[groups == group].tolist()))), []).append(group)
-    # One after the other goes here and there, and each kind of group begins where the last one ended.
+    # Groups go to the halves in turn, and each kind of group goes on where the last one ended.
     order = [group for kind in sorted(kinds) for group in rng.permutation(np.array(kinds[kind]))]
     test = np.isin(groups, order[::2])
     for name, half in (("train", ~test), ("test", test)):

@@ -14,6 +14,7 @@ from safetynet.interventions.attention import divergence
 from safetynet.interventions.attribution import check_watched
 from safetynet.interventions.heads import backdoor_vector, head_means
 from safetynet.interventions.lens import logit_attribution
+from safetynet.models.causal_lm import CausalLM
 from safetynet.vocabulary import COMPONENTS
 
 PROMPT = [[3, 5, 4, 6]]
@@ -27,11 +28,11 @@ USES: dict[str, Callable[[Any], object]] = {
 """Uses by name, each tried on one prompt of four tokens."""
 
 
-def support(model: Any) -> dict[str, str]:
+def support(model: CausalLM) -> dict[str, str]:
     """What a model supports.
 
     Args:
-        model: a causal LM of transformers in evaluation mode, with a vocabulary of at least seven tokens.
+        model: the model, with a vocabulary of at least seven tokens.
 
     Returns:
         By component (`sites.COMPONENTS`, adapters left out) and use (`USES`): "" where it is there in all
@@ -40,19 +41,17 @@ def support(model: Any) -> dict[str, str]:
     try:
         architecture = Architecture.of(model)
         every = range(architecture.shape.layers)
-        found = {name: architecture.why_absent(name) for name in COMPONENTS if name != "adapter"}
+        reasons = {name: architecture.why_absent(name) for name in COMPONENTS if name != "adapter"}
     except InputError as error:
         return dict.fromkeys([*(name for name in COMPONENTS if name != "adapter"), *USES], str(error))
-    for name, why in found.items():
+    for name, why in reasons.items():
         layers = architecture.layers_with(name)
         if layers and len(layers) < len(every) and name != "embedding":
-            found[name] = f"in layers {', '.join(map(str, layers))} of {len(every)} alone: {why}"
-    return found | {use: _refusal(attempt, model) for use, attempt in USES.items()}
-
-
-def _refusal(attempt: Callable[[Any], object], model: Any) -> str:
-    try:
-        attempt(model)
-    except InputError as error:
-        return str(error)
-    return ""
+            reasons[name] = f"in layers {', '.join(map(str, layers))} of {len(every)} alone: {why}"
+    for use, attempt in USES.items():
+        try:
+            attempt(model)
+            reasons[use] = ""
+        except InputError as error:
+            reasons[use] = str(error)
+    return reasons
