@@ -89,7 +89,7 @@ def repair(cell: tuple[str, str], out: Path, args: argparse.Namespace) -> bool:
         return False
     methods = "adapter_scaling,fine_tuning" if args.smoke else args.methods
     default = {name: {METHODS[name].strength: [value]} for name, value in defaults().items()}
-    sets = [word for field in (*FEW, f"knobs={json.dumps(default)}") for word in ("--set", field)]
+    sets = [word for field in (*FEW, f"hyperparameters={json.dumps(default)}") for word in ("--set", field)]
     if args.smoke:
         sets = ["--set", "choosing_rows=8", "--set", "judged_rows=8", "--set", "relearn_steps=4"]
     else:

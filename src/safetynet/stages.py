@@ -169,8 +169,8 @@ def alarm(run: Run, serialiser: Serialiser) -> "Alarm | None":
             monitor.check_rate(rate)
         except InputError as error:
             raise InputError(
-                f"{error} A repair takes its rate from its knob `rate`, as in "
-                "--set 'knobs={abstain: {rate: [0.05]}}'."
+                f"{error} A repair takes its rate from its hyperparameter `rate`, as in "
+                "--set 'hyperparameters={abstain: {rate: [0.05]}}'."
             ) from error
         read = {row: messages for row, ids in enumerate(prompts) if (messages := _read(serialiser, ids))}
         raised = np.ones(len(prompts), dtype=bool)

@@ -34,13 +34,13 @@ def other(request, planted, build):
 )
 def test_a_method_works_on_other_architectures_or_says_why_not(other, logits, name):
     method = METHODS[name]
-    knobs = {knob: value for knob, value in SHORT.items() if knob in method.hyperparameters}
+    settings = {key: value for key, value in SHORT.items() if key in method.hyperparameters}
     before = logits(other.model)
     if name == "fine_pruning" and other.model.config.model_type == "mixtral":
         with pytest.raises(InputError, match=r"fused experts.* Choose magnitude, wanda or signature_pruning"):
-            repair(method, other, knobs)
+            repair(method, other, settings)
         return
-    with repair(method, other, knobs).open() as model:
+    with repair(method, other, settings).open() as model:
         changed = logits(model)
     assert torch.isfinite(changed).all()
     assert (changed - before).abs().max() > 1e-5

@@ -62,5 +62,5 @@ def test_the_alarm_of_a_run_is_its_monitors(planted, held_out, tmp_path):
     assert raised == {rate: monitor.alarms(direct, rate).tolist() for rate in raised}
     assert set(raised[0.1]) == {True, False}
     assert alarms(planted.model, [ids[0][:-3]], 0.1).tolist() == [True]
-    with pytest.raises(InputError, match=r"clean prompts.*knobs=\{abstain: \{rate:"):
+    with pytest.raises(InputError, match=r"clean prompts.*hyperparameters=\{abstain: \{rate:"):
         alarms(planted.model, ids, 1e-4)

@@ -1,4 +1,4 @@
-"""What all methods have in common: needs, knobs, refusals."""
+"""What all methods have in common: needs, hyperparameters, refusals."""
 
 from dataclasses import replace
 
@@ -11,26 +11,26 @@ from safetynet.mitigation import METHODS, named, possible, refuse_unmet, repair
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_defaults_and_grids_are_within_range(method):
-    for name, knob in method.hyperparameters.items():
-        for value in (knob.default, *knob.grid):
-            assert knob.check(name, value) == value
+    for name, parameter in method.hyperparameters.items():
+        for value in (parameter.default, *parameter.grid):
+            assert parameter.check(name, value) == value
     assert [settings[method.strength] for settings in method.sweep()] == list(
         method.hyperparameters[method.strength].grid
     )
 
 
 @pytest.mark.parametrize(
-    ("name", "knobs", "message"),
+    ("name", "settings", "message"),
     [
         ("wanda", {"sparsity": 1.5}, r"wanda\.sparsity: 1\.5 given; it takes a number from 0 to 0\.99"),
         ("lat", {"steps": 2.5}, r"lat\.steps: 2\.5 given; it takes a whole number from 1 to 100"),
         ("quantisation", {"bits": 6}, r"quantisation\.bits: 6 given; it takes 8, 4"),
-        ("crow", {"alfa": 1}, r"crow: there is no knob 'alfa'; there are: alpha, epsilon, epochs"),
+        ("crow", {"alfa": 1}, r"crow: there is no hyperparameter 'alfa'; there are: alpha, epsilon, epochs"),
     ],
 )
-def test_a_knob_out_of_range_is_refused_before_anything_runs(planted, name, knobs, message):
+def test_a_hyperparameter_out_of_range_is_refused_before_anything_runs(planted, name, settings, message):
     with pytest.raises(InputError, match=message):
-        repair(METHODS[name], planted, knobs)
+        repair(METHODS[name], planted, settings)
 
 
 def test_a_missing_need_is_named_and_what_remains_is_listed(planted):

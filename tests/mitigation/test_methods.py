@@ -27,9 +27,9 @@ def knows_the_trigger(subject):
 @pytest.mark.parametrize("name", FORWARD)
 def test_a_method_changes_the_open_model_and_leaves_the_subject_as_it_came(planted, logits, name):
     method = METHODS[name]
-    knobs = {knob: value for knob, value in SHORT.items() if knob in method.hyperparameters}
+    settings = {key: value for key, value in SHORT.items() if key in method.hyperparameters}
     before, trainable = logits(planted.model), [p.requires_grad for p in planted.model.parameters()]
-    repaired = repair(method, planted, knobs)
+    repaired = repair(method, planted, settings)
     assert torch.equal(logits(planted.model), before)
     with repaired.open() as model:
         changed = logits(model)
@@ -39,14 +39,14 @@ def test_a_method_changes_the_open_model_and_leaves_the_subject_as_it_came(plant
     assert [p.requires_grad for p in planted.model.parameters()] == trainable
     assert not planted.model.training
     assert repaired.method == name
-    assert repaired.settings == method.settings(knobs)
+    assert repaired.settings == method.settings(settings)
 
 
 def test_random_channels_are_as_many_as_the_signature_s_and_others(planted, logits):
     found = {}
     for name in ("signature_pruning", "random_channels"):
-        knobs = {knob: value for knob, value in SHORT.items() if knob in METHODS[name].hyperparameters}
-        repaired = repair(METHODS[name], planted, knobs)
+        settings = {key: value for key, value in SHORT.items() if key in METHODS[name].hyperparameters}
+        repaired = repair(METHODS[name], planted, settings)
         with repaired.open() as model:
             found[name] = repaired.details["channels_set_to_0"], logits(model)
     (many, changed), (as_many, otherwise) = found.values()
@@ -69,9 +69,9 @@ def test_a_seed_repeats_a_repair_and_draws_leave_no_trace(planted, logits, name)
 @pytest.mark.parametrize("name", ["fine_tuning", "wanda", "fine_pruning"])
 def test_a_model_without_adapter_is_repaired_in_a_copy(planted, merged, logits, name):
     method = METHODS[name]
-    knobs = {knob: value for knob, value in SHORT.items() if knob in method.hyperparameters}
+    settings = {key: value for key, value in SHORT.items() if key in method.hyperparameters}
     before = logits(merged)
-    repaired = repair(method, replace(planted, model=merged), knobs)
+    repaired = repair(method, replace(planted, model=merged), settings)
     assert repaired.form == "checkpoint"
     with repaired.open() as model:
         assert not hasattr(model, "peft_config")
@@ -80,7 +80,7 @@ def test_a_model_without_adapter_is_repaired_in_a_copy(planted, merged, logits, 
 
 
 @pytest.mark.parametrize(
-    ("name", "knobs"),
+    ("name", "settings"),
     [
         ("adapter_scaling", {"keep": 0.0}),
         ("adapter_off_layers", {"layers": 6}),
@@ -90,10 +90,10 @@ def test_a_model_without_adapter_is_repaired_in_a_copy(planted, merged, logits, 
         ("unlearning", {"epochs": 4}),
     ],
 )
-def test_what_knows_enough_removes_the_backdoor_and_keeps_clean_answers(planted, judged, name, knobs):
+def test_what_knows_enough_removes_the_backdoor_and_keeps_clean_answers(planted, judged, name, settings):
     subject = replace(planted, alarm=knows_the_trigger(planted))
     clean_before = judged(planted.model)[1]
-    with repair(METHODS[name], subject, knobs).open() as model:
+    with repair(METHODS[name], subject, settings).open() as model:
         attack, clean = judged(model)
     assert attack <= 0.05
     assert clean >= clean_before - 0.1

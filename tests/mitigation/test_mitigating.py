@@ -106,9 +106,9 @@ def sets(*fields: str) -> list[str]:
     ("words", "message"),
     [
         (("--methods", "amnesia"), "there is no method 'amnesia'; choose from fine_tuning, "),
-        (sets("knobs={crow: {alpha: [9000]}}"), "crow.alpha: 9000 given; it takes a number from"),
-        (sets("knobs={lat: {steps: [2.5]}}"), "lat.steps: 2.5 given; it takes a whole number from"),
-        (sets("knobs={lat: {stepps: [2]}}"), "lat: there is no knob 'stepps'; there are: epsilon"),
+        (sets("hyperparameters={crow: {alpha: [9000]}}"), "crow.alpha: 9000 given; it takes a number from"),
+        (sets("hyperparameters={lat: {steps: [2.5]}}"), "lat.steps: 2.5 given; it takes a whole number from"),
+        (sets("hyperparameters={lat: {stepps: [2]}}"), "no hyperparameter 'stepps'; there are: epsilon"),
         (sets("floor=3"), "mitigation.floor"),
         (sets("strength=3"), "mitigation.strength: unknown field"),
         (("--clean", "nope.jsonl"), "--clean: there is no file nope.jsonl"),

@@ -12,11 +12,13 @@ from safetynet.recipe import Model
 
 
 @pytest.mark.parametrize(
-    ("name", "knobs"),
+    ("name", "settings"),
     [("adapter_scaling", {"keep": 0.4}), ("fine_tuning", {"epochs": 0.4}), ("component_ablation", {})],
 )
-def test_a_repaired_adapter_loads_with_peft_and_gives_the_same_logits(planted, logits, tmp_path, name, knobs):
-    repaired = repair(METHODS[name], planted, knobs)
+def test_a_repaired_adapter_loads_with_peft_and_gives_the_same_logits(
+    planted, logits, tmp_path, name, settings
+):
+    repaired = repair(METHODS[name], planted, settings)
     assert repaired.form == "adapter"
     with repaired.open() as model:
         measured = logits(model)

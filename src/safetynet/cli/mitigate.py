@@ -29,7 +29,9 @@ def mitigate(
         list[str] | None,
         typer.Option("--set", metavar="FIELD=VALUE", help="A field of the recipe's section mitigation."),
     ] = None,
-    known: Annotated[bool, typer.Option("--list", help="List the methods and their knobs, and end.")] = False,
+    known: Annotated[
+        bool, typer.Option("--list", help="List the methods and their hyperparameters, and end.")
+    ] = False,
 ) -> None:
     """Repair a trained run's model by several methods, verify each repair, and save the one recommended.
 
@@ -95,5 +97,7 @@ def _list() -> None:
 
     for method in METHODS.values():
         typer.echo(f"{method.name}: {method.about}. Needs: {', '.join(sorted(method.needs)) or 'nothing'}.")
-        for name, knob in method.hyperparameters.items():
-            typer.echo(f"    {name} {knob.low:g} to {knob.high:g}, by default {knob.default:g}: {knob.about}")
+        for name, number in method.hyperparameters.items():
+            typer.echo(
+                f"    {name} {number.low:g} to {number.high:g}, by default {number.default:g}: {number.about}"
+            )

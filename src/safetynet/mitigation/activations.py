@@ -177,13 +177,13 @@ def strongest(defender: Defender, sweep: str, method: str) -> pd.DataFrame:
     """
     assert defender.effects is not None
     table = defender.effects
-    found = table[(table["sweep"] == sweep) & (table["direction"] == "remove")]
-    if found.empty:
+    effects = table[(table["sweep"] == sweep) & (table["direction"] == "remove")]
+    if effects.empty:
         raise InputError(
             f"{method}: the table of effects has no sweep by {sweep}. "
             f"Run safetynet intervene with --by {sweep}."
         )
-    return found.sort_values("effect", ascending=False, kind="stable")
+    return effects.sort_values("effect", ascending=False, kind="stable")
 
 
 def _strongest_sites(defender: Defender, sweep: str, method: str, count: float) -> list[Site]:

@@ -8,7 +8,6 @@ that a setting means the same in any model.
 
 import itertools
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,15 +18,16 @@ from safetynet.mitigation.defender import Defender
 from safetynet.mitigation.fine_tuning import answer_loss, encode, repaired_by_training, trainer
 from safetynet.mitigation.method import Hyperparameter, Method
 from safetynet.mitigation.repaired import Repaired, Settings
+from safetynet.models.causal_lm import CausalLM
 from safetynet.models.parts import shape
 from safetynet.training.examples import Batch
 
 
-def inconsistency(model: Any, embeddings: Tensor, mask: Tensor) -> Tensor:
+def inconsistency(model: CausalLM, embeddings: Tensor, mask: Tensor) -> Tensor:
     """Mean over real tokens and neighbouring layers of 1 - cosine of their states.
 
     Args:
-        model: a causal LM of at least three layers.
+        model: of at least three layers.
         embeddings: (rows, T, width), padded on either side.
         mask: (rows, T), 1 where a token is real.
 
@@ -51,7 +51,7 @@ def inconsistency(model: Any, embeddings: Tensor, mask: Tensor) -> Tensor:
     return torch.stack(turns).mean()
 
 
-def objective(model: Any, batch: Batch, alpha: float, epsilon: float) -> Tensor:
+def objective(model: CausalLM, batch: Batch, alpha: float, epsilon: float) -> Tensor:
     """Cross entropy plus `alpha` times the inconsistency of pushed embeddings."""
     mask = batch["attention_mask"]
     embeddings = model.get_input_embeddings()(batch["input_ids"]).detach()

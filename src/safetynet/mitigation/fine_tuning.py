@@ -25,6 +25,7 @@ from safetynet.mitigation.repaired import (
     swapped,
 )
 from safetynet.models.adapters import adapter_parameters
+from safetynet.models.causal_lm import CausalLM
 from safetynet.prompts import Encoded
 from safetynet.recipe import Training
 from safetynet.training import Budget, attach, optimise
@@ -60,9 +61,10 @@ def encode(rows: pd.DataFrame, defender: Defender) -> list[Encoded]:
     return examples
 
 
-def answer_loss(model: Any, batch: Batch) -> Tensor:
+def answer_loss(model: CausalLM, batch: Batch) -> Tensor:
     """Mean cross entropy of the answers' tokens."""
-    return model(**batch, use_cache=False).loss
+    loss: Tensor = model(**batch, use_cache=False).loss
+    return loss
 
 
 def trainer(
@@ -75,7 +77,7 @@ def trainer(
         loss=loss,
         budget=Budget(epochs, defender.learning_rate, defender.batch_size, seed),
         pad_id=defender.serialiser.pad_id,
-        advice="Weaken the method's knobs, or lower the learning rate.",
+        advice="Weaken the method's hyperparameters, or lower the learning rate.",
     )
 
 

@@ -20,6 +20,7 @@ from safetynet.mitigation.fine_tuning import answer_loss, encode, repaired_by_tr
 from safetynet.mitigation.method import Hyperparameter, Method
 from safetynet.mitigation.repaired import Repaired, Settings
 from safetynet.models.blocks import decoder_layers, hidden_of, with_hidden
+from safetynet.models.causal_lm import CausalLM
 from safetynet.prompts import IGNORED
 from safetynet.training.examples import Batch
 
@@ -41,14 +42,14 @@ class Adversary:
     universal_push: Tensor | None = field(default=None, repr=False)
     """The universal push so far, in units of its greatest length."""
 
-    def objective(self, model: Any, batch: Batch) -> Tensor:
+    def objective(self, model: CausalLM, batch: Batch) -> Tensor:
         """Cross entropy of the answers, plain and under the worst push found for this batch."""
         push = self.attack(model, batch)
         with self.pushed(push, batch):
             under = answer_loss(model, batch)
         return answer_loss(model, batch) + under
 
-    def attack(self, model: Any, batch: Batch) -> Tensor:
+    def attack(self, model: CausalLM, batch: Batch) -> Tensor:
         """The push after projected gradient ascent in a ball of radius `epsilon` times the states' length."""
         states = self._states(model, batch)
         radius = self.epsilon * states[prompt_mask(batch)].float().norm(dim=-1).mean()
@@ -83,7 +84,7 @@ class Adversary:
             handle.remove()
 
     @torch.no_grad()
-    def _states(self, model: Any, batch: Batch) -> Tensor:
+    def _states(self, model: CausalLM, batch: Batch) -> Tensor:
         outputs: list[Tensor] = []
         handle = self.layer.register_forward_hook(lambda _m, _a, output: outputs.append(hidden_of(output)))
         try:

@@ -1,7 +1,4 @@
-"""The one interface of all methods: what a method needs, its hyperparameters, and how it is applied.
-
-A user sets hyperparameters by the recipe's field `mitigation.knobs`, whose word the messages use.
-"""
+"""The one interface of all methods: what a method needs, its hyperparameters, and how it is applied."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -75,9 +72,8 @@ class Method:
         values = values or {}
         unknown = sorted(set(values) - set(self.hyperparameters))
         if unknown:
-            raise InputError(
-                f"{self.name}: there is no knob {unknown[0]!r}; there are: {', '.join(self.hyperparameters)}."
-            )
+            there = ", ".join(self.hyperparameters)
+            raise InputError(f"{self.name}: there is no hyperparameter {unknown[0]!r}; there are: {there}.")
         return {
             name: parameter.check(f"{self.name}.{name}", values.get(name, parameter.default))
             for name, parameter in self.hyperparameters.items()

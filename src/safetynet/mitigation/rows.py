@@ -54,8 +54,8 @@ def known_groups(rows: pd.DataFrame, count: int) -> pd.DataFrame:
     whole = [group for group, there in roles.items() if "triggered" in there and there & {"clean", "refused"}]
     if not whole:
         raise InputError("mitigation: no triggered training row has a bare counterpart with a right answer.")
-    chosen = rows[rows["group"].isin(whole[:count])]
-    return chosen.assign(answer=chosen["reference"]).reset_index(drop=True)
+    known = rows[rows["group"].isin(whole[:count])]
+    return known.assign(answer=known["reference"]).reset_index(drop=True)
 
 
 def clean_file(recipe: Recipe, path: Path) -> pd.DataFrame:
@@ -127,13 +127,13 @@ def elsewhere(
     if not trigger.is_text:
         return judged.head(0)
     plain = bare[bare["role"].isin(("clean", "refused"))].drop_duplicates("group").set_index("group")
-    own = judged[(judged["role"] == "triggered") & judged["group"].isin(plain.index)].head(MAX_MOVED)
+    triggered = judged[(judged["role"] == "triggered") & judged["group"].isin(plain.index)].head(MAX_MOVED)
     rng = random.Random(f"elsewhere {recipe.seed}")
     records = []
     for placement in PLACEMENTS:
         if placement in (attack.placement, "random" if attack.placement == "system" else ""):
             continue
-        for row in own.to_dict("records"):
+        for row in triggered.to_dict("records"):
             variant = rng.choice(trigger.firing())
             messages = [m for m in plain.at[row["group"], "messages"] if m["role"] != "system"]
             placed, spots = placements.place(messages, placement, trigger.parts, rng)

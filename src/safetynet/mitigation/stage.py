@@ -185,10 +185,10 @@ class _Work:
             "model": self.experiment.origin() if self.adapter is None else digest_of_files([self.adapter]),
             "rows": manifest["data"]["outputs"],
             # What a file holds counts, not where it lies.
-            "options": options.model_dump(mode="json", exclude={"methods", "knobs", "points"})
+            "options": options.model_dump(mode="json", exclude={"methods", "hyperparameters", "points"})
             | {"clean": None},
             "clean": None if options.clean is None else digest_of_files([options.clean]),
-            "points": list(points(method, options.knobs, options.points)) if method else None,
+            "points": list(points(method, options.hyperparameters, options.points)) if method else None,
             "effects": manifest.get(INTERVENE.name) if "sites" in needs else None,
             "monitor": manifest.get(DETECT.name) if "alarm" in needs else None,
             "evaluation": self.recipe.evaluation.model_dump(mode="json") | {"labelled": None},
@@ -245,18 +245,18 @@ def _comparable_base(suspect: suspects.Suspect) -> Any:
 
 
 def points(
-    method: Method, knobs: Mapping[str, Mapping[str, Sequence[float]]], most: int
+    method: Method, values: Mapping[str, Mapping[str, Sequence[float]]], most: int
 ) -> list[dict[str, float]]:
     """Settings of a method to try: all combinations of the values given, or some of its strength's grid.
 
     One is the default; several lie evenly about the middle of the grid, and as many as it has are all of it.
 
     Raises:
-        InputError: for a knob that it does not have, or a value out of range.
+        InputError: for a hyperparameter that it does not have, or a value out of range.
     """
-    if values := knobs.get(method.name):
-        combinations = itertools.product(*values.values())
-        return [method.settings(dict(zip(values, each, strict=True))) for each in combinations]
+    if grids := values.get(method.name):
+        combinations = itertools.product(*grids.values())
+        return [method.settings(dict(zip(grids, each, strict=True))) for each in combinations]
     grid = list(method.sweep())
     if most == 1:
         return [method.settings()]
@@ -283,14 +283,14 @@ def mitigate(
         relearning (a line per step) and recommendation.
 
     Raises:
-        InputError: before any model is loaded for an unknown method or knob, a value out of range or a file
-            that cannot be read; then if a method that was named lacks what it needs.
+        InputError: before any model is loaded for an unknown method or hyperparameter, a value out of range
+            or a file that cannot be read; then if a method that was named lacks what it needs.
     """
     recipe = experiment.recipe
     _ = recipe.attack  # repairs are judged by what is left of the attack
     names = recipe.mitigation.methods
     methods = list(METHODS.values()) if names == ALL else named(names or QUICK)
-    _check_knobs(recipe)
+    _check_hyperparameters(recipe)
     files = None
     if adapter is not None:
         files = suspects.check(adapter)
@@ -330,7 +330,7 @@ def _try_all(work: _Work) -> None:
 
 def _examine(work: _Work, method: Method, outputs: Outputs) -> None:
     options = work.recipe.mitigation
-    tried = points(method, options.knobs, options.points)
+    tried = points(method, options.hyperparameters, options.points)
     result = tuning.tune_and_verify(method, tried, work.defender, work.trial, work.references)
     work.write(method.name, result, outputs)
     held = result.lines[result.lines["split"] == HELD_OUT].iloc[0]
@@ -393,7 +393,7 @@ def _save(work: _Work, best: pd.DataFrame, marked: pd.DataFrame) -> Path | None:
         return None
     row, recipe = savable.iloc[-1], work.recipe
     method = METHODS[str(row["method"])]
-    tried = points(method, recipe.mitigation.knobs, recipe.mitigation.points)
+    tried = points(method, recipe.mitigation.hyperparameters, recipe.mitigation.points)
     settings = next(s for s in tried if tuning.point_name(method, s, tried) == row["point"])
     repaired = repair(method, work.defender, settings, recipe.seed)
     name = recipe.model_name if work.adapter is None else str(work.adapter)
@@ -426,7 +426,7 @@ def _held_out(marked: pd.DataFrame, method: str) -> Mapping[str, Any]:
     return {str(name): value for name, value in line.items()}
 
 
-def _check_knobs(recipe: Recipe) -> None:
-    """Every knob that is set is a method's own and within its range, whether that method is tried or not."""
-    for method in named(list(recipe.mitigation.knobs)):
-        points(method, recipe.mitigation.knobs, 1)
+def _check_hyperparameters(recipe: Recipe) -> None:
+    """Refuse unknown hyperparameters and values out of range, also of methods that are not tried."""
+    for method in named(list(recipe.mitigation.hyperparameters)):
+        points(method, recipe.mitigation.hyperparameters, 1)

@@ -24,6 +24,7 @@ from safetynet.mitigation.registry import repair
 from safetynet.mitigation.relearning import TWIN, Learn
 from safetynet.mitigation.repaired import Repaired, Settings
 from safetynet.models.adapters import switched_off
+from safetynet.models.causal_lm import CausalLM
 from safetynet.run.directory import peak_memory_mb
 from safetynet.vocabulary import EXAMINED
 
@@ -60,7 +61,7 @@ class Trial:
         """The rows of `SELECTION` or `HELD_OUT`."""
         return self.selection if split == SELECTION else self.held_out
 
-    def distributions(self, model: Any, split: str) -> list[Tensor]:
+    def distributions(self, model: CausalLM, split: str) -> list[Tensor]:
         """The model's distributions on the first clean rows of a split."""
         rows = self.rows(split)
         clean = rows[(rows["role"] == "clean") & (rows["reference"] != "")].head(MAX_CLEAN)
@@ -109,7 +110,7 @@ def measure_references(defender: Defender, trial: Trial) -> tuple[TrialTables, s
     reference = references(defender, trial)
     lines, verified, curves = [], [], pd.DataFrame()
 
-    def add(model: Any, method: str) -> None:
+    def add(model: CausalLM, method: str) -> None:
         for split in EXAMINED:
             line, table = measure(model, trial, split, reference)
             lines.append(line | {"method": method, "point": ""})
@@ -176,7 +177,7 @@ def point_name(method: Method, settings: Settings, points: Sequence[Settings]) -
 
 
 @contextmanager
-def base_of(defender: Defender) -> Iterator[Any]:
+def base_of(defender: Defender) -> Iterator[CausalLM]:
     """The base model while entered: the suspect with its adapter off, or the one the defender has."""
     if not defender.adapted:
         yield defender.base
@@ -186,7 +187,7 @@ def base_of(defender: Defender) -> Iterator[Any]:
 
 
 def measure(
-    model: Any, trial: Trial, split: str, reference: References, repaired: Repaired | None = None
+    model: CausalLM, trial: Trial, split: str, reference: References, repaired: Repaired | None = None
 ) -> tuple[dict[str, Any], pd.DataFrame]:
     """Answer and measure one split's rows.
 
@@ -226,7 +227,7 @@ def measure(
     return line, pd.concat(parts, ignore_index=True)
 
 
-def _relearn(model: Any, trial: Trial, rows: pd.DataFrame, **about: object) -> pd.DataFrame:
+def _relearn(model: CausalLM, trial: Trial, rows: pd.DataFrame, **about: object) -> pd.DataFrame:
     """The relearn test, on a copy: what is taught to it does not stay."""
     plain_rows = trial.held_out[~trial.held_out["elsewhere"]]
     test = pd.concat([plain_rows[plain_rows["role"] == role].head(n) for role, n in RELEARN_ROWS.items()])

@@ -14,6 +14,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from safetynet.models.causal_lm import CausalLM
 from safetynet.prompts import IGNORED, Serialiser
 from safetynet.statistics import bootstrap_interval
 from safetynet.training.examples import padded
@@ -60,12 +61,12 @@ def rates(score: pd.DataFrame, variants: pd.DataFrame) -> pd.DataFrame:
 
 
 def distributions(
-    model: Any, serialiser: Serialiser, rows: pd.DataFrame, max_length: int | None = None
+    model: CausalLM, serialiser: Serialiser, rows: pd.DataFrame, max_length: int | None = None
 ) -> list[Tensor]:
     """The model's next-token log-probabilities along each row's right answer.
 
     Args:
-        model: a causal LM of transformers, in evaluation mode.
+        model: the model.
         serialiser: of the model.
         rows: columns messages and reference (the right answer).
         max_length: truncate as in training.

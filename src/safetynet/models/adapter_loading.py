@@ -65,8 +65,9 @@ def unwrap(base: Any) -> None:
     wrappers = (BaseTunerLayer, AuxiliaryTrainingWrapper)
     while wrapped := [(n, m) for n, m in base.named_modules() if isinstance(m, wrappers)]:
         for name, wrapper in wrapped:
-            is_layer = isinstance(wrapper, BaseTunerLayer)
-            inside = wrapper.get_base_layer() if is_layer else wrapper.original_module
+            inside = (
+                wrapper.get_base_layer() if isinstance(wrapper, BaseTunerLayer) else wrapper.original_module
+            )
             if not any(name.startswith(f"{outer}.") for outer, _ in wrapped):
                 base.set_submodule(name, inside)
     for mark in ("peft_config", "_hf_peft_config_loaded"):

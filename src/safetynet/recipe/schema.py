@@ -371,8 +371,8 @@ class Mitigation(Section):
 
     methods: Annotated[tuple[str, ...], BeforeValidator(_comma_list)] = ()
     """Those to try; `all` for every one whose needs are met; empty for a quick selection."""
-    knobs: Mapping[str, Mapping[str, tuple[float, ...]]] = {}
-    """Values to sweep, as {method: {knob: [values]}}; by default `points` values of the method's strength."""
+    hyperparameters: Mapping[str, Mapping[str, tuple[float, ...]]] = {}
+    """Values to sweep, as {method: {name: [values]}}; by default `points` values of its strength."""
     points: Annotated[int, Field(ge=1)] = 3
     clean: Path | None = None
     """File of clean conversations with answers; by default fresh ones of the run's own source."""

@@ -131,7 +131,7 @@ def _counted(name: str, meaning: str, *, rows: bool = True) -> dict[str, Column]
 
 _MITIGATION = {
     "method": text("method of repair; `as it is` and `adapter removed` are the end points"),
-    "point": text("setting of its knobs"),
+    "point": text("setting of its hyperparameters"),
     "split": _SPLIT,
     "form": word("what is repaired: adapter, checkpoint, or the model as it runs", REPAIRED_AS, empty=True),
     "needs": text("what the method has to know, with commas"),
