@@ -81,7 +81,7 @@ def mitigate(
     """Try repairs; arguments as for `mitigation.stage.mitigate`."""
     from safetynet.mitigation import stage
 
-    return stage.mitigate(experiment, stage.Lent(probing, alarm), adapter, same_base)
+    return stage.mitigate(experiment, stage.OtherStages(probing, alarm), adapter, same_base)
 
 
 def draw(experiment: Experiment) -> None:

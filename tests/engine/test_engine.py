@@ -103,3 +103,13 @@ def test_resampling_gives_the_numbers_of_plain_hooks(build, pairs):
     source = trace(model, Batch.of(pairs[1]), [site]).value(site)
     change = edits.replace(source[2, -3:])
     compare(model, pairs[0], cases_of(model, pairs[0], site, change, [(0, 3, 6), (4, 5, 6), (-3, -2, -1)]))
+
+
+def test_clamp_holds_components_along_orthonormal_rows_and_leaves_the_rest():
+    rows, x = torch.linalg.qr(random(8, 3)).Q.T, 3 * random(5, 8, seed=1)
+    low, high = torch.full((3,), -0.5), torch.full((3,), 1.0)
+    clamped = edits.clamp(low, high, rows)(x)
+    torch.testing.assert_close(clamped @ rows.T, (x @ rows.T).clamp(-0.5, 1.0))
+    rest = torch.eye(8) - rows.T @ rows
+    torch.testing.assert_close(clamped @ rest, x @ rest, rtol=1e-4, atol=1e-5)
+    assert torch.equal(edits.clamp(low[0], high[0])(x), x.clamp(-0.5, 1.0))

@@ -55,7 +55,7 @@ QUICK = ("fine_tuning", "adapter_scaling", "component_ablation", "cleangen", "tr
 
 
 @dataclass(frozen=True)
-class Lent:
+class OtherStages:
     """What other stages do for this one, which may not import them."""
 
     probing: Callable[[pd.DataFrame, Recipe, Serialiser], Callable[[Any], pd.DataFrame]]
@@ -69,7 +69,7 @@ class _Work:
     """One command: its settings, and the models and rows that are loaded when the first stage needs them."""
 
     experiment: Experiment
-    lent: Lent
+    others: OtherStages
     adapter: Path | None
     """Or a whole model."""
     same_base: bool
@@ -93,7 +93,9 @@ class _Work:
         recipe, options = self.recipe, self.recipe.mitigation
         clean_rows = options.clean_rows if options.clean is None else 0
         if self.adapter is None:
-            defender = defender_of(self.experiment, self.lent, clean=clean_rows, known=options.triggered_rows)
+            defender = defender_of(
+                self.experiment, self.others, clean=clean_rows, known=options.triggered_rows
+            )
         else:
             suspect = suspects.load(self.experiment.load, self.adapter, self.same_base, self.files)
             groups = mitigation_rows.known_groups(self.run.table("rows"), options.triggered_rows)
@@ -133,7 +135,7 @@ class _Work:
             ),
             relearning=relearning.relearning_rows(unseen, poisoned) if poisoned else None,
             learn=relearning.trainer(recipe, serialiser),
-            probe=self.lent.probing(held_out, recipe, serialiser),
+            probe=self.others.probing(held_out, recipe, serialiser),
             floor=options.floor,
             seed=recipe.seed,
         )
@@ -195,12 +197,14 @@ class _Work:
         }
 
 
-def defender_of(experiment: Experiment, lent: Lent, *, clean: int = 1000, known: int = 0) -> Defender:
+def defender_of(
+    experiment: Experiment, others: OtherStages, *, clean: int = 1000, known: int = 0
+) -> Defender:
     """The backdoored model of a run, and what is known of it.
 
     Args:
         experiment: trained; once `intervene` and `detect` have run, their effects and monitor are there too.
-        lent: gives the monitor's alarm.
+        others: gives the monitor's alarm.
         clean: how many fresh conversations with answers, on prompts of no row of the run; 0: none.
         known: groups of training rows with a triggered prompt and its counterparts, with the right answers;
             none of the test's prompts, placebos and near misses is among them.
@@ -224,7 +228,7 @@ def defender_of(experiment: Experiment, lent: Lent, *, clean: int = 1000, known:
         base=base,
         triggered=mitigation_rows.known_groups(run.table("rows"), known) if known else None,
         effects=run.table("effects") if run.has_table("effects") else None,
-        alarm=lent.alarm(run, serialiser),
+        alarm=others.alarm(run, serialiser),
         max_length=recipe.training.max_length,
         batch_size=recipe.training.batch_size,
         learning_rate=recipe.training.learning_rate,
@@ -268,13 +272,13 @@ def points(
 
 
 def mitigate(
-    experiment: Experiment, lent: Lent, adapter: Path | None = None, same_base: bool = False
+    experiment: Experiment, others: OtherStages, adapter: Path | None = None, same_base: bool = False
 ) -> dict[str, pd.DataFrame]:
     """Try methods on a trained run, verify each, and recommend one.
 
     Args:
         experiment: trained; the recipe's section `mitigation` says what is tried and how.
-        lent: what other stages do for it.
+        others: what other stages do for it.
         adapter: repair this adapter of the run's base, or this whole model, instead of the run's own.
         same_base: the adapter names its base otherwise, and it is the run's all the same.
 
@@ -297,7 +301,7 @@ def mitigate(
         adapter = adapter_files.locate(adapter).resolve()
     elif recipe.suspect is None:
         experiment.model_folder(BACKDOORED)  # the twin need not be there
-    work = _Work(experiment, lent, adapter, same_base, methods, files)
+    work = _Work(experiment, others, adapter, same_base, methods, files)
     pending = [m for m in methods if not experiment.finished(work.stage(m.name), work.inputs(m.name))]
     if pending and names not in ((), ALL):
         refuse_unmet(pending, work.defender)
