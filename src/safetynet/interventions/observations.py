@@ -20,6 +20,7 @@ from safetynet.interventions.pairs import Pairs
 from safetynet.interventions.probes import fires_probe, trigger_probe
 from safetynet.models.causal_lm import CausalLM
 from safetynet.prompts import Serialiser
+from safetynet.run import parallel
 from safetynet.vocabulary import RUNS
 
 log = logging.getLogger(__name__)
@@ -70,13 +71,16 @@ def observe(
         "divergence": lambda: divergence(model, triggered, placebo, other),
         "attention": attention,
     }
-    tables = {}
-    for name, observation in observations.items():
+
+    def table_of(name: str) -> pd.DataFrame | None:
         try:
-            tables[name] = observation()
+            return observations[name]()
         except InputError as error:  # an architecture that shows no attention still has a lens
             log.warning("intervene: no table %s. %s", name, error)
-    return tables | _drift(model, epochs)
+            return None
+
+    tables = zip(observations, parallel.side_by_side(list(observations), table_of), strict=True)
+    return {name: table for name, table in tables if table is not None} | _drift(model, epochs)
 
 
 def _fires(model: CausalLM, serialiser: Serialiser, rows: pd.DataFrame, seed: int) -> list[pd.DataFrame]:

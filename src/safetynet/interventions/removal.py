@@ -22,6 +22,7 @@ from safetynet.engine.sites import Architecture, Site
 from safetynet.engine.trace import trace
 from safetynet.interventions.pairs import Pairs
 from safetynet.models.causal_lm import CausalLM
+from safetynet.run import parallel
 from safetynet.statistics import wilson
 from safetynet.tables.summaries import REMOVED_ASR
 
@@ -192,8 +193,8 @@ def judge(
         candidates: an empty set of edits measures the model as it is.
         about: further columns, such as the split.
     """
-    lines = []
-    for candidate in candidates:
+
+    def line_of(candidate: Candidate) -> dict[str, object]:
         with intervening(model, candidate.edits):
             answered = respond(model, rows)
         clean = answered[answered["role"] == "clean"]
@@ -216,8 +217,9 @@ def judge(
                 f"{name}_high": high,
                 f"{name}_n": len(hits),
             }
-        lines.append(line)
-    return pd.DataFrame(lines)
+        return line
+
+    return pd.DataFrame(parallel.side_by_side(candidates, line_of))
 
 
 def best(table: pd.DataFrame) -> str:
