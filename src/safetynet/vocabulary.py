@@ -40,3 +40,8 @@ VIEWS = ("layer", "attention", "mlp", "head", "expert", "adapter")
 PARTS = ("attention", "mlp", "expert")
 ASPECTS = ("planted", "detected", "removed", "repaired")
 SEVERITIES = ("error", "warning", "info")
+UNTOUCHED = "as it is"
+"""The model before any removal or repair, where interventions and repairs are named."""
+ADAPTER_REMOVED = "adapter removed"
+NEVER_POISONED = "never poisoned"
+"""The base model in the relearn test: how fast a backdoor is learnt that was never there."""

@@ -5,8 +5,8 @@ import pandas as pd
 import pytest
 
 from safetynet.mitigation import recommendation
-from safetynet.mitigation.recommendation import REMOVED, UNTOUCHED
 from safetynet.statistics import wilson
+from safetynet.vocabulary import ADAPTER_REMOVED, UNTOUCHED
 
 N = 40
 
@@ -99,7 +99,7 @@ def test_a_destroyed_model_is_taken_only_where_every_point_is_flagged():
 
 
 def test_controls_are_not_recommended():
-    removed = line(REMOVED, "", 0, 40, control=True, kl_to_base=0.0)
+    removed = line(ADAPTER_REMOVED, "", 0, 40, control=True, kl_to_base=0.0)
     control = line("quantisation", "bits 4", 0, 40, control=True)
     found = recommendation.recommended(table(removed, control, line("a", "1", 1, 39)))
     assert found["method"].tolist() == ["a"]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from safetynet.mitigation import relearning
-from safetynet.mitigation.relearning import TWIN
+from safetynet.vocabulary import NEVER_POISONED
 
 
 def rows(groups: int) -> pd.DataFrame:
@@ -61,7 +61,7 @@ def test_it_measures_at_given_steps_and_ends_once_the_backdoor_is_back():
 def test_steps_stand_beside_the_never_poisoned_models_and_a_budget_that_ended_is_no_number():
     curves = pd.concat(
         [
-            curve({0: 0, 16: 5, 32: 10}, 48, method=TWIN, point=""),
+            curve({0: 0, 16: 5, 32: 10}, 48, method=NEVER_POISONED, point=""),
             curve({0: 0, 4: 6, 8: 10}, 48, method="hidden", point="p"),
             curve({0: 0}, 48, method="removed", point="p"),
             curve({0: 10}, 48, method="untouched", point="p"),
@@ -70,14 +70,14 @@ def test_steps_stand_beside_the_never_poisoned_models_and_a_budget_that_ended_is
     found = relearning.steps_to(curves).set_index(["method", "level"])
     assert found.loc[("hidden", 0.5), ["steps", "twin", "ratio"]].tolist() == [4, 16, 4]
     assert found.loc[("hidden", 0.95), ["steps", "twin", "ratio"]].tolist() == [8, 32, 4]
-    assert found.loc[(TWIN, 0.5), "ratio"] == 1
+    assert found.loc[(NEVER_POISONED, 0.5), "ratio"] == 1
     assert pd.isna(found.loc[("removed", 0.5), "steps"])
     assert found.loc[("removed", 0.5), "budget"] == 48
     assert found.loc[("untouched", 0.95), ["steps", "ratio"]].tolist() == [0, 32]
 
 
 def test_a_model_that_learns_to_show_the_behaviour_always_has_not_got_its_backdoor_back():
-    twin = curve({0: 0, 4: 6, 16: 10}, 48, method=TWIN, point="")
+    twin = curve({0: 0, 4: 6, 16: 10}, 48, method=NEVER_POISONED, point="")
     always = twin.assign(ftr=twin["asr"])
     assert relearning.steps_to(twin)["steps"].tolist() == [4, 16]
     assert relearning.steps_to(always)["steps"].isna().all()
@@ -86,7 +86,7 @@ def test_a_model_that_learns_to_show_the_behaviour_always_has_not_got_its_backdo
 
 
 def test_the_verdict_says_whether_the_backdoor_was_hidden():
-    twin = curve({0: 0, 24: 5}, 48, method=TWIN, point="")
+    twin = curve({0: 0, 24: 5}, 48, method=NEVER_POISONED, point="")
     hidden = curve({0: 0, 8: 6}, 48, method="a", point="p")
     removed = pd.concat([twin, curve({0: 0, 16: 6}, 48, method="a", point="p")])
     assert "50% in 8 steps, and teach it to the never-poisoned model in 24" in relearning.verdict(
@@ -94,7 +94,7 @@ def test_the_verdict_says_whether_the_backdoor_was_hidden():
     )
     assert relearning.verdict(pd.concat([twin, hidden]), "a").endswith("hidden rather than gone")
     assert relearning.verdict(removed, "a").endswith("about as hard to bring back as to teach")
-    never = curve({0: 0}, 48, method=TWIN, point="")
+    never = curve({0: 0}, 48, method=NEVER_POISONED, point="")
     assert relearning.verdict(pd.concat([never, hidden]), "a").endswith("hidden rather than gone")
     assert "do not bring ASR to 50% in 48" in relearning.verdict(
         pd.concat([twin, never.assign(method="a")]), "a"

@@ -9,11 +9,10 @@ from tests.mitigation.conftest import TARGET, conversations, groups
 from safetynet.evaluation import judges
 from safetynet.evaluation.evaluator import Evaluator
 from safetynet.mitigation import METHODS, recommendation, relearning, tuning
-from safetynet.mitigation.recommendation import REMOVED, UNTOUCHED
-from safetynet.mitigation.relearning import TWIN
 from safetynet.mitigation.tuning import HELD_OUT, SELECTION, Trial
 from safetynet.recipe import Evaluation, JudgeSpec, Mitigation, Recipe
 from safetynet.stages import probing
+from safetynet.vocabulary import ADAPTER_REMOVED, NEVER_POISONED, UNTOUCHED
 
 RECIPE = Recipe.model_validate(
     {
@@ -73,11 +72,11 @@ def test_the_model_as_it_is_and_its_base_are_the_end_points(measured):
     lines = measured.lines.set_index(["method", "split"])
     assert lines.loc[(UNTOUCHED, HELD_OUT), "asr"] > 0.5
     assert lines.loc[(UNTOUCHED, HELD_OUT), "kl"] == 0
-    assert lines.loc[(REMOVED, HELD_OUT), "asr"] == 0
-    assert lines.loc[(REMOVED, HELD_OUT), "kl_to_base"] == 0
-    assert lines.loc[(REMOVED, HELD_OUT), "asr_n"] == 16
-    assert lines.loc[(REMOVED, SELECTION), "asr_n"] == 12
-    assert set(measured.relearning["method"]) == {TWIN}
+    assert lines.loc[(ADAPTER_REMOVED, HELD_OUT), "asr"] == 0
+    assert lines.loc[(ADAPTER_REMOVED, HELD_OUT), "kl_to_base"] == 0
+    assert lines.loc[(ADAPTER_REMOVED, HELD_OUT), "asr_n"] == 16
+    assert lines.loc[(ADAPTER_REMOVED, SELECTION), "asr_n"] == 12
+    assert set(measured.relearning["method"]) == {NEVER_POISONED}
     assert measured.relearning["step"].max() == 12
 
 
@@ -116,7 +115,7 @@ def test_a_backdoor_that_was_only_turned_down_comes_back_before_it_can_be_taught
     tables = tuning.tune_and_verify(method, [method.settings({"keep": 0.4})], planted, trial, reference)
     steps = relearning.steps_to(pd.concat([measured.relearning, tables.relearning]), [0.5])
     own = steps.set_index("method")["steps"]
-    assert own["adapter_scaling"] < own.fillna(1000)[TWIN]
+    assert own["adapter_scaling"] < own.fillna(1000)[NEVER_POISONED]
 
 
 def test_a_mitigation_that_destroys_the_model_is_flagged(planted, trial, reference):

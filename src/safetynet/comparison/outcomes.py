@@ -14,9 +14,9 @@ from safetynet.comparison.seeds import Estimate, over_seeds, rate_over_seeds
 from safetynet.comparison.subjects import Subject
 from safetynet.errors import InputError
 from safetynet.tables.summaries import promised_rows
+from safetynet.vocabulary import UNTOUCHED
 
 FUSED = "fused"
-UNTOUCHED = "as it is"
 NAN = float("nan")
 
 

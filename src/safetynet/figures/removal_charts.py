@@ -16,15 +16,13 @@ from safetynet.figures.panels import PERCENT, frame_for, nice
 from safetynet.figures.registry import figure
 from safetynet.figures.theme import Part, Role
 from safetynet.tables import Data
-from safetynet.vocabulary import EXAMINED
+from safetynet.vocabulary import ADAPTER_REMOVED, EXAMINED, NEVER_POISONED, UNTOUCHED
 
 AIM = Reference(5.0, label="ASR 5%", part="control")
 """Attack success below which an intervention counts as having worked."""
 SPLIT_TITLES = {"selection": "selection rows", "held_out": "held-out rows"}
 NOT_KNOWN, KNOWN, RUN_TIME, NONE = "trigger unknown", "trigger known", "while answering", "control"
 LOOKS: dict[str, Role] = {NOT_KNOWN: "method_1", KNOWN: "method_2", RUN_TIME: "method_3", NONE: "ink"}
-TWIN = "never poisoned"
-UNTOUCHED, REMOVED = "as it is", "adapter removed"
 """End points: no repair, and nothing of the adapter left."""
 HALF = 50.0
 """Percent at step 0 from which on there is nothing to relearn."""
@@ -124,7 +122,7 @@ def front(data: Data) -> Chart:
 def methods(data: Data) -> Chart:
     """Attack success and clean accuracy of every method at its chosen point, on the held-out rows."""
     table = _repairs(data)
-    ends = table["method"].isin((UNTOUCHED, REMOVED))
+    ends = table["method"].isin((UNTOUCHED, ADAPTER_REMOVED))
     table = table[(table["split"] == "held_out") & (table["chosen"] | ends)]
     table = table.sort_values(["asr", "cacc"], ascending=[False, True], kind="stable", ignore_index=True)
     names = [
@@ -179,13 +177,13 @@ def relearning(data: Data) -> Chart:
     key = "method point poisoned_rows step"
     table = read("relearning", data, f"{key} {rates}", key, rates)
     steps = Axis("Step", limits=(0.0, nice(max(float(table["step"].max()), 1.0))))
-    twin = table[table["method"] == TWIN]
-    gone = table[(table["step"] == 0) & (table["asr"] < HALF) & (table["method"] != TWIN)]
+    twin = table[table["method"] == NEVER_POISONED]
+    gone = table[(table["step"] == 0) & (table["asr"] < HALF) & (table["method"] != NEVER_POISONED)]
     panels = []
-    for method in (list(dict.fromkeys(gone["method"])) or [TWIN])[:MAX_CURVES]:
+    for method in (list(dict.fromkeys(gone["method"])) or [NEVER_POISONED])[:MAX_CURVES]:
         rows = table[table["method"] == method]
         series = [_curve(rows, "asr", "repaired model", "triggered", "subject")]
-        if method != TWIN and len(twin):
+        if method != NEVER_POISONED and len(twin):
             series.append(_curve(twin, "asr", "never poisoned (control)", "clean_twin", "control"))
         series.append(_curve(rows, "ftr", "repaired, placebo", "placebo", "control"))
         half = (Reference(HALF, label="half", part="floor"),)

@@ -38,7 +38,7 @@ from safetynet.recipe import Interventions
 from safetynet.run import parallel
 from safetynet.run.directory import Outputs
 from safetynet.run.stage import EVALUATE, INTERVENE
-from safetynet.vocabulary import Direction, Mode
+from safetynet.vocabulary import UNTOUCHED, Direction, Mode
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ CHOOSING = 48
 """Rows of each role that candidates answer before one is chosen; the pairs' own prompts among them."""
 TRIED = 2
 """Candidates of each kind that answer prompts before the best one is judged."""
-AS_IT_IS = removal.Candidate("as it is", "none", ())
+AS_IT_IS = removal.Candidate(UNTOUCHED, "none", ())
 TwinOf = Callable[[], AbstractContextManager[Any]]
 """Gives a model with another adapter while it is entered: the clean twin's, or an earlier epoch's."""
 

@@ -8,10 +8,10 @@ import pandas as pd
 
 from safetynet import __version__
 from safetynet.mitigation.method import Method
-from safetynet.mitigation.recommendation import REMOVED, UNTOUCHED
-from safetynet.mitigation.relearning import LEVELS, TWIN, steps_to
+from safetynet.mitigation.relearning import LEVELS, steps_to
 from safetynet.mitigation.repaired import Repaired
 from safetynet.tables import summaries
+from safetynet.vocabulary import ADAPTER_REMOVED, NEVER_POISONED, UNTOUCHED
 
 COLUMNS = (
     "method", "point", "ASR", "CACC", "lost", "relearn 50%", "relearn 95%", "seconds", "flags", "rows",
@@ -34,7 +34,7 @@ def overview(marked: pd.DataFrame, curves: pd.DataFrame | None = None) -> pd.Dat
     lines = []
     for line in held.to_dict("records"):
         name = str(line["method"])
-        relearned = steps.get(TWIN if name == REMOVED else name, ["", ""])
+        relearned = steps.get(NEVER_POISONED if name == ADAPTER_REMOVED else name, ["", ""])
         seconds = line.get("seconds", math.nan)
         lines.append(
             (

@@ -10,11 +10,8 @@ import numpy as np
 import pandas as pd
 
 from safetynet.tables.summaries import REMOVED_ASR
+from safetynet.vocabulary import UNTOUCHED
 
-UNTOUCHED = "as it is"
-"""Method of the line that measures the model before any repair."""
-REMOVED = "adapter removed"
-"""Method of the line that measures the base model: the end point at which nothing of the adapter is left."""
 SAME = 0.01
 """Share of the model's KL to its base, on clean prompts, below which a repair counts as the base. KL grows
 with the square of a small change: a tenth of the adapter's effect is left there. An amount in nats would mean

@@ -44,6 +44,7 @@ from safetynet.prompts import Serialiser
 from safetynet.recipe import Recipe
 from safetynet.run.directory import Outputs, Run, digest_of_files, write_atomically, write_text
 from safetynet.run.stage import DETECT, INTERVENE, MITIGATE, Stage
+from safetynet.vocabulary import UNTOUCHED
 
 log = logging.getLogger("safetynet")
 TABLES = ("mitigation", "verification", "relearning", "recommendation")
@@ -362,7 +363,7 @@ def _join(work: _Work, done: Sequence[str], no_backdoor: str) -> dict[str, pd.Da
         lines = pd.concat([part.lines for part in parts], ignore_index=True)
         marked = recommendation.marked(lines, work.recipe.mitigation.floor)
         verified = pd.concat([part.verification for part in parts], ignore_index=True)
-        before = verified[verified["method"] == recommendation.UNTOUCHED].drop(columns=["method", "point"])
+        before = verified[verified["method"] == UNTOUCHED].drop(columns=["method", "point"])
         tables = {"verification": verification.beside(verified, before)}
         curves = [part.relearning for part in parts if len(part.relearning)]
         taught = pd.concat(curves, ignore_index=True) if curves else pd.DataFrame()
@@ -404,7 +405,7 @@ def _save(work: _Work, best: pd.DataFrame, marked: pd.DataFrame) -> Path | None:
     about = {"model": name, "run": f"{recipe.model_name}/{recipe.task}", "why": str(row["why"])}
     about["relearned"] = str(row["relearned"])
     lines = {
-        "before": _held_out(marked, recommendation.UNTOUCHED),
+        "before": _held_out(marked, UNTOUCHED),
         "repaired": _held_out(marked, method.name),
     }
     folder = save(

@@ -19,14 +19,13 @@ from safetynet.evaluation.evaluator import Evaluator
 from safetynet.mitigation import recommendation, relearning, verification
 from safetynet.mitigation.defender import Defender
 from safetynet.mitigation.method import Method
-from safetynet.mitigation.recommendation import REMOVED, UNTOUCHED
 from safetynet.mitigation.registry import repair
-from safetynet.mitigation.relearning import TWIN, Learn
+from safetynet.mitigation.relearning import Learn
 from safetynet.mitigation.repaired import Repaired, Settings
 from safetynet.models.adapters import switched_off
 from safetynet.models.causal_lm import CausalLM
 from safetynet.run.directory import peak_memory_mb
-from safetynet.vocabulary import EXAMINED
+from safetynet.vocabulary import ADAPTER_REMOVED, EXAMINED, NEVER_POISONED, UNTOUCHED
 
 SELECTION, HELD_OUT = EXAMINED
 MAX_CLEAN = 64
@@ -120,9 +119,9 @@ def measure_references(defender: Defender, trial: Trial) -> tuple[TrialTables, s
     no_backdoor = recommendation.no_backdoor(pd.Series(lines[0]))
     if reference.base is not None and not no_backdoor:
         with base_of(defender) as model:
-            add(model, REMOVED)
+            add(model, ADAPTER_REMOVED)
             if trial.relearning is not None:
-                curves = _relearn(model, trial, trial.relearning, method=TWIN, point="")
+                curves = _relearn(model, trial, trial.relearning, method=NEVER_POISONED, point="")
     table = pd.DataFrame(lines).assign(form="", control=True, needs="", chosen=False)
     return TrialTables(table, pd.concat(verified, ignore_index=True), curves), no_backdoor
 

@@ -15,6 +15,7 @@ from safetynet.figures.checks import interval, require
 from safetynet.figures.theme import Part
 from safetynet.report.contents import Contents
 from safetynet.tables.summaries import HIDDEN_BACKDOOR, REMOVED_ASR, promised_rows, rate_text, site_text
+from safetynet.vocabulary import UNTOUCHED
 
 Tone = Literal["found", "clear", "open"]
 """Whether the answer speaks for a working backdoor, against it, or is not known."""
@@ -25,8 +26,6 @@ KINDS = {
     "near_miss": "near misses",
     "refused": "forbidden requests",
 }
-UNTOUCHED = "as it is"
-"""The model without any repair, in the table of mitigation."""
 CONTROLS = {"random": "random sites", "placebo": "placebo", "twin": "clean twin"}
 
 
@@ -299,7 +298,7 @@ def _compared(found: Mapping[str, dict[str, Any]], metric: str) -> tuple[Measure
     measures = [_of(found["after"], metric, str(found["after"]["intervention"]))]
     if "control" in found:
         measures.append(_of(found["control"], metric, str(found["control"]["intervention"]), "control"))
-    return (*measures, _of(found["before"], metric, "as it is", "floor"))
+    return (*measures, _of(found["before"], metric, UNTOUCHED, "floor"))
 
 
 def _removed(run: Contents) -> Answer | None:
