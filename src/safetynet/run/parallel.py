@@ -21,7 +21,7 @@ from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple, TypeVar
 
-from safetynet.errors import RunError
+from safetynet.errors import InputError, RunError
 
 Part = TypeVar("Part")
 Result = TypeVar("Result")
@@ -202,8 +202,11 @@ def _value(tried: Any) -> Any:
 
 
 def reports(error: BaseException) -> bool:
-    """Whether this process reports an error: the first one does, or the one that alone has it."""
-    return is_first() or not getattr(error, "shared", False)
+    """Whether this process reports an error: the first one does, or the one that alone has it.
+
+    Bad input is bad for every process, and an error that processes told each other is `shared`.
+    """
+    return is_first() or not (isinstance(error, InputError) or getattr(error, "shared", False))
 
 
 def _exchanged(value: Any) -> list[Any]:
