@@ -41,9 +41,8 @@ def test_one_process_computes_everything_itself_and_in_order() -> None:
 
 PROGRAM = """
 import sys
-from safetynet import parallel
 from safetynet.errors import InputError
-from safetynet.experiment import Experiment
+from safetynet.run import parallel
 said = open(f"{sys.argv[1]}/said-{parallel.rank()}", "w")
 shared = parallel.in_turn(list(range(5)), lambda x: (x, parallel.rank()))
 print(shared, parallel.from_first(parallel.rank), file=said)
