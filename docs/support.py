@@ -21,9 +21,9 @@ from typing import Any
 
 import pandas as pd
 import torch
-from tests import test_templates as templates
 from tests.backdoors import test_formats, test_forms
 from tests.models import architectures, test_random_adapters, variants
+from tests.prompts import test_template as templates
 
 from safetynet import recipe
 from safetynet.backdoors import sources
