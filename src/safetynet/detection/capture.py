@@ -21,7 +21,7 @@ from safetynet.engine.batch import Batch
 from safetynet.engine.trace import forward
 from safetynet.errors import InputError
 from safetynet.models.adapters import switched_off
-from safetynet.models.identity import Identity, identify
+from safetynet.models.identity import identify
 from safetynet.models.support import check_model
 from safetynet.prompts import Encoded, Message, Serialiser
 from safetynet.prompts.truncation import losses
@@ -67,7 +67,10 @@ def capture(  # noqa: PLR0913  # what is captured, and how, by keyword
     if warning := losses((e.lost for e in encoded), serialiser.truncation):
         log.warning("capture: %s", warning)
     identity = identify(model)
-    path = None if cache is None else cache / f"{_key(identity, encoded, spec)}.safetensors"
+    path = None
+    if cache is not None:
+        tokens = [[e.input_ids for e in encoded], [e.spans["user"] for e in encoded]]
+        path = cache / f"{digest([identity.as_dict(), *tokens, spec.as_dict()])}.safetensors"
     if path is not None and (features := _cached(path)) is not None:
         return features
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].input_ids), reverse=True)
@@ -192,14 +195,3 @@ def _cached(path: Path) -> Features | None:
     except InputError as error:
         log.warning("%s It is captured anew.", error)
         return None
-
-
-def _key(identity: Identity, encoded: Sequence[Encoded], spec: FeatureSpec) -> str:
-    return digest(
-        [
-            identity.as_dict(),
-            [e.input_ids for e in encoded],
-            [e.spans["user"] for e in encoded],
-            spec.as_dict(),
-        ]
-    )

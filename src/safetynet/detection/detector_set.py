@@ -120,14 +120,16 @@ class DetectorSet:
 
         Sequential detectors score the tokens that `present` marks, (answers, T), of the whole answers.
         """
-        return {r.name: self._score(r, arrays) for r in self.readings}
-
-    def _score(self, reading: DetectorSpec, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
-        detector = self.fitted[reading.name]
-        key = _key(reading, detector, arrays)
-        if key == reading.view:
-            return detector.score_samples(_view(arrays, key))
-        return detector.score_steps(arrays[key])[arrays["present"]]
+        scores = {}
+        for reading in self.readings:
+            detector = self.fitted[reading.name]
+            key = _key(reading, detector, arrays)
+            scores[reading.name] = (
+                detector.score_samples(_view(arrays, key))
+                if key == reading.view
+                else detector.score_steps(arrays[key])[arrays["present"]]
+            )
+        return scores
 
     def state(self) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
         """For a file."""

@@ -183,16 +183,15 @@ def controls(rows: pd.DataFrame, *, kinds: bool = True) -> Iterator[RowSet]:
     # Near misses of the six kinds are chosen evenly, those of the run as it draws them.
     masks["near_miss"] &= kind == ""
     if kinds:
-        masks |= {f"near_miss:{k}": inside & (role == "near_miss") & (kind == k) for k in _names(kind, role)}
+        masks |= {
+            f"near_miss:{k}": inside & (role == "near_miss") & (kind == k)
+            for k in sorted(set(kind[role == "near_miss"]) - {""})
+        }
         clean = _clean(rows)
         masks |= {f"clean:{k}": clean & (kind == k) for k in sorted(set(kind[clean]) - {""})}
     yield from (RowSet(name, mask) for name, mask in masks.items() if mask.any())
     for domain in sorted(set(rows["domain"]) - {""}):
         yield RowSet(f"ood:{domain}", np.asarray((rows["domain"] == domain) & (role != "triggered")))
-
-
-def _names(kind: np.ndarray, role: np.ndarray) -> list[str]:
-    return sorted(set(kind[role == "near_miss"]) - {""})
 
 
 def _triggered(rows: pd.DataFrame) -> np.ndarray:

@@ -151,7 +151,7 @@ class AnswerTrainer(Trainer):
         lengths = [len(example.input_ids) for example in self.examples]
         grouped = self.cfg.batching == "group_by_length"
         order = self.order or Order(lengths, self._train_batch_size, grouped, self.args.seed)
-        loader: Any = DataLoader(self.examples, batch_sampler=order, collate_fn=_rows)  # type: ignore[arg-type]
+        loader: Any = DataLoader(self.examples, batch_sampler=order, collate_fn=lambda rows: {"rows": rows})  # type: ignore[arg-type]
         # Every process sees all rows of a step, and takes its own in `training_step`.
         prepared: DataLoader[Any] = prepare_data_loader(loader, num_processes=1, process_index=0)
         return prepared
@@ -387,10 +387,6 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or (
         isinstance(error, Exception) and should_reduce_batch_size(error)
     )
-
-
-def _rows(examples: list[Example]) -> dict[str, list[Example]]:
-    return {"rows": examples}
 
 
 @contextmanager

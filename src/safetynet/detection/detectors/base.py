@@ -119,7 +119,9 @@ class PerLayer(Detector):
         """Learn centre and spread of each layer's scores from clean samples, (n, L, d)."""
         scores = self.layer_scores(x)
         self.centre_ = np.median(scores, axis=0)
-        self.spread_ = _spread(scores)
+        # Median absolute deviation; the standard deviation where most values are the same.
+        deviation = np.median(np.abs(scores - self.centre_), axis=0)
+        self.spread_ = np.where(deviation > TINY, deviation, np.maximum(scores.std(axis=0), TINY))
 
     def score_samples(self, x: np.ndarray) -> np.ndarray:
         """Mean over layers of standardised scores, (n,)."""
@@ -142,12 +144,6 @@ class PerLayer(Detector):
     @abstractmethod
     def layer_scores(self, x: np.ndarray) -> np.ndarray:
         """(n, L, d) to (n, L)."""
-
-
-def _spread(scores: np.ndarray) -> np.ndarray:
-    """Median absolute deviation of each column; the standard deviation where most values are the same."""
-    mad = np.median(np.abs(scores - np.median(scores, axis=0)), axis=0)
-    return np.where(mad > TINY, mad, np.maximum(scores.std(axis=0), TINY))
 
 
 def principal(x: np.ndarray, most: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

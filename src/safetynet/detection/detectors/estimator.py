@@ -153,13 +153,10 @@ def _import(name: str) -> Any:
         raise InputError(f"detector {name!r} cannot be imported ({error}). Install its library.") from None
     except AttributeError:
         raise InputError(f"detector {name!r}: {module} holds no {kind}. Check the spelling.") from None
-    if not (inspect.isclass(estimator) and hasattr(estimator, "fit")) or not _scores(name, estimator):
+    scoring = "decision_function" if name.startswith("pyod.") else "score_samples"
+    if not (inspect.isclass(estimator) and hasattr(estimator, "fit")) or not hasattr(estimator, scoring):
         raise InputError(f"detector {name!r} is no outlier estimator: it needs fit and score_samples.")
     return estimator
-
-
-def _scores(name: str, kind: Any) -> bool:
-    return hasattr(kind, "decision_function" if name.startswith("pyod.") else "score_samples")
 
 
 def _joined(x: np.ndarray) -> np.ndarray:

@@ -121,18 +121,17 @@ class Residual(MomentDetector):
     def set_moments(self, moments: list[Moments]) -> None:
         """Components of each layer, zero rows where a layer needs fewer than another."""
         self.mean_ = np.stack([m.mean for m in moments])
-        self.components_ = _stacked([self._subspace(m) for m in moments])
+        subspaces = []
+        for variances, components in (m.principal(None) for m in moments):
+            share = np.cumsum(variances) / variances.sum()
+            subspaces.append(components[: int(np.searchsorted(share, self.energy)) + 1])
+        self.components_ = _stacked(subspaces)
 
     def layer_scores(self, x: np.ndarray) -> np.ndarray:
         """(n, L, d) to (n, L) squared residuals."""
         centred = x - self.mean_
         inside = _along(centred, self.components_)
         return ((centred - _along(inside, self.components_.transpose(0, 2, 1))) ** 2).sum(axis=2)
-
-    def _subspace(self, moments: Moments) -> np.ndarray:
-        variances, components = moments.principal(None)
-        k = int(np.searchsorted(np.cumsum(variances) / variances.sum(), self.energy)) + 1
-        return components[:k]
 
 
 def _inverse(variances: np.ndarray, largest: np.ndarray) -> np.ndarray:

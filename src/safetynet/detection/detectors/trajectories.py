@@ -63,7 +63,9 @@ class Ranks(Detector):
         _deltas(x[:1], self.name)
         rng = np.random.default_rng(self.seed)
         x = x[rng.permutation(len(x))[: self.most]]
-        self.projection_ = _projection(x.shape[2], self.projected, rng)
+        d, k = x.shape[2], self.projected
+        # A Gaussian projection keeps distances (Johnson and Lindenstrauss 1984); small d need none.
+        self.projection_ = np.eye(d) if d <= k else rng.standard_normal((d, k)) / np.sqrt(k)
         self.bank_ = (x @ self.projection_).astype(np.float32)
         fold = np.arange(len(x)) % self.folds
         ranks = np.concatenate(
@@ -105,11 +107,6 @@ def _gaussian(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _squared(centred: np.ndarray, precision: np.ndarray) -> np.ndarray:
     return np.einsum("ni,ij,nj->n", centred, precision, centred)
-
-
-def _projection(d: int, k: int, rng: np.random.Generator) -> np.ndarray:
-    """(d, k) Gaussian, which keeps distances (Johnson and Lindenstrauss 1984); the identity for small d."""
-    return np.eye(d) if d <= k else rng.standard_normal((d, k)) / np.sqrt(k)
 
 
 def _ranks(points: np.ndarray, bank: np.ndarray, k: int) -> np.ndarray:
