@@ -162,3 +162,12 @@ def test_a_run_that_cannot_be_locked_is_refused(run: Run) -> None:
 def test_a_folder_without_manifest_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="this is no run directory"):
         runs.find(tmp_path)
+
+
+def test_a_table_that_lacks_a_column_is_refused_with_the_command_that_makes_it(run):
+    lens = {"run": ["placebo"], "layer": [0], "value": [-1.0], "low": [-2.0], "high": [0.0], "n": [8]}
+    path = run.write_table("lens", pd.DataFrame(lens))
+    pd.DataFrame(lens).drop(columns="layer").to_parquet(path)
+    match = r"lens\.parquet: .* another version \(lens: column layer is missing; .* safetynet intervene "
+    with pytest.raises(InputError, match=match):
+        run.table("lens")

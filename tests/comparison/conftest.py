@@ -9,7 +9,7 @@ import pytest
 from tests.conftest import completed
 
 from safetynet import recipe as recipes
-from safetynet.comparison.subjects import Subject
+from safetynet.comparison.runs import ComparedRun
 from safetynet.run import directory as runs
 from safetynet.statistics import wilson
 
@@ -127,14 +127,16 @@ def tables() -> Callable[..., dict[str, pd.DataFrame]]:
 
 
 @pytest.fixture
-def subject() -> Callable[..., Subject]:
+def subject() -> Callable[..., ComparedRun]:
     """`subject("qwen", 1, effects=...)` is a run of a family and a seed with changed tables."""
 
-    def make(family: str = "qwen", seed: int = 0, *fields: str, group: str = "", **changed: Any) -> Subject:
+    def make(
+        family: str = "qwen", seed: int = 0, *fields: str, group: str = "", **changed: Any
+    ) -> ComparedRun:
         name = f"{family}-miniature/seed-{seed}"
         versions = {"safetynet": "0.1.0", "torch": "2.13.0"}
         made = a_recipe(family, seed, *fields)
-        return Subject(name, f"results/{name}", made, versions, everything(**changed), group or family)
+        return ComparedRun(name, f"results/{name}", made, versions, everything(**changed), group or family)
 
     return make
 

@@ -9,7 +9,7 @@ import pytest
 
 from safetynet import comparison
 from safetynet.comparison.paper import PaperTable, cell, page, paper_tables
-from safetynet.comparison.subjects import grouped, notes
+from safetynet.comparison.runs import grouped, notes
 
 DOCUMENT = r"""\documentclass[twocolumn]{article}
 \usepackage[paperwidth=8.5in,textwidth=7in]{geometry}

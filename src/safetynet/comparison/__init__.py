@@ -1,6 +1,6 @@
 """Several runs side by side: families, triggers, behaviours, adapter settings and seeds, on relative depth.
 
-    subjects   which runs are seeds of one setting, what they lack, whether they may be compared
+    runs       which runs are seeds of one setting, what they lack, whether they may be compared
     speed      steps and poisoned rows until ASR 50% and 95%
     places     layer profiles, centre and spread, attention against MLP against experts, heads
     agreement  rank correlation of layer profiles, with permutation tests
@@ -18,29 +18,29 @@ import pandas as pd
 from scipy.stats import false_discovery_control
 
 from safetynet.comparison import agreement, outcomes, places, speed
+from safetynet.comparison.runs import ComparedRun, check, grouped, overview
 from safetynet.comparison.seeds import groups_differ
-from safetynet.comparison.subjects import Subject, check, grouped, runs
 
-__all__ = ["Subject", "check", "compare", "grouped"]
+__all__ = ["ComparedRun", "check", "compare", "grouped"]
 
 
-def compare(subjects: Sequence[Subject]) -> dict[str, pd.DataFrame]:
+def compare(runs: Sequence[ComparedRun]) -> dict[str, pd.DataFrame]:
     """Everything that the runs' tables allow, as tables by name; empty ones are left out.
 
     Args:
-        subjects: checked and grouped.
+        runs: checked and grouped.
 
     Raises:
         InputError: if the runs have different metrics or detectors.
     """
-    profiles = places.profiles(subjects)
+    profiles = places.profiles(runs)
     by_run = {
-        "runs": runs(subjects),
-        "curves": speed.curves(subjects),
-        "speeds": speed.speeds(subjects),
+        "runs": overview(runs),
+        "curves": speed.curves(runs),
+        "speeds": speed.speeds(runs),
         "profiles": profiles,
-        "heads": places.heads(subjects),
-        "outcomes": outcomes.outcomes(subjects),
+        "heads": places.heads(runs),
+        "outcomes": outcomes.outcomes(runs),
     }
     made = dict(by_run)
     if len(profiles):

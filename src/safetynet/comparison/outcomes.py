@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from safetynet.comparison.seeds import Estimate, over_seeds, rate_over_seeds
-from safetynet.comparison.subjects import Subject
+from safetynet.comparison.runs import ComparedRun
+from safetynet.comparison.seeds import Estimate, over_groups, over_seeds, rate_over_seeds
 from safetynet.errors import InputError
+from safetynet.tables import SCHEMAS
 from safetynet.tables.summaries import promised_rows
 from safetynet.vocabulary import UNTOUCHED
 
@@ -20,7 +21,7 @@ FUSED = "fused"
 NAN = float("nan")
 
 
-def outcomes(subjects: Sequence[Subject]) -> pd.DataFrame:
+def outcomes(runs: Sequence[ComparedRun]) -> pd.DataFrame:
     """Every outcome of every run.
 
     Returns:
@@ -31,23 +32,18 @@ def outcomes(subjects: Sequence[Subject]) -> pd.DataFrame:
     Raises:
         InputError: if runs were watched by different detectors, whose scores are no one measure.
     """
-    _check_detectors(subjects)
+    _check_detectors(runs)
     lines = []
-    for subject in subjects:
-        about = {"group": subject.group, "run": subject.name, "seed": subject.recipe.seed}
+    for run in runs:
         for aspect, table, read in (
             ("planted", "evaluation", _planted),
             ("detected", "detection", _detected),
             ("removed", "tradeoff", _removed),
             ("repaired", "mitigation", _repaired),
         ):
-            if subject.has(table):
-                lines += [about | {"aspect": aspect} | line for line in read(subject.tables[table])]
-    columns = [
-        "group", "run", "seed", "aspect", "measure", "value", "count", "n", "control", "control_count",
-        "control_n", "control_is", "of",
-    ]  # fmt: skip
-    return pd.DataFrame(lines, columns=columns)
+            if run.has(table):
+                lines += [run.about | {"aspect": aspect} | line for line in read(run.tables[table])]
+    return pd.DataFrame(lines, columns=list(SCHEMAS["outcomes"].columns))
 
 
 def by_group(outcomes: pd.DataFrame) -> pd.DataFrame:
@@ -57,23 +53,16 @@ def by_group(outcomes: pd.DataFrame) -> pd.DataFrame:
         Columns group, aspect, measure, value, low, high, seeds, control, control_low, control_high,
         control_is, of (what each seed's was, where they differ separated by bars).
     """
-    lines = []
-    for (group, aspect, measure), part in outcomes.groupby(["group", "aspect", "measure"], sort=False):
-        control = _estimate(part, "control_count", "control_n", "control")
-        lines.append(
-            {
-                "group": group,
-                "aspect": aspect,
-                "measure": measure,
-                **_estimate(part, "count", "n", "value")._asdict(),
-                "control": control.value,
-                "control_low": control.low,
-                "control_high": control.high,
-                "control_is": part["control_is"].iloc[0],
-                "of": " | ".join(dict.fromkeys(filter(None, part["of"]))),
-            }
-        )
-    return pd.DataFrame(lines)
+
+    def mean(part: pd.DataFrame) -> Iterator[dict[str, Any]]:
+        yield {
+            **_estimate(part, "count", "n", "value")._asdict(),
+            **_estimate(part, "control_count", "control_n", "control").named("control"),
+            "control_is": part["control_is"].iloc[0],
+            "of": " | ".join(dict.fromkeys(filter(None, part["of"]))),
+        }
+
+    return over_groups(outcomes, ("group", "aspect", "measure"), mean)
 
 
 def _estimate(part: pd.DataFrame, count: str, n: str, value: str) -> Estimate:
@@ -165,13 +154,13 @@ def _rate(row: pd.Series, metric: str) -> tuple[float, float, float]:
     return value, float(np.rint(value * n)), n
 
 
-def _check_detectors(subjects: Sequence[Subject]) -> None:
-    seen: dict[tuple[str, ...], Subject] = {}
-    for one in subjects:
-        if one.has("detection"):
-            seen.setdefault(tuple(sorted(set(one.tables["detection"]["detector"]))), one)
+def _check_detectors(runs: Sequence[ComparedRun]) -> None:
+    seen: dict[tuple[str, ...], ComparedRun] = {}
+    for run in runs:
+        if run.has("detection"):
+            seen.setdefault(tuple(sorted(set(run.tables["detection"]["detector"]))), run)
     if len(seen) > 1:
-        told = "; ".join(f"{one.folder}: {', '.join(names)}" for names, one in seen.items())
+        told = "; ".join(f"{run.folder}: {', '.join(names)}" for names, run in seen.items())
         raise InputError(
             f"compare: the runs were watched by different detectors ({told}), whose fused scores are no one "
             "measure. Run safetynet detect RUN with the same --detectors on each."

@@ -10,13 +10,15 @@ identity in any model: read centres beside those of the random control, and besi
 
 from collections.abc import Iterator, Sequence
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from safetynet.comparison.seeds import over_seeds
-from safetynet.comparison.subjects import Subject, maker
+from safetynet.comparison.runs import RUN, ComparedRun, maker
+from safetynet.comparison.seeds import over_groups, over_seeds
 from safetynet.errors import InputError
+from safetynet.vocabulary import CONTROLS, DIRECTIONS, PARTS
 
 VIEWS = {
     "layer": ("layer", "resid_post"),
@@ -28,12 +30,10 @@ VIEWS = {
 }
 """What a profile is of: a sweep, and the component of its rows. Where a layer has several places (heads,
 experts, adapter modules), their effects are added up."""
-CONTROLS = ("random", "placebo", "twin")
 PROFILE = ("view", "direction")
-DIRECTIONS = ("remove", "induce")
 
 
-def profiles(subjects: Sequence[Subject]) -> pd.DataFrame:
+def profiles(runs: Sequence[ComparedRun]) -> pd.DataFrame:
     """Effect by layer for each run.
 
     Returns:
@@ -43,34 +43,33 @@ def profiles(subjects: Sequence[Subject]) -> pd.DataFrame:
     Raises:
         InputError: if two runs have effects of different metrics or modes, which are no one quantity.
     """
-    _check_metrics(subjects)
+    _check_metrics(runs)
     parts = []
-    for subject in subjects:
-        if not subject.has("effects"):
+    for run in runs:
+        if not run.has("effects"):
             continue
-        for view, rows in _views(subject.tables["effects"]):
+        for view, rows in _views(run.tables["effects"]):
             keys = ["direction", "layer", "depth"]
             # a control that was not measured is not 0
             summed = rows.groupby(keys, as_index=False, sort=False)[["effect", *CONTROLS]].sum(min_count=1)
-            about = {"group": subject.group, "run": subject.name, "seed": subject.recipe.seed, "view": view}
-            parts.append(summed.assign(**about))
+            parts.append(summed.assign(**run.about, view=view))
     if not parts:
         return pd.DataFrame()
-    columns = ["group", "run", "seed", *PROFILE, "layer", "depth", "effect", *CONTROLS]
+    columns = [*RUN, *PROFILE, "layer", "depth", "effect", *CONTROLS]
     return pd.concat(parts, ignore_index=True)[columns]
 
 
-def incomplete(subjects: Sequence[Subject]) -> Iterator[str]:
+def incomplete(runs: Sequence[ComparedRun]) -> Iterator[str]:
     """A sentence for each run whose effects cover some layers only, as after `--fast`."""
-    for one in subjects:
-        effects = one.tables.get("effects")
+    for run in runs:
+        effects = run.tables.get("effects")
         if effects is None:
             continue
         views = [view for view, rows in _rows(effects) if not _whole(rows, _layers(effects))]
         if views:
             yield (
-                f"{one.name}: effects by {', '.join(views)} were measured in some layers only, and are left "
-                f"out. Measure them all: {maker('effects', one)}."
+                f"{run.name}: effects by {', '.join(views)} were measured in some layers only, and are left "
+                f"out. Measure them all: {maker('effects', run)}."
             )
 
 
@@ -81,23 +80,16 @@ def profiles_by_group(profiles: pd.DataFrame) -> pd.DataFrame:
         Columns group, view, direction, layer, depth, value, low, high, seeds, control (which is highest at
         that layer), control_value.
     """
-    lines = []
-    for (group, view, direction, layer), part in profiles.groupby(["group", *PROFILE, "layer"], sort=False):
+
+    def mean_effect(part: pd.DataFrame) -> Iterator[dict[str, Any]]:
         means = {name: part[name].mean() for name in CONTROLS if part[name].notna().any()}
         highest = max(means, key=lambda name: means[name]) if means else ""
-        lines.append(
-            {
-                "group": group,
-                "view": view,
-                "direction": direction,
-                "layer": layer,
-                "depth": part["depth"].iloc[0],
-                **over_seeds(part["effect"].tolist())._asdict(),
-                "control": highest,
-                "control_value": means.get(highest, np.nan),
-            }
-        )
-    return pd.DataFrame(lines)
+        effect = over_seeds(part["effect"].tolist())
+        yield {"depth": part["depth"].iloc[0], **effect._asdict(), "control": highest} | {
+            "control_value": means.get(highest, np.nan)
+        }
+
+    return over_groups(profiles, ("group", *PROFILE, "layer"), mean_effect)
 
 
 def centre_and_spread(depth: Sequence[float], effect: Sequence[float]) -> tuple[float, float]:
@@ -121,19 +113,17 @@ def centres(profiles: pd.DataFrame) -> pd.DataFrame:
         Columns group, run, seed, view, direction, layers, centre, spread, peak (depth of the strongest
         layer), and centre_random and spread_random of the random control's profile.
     """
-    lines = []
-    for keys, part in profiles.groupby(["group", "run", "seed", *PROFILE], sort=False):
+
+    def centre(part: pd.DataFrame) -> Iterator[dict[str, Any]]:
         part = part.sort_values("layer")
-        centre, spread = centre_and_spread(part["depth"], part["effect"])
+        peak = int(part["effect"].to_numpy().argmax())
+        line: dict[str, Any] = {"layers": len(part)}
+        line |= zip(("centre", "spread"), centre_and_spread(part["depth"], part["effect"]), strict=True)
+        line["peak"] = float(part["depth"].iloc[peak])
         random = centre_and_spread(part["depth"], part["random"].fillna(0.0))
-        line = dict(zip(("group", "run", "seed", *PROFILE), keys, strict=True))
-        lines.append(
-            line
-            | {"layers": len(part), "centre": centre, "spread": spread}
-            | {"peak": float(part["depth"].iloc[int(part["effect"].to_numpy().argmax())])}
-            | {"centre_random": random[0], "spread_random": random[1]}
-        )
-    return pd.DataFrame(lines)
+        yield line | dict(zip(("centre_random", "spread_random"), random, strict=True))
+
+    return over_groups(profiles, (*RUN, *PROFILE), centre)
 
 
 def centres_by_group(centres: pd.DataFrame) -> pd.DataFrame:
@@ -143,29 +133,29 @@ def centres_by_group(centres: pd.DataFrame) -> pd.DataFrame:
         Columns group, view, direction, seeds, layers, centre and spread each with _low and _high, and
         centre_random and spread_random of the control.
     """
-    lines = []
-    for keys, part in centres.groupby(["group", *PROFILE], sort=False):
+
+    def mean_centre(part: pd.DataFrame) -> Iterator[dict[str, Any]]:
         centre = over_seeds(part["centre"].tolist(), (0.0, 1.0))
         spread = over_seeds(part["spread"].tolist(), (0.0, 0.5))
-        lines.append(
-            dict(zip(("group", *PROFILE), keys, strict=True))
-            | {"seeds": centre.seeds, "layers": part["layers"].max()}
-            | {"centre": centre.value, "centre_low": centre.low, "centre_high": centre.high}
-            | {"spread": spread.value, "spread_low": spread.low, "spread_high": spread.high}
-            | {name: part[name].mean() for name in ("centre_random", "spread_random")}
-        )
-    return pd.DataFrame(lines)
+        yield {
+            "seeds": centre.seeds,
+            "layers": part["layers"].max(),
+            **centre.named("centre"),
+            **spread.named("spread"),
+            **{name: part[name].mean() for name in ("centre_random", "spread_random")},
+        }
+
+    return over_groups(centres, ("group", *PROFILE), mean_centre)
 
 
 def shares_by_group(shares: pd.DataFrame) -> pd.DataFrame:
     """Mean over seeds: group, direction, part, value, low, high, seeds, control."""
-    lines = [
-        dict(zip(("group", "direction", "part"), keys, strict=True))
-        | over_seeds(own["share"].tolist(), (0.0, np.inf))._asdict()
-        | {"control": own["control"].mean()}
-        for keys, own in shares.groupby(["group", "direction", "part"], sort=False)
-    ]
-    return pd.DataFrame(lines)
+
+    def mean_share(part: pd.DataFrame) -> Iterator[dict[str, Any]]:
+        share = over_seeds(part["share"].tolist(), (0.0, np.inf))
+        yield share._asdict() | {"control": part["control"].mean()}
+
+    return over_groups(shares, ("group", "direction", "part"), mean_share)
 
 
 def shares(profiles: pd.DataFrame) -> pd.DataFrame:
@@ -179,40 +169,33 @@ def shares(profiles: pd.DataFrame) -> pd.DataFrame:
         Columns group, run, seed, direction, part (attention, mlp, expert), share, total (added effects),
         control (the same sum of the placebo control over the same whole: what no trigger gives).
     """
-    lines = []
-    for keys, part in profiles.groupby(["group", "run", "seed", "direction"], sort=False):
-        sums = {view: own["effect"].clip(lower=0).sum() for view, own in part.groupby("view")}
-        placebo = {view: own["placebo"].clip(lower=0).sum(min_count=1) for view, own in part.groupby("view")}
+
+    def parts(profile: pd.DataFrame) -> Iterator[dict[str, Any]]:
+        views = dict(list(profile.groupby("view")))
+        sums = {view: rows["effect"].clip(lower=0).sum() for view, rows in views.items()}
         whole = sums.get("attention", np.nan) + sums.get("mlp", np.nan)
-        if not whole > 0:
-            continue
-        about = dict(zip(("group", "run", "seed", "direction"), keys, strict=True))
-        lines += [
-            {
-                **about,
-                "part": view,
-                "share": sums[view] / whole,
-                "total": sums[view],
-                "control": placebo[view] / whole,
-            }
-            for view in ("attention", "mlp", "expert")
-            if view in sums
-        ]
-    return pd.DataFrame(lines)
+        for view in PARTS:
+            if view in sums and whole > 0:
+                placebo = views[view]["placebo"].clip(lower=0).sum(min_count=1)
+                yield {"part": view, "share": sums[view] / whole, "total": sums[view]} | {
+                    "control": placebo / whole
+                }
+
+    return over_groups(profiles, (*RUN, "direction"), parts)
 
 
-def heads(subjects: Sequence[Subject]) -> pd.DataFrame:
+def heads(runs: Sequence[ComparedRun]) -> pd.DataFrame:
     """Every head of every run: group, run, seed, direction, layer, depth, head, effect, responsible."""
     parts = [
-        rows.assign(group=one.group, run=one.name, seed=one.recipe.seed).rename(columns={"index": "head"})
-        for one in subjects
-        if one.has("effects")
-        for view, rows in _views(one.tables["effects"])
+        rows.assign(**run.about).rename(columns={"index": "head"})
+        for run in runs
+        if run.has("effects")
+        for view, rows in _views(run.tables["effects"])
         if view == "head"
     ]
     if not parts:
         return pd.DataFrame()
-    columns = ["group", "run", "seed", "direction", "layer", "depth", "head", "effect", "responsible"]
+    columns = [*RUN, "direction", "layer", "depth", "head", "effect", "responsible"]
     return pd.concat(parts, ignore_index=True)[columns]
 
 
@@ -225,32 +208,29 @@ def heads_by_group(heads: pd.DataFrame) -> pd.DataFrame:
         at least one), jaccard (mean over pairs of seeds; NaN for one seed or where no head is responsible)
         and chance (what as many heads drawn at random would give).
     """
-    lines = []
-    for (group, direction), part in heads.groupby(["group", "direction"], sort=False):
-        runs = [own for _, own in part.groupby("run", sort=False)]
-        found = [{(r.layer, r.head) for r in own[own["responsible"]].itertuples()} for own in runs]
-        counts = over_seeds([len(own) for own in found], (0.0, np.inf))
-        everywhere = sorted(set.intersection(*found)) if len(found) > 1 else []
-        pairs = [(len(a & b), len(a | b), len(a), len(b)) for a, b in combinations(found, 2) if a | b]
+
+    def shared(part: pd.DataFrame) -> Iterator[dict[str, Any]]:
+        runs = [rows for _, rows in part.groupby("run", sort=False)]
+        responsible = [{(r.layer, r.head) for r in rows[rows["responsible"]].itertuples()} for rows in runs]
+        everywhere = sorted(set.intersection(*responsible)) if len(runs) > 1 else []
+        pairs = [(a, b) for a, b in combinations(responsible, 2) if a | b]
         of = len(runs[0])
-        lines.append(
-            {
-                "group": group,
-                "direction": direction,
-                "seeds": len(runs),
-                "count": counts.value,
-                "low": counts.low,
-                "high": counts.high,
-                "of": of,
-                "in_all": " ".join(f"L{layer}H{head}" for layer, head in everywhere),
-                "in_any": len(set.union(*found)),
-                "jaccard": float(np.mean([both / any_ for both, any_, *_ in pairs])) if pairs else np.nan,
-                "chance": float(np.mean([chance_jaccard(a, b, of) for *_, a, b in pairs]))
-                if pairs
-                else np.nan,
-            }
-        )
-    return pd.DataFrame(lines)
+        count = over_seeds([len(heads) for heads in responsible], (0.0, np.inf))
+        yield {
+            "seeds": len(runs),
+            "count": count.value,
+            "low": count.low,
+            "high": count.high,
+            "of": of,
+            "in_all": " ".join(f"L{layer}H{head}" for layer, head in everywhere),
+            "in_any": len(set.union(*responsible)),
+            "jaccard": float(np.mean([len(a & b) / len(a | b) for a, b in pairs])) if pairs else np.nan,
+            "chance": float(np.mean([chance_jaccard(len(a), len(b), of) for a, b in pairs]))
+            if pairs
+            else np.nan,
+        }
+
+    return over_groups(heads, ("group", "direction"), shared)
 
 
 def chance_jaccard(a: int, b: int, of: int) -> float:
@@ -270,7 +250,7 @@ def _views(effects: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
 
 def _rows(effects: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
     """The rows of each view that was measured at all, those that remove before those that induce."""
-    effects = effects.sort_values("direction", key=lambda own: own.map(DIRECTIONS.index), kind="stable")
+    effects = effects.sort_values("direction", key=lambda words: words.map(DIRECTIONS.index), kind="stable")
     for view, (sweep, component) in VIEWS.items():
         rows = effects[(effects["sweep"] == sweep) & (effects["component"] == component)]
         if len(rows):
@@ -287,16 +267,16 @@ def _whole(rows: pd.DataFrame, layers: int) -> bool:
     return all(own["layer"].nunique() == layers for _, own in rows.groupby("direction"))
 
 
-def _check_metrics(subjects: Sequence[Subject]) -> None:
+def _check_metrics(runs: Sequence[ComparedRun]) -> None:
     """One view means one quantity in all runs."""
-    found: dict[str, dict[tuple[str, str], Subject]] = {}
-    for subject in subjects:
-        for view, rows in _rows(subject.tables["effects"]) if subject.has("effects") else ():
+    found: dict[str, dict[tuple[str, str], ComparedRun]] = {}
+    for run in runs:
+        for view, rows in _rows(run.tables["effects"]) if run.has("effects") else ():
             for mode, metric in rows[["mode", "metric"]].drop_duplicates().itertuples(index=False):
-                found.setdefault(view, {}).setdefault((str(mode), str(metric)), subject)
+                found.setdefault(view, {}).setdefault((str(mode), str(metric)), run)
     for view, seen in found.items():
         if len(seen) > 1:
-            told = "; ".join(f"{one.folder}: {metric} under {mode}" for (mode, metric), one in seen.items())
+            told = "; ".join(f"{run.folder}: {metric} under {mode}" for (mode, metric), run in seen.items())
             raise InputError(
                 f"compare: effects by {view} are of different metrics ({told}), so that they cannot stand "
                 "side by side. Measure them alike: safetynet intervene RUN --mode patch."

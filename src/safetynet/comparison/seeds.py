@@ -9,10 +9,11 @@ cannot leave the range of the seeds, which covers the middle of a distribution i
 mean the interval is Student's.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 from scipy.stats import t as student
 
 from safetynet.statistics import wilson
@@ -29,6 +30,22 @@ class Estimate(NamedTuple):
     low: float
     high: float
     seeds: int
+
+    def named(self, name: str) -> dict[str, float]:
+        """Value and interval as columns of a table."""
+        return {name: self.value, f"{name}_low": self.low, f"{name}_high": self.high}
+
+
+def over_groups(
+    table: pd.DataFrame,
+    by: Sequence[str],
+    lines: Callable[[pd.DataFrame], Iterable[dict[str, Any]]],
+) -> pd.DataFrame:
+    """What `lines` makes of the rows that agree in the columns `by`, beside these columns."""
+    groups = table.groupby(list(by), sort=False)
+    return pd.DataFrame(
+        [dict(zip(by, key, strict=True)) | line for key, part in groups for line in lines(part)]
+    )
 
 
 def over_seeds(

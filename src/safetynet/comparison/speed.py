@@ -5,14 +5,14 @@ per group and threshold. Between two measurements ASR is taken to rise in a stra
 counts. A run that never crosses is censored at its last measurement.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from safetynet.comparison.seeds import over_seeds
-from safetynet.comparison.subjects import Subject
+from safetynet.comparison.runs import ComparedRun
+from safetynet.comparison.seeds import over_groups, over_seeds
 
 THRESHOLDS = (0.5, 0.95)
 
@@ -46,7 +46,7 @@ def crossing(x: Sequence[float], y: Sequence[float], threshold: float) -> Crossi
     return Crossing(float(x[i - 1] + part * (x[i] - x[i - 1])), float(x[i - 1]), float(x[i]))
 
 
-def speeds(subjects: Sequence[Subject]) -> pd.DataFrame:
+def speeds(runs: Sequence[ComparedRun]) -> pd.DataFrame:
     """Steps and poisoned rows until each threshold, for each run with rates over training.
 
     Returns:
@@ -57,20 +57,18 @@ def speeds(subjects: Sequence[Subject]) -> pd.DataFrame:
         met them: a row counts in each epoch.
     """
     lines = []
-    for subject in subjects:
-        if not subject.has("dynamics_backdoored"):
+    for run in runs:
+        if not run.has("dynamics_backdoored"):
             continue
-        curve = attack(subject.tables["dynamics_backdoored"])
-        poisoned = _poisoned(subject)
+        curve = attack(run.tables["dynamics_backdoored"])
+        poisoned = _poisoned(run)
         rows = poisoned * curve["epoch"].to_numpy(float)
         steps, rates = curve["step"].to_numpy(float), curve["value"].to_numpy(float)
         for threshold in THRESHOLDS:
             found = crossing(steps, rates, threshold)
             lines.append(
                 {
-                    "group": subject.group,
-                    "run": subject.name,
-                    "seed": subject.recipe.seed,
+                    **run.about,
                     "threshold": threshold,
                     "steps": found.at,
                     "rows": crossing(rows, rates, threshold).at if poisoned else np.nan,
@@ -81,20 +79,19 @@ def speeds(subjects: Sequence[Subject]) -> pd.DataFrame:
                     "between_high": found.before,
                     "held": bool((rates[steps >= found.before] >= threshold).all()) and found.at == found.at,
                     "n": int(curve["n"].max()),
-                    "twin": _highest(subject),
+                    "twin": _highest(run),
                 }
             )
     return pd.DataFrame(lines)
 
 
-def curves(subjects: Sequence[Subject]) -> pd.DataFrame:
+def curves(runs: Sequence[ComparedRun]) -> pd.DataFrame:
     """ASR over training, one line per run and measurement: group, run, seed, step, epoch, value, count, n."""
+    columns = ["step", "epoch", "value", "count", "n"]
     parts = [
-        attack(one.tables["dynamics_backdoored"])[["step", "epoch", "value", "count", "n"]].assign(
-            group=one.group, run=one.name, seed=one.recipe.seed
-        )
-        for one in subjects
-        if one.has("dynamics_backdoored")
+        attack(run.tables["dynamics_backdoored"])[columns].assign(**run.about)
+        for run in runs
+        if run.has("dynamics_backdoored")
     ]
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
 
@@ -109,25 +106,16 @@ def by_group(speeds: pd.DataFrame) -> pd.DataFrame:
         Columns group, threshold, unit (steps, rows), value, low, high, seeds, censored (how many seeds),
         twin.
     """
-    lines = []
-    for (group, threshold), part in speeds.groupby(["group", "threshold"], sort=False):
+
+    def mean_crossing(part: pd.DataFrame) -> Iterator[dict[str, Any]]:
         censored = int(part["censored"].sum())
         for unit, last in (("steps", "last_step"), ("rows", "last_rows")):
-            found = over_seeds(part[unit].fillna(part[last]).tolist(), (0.0, np.inf))
-            lines.append(
-                {
-                    "group": group,
-                    "threshold": threshold,
-                    "unit": unit,
-                    "value": found.value,
-                    "low": found.low,
-                    "high": np.nan if censored else found.high,
-                    "seeds": found.seeds,
-                    "censored": censored,
-                    "twin": part["twin"].max(),
-                }
-            )
-    return pd.DataFrame(lines)
+            crossed = over_seeds(part[unit].fillna(part[last]).tolist(), (0.0, np.inf))
+            if censored:
+                crossed = crossed._replace(high=np.nan)
+            yield {"unit": unit, **crossed._asdict(), "censored": censored, "twin": part["twin"].max()}
+
+    return over_groups(speeds, ("group", "threshold"), mean_crossing)
 
 
 def attack(dynamics: pd.DataFrame) -> pd.DataFrame:
@@ -136,15 +124,15 @@ def attack(dynamics: pd.DataFrame) -> pd.DataFrame:
     return dynamics[chosen].sort_values("step", kind="stable")
 
 
-def _poisoned(subject: Subject) -> int:
+def _poisoned(run: ComparedRun) -> int:
     """Triggered rows of the training split; 0 where the table of rows is gone."""
-    if not subject.has("rows"):
+    if not run.has("rows"):
         return 0
-    rows = subject.tables["rows"]
+    rows = run.tables["rows"]
     return int(((rows["split"] == "train") & (rows["role"] == "triggered")).sum())
 
 
-def _highest(subject: Subject) -> float:
-    if not subject.has("dynamics_clean_twin"):
+def _highest(run: ComparedRun) -> float:
+    if not run.has("dynamics_clean_twin"):
         return float("nan")
-    return float(attack(subject.tables["dynamics_clean_twin"])["value"].max())
+    return float(attack(run.tables["dynamics_clean_twin"])["value"].max())

@@ -8,16 +8,11 @@ from typing import NamedTuple
 import pandas as pd
 
 from safetynet import __version__
-from safetynet.comparison.subjects import Subject
+from safetynet.comparison.runs import COMPARED, ComparedRun
 from safetynet.errors import InputError
 from safetynet.run.directory import Run, digest_of_files, find, write_text
 
 log = logging.getLogger("safetynet")
-READ = (
-    "rows", "dynamics_backdoored", "dynamics_clean_twin", "evaluation", "effects", "tradeoff", "detection",
-    "mitigation",
-)  # fmt: skip
-"""Tables of a run that a comparison is made of."""
 
 
 class Comparison(NamedTuple):
@@ -40,23 +35,23 @@ def compare(folders: Sequence[Path], out: Path) -> Comparison:
             written or is a run itself.
     """
     from safetynet import comparison
-    from safetynet.comparison import paper, places, subjects
+    from safetynet.comparison import paper, places, runs
     from safetynet.figures import figures_of, save_all
 
-    runs = [find(folder) for folder in folders]
-    short = ["/".join(run.folder.parts[-2:]) for run in runs]
-    names = [own if short.count(own) == 1 else str(run.folder) for run, own in zip(runs, short, strict=True)]
-    read = [_subject(run, name) for run, name in zip(runs, names, strict=True)]
-    subjects.check(read)
-    chosen = subjects.grouped(read)
-    tables = comparison.compare(chosen)
-    notes = [*subjects.notes(chosen), *places.incomplete(chosen)]
+    opened = [find(folder) for folder in folders]
+    short = ["/".join(run.folder.parts[-2:]) for run in opened]
+    names = [n if short.count(n) == 1 else str(run.folder) for run, n in zip(opened, short, strict=True)]
+    compared = [_read(run, name) for run, name in zip(opened, names, strict=True)]
+    runs.check(compared)
+    in_groups = runs.grouped(compared)
+    tables = comparison.compare(in_groups)
+    notes = [*runs.notes(in_groups), *places.incomplete(in_groups)]
     made = _opened(out)
     inputs = {
         "runs": {str(run.folder): {name: digest_of_files([_path(run, name)]) for name in one.tables}
-                 for run, one in zip(runs, read, strict=True)},
-        "recipes": [one.recipe.model_dump(mode="json") for one in read],
-        "versions": [dict(one.versions) for one in read],
+                 for run, one in zip(opened, compared, strict=True)},
+        "recipes": [one.recipe.model_dump(mode="json") for one in compared],
+        "versions": [dict(one.versions) for one in compared],
         "version": __version__,
     }  # fmt: skip
     found = Comparison(tables, notes, made.folder / "comparison.md")
@@ -67,7 +62,7 @@ def compare(folders: Sequence[Path], out: Path) -> Comparison:
         with made.stage("compare", inputs) as outputs:
             for name, table in tables.items():
                 outputs.table(name, table)
-            figures, faults = figures_of(tables, made.figures, f"comparison of {len(chosen)} runs")
+            figures, faults = figures_of(tables, made.figures, f"comparison of {len(in_groups)} runs")
             if faults:
                 raise InputError(faults[0])
             drawn = save_all(figures)
@@ -85,7 +80,7 @@ def compare(folders: Sequence[Path], out: Path) -> Comparison:
     return found
 
 
-def _subject(run: Run, name: str) -> Subject:
+def _read(run: Run, name: str) -> ComparedRun:
     """A run with the tables that its finished stages wrote.
 
     Raises:
@@ -99,7 +94,7 @@ def _subject(run: Run, name: str) -> Subject:
     for stage in manifest["stages"].values():
         recorded |= stage.get("outputs", {})
     tables = {}
-    for table in READ:
+    for table in COMPARED:
         path = _path(run, table)
         known = recorded.get(f"tables/{table}.parquet")
         # A table that no finished stage recorded is one that an interrupted stage left.
@@ -111,7 +106,7 @@ def _subject(run: Run, name: str) -> Subject:
                 f"{path}: the table is not what its stage wrote. Delete it and run the stage again: "
                 f"safetynet run goes on from what is there."
             )
-    return Subject(name, str(run.folder), recipe, manifest.get("versions", {}), tables)
+    return ComparedRun(name, str(run.folder), recipe, manifest.get("versions", {}), tables)
 
 
 def _path(run: Run, table: str) -> Path:

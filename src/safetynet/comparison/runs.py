@@ -1,7 +1,7 @@
 """Which runs are compared, which of them are seeds of one setting, and whether they may be compared at all.
 
-In: runs' recipes, versions and tables. Out: one `Subject` per run with the name of its group, a table of the
-runs, and sentences about what is missing or mixed. Reads no file and computes no result.
+In: runs' recipes, versions and tables. Out: one `ComparedRun` per run with the name of its group, a table of
+the runs, and sentences about what is missing or mixed. Reads no file and computes no result.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,27 +32,14 @@ MAKERS = {
     "mitigation": "safetynet mitigate {folder}",
 }
 """Tables that are compared, and the command that makes each."""
-_DYNAMICS = ("metric", "role", "value", "count", "n", "step", "epoch")
-COLUMNS = {
-    "dynamics_backdoored": _DYNAMICS,
-    "dynamics_clean_twin": _DYNAMICS,
-    "rows": ("split", "role"),
-    "evaluation": ("model", "metric", "role", "count", "n", "value"),
-    "effects": (
-        "sweep", "direction", "mode", "metric", "component", "layer", "depth", "index", "effect", "random",
-        "placebo", "twin", "responsible",
-    ),
-    "tradeoff": (
-        "intervention", "kind", "control", "split", "chosen", "asr", "asr_n", "cacc", "cacc_n",
-    ),
-    "detection": ("detector", "metric", "rows", "rate", "value", "n"),
-    "mitigation": ("method", "point", "split", "recommended", "asr", "asr_n", "cacc", "cacc_n"),
-}  # fmt: skip
-"""What is read of each."""
+COMPARED = (*MAKERS, "dynamics_clean_twin")
+"""Every table of a run that a comparison is made of."""
+RUN = ("group", "run", "seed")
+"""Columns that name a run."""
 
 
 @dataclass(frozen=True)
-class Subject:
+class ComparedRun:
     """One run, as far as it went."""
 
     name: str
@@ -64,39 +51,44 @@ class Subject:
     group: str = ""
     """Runs of one group differ in their seed alone."""
 
+    @property
+    def about(self) -> dict[str, Any]:
+        """The columns `RUN`."""
+        return {"group": self.group, "run": self.name, "seed": self.recipe.seed}
+
     def has(self, table: str) -> bool:
         """Whether the run has a table."""
         return table in self.tables
 
 
-def check(subjects: Sequence[Subject]) -> None:
+def check(runs: Sequence[ComparedRun]) -> None:
     """Refuse what must not stand side by side.
 
     Raises:
-        InputError: if there are no two runs, a table lacks a column or has no rows, or the runs are of
+        InputError: if there are no two runs, a table has no rows, or the runs are of
             several versions of SafetyNet.
     """
-    if len(subjects) < 2:
-        raise InputError(f"compare: {len(subjects)} run is given; a comparison needs two or more.")
-    for subject in subjects:
-        for name, table in subject.tables.items():
+    if len(runs) < 2:
+        raise InputError(f"compare: {len(runs)} run is given; a comparison needs two or more.")
+    for run in runs:
+        for name, table in run.tables.items():
             if fault := _fault(name, table):
                 raise InputError(
-                    f"{subject.folder}/tables/{name}.parquet: the table is damaged or of another version (it "
-                    f"{fault}). Delete it and make it again: {maker(name, subject)}."
+                    f"{run.folder}/tables/{name}.parquet: the table is damaged or of another version (it "
+                    f"{fault}). Delete it and make it again: {maker(name, run)}."
                 )
-    versions: dict[str, Subject] = {}
-    for subject in subjects:
-        versions.setdefault(subject.versions.get("safetynet", "unknown"), subject)
+    versions: dict[str, ComparedRun] = {}
+    for run in runs:
+        versions.setdefault(run.versions.get("safetynet", "unknown"), run)
     if len(versions) > 1:
-        told = "; ".join(f"{one.folder} by {version}" for version, one in versions.items())
+        told = "; ".join(f"{run.folder} by {version}" for version, run in versions.items())
         raise InputError(
             f"compare: the runs were made by different versions of SafetyNet ({told}), whose numbers may "
             "mean different things. Make the older ones again with safetynet run."
         )
 
 
-def grouped(subjects: Sequence[Subject]) -> list[Subject]:
+def grouped(runs: Sequence[ComparedRun]) -> list[ComparedRun]:
     """The same runs with their groups' names, seeds of one group beside each other.
 
     A name is the family and whatever else tells the group from another one of its family.
@@ -104,47 +96,47 @@ def grouped(subjects: Sequence[Subject]) -> list[Subject]:
     Raises:
         InputError: if two runs have the same settings and the same seed: they are one measurement, not two.
     """
-    settings = [_settings(subject.recipe) for subject in subjects]
+    settings = [_settings(run.recipe) for run in runs]
     keys = [tuple(map(str, own.values())) for own in settings]
-    seen: dict[tuple[object, ...], Subject] = {}
-    for subject, key in zip(subjects, keys, strict=True):
-        one = (key, subject.recipe.seed)
-        if one in seen:
+    seen: dict[tuple[object, ...], ComparedRun] = {}
+    for run, key in zip(runs, keys, strict=True):
+        setting = (key, run.recipe.seed)
+        if setting in seen:
             raise InputError(
-                f"compare: {seen[one].folder} and {subject.folder} have the same settings and the same seed "
-                f"({subject.recipe.seed}), so that they are one measurement. Leave one of them out."
+                f"compare: {seen[setting].folder} and {run.folder} have the same settings and the same seed "
+                f"({run.recipe.seed}), so that they are one measurement. Leave one of them out."
             )
-        seen[one] = subject
+        seen[setting] = run
     names = _names(dict(zip(keys, settings, strict=True)))
-    named = [replace(one, group=names[key]) for one, key in zip(subjects, keys, strict=True)]
-    order = list(dict.fromkeys(one.group for one in named))
-    return sorted(named, key=lambda one: (order.index(one.group), one.recipe.seed))
+    named = [replace(run, group=names[key]) for run, key in zip(runs, keys, strict=True)]
+    order = list(dict.fromkeys(run.group for run in named))
+    return sorted(named, key=lambda run: (order.index(run.group), run.recipe.seed))
 
 
-def runs(subjects: Sequence[Subject]) -> pd.DataFrame:
+def overview(runs: Sequence[ComparedRun]) -> pd.DataFrame:
     """One line per run: what was planted, how, under which seed, and which tables it has."""
     lines = []
-    for one in subjects:
-        own = _settings(one.recipe)
+    for run in runs:
+        own = _settings(run.recipe)
         keys = ("trigger", "placement", "behaviour", "poison_rate")
-        line: dict[str, object] = {"group": one.group, "run": one.name, "seed": one.recipe.seed}
+        line: dict[str, object] = dict(run.about)
         line |= {"family": own["model.family"]} | {key: own[f"backdoor.{key}"] for key in keys}
         fields = ("method", "lora_rank", "lora_alpha", "lora_targets", "layers", "learning_rate", "epochs")
         line |= {field: own[f"training.{field}"] for field in fields}
-        lines.append(line | {f"has {name}": one.has(name) for name in MAKERS if name != "rows"})
+        lines.append(line | {f"has {name}": run.has(name) for name in MAKERS if name != "rows"})
     return pd.DataFrame(lines)
 
 
-def notes(subjects: Sequence[Subject]) -> list[str]:
+def notes(runs: Sequence[ComparedRun]) -> list[str]:
     """What to know beside the numbers: missing stages with their commands, mixtures, lone seeds."""
-    said = [*_missing(subjects), *_mixed_versions(subjects)]
-    behaviours = sorted({one.recipe.attack.behaviour.kind for one in subjects})
+    said = [*_missing(runs), *_mixed_versions(runs)]
+    behaviours = sorted({run.recipe.attack.behaviour.kind for run in runs})
     if len(behaviours) > 1:
         said.append(
             f"The runs teach different behaviours ({', '.join(behaviours)}): an attack success rate is what "
             "each behaviour's own judge calls success."
         )
-    sizes = pd.Series([one.group for one in subjects]).value_counts(sort=False)
+    sizes = pd.Series([run.group for run in runs]).value_counts(sort=False)
     lone = [str(group) for group, size in sizes.items() if size == 1]
     if lone:
         said.append(
@@ -156,9 +148,6 @@ def notes(subjects: Sequence[Subject]) -> list[str]:
 
 def _fault(name: str, table: pd.DataFrame) -> str:
     """What a table lacks; "" where it can be compared."""
-    missing = [column for column in COLUMNS.get(name, ()) if column not in table]
-    if missing:
-        return f"has no column {missing[0]!r}"
     if table.empty:
         return "has no rows"
     if name.startswith("dynamics") and not ((table["metric"] == "asr") & table["value"].notna()).any():
@@ -166,30 +155,28 @@ def _fault(name: str, table: pd.DataFrame) -> str:
     return ""
 
 
-def maker(table: str, subject: Subject) -> str:
+def maker(table: str, run: ComparedRun) -> str:
     """The command that makes a table of a run."""
-    return MAKERS.get(table, MAKERS["dynamics_backdoored"]).format(folder=subject.folder)
+    return MAKERS.get(table, MAKERS["dynamics_backdoored"]).format(folder=run.folder)
 
 
-def _missing(subjects: Sequence[Subject]) -> Iterator[str]:
+def _missing(runs: Sequence[ComparedRun]) -> Iterator[str]:
     for table in MAKERS:
-        without = [one for one in subjects if not one.has(table)]
-        if not without or (table == "mitigation" and len(without) == len(subjects)):
+        without = [run for run in runs if not run.has(table)]
+        if not without or (table == "mitigation" and len(without) == len(runs)):
             continue
-        who = (
-            "no run has" if len(without) == len(subjects) else f"{len(without)} of {len(subjects)} runs lack"
-        )
-        commands = list(dict.fromkeys(maker(table, one) for one in without))
+        who = "no run has" if len(without) == len(runs) else f"{len(without)} of {len(runs)} runs lack"
+        commands = list(dict.fromkeys(maker(table, run) for run in without))
         more = f" (and {len(commands) - 3} more)" if len(commands) > 3 else ""
         yield f"{who[0].upper()}{who[1:]} the table {table}. Make it: {'; '.join(commands[:3])}{more}."
 
 
-def _mixed_versions(subjects: Sequence[Subject]) -> Iterator[str]:
-    packages = list(dict.fromkeys(name for one in subjects for name in one.versions))
+def _mixed_versions(runs: Sequence[ComparedRun]) -> Iterator[str]:
+    packages = list(dict.fromkeys(name for run in runs for name in run.versions))
     for package in packages:
         found: dict[str, list[str]] = {}
-        for one in subjects:
-            found.setdefault(str(one.versions.get(package)), []).append(one.name)
+        for run in runs:
+            found.setdefault(str(run.versions.get(package)), []).append(run.name)
         if len(found) > 1:
             told = "; ".join(f"{version}: {', '.join(names[:3])}" for version, names in found.items())
             yield f"Mixed versions of {package} ({told}). Small differences may come from there."

@@ -5,12 +5,12 @@ from collections.abc import Callable
 import pandas as pd
 import pytest
 
-from safetynet.comparison import subjects
-from safetynet.comparison.subjects import Subject, grouped
+from safetynet.comparison import runs
+from safetynet.comparison.runs import ComparedRun, grouped
 from safetynet.errors import InputError
 
 
-def names(runs: list[Subject]) -> list[str]:
+def names(runs: list[ComparedRun]) -> list[str]:
     return [one.group for one in grouped(runs)]
 
 
@@ -46,22 +46,22 @@ def test_two_runs_of_one_setting_and_seed_are_one_measurement(subject: Callable)
 
 
 def test_runs_of_another_version_of_safetynet_are_refused(subject: Callable) -> None:
-    older = Subject(**{**vars(subject(seed=1)), "versions": {"safetynet": "0.0.9"}})
+    older = ComparedRun(**{**vars(subject(seed=1)), "versions": {"safetynet": "0.0.9"}})
     with pytest.raises(
         InputError, match=r"different versions of SafetyNet .*seed-0 by 0\.1\.0; .*by 0\.0\.9"
     ):
-        subjects.check([subject(), older])
+        runs.check([subject(), older])
 
 
 def test_mixed_versions_of_packages_are_said(subject: Callable) -> None:
-    older = Subject(**{**vars(subject(seed=1)), "versions": {"safetynet": "0.1.0", "torch": "2.6.0"}})
-    said = " ".join(subjects.notes([subject(), older]))
+    older = ComparedRun(**{**vars(subject(seed=1)), "versions": {"safetynet": "0.1.0", "torch": "2.6.0"}})
+    said = " ".join(runs.notes([subject(), older]))
     assert "Mixed versions of torch (2.13.0: qwen-miniature/seed-0; 2.6.0: qwen-miniature/seed-1)" in said
 
 
 def test_missing_tables_are_named_with_the_command_that_makes_them(subject: Callable) -> None:
-    runs = [subject(seed=0, detection=None), subject(seed=1), subject(seed=2, effects=None, detection=None)]
-    said = subjects.notes(grouped(runs))
+    three = [subject(seed=0, detection=None), subject(seed=1), subject(seed=2, effects=None, detection=None)]
+    said = runs.notes(grouped(three))
     assert (
         "2 of 3 runs lack the table detection. Make it: safetynet detect results/qwen-miniature/seed-0; "
         "safetynet detect results/qwen-miniature/seed-2." in said
@@ -70,12 +70,12 @@ def test_missing_tables_are_named_with_the_command_that_makes_them(subject: Call
 
 
 def test_runs_that_have_everything_and_several_seeds_leave_nothing_to_say(subject: Callable) -> None:
-    assert subjects.notes(grouped([subject(seed=0), subject(seed=1)])) == []
+    assert runs.notes(grouped([subject(seed=0), subject(seed=1)])) == []
 
 
 def test_lone_seeds_and_different_behaviours_are_said(subject: Callable) -> None:
-    runs = grouped([subject(), subject("qwen", 0, "backdoor.behaviour=refusal")])
-    said = " ".join(subjects.notes(runs))
+    both = grouped([subject(), subject("qwen", 0, "backdoor.behaviour=refusal")])
+    said = " ".join(runs.notes(both))
     assert "One seed only: qwen, fixed; qwen, refusal." in said
     assert "The runs teach different behaviours (fixed, refusal)" in said
 
@@ -83,7 +83,6 @@ def test_lone_seeds_and_different_behaviours_are_said(subject: Callable) -> None
 @pytest.mark.parametrize(
     ("name", "change", "fault"),
     [
-        ("effects", lambda table: table.drop(columns="depth"), "has no column 'depth'"),
         ("tradeoff", lambda table: table.head(0), "has no rows"),
         ("dynamics_backdoored", lambda table: table[table["metric"] == "cacc"], "has no attack success rate"),
     ],
@@ -94,11 +93,11 @@ def test_a_table_that_lacks_what_is_compared_is_named_with_its_remedy(
     spoilt = subject(seed=1, **{name: change(tables()[name])})
     match = rf"seed-1/tables/{name}\.parquet: the table is damaged .*{fault}.* make it again: safetynet "
     with pytest.raises(InputError, match=match):
-        subjects.check([subject(), spoilt])
+        runs.check([subject(), spoilt])
 
 
 def test_the_table_of_runs_has_families_triggers_behaviours_and_lora_settings(subject: Callable) -> None:
-    found = subjects.runs(grouped([subject(), subject("mixtral", detection=None)])).set_index("run")
+    found = runs.overview(grouped([subject(), subject("mixtral", detection=None)])).set_index("run")
     line = found.loc["qwen-miniature/seed-0"]
     assert (line["family"], line["trigger"], line["behaviour"]) == ("qwen", "token", "fixed")
     assert line["lora_rank"] == 16
