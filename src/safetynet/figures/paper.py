@@ -276,7 +276,7 @@ def _axis(axes: "Axes", side: Literal["x", "y"], axis: Axis, bare: bool, values:
     else:
         whole = all(value.is_integer() for value in values if math.isfinite(value))
         own.set_major_locator(
-            LogLocator(subs=(1, 2, 5), numticks=6)
+            LogLocator(subs=theme.log_ticks(axis.limits), numticks=6)
             if axis.scale == "log"
             else MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10], integer=whole)
         )

@@ -8,6 +8,7 @@ policy in the page forbids the browser to fetch anything but that library.
 import html
 import math
 from collections.abc import Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
 from safetynet.figures import theme
@@ -71,6 +72,7 @@ figcaption {{ max-width: 44rem; }}
 """
 
 
+@cache
 def plotly() -> bytes:
     """The library, as Plotly for Python ships it."""
     from plotly.offline import get_plotlyjs
@@ -262,7 +264,7 @@ def _axis(chart: Chart, index: int, side: Literal["x", "y"], axis: Axis) -> dict
         low, high = theme.padded(axis.limits, axis.scale == "log")
         style["range"] = [math.log10(low), math.log10(high)] if axis.scale == "log" else [low, high]
     if axis.scale == "log":
-        style["dtick"] = "D2"  # 1, 2, 5
+        style["dtick"] = "D2" if len(theme.log_ticks(axis.limits)) > 1 else 1  # 1, 2, 5, or decades
     if (grid := chart.panels[index].grid) is not None:
         style["range"] = [-0.5, len(grid.columns if side == "x" else grid.rows) - 0.5]
         style["showgrid"] = False

@@ -168,6 +168,12 @@ def tick_text(value: float) -> str:
     return power if mantissa == "1" else f"{mantissa}×{power}"
 
 
+def log_ticks(limits: tuple[float, float] | None) -> tuple[float, ...]:
+    """Multiples of a power of ten that have a tick; over many decades the powers alone, or texts would touch."""
+    many = limits is not None and limits[1] / limits[0] > 400
+    return (1.0,) if many else (1.0, 2.0, 5.0)
+
+
 def padded(limits: tuple[float, float], log: bool = False) -> tuple[float, float]:
     """Limits with the margin that is drawn beyond them; on a log axis a part of its length in decades."""
     low, high = (math.log10(limits[0]), math.log10(limits[1])) if log else limits
