@@ -179,10 +179,15 @@ class Experiment:
             return self.run.manifest["stages"].get(f"train {name}")
         return {"suspect": digest_of_files([adapter_files.locate(suspect.source)])}
 
-    def check_models(self) -> None:
-        """Refuse an experiment whose models are not there, before one is loaded; errors as in `origin`."""
+    def check_models(self, *names: str) -> None:
+        """Refuse an experiment whose models are not there, before one is loaded; errors as in `origin`.
+
+        Args:
+            names: of the trained models that are needed; none for all.
+        """
         for name in self.trained:
-            self.model_folder(name)
+            if name in names or not names:
+                self.model_folder(name)
         self.origin()
 
     def suspect(self) -> suspects.Suspect:

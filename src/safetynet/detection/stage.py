@@ -25,7 +25,7 @@ from safetynet.detection.monitor import Monitor
 from safetynet.detection.plan import PER_DOMAIN, TEST_SHARE, Plan
 from safetynet.errors import InputError
 from safetynet.evaluation.evaluator import Evaluator
-from safetynet.experiment import Experiment
+from safetynet.experiment import BACKDOORED, Experiment
 from safetynet.prompts import Conversation, Serialiser, prompt_hash
 from safetynet.recipe import Detection
 from safetynet.run.directory import Outputs
@@ -65,7 +65,7 @@ def detect(experiment: Experiment, options: Detection | None = None) -> dict[str
     )
     if plan.skylines:
         _ = recipe.attack  # probes learn from triggered rows
-    experiment.check_models()  # a missing training is reported before prompts are made
+    experiment.check_models(BACKDOORED)  # a missing training is reported before prompts are made
     prompts = experiment.fresh_prompts(options.clean)
     plan = _with_probe(plan, prompts)
     plan.check(len(prompts))
