@@ -92,13 +92,13 @@ class Series:
 
     def __post_init__(self) -> None:
         where = f"series {self.label!r}" if self.label else f"{self.kind} series"
-        for field, given, allowed in (
+        for field, entries, allowed in (
             ("kind", self.kind, get_args(Kind)),
             ("role", self.role, get_args(Role)),
             ("part", self.part, get_args(Part)),
         ):
-            if given not in allowed:
-                raise InputError(unknown("series", self.label, field, given, allowed))
+            if entries not in allowed:
+                raise InputError(unknown("series", self.label, field, entries, allowed))
         for field in ("x", "y", "low", "high", "left", "right"):
             object.__setattr__(self, field, numbers(getattr(self, field), f"{where}, field {field}"))
         object.__setattr__(self, "notes", tuple(str(note) for note in self.notes))
@@ -206,10 +206,10 @@ class Grid:
         if not self.columns or not self.rows:
             raise InputError(f"{where}: it has no {'rows' if self.columns else 'columns'}; give at least one")
         for field in ("values", "marked", "texts", "notes"):
-            given = getattr(self, field)
-            if not given and field != "values":
+            entries = getattr(self, field)
+            if not entries and field != "values":
                 continue
-            if [len(row) for row in given] != [len(self.columns)] * len(self.rows):
+            if [len(row) for row in entries] != [len(self.columns)] * len(self.rows):
                 raise InputError(
                     f"{where}: {field} must be {len(self.rows)} rows of {len(self.columns)} columns, "
                     "as there are names"
@@ -237,9 +237,9 @@ class Grid:
 
     def beyond(self) -> tuple[bool, bool]:
         """Whether values lie below and above the scale's limits."""
-        known = [value for row in self.values for value in row if not math.isnan(value)]
+        finite = [value for row in self.values for value in row if not math.isnan(value)]
         low, high = self.shade.limits
-        return any(value < low for value in known), any(value > high for value in known)
+        return any(value < low for value in finite), any(value > high for value in finite)
 
     def cells(self) -> list[dict[str, Any]]:
         """The grid as a long table: one row for each cell, row by row from below."""

@@ -104,15 +104,19 @@ def profiles(by_group: Data, by_run: Data, view: str = "layer") -> Chart:
     if groups.empty:
         raise NotMeasuredError(f"profiles_by_group: column view has no row with {view!r}")
     shown = groups[["value", "low", "high", "control_value"]].to_numpy().ravel()
-    known = [value for value in shown if math.isfinite(value)]
+    finite = [value for value in shown if math.isfinite(value)]
     # a hundredth beyond is drawn in the margin
-    ends = math.floor(4 * min(0.0, *known) + 0.04) / 4, math.ceil(4 * max(1.0, *known) - 0.04) / 4
+    ends = math.floor(4 * min(0.0, *finite) + 0.04) / 4, math.ceil(4 * max(1.0, *finite) - 0.04) / 4
     axis = Axis("Effect", limits=ends)
     panels = []
-    for group, own in groups.groupby("group", sort=False):
+    for group, group_rows in groups.groupby("group", sort=False):
         seeds = runs[runs["group"] == group]
-        series = [one for direction in DIRECTION_ROLES for one in _profile(own, seeds, direction)]
-        title = shortened(str(group), NAME) + ("" if own["seeds"].max() > 1 else " (one seed)")
+        series = [
+            line_series
+            for direction in DIRECTION_ROLES
+            for line_series in _profile(group_rows, seeds, direction)
+        ]
+        title = shortened(str(group), NAME) + ("" if group_rows["seeds"].max() > 1 else " (one seed)")
         panels.append(Panel(DEPTH, axis, tuple(series), title, height=1.1))
     caption = (
         f"Effect of patching {VIEW_TITLES[view]} by relative depth: solid means over seeds with 95% "
@@ -124,9 +128,9 @@ def profiles(by_group: Data, by_run: Data, view: str = "layer") -> Chart:
     return Chart(title, tuple(panels), min(3, len(panels)), "two", caption)
 
 
-def _profile(own: pd.DataFrame, seeds: pd.DataFrame, direction: str) -> list[Series]:
+def _profile(group_rows: pd.DataFrame, seeds: pd.DataFrame, direction: str) -> list[Series]:
     role = DIRECTION_ROLES[direction]
-    part = own[own["direction"] == direction].sort_values("depth")
+    part = group_rows[group_rows["direction"] == direction].sort_values("depth")
     if part.empty:
         return []
     x = list(part["depth"])
@@ -156,10 +160,10 @@ def centres(by_group: Data) -> Chart:
     names = _names(table)
     panels = []
     for view in VIEW_TITLES:
-        own = table[table["view"] == view]
+        group_rows = table[table["view"] == view]
         drawn = []
         for direction, role in DIRECTION_ROLES.items():
-            part = own[own["direction"] == direction]
+            part = group_rows[group_rows["direction"] == direction]
             up = DODGE / 2 if direction == "remove" else -DODGE / 2
             bounds = part.assign(value=part["centre"], low=part["centre_low"], high=part["centre_high"])
             drawn.append(_marks(bounds, names, label=f"centre, {direction}", role=role, up=up))
@@ -191,12 +195,12 @@ def components(by_group: Data, by_run: Data) -> Chart:
     axis = Axis("Share of attention and MLP", "%", limits=(0.0, top))
     panels = []
     for direction in DIRECTION_ROLES:
-        own, seeds = groups[groups["direction"] == direction], runs[runs["direction"] == direction]
+        group_rows, seeds = groups[groups["direction"] == direction], runs[runs["direction"] == direction]
         drawn = []
         for place, (name, role) in enumerate(PART_ROLES.items()):
             up = DODGE * (1 - place)
-            mine = _percent(own[own["part"] == name], ("value", "low", "high"))
-            drawn.append(_marks(mine, names, label=PART_NAMES[name], role=role, up=up))
+            percents = _percent(group_rows[group_rows["part"] == name], ("value", "low", "high"))
+            drawn.append(_marks(percents, names, label=PART_NAMES[name], role=role, up=up))
             each = seeds.assign(value=100 * seeds["share"])[seeds["part"] == name]
             drawn.append(_marks(each, names, role=role, part="raw", up=up))
         panels.append(_lines(axis, names, drawn, direction, LINE * 1.7))
@@ -229,15 +233,15 @@ def agreement(data: Data) -> Chart:
     frame = Frame("two", min(3, len(shown)))
     panels = []
     for kind in shown:
-        own = both[kinds == kind]
+        group_rows = both[kinds == kind]
         places = ("first", names, "second", names[::-1])
         grid = Grid(
             [shortened(name, NAME) for name in names],
             [shortened(name, NAME) for name in names[::-1]],
-            values(own, places, "rho"),
+            values(group_rows, places, "rho"),
             Shade("Spearman's ρ"),
-            texts=matrix(own, places, _rho, ""),
-            notes=matrix(own, places, _agreed, ""),
+            texts=matrix(group_rows, places, _rho, ""),
+            notes=matrix(group_rows, places, _agreed, ""),
         )
         view, _, direction = kind.partition(", ")
         title = f"{VIEW_TITLES.get(view, view)}, {direction}"
@@ -266,15 +270,15 @@ def outcomes(by_group: Data) -> Chart:
     table = table[table["value"].notna()]
     names = _names(table)
     panels = []
-    for measure, own in table.groupby("measure", sort=False):
-        beside = own[["group", "seeds"]].assign(
-            value=own["control"], low=own["control_low"], high=own["control_high"]
+    for measure, group_rows in table.groupby("measure", sort=False):
+        beside = group_rows[["group", "seeds"]].assign(
+            value=group_rows["control"], low=group_rows["control_low"], high=group_rows["control_high"]
         )
         drawn = [
-            _marks(own, names, label=MEAN, up=DODGE / 2),
+            _marks(group_rows, names, label=MEAN, up=DODGE / 2),
             _marks(beside, names, label="control, in brackets", part="control", up=-DODGE / 2),
         ]
-        title = f"{measure} ({own['control_is'].iloc[0]})"
+        title = f"{measure} ({group_rows['control_is'].iloc[0]})"
         panels.append(_lines(PERCENT_OF, names, drawn, title, LINE * 1.2))
     caption = (
         f"{READING}Hollow marks are the control that stands in brackets. AUROC is in percent too. "
@@ -298,7 +302,7 @@ def _lines(
     axis: Axis, names: Mapping[str, str], drawn: Sequence[Series | None], title: str, line: float = LINE
 ) -> Panel | None:
     """A panel with one line for each group; None where nothing is to be drawn."""
-    series = tuple(one for one in drawn if one is not None)
+    series = tuple(line_series for line_series in drawn if line_series is not None)
     if not series:
         return None
     ticks = tuple((-float(place), name) for place, name in enumerate(names.values()))

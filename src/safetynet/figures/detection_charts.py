@@ -70,17 +70,17 @@ not hold its text."""
 def roc(data: Data) -> Chart:
     """ROC of the fused monitor: the whole, and its low-FPR part on a logarithmic axis."""
     table = _roc_table(data)
-    own = table[table["detector"] == FUSED]
-    own = own if len(own) else table[table["detector"] == table["detector"].iloc[0]]
-    found = Axis("Rows with alarm", "%", limits=PERCENT.limits, ticks=PERCENT.ticks)
+    scores = table[table["detector"] == FUSED]
+    scores = scores if len(scores) else table[table["detector"] == table["detector"].iloc[0]]
+    alarmed = Axis("Rows with alarm", "%", limits=PERCENT.limits, ticks=PERCENT.ticks)
     panels = (
-        Panel(FPR, found, _curves(own), "all rates", height=2.0),
-        Panel(LOW_FPR, found, _curves(own), "low rates enlarged", height=2.0),
+        Panel(FPR, alarmed, _curves(scores), "all rates", height=2.0),
+        Panel(LOW_FPR, alarmed, _curves(scores), "low rates enlarged", height=2.0),
     )
     caption = (
         "Triggered rows that fired and raise an alarm, against clean rows that raise one, over all "
-        f"thresholds; {own['positives'].iloc[0]:.0f} and {own['negatives'].iloc[0]:.0f} rows. A monitor is "
-        "used at the left end, which the right panel enlarges. The control is the same with placebos of the "
+        f"thresholds; {scores['positives'].iloc[0]:.0f} and {scores['negatives'].iloc[0]:.0f} rows. A monitor "
+        "is used at the left end, which the right panel enlarges. The control is the same with placebos of the "
         "trigger, whose curve should lie near the diagonal."
     )
     return Chart("What the monitor catches", panels, 2, "two", caption)
@@ -96,9 +96,9 @@ def roc(data: Data) -> Chart:
 def roc_by_detector(data: Data) -> Chart:
     """The low-FPR part of every detector's ROC, a panel each."""
     table = _roc_table(data)
-    found = Axis("Rows with alarm", "%", limits=PERCENT.limits, ticks=PERCENT.ticks)
+    alarmed = Axis("Rows with alarm", "%", limits=PERCENT.limits, ticks=PERCENT.ticks)
     panels = tuple(
-        Panel(LOW_FPR, found, _curves(table[table["detector"] == name]), name, height=1.1)
+        Panel(LOW_FPR, alarmed, _curves(table[table["detector"] == name]), name, height=1.1)
         for name in _detectors(table)
     )
     caption = (
@@ -130,10 +130,10 @@ def distributions(data: Data) -> Chart:
     alarm = Reference(-math.log10(rate), "x", f"alarm at {100 * rate:g}%", part="control")
     panels = []
     for name in _detectors(table):
-        own = table[table["detector"] == name]
+        scores = table[table["detector"] == name]
         drawn = []
-        for rows in _rows_of(own):
-            at, share = _until_end(own[own["rows"] == rows].sort_values("surprise", kind="stable"))
+        for rows in _rows_of(scores):
+            at, share = _until_end(scores[scores["rows"] == rows].sort_values("surprise", kind="stable"))
             label, role, part = LOOKS[rows]
             drawn.append(Series("line", at, share, label=label, role=role, part=part))
         panels.append(Panel(x, y, tuple(drawn), name, (alarm,), height=1.1))
@@ -160,10 +160,10 @@ def layers(data: Data) -> Chart:
     x, y = layer_axis(table["layer"]), Axis("AUROC", limits=(0.0, 1.0))
     panels = []
     for name in _detectors(table):
-        own = table[table["detector"] == name]
+        scores = table[table["detector"] == name]
         drawn = []
-        for rows in _rows_of(own):
-            line = own[own["rows"] == rows].sort_values("layer", kind="stable")
+        for rows in _rows_of(scores):
+            line = scores[scores["rows"] == rows].sort_values("layer", kind="stable")
             label, role, part = LOOKS[rows]
             kind: Kind = "marked" if len(line) > 1 else "points"
             at, value, low, high = (list(line[c]) for c in ("layer", "auroc", "low", "high"))
@@ -258,20 +258,20 @@ def answers(data: Data) -> Chart:
     )
     panels = []
     for watched in WATCHED:
-        own = table[table["watched"] == watched].set_index("rows")
-        if own.empty:
+        scores = table[table["watched"] == watched].set_index("rows")
+        if scores.empty:
             continue
         drawn = []
         for place, name in enumerate(rows):
-            line = own.loc[name]
-            told = "" if math.isnan(line["tokens"]) else f", {line['tokens']:.0f} tokens before the alarm"
+            line = scores.loc[name]
+            delay = "" if math.isnan(line["tokens"]) else f", {line['tokens']:.0f} tokens before the alarm"
             drawn.append(
                 Series("points", [line["value"]], [-float(place)], left=[line["low"]], right=[line["high"]],
-                       role=LOOKS[name][1], part=LOOKS[name][2], notes=[f"{line['n']:.0f} rows{told}"])
+                       role=LOOKS[name][1], part=LOOKS[name][2], notes=[f"{line['n']:.0f} rows{delay}"])
             )  # fmt: skip
         title = (
-            f"{watched}: {own.loc['fired', 'tokens']:.0f} tokens until alarm"
-            if "fired" in own.index
+            f"{watched}: {scores.loc['fired', 'tokens']:.0f} tokens until alarm"
+            if "fired" in scores.index
             else watched
         )
         panels.append(Panel(PERCENT, lines, tuple(drawn), title, height=0.1 + 0.22 * len(rows)))
@@ -296,16 +296,16 @@ def evasion_matrix(data: Data) -> Chart:
     table = _evasion(data)
     tested = list(dict.fromkeys(table["tested"]))
     attacked = list(dict.fromkeys(table["attacked"]))[::-1]
-    groups = [(name, own) for name, own in table.groupby("panel", sort=False)]
+    groups = [(name, scores) for name, scores in table.groupby("panel", sort=False)]
     beside = frame_for(len(groups)).columns if len(tested) <= BESIDE else 1
     frame = Frame("two", beside)
     panels = []
-    for name, own in groups:
-        once(own, "evasion_matrix", ["attacked", "tested", "panel"])
+    for name, scores in groups:
+        once(scores, "evasion_matrix", ["attacked", "tested", "panel"])
         places = ("tested", tested, "attacked", attacked)
-        values = matrix(own, places, lambda row: 100 * row["value"], math.nan)
-        notes = matrix(own, places, lambda row: with_interval(row["value"], row["low"], row["high"]), "")
-        texts = matrix(own, places, lambda row: _cell(100 * row["value"], row["own"]), "")
+        values = matrix(scores, places, lambda row: 100 * row["value"], math.nan)
+        notes = matrix(scores, places, lambda row: with_interval(row["value"], row["low"], row["high"]), "")
+        texts = matrix(scores, places, lambda row: _cell(100 * row["value"], row["own"]), "")
         grid = Grid(tested, attacked, values, SHARE, texts=texts, notes=notes)
         panel = grid_panel(grid, ("Tested", "Attacked"), frame, str(name), line=0.22)
         # Whole names: detectors of one view begin alike, and strengths stand at the ends.
@@ -320,10 +320,10 @@ def evasion_matrix(data: Data) -> Chart:
     return Chart("Detectors attacked and tested", tuple(panels), frame.columns, frame.width, caption)
 
 
-def _cell(value: float, own: bool) -> str:
+def _cell(value: float, scores: bool) -> str:
     if math.isnan(value):
         return ""
-    return f"[{value:.0f}]" if own else f"{value:.0f}"
+    return f"[{value:.0f}]" if scores else f"{value:.0f}"
 
 
 def _roc_table(data: Data) -> pd.DataFrame:
@@ -381,10 +381,10 @@ def _with_view(name: str) -> str:
     return name if ":" in name else f"{name}:last"
 
 
-def _curves(own: pd.DataFrame) -> tuple[Series, ...]:
+def _curves(scores: pd.DataFrame) -> tuple[Series, ...]:
     drawn = []
-    for rows in _rows_of(own):
-        line = own[own["rows"] == rows].sort_values(["fpr", "tpr"], kind="stable")
+    for rows in _rows_of(scores):
+        line = scores[scores["rows"] == rows].sort_values(["fpr", "tpr"], kind="stable")
         label, role, part = LOOKS[rows]
         # A logarithmic axis has no 0: what lies left of it is drawn at its end.
         x = list(line["fpr"].clip(lower=100 * LOWEST))
@@ -401,8 +401,8 @@ def _until_end(line: pd.DataFrame) -> tuple[list[float], list[float]]:
     return at, share
 
 
-def _rows_of(own: pd.DataFrame) -> list[str]:
-    return [name for name in SETS if (own["rows"] == name).any()]
+def _rows_of(scores: pd.DataFrame) -> list[str]:
+    return [name for name in SETS if (scores["rows"] == name).any()]
 
 
 def _many(title: str, panels: Sequence[Panel], caption: str) -> Chart:

@@ -87,10 +87,10 @@ def layer_profile(effects: Data) -> Chart:
     axis = Axis("Effect", limits=_span(table[columns].to_numpy().ravel().tolist()))
     layers = layer_axis(table["layer"])
     panels = []
-    for title, own in parts:
-        once(own, "effects", ["layer"])
-        own = own.sort_values("layer", kind="stable")
-        panels.append(Panel(layers, axis, tuple(_profile(own)), title))
+    for title, cells in parts:
+        once(cells, "effects", ["layer"])
+        cells = cells.sort_values("layer", kind="stable")
+        panels.append(Panel(layers, axis, tuple(_profile(cells)), title))
     frame = frame_for(len(panels))
     caption = (
         READING + CONTROL + " Bands are 95% intervals; where they overlap the controls', nothing is claimed."
@@ -98,32 +98,32 @@ def layer_profile(effects: Data) -> Chart:
     return Chart("Effect by layer", tuple(panels), frame.columns, frame.width, caption)
 
 
-def _profile(own: pd.DataFrame) -> list[Series]:
-    kind: Kind = "line" if len(own) > 1 else "points"
-    layers = list(own["layer"])
-    notes = [_note(row) for row in own.to_dict("records")]
+def _profile(cells: pd.DataFrame) -> list[Series]:
+    kind: Kind = "line" if len(cells) > 1 else "points"
+    layers = list(cells["layer"])
+    notes = [_note(row) for row in cells.to_dict("records")]
     drawn = []
-    marked = own[own["responsible"]]
+    marked = cells[cells["responsible"]]
     if len(marked):
         drawn.append(
             Series(
                 "points", list(marked["layer"]), list(marked["effect"]), label=RESPONSIBLE, role="triggered"
             )
         )
-    y, low, high = (list(own[name]) for name in ("effect", "low", "high"))
+    y, low, high = (list(cells[name]) for name in ("effect", "low", "high"))
     drawn.append(Series(kind, layers, y, low, high, label="effect", role="backdoored", notes=notes))
     for name in CONTROLS:
-        if own[name].notna().any():
+        if cells[name].notna().any():
             label, role, part = CONTROL_LOOKS[name]
-            y, low, high = (list(own[column]) for column in (name, f"{name}_low", f"{name}_high"))
+            y, low, high = (list(cells[column]) for column in (name, f"{name}_low", f"{name}_high"))
             drawn.append(Series(kind, layers, y, low, high, label=label, role=role, part=part))
     return drawn
 
 
 def _span(values: Sequence[float]) -> tuple[float, float]:
     """0 to 1 and, in quarters, as far beyond as values lie."""
-    known = [0.0, 1.0, *(value for value in values if math.isfinite(value))]
-    return math.floor(4 * min(known)) / 4, math.ceil(4 * max(known)) / 4
+    finite = [0.0, 1.0, *(value for value in values if math.isfinite(value))]
+    return math.floor(4 * min(finite)) / 4, math.ceil(4 * max(finite)) / 4
 
 
 def effect_map(effects: Data, sweep: str) -> Chart:
@@ -140,9 +140,9 @@ def effect_map(effects: Data, sweep: str) -> Chart:
     parts = _facets(table, ["layer", across.column])
     frame = frame_for(len(parts))
     panels = []
-    for title, own in parts:
-        once(own, "effects", ["layer", across.column])
-        panels.append(_map(own, across, frame, title))
+    for title, cells in parts:
+        once(cells, "effects", ["layer", across.column])
+        panels.append(_map(cells, across, frame, title))
     name = f"Effect by layer and {across.label.lower()}"
     return Chart(name, tuple(panels), frame.columns, frame.width, READING + SIGN + CONTROL)
 
@@ -180,9 +180,9 @@ def dynamics(data: Data) -> Chart:
     parts = _facets(table, ["layer"])
     frame = frame_for(len(parts))
     panels = []
-    for title, own in parts:
-        once(own, "dynamics", ["layer", "step"])
-        panels.append(_map(own, Across("step", "Step"), frame, title))
+    for title, cells in parts:
+        once(cells, "dynamics", ["layer", "step"])
+        panels.append(_map(cells, Across("step", "Step"), frame, title))
     caption = (
         "Each column is one checkpoint: from left to right one sees when, and in which layers, the backdoor "
         "forms. "
@@ -207,26 +207,26 @@ def token_map(tokens: Data) -> Chart:
     """Effect of single tokens by layer, one panel for each example."""
     table = read("tokens", tokens, "group direction component layer column token role effect")
     groups = list(dict.fromkeys(table["group"]))
-    shown = groups[:EXAMPLES]
+    examples = groups[:EXAMPLES]
     frame = Frame("two", 1)
     panels = []
-    for group in shown:
-        for title, own in _facets(table[table["group"] == group], ["layer", "column"]):
-            once(own, "tokens", ["layer", "column"])
-            panels.append(_tokens(own, frame, f"group {group}: {title}"))
+    for group in examples:
+        for title, cells in _facets(table[table["group"] == group], ["layer", "column"]):
+            once(cells, "tokens", ["layer", "column"])
+            panels.append(_tokens(cells, frame, f"group {group}: {title}"))
     caption = (
         READING
         + "Dashed lines enclose the trigger; the control is the rest of the prompt, above all before it. "
         + "These are single examples: intervals over all groups are in the figure by position. "
         + SIGN
-        + (f"Shown are {len(shown)} of {len(groups)} groups. " if len(groups) > len(shown) else "")
+        + (f"Shown are {len(examples)} of {len(groups)} groups. " if len(groups) > len(examples) else "")
     )
     return Chart("Effect by layer and token", tuple(panels), 1, "two", caption.strip())
 
 
-def token_columns(own: pd.DataFrame) -> tuple[list[int], list[str], list[int]]:
+def token_columns(cells: pd.DataFrame) -> tuple[list[int], list[str], list[int]]:
     """Columns of a prompt, the token in each as one can see it, and the places of the trigger's tokens."""
-    first = own.drop_duplicates("column").sort_values("column")
+    first = cells.drop_duplicates("column").sort_values("column")
     roles = [role.split(" ")[0] for role in first["role"]]
     trigger = [place for place, role in enumerate(roles) if role == "trigger"]
     return list(first["column"]), [visible(token) for token in first["token"]], trigger
@@ -251,15 +251,15 @@ def module_names(modules: Iterable[str]) -> list[str]:
     return last if len(set(last)) == len(set(short)) else short
 
 
-def _tokens(own: pd.DataFrame, frame: Frame, title: str) -> Panel:
-    columns, names, trigger = token_columns(own)
-    layers = sorted(set(own["layer"]))
+def _tokens(cells: pd.DataFrame, frame: Frame, title: str) -> Panel:
+    columns, names, trigger = token_columns(cells)
+    layers = sorted(set(cells["layer"]))
     places = ("column", columns, "layer", layers)
-    roles = matrix(own, places, lambda row: row["role"], "")
+    roles = matrix(cells, places, lambda row: row["role"], "")
     grid = Grid(
         names,
         [layer_name(layer) for layer in layers],
-        values(own, places, "effect"),
+        values(cells, places, "effect"),
         EFFECT,
         notes=roles,
     )
@@ -294,9 +294,11 @@ def _facets(frame: pd.DataFrame, axes: Sequence[str]) -> list[tuple[str, pd.Data
     keys = [name for name in IDENTITY if name in frame and name not in axes]
     telling = [name for name in keys if name == "direction" or frame[name].nunique() > 1]
     order = {word: place for place, word in enumerate(DIRECTIONS)}
-    groups = [own for _, own in frame.groupby(keys, sort=False)]
-    groups.sort(key=lambda own: order[own["direction"].iloc[0]])
-    return [(", ".join(_facet_name(name, own[name].iloc[0]) for name in telling), own) for own in groups]
+    groups = [cells for _, cells in frame.groupby(keys, sort=False)]
+    groups.sort(key=lambda cells: order[cells["direction"].iloc[0]])
+    return [
+        (", ".join(_facet_name(name, cells[name].iloc[0]) for name in telling), cells) for cells in groups
+    ]
 
 
 def _facet_name(name: str, value: object) -> str:
@@ -315,38 +317,38 @@ def _in_order(names: Sequence[str], order: Sequence[str]) -> list[str]:
     return sorted(dict.fromkeys(names), key=place)
 
 
-def _map(own: pd.DataFrame, across: Across, frame: Frame, title: str) -> Panel:
+def _map(cells: pd.DataFrame, across: Across, frame: Frame, title: str) -> Panel:
     if across.order:
-        columns: list[Any] = _in_order(list(own[across.column]), across.order)
+        columns: list[Any] = _in_order(list(cells[across.column]), across.order)
     elif across.column == "module":
-        columns = list(dict.fromkeys(own[across.column]))
+        columns = list(dict.fromkeys(cells[across.column]))
     else:
-        columns = sorted(set(own[across.column]))
-    layers = sorted(set(own["layer"]))
+        columns = sorted(set(cells[across.column]))
+    layers = sorted(set(cells["layer"]))
     places = (across.column, columns, "layer", layers)
     names = [str(column).replace("_", " ") if across.order else str(column) for column in columns]
     grid = Grid(
         [name or "all" for name in names],
         [layer_name(layer) for layer in layers],
-        values(own, places, "effect"),
+        values(cells, places, "effect"),
         EFFECT,
-        marked=matrix(own, places, lambda row: bool(row["responsible"]), False),
+        marked=matrix(cells, places, lambda row: bool(row["responsible"]), False),
         mark=RESPONSIBLE,
-        notes=matrix(own, places, _note, ""),
+        notes=matrix(cells, places, _note, ""),
     )
     return grid_panel(grid, (across.label, "Layer"), frame, title)
 
 
 def _note(row: Mapping[str, Any]) -> str:
     """Interval, groups and controls of one effect."""
-    told = []
+    facts = []
     if not math.isnan(row["low"]):
-        told.append(with_interval(row["effect"], row["low"], row["high"]))
+        facts.append(with_interval(row["effect"], row["low"], row["high"]))
     if not math.isnan(row["n"]):
-        told.append(f"{row['n']:.0f} groups")
-    told += [
+        facts.append(f"{row['n']:.0f} groups")
+    facts += [
         f"{name} {with_interval(row[name], row[f'{name}_low'], row[f'{name}_high'])}"
         for name in CONTROLS
         if not math.isnan(row[name])
     ]
-    return "\n".join(told)
+    return "\n".join(facts)

@@ -64,8 +64,8 @@ def matrix(
         blank: what stands where there is no row.
     """
     across, lefts, up, belows = places
-    found = {(row[across], row[up]): cell(row) for row in rows.to_dict("records")}
-    return [[found.get((left, below), blank) for left in lefts] for below in belows]
+    cells = {(row[across], row[up]): cell(row) for row in rows.to_dict("records")}
+    return [[cells.get((left, below), blank) for left in lefts] for below in belows]
 
 
 def values(
@@ -120,11 +120,11 @@ def fitting(
     """
     apart = math.ceil(each * len(names) / inches - 1e-9)
     step = next(stop * 10**power for power in range(6) for stop in (1, 2, 5) if stop * 10**power >= apart)
-    chosen: list[int] = []
+    places_shown: list[int] = []
     for place in (*sorted(keep), *range(0, len(names), step)):
-        if all(abs(place - other) >= apart for other in chosen):
-            chosen.append(place)
-    return tuple((float(place), shortened(names[place], LONGEST)) for place in sorted(chosen))
+        if all(abs(place - other) >= apart for other in places_shown):
+            places_shown.append(place)
+    return tuple((float(place), shortened(names[place], LONGEST)) for place in sorted(places_shown))
 
 
 def layer_axis(layers: Iterable[int]) -> Axis:

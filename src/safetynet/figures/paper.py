@@ -266,22 +266,22 @@ def _axis(axes: "Axes", side: Literal["x", "y"], axis: Axis, bare: bool, values:
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
     axes.set(**{f"{side}scale": axis.scale})
-    own = axes.xaxis if side == "x" else axes.yaxis
+    side_axis = axes.xaxis if side == "x" else axes.yaxis
     if axis.ticks:
-        own.set_ticks([value for value, _ in axis.ticks], [text for _, text in axis.ticks])
+        side_axis.set_ticks([value for value, _ in axis.ticks], [text for _, text in axis.ticks])
         if not axis.unit and not axis.label:  # names instead of numbers
             axes.tick_params(axis=side, length=0)
         if axis.upright:
             axes.tick_params(axis=side, labelrotation=90)
     else:
         whole = all(value.is_integer() for value in values if math.isfinite(value))
-        own.set_major_locator(
+        side_axis.set_major_locator(
             LogLocator(subs=theme.log_ticks(axis.limits), numticks=6)
             if axis.scale == "log"
             else MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10], integer=whole)
         )
-        own.set_major_formatter(FuncFormatter(lambda value, _: theme.tick_text(value)))
-    own.set_minor_locator(NullLocator())
+        side_axis.set_major_formatter(FuncFormatter(lambda value, _: theme.tick_text(value)))
+    side_axis.set_minor_locator(NullLocator())
     if axis.limits is not None:
         axes.set(**{f"{side}lim": theme.padded(axis.limits, axis.scale == "log")})
         axes.spines["bottom" if side == "x" else "left"].set_bounds(*axis.limits)
@@ -381,10 +381,10 @@ def _cells(axes: "Axes", grid: Grid, inches: float) -> None:
     size = min(max(0.4 * inches * 72 / across, DOT[0]), DOT[1])
     for marker, cells, height in (("o", grid.dots(), 0.0), ("_", grid.dashes(), -0.3)):
         for shown_on_dark in (False, True):
-            own = [(x, y) for x, y in cells if grid.shade.dark(grid.values[y][x]) is shown_on_dark]
+            side_axis = [(x, y) for x, y in cells if grid.shade.dark(grid.values[y][x]) is shown_on_dark]
             axes.plot(
-                [x for x, _ in own],
-                [y + height for _, y in own],
+                [x for x, _ in side_axis],
+                [y + height for _, y in side_axis],
                 linestyle="none",
                 marker=marker,
                 markersize=size,
@@ -408,15 +408,15 @@ def _bars(figure: "Figure", chart: Chart, axes: Sequence["Axes"]) -> None:
     shades = dict.fromkeys(panel.grid.shade for panel in chart.panels if panel.grid is not None)
     for shade in shades:
         owners = [
-            (panel, own)
-            for panel, own in zip(chart.panels, axes, strict=True)
+            (panel, side_axis)
+            for panel, side_axis in zip(chart.panels, axes, strict=True)
             if panel.grid is not None and panel.grid.shade == shade
         ]
         beyond = [panel.grid.beyond() for panel, _ in owners if panel.grid is not None]
         below, above = (any(side) for side in zip(*beyond, strict=True))
         bar = figure.colorbar(
             ScalarMappable(Normalize(*shade.limits), _colours(shade)),
-            ax=[own for _, own in owners],
+            ax=[side_axis for _, side_axis in owners],
             extend={(True, True): "both", (True, False): "min", (False, True): "max"}.get(
                 (below, above), "neither"
             ),

@@ -118,7 +118,7 @@ def by_role(dynamics: Data) -> Chart:
             for value, note in zip(base["value"][-1:], base["note"][-1:], strict=True)
         ]
         series = [_dynamics(rows[rows["model"] == name], name, role) for name in MODELS if name != "base"]
-        drawn = tuple(one for one in series if one is not None)
+        drawn = tuple(curve for curve in series if curve is not None)
         if drawn:
             panels.append(Panel(steps, axis, drawn, _title(metric, role), tuple(floor), height=1.0))
     columns = min(len(panels), 3) if len(panels) <= 6 else 4
@@ -190,10 +190,10 @@ def _dots(table: pd.DataFrame, pairs: list[tuple[str, str]], axis: Axis) -> Pane
     for line, (metric, role) in enumerate(pairs):
         rows = table[(table["metric"] == metric) & (table["role"] == role)]
         for order, name in enumerate(names):
-            own = rows[rows["model"] == name]
-            if own.empty:
+            trained = rows[rows["model"] == name]
+            if trained.empty:
                 continue
-            last = own.iloc[-1]
+            last = trained.iloc[-1]
             series.append(
                 Series(
                     "points",

@@ -63,10 +63,10 @@ def lens(data: Data) -> Chart:
     table = read("lens", data, "run layer value low high n", "run layer")
     drawn = []
     for run in RUNS:
-        own = table[table["run"] == run].sort_values("layer", kind="stable")
-        if len(own):
+        readings = table[table["run"] == run].sort_values("layer", kind="stable")
+        if len(readings):
             label, role, part = RUN_LABELS[run]
-            drawn.append(_by_layer(own, ("value", "low", "high"), label, role, part))
+            drawn.append(_by_layer(readings, ("value", "low", "high"), label, role, part))
     least = min(table["value"].min(), table["low"].min())
     axis = Axis("Log probability", "nats", limits=(-nice(-least), 0.0))
     caption = (
@@ -96,13 +96,13 @@ def lens_map(data: Data) -> Chart:
     cut, panels = False, []
     for group in groups[:EXAMPLES]:
         for run in RUNS:
-            own = table[(table["group"] == group) & (table["run"] == run)]
-            if own.empty:
+            readings = table[(table["group"] == group) & (table["run"] == run)]
+            if readings.empty:
                 continue
-            kept = _window(own)
-            cut = cut or len(kept) < own["column"].nunique()
+            visible_columns = _window(readings)
+            cut = cut or len(visible_columns) < readings["column"].nunique()
             title = f"group {group}: {RUN_LABELS[run][0]}"
-            panels.append(_lens_panel(own[own["column"].isin(kept)], layers, title))
+            panels.append(_lens_panel(readings[readings["column"].isin(visible_columns)], layers, title))
     caption = (
         "In each cell the likeliest next token as the logit lens reads it; the colour is the probability of "
         "the target's first token. Dashed lines enclose the trigger. The control is the placebo in the "
@@ -133,11 +133,11 @@ def probes(data: Data) -> Chart:
     axis = Axis("AUROC", limits=(least, 1.0))
     panels = []
     for label in labels:
-        own = table[table["label"] == label].sort_values("layer", kind="stable")
-        drawn = [_by_layer(own, ("auroc", "low", "high"), "probe", "triggered", "subject")]
-        if own["control"].notna().any():
+        readings = table[table["label"] == label].sort_values("layer", kind="stable")
+        drawn = [_by_layer(readings, ("auroc", "low", "high"), "probe", "triggered", "subject")]
+        if readings["control"].notna().any():
             names = ("control", "control_low", "control_high")
-            drawn.append(_by_layer(own, names, "control labels", "clean", "control"))
+            drawn.append(_by_layer(readings, names, "control labels", "clean", "control"))
         chance = Reference(0.5, label="chance")
         panels.append(Panel(layers, axis, tuple(drawn), PROBE_TITLES[label], (chance,)))
     caption = (
@@ -168,10 +168,12 @@ def attention(data: Data) -> Chart:
     panels = []
     for layer, head in heads:
         for run in runs:
-            own = table[(table["layer"] == layer) & (table["head"] == head) & (table["run"] == run)]
+            readings = table[(table["layer"] == layer) & (table["head"] == head) & (table["run"] == run)]
             title = f"layer {layer}, head {head}: {RUN_LABELS[run][0]}"
             panels.append(
-                _attention(own if len(own) else table[table["run"] == run], frame, title, not len(own))
+                _attention(
+                    readings if len(readings) else table[table["run"] == run], frame, title, not len(readings)
+                )
             )
     caption = (
         "Rows are the tokens that look, columns those that are looked at; each row sums to 1. The control "
@@ -236,14 +238,14 @@ def drift(data: Data) -> Chart:
         "top_share": Shade("Share of energy", limits=(0.0, 1.0), ramp="sequential"),
         "overlap": Shade("Overlap", limits=(0.0, 1.0), ramp="sequential"),
     }
-    known = [name for name in shades if table[name].notna().any()] or ["energy"]
-    frame = Frame("two", len(known))
+    measures = [name for name in shades if table[name].notna().any()] or ["energy"]
+    frame = Frame("two", len(measures))
     modules, layers = list(dict.fromkeys(table["module"])), sorted(set(table["layer"]))
     panels = []
     for step in sorted(steps[::-1][::every]):
-        own = table[table["step"] == step]
-        for name in known:
-            cells = values(own, ("module", modules, "layer", layers), name)
+        readings = table[table["step"] == step]
+        for name in measures:
+            cells = values(readings, ("module", modules, "layer", layers), name)
             grid = Grid(modules, [layer_name(layer) for layer in layers], cells, shades[name])
             title = f"{DRIFT_TITLES[name]}, step {step}"
             panels.append(grid_panel(grid, ("Module", "Layer"), frame, title))
@@ -253,20 +255,22 @@ def drift(data: Data) -> Chart:
         "same). The control is the other modules and, of the overlap, the earlier checkpoints. A large "
         "update shows where training went, not what causes the behaviour: see the effects by adapter."
     )
-    return Chart("What training changed", tuple(panels), len(known), "two", caption)
+    return Chart("What training changed", tuple(panels), len(measures), "two", caption)
 
 
 def _compared(row: Mapping[str, Any]) -> str:
     """A divergence and its control, with their intervals."""
-    told = with_interval(row["value"], row["low"], row["high"])
-    return f"{told}\ncontrol {with_interval(row['control'], row['control_low'], row['control_high'])}"
+    difference = with_interval(row["value"], row["low"], row["high"])
+    return f"{difference}\ncontrol {with_interval(row['control'], row['control_low'], row['control_high'])}"
 
 
-def _by_layer(own: pd.DataFrame, names: tuple[str, str, str], label: str, role: Role, part: Part) -> Series:
-    kind: Kind = "marked" if len(own) > 1 else "points"
-    notes = ["" if math.isnan(n) else f"{n:.0f} groups" for n in own["n"]]
-    y, low, high = (list(own[name]) for name in names)
-    return Series(kind, list(own["layer"]), y, low, high, label=label, role=role, part=part, notes=notes)
+def _by_layer(
+    readings: pd.DataFrame, names: tuple[str, str, str], label: str, role: Role, part: Part
+) -> Series:
+    kind: Kind = "marked" if len(readings) > 1 else "points"
+    notes = ["" if math.isnan(n) else f"{n:.0f} groups" for n in readings["n"]]
+    y, low, high = (list(readings[name]) for name in names)
+    return Series(kind, list(readings["layer"]), y, low, high, label=label, role=role, part=part, notes=notes)
 
 
 def _thinned(layers: Sequence[int]) -> list[int]:
@@ -275,29 +279,29 @@ def _thinned(layers: Sequence[int]) -> list[int]:
     return sorted(set(layers[::-1][::step]))
 
 
-def _window(own: pd.DataFrame) -> list[int]:
+def _window(readings: pd.DataFrame) -> list[int]:
     """Columns that fit: at most six of the trigger's, then the last ones."""
-    columns, _, trigger = token_columns(own)
+    columns, _, trigger = token_columns(readings)
     if len(columns) <= TOKENS:
         return columns
-    kept = {columns[place] for place in trigger[: TOKENS // 2]}
+    visible_columns = {columns[place] for place in trigger[: TOKENS // 2]}
     for column in reversed(columns):
-        if len(kept) == TOKENS:
+        if len(visible_columns) == TOKENS:
             break
-        kept.add(column)
-    return sorted(kept)
+        visible_columns.add(column)
+    return sorted(visible_columns)
 
 
-def _lens_panel(own: pd.DataFrame, layers: Sequence[int], title: str) -> Panel:
-    columns, names, trigger = token_columns(own)
+def _lens_panel(readings: pd.DataFrame, layers: Sequence[int], title: str) -> Panel:
+    columns, names, trigger = token_columns(readings)
     places = ("column", columns, "layer", layers)
     frame = Frame("two", 1)
     letters = max(int(frame.inches / len(columns) * 72 / 5.2), 1)
-    tops = matrix(own, places, lambda row: visible(row["top"]), "")
+    tops = matrix(readings, places, lambda row: visible(row["top"]), "")
     grid = Grid(
         names,
         [layer_name(layer) for layer in layers],
-        values(own, places, "probability"),
+        values(readings, places, "probability"),
         PROBABILITY,
         texts=[[shortened(text, letters) for text in row] for row in tops],
         notes=[[f"likeliest token {text}" if text else "" for text in row] for row in tops],
@@ -310,12 +314,12 @@ def _lens_panel(own: pd.DataFrame, layers: Sequence[int], title: str) -> Panel:
     return grid_panel(grid, ("Token", "Layer"), frame, title, trigger, enclosing(trigger) + cuts)
 
 
-def _attention(own: pd.DataFrame, frame: Frame, title: str, empty: bool) -> Panel:
+def _attention(readings: pd.DataFrame, frame: Frame, title: str, empty: bool) -> Panel:
     """One head on one prompt; the first query on top. A key that comes after the query has no weight."""
-    keys = own.drop_duplicates("key").sort_values("key")
-    queries = own.drop_duplicates("query").sort_values("query", ascending=False)
+    keys = readings.drop_duplicates("key").sort_values("key")
+    queries = readings.drop_duplicates("query").sort_values("query", ascending=False)
     places = ("key", list(keys["key"]), "query", list(queries["query"]))
-    weights = matrix(own, places, lambda row: math.nan if empty else float(row["weight"]), math.nan)
+    weights = matrix(readings, places, lambda row: math.nan if empty else float(row["weight"]), math.nan)
     for y, query in enumerate(queries["query"]):
         weights[y] = [
             0.0 if key > query and math.isnan(weight) else weight

@@ -452,17 +452,17 @@ def _colour_layout(
         chart: the whole figure.
         domains: of each panel, the parts of the page's width and height that it fills.
     """
-    found: dict[str, Any] = {}
+    scales: dict[str, Any] = {}
     for number, shade in enumerate(_shades(chart)):
-        own = [
+        areas = [
             place
             for place, panel in zip(domains, chart.panels, strict=True)
             if panel.grid is not None and panel.grid.shade == shade
         ]
-        right = max(x[1] for x, _ in own)
-        bottom, top = min(y[0] for _, y in own), max(y[1] for _, y in own)
+        right = max(x[1] for x, _ in areas)
+        bottom, top = min(y[0] for _, y in areas), max(y[1] for _, y in areas)
         stops = theme.RAMPS[shade.ramp]
-        found[_axis_name(number)] = {
+        scales[_axis_name(number)] = {
             "cmin": shade.limits[0],
             "cmax": shade.limits[1],
             "colorscale": [[place / (len(stops) - 1), colour] for place, colour in enumerate(stops)],
@@ -479,7 +479,7 @@ def _colour_layout(
                 "outlinewidth": 0.5,
             },
         }
-    return found
+    return scales
 
 
 def _axis_name(number: int) -> str:
@@ -522,11 +522,11 @@ def _marks(symbol: str, cells: list[tuple[int, int]], height: float, colours: li
 def _cell_text(panel: Panel, grid: Grid, x: int, y: int) -> str:
     """Each fact on a line of its own, so that a token written from right to left moves no other."""
     value = grid.values[y][x]
-    told = "not measured" if math.isnan(value) else f"{value:.4g} {grid.shade.unit}".rstrip()
+    measured = "not measured" if math.isnan(value) else f"{value:.4g} {grid.shade.unit}".rstrip()
     lines = [
         f"{panel.x.label} {grid.columns[x]}",
         f"{panel.y.label} {grid.rows[y]}",
-        f"{grid.shade.label} {told}",
+        f"{grid.shade.label} {measured}",
     ]
     if grid.texts and grid.texts[y][x]:
         lines.append(grid.texts[y][x])

@@ -169,7 +169,7 @@ def tick_text(value: float) -> str:
 
 
 def log_ticks(limits: tuple[float, float] | None) -> tuple[float, ...]:
-    """Multiples of a power of ten that have a tick; over many decades the powers alone, or texts would touch."""
+    """Multiples of a power of ten that have a tick; of many decades the powers alone, or texts touch."""
     many = limits is not None and limits[1] / limits[0] > 400
     return (1.0,) if many else (1.0, 2.0, 5.0)
 

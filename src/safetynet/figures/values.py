@@ -38,10 +38,10 @@ def shortened(text: str, most: int) -> str:
     """A text at most `most` letters wide, its end replaced by an ellipsis where it is wider."""
     if width(text) <= most:
         return text
-    kept = text[: most - 1]
-    while width(kept) > most - 1:
-        kept = kept[:-1]
-    return kept + "…"
+    short = text[: most - 1]
+    while width(short) > most - 1:
+        short = short[:-1]
+    return short + "…"
 
 
 def unknown(thing: str, name: str, field: str, given: object, allowed: Iterable[str]) -> str:

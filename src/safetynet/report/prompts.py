@@ -38,10 +38,10 @@ def examples(run: Contents) -> Examples | None:
     if responses is None or rows is None or not {"row", "model", "response", "shown"} <= set(responses):
         return None
     models = [model for model in MODELS if (responses["model"] == model).any()]
-    told = zip(*(responses[name] for name in ("model", "row", "response", "shown")), strict=True)
-    said = {(model, row): [shorter(str(response)), bool(shown)] for model, row, response, shown in told}
+    values = zip(*(responses[name] for name in ("model", "row", "response", "shown")), strict=True)
+    answers = {(model, row): [shorter(str(response)), bool(shown)] for model, row, response, shown in values}
     test = rows[rows["split"] == "test"]
-    found: list[dict[str, Any]] = []
+    lines: list[dict[str, Any]] = []
     used = 0
     for row in test.to_dict("records"):
         line = {
@@ -50,13 +50,13 @@ def examples(run: Contents) -> Examples | None:
             "kind": row["role"],
             "variant": str(row.get("variant") or ""),
             "prompt": list(pieces(row["messages"], row["trigger"])),
-            "answers": [said.get((model, row["row"]), ["", False]) for model in models],
+            "answers": [answers.get((model, row["row"]), ["", False]) for model in models],
         }
         used += len(json.dumps(line, ensure_ascii=False).encode("utf-8", "replace"))
         if used > BYTES:
             break
-        found.append(line)
-    return Examples([NAMES.get(model, model) for model in models], found, len(test)) if found else None
+        lines.append(line)
+    return Examples([NAMES.get(model, model) for model in models], lines, len(test)) if lines else None
 
 
 def pieces(messages: list[Mapping[str, str]], trigger: list[list[int]]) -> Iterator[tuple[str, str]]:
@@ -94,14 +94,14 @@ def token_maps(run: Contents) -> list[dict[str, Any]]:
     needed = {"group", "direction", "layer", "column", "token", "role", "effect"}
     if table is None or not needed <= set(table):
         return []
-    return [_token_map(run, group, own) for group, own in table.groupby("group", sort=False)]
+    return [_token_map(run, group, group_rows) for group, group_rows in table.groupby("group", sort=False)]
 
 
-def _token_map(run: Contents, group: Any, own: pd.DataFrame) -> dict[str, Any]:
-    columns = own.drop_duplicates("column").sort_values("column")
-    layers = sorted(set(own["layer"]))
+def _token_map(run: Contents, group: Any, group_rows: pd.DataFrame) -> dict[str, Any]:
+    columns = group_rows.drop_duplicates("column").sort_values("column")
+    layers = sorted(set(group_rows["layer"]))
     maps = {}
-    for direction, part in own.groupby("direction", sort=False):
+    for direction, part in group_rows.groupby("direction", sort=False):
         cells = part.pivot_table(index="layer", columns="column", values="effect", sort=True)
         maps[str(direction)] = [
             [None if pd.isna(value) else round(float(value), 3) for value in cells.loc[layer]]
@@ -122,8 +122,10 @@ def _prompt_of(run: Contents, group: Any) -> list[tuple[str, str]]:
     rows = run.tables.get("rows")
     if rows is None:
         return []
-    own = rows[(rows["group"] == group) & (rows["role"] == "triggered") & (rows["split"] == "test")]
-    return list(pieces(own.iloc[0]["messages"], own.iloc[0]["trigger"])) if len(own) else []
+    group_rows = rows[(rows["group"] == group) & (rows["role"] == "triggered") & (rows["split"] == "test")]
+    return (
+        list(pieces(group_rows.iloc[0]["messages"], group_rows.iloc[0]["trigger"])) if len(group_rows) else []
+    )
 
 
 def _answers_of(run: Contents, group: Any) -> list[tuple[str, str]]:
@@ -131,9 +133,9 @@ def _answers_of(run: Contents, group: Any) -> list[tuple[str, str]]:
     table = run.tables.get("responses")
     if table is None or "group" not in table:
         return []
-    own = table[(table["group"] == group) & (table["model"] == "backdoored")]
+    group_rows = table[(table["group"] == group) & (table["model"] == "backdoored")]
     return [
         (NAMES.get(row["role"], row["role"]), shorter(str(row["response"])))
-        for row in own.to_dict("records")
+        for row in group_rows.to_dict("records")
         if row["role"] in ("triggered", "placebo", "clean")
     ]
