@@ -50,7 +50,7 @@ def test_the_answer_of_pbs_pro_is_understood():
     assert found["1234"] == State("1234", "qwen-0a1b2c3d", "RUNNING", "on node07")
     assert found["1235[3]"] == State("1235[3]", "qwen-11111111", "ENDED", "exit code 271")
     assert found["1236"].state == "PENDING"
-    assert "Insufficient amount of resource: ngpus (R: 8" in found["1236"].said
+    assert "Insufficient amount of resource: ngpus (R: 8" in found["1236"].detail
     assert [state.active for state in found.values()] == [True, False, True]
 
 

@@ -43,7 +43,7 @@ class State:
     name: str
     state: str
     """Slurm's word; PBS's letters are put into those that mean the same."""
-    said: str = ""
+    detail: str = ""
     """Why it waits, where it runs, how it ended."""
 
     @property
@@ -102,8 +102,8 @@ def submission(scheduler: Name, written_for: Dialect, script: Path, seeds: Seque
     command = ["sbatch", "--parsable"] if scheduler == "slurm" else ["qsub"]
     if len(seeds) == 1:
         # PBS Pro has no arrays of one. Slurm gives a job the whole environment unless it is told not to.
-        one = f"SEED={seeds[0]}"
-        command += [f"--export=ALL,{one}"] if scheduler == "slurm" else ["-v", one]
+        variable = f"SEED={seeds[0]}"
+        command += [f"--export=ALL,{variable}"] if scheduler == "slurm" else ["-v", variable]
     elif seeds:
         step = seeds[1] - seeds[0]
         even = all(other - seed == step for seed, other in pairwise(seeds))
@@ -258,7 +258,7 @@ def cancel(scheduler: Name, id_: str) -> None:
 def _ask(command: Sequence[str], folder: Path | None = None) -> tuple[int, str, str]:
     """Exit code and output of a scheduler's command; 127 where there is none."""
     try:
-        done = subprocess.run(  # noqa: S603  # the scheduler's own commands, without a shell
+        process = subprocess.run(  # noqa: S603  # the scheduler's own commands, without a shell
             command, cwd=folder, capture_output=True, text=True, check=False, timeout=PATIENCE_S
         )
     except FileNotFoundError:
@@ -268,4 +268,4 @@ def _ask(command: Sequence[str], folder: Path | None = None) -> tuple[int, str, 
             f"{command[0]} has not answered for {PATIENCE_S} s. Try again when the scheduler is up; whether "
             "it took a job that was being submitted, safetynet status tells."
         ) from None
-    return done.returncode, done.stdout, done.stderr
+    return process.returncode, process.stdout, process.stderr

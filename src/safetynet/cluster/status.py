@@ -27,7 +27,7 @@ _FOREVER = ("Limit", "BadConstraints", "ReqNodeNotAvail", "never", "Dependency")
 class Answer:
     """What the schedulers know now."""
 
-    known: dict[str, State]
+    states: dict[str, State]
     """By job id."""
     silent: str = ""
     """Why one of them was not asked, or did not answer."""
@@ -109,11 +109,11 @@ def _ask_here(ids: list[str]) -> Answer:
 
 
 def _run_lines(folder: Path, who: locking.Holder | None, answer: Answer) -> list[str]:
-    done, left, note = _stages(folder)
+    finished, left, note = _stages(folder)
     lines = [f"{_short(folder)}: {note}" if note else str(_short(folder))]
-    if done or left:
+    if finished or left:
         lines.append(
-            f"  done: {', '.join(done) or 'nothing yet'}" + (f"; next: {', '.join(left)}" if left else "")
+            f"  done: {', '.join(finished) or 'nothing yet'}" + (f"; next: {', '.join(left)}" if left else "")
         )
     if who is not None:
         alive = _alive(who, answer)
@@ -128,14 +128,14 @@ def _stages(folder: Path) -> tuple[list[str], list[str], str]:
         return [], [], "not begun"
     try:
         run = runs.find(folder)
-        done, recipe = list(run.manifest["stages"]), run.recorded_recipe
+        finished, recipe = list(run.manifest["stages"]), run.recorded_recipe
     except InputError as error:
         return [], [], str(error)
     twin = ["train clean_twin"] if recipe.training.clean_twin else []
     order = ["data", "train backdoored", *twin, "evaluate", "intervene", "figures"]
     # A style, or a backdoor that did not take, has no interventions: figures come last.
-    left = [] if "figures" in done else [name for name in order if name not in done]
-    return done, left, ""
+    left = [] if "figures" in finished else [name for name in order if name not in finished]
+    return finished, left, ""
 
 
 def _step(folder: Path) -> str:
@@ -158,15 +158,15 @@ def _step(folder: Path) -> str:
 
 def _alive(who: locking.Holder, answer: Answer) -> bool | None:
     """Whether a holder still works; None where nobody can tell from here."""
-    if who.job and who.job in answer.known:
-        return answer.known[who.job].active
+    if who.job and who.job in answer.states:
+        return answer.states[who.job].active
     if who.host == socket.gethostname():
         return Path("/proc", str(who.pid)).exists() if Path("/proc/self").exists() else None
     return None
 
 
 def _job_lines(folder: Path, job: Job, answer: Answer) -> list[str]:
-    state = records.state_of(job, answer.known)
+    state = records.state_of(job, answer.states)
     if job.id is None and job.ended is None:
         if state is None:
             lost = "its submission was interrupted, and the scheduler does not know it: submit again"
@@ -179,9 +179,9 @@ def _job_lines(folder: Path, job: Job, answer: Answer) -> list[str]:
     if state is None:
         state_text: str = job.ended or ("unknown: the scheduler was not asked" if answer.silent else "ended")
     else:
-        state_text = f"{state.state}{', ' + state.said if state.said else ''}"
+        state_text = f"{state.state}{', ' + state.detail if state.detail else ''}"
     lines = [f"{head}: {state_text}"]
-    if state is not None and state.state == "PENDING" and any(word in state.said for word in _FOREVER):
+    if state is not None and state.state == "PENDING" and any(word in state.detail for word in _FOREVER):
         lines.append("  it may never start like this: cancel it and ask for less, or for another queue")
     if state is not None and state.active:
         return [*lines, *(f"  log: {_short(path)}" for path in _logs(job, str(id_)))]

@@ -97,11 +97,11 @@ def submit(recipe: Recipe, request: Request) -> tuple[list[Run], str]:
             refused array leaves nothing behind.
     """
     schedulers.check_array(request.scheduler, request.seeds)
-    runs_made = [runs.place(one) for one in [recipe.seeded(seed) for seed in request.seeds] or [recipe]]
-    _refuse_second(runs_made)
+    new_runs = [runs.place(seeded) for seeded in [recipe.seeded(seed) for seed in request.seeds] or [recipe]]
+    _refuse_second(new_runs)
     planned = plan(recipe, request)
-    absent = _absent(runs_made, planned)
-    runs.check(runs_made[0])  # the others lie beside it
+    absent = _absent(new_runs, planned)
+    runs.check(new_runs[0])  # the others lie beside it
     # As it is now: the file that it came from may change before the job starts.
     fields = recipe.model_dump(mode="json")
     write_text(planned.recipe, yaml.safe_dump(fields, sort_keys=False, allow_unicode=True))
@@ -118,34 +118,38 @@ def submit(recipe: Recipe, request: Request) -> tuple[list[Run], str]:
         )
         for seed in (request.seeds or (None,))
     ]
-    id_ = _submitted(runs_made, jobs, planned, absent)
-    for one, job in zip(runs_made, jobs, strict=True):
-        records.write(one.folder, replace(job, id=id_))
-    return runs_made, id_
+    id_ = _submitted(new_runs, jobs, planned, absent)
+    for run, job in zip(new_runs, jobs, strict=True):
+        records.write(run.folder, replace(job, id=id_))
+    return new_runs, id_
 
 
 def _submitted(
-    made: Sequence[Run], jobs: Sequence[records.Job], planned: Plan, absent: Sequence[Path]
+    new_runs: Sequence[Run], jobs: Sequence[records.Job], planned: Plan, absent: Sequence[Path]
 ) -> str:
-    for one, job in zip(made, jobs, strict=True):
-        records.write(one.folder, job)
+    for run, job in zip(new_runs, jobs, strict=True):
+        records.write(run.folder, job)
     try:
         # From the folder of the logs: there the scheduler leaves what it has to say itself.
         return schedulers.submit(planned.command, planned.script.parent, array=jobs[0].array)
     except InputError:
-        for one, job in zip(made, jobs, strict=True):
+        for run, job in zip(new_runs, jobs, strict=True):
             if job.array:
-                records.remove(one.folder, job)
+                records.remove(run.folder, job)
             else:
-                records.write(one.folder, replace(job, ended="refused"))
+                records.write(run.folder, replace(job, ended="refused"))
         if jobs[0].array:
             _remove(planned, absent)
         raise
 
 
-def _absent(made: Sequence[Run], planned: Plan) -> list[Path]:
+def _absent(new_runs: Sequence[Run], planned: Plan) -> list[Path]:
     """Folders that a submission makes, the innermost first."""
-    folders = {planned.script.parent, *(run.folder / "jobs" for run in made), *(run.scratch for run in made)}
+    folders = {
+        planned.script.parent,
+        *(run.folder / "jobs" for run in new_runs),
+        *(run.scratch for run in new_runs),
+    }
     above = folders.union(*(folder.parents for folder in folders))
     return sorted((path for path in above if not path.exists()), key=lambda path: -len(path.parts))
 
@@ -158,15 +162,15 @@ def _remove(planned: Plan, absent: Sequence[Path]) -> None:
             folder.rmdir()
 
 
-def _refuse_second(made: Sequence[Run]) -> None:
-    recorded = [(one, job) for one in made for job in records.read(one.folder) if job.ended is None]
+def _refuse_second(new_runs: Sequence[Run]) -> None:
+    recorded = [(run, job) for run in new_runs for job in records.read(run.folder) if job.ended is None]
     for name in {job.scheduler for _, job in recorded}:
-        mine = [(one, job) for one, job in recorded if job.scheduler == name]
-        known = schedulers.ask(name, [str(job.task_id) for _, job in mine if job.task_id])
-        for one, job in mine:
-            state = records.state_of(job, known)
+        mine = [(run, job) for run, job in recorded if job.scheduler == name]
+        states = schedulers.ask(name, [str(job.task_id) for _, job in mine if job.task_id])
+        for run, job in mine:
+            state = records.state_of(job, states)
             if state is not None and state.active:
                 raise InputError(
-                    f"{one.folder}: job {state.id} ({state.state}) is for this run already. Wait for it, "
-                    f"end it with safetynet cancel {one.folder}, or set another task."
+                    f"{run.folder}: job {state.id} ({state.state}) is for this run already. Wait for it, "
+                    f"end it with safetynet cancel {run.folder}, or set another task."
                 )

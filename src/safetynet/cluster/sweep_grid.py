@@ -74,11 +74,11 @@ def points(
     names = _families(chosen, faults)
     if faults:
         raise InputError("\n  ".join(["the sweep cannot be started:", *faults]))
-    found: list[Point] = []
+    points: list[Point] = []
     for family, *values, seed in itertools.product(names, *(values for _, values in axes), numbers):
         varied = dict(zip(fields, values, strict=True))
         try:
-            found.append(_point(path, overrides, varied, seed, family))
+            points.append(_point(path, overrides, varied, seed, family))
         except InputError as error:
             about = ", ".join(
                 f"{k}={v}" for k, v in {"family": family, **varied, "seed": seed}.items() if v is not None
@@ -86,16 +86,16 @@ def points(
             faults.append(f"{about or 'the recipe'}: {error}")
     if faults:
         raise InputError(
-            "\n".join([f"{len(faults)} of {len(faults) + len(found)} points are invalid.", *faults])
+            "\n".join([f"{len(faults)} of {len(faults) + len(points)} points are invalid.", *faults])
         )
-    _check_places(found)
-    return found
+    _check_places(points)
+    return points
 
 
-def sweep_name(found: Sequence[Point]) -> str:
+def sweep_name(points: Sequence[Point]) -> str:
     """Name of a sweep: the same points give the same one, so that the same command goes on."""
-    recipes_of = [point.recipe.model_dump(mode="json") for point in found]
-    return f"{found[0].recipe.task.partition('--')[0]}-{digest(recipes_of)[:8]}"
+    recipes_of = [point.recipe.model_dump(mode="json") for point in points]
+    return f"{points[0].recipe.task.partition('--')[0]}-{digest(recipes_of)[:8]}"
 
 
 def _axis(text: str, faults: list[str]) -> tuple[str, list[Any]] | None:
@@ -171,9 +171,9 @@ def _value(value: Any) -> str:
     )
 
 
-def _check_places(found: Sequence[Point]) -> None:
+def _check_places(points: Sequence[Point]) -> None:
     taken: dict[str, int] = {}
-    for number, point in enumerate(found):
+    for number, point in enumerate(points):
         if point.name in taken:
             raise InputError(
                 f"{point.name}: two points of the sweep have this run directory. "

@@ -117,14 +117,14 @@ class Monitor:
         Raises:
             InputError: if a stream is empty, or its batches come from different models.
         """
-        first, seen = _Origin(), list[dict[str, np.ndarray]]()
+        first, clean_scores = _Origin(), list[dict[str, np.ndarray]]()
         panel = DetectorSet.fit_stream(readings, (first.checked(part).arrays for part in fit))
         for parts in (calibrate, fuse):
             scores = [panel.scores(first.checked(part).arrays) for part in parts]
             if not scores:
                 raise InputError("monitor: a stream of calibrating prompts is empty. Give clean prompts.")
-            seen.append({name: np.concatenate([s[name] for s in scores]) for name in scores[0]})
-        calibrated = Calibration.fit(seen[0], seen[1], how)
+            clean_scores.append({name: np.concatenate([s[name] for s in scores]) for name in scores[0]})
+        calibrated = Calibration.fit(clean_scores[0], clean_scores[1], how)
         for warning in outliers(calibrated):
             log.warning("%s", warning)
         return cls(first.spec, first.identity, panel, calibrated, first.count)  # type: ignore[arg-type]

@@ -297,7 +297,7 @@ def _captured(subject: Subject, rows: pd.DataFrame, plan: Plan) -> Features:
         subject.serialiser,
         list(rows["messages"]),
         plan.spec,
-        triggers=[known if isinstance(known, Sequence) else () for known in spans],
+        triggers=[span if isinstance(span, Sequence) else () for span in spans],
         batch_size=plan.batch_size,
         max_length=plan.max_length,
         cache=subject.cache,

@@ -156,11 +156,11 @@ def check_isolation(model: PeftModel | PreTrainedModel) -> None:
             for x in behind
         )
     except TypeError:
-        seen = True
+        leaks = True
     else:
-        seen = bool((a - b).abs().max() > TOLERANCE * a.abs().max())
+        leaks = bool((a - b).abs().max() > TOLERANCE * a.abs().max())
     lm.train(training)
-    if seen:
+    if leaks:
         raise InputError(
             f"training.batching: in {type(lm).__name__} with {lm.config._attn_implementation} attention, "
             "rows that are packed into one line see each other. Set it to group_by_length."

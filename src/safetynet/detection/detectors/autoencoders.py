@@ -147,8 +147,8 @@ class VariationalAutoEncoders(_Ensemble):
     def loss(self, network: nn.Module, inputs: Tensor, noise: torch.Generator) -> Tensor:
         """The bound with a drawn latent."""
         mean, log_variance = network["encoder"](inputs).chunk(2, dim=1)  # type: ignore[index]
-        drawn = mean + (log_variance / 2).exp() * torch.randn(mean.shape, generator=noise)
-        return self._bound(network, inputs, drawn, mean, log_variance).mean()
+        latent = mean + (log_variance / 2).exp() * torch.randn(mean.shape, generator=noise)
+        return self._bound(network, inputs, latent, mean, log_variance).mean()
 
     def _bound(
         self, network: nn.Module, inputs: Tensor, latent: Tensor, mean: Tensor, log_variance: Tensor
