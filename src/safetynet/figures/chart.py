@@ -381,29 +381,11 @@ def table(chart: Chart) -> pd.DataFrame:
 
 
 def _rows(series: Series) -> list[dict[str, object]]:
-    blank: Sequence[float] = [math.nan] * len(series.x)
+    look = {"series": series.label, "kind": series.kind, "role": series.role, "part": series.part}
+    columns = {name: getattr(series, name) for name in ("x", "y", "low", "high", "left", "right")}
     return [
-        {
-            "series": series.label,
-            "kind": series.kind,
-            "role": series.role,
-            "part": series.part,
-            "x": x,
-            "y": y,
-            "low": low,
-            "high": high,
-            "left": left,
-            "right": right,
-            "note": note,
-        }
-        for x, y, low, high, left, right, note in zip(
-            series.x,
-            series.y or blank,
-            series.low or blank,
-            series.high or blank,
-            series.left or blank,
-            series.right or blank,
-            series.notes or [""] * len(series.x),
-            strict=True,
-        )
+        look
+        | {name: values[point] if values else math.nan for name, values in columns.items()}
+        | {"note": series.notes[point] if series.notes else ""}
+        for point in range(len(series.x))
     ]

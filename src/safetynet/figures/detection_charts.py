@@ -77,11 +77,12 @@ def roc(data: Data) -> Chart:
         Panel(FPR, alarmed, _curves(scores), "all rates", height=2.0),
         Panel(LOW_FPR, alarmed, _curves(scores), "low rates enlarged", height=2.0),
     )
+    fired, clean = (scores[name].iloc[0] for name in ("positives", "negatives"))
     caption = (
         "Triggered rows that fired and raise an alarm, against clean rows that raise one, over all "
-        f"thresholds; {scores['positives'].iloc[0]:.0f} and {scores['negatives'].iloc[0]:.0f} rows. A monitor "
-        "is used at the left end, which the right panel enlarges. The control is the same with placebos of the "
-        "trigger, whose curve should lie near the diagonal."
+        f"thresholds; {fired:.0f} and {clean:.0f} rows. A monitor is used at the left end, which the right "
+        "panel enlarges. The control is the same with placebos of the trigger, whose curve should lie near "
+        "the diagonal."
     )
     return Chart("What the monitor catches", panels, 2, "two", caption)
 
