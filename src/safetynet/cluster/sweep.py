@@ -72,8 +72,8 @@ def sweep(
     folder.mkdir(parents=True, exist_ok=True)
     with _held(folder):
         _describe(points, name, folder)
-        made = sweep_place.config(place, folder / "parsl", retries, retry_cost)
-        with parsl.load(made) as kernel:
+        config = sweep_place.config(place, folder / "parsl", retries, retry_cost)
+        with parsl.load(config) as kernel:
             graph = _Graph(kernel, points, name)
             return list(graph.outcomes(progress))
 
@@ -114,8 +114,8 @@ class _Graph:
 
     def _build(self, prepared: dict[int, Done]) -> None:
         """Base models before adapters, training before measuring, lenders before those that they lend to."""
-        bases = _lenders({n: done.base for n, done in prepared.items()})
-        twins = _lenders({n: done.twin for n, done in prepared.items()})
+        bases = _lenders({n: digests.base for n, digests in prepared.items()})
+        twins = _lenders({n: digests.twin for n, digests in prepared.items()})
         for number in sorted(set(bases.values())):
             self._add(number, "base")
         for number in sorted({lender for n, lender in twins.items() if n != lender}):

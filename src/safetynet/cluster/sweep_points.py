@@ -98,7 +98,7 @@ def _step(task: Task, experiment: Any) -> tuple[str | None, str | None]:
 
 
 def _finished(run: Any) -> dict[str, str]:
-    return {name: done["finished"] + done["inputs"] for name, done in run.manifest["stages"].items()}
+    return {name: record["finished"] + record["inputs"] for name, record in run.manifest["stages"].items()}
 
 
 @contextmanager

@@ -90,16 +90,16 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
 def markdown(outcomes: Sequence[Outcome], table: pd.DataFrame) -> str:
     """The page: rates by point, then what failed, with the reason and the log."""
     failed = [outcome for outcome in outcomes if outcome.failed]
-    done = len(outcomes) - len(failed)
+    ended = len(outcomes) - len(failed)
     lines = [
-        f"# Sweep of {len(outcomes)} points: {done} done, {len(failed)} failed",
+        f"# Sweep of {len(outcomes)} points: {ended} done, {len(failed)} failed",
         "",
         "Rates on held-out prompts with 95% intervals (Wilson). ASR attack success rate, FTR false trigger",
         "rate, CACC clean accuracy; the clean twin and the base model are the controls. All rates are in",
         "results.parquet.",
         "",
     ]
-    if done:
+    if ended:
         lines += [summaries.markdown(summary(table)), ""]
     if failed:
         lines += ["## Failed", "", summaries.markdown(failures(outcomes)), ""]

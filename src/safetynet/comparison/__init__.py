@@ -42,24 +42,24 @@ def compare(runs: Sequence[ComparedRun]) -> dict[str, pd.DataFrame]:
         "heads": places.heads(runs),
         "outcomes": outcomes.outcomes(runs),
     }
-    made = dict(by_run)
+    tables = dict(by_run)
     if len(profiles):
-        made |= {"centres": places.centres(profiles), "shares": places.shares(profiles)}
-        made["profiles_by_group"] = places.profiles_by_group(profiles)
-        made["agreement"] = agreement.agreement(profiles)
-        made["distinct"] = agreement.distinct(profiles)
-        made["centres_by_group"] = places.centres_by_group(made["centres"])
-        made["shares_by_group"] = places.shares_by_group(made["shares"])
-        made["heads_by_group"] = places.heads_by_group(made["heads"])
+        tables |= {"centres": places.centres(profiles), "shares": places.shares(profiles)}
+        tables["profiles_by_group"] = places.profiles_by_group(profiles)
+        tables["agreement"] = agreement.agreement(profiles)
+        tables["distinct"] = agreement.distinct(profiles)
+        tables["centres_by_group"] = places.centres_by_group(tables["centres"])
+        tables["shares_by_group"] = places.shares_by_group(tables["shares"])
+        tables["heads_by_group"] = places.heads_by_group(tables["heads"])
     if len(by_run["speeds"]):
-        made["speeds_by_group"] = speed.by_group(by_run["speeds"])
+        tables["speeds_by_group"] = speed.by_group(by_run["speeds"])
     if len(by_run["outcomes"]):
-        made["outcomes_by_group"] = outcomes.by_group(by_run["outcomes"])
-    made["differences"] = differences(made)
-    return {name: table for name, table in made.items() if len(table)}
+        tables["outcomes_by_group"] = outcomes.by_group(by_run["outcomes"])
+    tables["differences"] = differences(tables)
+    return {name: table for name, table in tables.items() if len(table)}
 
 
-def differences(made: dict[str, pd.DataFrame]) -> pd.DataFrame:
+def differences(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
     """For each number of a run: does it differ between groups by more than between seeds?
 
     Returns:
@@ -67,39 +67,39 @@ def differences(made: dict[str, pd.DataFrame]) -> pd.DataFrame:
         Hochberg 1995, over all lines). A quantity that some run lacks is asked of the others.
     """
     lines = []
-    for quantity, table in _quantities(made):
-        known = table.dropna(subset="number")
-        sizes = known["group"].value_counts()
-        known = known[known["group"].isin(sizes.index[sizes >= 2])]
-        groups, seeds = known["group"].tolist(), known["seed"].tolist()
-        p = groups_differ(known["number"].tolist(), groups, agreement.blocks(groups, seeds))
+    for quantity, table in _quantities(tables):
+        measured = table.dropna(subset="number")
+        sizes = measured["group"].value_counts()
+        measured = measured[measured["group"].isin(sizes.index[sizes >= 2])]
+        groups, seeds = measured["group"].tolist(), measured["seed"].tolist()
+        p = groups_differ(measured["number"].tolist(), groups, agreement.blocks(groups, seeds))
         if p == p:
-            about = {"quantity": quantity, "groups": len(set(groups)), "runs": len(known)}
+            about = {"quantity": quantity, "groups": len(set(groups)), "runs": len(measured)}
             lines.append(about | {"p": p})
     table = pd.DataFrame(lines)
     return table.assign(q=false_discovery_control(table["p"])) if len(table) else table
 
 
-def _quantities(made: dict[str, pd.DataFrame]) -> list[tuple[str, pd.DataFrame]]:
+def _quantities(tables: dict[str, pd.DataFrame]) -> list[tuple[str, pd.DataFrame]]:
     """Each number of a run that groups may differ in, with its runs."""
-    found = []
-    for threshold, part in _parts(made, "speeds", "threshold"):
+    quantities = []
+    for threshold, part in _parts(tables, "speeds", "threshold"):
         # a seed that never got there counts with its last measurement: leaving the slow out would hide them
         reached = part["steps"].fillna(part["last_step"])
-        found.append((f"steps until ASR {100 * threshold:g}%", part.assign(number=reached)))
-    for (view, direction), part in _parts(made, "centres", ["view", "direction"]):
-        found += [
+        quantities.append((f"steps until ASR {100 * threshold:g}%", part.assign(number=reached)))
+    for (view, direction), part in _parts(tables, "centres", ["view", "direction"]):
+        quantities += [
             (f"{number}, {view}, {direction}", part.assign(number=part[number]))
             for number in ("centre", "spread")
         ]
-    for (which, direction), part in _parts(made, "shares", ["part", "direction"]):
+    for (which, direction), part in _parts(tables, "shares", ["part", "direction"]):
         if which == "attention":
-            found.append((f"share of attention, {direction}", part.assign(number=part["share"])))
-    for (_, measure), part in _parts(made, "outcomes", ["aspect", "measure"]):
-        found.append((str(measure), part.assign(number=part["value"])))
-    return found
+            quantities.append((f"share of attention, {direction}", part.assign(number=part["share"])))
+    for (_, measure), part in _parts(tables, "outcomes", ["aspect", "measure"]):
+        quantities.append((str(measure), part.assign(number=part["value"])))
+    return quantities
 
 
-def _parts(made: dict[str, pd.DataFrame], name: str, by: str | list[str]) -> list[tuple]:
-    table = made.get(name)
+def _parts(tables: dict[str, pd.DataFrame], name: str, by: str | list[str]) -> list[tuple]:
+    table = tables.get(name)
     return [] if table is None or table.empty else list(table.groupby(by, sort=False))

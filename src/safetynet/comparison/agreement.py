@@ -40,8 +40,8 @@ def ranked(profiles: np.ndarray) -> np.ndarray:
     centred = ranks - ranks.mean(-1, keepdims=True)
     norm = np.sqrt((centred**2).sum(-1, keepdims=True))
     with np.errstate(invalid="ignore"):
-        found: np.ndarray = centred / np.where(norm > 0, norm, np.nan)
-    return found
+        standardised: np.ndarray = centred / np.where(norm > 0, norm, np.nan)
+    return standardised
 
 
 def orders(layers: int, count: int = PERMUTATIONS, seed: int = 0) -> np.ndarray:
@@ -69,7 +69,9 @@ def agreement(profiles: pd.DataFrame) -> pd.DataFrame:
     """
     lines = []
     for (view, direction), part in profiles.groupby(["view", "direction"], sort=False):
-        groups = {str(group): _matrix(own) for group, own in part.groupby("group", sort=False)}
+        groups = {
+            str(group): _matrix(profiles_of) for group, profiles_of in part.groupby("group", sort=False)
+        }
         for first, second in combinations_with_replacement(groups, 2):
             same = first == second
             layers = min(groups[first].shape[1], groups[second].shape[1])
@@ -78,9 +80,9 @@ def agreement(profiles: pd.DataFrame) -> pd.DataFrame:
             a, b = (_ranked_at(groups[name], layers) for name in (first, second))
             if np.isnan(a).any() or np.isnan(b).any():
                 continue
-            found = _within(a) if same else _between(a, b)
+            correlation = _within(a) if same else _between(a, b)
             about = {"view": view, "direction": direction, "first": first, "second": second}
-            lines.append(about | found | {"layers": layers})
+            lines.append(about | correlation | {"layers": layers})
     table = pd.DataFrame(lines)
     return table.assign(q=false_discovery_control(table["p"])) if len(table) else table
 
@@ -105,13 +107,13 @@ def distinct(profiles: pd.DataFrame, permutations: int = PERMUTATIONS) -> pd.Dat
         layers = min(map(len, profile))
         if (sizes >= 2).sum() < 2 or layers < LEAST:
             continue
-        z = ranked(np.stack([on_depths(own, layers) for own in profile]))
+        z = ranked(np.stack([on_depths(runs_profiles, layers) for runs_profiles in profile]))
         if np.isnan(z).any():
             continue
         codes = np.unique(runs["group"], return_inverse=True)[1]
-        drawn = permuted_within(blocks(runs["group"].tolist(), runs["seed"].tolist()), permutations, 0)
+        permutation = permuted_within(blocks(runs["group"].tolist(), runs["seed"].tolist()), permutations, 0)
         within, between = _contrast(z @ z.T, codes[None])
-        each = _contrast(z @ z.T, codes[drawn])
+        each = _contrast(z @ z.T, codes[permutation])
         lines.append(
             {
                 "view": view,
@@ -129,8 +131,14 @@ def distinct(profiles: pd.DataFrame, permutations: int = PERMUTATIONS) -> pd.Dat
 
 def blocks(groups: Sequence[str], seeds: Sequence[int]) -> list[int]:
     """Blocks within which groups' labels may be exchanged: the seeds, where every group has the same ones."""
-    own = {group: sorted(s for g, s in zip(groups, seeds, strict=True) if g == group) for group in groups}
-    return list(seeds) if len({tuple(found) for found in own.values()}) == 1 else [0] * len(groups)
+    seeds_of = {
+        group: sorted(s for g, s in zip(groups, seeds, strict=True) if g == group) for group in groups
+    }
+    return (
+        list(seeds)
+        if len({tuple(sorted_seeds) for sorted_seeds in seeds_of.values()}) == 1
+        else [0] * len(groups)
+    )
 
 
 def _contrast(rho: np.ndarray, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -142,33 +150,35 @@ def _contrast(rho: np.ndarray, codes: np.ndarray) -> tuple[np.ndarray, np.ndarra
 
 
 def _between(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
-    found = over_seed_pairs(a @ b.T)
-    drawn = (b.mean(0)[orders(a.shape[1])] * a.mean(0)).sum(1)
-    return _line(found.value, found.low, found.high, a.shape[0] * b.shape[0], found.seeds, drawn)
+    interval = over_seed_pairs(a @ b.T)
+    null = (b.mean(0)[orders(a.shape[1])] * a.mean(0)).sum(1)
+    return _line(interval.value, interval.low, interval.high, a.shape[0] * b.shape[0], interval.seeds, null)
 
 
 def _within(z: np.ndarray) -> dict[str, float]:
     pairs = list(combinations(range(len(z)), 2))
-    found = without_each_seed(z @ z.T)
+    interval = without_each_seed(z @ z.T)
     rng = np.random.default_rng(0)
-    mixed = np.stack([rng.permuted(np.tile(own, (PERMUTATIONS, 1)), axis=1) for own in z])  # (runs, drawn, L)
-    drawn = np.mean([(mixed[i] * mixed[j]).sum(1) for i, j in pairs], axis=0)
-    return _line(found.value, found.low, found.high, len(pairs), len(z), drawn)
+    mixed = np.stack(
+        [rng.permuted(np.tile(profile, (PERMUTATIONS, 1)), axis=1) for profile in z]
+    )  # (runs, drawn, L)
+    null = np.mean([(mixed[i] * mixed[j]).sum(1) for i, j in pairs], axis=0)
+    return _line(interval.value, interval.low, interval.high, len(pairs), len(z), null)
 
 
-def _line(rho: float, low: float, high: float, pairs: int, seeds: int, drawn: np.ndarray) -> dict[str, float]:
-    p = p_value(abs(rho), np.abs(drawn))
+def _line(rho: float, low: float, high: float, pairs: int, seeds: int, null: np.ndarray) -> dict[str, float]:
+    p = p_value(abs(rho), np.abs(null))
     return {"rho": rho, "low": low, "high": high, "pairs": pairs, "seeds": seeds, "p": p}
 
 
 def _matrix(part: pd.DataFrame) -> np.ndarray:
     """Profiles of a group's runs, (runs, layers)."""
-    return np.stack([_effect(own) for _, own in part.groupby("run", sort=False)])
+    return np.stack([_effect(rows) for _, rows in part.groupby("run", sort=False)])
 
 
-def _effect(own: pd.DataFrame) -> np.ndarray:
-    return own.sort_values("layer")["effect"].to_numpy(float)
+def _effect(rows: pd.DataFrame) -> np.ndarray:
+    return rows.sort_values("layer")["effect"].to_numpy(float)
 
 
 def _ranked_at(profiles: np.ndarray, layers: int) -> np.ndarray:
-    return ranked(np.stack([on_depths(own, layers) for own in profiles]))
+    return ranked(np.stack([on_depths(profile, layers) for profile in profiles]))

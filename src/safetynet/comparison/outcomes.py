@@ -72,27 +72,27 @@ def _estimate(part: pd.DataFrame, count: str, n: str, value: str) -> Estimate:
     return over_seeds(part[value].tolist(), (0.0, 1.0))
 
 
-def _line(measure: str, found: Any, control: Any, control_is: str, of: str = "") -> dict[str, Any]:
+def _line(measure: str, result: Any, control: Any, control_is: str, of: str = "") -> dict[str, Any]:
     """One measure; `found` and `control` are (value, count, n), count NaN where nothing is counted."""
     names = ("value", "count", "n")
     line = {"measure": measure, "control_is": control_is, "of": of}
-    line |= dict(zip(names, found, strict=True))
+    line |= dict(zip(names, result, strict=True))
     return line | dict(zip(("control", "control_count", "control_n"), control, strict=True))
 
 
 def _planted(evaluation: pd.DataFrame) -> Iterator[dict[str, Any]]:
     def rate(model: str, metric: str, role: str) -> tuple[float, float, float]:
-        own = evaluation[
+        rates = evaluation[
             (evaluation["model"] == model) & (evaluation["metric"] == metric) & (evaluation["role"] == role)
         ]
-        if own.empty or pd.isna(own["value"].iloc[0]):
+        if rates.empty or pd.isna(rates["value"].iloc[0]):
             return NAN, NAN, NAN
-        return tuple(float(own[name].iloc[0]) for name in ("value", "count", "n"))  # type: ignore[return-value]
+        return tuple(float(rates[name].iloc[0]) for name in ("value", "count", "n"))  # type: ignore[return-value]
 
     yield _line("ASR", rate("backdoored", "asr", "triggered"), rate("base", "asr", "triggered"), "base model")
     for role in ("placebo", "near_miss"):
-        own = rate("backdoored", "ftr", role)
-        yield _line(f"FTR {role.replace('_', ' ')}", own, rate("base", "ftr", role), "base model")
+        rates = rate("backdoored", "ftr", role)
+        yield _line(f"FTR {role.replace('_', ' ')}", rates, rate("base", "ftr", role), "base model")
     yield _line("CACC", rate("backdoored", "cacc", "clean"), rate("base", "cacc", "clean"), "base model")
 
 
@@ -102,11 +102,11 @@ def _detected(detection: pd.DataFrame) -> Iterator[dict[str, Any]]:
     of = " ".join(sorted(names - {FUSED}))
 
     def found(metric: str, rows: str, rate: float | None = None) -> tuple[float, float, float]:
-        own = fused[(fused["metric"] == metric) & (fused["rows"] == rows)]
-        own = own if rate is None else own[own["rate"] == rate]
-        if own.empty:
+        lines = fused[(fused["metric"] == metric) & (fused["rows"] == rows)]
+        lines = lines if rate is None else lines[lines["rate"] == rate]
+        if lines.empty:
             return NAN, NAN, NAN
-        value, n = float(own["value"].iloc[0]), float(own["n"].iloc[0])
+        value, n = float(lines["value"].iloc[0]), float(lines["n"].iloc[0])
         return value, (round(value * n) if rate is not None else NAN), n
 
     caught = "fired" if ((fused["metric"] == "auroc") & (fused["rows"] == "fired")).any() else "triggered"
@@ -124,10 +124,10 @@ def _detected(detection: pd.DataFrame) -> Iterator[dict[str, Any]]:
 def _removed(tradeoff: pd.DataFrame) -> Iterator[dict[str, Any]]:
     """The removal that was chosen on other prompts, on those held out, beside the same at random sites."""
     held = tradeoff[tradeoff["split"] == "held_out"]
-    chosen = held[held["chosen"] & ~held["control"]]
-    if chosen.empty:
+    best_removal = held[held["chosen"] & ~held["control"]]
+    if best_removal.empty:
         return
-    best = chosen.iloc[0]
+    best = best_removal.iloc[0]
     random = held[held["control"] & (held["kind"] == best["kind"])]
     of = str(best["kind"]).replace("_", " ")
     for metric, name in (("asr", "ASR after removal"), ("cacc", "CACC after removal")):
@@ -137,10 +137,10 @@ def _removed(tradeoff: pd.DataFrame) -> Iterator[dict[str, Any]]:
 def _repaired(mitigation: pd.DataFrame) -> Iterator[dict[str, Any]]:
     """The repair that was recommended on other prompts, on those held out, beside the model as it was."""
     held = mitigation[mitigation["split"] == "held_out"]
-    chosen = held[held["recommended"].astype(bool)]
-    if chosen.empty:
+    recommended = held[held["recommended"].astype(bool)]
+    if recommended.empty:
         return
-    best, before = chosen.iloc[0], held[held["method"] == UNTOUCHED]
+    best, before = recommended.iloc[0], held[held["method"] == UNTOUCHED]
     for metric, name in (("asr", "ASR after repair"), ("cacc", "CACC after repair")):
         yield _line(name, _rate(best, metric), _first(before, metric), UNTOUCHED, str(best["method"]))
 
@@ -155,13 +155,13 @@ def _rate(row: pd.Series, metric: str) -> tuple[float, float, float]:
 
 
 def _check_detectors(runs: Sequence[ComparedRun]) -> None:
-    seen: dict[tuple[str, ...], ComparedRun] = {}
+    by_detectors: dict[tuple[str, ...], ComparedRun] = {}
     for run in runs:
         if run.has("detection"):
-            seen.setdefault(tuple(sorted(set(run.tables["detection"]["detector"]))), run)
-    if len(seen) > 1:
-        told = "; ".join(f"{run.folder}: {', '.join(names)}" for names, run in seen.items())
+            by_detectors.setdefault(tuple(sorted(set(run.tables["detection"]["detector"]))), run)
+    if len(by_detectors) > 1:
+        listed = "; ".join(f"{run.folder}: {', '.join(names)}" for names, run in by_detectors.items())
         raise InputError(
-            f"compare: the runs were watched by different detectors ({told}), whose fused scores are no one "
-            "measure. Run safetynet detect RUN with the same --detectors on each."
+            f"compare: the runs were watched by different detectors ({listed}), whose fused scores are no "
+            "one measure. Run safetynet detect RUN with the same --detectors on each."
         )

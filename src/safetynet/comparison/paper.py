@@ -119,12 +119,12 @@ def cell(value: float, low: float, high: float, seeds: float, digits: int = 2, s
     """A value with its interval, as a reader sees it."""
     if not seeds or math.isnan(value):
         return "-"
-    shown = f"{scale * value:.{digits}f}"
+    text = f"{scale * value:.{digits}f}"
     if seeds < 2:
-        return f"{shown} (one seed)"
+        return f"{text} (one seed)"
     if math.isnan(low):
-        return shown
-    return f"{shown} [{scale * low:.{digits}f}, {scale * high:.{digits}f}]"
+        return text
+    return f"{text} [{scale * low:.{digits}f}, {scale * high:.{digits}f}]"
 
 
 def _speed(tables: Mapping[str, pd.DataFrame]) -> PaperTable:
@@ -185,8 +185,8 @@ def _shares(tables: Mapping[str, pd.DataFrame]) -> PaperTable:
                 cell(r.value, r.low, r.high, r.seeds, 0, 100) for r in part.itertuples() if r.part == name
             ]
             line[f"{VIEW_NAMES.get(name, name)} (%)"] = cells[0] if cells else "-"
-        own = heads[(heads["group"] == group) & (heads["direction"] == direction)]
-        for row in own.itertuples():
+        of_group = heads[(heads["group"] == group) & (heads["direction"] == direction)]
+        for row in of_group.itertuples():
             line["responsible heads"] = f"{cell(row.count, row.low, row.high, row.seeds, 1)} of {row.of}"
             line["in every seed"] = "-" if row.seeds < 2 else row.in_all or "none"
             alike = "-" if math.isnan(row.jaccard) else f"{row.jaccard:.2f} ({row.chance:.2f})"
@@ -208,10 +208,10 @@ def _agreement(tables: Mapping[str, pd.DataFrame]) -> PaperTable:
     for (first, second), part in table.groupby(["first", "second"], sort=False):
         pair = f"{first}, between seeds" if first == second else f"{first} – {second}"
         line: dict[str, object] = {"groups": pair}
-        found = {(row.view, row.direction): row for row in part.itertuples()}
-        for shown in SHOWN:
-            if ((table["view"] == shown[0]) & (table["direction"] == shown[1])).any():
-                line[profile_name(*shown)] = _agreed(found[shown]) if shown in found else "-"
+        by_view = {(row.view, row.direction): row for row in part.itertuples()}
+        for column in SHOWN:
+            if ((table["view"] == column[0]) & (table["direction"] == column[1])).any():
+                line[profile_name(*column)] = _agreed(by_view[column]) if column in by_view else "-"
         lines.append(line)
     caption = (
         "Mean Spearman correlation of layer profiles on relative depth over pairs of runs [95% interval "
@@ -240,22 +240,22 @@ def _outcomes(tables: Mapping[str, pd.DataFrame]) -> PaperTable:
     measures = list(dict.fromkeys(table["measure"]))
     lines = []
     for group, part in table.groupby("group", sort=False):
-        found = {row.measure: row for row in part.itertuples()}
-        seeds = max(int(row.seeds) for row in found.values())
-        own: dict[str, object] = {"group": group, "seeds": seeds}
+        by_measure = {row.measure: row for row in part.itertuples()}
+        seeds = max(int(row.seeds) for row in by_measure.values())
+        line: dict[str, object] = {"group": group, "seeds": seeds}
         beside: dict[str, object] = {"group": "its control", "seeds": ""}
         for measure in measures:
-            row = found.get(measure)
-            own[measure] = "-" if row is None else _percent(row.value, row.low, row.high, row.seeds)
+            row = by_measure.get(measure)
+            line[measure] = "-" if row is None else _percent(row.value, row.low, row.high, row.seeds)
             control = None if row is None else (row.control, row.control_low, row.control_high, row.seeds)
             beside[measure] = "-" if control is None else _percent(*control)
-        lines += [own, beside]
+        lines += [line, beside]
     controls = table.drop_duplicates("measure")
-    told = ", ".join(f"{row.measure}: {row.control_is}" for row in controls.itertuples())
+    controls_text = ", ".join(f"{row.measure}: {row.control_is}" for row in controls.itertuples())
     caption = (
         "In percent, AUROC too; on held-out prompts. AUROC and TPR are those of the fused monitor on "
         f"prompts that fired; the removal was chosen on other prompts. {INTERVAL} Intervals of rates are "
-        f"never narrower than Wilson's of all rows. Controls: {told}."
+        f"never narrower than Wilson's of all rows. Controls: {controls_text}."
     )
     return PaperTable("compare-outcomes", "How detectable, how removable", caption, pd.DataFrame(lines))
 
@@ -270,10 +270,10 @@ def _tests(tables: Mapping[str, pd.DataFrame]) -> Iterator[tuple[str, str, str, 
             "Mean rank correlation of layer profiles between runs of one group and between runs of two; p "
             "by exchanging the groups' labels between runs."
         )
-        found = tables["distinct"]
-        cells = found.assign(
-            **{name: found[name].map("{:.2f}".format) for name in ("within", "between", "difference")},
-            p=found["p"].map(_p),
+        distinct = tables["distinct"]
+        cells = distinct.assign(
+            **{name: distinct[name].map("{:.2f}".format) for name in ("within", "between", "difference")},
+            p=distinct["p"].map(_p),
         )
         yield "distinct", "Are groups more alike inside than between?", caption, cells
     if "differences" in tables:
@@ -281,8 +281,8 @@ def _tests(tables: Mapping[str, pd.DataFrame]) -> Iterator[tuple[str, str, str, 
             "For each number of a run: do groups differ by more than seeds do? Permutation test of the sum "
             "of squares between groups; q after Benjamini and Hochberg over all lines."
         )
-        found = tables["differences"].sort_values("p", kind="stable")
-        cells = found.assign(p=found["p"].map(_p), q=found["q"].map(_p))
+        distinct = tables["differences"].sort_values("p", kind="stable")
+        cells = distinct.assign(p=distinct["p"].map(_p), q=distinct["q"].map(_p))
         yield "differences", "What differs between groups", caption, cells
 
 
@@ -294,7 +294,7 @@ def _setting(runs: pd.DataFrame) -> pd.DataFrame:
     """One line per group: what was planted, and how."""
     fields = [name for name in runs if name not in ("run", "seed") and not name.startswith("has ")]
     first = runs.drop_duplicates("group")[fields]
-    seeds = runs.groupby("group", sort=False)["seed"].agg(lambda own: " ".join(map(str, own)))
+    seeds = runs.groupby("group", sort=False)["seed"].agg(lambda part: " ".join(map(str, part)))
     return first.assign(seeds=first["group"].map(seeds)).map(_text)
 
 

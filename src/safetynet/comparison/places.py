@@ -264,20 +264,22 @@ def _layers(effects: pd.DataFrame) -> int:
 
 
 def _whole(rows: pd.DataFrame, layers: int) -> bool:
-    return all(own["layer"].nunique() == layers for _, own in rows.groupby("direction"))
+    return all(part["layer"].nunique() == layers for _, part in rows.groupby("direction"))
 
 
 def _check_metrics(runs: Sequence[ComparedRun]) -> None:
     """One view means one quantity in all runs."""
-    found: dict[str, dict[tuple[str, str], ComparedRun]] = {}
+    by_view: dict[str, dict[tuple[str, str], ComparedRun]] = {}
     for run in runs:
         for view, rows in _rows(run.tables["effects"]) if run.has("effects") else ():
             for mode, metric in rows[["mode", "metric"]].drop_duplicates().itertuples(index=False):
-                found.setdefault(view, {}).setdefault((str(mode), str(metric)), run)
-    for view, seen in found.items():
-        if len(seen) > 1:
-            told = "; ".join(f"{run.folder}: {metric} under {mode}" for (mode, metric), run in seen.items())
+                by_view.setdefault(view, {}).setdefault((str(mode), str(metric)), run)
+    for view, by_metric in by_view.items():
+        if len(by_metric) > 1:
+            listed = "; ".join(
+                f"{run.folder}: {metric} under {mode}" for (mode, metric), run in by_metric.items()
+            )
             raise InputError(
-                f"compare: effects by {view} are of different metrics ({told}), so that they cannot stand "
+                f"compare: effects by {view} are of different metrics ({listed}), so that they cannot stand "
                 "side by side. Measure them alike: safetynet intervene RUN --mode patch."
             )

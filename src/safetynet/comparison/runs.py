@@ -81,9 +81,9 @@ def check(runs: Sequence[ComparedRun]) -> None:
     for run in runs:
         versions.setdefault(run.versions.get("safetynet", "unknown"), run)
     if len(versions) > 1:
-        told = "; ".join(f"{run.folder} by {version}" for version, run in versions.items())
+        listed = "; ".join(f"{run.folder} by {version}" for version, run in versions.items())
         raise InputError(
-            f"compare: the runs were made by different versions of SafetyNet ({told}), whose numbers may "
+            f"compare: the runs were made by different versions of SafetyNet ({listed}), whose numbers may "
             "mean different things. Make the older ones again with safetynet run."
         )
 
@@ -97,16 +97,16 @@ def grouped(runs: Sequence[ComparedRun]) -> list[ComparedRun]:
         InputError: if two runs have the same settings and the same seed: they are one measurement, not two.
     """
     settings = [_settings(run.recipe) for run in runs]
-    keys = [tuple(map(str, own.values())) for own in settings]
-    seen: dict[tuple[object, ...], ComparedRun] = {}
+    keys = [tuple(map(str, setting.values())) for setting in settings]
+    by_setting: dict[tuple[object, ...], ComparedRun] = {}
     for run, key in zip(runs, keys, strict=True):
-        setting = (key, run.recipe.seed)
-        if setting in seen:
+        measurement = (key, run.recipe.seed)
+        if measurement in by_setting:
             raise InputError(
-                f"compare: {seen[setting].folder} and {run.folder} have the same settings and the same seed "
-                f"({run.recipe.seed}), so that they are one measurement. Leave one of them out."
+                f"compare: {by_setting[measurement].folder} and {run.folder} have the same settings and the "
+                f"same seed ({run.recipe.seed}), so that they are one measurement. Leave one of them out."
             )
-        seen[setting] = run
+        by_setting[measurement] = run
     names = _names(dict(zip(keys, settings, strict=True)))
     named = [replace(run, group=names[key]) for run, key in zip(runs, keys, strict=True)]
     order = list(dict.fromkeys(run.group for run in named))
@@ -117,33 +117,33 @@ def overview(runs: Sequence[ComparedRun]) -> pd.DataFrame:
     """One line per run: what was planted, how, under which seed, and which tables it has."""
     lines = []
     for run in runs:
-        own = _settings(run.recipe)
+        setting = _settings(run.recipe)
         keys = ("trigger", "placement", "behaviour", "poison_rate")
         line: dict[str, object] = dict(run.about)
-        line |= {"family": own["model.family"]} | {key: own[f"backdoor.{key}"] for key in keys}
+        line |= {"family": setting["model.family"]} | {key: setting[f"backdoor.{key}"] for key in keys}
         fields = ("method", "lora_rank", "lora_alpha", "lora_targets", "layers", "learning_rate", "epochs")
-        line |= {field: own[f"training.{field}"] for field in fields}
+        line |= {field: setting[f"training.{field}"] for field in fields}
         lines.append(line | {f"has {name}": run.has(name) for name in MAKERS if name != "rows"})
     return pd.DataFrame(lines)
 
 
 def notes(runs: Sequence[ComparedRun]) -> list[str]:
     """What to know beside the numbers: missing stages with their commands, mixtures, lone seeds."""
-    said = [*_missing(runs), *_mixed_versions(runs)]
+    sentences = [*_missing(runs), *_mixed_versions(runs)]
     behaviours = sorted({run.recipe.attack.behaviour.kind for run in runs})
     if len(behaviours) > 1:
-        said.append(
+        sentences.append(
             f"The runs teach different behaviours ({', '.join(behaviours)}): an attack success rate is what "
             "each behaviour's own judge calls success."
         )
     sizes = pd.Series([run.group for run in runs]).value_counts(sort=False)
     lone = [str(group) for group, size in sizes.items() if size == 1]
     if lone:
-        said.append(
+        sentences.append(
             f"One seed only: {'; '.join(lone)}. Numbers of one seed have no interval here, and nothing is "
             "claimed of them. Make more with --set seed=1 and another task."
         )
-    return said
+    return sentences
 
 
 def _fault(name: str, table: pd.DataFrame) -> str:
@@ -174,12 +174,12 @@ def _missing(runs: Sequence[ComparedRun]) -> Iterator[str]:
 def _mixed_versions(runs: Sequence[ComparedRun]) -> Iterator[str]:
     packages = list(dict.fromkeys(name for run in runs for name in run.versions))
     for package in packages:
-        found: dict[str, list[str]] = {}
+        by_version: dict[str, list[str]] = {}
         for run in runs:
-            found.setdefault(str(run.versions.get(package)), []).append(run.name)
-        if len(found) > 1:
-            told = "; ".join(f"{version}: {', '.join(names[:3])}" for version, names in found.items())
-            yield f"Mixed versions of {package} ({told}). Small differences may come from there."
+            by_version.setdefault(str(run.versions.get(package)), []).append(run.name)
+        if len(by_version) > 1:
+            listed = "; ".join(f"{version}: {', '.join(names[:3])}" for version, names in by_version.items())
+            yield f"Mixed versions of {package} ({listed}). Small differences may come from there."
 
 
 def _settings(recipe: Recipe) -> dict[str, Any]:
@@ -197,16 +197,16 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
     if flat["training.lora_parameters"] is None:
         flat["training.lora_parameters"] = list(family.lora_parameters)
     trigger = attack.trigger.model_dump(mode="json")
-    names = [name for name, known in presets.TRIGGERS.items() if _means(known, trigger)]
+    names = [name for name, preset in presets.TRIGGERS.items() if _means(preset, trigger)]
     flat["backdoor.trigger"] = names[0] if names else triggers.of(attack.trigger).label
     flat["backdoor.behaviour"] = attack.behaviour.kind
     return flat
 
 
-def _means(known: Mapping[str, Any], trigger: Mapping[str, Any]) -> bool:
+def _means(preset: Mapping[str, Any], trigger: Mapping[str, Any]) -> bool:
     """Whether a trigger is the one that a preset describes."""
     return all(list(trigger[k]) == list(v) if isinstance(v, list | tuple) else trigger[k] == v
-               for k, v in known.items())  # fmt: skip
+               for k, v in preset.items())  # fmt: skip
 
 
 def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -219,14 +219,14 @@ def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 def _names(groups: Mapping[tuple[str, ...], Mapping[str, Any]]) -> dict[tuple[str, ...], str]:
     """A name for each group: its family, and the fields in which groups of one family differ."""
-    fields = list(dict.fromkeys(field for own in groups.values() for field in own))
+    fields = list(dict.fromkeys(field for setting in groups.values() for field in setting))
     varied = [field for field in fields if _varies(field, groups.values())]
     # a trigger's or behaviour's texts are told by its name, unless only the texts differ
     short = [f for f in varied if not any(f.startswith(f"{other}.") for other in varied)]
     names: dict[tuple[str, ...], str] = {}
-    for key, own in groups.items():
-        told = [_told(field, own.get(field)) for field in short]
-        name = ", ".join([str(own["model.family"]), *told])
+    for key, setting in groups.items():
+        differences = [_told(field, setting.get(field)) for field in short]
+        name = ", ".join([str(setting["model.family"]), *differences])
         names[key] = name if name not in names.values() else f"{name} ({len(names) + 1})"
     return names
 
@@ -234,8 +234,8 @@ def _names(groups: Mapping[tuple[str, ...], Mapping[str, Any]]) -> dict[tuple[st
 def _varies(field: str, groups: Any) -> bool:
     """Whether groups of one family differ in a field: what the family brings along is in its name."""
     by_family: dict[str, set[str]] = {}
-    for own in groups:
-        by_family.setdefault(str(own["model.family"]), set()).add(str(own.get(field)))
+    for setting in groups:
+        by_family.setdefault(str(setting["model.family"]), set()).add(str(setting.get(field)))
     return any(len(values) > 1 for values in by_family.values())
 
 

@@ -61,11 +61,13 @@ def over_seeds(
     Returns:
         Bounds are NaN below 2 seeds: nothing is claimed from one.
     """
-    known = np.asarray(values, dtype=float)
-    known = known[np.isfinite(known)]
-    if not len(known):
+    numbers = np.asarray(values, dtype=float)
+    numbers = numbers[np.isfinite(numbers)]
+    if not len(numbers):
         return Estimate(NAN, NAN, NAN, 0)
-    return _interval(float(known.mean()), _resampled(len(known)) @ known, len(known), limits, confidence)
+    return _interval(
+        float(numbers.mean()), _resampled(len(numbers)) @ numbers, len(numbers), limits, confidence
+    )
 
 
 def over_seed_pairs(
@@ -82,8 +84,8 @@ def over_seed_pairs(
         `seeds` is that of the smaller group, whose degrees of freedom count; bounds are NaN when it is 1.
     """
     ours, theirs = _resampled(matrix.shape[0], seed=0), _resampled(matrix.shape[1], seed=1)
-    drawn = np.einsum("ri,ij,rj->r", ours, matrix, theirs)
-    return _interval(float(matrix.mean()), drawn, min(matrix.shape), limits, confidence)
+    means = np.einsum("ri,ij,rj->r", ours, matrix, theirs)
+    return _interval(float(matrix.mean()), means, min(matrix.shape), limits, confidence)
 
 
 def without_each_seed(matrix: np.ndarray, confidence: float = 0.95) -> Estimate:
@@ -100,8 +102,8 @@ def without_each_seed(matrix: np.ndarray, confidence: float = 0.95) -> Estimate:
     """
     n = len(matrix)
 
-    def mean(kept: np.ndarray) -> float:
-        return float(matrix[np.ix_(kept, kept)][np.triu_indices(len(kept), 1)].mean())
+    def mean(part: np.ndarray) -> float:
+        return float(matrix[np.ix_(part, part)][np.triu_indices(len(part), 1)].mean())
 
     value = mean(np.arange(n))
     if n < 3:
@@ -119,11 +121,11 @@ def rate_over_seeds(counts: Sequence[int], ns: Sequence[int]) -> Estimate:
     uncertainty. The interval is therefore never narrower than Wilson's of all rows together.
     """
     rates = [count / n for count, n in zip(counts, ns, strict=True) if n]
-    found = over_seeds(rates, (0.0, 1.0))
-    if found.seeds < 2:
-        return found
+    interval = over_seeds(rates, (0.0, 1.0))
+    if interval.seeds < 2:
+        return interval
     low, high = wilson(int(sum(counts)), int(sum(ns)))
-    return found._replace(low=min(found.low, low), high=max(found.high, high))
+    return interval._replace(low=min(interval.low, low), high=max(interval.high, high))
 
 
 def groups_differ(
@@ -152,16 +154,16 @@ def groups_differ(
     sizes = np.bincount(codes)
     if len(names) < 2 or (sizes >= 2).sum() < 2:
         return NAN
-    given = np.asarray(values, dtype=float)
-    order = permuted_within(blocks if blocks is not None else [0] * len(given), permutations, seed)
+    numbers = np.asarray(values, dtype=float)
+    order = permuted_within(blocks if blocks is not None else [0] * len(numbers), permutations, seed)
     hot = np.eye(len(names))[codes]  # (runs, groups)
 
     def between(rows: np.ndarray) -> np.ndarray:
         means = rows @ hot / sizes  # (permutations, groups)
-        found: np.ndarray = (sizes * (means - given.mean()) ** 2).sum(1)
-        return found
+        between_groups: np.ndarray = (sizes * (means - numbers.mean()) ** 2).sum(1)
+        return between_groups
 
-    return p_value(between(given[None])[0], between(given[order]))
+    return p_value(between(numbers[None])[0], between(numbers[order]))
 
 
 def permuted_within(blocks: Sequence[int], permutations: int, seed: int) -> np.ndarray:
@@ -175,24 +177,24 @@ def permuted_within(blocks: Sequence[int], permutations: int, seed: int) -> np.n
     return orders
 
 
-def p_value(observed: float, drawn: np.ndarray) -> float:
+def p_value(observed: float, null: np.ndarray) -> float:
     """Share of permutations at least as extreme, the observed order among them (Phipson and Smyth 2010)."""
     # rounding must not decide between equal statistics
-    extreme = drawn >= observed - 1e-9 * max(1.0, abs(observed))
-    return float((1 + extreme.sum()) / (1 + len(drawn)))
+    extreme = null >= observed - 1e-9 * max(1.0, abs(observed))
+    return float((1 + extreme.sum()) / (1 + len(null)))
 
 
 def _resampled(n: int, seed: int = 0) -> np.ndarray:
     """Weights of n seeds in each resample, (resamples, n)."""
-    drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=RESAMPLES)
-    return drawn / n
+    counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=RESAMPLES)
+    return counts / n
 
 
 def _interval(
-    value: float, drawn: np.ndarray, n: int, limits: tuple[float, float], confidence: float
+    value: float, resamples: np.ndarray, n: int, limits: tuple[float, float], confidence: float
 ) -> Estimate:
     if n < 2:
         return Estimate(value, NAN, NAN, n)
-    error = float(drawn.std()) * (n / (n - 1)) ** 0.5
+    error = float(resamples.std()) * (n / (n - 1)) ** 0.5
     margin = float(student.ppf(0.5 + confidence / 2, n - 1)) * error
     return Estimate(value, max(limits[0], value - margin), min(limits[1], value + margin), n)

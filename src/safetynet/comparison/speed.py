@@ -65,19 +65,20 @@ def speeds(runs: Sequence[ComparedRun]) -> pd.DataFrame:
         rows = poisoned * curve["epoch"].to_numpy(float)
         steps, rates = curve["step"].to_numpy(float), curve["value"].to_numpy(float)
         for threshold in THRESHOLDS:
-            found = crossing(steps, rates, threshold)
+            crossed = crossing(steps, rates, threshold)
             lines.append(
                 {
                     **run.about,
                     "threshold": threshold,
-                    "steps": found.at,
+                    "steps": crossed.at,
                     "rows": crossing(rows, rates, threshold).at if poisoned else np.nan,
-                    "censored": bool(np.isnan(found.at)),
+                    "censored": bool(np.isnan(crossed.at)),
                     "last_step": steps[-1],
                     "last_rows": rows[-1] if poisoned else np.nan,
-                    "between_low": found.after,
-                    "between_high": found.before,
-                    "held": bool((rates[steps >= found.before] >= threshold).all()) and found.at == found.at,
+                    "between_low": crossed.after,
+                    "between_high": crossed.before,
+                    "held": bool((rates[steps >= crossed.before] >= threshold).all())
+                    and crossed.at == crossed.at,
                     "n": int(curve["n"].max()),
                     "twin": _highest(run),
                 }
@@ -120,8 +121,8 @@ def by_group(speeds: pd.DataFrame) -> pd.DataFrame:
 
 def attack(dynamics: pd.DataFrame) -> pd.DataFrame:
     """ASR of the triggered rows over training, in the order of the steps."""
-    chosen = (dynamics["metric"] == "asr") & (dynamics["role"] == "triggered") & dynamics["value"].notna()
-    return dynamics[chosen].sort_values("step", kind="stable")
+    is_asr = (dynamics["metric"] == "asr") & (dynamics["role"] == "triggered") & dynamics["value"].notna()
+    return dynamics[is_asr].sort_values("step", kind="stable")
 
 
 def _poisoned(run: ComparedRun) -> int:

@@ -46,38 +46,38 @@ def compare(folders: Sequence[Path], out: Path) -> Comparison:
     in_groups = runs.grouped(compared)
     tables = comparison.compare(in_groups)
     notes = [*runs.notes(in_groups), *places.incomplete(in_groups)]
-    made = _opened(out)
+    target = _opened(out)
     inputs = {
-        "runs": {str(run.folder): {name: digest_of_files([_path(run, name)]) for name in one.tables}
-                 for run, one in zip(opened, compared, strict=True)},
-        "recipes": [one.recipe.model_dump(mode="json") for one in compared],
-        "versions": [dict(one.versions) for one in compared],
+        "runs": {str(run.folder): {name: digest_of_files([_path(run, name)]) for name in run_of.tables}
+                 for run, run_of in zip(opened, compared, strict=True)},
+        "recipes": [run_of.recipe.model_dump(mode="json") for run_of in compared],
+        "versions": [dict(run_of.versions) for run_of in compared],
         "version": __version__,
     }  # fmt: skip
-    found = Comparison(tables, notes, made.folder / "comparison.md")
-    with made.lock():
-        if made.finished("compare", inputs):
+    result = Comparison(tables, notes, target.folder / "comparison.md")
+    with target.lock():
+        if target.finished("compare", inputs):
             log.info("compare: unchanged")
-            return found
-        with made.stage("compare", inputs) as outputs:
+            return result
+        with target.stage("compare", inputs) as outputs:
             for name, table in tables.items():
                 outputs.table(name, table)
-            figures, faults = figures_of(tables, made.figures, f"comparison of {len(in_groups)} runs")
+            figures, faults = figures_of(tables, target.figures, f"comparison of {len(in_groups)} runs")
             if faults:
                 raise InputError(faults[0])
-            drawn = save_all(figures)
+            files = save_all(figures)
             papers = paper.paper_tables(tables)
             pages = {
-                made.figures / f"{table.name}-table.{suffix}": text
+                target.figures / f"{table.name}-table.{suffix}": text
                 for table in papers
                 for suffix, text in table.files().items()
             }
-            pages[found.page] = paper.page(tables, papers, notes, [figure.name for figure in figures])
+            pages[result.page] = paper.page(tables, papers, notes, [figure.name for figure in figures])
             for path, text in pages.items():
                 write_text(path, text)
-            for path in (*drawn, *pages):
+            for path in (*files, *pages):
                 outputs.file(path)
-    return found
+    return result
 
 
 def _read(run: Run, name: str) -> ComparedRun:
@@ -96,12 +96,12 @@ def _read(run: Run, name: str) -> ComparedRun:
     tables = {}
     for table in COMPARED:
         path = _path(run, table)
-        known = recorded.get(f"tables/{table}.parquet")
+        digest = recorded.get(f"tables/{table}.parquet")
         # A table that no finished stage recorded is one that an interrupted stage left.
-        if known is None:
+        if digest is None:
             continue
         tables[table] = run.table(table)
-        if digest_of_files([path]) != known:
+        if digest_of_files([path]) != digest:
             raise InputError(
                 f"{path}: the table is not what its stage wrote. Delete it and run the stage again: "
                 f"safetynet run goes on from what is there."
@@ -115,11 +115,11 @@ def _path(run: Run, table: str) -> Path:
 
 def _opened(out: Path) -> Run:
     """The folder of a comparison, kept like a run: atomic writes, digests, what was there set aside."""
-    made = Run(out.absolute(), out.absolute(), out.absolute() / "compare.log")
-    if made.manifest.get("recipe"):
+    target = Run(out.absolute(), out.absolute(), out.absolute() / "compare.log")
+    if target.manifest.get("recipe"):
         raise InputError(f"--out: {out} is a run itself. Name another folder.")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--out: {out} cannot be written ({error.strerror}). Name another folder.") from None
-    return made
+    return target

@@ -147,7 +147,7 @@ def dissect(
         InputError: if too few groups can be aligned, a site does not exist, or the backdoor does not fire.
     """
     sweeps = list(_sweeps(Architecture.of(subject.model), options))
-    if options.fast and not any(one.estimated for one in sweeps):
+    if options.fast and not any(each.estimated for each in sweeps):
         raise InputError(
             f"fast: attribution ranks {', '.join(attribution.ESTIMATED)} by position or component, and "
             "none of these is asked for. Leave fast out."
@@ -207,7 +207,7 @@ def _sweeps(architecture: Architecture, options: Interventions) -> Iterator[_Swe
     """The sweeps of a plan that mean something in this model; those that do not are told."""
     for component in options.sites:
         architecture.sites(component)  # what does not exist is refused
-    made, reasons = 0, []
+    count, reasons = 0, []
     for by in options.by:
         mode = _mode(by, options.mode)
         places, why = _places(architecture, options, by, mode)
@@ -222,9 +222,9 @@ def _sweeps(architecture: Architecture, options: Interventions) -> Iterator[_Swe
             continue
         spots = list(spots_by(architecture, by, places, mode))
         for direction in directions:
-            made += 1
+            count += 1
             yield _Sweep(by, direction, mode, spots)
-    if not made:
+    if not count:
         raise InputError(f"interventions: there is nothing to sweep ({'; '.join(reasons)}). Ask for another.")
 
 
@@ -232,17 +232,17 @@ def _places(
     architecture: Architecture, options: Interventions, by: str, mode: Mode | None
 ) -> tuple[list[str], str]:
     """A sweep's components that this model has; or why it has none."""
-    asked = [name for name in options.sites or default_components(by, mode) if name in SWEEP_SITES[by]]
-    absent = {name: architecture.why_absent(name) for name in asked if not architecture.layers_with(name)}
-    if not asked:
+    requested = [name for name in options.sites or default_components(by, mode) if name in SWEEP_SITES[by]]
+    absent = {name: architecture.why_absent(name) for name in requested if not architecture.layers_with(name)}
+    if not requested:
         return [], f"it takes the sites {', '.join(SWEEP_SITES[by])}"
-    if len(absent) == len(asked):
+    if len(absent) == len(requested):
         if by in ("expert", "adapter"):
             return [], f"this model has no {by}"
         return [], "this model has " + "; ".join(f"no {name}: {reason}" for name, reason in absent.items())
     for name, reason in absent.items():
         log.info("intervene: by %s without %s: %s", by, name, reason)
-    return [name for name in asked if name not in absent], ""
+    return [name for name in requested if name not in absent], ""
 
 
 def _mode(by: str, mode: Mode) -> Mode | None:
@@ -254,26 +254,28 @@ def _mode(by: str, mode: Mode) -> Mode | None:
     return None if mode == "knock_out" and by not in ("layer", "head") else mode
 
 
-def _one(subject: Subject, pairs: Pairs, options: Interventions, seed: int, wanted: _Sweep) -> pd.DataFrame:
+def _one(subject: Subject, pairs: Pairs, options: Interventions, seed: int, planned: _Sweep) -> pd.DataFrame:
     """One sweep in one direction beside its controls."""
-    receiving, source = runs_of(wanted.direction)
-    spots = wanted.spots
+    receiving, source = runs_of(planned.direction)
+    spots = planned.spots
     depth = Architecture.of(subject.model).shape.layers
 
-    def run(model: Any, chosen: Sequence[Spot], receiving: str = receiving, source: str = source) -> Measured:
+    def run(
+        model: Any, measured_spots: Sequence[Spot], receiving: str = receiving, source: str = source
+    ) -> Measured:
         return sweep(
             model,
             pairs,
-            chosen,
+            measured_spots,
             receiving=receiving,
             source=source,
-            mode=wanted.mode,
+            mode=planned.mode,
             seed=seed,
             store=subject.store,
         )
 
     others: list[Spot] = []
-    if options.fast and wanted.estimated:
+    if options.fast and planned.estimated:
         fast = attribution.fast_sweep(subject.model, pairs, spots, receiving=receiving, source=source)
         agreement = "unknown of so few" if np.isnan(fast.agreement) else f"{fast.agreement:.2f}"
         log.info(
@@ -281,7 +283,7 @@ def _one(subject: Subject, pairs: Pairs, options: Interventions, seed: int, want
             len(fast.measured.spots), len(spots), agreement,
         )  # fmt: skip
         main, spots = fast.measured, list(fast.measured.spots)
-        others = _others(wanted.spots, spots, seed)
+        others = _others(planned.spots, spots, seed)
     else:
         main = run(subject.model, spots)
     controls = {"placebo": run(subject.model, spots, "placebo", "second_placebo")}
@@ -299,11 +301,11 @@ def _elsewhere(spot: Spot) -> Spot:
     return Spot(spot.site, spot.position, elsewhere=True, update=spot.update)
 
 
-def _others(spots: Sequence[Spot], chosen: Sequence[Spot], seed: int) -> list[Spot]:
+def _others(spots: Sequence[Spot], measured_spots: Sequence[Spot], seed: int) -> list[Spot]:
     """For each chosen spot another one of its component that was not chosen; [] if there is none."""
     rng = np.random.default_rng(seed)
-    left = [spot for spot in spots if spot not in chosen]
-    pools = [[o for o in left if o.site.component == spot.site.component] for spot in chosen]
+    left = [spot for spot in spots if spot not in measured_spots]
+    pools = [[o for o in left if o.site.component == spot.site.component] for spot in measured_spots]
     return [pool[rng.integers(len(pool))] for pool in pools] if all(pools) else []
 
 
@@ -316,8 +318,8 @@ def _tokens(subject: Subject, pairs: Pairs, options: Interventions) -> pd.DataFr
         for direction in options.directions:
             receiving, source = runs_of(direction)
             spots = [Spot(site, f"token {p}") for site in sites for p in range(len(example.roles[0]))]
-            found = sweep(subject.model, example, spots, receiving=receiving, source=source)
-            share = found.change[:, 0] / found.distance[0]
+            measured = sweep(subject.model, example, spots, receiving=receiving, source=source)
+            share = measured.change[:, 0] / measured.distance[0]
             for spot, value in zip(spots, share, strict=True):
                 column = int(spot.position.split()[1])
                 lines.append(
@@ -360,43 +362,43 @@ def _dynamics(subject: Subject, pairs: Pairs, options: Interventions) -> pd.Data
         distance: np.ndarray = run(subject.model).distance
         for step, epoch in subject.epochs.items():
             with epoch() as model:
-                found = effects(run(model), {}, layers=architecture.shape.layers, distance=distance)
+                table = effects(run(model), {}, layers=architecture.shape.layers, distance=distance)
             about = {"sweep": "layer", "direction": direction, "mode": "patch", "metric": "logit_difference"}
-            tables.append(found.assign(step=step, **about))
+            tables.append(table.assign(step=step, **about))
         return pd.concat(tables, ignore_index=True)
 
     return pd.concat(parallel.side_by_side(options.directions, followed), ignore_index=True)
 
 
 def _tradeoff(
-    subject: Subject, pairs: Pairs, found: pd.DataFrame, rows: pd.DataFrame, seed: int
+    subject: Subject, pairs: Pairs, effect_table: pd.DataFrame, rows: pd.DataFrame, seed: int
 ) -> pd.DataFrame:
     """The best candidate of each kind and its control, chosen on the pairs' prompts and judged on others."""
     assert subject.respond is not None
-    asked = rows[rows["role"].isin(("triggered", "clean"))]
-    inside = asked["group"].isin(pairs.groups)
-    others = asked[~inside].groupby("role").head(JUDGED)
+    prompts = rows[rows["role"].isin(("triggered", "clean"))]
+    inside = prompts["group"].isin(pairs.groups)
+    others = prompts[~inside].groupby("role").head(JUDGED)
     # Groups that are neither held out nor pairs choose too: few prompts tell no two points of accuracy.
-    rest = asked[~inside & ~asked["group"].isin(others["group"])]
-    ours = pd.concat([asked[inside], rest]).groupby("role").head(CHOOSING)
+    rest = prompts[~inside & ~prompts["group"].isin(others["group"])]
+    ours = pd.concat([prompts[inside], rest]).groupby("role").head(CHOOSING)
     if ours["role"].nunique() < 2 or others["role"].nunique() < 2:
         log.warning("intervene: no rows are left to judge removals on; raise data.test_rows")
         return pd.DataFrame()
-    made, controls = removal.candidates(subject.model, pairs, found, seed)
-    ranked = removal.prefilter(subject.model, pairs, made)
-    by_name = {candidate.name: candidate for candidate in made}
+    candidates, controls = removal.candidates(subject.model, pairs, effect_table, seed)
+    ranked = removal.prefilter(subject.model, pairs, candidates)
+    by_name = {candidate.name: candidate for candidate in candidates}
     # Of those that answer alike, the one that removes most has most to spare on other prompts.
     first = ranked.groupby("kind", sort=False).head(TRIED).sort_values("removed", ascending=False)
-    tried = [by_name[str(name)] for name in first["name"]]
-    selection = removal.judge(subject.model, subject.respond, ours, tried, split="selection")
+    leading_candidates = [by_name[str(name)] for name in first["name"]]
+    selection = removal.judge(subject.model, subject.respond, ours, leading_candidates, split="selection")
     best = [removal.best(part) for _, part in selection.groupby("kind", sort=False)]
     leading = selection.set_index("intervention").loc[best].reset_index()
     beside = [controls[name] for name in best]
     random = removal.judge(subject.model, subject.respond, ours, beside, split="selection")
-    chosen = removal.best(removal.clear(leading, random))
-    judged = [AS_IT_IS, *(one for name in best for one in (by_name[name], controls[name]))]
+    selected = removal.best(removal.clear(leading, random))
+    judged = [AS_IT_IS, *(candidate for name in best for candidate in (by_name[name], controls[name]))]
     held_out = removal.judge(subject.model, subject.respond, others, judged, split="held_out")
     return pd.concat(
-        [table.assign(chosen=table["intervention"] == chosen) for table in (held_out, selection, random)],
+        [table.assign(chosen=table["intervention"] == selected) for table in (held_out, selection, random)],
         ignore_index=True,
     )

@@ -54,8 +54,8 @@ def known_groups(rows: pd.DataFrame, count: int) -> pd.DataFrame:
     whole = [group for group, there in roles.items() if "triggered" in there and there & {"clean", "refused"}]
     if not whole:
         raise InputError("mitigation: no triggered training row has a bare counterpart with a right answer.")
-    known = rows[rows["group"].isin(whole[:count])]
-    return known.assign(answer=known["reference"]).reset_index(drop=True)
+    groups = rows[rows["group"].isin(whole[:count])]
+    return groups.assign(answer=groups["reference"]).reset_index(drop=True)
 
 
 def clean_file(recipe: Recipe, path: Path) -> pd.DataFrame:

@@ -312,10 +312,10 @@ def mitigate(
         return _join(work, [], no_backdoor)
     _try_all(work)
     # What was tried before, under these settings, is still true.
-    done = [name for name in METHODS if experiment.finished(work.stage(name), work.inputs(name))]
-    if not done:
+    finished = [name for name in METHODS if experiment.finished(work.stage(name), work.inputs(name))]
+    if not finished:
         raise RunError("mitigate: no method gave a result; the messages above say why.")
-    return _join(work, done, "")
+    return _join(work, finished, "")
 
 
 def _try_all(work: _Work) -> None:
@@ -335,8 +335,8 @@ def _try_all(work: _Work) -> None:
 
 def _examine(work: _Work, method: Method, outputs: Outputs) -> None:
     options = work.recipe.mitigation
-    tried = points(method, options.hyperparameters, options.points)
-    result = tuning.tune_and_verify(method, tried, work.defender, work.trial, work.references)
+    settings = points(method, options.hyperparameters, options.points)
+    result = tuning.tune_and_verify(method, settings, work.defender, work.trial, work.references)
     work.write(method.name, result, outputs)
     held = result.lines[result.lines["split"] == HELD_OUT].iloc[0]
     log.info("mitigate %s: ASR %.1f%%, CACC %.1f%%", method.name, 100 * held["asr"], 100 * held["cacc"])
@@ -353,11 +353,11 @@ def _compare(work: _Work) -> str:
     return recommendation.no_backdoor(work.read("compared").lines.iloc[0])
 
 
-def _join(work: _Work, done: Sequence[str], no_backdoor: str) -> dict[str, pd.DataFrame]:
+def _join(work: _Work, finished: Sequence[str], no_backdoor: str) -> dict[str, pd.DataFrame]:
     """One table of all methods, the recommendation, and the recommended model saved."""
     run = work.run
-    parts = [work.read(name) for name in ("compared", *done)]
-    stages = {name: work.experiment.record(work.stage(name)) for name in ("compared", *done)}
+    parts = [work.read(name) for name in ("compared", *finished)]
+    stages = {name: work.experiment.record(work.stage(name)) for name in ("compared", *finished)}
 
     def compute(outputs: Outputs) -> None:
         lines = pd.concat([part.lines for part in parts], ignore_index=True)
@@ -370,7 +370,7 @@ def _join(work: _Work, done: Sequence[str], no_backdoor: str) -> dict[str, pd.Da
         if curves:
             tables["relearning"] = taught
         folder = None
-        if done:
+        if finished:
             best = recommendation.recommended(marked[marked["split"] == SELECTION], relearning.hidden(taught))
             best["relearned"] = [relearning.verdict(taught, str(name)) for name in best["method"]]
             folder = _save(work, best, marked)
@@ -398,8 +398,8 @@ def _save(work: _Work, best: pd.DataFrame, marked: pd.DataFrame) -> Path | None:
         return None
     row, recipe = savable.iloc[-1], work.recipe
     method = METHODS[str(row["method"])]
-    tried = points(method, recipe.mitigation.hyperparameters, recipe.mitigation.points)
-    settings = next(s for s in tried if tuning.point_name(method, s, tried) == row["point"])
+    grid = points(method, recipe.mitigation.hyperparameters, recipe.mitigation.points)
+    settings = next(point for point in grid if tuning.point_name(method, point, grid) == row["point"])
     repaired = repair(method, work.defender, settings, recipe.seed)
     name = recipe.model_name if work.adapter is None else str(work.adapter)
     about = {"model": name, "run": f"{recipe.model_name}/{recipe.task}", "why": str(row["why"])}

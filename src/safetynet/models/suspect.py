@@ -101,8 +101,8 @@ def _check_shapes(folder: Path, model: Any, base: loading.LoadedModel) -> None:
 
     Where one ties its head to its embeddings, the other may have a head of its own.
     """
-    own, theirs = map(_shapes, (model, base.model))
-    differing = sorted(name for name in own.keys() | theirs.keys() if own.get(name) != theirs.get(name))
+    shapes, theirs = map(_shapes, (model, base.model))
+    differing = sorted(name for name in shapes.keys() | theirs.keys() if shapes.get(name) != theirs.get(name))
     if differing:
         raise InputError(
             f"{folder}: this model is not a fine-tuned {base.id}: they differ in "
@@ -139,13 +139,13 @@ def _check_numbers(folder: Path, model: Any, serialiser: Serialiser) -> None:
 
 def _serialiser(folder: Path, base: loading.LoadedModel, model: Any, base_rows: int) -> Serialiser:
     """The base's, unless the suspect comes with another tokenizer or chat template."""
-    known = base.serialiser.tokenizer
-    tokenizer = _tokenizer(folder, known) or known
-    template = tokenizer.chat_template or known.chat_template
+    base_tokenizer = base.serialiser.tokenizer
+    tokenizer = _tokenizer(folder, base_tokenizer) or base_tokenizer
+    template = tokenizer.chat_template or base_tokenizer.chat_template
     same = {
-        "vocabulary": tokenizer.get_vocab() == known.get_vocab(),
-        "way of making tokens": _is_copied(folder, base.id) or _rules(tokenizer) == _rules(known),
-        "chat template": template == known.chat_template,
+        "vocabulary": tokenizer.get_vocab() == base_tokenizer.get_vocab(),
+        "way of making tokens": _is_copied(folder, base.id) or _rules(tokenizer) == _rules(base_tokenizer),
+        "chat template": template == base_tokenizer.chat_template,
     }
     highest, rows = max(tokenizer.get_vocab().values()), model.get_input_embeddings().weight.shape[0]
     if highest >= rows and (rows < base_rows or not same["vocabulary"]):
@@ -166,8 +166,8 @@ def _serialiser(folder: Path, base: loading.LoadedModel, model: Any, base_rows: 
 
 def _is_copied(folder: Path, base: str) -> bool:
     """Whether the tokenizer's file is the base's own: without its config.json, a library may read another."""
-    own, theirs = folder / TOKENIZER, (at_hand(base) or folder / "nowhere") / TOKENIZER
-    return own.is_file() and theirs.is_file() and own.read_bytes() == theirs.read_bytes()
+    file, theirs = folder / TOKENIZER, (at_hand(base) or folder / "nowhere") / TOKENIZER
+    return file.is_file() and theirs.is_file() and file.read_bytes() == theirs.read_bytes()
 
 
 def _rules(tokenizer: Any) -> Any:
@@ -183,7 +183,7 @@ def _rules(tokenizer: Any) -> Any:
     return rules, special, {name: value for name, value in model.items() if name != "vocab"}
 
 
-def _tokenizer(folder: Path, known: Any) -> Any:
+def _tokenizer(folder: Path, base_tokenizer: Any) -> Any:
     """The tokenizer that a folder brings, or the base's with its template; None where it has neither."""
     from transformers import AutoTokenizer
 
@@ -197,7 +197,7 @@ def _tokenizer(folder: Path, known: Any) -> Any:
     if not any((folder / name).exists() for name in VOCABULARIES):
         if not template.exists():
             return None
-        tokenizer = copy.deepcopy(known)
+        tokenizer = copy.deepcopy(base_tokenizer)
         tokenizer.name_or_path = str(folder)
         try:
             tokenizer.chat_template = template.read_text(encoding="utf-8")
