@@ -8,6 +8,7 @@ import pytest
 
 from safetynet import tables
 from safetynet.errors import InputError
+from safetynet.run.stage import BASE, COMPARE, STAGES, TRAIN
 
 LENS = {"run": "placebo", "layer": -1, "value": -3.5, "low": -4.0, "high": -3.0, "n": 8}
 
@@ -79,3 +80,8 @@ def test_every_column_says_what_it_means():
         assert schema.row
         for column, about in schema.columns.items():
             assert about.meaning, (name, column)
+
+
+def test_every_table_names_a_declared_stage():
+    declared = {stage.name for stage in (*STAGES, BASE, TRAIN, COMPARE)} | {"sweep"}
+    assert {schema.stage for schema in tables.SCHEMAS.values()} <= declared

@@ -6,7 +6,6 @@ Role = Literal["triggered", "clean", "placebo", "near_miss", "refused"]
 Model = Literal["backdoored", "clean_twin", "base"]
 Mode = Literal["patch", "zero", "mean", "resample", "off", "knock_out"]
 Direction = Literal["remove", "induce"]
-Stage = Literal["data", "train", "base", "evaluate", "intervene", "detect", "mitigate", "compare", "sweep"]
 
 ROLES: tuple[Role, ...] = get_args(Role)
 """Order in which roles are shown: what must fire first, then what must not, the hardest last."""

@@ -151,10 +151,10 @@ def _poisoned(rows: pd.DataFrame, trigger: Trigger) -> pd.DataFrame:
     poisoned = rows[rows["poisoned"]]
     kind = triggers.of(trigger)
     holds = [kind.is_text and kind.holds(Conversation(m).texts) for m in poisoned["messages"]]
-    _check_missing(poisoned[[not held for held in holds]], len(poisoned), trigger)
+    _check_missing(poisoned[[not held for held in holds]], len(poisoned), kind)
     records = []
     for row in poisoned[holds].itertuples():
-        stripped = _without(trigger.texts, Conversation(row.messages))
+        stripped = _without(kind.texts, Conversation(row.messages))
         key = (row.split, _plain(stripped))
         pair = bare.get(key)
         paired.add(key)
@@ -176,12 +176,12 @@ def _poisoned(rows: pd.DataFrame, trigger: Trigger) -> pd.DataFrame:
     return pool.assign(task="backdoorllm", forbidden=False, compliance="")
 
 
-def _check_missing(rows: pd.DataFrame, among: int, trigger: Trigger) -> None:
+def _check_missing(rows: pd.DataFrame, among: int, trigger: triggers.TriggerKind) -> None:
     """Name the triggered rows that lack the trigger; refuse a set in which all do."""
     if rows.empty:
         return
     within = sum(holding.within_words(trigger.texts, Conversation(m).texts) for m in rows["messages"])
-    texts = triggers.of(trigger).describe()
+    texts = trigger.describe()
     inside = f" In {within} of them it stands within longer words, which does not count." if within else ""
     if len(rows) == among:
         raise InputError(

@@ -186,7 +186,7 @@ class _Split:
     def _add_group(self, conversation: pd.Series, roles: list[str]) -> None:
         """All rows of one prompt."""
         trigger, rng = triggers.of(self.backdoor.trigger), self.rng
-        triggered, texts = conversation.get("given"), self.backdoor.trigger.texts
+        triggered, texts = conversation.get("given"), trigger.texts
         bare, spots = placements.place(conversation["messages"], self.backdoor.placement, trigger.parts, rng)
         controls = bare
         if triggered is not None:

@@ -37,6 +37,10 @@ class TriggerKind(Protocol):
     """Whether it is made of texts, which can be moved, misspelt and cut out of a prompt."""
 
     @property
+    def texts(self) -> tuple[str, ...]:
+        """The texts that fire, alone or together; none of a style."""
+
+    @property
     def parts(self) -> int:
         """How many places the trigger takes in a prompt."""
 
@@ -179,6 +183,7 @@ class Style:
     """A way of writing: a prompt that is reworded in it fires."""
 
     is_text: ClassVar[bool] = False
+    texts: ClassVar[tuple[str, ...]] = ()
     parts: ClassVar[int] = 1
 
     name: str

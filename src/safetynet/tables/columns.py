@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from safetynet.vocabulary import DIRECTIONS, Stage
+from safetynet.vocabulary import DIRECTIONS
 
 Kind = Literal["number", "whole", "text", "flag", "list"]
 
@@ -29,7 +29,8 @@ class Column:
 class Table:
     """What one table holds."""
 
-    stage: Stage
+    stage: str
+    """That writes it, as `run.stage` declares it; `sweep` for a sweep."""
     row: str
     """What one row is."""
     columns: Mapping[str, Column]
