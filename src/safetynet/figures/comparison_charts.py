@@ -68,12 +68,12 @@ def speed(by_group: Data, by_run: Data) -> Chart:
             seeds = runs.assign(value=runs[unit])[runs["threshold"] == threshold]
             ends = [part["value"].max(), part["high"].max(), seeds["value"].max()]
             axis = Axis(label, limits=(0.0, nice(max(filter(math.isfinite, ends), default=1.0))))
-            drawn = [
+            curves = [
                 _marks(part[part["censored"] == 0], names, label=MEAN),
                 _marks(part[part["censored"] > 0], names, label="not reached by every seed", part="control"),
                 _marks(seeds, names, label=SEED, part="raw"),
             ]
-            panels.append(_lines(axis, names, drawn, f"until ASR {100 * threshold:g}%"))
+            panels.append(_lines(axis, names, curves, f"until ASR {100 * threshold:g}%"))
     twin = groups["twin"].max()
     control = (
         "no run has a clean twin"
@@ -103,8 +103,8 @@ def profiles(by_group: Data, by_run: Data, view: str = "layer") -> Chart:
     groups, runs = groups[groups["view"] == view], runs[runs["view"] == view]
     if groups.empty:
         raise NotMeasuredError(f"profiles_by_group: column view has no row with {view!r}")
-    shown = groups[["value", "low", "high", "control_value"]].to_numpy().ravel()
-    finite = [value for value in shown if math.isfinite(value)]
+    values = groups[["value", "low", "high", "control_value"]].to_numpy().ravel()
+    finite = [value for value in values if math.isfinite(value)]
     # a hundredth beyond is drawn in the margin
     ends = math.floor(4 * min(0.0, *finite) + 0.04) / 4, math.ceil(4 * max(1.0, *finite) - 0.04) / 4
     axis = Axis("Effect", limits=ends)
@@ -136,14 +136,14 @@ def _profile(group_rows: pd.DataFrame, seeds: pd.DataFrame, direction: str) -> l
     x = list(part["depth"])
     notes = [f"layer {row.layer}, {row.seeds:.0f} seeds, control: {row.control}" for row in part.itertuples()]
     low, high = list(part["low"]), list(part["high"])
-    drawn = [Series("marked", x, list(part["value"]), low, high, direction, role, notes=notes)]
+    series = [Series("marked", x, list(part["value"]), low, high, direction, role, notes=notes)]
     if part["control_value"].notna().any():
         label = f"{direction}, highest control"
-        drawn.append(Series("line", x, list(part["control_value"]), label=label, role=role, part="control"))
+        series.append(Series("line", x, list(part["control_value"]), label=label, role=role, part="control"))
     for _, run in seeds[seeds["direction"] == direction].groupby("run", sort=False):
         run = run.sort_values("depth")
-        drawn.append(Series("line", list(run["depth"]), list(run["effect"]), role=role, part="raw"))
-    return drawn
+        series.append(Series("line", list(run["depth"]), list(run["effect"]), role=role, part="raw"))
+    return series
 
 
 @figure(
@@ -161,15 +161,15 @@ def centres(by_group: Data) -> Chart:
     panels = []
     for view in VIEW_TITLES:
         group_rows = table[table["view"] == view]
-        drawn = []
+        points = []
         for direction, role in DIRECTION_ROLES.items():
             part = group_rows[group_rows["direction"] == direction]
             up = DODGE / 2 if direction == "remove" else -DODGE / 2
             bounds = part.assign(value=part["centre"], low=part["centre_low"], high=part["centre_high"])
-            drawn.append(_marks(bounds, names, label=f"centre, {direction}", role=role, up=up))
+            points.append(_marks(bounds, names, label=f"centre, {direction}", role=role, up=up))
             random = part.assign(value=part["centre_random"], low=math.nan, high=math.nan)
-            drawn.append(_marks(random, names, label=RANDOM, role=role, part="control", up=up))
-        panels.append(_lines(DEPTH, names, drawn, VIEW_TITLES[view]))
+            points.append(_marks(random, names, label=RANDOM, role=role, part="control", up=up))
+        panels.append(_lines(DEPTH, names, points, VIEW_TITLES[view]))
     caption = (
         "Centre of the effect: mean relative depth, weighted by the effect (0 first layer, 1 last). "
         f"{READING}Hollow marks are the control, the same interventions at random other layers; equal "
@@ -196,14 +196,14 @@ def components(by_group: Data, by_run: Data) -> Chart:
     panels = []
     for direction in DIRECTION_ROLES:
         group_rows, seeds = groups[groups["direction"] == direction], runs[runs["direction"] == direction]
-        drawn = []
+        bars = []
         for place, (name, role) in enumerate(PART_ROLES.items()):
             up = DODGE * (1 - place)
             percents = _percent(group_rows[group_rows["part"] == name], ("value", "low", "high"))
-            drawn.append(_marks(percents, names, label=PART_NAMES[name], role=role, up=up))
+            bars.append(_marks(percents, names, label=PART_NAMES[name], role=role, up=up))
             each = seeds.assign(value=100 * seeds["share"])[seeds["part"] == name]
-            drawn.append(_marks(each, names, role=role, part="raw", up=up))
-        panels.append(_lines(axis, names, drawn, direction, LINE * 1.7))
+            bars.append(_marks(each, names, role=role, part="raw", up=up))
+        panels.append(_lines(axis, names, bars, direction, LINE * 1.7))
     control = groups["control"].max()
     caption = (
         "Effects of attention, MLP and single experts added up over layers, as shares of attention and MLP "
@@ -229,10 +229,10 @@ def agreement(data: Data) -> Chart:
     both = pd.concat([table, flipped[flipped["first"] != flipped["second"]]], ignore_index=True)
     names = list(dict.fromkeys([*table["first"], *table["second"]]))
     kinds = both["view"] + ", " + both["direction"]
-    shown = [kind for kind in AGREED if (kinds == kind).any()] or list(dict.fromkeys(kinds))[:1]
-    frame = Frame("two", min(3, len(shown)))
+    kinds_shown = [kind for kind in AGREED if (kinds == kind).any()] or list(dict.fromkeys(kinds))[:1]
+    frame = Frame("two", min(3, len(kinds_shown)))
     panels = []
-    for kind in shown:
+    for kind in kinds_shown:
         group_rows = both[kinds == kind]
         places = ("first", names, "second", names[::-1])
         grid = Grid(
@@ -274,12 +274,12 @@ def outcomes(by_group: Data) -> Chart:
         beside = group_rows[["group", "seeds"]].assign(
             value=group_rows["control"], low=group_rows["control_low"], high=group_rows["control_high"]
         )
-        drawn = [
+        marks = [
             _marks(group_rows, names, label=MEAN, up=DODGE / 2),
             _marks(beside, names, label="control, in brackets", part="control", up=-DODGE / 2),
         ]
         title = f"{measure} ({group_rows['control_is'].iloc[0]})"
-        panels.append(_lines(PERCENT_OF, names, drawn, title, LINE * 1.2))
+        panels.append(_lines(PERCENT_OF, names, marks, title, LINE * 1.2))
     caption = (
         f"{READING}Hollow marks are the control that stands in brackets. AUROC is in percent too. "
         "Detection: the fused monitor on prompts that fired. Removal: the one chosen on other prompts."
@@ -299,10 +299,10 @@ def _names(table: pd.DataFrame) -> dict[str, str]:
 
 
 def _lines(
-    axis: Axis, names: Mapping[str, str], drawn: Sequence[Series | None], title: str, line: float = LINE
+    axis: Axis, names: Mapping[str, str], lines_drawn: Sequence[Series | None], title: str, line: float = LINE
 ) -> Panel | None:
     """A panel with one line for each group; None where nothing is to be drawn."""
-    series = tuple(line_series for line_series in drawn if line_series is not None)
+    series = tuple(line_series for line_series in lines_drawn if line_series is not None)
     if not series:
         return None
     ticks = tuple((-float(place), name) for place, name in enumerate(names.values()))
@@ -331,8 +331,8 @@ def _marks(
     if "low" in rows:
         interval = {"left": list(rows["low"]), "right": list(rows["high"])}
         seeds = rows["seeds"] if "seeds" in rows else [math.nan] * len(rows)
-        told = zip(rows["group"], rows["value"], rows["low"], rows["high"], seeds, strict=True)
-        notes = [f"{group}: {with_interval(v, low, high)}, {n:g} seeds" for group, v, low, high, n in told]
+        cells = zip(rows["group"], rows["value"], rows["low"], rows["high"], seeds, strict=True)
+        notes = [f"{group}: {with_interval(v, low, high)}, {n:g} seeds" for group, v, low, high, n in cells]
     return Series(
         "points", list(rows["value"]), y, label=label, role=role, part=part, notes=notes, **interval
     )
@@ -343,10 +343,10 @@ def _percent(rows: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
 
 
 def _rho(row: Mapping[str, Any]) -> str:
-    shown = f"{row['rho']:.1f}".replace("-0.0", "0.0").replace("-", "−")
-    return shown + ("*" if row["q"] < 0.05 and row["seeds"] > 1 else "")
+    text = f"{row['rho']:.1f}".replace("-0.0", "0.0").replace("-", "−")
+    return text + ("*" if row["q"] < 0.05 and row["seeds"] > 1 else "")
 
 
 def _agreed(row: Mapping[str, Any]) -> str:
-    told = with_interval(row["rho"], row["low"], row["high"])
-    return f"ρ {told}; {row['pairs']:.0f} pairs of runs, p {number(row['p'])}, q {number(row['q'])}"
+    text = with_interval(row["rho"], row["low"], row["high"])
+    return f"ρ {text}; {row['pairs']:.0f} pairs of runs, p {number(row['p'])}, q {number(row['q'])}"

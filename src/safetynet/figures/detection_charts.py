@@ -132,12 +132,12 @@ def distributions(data: Data) -> Chart:
     panels = []
     for name in _detectors(table):
         scores = table[table["detector"] == name]
-        drawn = []
+        series = []
         for rows in _rows_of(scores):
             at, share = _until_end(scores[scores["rows"] == rows].sort_values("surprise", kind="stable"))
             label, role, part = LOOKS[rows]
-            drawn.append(Series("line", at, share, label=label, role=role, part=part))
-        panels.append(Panel(x, y, tuple(drawn), name, (alarm,), height=1.1))
+            series.append(Series("line", at, share, label=label, role=role, part=part))
+        panels.append(Panel(x, y, tuple(series), name, (alarm,), height=1.1))
     caption = (
         "Share of rows whose p-value is at least so small: a curve's height at the dashed line is the share "
         "that raises an alarm. Beyond the most suspect clean prompt p-values are a guess about the tail. "
@@ -162,15 +162,15 @@ def layers(data: Data) -> Chart:
     panels = []
     for name in _detectors(table):
         scores = table[table["detector"] == name]
-        drawn = []
+        curves = []
         for rows in _rows_of(scores):
             line = scores[scores["rows"] == rows].sort_values("layer", kind="stable")
             label, role, part = LOOKS[rows]
             kind: Kind = "marked" if len(line) > 1 else "points"
             at, value, low, high = (list(line[c]) for c in ("layer", "auroc", "low", "high"))
             notes = [f"{n:.0f} rows" for n in line["n"]]
-            drawn.append(Series(kind, at, value, low, high, label=label, role=role, part=part, notes=notes))
-        panels.append(Panel(x, y, tuple(drawn), name, (CHANCE,), height=1.1))
+            curves.append(Series(kind, at, value, low, high, label=label, role=role, part=part, notes=notes))
+        panels.append(Panel(x, y, tuple(curves), name, (CHANCE,), height=1.1))
     caption = (
         "AUROC of triggered rows that fired against clean rows, from one layer's activations (of detectors "
         "that compare layers: from that layer and the one before). Bands are 95% intervals. The control is "
@@ -196,9 +196,9 @@ def overhead(data: Data) -> Chart:
     )
     places = [-float(i) for i in range(len(sizes))]
     percents = {c: [100 * (v - 1) for v in table[c]] for c in ("ratio", "low", "high")}
-    known = [v for values in percents.values() for v in values if math.isfinite(v)]
-    low = min(0.0, *known)
-    extra = Axis("Overhead", "%", limits=(-nice(-low) if low < 0 else 0.0, nice(max(known))))
+    finite = [v for values in percents.values() for v in values if math.isfinite(v)]
+    low = min(0.0, *finite)
+    extra = Axis("Overhead", "%", limits=(-nice(-low) if low < 0 else 0.0, nice(max(finite))))
     notes = [
         f"{p:.0f} prompt tokens, {n:.0f} new ones"
         for p, n in zip(table["prompt_tokens"], table["new_tokens"], strict=True)
@@ -262,11 +262,11 @@ def answers(data: Data) -> Chart:
         scores = table[table["watched"] == watched].set_index("rows")
         if scores.empty:
             continue
-        drawn = []
+        curves = []
         for place, name in enumerate(rows):
             line = scores.loc[name]
             delay = "" if math.isnan(line["tokens"]) else f", {line['tokens']:.0f} tokens before the alarm"
-            drawn.append(
+            curves.append(
                 Series("points", [line["value"]], [-float(place)], left=[line["low"]], right=[line["high"]],
                        role=LOOKS[name][1], part=LOOKS[name][2], notes=[f"{line['n']:.0f} rows{delay}"])
             )  # fmt: skip
@@ -275,7 +275,7 @@ def answers(data: Data) -> Chart:
             if "fired" in scores.index
             else watched
         )
-        panels.append(Panel(PERCENT, lines, tuple(drawn), title, height=0.1 + 0.22 * len(rows)))
+        panels.append(Panel(PERCENT, lines, tuple(curves), title, height=0.1 + 0.22 * len(rows)))
     caption = (
         "Rows that raise an alarm by their prompt, by their answer as it is made, and by either, with 95% "
         "Clopper-Pearson intervals; the median number of tokens that a fired answer had given out. The "
@@ -383,14 +383,14 @@ def _with_view(name: str) -> str:
 
 
 def _curves(scores: pd.DataFrame) -> tuple[Series, ...]:
-    drawn = []
+    curves = []
     for rows in _rows_of(scores):
         line = scores[scores["rows"] == rows].sort_values(["fpr", "tpr"], kind="stable")
         label, role, part = LOOKS[rows]
         # A logarithmic axis has no 0: what lies left of it is drawn at its end.
         x = list(line["fpr"].clip(lower=100 * LOWEST))
-        drawn.append(Series("line", x, list(line["tpr"]), label=label, role=role, part=part))
-    return tuple(drawn)
+        curves.append(Series("line", x, list(line["tpr"]), label=label, role=role, part=part))
+    return tuple(curves)
 
 
 def _until_end(line: pd.DataFrame) -> tuple[list[float], list[float]]:

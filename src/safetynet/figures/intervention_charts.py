@@ -102,22 +102,22 @@ def _profile(cells: pd.DataFrame) -> list[Series]:
     kind: Kind = "line" if len(cells) > 1 else "points"
     layers = list(cells["layer"])
     notes = [_note(row) for row in cells.to_dict("records")]
-    drawn = []
+    series = []
     marked = cells[cells["responsible"]]
     if len(marked):
-        drawn.append(
+        series.append(
             Series(
                 "points", list(marked["layer"]), list(marked["effect"]), label=RESPONSIBLE, role="triggered"
             )
         )
     y, low, high = (list(cells[name]) for name in ("effect", "low", "high"))
-    drawn.append(Series(kind, layers, y, low, high, label="effect", role="backdoored", notes=notes))
+    series.append(Series(kind, layers, y, low, high, label="effect", role="backdoored", notes=notes))
     for name in CONTROLS:
         if cells[name].notna().any():
             label, role, part = CONTROL_LOOKS[name]
             y, low, high = (list(cells[column]) for column in (name, f"{name}_low", f"{name}_high"))
-            drawn.append(Series(kind, layers, y, low, high, label=label, role=role, part=part))
-    return drawn
+            series.append(Series(kind, layers, y, low, high, label=label, role=role, part=part))
+    return series
 
 
 def _span(values: Sequence[float]) -> tuple[float, float]:

@@ -118,9 +118,9 @@ def by_role(dynamics: Data) -> Chart:
             for value, note in zip(base["value"][-1:], base["note"][-1:], strict=True)
         ]
         series = [_dynamics(rows[rows["model"] == name], name, role) for name in MODELS if name != "base"]
-        drawn = tuple(curve for curve in series if curve is not None)
-        if drawn:
-            panels.append(Panel(steps, axis, drawn, _title(metric, role), tuple(floor), height=1.0))
+        curves = tuple(curve for curve in series if curve is not None)
+        if curves:
+            panels.append(Panel(steps, axis, curves, _title(metric, role), tuple(floor), height=1.0))
     columns = min(len(panels), 3) if len(panels) <= 6 else 4
     title = "Rates by role over training"
     return Chart(title, tuple(panels), max(columns, 1), "two", _reading(table))
@@ -224,8 +224,8 @@ def _reading(table: pd.DataFrame) -> str:
 
 def _pairs(table: pd.DataFrame) -> list[tuple[str, str]]:
     """Metric and role of what was measured, in the order of reading."""
-    known = table[table["value"].notna()]
-    there = set(zip(known["metric"], known["role"], strict=True))
+    measured = table[table["value"].notna()]
+    there = set(zip(measured["metric"], measured["role"], strict=True))
     return [(metric, role) for metric in METRICS for role in (*ROLES, "") if (metric, role) in there]
 
 

@@ -61,12 +61,12 @@ DRIFT_TITLES = {"energy": "Size", "top_share": "First direction", "overlap": "Ov
 def lens(data: Data) -> Chart:
     """Log-probability of the target's first token, read after each layer."""
     table = read("lens", data, "run layer value low high n", "run layer")
-    drawn = []
+    curves = []
     for run in RUNS:
         readings = table[table["run"] == run].sort_values("layer", kind="stable")
         if len(readings):
             label, role, part = RUN_LABELS[run]
-            drawn.append(_by_layer(readings, ("value", "low", "high"), label, role, part))
+            curves.append(_by_layer(readings, ("value", "low", "high"), label, role, part))
     least = min(table["value"].min(), table["low"].min())
     axis = Axis("Log probability", "nats", limits=(-nice(-least), 0.0))
     caption = (
@@ -75,7 +75,7 @@ def lens(data: Data) -> Chart:
         "same prompt with a placebo. Bands are 95% intervals over groups. Early layers are read through a "
         "head that was not made for them: compare the two curves, not the layers."
     )
-    panel = Panel(layer_axis(table["layer"]), axis, tuple(drawn))
+    panel = Panel(layer_axis(table["layer"]), axis, tuple(curves))
     return Chart("Target's log-probability by layer", (panel,), caption=caption)
 
 
@@ -134,12 +134,12 @@ def probes(data: Data) -> Chart:
     panels = []
     for label in labels:
         readings = table[table["label"] == label].sort_values("layer", kind="stable")
-        drawn = [_by_layer(readings, ("auroc", "low", "high"), "probe", "triggered", "subject")]
+        curves = [_by_layer(readings, ("auroc", "low", "high"), "probe", "triggered", "subject")]
         if readings["control"].notna().any():
             names = ("control", "control_low", "control_high")
-            drawn.append(_by_layer(readings, names, "control labels", "clean", "control"))
+            curves.append(_by_layer(readings, names, "control labels", "clean", "control"))
         chance = Reference(0.5, label="chance")
-        panels.append(Panel(layers, axis, tuple(drawn), PROBE_TITLES[label], (chance,)))
+        panels.append(Panel(layers, axis, tuple(curves), PROBE_TITLES[label], (chance,)))
     caption = (
         "AUROC of a linear probe on each layer's residual stream, on rows it was not fitted on. The control "
         "is the same probe fitted on labels without meaning: what it reaches, a probe of this size reaches "

@@ -104,7 +104,7 @@ def render(chart: Chart, self_contained: bool = False) -> str:
 
 def draw(chart: Chart) -> "Figure":
     """The chart as a Plotly figure."""
-    figure, drawn = _grid(chart)
+    figure, pixels = _grid(chart)
     _grids(figure, chart)  # before the lines, which Plotly leaves out of empty axes
     for index, panel in enumerate(chart.panels):
         _panel(figure, chart, index, panel)
@@ -112,7 +112,7 @@ def draw(chart: Chart) -> "Figure":
     for key in keys:
         figure.add_trace(_key(key))
     top = TOP + LEGEND_LINE * (_legend_lines(chart, keys) - 1)
-    height = round(drawn + top + 56)
+    height = round(pixels + top + 56)
     numbered = any(panel.annotations for panel in chart.panels)
     figure.update_layout(
         template="none",
@@ -157,7 +157,7 @@ def _grid(chart: Chart) -> tuple["Figure", float]:
     gap = 34 if all(chart.axis_shared(index, "x") for index in upper) else 62  # pixels
     labelled = any(index % columns and not chart.axis_shared(index, "y") for index in range(count))
     bars = columns > 1 and len(_shades(chart)) > 1  # between the panels
-    drawn = sum(heights) * theme.SCREEN_HEIGHT + gap * (chart.rows - 1)
+    height = sum(heights) * theme.SCREEN_HEIGHT + gap * (chart.rows - 1)
     figure: Figure = make_subplots(
         rows=chart.rows,
         cols=columns,
@@ -167,9 +167,9 @@ def _grid(chart: Chart) -> tuple["Figure", float]:
             for first in range(0, count, columns)
         ],
         horizontal_spacing=(0.36 if bars else 0.28 if labelled else 0.12) / columns,
-        vertical_spacing=gap / drawn if chart.rows > 1 else 0,
+        vertical_spacing=gap / height if chart.rows > 1 else 0,
     )
-    return figure, drawn
+    return figure, height
 
 
 def _grids(figure: "Figure", chart: Chart) -> None:
@@ -435,12 +435,12 @@ def _grid_traces(panel: Panel, grid: Grid, scale: int) -> list[dict[str, Any]]:
     if grid.texts:
         cells |= {"text": [[escaped(text) for text in row] for row in grid.texts], "texttemplate": "%{text}"}
         cells["textfont"] = {"size": 11}
-    drawn = [*_behind(grid), cells]
+    traces = [*_behind(grid), cells]
     for symbol, places, height in (("circle", grid.dots(), 0.0), ("line-ew", grid.dashes(), -0.3)):
         if places:
             colours = [theme.PAPER if grid.shade.dark(grid.values[y][x]) else theme.INK for x, y in places]
-            drawn.append(_marks(symbol, places, height, colours))
-    return drawn
+            traces.append(_marks(symbol, places, height, colours))
+    return traces
 
 
 def _colour_layout(

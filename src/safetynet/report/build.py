@@ -31,12 +31,12 @@ class Setup(NamedTuple):
 
 def report(run: Contents) -> str:
     """The run as one self-contained HTML page."""
-    found = answers(run)
-    verdict, sentence = headline(found)
-    drawn, styles, undrawn = pictures(run)
-    maps, asked = token_maps(run), examples(run)
+    results = answers(run)
+    verdict, sentence = headline(results)
+    figures, styles, undrawn = pictures(run)
+    maps, prompts = token_maps(run), examples(run)
     sections = [
-        (key, title, [one for one in drawn if one.section == key], list(_tables(run, key)))
+        (key, title, [figure for figure in figures if figure.section == key], list(_tables(run, key)))
         for key, title in SECTIONS.items()
     ]
     return render(
@@ -47,13 +47,15 @@ def report(run: Contents) -> str:
             "setup": setup(run),
             "verdict": verdict,
             "sentence": sentence,
-            "answers": found,
-            "sections": [one for one in sections if one[2] or one[3] or (one[0] == "inside" and maps)],
+            "answers": results,
+            "sections": [
+                figure for figure in sections if figure[2] or figure[3] or (figure[0] == "inside" and maps)
+            ],
             "maps": as_json(maps) if maps else "",
             "map_count": len(maps),
-            "examples": asked,
-            "examples_json": as_json({"models": asked.models, "rows": asked.rows}) if asked else "",
-            "roles": list(dict.fromkeys(row["role"] for row in asked.rows)) if asked else [],
+            "examples": prompts,
+            "examples_json": as_json({"models": prompts.models, "rows": prompts.rows}) if prompts else "",
+            "roles": list(dict.fromkeys(row["role"] for row in prompts.rows)) if prompts else [],
             "audit": _audit(run),
             "missing": run.missing(),
             "faults": [*run.faults, *undrawn],
@@ -76,8 +78,8 @@ def setup(run: Contents) -> Setup:
     trained = " ".join(filter(None, [method, f"rank {rank}" if rank else ""]))
     poison = ""
     if "rows" in run.tables and {"split", "role"} <= set(run.tables["rows"]):
-        made = summaries.poisoned(run.tables["rows"])
-        poison = f"{made.rate:.1%} of {made.rows:,} training rows" if made.rows else ""
+        poisoned = summaries.poisoned(run.tables["rows"])
+        poison = f"{poisoned.rate:.1%} of {poisoned.rows:,} training rows" if poisoned.rows else ""
     return Setup(
         [str(text) for text in texts] or ([f"style: {style}"] if style else []),
         str(run.field("backdoor.placement", "")),
@@ -127,9 +129,9 @@ def _rates(run: Contents) -> Iterator[Table]:
 def _variants(run: Contents) -> Iterator[Table]:
     if "variants" in run.tables:
         table = run.tables["variants"]
-        chosen = table[table["model"] == "backdoored"]
-        rates = [summaries.rate_text("asr", r.value, r.low, r.high) for r in chosen.itertuples()]
-        short = chosen.assign(rate=rates)[["role", "variant", "metric", "rate", "n"]]
+        of_backdoored = table[table["model"] == "backdoored"]
+        rates = [summaries.rate_text("asr", r.value, r.low, r.high) for r in of_backdoored.itertuples()]
+        short = of_backdoored.assign(rate=rates)[["role", "variant", "metric", "rate", "n"]]
         yield Table("By variant of trigger, placebo and near miss", "", short)
 
 
@@ -144,8 +146,8 @@ def _hidden(run: Contents) -> Iterator[Table]:
             "training hid from, as the attacker saw it; what a defender sees who fits on "
             "fresh prompts, `safetynet detect` has."
         )
-        shown = summaries.evasion_summary(run.tables["evasion"])[["detector", "first", "last"]]
-        yield Table("Hidden from detectors while it was planted", note, shown.round(3))
+        columns = summaries.evasion_summary(run.tables["evasion"])[["detector", "first", "last"]]
+        yield Table("Hidden from detectors while it was planted", note, columns.round(3))
 
 
 def _judge(run: Contents) -> Iterator[Table]:
@@ -192,11 +194,11 @@ def stages(run: Contents) -> pd.DataFrame:
         [
             {
                 "stage": name,
-                "seconds": done.get("seconds", ""),
-                "peak memory (MB)": done.get("peak_memory_mb", ""),
-                "finished": done.get("finished", ""),
+                "seconds": record.get("seconds", ""),
+                "peak memory (MB)": record.get("peak_memory_mb", ""),
+                "finished": record.get("finished", ""),
             }
-            for name, done in run.manifest["stages"].items()
+            for name, record in run.manifest["stages"].items()
             if name != "report"  # this very page, which cannot know how long it takes
         ]
     )
@@ -220,33 +222,33 @@ def _flat(values: Any, above: str = "") -> list[tuple[str, str]]:
     """Nested fields as (path, value)."""
     if not isinstance(values, Mapping):
         return []
-    found: list[tuple[str, str]] = []
+    lines: list[tuple[str, str]] = []
     for name, value in values.items():
         path = f"{above}{name}"
         if isinstance(value, Mapping) and value:
-            found += _flat(value, f"{path}.")
+            lines += _flat(value, f"{path}.")
         else:
-            found.append((path, _yaml(value)))
-    return found
+            lines.append((path, _yaml(value)))
+    return lines
 
 
 def _yaml(value: Any) -> str:
-    told = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10_000).strip()
-    return told.removesuffix("...").strip()
+    text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10_000).strip()
+    return text.removesuffix("...").strip()
 
 
 def _digests(run: Contents) -> Iterator[tuple[str, str]]:
     """Path and SHA-256 of what the stages wrote."""
-    for name, done in run.manifest["stages"].items():
+    for name, record in run.manifest["stages"].items():
         if name not in ("figures", "report"):
-            for path, digest in done.get("outputs", {}).items():
+            for path, digest in record.get("outputs", {}).items():
                 yield path, str(digest)
 
 
 def markdown(run: Contents) -> str:
     """The run in one page of Markdown."""
-    found = answers(run)
-    verdict, sentence = headline(found)
+    results = answers(run)
+    verdict, sentence = headline(results)
     facts = setup(run)
     trigger = ", ".join(map(repr, facts.triggers))
     lines = [
@@ -257,7 +259,7 @@ def markdown(run: Contents) -> str:
         "",
         f"**{verdict}** {sentence}",
         "",
-        *_listed(found),
+        *_listed(results),
     ]
     for section in SECTIONS:
         for title, note, table in _tables(run, section):
@@ -265,13 +267,16 @@ def markdown(run: Contents) -> str:
     if "audit" in run.tables:
         audit = run.tables["audit"].drop(columns=["rows"], errors="ignore")
         lines += ["", "## What the audit found in the data", "", summaries.markdown(audit)]
-    if gaps := [*run.faults, *(f"Not measured: {one.what}: `{one.command}`" for one in run.missing())]:
+    if gaps := [
+        *run.faults,
+        *(f"Not measured: {missing.what}: `{missing.command}`" for missing in run.missing()),
+    ]:
         lines += ["", "## What is missing", "", *(f"- {gap}" for gap in gaps)]
     lines += ["", "## Made by", "", summaries.markdown(stages(run))]
     return "\n".join(lines) + "\n"
 
 
-def _listed(found: Sequence[Answer]) -> Iterator[str]:
-    for answer in found:
+def _listed(results: Sequence[Answer]) -> Iterator[str]:
+    for answer in results:
         rest = f" `{answer.command}`" if answer.command else ""
         yield f"- {answer.question} **{answer.short}.** {answer.text}{rest}"

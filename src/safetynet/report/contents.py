@@ -50,12 +50,12 @@ class Contents:
 
         The recipe is read as it lies in the manifest, since that of another version need not be valid here.
         """
-        found: Any = self.manifest.get("recipe")
+        value: Any = self.manifest.get("recipe")
         for key in path.split("."):
-            if not isinstance(found, Mapping) or found.get(key) is None:
+            if not isinstance(value, Mapping) or value.get(key) is None:
                 return otherwise
-            found = found[key]
-        return found
+            value = value[key]
+        return value
 
     @property
     def argument(self) -> str:
@@ -83,7 +83,7 @@ class Contents:
 
     def command(self, stage: str) -> str:
         """The command that makes a missing stage; "" for one that is there."""
-        return next((one.command for one in self.missing() if one.stage == stage), "")
+        return next((missing.command for missing in self.missing() if missing.stage == stage), "")
 
 
 def read(run: Run) -> Contents:
@@ -118,8 +118,8 @@ def _name(run: Run) -> str:
 
 def _lost(run: Run, manifest: Mapping[str, Any]) -> Iterator[str]:
     """Tables that a stage wrote and that are gone."""
-    for stage, done in manifest["stages"].items():
-        outputs = done.get("outputs", {}) if isinstance(done, Mapping) else {}
+    for stage, record in manifest["stages"].items():
+        outputs = record.get("outputs", {}) if isinstance(record, Mapping) else {}
         for relative in outputs:
             if relative.startswith("tables/") and not run.path_of(relative).exists():
                 yield f"{relative}: stage {stage} wrote this table, and it is gone. Run that stage again."

@@ -79,8 +79,12 @@ def pictures(run: Contents) -> tuple[list[Picture], dict[str, str], list[str]]:
     """
     figures, faults = figures_of(run.tables, run.folder / "figures", run.name, run.model)
     styles: dict[str, str] = {}
-    drawn = [_picture(figure, run.model, styles) for figure in figures if figure.name != TOKENS]
-    return drawn + _saved(run.folder / "figures", {figure.name for figure in figures}), styles, faults
+    pictures_drawn = [_picture(figure, run.model, styles) for figure in figures if figure.name != TOKENS]
+    return (
+        pictures_drawn + _saved(run.folder / "figures", {figure.name for figure in figures}),
+        styles,
+        faults,
+    )
 
 
 def _picture(figure: Figure, model: str, styles: dict[str, str]) -> Picture:

@@ -73,8 +73,10 @@ def _line(folder: Path, place: Path) -> Line:
         return Line(name, "", fault=" ".join(str(error).replace(f"{folder}/", "").split()))
     by_key = {answer.key: answer for answer in answers(run)}
     facts = setup(run)
-    done = run.manifest["stages"].values()
-    finished = max((str(stage.get("finished", "")) for stage in done if isinstance(stage, dict)), default="")
+    records = run.manifest["stages"].values()
+    finished = max(
+        (str(stage.get("finished", "")) for stage in records if isinstance(stage, dict)), default=""
+    )
     version = str((run.manifest.get("versions") or {}).get("safetynet") or "unknown")
     verdict, _ = headline(by_key.values())
     cells = [
@@ -90,7 +92,7 @@ def _line(folder: Path, place: Path) -> Line:
         Cell(version, version),
         Cell(finished[:10], finished),
     ]
-    gaps = ", ".join(one.stage for one in run.missing())
+    gaps = ", ".join(missing.stage for missing in run.missing())
     notes = [
         verdict,
         f"{len(run.faults)} tables damaged." if run.faults else "",
@@ -103,17 +105,17 @@ def _measured(answer: Answer) -> Cell:
     """The claimed number with its interval below."""
     if not answer.measures:
         return Cell("–", -1.0)
-    one = answer.measures[0]
-    value, _, interval = one.text.partition(" ")
-    return Cell(value, float(one.value), interval)
+    measure = answer.measures[0]
+    value, _, interval = measure.text.partition(" ")
+    return Cell(value, float(measure.value), interval)
 
 
 def _worst(answer: Answer) -> Cell:
     if not answer.measures:
         return Cell("–", -1.0)
-    one = max(answer.measures, key=lambda measure: measure.value)
-    value, _, interval = one.text.partition(" ")
-    return Cell(value, float(one.value), f"{interval} {one.label}" if one.value > 0 else interval)
+    worst = max(answer.measures, key=lambda measure: measure.value)
+    value, _, interval = worst.text.partition(" ")
+    return Cell(value, float(worst.value), f"{interval} {worst.label}" if worst.value > 0 else interval)
 
 
 def _placed(answer: Answer) -> Cell:

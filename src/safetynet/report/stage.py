@@ -100,18 +100,18 @@ def index(folder: Path, out: Path | None = None) -> Path:
             f"--index: {folder} is no folder. Name the one that holds the runs, such as results."
         )
     page = out or folder / "index.html"
-    found = sorted(
+    folders = sorted(
         path.parent.absolute()
         for depth in range(DEPTH + 1)
         for path in folder.glob("*/" * depth + "manifest.json")
     )
-    for run in found:
+    for run in folders:
         if not (run / reports.REPORT).exists():
             try:
                 report(runs.find(run))
             except InputError as error:
                 log.warning("index: no report. %s", error)
-    _write(page, reports.index(found, page.parent.absolute()))
+    _write(page, reports.index(folders, page.parent.absolute()))
     return page
 
 
