@@ -6,6 +6,7 @@ when nothing that it depends on has changed.
 """
 
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -68,8 +69,10 @@ class Experiment:
         if self.finished(stage, inputs):
             log.info("%s: unchanged", stage.name)
             return
+        began = time.monotonic()
         with self.run.stage(stage.name, self._versioned(inputs)) as outputs:
             compute(outputs)
+        log.info("%s: finished in %.0f s", stage.name, time.monotonic() - began)
 
     def finished(self, stage: Stage, inputs: Mapping[str, Any]) -> bool:
         """Whether a stage has ended with these inputs and its outputs are still there."""

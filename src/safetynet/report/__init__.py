@@ -1,7 +1,7 @@
 """The report of a run as one HTML file, as one page of Markdown, and an index of many runs.
 
 In: run directories. Out: text. A run that lacks stages or tables is shown as far as it goes, and says what is
-missing. `safetynet.pipeline` writes the files.
+missing. `report.stage` writes the files.
 """
 
 from safetynet.report.build import markdown, report
