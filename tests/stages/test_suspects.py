@@ -6,6 +6,7 @@ import pytest
 from tests.models import variants
 
 from safetynet import recipe, stages
+from safetynet import report as reports
 from safetynet.errors import InputError
 from safetynet.experiment import Experiment
 from safetynet.recipe import Detection, Recipe
@@ -50,6 +51,7 @@ def test_a_suspect_without_a_known_trigger_is_measured_on_what_needs_none(tmp_pa
         stages.mitigate(unknown)
     stages.draw(unknown)
     assert (unknown.run.folder / "report.html").is_file()
+    assert not reports.read(unknown.run).missing(), "what needs a trigger or a training is not missed"
 
 
 def test_a_suspect_with_a_known_trigger_has_rates_by_role_and_is_measured_anew_when_it_changes(

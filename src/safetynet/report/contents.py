@@ -13,7 +13,7 @@ import pandas as pd
 
 from safetynet.errors import InputError
 from safetynet.run.directory import Run
-from safetynet.run.stage import STAGES
+from safetynet.run.stage import STAGES, TRAIN_BACKDOORED
 
 REPORTED = tuple(stage for stage in STAGES if stage.tables)
 """Stages whose absence is reported, each with its command."""
@@ -73,12 +73,16 @@ class Contents:
         return os.path.relpath(folder, os.path.normpath(folder / begin))
 
     def missing(self) -> list[Missing]:
-        """Stages whose tables are not there, and the command that makes each."""
+        """Stages whose tables are not there but could be, and the command that makes each."""
         names = {"run": self.argument, "recipe": "RECIPE.yaml"}
+        is_suspect = self.field("suspect") is not None
+        no_trigger = is_suspect and self.field("backdoor") is None
         return [
             Missing(stage.name, stage.about, stage.command.format(**names))
             for stage in REPORTED
             if not all(name in self.tables for name in stage.tables)
+            and not (stage.needs_trigger and no_trigger)
+            and not (stage is TRAIN_BACKDOORED and is_suspect)
         ]
 
     def command(self, stage: str) -> str:

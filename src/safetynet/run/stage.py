@@ -1,10 +1,10 @@
-"""The stages of an experiment, each declared once: what it measures, needs and writes, and its command.
+"""The stages of an experiment, each declared once: what it measures and writes, and its command.
 
 In: an experiment's run directory. `Experiment.perform` computes a stage or says that it is unchanged; hints
 about what is missing, the report's status and a comparison's notes read the declarations.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from safetynet.tables import schema
@@ -20,47 +20,31 @@ class Stage:
     """What the report lacks without it."""
     command: str
     """What makes it; `{run}` is the run directory and `{recipe}` its recipe."""
-    needs: tuple[str, ...] = ()
-    """Stages that have to be finished before."""
     tables: tuple[str, ...] = ()
     """Tables without which it counts as not run; a stage without any is not missed."""
+    needs_trigger: bool = False
+    """It cannot be done in an experiment that knows no trigger."""
 
     def of(self, part: str) -> "Stage":
         """A part of this stage with a record of its own, as the training of one model."""
-        return Stage(f"{self.name} {part}", self.about, self.command, self.needs, self.tables)
+        return replace(self, name=f"{self.name} {part}")
 
 
 DATA = Stage("data", "the rows", "safetynet train {recipe}")
-BASE = Stage("base", "answers of the base model", "safetynet run {recipe}", ("data",))
-TRAIN = Stage("train", "the training", "safetynet run {recipe}", ("data",))
+BASE = Stage("base", "answers of the base model", "safetynet run {recipe}")
+TRAIN = Stage("train", "the training", "safetynet run {recipe}")
 TRAIN_BACKDOORED = Stage(
-    "train backdoored", "the training", "safetynet run {recipe}", ("data",), ("history_backdoored",)
+    "train backdoored", "the training", "safetynet run {recipe}", ("history_backdoored",)
 )
-TRAIN_TWIN = Stage("train clean_twin", "the clean twin", "safetynet run {recipe}", ("data",))
+TRAIN_TWIN = Stage("train clean_twin", "the clean twin", "safetynet run {recipe}")
 EVALUATE = Stage(
-    "evaluate",
-    "rates by role and responses",
-    "safetynet evaluate {run}",
-    ("train backdoored",),
-    ("evaluation", "responses"),
+    "evaluate", "rates by role and responses", "safetynet evaluate {run}", ("evaluation", "responses")
 )
 INTERVENE = Stage(
-    "intervene",
-    "where the trigger acts, and removals",
-    "safetynet intervene {run}",
-    ("train backdoored", "evaluate"),
-    ("effects",),
+    "intervene", "where the trigger acts, and removals", "safetynet intervene {run}", ("effects",), True
 )
-DETECT = Stage(
-    "detect", "a monitor of clean prompts", "safetynet detect {run}", ("train backdoored",), ("detection",)
-)
-MITIGATE = Stage(
-    "mitigate",
-    "repairs, and what they cost",
-    "safetynet mitigate {run}",
-    ("train backdoored",),
-    ("mitigation",),
-)
+DETECT = Stage("detect", "a monitor of clean prompts", "safetynet detect {run}", ("detection",))
+MITIGATE = Stage("mitigate", "repairs, and what they cost", "safetynet mitigate {run}", ("mitigation",), True)
 FIGURES = Stage("figures", "the figures", "safetynet plot {run}")
 COMPARE = Stage("compare", "runs side by side", "safetynet compare {run} ...")
 STAGES = (DATA, TRAIN_BACKDOORED, TRAIN_TWIN, EVALUATE, INTERVENE, DETECT, MITIGATE, FIGURES)
