@@ -3,7 +3,7 @@
 In: what is to be done, and what it needs. Out: the text of a script that PBS Pro, OpenPBS, Torque and Slurm
 take, which reads the #PBS lines, too. What such a script does around its command stands in job.sh.
 
-    python -m safetynet.cluster.template FOLDER      writes the scripts of all families that have a hub model
+    python -m safetynet.cluster.template FOLDER      writes the scripts of all families that have a recipe
 """
 
 import shlex
@@ -196,14 +196,17 @@ def family_script(family: str, kind: Kind, recipe: Recipe) -> Script:
 
 
 def family_scripts() -> dict[str, str]:
-    """Text of every script of scripts/, by its path below the checkout; recipes/ is in the current folder."""
+    """Text of every script of scripts/, by its path below the checkout.
+
+    A family has scripts if the current folder has a recipe for it, recipes/{family}.yaml.
+    """
     from safetynet import recipe as recipes
 
     kinds: tuple[Kind, ...] = ("run", "training_on_backdoor", "intervention")
     scripts = [
-        family_script(family, kind, recipes.load(Path("recipes", f"{family}.yaml")))
+        family_script(family, kind, recipes.load(path))
         for family in families.names()
-        if families.get(family).hub_id
+        if (path := Path("recipes", f"{family}.yaml")).is_file()
         for kind in kinds
     ]
     return {script.path: render(script) for script in scripts}
