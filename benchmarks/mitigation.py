@@ -24,7 +24,8 @@ from planting import BEHAVIOURS, FAMILIES, SETTINGS, task
 
 from safetynet.mitigation import METHODS, relearning
 from safetynet.mitigation.overview import overview
-from safetynet.mitigation.recommendation import REMOVED, REMOVED_ASR, UNTOUCHED
+from safetynet.tables.summaries import REMOVED_ASR
+from safetynet.vocabulary import ADAPTER_REMOVED, UNTOUCHED
 
 ONE_POINT = (
     "fine_tuning", "fine_pruning", "crow", "lat", "beear", "signature_pruning", "random_channels", "merging",
@@ -201,7 +202,7 @@ def summary(every: pd.DataFrame) -> pd.DataFrame:
         lost = before.loc[keys].to_numpy() - own["cacc"].to_numpy()
         good = own[(own["asr"] <= REMOVED_ASR) & (lost <= LEAST_LOSS + 1e-9) & (own["flags"] == "")]
         tested = good["hidden"].dropna()
-        end = method in (UNTOUCHED, REMOVED)
+        end = method in (UNTOUCHED, ADAPTER_REMOVED)
         lines.append(
             {
                 "method": method,

@@ -39,11 +39,11 @@ def intervene(run: runs.Run, **options: Any) -> dict[str, pd.DataFrame]:
     return stages.intervene(Experiment(run.recipe, run), Interventions(**QUICK | options))
 
 
-def made(root: Path, *overrides: str) -> runs.Run:
+def made(root: Path, *overrides: str, trained: bool = True) -> runs.Run:
     output = (f"output.results={root}/results", f"output.logs={root}/logs")
     plan = recipe.load(RECIPES / "qwen-miniature.yaml", overrides=[*SMALL, *overrides, *output])
     experiment = Experiment.create(plan)
-    for step in (stages.prepare, stages.train, stages.evaluate):
+    for step in (stages.prepare, stages.train, stages.evaluate) if trained else (stages.prepare,):
         step(experiment)
     return experiment.run
 
@@ -120,7 +120,7 @@ def test_options_that_cannot_be_used_are_refused_before_a_model_is_loaded(
 
 @pytest.fixture(scope="module")
 def untrained(tmp_path_factory: pytest.TempPathFactory) -> runs.Run:
-    return made(tmp_path_factory.mktemp("untrained"), stages=("prepare",))
+    return made(tmp_path_factory.mktemp("untrained"), trained=False)
 
 
 @pytest.fixture(scope="module")

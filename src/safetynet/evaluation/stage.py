@@ -80,8 +80,8 @@ def evaluate_suspect(experiment: Experiment, source: Path, same_base: bool = Fal
     Returns:
         The rates of `metrics.score`, of the models `backdoored` (the suspect) and `base`.
     """
-    recipe, rows = experiment.recipe, experiment.rows("test")
-    suspect = suspects.load(experiment.load, source, same_base)
+    recipe, suspect = experiment.recipe, suspects.load(experiment.load, source, same_base)
+    rows = experiment.rows("test")
     answers = Evaluator.of(recipe, suspect.serialiser).respond(suspect.model, rows)
     with suspect.at_base() as base:
         floor = Evaluator.of(recipe, suspect.base.serialiser).respond(base, rows, metrics.BASE)

@@ -60,7 +60,8 @@ class Progress(TrainerCallback):
         if self._bar is not None:
             self._bar.update()
             if self._bar.disable:
-                self._log.update(state.global_step, self._note())
+                note = ", ".join(f"{name} {value:.3f}" for name, value in self._shown.items())
+                self._log.update(state.global_step, note)
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
@@ -72,10 +73,7 @@ class Progress(TrainerCallback):
             self._shown["loss"] = logs["loss"]
         self._shown |= {name.upper(): logs[f"eval_{name}"] for name in SHOWN if f"eval_{name}" in logs}
         if self._bar is not None:
-            self._bar.set_postfix_str(self._note())
-
-    def _note(self) -> str:
-        return ", ".join(f"{name} {value:.3f}" for name, value in self._shown.items())
+            self._bar.set_postfix({name: f"{value:.3f}" for name, value in self._shown.items()})
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any

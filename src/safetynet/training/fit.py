@@ -146,7 +146,7 @@ def train(  # noqa: PLR0913  # the place of a training and its company, by keywo
         callbacks = [
             LogBeforeSaving(),
             *tracked,
-            *([Progress(f"train {tracking.job}")] if progress and parallel.is_first() else []),
+            *([Progress(f"train {tracking.job}".strip())] if progress and parallel.is_first() else []),
         ]
         trainer = AnswerTrainer(
             model, args, examples, cfg, pad_id=serialiser.pad_id, callbacks=callbacks, objective=hiding,
