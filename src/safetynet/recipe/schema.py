@@ -317,9 +317,9 @@ class Interventions(Section):
             raise ValueError(f"{fault}; choose among {', '.join(SWEEPS)}")
         return value
 
-    @field_validator("mode")
+    @field_validator("mode", mode="before")
     @classmethod
-    def _mode(cls, value: str) -> str:
+    def _mode(cls, value: Any) -> Any:
         if value not in MODES:
             raise ValueError(f"there is no {value!r}; choose one of {', '.join(MODES)}")
         return value
