@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from safetynet import stages
-from safetynet.cli.app import app as cli
+from safetynet.cli import app as cli
 from safetynet.errors import InputError, RunError
 from safetynet.experiment import Experiment
 from safetynet.interventions import stage
