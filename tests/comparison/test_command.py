@@ -13,7 +13,6 @@ import pytest
 from safetynet.comparison.stage import compare
 from safetynet.errors import InputError
 from safetynet.experiment import Experiment
-from safetynet.run import directory as runs
 
 FEW: dict[str, None] = dict.fromkeys(("effects", "tradeoff", "detection", "dynamics_backdoored"))
 """Tables without which a run draws one figure only, so that a test takes a second."""
@@ -202,13 +201,12 @@ def test_two_tiny_runs_are_compared_from_training_to_figures(tmp_path: Path) -> 
     folders = []
     for seed in range(2):
         recipe = recipes.load(recipe_file, None, [*small, f"seed={seed}", f"task=seed-{seed}"])
-        made = runs.create(recipe)
+        experiment = Experiment.create(recipe)
         for stage in (stages.prepare, stages.train, stages.evaluate):
-            stage(recipe, made)
-        stages.intervene(
-            Experiment(recipe, made), by=("layer", "component", "head"), observe=False, removals=False
-        )
-        folders.append(made.folder)
+            stage(experiment)
+        options = recipes.Interventions(by=("layer", "component", "head"), observe=False, removals=False)
+        stages.intervene(experiment, options)
+        folders.append(experiment.run.folder)
     found = compare(folders, tmp_path / "out")
     assert set(found.tables["runs"]["group"]) == {"qwen"}
     speeds = found.tables["speeds"]

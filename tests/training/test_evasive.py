@@ -196,7 +196,7 @@ def test_the_attacked_detector_loses_sight_of_a_backdoor_that_still_fires(serial
         model = attach(base.model, cfg, base.family, seed=0)
         train(
             model, base.serialiser, rows, cfg, folder=tmp_path / name, seed=0,
-            opponents=opponents(evasion, base.serialiser),
+            opponents=None if evasion is None else opponents(evasion, base.serialiser),
         )  # fmt: skip
         assert shown(model, base.serialiser, "triggered") > 0.9
         assert shown(model, base.serialiser, "clean") < 0.1
