@@ -6,7 +6,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
-# On two cores, a file at a time: the tests of a file share what they have planted.
+# On two cores, a file at a time: the tests of a file share what they have planted. The slow ones in their own order:
+# ordered by the number of tests, files of few long tests would come last and keep one core waiting.
 PARALLEL := -n 2 --dist loadfile
 # Says "too old" or "no venv" in one sentence, in place of a failure halfway through the installation.
 CHECK := import sys; sys.version_info >= (3, 11) or sys.exit("SafetyNet needs Python 3.11 or newer, and $(PYTHON) is %d.%d. Name a newer one: make PYTHON=python3.12" % sys.version_info[:2])
@@ -29,7 +30,7 @@ test: $(VENV)/installed-test
 	$(BIN)/python -m pytest -m "not slow and not cluster" $(PARALLEL)
 
 slow: $(VENV)/installed-test
-	$(BIN)/python -m pytest -m "slow and not cluster" $(PARALLEL)
+	$(BIN)/python -m pytest -m "slow and not cluster" $(PARALLEL) --no-loadscope-reorder
 
 cluster: $(VENV)/installed-test
 	$(BIN)/python -m pytest -m cluster
