@@ -61,10 +61,7 @@ class Experiment:
         Args:
             stage: which one.
             inputs: all that decides about its result; the version of SafetyNet is added.
-            compute: writes the stage's outputs.
-
-        Raises:
-            InputError: if a stage that it needs has not ended.
+            compute: writes the stage's outputs; it refuses what the stage lacks.
         """
         if self.finished(stage, inputs):
             log.info("%s: unchanged", stage.name)
@@ -104,10 +101,8 @@ class Experiment:
     def fresh_prompts(self, count: int) -> pd.DataFrame:
         """Clean prompts of the recipe's source, none of which is among the run's rows."""
         # Without a backdoor the pool is that of the default one, whose trigger and behaviour leave no trace.
-        attack, used = (
-            self.recipe.backdoor or Backdoor(),
-            set(prompts_without_trigger(self.run.table("rows"))),
-        )
+        attack = self.recipe.backdoor or Backdoor()
+        used = set(prompts_without_trigger(self.run.table("rows")))
         return conversations.fresh(
             self.recipe.data, attack.behaviour, attack.trigger, used, count, self.recipe.seed
         )

@@ -25,6 +25,7 @@ from safetynet.errors import InputError
 from safetynet.experiment import Experiment
 from safetynet.prompts import Serialiser
 from safetynet.recipe import Detection, Evasion, Interventions, Recipe
+from safetynet.run import parallel
 from safetynet.run.directory import Run
 
 if TYPE_CHECKING:
@@ -72,7 +73,8 @@ def detect(experiment: Experiment, options: Detection | None = None) -> dict[str
     """Fit and measure a monitor; arguments as for `detection.stage.detect`."""
     from safetynet.detection import stage
 
-    return dict(stage.detect(experiment, options))
+    [rates] = parallel.side_by_side([experiment], lambda each: stage.detect(each, options))
+    return dict(rates)
 
 
 def mitigate(
@@ -81,7 +83,12 @@ def mitigate(
     """Try repairs; arguments as for `mitigation.stage.mitigate`."""
     from safetynet.mitigation import stage
 
-    return stage.mitigate(experiment, stage.OtherStages(probing, alarm), adapter, same_base)
+    others = stage.OtherStages(probing, alarm)
+    # A repair may train the model, which a pair cannot share.
+    [tables] = parallel.side_by_side(
+        [experiment], lambda each: stage.mitigate(each, others, adapter, same_base)
+    )
+    return tables
 
 
 def draw(experiment: Experiment) -> None:

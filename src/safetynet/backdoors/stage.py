@@ -62,12 +62,10 @@ def prepare(experiment: Experiment) -> None:
         split = leaks.check_leak(rows)
         _check_encoding(rows, serialiser, recipe.training.max_length)
         evaluator = Evaluator.of(recipe, serialiser)
-        if recipe.backdoor is None:
-            pass  # there are no targets
-        elif data.source == "backdoorllm":
+        if data.source == "backdoorllm":
             # Single targets of a set made elsewhere are for the audit, which reports instead of refusing.
             evaluator.check_published_targets(rows)
-        else:
+        elif recipe.backdoor is not None:
             evaluator.check_targets(rows)
         # Only now: a recipe that is refused leaves the run as it was, with the recipe that made it.
         run.describe(_dated(recipe, serialiser.today if serialiser.template.names_date else None))
@@ -81,7 +79,7 @@ def prepare(experiment: Experiment) -> None:
     if experiment.finished(DATA, inputs):
         date = run.manifest.get("recipe", {}).get("model", {}).get("date")
         run.describe(_dated(recipe, date and datetime.date.fromisoformat(date)))
-    experiment.perform(DATA, inputs, compute)
+    parallel.side_by_side([DATA], lambda stage: experiment.perform(stage, inputs, compute))
     # The other processes wait until the first one has written the date of the prompts.
     experiment.recipe = parallel.from_first(lambda: run.recorded_recipe)
 

@@ -99,8 +99,7 @@ def paired(wanted: bool) -> Iterator[None]:
         _pair = _Pair(0, Connection(os.dup(here.fileno())))
         try:
             yield
-            second.wait(timeout=60)
-        finally:
+        finally:  # whatever the second process was to do, the first one has waited for
             _pair.other.close()
             _pair = None
             second.kill()
@@ -174,7 +173,8 @@ def in_turn(parts: Sequence[Part], work: Callable[[Part], Result]) -> list[Resul
 def side_by_side(parts: Sequence[Part], work: Callable[[Part], Result]) -> list[Result]:
     """`work` of each part, in their order; a pair deals the parts out and does each alone.
 
-    For parts that write files or change a model. Other processes go through all parts together.
+    For parts that write files, or train or change a model: a pair shares none. Of a single part, the second
+    process waits for the first. Other processes go through all parts together.
     """
     if not is_pair() or count() == 1:
         return [work(part) for part in parts]

@@ -33,10 +33,8 @@ class Stage:
 DATA = Stage("data", "the rows", "safetynet train {recipe}")
 BASE = Stage("base", "answers of the base model", "safetynet run {recipe}")
 TRAIN = Stage("train", "the training", "safetynet run {recipe}")
-TRAIN_BACKDOORED = Stage(
-    "train backdoored", "the training", "safetynet run {recipe}", ("history_backdoored",)
-)
-TRAIN_TWIN = Stage("train clean_twin", "the clean twin", "safetynet run {recipe}")
+TRAIN_BACKDOORED = replace(TRAIN.of("backdoored"), tables=("history_backdoored",))
+TRAIN_TWIN = TRAIN.of("clean_twin")
 EVALUATE = Stage(
     "evaluate", "rates by role and responses", "safetynet evaluate {run}", ("evaluation", "responses")
 )
