@@ -29,9 +29,10 @@ from safetynet.recipe import Backdoor, Recipe
 from safetynet.run import directory
 from safetynet.run.directory import Outputs, Run, digest_of_files
 from safetynet.run.stage import Stage
+from safetynet.vocabulary import TRAINED
 
 log = logging.getLogger("safetynet")
-BACKDOORED, TWIN = "backdoored", "clean_twin"
+BACKDOORED, TWIN = TRAINED
 
 
 @dataclass
@@ -110,11 +111,9 @@ class Experiment:
     # Models
 
     @property
-    def trained(self) -> list[str]:
+    def trained(self) -> tuple[str, ...]:
         """Names of the models that this recipe trains."""
-        if self.recipe.suspect is not None:
-            return []
-        return [BACKDOORED, TWIN] if self.recipe.training.clean_twin else [BACKDOORED]
+        return self.recipe.trained
 
     @property
     def precision(self) -> str:

@@ -98,18 +98,21 @@ def draw(experiment: Experiment) -> None:
     stage.draw(experiment)
 
 
-def finish(experiment: Experiment, base: pd.DataFrame | None = None) -> None:
+def finish(experiment: Experiment, base: pd.DataFrame | None = None) -> Exception | None:
     """The stages after the training that the recipe names, figures and report last.
 
     A backdoor that did not take, a style as trigger or an architecture that is not supported leave a stage
-    out. Whatever else an analysis fails with is raised when the rest is there.
+    out. Whatever else an analysis or the figures fail with is returned when the rest is there.
 
     Args:
         experiment: trained.
         base: the base model's judged answers, if they are known already.
 
+    Returns:
+        What is to be raised when the user has been told the rest.
+
     Raises:
-        Exception: of `evaluate` at once; what an analysis failed with, if it is no InputError, at the end.
+        Exception: of `evaluate`.
     """
     stages, failure = experiment.recipe.stages, None
     if "evaluate" in stages:
@@ -121,12 +124,14 @@ def finish(experiment: Experiment, base: pd.DataFrame | None = None) -> None:
             analysis(experiment)
         except InputError as error:
             log.warning("%s: left out. %s", name, error)
-        except Exception as error:  # noqa: BLE001  # raised again below
+        except Exception as error:  # noqa: BLE001  # raised by the caller
             failure = failure or error
     if "figures" in stages:
-        draw(experiment)
-    if failure is not None:
-        raise failure
+        try:
+            draw(experiment)
+        except Exception as error:  # noqa: BLE001  # raised by the caller
+            failure = error
+    return failure
 
 
 def opponents_of(evasion: Evasion, serialiser: Serialiser) -> "Opponents":

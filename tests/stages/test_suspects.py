@@ -7,6 +7,7 @@ from tests.models import variants
 
 from safetynet import recipe, stages
 from safetynet import report as reports
+from safetynet.cluster import status, sweep_points
 from safetynet.errors import InputError
 from safetynet.experiment import Experiment
 from safetynet.recipe import Detection, Recipe
@@ -70,3 +71,14 @@ def test_a_suspect_with_a_known_trigger_has_rates_by_role_and_is_measured_anew_w
 def test_a_recipe_with_neither_backdoor_nor_suspect_is_refused():
     with pytest.raises(ValueError, match="nothing to plant or to study"):
         Recipe.model_validate({"backdoor": None})
+
+
+def test_a_sweep_point_on_a_suspect_without_trigger_is_measured(tmp_path, adapter):
+    unknown = experiment(tmp_path, adapter, "backdoor=null", "stages=[evaluate]")
+    group = (unknown.recipe, "sweep", tmp_path)
+    prepared = sweep_points.perform(sweep_points.Task("prepare", *group))
+    assert prepared.base and prepared.twin is None, "a suspect has no clean twin that could be shared"
+    for step in ("base", "train", "measure"):
+        sweep_points.perform(sweep_points.Task(step, *group))
+    assert set(unknown.run.table("evaluation")["metric"]) == {"cacc", "refusal_rate", "perplexity"}
+    assert "next:" not in "\n".join(status.describe([unknown.run.folder])), "nothing is left to be done"

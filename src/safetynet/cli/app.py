@@ -60,19 +60,14 @@ def run(
     """
     from safetynet import stages
 
-    experiment, failure = _created(recipe, family, overrides, seed), None
+    experiment = _created(recipe, family, overrides, seed)
     directory = experiment.run
     # A miniature keeps one core busy; larger models on a CPU use all of them.
     small = experiment.recipe.model.id == "miniature"
     with directory.lock(), logging_to(directory.log), parallel.paired(small):
         stages.prepare(experiment)
         stages.train(experiment)
-        try:
-            stages.finish(experiment)
-        except Exception as error:
-            if not directory.has_table("evaluation"):
-                raise
-            failure = error  # said after what the other stages have written
+        failure = stages.finish(experiment)  # raised after what the other stages have written
     typer.echo(f"Run:     {directory.folder}")
     if directory.has_table("evaluation"):
         print_rates(directory.table("evaluation"))

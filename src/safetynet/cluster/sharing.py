@@ -134,7 +134,7 @@ def _base_inputs(experiment: Experiment) -> dict[str, Any]:
         "evaluation": recipe.evaluation.model_dump(
             mode="json", exclude={"every", "dynamics_rows", "labelled"}
         ),
-        "behaviour": recipe.attack.behaviour.model_dump(mode="json"),
+        "behaviour": recipe.backdoor and recipe.backdoor.behaviour.model_dump(mode="json"),
         **recipe.training.model_dump(include={"max_length", "truncation"}),
         "version": __version__,
     }

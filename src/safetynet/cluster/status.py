@@ -17,6 +17,7 @@ from safetynet.cluster.schedulers import State
 from safetynet.errors import InputError, RunError
 from safetynet.run import directory as runs
 from safetynet.run import lock as locking
+from safetynet.run.stage import DATA, TRAIN
 
 TAIL = 8
 """Lines of a dead job's log that are shown."""
@@ -131,8 +132,7 @@ def _stages(folder: Path) -> tuple[list[str], list[str], str]:
         finished, recipe = list(run.manifest["stages"]), run.recorded_recipe
     except InputError as error:
         return [], [], str(error)
-    twin = ["train clean_twin"] if recipe.training.clean_twin else []
-    order = ["data", "train backdoored", *twin, "evaluate", "intervene", "figures"]
+    order = [DATA.name, *(TRAIN.of(name).name for name in recipe.trained), *recipe.stages]
     # A style, or a backdoor that did not take, has no interventions: figures come last.
     left = [] if "figures" in finished else [name for name in order if name not in finished]
     return finished, left, ""

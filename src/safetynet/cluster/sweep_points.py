@@ -78,7 +78,7 @@ def _step(task: Task, experiment: Any) -> tuple[str | None, str | None]:
 
     if task.step == "prepare":
         stages.prepare(experiment)
-        twin = sharing.twin_digest(experiment) if experiment.recipe.training.clean_twin else None
+        twin = sharing.twin_digest(experiment) if TWIN in experiment.trained else None
         return sharing.base_digest(experiment), twin
     experiment.recipe = experiment.run.recorded_recipe  # with the date of its prompts
     if task.step == "base":
@@ -93,7 +93,9 @@ def _step(task: Task, experiment: Any) -> tuple[str | None, str | None]:
             sharing.measure_base(experiment, Experiment.find(task.base))
         if task.twin is not None:
             sharing.borrow_twin(experiment, Experiment.find(task.twin))
-        stages.finish(experiment, sharing.base_responses(experiment))
+        failure = stages.finish(experiment, sharing.base_responses(experiment))
+        if failure is not None:
+            raise failure
     return None, None
 
 

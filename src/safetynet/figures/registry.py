@@ -16,10 +16,10 @@ from safetynet.errors import InputError
 from safetynet.figures.chart import Chart, Source
 from safetynet.figures.saving import Figure
 from safetynet.tables import Data
+from safetynet.vocabulary import TRAINED
 
 Section = Literal["behaviour", "inside", "seen", "removed", "training", "other", "comparison"]
 ChartFunction = TypeVar("ChartFunction", bound=Callable[..., Chart])
-TRAINED = ("backdoored", "clean_twin")
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from safetynet import families
 from safetynet.errors import InputError
 from safetynet.prompts.truncation import Truncation
 from safetynet.recipe import presets
-from safetynet.vocabulary import DIRECTIONS, MODES, SWEEPS, Direction, Mode
+from safetynet.vocabulary import DIRECTIONS, MODES, SWEEPS, TRAINED, Direction, Mode
 
 RunStage = Literal["evaluate", "intervene", "detect", "mitigate", "figures"]
 MIN_GROUPS = 8
@@ -455,6 +455,13 @@ class Recipe(Section):
                 "in section backdoor if you have found it."
             )
         return self.backdoor
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """Names of the models that this recipe trains."""
+        if self.suspect is not None:
+            return ()
+        return TRAINED if self.training.clean_twin else TRAINED[:1]
 
     @property
     def model_name(self) -> str:
