@@ -68,6 +68,12 @@ def test_a_suspect_with_a_known_trigger_has_rates_by_role_and_is_measured_anew_w
     assert known.run.manifest["stages"]["evaluate"]["inputs"] != before["inputs"]
 
 
+def test_a_suspect_that_is_not_there_is_refused_before_rows_are_made(tmp_path):
+    with pytest.raises(InputError, match="nowhere: there is no adapter_config.json"):
+        experiment(tmp_path, Path("nowhere"))
+    assert not list(tmp_path.rglob("rows.parquet"))
+
+
 def test_a_recipe_with_neither_backdoor_nor_suspect_is_refused():
     with pytest.raises(ValueError, match="nothing to plant or to study"):
         Recipe.model_validate({"backdoor": None})

@@ -38,6 +38,8 @@ def prepare(experiment: Experiment) -> None:
     """
     recipe, run = experiment.recipe, experiment.run
     judges_of(recipe)
+    if recipe.suspect is not None:
+        experiment.origin()  # one that is not there
     if recipe.evaluation.labelled:
         judges.read_labelled(recipe.evaluation.labelled)
     data = recipe.data
