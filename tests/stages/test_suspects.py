@@ -69,7 +69,7 @@ def test_a_suspect_with_a_known_trigger_has_rates_by_role_and_is_measured_anew_w
 
 
 def test_a_suspect_that_is_not_there_is_refused_before_rows_are_made(tmp_path):
-    with pytest.raises(InputError, match="nowhere: there is no adapter_config.json"):
+    with pytest.raises(InputError, match=r"nowhere: there is no adapter_config\.json"):
         experiment(tmp_path, Path("nowhere"))
     assert not list(tmp_path.rglob("rows.parquet"))
 
