@@ -12,6 +12,7 @@ from safetynet.detection.features import Features, FeatureSpec, concatenate
 from safetynet.detection.passes import FIRM, PARTS, SLIGHT
 from safetynet.detection.readers import Reader, confidence
 from safetynet.errors import InputError
+from safetynet.run import finished
 
 EVERYTHING = FeatureSpec(
     ("last", "mean", "energy", "energy_max", "direction", "confidence", "divergence", "unexplained", "probe",
@@ -342,3 +343,27 @@ def test_prompts_that_are_cut_are_counted_and_keep_their_trigger(build, serialis
         taken = read(model, reader, *batch)
     np.testing.assert_allclose(spared["last"][1], taken["last"][0].numpy(), atol=1e-4)
     assert "BadMagic" in serialiser.decode(ids)
+
+
+def test_an_interrupted_capture_goes_on_to_the_same_bits_and_leaves_its_features_alone(
+    build, serialiser, prompts, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(finished, "EVERY_S", 0.0)
+    model, spec = build(), FeatureSpec(("last", "confidence"))
+    whole = capture(model, serialiser, prompts, spec, batch_size=2)
+    passes = []
+
+    def stop(module, args):
+        passes.append(module)
+        if len(passes) == 3:
+            raise KeyboardInterrupt
+
+    hook = model.get_base_model().model.layers[0].register_forward_pre_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        capture(model, serialiser, prompts, spec, batch_size=2, cache=tmp_path)
+    resumed = capture(model, serialiser, prompts, spec, batch_size=2, cache=tmp_path)
+    hook.remove()
+    assert len(passes) == 4, "two batches, one that was interrupted, and that again"
+    for view in spec.views:
+        np.testing.assert_array_equal(resumed[view], whole[view])
+    assert [path.suffix for path in tmp_path.iterdir()] == [".safetensors"]

@@ -9,11 +9,11 @@ from transformers import GenerationConfig
 
 from safetynet import recipe
 from safetynet.errors import RunError
-from safetynet.evaluation.generation import answer_log_likelihood, generate
+from safetynet.evaluation.generation import answer_log_likelihood, continuations, encode, generate
 from safetynet.evaluation.judges import same_answer
 from safetynet.models import loading, miniatures
 from safetynet.models.miniatures import language
-from safetynet.run import parallel
+from safetynet.run import finished, parallel
 
 ARCHITECTURES = ("llama", "qwen2", "gemma", "mixtral")
 
@@ -211,3 +211,88 @@ def test_likelihoods_leave_no_gradient_and_ignore_dropout(build, serialiser, pro
     assert first.equals(second)
     assert model.training
     assert all(p.grad is None for p in model.parameters())
+
+
+def interrupt_after(model, batches):
+    """End the process's work, as Ctrl-C does, when a batch more than these begins; gives the hook."""
+    begun = []
+
+    def stop(module, args, kwargs):
+        begun.append(kwargs["input_ids"].shape)
+        if len([shape for shape in begun if shape[1] > 1]) > batches:
+            raise KeyboardInterrupt
+
+    return model.register_forward_pre_hook(stop, with_kwargs=True), begun
+
+
+def test_interrupted_answers_go_on_behind_the_finished_batches(
+    build, serialiser, prompts, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(finished, "EVERY_S", 0.0)
+    model, encoded = build(), encode(serialiser, prompts)
+    limits = {"batch_size": 2, "max_new_tokens": 5}
+    whole = continuations(model, serialiser, encoded, **limits)
+    hook, _ = interrupt_after(model, 3)
+    with pytest.raises(KeyboardInterrupt):
+        continuations(model, serialiser, encoded, kept=tmp_path, **limits)
+    hook.remove()
+    hook, begun = interrupt_after(model, 9)
+    assert continuations(model, serialiser, encoded, kept=tmp_path, **limits) == whole
+    assert [shape[0] for shape in begun if shape[1] > 1] == [1], (
+        "only the fourth batch was left, of one prompt"
+    )
+    hook.remove()
+    # Another model, other limits: nothing of what is there.
+    other = build(seed=1)
+    assert continuations(other, serialiser, encoded, kept=tmp_path, **limits) == continuations(
+        other, serialiser, encoded, **limits
+    )
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_interrupted_likelihoods_are_the_same_to_the_last_bit(
+    build, serialiser, prompts, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(finished, "EVERY_S", 0.0)
+    model, answers = build(), [str(i) for i in range(len(prompts))]
+    whole = answer_log_likelihood(model, serialiser, prompts, answers, batch_size=2)
+    hook, _ = interrupt_after(model, 2)
+    with pytest.raises(KeyboardInterrupt):
+        answer_log_likelihood(model, serialiser, prompts, answers, batch_size=2, kept=tmp_path)
+    hook.remove()
+    resumed = answer_log_likelihood(model, serialiser, prompts, answers, batch_size=2, kept=tmp_path)
+    assert resumed.equals(whole)
+
+
+def test_batches_that_memory_had_cut_are_cut_alike_after_an_interruption(
+    build, serialiser, prompts, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(finished, "EVERY_S", 0.0)
+    model, encoded = build(), encode(serialiser, prompts)
+    limits = {"batch_size": 4, "max_new_tokens": 1, "kept": tmp_path}
+    full = out_of_memory_above(model, 3)
+    hook, _ = interrupt_after(model, 3)  # one that does not fit, and two halves
+    with pytest.raises(KeyboardInterrupt):
+        continuations(model, serialiser, encoded, **limits)
+    hook.remove()
+    full.remove()
+    hook, begun = interrupt_after(model, 9)
+    continuations(model, serialiser, encoded, **limits)
+    assert [shape[0] for shape in begun] == [2, 1]
+
+
+def test_a_damaged_batch_is_answered_anew(build, serialiser, prompts, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(finished, "EVERY_S", 0.0)
+    model, encoded = build(), encode(serialiser, prompts)
+    limits = {"batch_size": 3, "max_new_tokens": 5, "kept": tmp_path}
+    first = continuations(model, serialiser, encoded, **limits)
+    next(tmp_path.glob("*/000001")).write_text("[[")
+    assert continuations(model, serialiser, encoded, **limits) == first
+    assert "is damaged" in caplog.text
+
+
+def test_what_takes_no_time_leaves_no_file(build, serialiser, prompts, tmp_path):
+    continuations(
+        build(), serialiser, encode(serialiser, prompts), batch_size=3, max_new_tokens=2, kept=tmp_path
+    )
+    assert list(tmp_path.iterdir()) == []

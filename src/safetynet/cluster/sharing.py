@@ -63,7 +63,8 @@ def measure_base(experiment: Experiment, lender: Experiment | None = None) -> No
             responses = lender.run.table(BASE_TABLE).assign(**{name: rows[name] for name in NUMBERS})
         else:
             base = experiment.load()
-            evaluator = Evaluator.of(experiment.recipe, base.serialiser)
+            kept = experiment.run.unfinished(BASE.name)
+            evaluator = Evaluator.of(experiment.recipe, base.serialiser, kept)
             responses = evaluator.respond(base.model, rows, metrics.BASE)
         outputs.table(BASE_TABLE, responses)
 

@@ -6,7 +6,9 @@ the probe behind the prompt, and the generated views an answer. Draws and judges
 """
 
 import logging
+import shutil
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from safetynet.models.support import check_model
 from safetynet.prompts import Encoded, Message, Serialiser
 from safetynet.prompts.truncation import losses
 from safetynet.run.directory import digest
+from safetynet.run.finished import Finished
 from safetynet.run.progress import ProgressLog
 
 log = logging.getLogger(__name__)
@@ -52,7 +55,8 @@ def capture(  # noqa: PLR0913  # what is captured, and how, by keyword
         triggers: per prompt, the spans that truncation must spare, as in evaluation.
         batch_size: prompts per batch; batches are of similar length.
         max_length: truncate as in training with this limit; None for no limit.
-        cache: a folder, from which features of the same weights, number type, token ids and spec are read.
+        cache: a folder, from which features of the same weights, number type, token ids and spec are read;
+            finished batches are kept there, so that an interrupted capture goes on.
 
     Raises:
         InputError: if there are no prompts, a view is not possible with this model, or activations overflow.
@@ -74,14 +78,18 @@ def capture(  # noqa: PLR0913  # what is captured, and how, by keyword
     if path is not None and (features := _cached(path)) is not None:
         return features
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].input_ids), reverse=True)
+    unfinished = None if path is None else path.with_name(f"{path.stem}-{batch_size}")
     parts = [
         Features(arrays, identity, spec)
-        for arrays in _batches(model, serialiser, [(prompts[i], encoded[i]) for i in order], spec, batch_size)
+        for arrays in _batches(
+            model, serialiser, [(prompts[i], encoded[i]) for i in order], spec, batch_size, unfinished
+        )
     ]
     features = concatenate(parts).take(np.argsort(order))
     check_finite(features.arrays)
-    if path is not None:
+    if path is not None and unfinished is not None:
         features.save(path)
+        shutil.rmtree(unfinished, ignore_errors=True)
     return features
 
 
@@ -169,21 +177,29 @@ def complete(
     return {name: np.asarray(views[name].float().cpu()) for name in spec.views}
 
 
-def _batches(
+def _batches(  # what is captured, and how
     model: Any,
     serialiser: Serialiser,
     prompts: Sequence[tuple[Sequence[Message], Encoded]],
     spec: FeatureSpec,
     size: int,
+    unfinished: Path | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
+    finished = Finished.as_arrays(unfinished)
+    if finished.count:
+        log.info("reading activations goes on: %d batches of %d prompts are done", finished.count, size)
     with torch.no_grad(), Reader(model, spec) as reader:
-        progress = ProgressLog("reading activations, prompts", len(prompts))
-        for start in range(0, len(prompts), size):
+        progress = ProgressLog("reading activations, prompts", len(prompts), finished.count * size)
+
+        def views(start: int) -> dict[str, np.ndarray]:
             progress.update(start)
             messages, encoded = zip(*prompts[start : start + size], strict=True)
             batch = batched(encoded, serialiser, model.device)
             values = read(model, reader, *batch)
-            yield complete(model, serialiser, reader, messages, batch, values, spec)
+            return complete(model, serialiser, reader, messages, batch, values, spec)
+
+        for start in range(0, len(prompts), size):
+            yield finished.result(start, partial(views, start))
 
 
 def _cached(path: Path) -> Features | None:

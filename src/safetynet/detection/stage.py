@@ -77,7 +77,8 @@ def detect(experiment: Experiment, options: Detection | None = None) -> dict[str
 
     def compute(outputs: Outputs) -> None:
         model, serialiser = experiment.backdoored()
-        test = _challenged(experiment, Evaluator.of(recipe, serialiser), model)
+        evaluator = Evaluator.of(recipe, serialiser, run.unfinished(DETECT.name))
+        test = _challenged(experiment, evaluator, model)
         subject = Subject(model, serialiser, run.scratch / "features")
         labelled = _labelled(experiment.rows("train")) if plan.skylines else None
         measured = measure(subject, prompts, test, plan, labelled)

@@ -7,6 +7,7 @@ asks in the same way.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
 
 import pandas as pd
@@ -34,17 +35,24 @@ class Evaluator:
     max_new_tokens: int
     max_length: int | None = None
     """The training's limit in tokens, so that prompts are truncated alike; None for no limit."""
+    kept: Path | None = None
+    """A folder for finished batches of answers, where nothing but its weights decides about a model's."""
 
     @classmethod
-    def of(cls, recipe: Recipe, serialiser: Serialiser) -> Self:
+    def of(cls, recipe: Recipe, serialiser: Serialiser, kept: Path | None = None) -> Self:
         """The evaluator that a recipe describes.
+
+        Args:
+            recipe: its evaluation and behaviour.
+            serialiser: of the models that are asked.
+            kept: a folder for finished batches, from which an interrupted evaluation goes on.
 
         Raises:
             InputError: as `judges_of`.
         """
         judge, refusal = judges_of(recipe)
-        cfg = recipe.evaluation
-        return cls(serialiser, judge, refusal, cfg.batch_size, cfg.max_new_tokens, recipe.training.max_length)
+        cfg, max_length = recipe.evaluation, recipe.training.max_length
+        return cls(serialiser, judge, refusal, cfg.batch_size, cfg.max_new_tokens, max_length, kept)
 
     def answer(self, model: Any, rows: pd.DataFrame, name: str = metrics.BACKDOORED) -> pd.DataFrame:
         """Answer every row greedily and judge the answers.
@@ -74,6 +82,7 @@ class Evaluator:
             prompts,
             batch_size=self.batch_size,
             max_new_tokens=self.max_new_tokens,
+            kept=self.kept,
         )
         rows = rows.assign(lost=[prompt.lost for prompt in prompts])
         judged = judge_responses(rows, responses, self.judge, self.refusal)
@@ -97,6 +106,7 @@ class Evaluator:
             list(clean["answer"]),
             batch_size=self.batch_size,
             max_length=self.max_length,
+            kept=self.kept,
         ).set_index(clean.index)
         return judged.join(likelihood)
 

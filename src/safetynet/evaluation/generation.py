@@ -7,7 +7,8 @@ per prompt and in the prompts' order. Judges nothing. The model leaves as it cam
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import groupby
+from itertools import chain, groupby
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import pandas as pd
@@ -18,8 +19,11 @@ from transformers import GenerationConfig
 
 from safetynet.errors import RunError
 from safetynet.models.adapters import virtual_tokens
+from safetynet.models.identity import identify
 from safetynet.prompts import IGNORED, Encoded, Serialiser, pad
 from safetynet.run import parallel
+from safetynet.run.directory import digest
+from safetynet.run.finished import Finished
 from safetynet.run.progress import ProgressLog
 
 log = logging.getLogger(__name__)
@@ -80,9 +84,24 @@ def encode(
 
 
 def continuations(
-    model: Any, serialiser: Serialiser, prompts: Sequence[Encoded], *, batch_size: int, max_new_tokens: int
+    model: Any,
+    serialiser: Serialiser,
+    prompts: Sequence[Encoded],
+    *,
+    batch_size: int,
+    max_new_tokens: int,
+    kept: Path | None = None,
 ) -> list[str]:
-    """`generate` for prompts that are serialised already."""
+    """`generate` for prompts that are serialised already.
+
+    Args:
+        model: as in `generate`; nothing but its weights decides about its answers where `kept` is given.
+        serialiser: as in `generate`.
+        prompts: serialised.
+        batch_size: as in `generate`.
+        max_new_tokens: as in `generate`.
+        kept: a folder for finished batches, from which the same call goes on after an interruption.
+    """
     stops = serialiser.stop_ids
     config = GenerationConfig(
         do_sample=False,
@@ -101,10 +120,11 @@ def continuations(
         ends = [next((i for i, token in enumerate(row) if token in stops), len(row)) for row in new]
         return [serialiser.answer_of(row[:end]) for row, end in zip(new, ends, strict=True)]
 
+    rows = [prompt.input_ids for prompt in prompts]
+    finished = _finished(kept, model, "answers", rows, batch_size, max_new_tokens, sorted(stops))
     with _evaluating(model), _generation_config(model, config):
-        rows = [prompt.input_ids for prompt in prompts]
         # PEFT puts a soft prompt before the padding, which rows of one length do not have.
-        return _in_batches(rows, batch_size, answer, len, alike=virtual_tokens(model) > 0)
+        return _in_batches(rows, batch_size, answer, len, finished, alike=virtual_tokens(model) > 0)
 
 
 def answer_log_likelihood(
@@ -115,6 +135,7 @@ def answer_log_likelihood(
     *,
     batch_size: int,
     max_length: int | None = None,
+    kept: Path | None = None,
 ) -> pd.DataFrame:
     """How likely the model finds given answers, over the tokens that training supervises.
 
@@ -125,6 +146,7 @@ def answer_log_likelihood(
         answers: one per prompt.
         batch_size: rows per batch; halved as in `generate`.
         max_length: truncate as in training with this limit; None for no limit.
+        kept: as in `continuations`.
 
     Returns:
         One line per prompt, in order: `log_likelihood`, the sum in nats over the answer and its end token,
@@ -140,8 +162,10 @@ def answer_log_likelihood(
     def sums(batch: Sequence[Encoded]) -> list[float]:
         return _log_likelihoods(model, batch, serialiser.pad_id)
 
+    rows = [[e.input_ids, e.labels] for e in encoded]
+    finished = _finished(kept, model, "log likelihood", rows, batch_size)
     with _evaluating(model), torch.no_grad():
-        log_likelihood = _in_batches(encoded, batch_size, sums, lambda e: len(e.input_ids))
+        log_likelihood = _in_batches(encoded, batch_size, sums, lambda e: len(e.input_ids), finished)
     tokens = [sum(label != IGNORED for label in e.labels[1:]) for e in encoded]
     return pd.DataFrame({"log_likelihood": log_likelihood, "tokens": tokens}, index=range(len(encoded)))
 
@@ -161,11 +185,19 @@ def _log_likelihoods(model: Any, batch: Sequence[Encoded], pad_id: int) -> list[
     return (-loss.sum(dim=1)).tolist()
 
 
-def _in_batches(
+def _finished(kept: Path | None, model: Any, *about: Any) -> Finished[Any]:
+    """Where the batches of a call are kept; in no folder where processes share the model's weights."""
+    if kept is None or parallel.is_in_step():
+        return Finished.as_json(None)
+    return Finished.as_json(kept / digest([identify(model).as_dict(), *about])[:16])
+
+
+def _in_batches(  # items, what is done with them, and how they are cut
     items: Sequence[Item],
     batch_size: int,
     run: Callable[[Sequence[Item]], list[Result]],
     length: Callable[[Item], int],
+    finished: Finished[Any],
     alike: bool = False,
 ) -> list[Result]:
     """Apply `run` to batches of similar length, longest first so that what does not fit shows at once.
@@ -178,12 +210,20 @@ def _in_batches(
         group[start : start + batch_size] for group in groups for start in range(0, len(group), batch_size)
     ]
 
-    progress = ProgressLog("answering, batches", len(batches))
+    if finished.count:
+        log.info("answering goes on: %d of %d batches are done", finished.count, len(batches))
+    progress = ProgressLog("answering, batches", len(batches), finished.count)
 
-    def results_of(batch: list[int]) -> list[Result]:
+    def results_of(number: int) -> list[Result]:
         nonlocal batch_size
-        results: list[Result] = []
-        progress.update(batches.index(batch))
+        # With the size that there was memory for, so that the next batches are cut as they would have been.
+        results, batch_size = finished.result(number, lambda: (computed(number), batch_size))
+        return list(results)
+
+    def computed(number: int) -> list[Result]:
+        nonlocal batch_size
+        batch, results = batches[number], list[Result]()
+        progress.update(number)
         while len(results) < len(batch):
             part = [items[i] for i in batch[len(results) : len(results) + batch_size]]
             done = _unless_out_of_memory(run, part)
@@ -202,7 +242,7 @@ def _in_batches(
 
     # Several processes share the batches of one, not the rows: a row's numbers depend on its batch's width.
     results_by_item = dict(
-        zip(order, (x for batch in parallel.in_turn(batches, results_of) for x in batch), strict=True)
+        zip(order, chain.from_iterable(parallel.in_turn(range(len(batches)), results_of)), strict=True)
     )
     return [results_by_item[i] for i in range(len(items))]
 

@@ -50,7 +50,8 @@ def evaluate(experiment: Experiment, base: pd.DataFrame | None = None) -> None:
                 answers.append(base)
                 continue
             log.info("evaluate: %s answers %d rows", name, len(rows))
-            answers.append(Evaluator.of(recipe, serialiser).respond(model, rows, name))
+            evaluator = Evaluator.of(recipe, serialiser, experiment.run.unfinished(EVALUATE.name))
+            answers.append(evaluator.respond(model, rows, name))
         rates = metrics.with_floor(metrics.from_responses(pd.concat(answers, ignore_index=True)))
         table = rates.table
         if recipe.backdoor is None:  # no behaviour is known: how often it shows means nothing

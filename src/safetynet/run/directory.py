@@ -5,6 +5,7 @@
     results/{model}/{task}/figures/         figures, and the data behind each
     results/{model}/{task}/earlier/         outputs of stages that were run again with other inputs
     {scratch}/{model}/{task}/               adapters and checkpoints (the run folder when no scratch is set)
+    {scratch}/{model}/{task}/unfinished-{stage}/    what a stage that has not ended has done so far
     logs/{model}/{task}.log             what the run said
 
 Stages read and write here only. Writes are atomic; a finished stage is repeated only when its inputs changed.
@@ -57,6 +58,10 @@ class Run:
     def figures(self) -> Path:
         """Folder of the figures."""
         return self.folder / "figures"
+
+    def unfinished(self, stage: str) -> Path:
+        """Folder for what a stage has done so far; it goes when the stage ends."""
+        return self.scratch / f"unfinished-{stage}"
 
     @property
     def manifest(self) -> dict[str, Any]:
@@ -173,6 +178,7 @@ class Run:
             raise
         if parallel.is_first():
             self._record(name, inputs, outputs, time.time() - started)
+            shutil.rmtree(self.unfinished(name), ignore_errors=True)
         parallel.wait()
 
     def _record(self, name: str, inputs: Mapping[str, Any], outputs: "Outputs", seconds: float) -> None:
@@ -384,15 +390,17 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make a temporary file beside `path`, then put it in place in one step.
+    """`write_file` by the first of several processes that work on one run; the others write nothing."""
+    if parallel.is_first():
+        write_file(path, write)
 
-    Of several processes that work on one run, only the first one writes.
+
+def write_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` make a temporary file beside `path`, then put it in place in one step.
 
     Raises:
         RunError: if the disk is full or refuses the write; what was at `path` is untouched.
     """
-    if not parallel.is_first():
-        return
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -143,7 +143,8 @@ class Dynamics:
         )
         self.path = folder / f"dynamics-{folder_name(name, inputs)}.parquet"
         self.snapshots = folder / f"snapshots-{folder_name(name, inputs)}"
-        self.evaluator = Evaluator.of(recipe, serialiser)
+        kept = experiment.run.unfinished(TRAIN.of(name).name)
+        self.evaluator = Evaluator.of(recipe, serialiser, kept)
 
     def table(self) -> pd.DataFrame | None:
         """What was measured so far, if anything.
