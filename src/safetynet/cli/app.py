@@ -18,6 +18,7 @@ from safetynet.cli.compare import compare
 from safetynet.cli.detection import detect, guard
 from safetynet.cli.miniatures import miniature_app
 from safetynet.cli.mitigate import mitigate
+from safetynet.cli.models import models
 from safetynet.cli.options import FamilyName, Overrides, RecipeFile, RunFolder, SameBase, Seed
 from safetynet.cli.report import report
 from safetynet.cli.sweep import sweep
@@ -59,12 +60,12 @@ def run(
     Example: `safetynet run recipes/qwen-miniature.yaml --set seed=1`
     """
     from safetynet import stages
+    from safetynet.models import loading
 
     experiment = _created(recipe, family, overrides, seed)
     directory = experiment.run
-    # A miniature keeps one core busy; larger models on a CPU use all of them.
-    small = experiment.recipe.model.id == "miniature"
-    with directory.lock(), logging_to(directory.log), parallel.paired(small):
+    paired = loading.uses_pair(experiment.recipe.model)
+    with directory.lock(), logging_to(directory.log), parallel.paired(paired):
         stages.prepare(experiment)
         stages.train(experiment)
         failure = stages.finish(experiment)  # raised after what the other stages have written
@@ -295,6 +296,7 @@ def families() -> None:
         )
 
 
+app.command()(models)
 app.add_typer(miniature_app, name="miniatures")
 for command in (jobs.submit, jobs.status, jobs.cancel):
     app.command()(command)

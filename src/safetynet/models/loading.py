@@ -1,6 +1,7 @@
-"""Load a model with its tokenizer and family, by hub id, folder or the name `miniature`."""
+"""Load a model with its tokenizer and family: a hub id, a folder, a GGUF file, or a packaged model."""
 
 import logging
+import math
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -11,7 +12,7 @@ from typing import Any
 
 from safetynet import families, recipe
 from safetynet.errors import InputError
-from safetynet.models import miniatures
+from safetynet.models import gguf, memory, miniatures
 from safetynet.models.files import (
     OLD_BUFFERS,
     PICKLES,
@@ -28,6 +29,7 @@ from safetynet.prompts.truncation import Truncation
 from safetynet.run import parallel
 from safetynet.run.directory import digest_of_files
 
+log = logging.getLogger("safetynet")
 FLOATS = ("F16", "BF16", "F32", "F64")
 """Types of weights in safetensors that are read as they stand."""
 
@@ -45,25 +47,31 @@ class LoadedModel:
 
 
 def locate(spec: recipe.Model) -> str:
-    """What transformers has to load: a hub id or a folder.
+    """What transformers has to load: a hub id or a folder; a GGUF file is converted first, once.
 
     Raises:
-        InputError: if the folder of a miniature or a local model does not hold a safetensors model.
+        InputError: if the folder of a miniature or a local model does not hold a safetensors model, or as
+            `gguf.folder_of`.
     """
     if spec.model_id == "miniature":
         return str(miniatures.path(spec.family))
     name = str(spec.model_id)
+    if gguf.is_gguf(name):
+        return str(gguf.folder_of(name))
     if Path(name).is_dir():
         _check_folder(Path(name))
     elif name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise InputError(
-            f"model.id: there is no folder {name!r}. Give a hub id, an existing folder or `miniature`."
+            f"model.id: there is no folder {name!r}. Give a hub id, an existing folder, a .gguf file, "
+            "`smollm2` or `miniature`."
         )
     return name
 
 
 def fingerprint(spec: recipe.Model) -> str:
-    """Identifies the weights: a digest of a local folder's files, or the hub id and revision."""
+    """Identifies the weights: a digest of a local model's files, or the hub id and revision."""
+    if gguf.is_gguf(str(spec.model_id)):
+        return digest_of_files([gguf.file_of(str(spec.model_id))])
     name = locate(spec)
     return digest_of_files([Path(name)]) if Path(name).is_dir() else f"{name}@{spec.revision or 'main'}"
 
@@ -90,8 +98,7 @@ def load(
             checkpoint only, or its quantisation is not possible here.
     """
     name = locate(spec)
-    if spec.model_id == "miniature":
-        use_one_thread()
+    _use_cores(spec)
     serialiser = serialiser or _head(spec, name, truncation)
     model = _fetch(name, spec, "weights", lambda n, s: _load_weights(n, s, dtype, on_cpu))
     return LoadedModel(model.eval(), serialiser, serialiser.family, name)
@@ -140,6 +147,35 @@ def use_one_thread() -> None:
 
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
+
+
+def uses_pair(spec: recipe.Model) -> bool:
+    """Whether two processes side by side finish a run sooner than one with all cores.
+
+    That is so for models that lie in memory twice with ease and gain little from more threads.
+    """
+    return spec.id == "miniature" or (spec.id in recipe.PACKAGED and device_of(spec) == "cpu")
+
+
+def _use_cores(spec: recipe.Model) -> None:
+    """Take as many threads as there are idle cores, and say so: threads wait for a core that another has."""
+    if spec.model_id == "miniature":
+        return use_one_thread()
+    if "OMP_NUM_THREADS" in os.environ or device_of(spec) != "cpu":
+        return None
+    import psutil
+    import torch
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if parallel.is_pair():
+        threads = max(1, cores // 2)
+    else:
+        busy = sum(psutil.cpu_percent(interval=0.3, percpu=True)) / 100
+        threads = max(1, min(cores, round((os.cpu_count() or 1) - busy)))
+    if threads != torch.get_num_threads():
+        torch.set_num_threads(threads)
+        log.info("model: %d of %d cores, as many as are idle", threads, cores)
+    return None
 
 
 def _check_folder(folder: Path) -> None:
@@ -205,6 +241,9 @@ def _load_weights(name: str, spec: recipe.Model, dtype: str, on_cpu: bool) -> An
     device = device_of(spec)
     place = parallel.device_index() if device == "cuda" and not on_cpu else "cpu"
     number = resolve_dtype(dtype, device)
+    if place == "cpu" and (folder := at_hand(name)) is not None:
+        bits = 4.5 if spec.quantisation == "4bit" else 8 * number.itemsize
+        memory.check(f"model.id: {name!r}", int(_parameters(folder) * bits / 8), "for its weights alone")
     quantisation = None
     if spec.quantisation == "4bit":
         quantisation = BitsAndBytesConfig(
@@ -229,6 +268,18 @@ def _load_weights(name: str, spec: recipe.Model, dtype: str, on_cpu: bool) -> An
     _check_numbers(name)
     _check_finite(name, model)
     return _unpacked(model)
+
+
+def _parameters(folder: Path) -> int:
+    """Number of weights in a folder of safetensors, from their headers."""
+    from safetensors import safe_open
+
+    total = 0
+    for file in folder.glob("*.safetensors"):
+        with safe_open(str(file), framework="pt") as opened:
+            shapes = [opened.get_slice(key).get_shape() for key in opened.keys()]  # noqa: SIM118 - no mapping
+        total += sum(math.prod(shape) for shape in shapes)
+    return total
 
 
 def _check_stored_as_numbers(name: str, config: Any) -> None:

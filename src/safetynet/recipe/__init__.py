@@ -2,6 +2,7 @@
 
 from safetynet.recipe.loading import load, overridden, with_options
 from safetynet.recipe.schema import (
+    PACKAGED,
     Backdoor,
     Behaviour,
     Data,
@@ -22,6 +23,7 @@ from safetynet.recipe.schema import (
 )
 
 __all__ = [
+    "PACKAGED",
     "Backdoor",
     "Behaviour",
     "Data",

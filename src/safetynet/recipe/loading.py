@@ -37,9 +37,10 @@ def load(path: Path | None = None, family: str | None = None, overrides: Sequenc
     for override in parsed:
         fields = _merged(fields, override)
     section = fields.get("model") or {}
-    name = section.get("family", "qwen") if isinstance(section, dict) else "qwen"
+    section = section if isinstance(section, dict) else {}
+    name = section.get("family", "generic" if section.get("id") == "smollm2" else "qwen")
     # A miniature is not the model that a family's hyper-parameters were chosen for.
-    if name in families.names() and not (isinstance(section, dict) and section.get("id") == "miniature"):
+    if name in families.names() and section.get("id") != "miniature":
         fields = _merged(dict(families.get(name).defaults), fields)
     return _validated(fields, where)
 

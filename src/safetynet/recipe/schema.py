@@ -25,6 +25,8 @@ from safetynet.recipe import presets
 from safetynet.vocabulary import DIRECTIONS, MODES, SWEEPS, TRAINED, Direction, Mode
 
 RunStage = Literal["evaluate", "intervene", "detect", "mitigate", "figures"]
+PACKAGED = ("miniature", "smollm2")
+"""Ids of models that come with a Python package: neither a file nor a name on the hub."""
 MIN_GROUPS = 8
 """Prompts below which an interval says nothing."""
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -71,13 +73,23 @@ class Model(Section):
 
     family: str = "qwen"
     id: str | None = None
-    """`miniature`, a hub id or a local folder; by default the family's own hub id."""
+    """`miniature`, `smollm2`, a hub id, a folder or a .gguf file; by default the family's own hub id."""
     revision: str | None = None
     quantisation: Literal["none", "4bit"] = "none"
     device: Literal["auto", "cpu", "cuda", "split"] = "auto"
     """`split`: layer by layer over all GPUs of this machine, for models larger than one."""
     date: dt.date | None = Field(default=None, exclude_if=lambda value: value is None)
     """Today, to a chat template that asks; by default the day on which the run is prepared."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _packaged(cls, value: Any) -> Any:
+        """The packaged model belongs to no family of its own."""
+        return (
+            {"family": "generic", **value}
+            if isinstance(value, dict) and value.get("id") == "smollm2"
+            else value
+        )
 
     @field_validator("family")
     @classmethod
@@ -466,7 +478,9 @@ class Recipe(Section):
     @property
     def model_name(self) -> str:
         """The folder of this model below the results root."""
-        return self.name or self.model.family + ("-miniature" if self.model.id == "miniature" else "")
+        if self.name or self.model.id == "smollm2":
+            return self.name or "smollm2"
+        return self.model.family + ("-miniature" if self.model.id == "miniature" else "")
 
     def seeded(self, seed: int) -> "Recipe":
         """This experiment with another seed, as a task of its own: `{task}-seed{seed}`."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetynet.recipe import Recipe
+from safetynet.recipe import PACKAGED, Recipe
 from safetynet.run import parallel
 
 MARK = ".run"
@@ -142,7 +142,7 @@ def _relative(recipe: Recipe, section: str, field: str, begin: Path, local: list
     nobody takes it for a name on the hub.
     """
     value = getattr(getattr(recipe, section), field, None)  # an experiment may have no suspect
-    if value is None or str(value) == "miniature" or str(value).startswith(("/", "~")):
+    if value is None or str(value) in PACKAGED or str(value).startswith(("/", "~")):
         return None
     path = Path(os.path.normpath(begin / value))
     lost = f"{section}.{field}" in local and not Path(value).exists()
