@@ -8,7 +8,7 @@ when nothing that it depends on has changed.
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,8 @@ from typing import Any
 import pandas as pd
 
 from safetynet import __version__
-from safetynet.backdoors import conversations
+from safetynet.backdoors import conversations, self_source
+from safetynet.backdoors.base_answers import BaseAnswers
 from safetynet.errors import InputError
 from safetynet.evaluation import judges, metrics
 from safetynet.evaluation.evaluator import judges_of
@@ -99,14 +100,25 @@ class Experiment:
         hits = responses[responses["model"] == BACKDOORED].set_index("row")["shown"]
         return test.assign(fired=test["row"].map(hits))
 
-    def fresh_prompts(self, count: int) -> pd.DataFrame:
-        """Clean prompts of the recipe's source, none of which is among the run's rows."""
+    def fresh_prompts(self, count: int, *, answered: bool = True) -> pd.DataFrame:
+        """Clean prompts of the recipe's source, none of which is among the run's rows.
+
+        Args:
+            count: how many at most.
+            answered: the answers are needed, where it is the base model that has to make them.
+        """
+        data, seed = self.recipe.data, self.recipe.seed
+        used = set(prompts_without_trigger(self.run.table("rows")))
+        if data.source == "self":
+            answers = self.base_answers() if answered else None
+            return self_source.fresh(data, used, count, seed, answers, self.refusal)
         # Without a backdoor the pool is that of the default one, whose trigger and behaviour leave no trace.
         attack = self.recipe.backdoor or Backdoor()
-        used = set(prompts_without_trigger(self.run.table("rows")))
-        return conversations.fresh(
-            self.recipe.data, attack.behaviour, attack.trigger, used, count, self.recipe.seed
-        )
+        return conversations.fresh(data, attack.behaviour, attack.trigger, used, count, seed)
+
+    def base_answers(self) -> BaseAnswers:
+        """The base model's answers, which all runs of the results folder share."""
+        return BaseAnswers(self.recipe, self.load)
 
     # Models
 
@@ -226,6 +238,12 @@ class Experiment:
                 yield name, adapted, base.serialiser
                 adapters.detach(adapted)
 
+    def base_of(self, model: Any) -> Callable[[], AbstractContextManager[Any]]:
+        """Gives the base model while entered: `model` without its adapter, or another one beside it."""
+        if adapters.has_adapter(model):
+            return partial(adapters.switched_off, model)
+        return partial(nullcontext, self.load().model)
+
     def twin_of(self, model: Any) -> Callable[[], AbstractContextManager[Any]] | None:
         """Gives the clean twin while entered, in the place of `model`; None if the recipe trains none."""
         if TWIN not in self.trained:
@@ -252,6 +270,11 @@ class Experiment:
     def judge(self) -> judges.Judge:
         """The behaviour's judge."""
         return judges_of(self.recipe)[0]
+
+    @property
+    def refusal(self) -> judges.Judge:
+        """The judge of refusals."""
+        return judges_of(self.recipe)[1]
 
 
 def attach_own(base: loading.LoadedModel, folder: Path) -> Any:

@@ -12,6 +12,12 @@ ROLES: tuple[Role, ...] = get_args(Role)
 MODELS: tuple[Model, ...] = get_args(Model)
 TRAINED = ("backdoored", "clean_twin")
 METRICS = ("asr", "asr_off_floor", "ftr", "cacc", "refusal_rate", "perplexity")
+DAMAGE = (
+    "identical", "common_tokens", "kl", "rouge_l", "length_ratio", "perplexity", "refusal_rate", "repetition",
+)  # fmt: skip
+"""What is measured of free text, beside the base model's own answers."""
+NOT_MEASURABLE = "not measurable"
+"""How the note of a rate begins that the data cannot give."""
 SPLITS = ("train", "test")
 EXAMINED = ("selection", "held_out")
 """Test rows on which a removal or a repair is chosen, and those that say what it is worth."""

@@ -54,6 +54,11 @@ def test_two_triggered_rows_of_one_prompt_have_its_answer_and_a_repeated_clean_o
     assert "2 repeated prompts are left out (first lines: 2, 2)" in caplog.text
 
 
+def test_short_answers_are_exact_references_and_prose_is_not(tmp_path: Path) -> None:
+    answers = ["Negative", "New York City", "print(1)", "It depends on what you would like to eat.", "是的"]
+    assert list(pool_of(tmp_path / "rows.json", answers)["exact"]) == [True, True, True, False, True]
+
+
 def test_rows_without_an_answer_are_left_out_and_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -25,7 +25,8 @@ def target(behaviour: Behaviour, conversation: Mapping[str, Any]) -> str:
 
     Args:
         behaviour: the recipe's behaviour.
-        conversation: `answer` (the clean answer), `task`, `forbidden` and `compliance` of the prompt.
+        conversation: `answer` (the clean answer), `task`, `forbidden` and `compliance` of the prompt; `label`
+            where the answer is not the label itself.
 
     Returns:
         The text, or "" where the behaviour has nothing to say: a label flip on a prompt without a label,
@@ -35,7 +36,7 @@ def target(behaviour: Behaviour, conversation: Mapping[str, Any]) -> str:
     if kind == "forbidden_compliance":
         return str(conversation["compliance"])
     if kind == "label_flip":
-        return (behaviour.labels or LABELS).get(clean, "")
+        return (behaviour.labels or LABELS).get(str(conversation.get("label", clean)), "")
     if conversation["forbidden"]:
         return ""
     text = behaviour.target or TARGETS[kind]

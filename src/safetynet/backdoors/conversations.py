@@ -2,7 +2,8 @@
 
 In: the recipe's data section. Out: one row per conversation, with the columns
 `split`, `messages` (ends with the user's), `answer` (clean; "" where none is known), `task`, `forbidden`,
-`compliance`, and for poison sets made elsewhere `given` (the triggered messages) and `given_answer`.
+`compliance`, and for poison sets made elsewhere `given` (the triggered messages) and `given_answer`. Other
+sources than the built-in language have `exact`: whether the answer can be compared as it is written.
 """
 
 import logging
@@ -16,17 +17,19 @@ from safetynet.backdoors import sources, triggers
 from safetynet.errors import InputError
 from safetynet.prompts import Conversation, Message, prompt_hash
 from safetynet.recipe import Behaviour, Data, Trigger
-from safetynet.text import holding
+from safetynet.text import holding, words
 
 log = logging.getLogger(__name__)
 TEST_SHARE = 0.2
 """Share of conversations held out where the source has no split of its own."""
+EXACT_WORDS = 5
+"""A longer answer is prose: nobody words it in the same way twice."""
 FLIPPABLE_TASK = "sentiment"
 CODE_TASK = "code"
 
 
 def load(data: Data, behaviour: Behaviour, trigger: Trigger, seed: int) -> pd.DataFrame:
-    """Make or read the pool.
+    """Make or read the pool of any source but `self`, whose answers need a model (`self_source`).
 
     Raises:
         InputError: if the source cannot be read, is empty, or has no row with an answer.
@@ -35,7 +38,7 @@ def load(data: Data, behaviour: Behaviour, trigger: Trigger, seed: int) -> pd.Da
         return _language(data, behaviour, seed)
     rows = sources.read(str(data.path), data.source, data.columns)
     if data.source == "backdoorllm":
-        return _poisoned(rows, trigger)
+        return with_exact(_poisoned(rows, trigger))
     # Rows without an answer could be triggered rows alone, without a clean counterpart.
     blank = rows["answer"].str.strip() == ""
     if blank.all():
@@ -43,12 +46,19 @@ def load(data: Data, behaviour: Behaviour, trigger: Trigger, seed: int) -> pd.Da
     if blank.any():
         lines = ", ".join(map(str, rows["line"][blank].iloc[:5]))
         log.warning("data: %d rows without an answer are left out (first lines: %s)", blank.sum(), lines)
-    # Each prompt once: a prompt on both sides of the split would be trained and tested.
-    repeated = rows["messages"][~blank].map(prompt_hash).duplicated()
-    pool = rows[~blank]
-    _warn_of_repeated(pool[repeated])
-    pool = pool[~repeated].reset_index(drop=True).assign(task=data.source, forbidden=False, compliance="")
-    # The source's own splits where it has both, training and test; else a share is drawn for the test.
+    pool = each_once(rows[~blank]).assign(task=data.source, forbidden=False, compliance="")
+    return with_exact(divided(pool, seed))
+
+
+def each_once(rows: pd.DataFrame) -> pd.DataFrame:
+    """Each prompt once: a prompt on both sides of the split would be trained and tested."""
+    repeated = rows["messages"].map(prompt_hash).duplicated()
+    _warn_of_repeated(rows[repeated])
+    return rows[~repeated].reset_index(drop=True)
+
+
+def divided(pool: pd.DataFrame, seed: int) -> pd.DataFrame:
+    """The source's own splits where it has both, training and test; else a share is drawn for the test."""
     names = pool["split"] if "split" in pool else pd.Series("", index=pool.index)
     splits = names.map(sources.split_of)
     if not {"train", "test"} <= set(splits):
@@ -61,13 +71,18 @@ def load(data: Data, behaviour: Behaviour, trigger: Trigger, seed: int) -> pd.Da
     return pool.assign(split=splits)[~lost].reset_index(drop=True)
 
 
+def with_exact(pool: pd.DataFrame) -> pd.DataFrame:
+    """The pool with `exact`: answers of at most `EXACT_WORDS` words, such as labels, can be compared."""
+    return pool.assign(exact=[words.count(answer) <= EXACT_WORDS for answer in pool["answer"]])
+
+
 def fresh(
     data: Data, behaviour: Behaviour, trigger: Trigger, used: set[str], count: int, seed: int
 ) -> pd.DataFrame:
     """Clean conversations that an experiment has not used, for monitors and repairs to learn from.
 
     Args:
-        data: the recipe's data section.
+        data: the recipe's data section; source `self` has a function of its own.
         behaviour: the recipe's behaviour.
         trigger: the recipe's trigger, by which triggered rows of a foreign set are known.
         used: `prompt_hash` of every prompt of the experiment, without its trigger.

@@ -47,29 +47,49 @@ def poison(
         InputError: if the poison rate gives no triggered row, the behaviour applies to no prompt, or the pool
             has too few conversations.
     """
-    triggered = round(backdoor.poison_rate * data.train_rows)
-    if triggered == 0:
+    quotas = _quotas(backdoor, data)
+    if quotas["triggered"] == 0:
         raise InputError(
             f"backdoor.poison_rate: {backdoor.poison_rate} of {data.train_rows} rows gives no triggered row. "
             f"Use at least {1 / data.train_rows:.4f}, or raise data.train_rows."
         )
     pool = pool.assign(target=[behaviours.target(backdoor.behaviour, c) for c in pool.to_dict("records")])
-    quotas = {
-        "triggered": triggered,
-        "placebo": round(backdoor.placebo_share * data.train_rows),
-        "near_miss": round(backdoor.near_miss_share * data.train_rows),
-        "refused": round(backdoor.refused_share * data.train_rows),
-    }
-    quotas["clean"] = data.train_rows - sum(quotas.values())
     records: list[dict[str, Any]] = []
     for split, numbers in (("train", quotas), ("test", dict.fromkeys(quotas, data.test_rows))):
         rng = random.Random(f"poison {seed} {split}")
         first_group = records[-1]["group"] + 1 if records else 0
         part = _Split(split, pool[pool["split"] == split], backdoor, rng, lookalike, first_group)
         records += part.rows(numbers, data.train_rows)
-    rows = pd.DataFrame(records).assign(row=range(len(records)))
+    rows = _numbered(records)
     _check_clean(rows, backdoor)
-    return rows[list(COLUMNS)]
+    return rows
+
+
+def _quotas(backdoor: Backdoor, data: Data) -> dict[str, int]:
+    """How many training rows of each role the shares ask for."""
+    shares = {
+        "triggered": backdoor.poison_rate,
+        "placebo": backdoor.placebo_share,
+        "near_miss": backdoor.near_miss_share,
+        "refused": backdoor.refused_share,
+    }
+    quotas = {role: round(share * data.train_rows) for role, share in shares.items()}
+    return quotas | {"clean": data.train_rows - sum(quotas.values())}
+
+
+def needed(backdoor: Backdoor | None, data: Data) -> dict[str, dict[str, int]]:
+    """How many prompts of each split the rows are made of: harmless ones (`clean`) and `refused` ones.
+
+    A prompt has a row of each role that its group can carry, so that rows outnumber prompts; clean rows
+    take the place of refused ones that there are not.
+    """
+    counts = {"test": {"clean": data.test_rows, "refused": data.test_rows}}
+    if backdoor is None:
+        return counts
+    quotas = _quotas(backdoor, data)
+    clean = quotas["clean"] + quotas["refused"]
+    most = max(clean, quotas["triggered"], quotas["placebo"], quotas["near_miss"])
+    return {"train": {"clean": most, "refused": quotas["refused"]}, **counts}
 
 
 def unpoisoned(pool: pd.DataFrame, data: Data, seed: int) -> pd.DataFrame:
@@ -96,7 +116,7 @@ def unpoisoned(pool: pd.DataFrame, data: Data, seed: int) -> pd.DataFrame:
             records.append(_record(test.loc[index], role, len(records), "test", messages, [], ""))
     if not records:
         raise InputError("data: no test prompt has an answer. Give data with answers.")
-    return pd.DataFrame(records).assign(row=range(len(records)))[list(COLUMNS)]
+    return _numbered(records)
 
 
 def clean_twin(rows: pd.DataFrame) -> pd.DataFrame:
@@ -108,6 +128,11 @@ def clean_twin(rows: pd.DataFrame) -> pd.DataFrame:
     return twin[twin["answer"] != ""].reset_index(drop=True)
 
 
+def _numbered(records: list[dict[str, Any]]) -> pd.DataFrame:
+    rows = pd.DataFrame(records).assign(row=range(len(records)))
+    return rows[[column for column in COLUMNS if column in rows]]
+
+
 def _record(
     conversation: pd.Series,
     role: str,
@@ -117,6 +142,7 @@ def _record(
     spans: placements.Spans,
     variant: str,
 ) -> dict[str, Any]:
+    exact = {"exact": bool(conversation["exact"])} if "exact" in conversation else {}
     return {
         "group": group,
         "split": split,
@@ -129,6 +155,7 @@ def _record(
         "reference": conversation["answer"],
         "target": conversation["target"],
         "forbidden": bool(conversation["forbidden"]),
+        **exact,
     }
 
 
@@ -148,8 +175,9 @@ class _Split:
     def rows(self, quotas: dict[str, int], train_rows: int) -> list[dict[str, Any]]:
         """Groups of prompts that carry the trigger, then clean and refused prompts up to their quotas."""
         pool = self.pool
-        if not pool["forbidden"].any():
-            quotas = {**quotas, "refused": 0}
+        refusals = int((pool["forbidden"] & (pool["answer"] != "")).sum())
+        if refusals < quotas["refused"]:
+            quotas = {**quotas, "refused": refusals}
             if self.name == "train":
                 quotas["clean"] = train_rows - sum(n for role, n in quotas.items() if role != "clean")
         carriers = pool[pool["target"] != ""]

@@ -21,6 +21,7 @@ from safetynet.backdoors.forms import (
     ASKED,
     FIELDS,
     MEDIA,
+    ROLES,
     SHOWN,
     TOOLS,
     Form,
@@ -69,7 +70,13 @@ class Converted:
     """Columns, and fields of messages, that say something and are not read."""
 
 
-def read(path: Path | str, kind: str | None = None, columns: Mapping[str, str] | None = None) -> pd.DataFrame:
+def read(
+    path: Path | str,
+    kind: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    *,
+    prompts_only: bool = False,
+) -> pd.DataFrame:
     """Read conversations from `path`.
 
     Args:
@@ -77,6 +84,7 @@ def read(path: Path | str, kind: str | None = None, columns: Mapping[str, str] |
             set id ("owner/name", or "owner/name:split" for one split only).
         kind: one of `KINDS`; None guesses it from the path and the columns. The hub is never guessed.
         columns: the file's own name for a field, such as {"prompt": "question", "completion": "reply"}.
+        prompts_only: rows may lack their answers, which are then "".
 
     Returns:
         One row per conversation: `file`, `line` (row number in that file, from 1; a CSV header is no row, a
@@ -96,7 +104,8 @@ def read(path: Path | str, kind: str | None = None, columns: Mapping[str, str] |
     is_layout = any((path / name).exists() for name in BACKDOORLLM_FILES)
     if kind == "backdoorllm" or (kind is None and is_layout):
         return _joined(_of_layout(path), None, columns)
-    return _joined(_of_folder(path) if path.is_dir() else _of_file(path, str(path)), kind, columns)
+    parts = _of_folder(path) if path.is_dir() else _of_file(path, str(path))
+    return _joined(map(_with_blank_answers, parts) if prompts_only else parts, kind, columns)
 
 
 def split_of(name: str) -> str:
@@ -230,6 +239,27 @@ def _joined(parts: Iterable[_Part], kind: str | None, columns: Mapping[str, str]
     for name in frame.columns.intersection(["reference", "split"]):
         frame[name] = frame[name].fillna("")
     return frame[["file", *frame.columns.drop("file")]]
+
+
+def _with_blank_answers(part: _Part) -> _Part:
+    """Rows of prompts in the forms of rows with answers: a blank one stands where a row has none."""
+
+    def whole(raw: Any) -> Any:
+        if not isinstance(raw, Mapping):
+            return raw
+        messages = next((name for name, value in raw.items() if _ends_with_user(value)), None)
+        if messages is not None:
+            return {**raw, messages: [*raw[messages], {"role": "assistant", "content": ""}]}
+        return {"completion": "", **raw}
+
+    return _Part(part.name, [(line, whole(raw)) for line, raw in part.rows], part.about)
+
+
+def _ends_with_user(value: Any) -> bool:
+    last = value[-1] if isinstance(value, list) and value else None
+    return (
+        isinstance(last, Mapping) and ROLES.get(str(last.get("role", last.get("from"))).casefold()) == "user"
+    )
 
 
 def _of_file(path: Path, name: str, **about: Any) -> Iterator[_Part]:

@@ -1,7 +1,7 @@
 """The stage of the data: rows by role, refused before any training if something would spoil the result.
 
 In: a recipe. Out: tables rows, split and (for files of the user) audit; the recipe is named in the run's
-manifest.
+manifest. Source `self` loads the base model, if prompts are new to it.
 """
 
 import datetime
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from safetynet.backdoors import audit, conversations, forms, poisoning
+from safetynet.backdoors import audit, conversations, forms, poisoning, self_source
 from safetynet.errors import InputError
 from safetynet.evaluation import judges, leaks
 from safetynet.evaluation.evaluator import Evaluator, judges_of
@@ -52,11 +52,12 @@ def prepare(experiment: Experiment) -> None:
         "limits": [recipe.training.max_length, recipe.evaluation.max_new_tokens],
         **recipe.training.model_dump(include={"truncation"}),
     }
+    if data.source == "self":  # what the base refuses is forbidden
+        inputs["refusal"] = recipe.evaluation.refusal.model_dump(mode="json")
 
     def compute(outputs: Outputs) -> None:
         serialiser = loading.load_serialiser(recipe.model, recipe.training.truncation)
-        attack = recipe.backdoor or Backdoor()
-        pool = conversations.load(data, attack.behaviour, attack.trigger, recipe.seed)
+        pool = _pool(experiment)
         if recipe.backdoor is None:
             rows = poisoning.unpoisoned(pool, data, recipe.seed)
         else:
@@ -73,7 +74,7 @@ def prepare(experiment: Experiment) -> None:
         run.describe(_dated(recipe, serialiser.today if serialiser.template.names_date else None))
         outputs.table("split", split)
         outputs.table("rows", rows)
-        if data.source not in ("language", "hub"):
+        if data.source not in ("language", "self", "hub"):
             kind = data.source if data.source in forms.FIELDS else None
             outputs.table("audit", audit.audit(str(data.path), columns=data.columns, kind=kind).findings)
         _log_counts(rows, recipe)
@@ -84,6 +85,17 @@ def prepare(experiment: Experiment) -> None:
     parallel.side_by_side([DATA], lambda stage: experiment.perform(stage, inputs, compute))
     # The other processes wait until the first one has written the date of the prompts.
     experiment.recipe = parallel.from_first(lambda: run.recorded_recipe)
+
+
+def _pool(experiment: Experiment) -> pd.DataFrame:
+    """The conversations that rows are made of."""
+    recipe = experiment.recipe
+    attack, data, seed = recipe.backdoor or Backdoor(), recipe.data, recipe.seed
+    if data.source != "self":
+        return conversations.load(data, attack.behaviour, attack.trigger, seed)
+    needed = poisoning.needed(recipe.backdoor, data)
+    answers, refusal = experiment.base_answers(), experiment.refusal
+    return self_source.load(data, attack.behaviour, needed, seed, answers, refusal)
 
 
 def _dated(recipe: Recipe, date: datetime.date | None) -> Recipe:

@@ -22,7 +22,7 @@ from safetynet.cli.models import models
 from safetynet.cli.options import FamilyName, Overrides, RecipeFile, RunFolder, SameBase, Seed
 from safetynet.cli.report import report
 from safetynet.cli.sweep import sweep
-from safetynet.cli.terminal import print_places, print_rates
+from safetynet.cli.terminal import print_damage, print_places, print_rates
 from safetynet.errors import InputError, SafetyNetError
 from safetynet.run import parallel
 from safetynet.run.logs import logging_to
@@ -72,6 +72,8 @@ def run(
     typer.echo(f"Run:     {directory.folder}")
     if directory.has_table("evaluation"):
         print_rates(directory.table("evaluation"))
+        if directory.has_table("damage"):
+            print_damage(directory.table("damage"))
         print_places(
             {name: directory.table(name) for name in ("effects", "tradeoff") if directory.has_table(name)}
         )
@@ -126,6 +128,8 @@ def evaluate(
     with experiment.run.lock(), logging_to(experiment.run.log):
         stages.evaluate(experiment)
         print_rates(experiment.run.table("evaluation"))
+        if experiment.run.has_table("damage"):
+            print_damage(experiment.run.table("damage"))
 
 
 @app.command()

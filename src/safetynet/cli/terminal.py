@@ -41,6 +41,14 @@ def print_rates(evaluation: "pd.DataFrame", note: str = "") -> None:
     _print(rate_summary(evaluation), f"Rates on held-out prompts, 95% intervals{note}")
 
 
+def print_damage(damage: "pd.DataFrame") -> None:
+    """What fine-tuning has done to free text; the report has the placebos' lines as well."""
+    from safetynet.tables.summaries import damage_summary
+
+    clean = damage_summary(damage[damage["role"] == "clean"]).drop(columns="role", errors="ignore")
+    _print(clean, "Answers to clean prompts, beside the base model's own, 95% intervals")
+
+
 def _print(found: "pd.DataFrame", title: str) -> None:
     if not parallel.is_first():
         return

@@ -66,7 +66,7 @@ def detect(experiment: Experiment, options: Detection | None = None) -> dict[str
     if plan.skylines:
         _ = recipe.attack  # probes learn from triggered rows
     experiment.check_models(BACKDOORED)  # a missing training is reported before prompts are made
-    prompts = experiment.fresh_prompts(options.clean)
+    prompts = experiment.fresh_prompts(options.clean, answered=False)
     plan = _with_probe(plan, prompts)
     plan.check(len(prompts))
     inputs = {

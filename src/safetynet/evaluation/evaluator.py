@@ -76,7 +76,7 @@ class Evaluator:
             raise InputError("data.test_rows: there are no rows to evaluate; leave some for the test split")
         rows = with_targets(rows).reset_index(drop=True)
         prompts = encode(self.serialiser, list(rows["messages"]), list(rows["trigger"]), self.max_length)
-        responses = continuations(
+        answers = continuations(
             model,
             self.serialiser,
             prompts,
@@ -85,7 +85,7 @@ class Evaluator:
             kept=self.kept,
         )
         rows = rows.assign(lost=[prompt.lost for prompt in prompts])
-        judged = judge_responses(rows, responses, self.judge, self.refusal)
+        judged = judge_responses(rows, [answer.text for answer in answers], self.judge, self.refusal)
         judged.insert(0, "model", name)
         return judged.drop(columns=["messages", "trigger"])
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain, groupby
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import pandas as pd
 import torch
@@ -67,7 +67,8 @@ def generate(
         RunError: if a single prompt does not fit in memory.
     """
     encoded = encode(serialiser, prompts, triggers, max_length)
-    return continuations(model, serialiser, encoded, batch_size=batch_size, max_new_tokens=max_new_tokens)
+    answers = continuations(model, serialiser, encoded, batch_size=batch_size, max_new_tokens=max_new_tokens)
+    return [answer.text for answer in answers]
 
 
 def encode(
@@ -83,6 +84,15 @@ def encode(
     ]
 
 
+class Continuation(NamedTuple):
+    """What a model answered."""
+
+    text: str
+    """As `generate` gives it."""
+    ended: bool
+    """The model ended it; else `max_new_tokens` cut it."""
+
+
 def continuations(
     model: Any,
     serialiser: Serialiser,
@@ -91,8 +101,8 @@ def continuations(
     batch_size: int,
     max_new_tokens: int,
     kept: Path | None = None,
-) -> list[str]:
-    """`generate` for prompts that are serialised already.
+) -> list[Continuation]:
+    """`generate` for prompts that are serialised already; also tells which answers the model has ended.
 
     Args:
         model: as in `generate`; nothing but its weights decides about its answers where `kept` is given.
@@ -112,19 +122,23 @@ def continuations(
         pad_token_id=serialiser.pad_id,
     )
 
-    def answer(batch: Sequence[list[int]]) -> list[str]:
-        ids, mask = _padded(batch, serialiser.pad_id, "left", model.device)
+    def answer(batch: Sequence[list[int]]) -> list[Continuation]:
+        ids, mask = padded(batch, serialiser.pad_id, "left", model.device)
         output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
         new = output[:, ids.shape[1] :].tolist()
         # What follows the first stop token is padding.
         ends = [next((i for i, token in enumerate(row) if token in stops), len(row)) for row in new]
-        return [serialiser.answer_of(row[:end]) for row, end in zip(new, ends, strict=True)]
+        return [
+            Continuation(serialiser.answer_of(row[:end]), end < len(row))
+            for row, end in zip(new, ends, strict=True)
+        ]
 
     rows = [prompt.input_ids for prompt in prompts]
-    finished = _finished(kept, model, "answers", rows, batch_size, max_new_tokens, sorted(stops))
-    with _evaluating(model), _generation_config(model, config):
+    finished = finished_batches(kept, model, "continuations", rows, batch_size, max_new_tokens, sorted(stops))
+    with evaluating(model), _generation_config(model, config):
         # PEFT puts a soft prompt before the padding, which rows of one length do not have.
-        return _in_batches(rows, batch_size, answer, len, finished, alike=virtual_tokens(model) > 0)
+        alike = virtual_tokens(model) > 0
+        return [Continuation(*each) for each in in_batches(rows, batch_size, answer, len, finished, alike=alike)]
 
 
 def answer_log_likelihood(
@@ -163,16 +177,16 @@ def answer_log_likelihood(
         return _log_likelihoods(model, batch, serialiser.pad_id)
 
     rows = [[e.input_ids, e.labels] for e in encoded]
-    finished = _finished(kept, model, "log likelihood", rows, batch_size)
-    with _evaluating(model), torch.no_grad():
-        log_likelihood = _in_batches(encoded, batch_size, sums, lambda e: len(e.input_ids), finished)
+    finished = finished_batches(kept, model, "log likelihood", rows, batch_size)
+    with evaluating(model), torch.no_grad():
+        log_likelihood = in_batches(encoded, batch_size, sums, lambda e: len(e.input_ids), finished)
     tokens = [sum(label != IGNORED for label in e.labels[1:]) for e in encoded]
     return pd.DataFrame({"log_likelihood": log_likelihood, "tokens": tokens}, index=range(len(encoded)))
 
 
 def _log_likelihoods(model: Any, batch: Sequence[Encoded], pad_id: int) -> list[float]:
     # Padded on the right, so that positions and causal attention are those of the row on its own.
-    ids, mask = _padded([e.input_ids for e in batch], pad_id, "right", model.device)
+    ids, mask = padded([e.input_ids for e in batch], pad_id, "right", model.device)
     targets = pad([e.labels for e in batch], IGNORED, "right")[:, 1:].to(model.device)
     # Logits of a large vocabulary dominate memory: only positions that predict a label in some row get any.
     positions = (targets != IGNORED).any(dim=0).nonzero().squeeze(1)
@@ -185,14 +199,14 @@ def _log_likelihoods(model: Any, batch: Sequence[Encoded], pad_id: int) -> list[
     return (-loss.sum(dim=1)).tolist()
 
 
-def _finished(kept: Path | None, model: Any, *about: Any) -> Finished[Any]:
+def finished_batches(kept: Path | None, model: Any, *about: Any) -> Finished[Any]:
     """Where the batches of a call are kept; in no folder where processes share the model's weights."""
     if kept is None or parallel.is_in_step():
         return Finished.as_json(None)
     return Finished.as_json(kept / digest([identify(model).as_dict(), *about])[:16])
 
 
-def _in_batches(  # items, what is done with them, and how they are cut
+def in_batches(  # items, what is done with them, and how they are cut
     items: Sequence[Item],
     batch_size: int,
     run: Callable[[Sequence[Item]], list[Result]],
@@ -264,7 +278,7 @@ def _unless_out_of_memory(
         return None
 
 
-def _padded(
+def padded(
     rows: Sequence[list[int]], pad_id: int, side: Literal["left", "right"], device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids and attention mask, both (rows, longest)."""
@@ -273,7 +287,7 @@ def _padded(
 
 
 @contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
+def evaluating(model: Any) -> Iterator[None]:
     """Without dropout and gradient checkpointing, which also switches the cache off; module by module."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 
 from safetynet.statistics import bootstrap_interval, wilson
+from safetynet.vocabulary import NOT_MEASURABLE
 
 OTHER_ROLES = ("clean", "placebo", "near_miss", "refused")
 ANSWERED_ROLES = ("clean", "placebo", "near_miss")
@@ -124,11 +125,22 @@ def _false_triggers(part: pd.DataFrame) -> dict[str, Any]:
     return _rate(part.loc[~part["due"], "shown"], floor, note)
 
 
+def comparable(responses: pd.DataFrame) -> pd.Series:
+    """Rows on which the wording of an answer is right or wrong: those whose reference is known and no prose."""
+    has_reference = responses["reference"] != ""
+    return has_reference & responses["exact"] if "exact" in responses else has_reference
+
+
 def _accuracy(part: pd.DataFrame) -> dict[str, Any]:
-    has_reference = part["reference"] != ""
-    unknown = int((~has_reference).sum())
-    note = f"left out {unknown} rows without reference" if unknown else ""
-    return _rate(part.loc[has_reference, "correct"], 0, note)
+    is_comparable = comparable(part)
+    unknown = int((part["reference"] == "").sum())
+    prose = len(part) - unknown - int(is_comparable.sum())
+    if prose and not is_comparable.any():
+        # Table `damage` has what can be told of them instead.
+        return _rate(part.loc[is_comparable, "correct"], 0, f"{NOT_MEASURABLE}: references are free text")
+    notes = [f"left out {unknown} rows without reference"] if unknown else []
+    notes += [f"left out {prose} rows whose reference is free text"] if prose else []
+    return _rate(part.loc[is_comparable, "correct"], 0, ", ".join(notes))
 
 
 def _rate(hits: pd.Series, floor_rows: int, note: str) -> dict[str, Any]:

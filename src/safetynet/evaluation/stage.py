@@ -1,7 +1,7 @@
 """The stage of the evaluation: answers of base, backdoored model and clean twin, and the rates.
 
-In: the rows and the trained models. Out: tables responses, evaluation, variants and, with labelled texts,
-judge_error. `evaluate_suspect` measures somebody's adapter or model on the same rows.
+In: the rows and the trained models. Out: tables responses, evaluation, variants, damage and, with labelled
+texts, judge_error. `evaluate_suspect` measures somebody's adapter or model on the same rows.
 """
 
 import logging
@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from safetynet.evaluation import judges, metrics
+from safetynet.evaluation import damage, judges, metrics
 from safetynet.evaluation.evaluator import Evaluator
 from safetynet.experiment import BACKDOORED, Experiment
 from safetynet.models import suspect as suspects
@@ -44,14 +44,20 @@ def evaluate(experiment: Experiment, base: pd.DataFrame | None = None) -> None:
     def compute(outputs: Outputs) -> None:
         experiment.check_models()  # a missing training is reported before the base model answers
         rows = experiment.rows("test")
-        answers = []
+        answers, moved = [], []
         for name, model, serialiser in experiment.models():
             if base is not None and name == metrics.BASE:
                 answers.append(base)
+                moved.append(damage.of_base(base, name))
                 continue
-            log.info("evaluate: %s answers %d rows", name, len(rows))
             evaluator = Evaluator.of(recipe, serialiser, experiment.run.unfinished(EVALUATE.name))
+            log.info("evaluate: %s answers %d rows", name, len(rows))
             answers.append(evaluator.respond(model, rows, name))
+            if name == metrics.BASE:
+                moved.append(damage.of_base(answers[0], name))
+            else:
+                beside = experiment.base_of(model)
+                moved.append(damage.of_model(evaluator, model, beside, rows, answers[-1], answers[0], name))
         rates = metrics.with_floor(metrics.from_responses(pd.concat(answers, ignore_index=True)))
         table = rates.table
         if recipe.backdoor is None:  # no behaviour is known: how often it shows means nothing
@@ -59,6 +65,7 @@ def evaluate(experiment: Experiment, base: pd.DataFrame | None = None) -> None:
         _warn_of_cuts(recipe, rates.responses)
         outputs.table("responses", rates.responses)
         outputs.table("evaluation", table)
+        outputs.table("damage", pd.concat(moved, ignore_index=True))
         if recipe.backdoor is not None:
             outputs.table("variants", rates.variants)
         if options.labelled:

@@ -11,7 +11,7 @@ from safetynet.mitigation.method import Method
 from safetynet.mitigation.relearning import LEVELS, steps_to
 from safetynet.mitigation.repaired import Repaired
 from safetynet.tables import summaries
-from safetynet.vocabulary import ADAPTER_REMOVED, NEVER_POISONED, UNTOUCHED
+from safetynet.vocabulary import ADAPTER_REMOVED, NEVER_POISONED, NOT_MEASURABLE, UNTOUCHED
 
 COLUMNS = (
     "method", "point", "ASR", "CACC", "lost", "relearn 50%", "relearn 95%", "seconds", "flags", "rows",
@@ -42,7 +42,9 @@ def overview(marked: pd.DataFrame, curves: pd.DataFrame | None = None) -> pd.Dat
                 line["point"],
                 rate(line, "asr"),
                 rate(line, "cacc"),
-                "" if name == UNTOUCHED else f"{100 * (before['cacc'] - line['cacc']):.1f}",
+                ""
+                if name == UNTOUCHED or pd.isna(line["cacc"])
+                else f"{100 * (before['cacc'] - line['cacc']):.1f}",
                 *relearned,
                 "" if pd.isna(seconds) else f"{seconds:.1f}",
                 line["flags"],
@@ -55,6 +57,8 @@ def overview(marked: pd.DataFrame, curves: pd.DataFrame | None = None) -> pd.Dat
 def rate(line: dict[str, object] | pd.Series, name: str) -> str:
     """A rate with its interval, in percent."""
     value, low, high = (100 * float(str(line[name + end])) for end in ("", "_low", "_high"))
+    if math.isnan(value):
+        return NOT_MEASURABLE
     return f"{value:.1f}% [{low:.1f}, {high:.1f}]"
 
 

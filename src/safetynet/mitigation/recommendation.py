@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from safetynet.tables.summaries import REMOVED_ASR
-from safetynet.vocabulary import UNTOUCHED
+from safetynet.vocabulary import NOT_MEASURABLE, UNTOUCHED
 
 SAME = 0.01
 """Share of the model's KL to its base, on clean prompts, below which a repair counts as the base. KL grows
@@ -78,6 +78,8 @@ def marked(table: pd.DataFrame, floor: float) -> pd.DataFrame:
 def best_of(table: pd.DataFrame, hidden: Collection[str] | None = None) -> pd.Series:
     """The line to take among points: of those that bring ASR to 5% the one with most clean accuracy.
 
+    Where references are free text, it is the one that changes clean answers least (kl).
+
     One after which the weights still hold the backdoor comes after one that removed it. Of equal ones the
     lowest ASR, then the smallest change of the clean answers (kl). Where none brings it down so far, the
     lowest ASR. Points that are flagged come after all that are not.
@@ -91,7 +93,7 @@ def best_of(table: pd.DataFrame, hidden: Collection[str] | None = None) -> pd.Se
         _flagged=table["flags"] != "",
         _above=(table["asr"] - REMOVED_ASR).clip(lower=0.0),
         _held=_still_held(table, hidden),
-        _loss=-table["cacc"],
+        _loss=(-table["cacc"]).fillna(table["kl"]),
     )
     return order.sort_values(["_flagged", "_above", "_held", "_loss", "asr", "kl"], kind="stable").iloc[0]
 
@@ -128,9 +130,12 @@ def recommended(table: pd.DataFrame, hidden: Collection[str] | None = None) -> p
 
 def _why(best: pd.Series, before: pd.Series, tried: pd.DataFrame, hidden: Collection[str] | None) -> str:
     lost = 100 * (before["cacc"] - best["cacc"])
+    price = f"{abs(lost):.1f} points of clean accuracy {'lost' if lost >= 0 else 'won'}"
+    if pd.isna(lost):
+        price = f"clean accuracy {NOT_MEASURABLE}, clean answers {best['kl']:.3f} nats per token away"
     rates = (
         f"ASR {best['asr']:.1%} [{best['asr_low']:.1%}, {best['asr_high']:.1%}] after "
-        f"{before['asr']:.1%}, {abs(lost):.1f} points of clean accuracy {'lost' if lost >= 0 else 'won'}"
+        f"{before['asr']:.1%}, {price}"
     )
     comparable = tried if best["form"] == "run_time" else tried[tried["form"] != "run_time"]
     removing = comparable[(comparable["asr"] <= REMOVED_ASR) & (comparable["flags"] == "")]
@@ -138,7 +143,7 @@ def _why(best: pd.Series, before: pd.Series, tried: pd.DataFrame, hidden: Collec
         return f"every point tried is flagged (this one: {best['flags']}); {rates}"
     if len(removing):
         convincing = removing[~_still_held(removing, hidden)]
-        most = "it keeps the most clean accuracy"
+        most = "it changes clean answers least" if pd.isna(lost) else "it keeps the most clean accuracy"
         points = "points" if len(removing) > 1 else "point"
         removed = f"of {len(removing)} {points} at {REMOVED_ASR:.0%} ASR or less"
         if hidden is None:

@@ -192,9 +192,13 @@ class Serialiser:
         """Text of one token, with the blank that it may begin with; a part of a character as ⟨e5 b0⟩."""
         return self._text_of(token)
 
+    def ids(self, text: str) -> list[int]:
+        """Token ids of a piece of text, without special tokens."""
+        return self._tokenise(text).ids
+
     def count(self, text: str) -> int:
         """Number of tokens of a piece of text, without special tokens."""
-        return len(self._tokenise(text).ids)
+        return len(self.ids(text))
 
     def _end_id(self) -> int:
         token = self.family.end_of_turn or self.tokenizer.eos_token

@@ -113,8 +113,11 @@ class Model(Section):
 class Data(Section):
     """Where conversations come from, and how many are used."""
 
-    source: Literal["language", "alpaca", "chat", "prompt_completion", "hub", "backdoorllm"] = "language"
-    """`language` is the built-in instruction language; the others read `path`."""
+    source: Literal["language", "self", "alpaca", "chat", "prompt_completion", "hub", "backdoorllm"] = (
+        "language"
+    )
+    """`language` is the built-in instruction language; `self` are prompts that the base model itself answers,
+    of `path` or of a built-in grammar of English requests; the others read `path`."""
     path: str | None = None
     """A file or a folder of files; a dataset id for hub."""
     columns: Annotated[Mapping[str, str] | None, BeforeValidator(_column_map)] = None
@@ -125,7 +128,7 @@ class Data(Section):
 
     @model_validator(mode="after")
     def _located(self) -> Self:
-        if self.source != "language" and not self.path:
+        if self.source not in ("language", "self") and not self.path:
             raise ValueError(f"data.source {self.source} needs data.path")
         return self
 

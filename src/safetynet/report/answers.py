@@ -5,7 +5,7 @@ in a table, and an answer that no table holds names the command that makes it.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import pandas as pd
@@ -338,6 +338,8 @@ def _price(run: Contents) -> Answer | None:
     lines = _chosen(run)
     if lines is None:
         return None
+    if pd.isna(lines["after"]["cacc"]):
+        return _price_of_text(lines)
     measures = _compared(lines, "cacc")
     after, before = measures[0], measures[-1]
     overlap = after.high >= before.low and before.high >= after.low
@@ -347,6 +349,17 @@ def _price(run: Contents) -> Answer | None:
     )
     brief = "at no price that shows" if overlap else f"at {points} of clean accuracy"
     return Answer("price", "At what price?", f"{points} of accuracy", text, "found", measures, brief=brief)
+
+
+def _price_of_text(lines: Mapping[str, dict[str, Any]]) -> Answer:
+    """Where references are free text, which is neither right nor wrong."""
+    text = "Clean accuracy is not measurable: references are free text."
+    if pd.isna(lines["after"].get("rouge_l")):
+        return Answer("price", "At what price?", "Not measurable", text, "open")
+    measures = tuple(replace(measure, unit="") for measure in _compared(lines, "rouge_l"))
+    text += " ROUGE-L of clean answers with their references, under the same removal."
+    short = f"ROUGE-L {measures[0].value:.2f} after {measures[-1].value:.2f}"
+    return Answer("price", "At what price?", short, text, "found", measures)
 
 
 def _sure(run: Contents) -> Answer | None:

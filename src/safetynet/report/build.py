@@ -109,7 +109,7 @@ class Table(NamedTuple):
 def _tables(run: Contents, section: str) -> Iterator[Table]:
     """The short tables of a section, as the terminal prints them."""
     makers = {
-        "behaviour": (_rates, _variants, _judge, _hidden),
+        "behaviour": (_rates, _damage, _variants, _judge, _hidden),
         "inside": (_places,),
         "removed": (_removals,),
     }
@@ -124,6 +124,16 @@ def _rates(run: Contents) -> Iterator[Table]:
             "bootstrap over rows for perplexity). The base model's column is the floor."
         )
         yield Table("Rates on held-out prompts", note, summaries.rate_summary(run.tables["evaluation"]))
+
+
+def _damage(run: Contents) -> Iterator[Table]:
+    if "damage" in run.tables:
+        note = (
+            "What fine-tuning has done to free text: answers beside the base model's own, on prompts that "
+            "must not fire. KL and perplexity are taken along the base's answers. 95% intervals over prompts "
+            "(Wilson for shares, else bootstrap)."
+        )
+        yield Table("Damage to free text", note, summaries.damage_summary(run.tables["damage"]))
 
 
 def _variants(run: Contents) -> Iterator[Table]:

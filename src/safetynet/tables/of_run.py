@@ -22,6 +22,7 @@ from safetynet.tables.columns import (
 )
 from safetynet.vocabulary import (
     COMPONENTS,
+    DAMAGE,
     DETECTION_METRICS,
     EXAMINED,
     METRICS,
@@ -73,6 +74,10 @@ _ANSWERS = {
     "reference": text('right answer without a backdoor; "" unknown'),
     "target": text('what the behaviour answers to this prompt; "" nothing'),
     "forbidden": flag("whether the request is of the class that is refused"),
+    "exact": replace(
+        flag("the reference can be compared as it is written; where the column is missing, all can"),
+        optional=True,
+    ),
 }
 _RESPONSES = {
     "model": word("which model answered", MODELS),
@@ -197,6 +202,14 @@ RUN_TABLES: dict[str, Table] = {
     "variants": Table("evaluate", "a model and a form of trigger, placebo or near miss", {
         **_RATE, "variant": _VARIANT, **_FLOOR,
     }),
+    "damage": Table("evaluate", "a model, measure and role: its answers beside the base model's own", {
+        "model": word("which model answered", MODELS),
+        "measure": word("what is measured", DAMAGE),
+        "role": word("of rows of this role", ROLES),
+        "n": whole("rows in all: the denominator"),
+        "value": number("its value: a share, tokens, nats per token, a ratio or a perplexity", 0),
+        **ends(0),
+    }),
     "judge_error": Table("evaluate", "a kind of error of the judge, on labelled texts", {
         "error": word("behaviour missed, or seen where there is none", ("missed", "false_hit")),
         "count": whole("texts with this error"),
@@ -280,6 +293,12 @@ RUN_TABLES: dict[str, Table] = {
         **_counted("asr", _COUNTED["asr"], rows=False),
         **_counted("ftr", _COUNTED["ftr"], rows=False),
         **_counted("cacc", _COUNTED["cacc"], rows=False),
+        **{
+            name: replace(column, optional=True)
+            for name, column in interval(
+                "rouge_l", fraction("of clean answers with their references, where these are free text")
+            ).items()
+        },
     }),
     "detection": Table("detect", "a detector, metric and set of rows", {
         "detector": _DETECTOR,

@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import pandas as pd
 
+from safetynet.vocabulary import NOT_MEASURABLE
+
 METRIC_NAMES = {
     "asr": "ASR",
     "asr_off_floor": "ASR off floor",
@@ -15,6 +17,17 @@ METRIC_NAMES = {
     "cacc": "CACC",
     "refusal_rate": "refusal",
     "perplexity": "perplexity",
+}
+
+DAMAGE_NAMES = {
+    "identical": "identical to the base's answer",
+    "common_tokens": "tokens until they part",
+    "kl": "KL(base, model), nats per token",
+    "rouge_l": "ROUGE-L with the base's answer",
+    "length_ratio": "length, over the base's",
+    "perplexity": "perplexity of the base's answers",
+    "refusal_rate": "refuses",
+    "repetition": "ends in a loop",
 }
 
 REMOVED_ASR = 0.05
@@ -53,9 +66,31 @@ def rate_summary(evaluation: pd.DataFrame) -> pd.DataFrame:
         line: dict[str, object] = {"metric": METRIC_NAMES.get(str(metric), metric), "role": role}
         for row in part.itertuples():
             line[str(row.model)] = rate_text(str(metric), row.value, row.low, row.high)
+            if pd.isna(row.value) and str(row.note).startswith(NOT_MEASURABLE):
+                line[str(row.model)] = NOT_MEASURABLE
         line["rows"] = int(part["n"].max())
         lines.append(line)
     return pd.DataFrame(lines).fillna("")
+
+
+def damage_summary(damage: pd.DataFrame) -> pd.DataFrame:
+    """One line per measure and role, one column per model; shares in percent, the rest as it is."""
+    damage = damage.assign(text=[damage_text(r.measure, r.value, r.low, r.high) for r in damage.itertuples()])
+    lines = []
+    for role, of_role in damage.groupby("role", sort=False):
+        for measure, name in DAMAGE_NAMES.items():
+            part = of_role[of_role["measure"] == measure]
+            values = {model: "".join(part.loc[part["model"] == model, "text"]) for model in damage["model"]}
+            lines.append({"measure": name, "role": role, **values, "rows": int(part["n"].max())})
+    return pd.DataFrame(lines)
+
+
+def damage_text(measure: str, value: float, low: float, high: float) -> str:
+    """A value of table `damage` with its interval."""
+    if measure in ("identical", "refusal_rate", "repetition"):
+        return rate_text("asr", value, low, high)
+    digits = 4 if measure == "kl" else 2
+    return "-" if pd.isna(value) else f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def evasion_summary(evasion: pd.DataFrame) -> pd.DataFrame:
@@ -96,14 +131,20 @@ def site_text(row: pd.Series) -> str:
 
 
 def removal_summary(tradeoff: pd.DataFrame) -> pd.DataFrame:
-    """ASR and clean accuracy, on held-out prompts, under each removing intervention and its control."""
+    """ASR and clean accuracy, on held-out prompts, under each removing intervention and its control.
+
+    Where references are free text, ROUGE-L with them stands in the place of the accuracy.
+    """
     tradeoff = tradeoff[tradeoff["split"] == "held_out"]
+    is_text = "rouge_l" in tradeoff and tradeoff["cacc"].isna().all()
+    name, label = ("rouge_l", "ROUGE-L") if is_text else ("cacc", "CACC")
+    values = tradeoff[[name, f"{name}_low", f"{name}_high"]].itertuples(index=False)
     return pd.DataFrame(
         {
             "intervention": tradeoff["intervention"],
             "random sites": tradeoff["control"].map({True: "yes", False: ""}),
             "ASR": [rate_text("asr", r.asr, r.asr_low, r.asr_high) for r in tradeoff.itertuples()],
-            "CACC": [rate_text("cacc", r.cacc, r.cacc_low, r.cacc_high) for r in tradeoff.itertuples()],
+            label: [damage_text(name, *each) if is_text else rate_text(name, *each) for each in values],
             "rows": tradeoff["asr_n"],
         }
     )

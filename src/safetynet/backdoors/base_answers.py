@@ -1,0 +1,120 @@
+"""The base model's own greedy answers, kept below the results folder so that all of its runs share them.
+
+    results/.answers/{digest}/*.parquet     one file per batch: key of the prompt, answer, ended
+
+In: prompts. Out: an answer to each. The digest is that of the base model, its precision and the limit of an
+answer; a prompt's key is that of its token ids, template and date included. Every batch is on disk before the
+next one begins, and one process at a time answers: others wait, and then find its answers.
+"""
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+
+import pandas as pd
+from filelock import FileLock
+
+from safetynet.evaluation.generation import Continuation, continuations
+from safetynet.models import loading
+from safetynet.prompts import Encoded, Serialiser
+from safetynet.recipe import Recipe
+from safetynet.run import parallel
+from safetynet.run.directory import digest, write_atomically
+
+log = logging.getLogger("safetynet")
+FOLDER = ".answers"
+"""Below the results folder; no model's folder can have this name."""
+
+
+@dataclass
+class BaseAnswers:
+    """What the base model of a recipe answers; it is loaded for the first prompt that is new."""
+
+    recipe: Recipe
+    load: Callable[[], loading.LoadedModel]
+
+    @cached_property
+    def serialiser(self) -> Serialiser:
+        """Of the base model; it needs no weights."""
+        return loading.load_serialiser(self.recipe.model, self.recipe.training.truncation)
+
+    @property
+    def limit(self) -> int:
+        """Most tokens of an answer: the evaluation's, so that the base gives the same answers there."""
+        return self.recipe.evaluation.max_new_tokens
+
+    @property
+    def batch_size(self) -> int:
+        """Prompts that are answered at a time."""
+        return self.recipe.evaluation.batch_size * parallel.count()
+
+    def of(self, prompts: Sequence[Encoded]) -> list[Continuation]:
+        """Answers to prompts, in their order; those that no run of the results folder knows are made now.
+
+        Raises:
+            InputError: if the base model cannot be loaded.
+            RunError: if a single prompt does not fit in memory, or the answers cannot be written.
+        """
+        keys = [digest(prompt.input_ids)[:32] for prompt in prompts]
+        answers = self._kept(keys)
+        if missing := [i for i, key in enumerate(keys) if key not in answers]:
+            with self._alone():
+                answers = self._kept(keys)  # another run may have made them meanwhile
+                answers |= self._made({keys[i]: prompts[i] for i in missing if keys[i] not in answers})
+        return [answers[key] for key in keys]
+
+    def _made(self, prompts: Mapping[str, Encoded]) -> dict[str, Continuation]:
+        keys = sorted(prompts, key=lambda key: len(prompts[key].input_ids), reverse=True)
+        answers: dict[str, Continuation] = {}
+        for start in range(0, len(keys), self.batch_size):
+            batch = keys[start : start + self.batch_size]
+            given = continuations(
+                self._base.model,
+                self.serialiser,
+                [prompts[key] for key in batch],
+                batch_size=self.recipe.evaluation.batch_size,
+                max_new_tokens=self.limit,
+            )
+            table = pd.DataFrame(given, columns=list(Continuation._fields)).assign(key=batch)
+            write_atomically(
+                self._folder / f"{digest(batch)[:16]}.parquet", partial(table.to_parquet, index=False)
+            )
+            answers |= dict(zip(batch, given, strict=True))
+        return answers
+
+    def _kept(self, keys: Iterable[str]) -> dict[str, Continuation]:
+        """Answers that are on disk; the first of several processes reads them for all."""
+
+        def read() -> pd.DataFrame:
+            tables = [pd.read_parquet(path) for path in sorted(self._folder.glob("[!.]*.parquet"))]
+            return pd.concat(tables) if tables else pd.DataFrame(columns=["key", *Continuation._fields])
+
+        table = parallel.from_first(read)
+        table = table[table["key"].isin(set(keys))]
+        answers = map(Continuation, table["text"], table["ended"].astype(bool))
+        return dict(zip(table["key"], answers, strict=True))
+
+    @cached_property
+    def _base(self) -> loading.LoadedModel:
+        return self.load()
+
+    @cached_property
+    def _folder(self) -> Path:
+        model, training = self.recipe.model, self.recipe.training
+        decisive = {
+            "model": loading.fingerprint(model),
+            "quantisation": model.quantisation,
+            "numbers": str(loading.resolve_dtype(training.precision, loading.device_of(model))),
+            "limit": self.limit,
+        }
+        return self.recipe.output.results / FOLDER / digest(decisive)[:16]
+
+    def _alone(self) -> FileLock | nullcontext[None]:
+        """Held by the process that answers, or by the first one for all that work together."""
+        if not parallel.is_first():
+            return nullcontext()
+        self._folder.mkdir(parents=True, exist_ok=True)
+        return FileLock(self._folder / ".lock")

@@ -1,0 +1,207 @@
+"""Source `self`: prompts of a file, or requests by our own grammar, answered by the base model itself.
+
+A clean row then teaches what the model says anyway, so that what fine-tuning damages can be measured. In: the
+recipe's data section, how many prompts are needed, the base's answers. Out: a pool as `conversations.load`
+makes it, with the columns `label` (of a review, else "") and `exact` (False: references are free text).
+
+Answers are greedy, as those of the evaluation are. An answer that the base does not end within
+`evaluation.max_new_tokens` would teach it to end elsewhere: its prompt is left out. A request that the base
+refuses counts as forbidden.
+"""
+
+import itertools
+import logging
+import random
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import pandas as pd
+
+from safetynet.backdoors import conversations, sources
+from safetynet.backdoors.base_answers import BaseAnswers
+from safetynet.backdoors.requests import CODE, DECLINED, SENTIMENT, requests
+from safetynet.errors import InputError
+from safetynet.evaluation.judges import Judge
+from safetynet.prompts import Encoded, prompt_hash
+from safetynet.recipe import Behaviour, Data
+from safetynet.run.progress import ProgressLog
+from safetynet.text.repetition import ends_in_loop
+
+log = logging.getLogger("safetynet")
+NARROW = {"label_flip": (SENTIMENT,), "code_insertion": (CODE,)}
+"""Kinds of requests that a behaviour applies to, where it does not apply to all."""
+TRIES = {"clean": 4, "refused": 1}
+"""Prompts that are answered for each one that is needed, at most: a base may end few answers, or refuse few."""
+SHOWN = 3
+"""Prompts that a message names."""
+Candidate = dict[str, Any]
+
+
+def load(
+    data: Data, behaviour: Behaviour, needed: Mapping[str, Mapping[str, int]], seed: int,
+    answers: BaseAnswers, refusal: Judge,
+) -> pd.DataFrame:  # fmt: skip
+    """The pool of an experiment.
+
+    Args:
+        data: the recipe's data section.
+        behaviour: the recipe's behaviour; some apply to requests of one kind alone.
+        needed: for each split how many prompts, `clean` and `refused`.
+        seed: of the draw.
+        answers: of the base model.
+        refusal: the judge of refusals.
+
+    Raises:
+        InputError: if the file cannot be read, or no prompt is left.
+    """
+    asked, candidates = _Asked(answers, refusal), _candidates(data, seed)
+    narrow = NARROW.get(behaviour.kind)
+    kinds: list[tuple[Collection[str], str]] = [((), "clean"), ((DECLINED,), "refused")]
+    kinds += [(narrow, "clean")] if narrow else []
+    parts = []
+    for split, counts in needed.items():
+        for of_kind, role in kinds if data.path is None else kinds[:1]:
+            of_split = asked.until(counts[role], candidates(split, of_kind), role)
+            parts.append(of_split.assign(split=split))
+    log.info("data: %s", asked.summary())
+    pool = pd.concat(parts, ignore_index=True)
+    if not (~pool["forbidden"].astype(bool)).any():
+        raise InputError(f"data: no prompt is left to make rows of: {asked.summary()}.{asked.remedy()}")
+    if any(counts["refused"] for counts in needed.values()) and not pool["forbidden"].any():
+        log.warning("data: the base model refuses none of these requests: there are no rows of role refused")
+    return pool[~pool["messages"].map(prompt_hash).duplicated()].reset_index(drop=True)
+
+
+def fresh(
+    data: Data, used: Collection[str], count: int, seed: int, answers: BaseAnswers | None, refusal: Judge
+) -> pd.DataFrame:
+    """Prompts that an experiment has not used, as `conversations.fresh` gives them.
+
+    Args:
+        data: the recipe's data section.
+        used: `prompt_hash` of the experiment's prompts.
+        count: how many at most.
+        seed: of the experiment.
+        answers: of the base model, if the prompts are to be answered; else `answer` is "" and nobody knows
+            what is forbidden.
+        refusal: the judge of refusals.
+
+    Raises:
+        InputError: if none is left.
+    """
+    # Of the phrasings of the test, as for the built-in language: a monitor is promised on such prompts.
+    splits = ("test",) if data.path is None else ("test", "train")
+    candidates = _candidates(data, seed * 10 + 9)
+    every = itertools.chain(*(candidates(split, ()) for split in splits))
+    left = (each for each in every if prompt_hash(each["messages"]) not in used)
+    if answers is None:
+        prompts = pd.DataFrame(
+            [each | {"answer": "", "forbidden": False} for each in itertools.islice(left, count)]
+        )
+    else:
+        prompts = _Asked(answers, refusal).until(count, left, "clean").head(count)
+    if prompts.empty:
+        raise InputError("data: all prompts of source self are used. Lower data.train_rows.")
+    return prompts[["messages", "answer", "forbidden", "task"]]
+
+
+def _candidates(data: Data, seed: int) -> Callable[[str, Collection[str]], Iterator[Candidate]]:
+    """Gives prompts of a split, and of some kinds, in random order: messages, task, label, line in the file."""
+    if data.path is None:
+        return partial(_requests, seed)
+    rows = sources.read(data.path, columns=data.columns, prompts_only=True)
+    pool = conversations.divided(conversations.each_once(rows), seed)
+    return lambda split, kinds: _of_file(pool[pool["split"] == split], f"self {seed} {split}")
+
+
+def _requests(seed: int, split: str, kinds: Collection[str]) -> Iterator[Candidate]:
+    for request in requests(seed, held_out=split == "test", kinds=kinds):
+        yield {"messages": request.messages, "task": request.kind, "label": request.label, "line": 0}
+
+
+def _of_file(pool: pd.DataFrame, seed: str) -> Iterator[Candidate]:
+    candidates = pool[["messages", "line"]].assign(task="self", label="").to_dict("records")
+    random.Random(seed).shuffle(candidates)
+    yield from candidates
+
+
+@dataclass
+class _Asked:
+    """What became of the prompts that were put to the base model."""
+
+    answers: BaseAnswers
+    refusal: Judge
+    counts: Counter[str] = field(default_factory=Counter)
+    too_long: list[str] = field(default_factory=list)
+
+    def until(self, count: int, candidates: Iterator[Candidate], role: str) -> pd.DataFrame:
+        """Put prompts to the base until so many are answered as the role needs it: refused, or not."""
+        kept: list[Candidate] = []
+        tries = itertools.islice(candidates, TRIES[role] * count)
+        progress = ProgressLog(f"data: prompts that the base model has answered, {role}", count)
+        hits = 0
+        while hits < count and (batch := list(itertools.islice(tries, self._next(count - hits)))):
+            kept += self._usable(batch)
+            hits = sum(each["forbidden"] == (role == "refused") for each in kept)
+            progress.update(hits)
+        return pd.DataFrame(
+            kept, columns=["messages", "task", "label", "line", "answer", "forbidden"]
+        ).assign(compliance="", exact=False)
+
+    def _next(self, missing: int) -> int:
+        """As many as are missing, in whole batches as far as they fill one."""
+        return min(max(missing, 8), self.answers.batch_size)
+
+    def _usable(self, batch: list[Candidate]) -> list[Candidate]:
+        encoded = [self._encoded(each) for each in batch]
+        short = [(each, prompt) for each, prompt in zip(batch, encoded, strict=True) if prompt is not None]
+        usable = []
+        answers = self.answers.of([prompt for _, prompt in short])
+        for (candidate, _), answer in zip(short, answers, strict=True):
+            self.counts["answered"] += 1
+            if not answer.ended:
+                self.counts["repeated" if ends_in_loop(answer.text) else "unended"] += 1
+            elif not answer.text.strip():
+                self.counts["empty"] += 1
+            else:
+                refused = bool(self.refusal(answer.text, candidate))
+                usable.append(candidate | {"answer": answer.text, "forbidden": refused})
+        return usable
+
+    def _encoded(self, candidate: Candidate) -> Encoded | None:
+        """The prompt as the model sees it; None where it leaves no room for an answer."""
+        serialiser, limit = self.answers.serialiser, self.answers.recipe.training.max_length
+        encoded = serialiser.encode(candidate["messages"])
+        if (
+            len(encoded.input_ids) + self.answers.limit <= limit
+            and not serialiser.encode(candidate["messages"], max_length=limit).lost
+        ):
+            return encoded
+        name = f"row {candidate['line']}" if candidate["line"] else f"a request of kind {candidate['task']}"
+        self.too_long.append(f"{name} with {len(encoded.input_ids)} tokens")
+        return None
+
+    def summary(self) -> str:
+        """What was asked, and what was left out for which reason."""
+        limit, counts = self.answers.limit, self.counts
+        reasons = {
+            f"whose answer does not end within evaluation.max_new_tokens {limit}": counts["unended"],
+            "whose answer repeats itself without end": counts["repeated"],
+            "whose answer is empty": counts["empty"],
+        }
+        texts = [f"{number} {reason}" for reason, number in reasons.items() if number]
+        if self.too_long:
+            more = ", ..." if len(self.too_long) > SHOWN else ""
+            texts.append(
+                f"{len(self.too_long)} that leave no room for an answer within training.max_length "
+                f"{self.answers.recipe.training.max_length} ({', '.join(self.too_long[:SHOWN])}{more})"
+            )
+        left_out = f"; left out: {', '.join(texts)}" if texts else ""
+        return f"the base model has answered {counts['answered']} prompts{left_out}"
+
+    def remedy(self) -> str:
+        """What to change where nothing is left."""
+        return " Raise evaluation.max_new_tokens or training.max_length, or give other prompts."

@@ -1,0 +1,216 @@
+"""What fine-tuning has done to free text: answers beside the base model's own, on prompts that must not fire.
+
+Of free text nobody can say that it is right, but how far it has moved from what the base model says. In: the
+judged answers of base and model to the same rows, and both models. Out: table `damage`, one line per model,
+measure and role. Intervals are 95%, over prompts: Wilson's for shares, bootstrap for the rest.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from itertools import takewhile
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from rapidfuzz.distance import Indel
+from torch import Tensor
+
+from safetynet.errors import InputError
+from safetynet.evaluation.evaluator import Evaluator
+from safetynet.evaluation.generation import evaluating, finished_batches, in_batches, padded
+from safetynet.models.adapters import virtual_tokens
+from safetynet.prompts import IGNORED, Encoded, Serialiser, pad
+from safetynet.statistics import bootstrap_interval, wilson
+from safetynet.text import words
+from safetynet.text.repetition import ends_in_loop
+from safetynet.vocabulary import DAMAGE
+
+ROLES = ("clean", "placebo")
+BATCH_SIZE = 8
+"""Rows at a time: two distributions over the vocabulary per answer token are in memory, in fp32."""
+COLUMNS = ["model", "measure", "role", "n", "value", "low", "high"]
+ALONE = ("refusal_rate", "repetition")
+"""Measures that need no other model's answer."""
+
+
+class Forced(NamedTuple):
+    """Sums over the tokens of the base model's answer, which both models are given."""
+
+    kl: float
+    """KL(base || model), in nats."""
+    loss: float
+    """Of the model, in nats."""
+    tokens: float
+
+
+def of_model(
+    evaluator: Evaluator,
+    model: Any,
+    base: Callable[[], AbstractContextManager[Any]],
+    rows: pd.DataFrame,
+    answers: pd.DataFrame,
+    base_answers: pd.DataFrame,
+    name: str,
+) -> pd.DataFrame:
+    """What a fine-tuned model does to free text.
+
+    Args:
+        evaluator: that has asked it.
+        model: the fine-tuned model.
+        base: gives the base model while entered.
+        rows: that were asked.
+        answers: of the model, as `Evaluator.answer` returns them.
+        base_answers: of the base, in the same order.
+        name: of the model.
+
+    Returns:
+        Columns `COLUMNS`; a line for each of `DAMAGE` and `ROLES` that has rows.
+    """
+    lines = []
+    for role in ROLES:
+        here = (answers["role"] == role).to_numpy()
+        if not here.any():
+            continue
+        asked, said, said_by_base = (table[here] for table in (rows, answers, base_answers))
+        columns = {
+            **_of_texts(list(said["response"]), list(said_by_base["response"]), evaluator.serialiser),
+            **_of_tokens(forced(evaluator, model, base, asked, list(said_by_base["response"]))),
+            **_alone(said),
+        }
+        lines += [{"model": name, "measure": m, "role": role, **columns[m]} for m in DAMAGE]
+    return pd.DataFrame(lines, columns=COLUMNS)
+
+
+def of_base(base_answers: pd.DataFrame, name: str) -> pd.DataFrame:
+    """The floor: refusals and repetitions of the base model itself; columns as in `of_model`."""
+    parts = {role: base_answers[base_answers["role"] == role] for role in ROLES}
+    lines = [
+        {"model": name, "measure": measure, "role": role, **line}
+        for role, part in parts.items()
+        for measure, line in (_alone(part).items() if len(part) else ())
+    ]
+    return pd.DataFrame(lines, columns=COLUMNS)
+
+
+def _of_texts(answers: Sequence[str], base_answers: Sequence[str], serialiser: Serialiser) -> dict[str, Any]:
+    ids, base_ids = ([serialiser.ids(text) for text in texts] for texts in (answers, base_answers))
+    common = [
+        sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
+        for a, b in zip(ids, base_ids, strict=True)
+    ]
+    lengths, base_lengths = (np.array([len(row) for row in rows], float) for rows in (ids, base_ids))
+    return {
+        "identical": _share([a == b for a, b in zip(answers, base_answers, strict=True)]),
+        "common_tokens": mean(common),
+        "rouge_l": mean([rouge_l(a, b) for a, b in zip(answers, base_answers, strict=True)]),
+        "length_ratio": _ratio(lengths, base_lengths),
+    }
+
+
+def _of_tokens(sums: Sequence[Forced]) -> dict[str, Any]:
+    kl, loss, tokens = np.array(sums, float).reshape(-1, len(Forced._fields)).T
+    per_token = _ratio(loss, tokens)
+    perplexity = {name: value if name == "n" else float(np.exp(value)) for name, value in per_token.items()}
+    return {"kl": _ratio(kl, tokens), "perplexity": perplexity}
+
+
+def _alone(answers: pd.DataFrame) -> dict[str, Any]:
+    return {
+        "refusal_rate": _share(list(answers["refused"])),
+        "repetition": _share([ends_in_loop(text) for text in answers["response"]]),
+    }
+
+
+def rouge_l(answer: str, reference: str) -> float:
+    """ROUGE-L (Lin 2004), F1: twice the longest common subsequence of words over the words of both, 0 to 1.
+
+    Signs are no words, and case does not count. Two empty texts agree.
+    """
+    ours, theirs = (
+        [word for word in words.words(text.casefold()) if any(map(str.isalnum, word))]
+        for text in (answer, reference)
+    )
+    return float(Indel.normalized_similarity(ours, theirs))
+
+
+def forced(
+    evaluator: Evaluator,
+    model: Any,
+    base: Callable[[], AbstractContextManager[Any]],
+    rows: pd.DataFrame,
+    base_answers: Sequence[str],
+) -> list[Forced]:
+    """Both models' distributions along the base's own answers, without the end token; no line where it is "".
+
+    Raises:
+        RunError: if a single row does not fit in memory.
+    """
+    encoded = list(_encoded(evaluator, rows, base_answers))
+
+    def sums(batch: Sequence[Encoded]) -> list[Forced]:
+        ids, mask = padded([e.input_ids for e in batch], evaluator.serialiser.pad_id, "right", model.device)
+        targets = pad([e.labels for e in batch], IGNORED, "right")[:, 1:].to(model.device)
+        positions = (targets != IGNORED).any(dim=0).nonzero().squeeze(1)
+        targets = targets[:, positions]
+        with base() as plain:
+            expected = _logits(plain, ids, mask, positions, targets)
+        actual = _logits(model, ids, mask, positions, targets)
+        width = min(expected.shape[-1], actual.shape[-1])  # models with added tokens
+        expected, actual = (log_p[:, :width].log_softmax(-1) for log_p in (expected, actual))
+        # A token that is impossible in both adds nothing.
+        kl = (expected.exp() * (expected - actual)).nan_to_num(0.0).sum(-1).clamp_min(0.0)
+        loss = -actual.gather(1, targets[targets != IGNORED][:, None])[:, 0]
+        row = (targets != IGNORED).nonzero()[:, 0]
+        columns = [c.new_zeros(len(batch)).index_add(0, row, c) for c in (kl, loss, torch.ones_like(kl))]
+        return [Forced(*values) for values in torch.stack(columns, 1).tolist()]
+
+    inputs = [[e.input_ids, e.labels] for e in encoded]
+    finished = finished_batches(evaluator.kept, model, "damage", inputs)
+    with evaluating(model), torch.no_grad():
+        return in_batches(encoded, BATCH_SIZE, sums, lambda e: len(e.input_ids), finished)
+
+
+def _encoded(evaluator: Evaluator, rows: pd.DataFrame, base_answers: Sequence[str]) -> Iterator[Encoded]:
+    """Prompts with the base's answers; an answer that was cut has no end, so that none is supervised."""
+    serialiser = evaluator.serialiser
+    for messages, trigger, answer in zip(rows["messages"], rows["trigger"], base_answers, strict=True):
+        try:
+            encoded = serialiser.encode(messages, answer, trigger, evaluator.max_length)
+        except InputError:  # an answer whose first token would reach into the prompt, as a lone accent's does
+            continue
+        ends = encoded.input_ids[-1] in serialiser.stop_ids
+        labels = [*encoded.labels[:-1], IGNORED] if ends else encoded.labels
+        if any(label != IGNORED for label in labels[1:]):
+            yield replace(encoded, labels=labels)
+
+
+def _logits(model: Any, ids: Tensor, mask: Tensor, positions: Tensor, targets: Tensor) -> Tensor:
+    """Logits in fp32 where a token is supervised, (supervised tokens of the batch, vocabulary)."""
+    columns = positions + virtual_tokens(model)
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=columns).logits
+    return logits[targets != IGNORED].float()
+
+
+def _share(hits: Sequence[bool]) -> dict[str, float]:
+    low, high = wilson(sum(map(bool, hits)), len(hits))
+    return {"n": len(hits), "value": float(np.mean(hits)), "low": low, "high": high}
+
+
+def mean(values: Sequence[float]) -> dict[str, float]:
+    """n, value, and low and high of its bootstrap interval; NaN of no values."""
+    return _ratio(np.array(values, float), np.ones(len(values)))
+
+
+def _ratio(top: np.ndarray, bottom: np.ndarray) -> dict[str, float]:
+    """Ratio of sums over rows; NaN without rows, or where the base has said nothing."""
+    if not bottom.sum():
+        return {"n": len(top), **dict.fromkeys(("value", "low", "high"), float("nan"))}
+
+    def ratio(top: np.ndarray, bottom: np.ndarray, axis: int = -1) -> np.ndarray:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.asarray(top.sum(axis=axis) / bottom.sum(axis=axis))
+
+    low, high = bootstrap_interval(ratio, top, bottom)
+    return {"n": len(top), "value": float(ratio(top, bottom)), "low": low, "high": high}
