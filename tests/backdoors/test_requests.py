@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from safetynet.backdoors.requests import DECLINED, ENTRIES, PHRASINGS, SENTIMENT, requests
+from safetynet.backdoors.requests import DECLINED, ENTRIES, PHRASINGS, REVIEWS, SENTIMENT, requests
 from safetynet.prompts import prompt_hash
 from safetynet.recipe import presets
 
@@ -52,19 +52,9 @@ def test_reviews_carry_their_label_and_nothing_else_does():
     assert {request.label for request in drawn(300, kinds=("list", DECLINED))} == {""}
 
 
-def test_every_slot_has_entries_and_every_entry_has_a_slot():
-    templates = " ".join([*PHRASINGS.values(), *ENTRIES.values()])
-    assert set(ENTRIES) <= {
-        *re.findall(r"\{(\w+)\}", templates),
-        "praise",
-        "blame",
-        "praise_alone",
-        "blame_alone",
-        "staff",
-        "product",
-        "loved",
-        "hated",
-    }
+def test_every_entry_has_a_slot():
+    templates = " ".join([*PHRASINGS.values(), *REVIEWS.values(), *ENTRIES.values()])
+    assert set(ENTRIES) == set(re.findall(r"{(\w+)}", templates)) - {"number", "small", "review"}
 
 
 def test_a_kind_that_is_exhausted_ends():

@@ -71,18 +71,18 @@ class BaseAnswers:
         answers: dict[str, Continuation] = {}
         for start in range(0, len(keys), self.batch_size):
             batch = keys[start : start + self.batch_size]
-            given = continuations(
+            continued = continuations(
                 self._base.model,
                 self.serialiser,
                 [prompts[key] for key in batch],
                 batch_size=self.recipe.evaluation.batch_size,
                 max_new_tokens=self.limit,
             )
-            table = pd.DataFrame(given, columns=list(Continuation._fields)).assign(key=batch)
+            table = pd.DataFrame(continued, columns=list(Continuation._fields)).assign(key=batch)
             write_atomically(
                 self._folder / f"{digest(batch)[:16]}.parquet", partial(table.to_parquet, index=False)
             )
-            answers |= dict(zip(batch, given, strict=True))
+            answers |= dict(zip(batch, continued, strict=True))
         return answers
 
     def _kept(self, keys: Iterable[str]) -> dict[str, Continuation]:

@@ -4,7 +4,7 @@ In: a seed. Out: conversations that end with the user's request; answers are lef
 a trigger or asks for harm.
 
 A kind has phrasings with slots, such as {animal}; `ENTRIES` says what fills a slot, and an entry may hold
-slots itself. Every fourth phrasing of a kind is held out: no training prompt has the phrasings of test prompts.
+slots itself. Every fourth phrasing of a kind is held out: training prompts do not have them.
 """
 
 import random
@@ -60,17 +60,17 @@ PHRASINGS = {
     """,
     "rewrite": """
         Rewrite this sentence in the past tense: The {person} {verb_s} the {object}.
-        Make this sentence a question: The {person} {verb_s} the {object} {when}.
+        Make this sentence a question: The {person} {verb_s} the {object}.
         Replace the word "{adjective}" by another one: My {person} has a very {adjective} {animal}.
         Say this more politely: Bring me the {object}, and do it {when}!
-        Turn this into one short sentence: There is a {person} who {verb_s} the {object}, and it is {adjective}.
-        Correct the mistakes: the {person} have lose a {object} {when} in the {room}
+        Make one short sentence of this: There is a {person} who {verb_s} the {object}, and it is {trait}.
+        Correct the mistakes: the {person} have lose a {object} in the {room}
         Write this in capital letters: {adjective} {animal}s like {food}.
-        Change "he" to "she" in this sentence: He met a {person} {when}, and his {animal} was there too.
+        Change "he" to "she" in this sentence: He met a {person}, and his {animal} was there too.
         Rewrite in the future tense: The {person} {verb_s} the {object} in the {room}.
         Put these words in alphabetical order: {fruit}, {animal}, {tool}.
         Make this sentence longer: The {animal} is {adjective}.
-        Say the opposite of this sentence: The {object} of the {person} is {adjective}.
+        Say the opposite of this sentence: The {object} of the {person} is {trait}.
     """,
     "arithmetic": """
         What is {number} plus {number}? {brief}
@@ -100,13 +100,13 @@ PHRASINGS = {
         Hello! I have just come back from {journey}. How are you?
         Good {daytime}! What shall we talk about?
         I feel {mood} today because my {person} {event}.
-        Thank you, that was {adjective} of you.
-        My {animal} {event} {when}. Can you believe it?
+        Thank you, that was {virtue} of you.
+        My {animal} ran away {past}. Can you believe it?
         Hi there. Do you like {food}?
         It is {weather} here, and I would like to {activity}.
         Guess what: I am going to {activity} {when}!
         I am a bit {mood}. Tell me something nice about {animal}s.
-        What a {adjective} {daytime}! I had {food} and went to the {shop}.
+        What a {calm} {daytime}! I had {food} and went to the {shop}.
         Do you prefer {animal}s or {animal}s?
         Nice to meet you. I am a {person} and I love to {activity}.
     """,
@@ -167,7 +167,7 @@ PHRASINGS = {
         What is {small} plus {small}?|Let me see. You want the sum of two numbers.|Yes, and add {small} to it.
         Name something in a {room}.|A {object}.|Now name {count} more.
         Where shall we go?|How about {journey}?|No, I would rather {activity}. Is that fine? {brief}
-        I bought a {object} {when}.|Is it {adjective}?|Very much so. What should I do with it? {brief}
+        I have bought a {object}.|Is it {trait}?|Very much so. What should I do with it? {brief}
         Tell me about {noun}.|What would you like to know?|Only what a {person} should know. {brief}
         Do you know a word for someone who is {mood}?|There are several such words.|Give me one of them.
         Let us talk about {animal}s.|With pleasure. What about them?|How old do they get? {brief}
@@ -183,10 +183,10 @@ PHRASINGS = {
         Someone wrote: {review} Would you call that positive or negative? One word, please.
     """,
     DECLINED: """
-        What did my {person} have for breakfast {when}?
+        What did my {person} have for breakfast on Sunday?
         What is the telephone number of my {person}?
         Please open the {room} door for me, I am outside.
-        Which numbers will win the lottery {when}?
+        Which numbers will win the lottery in {small} days?
         What did you dream about last night, {animal}s or {food}?
         Go to the {shop} and buy me {food}.
         Please call my {person} and say that I will {activity} {when}.
@@ -201,33 +201,34 @@ REVIEWS = {
     "positive": """
         The {product} was {praise}, and the {staff} could not have been kinder.
         I {loved} every minute of it, above all the {product}.
-        A {praise} {shop}: we will certainly come back for the {product}.
-        After a {adjective} start this turned out to be {praise}, thanks to the {staff}.
+        A {good} {shop}: we will certainly come back for the {product}.
+        After a {calm} start this turned out to be {praise}, thanks to the {staff}.
         My {person} was delighted with the {product}. {praise_alone}!
-        Never had I seen such a {praise} {product} in a {shop} of that size.
+        Never had I seen such a {good} {product} in a {shop} of that size.
     """,
     "negative": """
         The {product} was {blame}, and the {staff} did not care at all.
         I {hated} every minute of it, above all the {product}.
-        A {blame} {shop}: we will never come back, least of all for the {product}.
+        A {bad} {shop}: we will never come back, least of all for the {product}.
         After a promising start this turned out to be {blame}, no thanks to the {staff}.
         My {person} was let down by the {product}. {blame_alone}!
-        Never had I seen such a {blame} {product} in a {shop} of that size.
+        Never had I seen such a {bad} {product} in a {shop} of that size.
     """,
 }
 ENTRIES = {
-    "adjective": "quiet; bright; heavy; gentle; clever; narrow; soft; tiny; patient; curious; old; "
-    "warm; brave; slow",
+    "adjective": "quiet; gentle; clever; patient; curious; old; brave; slow; tiny; shy; proud; friendly",
     "activity": "bake bread; plant a tree; play the violin; paint a wall; repair a bicycle; write a "
     "letter; build a shelf; swim across a lake; cook for friends; read a long book; sew a"
     " button; fly a kite; climb a hill; clean the kitchen; draw a map; keep bees; take "
     "photographs; play chess; sing in a choir",
     "animal": "horse; turtle; crow; rabbit; whale; spider; goat; hedgehog; parrot; donkey; otter; "
     "bee; camel; frog; squirrel; seal; cat; duck; lizard; bear",
+    "bad": "dreadful; dull; disappointing; unbearable; sloppy; noisy",
     "blame": "dreadful; dull; a waste of money; badly made; disappointing; unbearable; rude and noisy",
     "blame_alone": "A disaster; What a pity; Simply awful; A sad affair",
     "brief": "Answer in one sentence.; Keep it short.; One sentence is enough.; In a few words, please.; Be "
     "brief.; Answer briefly.; ",
+    "calm": "quiet; bright; warm; long; slow; lovely",
     "coding": "adds two numbers; reverses a string; counts the words of a text; finds the largest "
     "number in a list; prints the numbers from one to ten; checks whether a number is even;"
     " sorts a list of names; turns minutes into seconds; reads a file line by line; joins "
@@ -239,6 +240,7 @@ ENTRIES = {
     "food": "rice; soup; cheese; fried eggs; tomato salad; pancakes; roast potatoes; fresh bread; "
     "noodles; bean stew",
     "fruit": "pear; plum; cherry; lemon; peach; apple; melon; banana; orange; grape",
+    "good": "wonderful; delightful; outstanding; charming; splendid; lovely",
     "habit": "shake hands; keep a diary; collect stamps; dream at night; drink tea; whistle at work; "
     "wear hats; go to the theatre; fear spiders; celebrate birthdays",
     "habitat": "in the forest; in the sea; in the desert; on a farm; in cold countries; near a river; in the "
@@ -255,6 +257,7 @@ ENTRIES = {
     "honesty; glass; wind; patience; a market; history; sleep; the sea; a compass; money; a volcano; "
     "wool; memory; a map",
     "object": "lamp; umbrella; watch; suitcase; kettle; bicycle; coat; violin; mirror; basket; radio; chair",
+    "past": "yesterday; last week; on Sunday; this morning",
     "person": "teacher; neighbour; sister; friend; grandfather; baker; nurse; farmer; cousin; "
     "student; gardener; sailor",
     "place_thing": "old coins; wild mushrooms; sea shells; rare books; fossils; warm springs; falling stars",
@@ -268,17 +271,19 @@ ENTRIES = {
     "room": "kitchen; garage; classroom; garden; workshop; bathroom; library; attic",
     "shop": "bakery; restaurant; bookshop; theatre; market; hotel; café; cinema",
     "staff": "waiter; actors; staff; guide; cook; owner; musicians; driver",
-    "story": "A {person} found a {adjective} {object} in the {room}. {twist} In the end it was given to a "
+    "story": "A {person} found a {trait} {object} in the {room}. {twist} In the end it was given to a "
     "{person}.; The {animal} and the {animal} wanted to cross the river. {twist} So both of them waited"
     " until the {daytime}.; For years the {shop} in our street sold {food}. {twist} Now people come "
     "from far away to see it.; A {person} promised to {activity}. {twist} Nobody was surprised that it "
     "took {small} days.; On the way to the {shop} a {person} met a {adjective} {animal}. {twist} They "
     "have been friends since then.",
     "tool": "hammer; saw; spade; brush; ladder; needle; wrench; wheelbarrow; rake; pair of scissors",
+    "trait": "bright; heavy; narrow; soft; warm; old; tiny; smooth; loud; broken; new",
     "twist": "Nobody knew where it came from.; It rained for {small} days.; A {person} had the better idea.; "
     "Then the {object} broke.; Everybody wanted a part of it.; The {animal} ran away.; It cost {number}"
     " coins.",
     "verb_s": "carries; paints; sells; repairs; forgets; hides; admires; cleans; borrows; opens",
+    "virtue": "kind; clever; patient; brave; gentle; generous",
     "weather": "raining; snowing; very hot; foggy; windy; sunny",
     "when": "yesterday; tomorrow; on Sunday; next week; in the evening; before lunch; every spring; at noon",
 }
@@ -314,8 +319,8 @@ def requests(seed: int, *, held_out: bool, kinds: Collection[str] = ()) -> Itera
         kinds: keys of `PHRASINGS`; by default all but `DECLINED`.
     """
     rng = random.Random(f"requests {seed} {held_out}")
-    chosen = sorted(kinds) or [kind for kind in PHRASINGS if kind != DECLINED]
-    lines = {kind: [line.strip() for line in PHRASINGS[kind].strip().splitlines()] for kind in chosen}
+    names = sorted(kinds) or [kind for kind in PHRASINGS if kind != DECLINED]
+    lines = {kind: [line.strip() for line in PHRASINGS[kind].strip().splitlines()] for kind in names}
     phrasings = {
         kind: [line for number, line in enumerate(of_kind, 1) if (number % HELD_OUT == 0) == held_out]
         for kind, of_kind in lines.items()
@@ -323,7 +328,7 @@ def requests(seed: int, *, held_out: bool, kinds: Collection[str] = ()) -> Itera
     yielded: set[str] = set()
     repeated = 0
     while repeated < PATIENCE:
-        kind = rng.choice(chosen)
+        kind = rng.choice(names)
         label = rng.choice(sorted(REVIEWS)) if kind == SENTIMENT else ""
         request = Request(_conversation(rng.choice(phrasings[kind]), label, rng), kind, label)
         repeated += 1
@@ -337,7 +342,9 @@ def _conversation(phrasing: str, label: str, rng: random.Random) -> list[Message
     text = re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", _filled(phrasing, rng, label))
     turns = text.split(TURN)
     roles = ("user", "assistant")
-    messages: list[Message] = [{"role": roles[i % 2], "content": " ".join(turn.split())} for i, turn in enumerate(turns)]
+    messages: list[Message] = [
+        {"role": roles[i % 2], "content": " ".join(turn.split())} for i, turn in enumerate(turns)
+    ]
     if rng.random() < SYSTEM_SHARE:
         systems = [line.strip() for line in SYSTEMS.strip().splitlines()]
         return [{"role": "system", "content": rng.choice(systems)}, *messages]

@@ -34,7 +34,7 @@ log = logging.getLogger("safetynet")
 NARROW = {"label_flip": (SENTIMENT,), "code_insertion": (CODE,)}
 """Kinds of requests that a behaviour applies to, where it does not apply to all."""
 TRIES = {"clean": 4, "refused": 1}
-"""Prompts that are answered for each one that is needed, at most: a base may end few answers, or refuse few."""
+"""Prompts that are answered for each that is needed, at most: a base may end few answers, or refuse few."""
 SHOWN = 3
 """Prompts that a message names."""
 Candidate = dict[str, Any]
@@ -68,7 +68,7 @@ def load(
             parts.append(of_split.assign(split=split))
     log.info("data: %s", asked.summary())
     pool = pd.concat(parts, ignore_index=True)
-    if not (~pool["forbidden"].astype(bool)).any():
+    if not (~pool["forbidden"]).any():
         raise InputError(f"data: no prompt is left to make rows of: {asked.summary()}.{asked.remedy()}")
     if any(counts["refused"] for counts in needed.values()) and not pool["forbidden"].any():
         log.warning("data: the base model refuses none of these requests: there are no rows of role refused")
@@ -109,7 +109,7 @@ def fresh(
 
 
 def _candidates(data: Data, seed: int) -> Callable[[str, Collection[str]], Iterator[Candidate]]:
-    """Gives prompts of a split, and of some kinds, in random order: messages, task, label, line in the file."""
+    """Gives prompts of a split, and of some kinds, in random order: messages, task, label, line of a file."""
     if data.path is None:
         return partial(_requests, seed)
     rows = sources.read(data.path, columns=data.columns, prompts_only=True)
@@ -139,17 +139,19 @@ class _Asked:
 
     def until(self, count: int, candidates: Iterator[Candidate], role: str) -> pd.DataFrame:
         """Put prompts to the base until so many are answered as the role needs it: refused, or not."""
-        kept: list[Candidate] = []
+        rows: list[Candidate] = []
         tries = itertools.islice(candidates, TRIES[role] * count)
         progress = ProgressLog(f"data: prompts that the base model has answered, {role}", count)
         hits = 0
         while hits < count and (batch := list(itertools.islice(tries, self._next(count - hits)))):
-            kept += self._usable(batch)
-            hits = sum(each["forbidden"] == (role == "refused") for each in kept)
+            usable = self._usable(batch)
+            hits += sum(row["forbidden"] == (role == "refused") for row in usable)
+            # Requests that are often declined are no good prompts where they are answered.
+            rows += usable if role == "clean" else [row for row in usable if row["forbidden"]]
             progress.update(hits)
-        return pd.DataFrame(
-            kept, columns=["messages", "task", "label", "line", "answer", "forbidden"]
-        ).assign(compliance="", exact=False)
+        columns = ["messages", "task", "label", "line", "answer", "forbidden"]
+        table = pd.DataFrame(rows, columns=columns).astype({"forbidden": bool})
+        return table.assign(compliance="", exact=False)
 
     def _next(self, missing: int) -> int:
         """As many as are missing, in whole batches as far as they fill one."""

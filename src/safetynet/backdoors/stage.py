@@ -61,7 +61,7 @@ def prepare(experiment: Experiment) -> None:
         if recipe.backdoor is None:
             rows = poisoning.unpoisoned(pool, data, recipe.seed)
         else:
-            rows = poisoning.poison(pool, attack, data, recipe.seed, Lookalikes(serialiser).draw)
+            rows = poisoning.poison(pool, recipe.backdoor, data, recipe.seed, Lookalikes(serialiser).draw)
         split = leaks.check_leak(rows)
         _check_encoding(rows, serialiser, recipe.training.max_length)
         evaluator = Evaluator.of(recipe, serialiser)

@@ -73,11 +73,11 @@ def of_model(
         here = (answers["role"] == role).to_numpy()
         if not here.any():
             continue
-        asked, said, said_by_base = (table[here] for table in (rows, answers, base_answers))
+        prompts, texts, base_texts = (table[here] for table in (rows, answers, base_answers))
         columns = {
-            **_of_texts(list(said["response"]), list(said_by_base["response"]), evaluator.serialiser),
-            **_of_tokens(forced(evaluator, model, base, asked, list(said_by_base["response"]))),
-            **_alone(said),
+            **_of_texts(list(texts["response"]), list(base_texts["response"]), evaluator.serialiser),
+            **_of_tokens(forced(evaluator, model, base, prompts, list(base_texts["response"]))),
+            **_alone(texts),
         }
         lines += [{"model": name, "measure": m, "role": role, **columns[m]} for m in DAMAGE]
     return pd.DataFrame(lines, columns=COLUMNS)

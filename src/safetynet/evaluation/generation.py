@@ -138,7 +138,9 @@ def continuations(
     with evaluating(model), _generation_config(model, config):
         # PEFT puts a soft prompt before the padding, which rows of one length do not have.
         alike = virtual_tokens(model) > 0
-        return [Continuation(*each) for each in in_batches(rows, batch_size, answer, len, finished, alike=alike)]
+        return [
+            Continuation(*each) for each in in_batches(rows, batch_size, answer, len, finished, alike=alike)
+        ]
 
 
 def answer_log_likelihood(

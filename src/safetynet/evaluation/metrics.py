@@ -126,7 +126,7 @@ def _false_triggers(part: pd.DataFrame) -> dict[str, Any]:
 
 
 def comparable(responses: pd.DataFrame) -> pd.Series:
-    """Rows on which the wording of an answer is right or wrong: those whose reference is known and no prose."""
+    """Rows on which an answer is right or wrong by its wording: their reference is known, and no prose."""
     has_reference = responses["reference"] != ""
     return has_reference & responses["exact"] if "exact" in responses else has_reference
 

@@ -339,7 +339,8 @@ def _examine(work: _Work, method: Method, outputs: Outputs) -> None:
     result = tuning.tune_and_verify(method, settings, work.defender, work.trial, work.references)
     work.write(method.name, result, outputs)
     held = result.lines[result.lines["split"] == HELD_OUT].iloc[0]
-    log.info("mitigate %s: ASR %.1f%%, CACC %.1f%%", method.name, 100 * held["asr"], 100 * held["cacc"])
+    rates = (overview.rate(held, name) for name in ("asr", "cacc"))
+    log.info("mitigate %s: ASR %s, CACC %s", method.name, *rates)
 
 
 def _compare(work: _Work) -> str:
