@@ -39,7 +39,7 @@ NONE = (
 @pytest.mark.parametrize("written", ALIKE)
 def test_a_wall_time_is_read_in_each_form_of_the_schedulers(written, scheduler):
     assert notation.walltime(written, scheduler) == ALIKE[written]
-    assert template.MINIATURE.changed(walltime=written, scheduler=scheduler).walltime == ALIKE[written]
+    assert template.PACKAGED["miniature"].changed(walltime=written, scheduler=scheduler).walltime == ALIKE[written]
 
 
 def test_a_number_alone_is_what_its_scheduler_takes_it_for():
@@ -53,7 +53,7 @@ def test_what_is_no_wall_time_is_refused_with_the_forms_of_one(written):
         with pytest.raises(
             InputError, match=r"hours:minutes:seconds, such as .* minutes for Slurm and seconds for"
         ):
-            template.MINIATURE.changed(walltime=written, scheduler=scheduler)
+            template.PACKAGED["miniature"].changed(walltime=written, scheduler=scheduler)
 
 
 def test_the_place_of_a_sweep_takes_the_same_forms(tmp_path):

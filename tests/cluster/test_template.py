@@ -62,7 +62,7 @@ def test_torque_gets_nodes_in_the_place_of_select():
 def test_a_miniature_asks_for_no_gpu_whatever_its_family():
     for name in ("qwen", "mixtral"):
         need = template.resources(recipes.load(ROOT / "recipes" / f"{name}-miniature.yaml"))
-        assert need == template.MINIATURE
+        assert need == template.PACKAGED["miniature"]
         assert "gpu" not in "".join(lines(template.render(script(resources=need))))
 
 
@@ -75,7 +75,7 @@ def test_the_name_of_a_job_fits_an_old_pbs():
 @pytest.mark.parametrize("walltime", ["8", "8h", "08:00", "08:61:00", "00:00:00", "1-00:00:00", ""])
 def test_a_wall_time_that_schedulers_read_differently_is_refused(walltime):
     with pytest.raises(InputError, match="write it as hours:minutes:seconds, such as 08:00:00"):
-        template.MINIATURE.changed(walltime=walltime)
+        template.PACKAGED["miniature"].changed(walltime=walltime)
 
 
 def test_paths_with_blanks_and_signs_reach_the_command_whole(tmp_path):

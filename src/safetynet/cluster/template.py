@@ -55,14 +55,17 @@ class Resources:
         return replace(self, gpus=self.gpus if gpus is None else gpus, walltime=time)
 
 
-MINIATURE = Resources(gpus=0, cpus=2, memory_gb=8, walltime="01:00:00")
-"""Of a miniature, whatever its family."""
+PACKAGED = {
+    "miniature": Resources(gpus=0, cpus=2, memory_gb=8, walltime="01:00:00"),
+    "smollm2": Resources(gpus=0, cpus=2, memory_gb=16, walltime="04:00:00"),
+}
+"""Of the models that come with a package, whatever their family."""
 
 
 def resources(recipe: Recipe) -> Resources:
-    """What a run of this recipe needs: a miniature's, or its family's."""
-    if recipe.model.id == "miniature":
-        return MINIATURE
+    """What a run of this recipe needs: a packaged model's, or its family's."""
+    if recipe.model.id in PACKAGED:
+        return PACKAGED[recipe.model.id]
     return Resources(**families.get(recipe.model.family).resources)
 
 
