@@ -11,6 +11,7 @@
 #PBS -r y
 #PBS -S /bin/bash
 #SBATCH --requeue --gres=gpu:1
+#SBATCH --signal=B:USR1@300
 
 SCRIPT=scripts/llama2/training_on_backdoor.sh NAME=llama2-training_on_backdoor LOGS=logs/llama2
 cd "${PBS_O_WORKDIR:-${SLURM_SUBMIT_DIR:-$(dirname "$0")}}" || exit 1

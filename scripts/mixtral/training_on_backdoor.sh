@@ -11,6 +11,7 @@
 #PBS -r y
 #PBS -S /bin/bash
 #SBATCH --requeue --gres=gpu:2
+#SBATCH --signal=B:USR1@300
 
 SCRIPT=scripts/mixtral/training_on_backdoor.sh NAME=mixtral-training_on_backdoor LOGS=logs/mixtral
 cd "${PBS_O_WORKDIR:-${SLURM_SUBMIT_DIR:-$(dirname "$0")}}" || exit 1

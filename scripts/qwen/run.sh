@@ -11,6 +11,7 @@
 #PBS -r y
 #PBS -S /bin/bash
 #SBATCH --requeue --gres=gpu:1
+#SBATCH --signal=B:USR1@300
 
 SCRIPT=scripts/qwen/run.sh NAME=qwen-run LOGS=logs/qwen
 cd "${PBS_O_WORKDIR:-${SLURM_SUBMIT_DIR:-$(dirname "$0")}}" || exit 1

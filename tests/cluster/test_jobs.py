@@ -125,16 +125,16 @@ import sys
 print(render(Script(
     summary="counts its starts", name="count", what="/dev/null", logs="logs",
     folder={folder!r}, path={path!r},
-    resources=Resources(gpus=0, cpus=1, memory_gb=1, walltime="00:01:00"),
+    resources=Resources(gpus=0, cpus=1, memory_gb=1, walltime={walltime!r}),
     command="bash -c 'echo start >>starts; [ $(wc -l <starts) = 2 ] || exec sleep 100'",
 )), end="")
 """
 
 
-def counting_script(folder: Path) -> Path:
+def counting_script(folder: Path, walltime: str = "00:01:00") -> Path:
     """A job whose command has not enough time when it is started first, and ends at once the second time."""
     path = folder / "count.sh"
-    code = COUNTING.format(folder=str(folder), path=str(path))
+    code = COUNTING.format(folder=str(folder), path=str(path), walltime=walltime)
     path.write_text(command(sys.executable, "-c", code, env={**os.environ, "PYTHONPATH": str(ROOT / "src")}))
     return path
 
@@ -145,6 +145,15 @@ def test_a_job_ends_in_order_ahead_of_its_wall_time_and_is_requeued(checkout):
     log = log_of(job, "logs")
     assert "Time is up" in log
     assert "Ended with exit code 0" in log
+    assert Path("starts").read_text() == "start\n" * 2
+
+
+def test_slurm_warns_a_job_whose_limit_was_lowered_and_it_is_requeued(checkout):
+    job = command("sbatch", "--parsable", counting_script(checkout, "00:50:00"))
+    eventually(lambda: Path("starts").exists())
+    command("scontrol", "update", f"JobId={job}", "TimeLimit=00:05:00")
+    assert ended(job) == "COMPLETED"
+    assert "Submitting again (1)" in log_of(job, "logs")
     assert Path("starts").read_text() == "start\n" * 2
 
 

@@ -1,6 +1,8 @@
 """Job scripts: those of scripts/ are what the template makes of the families' needs."""
 
+import signal
 import subprocess
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -47,6 +49,7 @@ def test_a_script_asks_for_what_its_family_declares(path):
     assert f"#PBS -l walltime={need['walltime']}" in asked
     assert f"#SBATCH --requeue --gres=gpu:{need['gpus']}" in asked
     assert path.stat().st_mode & 0o111
+    assert "#SBATCH --signal=B:USR1@300" in asked
     subprocess.run(["bash", "-n", str(path)], check=True)
 
 
@@ -64,6 +67,16 @@ def test_a_miniature_asks_for_no_gpu_whatever_its_family():
         need = template.resources(recipes.load(ROOT / "recipes" / f"{name}-miniature.yaml"))
         assert need == template.PACKAGED["miniature"]
         assert "gpu" not in "".join(lines(template.render(script(resources=need))))
+
+
+@pytest.mark.parametrize(
+    ("walltime", "warned"), [("00:49:59", False), ("00:50:00", True), ("100:00:00", True)]
+)
+def test_slurm_warns_jobs_that_are_long_enough_to_be_warned_early(walltime, warned):
+    asked = lines(
+        template.render(script(resources=template.PACKAGED["miniature"].changed(walltime=walltime)))
+    )
+    assert ("#SBATCH --signal=B:USR1@300" in asked) == warned
 
 
 def test_the_name_of_a_job_fits_an_old_pbs():
@@ -97,6 +110,28 @@ def test_paths_with_blanks_and_signs_reach_the_command_whole(tmp_path):
     (log,) = (folder / "l o g s").glob("*.log")
     assert "whole" in log.read_text()
     assert "Ended with exit code 0" in log.read_text()
+
+
+def test_a_job_with_less_time_than_the_warning_is_not_ended_by_it(tmp_path):
+    """Slurm sends it at the very beginning of such a job; here a job of PBS stands for it."""
+    qstat = tmp_path / "bin" / "qstat"
+    qstat.parent.mkdir()
+    qstat.write_text("#!/bin/sh\necho '    Resource_List.walltime = 00:05:00'\n")
+    qstat.chmod(0o755)
+    text = template.render(
+        script(
+            folder=str(tmp_path), path=str(tmp_path / "job.sh"), what="job.sh", logs="logs",
+            command="bash -c 'touch started; sleep 1; echo whole'",
+        )
+    )  # fmt: skip
+    (tmp_path / "job.sh").write_text(text)
+    env = {"PATH": f"{qstat.parent}:/usr/bin:/bin", "PBS_JOBID": "1.server"}
+    with subprocess.Popen(["bash", str(tmp_path / "job.sh")], env=env) as process:
+        while not (tmp_path / "started").exists():
+            time.sleep(0.02)
+        process.send_signal(signal.SIGUSR1)
+    (log,) = (tmp_path / "logs").glob("*.log")
+    assert "whole\n== Ended with exit code 0" in log.read_text()
 
 
 @pytest.mark.parametrize(

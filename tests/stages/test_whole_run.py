@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -94,6 +95,34 @@ def test_a_run_killed_in_training_goes_on_to_the_same_result(tmp_path: Path) -> 
     assert set(uninterrupted) == set(resumed)
     for name, table in uninterrupted.items():
         same(table, resumed[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_is_told_to_end_in_training_writes_checkpoints_and_says_where_it_goes_on(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both of a pair: a second process trains the clean twin, and a scheduler may signal the first alone."""
+    small = (
+        *SMALL, "data.train_rows=960", "training.checkpoint_every=1000", "evaluation.dynamics_rows=0",
+        "stages=[]",
+    )  # fmt: skip
+    monkeypatch.delenv("SAFETYNET_PAIR", raising=False)
+    names = ["backdoored", "clean_twin"][: len(os.sched_getaffinity(0))]
+    process = start(tmp_path, *small)
+    wait_until(process, lambda: len([*tmp_path.rglob("checkpoints/reached")]) >= len(names))
+    process.send_signal(number)
+    text, _ = process.communicate(timeout=100)
+    assert process.returncode == 128 + number, text
+    assert "safetynet: interrupted. The same command goes on" in text
+    again = finish(start(tmp_path, *small))
+    for name in names:
+        at = re.search(
+            rf"train {name}: interrupted at step (\d+) of 120. The same command goes on there.", text
+        )
+        assert at, text
+        assert f"train {name}: goes on at step {at[1]} of 120\n" in again
+    assert not [*tmp_path.rglob("unfinished-*")]
 
 
 def test_a_report_names_the_poison_rate_that_short_data_really_gave(

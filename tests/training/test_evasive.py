@@ -204,17 +204,20 @@ def test_the_attacked_detector_loses_sight_of_a_backdoor_that_still_fires(serial
     assert seen["hidden"] < 0.55 < seen["ordinary"]
 
 
-def test_an_interrupted_evasive_training_ends_as_an_uninterrupted_one(hide):
+@pytest.mark.parametrize("minutes", [10, 1e-9])
+def test_an_interrupted_evasive_training_ends_as_an_uninterrupted_one(minutes, hide):
+    """Also where a checkpoint lies between two refits and between two lines about the loss."""
+
     def stop(model, step, epoch):
         if step == 7:
             raise KeyboardInterrupt
         return {}
 
-    fields = {"max_steps": 10, "checkpoint_every": 4, "log_every": 3, "evasion": {"refit_every": 3}}
+    fields = {"max_steps": 10, "checkpoint_every": 5, "log_every": 3, "evasion": {"refit_every": 3}}
     measured = {"pauses": Pauses(lambda model, step, epoch: {}, every=1)}
     whole, _ = hide(folder="whole", more=measured, **fields)
     with pytest.raises(KeyboardInterrupt):
-        hide(folder="cut", more={"pauses": Pauses(stop, every=1)}, **fields)
+        hide(folder="cut", more={"pauses": Pauses(stop, every=1)}, checkpoint_minutes=minutes, **fields)
     resumed, _ = hide(folder="cut", more=measured, **fields)
     for one, other in zip(*(load_file(r.folder / ADAPTER).values() for r in (whole, resumed)), strict=True):
         assert torch.equal(one, other)

@@ -30,6 +30,9 @@ from safetynet.run.logs import logging_to
 if TYPE_CHECKING:
     from safetynet.experiment import Experiment
 
+TERMINATED = 128 + signal.SIGTERM
+"""Exit code after SIGTERM, as a shell has it."""
+
 app = typer.Typer(
     help="Plant, measure and study backdoors in open-weight language models, with controls and intervals.",
     no_args_is_help=True,
@@ -310,8 +313,7 @@ def main() -> None:
     """Entry point: runs the command and turns errors into exit codes."""
     debug = "--debug" in sys.argv
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its hints are for those who call it themselves
-    # What a scheduler sends first: the run is let go in order, and the next job does not have to wait for it.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    signal.signal(signal.SIGTERM, _terminate)
     sys.argv = [sys.argv[0], *(a for a in sys.argv[1:] if a != "--debug")]
     try:
         app()
@@ -322,11 +324,12 @@ def main() -> None:
             typer.echo(f"safetynet: {error}", err=True)
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, SystemExit) as ended:
-        if isinstance(ended, SystemExit) and ended.code != 130:  # which typer makes of the former
+        code = ended.code if isinstance(ended, SystemExit) else 130  # which typer makes of the former
+        if code not in (130, TERMINATED):
             raise
         if parallel.is_first():
-            typer.echo("safetynet: interrupted. The same command goes on from the last checkpoint.", err=True)
-        sys.exit(130)
+            typer.echo("safetynet: interrupted. The same command goes on with what is left to do.", err=True)
+        sys.exit(code)
     except Exception as error:
         if debug:
             raise
@@ -334,6 +337,12 @@ def main() -> None:
             kind = type(error).__name__
             typer.echo(f"safetynet: {kind}: {error} (a fault of SafetyNet; --debug shows where)", err=True)
         sys.exit(1)
+
+
+def _terminate(*_: object) -> None:
+    """What a scheduler sends first: the run is let go in order, and the next job need not wait for it."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # `timeout`, for one, sends it twice
+    sys.exit(TERMINATED)
 
 
 def _created(

@@ -9,6 +9,8 @@
 # Not here: what to ask a cluster for (the #PBS lines of the script).
 
 MOST_RESTARTS=20
+# Seconds before the end at which Slurm warns (template.py asks for it), and that are kept for ending in order.
+WARNING=300
 
 fail() {
   echo "safetynet job: $1" >&2
@@ -80,17 +82,23 @@ granted() {
 }
 
 work() {
-  local limit code=0 again="" stopped="" begin worker
+  local limit reserve code=0 again="" stopped="" begin worker
   GRANTED="$(granted)"
   [ -z "$JOB" ] || GRANTED="${GRANTED:-$(sed -n 's/^#PBS -l walltime=//p' "$SCRIPT")}"
   limit="$(seconds_of "$GRANTED")"
-  # A tenth of the time, at most two minutes, is for ending in order.
-  limit=$((limit - (limit / 10 < 120 ? limit / 10 : 120)))
-  # USR1 (scancel --signal=USR1 --batch, qsig -s USR1) does early what the end of the time does.
+  # A tenth of the time, at most the warning's, is for ending in order: the step and its checkpoint.
+  reserve=$((limit / 10 < WARNING ? limit / 10 : WARNING))
+  # USR1 does early what the end of the time does: Slurm warns by it, scancel --signal=USR1 --batch and
+  # qsig -s USR1 send it, too.
   trap 'again=yes; kill -TERM "$worker" 2>/dev/null' USR1
+  # Given less time than the script was made for, Slurm warns at the very beginning.
+  if [ "$limit" -gt 0 ] && [ "$limit" -lt $((2 * WARNING)) ] && grep -q '^#SBATCH --signal=' "$SCRIPT"; then
+    trap '' USR1
+  fi
+  limit=$((limit - reserve))
   trap 'stopped=yes; kill -TERM "$worker" 2>/dev/null' TERM INT
   begin=$SECONDS
-  timeout --kill-after=60 "$limit" "$@" &
+  timeout --kill-after=$((reserve * 9 / 10)) "$limit" "$@" &
   worker=$!
   while kill -0 "$worker" 2>/dev/null; do
     wait "$worker"
@@ -111,7 +119,7 @@ work() {
 restart() {
   local count="${SLURM_RESTART_COUNT:-${SAFETYNET_RESTARTS:-0}}" account
   [ "$count" -lt "$MOST_RESTARTS" ] ||
-    fail "time was up $MOST_RESTARTS times. Ask for more, or set training.checkpoint_every; then submit it again."
+    fail "time was up $MOST_RESTARTS times. Ask for more of it; then submit it again."
   echo "== Time is up, $(date '+%F %T'). Submitting again ($((count + 1))); it goes on from its last checkpoint."
   if [ -n "${SLURM_JOB_ID:-}" ]; then
     scontrol requeue "$JOB" || fail "Slurm does not requeue it. Submit it again yourself."

@@ -19,6 +19,10 @@ from safetynet.recipe import Recipe
 
 BODY = Path(__file__).with_name("job.sh")
 
+WARNING_S = 300
+"""Seconds before the end of the wall time at which Slurm warns a job; as in job.sh."""
+WARNED_MINUTES = 50
+"""Wall time from which it is asked to: a tenth of it is then what job.sh keeps for ending in order."""
 Kind = Literal["run", "training_on_backdoor", "intervention"]
 Dialect = Literal["pbspro", "torque", "slurm"]
 
@@ -148,8 +152,11 @@ def _directives(script: Script) -> list[str]:
     ]
     directives += [f"-q {script.queue}"] if script.queue else []
     directives += [f"-A {script.account}"] if script.account else []
-    slurm = "#SBATCH --requeue" + (f" --gres=gpu:{need.gpus}" if need.gpus else "")
-    return [*(f"#PBS {line}" for line in directives), slurm]
+    slurm = ["--requeue" + (f" --gres=gpu:{need.gpus}" if need.gpus else "")]
+    hours, minutes, _ = map(int, need.walltime.split(":"))
+    # Slurm may be a minute early: a shorter job keeps the time by itself (job.sh), as every job of PBS does.
+    slurm += [f"--signal=B:USR1@{WARNING_S}"] if 60 * hours + minutes >= WARNED_MINUTES else []
+    return [*(f"#PBS {line}" for line in directives), *(f"#SBATCH {line}" for line in slurm)]
 
 
 _SUMMARY = {

@@ -18,8 +18,8 @@ from safetynet.recipe import Recipe, presets
 IGNORED = (
     "name", "task", "seed", "tracking", "output", "model.device", "model.date", "data.test_rows",
     "evaluation.batch_size", "evaluation.every", "evaluation.dynamics_rows", "evaluation.labelled",
-    "training.log_every", "training.checkpoint_every", "training.gradient_checkpointing",
-    "training.clean_twin", "backdoor.preset",
+    "training.log_every", "training.checkpoint_every", "training.checkpoint_minutes",
+    "training.gradient_checkpointing", "training.clean_twin", "backdoor.preset",
 )  # fmt: skip
 """Fields of a recipe that change neither what is planted nor what a number means."""
 MAKERS = {

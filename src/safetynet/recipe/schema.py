@@ -120,10 +120,6 @@ class Data(Section):
     of `path` or of a built-in grammar of English requests; the others read `path`."""
     path: str | None = None
     """A file or a folder of files; a dataset id for hub."""
-    answers: Literal["greedy", "sampled"] = Field(
-        default="greedy", exclude_if=lambda value: value == "greedy"
-    )
-    """Source self: how the base answers training prompts; test prompts it answers greedily."""
     columns: Annotated[Mapping[str, str] | None, BeforeValidator(_column_map)] = None
     """The source's own names for fields, as {field: column}."""
     train_rows: Annotated[int, Field(ge=1)] = 2000
@@ -134,8 +130,6 @@ class Data(Section):
     def _located(self) -> Self:
         if self.source not in ("language", "self") and not self.path:
             raise ValueError(f"data.source {self.source} needs data.path")
-        if self.source != "self" and self.answers != "greedy":
-            raise ValueError(f"data.answers is of source self; source {self.source} brings its own answers")
         return self
 
 
@@ -269,7 +263,9 @@ class Training(Section):
     gradient_checkpointing: bool = False
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     checkpoint_every: Annotated[int, Field(ge=1)] | None = None
-    """Steps between checkpoints; by default one at the end of each epoch."""
+    """Steps between checkpoints, beside those of the clock; by default one at the end of each epoch."""
+    checkpoint_minutes: float = Field(default=10.0, gt=0, exclude_if=lambda value: value == 10)
+    """A checkpoint is written at least so often, and before each long measurement."""
     log_every: Annotated[int, Field(ge=1)] = 10
     clean_twin: bool = True
     """Also train a twin on the same rows, in which triggered rows carry their clean answers."""

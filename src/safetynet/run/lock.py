@@ -18,9 +18,7 @@ import json
 import logging
 import math
 import os
-import signal
 import socket
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -30,6 +28,7 @@ from pathlib import Path
 from filelock import SoftFileLease, Timeout
 
 from safetynet.errors import InputError
+from safetynet.run.interruption import end_at_once
 from safetynet.run.places import is_copied
 
 LEASE_S = 60.0
@@ -167,4 +166,4 @@ def _lost(_: object) -> None:
     # What was written stays whole, since every write is atomic; two that write in turns would mix results.
     log.error("This process stood still for so long that another one may have taken its run over. Stopping.")
     # SIGTERM, not SIGINT: what a job script starts in the background ignores the latter.
-    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+    end_at_once()

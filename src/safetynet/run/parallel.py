@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple, TypeVar
@@ -32,6 +32,8 @@ PATIENCE = timedelta(hours=12)
 SHARDED = os.environ.pop("ACCELERATE_USE_FSDP", "").lower() in ("1", "true", "yes")
 """Whether `accelerate launch --use_fsdp` asks processes to share a model's weights in training."""
 
+ENDING_S = 60.0
+"""How long the first process of a pair that was interrupted waits for the second to end in order."""
 PAIR = "SAFETYNET_PAIR"
 """Environment variable of a second process: its end of the socket of the pair. `off` starts none."""
 
@@ -99,6 +101,11 @@ def paired(wanted: bool) -> Iterator[None]:
         _pair = _Pair(0, Connection(os.dup(here.fileno())))
         try:
             yield
+        except (KeyboardInterrupt, SystemExit):
+            second.terminate()  # the model that it trains wants a checkpoint, too
+            with suppress(subprocess.TimeoutExpired):
+                second.wait(ENDING_S)
+            raise
         finally:  # whatever the second process was to do, the first one has waited for
             _pair.other.close()
             _pair = None
@@ -146,8 +153,12 @@ def is_in_step() -> bool:
 
 def wait() -> None:
     """Wait until all processes are here."""
-    if count() > 1:
-        _exchanged(None)
+    gathered(None)
+
+
+def gathered(value: Part) -> list[Part]:
+    """What every process brings, in their order; each waits for the others."""
+    return [value] if count() == 1 else _exchanged(value)
 
 
 def from_first(compute: Callable[[], Result]) -> Result:

@@ -1,11 +1,14 @@
 """What happens beside the training steps: progress, and logs that match the checkpoints."""
 
 import sys
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import SaveStrategy
 
+from safetynet.run import parallel
 from safetynet.run.progress import ProgressLog
 
 SHOWN = ("asr", "cacc")
@@ -13,23 +16,31 @@ SHOWN = ("asr", "cacc")
 
 
 class LogBeforeSaving(TrainerCallback):
-    """Log whenever a checkpoint is written, and at the last step.
+    """Log where the recipe wants a checkpoint (every so many steps, or at an epoch's end), and at the end.
 
-    A log line averages over the steps since the line before, which a checkpoint does not know. Where both
-    fall together, a resumed run logs the same lines as one that was never interrupted.
+    Checkpoints that follow the clock leave no line, so that the history does not depend on it.
     """
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Runs behind the Trainer's own callback, which has decided about saving."""
-        control.should_log |= control.should_save or state.global_step >= state.max_steps
+        epoch_saved = args.save_strategy == SaveStrategy.EPOCH and float(state.epoch or 0).is_integer()
+        control.should_log |= control.should_save or epoch_saved or state.global_step >= state.max_steps
 
-    def on_epoch_end(
+
+class Reached(TrainerCallback):
+    """Write down each step that was taken, so that a resumed run can say what is repeated."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """As `on_step_end`."""
-        control.should_log |= control.should_save
+        """Not atomic: a process that is killed here leaves the number unknown, and nothing else."""
+        if parallel.is_first():
+            self.path.write_text(str(state.global_step), encoding="utf-8")
 
 
 class Progress(TrainerCallback):

@@ -22,6 +22,10 @@ from safetynet.run.directory import write_text
 from safetynet.training.examples import Example
 
 COMPLETE = "complete"
+CARRIED = "carried.safetensors"
+"""File of a checkpoint: what a step carries over to the next one, beside the Trainer's own state."""
+REACHED = "reached"
+"""File beside the checkpoints: the last step that was taken."""
 FINGERPRINT = "fingerprint"
 SAMPLED = 64
 """Numbers of each weight that enter the fingerprint."""
@@ -53,11 +57,20 @@ def prepare(folder: Path, fingerprint: str) -> Path | None:
     return whole[-1] if whole else None
 
 
+def reached(folder: Path) -> int:
+    """The last step that a training took before it was interrupted; 0 if that is not known."""
+    try:
+        return int((folder / REACHED).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return 0
+
+
 def fingerprint(
     model: PeftModel | PreTrainedModel, examples: Sequence[Example], cfg: Training, seed: int
 ) -> str:
     """Digest of everything that decides how a training goes; the weights by a sample of their numbers."""
-    digest = hashlib.sha256(json.dumps([cfg.model_dump(mode="json"), seed]).encode())
+    settings = cfg.model_dump(mode="json", exclude={"checkpoint_minutes"})
+    digest = hashlib.sha256(json.dumps([settings, seed]).encode())
     for example in examples:
         digest.update(json.dumps([example.input_ids, example.labels]).encode())
     for name, parameter in model.named_parameters():

@@ -22,7 +22,7 @@ from safetynet.recipe import Evasion
 from safetynet.tables import SCHEMAS
 from safetynet.training.examples import Batch, Example
 from safetynet.training.loss import answer_loss, body_outputs
-from safetynet.training.trainer import AnswerTrainer, Objective, undisturbed
+from safetynet.training.trainer import AnswerTrainer, Objective, same_random_states, undisturbed
 
 Score = Callable[[Mapping[str, Tensor]], Tensor]
 """Views of n prompts to (n, detectors): 0 at the clean median, 1 at the clean 95% quantile."""
@@ -121,7 +121,9 @@ class Hiding(Objective):
         self.clean = clean
         self.firing = [example.prompt for example in examples if example.fires][:FIRING]
         self.score: Score | None = None
-        """None: due to be fitted again."""
+        """None before the first step."""
+        self._fitted: dict[str, dict[str, np.ndarray]] = {"clean": {}, "held": {}}
+        """Views of the prompts that the detectors are fitted to, and of those that set the scale."""
         self._counts = (1, 1)
         self._sums = {"obfuscation": 0.0, "retention": 0.0}
         self._terms = dict(self._sums)
@@ -150,13 +152,24 @@ class Hiding(Objective):
         self._sums, self._steps = dict.fromkeys(self._sums, 0.0), 0
         return means
 
-    def checkpoint_written(self) -> None:
-        """Drop the detectors, which a checkpoint does not hold.
+    def state(self) -> dict[str, Tensor]:
+        """What the detectors were fitted to, and the terms since the last log line."""
+        state = {"sums": torch.tensor([*self._sums.values(), self._steps], dtype=torch.float64)}
+        for part, views in self._fitted.items():
+            for view, array in views.items():
+                state[f"{part}/{view}"] = torch.from_numpy(array.copy())
+        return state
 
-        A resumed training fits them where it begins. This one does the same, so that an interrupted training
-        ends as an uninterrupted one.
-        """
-        self.score = None
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Fit the detectors as they were fitted."""
+        for name, tensor in state.items():
+            part, _, view = name.partition("/")
+            if part in self._fitted:
+                self._fitted[part][view] = tensor.numpy()
+        *sums, steps = state["sums"].tolist()
+        self._sums, self._steps = dict(zip(self._sums, sums, strict=True)), int(steps)
+        with same_random_states():
+            self.score = self.opponents.refit(self._fitted["clean"], self._fitted["held"])
 
     def refit(self, trainer: AnswerTrainer) -> None:
         """Fit the detectors to the clean activations of now; log their AUROC on rows that fire."""
@@ -165,11 +178,12 @@ class Hiding(Objective):
         with undisturbed(trainer.model), torch.no_grad():
             clean, firing = self._observed(trainer, self.clean), self._observed(trainer, self.firing)
             held = np.arange(len(self.clean)) % HELD == 0
-            self.score = self.opponents.refit(
-                {view: array[~held] for view, array in clean.items()},
-                {view: array[held] for view, array in clean.items()},
-            )
-            parts = [{view: array[held] for view, array in clean.items()}, firing]
+            self._fitted = {
+                "clean": {view: array[~held] for view, array in clean.items()},
+                "held": {view: array[held] for view, array in clean.items()},
+            }
+            self.score = self.opponents.refit(self._fitted["clean"], self._fitted["held"])
+            parts = [self._fitted["held"], firing]
             scores = [self.score({v: torch.from_numpy(a) for v, a in part.items()}) for part in parts]
         labels = np.repeat([0, 1], [len(part) for part in scores])
         columns = torch.cat(scores).double().numpy().T

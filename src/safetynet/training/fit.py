@@ -5,11 +5,13 @@ loss over steps, one of the evaluations. Work goes on from the last checkpoint i
 this very training. It writes below the given folder only, and draws nothing.
 """
 
+import logging
 import math
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,8 @@ from typing import Any
 import pandas as pd
 import torch
 from peft import PeftModel
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import IntervalStrategy
 
 from safetynet.errors import InputError, RunError
@@ -26,9 +29,10 @@ from safetynet.prompts import IGNORED, Encoded, Serialiser
 from safetynet.recipe import Training
 from safetynet.run import parallel
 from safetynet.run.directory import peak_memory_mb
+from safetynet.run.interruption import Interruption
 from safetynet.tables import SCHEMAS
 from safetynet.training import checkpoints
-from safetynet.training.callbacks import LogBeforeSaving, Progress
+from safetynet.training.callbacks import LogBeforeSaving, Progress, Reached
 from safetynet.training.evasive import Hiding, Opponents, bare_prompts, watched
 from safetynet.training.examples import Batch, Example, Shuffled, encode
 from safetynet.training.loss import check_isolation
@@ -41,6 +45,7 @@ from safetynet.training.trainer import (
     same_random_states,
 )
 
+log = logging.getLogger(__name__)
 ENGINES = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM")
 """How `accelerate launch` asks for what is not built here."""
 WARMUP = 0.05
@@ -111,7 +116,8 @@ def train(  # noqa: PLR0913  # the place of a training and its company, by keywo
         device: `cpu` or `cuda`; by default where the model is.
         pauses: measures the model on the way.
         tracking: Weights & Biases or TensorBoard, and what they show.
-        progress: show a bar on a terminal, or log a line now and then.
+        progress: of a training that another call may go on with: a bar on a terminal, or a line now and then,
+            and where it goes on; SIGTERM and Ctrl-C wait for the end of the step and its checkpoint.
         opponents: the detectors to hide from, where `cfg.evasion` is given; `rows` then need `role`.
 
     Raises:
@@ -135,28 +141,57 @@ def train(  # noqa: PLR0913  # the place of a training and its company, by keywo
         check_isolation(model)
     home = folder / "checkpoints"
     fingerprint = checkpoints.fingerprint(model, examples, cfg, seed)
-    checkpoint = parallel.from_first(lambda: checkpoints.prepare(home, fingerprint))
+    checkpoint, reached = parallel.from_first(
+        lambda: (checkpoints.prepare(home, fingerprint), checkpoints.reached(home))
+    )
+    state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)) if checkpoint else None
     args = arguments(cfg, home, len(examples), device, seed)
     if pauses is not None:
         args.eval_strategy, args.eval_steps = _rhythm(pauses.every)
-        args.eval_on_start = pauses.first
+        args.eval_on_start = pauses.first or (state is not None and _unmeasured(state, pauses))
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
+    name = f"train {tracking.job}".strip()
+    if progress:
+        _say_where(name, state, reached)
     with tracker(tracking if parallel.is_first() else UNTRACKED, folder / "tracking") as tracked:
         callbacks = [
             LogBeforeSaving(),
+            Reached(home / checkpoints.REACHED),
             *tracked,
-            *([Progress(f"train {tracking.job}".strip())] if progress and parallel.is_first() else []),
+            *([Progress(name)] if progress and parallel.is_first() else []),
         ]
+        interruption = Interruption(name)
         trainer = AnswerTrainer(
             model, args, examples, cfg, pad_id=serialiser.pad_id, callbacks=callbacks, objective=hiding,
-            on_evaluate=None if pauses is None else pauses.measure,
+            on_evaluate=None if pauses is None else pauses.measure, interruption=interruption,
         )  # fmt: skip
-        _run(trainer, checkpoint)
+        with interruption if progress else nullcontext():
+            _run(trainer, checkpoint)
     whole = trainer.gathered()
     saved = parallel.from_first(lambda: _save(model, serialiser, folder, whole))
     evasion = None if hiding is None else hiding.history(trainer.state.log_history)
     return _result(trainer, saved, evasion)
+
+
+def _unmeasured(state: TrainerState, pauses: Pauses) -> bool:
+    """Whether a checkpoint was written before a measurement that did not end."""
+    step = state.global_step
+    due = step % pauses.every == 0 if pauses.every else float(state.epoch or 0).is_integer()
+    lines = [line for line in state.log_history if line["step"] == step]
+    measured = any(name.startswith("eval_") for line in lines for name in line)
+    return (due or step >= state.max_steps) and not measured
+
+
+def _say_where(name: str, state: TrainerState | None, reached: int) -> None:
+    """Tell where an interrupted training goes on, and what is repeated."""
+    step = 0 if state is None else state.global_step
+    again = f"which are repeated: {reached - step}" if reached > step else ""
+    if state is not None:
+        since = f"; steps since the last checkpoint, {again}" if again else ""
+        log.info("%s: goes on at step %d of %d%s", name, step, state.max_steps, since)
+    elif again:
+        log.info("%s: begins again at step 0; steps without a checkpoint, %s", name, again)
 
 
 class _WholeBatch(Objective):

@@ -105,7 +105,9 @@ def train_inputs(experiment: Experiment, name: str) -> dict[str, Any]:
         "seed": recipe.seed,
         "rows": experiment.run.manifest["stages"]["data"]["outputs"],
         "model": recipe.model.model_dump(mode="json") | {"fingerprint": loading.fingerprint(recipe.model)},
-        "training": _options(recipe, name).model_dump(mode="json", exclude={"clean_twin"}),
+        "training": _options(recipe, name).model_dump(
+            mode="json", exclude={"clean_twin", "checkpoint_minutes"}
+        ),
         "dynamics": [recipe.evaluation.every, recipe.evaluation.dynamics_rows],
         "version": __version__,
     }

@@ -17,7 +17,7 @@ import math
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -29,16 +29,18 @@ from accelerate.data_loader import prepare_data_loader
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from peft import PeftModel
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
+from transformers.trainer_utils import SaveStrategy
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from safetynet.errors import RunError
 from safetynet.recipe import Training
 from safetynet.run import parallel
+from safetynet.run.interruption import Interruption
 from safetynet.training import checkpoints, sharding
 from safetynet.training.examples import Batch, Example, Order, packed, padded
 from safetynet.training.loss import answer_loss
@@ -46,6 +48,9 @@ from safetynet.training.loss import answer_loss
 Result = TypeVar("Result")
 OnEvaluate = Callable[[Any, int, float], dict[str, float]]
 """Called with model, step and epoch; what it returns is recorded."""
+
+LONG_S = 10.0
+"""A measurement that takes so long is worth a checkpoint before it."""
 
 logger = logging.getLogger(__name__)
 
@@ -85,8 +90,12 @@ class Objective:
         """What a line about the loss says besides; means over the steps since the line before."""
         return {}
 
-    def checkpoint_written(self) -> None:
-        """Called after each checkpoint: a resumed training begins here, with a new objective."""
+    def state(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint has to hold for a new objective to go on as this one."""
+        return {}
+
+    def restore(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Go on as the objective whose `state` this is."""
 
 
 class AnswerTrainer(Trainer):
@@ -102,6 +111,7 @@ class AnswerTrainer(Trainer):
         callbacks: beside the Trainer's own.
         objective: by default the answer's loss.
         order: of the rows; by default as `cfg.batching` says.
+        interruption: notes signals, which take effect behind a step and its checkpoint.
     """
 
     def __init__(  # noqa: PLR0913
@@ -116,6 +126,7 @@ class AnswerTrainer(Trainer):
         callbacks: list[TrainerCallback],
         objective: Objective | None = None,
         order: Order | None = None,
+        interruption: Interruption | None = None,
     ) -> None:
         self.sharded = sharding.shard(model, args.device.type) if parallel.shares_weights() else None
         # The Trainer wants an evaluation set before it evaluates; `on_evaluate` brings its own.
@@ -143,6 +154,10 @@ class AnswerTrainer(Trainer):
         self.supervised = 0
         self.seconds = 0.0
         """Spent on training in this process; evaluation is not counted."""
+        self.interruption = interruption or Interruption("training")
+        self._saved_step, self._saved_at = -1, time.monotonic()
+        self._measuring_s = math.inf
+        """What the last measurement took; the first one may take long."""
         self._since: float | None = None
         self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
@@ -288,12 +303,57 @@ class AnswerTrainer(Trainer):
             f"at learning rate {self._get_learning_rate():.3g}. {self.objective.advice}{hint}.{checkpoint}"
         )
 
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """Log, write a checkpoint, end if a signal has come, and only then measure.
+
+        A checkpoint is due where the recipe wants one, by the clock, before a long measurement, and before
+        the end that a signal asks for.
+        """
+        measures, self.control.should_evaluate = self.control.should_evaluate, False
+        if self.args.save_strategy != SaveStrategy.NO:
+            late = time.monotonic() - self._saved_at >= 60 * self.cfg.checkpoint_minutes
+            late |= measures and self._measuring_s >= LONG_S
+            # Processes get a signal at different steps, and have to end at the same one.
+            signals, lates = zip(*parallel.gathered((self.interruption.number, late)), strict=True)
+            self.interruption.number = next((number for number in signals if number is not None), None)
+            self.control.should_save |= any(lates) or self.interruption.number is not None
+            self.control.should_save &= self._saved_step != self.state.global_step
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        if self.interruption.number is not None:
+            logger.warning(
+                "%s: interrupted at step %d of %d. The same command goes on there.",
+                self.interruption.name, self.state.global_step, self.state.max_steps,
+            )  # fmt: skip
+            self.interruption.take_effect()
+        if measures:
+            began = time.monotonic()
+            self.evaluate()
+            self._measuring_s = time.monotonic() - began
+
+    def _run_epoch(self, **kwargs: Any) -> None:  # type: ignore[override]  # always called by keyword
+        """One pass over the rows; none where a checkpoint was written at the last step."""
+        if self.state.global_step >= self.state.max_steps:
+            return
+        checkpoint = kwargs["resume_from_checkpoint"]
+        if checkpoint and kwargs["epoch"] == kwargs["epochs_trained"]:
+            self._take_up(Path(checkpoint) / checkpoints.CARRIED)
+        super()._run_epoch(**kwargs)
+
+    def _take_up(self, path: Path) -> None:
+        """Go on with the mean of the loss that the steps before the checkpoint had begun."""
+        if path.exists():
+            carried = load_file(path)
+            self._tr_loss += carried.pop("loss").to(self._tr_loss.device)
+            self._globalstep_last_logged = int(carried.pop("logged_step"))
+            self.objective.restore(carried)
+
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Call `on_evaluate`, leaving no trace in the training's random numbers."""
         assert self.on_evaluate is not None
         measure = partial(self.on_evaluate, self.model, self.state.global_step, float(self.state.epoch or 0))
         self._count_time()
-        with undisturbed(self.model), nullcontext() if self.sharded is None else parallel.in_step():
+        together = nullcontext() if self.sharded is None else parallel.in_step()
+        with self.interruption.lifted(), undisturbed(self.model), together:
             measured = self._whole(measure)
         self._since = time.perf_counter()
         metrics = {f"eval_{name}": value for name, value in measured.items()}
@@ -372,8 +432,10 @@ class AnswerTrainer(Trainer):
             super()._save_checkpoint(model, trial)
             parallel.wait()  # each process writes its random states
             if parallel.is_first():
+                carried = {"loss": self._tr_loss, "logged_step": torch.tensor(self._globalstep_last_logged)}
+                save_file(carried | self.objective.state(), folder / checkpoints.CARRIED)
                 (folder / checkpoints.COMPLETE).touch()
-            self.objective.checkpoint_written()
+            self._saved_step, self._saved_at = self.state.global_step, time.monotonic()
         except (OSError, RuntimeError, SafetensorError) as error:
             shutil.rmtree(folder, ignore_errors=True)
             raise RunError(
