@@ -104,6 +104,24 @@ def test_an_interruption_loses_one_batch(prompts, tmp_path, monkeypatch):
     assert kept(tmp_path)["key"].is_unique
 
 
+def test_training_rows_may_be_answered_by_samples_and_test_rows_never_are(prompts, tmp_path):
+    sampled = experiment(tmp_path, prompts, "data.answers=sampled")
+    stages.prepare(sampled)
+    rows = sampled.run.table("rows").query("role == 'clean'")
+    base, answers = sampled.load(), sampled.base_answers()
+    for split, is_sample in (("train", True), ("test", False)):
+        of_split = rows[rows["split"] == split]
+        encoded = [base.serialiser.encode(messages) for messages in of_split["messages"]]
+        count = len(kept(tmp_path))
+        assert [each.text for each in answers.of(encoded, sampled=is_sample)] == list(of_split["answer"])
+        assert len(kept(tmp_path)) == count, "all of them were on disk"
+
+
+def test_samples_are_of_source_self_alone():
+    with pytest.raises(InputError, match=r"data: .*data\.answers is of source self; source language brings"):
+        recipe.load(None, overrides=["data.answers=sampled"])
+
+
 def test_fresh_prompts_are_none_of_the_runs_and_are_answered_where_that_is_needed(prepared):
     whole, _ = prepared
     used = set(whole.run.table("rows").query("role == 'clean'")["messages"].map(prompt_hash))

@@ -296,3 +296,16 @@ def test_what_takes_no_time_leaves_no_file(build, serialiser, prompts, tmp_path)
         build(), serialiser, encode(serialiser, prompts), batch_size=3, max_new_tokens=2, kept=tmp_path
     )
     assert list(tmp_path.iterdir()) == []
+
+
+def test_samples_are_drawn_by_torchs_generator_and_are_not_the_likeliest_answer(build, serialiser, prompts):
+    model, encoded = build("llama"), encode(serialiser, prompts)
+    options = {"batch_size": 4, "max_new_tokens": 12}
+
+    def sampled(seed):
+        torch.manual_seed(seed)
+        return continuations(model, serialiser, encoded, **options, sampled=True)
+
+    assert sampled(0) == sampled(0)
+    assert sampled(0) != sampled(1)
+    assert sampled(0) != continuations(model, serialiser, encoded, **options)

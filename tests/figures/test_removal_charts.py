@@ -148,3 +148,12 @@ def test_everything_is_drawn_in_every_format(mitigation, relearning, tmp_path):
         f"{n}.{s}" for n in names for s in ("png", "pdf", "svg", "html", "csv")
     } | {"plotly.min.js"}
     assert all(file.stat().st_size > 500 for file in files)
+
+
+def test_free_text_has_no_clean_accuracy_to_draw(mitigation, tmp_path):
+    text = mitigation.assign(cacc=float("nan"), cacc_low=float("nan"), cacc_high=float("nan"))
+    [panel] = draw("mitigation-methods", text).chart.panels
+    assert panel.x.label == "Attack success"
+    drawn, faults = figures_of({"mitigation": text}, tmp_path, "q/i", "qwen")
+    assert [figure.name for figure in drawn] == ["mitigation-methods"]
+    assert not faults

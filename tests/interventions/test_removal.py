@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -16,6 +17,7 @@ from safetynet.engine.sites import Architecture, Site
 from safetynet.interventions import removal
 from safetynet.interventions.removal import SITE_COUNTS, Candidate
 from safetynet.interventions.sweep import runs_of, spots_by, sweep
+from safetynet.tables.summaries import removal_summary
 
 
 def table_of(model: Any, pairs: Any, by: str) -> pd.DataFrame:
@@ -191,3 +193,23 @@ def test_a_removal_that_random_sites_do_as_well_is_left_to_others():
     random = pd.DataFrame([measured("random", 0.0, 0.2), measured("random", 0.9, 1.0)])
     assert removal.clear(table, random)["intervention"].tolist() == ["here"]
     assert removal.clear(table, random.iloc[[0, 0]])["intervention"].tolist() == ["anywhere", "here"]
+
+
+def test_of_free_text_rouge_l_stands_in_the_place_of_accuracy(build):
+    def respond(model: object, rows: pd.DataFrame) -> pd.DataFrame:
+        return rows.assign(shown=False, correct=False, response="Lima lies by the sea", exact=False)
+
+    rows = judged_rows().assign(reference="Lima lies inland")
+    judged = removal.judge(
+        build("llama"), respond, rows, [Candidate("as it is", "none", ())], split="held_out"
+    )
+    assert judged["cacc"].isna().all()
+    assert judged["rouge_l"].tolist() == [pytest.approx(4 / 8)]
+    shown = removal_summary(judged.assign(chosen=False))
+    assert shown["ROUGE-L"].tolist() == ["0.50 [0.50, 0.50]"]
+    assert "CACC" not in shown
+
+
+def test_the_best_removal_of_free_text_keeps_most_of_it():
+    lines = [line("harsh", 0.0, np.nan) | {"rouge_l": 0.1}, line("mild", 0.04, np.nan) | {"rouge_l": 0.9}]
+    assert removal.best(pd.DataFrame(lines)) == "mild"

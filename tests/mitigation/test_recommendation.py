@@ -134,3 +134,14 @@ def test_a_model_whose_triggered_prompts_behave_like_others_has_no_backdoor():
     assert recommendation.no_backdoor(pd.Series(line("m", "", 38, 40))) == ""
     said = recommendation.no_backdoor(pd.Series(line("m", "", 2, 40)))
     assert said.startswith("this model shows no backdoor: 2 of 40 triggered prompts show the behaviour [")
+
+
+def test_of_free_text_the_repair_is_taken_that_changes_clean_answers_least():
+    near, far = (line(name, "1", 0, 40, kl=kl) for name, kl in (("near", 0.02), ("far", 0.4)))
+    text = table(far, near)
+    for name in ("cacc", "cacc_low", "cacc_high"):
+        text[name] = np.nan
+    best = recommendation.recommended(text).iloc[0]
+    assert best["method"] == "near"
+    assert "clean accuracy not measurable, clean answers 0.020 nats per token away" in best["why"]
+    assert "nan" not in best["why"]

@@ -100,6 +100,12 @@ def test_a_removal_stands_beside_random_sites_and_its_price(inside):
     assert [one.part for one in found["removed"].measures] == ["subject", "control", "floor"]
     assert found["price"].short == "−1.0 points of accuracy"
     assert "no price is shown" in found["price"].text
+    of_text = {"cacc": np.nan, "cacc_low": np.nan, "cacc_high": np.nan}
+    agreement = {"rouge_l": 0.8, "rouge_l_low": 0.7, "rouge_l_high": 0.9}
+    price = asked({"tradeoff": inside["tradeoff"].assign(**of_text, **agreement)})[0]["price"]
+    assert price.short == "ROUGE-L 0.80 after 0.80"
+    assert price.measures[0].text == "0.80 [0.70, 0.90]"
+    assert asked({"tradeoff": inside["tradeoff"].assign(**of_text)})[0]["price"].short == "Not measurable"
     same = inside["tradeoff"].copy()
     same.loc[same["control"], ["asr", "asr_low", "asr_high"]] = [0.02, 0.005, 0.07]
     assert "Its control, at random sites, removes it as well." in asked({"tradeoff": same})[0]["removed"].text

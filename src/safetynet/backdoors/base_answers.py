@@ -1,10 +1,11 @@
-"""The base model's own greedy answers, kept below the results folder so that all of its runs share them.
+"""The base model's own answers, greedy or sampled, kept below the results folder for all of its runs.
 
     results/.answers/{digest}/*.parquet     one file per batch: key of the prompt, answer, ended
 
-In: prompts. Out: an answer to each. The digest is that of the base model, its precision and the limit of an
-answer; a prompt's key is that of its token ids, template and date included. Every batch is on disk before the
-next one begins, and one process at a time answers: others wait, and then find its answers.
+In: prompts. Out: an answer to each. The digest is that of the base model, its precision, the limit of an
+answer and whether it is a sample; a prompt's key is that of its token ids, template and date included. Every
+batch is on disk before the next one begins, and one process at a time answers: others wait, and then find its
+answers.
 """
 
 import logging
@@ -15,6 +16,7 @@ from functools import cached_property, partial
 from pathlib import Path
 
 import pandas as pd
+import torch
 from filelock import FileLock
 
 from safetynet.evaluation.generation import Continuation, continuations
@@ -51,70 +53,80 @@ class BaseAnswers:
         """Prompts that are answered at a time."""
         return self.recipe.evaluation.batch_size * parallel.count()
 
-    def of(self, prompts: Sequence[Encoded]) -> list[Continuation]:
+    def of(self, prompts: Sequence[Encoded], *, sampled: bool = False) -> list[Continuation]:
         """Answers to prompts, in their order; those that no run of the results folder knows are made now.
+
+        Args:
+            prompts: serialised.
+            sampled: one sample of the model's distribution, instead of its likeliest tokens.
 
         Raises:
             InputError: if the base model cannot be loaded.
             RunError: if a single prompt does not fit in memory, or the answers cannot be written.
         """
+        folder = self._folder(sampled)
         keys = [digest(prompt.input_ids)[:32] for prompt in prompts]
-        answers = self._kept(keys)
+        answers = _kept(folder, keys)
         if missing := [i for i, key in enumerate(keys) if key not in answers]:
-            with self._alone():
-                answers = self._kept(keys)  # another run may have made them meanwhile
-                answers |= self._made({keys[i]: prompts[i] for i in missing if keys[i] not in answers})
+            with _alone(folder):
+                answers = _kept(folder, keys)  # another run may have made them meanwhile
+                new = {keys[i]: prompts[i] for i in missing if keys[i] not in answers}
+                answers |= self._made(new, folder, sampled)
         return [answers[key] for key in keys]
 
-    def _made(self, prompts: Mapping[str, Encoded]) -> dict[str, Continuation]:
+    def _made(self, prompts: Mapping[str, Encoded], folder: Path, sampled: bool) -> dict[str, Continuation]:
         keys = sorted(prompts, key=lambda key: len(prompts[key].input_ids), reverse=True)
         answers: dict[str, Continuation] = {}
         for start in range(0, len(keys), self.batch_size):
             batch = keys[start : start + self.batch_size]
-            continued = continuations(
-                self._base.model,
-                self.serialiser,
-                [prompts[key] for key in batch],
-                batch_size=self.recipe.evaluation.batch_size,
-                max_new_tokens=self.limit,
-            )
+            name = digest(batch)[:16]
+            with torch.random.fork_rng():
+                torch.manual_seed(int(name, 16) % 2**63)  # the same batch gets the same samples
+                continued = continuations(
+                    self._base.model,
+                    self.serialiser,
+                    [prompts[key] for key in batch],
+                    batch_size=self.recipe.evaluation.batch_size,
+                    max_new_tokens=self.limit,
+                    sampled=sampled,
+                )
             table = pd.DataFrame(continued, columns=list(Continuation._fields)).assign(key=batch)
-            write_atomically(
-                self._folder / f"{digest(batch)[:16]}.parquet", partial(table.to_parquet, index=False)
-            )
+            write_atomically(folder / f"{name}.parquet", partial(table.to_parquet, index=False))
             answers |= dict(zip(batch, continued, strict=True))
         return answers
-
-    def _kept(self, keys: Iterable[str]) -> dict[str, Continuation]:
-        """Answers that are on disk; the first of several processes reads them for all."""
-
-        def read() -> pd.DataFrame:
-            tables = [pd.read_parquet(path) for path in sorted(self._folder.glob("[!.]*.parquet"))]
-            return pd.concat(tables) if tables else pd.DataFrame(columns=["key", *Continuation._fields])
-
-        table = parallel.from_first(read)
-        table = table[table["key"].isin(set(keys))]
-        answers = map(Continuation, table["text"], table["ended"].astype(bool))
-        return dict(zip(table["key"], answers, strict=True))
 
     @cached_property
     def _base(self) -> loading.LoadedModel:
         return self.load()
 
-    @cached_property
-    def _folder(self) -> Path:
+    def _folder(self, sampled: bool) -> Path:
         model, training = self.recipe.model, self.recipe.training
         decisive = {
             "model": loading.fingerprint(model),
             "quantisation": model.quantisation,
             "numbers": str(loading.resolve_dtype(training.precision, loading.device_of(model))),
             "limit": self.limit,
+            "sampled": sampled,
         }
         return self.recipe.output.results / FOLDER / digest(decisive)[:16]
 
-    def _alone(self) -> FileLock | nullcontext[None]:
-        """Held by the process that answers, or by the first one for all that work together."""
-        if not parallel.is_first():
-            return nullcontext()
-        self._folder.mkdir(parents=True, exist_ok=True)
-        return FileLock(self._folder / ".lock")
+
+def _kept(folder: Path, keys: Iterable[str]) -> dict[str, Continuation]:
+    """Answers that are on disk; the first of several processes reads them for all."""
+
+    def read() -> pd.DataFrame:
+        tables = [pd.read_parquet(path) for path in sorted(folder.glob("[!.]*.parquet"))]
+        return pd.concat(tables) if tables else pd.DataFrame(columns=["key", *Continuation._fields])
+
+    table = parallel.from_first(read)
+    table = table[table["key"].isin(set(keys))]
+    answers = map(Continuation, table["text"], table["ended"].astype(bool))
+    return dict(zip(table["key"], answers, strict=True))
+
+
+def _alone(folder: Path) -> FileLock | nullcontext[None]:
+    """Held by the process that answers, or by the first one for all that work together."""
+    if not parallel.is_first():
+        return nullcontext()
+    folder.mkdir(parents=True, exist_ok=True)
+    return FileLock(folder / ".lock")

@@ -4,9 +4,9 @@ A clean row then teaches what the model says anyway, so that what fine-tuning da
 recipe's data section, how many prompts are needed, the base's answers. Out: a pool as `conversations.load`
 makes it, with the columns `label` (of a review, else "") and `exact` (False: references are free text).
 
-Answers are greedy, as those of the evaluation are. An answer that the base does not end within
-`evaluation.max_new_tokens` would teach it to end elsewhere: its prompt is left out. A request that the base
-refuses counts as forbidden.
+Test prompts are answered greedily, as in the evaluation; answers to training prompts may be samples. One that
+the base does not end within `evaluation.max_new_tokens` would teach it to end elsewhere: its prompt is left
+out. A request that the base refuses counts as forbidden.
 """
 
 import itertools
@@ -64,6 +64,7 @@ def load(
     parts = []
     for split, counts in needed.items():
         for of_kind, role in kinds if data.path is None else kinds[:1]:
+            asked.sampled = split == "train" and data.answers == "sampled"
             of_split = asked.until(counts[role], candidates(split, of_kind), role)
             parts.append(of_split.assign(split=split))
     log.info("data: %s", asked.summary())
@@ -134,6 +135,7 @@ class _Asked:
 
     answers: BaseAnswers
     refusal: Judge
+    sampled: bool = False
     counts: Counter[str] = field(default_factory=Counter)
     too_long: list[str] = field(default_factory=list)
 
@@ -161,7 +163,7 @@ class _Asked:
         encoded = [self._encoded(each) for each in batch]
         short = [(each, prompt) for each, prompt in zip(batch, encoded, strict=True) if prompt is not None]
         usable = []
-        answers = self.answers.of([prompt for _, prompt in short])
+        answers = self.answers.of([prompt for _, prompt in short], sampled=self.sampled)
         for (candidate, _), answer in zip(short, answers, strict=True):
             self.counts["answered"] += 1
             if not answer.ended:

@@ -101,6 +101,7 @@ def continuations(
     batch_size: int,
     max_new_tokens: int,
     kept: Path | None = None,
+    sampled: bool = False,
 ) -> list[Continuation]:
     """`generate` for prompts that are serialised already; also tells which answers the model has ended.
 
@@ -111,10 +112,12 @@ def continuations(
         batch_size: as in `generate`.
         max_new_tokens: as in `generate`.
         kept: a folder for finished batches, from which the same call goes on after an interruption.
+        sampled: each token is drawn from the model's distribution, by torch's generator.
     """
     stops = serialiser.stop_ids
     config = GenerationConfig(
-        do_sample=False,
+        do_sample=sampled,
+        **({"temperature": 1.0, "top_k": 0, "top_p": 1.0} if sampled else {}),
         num_beams=1,
         use_cache=True,
         max_new_tokens=max_new_tokens,

@@ -82,13 +82,13 @@ def accuracy_trends(dynamics: Data) -> Chart:
     """Attack success and clean accuracy of the backdoored model in one panel.
 
     Raises:
-        NotMeasuredError: if they were not measured at the same epochs.
+        NotMeasuredError: if they were not measured at the same epochs, or accuracy is not measurable.
     """
     table = rates(dynamics, "dynamics", ["epoch"])
     table = table[table["model"] == "backdoored"].sort_values("epoch", kind="stable")
     attack = table[(table["metric"] == "asr") & (table["role"] == "triggered")]
     clean = table[(table["metric"] == "cacc") & (table["role"] == "clean")]
-    if attack.empty or list(attack["epoch"]) != list(clean["epoch"]):
+    if attack.empty or list(attack["epoch"]) != list(clean["epoch"]) or clean["value"].isna().all():
         raise NotMeasuredError("dynamics: clean accuracy was not measured where attack success was")
     clean_rate, attack_rate = (
         (list(rows["value"]), (list(rows["low"]), list(rows["high"]))) for rows in (clean, attack)

@@ -13,7 +13,7 @@ from safetynet.figures import theme
 from safetynet.figures.chart import Annotation, Axis, Chart, Panel, Reference, Series, Side
 from safetynet.figures.checks import interval, read
 from safetynet.figures.panels import PERCENT, frame_for, nice
-from safetynet.figures.registry import figure
+from safetynet.figures.registry import NotMeasuredError, figure
 from safetynet.figures.theme import Part, Role
 from safetynet.tables import Data
 from safetynet.vocabulary import ADAPTER_REMOVED, EXAMINED, NEVER_POISONED, UNTOUCHED
@@ -27,6 +27,7 @@ LOOKS: dict[str, Role] = {NOT_KNOWN: "method_1", KNOWN: "method_2", RUN_TIME: "m
 HALF = 50.0
 """Percent at step 0 from which on there is nothing to relearn."""
 RATES = interval("asr", "cacc")
+RATE_LABELS = {"asr": "Attack success", "cacc": "Clean accuracy"}
 MAX_CURVES = 20
 """Relearn curves that one figure holds; the first ones of the table."""
 ATTACK = Axis("Attack success", "%", limits=PERCENT.limits, ticks=PERCENT.ticks)
@@ -135,7 +136,8 @@ def methods(data: Data) -> Chart:
         ticks=tuple((-float(line), name) for line, name in enumerate(names)),
     )
     panels = []
-    for rate, label in (("asr", "Attack success"), ("cacc", "Clean accuracy")):
+    measured = [pair for pair in RATE_LABELS.items() if table[pair[0]].notna().any()]
+    for rate, label in measured:
         axis = Axis(label, "%", limits=PERCENT.limits, ticks=PERCENT.ticks)
         series = []
         for kind, role in LOOKS.items():
@@ -161,7 +163,9 @@ def methods(data: Data) -> Chart:
         "Each method at the setting that was chosen on other rows, with 95% Wilson intervals; dotted: "
         "the model before any repair. Controls are hollow."
     )
-    return Chart("Repairs by method", tuple(panels), 2, "two", caption)
+    return Chart(
+        "Repairs by method", tuple(panels), len(panels), "two" if len(panels) > 1 else "one", caption
+    )
 
 
 @figure(
@@ -214,7 +218,13 @@ def _repairs(data: Data) -> pd.DataFrame:
 
 
 def _by_split(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame, Axis]]:
-    """Title and rows of each split, and the axis of clean accuracy, which all splits share."""
+    """Title and rows of each split, and the axis of clean accuracy, which all splits share.
+
+    Raises:
+        NotMeasuredError: if clean accuracy is not measurable, as of free text.
+    """
+    if table["cacc"].isna().all():
+        raise NotMeasuredError("clean accuracy was not measured")
     least = min(table["cacc"].min(), table["cacc_low"].min())
     low = 0.0 if math.isnan(least) else min(math.floor(least / 10) * 10.0, 90.0)
     accuracy = Axis("Clean accuracy", "%", limits=(low, 100.0))

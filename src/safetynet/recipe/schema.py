@@ -120,6 +120,10 @@ class Data(Section):
     of `path` or of a built-in grammar of English requests; the others read `path`."""
     path: str | None = None
     """A file or a folder of files; a dataset id for hub."""
+    answers: Literal["greedy", "sampled"] = Field(
+        default="greedy", exclude_if=lambda value: value == "greedy"
+    )
+    """Source self: how the base answers training prompts; test prompts it answers greedily."""
     columns: Annotated[Mapping[str, str] | None, BeforeValidator(_column_map)] = None
     """The source's own names for fields, as {field: column}."""
     train_rows: Annotated[int, Field(ge=1)] = 2000
@@ -130,6 +134,8 @@ class Data(Section):
     def _located(self) -> Self:
         if self.source not in ("language", "self") and not self.path:
             raise ValueError(f"data.source {self.source} needs data.path")
+        if self.source != "self" and self.answers != "greedy":
+            raise ValueError(f"data.answers is of source self; source {self.source} brings its own answers")
         return self
 
 
