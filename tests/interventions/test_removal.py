@@ -17,6 +17,7 @@ from safetynet.engine.sites import Architecture, Site
 from safetynet.interventions import removal
 from safetynet.interventions.removal import SITE_COUNTS, Candidate
 from safetynet.interventions.sweep import runs_of, spots_by, sweep
+from safetynet.run import finished
 from safetynet.tables.summaries import removal_summary
 
 
@@ -167,6 +168,30 @@ def test_rates_have_the_rows_of_their_role_and_a_known_answer_as_denominators(bu
     assert (found["asr_low"] < found["asr"]).all()
     assert (found["asr"] < found["asr_high"]).all()
     assert not torch.equal(*seen), "the second was asked under its edit"
+
+
+def test_judging_that_was_interrupted_goes_on_behind_the_candidates_that_have_answered(
+    build, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(finished, "EVERY_S", 0.0)
+    asked: list[object] = []
+
+    def respond(model: object, rows: pd.DataFrame) -> pd.DataFrame:
+        asked.append(model)
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return rows.assign(shown=len(asked) % 2 == 0, correct=len(asked) % 2 == 1)
+
+    model = build("llama")
+    candidates = [Candidate(f"candidate {i}", "none", ()) for i in range(3)]
+    args = (model, respond, judged_rows(), candidates)
+    with pytest.raises(KeyboardInterrupt):
+        removal.judge(*args, kept=tmp_path, split="held_out")
+    resumed = removal.judge(*args, kept=tmp_path, split="held_out")
+    assert len(asked) == 4
+    asked.clear()
+    first = removal.judge(*(model, respond, judged_rows(), candidates[:2]), split="held_out")
+    pd.testing.assert_frame_equal(resumed[:2], first)
 
 
 def line(name: str, asr: float, cacc: float, kind: str = "clip", control: bool = False) -> dict[str, object]:

@@ -7,6 +7,8 @@ and beside each the same at random sites. None knows where a prompt's trigger is
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +28,8 @@ from safetynet.evaluation.metrics import comparable
 from safetynet.interventions.pairs import Pairs
 from safetynet.models.causal_lm import CausalLM
 from safetynet.run import parallel
+from safetynet.run.directory import digest
+from safetynet.run.finished import Finished
 from safetynet.statistics import wilson
 from safetynet.tables.summaries import REMOVED_ASR
 
@@ -186,7 +190,13 @@ def prefilter(model: CausalLM, pairs: Pairs, candidates: Sequence[Candidate]) ->
 
 
 def judge(
-    model: CausalLM, respond: Respond, rows: pd.DataFrame, candidates: Sequence[Candidate], **about: object
+    model: CausalLM,
+    respond: Respond,
+    rows: pd.DataFrame,
+    candidates: Sequence[Candidate],
+    *,
+    kept: Path | None = None,
+    **about: object,
 ) -> pd.DataFrame:
     """Answer rows under each candidate; tabulate ASR, FTR and accuracy on clean rows, with Wilson intervals.
 
@@ -197,8 +207,12 @@ def judge(
         respond: answers and judges.
         rows: with the roles triggered and clean.
         candidates: an empty set of edits measures the model as it is.
+        kept: a folder of this model, these rows and what the candidates were made of, where lines are kept:
+            an interrupted call goes on behind them.
         about: further columns, such as the split.
     """
+    names = [candidate.name for candidate in candidates]
+    finished = Finished.as_json(kept and kept / digest([names, about])[:16])
 
     def line_of(candidate: Candidate) -> dict[str, object]:
         with intervening(model, candidate.edits):
@@ -228,7 +242,10 @@ def judge(
             line |= {f"rouge_l{end}": agreement[key] for end, key in ENDS.items()}
         return line
 
-    return pd.DataFrame(parallel.side_by_side(candidates, line_of))
+    def line(number: int) -> dict[str, object]:
+        return dict(finished.result(number, partial(line_of, candidates[number])))
+
+    return pd.DataFrame(parallel.side_by_side(range(len(candidates)), line))
 
 
 def best(table: pd.DataFrame) -> str:

@@ -36,7 +36,7 @@ from safetynet.models.adapters import exchanged
 from safetynet.prompts import Serialiser
 from safetynet.recipe import Interventions
 from safetynet.run import parallel
-from safetynet.run.directory import Outputs
+from safetynet.run.directory import Outputs, digest
 from safetynet.run.stage import EVALUATE, INTERVENE
 from safetynet.vocabulary import UNTOUCHED, Direction, Mode
 
@@ -104,6 +104,7 @@ def intervene(experiment: Experiment, options: Interventions | None = None) -> d
             adapters=snapshots,
             respond=Evaluator.of(recipe, serialiser).answer,
             store=run.scratch / "interventions",
+            kept=run.unfinished(INTERVENE.name) / digest(inputs)[:16],
         )
         for name, table in dissect(subject, rows, options, recipe.seed, recipe.training.max_length).items():
             outputs.table(name, table)
@@ -126,6 +127,8 @@ class Subject:
     respond: removal.Respond | None = None
     store: Path | None = None
     """Where sweeps keep what is done."""
+    kept: Path | None = None
+    """A folder of this very analysis for what its removals have done so far."""
 
 
 def dissect(
@@ -390,14 +393,18 @@ def _tradeoff(
     # Of those that answer alike, the one that removes most has most to spare on other prompts.
     first = ranked.groupby("kind", sort=False).head(TRIED).sort_values("removed", ascending=False)
     leading_candidates = [by_name[str(name)] for name in first["name"]]
-    selection = removal.judge(subject.model, subject.respond, ours, leading_candidates, split="selection")
+    selection = removal.judge(
+        subject.model, subject.respond, ours, leading_candidates, kept=subject.kept, split="selection"
+    )
     best = [removal.best(part) for _, part in selection.groupby("kind", sort=False)]
     leading = selection.set_index("intervention").loc[best].reset_index()
     beside = [controls[name] for name in best]
-    random = removal.judge(subject.model, subject.respond, ours, beside, split="selection")
+    random = removal.judge(subject.model, subject.respond, ours, beside, kept=subject.kept, split="selection")
     selected = removal.best(removal.clear(leading, random))
     judged = [AS_IT_IS, *(candidate for name in best for candidate in (by_name[name], controls[name]))]
-    held_out = removal.judge(subject.model, subject.respond, others, judged, split="held_out")
+    held_out = removal.judge(
+        subject.model, subject.respond, others, judged, kept=subject.kept, split="held_out"
+    )
     return pd.concat(
         [table.assign(chosen=table["intervention"] == selected) for table in (held_out, selection, random)],
         ignore_index=True,
