@@ -12,8 +12,10 @@ from tests.figures import conftest as figures
 
 from safetynet import recipe
 from safetynet import report as reports
+from safetynet.evaluation.damage import ALONE
 from safetynet.figures import figures_of, paper
 from safetynet.run.directory import Run, find
+from safetynet.vocabulary import DAMAGE
 
 tables, inside = figures.tables, figures.inside
 RECIPE = Path(__file__).parents[2] / "recipes" / "qwen-miniature.yaml"
@@ -64,6 +66,18 @@ def detection() -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
+def damage() -> pd.DataFrame:
+    """What fine-tuning has done to clean answers; of the base model the measures that need no comparison."""
+    share = {"role": "clean", "n": 100, "low": 0.0, "high": 1.0}
+    lines = [
+        {"model": model, "measure": measure, "value": 0.0625, **share}
+        for model in ("base", "backdoored", "clean_twin")
+        for measure in DAMAGE
+        if model != "base" or measure in ALONE
+    ]
+    return pd.DataFrame(lines)
+
+
 def all_tables(tables: dict, inside: dict, groups: int = 30) -> dict[str, pd.DataFrame]:
     """Every table that a whole run holds, by its name there."""
     rows, responses = prompts(groups)
@@ -71,6 +85,7 @@ def all_tables(tables: dict, inside: dict, groups: int = 30) -> dict[str, pd.Dat
         "rows": rows,
         "responses": responses,
         "evaluation": tables["evaluation"],
+        "damage": damage(),
         "detection": detection(),
     }
     for run, name in (("backdoored", "backdoored"), ("clean twin", "clean_twin")):

