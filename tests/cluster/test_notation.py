@@ -39,7 +39,10 @@ NONE = (
 @pytest.mark.parametrize("written", ALIKE)
 def test_a_wall_time_is_read_in_each_form_of_the_schedulers(written, scheduler):
     assert notation.walltime(written, scheduler) == ALIKE[written]
-    assert template.PACKAGED["miniature"].changed(walltime=written, scheduler=scheduler).walltime == ALIKE[written]
+    assert (
+        template.PACKAGED["miniature"].changed(walltime=written, scheduler=scheduler).walltime
+        == ALIKE[written]
+    )
 
 
 def test_a_number_alone_is_what_its_scheduler_takes_it_for():

@@ -104,7 +104,7 @@ def test_a_run_that_is_told_to_end_in_training_writes_checkpoints_and_says_where
 ) -> None:
     """Both of a pair: a second process trains the clean twin, and a scheduler may signal the first alone."""
     small = (
-        *SMALL, "data.train_rows=960", "training.checkpoint_every=1000", "evaluation.dynamics_rows=0",
+        *SMALL, "data.train_rows=480", "training.checkpoint_every=1000", "evaluation.dynamics_rows=0",
         "stages=[]",
     )  # fmt: skip
     monkeypatch.delenv("SAFETYNET_PAIR", raising=False)
@@ -118,10 +118,10 @@ def test_a_run_that_is_told_to_end_in_training_writes_checkpoints_and_says_where
     again = finish(start(tmp_path, *small))
     for name in names:
         at = re.search(
-            rf"train {name}: interrupted at step (\d+) of 120. The same command goes on there.", text
+            rf"train {name}: interrupted at step (\d+) of 60. The same command goes on there.", text
         )
         assert at, text
-        assert f"train {name}: goes on at step {at[1]} of 120\n" in again
+        assert f"train {name}: goes on at step {at[1]} of 60\n" in again
     assert not [*tmp_path.rglob("unfinished-*")]
 
 

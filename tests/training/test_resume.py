@@ -189,6 +189,22 @@ def test_a_signal_ends_a_training_behind_the_step_with_a_checkpoint(
     assert_same_weights(whole, resumed)
 
 
+def test_a_signal_in_a_short_measurement_waits_for_the_checkpoint_of_the_next_step(fit, tmp_path, caplog):
+    def measure(model: Any, step: int, epoch: float) -> dict[str, float]:
+        if step == 3:
+            signal.raise_signal(signal.SIGINT)
+        return {"asr": float(step)}
+
+    whole, _ = fit(folder="whole", measure=carry_on, every=1)
+    with pytest.raises(KeyboardInterrupt):
+        fit(measure=measure, every=1, more={"progress": True})
+    assert "train: interrupted at step 4 of 6" in caplog.text
+    assert (tmp_path / "run" / "checkpoints" / "checkpoint-4" / "complete").exists()
+    resumed, _ = fit(measure=carry_on, every=1)
+    assert_same_weights(whole, resumed)
+    pd.testing.assert_frame_equal(whole.evaluations, resumed.evaluations)
+
+
 @pytest.mark.parametrize(
     ("checkpoint_every", "text"),
     [

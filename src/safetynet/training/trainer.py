@@ -310,20 +310,22 @@ class AnswerTrainer(Trainer):
         the end that a signal asks for.
         """
         measures, self.control.should_evaluate = self.control.should_evaluate, False
+        number = None
         if self.args.save_strategy != SaveStrategy.NO:
             late = time.monotonic() - self._saved_at >= 60 * self.cfg.checkpoint_minutes
             late |= measures and self._measuring_s >= LONG_S
             # Processes get a signal at different steps, and have to end at the same one.
             signals, lates = zip(*parallel.gathered((self.interruption.number, late)), strict=True)
-            self.interruption.number = next((number for number in signals if number is not None), None)
-            self.control.should_save |= any(lates) or self.interruption.number is not None
+            number = next((each for each in signals if each is not None), None)
+            self.control.should_save |= any(lates) or number is not None
             self.control.should_save &= self._saved_step != self.state.global_step
         super()._maybe_log_save_evaluate(*args, **kwargs)
-        if self.interruption.number is not None:
+        if number is not None:  # one that came since waits for the next step
             logger.warning(
                 "%s: interrupted at step %d of %d. The same command goes on there.",
                 self.interruption.name, self.state.global_step, self.state.max_steps,
             )  # fmt: skip
+            self.interruption.number = number
             self.interruption.take_effect()
         if measures:
             began = time.monotonic()
@@ -353,7 +355,9 @@ class AnswerTrainer(Trainer):
         measure = partial(self.on_evaluate, self.model, self.state.global_step, float(self.state.epoch or 0))
         self._count_time()
         together = nullcontext() if self.sharded is None else parallel.in_step()
-        with self.interruption.lifted(), undisturbed(self.model), together:
+        # Without a checkpoint of this step, a signal waits for that of the next one.
+        safe = self.state.global_step in (self._saved_step, self._initial_global_step)
+        with self.interruption.lifted() if safe else nullcontext(), undisturbed(self.model), together:
             measured = self._whole(measure)
         self._since = time.perf_counter()
         metrics = {f"eval_{name}": value for name, value in measured.items()}
