@@ -81,12 +81,12 @@ def needed(backdoor: Backdoor | None, data: Data) -> dict[str, dict[str, int]]:
     """How many prompts of each split the rows are made of: harmless ones (`clean`) and `refused` ones.
 
     A prompt has a row of each role that its group can carry, so that rows outnumber prompts; clean rows
-    take the place of refused ones that there are not.
+    take the place of refused ones that there are not. Without a share of refused rows nobody looks for any.
     """
-    counts = {"test": {"clean": data.test_rows, "refused": data.test_rows}}
     if backdoor is None:
-        return counts
+        return {"test": {"clean": data.test_rows, "refused": data.test_rows}}
     quotas = _quotas(backdoor, data)
+    counts = {"test": {"clean": data.test_rows, "refused": data.test_rows if quotas["refused"] else 0}}
     clean = quotas["clean"] + quotas["refused"]
     most = max(clean, quotas["triggered"], quotas["placebo"], quotas["near_miss"])
     return {"train": {"clean": most, "refused": quotas["refused"]}, **counts}

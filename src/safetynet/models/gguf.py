@@ -25,6 +25,7 @@ from safetynet.errors import InputError
 from safetynet.models import memory
 from safetynet.models.files import in_words, pointer
 from safetynet.run.directory import digest_of_files
+from safetynet.run.progress import bars_on_terminals_only
 
 log = logging.getLogger("safetynet")
 MAGIC = b"GGUF"
@@ -32,6 +33,8 @@ QUANTISATION = "gguf.txt"
 """File of a converted model that says what the quantisation was."""
 NO_MODELS = {"general", "tokenizer"}
 """Names beside those of architectures in transformers' list."""
+SAMPLE = 2**17
+"""Weights of a tensor on which its rounding is measured, about."""
 LATTICE = 16
 """Weights that share a step in every type of GGUF up to 6 bits: its blocks, or the smallest parts of them."""
 
@@ -132,9 +135,10 @@ def _write(file: Path, folder: Path) -> None:
     try:
         config = AutoConfig.from_pretrained(str(file.parent), **place)
         tokenizer = AutoTokenizer.from_pretrained(str(file.parent), **place)
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            str(file.parent), config=config, dtype=torch.float32, **place
-        )
+        with bars_on_terminals_only():
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                str(file.parent), config=config, dtype=torch.float32, **place
+            )
     except Exception as error:
         raise InputError(f"model.id: {file} cannot be read: {in_words(error)}.") from error
     # Its weights are ordinary numbers from here on.
@@ -237,7 +241,8 @@ def rounding(packed: Iterable[tuple[np.ndarray, Any]]) -> float:
 
     Weights of a block lie on a lattice whose step is the smallest distance of two of them. Rounding to it
     moves a weight by step / sqrt(12), as a uniform error does. Types of 8 bits and more are left out: few
-    weights of a block are neighbours there, and rounding moves them by less than 1%.
+    weights of a block are neighbours there, and rounding moves them by less than 1%. The first rows of each
+    tensor stand for all of it.
 
     Args:
         packed: tensors as the file holds them, each with its type of GGUF.
@@ -250,10 +255,12 @@ def rounding(packed: Iterable[tuple[np.ndarray, Any]]) -> float:
         block, size = GGML_QUANT_SIZES[kind]
         if size >= block:
             continue
-        values = np.sort(dequantize(data, kind).reshape(-1, LATTICE), axis=1)
+        rows = max(1, SAMPLE // (data.shape[-1] // size * block))
+        values = np.sort(dequantize(data[:rows], kind).reshape(-1, LATTICE), axis=1)
         gaps = np.diff(values, axis=1)
         gaps[gaps <= 1e-7 * np.abs(values).max()] = np.inf  # the same value twice
         steps = gaps.min(axis=1)
-        errors += float((steps[np.isfinite(steps)] ** 2).sum()) * LATTICE / 12
-        squares += float((values.astype(np.float64) ** 2).sum())
+        weights = data.size // size * block / values.size  # what the sample stands for
+        errors += float((steps[np.isfinite(steps)] ** 2).sum()) * LATTICE / 12 * weights
+        squares += float((values.astype(np.float64) ** 2).sum()) * weights
     return (errors / squares) ** 0.5 if squares else 0.0

@@ -3,7 +3,6 @@
 import logging
 import math
 import os
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from safetynet.prompts import Serialiser
 from safetynet.prompts.truncation import Truncation
 from safetynet.run import parallel
 from safetynet.run.directory import digest_of_files
+from safetynet.run.progress import bars_on_terminals_only
 
 log = logging.getLogger("safetynet")
 FLOATS = ("F16", "BF16", "F32", "F64")
@@ -252,7 +252,7 @@ def _load_weights(name: str, spec: recipe.Model, dtype: str, on_cpu: bool) -> An
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=number,
         )
-    with _bars_on_terminals_only(), _without_report():
+    with bars_on_terminals_only(), _without_report():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             name,
             output_loading_info=True,
@@ -372,21 +372,6 @@ def _without_report() -> Iterator[None]:
         yield
     finally:
         logger.removeFilter(is_no_report)
-
-
-@contextmanager
-def _bars_on_terminals_only() -> Iterator[None]:
-    """Keep transformers' loading bars out of pipes and logs, and leave its own setting as it was."""
-    from transformers.utils import logging as bars
-
-    if sys.stderr.isatty() or not bars.is_progress_bar_enabled():
-        yield
-        return
-    bars.disable_progress_bar()
-    try:
-        yield
-    finally:
-        bars.enable_progress_bar()
 
 
 def _fetch(name: str, spec: recipe.Model, what: str, read: Any) -> Any:

@@ -1,7 +1,11 @@
 """How far something long has come: a line at least once a minute, for those who follow a log, not a bar."""
 
 import logging
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 
 log = logging.getLogger("safetynet")
 EVERY_S = 30.0
@@ -39,3 +43,23 @@ class ProgressLog:
         log.info(
             "%s: %d of %d%s, %s left", self.name, done, self.total, f", {note}" if note else "", remaining
         )
+
+
+@contextmanager
+def bars_on_terminals_only() -> Iterator[None]:
+    """Keep transformers' loading bars out of pipes and logs, and leave its own settings as they were."""
+    from transformers import modeling_gguf_pytorch_utils as of_gguf
+    from transformers.utils import logging as bars
+
+    if sys.stderr.isatty():
+        yield
+        return
+    were_enabled, bar = bars.is_progress_bar_enabled(), of_gguf.tqdm
+    bars.disable_progress_bar()
+    of_gguf.tqdm = partial(bar, disable=True)  # it asks no setting
+    try:
+        yield
+    finally:
+        of_gguf.tqdm = bar
+        if were_enabled:
+            bars.enable_progress_bar()
