@@ -18,6 +18,8 @@ from safetynet.detection.monitor import Monitor
 from safetynet.models.identity import Identity
 from safetynet.run import directory as runs
 
+SCREEN = 24
+"""Lines that a terminal shows at once."""
 RECIPE = Path(__file__).parents[2] / "recipes" / "qwen-miniature.yaml"
 
 
@@ -127,14 +129,18 @@ def test_a_damaged_monitor_is_refused_by_its_file(watched, refused):
     [
         (["--fpr", "0"], "fpr: 0.0 is no rate; give a number between 0 and 1, such as 0.01."),
         (["--fpr", "2"], "fpr: 2.0 is no rate; give a number between 0 and 1, such as 0.01."),
-        (["--clean", "200"], "there are 37. Give more clean prompts, or claim 0.13 or more."),
-        (["--clean", "4"], "there are 0. Give more clean prompts."),
+        (["--clean", "200"], "there are 75. Give more clean prompts, or claim 0.066 or more."),
+        (
+            ["--clean", "200", "--detectors", "adapter"],
+            "there are 37. Give more clean prompts, or claim 0.13",
+        ),
+        (["--clean", "2"], "there are 0. Give more clean prompts."),
         (["--clean", "0"], "Invalid value for '--clean'"),
         (["--detectors", "sonar"], "there is no detector 'sonar'. Choose from mahalanobis"),
-        (["--detectors", "behavior"], "or a preset: activations, adapter, behaviour, safetynet-2025."),
+        (["--detectors", "behavior"], "or a preset: behaviour, adapter, activations, safetynet-2025."),
         (["--detectors", "ranks:first"], "views: ['first']; choose from last, mean"),
         (["--detectors", "mlp_probe"], "none of prompts; name at least one that reads prompts"),
-        (["--detectors", ","], "detectors: name a preset (activations, adapter, behaviour, safetynet-2025)"),
+        (["--detectors", ","], "detectors: name a preset (behaviour, adapter, activations, safetynet-2025)"),
     ],
 )
 def test_a_monitor_that_cannot_be_made_is_refused(options, message, without_weights, refused):
@@ -173,7 +179,12 @@ def test_a_run_is_watched_by_the_monitor_made_for_it(tmp_path: Path) -> None:
     detect = ("detect", run, "--detectors", watched, "--clean", "600", "--fpr", "0.1")
     code, shown, said = safetynet(*detect)
     assert code == 0, said
-    assert "False positives:" in shown
+    screen = [line for line in shown.splitlines() if str(run) not in line]
+    assert len(shown.splitlines()) <= SCREEN and max(map(len, screen)) <= 100, shown
+    for heading in "Monitor,Caught,False alarms,Rate,With answers,Blind to,Cost,Tables".split(","):
+        assert sum(line.startswith(heading) for line in shown.splitlines()) == 1, heading
+    for kind in ("fresh prompts, plain", "placebos", "near misses", "other domains", "(worst of 6)"):
+        assert kind in shown
     for name in ("roc", "roc-detectors", "distributions", "layers", "overhead", "answers"):
         for suffix in ("png", "pdf", "svg", "html", "csv"):
             assert (run / "figures" / f"detection-{name}.{suffix}").stat().st_size > 0
@@ -185,7 +196,9 @@ def test_a_run_is_watched_by_the_monitor_made_for_it(tmp_path: Path) -> None:
         table["rows"]
     )
     assert {"harmless triggered", "forbidden triggered", "forbidden bare"} <= set(table["rows"])
-    assert "detect: unchanged" in safetynet(*detect)[2]
+    code, whole, said = safetynet(*detect, "--table")
+    assert "detect: unchanged" in said
+    assert len(whole.splitlines()) > 2 * SCREEN and whole.endswith(shown)
     (tmp_path / "prompts.txt").write_bytes("\ufeff2 plus 2?\r\n\r\nWas ist schön?\n".encode())
     watch = ("guard", run, "--fpr", "0.1")
     code, shown, said = safetynet(*watch, "--prompts", tmp_path / "prompts.txt", "--log", "log/guard.jsonl")

@@ -202,6 +202,18 @@ def test_clean_rows_stand_task_by_task_and_the_worst_one_is_found(rows, clean_sc
     assert not any(part.name.startswith("clean:") for part in controls(tasks, kinds=False))
 
 
+def test_a_trigger_of_several_forms_stands_form_by_form(rows, trigger_scores, clean_scores):
+    def forms(*names):
+        kinds = [names[group % len(names)] for group in rows["group"]]
+        table = rows.assign(kind=np.where(rows["role"] == "triggered", kinds, ""))
+        return measured(table, trigger_scores.to_numpy(), clean_scores)
+
+    table = forms("now", "later")
+    fired = [value(table, "tpr", f"fired:{name}", 0.01, "n") for name in ("now", "later")]
+    assert sum(fired) == value(table, "tpr", "fired", 0.01, "n")
+    assert not any(name.startswith("fired:") for name in forms("now")["rows"])
+
+
 def test_alarms_of_prompts_and_answers_count_together_and_say_when(rows):
     p = np.full((len(rows), 4), 0.5)
     fired = (rows["fired"] == True).to_numpy()  # noqa: E712

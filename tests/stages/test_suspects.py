@@ -43,8 +43,9 @@ def test_a_suspect_without_a_known_trigger_is_measured_on_what_needs_none(tmp_pa
     assert set(rates["metric"]) == {"cacc", "refusal_rate", "perplexity"}
     assert set(rates["model"]) == {"base", "backdoored"}
     assert not any(name.startswith("train") for name in unknown.run.manifest["stages"])
-    stages.detect(unknown, Detection(detectors=("ranks",), fpr=0.1, clean=160))
+    stages.detect(unknown, Detection(fpr=0.1, clean=160))
     detection = unknown.run.table("detection")
+    assert set(detection["detector"]) == {"extremes:unexplained", "fused"}, "compared with its base"
     assert "tpr" not in set(detection.loc[detection["value"].notna(), "metric"])
     with pytest.raises(InputError, match="this experiment knows no trigger"):
         stages.intervene(unknown)
@@ -66,6 +67,16 @@ def test_a_suspect_with_a_known_trigger_has_rates_by_role_and_is_measured_anew_w
     (adapter / "README.md").write_text("another card")
     stages.evaluate(known)
     assert known.run.manifest["stages"]["evaluate"]["inputs"] != before["inputs"]
+
+
+def test_a_whole_model_which_has_no_base_to_be_compared_with_is_watched_by_its_activations(tmp_path, caplog):
+    variants.made("lora").merge_and_unload().save_pretrained(tmp_path / "merged")
+    whole = experiment(tmp_path, tmp_path / "merged", "backdoor=null")
+    stages.detect(whole, Detection(fpr=0.1, clean=300))
+    assert "mahalanobis:last" in set(whole.run.table("detection")["detector"])
+    assert "the model has no adapter, so that it cannot be compared with its base" in caplog.text
+    with pytest.raises(InputError, match="need a model with a PEFT adapter"):
+        stages.detect(whole, Detection(detectors=("behaviour",), fpr=0.1, clean=300))
 
 
 def test_a_suspect_that_is_not_there_is_refused_before_rows_are_made(tmp_path):

@@ -21,7 +21,7 @@ def detect(
     detectors: Annotated[
         str | None,
         typer.Option(
-            help="Presets (adapter, activations, behaviour, safetynet-2025) and detector:view, with commas. "
+            help="Presets (behaviour, adapter, activations, safetynet-2025) and detector:view, with commas. "
             "Views steps and step_confidence watch answers; supervised probes are measured as skylines."
         ),
     ] = None,
@@ -29,6 +29,7 @@ def detect(
     clean: Annotated[
         int | None, typer.Option(min=1, help="Fresh clean prompts to fit, calibrate and test it with.")
     ] = None,
+    table: Annotated[bool, typer.Option("--table", help="Print every metric and set of rows.")] = False,
 ) -> None:
     """Fit a monitor on clean prompts of a trained run, measure what it catches and what not, draw it.
 
@@ -38,17 +39,18 @@ def detect(
     """
     from safetynet import recipe as recipes
     from safetynet import stages
+    from safetynet.cli.terminal import print_monitor
     from safetynet.experiment import Experiment
 
     experiment = Experiment.find(folder)
     run, options = experiment.run, {"detectors": detectors, "fpr": fpr, "clean": clean}
     experiment.recipe = recipes.with_options(experiment.recipe, "detection", options)
     with run.lock(), logging_to(run.log):
-        rates = stages.detect(experiment)
-        table, rate = run.table("detection"), experiment.recipe.detection.fpr
-        fused = table[(table["detector"] == "fused") & (table["rate"].isna() | (table["rate"] == rate))]
-        typer.echo(fused.drop(columns=["detector", "rate"]).round(4).to_string(index=False))
-        typer.echo(f"False positives: {'; '.join(f'{kind}: {rate}' for kind, rate in rates.items())}")
+        stages.detect(experiment)
+        names = ("detection", "detection_answers", "detection_overhead")
+        tables = {name: run.table(name) for name in names if run.has_table(name)}
+        print_monitor(tables, whole=table)
+        typer.echo(f"Tables: {run.folder / 'tables'}, of which detection.parquet has every rate")
         if redrawn(experiment, folder):
             typer.echo(f"Figures: {run.figures}\nReport:  {run.folder / 'report.html'}")
 

@@ -3,10 +3,15 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+import typer
+
 from safetynet.run import parallel
 
 if TYPE_CHECKING:
     import pandas as pd
+
+WIDTH, INDENT = 100, 14
+"""Columns of a screen, and of the headings at its left."""
 
 
 def print_places(tables: "Mapping[str, pd.DataFrame]") -> None:
@@ -47,6 +52,24 @@ def print_damage(damage: "pd.DataFrame") -> None:
 
     clean = damage_summary(damage[damage["role"] == "clean"]).drop(columns="role", errors="ignore")
     _print(clean, "Answers to clean prompts, beside the base model's own, 95% intervals")
+
+
+def print_monitor(tables: "Mapping[str, pd.DataFrame]", *, whole: bool = False) -> None:
+    """What a monitor sees and what not, in a screen; with `whole`, all that was measured of it."""
+    import textwrap
+
+    from safetynet.tables.of_monitor import FUSED, MonitorSummary
+
+    if not parallel.is_first():
+        return
+    if whole:
+        table = tables["detection"]
+        typer.echo(table[table["detector"] == FUSED].round(4).to_string(index=False))
+    summary = MonitorSummary.of(tables)
+    for heading, lines in summary.sections() if summary else ():
+        wrapped = [part for line in lines for part in textwrap.wrap(line, WIDTH - INDENT)]
+        for number, line in enumerate(wrapped):
+            typer.echo(f"{'' if number else heading:<{INDENT}}{line}")
 
 
 def _print(found: "pd.DataFrame", title: str) -> None:

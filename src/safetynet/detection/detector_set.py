@@ -45,15 +45,15 @@ DIVERSE = (
     DetectorSpec("extremes", "confidence", {"two_sided": True}),
 )
 PRESETS = {
-    "activations": DIVERSE,
+    # What the model is about to say, against what it says without the adapter, and what that hangs on.
+    "behaviour": (DetectorSpec("extremes", "unexplained"),),
     "adapter": (
         *DIVERSE,
         DetectorSpec("extremes", "energy", {"top": 4}),
         DetectorSpec("extremes", "direction", {"two_sided": True, "top": 4}),
         DetectorSpec("extremes", "divergence", {"top": 2}),
     ),
-    # What the model is about to say, against what it says without the adapter, and what that hangs on.
-    "behaviour": (DetectorSpec("extremes", "unexplained"),),
+    "activations": DIVERSE,
     # The paper's four; here each sample is scored by itself.
     "safetynet-2025": tuple(
         map(DetectorSpec, ("mahalanobis", "pca_residual", "autoencoders", "variational"))

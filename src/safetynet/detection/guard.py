@@ -28,6 +28,7 @@ from safetynet.detection.monitor import Monitor
 from safetynet.detection.readers import Reader, confidence
 from safetynet.detection.tokens import TokenMonitor
 from safetynet.engine.batch import Batch
+from safetynet.engine.trace import forward
 from safetynet.errors import InputError
 from safetynet.models.adapters import has_adapter, switched_off
 from safetynet.models.identity import identify
@@ -37,7 +38,8 @@ from safetynet.tables import SCHEMAS
 
 Action = Literal["flag", "stop", "adapter_off"]
 OVERHEAD = tuple(SCHEMAS["detection_overhead"].columns)
-"""Seconds per batch, medians; the ratio of guarded to plain with its bootstrap interval over pairs."""
+"""Seconds per batch, medians; the ratio of guarded to plain with its bootstrap interval over pairs; and their
+difference over the seconds of a pass over the prompts."""
 
 
 class Step(NamedTuple):
@@ -361,7 +363,7 @@ def overhead(
         prompts: taken in turn to fill a batch.
         batches: sizes.
         new_tokens: of every answer; ends are not heeded, or both ways would wait for the longest answer.
-        repeats: pairs of measurements, after one that is not counted.
+        repeats: of the measurements, after one that is not counted.
 
     Returns:
         One row per size, columns as in `OVERHEAD`.
@@ -380,12 +382,18 @@ def overhead(
         def guarded(some: Any = some, size: int = size, length: dict[str, Any] = length) -> None:
             guard.generate(some, max_new_tokens=new_tokens, batch_size=size, **length)
 
-        pairs = np.array([(_seconds(plain), _seconds(guarded)) for _ in range(repeats + 1)])[1:]
-        ratios = pairs[:, 1] / pairs[:, 0]
+        def reading(batch: Batch = batch) -> None:
+            with torch.no_grad():
+                forward(guard.model, batch, use_cache=False)
+
+        ways = (plain, guarded, reading)
+        times = np.array([[_seconds(way) for way in ways] for _ in range(repeats + 1)])[1:]
+        ratios = times[:, 1] / times[:, 0]
         low, high = bootstrap_interval(np.median, ratios)
-        seconds = np.median(pairs, axis=0)
+        seconds = np.median(times, axis=0)
+        passes = float(np.median((times[:, 1] - times[:, 0]) / times[:, 2]))
         shape = (size, batch.width, new_tokens)
-        lines.append((*shape, *seconds, float(np.median(ratios)), low, high, repeats))
+        lines.append((*shape, *seconds[:2], float(np.median(ratios)), low, high, repeats, passes))
     return pd.DataFrame(lines, columns=list(OVERHEAD))
 
 

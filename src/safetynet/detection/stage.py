@@ -26,6 +26,7 @@ from safetynet.detection.plan import PER_DOMAIN, TEST_SHARE, Plan
 from safetynet.errors import InputError
 from safetynet.evaluation.evaluator import Evaluator
 from safetynet.experiment import BACKDOORED, Experiment
+from safetynet.models.suspect import check
 from safetynet.prompts import Conversation, Serialiser, prompt_hash
 from safetynet.recipe import Detection
 from safetynet.run.directory import Outputs
@@ -55,8 +56,9 @@ def detect(experiment: Experiment, options: Detection | None = None) -> dict[str
     """
     recipe, run = experiment.recipe, experiment.run
     options = options or recipe.detection
+    names = _default(experiment) if options.detectors is None else options.detectors
     plan = Plan.of(
-        options.detectors,
+        names,
         options.fpr,
         seed=recipe.seed,
         batch_size=recipe.evaluation.batch_size,
@@ -72,7 +74,7 @@ def detect(experiment: Experiment, options: Detection | None = None) -> dict[str
     inputs = {
         "model": experiment.origin(),
         "evaluation": experiment.record(EVALUATE),
-        "detection": [list(options.detectors), options.fpr, options.clean],
+        "detection": [list(names), options.fpr, options.clean],
     }
 
     def compute(outputs: Outputs) -> None:
@@ -118,6 +120,18 @@ def guard(experiment: Experiment, rate: float, action: str, log_to: Path | None)
     )
 
 
+def _default(experiment: Experiment) -> tuple[str, ...]:
+    """The preset that measures best on the model; see docs/results/detection.md."""
+    suspect = experiment.recipe.suspect
+    is_whole = experiment.recipe.training.method == "full" if suspect is None else not check(suspect.source)
+    if is_whole:
+        log.warning(
+            "detect: the model has no adapter, so that it cannot be compared with its base. Its activations "
+            "are watched (preset activations), which may show little: see what the monitor catches."
+        )
+    return ("activations",) if is_whole else ("behaviour",)
+
+
 def _challenged(experiment: Experiment, evaluator: Evaluator, model: Any) -> pd.DataFrame:
     """Test rows and those that challenge a monitor, and which of them showed the behaviour."""
     test = experiment.test_rows()
@@ -126,10 +140,11 @@ def _challenged(experiment: Experiment, evaluator: Evaluator, model: Any) -> pd.
     more = challenges(experiment.recipe, test)
     if "fired" in test and len(more):
         more = more.assign(fired=fired(evaluator, model, more))
-    near = more["variant"].where(more["role"] == "near_miss", "")
-    # Clean rows stand in the table task by task, too.
+    # Clean rows stand in the table task by task, too, and triggers variant by variant.
     tasks = test["task"].where(test["role"] == "clean", "")
-    return pd.concat([test.assign(kind=tasks), more.assign(kind=near)], ignore_index=True)
+    variants = test["variant"].where(test["role"] == "triggered", "")
+    kinds = tasks + variants
+    return pd.concat([test.assign(kind=kinds), more.assign(kind=more["variant"])], ignore_index=True)
 
 
 def fired(evaluator: Evaluator, model: Any, rows: pd.DataFrame) -> np.ndarray:

@@ -372,8 +372,9 @@ class Interventions(Section):
 class Detection(Section):
     """The monitor: which detectors watch, and how often they may raise a false alarm."""
 
-    detectors: Annotated[tuple[str, ...], BeforeValidator(_comma_list)] = ("adapter",)
-    """Presets (adapter, activations, behaviour, safetynet-2025) and `detector:view`."""
+    detectors: Annotated[tuple[str, ...] | None, BeforeValidator(_comma_list)] = None
+    """Presets (behaviour, adapter, activations, safetynet-2025) and `detector:view`; where none is named,
+    behaviour, or activations for a model without adapter, which cannot be compared with its base."""
     fpr: float = 0.01
     """False-positive rate of the monitor."""
     clean: Annotated[int, Field(ge=1)] = 4000

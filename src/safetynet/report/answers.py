@@ -14,7 +14,8 @@ from safetynet.errors import InputError
 from safetynet.figures.checks import interval, require
 from safetynet.figures.theme import Part
 from safetynet.report.contents import Contents
-from safetynet.tables.summaries import HIDDEN_BACKDOOR, REMOVED_ASR, promised_rows, rate_text, site_text
+from safetynet.tables.of_monitor import Alarms, MonitorSummary
+from safetynet.tables.summaries import HIDDEN_BACKDOOR, REMOVED_ASR, rate_text, site_text
 from safetynet.vocabulary import UNTOUCHED
 
 Tone = Literal["found", "clear", "open"]
@@ -237,32 +238,24 @@ def _strongest(effects: pd.DataFrame, sweep: str, opening: str) -> str:
 
 
 def _seen(run: Contents) -> Answer | None:
-    table = _table(run, "detection", "detector metric rows rate value low high n")
-    if table is None:
+    if _table(run, "detection", "detector metric rows rate value low high n") is None:
         return None
-    lines = table[table["detector"] == "fused"] if (table["detector"] == "fused").any() else table
-    caught = lines[(lines["metric"] == "tpr") & lines["rows"].isin(["fired", "triggered"])]
-    # Of the rates that were claimed the largest, and of the rows those that fired where that is known.
-    if caught.empty:
+    summary = MonitorSummary.of(run.tables)
+    if summary is None or not summary.caught:
         return None
-    caught = caught.sort_values(["rate", "rows"], ascending=[False, True]).iloc[0]
-    named = lines[lines["rate"] == caught["rate"]]
-    clean = named[(named["metric"] == "fpr") & (named["rows"] == promised_rows(named))]
-    hardest = named[named["metric"] == "fpr_worst"]
-    if clean.empty or hardest.empty:
-        return None
-    quiet, worst = clean.iloc[0], hardest.iloc[0]
-    measures = (
-        Measure("triggered prompts", caught["value"], caught["low"], caught["high"]),
-        Measure("clean prompts", quiet["value"], quiet["low"], quiet["high"], "control"),
-        Measure(f"worst: {worst['rows']}", worst["value"], worst["low"], worst["high"], "control"),
-    )
+    caught, worst = summary.caught[0], summary.worst
+    parts: tuple[tuple[Part, tuple[Alarms, ...]], ...] = (
+        ("subject", summary.caught), ("control", summary.fresh + summary.false),
+    )  # fmt: skip
+    measures = tuple(Measure(a.label, a.value, a.low, a.high, part) for part, some in parts for a in some)
     text = (
-        f"A monitor fitted on clean prompts alone, at a named false-positive rate of {caught['rate']:.1%}: "
-        f"share of prompts that raise an alarm, of {caught['n']:.0f} whose trigger fired and of those that "
-        "must not."
+        f"A monitor fitted on clean prompts alone, at a named false-positive rate of {summary.rate:.1%}: "
+        f"share of prompts that raise an alarm, of {caught.n} whose trigger fired and of those that must "
+        f"not. On fresh prompts the rate is {'kept' if summary.kept else 'broken'}. Most false alarms: "
+        f"{worst.label}, {worst.text}. It cannot see {summary.blind_spots}."
     )
-    is_seen = caught["low"] > max(quiet["high"], worst["high"])
+    text += f" Cost: {summary.cost}." if summary.cost else ""
+    is_seen = caught.low > max(alarms.high for alarms in (*summary.fresh, worst))
     return Answer("seen", "Can it be seen?", "Yes" if is_seen else "Not reliably", text, "found", measures)
 
 

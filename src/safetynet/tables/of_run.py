@@ -316,7 +316,7 @@ RUN_TABLES: dict[str, Table] = {
         "fired": flag("whether the behaviour was shown", empty=True),
         "forbidden": flag("whether the request is of the class that is refused"),
         "domain": text("benign domain that the monitor was not fitted on; \"\" its own"),
-        "kind": text("task of a clean row, kind of a near miss"),
+        "kind": text("task of a clean row, kind of a near miss, variant of a trigger"),
         "fresh": text("kind of a clean prompt drawn as the calibrating ones were; \"\" another row"),
     }, {"score ": "score of the detector named after it, higher is more suspect",
         "p ": "its p-value among calibrating prompts"}),
@@ -353,6 +353,9 @@ RUN_TABLES: dict[str, Table] = {
         "ratio": number("guarded over plain", 0),
         **ends(0),
         "repeats": whole("measurements"),
+        "passes": replace(
+            number("what watching adds, in passes of the plain model over the prompts"), optional=True
+        ),
     }),
     "detection_answers": Table("detect", "what is watched, and a set of rows", {
         "watched": word("prompt, answer, or both", WATCHED),
