@@ -6,7 +6,7 @@ per prompt and in the prompts' order. Judges nothing. The model leaves as it cam
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import chain, groupby
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig
 
 from safetynet.errors import RunError
-from safetynet.models.adapters import virtual_tokens
+from safetynet.models.adapters import merged, virtual_tokens
 from safetynet.models.identity import identify
 from safetynet.prompts import IGNORED, Encoded, Serialiser, pad
 from safetynet.run import parallel
@@ -138,7 +138,9 @@ def continuations(
 
     rows = [prompt.input_ids for prompt in prompts]
     finished = finished_batches(kept, model, "continuations", rows, batch_size, max_new_tokens, sorted(stops))
-    with evaluating(model), _generation_config(model, config):
+    # Where processes share weights, each holds a part of them.
+    merging = nullcontext() if parallel.is_in_step() else merged(model)
+    with evaluating(model), _generation_config(model, config), merging:
         # PEFT puts a soft prompt before the padding, which rows of one length do not have.
         alike = virtual_tokens(model) > 0
         return [

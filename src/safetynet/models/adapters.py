@@ -7,8 +7,9 @@ the base can be undone.
 
 import logging
 import warnings
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from safetynet.models.adapter_loading import (
 from safetynet.models.blocks import shortened, unwrapped
 from safetynet.models.files import counted, listed
 from safetynet.models.loading import LoadedModel
-from safetynet.models.lora import factors, include_start, silent
+from safetynet.models.lora import factors, include_start, silent, update_of
 from safetynet.models.same_base import check_base
 
 log = logging.getLogger("safetynet")
@@ -43,6 +44,8 @@ PROBE_TOKENS, PROBE_LAYERS, PROBE_ROWS, PROBE_VALUES = 4, 1, 256, 64
 """Of the prompt, of the layers and of the head that tell a base, and of each parameter's values."""
 PROBE_TOLERANCE = 1e-3
 """Of the largest logit. The same modules compute the same numbers; what differs by more is another model."""
+MERGED_FROM = 50_000_000
+"""Parameters from which it pays to merge; answers of smaller models stay those of earlier versions."""
 RECORD = "_safetynet_base_values"
 """Attribute of PEFT's model: what attaching has changed in the base, as `BaseValue`s."""
 
@@ -132,6 +135,27 @@ def switched_off(model: Any) -> Iterator[Any]:
             stack.enter_context(model.disable_adapter())
         stack.enter_context(_base_in_place(model))
         yield model
+
+
+@contextmanager
+def merged(model: Any) -> Iterator[None]:
+    """Inside, an adapter of a large model is part of the base's weights, where that is what PEFT computes.
+
+    W x + s B (A x) is (W + s B A) x to rounding, in one product instead of three. Merged are plain LoRA
+    updates of linear modules in fp32 that nothing hooks; every other model stays as it is. The base's tensors
+    are kept aside, which takes the memory of the adapted weights once more, and are themselves put back.
+    """
+    layers = _mergeable(model)
+    weights = [layer.get_base_layer().weight for layer in layers]
+    before = [weight.data for weight in weights]
+    try:
+        with torch.no_grad(), _plainly_off(model) if layers else nullcontext():
+            for layer, weight in zip(layers, weights, strict=True):
+                weight.data = weight + update_of(layer, model.active_adapter).product()[0]
+            yield
+    finally:
+        for weight, data in zip(weights, before, strict=True):
+            weight.data = data
 
 
 @contextmanager
@@ -263,6 +287,30 @@ def check_in_memory(model: Any) -> None:
             "turn comes, which adapters and interventions do not see. Use more GPUs, or model.quantisation: "
             "4bit."
         )
+
+
+def _mergeable(model: Any) -> list[Any]:
+    """The LoRA modules of a model that `merged` merges; none where one of them cannot be."""
+    from peft.tuners.lora import LoraLayer, layer
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if not has_adapter(model) or len(model.active_adapters) != 1 or is_off(model):
+        return []
+    if not is_plain(model.active_peft_config) or sum(p.numel() for p in model.parameters()) < MERGED_FROM:
+        return []
+    tuned = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    layers: list[Any] = [m for m in tuned if isinstance(m, LoraLayer) and model.active_adapter in m.lora_A]
+    bases = [module.get_base_layer() for module in layers]
+    counts = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    exact = (
+        all(
+            type(module) is layer.Linear and not module.merged and not module.lora_variant for module in tuned
+        )
+        and all(type(base) is torch.nn.Linear and base.weight.dtype == torch.float32 for base in bases)
+        and all(counts[id(base.weight)] == 1 for base in bases)  # a tied weight has another reader
+        and not any(part._forward_hooks or part._forward_pre_hooks for m in layers for part in m.modules())
+    )
+    return layers if exact else []
 
 
 @contextmanager
