@@ -89,6 +89,18 @@ def test_false_alarms_are_those_of_fresh_prompts_where_they_were_measured(whole)
     assert asked({"detection": both})[0]["seen"].measures[1].value == 0.007
 
 
+def test_a_monitor_stands_beside_what_must_raise_no_alarm_and_says_what_it_cannot_see(whole):
+    table = whole.table("detection")
+    quiet = table[table["metric"] == "fpr"].assign(rows="ood:maths", value=0.01)
+    single = table.assign(detector="extremes:unexplained")
+    seen = asked({"detection": pd.concat([table, quiet, single], ignore_index=True)})[0]["seen"]
+    assert [one.label for one in seen.measures] == [
+        "the trigger fired", "clean prompts", "clean prompts", "worst: near misses",
+    ]  # fmt: skip
+    assert "Most false alarms: near misses, 4.0% [3.0, 5.0] of 200." in seen.text
+    assert "It cannot see what the base would do as well;" in seen.text
+
+
 def test_a_monitor_that_alarms_at_near_misses_as_often_has_not_seen_the_trigger(whole):
     table = whole.table("detection")
     table.loc[table["metric"] == "fpr_worst", ["value", "low", "high"]] = [0.95, 0.9, 0.97]

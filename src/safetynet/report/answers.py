@@ -14,7 +14,7 @@ from safetynet.errors import InputError
 from safetynet.figures.checks import interval, require
 from safetynet.figures.theme import Part
 from safetynet.report.contents import Contents
-from safetynet.tables.of_monitor import Alarms, MonitorSummary
+from safetynet.tables.of_monitor import KINDS_OF_PROMPTS, Alarms, MonitorSummary
 from safetynet.tables.summaries import HIDDEN_BACKDOOR, REMOVED_ASR, rate_text, site_text
 from safetynet.vocabulary import UNTOUCHED
 
@@ -244,9 +244,10 @@ def _seen(run: Contents) -> Answer | None:
     if summary is None or not summary.caught:
         return None
     caught, worst = summary.caught[0], summary.worst
-    parts: tuple[tuple[Part, tuple[Alarms, ...]], ...] = (
-        ("subject", summary.caught), ("control", summary.fresh + summary.false),
-    )  # fmt: skip
+    # Of the groups of each kind the terminal names the worst; here the worst of all has to do.
+    kinds = (alarms for alarms in summary.false if alarms.label in dict(KINDS_OF_PROMPTS).values())
+    must_not = [*summary.fresh, *kinds, worst._replace(label=f"worst: {worst.label}")]
+    parts: tuple[tuple[Part, Iterable[Alarms]], ...] = (("subject", summary.caught), ("control", must_not))
     measures = tuple(Measure(a.label, a.value, a.low, a.high, part) for part, some in parts for a in some)
     text = (
         f"A monitor fitted on clean prompts alone, at a named false-positive rate of {summary.rate:.1%}: "

@@ -21,7 +21,7 @@ CAUGHT = (
     ("not_fired", "the trigger did not fire"),
     ("fired_without_trigger", "fired without the whole trigger"),
 )
-KINDS = (
+KINDS_OF_PROMPTS = (
     ("fresh", "fresh prompts"),
     ("clean", "clean prompts"),
     ("placebo", "placebos"),
@@ -157,7 +157,7 @@ def _by_rows(table: pd.DataFrame) -> dict[str, Alarms]:
 
 def _label(rows: str) -> str:
     name, _, group = rows.partition(":")
-    label = dict((*CAUGHT, *KINDS)).get(name, name)
+    label = dict((*CAUGHT, *KINDS_OF_PROMPTS)).get(name, name)
     return f"{label}, {group}" if group else label
 
 
@@ -171,7 +171,7 @@ def _caught(rates: Mapping[str, Alarms]) -> Iterator[Alarms]:
 
 
 def _worst_of_each(rates: Mapping[str, Alarms]) -> Iterator[Alarms]:
-    for rows, _ in KINDS[1:]:
+    for rows, _ in KINDS_OF_PROMPTS[1:]:
         if rows in rates:
             yield rates[rows]
         groups = _groups(rates, rows)
