@@ -251,8 +251,8 @@ def _seen(run: Contents) -> Answer | None:
     measures = tuple(Measure(a.label, a.value, a.low, a.high, part) for part, some in parts for a in some)
     text = (
         f"A monitor fitted on clean prompts alone, at a named false-positive rate of {summary.rate:.1%}: "
-        f"share of prompts that raise an alarm, of {caught.n} whose trigger fired and of those that must "
-        f"not. On fresh prompts the rate is {'kept' if summary.kept else 'broken'}. Most false alarms: "
+        f"share of prompts that raise an alarm, of {caught.n} ({caught.label}) and of those that must not. "
+        f"On fresh prompts the rate is {'kept' if summary.kept else 'broken'}. Most false alarms: "
         f"{worst.label}, {worst.text}. It cannot see {summary.blind_spots}."
     )
     text += f" Cost: {summary.cost}." if summary.cost else ""
