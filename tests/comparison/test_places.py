@@ -114,5 +114,5 @@ def test_a_sweep_of_some_layers_is_left_out_and_told(subject: Callable, tables: 
     one = subject(effects=fast)
     assert "attention" not in set(places.profiles([one])["view"])
     [said] = places.incomplete([one])
-    assert "effects by attention were measured in some layers only" in said
+    assert "effects by attention were measured in some places only" in said
     assert "safetynet intervene results/qwen-miniature/seed-0" in said

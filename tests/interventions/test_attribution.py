@@ -1,12 +1,12 @@
 """Attribution: a first-order estimate that is one, a score that hides nothing, a model left as it was."""
 
 import copy
-import functools
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from scipy.stats import spearmanr
 from tests.engine.conftest import CONFIGS, VOCABULARY
 from tests.engine.test_intervening import hooks_of
 from tests.interventions.conftest import make_pairs
@@ -14,7 +14,7 @@ from tests.interventions.conftest import make_pairs
 from safetynet.engine.metrics import Metric
 from safetynet.engine.sites import Architecture, Site
 from safetynet.errors import InputError
-from safetynet.interventions.attribution import attribute, fast_sweep
+from safetynet.interventions.attribution import attribute, ranks, scores
 from safetynet.interventions.pairs import Pairs
 from safetynet.interventions.sweep import Spot, spots_by, sweep
 from safetynet.models.blocks import unwrapped
@@ -175,8 +175,6 @@ def test_components_prompts_and_models_that_cannot_be_estimated_are_refused(buil
     model = build("llama", seed=22)
     with pytest.raises(InputError, match="there is no component 'nose'"):
         attribute(model, aligned, ("nose",))
-    with pytest.raises(InputError, match=r"fast: attribution estimates resid_pre.*, not head"):
-        fast_sweep(model, aligned, list(spots_by(Architecture.of(model), "head")))
     with pytest.raises(InputError, match=r"the model's context holds 64"):
         attribute(model, longer(aligned))
     with pytest.raises(InputError, match=r"training mode"):
@@ -190,30 +188,47 @@ def longer(pairs: Pairs) -> Pairs:
     )  # fmt: skip
 
 
-@functools.cache
 def spots_of(model: Any) -> list[Spot]:
     architecture = Architecture.of(model)
     there = [name for name in COMPONENTS if name in architecture.components()]
     return [Spot(site, role) for name in there for site in architecture.sites(name) for role in POSITIONS]
 
 
-def test_a_fast_sweep_of_everything_is_the_sweep(any_model, aligned):
+def test_scores_of_residual_sites_are_the_attribution_s_added_over_their_positions(any_model, aligned):
     spots = spots_of(any_model)
-    fast = fast_sweep(any_model, aligned, spots, share=1.0, **REMOVE)
-    whole = sweep(any_model, aligned, spots, **REMOVE)
-    assert fast.measured.spots == whole.spots
-    assert (fast.measured.values == whole.values).all()
-    assert fast.scores.shape == (len(spots),)
-    assert fast.agreement > 0.5
+    ours = scores(any_model, aligned, spots, **REMOVE)
+    components = [name for name in COMPONENTS if name in Architecture.of(any_model).components()]
+    score = attribute(any_model, aligned, components, **REMOVE).score
+    width = score.shape[-1]
+    for s, spot in enumerate(spots):
+        by_pair = score[components.index(spot.site.component), spot.site.layer]
+        columns = [
+            [width - len(roles) + p for p in aligned.positions(b, spot.position)]
+            for b, roles in enumerate(aligned.roles)
+        ]
+        added = [by_pair[b, at].sum() for b, at in enumerate(columns)]
+        assert ours[s] == pytest.approx(np.mean(added), rel=1e-2, abs=1e-4)
 
 
-def test_a_fast_sweep_measures_the_share_with_the_highest_scores(build, aligned):
-    model = build("llama", seed=22)
-    spots = spots_of(model)
-    fast = fast_sweep(model, aligned, spots, share=0.1, **REMOVE)
-    assert len(fast.measured.spots) == round(0.1 * len(spots))
-    order = np.argsort(-fast.scores, kind="stable")[: len(fast.measured.spots)]
-    assert set(fast.measured.spots) == {spots[i] for i in order}
-    one = fast_sweep(model, aligned, spots[:3], share=0.01, **REMOVE)
-    assert len(one.measured.spots) == 1
-    assert np.isnan(one.agreement), "two places have no rank correlation that says anything"
+@pytest.mark.parametrize(
+    ("by", "mode"), [("layer", "patch"), ("head", "patch"), ("head", "zero"), ("adapter", "off")]
+)
+@pytest.mark.parametrize("family", CONFIGS)
+def test_scores_put_the_spots_that_change_most_first(build, aligned, family, by, mode):
+    model = build(family, seed=22, adapter=by == "adapter")
+    spots = list(spots_by(Architecture.of(model), by))
+    assert ranks(spots, mode)
+    measured = sweep(model, aligned, spots, mode=mode, **REMOVE)
+    sizes, order = np.abs(measured.change).mean(1), scores(model, aligned, spots, mode=mode, **REMOVE)
+    assert (order >= 0).all()
+    ordered = np.isfinite(order)
+    assert ordered.all() or (family, by) == ("mixtral", "adapter"), "fused experts have no gradient"
+    assert spearmanr(order[ordered], sizes[ordered]).statistic > 0
+    # A spot that changes nothing has no difference, or no way to the answer.
+    assert (sizes[order == 0] == 0).all()
+
+
+def test_what_has_no_gradient_is_not_ranked(build):
+    architecture = Architecture.of(build("mixtral", seed=22))
+    assert not ranks(list(spots_by(architecture, "expert")), "patch")
+    assert not ranks(list(spots_by(architecture, "head")), "resample")

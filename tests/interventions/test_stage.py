@@ -108,7 +108,7 @@ def contents_without_stage(run: runs.Run) -> dict[str, bytes]:
         (("--mode", "explode"), "--mode: there is no 'explode'; choose one of patch, zero, mean"),
         (("--direction", "up"), "--direction: there is no 'up'; choose remove, induce or both."),
         (("--groups", "3"), "--groups: 3 are too few for an interval; give at least 8."),
-        (("--fast", "--mode", "zero"), "--fast: attribution estimates patching, not zero. Leave fast out."),
+        (("--measure", "some"), "--measure: Input should be 'auto', 'all' or 'likely'."),
         ((), "backdoored is not trained yet. Run safetynet train"),
     ],
 )
@@ -140,7 +140,6 @@ def base() -> Subject:
         ({"by": ("layer", "position"), "mode": "off"}, r"by layer: mode off does not apply; by position"),
         ({"by": ("head",), "mode": "off", "direction": "induce"}, r"can only remove"),
         ({"by": ("adapter",), "mode": "resample"}, r"by adapter: mode resample does not apply"),
-        ({"by": ("head",), "fast": True}, r"fast: attribution ranks .* Leave fast out"),
         ({"sites": ("nose",)}, r"no component 'nose'; there are: embedding"),
         ({"sites": ("adapter",)}, r"this model has no component 'adapter'"),
         ({"by": ("layer",)}, r"the backdoor did not fire on these prompts"),
@@ -232,15 +231,30 @@ def test_sites_direction_and_mode_are_what_the_table_then_holds(run):
 
 
 @pytest.mark.slow
-def test_the_fast_way_measures_fewer_places_beside_controls_of_the_others(run):
-    whole = intervene(run, by=("position", "component"))["effects"]
-    fast = intervene(run, by=("position", "component"), fast=True)["effects"]
-    assert 0 < len(fast) < len(whole) / 4
-    assert fast["random"].notna().all()
-    keys = ["sweep", "direction", "component", "layer", "position"]
-    both = fast.merge(whole, on=keys, suffixes=("_fast", ""))
-    assert len(both) == len(fast)
-    assert both["effect_fast"].to_numpy() == pytest.approx(both["effect"].to_numpy(), abs=1e-6)
+def test_likely_sites_have_the_numbers_of_all_sites_and_the_others_say_that_they_were_not_measured(run):
+    every = intervene(run, by=("layer", "head", "adapter"), groups=12)
+    likely = intervene(run, by=("layer", "head", "adapter"), groups=12, measure="likely")
+    keys = ["sweep", "direction", "component", "layer", "index", "module"]
+    both = likely["effects"].merge(every["effects"], on=keys, suffixes=("_likely", ""))
+    assert len(both) == len(likely["effects"]) == len(every["effects"])
+    stayed = both["n_likely"] == both["n"]
+    assert stayed.any()
+    for column in ("effect", "low", "high", "random", "random_high"):
+        expected = both.loc[stayed, column].to_numpy()
+        assert both.loc[stayed, f"{column}_likely"].to_numpy() == pytest.approx(expected, abs=1e-6)
+    assert (both["n_likely"] < both["n"]).any()
+    assert not (both["responsible_likely"] & ~stayed).any()
+    assert both.loc[both["sweep"] == "layer", "effect_likely"].notna().all(), "a profile has every layer"
+    assert set(likely["dynamics"]["n"]) == {8}
+    tokens = likely["tokens"].merge(every["tokens"], on=["group", "direction", "layer", "column"])
+    assert len(tokens) == len(every["tokens"])
+    measured = tokens["effect_x"].notna()
+    assert 0 < measured.sum() < len(tokens)
+    assert tokens.loc[measured, "effect_x"].to_numpy() == pytest.approx(
+        tokens.loc[measured, "effect_y"].to_numpy(), abs=1e-6
+    )
+    stages.draw(Experiment(run.recipe, run))
+    assert (run.figures / "intervention-heads.png").exists()
 
 
 @pytest.mark.slow

@@ -136,7 +136,7 @@ def evaluate(
 
 
 @app.command()
-def intervene(
+def intervene(  # noqa: PLR0913  # its flags
     folder: RunFolder,
     by: Annotated[
         str | None, typer.Option(help="Sweeps: layer, position, component, head, expert, adapter.")
@@ -157,12 +157,11 @@ def intervene(
         typer.Option(help="remove (placebo activations into triggered runs), induce, or both."),
     ] = None,
     groups: Annotated[int | None, typer.Option(help="Prompts that effects are measured on.")] = None,
-    fast: Annotated[
-        bool | None,
-        typer.Option(
-            "--fast", help="By position and component: rank sites by attribution, measure the top ones."
-        ),
+    measure: Annotated[
+        str | None,
+        typer.Option(help="all sites, those that are likely to matter, or auto: all where it takes minutes."),
     ] = None,
+    fast: Annotated[bool, typer.Option("--fast", help="The same as --measure likely.")] = False,
 ) -> None:
     """Find where in a trained run's model the trigger acts, beside controls, and what removes the backdoor.
 
@@ -175,7 +174,8 @@ def intervene(
     from safetynet.experiment import Experiment
 
     experiment = Experiment.find(folder)
-    options = {"by": by, "sites": sites, "mode": mode, "direction": direction, "groups": groups, "fast": fast}
+    options = {"by": by, "sites": sites, "mode": mode, "direction": direction, "groups": groups}
+    options["measure"] = "likely" if fast else measure
     experiment.recipe = recipes.with_options(experiment.recipe, "interventions", options)
     with experiment.run.lock(), logging_to(experiment.run.log):
         print_places(stages.intervene(experiment))

@@ -38,7 +38,7 @@ def profiles(runs: Sequence[ComparedRun]) -> pd.DataFrame:
 
     Returns:
         Columns group, run, seed, view, direction, layer, depth, effect, random, placebo and twin. A sweep
-        that did not measure every layer (`--fast`) has no profile.
+        that did not measure every place (`measure: likely`) has no profile.
 
     Raises:
         InputError: if two runs have effects of different metrics or modes, which are no one quantity.
@@ -60,7 +60,7 @@ def profiles(runs: Sequence[ComparedRun]) -> pd.DataFrame:
 
 
 def incomplete(runs: Sequence[ComparedRun]) -> Iterator[str]:
-    """A sentence for each run whose effects cover some layers only, as after `--fast`."""
+    """A sentence for each run whose effects cover some places only, as under `measure: likely`."""
     for run in runs:
         effects = run.tables.get("effects")
         if effects is None:
@@ -68,8 +68,8 @@ def incomplete(runs: Sequence[ComparedRun]) -> Iterator[str]:
         views = [view for view, rows in _rows(effects) if not _whole(rows, _layers(effects))]
         if views:
             yield (
-                f"{run.name}: effects by {', '.join(views)} were measured in some layers only, and are left "
-                f"out. Measure them all: {maker('effects', run)}."
+                f"{run.name}: effects by {', '.join(views)} were measured in some places only, and are left "
+                f"out. Measure them all: {maker('effects', run)} --measure all."
             )
 
 
@@ -264,7 +264,9 @@ def _layers(effects: pd.DataFrame) -> int:
 
 
 def _whole(rows: pd.DataFrame, layers: int) -> bool:
-    return all(part["layer"].nunique() == layers for _, part in rows.groupby("direction"))
+    """Whether every place of every layer was measured; what was not is no 0 in a layer's sum."""
+    there = all(part["layer"].nunique() == layers for _, part in rows.groupby("direction"))
+    return there and bool(rows["effect"].notna().all())
 
 
 def _check_metrics(runs: Sequence[ComparedRun]) -> None:

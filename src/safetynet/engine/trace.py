@@ -215,10 +215,10 @@ def _reader(recorded: Trace, parts: Parts, site: Site, detach: bool) -> Any:
     def after(module: Any, args: tuple[Any, ...], output: Any) -> Any:
         values = _value(recorded, parts, site, module, args, output)
         keep(values)
-        if detach or site.component not in ("attn_out", "mlp_out"):
-            return None
         # Gradients are asked for what is added, so that it has to be on the way to the answer.
-        return with_hidden(output, times(values, 1 / parts.multiplier))
+        if not detach and site.component in ("attn_out", "mlp_out"):
+            return with_hidden(output, times(values, 1 / parts.multiplier))
+        return without_adapter(module, args) + values if not detach and site.component == "adapter" else None
 
     if site.component == "adapter":
         return adapters(parts.layer)[site.module].register_forward_hook(after)

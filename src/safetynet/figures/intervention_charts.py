@@ -341,6 +341,8 @@ def _map(cells: pd.DataFrame, across: Across, frame: Frame, title: str) -> Panel
 
 def _note(row: Mapping[str, Any]) -> str:
     """Interval, groups and controls of one effect."""
+    if math.isnan(row["effect"]):
+        return "not measured"
     facts = []
     if not math.isnan(row["low"]):
         facts.append(with_interval(row["effect"], row["low"], row["high"]))

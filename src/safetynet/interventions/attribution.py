@@ -1,7 +1,8 @@
 """Attribution patching: every site's effect at once, from one forward and one backward pass over both runs.
 
 In: pairs. Out: for each component, layer and position of each pair a signed estimate and a score to rank
-by, and sweeps that measure only the most promising spots exactly (Nanda 2023; Kramar et al. 2024, AtP*).
+by; and for the spots of a sweep, heads and adapter modules among them, the order in which `racing` measures
+them (Nanda 2023; Kramar et al. 2024, AtP*).
 
 A gradient sees nothing of what a saturated attention does under a large change. What a state does through
 its own layer's queries and keys is therefore recomputed through the softmax, as AtP* does. Where the whole
@@ -18,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import spearmanr
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
@@ -31,15 +31,17 @@ from safetynet.engine.sites import Architecture, Site
 from safetynet.engine.trace import Trace, check_supported, forward, recording
 from safetynet.errors import InputError
 from safetynet.interventions.pairs import Pairs
-from safetynet.interventions.sweep import Measured, Spot, positions, sweep
+from safetynet.interventions.sweep import Spot, positions
 from safetynet.models.blocks import received, receiving, unwrapped
 from safetynet.models.causal_lm import CausalLM
+from safetynet.vocabulary import Mode
 
 WATCHED = "safetynet-watched"
 _WATCHABLE: "weakref.WeakSet[Any]" = weakref.WeakSet()
-ESTIMATED = ("resid_pre", "resid_mid", "attn_out", "mlp_out")
-FAST_SHARE = 0.05
-"""Of all spots, those that are measured exactly."""
+RANKED = ("embedding", "resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "head", "adapter")
+"""Components that `scores` orders."""
+GRADIENTS_AT_ONCE = 4
+"""Pairs whose graph of a forward pass is in memory together."""
 
 
 @dataclass
@@ -254,63 +256,81 @@ def check_watched(architecture: Architecture, batch: Batch) -> None:
         raise InputError(
             "model: attribution follows attention through transformers' interface, where it sees "
             f"{len(watched)} of this model's {architecture.shape.layers} layers, or not all that they "
-            "compute. Measure the sites themselves (without --fast)."
+            "compute. Measure the sites themselves (safetynet intervene)."
         )
     _WATCHABLE.add(inner)
 
 
-@dataclass(frozen=True)
-class Fast:
-    """A sweep of which only the most promising spots were measured exactly."""
-
-    measured: Measured
-    """Of these spots."""
-    scores: np.ndarray
-    """(S,) of all spots, mean over pairs."""
-    agreement: float
-    """Spearman's rank correlation of score and size of the measured change, over the measured spots."""
+def ranks(spots: Sequence[Spot], mode: Mode) -> bool:
+    """Whether `scores` can order these spots under this mode."""
+    has_gradient = all(spot.site.component in RANKED for spot in spots)
+    whole = all(spot.site.module for spot in spots if spot.site.component == "adapter")
+    return has_gradient and whole and mode in ("patch", "zero", "off")
 
 
-def fast_sweep(
+def scores(
     model: CausalLM,
     pairs: Pairs,
     spots: Sequence[Spot],
     *,
     receiving: str = "triggered",
     source: str = "placebo",
-    share: float = FAST_SHARE,
-) -> Fast:
-    """Rank all spots by attribution, then measure the top ones exactly.
+    mode: Mode = "patch",
+) -> np.ndarray:
+    """Order spots by what they might change, from a forward and a backward pass over both runs.
+
+    A spot's score is the length of what the intervention changes there times the length of the gradient,
+    added over both runs, and over the spot's positions; the mean over pairs is given. It has no unit.
 
     Args:
         model: the model.
         pairs: aligned prompts.
-        spots: of the residual stream's components, at roles or single positions.
+        spots: of components in `RANKED`.
         receiving: run that is changed.
-        source: run whose values are put in.
-        share: of the spots that are measured; at least one.
+        source: run whose values are put in (patch).
+        mode: `patch`, `zero` or `off`.
+
+    Returns:
+        (S,), never negative; infinite for adapters of fused experts, which have no gradient and come first.
 
     Raises:
-        InputError: for a component that attribution does not estimate.
+        InputError: as `trace`.
     """
-    components = sorted({spot.site.component for spot in spots})
-    wrong = sorted(set(components) - set(ESTIMATED))
-    if wrong:
-        raise InputError(
-            f"fast: attribution estimates {', '.join(ESTIMATED)}, not {wrong[0]}. Sweep it exactly."
-        )
-    scores = np.zeros((len(spots), len(pairs)))  # a spot's is the sum over its positions
-    for indices, part in pairs.parts():
-        score = attribute(model, part, components, receiving=receiving, source=source).score
+    architecture = Architecture.of(model)
+    check_supported(model)
+    whole = [Site(spot.site.component, spot.site.layer, module=spot.site.module) for spot in spots]
+    # PEFT puts a fused parameter's update into the weights in place, through which no gradient comes.
+    fused = [
+        s.module != "" and hasattr(architecture.adapters[s.layer][s.module], "parameter_name") for s in whole
+    ]
+    sites = sorted({site for site, skipped in zip(whole, fused, strict=True) if not skipped}, key=str)
+    totals = np.where(fused, np.inf, 0.0)
+    for _, part in pairs.parts(GRADIENTS_AT_ONCE):
+        both = Batch.of([*part.ids[receiving], *part.ids[source]], device=model.device)
+        check_length(model, both)
+        metric, count = part.metric(), len(part)
+        with exclusive(model), torch.enable_grad():
+            recorded, logits = _forward(architecture, both, sites, metric.columns)
+            total = metric.compute(logits, torch.arange(count).repeat(2)).sum()
+            values = [recorded.value(site) for site in sites]
+            slopes = torch.autograd.grad(total, values, allow_unused=True)
+        by_site = dict(zip(sites, zip(values, slopes, strict=True), strict=True))
         for s, spot in enumerate(spots):
-            by_pair = score[components.index(spot.site.component), spot.site.layer]
-            for b, index in enumerate(indices):
-                first = score.shape[-1] - len(part.roles[b])  # column of the pair's first token
-                columns = [first + position for position in positions(part, spot, b)]
-                scores[s, index] = by_pair[b, columns].sum()
-    ranking = scores.mean(1)
-    top = sorted(np.argsort(-ranking, kind="stable")[: max(1, round(share * len(spots)))].tolist())
-    exact = sweep(model, pairs, [spots[i] for i in top], receiving=receiving, source=source)
-    sizes = np.abs(exact.change).mean(1)
-    agreement = spearmanr(ranking[top], sizes).statistic if len(top) > 2 else np.nan
-    return Fast(exact, ranking, float(agreement))
+            if fused[s]:
+                continue
+            value, slope = by_site[whole[s]]
+            if slope is None:  # nothing that is read comes after it
+                continue
+            if spot.update:
+                value = value - recorded.inputs[spot.site.layer]
+            span = architecture.span(spot.site)
+            value, slope = (
+                x.detach().reshape(*both.ids.shape, -1)[..., span].float() for x in (value, slope)
+            )
+            changed = (value[count:] if mode == "patch" else 0) - value[:count]  # (B, S, k)
+            lengths = slope.norm(dim=-1)
+            score = changed.norm(dim=-1) * (lengths[:count] + lengths[count:])
+            for b in range(count):
+                first = both.width - len(part.roles[b])  # column of the pair's first token
+                totals[s] += float(score[b, [first + p for p in positions(part, spot, b)]].sum())
+    return totals / len(pairs)

@@ -1,19 +1,19 @@
 """From measured metrics to effects: normalised, with intervals, beside their controls, corrected.
 
-In: `Measured` sweeps of one model and of its controls. Out: one line per spot. The effect is the share of the
-distance between unpatched and source run that the intervention covers: 0 is the unpatched run, 1 the source.
-Of the controls, `random` is the same at random sites of the same size, `placebo` with a placebo against
-another, `twin` in the clean twin.
+In: `Measured` sweeps of one model and of its controls. Out: one line per spot, NaN where it was not measured.
+The effect is the share of the distance between unpatched and source run that the intervention covers: 0 is
+the unpatched run, 1 the source. Of the controls, `random` is the same at random sites of the same size,
+`placebo` with a placebo against another, `twin` in the clean twin.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 from scipy.stats import false_discovery_control, wilcoxon
 
 from safetynet.errors import InputError
-from safetynet.interventions.sweep import Measured
+from safetynet.interventions.sweep import Measured, Spot
 from safetynet.statistics import bootstrap_ratios
 from safetynet.vocabulary import CONTROLS
 
@@ -34,6 +34,9 @@ def effects(
 ) -> pd.DataFrame:
     """One line per spot: effect, interval, controls, significance; see the columns in docs/interventions.md.
 
+    A spot that was measured on some pairs only has the interval of these; one that was not measured at all,
+    or without one of the controls, is not responsible.
+
     Args:
         measured: the sweep.
         controls: by name (`CONTROLS`), each at the same spots on the same pairs, in the same order. `random`
@@ -50,25 +53,30 @@ def effects(
     check_fires(distance)
     change = measured.change  # (S, B)
     changes = {name: control.change for name, control in controls.items()}
-    changes.setdefault("random", _elsewhere(measured, np.random.default_rng(seed)))
-    value, low, high = bootstrap_ratios(change, distance, seed=seed)
-    table = pd.DataFrame({"effect": value, "low": low, "high": high, "n": len(distance)})
+    if "random" not in changes:
+        draws = elsewhere(measured.spots, change.shape[1], seed)
+        there = change[draws, np.arange(change.shape[1])]
+        changes["random"] = np.where(draws >= 0, there, np.nan)
+    value, low, high = _ratios(change, distance, seed)
+    table = pd.DataFrame({"effect": value, "low": low, "high": high, "n": np.isfinite(change).sum(1)})
     for name in CONTROLS:
-        bounds = (np.full(len(value), np.nan),) * 3
+        bounds = np.full((3, len(value)), np.nan)
         if name in changes:
-            bounds = bootstrap_ratios(changes[name], distance, seed=seed)
+            bounds = _ratios(changes[name], distance, seed)
         table[name], table[f"{name}_low"], table[f"{name}_high"] = bounds
-    difference = change - changes["random"]
+    differences = [row[np.isfinite(row)] for row in change - changes["random"]]
     # Two-sided Wilcoxon signed-rank test over pairs; 1 where nothing differs, or there is no control.
-    testable = np.isfinite(difference).all(1) & (difference != 0).any(1)
-    table["p"] = [
-        float(wilcoxon(row).pvalue) if test else 1.0 for row, test in zip(difference, testable, strict=True)
-    ]
-    table["q"] = false_discovery_control(table["p"])  # Benjamini and Hochberg 1995
-    spread, mean = difference.std(1, ddof=1), difference.mean(1) * np.sign(distance.mean())
+    table["p"] = [float(wilcoxon(row).pvalue) if row.any() else 1.0 for row in differences]
+    # Benjamini and Hochberg 1995. A spot that was not measured counts as one that shows nothing.
+    table["q"] = false_discovery_control(table["p"])
+    spread = np.array([row.std(ddof=1) if len(row) > 1 else np.nan for row in differences])
+    mean = np.array([row.mean() if len(row) else np.nan for row in differences]) * np.sign(distance.mean())
     table["cohen_d"] = np.divide(mean, spread, out=np.full(len(mean), np.nan), where=spread > 0)
+    complete = table[[name for name in controls if name != "random"]].notna().all(axis=1)
     highest = table[[f"{name}_high" for name in CONTROLS]].max(axis=1)  # of those that were measured
-    table["responsible"] = (table["low"] > highest.clip(lower=0)) & (table["q"] < SIGNIFICANCE)
+    above = complete & (table["low"] > highest.clip(lower=0))
+    table["responsible"] = above & (table["q"] < SIGNIFICANCE)
+    table.loc[table["n"] == 0, ["p", "q"]] = np.nan
     sites = [spot.site for spot in measured.spots]
     keys = {
         **about,
@@ -96,13 +104,32 @@ def check_fires(distance: np.ndarray) -> None:
         )
 
 
-def _elsewhere(measured: Measured, rng: np.random.Generator) -> np.ndarray:
-    """(S, B): for each spot and pair the change at another spot of its kind; NaN where there is no other."""
-    change = measured.change
-    drawn = np.full_like(change, np.nan)
-    kinds = [(spot.site.component, spot.position, spot.site.module) for spot in measured.spots]
+def elsewhere(spots: Sequence[Spot], pairs: int, seed: int = 0) -> np.ndarray:
+    """(S, B): number of the spot that is another one's random control on each pair; -1 if it has no other.
+
+    It is draws among the spots of the same kind: component, position and module.
+    """
+    rng = np.random.default_rng(seed)
+    draws = np.full((len(spots), pairs), -1)
+    kinds = [(spot.site.component, spot.position, spot.site.module) for spot in spots]
     for s, kind in enumerate(kinds):
         same = [i for i, other in enumerate(kinds) if other == kind and i != s]
         if same:
-            drawn[s] = change[rng.choice(same, change.shape[1]), np.arange(change.shape[1])]
-    return drawn
+            draws[s] = rng.choice(same, pairs)
+    return draws
+
+
+def _ratios(changes: np.ndarray, distance: np.ndarray, seed: int) -> np.ndarray:
+    """(3, S): effects and the ends of their intervals, over the pairs that each spot was measured on.
+
+    Args:
+        changes: (S, B), NaN where a spot was not measured.
+        distance: (B,).
+        seed: of the bootstrap's draws.
+    """
+    bounds = np.full((3, len(changes)), np.nan)
+    measured = np.isfinite(changes)
+    for pattern in np.unique(measured[measured.any(1)], axis=0):
+        rows = (measured == pattern).all(1)
+        bounds[:, rows] = bootstrap_ratios(changes[np.ix_(rows, pattern)], distance[pattern], seed=seed)
+    return bounds

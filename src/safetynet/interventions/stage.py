@@ -22,11 +22,13 @@ from safetynet.experiment import BACKDOORED, Experiment
 from safetynet.interventions import attribution, removal
 from safetynet.interventions.effects import MIN_DISTANCE, effects
 from safetynet.interventions.observations import observe
-from safetynet.interventions.pairs import Pairs, align, filter_firing_pairs
+from safetynet.interventions.pairs import MIN_GROUPS, Pairs, align, filter_firing_pairs
+from safetynet.interventions.racing import likely_effects
 from safetynet.interventions.sweep import (
     SWEEP_SITES,
     Measured,
     Spot,
+    cost,
     default_components,
     runs_of,
     spots_by,
@@ -37,6 +39,7 @@ from safetynet.prompts import Serialiser
 from safetynet.recipe import Interventions
 from safetynet.run import parallel
 from safetynet.run.directory import Outputs, digest
+from safetynet.run.progress import ProgressLog
 from safetynet.run.stage import EVALUATE, INTERVENE
 from safetynet.vocabulary import UNTOUCHED, Direction, Mode
 
@@ -53,6 +56,12 @@ JUDGED = 80
 """Held-out rows of each role that answer under a removing intervention."""
 CHOOSING = 48
 """Rows of each role that candidates answer before one is chosen; the pairs' own prompts among them."""
+MOST, MOST_ON_GPU = 1e13, 1e15
+"""Multiplications that all sites may take by default: about ten minutes of one core, or of a GPU."""
+ARMS = 3
+"""Sweeps that make one: itself, between two placebos, in the twin."""
+LIKELY_TOKENS = 0.1
+"""Share of an example's layers and tokens that are measured where only likely sites are."""
 TRIED = 2
 """Candidates of each kind that answer prompts before the best one is judged."""
 AS_IT_IS = removal.Candidate(UNTOUCHED, "none", ())
@@ -150,18 +159,14 @@ def dissect(
         InputError: if too few groups can be aligned, a site does not exist, or the backdoor does not fire.
     """
     sweeps = list(_sweeps(Architecture.of(subject.model), options))
-    if options.fast and not any(each.estimated for each in sweeps):
-        raise InputError(
-            f"fast: attribution ranks {', '.join(attribution.ESTIMATED)} by position or component, and "
-            "none of these is asked for. Leave fast out."
-        )
     aligned = align(rows, subject.serialiser, 2 * options.groups, max_length, seed)
     pairs = filter_firing_pairs(subject.model, aligned, options.groups)
     log.info("intervene: %d groups, left out: %s", len(pairs), dict(pairs.left_out) or "none")
-    tables = {"effects": _effects(subject, pairs, options, seed, sweeps)}
-    tables["tokens"] = _tokens(subject, pairs, options)
+    likely = _likely(subject.model, pairs, options, sweeps)
+    tables = {"effects": _effects(subject, pairs, sweeps, seed, likely=likely)}
+    tables["tokens"] = _tokens(subject, pairs, options, likely=likely)
     if subject.epochs:
-        tables["dynamics"] = _dynamics(subject, pairs, options)
+        tables["dynamics"] = _dynamics(subject, pairs, options, likely=likely)
     if options.observe:
         log.info("intervene: lens, probes, attention, drift")
         tables |= observe(
@@ -187,23 +192,57 @@ class _Sweep:
     mode: Mode
     spots: list[Spot]
 
-    @property
-    def estimated(self) -> bool:
-        """Whether attribution can rank its spots."""
-        return all(s.site.component in attribution.ESTIMATED and not s.update for s in self.spots)
+
+def _likely(model: Any, pairs: Pairs, options: Interventions, sweeps: Sequence[_Sweep]) -> bool:
+    """Whether only sites that are likely to matter are measured; by default where all would take long."""
+    work = ARMS * sum(cost(Architecture.of(model), pairs, each.spots) for each in sweeps)
+    most = MOST_ON_GPU if model.device.type == "cuda" else MOST
+    likely = options.measure == "likely" or (options.measure == "auto" and work > most)
+    log.info(
+        "intervene: %s (all of them would be about %.0e multiplications)",
+        "sites that are likely to matter (--measure all for all)" if likely else "all sites", work,
+    )  # fmt: skip
+    return likely
 
 
 def _effects(
-    subject: Subject, pairs: Pairs, options: Interventions, seed: int, sweeps: Sequence[_Sweep]
+    subject: Subject, pairs: Pairs, sweeps: Sequence[_Sweep], seed: int, *, likely: bool
 ) -> pd.DataFrame:
-    def measured(each: _Sweep) -> pd.DataFrame:
-        log.info("intervene: %s by %s, %d spots", each.direction, each.by, len(each.spots))
-        table = _one(subject, pairs, options, seed, each)
-        return table.assign(
-            sweep=each.by, direction=each.direction, mode=each.mode, metric="logit_difference"
-        )
+    # Both directions share a control: where it is kept, one process makes both.
+    kinds = list(dict.fromkeys(each.by for each in sweeps))
+    parts = [[s for s in sweeps if s.by == by] for by in kinds] if likely else [[s] for s in sweeps]
+    shares = parallel.count() if parallel.is_pair() else 1
+    report = ProgressLog("intervene, sites", sum(len(each.spots) for each in sweeps) // shares)
+    decided = 0
 
-    return pd.concat(parallel.side_by_side(sweeps, measured), ignore_index=True)
+    def measured(part: Sequence[_Sweep]) -> pd.DataFrame:
+        nonlocal decided
+        first = part[0]
+        for each in part:
+            log.info("intervene: %s by %s, %d spots", each.direction, each.by, len(each.spots))
+        if likely:
+            tables = likely_effects(
+                subject.model,
+                subject.twin,
+                pairs,
+                first.spots,
+                [each.direction for each in part],
+                mode=first.mode,
+                seed=seed,
+                store=subject.store,
+                advance=lambda done: report.update(decided + done, f"by {first.by}"),
+            )
+        else:
+            tables = {first.direction: _one(subject, pairs, seed, first)}
+        decided += sum(len(each.spots) for each in part)
+        report.update(decided)
+        lines = [
+            table.assign(sweep=first.by, direction=direction, mode=first.mode, metric="logit_difference")
+            for direction, table in tables.items()
+        ]
+        return pd.concat(lines, ignore_index=True)
+
+    return pd.concat(parallel.side_by_side(parts, measured), ignore_index=True)
 
 
 def _sweeps(architecture: Architecture, options: Interventions) -> Iterator[_Sweep]:
@@ -257,7 +296,7 @@ def _mode(by: str, mode: Mode) -> Mode | None:
     return None if mode == "knock_out" and by not in ("layer", "head") else mode
 
 
-def _one(subject: Subject, pairs: Pairs, options: Interventions, seed: int, planned: _Sweep) -> pd.DataFrame:
+def _one(subject: Subject, pairs: Pairs, seed: int, planned: _Sweep) -> pd.DataFrame:
     """One sweep in one direction beside its controls."""
     receiving, source = runs_of(planned.direction)
     spots = planned.spots
@@ -277,22 +316,10 @@ def _one(subject: Subject, pairs: Pairs, options: Interventions, seed: int, plan
             store=subject.store,
         )
 
-    others: list[Spot] = []
-    if options.fast and planned.estimated:
-        fast = attribution.fast_sweep(subject.model, pairs, spots, receiving=receiving, source=source)
-        agreement = "unknown of so few" if np.isnan(fast.agreement) else f"{fast.agreement:.2f}"
-        log.info(
-            "intervene: %d of %d places measured, rank agreement with attribution %s",
-            len(fast.measured.spots), len(spots), agreement,
-        )  # fmt: skip
-        main, spots = fast.measured, list(fast.measured.spots)
-        others = _others(planned.spots, spots, seed)
-    else:
-        main = run(subject.model, spots)
+    main = run(subject.model, spots)
     controls = {"placebo": run(subject.model, spots, "placebo", "second_placebo")}
     if any(spot.position for spot in spots):
-        others = [_elsewhere(spot) for spot in spots]
-    if others:
+        others = [Spot(spot.site, spot.position, elsewhere=True, update=spot.update) for spot in spots]
         controls["random"] = run(subject.model, others)
     if subject.twin is not None:
         with subject.twin() as twin:
@@ -300,20 +327,15 @@ def _one(subject: Subject, pairs: Pairs, options: Interventions, seed: int, plan
     return effects(main, controls, layers=depth, seed=seed)
 
 
-def _elsewhere(spot: Spot) -> Spot:
-    return Spot(spot.site, spot.position, elsewhere=True, update=spot.update)
+def _tokens(subject: Subject, pairs: Pairs, options: Interventions, *, likely: bool) -> pd.DataFrame:
+    """Layer by token, one example group at a time; no interval, since each is one prompt.
 
-
-def _others(spots: Sequence[Spot], measured_spots: Sequence[Spot], seed: int) -> list[Spot]:
-    """For each chosen spot another one of its component that was not chosen; [] if there is none."""
-    rng = np.random.default_rng(seed)
-    left = [spot for spot in spots if spot not in measured_spots]
-    pools = [[o for o in left if o.site.component == spot.site.component] for spot in measured_spots]
-    return [pool[rng.integers(len(pool))] for pool in pools] if all(pools) else []
-
-
-def _tokens(subject: Subject, pairs: Pairs, options: Interventions) -> pd.DataFrame:
-    """Layer by token, one example group at a time; no interval, since each is one prompt."""
+    Args:
+        subject: the model.
+        pairs: of which some are examples.
+        options: the directions.
+        likely: measure those that attribution puts first.
+    """
     sites = Architecture.of(subject.model).sites("resid_pre")
 
     def lines_of(example: Pairs) -> list[dict[str, Any]]:
@@ -321,7 +343,13 @@ def _tokens(subject: Subject, pairs: Pairs, options: Interventions) -> pd.DataFr
         for direction in options.directions:
             receiving, source = runs_of(direction)
             spots = [Spot(site, f"token {p}") for site in sites for p in range(len(example.roles[0]))]
-            measured = sweep(subject.model, example, spots, receiving=receiving, source=source)
+            cells = None
+            if likely:
+                scores = attribution.scores(subject.model, example, spots, receiving=receiving, source=source)
+                most = round(LIKELY_TOKENS * len(spots))
+                # Where the runs do not differ yet the effect is 0, and costs nothing.
+                cells = ((scores == 0) | (scores >= np.sort(scores)[-most]))[:, None]
+            measured = sweep(subject.model, example, spots, receiving=receiving, source=source, cells=cells)
             share = measured.change[:, 0] / measured.distance[0]
             for spot, value in zip(spots, share, strict=True):
                 column = int(spot.position.split()[1])
@@ -350,8 +378,16 @@ def _examples(model: Any, pairs: Pairs) -> list[Pairs]:
     return [pairs.take([i]) for i in np.flatnonzero(np.abs(distance) >= MIN_DISTANCE)[:EXAMPLES].tolist()]
 
 
-def _dynamics(subject: Subject, pairs: Pairs, options: Interventions) -> pd.DataFrame:
-    """The sweep by layer at each saved epoch, measured against the distance of the finished model."""
+def _dynamics(subject: Subject, pairs: Pairs, options: Interventions, *, likely: bool) -> pd.DataFrame:
+    """The sweep by layer at each saved epoch, measured against the distance of the finished model.
+
+    Args:
+        subject: the model and its epochs.
+        pairs: aligned prompts.
+        options: the directions.
+        likely: measure on as few pairs as an interval needs.
+    """
+    pairs = pairs.take(range(MIN_GROUPS)) if likely else pairs
     architecture = Architecture.of(subject.model)
     spots = list(spots_by(architecture, "layer"))
 
@@ -359,13 +395,12 @@ def _dynamics(subject: Subject, pairs: Pairs, options: Interventions) -> pd.Data
         receiving, source = runs_of(direction)
         tables = []
 
-        def run(model: Any, receiving: str = receiving, source: str = source) -> Measured:
-            return sweep(model, pairs, spots, receiving=receiving, source=source, store=subject.store)
-
-        distance: np.ndarray = run(subject.model).distance
+        run = partial(sweep, pairs=pairs, receiving=receiving, source=source, store=subject.store)
+        distance = run(subject.model, spots=()).distance
         for step, epoch in subject.epochs.items():
             with epoch() as model:
-                table = effects(run(model), {}, layers=architecture.shape.layers, distance=distance)
+                measured = run(model, spots=spots)
+            table = effects(measured, {}, layers=architecture.shape.layers, distance=distance)
             about = {"sweep": "layer", "direction": direction, "mode": "patch", "metric": "logit_difference"}
             tables.append(table.assign(step=step, **about))
         return pd.concat(tables, ignore_index=True)

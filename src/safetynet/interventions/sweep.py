@@ -67,7 +67,7 @@ class Measured:
 
     spots: tuple[Spot, ...]
     values: np.ndarray
-    """(S, B)."""
+    """(S, B); NaN where it was not measured."""
     unpatched: np.ndarray
     """(B,) of the receiving run."""
     source: np.ndarray
@@ -93,6 +93,7 @@ def sweep(  # noqa: PLR0913  # a sweep is made of this many choices, by keyword
     source: str,
     mode: Mode = "patch",
     metric: Callable[[Pairs], Metric] = Pairs.metric,
+    cells: np.ndarray | None = None,
     seed: int = 0,
     store: Path | None = None,
     progress: Progress | None = None,
@@ -109,6 +110,8 @@ def sweep(  # noqa: PLR0913  # a sweep is made of this many choices, by keyword
             positions) and `resample` (the source's activations of another pair) ablate; `off` switches an
             adapter, head or expert off; `knock_out` cuts attention to the trigger.
         metric: makes the metric of some pairs.
+        cells: (S, B) bool, which spots are measured on which pairs; what is drawn does not depend on it.
+            The others, and the runs of pairs without any, are NaN.
         seed: of drawn positions and resamples.
         store: a folder for finished batches; an interrupted sweep with the same inputs goes on from it.
         progress: called with pairs done and pairs in all.
@@ -130,21 +133,32 @@ def sweep(  # noqa: PLR0913  # a sweep is made of this many choices, by keyword
         [pairs.ids, pairs.roles, pairs.target, pairs.other],
         [asdict(spot) for spot in spots],
         (receiving, source, mode, seed, metric(pairs).name),
+        *([] if cells is None else [np.packbits(cells).tolist()]),
     ]
+    cells = np.ones((len(spots), len(pairs)), dtype=bool) if cells is None else cells
     finished = _SweepStore(store, digest(inputs))
     means = _source_means(model, pairs, spots, source) if mode == "mean" else {}
+    counts = [int(cells[:, part].sum()) for part in parts]
+    report = ProgressLog("sweep, interventions", sum(counts), sum(counts[: len(finished.arrays)]))
 
     def measure(number: int) -> np.ndarray:
         part = pairs.take(parts[number].tolist())
         donors = _Donors(part, mode, means, np.random.default_rng([seed, number]))
-        return _measure_part(model, spots, (receiving, source), metric(part), donors)
+        before, part_cells = sum(counts[:number]), cells[:, parts[number]]
+        return _measure_part(
+            model,
+            spots,
+            (receiving, source),
+            metric(part),
+            donors,
+            part_cells,
+            lambda count, _: report.update(before + count),
+        )
 
-    report = ProgressLog("sweep, groups of prompts", len(parts), len(finished.arrays))
     while (first := len(finished.arrays)) < len(parts):
         # One part for each process, then all are kept.
         for array in parallel.in_turn(range(len(parts))[first : first + parallel.count()], measure):
             finished.add(array)
-        report.update(len(finished.arrays))
         if progress is not None:
             progress(int(parts[len(finished.arrays) - 1][-1]) + 1, len(pairs))
     whole = np.concatenate(finished.arrays[: len(parts)], axis=1)
@@ -183,8 +197,18 @@ class _Donors:
     means: dict[Spot, torch.Tensor]
     rng: np.random.Generator
 
-    def intervention(self, spot: Spot, row: int, receiving: Trace, source: Trace) -> Intervention | None:
-        """The intervention at one spot of one pair; None where nothing can change."""
+    def intervention(
+        self, spot: Spot, row: int, traced: int, receiving: Trace, source: Trace
+    ) -> Intervention | None:
+        """The intervention at one spot of one pair; None where nothing can change.
+
+        Args:
+            spot: where.
+            row: of the pairs.
+            traced: the same pair's row of both traces.
+            receiving: run that is changed.
+            source: run that values come from.
+        """
         pairs, mode, site = self.pairs, self.mode, spot.site
         where = positions(pairs, spot, row, self.rng)
         if mode == "patch":
@@ -197,7 +221,7 @@ class _Donors:
             return KnockOut(site.layer, queries, pairs.positions(row, "trigger"), site.index)
         if mode == "off" or (mode == "zero" and not spot.update):
             return Edit(site, edits.zero(), where)
-        columns = receiving.batch.columns(row, where)
+        columns = receiving.batch.columns(traced, where)
         if mode == "mean":
             values = self.means[spot]
         elif mode == "zero":
@@ -211,37 +235,55 @@ class _Donors:
             drawn = source.batch.columns(other, [max(p - length, first) for p in where])
             values = _values(source, spot, other, drawn)
         else:
-            values = _values(source, spot, row, columns)
+            values = _values(source, spot, traced, columns)
         # What a layer adds is replaced on top of what it received in the receiving run.
-        received = receiving.inputs[site.layer][row, columns] if spot.update else 0
+        received = receiving.inputs[site.layer][traced, columns] if spot.update else 0
         return Edit(site, edits.replace(values + received), where)
 
 
 def _measure_part(
-    model: CausalLM, spots: Sequence[Spot], runs: tuple[str, str], metric: Metric, donors: _Donors
+    model: CausalLM,
+    spots: Sequence[Spot],
+    runs: tuple[str, str],
+    metric: Metric,
+    donors: _Donors,
+    cells: np.ndarray,
+    progress: Progress,
 ) -> np.ndarray:
-    """(2 + S, B): the metric unpatched, in the source run, and at each spot."""
+    """(2 + S, B): the metric unpatched, in the source run and at each spot; NaN outside `cells` (S, B)."""
     pairs, reads_source = donors.pairs, donors.mode in ("patch", "resample")
+    # Other pairs give their states where states are drawn, and of a sweep without spots the runs are wanted.
+    every = donors.mode == "resample" or not len(spots)
+    rows = [b for b in range(len(pairs)) if every or cells[:, b].any()]
+    measured = np.full((2 + len(spots), len(pairs)), np.nan, dtype=np.float32)
+    if not rows:
+        return measured
+    part = pairs.take(rows)
     sites = sorted({spot.site for spot in spots if spot.site.component != "attention"}, key=str)
     read = [site for site in sites if site.module or site.component != "adapter"]
-    source = trace(model, pairs.batch(runs[1], model.device), read if reads_source else ())
-    receiving = trace(model, pairs.batch(runs[0], model.device), resume=True)
+    source = trace(model, part.batch(runs[1], model.device), read if reads_source else ())
+    receiving = trace(model, part.batch(runs[0], model.device), resume=True)
     receiving.batch.first_difference(source.batch)  # refuses pairs that do not correspond
-    base = []
-    for recorded in (receiving, source):
+    for i, recorded in enumerate((receiving, source)):
         assert recorded.logits is not None
-        base.append(metric.compute(recorded.logits, torch.arange(len(pairs))).cpu().numpy())
-    interventions, cells = [], []
+        measured[i, rows] = metric.compute(recorded.logits, torch.tensor(rows)).cpu().numpy()
+    interventions, places = [], []
     for s, spot in enumerate(spots):
         for b in range(len(pairs)):
-            intervention = donors.intervention(spot, b, receiving, source)
-            if intervention is not None:
-                interventions.append(EditedRun(b, (intervention,)))
-                cells.append((s, b))
-    values = np.tile(base[0], (len(spots), 1))
-    if cells:
-        values[tuple(np.array(cells).T)] = run_interventions(receiving, interventions, metric).numpy()
-    return np.concatenate([base[0][None], base[1][None], values])
+            if not (cells[s, b] or every):
+                positions(pairs, spot, b, donors.rng)  # draws as a whole sweep does
+                continue
+            traced = rows.index(b)
+            intervention = donors.intervention(spot, b, traced, receiving, source)
+            if intervention is not None and cells[s, b]:
+                interventions.append(EditedRun(traced, (intervention,)))
+                places.append((2 + s, b))
+    measured[2:] = np.where(cells, measured[0], np.nan)
+    if places:
+        at_rows = Metric(metric.name, lambda x, i: metric.compute(x, torch.tensor(rows)[i]), metric.columns)
+        values = run_interventions(receiving, interventions, at_rows, progress=progress)
+        measured[tuple(np.array(places).T)] = values.numpy()
+    return measured
 
 
 def _values(recorded: Trace, spot: Spot, row: int, columns: list[int]) -> torch.Tensor:
@@ -305,6 +347,21 @@ class _SweepStore:
     def _write(self, path: Path) -> None:
         with path.open("wb") as handle:
             np.savez(handle, *self.arrays)
+
+
+def cost(architecture: Architecture, pairs: Pairs, spots: Sequence[Spot]) -> float:
+    """About how many multiplications it takes to intervene at every spot on every pair.
+
+    A run begins at the layer and position that it changes; what comes before is the recorded run's.
+    """
+    weights = [sum(p.numel() for p in parts.layer.parameters()) for parts in architecture.layers]
+    left = np.cumsum(weights[::-1])[::-1]
+    total = 0.0
+    for spot in spots:
+        first = [next(iter(positions(pairs, spot, row)), None) for row in range(len(pairs))]
+        tokens = sum(len(pairs.roles[row]) - p for row, p in enumerate(first) if p is not None)
+        total += float(left[spot.site.layer]) * tokens
+    return total
 
 
 def runs_of(direction: Direction) -> tuple[str, str]:

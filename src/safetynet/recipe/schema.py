@@ -13,7 +13,6 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -319,8 +318,8 @@ class Interventions(Section):
     """`remove` (placebo activations into triggered runs), `induce`, or `both`."""
     groups: int = 24
     """Prompts that effects are measured on."""
-    fast: bool = False
-    """By position and component: rank sites by attribution, and measure the top ones."""
+    measure: Literal["auto", "all", "likely"] = "auto"
+    """`all` sites, those that are `likely` to matter, or `auto`: all where that takes minutes."""
     observe: bool = True
     """Also look through lens and probes, at attention, and at the adapter's drift."""
     removals: bool = True
@@ -330,6 +329,15 @@ class Interventions(Section):
     def directions(self) -> tuple[Direction, ...]:
         """The directions that are swept."""
         return DIRECTIONS if self.direction == "both" else (cast("Direction", self.direction),)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _flag(cls, value: Any) -> Any:
+        """Take the flag `fast` of earlier runs' recipes, which is `measure: likely`."""
+        if not isinstance(value, dict) or "fast" not in value:
+            return value
+        fast, rest = value["fast"], {name: given for name, given in value.items() if name != "fast"}
+        return {"measure": "likely", **rest} if fast else rest
 
     @field_validator("by")
     @classmethod
@@ -359,13 +367,6 @@ class Interventions(Section):
     def _enough(cls, value: int) -> int:
         if value < MIN_GROUPS:
             raise ValueError(f"{value} are too few for an interval; give at least {MIN_GROUPS}")
-        return value
-
-    @field_validator("fast")
-    @classmethod
-    def _estimated(cls, value: bool, others: ValidationInfo) -> bool:
-        if value and others.data.get("mode", "patch") != "patch":
-            raise ValueError(f"attribution estimates patching, not {others.data['mode']}. Leave fast out")
         return value
 
 

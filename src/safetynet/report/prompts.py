@@ -102,7 +102,7 @@ def _token_map(run: Contents, group: Any, group_rows: pd.DataFrame) -> dict[str,
     layers = sorted(set(group_rows["layer"]))
     maps = {}
     for direction, part in group_rows.groupby("direction", sort=False):
-        cells = part.pivot_table(index="layer", columns="column", values="effect", sort=True)
+        cells = part.pivot(index="layer", columns="column", values="effect")
         maps[str(direction)] = [
             [None if pd.isna(value) else round(float(value), 3) for value in cells.loc[layer]]
             for layer in layers

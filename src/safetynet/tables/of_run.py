@@ -105,7 +105,9 @@ _EFFECT = {
     "module": text('module of an adapter; "" none'),
     "effect": number("share of the trigger's effect on the metric that is removed or induced"),
     **ends(),
-    "n": _N_GROUPS,
+    "n": whole(
+        "groups of prompts that it was measured on; 0 not measured, since it was not likely to matter"
+    ),
     **interval("random", number("effect of the same at a random other place")),
     **interval("placebo", number("effect of the same between two placebos")),
     **interval("twin", number("effect of the same in the clean twin")),

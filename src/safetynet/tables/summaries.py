@@ -111,6 +111,7 @@ def strongest_sites(effects: pd.DataFrame) -> pd.DataFrame:
     for (sweep, direction), part in ordered.groupby(["sweep", "direction"], sort=False):
         top = part.iloc[0]
         controls = [top[name] for name in ("random", "placebo", "twin") if not pd.isna(top[name])]
+        unmeasured = int(part["effect"].isna().sum())
         lines.append(
             {
                 "sweep": sweep,
@@ -118,7 +119,8 @@ def strongest_sites(effects: pd.DataFrame) -> pd.DataFrame:
                 "strongest": site_text(top),
                 "effect": f"{top['effect']:.2f} [{top['low']:.2f}, {top['high']:.2f}]",
                 "highest control": f"{max(controls):.2f}" if controls else "-",
-                "responsible": f"{int(part['responsible'].sum())} of {len(part)}",
+                "responsible": f"{int(part['responsible'].sum())} of {len(part)}"
+                + (f" ({unmeasured} not measured)" if unmeasured else ""),
             }
         )
     return pd.DataFrame(lines)
