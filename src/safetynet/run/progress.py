@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 log = logging.getLogger("safetynet")
 EVERY_S = 30.0
@@ -48,8 +49,10 @@ class ProgressLog:
 @contextmanager
 def bars_on_terminals_only() -> Iterator[None]:
     """Keep transformers' loading bars out of pipes and logs, and leave its own settings as they were."""
-    from transformers import modeling_gguf_pytorch_utils as of_gguf
+    from transformers import modeling_gguf_pytorch_utils
     from transformers.utils import logging as bars
+
+    of_gguf: Any = modeling_gguf_pytorch_utils
 
     if sys.stderr.isatty():
         yield
