@@ -168,13 +168,13 @@ def _use_cores(spec: recipe.Model) -> None:
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if parallel.is_pair():
-        threads = max(1, cores // 2)
+        threads, why = max(1, cores // 2), "the other process of the pair has the others"
     else:
         busy = sum(psutil.cpu_percent(interval=0.3, percpu=True)) / 100
-        threads = max(1, min(cores, round((os.cpu_count() or 1) - busy)))
+        threads, why = max(1, min(cores, round((os.cpu_count() or 1) - busy))), "as many as are idle"
     if threads != torch.get_num_threads():
         torch.set_num_threads(threads)
-        log.info("model: %d of %d cores, as many as are idle", threads, cores)
+        log.info("model: takes %d of %d cores, %s", threads, cores, why)
     return None
 
 
