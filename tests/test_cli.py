@@ -25,6 +25,7 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 COMMANDS = (
     "run", "train", "evaluate", "intervene", "detect", "guard", "mitigate", "audit", "plot",
     "report", "compare", "sweep", "submit", "status", "cancel", "miniatures", "families",
+    "models",
 )  # fmt: skip
 
 
@@ -61,6 +62,19 @@ def test_help_names_every_command_and_comes_at_once(tmp_path: Path) -> None:
 def test_every_command_has_help_with_an_example(command: str, tmp_path: Path) -> None:
     text = safetynet(command, "--help", cwd=tmp_path).stdout
     assert "Example: safetynet" in text.replace("`", "") or command == "miniatures"
+
+
+def test_models_are_listed_with_what_each_needs(tmp_path: Path) -> None:
+    text = safetynet("models", cwd=tmp_path).stdout
+    lines = {tuple(line.split()[:2]): line for line in text.splitlines() if line[:1].strip()}
+    assert all("built in" in lines[family, "miniature"] for family in miniatures.FAMILIES)
+    assert "SmolLM2-135M-Instruct" in lines["generic", "smollm2"]
+    assert "hf download meta-llama" in lines["llama2", "meta-llama/Llama-2-7b-chat-hf"]
+
+
+def test_a_gguf_file_that_is_none_is_refused_by_models(tmp_path: Path) -> None:
+    (tmp_path / "broken.gguf").write_text("no model")
+    assert "broken.gguf is no GGUF file" in refused("models", "broken.gguf", cwd=tmp_path)
 
 
 def test_families_are_listed_with_their_models(tmp_path: Path) -> None:
