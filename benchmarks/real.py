@@ -28,9 +28,10 @@ STAGES = ("evaluate", "intervene", "detect", "mitigate")
 LIMITS = {"ASR": 0.95, "FTR placebo": 0.05, "FTR near miss": 0.05}
 """What a cell has to show: ASR at least, the others at most."""
 SMOKE = {
-    "data.train_rows": 16,
-    "data.test_rows": 8,
+    "data.train_rows": 8,
+    "data.test_rows": 4,
     "training.max_length": 96,
+    "training.clean_twin": "false",
     "evaluation.max_new_tokens": 24,
 }
 Cell = tuple[str, str, int]

@@ -212,8 +212,14 @@ def _effects(
     kinds = list(dict.fromkeys(each.by for each in sweeps))
     parts = [[s for s in sweeps if s.by == by] for by in kinds] if likely else [[s] for s in sweeps]
     shares = parallel.count() if parallel.is_pair() else 1
-    report = ProgressLog("intervene, sites", sum(len(each.spots) for each in sweeps) // shares)
+    total = sum(len(each.spots) for each in sweeps) // shares
+    report = ProgressLog("intervene, sites", total)
     decided = 0
+
+    def advance(by: str, done: int) -> None:
+        # Sites that stay in a race are decided at its end: the first that are say nothing of the time left.
+        if decided + done >= total / 10:
+            report.update(decided + done, f"by {by}")
 
     def measured(part: Sequence[_Sweep]) -> pd.DataFrame:
         nonlocal decided
@@ -230,7 +236,7 @@ def _effects(
                 mode=first.mode,
                 seed=seed,
                 store=subject.store,
-                advance=lambda done: report.update(decided + done, f"by {first.by}"),
+                advance=partial(advance, first.by),
             )
         else:
             tables = {first.direction: _one(subject, pairs, seed, first)}
