@@ -6,6 +6,7 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -39,14 +40,26 @@ def pytest_unconfigure() -> None:
 def need() -> Callable[[str], Path]:
     """`need("pdffonts")` is that program's path; without it the test skips, or fails where it is required.
 
-    `need("shared")` is the folder ../shared with the published poison sets. SAFETYNET_REQUIRE names,
-    separated by commas, what a machine is known to have: .ci/run sets it, so that no check is lost there.
+    `need("shared")` is the folder ../shared with the published poison sets, `need("smollm2")` the file of the
+    packaged model. SAFETYNET_REQUIRE names, separated by commas, what a machine is known to have: .ci/run
+    sets it, so that no check is lost there.
     """
 
+    def place(name: str) -> Path | str | None:
+        if name == "shared":
+            return SHARED if SHARED.is_dir() else None
+        if name != "smollm2":
+            return shutil.which(name)
+        from safetynet.errors import InputError
+        from safetynet.models import gguf
+
+        with suppress(InputError):
+            return gguf.file_of(name)
+        return None
+
     def find(name: str) -> Path:
-        found = SHARED if name == "shared" and SHARED.is_dir() else shutil.which(name)
-        if found:
-            return Path(found)
+        if path := place(name):
+            return Path(path)
         if name in os.environ.get("SAFETYNET_REQUIRE", "").split(","):
             pytest.fail(f"{name} is not here, and SAFETYNET_REQUIRE says it must be")
         pytest.skip(f"{name} is not here")

