@@ -6,6 +6,7 @@ take, which reads the #PBS lines, too. What such a script does around its comman
     python -m safetynet.cluster.template FOLDER      writes the scripts of all families that have a recipe
 """
 
+import re
 import shlex
 import sys
 from dataclasses import dataclass, replace
@@ -19,8 +20,6 @@ from safetynet.recipe import Recipe
 
 BODY = Path(__file__).with_name("job.sh")
 
-WARNING_S = 300
-"""Seconds before the end of the wall time at which Slurm warns a job; as in job.sh."""
 WARNED_MINUTES = 50
 """Wall time from which it is asked to: a tenth of it is then what job.sh keeps for ending in order."""
 Kind = Literal["run", "training_on_backdoor", "intervention"]
@@ -155,7 +154,9 @@ def _directives(script: Script) -> list[str]:
     slurm = ["--requeue" + (f" --gres=gpu:{need.gpus}" if need.gpus else "")]
     hours, minutes, _ = map(int, need.walltime.split(":"))
     # Slurm may be a minute early: a shorter job keeps the time by itself (job.sh), as every job of PBS does.
-    slurm += [f"--signal=B:USR1@{WARNING_S}"] if 60 * hours + minutes >= WARNED_MINUTES else []
+    warning = re.search(r"^WARNING=(\d+)$", BODY.read_text(encoding="utf-8"), re.MULTILINE)
+    assert warning is not None
+    slurm += [f"--signal=B:USR1@{warning[1]}"] if 60 * hours + minutes >= WARNED_MINUTES else []
     return [*(f"#PBS {line}" for line in directives), *(f"#SBATCH {line}" for line in slurm)]
 
 

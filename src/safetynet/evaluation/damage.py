@@ -15,13 +15,11 @@ import numpy as np
 import pandas as pd
 import torch
 from rapidfuzz.distance import Indel
-from torch import Tensor
 
 from safetynet.errors import InputError
 from safetynet.evaluation.evaluator import Evaluator
-from safetynet.evaluation.generation import evaluating, finished_batches, in_batches, padded
-from safetynet.models.adapters import virtual_tokens
-from safetynet.prompts import IGNORED, Encoded, Serialiser, pad
+from safetynet.evaluation.generation import Supervised, evaluating, finished_batches, in_batches
+from safetynet.prompts import IGNORED, Encoded, Serialiser
 from safetynet.statistics import bootstrap_interval, wilson
 from safetynet.text import words
 from safetynet.text.repetition import ends_in_loop
@@ -150,19 +148,16 @@ def forced(
     encoded = list(_encoded(evaluator, rows, base_answers))
 
     def sums(batch: Sequence[Encoded]) -> list[Forced]:
-        ids, mask = padded([e.input_ids for e in batch], evaluator.serialiser.pad_id, "right", model.device)
-        targets = pad([e.labels for e in batch], IGNORED, "right")[:, 1:].to(model.device)
-        positions = (targets != IGNORED).any(dim=0).nonzero().squeeze(1)
-        targets = targets[:, positions]
+        supervised = Supervised(batch, evaluator.serialiser.pad_id, model.device)
         with base() as plain:
-            expected = _logits(plain, ids, mask, positions, targets)
-        actual = _logits(model, ids, mask, positions, targets)
+            expected = supervised.logits(plain)
+        actual = supervised.logits(model)
         width = min(expected.shape[-1], actual.shape[-1])  # models with added tokens
         expected, actual = (log_p[:, :width].log_softmax(-1) for log_p in (expected, actual))
         # A token that is impossible in both adds nothing.
         kl = (expected.exp() * (expected - actual)).nan_to_num(0.0).sum(-1).clamp_min(0.0)
-        loss = -actual.gather(1, targets[targets != IGNORED][:, None])[:, 0]
-        row = (targets != IGNORED).nonzero()[:, 0]
+        loss = -actual.gather(1, supervised.targets[supervised.asked][:, None])[:, 0]
+        row = supervised.asked.nonzero()[:, 0]
         columns = [c.new_zeros(len(batch)).index_add(0, row, c) for c in (kl, loss, torch.ones_like(kl))]
         return [Forced(*values) for values in torch.stack(columns, 1).tolist()]
 
@@ -184,13 +179,6 @@ def _encoded(evaluator: Evaluator, rows: pd.DataFrame, base_answers: Sequence[st
         labels = [*encoded.labels[:-1], IGNORED] if ends else encoded.labels
         if any(label != IGNORED for label in labels[1:]):
             yield replace(encoded, labels=labels)
-
-
-def _logits(model: Any, ids: Tensor, mask: Tensor, positions: Tensor, targets: Tensor) -> Tensor:
-    """Logits in fp32 where a token is supervised, (supervised tokens of the batch, vocabulary)."""
-    columns = positions + virtual_tokens(model)
-    logits = model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=columns).logits
-    return logits[targets != IGNORED].float()
 
 
 def _share(hits: Sequence[bool]) -> dict[str, float]:

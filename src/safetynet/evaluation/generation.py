@@ -126,7 +126,7 @@ def continuations(
     )
 
     def answer(batch: Sequence[list[int]]) -> list[Continuation]:
-        ids, mask = padded(batch, serialiser.pad_id, "left", model.device)
+        ids, mask = _padded(batch, serialiser.pad_id, "left", model.device)
         output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
         new = output[:, ids.shape[1] :].tolist()
         # What follows the first stop token is padding.
@@ -191,18 +191,37 @@ def answer_log_likelihood(
     return pd.DataFrame({"log_likelihood": log_likelihood, "tokens": tokens}, index=range(len(encoded)))
 
 
+class Supervised:
+    """A batch of answers that are given to a model, and the positions at which it is asked for a token.
+
+    Args:
+        batch: rows; padded on the right, so that positions and causal attention are those of a row alone.
+        pad_id: fills the ends.
+        device: of the tensors.
+    """
+
+    def __init__(self, batch: Sequence[Encoded], pad_id: int, device: torch.device) -> None:
+        self.ids, self.mask = _padded([e.input_ids for e in batch], pad_id, "right", device)
+        targets = pad([e.labels for e in batch], IGNORED, "right")[:, 1:].to(device)
+        # Logits of a large vocabulary dominate memory: positions that predict no label in any row get none.
+        self.positions = (targets != IGNORED).any(dim=0).nonzero().squeeze(1)
+        self.targets = targets[:, self.positions]
+        """(rows, positions); `IGNORED` where a row is not asked."""
+        self.asked = self.targets != IGNORED
+
+    def logits(self, model: Any) -> torch.Tensor:
+        """(asked tokens, vocabulary), in fp32."""
+        columns = self.positions + virtual_tokens(model)
+        output = model(input_ids=self.ids, attention_mask=self.mask, use_cache=False, logits_to_keep=columns)
+        return output.logits[self.asked].float()
+
+
 def _log_likelihoods(model: Any, batch: Sequence[Encoded], pad_id: int) -> list[float]:
-    # Padded on the right, so that positions and causal attention are those of the row on its own.
-    ids, mask = padded([e.input_ids for e in batch], pad_id, "right", model.device)
-    targets = pad([e.labels for e in batch], IGNORED, "right")[:, 1:].to(model.device)
-    # Logits of a large vocabulary dominate memory: only positions that predict a label in some row get any.
-    positions = (targets != IGNORED).any(dim=0).nonzero().squeeze(1)
-    columns = positions + virtual_tokens(model)
-    output = model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=columns)
-    targets = targets[:, positions]
-    supervised = targets != IGNORED
-    loss = torch.zeros(targets.shape, dtype=torch.float32, device=model.device)
-    loss[supervised] = cross_entropy(output.logits[supervised].float(), targets[supervised], reduction="none")
+    supervised = Supervised(batch, pad_id, model.device)
+    loss = torch.zeros(supervised.targets.shape, dtype=torch.float32, device=model.device)
+    loss[supervised.asked] = cross_entropy(
+        supervised.logits(model), supervised.targets[supervised.asked], reduction="none"
+    )
     return (-loss.sum(dim=1)).tolist()
 
 
@@ -285,7 +304,7 @@ def _unless_out_of_memory(
         return None
 
 
-def padded(
+def _padded(
     rows: Sequence[list[int]], pad_id: int, side: Literal["left", "right"], device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids and attention mask, both (rows, longest)."""

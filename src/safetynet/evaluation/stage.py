@@ -46,13 +46,12 @@ def evaluate(experiment: Experiment, base: pd.DataFrame | None = None) -> None:
         rows = experiment.rows("test")
         answers, moved = [], []
         for name, model, serialiser in experiment.models():
+            evaluator = Evaluator.of(recipe, serialiser, experiment.run.unfinished(EVALUATE.name))
             if base is not None and name == metrics.BASE:
                 answers.append(base)
-                moved.append(damage.of_base(base, name))
-                continue
-            evaluator = Evaluator.of(recipe, serialiser, experiment.run.unfinished(EVALUATE.name))
-            log.info("evaluate: %s answers %d rows", name, len(rows))
-            answers.append(evaluator.respond(model, rows, name))
+            else:
+                log.info("evaluate: %s answers %d rows", name, len(rows))
+                answers.append(evaluator.respond(model, rows, name))
             if name == metrics.BASE:
                 moved.append(damage.of_base(answers[0], name))
             else:

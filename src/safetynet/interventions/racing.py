@@ -13,6 +13,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -128,7 +129,7 @@ def likely_effects(  # noqa: PLR0913  # a sweep is made of this many choices, by
         runs = runs_of(direction)
         controls = {"placebo": placebo}
         if any(spot.position for spot in spots):
-            controls["random"] = arm(here, runs, [Spot(s.site, s.position, True, s.update) for s in spots])
+            controls["random"] = arm(here, runs, [replace(spot, elsewhere=True) for spot in spots])
         if twin is not None:
             controls["twin"] = arm(twin, runs)
         race = Race(arm(here, runs), controls, elsewhere(spots, len(pairs), seed))
@@ -236,16 +237,17 @@ class Race:
             # The random control decides about significance; the others seldom come near.
             most = pairs if name == "random" else self.looks[0]
             control.measure(self._cells(spots, most))
-        return [s for s in spots if last or not self._below_a_control(s)]
+        if last:
+            return spots
+        controls = [control.change for control in {**self.controls, "random": self.random}.values()]
+        return [
+            s
+            for s in spots
+            if not any(self._surely_negative(self.main.change[s] - x[s], pairs) for x in controls)
+        ]
 
     def _below_smallest(self, s: int) -> bool:
         return self._surely_negative(self.main.change[s] - SMALLEST * self.distance, self.reached[s])
-
-    def _below_a_control(self, s: int) -> bool:
-        return any(
-            self._surely_negative(self.main.change[s] - control.change[s], self.reached[s])
-            for control in (*self.controls.values(), self.random)
-        )
 
     def _surely_negative(self, differences: np.ndarray, pairs: int) -> bool:
         """Whether the mean over pairs lies below 0, in the direction of the distance, by Student's bound."""

@@ -7,7 +7,7 @@ tables by name, as docs/interventions.md lists them. Some groups of rows find, o
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -325,7 +325,7 @@ def _one(subject: Subject, pairs: Pairs, seed: int, planned: _Sweep) -> pd.DataF
     main = run(subject.model, spots)
     controls = {"placebo": run(subject.model, spots, "placebo", "second_placebo")}
     if any(spot.position for spot in spots):
-        others = [Spot(spot.site, spot.position, elsewhere=True, update=spot.update) for spot in spots]
+        others = [replace(spot, elsewhere=True) for spot in spots]
         controls["random"] = run(subject.model, others)
     if subject.twin is not None:
         with subject.twin() as twin:
