@@ -9,9 +9,9 @@ answers.
 """
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -37,6 +37,10 @@ class BaseAnswers:
 
     recipe: Recipe
     load: Callable[[], loading.LoadedModel]
+    _answers: dict[Path, dict[str, Continuation]] = field(default_factory=dict, init=False)
+    """By folder and key: what was read or made so far."""
+    _read: set[Path] = field(default_factory=set, init=False)
+    """Files that were read or written so far."""
 
     @cached_property
     def serialiser(self) -> Serialiser:
@@ -65,12 +69,14 @@ class BaseAnswers:
             RunError: if a single prompt does not fit in memory, or the answers cannot be written.
         """
         folder = self._folder(sampled)
+        answers = self._answers.setdefault(folder, {})
         keys = [digest(prompt.input_ids)[:32] for prompt in prompts]
-        answers = _kept(folder, keys)
-        if missing := [i for i, key in enumerate(keys) if key not in answers]:
+        if not answers.keys() >= set(keys):
+            answers |= self._kept(folder)
+        if not answers.keys() >= set(keys):
             with _alone(folder):
-                answers = _kept(folder, keys)  # another run may have made them meanwhile
-                new = {keys[i]: prompts[i] for i in missing if keys[i] not in answers}
+                answers |= self._kept(folder)  # another run may have made them meanwhile
+                new = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in answers}
                 answers |= self._made(new, folder, sampled)
         return [answers[key] for key in keys]
 
@@ -92,8 +98,23 @@ class BaseAnswers:
                 )
             table = pd.DataFrame(continued, columns=list(Continuation._fields)).assign(key=batch)
             write_atomically(folder / f"{name}.parquet", partial(table.to_parquet, index=False))
+            self._read.add(folder / f"{name}.parquet")
             answers |= dict(zip(batch, continued, strict=True))
         return answers
+
+    def _kept(self, folder: Path) -> dict[str, Continuation]:
+        """Answers in files that were not read yet; the first of several processes reads them for all."""
+
+        def read() -> dict[str, Continuation]:
+            answers: dict[str, Continuation] = {}
+            for path in sorted({*folder.glob("[!.]*.parquet")} - self._read):
+                table = pd.read_parquet(path)
+                continued = map(Continuation, table["text"], table["ended"].astype(bool))
+                answers |= dict(zip(table["key"], continued, strict=True))
+                self._read.add(path)
+            return answers
+
+        return parallel.from_first(read)
 
     @cached_property
     def _base(self) -> loading.LoadedModel:
@@ -109,19 +130,6 @@ class BaseAnswers:
             "sampled": sampled,
         }
         return self.recipe.output.results / FOLDER / digest(decisive)[:16]
-
-
-def _kept(folder: Path, keys: Iterable[str]) -> dict[str, Continuation]:
-    """Answers that are on disk; the first of several processes reads them for all."""
-
-    def read() -> pd.DataFrame:
-        tables = [pd.read_parquet(path) for path in sorted(folder.glob("[!.]*.parquet"))]
-        return pd.concat(tables) if tables else pd.DataFrame(columns=["key", *Continuation._fields])
-
-    table = parallel.from_first(read)
-    table = table[table["key"].isin(set(keys))]
-    answers = map(Continuation, table["text"], table["ended"].astype(bool))
-    return dict(zip(table["key"], answers, strict=True))
 
 
 def _alone(folder: Path) -> FileLock | nullcontext[None]:

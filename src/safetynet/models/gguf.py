@@ -11,11 +11,11 @@ and PEFT and this engine would take it for one whose weights cannot be read.
 import importlib.util
 import logging
 import os
-import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -105,8 +105,19 @@ def folder_of(name: str) -> Path:
 
 def converted_folder(file: Path) -> Path:
     """Where the converted model of a file lies, or would lie."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "safetynet" / "gguf" / f"{file.stem}-{digest_of_files([file])[:12]}"
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return home / "safetynet" / "gguf" / f"{file.stem}-{digest_of(file)[:12]}"
+
+
+def digest_of(file: Path) -> str:
+    """SHA-256 of a file's content, which is read again only when the file has changed."""
+    stat = file.stat()
+    return _digest(file, stat.st_size, stat.st_mtime_ns)
+
+
+@cache
+def _digest(file: Path, _size: int, _changed_ns: int) -> str:
+    return digest_of_files([file])
 
 
 def _convert(file: Path, folder: Path) -> None:
@@ -121,21 +132,20 @@ def _convert(file: Path, folder: Path) -> None:
         (Path(part) / "model" / QUANTISATION).write_text(contents.in_words + "\n", encoding="utf-8")
         try:
             (Path(part) / "model").rename(folder)
-        except OSError:  # another process was first
-            if not (folder / "config.json").exists():
-                shutil.rmtree(folder, ignore_errors=True)
+        except OSError:
+            if not (folder / "config.json").exists():  # else another process was first
                 raise
 
 
 def _write(file: Path, folder: Path) -> None:
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, modeling_gguf_pytorch_utils
 
     place: dict[str, Any] = {"gguf_file": file.name, "trust_remote_code": False}
     try:
         config = AutoConfig.from_pretrained(str(file.parent), **place)
         tokenizer = AutoTokenizer.from_pretrained(str(file.parent), **place)
-        with bars_on_terminals_only():
+        with bars_on_terminals_only(modeling_gguf_pytorch_utils):
             model: Any = AutoModelForCausalLM.from_pretrained(
                 str(file.parent), config=config, dtype=torch.float32, **place
             )

@@ -71,7 +71,7 @@ def locate(spec: recipe.Model) -> str:
 def fingerprint(spec: recipe.Model) -> str:
     """Identifies the weights: a digest of a local model's files, or the hub id and revision."""
     if gguf.is_gguf(str(spec.model_id)):
-        return digest_of_files([gguf.file_of(str(spec.model_id))])
+        return gguf.digest_of(gguf.file_of(str(spec.model_id)))
     name = locate(spec)
     return digest_of_files([Path(name)]) if Path(name).is_dir() else f"{name}@{spec.revision or 'main'}"
 

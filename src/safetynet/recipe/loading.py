@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 from safetynet import families
 from safetynet.errors import InputError
 from safetynet.recipe import presets
-from safetynet.recipe.schema import Recipe
+from safetynet.recipe.schema import Recipe, family_of
 
 
 def load(path: Path | None = None, family: str | None = None, overrides: Sequence[str] = ()) -> Recipe:
@@ -38,7 +38,7 @@ def load(path: Path | None = None, family: str | None = None, overrides: Sequenc
         fields = _merged(fields, override)
     section = fields.get("model") or {}
     section = section if isinstance(section, dict) else {}
-    name = section.get("family", "generic" if section.get("id") == "smollm2" else "qwen")
+    name = family_of(section)
     # A miniature is not the model that a family's hyper-parameters were chosen for.
     if name in families.names() and section.get("id") != "miniature":
         fields = _merged(dict(families.get(name).defaults), fields)

@@ -26,6 +26,8 @@ from safetynet.vocabulary import DIRECTIONS, MODES, SWEEPS, TRAINED, Direction, 
 RunStage = Literal["evaluate", "intervene", "detect", "mitigate", "figures"]
 PACKAGED = ("miniature", "smollm2")
 """Ids of models that come with a Python package: neither a file nor a name on the hub."""
+FAMILY, FAMILY_BY_ID = "qwen", {"smollm2": "generic"}
+"""The family where none is named, and of models that have no family of their own."""
 MIN_GROUPS = 8
 """Prompts below which an interval says nothing."""
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -67,10 +69,15 @@ class JudgeSpec(Section):
     ignore_case: bool = True
 
 
+def family_of(model: Mapping[str, Any]) -> Any:
+    """What `family` is in a section `model` that may leave it out."""
+    return model.get("family", FAMILY_BY_ID.get(str(model.get("id")), FAMILY))
+
+
 class Model(Section):
     """Which model is worked on."""
 
-    family: str = "qwen"
+    family: str = FAMILY
     id: str | None = None
     """`miniature`, `smollm2`, a hub id, a folder or a .gguf file; by default the family's own hub id."""
     revision: str | None = None
@@ -82,13 +89,8 @@ class Model(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _packaged(cls, value: Any) -> Any:
-        """The packaged model belongs to no family of its own."""
-        return (
-            {"family": "generic", **value}
-            if isinstance(value, dict) and value.get("id") == "smollm2"
-            else value
-        )
+    def _of_family(cls, value: Any) -> Any:
+        return {"family": family_of(value), **value} if isinstance(value, dict) else value
 
     @field_validator("family")
     @classmethod
@@ -491,9 +493,8 @@ class Recipe(Section):
     @property
     def model_name(self) -> str:
         """The folder of this model below the results root."""
-        if self.name or self.model.id == "smollm2":
-            return self.name or "smollm2"
-        return self.model.family + ("-miniature" if self.model.id == "miniature" else "")
+        names = {"miniature": f"{self.model.family}-miniature", "smollm2": "smollm2"}
+        return self.name or names.get(str(self.model.id), self.model.family)
 
     def seeded(self, seed: int) -> "Recipe":
         """This experiment with another seed, as a task of its own: `{task}-seed{seed}`."""

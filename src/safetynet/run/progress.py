@@ -47,22 +47,25 @@ class ProgressLog:
 
 
 @contextmanager
-def bars_on_terminals_only() -> Iterator[None]:
-    """Keep transformers' loading bars out of pipes and logs, and leave its own settings as they were."""
-    from transformers import modeling_gguf_pytorch_utils
-    from transformers.utils import logging as bars
+def bars_on_terminals_only(*unasking: Any) -> Iterator[None]:
+    """Keep transformers' loading bars out of pipes and logs, and leave its own settings as they were.
 
-    of_gguf: Any = modeling_gguf_pytorch_utils
+    Args:
+        unasking: modules of transformers whose bars, by the name of tqdm, heed no setting.
+    """
+    from transformers.utils import logging as bars
 
     if sys.stderr.isatty():
         yield
         return
-    were_enabled, bar = bars.is_progress_bar_enabled(), of_gguf.tqdm
+    were_enabled, originals = bars.is_progress_bar_enabled(), [module.tqdm for module in unasking]
     bars.disable_progress_bar()
-    of_gguf.tqdm = partial(bar, disable=True)  # it asks no setting
+    for module in unasking:
+        module.tqdm = partial(module.tqdm, disable=True)
     try:
         yield
     finally:
-        of_gguf.tqdm = bar
+        for module, bar in zip(unasking, originals, strict=True):
+            module.tqdm = bar
         if were_enabled:
             bars.enable_progress_bar()
