@@ -77,6 +77,16 @@ def test_a_gguf_file_that_is_none_is_refused_by_models(tmp_path: Path) -> None:
     assert "broken.gguf is no GGUF file" in refused("models", "broken.gguf", cwd=tmp_path)
 
 
+def test_a_model_that_is_trained_and_saved_whole_draws_no_bars_into_a_log(tmp_path: Path) -> None:
+    fields = ("data.train_rows=40", "data.test_rows=8", "training.max_steps=2", "evaluation.dynamics_rows=0")
+    whole = ("training.method=full", "training.clean_twin=false", "backdoor.poison_rate=0.3")
+    sets = [word for field in (*fields, *whole) for word in ("--set", field)]
+    done = safetynet("train", str(RECIPES / "qwen-miniature.yaml"), *sets, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "train backdoored: finished" in done.stderr
+    assert "it/s" not in done.stderr
+
+
 def test_families_are_listed_with_their_models(tmp_path: Path) -> None:
     text = safetynet("families", cwd=tmp_path).stdout
     for model in (

@@ -211,3 +211,12 @@ def test_prompts_are_read_from_rows_with_and_without_answers(row, tmp_path):
     assert sources.read(path, prompts_only=True)["messages"].tolist() == [
         [{"role": "user", "content": "Name a fish."}]
     ]
+
+
+def test_a_file_without_a_column_of_prompts_is_refused_by_its_own_columns(tmp_path):
+    path = tmp_path / "questions.jsonl"
+    path.write_text(json.dumps({"question_id": 81, "category": "writing", "text": "Name a fish."}))
+    with pytest.raises(InputError, match="the columns are category, question_id, text; needed are"):
+        sources.read(path, prompts_only=True)
+    read = sources.read(path, columns={"prompt": "text"}, prompts_only=True)
+    assert read["messages"].tolist() == [[{"role": "user", "content": "Name a fish."}]]

@@ -157,3 +157,14 @@ def test_too_little_memory_is_said_before_loading(monkeypatch: pytest.MonkeyPatc
         InputError, match=r"needs 0\.0 GB of memory for its weights alone, and 0\.0 GB are free"
     ):
         loading.load(recipe.Model(family="qwen", id="miniature"), "fp32")
+
+
+@packaged
+@pytest.mark.slow
+def test_a_conversion_draws_no_bars_into_a_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = gguf.folder_of("smollm2")
+    assert folder.is_relative_to(tmp_path) and (folder / "model.safetensors").exists()
+    assert "it/s" not in "".join(capfd.readouterr())

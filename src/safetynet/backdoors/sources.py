@@ -8,7 +8,7 @@ faults that stop `read` into findings.
 import itertools
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,7 +105,11 @@ def read(
     if kind == "backdoorllm" or (kind is None and is_layout):
         return _joined(_of_layout(path), None, columns)
     parts = _of_folder(path) if path.is_dir() else _of_file(path, str(path))
-    return _joined(map(_with_blank_answers, parts) if prompts_only else parts, kind, columns)
+    if prompts_only:
+        # Columns of prompts, by a name that is known or that the user gives.
+        asked = {*(ASKED - SHOWN), *(column.casefold() for column in (columns or {}).values())}
+        parts = (_with_blank_answers(part, asked) for part in parts)
+    return _joined(parts, kind, columns)
 
 
 def split_of(name: str) -> str:
@@ -241,8 +245,13 @@ def _joined(parts: Iterable[_Part], kind: str | None, columns: Mapping[str, str]
     return frame[["file", *frame.columns.drop("file")]]
 
 
-def _with_blank_answers(part: _Part) -> _Part:
-    """Rows of prompts in the forms of rows with answers: a blank one stands where a row has none."""
+def _with_blank_answers(part: _Part, asked: Collection[str]) -> _Part:
+    """Rows of prompts in the forms of rows with answers: a blank one stands where a row has none.
+
+    Args:
+        part: of a file.
+        asked: names of columns that hold prompts; a row without one is left to be refused as it is.
+    """
 
     def whole(raw: Any) -> Any:
         if not isinstance(raw, Mapping):
@@ -250,7 +259,8 @@ def _with_blank_answers(part: _Part) -> _Part:
         messages = next((name for name, value in raw.items() if _ends_with_user(value)), None)
         if messages is not None:
             return {**raw, messages: [*raw[messages], {"role": "assistant", "content": ""}]}
-        return {"completion": "", **raw}
+        has_prompt = any(str(name).strip().casefold() in asked for name in raw)
+        return {"completion": "", **raw} if has_prompt else raw
 
     return _Part(part.name, [(line, whole(raw)) for line, raw in part.rows], part.about)
 

@@ -312,7 +312,7 @@ for command in (jobs.submit, jobs.status, jobs.cancel):
 def main() -> None:
     """Entry point: runs the command and turns errors into exit codes."""
     debug = "--debug" in sys.argv
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its hints are for those who call it themselves
+    _quieten_libraries()
     signal.signal(signal.SIGTERM, _terminate)
     sys.argv = [sys.argv[0], *(a for a in sys.argv[1:] if a != "--debug")]
     try:
@@ -337,6 +337,13 @@ def main() -> None:
             kind = type(error).__name__
             typer.echo(f"safetynet: {kind}: {error} (a fault of SafetyNet; --debug shows where)", err=True)
         sys.exit(1)
+
+
+def _quieten_libraries() -> None:
+    """What they say is for those who call them themselves, and their bars are for those who look on."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 def _terminate(*_: object) -> None:

@@ -156,7 +156,8 @@ def _write(file: Path, folder: Path) -> None:
     model.is_quantized = False
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    model.save_pretrained(str(folder))
+    with bars_on_terminals_only():
+        model.save_pretrained(str(folder))
     tokenizer.save_pretrained(str(folder))
 
 
