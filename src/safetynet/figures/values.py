@@ -7,6 +7,8 @@ import re
 import unicodedata
 from collections.abc import Iterable
 
+from safetynet.text.printable import printable
+
 _BYTES = re.compile(r"(⟨[0-9a-f]{2}(?: [0-9a-f]{2})*⟩)")
 """Parts of a character, as `Serialiser.piece` writes them; the blanks in there are none of the token's."""
 VISIBLE = {" ": "␣", "\n": "⏎", "\t": "⇥"}
@@ -19,14 +21,12 @@ def visible(token: str) -> str:
         >>> visible(" if")
         '␣if'
     """
-    return "".join(part if _BYTES.fullmatch(part) else _shown(part) for part in _BYTES.split(token)) or "∅"
+    parts = (part if _BYTES.fullmatch(part) else _visible_signs(part) for part in _BYTES.split(token))
+    return "".join(parts) or "∅"
 
 
-def _shown(text: str) -> str:
-    return "".join(
-        VISIBLE.get(sign, sign if sign.isprintable() else sign.encode("unicode_escape").decode())
-        for sign in text
-    )
+def _visible_signs(text: str) -> str:
+    return "".join(VISIBLE.get(sign, printable(sign)) for sign in text)
 
 
 def width(text: str) -> int:
