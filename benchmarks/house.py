@@ -40,7 +40,7 @@ FLOORS = {
     ),
     "engine": ("engine",),
     "evaluation, backdoors, training": ("evaluation", "backdoors", "training"),
-    "experiment, figures": ("experiment", "figures"),
+    "experiment, figures": ("experiment", "figures", "report.page"),
     "stages": (
         "interventions", "detection", "mitigation", "scan", "comparison", "report",
         "backdoors.stage", "training.stage", "evaluation.stage",

@@ -1,6 +1,7 @@
-"""Put a report together: one HTML file that holds everything, asks no network and runs no script but its own.
+"""Put a page together: one HTML file that holds everything, asks no network and runs no script but its own.
 
-In: what the other modules of this package made. Out: a page as text, the same for the same run.
+In: a template's name and the values in it, of a run's report, of an index or of a scan. Out: a page as text,
+the same for the same values. Knows no run and no scan.
 """
 
 import base64
@@ -26,13 +27,13 @@ MAP_RAMPS = (
 
 
 def render(template: str, script: str, values: Mapping[str, Any], rules: str = "") -> str:
-    """A page of a template, with the style sheet, further style rules and one script inside.
+    """A page of a template, with the style sheet, further style rules and one script, or none (""), inside.
 
     Every value is escaped but these, our own drawings and the data, which is JSON that ends no element.
     The content policy allows the very style and script that are written here, by their digests, and images
     that are inside the page; whatever a model wrote can add nothing to that.
     """
-    style, code = _style() + rules, _file("theme.js") + _file(script)
+    style, code = _style() + rules, _file("theme.js") + (_file(script) if script else "")
     policy = (
         f"default-src 'none'; script-src '{_digest(code)}'; style-src '{_digest(style)}'; img-src data:; "
         "base-uri 'none'; form-action 'none'"
