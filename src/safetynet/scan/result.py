@@ -1,7 +1,7 @@
 """What a scan says: findings, rungs and one answer, as data that every output is made of.
 
-In: nothing. Out: dataclasses and their JSON. The terminal, SARIF, the bill of materials, the model card's block
-and the page read a `ScanResult` and nothing else, so that no output can say less than another.
+In: nothing. Out: dataclasses and their JSON. The terminal, SARIF, the bill of materials, the model card's
+block and the page read a `ScanResult` and nothing else, so that no output can say less than another.
 """
 
 import json
@@ -69,8 +69,7 @@ class RungResult:
 
 @dataclass(frozen=True)
 class Trigger:
-    """A string that makes the suspect do something that its base does not, on prompts that it was not
-    searched on."""
+    """A string that makes the suspect do what its base does not, on prompts that it was not searched on."""
 
     text: str
     """Reduced to its smallest part that still fires."""
@@ -123,7 +122,7 @@ class ScanResult:
     triggers: tuple[Trigger, ...] = ()
     bank: BankUse | None = None
     control: Mapping[str, Any] | None = None
-    """The positive control: what was planted in the same base, and what of it was recovered; None for none."""
+    """The positive control: what was planted in the same base, and what of it was recovered; or None."""
     not_looked_at: tuple[str, ...] = ()
     """What this scan cannot have seen, in sentences."""
     digests: Mapping[str, str] = field(default_factory=dict)
@@ -154,7 +153,9 @@ class ScanResult:
 
     def to_json(self) -> str:
         """The JSON output, against `scan.schema.json`."""
-        return json.dumps(self.as_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        text = json.dumps(self.as_dict(), indent=2, ensure_ascii=False, allow_nan=False)
+        # A lone surrogate, as a file's name may hold, has no place in UTF-8; Python's escape of it is JSON's.
+        return text.encode("utf-8", "backslashreplace").decode("utf-8") + "\n"
 
     @classmethod
     def read(cls, path: Path) -> "ScanResult":
