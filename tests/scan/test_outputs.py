@@ -21,7 +21,7 @@ from tests.scan.conftest import BANK, DIGESTS, FINDINGS, OF_WEIGHTS, SHA, TRIGGE
 
 from safetynet.errors import InputError
 from safetynet.scan import result as data
-from safetynet.scan.outputs import FORMATS, render, schema, wording
+from safetynet.scan.outputs import FORMATS, render, rules, schema, wording
 from safetynet.scan.outputs.cyclonedx import bill
 from safetynet.scan.outputs.sarif import sarif
 from safetynet.scan.outputs.terminal import WIDTH, text
@@ -264,17 +264,32 @@ def test_the_schema_of_oasis_would_refuse_a_damaged_log(results, oasis):
 
 def test_every_result_has_what_code_scanning_asks_for(result):
     (run,) = sarif(result)["runs"]
-    rules = run["tool"]["driver"]["rules"]
-    assert len({rule["id"] for rule in rules}) == len(rules)
+    descriptors = run["tool"]["driver"]["rules"]
+    assert len({rule["id"] for rule in descriptors}) == len(descriptors)
     for each in run["results"]:
-        rule = rules[each["ruleIndex"]]
+        rule = descriptors[each["ruleIndex"]]
         assert rule["id"] == each["ruleId"] and len(rule["help"]["text"]) > 40
         assert each["message"]["text"] and len(each["locations"]) == 1
         assert each["level"] == "none" or each.get("kind", "fail") == "fail"
         place = each["locations"][0]["physicalLocation"]["artifactLocation"]
         assert re.fullmatch(r"[\w%./~-]+", place["uri"], re.ASCII)
         assert not place["uri"].startswith("/") and ".." not in place["uri"].split("/")
-    assert all(part not in each["message"]["text"] for each in run["results"] for part in ("](", "[c](h"))
+
+
+def test_a_message_holds_no_placeholder_and_no_link(results):
+    (run,) = sarif(results["hostile_1"])["runs"]
+    messages = [each["message"]["text"] for each in run["results"]]
+    assert len(messages) == 4 and all("{{0}}" in message and "[c] (https" in message for message in messages)
+
+
+def test_a_rule_without_a_text_has_that_of_its_rung_and_every_rung_has_one(results):
+    (run,) = sarif(results["suspicious"])["runs"]
+    _, rule = run["tool"]["driver"]["rules"]
+    assert rule["id"] == "weights/concentration" and rule["help"]["text"].startswith(
+        "The spectrum of the update"
+    )
+    assert len({rules.about(rung, "a rule of tomorrow") for rung in data.RUNGS}) == len(data.RUNGS)
+    assert rules.about("files", "pickle") != rules.about("files", "a rule of tomorrow")
 
 
 def test_levels_places_and_the_exit_code_are_the_results(results):

@@ -38,7 +38,8 @@ STYLE = """
 .faults .help { color: var(--quiet); }
 .faults.note li { border-left-color: var(--rule); }
 .raw { font: .78rem/1.45 var(--mono); white-space: pre-wrap; overflow-wrap: anywhere; margin: .4rem 0; }
-.lede, .said, .control, .recipe dd { overflow-wrap: anywhere; }
+.lede, .said, .faults, .digests dt { overflow-wrap: anywhere; }
+.recipe dt { white-space: normal; overflow-wrap: anywhere; }
 @media (max-width: 42rem) {
   .answers { grid-template-columns: minmax(0, 1fr); }
   .rungs, .rungs tbody { display: block; }
