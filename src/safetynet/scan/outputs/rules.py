@@ -1,7 +1,7 @@
 """What a kind of finding is and what to do about it: the help that stands beside it in SARIF and on the page.
 
-In: a rung and a rule. Out: sentences. A rule that has no text has that of its family, the word before its first
-hyphen, or else that of its rung; so a new rule is never without help.
+In: a rung and a rule. Out: sentences. A rule that has no text has that of its family, the word before its
+first hyphen, or else that of its rung; so a new rule is never without help.
 """
 
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ BY_RUNG: Mapping[str, str] = {
     "files": "Something in the suspect's folder is not what its base or its name promises. Do not load "
     "the model before you know why it is there.",
     "identity": "What the comparison with the base shows: which tensors changed, and how. Check that the "
-    "base is the one that the suspect was trained from: another one gives wrong findings in every later rung.",
+    "base is the one that the suspect was trained from: another one gives wrong findings in later rungs.",
     "weights": "The spectrum of the update is unlike that of clean adapters of the same base. That is a "
     "reason to look, not a proof: unusual training data or settings look like this too.",
     "leakage": "Continuing as the user, the suspect repeats itself more than its base does. What it "
