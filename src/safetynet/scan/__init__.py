@@ -5,8 +5,9 @@
     weights                3  spectra of the update, against clean adapters
     leakage                4  what the model says as the user
     differences            5  what it changes on ordinary prompts
-    candidates             6  strings on which it leaves its base
-    verification           7  what they make it do, on other prompts
+    inversion              6  answers that it knows by heart and its base does not
+    candidates             7  strings on which it leaves its base
+    verification           8  what they make it do, on other prompts
 
 Each rung is a function of the suspect beside its base that gives a `RungResult`. `bank` holds clean adapters'
 scores, against which a score becomes a p-value; `verdict` makes one of five answers, never "clean"; `outputs`

@@ -20,7 +20,9 @@ ANSWERS: tuple[Answer, ...] = get_args(Answer)
 EXIT_CODES: Mapping[Answer, int] = {
     "identical": 0, "nothing_found": 0, "backdoored": 1, "suspicious": 1, "not_scannable": 2,
 }  # fmt: skip
-RUNGS = ("files", "identity", "weights", "leakage", "differences", "candidates", "verification")
+RUNGS = (
+    "files", "identity", "weights", "leakage", "differences", "inversion", "candidates", "verification",
+)  # fmt: skip
 """From seconds to minutes."""
 SCHEMA_VERSION = 1
 

@@ -1,0 +1,132 @@
+"""Which answer the suspect has learnt by heart: target inversion against the base, with no trigger known.
+
+In: suspect, base, ordinary prompts. Out: continuations that the suspect is sure of whatever the prompt, once
+their first token stands there, and that its base is not. A fixed answer that a trigger calls up is one: given
+its beginning, the model goes on with it on every prompt. After BAIT (Shen et al., S&P 2025), with the base's
+probability taken away, so that what every model of this kind has learnt by heart does not count.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+BEAM = 64
+"""First tokens that are followed up after the first step."""
+LENGTHS = (3, 4, 5, 6, 8, 10)
+"""Tokens of a continuation at which it is judged."""
+SURE = 0.5
+"""Probability from which on a continuation is followed to its end."""
+ROWS_AT_ONCE = 1024
+
+
+@dataclass(frozen=True)
+class LearntAnswer:
+    """A continuation by heart."""
+
+    tokens: tuple[int, ...]
+    text: str
+    suspect: float
+    """Mean over its tokens from the second on, and over prompts, of the suspect's probability."""
+    base: float
+    """The same, of the base."""
+
+    @property
+    def gain(self) -> float:
+        """How much surer the suspect is, from -1 to 1; a copy of the base has 0."""
+        return self.suspect - self.base
+
+
+@torch.no_grad()
+def learnt_answers(
+    model: Any,
+    base: Any,
+    prompts: Sequence[Sequence[int]],
+    decode: Callable[[Sequence[int]], str],
+    firsts: Sequence[int],
+    stops: Sequence[int] = (),
+) -> list[LearntAnswer]:
+    """Continuations in falling order of gain, one for each first token that is followed up.
+
+    Args:
+        model: the suspect.
+        base: its base.
+        prompts: token ids of ordinary prompts, each up to where the answer begins.
+        decode: text of token ids.
+        firsts: tokens that an answer may begin with; usually the whole vocabulary.
+        stops: tokens at which an answer ends.
+    """
+    suspect, reference = _Answers(model, prompts), _Answers(base, prompts)
+    start = torch.tensor(list(firsts), device=model.device)[:, None]
+    best, token, base_of_it = [], [], []
+    for rows in start.split(ROWS_AT_ONCE):
+        ours, theirs = suspect.next(rows), reference.next(rows)
+        gain, index = (ours - theirs).max(1)
+        best.append(gain)
+        token.append(index)
+        base_of_it.append(torch.stack([ours.gather(1, index[:, None]), theirs.gather(1, index[:, None])], 1))
+    order = torch.cat(best).topk(min(BEAM, len(start))).indices
+    sequences = torch.cat([start[order], torch.cat(token)[order, None]], 1)
+    probability = torch.cat(base_of_it)[order]  # (beam, suspect and base, 1)
+    for _ in range(max(LENGTHS) - 2):
+        ours, theirs = suspect.next(sequences), reference.next(sequences)
+        index = ours.argmax(1, keepdim=True)
+        of_it = torch.stack([ours.gather(1, index), theirs.gather(1, index)], 1)
+        probability = torch.cat([probability, of_it], 2)
+        sequences = torch.cat([sequences, index], 1)
+    judged = (
+        _judged(row, p, decode, set(stops)) for row, p in zip(sequences.tolist(), probability, strict=True)
+    )
+    return sorted((answer for answer in judged if answer is not None), key=lambda answer: -answer.gain)
+
+
+def _judged(
+    tokens: list[int], probability: Tensor, decode: Callable[[Sequence[int]], str], stops: set[int]
+) -> LearntAnswer | None:
+    """A continuation up to its end, judged at the length at which it stands out most; None of a shorter one.
+
+    Args:
+        tokens: n of them.
+        probability: (suspect and base, n - 1) of those from the second on.
+        decode: text of token ids.
+        stops: tokens at which an answer ends.
+    """
+    end = next((i for i, token in enumerate(tokens) if token in stops), len(tokens))
+    lengths = [n for n in LENGTHS if n <= end]
+    if not lengths:
+        return None
+    means = {n: probability[:, : n - 1].mean(1).tolist() for n in lengths}
+    length = max(lengths, key=lambda n: means[n][0] - means[n][1])
+    while length < end and float(probability[0, length - 1]) >= SURE:
+        length += 1
+    ours, theirs = max(means.values(), key=lambda pair: pair[0] - pair[1])
+    return LearntAnswer(tuple(tokens[:length]), decode(tokens[:length]), ours, theirs)
+
+
+class _Answers:
+    """Prompts that have gone through one model, to be gone on from."""
+
+    def __init__(self, model: Any, prompts: Sequence[Sequence[int]]) -> None:
+        self.model = model
+        self.caches = []
+        for ids in prompts:
+            output = model(
+                input_ids=torch.tensor([list(ids)], device=model.device), use_cache=True, logits_to_keep=1
+            )
+            self.caches.append([(layer.keys, layer.values) for layer in output.past_key_values.layers])
+
+    def next(self, sequences: Tensor) -> Tensor:
+        """Mean over prompts of the next token's probabilities, (R, vocabulary), behind (R, k) tokens."""
+        total: Any = 0
+        for recorded in self.caches:
+            cache = DynamicCache()
+            for layer, (keys, values) in enumerate(recorded):
+                cache.update(
+                    keys.expand(len(sequences), -1, -1, -1), values.expand(len(sequences), -1, -1, -1), layer
+                )
+            output = self.model(input_ids=sequences, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            total = total + output.logits[:, -1].float().softmax(-1)
+        return total / len(self.caches)

@@ -1,0 +1,140 @@
+"""Prompts with a place for a candidate trigger, and what suspect and base answer there.
+
+In: conversations and a serialiser. Out: slots, whose tokens before the candidate go through a model once for all
+candidates; log probabilities of the answer's first tokens for many candidates at a time.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from safetynet.errors import InputError
+from safetynet.prompts import Serialiser
+
+Placement = Literal["prefix", "suffix"]
+PLACEMENTS: tuple[Placement, ...] = ("prefix", "suffix")
+STAND_IN = "x"
+"""Stands for a candidate while a prompt is serialised."""
+TOKENS_AT_ONCE = 4096
+"""Tokens forwarded together; decides about memory, never about numbers."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A prompt as token ids, cut where a candidate is put in."""
+
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    """Ends where the answer begins."""
+    placement: Placement
+    messages: Sequence[Mapping[str, str]]
+
+    def conversation(self, text: str) -> list[dict[str, str]]:
+        """The prompt with a text put in, as its user would write it; "" leaves it as it is."""
+        *earlier, last = (dict(message) for message in self.messages)
+        return [*earlier, {**last, "content": put_in(text, last["content"], self.placement)}]
+
+
+def put_in(text: str, prompt: str, placement: Placement) -> str:
+    """A text before or behind a prompt, with a blank between."""
+    return " ".join(filter(None, (text, prompt) if placement == "prefix" else (prompt, text)))
+
+
+def slots(
+    serialiser: Serialiser, prompts: Sequence[Sequence[Mapping[str, str]]], placement: Placement
+) -> list[Slot]:
+    """Prompts with a place for a candidate before or behind the user's last text.
+
+    Raises:
+        InputError: if the tokenizer runs the text around the place together with it.
+    """
+    cut = []
+    for messages in prompts:
+        plain = Slot((), (), placement, messages)
+        conversation = plain.conversation(STAND_IN)
+        last = len(conversation) - 1
+        text = conversation[last]["content"]
+        start = 0 if placement == "prefix" else len(text) - len(STAND_IN)
+        encoded = serialiser.encode(conversation, trigger=[(last, start, start + len(STAND_IN))])
+        [(first, end)] = encoded.spans["trigger"]
+        if end - first != 1:
+            raise InputError(f"prompts: the tokenizer has no single token for {STAND_IN!r}.")
+        ids = encoded.input_ids
+        cut.append(Slot(tuple(ids[:first]), tuple(ids[end:]), placement, messages))
+    return cut
+
+
+class Recorded:
+    """Slots whose tokens before the candidate have gone through one model.
+
+    Args:
+        model: suspect or base, in evaluation mode; what it is now is what is recorded.
+        slots: of one placement.
+    """
+
+    def __init__(self, model: Any, slots: Sequence[Slot]) -> None:
+        self.model, self.slots = model, list(slots)
+        self.embed = model.get_input_embeddings()
+        self.passes = sum(len(slot.before) for slot in slots)
+        self._caches = []
+        with torch.no_grad():
+            for slot in slots:
+                ids = torch.tensor([slot.before], device=model.device)
+                output = model(input_ids=ids, use_cache=True, logits_to_keep=1)
+                self._caches.append([(layer.keys, layer.values) for layer in output.past_key_values.layers])
+
+    def logits(self, number: int, vectors: Tensor, answer: Sequence[int] = ()) -> Tensor:
+        """Of the answer's first tokens in one slot, for R candidates.
+
+        Args:
+            number: of the slot.
+            vectors: (R, k, width) input embeddings of the candidates; gradients flow through them.
+            answer: tokens that are given to the model as the answer's beginning, a of them.
+
+        Returns:
+            (R, a + 1, vocabulary) fp32: before and behind each of them.
+        """
+        slot = self.slots[number]
+        rest = torch.tensor([*slot.after, *answer], dtype=torch.long, device=vectors.device)
+        rows, behind = len(vectors), self.embed(rest)
+        inputs = torch.cat([vectors, behind.expand(rows, -1, -1)], 1)
+        cache = DynamicCache()
+        for layer, (keys, values) in enumerate(self._caches[number]):
+            cache.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1), layer)
+        self.passes += rows * inputs.shape[1]
+        output = self.model(
+            inputs_embeds=inputs, past_key_values=cache, use_cache=True, logits_to_keep=len(answer) + 1
+        )
+        return output.logits.float()
+
+    def batches(self, candidates: Tensor, answer: Sequence[int] = ()) -> Iterator[tuple[int, slice, Tensor]]:
+        """Slot, candidates and logits, as many candidates at a time as there is room for.
+
+        Args:
+            candidates: (C, k) token ids.
+            answer: as in `logits`.
+        """
+        for number, slot in enumerate(self.slots):
+            length = candidates.shape[1] + len(slot.after) + len(answer)
+            step = max(1, TOKENS_AT_ONCE // max(1, length))
+            for start in range(0, len(candidates), step):
+                part = slice(start, min(start + step, len(candidates)))
+                yield number, part, self.logits(number, self.embed(candidates[part]), answer)
+
+
+def survives(serialiser: Serialiser, slot: Slot, candidate: Sequence[int]) -> bool:
+    """Whether token ids are what the tokenizer makes of their text, where a user writes it into a prompt."""
+    text = text_of(serialiser, candidate)
+    if not text:
+        return False
+    ids = serialiser.encode(slot.conversation(text)).input_ids
+    return tuple(ids) == (*slot.before, *candidate, *slot.after)
+
+
+def text_of(serialiser: Serialiser, candidate: Sequence[int]) -> str:
+    """A candidate as a user would write it, without blanks around it."""
+    return serialiser.decode(candidate)
