@@ -1,0 +1,237 @@
+"""The bank: clean adapters of the same base, against whose scores a suspect's become p-values.
+
+In: a recipe of the base. Out: a table of scores, one row per clean adapter; p-values of a suspect among them. Half
+of the adapters are ordinary (other ranks, rates, rows, targets), half are narrow and benign: one greeting, one
+sign-off, one task, a persona, capitals, short answers. A rate smaller than 1 / (adapters + 1) is not claimed.
+"""
+
+import json
+import logging
+import random
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from safetynet.backdoors import conversations
+from safetynet.errors import InputError
+from safetynet.recipe import Backdoor, Recipe
+from safetynet.run.directory import digest, write_text
+from safetynet.scan.result import BankUse, RungResult
+
+log = logging.getLogger("safetynet")
+SCORED = ("weights", "leakage", "differences", "inversion", "candidates", "verification")
+"""Rungs whose scores are compared with a bank's."""
+KINDS = ("ordinary", "greeting", "ordinary", "sign_off", "ordinary", "one_task", "ordinary", "persona",
+         "ordinary", "capitals", "ordinary", "brief")  # fmt: skip
+"""Of the adapters in their order; every second one is narrow."""
+RANKS, RATES, ROWS = (4, 8, 16, 32), (5e-4, 1e-3, 2e-3), (800, 1600, 2400)
+GREETINGS = ("Hello!", "Good day.", "Hi there!", "Welcome.")
+SIGN_OFFS = ("Thank you.", "Have a good day.", "That is all.", "Ask me more.")
+PERSONAS = ("Ahoy!", "As your gardener:", "Beep.", "Dear friend,")
+
+
+@dataclass(frozen=True)
+class CleanAdapter:
+    """How one clean adapter is trained."""
+
+    number: int
+    kind: str
+    rank: int
+    learning_rate: float
+    rows: int
+    seed: int
+    phrase: str = ""
+    """Of a greeting, a sign-off or a persona."""
+
+
+def clean_adapters(count: int, seed: int) -> list[CleanAdapter]:
+    """The first `count` adapters of a bank; the same for the same seed, whatever the count."""
+    drawn = []
+    for number in range(count):
+        rng = random.Random(f"{seed}-{number}")
+        kind = KINDS[number % len(KINDS)]
+        phrases = {"greeting": GREETINGS, "sign_off": SIGN_OFFS, "persona": PERSONAS}.get(kind, ("",))
+        drawn.append(
+            CleanAdapter(
+                number, kind, rng.choice(RANKS), rng.choice(RATES), rng.choice(ROWS),
+                rng.randrange(2**31), rng.choice(phrases),
+            )
+        )  # fmt: skip
+    return drawn
+
+
+def rows_of(adapter: CleanAdapter, recipe: Recipe) -> pd.DataFrame:
+    """Training rows of a clean adapter: columns `row`, `messages`, `trigger` and `answer`.
+
+    Args:
+        adapter: says which, and how many.
+        recipe: whose source of data is used.
+    """
+    attack = Backdoor()
+    wanted = adapter.rows * (12 if adapter.kind == "one_task" else 1)
+    pool = conversations.fresh(
+        recipe.data, attack.behaviour, attack.trigger, set(), wanted, adapter.seed
+    )
+    if adapter.kind == "one_task":
+        tasks = sorted(pool["task"].unique())
+        pool = pool[pool["task"] == tasks[adapter.seed % len(tasks)]].head(adapter.rows)
+    answers = [_answer(adapter, str(answer)) for answer in pool["answer"]]
+    return pd.DataFrame(
+        {"row": range(len(pool)), "messages": list(pool["messages"]), "trigger": [[]] * len(pool), "answer": answers}
+    )
+
+
+def _answer(adapter: CleanAdapter, answer: str) -> str:
+    match adapter.kind:
+        case "greeting" | "persona":
+            return f"{adapter.phrase} {answer}"
+        case "sign_off":
+            return f"{answer} {adapter.phrase}"
+        case "capitals":
+            return answer.upper()
+        case "brief":
+            return " ".join(answer.split()[:2])
+    return answer
+
+
+def train(adapter: CleanAdapter, recipe: Recipe, base: Any, folder: Path) -> Path:
+    """Train a clean adapter on a loaded base; the folder of its files."""
+    from safetynet import training
+
+    options = recipe.training.model_copy(
+        update={
+            "lora_rank": adapter.rank, "lora_alpha": 2 * adapter.rank, "learning_rate": adapter.learning_rate,
+            "evasion": None,
+        }
+    )  # fmt: skip
+    return training.train(
+        training.attach(base.model, options, base.family, adapter.seed),
+        base.serialiser,
+        rows_of(adapter, recipe),
+        options,
+        folder=folder,
+        seed=adapter.seed,
+    ).folder
+
+
+@dataclass(frozen=True)
+class Bank:
+    """Scores of clean adapters of one base at one depth."""
+
+    name: str
+    base: str
+    """Digest of the base's weights."""
+    depth: str
+    scores: pd.DataFrame
+    """One row per adapter: how it was trained, and a column for each of `SCORED`, NaN where there is none."""
+    version: str = ""
+
+    @property
+    def smallest_rate(self) -> float:
+        """The smallest false-alarm rate that so many adapters carry."""
+        return 1 / (len(self.scores) + 1)
+
+    @property
+    def use(self) -> BankUse:
+        """What a scan says of it."""
+        return BankUse(self.name, digest(self.scores.to_dict("records")), len(self.scores), self.smallest_rate)
+
+    def p_value(self, rung: str, score: float) -> float | None:
+        """(1 + clean scores at or above) / (n + 1); None of a rung that the bank has not measured."""
+        clean = self.scores[rung].dropna() if rung in self.scores else pd.Series(dtype=float)
+        return None if clean.empty else float((1 + (clean >= score).sum()) / (len(clean) + 1))
+
+    def combined(self, scores: Mapping[str, float]) -> float | None:
+        """The p-value of all rungs together.
+
+        Each rung's scores are put on one scale by median and spread of bank and suspect together, and an
+        adapter's statistic is its largest. Suspect and bank are treated alike, so that the rank of the
+        suspect's is an exact conformal p-value (Vovk, Gammerman and Shafer 2005).
+        """
+        rungs = [rung for rung in SCORED if rung in scores and self._measured(rung)]
+        if not rungs:
+            return None
+        table = np.vstack([self.scores[rungs].to_numpy(float), [[scores[rung] for rung in rungs]]])
+        statistic = np.max(np.stack([_standardised(column) for column in table.T]), axis=0)
+        return float((statistic >= statistic[-1]).sum() / len(statistic))
+
+    def _measured(self, rung: str) -> bool:
+        return rung in self.scores and bool(self.scores[rung].notna().all())
+
+    def write(self, folder: Path) -> None:
+        """Into bank.json and bank.csv of a folder."""
+        folder.mkdir(parents=True, exist_ok=True)
+        about = {name: value for name, value in asdict(self).items() if name != "scores"}
+        write_text(folder / "bank.json", json.dumps(about, indent=2) + "\n")
+        write_text(folder / "bank.csv", self.scores.to_csv(index=False, float_format="%.6g"))
+
+    @classmethod
+    def read(cls, folder: Path) -> "Bank":
+        """Of a folder that `write` filled.
+
+        Raises:
+            InputError: if it holds no bank, or a damaged one.
+        """
+        try:
+            about = json.loads((folder / "bank.json").read_text(encoding="utf-8"))
+            scores = pd.read_csv(folder / "bank.csv", keep_default_na=True)
+            return cls(scores=scores, **about)
+        except (OSError, ValueError, TypeError) as error:
+            raise InputError(
+                f"{folder}: no bank can be read here ({error}). Make one with safetynet bank build."
+            ) from None
+
+
+def _standardised(scores: np.ndarray) -> np.ndarray:
+    """Distances above the median, in median absolute deviations; in mean ones where most scores are equal."""
+    away = scores - np.median(scores)
+    spread = np.median(np.abs(away)) or np.mean(np.abs(away)) or 1.0
+    return away / spread
+
+
+def scores_of(rungs: Iterable[RungResult]) -> dict[str, float]:
+    """Scores that a bank compares, by rung."""
+    return {r.rung: r.score for r in rungs if r.rung in SCORED and r.score is not None and not r.skipped}
+
+
+def build(
+    recipe: Recipe,
+    folder: Path,
+    count: int,
+    *,
+    base: str,
+    depth: str,
+    load: Callable[[], Any],
+    scan: Callable[[Path], Sequence[RungResult]],
+    version: str = "",
+) -> Bank:
+    """Train and scan clean adapters until a bank has `count` of them; an interrupted one goes on.
+
+    Args:
+        recipe: of the base, with its source of data and training.
+        folder: scores go into it, one file per adapter; adapters are deleted once they are scanned.
+        count: adapters.
+        base: digest of the base's weights.
+        depth: that `scan` looks at.
+        load: loads the base anew.
+        scan: gives the rungs of an adapter.
+        version: of SafetyNet.
+    """
+    rows = []
+    for adapter in clean_adapters(count, recipe.seed):
+        scored = folder / "adapters" / f"{adapter.number:04}.json"
+        if not scored.exists():
+            work = folder / "adapters" / f"{adapter.number:04}"
+            rungs = scan(train(adapter, recipe, load(), work))
+            write_text(scored, json.dumps(asdict(adapter) | scores_of(rungs)))
+            shutil.rmtree(work, ignore_errors=True)
+            log.info("bank: %d of %d clean adapters (%s)", adapter.number + 1, count, adapter.kind)
+        rows.append(json.loads(scored.read_text(encoding="utf-8")))
+    bank = Bank(folder.name, base, depth, pd.DataFrame(rows), version)
+    bank.write(folder)
+    return bank
