@@ -1,9 +1,10 @@
 """What files of models are before a library reads them: weights, stand-ins, and why there are none."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 POINTERS = {  # how a stand-in begins: what it is
@@ -105,7 +106,9 @@ def listed(names: list[str], most: int = SHOWN) -> str:
     return ", ".join(names[:most]) + more
 
 
-def finite(tensor: Tensor) -> bool:
+def finite(tensor: "Tensor") -> bool:
     """Whether all values of a tensor of floating-point numbers are finite."""
+    import torch  # here, so that reading a folder does not wait for it
+
     # A sum is finite only if every term is, and needs no second tensor; finite terms may still overflow it.
     return bool(tensor.sum(dtype=torch.float32).isfinite()) or bool(tensor.isfinite().all())
