@@ -1,0 +1,326 @@
+"""Chat templates of a suspect, beside its base's: what changed, and what depends on what a message says.
+
+In: the folders of a suspect and its base. Out: findings. Templates are parsed and never rendered.
+
+A backdoor may stand in the template and in no weight: a condition on a message's text that puts an
+instruction before the model (arXiv 2602.04653).
+
+Rules: `template-condition`, `template-conditions`, `template-changed`, `template-conflict`,
+`template-escape`, `template-include`, `template-unparsed`, `template-unreadable`.
+"""
+
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetynet.scan import gguf_metadata
+from safetynet.scan.reading import Entry, UnreadableError, entries, json_of, shown, text_of
+from safetynet.scan.result import Finding, Level
+from safetynet.scan.template_conditions import Analysis, analyse
+from safetynet.scan.template_values import Dependence, UnparsedError
+from safetynet.scan.template_words import natural
+
+DEFAULT = "default"
+JSON_FILES = (
+    "tokenizer_config.json",
+    "chat_template.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+)
+"""Files whose field `chat_template` software reads."""
+FOLDER = "additional_chat_templates/"
+LONGEST_DIFF, LONGEST_LINE, MOST_LINES = 120, 300, 4000
+MOST_TEXTS = 8
+ASKS = {
+    "text": "asks whether a message says {literals}",
+    "length": "asks how long a message is or what it looks like",
+    "date": "asks for the date",
+    "count": "asks how many messages there are",
+    "chance": "draws at random",
+}
+"""What a condition does, in words."""
+
+
+@dataclass(frozen=True)
+class Template:
+    """A chat template and where it stands."""
+
+    name: str
+    """`default`, or the name under which software finds it, such as `tool_use`."""
+    file: str
+    """Relative to the folder."""
+    text: str
+
+    @property
+    def where(self) -> str:
+        """File and name, for people."""
+        return self.file if self.name == DEFAULT else f"{self.file} ({shown(self.name, 60)})"
+
+    @property
+    def is_file(self) -> bool:
+        """Whether the file holds nothing else, so that its lines are the template's."""
+        return self.file.endswith(".jinja")
+
+
+def check(suspect: Path, base: Path | None = None) -> tuple[Finding, ...]:
+    """Findings of a suspect's chat templates.
+
+    Args:
+        suspect: folder of an adapter or a model.
+        base: folder of its base; None where it is not known, and nothing is compared.
+
+    Returns:
+        `template-condition`: `error` for a condition on words that people type, or on text, length or date
+        that writes natural words; `warning` where it changes nothing that can be told, or counts messages;
+        `note` where the base's template has the same.
+
+    Raises:
+        InputError: as `reading.entries`.
+    """
+    templates, findings = read(suspect)
+    base_templates = read(base)[0] if base is not None else ()
+    of_base = _analysed(base_templates)
+    known = {_key(each) for analysis in of_base for each in analysis.dependences}
+    for template in templates:
+        findings += _findings(template, known)
+        if base is not None:
+            findings += _compared(template, base_templates, of_base)
+    if base is None or _conflicts(templates) != _conflicts(base_templates):
+        findings += _conflicting(templates)
+    return tuple(findings)
+
+
+def read(folder: Path) -> tuple[tuple[Template, ...], list[Finding]]:
+    """Every chat template of a folder, wherever it stands, and a finding for each file that cannot be read.
+
+    Raises:
+        InputError: as `reading.entries`.
+    """
+    templates, findings = list[Template](), list[Finding]()
+    for entry in entries(folder):
+        if entry.leaves:
+            continue
+        try:
+            templates += _templates(entry)
+        except UnreadableError as error:
+            findings.append(
+                _finding(
+                    "template-unreadable",
+                    "warning",
+                    f"It may hold a chat template and cannot be read: {shown(str(error))}. Read it by hand.",
+                    shown(entry.name),
+                )
+            )
+    return tuple(templates), findings
+
+
+def _templates(entry: Entry) -> list[Template]:
+    name = entry.name
+    if name in JSON_FILES:
+        values, twice = json_of(entry.path)
+        if "chat_template" in twice:
+            raise UnreadableError("it gives chat_template twice, and software differs in which it takes")
+        return [Template(each, name, text) for each, text in _named(values.get("chat_template"))]
+    if name.endswith((".jinja", ".jinja2", ".j2")):
+        short = "default" if name == "chat_template.jinja" else name.removeprefix(FOLDER).rpartition(".")[0]
+        return [Template(short, name, text_of(entry.path))]
+    if name.endswith(".gguf"):
+        return [Template(each, name, text) for each, text in gguf_metadata.chat_templates(entry.path).items()]
+    return []
+
+
+def _named(value: Any) -> Iterator[tuple[str, str]]:
+    """Names and texts of a field `chat_template`: a text, or a list or an object of named ones."""
+    if value is None:
+        return
+    if isinstance(value, str):
+        yield DEFAULT, value
+        return
+    pairs = [*value.items()] if isinstance(value, dict) else None
+    if isinstance(value, list) and all(isinstance(each, dict) for each in value):
+        pairs = [(each.get("name"), each.get("template")) for each in value]
+    if pairs is None:
+        raise UnreadableError("its chat_template is neither a text nor a list of named ones")
+    for name, text in pairs:
+        if not isinstance(name, str) or not isinstance(text, str):
+            raise UnreadableError("its chat_template lists one without a name or a text")
+        yield name, text
+
+
+def _analysed(templates: Sequence[Template]) -> list[Analysis]:
+    analyses = []
+    for template in templates:
+        try:
+            analyses.append(analyse(template.text))
+        except UnparsedError:  # the base's: the suspect's own is reported
+            continue
+    return analyses
+
+
+def _key(dependence: Dependence) -> tuple[Any, ...]:
+    """What makes two conditions the same in two templates."""
+    return dependence.subject, dependence.literals, dependence.added, dependence.changes
+
+
+def _findings(template: Template, known: set[tuple[Any, ...]]) -> list[Finding]:
+    """What one template holds, whatever the base's does."""
+    try:
+        analysis = analyse(template.text)
+    except UnparsedError as error:
+        message = (
+            f"Jinja does not parse this chat template ({shown(str(error))}), so nothing is known of "
+            "it. Other "
+            "software may read it all the same: correct it, or take the base's."
+        )
+        return [_finding("template-unparsed", "warning", message, template, error.line)]
+    findings = [_suspicious(template, each, known) for each in analysis.dependences if each.suspicious]
+    ordinary = [each for each in analysis.dependences if not each.suspicious]
+    if ordinary:
+        listed = [
+            {"line": each.line, "asks": each.subject, "literals": _texts(each.literals)} for each in ordinary
+        ]
+        message = (
+            f"Conditions on what messages say that ask for markup and write none but markup: {len(ordinary)}."
+        )
+        findings.append(_finding("template-conditions", "note", message, template, conditions=listed))
+    for line in analysis.includes:
+        message = (
+            "It includes another template, which chat templates cannot: it fails, or reads what is not here."
+        )
+        findings.append(_finding("template-include", "warning", message, template, line))
+    for line, name in analysis.escapes:
+        message = (
+            f"It asks for {shown(name, 60)}, as templates do that try to leave Jinja's sandbox. Do not "
+            "render it."
+        )
+        findings.append(_finding("template-escape", "error", message, template, line))
+    return findings
+
+
+def _suspicious(template: Template, dependence: Dependence, known: set[tuple[Any, ...]]) -> Finding:
+    literals = (
+        ", ".join(repr(shown(text, 60)) for text in dependence.literals[:3]) or "something that it hides"
+    )
+    asks = ASKS[dependence.subject].format(literals=literals)
+    added = [text for text in dependence.added if natural(text)] or list(dependence.added)
+    level: Level = "error"
+    if dependence.subject == "count" or not (dependence.changes or added):
+        level = "warning"
+    if _key(dependence) in known:
+        level = "note"
+    then = (
+        "writes text of its own"
+        if added
+        else "changes the prompt"
+        if dependence.changes
+        else "may do anything"
+    )
+    base = "; the base's template does the same" if level == "note" else ""
+    return _finding(
+        "template-condition",
+        level,
+        f"The chat template {asks} and then {then}{base}. Read the line, and take the base's template "
+        "instead.",
+        template,
+        dependence.line,
+        asks=dependence.subject,
+        literals=_texts(dependence.literals),
+        added=_texts(added),
+        source=_source(template.text, dependence.line),
+    )
+
+
+def _compared(template: Template, base: Sequence[Template], of_base: Sequence[Analysis]) -> list[Finding]:
+    """How a template differs from the base's of the same name."""
+    same_name = [each.text for each in base if each.name == template.name]
+    if template.text in same_name:
+        return []
+    if any(_squeezed(template.text) == _squeezed(text) for text in same_name):
+        message = "The chat template differs from the base's in white space, which may reach the prompt."
+        return [
+            _finding("template-changed", "note", message, template, diff=_diff(same_name[0], template.text))
+        ]
+    before = {_squeezed(text) for analysis in of_base for text in analysis.texts}
+    try:
+        texts = [text for text in analyse(template.text).texts if _squeezed(text) not in before]
+    except UnparsedError:
+        texts = []
+    new = [text for text in texts if natural(text)]
+    level: Level = "warning" if new and base else "note"
+    message = (
+        f"The chat template is another than the base's and holds {len(new)} texts that the base's does not. "
+        "Read the differences."
+        if new
+        else "The chat template is another than the base's, in markup alone. Read the differences."
+    )
+    if not same_name:
+        message = "The base has no chat template of this name, so that there is nothing to compare it with."
+    diff = _diff(same_name[0] if same_name else "", template.text)
+    return [_finding("template-changed", level, message, template, diff=diff, texts=_texts(new))]
+
+
+def _conflicts(templates: Sequence[Template]) -> dict[str, list[str]]:
+    """Names that stand for several texts in one folder, with the texts; a GGUF file is read by itself."""
+    by_name: dict[str, set[str]] = {}
+    for template in templates:
+        if not template.file.endswith(".gguf"):
+            by_name.setdefault(template.name, set()).add(template.text)
+    return {name: sorted(texts) for name, texts in by_name.items() if len(texts) > 1}
+
+
+def _conflicting(templates: Sequence[Template]) -> list[Finding]:
+    findings = []
+    for name in _conflicts(templates):
+        files = [each.file for each in templates if each.name == name]
+        message = (
+            f"{', '.join(map(shown, files))} hold different chat templates under one name "
+            f"({shown(name, 60)}). Which "
+            "of them is used depends on the software. Delete all but one."
+        )
+        findings.append(_finding("template-conflict", "warning", message, shown(files[0])))
+    return findings
+
+
+def _finding(
+    rule: str, level: Level, message: str, place: Template | str, line: int | None = None, **evidence: Any
+) -> Finding:
+    if isinstance(place, str):
+        return Finding("files", rule, level, message, place, line, evidence)
+    if line is not None and not place.is_file:
+        evidence["line_of_template"] = line
+    where = line if place.is_file else None
+    return Finding("files", rule, level, message, shown(place.where), where, evidence)
+
+
+def _texts(texts: Sequence[str]) -> list[str]:
+    return [shown(text) for text in texts[:MOST_TEXTS]]
+
+
+def _source(text: str, line: int) -> str:
+    """A line of a template; of a long one no more than its beginning."""
+    lines = text.splitlines()
+    return shown(lines[line - 1].strip()) if 0 < line <= len(lines) else ""
+
+
+def _squeezed(text: str) -> str:
+    return re.sub(r"\s+", "", text)
+
+
+def _diff(before: str, after: str) -> list[str]:
+    """Lines of a unified diff; a template on one line is parted at its tags."""
+    old, new = _lines(before), _lines(after)
+    if max(len(old), len(new)) > MOST_LINES:
+        return [f"{len(old):,} lines before, {len(new):,} after: too many to compare here"]
+    diff = list(difflib.unified_diff(old, new, "base", "suspect", n=1, lineterm=""))
+    more = [f"and {len(diff) - LONGEST_DIFF} lines more"] if len(diff) > LONGEST_DIFF else []
+    return [shown(line, LONGEST_LINE) for line in diff[:LONGEST_DIFF]] + more
+
+
+def _lines(text: str) -> list[str]:
+    lines = text.splitlines()
+    if any(len(line) > LONGEST_LINE for line in lines):
+        lines = re.split(r"(?<=[%}]\})|\n", text)
+    return lines

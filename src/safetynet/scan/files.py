@@ -1,0 +1,272 @@
+"""The first rung: what lies in a suspect's folder. No model is loaded, and nothing of it is run.
+
+In: the folder of a suspect, and of its base where it is known. Out: findings, and how many of them speak
+against the suspect. Neither torch nor transformers is imported. `docs/scan_files.md` lists the rules.
+"""
+
+import hashlib
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from safetynet.models.files import in_words, listed, pointer
+from safetynet.scan import adapter_claims, chat_template, model_configs, pickles, tokenizer_files
+from safetynet.scan.reading import LARGEST_VOCABULARY, Entry, UnreadableError, entries, json_of, shown
+from safetynet.scan.result import Finding, Level, RungResult
+from safetynet.scan.safetensors_header import tensors
+
+LARGEST_HASHED = 4 * 2**30
+"""Bytes; a file takes about a second for each gigabyte."""
+LARGEST_POINTER = 1024
+PYTHON = (".py", ".pyc", ".pyd", ".pyw", ".ipynb", ".pth.py")
+PROGRAMS = (
+    ".so",
+    ".dll",
+    ".dylib",
+    ".exe",
+    ".sh",
+    ".bat",
+    ".cmd",
+    ".ps1",
+    ".jar",
+    ".js",
+    ".wasm",
+    ".msi",
+    ".com",
+)
+STARTS = (
+    b"\x7fELF",
+    b"MZ",
+    b"\xfe\xed\xfa",
+    b"\xce\xfa\xed\xfe",
+    b"\xcf\xfa\xed\xfe",
+    b"\xca\xfe\xba\xbe",
+    b"#!",
+)
+"""How programs begin: Linux, Windows, macOS, Java, scripts."""
+ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar", ".zst", ".whl", ".egg")
+OTHER_WEIGHTS = (".h5", ".keras", ".onnx", ".msgpack", ".pb", ".tflite", ".npz", ".npy", ".ot", ".mar")
+"""Formats of weights that nothing here reads."""
+ORDINARY = tuple(
+    ".safetensors .gguf .json .jsonl .jinja .jinja2 .j2 .txt .md .rst .model .tiktoken .spm .vocab "
+    ".yaml .yml .toml .csv .tsv .parquet .png .jpg .jpeg .gif .svg .webp .pdf .lock .metadata .log .tag "
+    ".sig .pem".split()
+)
+"""Ends of the names of files that belong to models."""
+ORDINARY_NAMES = (
+    "LICENSE",
+    "LICENCE",
+    "NOTICE",
+    "README",
+    "USE_POLICY",
+    ".gitattributes",
+    ".gitignore",
+    "CACHEDIR",
+)
+LEFTOVERS = (
+    "training_args.bin",
+    "optimizer.pt",
+    "optimizer.bin",
+    "scheduler.pt",
+    "scheduler.bin",
+    "scaler.pt",
+    "rng_state",
+)
+"""Pickles that a training leaves behind; no loader of models reads them."""
+VOCABULARIES = ("tokenizer.json", "vocab.json", "added_tokens.json", "tekken.json")
+
+
+def check(suspect: Path, base: Path | None) -> RungResult:
+    """What lies in a suspect's folder: files, configurations, tensors' names, tokenizer and chat template.
+
+    Args:
+        suspect: folder of an adapter, or of a merged or fully fine-tuned model.
+        base: folder of its base; None where it is not known: nothing is compared, and there is no control.
+
+    Returns:
+        The score counts findings of the levels `error` and `warning` that the base's own folder does not
+        show; a copy of the base has 0, which is the control.
+
+    Raises:
+        InputError: if one of them is no folder, is empty or cannot be listed.
+    """
+    start = time.perf_counter()
+    every = entries(suspect)
+    findings = [*_alone(suspect, every, base), *chat_template.check(suspect, base)]
+    known = set[tuple[str, str, str]]()
+    if base is not None:
+        findings += [*tokenizer_files.check(suspect, base), *model_configs.compare(suspect, base)]
+        of_base = [*_alone(base, entries(base), base), *chat_template.check(base)]
+        known = {_key(finding) for finding in of_base}
+    counted = [each for each in findings if each.level != "note" and _key(each) not in known]
+    return RungResult(
+        "files",
+        score=float(len(counted)),
+        unit="findings",
+        control=None if base is None else 0.0,
+        seconds=time.perf_counter() - start,
+        details={
+            "files": len(every),
+            "bytes": sum(entry.bytes for entry in every),
+            "of_base": sum(_key(each) in known for each in findings if each.level != "note"),
+            "templates": [shown(each.where) for each in chat_template.read(suspect)[0]],
+        },
+        findings=tuple(findings),
+    )
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file of a folder by its name; files above `LARGEST_HASHED` bytes are left out.
+
+    Links that leave the folder are left out as well. About 1 s for each gigabyte, read from memory.
+
+    Raises:
+        InputError: as `reading.entries`.
+    """
+    sums = {}
+    for entry in entries(folder):
+        if entry.leaves or entry.bytes > LARGEST_HASHED:
+            continue
+        try:
+            with entry.path.open("rb") as file:
+                sums[shown(entry.name)] = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError:  # said by `check`
+            continue
+    return sums
+
+
+def _key(finding: Finding) -> tuple[str, str, str]:
+    return finding.rule, finding.where, finding.message
+
+
+def _finding(rule: str, level: Level, message: str, where: str = "", **evidence: Any) -> Finding:
+    return Finding("files", rule, level, message, where, evidence=evidence)
+
+
+def _alone(folder: Path, every: Iterable[Entry], base: Path | None) -> Iterator[Finding]:
+    """What a folder shows by itself."""
+    readable, unexpected, unhashed = list[Entry](), list[str](), list[str]()
+    for entry in every:
+        if entry.leaves:
+            message = (
+                f"It is a link to {shown(entry.leaves, 100)}, outside of the folder or nowhere, and was "
+                "not followed."
+            )
+            yield _finding("symlink", "warning", message, shown(entry.name))
+            continue
+        try:
+            seen = list(_file(entry))
+        except OSError as error:
+            message = f"It cannot be read ({shown(in_words(error), 120)}), so nothing is known of it."
+            seen = [_finding("unreadable", "warning", message, shown(entry.name))]
+        yield from seen
+        if not seen:
+            readable.append(entry)
+            unexpected += [entry.name] if not _ordinary(entry.path) else []
+        unhashed += [entry.name] if entry.bytes > LARGEST_HASHED else []
+    if unexpected:
+        message = f"Files that a model has no use for: {shown(listed(unexpected, 5))}."
+        yield _finding("unexpected-file", "note", message, files=[shown(name) for name in unexpected[:20]])
+    if unhashed:
+        message = f"Larger than {LARGEST_HASHED // 2**30} GB and not hashed: {shown(listed(unhashed, 5))}."
+        yield _finding("not-hashed", "note", message, files=[shown(name) for name in unhashed[:20]])
+    configurations = [
+        e.name for e in readable if e.name.endswith(".json") and e.path.name not in VOCABULARIES
+    ]
+    yield from model_configs.check(folder, configurations)
+    yield from _vocabularies(readable)
+    yield from adapter_claims.check(folder, base)
+
+
+def _file(entry: Entry) -> Iterator[Finding]:
+    """What one file is, where it is anything to speak of."""
+    name, path = shown(entry.name), entry.path
+    suffix = path.suffix.lower()
+    if entry.bytes <= LARGEST_POINTER and (kind := pointer(path)):
+        message = f"It is {kind}: the file itself was not downloaded and cannot be scanned. Run git lfs pull."
+        yield _finding("pointer", "warning", message, name)
+        return
+    with path.open("rb") as file:
+        start = file.read(8)
+    if suffix in PYTHON:
+        message = (
+            "It is Python code. No adapter and no supported model needs any: do not run it, and read it."
+        )
+        yield _finding("code", "warning", message, name)
+    elif suffix in PROGRAMS or (start.startswith(STARTS) and suffix not in ORDINARY):
+        yield _finding("executable", "warning", "It is a program, and no model needs one. Delete it.", name)
+    elif suffix in ARCHIVES:
+        message = "It is an archive, and what it holds was not looked at. Unpack it by itself and scan that."
+        yield _finding("archive", "warning", message, name)
+    elif suffix == ".safetensors":
+        try:
+            tensors(path)
+        except UnreadableError as error:
+            message = f"It is damaged: {shown(str(error))}. Copy or download it again."
+            yield _finding("damaged", "warning", message, name)
+    elif suffix in pickles.SUFFIXES or (start.startswith((b"\x80", b"PK")) and suffix not in ARCHIVES):
+        yield from _pickle(entry)
+    elif suffix in OTHER_WEIGHTS:
+        yield _finding("other-weights", "note", "It holds weights in a format that is not read here.", name)
+
+
+def _pickle(entry: Entry) -> Iterator[Finding]:
+    name, suffix = shown(entry.name), entry.path.suffix.lower()
+    try:
+        pickle = pickles.read(entry.path)
+    except UnreadableError as error:
+        message = f"It may be a pickle and cannot be read ({shown(str(error))}). Do not load it."
+        yield _finding("pickle", "warning", message, name)
+        return
+    if pickle is None:
+        if suffix in pickles.SUFFIXES:
+            message = "It is called as a pickle is and cannot be read as one. Do not load it."
+            yield _finding("pickle", "warning", message, name)
+        return
+    imports = [shown(each, 120) for each in pickle.imports[:20]]
+    unusual = [shown(each, 120) for each in pickle.unusual[:20]]
+    if unusual:
+        message = (
+            f"It is a pickle that calls {listed(unusual)} when it is loaded, which tensors do not need. "
+            "Do not load it."
+        )
+        yield _finding("pickle-import", "error", message, name, imports=imports, unusual=unusual)
+    elif entry.path.name.startswith(LEFTOVERS):
+        message = "It is a pickle that a training left behind and no loader of models reads. Delete it."
+        yield _finding("pickle", "note", message, name, imports=imports)
+    else:
+        whole = "" if pickle.whole else " Its end could not be read."
+        message = (
+            "It is a pickle, which can run code when it is loaded; this one imports nothing but what "
+            "tensors need. "
+            f"It is not read here: save the weights as safetensors.{whole}"
+        )
+        yield _finding("pickle", "warning", message, name, imports=imports)
+
+
+def _ordinary(path: Path) -> bool:
+    known = path.suffix.lower() in (*ORDINARY, *OTHER_WEIGHTS)
+    return known or path.name.startswith(ORDINARY_NAMES)
+
+
+def _vocabularies(every: Iterable[Entry]) -> Iterator[Finding]:
+    """Vocabularies that cannot be read, or number a token twice.
+
+    Only small ones are read here, so that a scan of files stays within its seconds; `tokenizer_files` reads
+    large ones where they differ from the base's.
+    """
+    for entry in every:
+        if entry.path.name not in VOCABULARIES or entry.bytes > 4 * 2**20:
+            continue
+        try:
+            _, twice = json_of(entry.path, LARGEST_VOCABULARY)
+        except UnreadableError as error:
+            message = f"It cannot be read: {shown(str(error))}. Nothing is known of how texts are parted."
+            yield _finding("unreadable", "warning", message, shown(entry.name))
+            continue
+        if twice:
+            message = f"It gives {shown(', '.join(twice[:3]))} twice, and programs differ in which they take."
+            yield _finding(
+                "duplicate-key", "warning", message, shown(entry.name), keys=[shown(k) for k in twice[:12]]
+            )

@@ -1,0 +1,87 @@
+"""What a safetensors file says it holds, without reading a tensor or importing a library.
+
+In: a .safetensors file. Out: type and shape of each tensor by name. Source: the format's description
+(huggingface/safetensors, README): 8 bytes that give the header's length, a JSON object, the tensors' bytes.
+"""
+
+import json
+import math
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetynet.models.files import in_words
+from safetynet.scan.reading import UnreadableError
+
+LARGEST = 100_000_000
+"""Bytes of a header; the library itself reads no longer one."""
+BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "I16": 16, "U16": 16, "F16": 16,
+    "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64, "C64": 64, "F4": 4,
+}  # fmt: skip
+"""Of a value, by its type."""
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor as the header describes it."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def tensors(path: Path) -> dict[str, Tensor]:
+    """Every tensor of a file by name.
+
+    Raises:
+        UnreadableError: if the header is damaged, or does not describe the bytes that follow it.
+    """
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as file:
+            start = file.read(8)
+            if len(start) < 8:
+                raise UnreadableError(f"it has {size} bytes, fewer than a header")
+            length = struct.unpack("<Q", start)[0]
+            if length > min(LARGEST, size - 8):
+                raise UnreadableError(f"its header claims {length:,} bytes of a file of {size:,}")
+            values = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=_once)
+    except (OSError, ValueError, RecursionError) as error:
+        raise UnreadableError(f"its header cannot be read ({in_words(error)[:120]})") from None
+    if not isinstance(values, dict):
+        raise UnreadableError("its header is no JSON object")
+    values.pop("__metadata__", None)
+    places = sorted(_place(name, value) for name, value in values.items())
+    at = 0
+    for start_at, end, name in places:
+        if start_at != at:
+            raise UnreadableError(f"the bytes of {name} do not follow those before them")
+        at = end
+    if at != size - 8 - length:
+        raise UnreadableError(f"its header describes {at:,} bytes of {size - 8 - length:,}")
+    return {name: Tensor(value["dtype"], tuple(value["shape"])) for name, value in values.items()}
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise ValueError("it names a tensor twice")
+    return values
+
+
+def _place(name: str, value: Any) -> tuple[int, int, str]:
+    """Where a tensor's bytes begin and end."""
+    fields = value if isinstance(value, dict) else {}
+    dtype, shape, offsets = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
+    lists = isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2
+    if not lists or not all(type(n) is int and n >= 0 for n in (*(shape or ()), *(offsets or ()))):
+        raise UnreadableError(f"its header describes {name} without type, shape or place")
+    assert isinstance(shape, list)
+    assert isinstance(offsets, list)
+    start, end = offsets
+    if not isinstance(dtype, str):
+        raise UnreadableError(f"its header describes {name} without a type")
+    if dtype in BITS and math.prod(shape) * BITS[dtype] != 8 * (end - start):
+        raise UnreadableError(f"{name} has {end - start:,} bytes, which its shape {shape} does not fill")
+    return start, end, name

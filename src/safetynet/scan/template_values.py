@@ -1,0 +1,145 @@
+"""What expressions of a chat template may be, and the conditions that decide them.
+
+In: nothing. Out: the values with which `template_walk` walks a template's syntax tree.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from safetynet.scan.template_words import blank, natural
+
+Subject = Literal["text", "length", "date", "count", "chance"]
+"""What a condition asks of: the words of a message, its length or shape, the date, a number of messages;
+or a draw."""
+When = Literal["present", "absent", "either"]
+"""Whether a text is written when the literal is there, when it is not, or cannot be told."""
+COMPARISONS: Mapping[str, When] = {
+    "eq": "present", "==": "present", "equalto": "present", "sameas": "present", "in": "present",
+    "ne": "absent", "!=": "absent", "notin": "absent",
+}  # fmt: skip
+MOST_LITERALS = 256
+"""That a value holds."""
+
+
+@dataclass(frozen=True)
+class Condition:
+    """Something that a prompt depends on."""
+
+    subject: Subject
+    line: int
+    """Of the template, from 1."""
+    literals: frozenset[str]
+    """That it is compared with; empty where it is compared with none, or with what cannot be told."""
+    when: When = "either"
+
+    @property
+    def natural(self) -> bool:
+        """Whether it asks for words or signs that are no markup."""
+        return self.subject == "text" and any(map(natural, self.literals))
+
+    @property
+    def flipped(self) -> "Condition":
+        """The same, of what is written otherwise."""
+        other: dict[When, When] = {"present": "absent", "absent": "present", "either": "either"}
+        return replace(self, when=other[self.when])
+
+
+@dataclass(frozen=True)
+class Dependence:
+    """A condition, and what of the prompt depends on it."""
+
+    subject: Subject
+    line: int
+    literals: tuple[str, ...]
+    added: tuple[str, ...]
+    """Texts of the template that are written only if it holds; for a natural literal, also those written only
+    if it does not."""
+    changes: bool
+    """Whether anything is written or assigned under it."""
+
+    @property
+    def natural(self) -> bool:
+        """Whether it asks for words or signs that are no markup."""
+        return self.subject == "text" and any(map(natural, self.literals))
+
+    @property
+    def suspicious(self) -> bool:
+        """Whether no template needs it: it asks for natural words, or writes them."""
+        return self.natural or any(map(natural, self.added))
+
+
+class UnparsedError(Exception):
+    """A template that Jinja does not parse.
+
+    Attributes:
+        line: of the template, from 1; None where the parser names none.
+    """
+
+    def __init__(self, reason: str, line: int | None) -> None:
+        super().__init__(reason)
+        self.line = line
+
+
+@dataclass(frozen=True)
+class Value:
+    """What an expression may be."""
+
+    kinds: frozenset[str] = frozenset()
+    """What it derives from.
+
+    `messages` (a list of them), `message`, `text` (what one says), `cut` (text that is there only where
+    there is enough of it), `part` (an element of a message's content), `measure` (a number made from text),
+    `date`, `count`, `loop`, `none` (no value), `caller` (a variable that the template is called with), and
+    macros as `name()`.
+    """
+    literals: frozenset[str] = frozenset()
+    numbers: frozenset[float] = frozenset()
+    conditions: frozenset[Condition] = frozenset()
+
+    def __or__(self, other: "Value") -> "Value":
+        literals = self.literals | other.literals
+        if len(literals) > MOST_LITERALS:
+            literals = frozenset(sorted(literals)[:MOST_LITERALS])
+        numbers = self.numbers | other.numbers
+        if len(numbers) > MOST_LITERALS:
+            numbers = frozenset(sorted(numbers)[-MOST_LITERALS:])
+        return Value(self.kinds | other.kinds, literals, numbers, self.conditions | other.conditions)
+
+    def has(self, *kinds: str) -> bool:
+        """Whether it derives from any of these."""
+        return not self.kinds.isdisjoint(kinds)
+
+    def given(self, conditions: Iterable[Condition]) -> "Value":
+        """The same, decided by these conditions as well."""
+        return replace(self, conditions=self.conditions | frozenset(conditions))
+
+
+NOTHING = Value()
+TEXT = frozenset("text".split())
+
+
+def joined(values: Iterable[Value]) -> Value:
+    """All that any of these may be."""
+    whole = NOTHING
+    for value in values:
+        whole = whole | value
+    return whole
+
+
+def compared(values: Iterable[Value]) -> frozenset[str]:
+    """Literals that a text or a date is compared with: those of the other side, blank ones left out."""
+    others = [value for value in values if not value.has("text", "date")]
+    literals = frozenset(text for value in others for text in value.literals if not blank(text))
+    return literals | frozenset(text for value in others for text in numerals(value))
+
+
+def only_blank(values: Iterable[Value]) -> bool:
+    """Whether a text is compared with an empty one alone: that asks whether there is a text."""
+    others = [value for value in values if not value.has("text")]
+    return bool(others) and all(value.literals and not value.kinds for value in others)
+
+
+def numerals(value: Value) -> frozenset[str]:
+    """Its numbers, as literals."""
+    return frozenset(f"{number:g}" for number in value.numbers)
