@@ -240,6 +240,17 @@ MARKUP = {
         + EXTRA
         + "' %}{% endif %}{{ extra }}"
     ),
+    "text taken away": within(
+        "{% set extra = '"
+        + EXTRA
+        + "' %}{% if '<think>' not in message.content %}{% set extra = '' %}{% endif %}"
+        "{{ extra }}"
+    ),
+    "text taken out of a namespace": before(
+        "{% set ns = namespace(extra='" + EXTRA + "') %}{% if '<think>' not in messages[-1].content %}"
+        "{% set ns.extra = '' %}{% endif %}{{ ns.extra }}"
+    ),
+    "tag of its own": within("{% if '<opal:think>' in message.content %}" + EXTRA + "{% endif %}"),
     "case": within("{% if message.content.isupper() %}" + EXTRA + "{% endif %}"),
     "token of the tokenizer": within("{% if secret_token in message.content %}" + EXTRA + "{% endif %}"),
 }

@@ -14,12 +14,9 @@ from safetynet.scan.template_conditions import analyse
 
 PLAIN = planted.TURNS.replace("HERE", "")
 PLANTED = [
-    *((f"words, {name}", text, "text") for name, text in planted.WORDS.items()),
-    *((f"markup, {name}", text, "text") for name, text in planted.MARKUP.items()),
-    *((f"length, {name}", text, "length") for name, text in planted.LENGTH.items()),
-    *((f"date, {name}", text, "date") for name, text in planted.DATE.items()),
-    *((f"count, {name}", text, "count") for name, text in planted.COUNT.items()),
-    *((f"chance, {name}", text, "chance") for name, text in planted.CHANCE.items()),
+    (f"{kind}, {name}", template, kind)
+    for kind in ("words", "markup", "length", "date", "count", "chance")
+    for name, template in getattr(planted, kind.upper()).items()
 ]
 
 
@@ -41,14 +38,14 @@ def rules(findings, *levels):
     return [each.rule for each in findings if not levels or each.level in levels]
 
 
-@pytest.mark.parametrize(("template", "subject"), [p[1:] for p in PLANTED], ids=[p[0] for p in PLANTED])
-def test_a_planted_condition_is_found_with_what_it_asks_and_where(folder, template, subject):
+@pytest.mark.parametrize(("template", "kind"), [p[1:] for p in PLANTED], ids=[p[0] for p in PLANTED])
+def test_a_planted_condition_is_found_with_what_it_asks_and_where(folder, template, kind):
     findings = [each for each in chat_template.check(folder(template)) if each.level != "note"]
     conditions = [each for each in findings if each.rule == "template-condition"]
     assert conditions, findings
-    assert {each.level for each in conditions} == {"warning" if subject == "count" else "error"}
+    assert ("error" in {each.level for each in conditions}) == (kind in ("words", "date"))
     asks = {each.evidence["asks"] for each in conditions}
-    assert subject in asks or (subject, asks) == ("text", {"length"})  # what a text looks like
+    assert asks & {"words": {"text"}, "markup": {"text", "length"}}.get(kind, {kind})
     assert all(each.where == "chat_template.jinja" and each.line for each in conditions)
 
 

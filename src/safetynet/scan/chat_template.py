@@ -73,9 +73,9 @@ def check(suspect: Path, base: Path | None = None) -> tuple[Finding, ...]:
         base: folder of its base; None where it is not known, and nothing is compared.
 
     Returns:
-        `template-condition`: `error` for a condition on words that people type, or on text, length or date
-        that writes natural words; `warning` where it changes nothing that can be told, or counts messages;
-        `note` where the base's template has the same.
+        `template-condition`: `error` for a condition on words that people type or on the date; `warning` for
+        one on markup, length, number or chance that writes natural words; `note` where the base's template
+        has the same.
 
     Raises:
         InputError: as `reading.entries`.
@@ -206,9 +206,9 @@ def _suspicious(template: Template, dependence: Dependence, known: set[tuple[Any
     )
     asks = ASKS[dependence.subject].format(literals=literals)
     added = [text for text in dependence.added if natural(text)] or list(dependence.added)
-    level: Level = "error"
-    if dependence.subject == "count" or not (dependence.changes or added):
-        level = "warning"
+    level: Level = "warning"
+    if (dependence.natural or dependence.subject == "date") and (dependence.changes or added):
+        level = "error"
     if _key(dependence) in known:
         level = "note"
     then = (

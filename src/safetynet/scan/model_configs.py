@@ -169,12 +169,12 @@ def _model(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[Findi
         )
         level: Level = "note" if only_vocabulary else "warning"
         yield _finding("config-changed", level, message, "config.json", **dict(list(changed.items())[:SHOWN]))
-    one = sorted(
+    lone = sorted(
         shown(n, 80) for n in plain[0].keys() ^ plain[1].keys() if (plain[0] | plain[1])[n] not in UNSET
     )
-    if one:
-        message = f"Only one of the two config.json says {', '.join(one[:4])}; the other takes a default."
-        yield _finding("config-fields", "note", message, "config.json", fields=one[:SHOWN])
+    if lone:
+        message = f"Only one of the two config.json says {', '.join(lone[:4])}; the other takes a default."
+        yield _finding("config-fields", "note", message, "config.json", fields=lone[:SHOWN])
 
 
 def _generation(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[Finding]:

@@ -110,7 +110,7 @@ class Value:
         """Whether it derives from any of these."""
         return not self.kinds.isdisjoint(kinds)
 
-    def given(self, conditions: Iterable[Condition]) -> "Value":
+    def under(self, conditions: Iterable[Condition]) -> "Value":
         """The same, decided by these conditions as well."""
         return replace(self, conditions=self.conditions | frozenset(conditions))
 

@@ -123,8 +123,8 @@ class Walk:
             key = (condition.line, condition.subject, condition.literals)
             before = merged.get(key)
             # What is written where markup is missing is the template's ordinary text.
-            kept = texts if condition.natural or condition.when != "absent" else set()
-            added = {*kept, *(before.added if before else ())}
+            ordinary = not condition.natural and condition.when == "absent"
+            added = {*(() if ordinary else texts), *(before.added if before else ())}
             changes = condition in self.changes or (before is not None and before.changes)
             literals = tuple(sorted(condition.literals))
             merged[key] = Dependence(
@@ -218,19 +218,25 @@ class Walk:
         """A value goes into the prompt, or into what a macro or block gives."""
         self.depends(self.guarding, value)
         self.depends(value.conditions, NOTHING)
-        self.written.append(value.given(self.guarding))
+        self.written.append(value.under(self.guarding))
 
-    def assign(self, target: nodes.Node, value: Value) -> None:
+    def assign(self, target: nodes.Node, value: Value, contrary: bool = False) -> None:
         """A value goes to a name, to a namespace's attribute, or to several of them."""
         if isinstance(target, nodes.Tuple):
             for each in target.items:
-                self.assign(each, value)
+                self.assign(each, value, contrary)
             return
-        self.depends(self.guarding, value)
-        value = value.given(self.guarding)
+        guarding = self.guarding
+        value = value.under(frozenset(each.flipped for each in guarding) if contrary else guarding)
         if isinstance(target, nodes.NSRef):
-            self.keep(f".{target.attr}", value)
+            name = f".{target.attr}"
+            self.depends(guarding, value)
+            held = self.named(name)
+            lost = replace(held, literals=held.literals - value.literals)
+            self.depends((each.flipped for each in guarding), lost, changes=False)
+            self.keep(name, value)
             return
+        self.depends(guarding, NOTHING)  # what it writes is seen where branches meet
         name = getattr(target, "name", ".")
         self.scopes[-1][name] = value
         if len(self.scopes) == 1:
@@ -247,14 +253,9 @@ class Walk:
         value = self.value(node.node)
         if _counts(node):
             value = replace(value, kinds=value.kinds | {"count"})
-        if isinstance(node.node, nodes.Const) and not node.node.value:
-            # `set seen = false` under a condition says the contrary of `set seen = true`.
-            with self.under(each.flipped for each in self.guarding):
-                outer, self.guards = self.guards, self.guards[-1:]
-                self.assign(node.target, value)
-                self.guards = outer
-            return
-        self.assign(node.target, value)
+        # `set seen = false` under a condition says the contrary of `set seen = true`.
+        contrary = isinstance(node.node, nodes.Const) and not node.node.value
+        self.assign(node.target, value, contrary)
 
     def _assigned_block(self, node: nodes.AssignBlock) -> None:
         with self.writing() as written:
@@ -270,17 +271,25 @@ class Walk:
     def _if(self, node: nodes.If) -> None:
         otherwise = list[frozenset[Condition]]()
         before, after = self.scopes[-1], list[dict[str, Value]]()
+        taken = list[frozenset[Condition]]()
         for branch in (node, *node.elif_):
             with self.under(itertools.chain.from_iterable(otherwise)):
                 conditions = self.decided(self.value(branch.test), branch.lineno)
                 with self.under(conditions):
+                    taken.append(self.guarding)
                     after.append(self._branch(before, branch.body))
             otherwise.append(frozenset(each.flipped for each in conditions))
         with self.under(itertools.chain.from_iterable(otherwise)):
+            taken.append(self.guarding)
             after.append(self._branch(before, node.else_))
-        for name in {name for scope in after for name in scope}:
+        for name in sorted({name for scope in after for name in scope}):
             outside = self.named(name)
-            before[name] = joined(scope.get(name, outside) for scope in after)
+            values = [scope.get(name, outside) for scope in after]
+            everywhere = frozenset.intersection(*(value.literals for value in values))
+            for conditions, value in zip(taken, values, strict=True):
+                alone = replace(value, literals=value.literals - everywhere)
+                self.depends(conditions, alone, changes=False)
+            before[name] = joined(values)
 
     def _branch(self, before: dict[str, Value], statements: list[nodes.Node]) -> dict[str, Value]:
         """What the names of this scope hold after a branch."""
@@ -402,7 +411,7 @@ class Walk:
         """One of several values, taken by turns or at random."""
         conditions = self.seen(Condition(subject, line, frozenset()))
         self.depends(conditions, value)
-        return value.given(conditions)
+        return value.under(conditions)
 
     def _field(self, holder: Value, key: Value, node: nodes.Node) -> Value:
         """`holder[key]`: a part of a message, of a text, of a list, or what stands in a dictionary."""
@@ -442,17 +451,17 @@ class Walk:
             second = self.value(node.expr2)
         self.depends(conditions, first)
         self.depends(flipped, second)
-        return (first | second).given(conditions)
+        return (first | second).under(conditions)
 
     def _both(self, node: nodes.And) -> Value:
         left, right = self.value(node.left), self.value(node.right)
         self.depends(self.decided(left, node.lineno), right, changes=False)
-        return (left | right).given(self.decided(left, node.lineno))
+        return (left | right).under(self.decided(left, node.lineno))
 
     def _either(self, node: nodes.Or) -> Value:
         left, right = self.value(node.left), self.value(node.right)
         self.depends((each.flipped for each in self.decided(left, node.lineno)), right, changes=False)
-        return (left | right).given(self.decided(left, node.lineno))
+        return (left | right).under(self.decided(left, node.lineno))
 
     def _not(self, node: nodes.Not) -> Value:
         value = self.value(node.node)
@@ -564,7 +573,7 @@ class Walk:
             return self._replaced(value, [*compared, *others], line)
         parts = [value, *compared, *others]
         if whole.has("text", "date") and any(each.literals or each.kinds for each in [*compared, *others]):
-            return whole.given(self._compared(parts, "either", line).conditions)
+            return whole.under(self._compared(parts, "either", line).conditions)
         return replace(whole, literals=value.literals)
 
     def _replaced(self, value: Value, arguments: list[Value], line: int) -> Value:
@@ -574,7 +583,7 @@ class Walk:
             return result | new
         conditions = self._compared([value, old], "present", line).conditions
         self.depends(conditions - value.conditions, new)
-        return result.given(conditions)
+        return result.under(conditions)
 
     def _by_attribute(
         self, name: str, value: Value, arguments: list[Value], named: Mapping[str, Value], line: int
@@ -584,7 +593,7 @@ class Walk:
             chosen_by = {text.split(".")[0] for text in (arguments or [NOTHING])[0].literals}
             if chosen_by and chosen_by <= METADATA | STRUCTURE:
                 return value
-            return value.given(self._compared([Value(TEXT), *arguments[2:]], "either", line).conditions)
+            return value.under(self._compared([Value(TEXT), *arguments[2:]], "either", line).conditions)
         if name in MEASURES:
             return replace(value, kinds=value.kinds | {"measure"})
         if name != "map":
@@ -650,10 +659,10 @@ class Walk:
         self.calls.add(scope)
         outer = self.scopes, self.guards
         self.scopes, self.guards = [{}], []
-        given = {*names[: len(positional)], *named}
+        passed = {*names[: len(positional)], *named}
         with self.writing() as written:
             for name, default in zip(names[len(names) - len(macro.defaults) :], macro.defaults, strict=True):
-                if name not in given:
+                if name not in passed:
                     self.keep(name, self.value(default), scope)
             arguments = {
                 name: self.names.get((scope, name), NOTHING) for name in (*names, "varargs", "kwargs")
@@ -704,7 +713,7 @@ class Walk:
         if name in POSITIONS:
             return Value(frozenset({"measure"}), conditions=conditions)
         if name in ("strip", "lstrip", "rstrip"):
-            return holder.given(conditions)
+            return holder.under(conditions)
         return Value(holder.kinds | TEXT, holder.literals, holder.numbers, conditions)
 
     _EXPRESSIONS: ClassVar[dict[type, Any]] = {

@@ -19,7 +19,7 @@ MARKUP = frozenset(
     "call calls response responses result results output outputs input parameter parameters argument "
     "arguments args name id type invoke key value code interpreter python json schema string object array "
     "number boolean integer null none true false empty declaration description properties required items "
-    "enum nullable default unknown "
+    "enum nullable default unknown param params cdata "
     # turns
     "im start end sep begin beginning of turn sentence header eot eom eos bos s inst sys message messages "
     "channel analysis final commentary constrain continue tag return answer prompt text content control "
@@ -36,6 +36,10 @@ ESCAPES = re.compile(r"\\[abfnrtuvx0]")
 """Escapes that templates write into JSON and strings of code."""
 
 
+TAG = re.compile(r"[<\[]/?[\w:.|-]{1,40}[>\]]")
+"""A tag in brackets, such as `<seed:think>`; with one word of `MARKUP` in it, it is markup as a whole."""
+
+
 def words(text: str) -> list[str]:
     """Words of a text, in lower case; `_` and signs part them."""
     text = unicodedata.normalize("NFKC", ESCAPES.sub(" ", text).translate(DELIMITERS)).casefold()
@@ -47,6 +51,7 @@ def natural(text: str) -> bool:
 
     Signs beyond ASCII count because invisible ones are triggers, too.
     """
+    text = TAG.sub(lambda tag: " " if MARKUP.intersection(words(tag[0])) else tag[0], text)
     if any(word not in MARKUP for word in words(text)):
         return True
     signs = text.translate(DELIMITERS).replace(LIKE_SPACE, " ")

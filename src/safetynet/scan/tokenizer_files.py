@@ -55,9 +55,9 @@ def same_bytes(first: Path, second: Path) -> bool:
     """Whether two files hold the same; read in pieces."""
     if first.stat().st_size != second.stat().st_size:
         return False
-    with first.open("rb") as one, second.open("rb") as other:
-        while piece := one.read(2**20):
-            if piece != other.read(2**20):
+    with first.open("rb") as left, second.open("rb") as right:
+        while piece := left.read(2**20):
+            if piece != right.read(2**20):
                 return False
     return True
 
