@@ -6,8 +6,8 @@
 Published templates are those that trl, axolotl, oumi and xinference carry in their wheels, fetched by name
 and version, read and thrown away. A template counts once, whatever packages carry it. Those of trl were in
 sight while the rules were written. The others were scanned afterwards: `first sight` gives what was alarmed
-then, before the rules learnt from it. An alarm is a finding of the level `error` or `warning`. Planted ones are
-the conditions of tests/scan/planted_templates.py, in a template of plain turns and before each family's.
+then, before the rules learnt from it. An alarm is an `error` or a `warning`. Planted ones are the conditions
+of tests/scan/planted_templates.py, in a template of plain turns and before each family's.
 """
 
 import argparse
