@@ -15,7 +15,7 @@ from typing import Any
 import regex
 
 from safetynet.models.files import hub_id, listed
-from safetynet.scan.reading import UnreadableError, json_of, shown
+from safetynet.scan.reading import UnreadableError, escaped, json_of
 from safetynet.scan.result import Finding, Level
 from safetynet.scan.safetensors_header import Tensor, tensors
 
@@ -57,7 +57,7 @@ def check(folder: Path, base: Path | None = None) -> list[Finding]:
             _finding(
                 "adapter-type",
                 "note",
-                f"This adapter is of the type {shown(str(config.get('peft_type')), 40)}, no LoRA: "
+                f"This adapter is of the type {escaped(str(config.get('peft_type')), 40)}, no LoRA: "
                 "files, answers and "
                 "candidates can be looked at, weights as those of an update cannot.",
             )
@@ -93,10 +93,10 @@ def _of_base(config: Mapping[str, Any], base: Path | None) -> Iterator[Finding]:
     yield _finding(
         "adapter-base",
         level,
-        f"The adapter calls its base {shown(claimed, 100)}, and is scanned beside "
+        f"The adapter calls its base {escaped(claimed, 100)}, and is scanned beside "
         f"{mine if on_hub else base.name}. "
         "Names say little: the identity rung compares the weights.",
-        claimed=shown(claimed),
+        claimed=escaped(claimed),
     )
 
 
@@ -113,12 +113,12 @@ def _of_fields(config: Mapping[str, Any]) -> Iterator[Finding]:
             "The adapter repeats layers of its base, so that the model is another than base and adapter."
         )
         yield _finding(
-            "adapter-layers", "warning", message, layer_replication=shown(str(config["layer_replication"]))
+            "adapter-layers", "warning", message, layer_replication=escaped(str(config["layer_replication"]))
         )
     if config.get("trainable_token_indices"):
         message = "The adapter trains the embeddings of single tokens, where a trigger of one token may lie."
         yield _finding(
-            "adapter-tokens", "note", message, tokens=shown(str(config["trainable_token_indices"]))
+            "adapter-tokens", "note", message, tokens=escaped(str(config["trainable_token_indices"]))
         )
     saved = _strings(config.get("modules_to_save"))
     if any(name.split(".")[-1] in VOCABULARY for name in saved):
@@ -172,7 +172,7 @@ def _of_tensors(config: Mapping[str, Any], names: Mapping[str, Tensor]) -> Itera
     )
     if alone:
         message = (
-            f"{len(alone)} parts of LoRA stand without their other half ({shown(listed(alone))}), for "
+            f"{len(alone)} parts of LoRA stand without their other half ({escaped(listed(alone))}), for "
             "which PEFT "
             "takes untrained values."
         )
@@ -181,14 +181,14 @@ def _of_tensors(config: Mapping[str, Any], names: Mapping[str, Tensor]) -> Itera
     embeddings, foreign = _rest(config, rest)
     if embeddings:
         message = (
-            f"The file holds embeddings or a head ({shown(listed(embeddings))}), which replace those of "
+            f"The file holds embeddings or a head ({escaped(listed(embeddings))}), which replace those of "
             "the base."
         )
         yield _finding("adapter-vocabulary", "note", message, WEIGHTS, tensors=_names(embeddings))
     if foreign:
         message = (
             f"{len(foreign)} tensors are no part of what adapter_config.json describes "
-            f"({shown(listed(foreign))}). "
+            f"({escaped(listed(foreign))}). "
             "PEFT writes those that are called as a weight of the base over that weight, where "
             "switching the adapter "
             "off does not undo it, and drops the others in silence."
@@ -197,7 +197,7 @@ def _of_tensors(config: Mapping[str, Any], names: Mapping[str, Tensor]) -> Itera
 
 
 def _names(names: list[str]) -> list[str]:
-    return [shown(name) for name in names[:SHOWN]]
+    return [escaped(name) for name in names[:SHOWN]]
 
 
 def _outside(config: Mapping[str, Any], modules: set[str]) -> Iterator[Finding]:
@@ -220,12 +220,13 @@ def _outside(config: Mapping[str, Any], modules: set[str]) -> Iterator[Finding]:
         message = (
             "The pattern of its target_modules is none, or takes for ever: nobody can tell what it adapts."
         )
-        yield _finding("adapter-targets", "warning", message, target_modules=shown(str(targets)))
+        yield _finding("adapter-targets", "warning", message, target_modules=escaped(str(targets)))
         return
     if outside:
         message = (
             f"{len(outside)} of {len(modules)} adapted modules lie outside of its target_modules "
-            f"({shown(listed(outside))}). PEFT drops their tensors in silence; other software may load them."
+            f"({escaped(listed(outside))}). PEFT drops their tensors in silence; other software may "
+            "load them."
         )
         yield _finding("adapter-targets", "warning", message, WEIGHTS, modules=_names(outside))
 

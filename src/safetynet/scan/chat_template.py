@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from safetynet.scan import gguf_metadata
-from safetynet.scan.reading import Entry, UnreadableError, entries, json_of, shown, text_of
+from safetynet.scan.reading import Entry, UnreadableError, entries, escaped, json_of, text_of
 from safetynet.scan.result import Finding, Level
 from safetynet.scan.template_conditions import Analysis, analyse
 from safetynet.scan.template_values import Dependence, UnparsedError
@@ -57,7 +57,7 @@ class Template:
     @property
     def where(self) -> str:
         """File and name, for people."""
-        return self.file if self.name == DEFAULT else f"{self.file} ({shown(self.name, 60)})"
+        return self.file if self.name == DEFAULT else f"{self.file} ({escaped(self.name, 60)})"
 
     @property
     def is_file(self) -> bool:
@@ -83,9 +83,9 @@ def check(suspect: Path, base: Path | None = None) -> tuple[Finding, ...]:
     templates, findings = read(suspect)
     base_templates = read(base)[0] if base is not None else ()
     of_base = _analysed(base_templates)
-    known = {_key(each) for analysis in of_base for each in analysis.dependences}
+    in_base = {_key(each) for analysis in of_base for each in analysis.dependences}
     for template in templates:
-        findings += _findings(template, known)
+        findings += _findings(template, in_base)
         if base is not None:
             findings += _compared(template, base_templates, of_base)
     if base is None or _conflicts(templates) != _conflicts(base_templates):
@@ -110,8 +110,9 @@ def read(folder: Path) -> tuple[tuple[Template, ...], list[Finding]]:
                 _finding(
                     "template-unreadable",
                     "warning",
-                    f"It may hold a chat template and cannot be read: {shown(str(error))}. Read it by hand.",
-                    shown(entry.name),
+                    f"It may hold a chat template and cannot be read: {escaped(str(error))}. Read it "
+                    "by hand.",
+                    escaped(entry.name),
                 )
             )
     return tuple(templates), findings
@@ -165,18 +166,18 @@ def _key(dependence: Dependence) -> tuple[Any, ...]:
     return dependence.subject, dependence.literals, dependence.added, dependence.changes
 
 
-def _findings(template: Template, known: set[tuple[Any, ...]]) -> list[Finding]:
+def _findings(template: Template, in_base: set[tuple[Any, ...]]) -> list[Finding]:
     """What one template holds, whatever the base's does."""
     try:
         analysis = analyse(template.text)
     except UnparsedError as error:
         message = (
-            f"Jinja does not parse this chat template ({shown(str(error))}), so nothing is known of "
+            f"Jinja does not parse this chat template ({escaped(str(error))}), so nothing is known of "
             "it. Other "
             "software may read it all the same: correct it, or take the base's."
         )
         return [_finding("template-unparsed", "warning", message, template, error.line)]
-    findings = [_suspicious(template, each, known) for each in analysis.dependences if each.suspicious]
+    findings = [_suspicious(template, each, in_base) for each in analysis.dependences if each.suspicious]
     ordinary = [each for each in analysis.dependences if not each.suspicious]
     if ordinary:
         listed = [
@@ -193,23 +194,23 @@ def _findings(template: Template, known: set[tuple[Any, ...]]) -> list[Finding]:
         findings.append(_finding("template-include", "warning", message, template, line))
     for line, name in analysis.escapes:
         message = (
-            f"It asks for {shown(name, 60)}, as templates do that try to leave Jinja's sandbox. Do not "
+            f"It asks for {escaped(name, 60)}, as templates do that try to leave Jinja's sandbox. Do not "
             "render it."
         )
         findings.append(_finding("template-escape", "error", message, template, line))
     return findings
 
 
-def _suspicious(template: Template, dependence: Dependence, known: set[tuple[Any, ...]]) -> Finding:
+def _suspicious(template: Template, dependence: Dependence, in_base: set[tuple[Any, ...]]) -> Finding:
     literals = (
-        ", ".join(repr(shown(text, 60)) for text in dependence.literals[:3]) or "something that it hides"
+        ", ".join(repr(escaped(text, 60)) for text in dependence.literals[:3]) or "something that it hides"
     )
     asks = ASKS[dependence.subject].format(literals=literals)
     added = [text for text in dependence.added if natural(text)] or list(dependence.added)
     level: Level = "warning"
     if (dependence.natural or dependence.subject == "date") and (dependence.changes or added):
         level = "error"
-    if _key(dependence) in known:
+    if _key(dependence) in in_base:
         level = "note"
     then = (
         "writes text of its own"
@@ -276,11 +277,11 @@ def _conflicting(templates: Sequence[Template]) -> list[Finding]:
     for name in _conflicts(templates):
         files = [each.file for each in templates if each.name == name]
         message = (
-            f"{', '.join(map(shown, files))} hold different chat templates under one name "
-            f"({shown(name, 60)}). Which "
+            f"{', '.join(map(escaped, files))} hold different chat templates under one name "
+            f"({escaped(name, 60)}). Which "
             "of them is used depends on the software. Delete all but one."
         )
-        findings.append(_finding("template-conflict", "warning", message, shown(files[0])))
+        findings.append(_finding("template-conflict", "warning", message, escaped(files[0])))
     return findings
 
 
@@ -292,17 +293,17 @@ def _finding(
     if line is not None and not place.is_file:
         evidence["line_of_template"] = line
     where = line if place.is_file else None
-    return Finding("files", rule, level, message, shown(place.where), where, evidence)
+    return Finding("files", rule, level, message, escaped(place.where), where, evidence)
 
 
 def _texts(texts: Sequence[str]) -> list[str]:
-    return [shown(text) for text in texts[:MOST_TEXTS]]
+    return [escaped(text) for text in texts[:MOST_TEXTS]]
 
 
 def _source(text: str, line: int) -> str:
     """A line of a template; of a long one no more than its beginning."""
     lines = text.splitlines()
-    return shown(lines[line - 1].strip()) if 0 < line <= len(lines) else ""
+    return escaped(lines[line - 1].strip()) if 0 < line <= len(lines) else ""
 
 
 def _squeezed(text: str) -> str:
@@ -316,7 +317,7 @@ def _diff(before: str, after: str) -> list[str]:
         return [f"{len(old):,} lines before, {len(new):,} after: too many to compare here"]
     diff = list(difflib.unified_diff(old, new, "base", "suspect", n=1, lineterm=""))
     more = [f"and {len(diff) - LONGEST_DIFF} lines more"] if len(diff) > LONGEST_DIFF else []
-    return [shown(line, LONGEST_LINE) for line in diff[:LONGEST_DIFF]] + more
+    return [escaped(line, LONGEST_LINE) for line in diff[:LONGEST_DIFF]] + more
 
 
 def _lines(text: str) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from safetynet.models.files import in_words, listed, pointer
 from safetynet.scan import adapter_claims, chat_template, model_configs, pickles, tokenizer_files
-from safetynet.scan.reading import LARGEST_VOCABULARY, Entry, UnreadableError, entries, json_of, shown
+from safetynet.scan.reading import LARGEST_VOCABULARY, Entry, UnreadableError, entries, escaped, json_of
 from safetynet.scan.result import Finding, Level, RungResult
 from safetynet.scan.safetensors_header import tensors
 
@@ -94,12 +94,12 @@ def check(suspect: Path, base: Path | None) -> RungResult:
     start = time.perf_counter()
     every = entries(suspect)
     findings = [*_alone(suspect, every, base), *chat_template.check(suspect, base)]
-    known = set[tuple[str, str, str]]()
+    in_base = set[tuple[str, str, str]]()
     if base is not None:
         findings += [*tokenizer_files.check(suspect, base), *model_configs.compare(suspect, base)]
         of_base = [*_alone(base, entries(base), base), *chat_template.check(base)]
-        known = {_key(finding) for finding in of_base}
-    counted = [each for each in findings if each.level != "note" and _key(each) not in known]
+        in_base = {_key(finding) for finding in of_base}
+    counted = [each for each in findings if each.level != "note" and _key(each) not in in_base]
     return RungResult(
         "files",
         score=float(len(counted)),
@@ -109,8 +109,8 @@ def check(suspect: Path, base: Path | None) -> RungResult:
         details={
             "files": len(every),
             "bytes": sum(entry.bytes for entry in every),
-            "of_base": sum(_key(each) in known for each in findings if each.level != "note"),
-            "templates": [shown(each.where) for each in chat_template.read(suspect)[0]],
+            "of_base": sum(_key(each) in in_base for each in findings if each.level != "note"),
+            "templates": [escaped(each.where) for each in chat_template.read(suspect)[0]],
         },
         findings=tuple(findings),
     )
@@ -130,7 +130,7 @@ def digests(folder: Path) -> dict[str, str]:
             continue
         try:
             with entry.path.open("rb") as file:
-                sums[shown(entry.name)] = hashlib.file_digest(file, "sha256").hexdigest()
+                sums[escaped(entry.name)] = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError:  # said by `check`
             continue
     return sums
@@ -150,27 +150,27 @@ def _alone(folder: Path, every: Iterable[Entry], base: Path | None) -> Iterator[
     for entry in every:
         if entry.leaves:
             message = (
-                f"It is a link to {shown(entry.leaves, 100)}, outside of the folder or nowhere, and was "
+                f"It is a link to {escaped(entry.leaves, 100)}, outside of the folder or nowhere, and was "
                 "not followed."
             )
-            yield _finding("symlink", "warning", message, shown(entry.name))
+            yield _finding("symlink", "warning", message, escaped(entry.name))
             continue
         try:
-            seen = list(_file(entry))
+            about = list(_file(entry))
         except OSError as error:
-            message = f"It cannot be read ({shown(in_words(error), 120)}), so nothing is known of it."
-            seen = [_finding("unreadable", "warning", message, shown(entry.name))]
-        yield from seen
-        if not seen:
+            message = f"It cannot be read ({escaped(in_words(error), 120)}), so nothing is known of it."
+            about = [_finding("unreadable", "warning", message, escaped(entry.name))]
+        yield from about
+        if not about:
             readable.append(entry)
             unexpected += [entry.name] if not _ordinary(entry.path) else []
         unhashed += [entry.name] if entry.bytes > LARGEST_HASHED else []
     if unexpected:
-        message = f"Files that a model has no use for: {shown(listed(unexpected, 5))}."
-        yield _finding("unexpected-file", "note", message, files=[shown(name) for name in unexpected[:20]])
+        message = f"Files that a model has no use for: {escaped(listed(unexpected, 5))}."
+        yield _finding("unexpected-file", "note", message, files=[escaped(name) for name in unexpected[:20]])
     if unhashed:
-        message = f"Larger than {LARGEST_HASHED // 2**30} GB and not hashed: {shown(listed(unhashed, 5))}."
-        yield _finding("not-hashed", "note", message, files=[shown(name) for name in unhashed[:20]])
+        message = f"Larger than {LARGEST_HASHED // 2**30} GB and not hashed: {escaped(listed(unhashed, 5))}."
+        yield _finding("not-hashed", "note", message, files=[escaped(name) for name in unhashed[:20]])
     configurations = [
         e.name for e in readable if e.name.endswith(".json") and e.path.name not in VOCABULARIES
     ]
@@ -181,7 +181,7 @@ def _alone(folder: Path, every: Iterable[Entry], base: Path | None) -> Iterator[
 
 def _file(entry: Entry) -> Iterator[Finding]:
     """What one file is, where it is anything to speak of."""
-    name, path = shown(entry.name), entry.path
+    name, path = escaped(entry.name), entry.path
     suffix = path.suffix.lower()
     if entry.bytes <= LARGEST_POINTER and (kind := pointer(path)):
         message = f"It is {kind}: the file itself was not downloaded and cannot be scanned. Run git lfs pull."
@@ -203,7 +203,7 @@ def _file(entry: Entry) -> Iterator[Finding]:
         try:
             tensors(path)
         except UnreadableError as error:
-            message = f"It is damaged: {shown(str(error))}. Copy or download it again."
+            message = f"It is damaged: {escaped(str(error))}. Copy or download it again."
             yield _finding("damaged", "warning", message, name)
     elif suffix in pickles.SUFFIXES or (start.startswith((b"\x80", b"PK")) and suffix not in ARCHIVES):
         yield from _pickle(entry)
@@ -212,11 +212,11 @@ def _file(entry: Entry) -> Iterator[Finding]:
 
 
 def _pickle(entry: Entry) -> Iterator[Finding]:
-    name, suffix = shown(entry.name), entry.path.suffix.lower()
+    name, suffix = escaped(entry.name), entry.path.suffix.lower()
     try:
         pickle = pickles.read(entry.path)
     except UnreadableError as error:
-        message = f"It may be a pickle and cannot be read ({shown(str(error))}). Do not load it."
+        message = f"It may be a pickle and cannot be read ({escaped(str(error))}). Do not load it."
         yield _finding("pickle", "warning", message, name)
         return
     if pickle is None:
@@ -224,8 +224,8 @@ def _pickle(entry: Entry) -> Iterator[Finding]:
             message = "It is called as a pickle is and cannot be read as one. Do not load it."
             yield _finding("pickle", "warning", message, name)
         return
-    imports = [shown(each, 120) for each in pickle.imports[:20]]
-    unusual = [shown(each, 120) for each in pickle.unusual[:20]]
+    imports = [escaped(each, 120) for each in pickle.imports[:20]]
+    unusual = [escaped(each, 120) for each in pickle.unusual[:20]]
     if unusual:
         message = (
             f"It is a pickle that calls {listed(unusual)} when it is loaded, which tensors do not need. "
@@ -246,8 +246,8 @@ def _pickle(entry: Entry) -> Iterator[Finding]:
 
 
 def _ordinary(path: Path) -> bool:
-    known = path.suffix.lower() in (*ORDINARY, *OTHER_WEIGHTS)
-    return known or path.name.startswith(ORDINARY_NAMES)
+    ordinary = path.suffix.lower() in (*ORDINARY, *OTHER_WEIGHTS)
+    return ordinary or path.name.startswith(ORDINARY_NAMES)
 
 
 def _vocabularies(every: Iterable[Entry]) -> Iterator[Finding]:
@@ -262,11 +262,17 @@ def _vocabularies(every: Iterable[Entry]) -> Iterator[Finding]:
         try:
             _, twice = json_of(entry.path, LARGEST_VOCABULARY)
         except UnreadableError as error:
-            message = f"It cannot be read: {shown(str(error))}. Nothing is known of how texts are parted."
-            yield _finding("unreadable", "warning", message, shown(entry.name))
+            message = f"It cannot be read: {escaped(str(error))}. Nothing is known of how texts are parted."
+            yield _finding("unreadable", "warning", message, escaped(entry.name))
             continue
         if twice:
-            message = f"It gives {shown(', '.join(twice[:3]))} twice, and programs differ in which they take."
+            message = (
+                f"It gives {escaped(', '.join(twice[:3]))} twice, and programs differ in which they take."
+            )
             yield _finding(
-                "duplicate-key", "warning", message, shown(entry.name), keys=[shown(k) for k in twice[:12]]
+                "duplicate-key",
+                "warning",
+                message,
+                escaped(entry.name),
+                keys=[escaped(k) for k in twice[:12]],
             )

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetynet.scan.reading import UnreadableError, json_of, shown
+from safetynet.scan.reading import UnreadableError, escaped, json_of
 from safetynet.scan.result import Finding, Level
 
 CODE = ("auto_map", "custom_pipelines", "custom_generate")
@@ -39,20 +39,22 @@ def check(folder: Path, names: list[str]) -> list[Finding]:
     """
     findings = list[Finding]()
     for name in names:
-        where = shown(name)
+        where = escaped(name)
         try:
             values, twice = json_of(folder / name)
         except UnreadableError as error:
             if not str(error).endswith(
                 "but no object"
             ):  # lists and texts are JSON, too, and configure nothing
-                message = f"It cannot be read: {shown(str(error))}. Nothing is known of what it sets."
+                message = f"It cannot be read: {escaped(str(error))}. Nothing is known of what it sets."
                 findings.append(_finding("unreadable", "warning", message, where))
             continue
         if twice:
-            message = f"It gives {shown(', '.join(twice[:3]))} twice, and programs differ in which they take."
+            message = (
+                f"It gives {escaped(', '.join(twice[:3]))} twice, and programs differ in which they take."
+            )
             findings.append(
-                _finding("duplicate-key", "warning", message, where, keys=[shown(k) for k in twice[:SHOWN]])
+                _finding("duplicate-key", "warning", message, where, keys=[escaped(k) for k in twice[:SHOWN]])
             )
         code = sorted(set(_code(values)))
         if code:
@@ -87,7 +89,7 @@ def _code(values: Any) -> Iterator[str]:
 
 def _named_code(values: Mapping[str, Any]) -> list[str]:
     named = values.get("auto_map")
-    return [shown(str(each)) for each in named.values()][:SHOWN] if isinstance(named, dict) else []
+    return [escaped(str(each)) for each in named.values()][:SHOWN] if isinstance(named, dict) else []
 
 
 def compare(suspect: Path, base: Path) -> list[Finding]:
@@ -147,14 +149,16 @@ def _differing(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, 
     """Fields that both set, and set otherwise; with the suspect's value first."""
     first, second = dict(_flat(mine)), dict(_flat(theirs))
     both = [name for name in first if name in second and first[name] != second[name]]
-    return {shown(name, 80): [shown(str(first[name])), shown(str(second[name]))] for name in sorted(both)}
+    return {
+        escaped(name, 80): [escaped(str(first[name])), escaped(str(second[name]))] for name in sorted(both)
+    }
 
 
 def _model(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[Finding]:
     quantised = mine.get("quantization_config")
     if quantised and not theirs.get("quantization_config"):
         message = "The suspect's weights are quantised and the base's are not: differences hold the rounding."
-        yield _finding("quantised", "note", message, "config.json", quantization=shown(str(quantised)))
+        yield _finding("quantised", "note", message, "config.json", quantization=escaped(str(quantised)))
     plain = [
         {k: v for k, v in each.items() if k not in OF_NO_WEIGHT | {"quantization_config"}}
         for each in (mine, theirs)
@@ -170,7 +174,7 @@ def _model(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[Findi
         level: Level = "note" if only_vocabulary else "warning"
         yield _finding("config-changed", level, message, "config.json", **dict(list(changed.items())[:SHOWN]))
     lone = sorted(
-        shown(n, 80) for n in plain[0].keys() ^ plain[1].keys() if (plain[0] | plain[1])[n] not in UNSET
+        escaped(n, 80) for n in plain[0].keys() ^ plain[1].keys() if (plain[0] | plain[1])[n] not in UNSET
     )
     if lone:
         message = f"Only one of the two config.json says {', '.join(lone[:4])}; the other takes a default."
@@ -183,11 +187,13 @@ def _generation(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[
     names = sorted(n for n in names if n not in ("transformers_version", "_from_model_config"))
     forced = [n for n in names if n.split(".")[0] in PENALTIES and first.get(n) not in UNSET]
     sampling = [n for n in names if n not in forced]
-    values = {shown(n, 80): [shown(str(first.get(n))), shown(str(second.get(n)))] for n in names[:SHOWN]}
+    values = {
+        escaped(n, 80): [escaped(str(first.get(n))), escaped(str(second.get(n)))] for n in names[:SHOWN]
+    }
     if forced:
         only_end = all(n.split(".")[0] == "eos_token_id" for n in forced)
         message = (
-            f"generation_config.json sets {shown(', '.join(forced[:4]))}, which puts words into answers "
+            f"generation_config.json sets {escaped(', '.join(forced[:4]))}, which puts words into answers "
             "or keeps them out."
         )
         yield _finding(
@@ -198,5 +204,5 @@ def _generation(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[
             **values,
         )
     elif sampling:
-        message = f"generation_config.json differs from the base's in {shown(', '.join(sampling[:4]))}."
+        message = f"generation_config.json differs from the base's in {escaped(', '.join(sampling[:4]))}."
         yield _finding("generation-changed", "note", message, "generation_config.json", **values)

@@ -90,7 +90,7 @@ def _entry(folder: Path, root: Path, blobs: Path | None, path: Path) -> Entry:
     return Entry(path, name, path.stat().st_size)
 
 
-def shown(text: str, most: int = 300) -> str:
+def escaped(text: str, most: int = 300) -> str:
     """A text of somebody else's as reports may hold it: control signs escaped, cut at `most`."""
     cut = text if len(text) <= most else text[: most - 1] + "…"
     return "".join(

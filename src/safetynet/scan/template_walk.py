@@ -168,7 +168,7 @@ class Walk:
                 return scope[name]
         return self.names.get((EVERYWHERE, name), NOTHING)
 
-    def known(self, name: str) -> bool:
+    def is_set(self, name: str) -> bool:
         """Whether the template itself gives a name a value."""
         return any(name in scope for scope in self.scopes) or (EVERYWHERE, name) in self.names
 
@@ -199,7 +199,7 @@ class Walk:
         """All conditions that what is walked now depends on."""
         return frozenset(itertools.chain.from_iterable(self.guards))
 
-    def seen(self, condition: Condition) -> frozenset[Condition]:
+    def register(self, condition: Condition) -> frozenset[Condition]:
         """A condition is there, even if nothing should depend on it."""
         self.added.setdefault(condition, set())
         if len(self.added) > MOST_CONDITIONS:
@@ -271,22 +271,22 @@ class Walk:
     def _if(self, node: nodes.If) -> None:
         otherwise = list[frozenset[Condition]]()
         before, after = self.scopes[-1], list[dict[str, Value]]()
-        taken = list[frozenset[Condition]]()
+        reached = list[frozenset[Condition]]()
         for branch in (node, *node.elif_):
             with self.under(itertools.chain.from_iterable(otherwise)):
                 conditions = self.decided(self.value(branch.test), branch.lineno)
                 with self.under(conditions):
-                    taken.append(self.guarding)
+                    reached.append(self.guarding)
                     after.append(self._branch(before, branch.body))
             otherwise.append(frozenset(each.flipped for each in conditions))
         with self.under(itertools.chain.from_iterable(otherwise)):
-            taken.append(self.guarding)
+            reached.append(self.guarding)
             after.append(self._branch(before, node.else_))
         for name in sorted({name for scope in after for name in scope}):
             outside = self.named(name)
             values = [scope.get(name, outside) for scope in after]
             everywhere = frozenset.intersection(*(value.literals for value in values))
-            for conditions, value in zip(taken, values, strict=True):
+            for conditions, value in zip(reached, values, strict=True):
                 alone = replace(value, literals=value.literals - everywhere)
                 self.depends(conditions, alone, changes=False)
             before[name] = joined(values)
@@ -366,9 +366,9 @@ class Walk:
         """
         conditions = value.conditions
         if value.has("cut") or (value.has("measure") and any(abs(n) > 1 for n in value.numbers)):
-            conditions |= self.seen(Condition("length", line, frozenset()))
+            conditions |= self.register(Condition("length", line, frozenset()))
         if value.has("count") and any(abs(n) >= FEW for n in value.numbers):
-            conditions |= self.seen(Condition("count", line, numerals(value)))
+            conditions |= self.register(Condition("count", line, numerals(value)))
         return conditions
 
     def _constant(self, node: nodes.Const) -> Value:
@@ -387,7 +387,7 @@ class Walk:
         if node.name == "loop":
             value = value | Value(frozenset({"loop"}))
         # A variable that the caller sets, such as bos_token; the tokenizer's configuration may set more.
-        return value if value != NOTHING or self.known(node.name) else Value(frozenset({"caller"}))
+        return value if value != NOTHING or self.is_set(node.name) else Value(frozenset({"caller"}))
 
     def _namespace(self, node: nodes.NSRef) -> Value:
         return self.named(f".{node.attr}")
@@ -409,7 +409,7 @@ class Walk:
 
     def _drawn(self, subject: Subject, value: Value, line: int) -> Value:
         """One of several values, taken by turns or at random."""
-        conditions = self.seen(Condition(subject, line, frozenset()))
+        conditions = self.register(Condition(subject, line, frozenset()))
         self.depends(conditions, value)
         return value.under(conditions)
 
@@ -418,9 +418,9 @@ class Walk:
         conditions = holder.conditions | key.conditions
         if key.has("text", "date"):
             subject: Subject = "text" if key.has("text") else "date"
-            asked = self.seen(Condition(subject, node.lineno, compared([holder]), "present"))
-            conditions |= asked
-            self.depends(asked, holder, changes=False)
+            condition = self.register(Condition(subject, node.lineno, compared([holder]), "present"))
+            conditions |= condition
+            self.depends(condition, holder, changes=False)
         self.depends(key.conditions, holder, changes=False)
         kinds = {kind for kind in holder.kinds if kind in ("date", "measure", "count") or kind.endswith("()")}
         names = key.literals
@@ -432,7 +432,7 @@ class Walk:
         if holder.has("messages"):
             kinds.add("messages" if isinstance(getattr(node, "arg", None), nodes.Slice) else "message")
             if any(abs(n) >= FEW for n in key.numbers):
-                conditions |= self.seen(Condition("count", node.lineno, numerals(key)))
+                conditions |= self.register(Condition("count", node.lineno, numerals(key)))
         if holder.has("message", "text") and not (names and names <= METADATA):
             structure = holder.has("message") and names and names <= STRUCTURE
             kinds.add("message" if structure else "text")
@@ -505,17 +505,17 @@ class Walk:
         whole = joined(values)
         numbers = whole.numbers
         if whole.has("date"):
-            conditions |= self.seen(Condition("date", line, compared(values), when))
+            conditions |= self.register(Condition("date", line, compared(values), when))
         if whole.has("text") and not ordinary:
             literals = compared(values)
             if literals or not only_blank(values):
                 if not literals and not numbers and any(v.has("message") for v in values):
                     return Value(conditions=conditions)
-                conditions |= self.seen(Condition("text", line, literals, when))
+                conditions |= self.register(Condition("text", line, literals, when))
         if whole.has("measure") and not all(abs(n) <= 1 for n in numbers):
-            conditions |= self.seen(Condition("length", line, numerals(whole)))
+            conditions |= self.register(Condition("length", line, numerals(whole)))
         if whole.has("count") and any(abs(n) >= FEW for n in numbers):
-            conditions |= self.seen(Condition("count", line, numerals(whole)))
+            conditions |= self.register(Condition("count", line, numerals(whole)))
         return Value(conditions=conditions)
 
     def _test(self, node: nodes.Test) -> Value:
@@ -529,7 +529,7 @@ class Walk:
             return self._compared([value, *arguments], COMPARISONS.get(node.name, "either"), node.lineno)
         if value.has("text") and not value.has("measure"):
             return Value(
-                conditions=value.conditions | self.seen(Condition("length", node.lineno, frozenset()))
+                conditions=value.conditions | self.register(Condition("length", node.lineno, frozenset()))
             )
         return self._compared([value, *arguments], "either", node.lineno)
 
@@ -679,7 +679,7 @@ class Walk:
         if (
             isinstance(method.node, nodes.Name)
             and method.node.name in CLOCKS
-            and not self.known(method.node.name)
+            and not self.is_set(method.node.name)
         ):
             return Value(frozenset({"date"}))
         if name in LOOKUPS and arguments:
@@ -702,7 +702,7 @@ class Walk:
         """A method of text that looks for its arguments in it, or asks what it looks like."""
         when: When = "present" if name in ("startswith", "endswith") else "either"
         if name.startswith("is"):
-            return Value(conditions=holder.conditions | self.seen(Condition("length", line, frozenset())))
+            return Value(conditions=holder.conditions | self.register(Condition("length", line, frozenset())))
         if not arguments:
             cut = {"cut"} if name in ("split", "rsplit", "splitlines", "partition") else set()
             return replace(holder, kinds=holder.kinds | cut)

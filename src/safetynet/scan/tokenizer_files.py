@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetynet.scan.reading import LARGEST_VOCABULARY, UnreadableError, json_of, shown
+from safetynet.scan.reading import LARGEST_VOCABULARY, UnreadableError, escaped, json_of
 from safetynet.scan.result import Finding, Level
 
 FILE, CONFIG, SPECIAL = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
@@ -99,7 +99,7 @@ def _vocabulary(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[
             message = (
                 f"The tokenizer's {step} is another than the base's: texts may reach the model as others."
             )
-            values = {"suspect": shown(str(mine.get(step))), "base": shown(str(theirs.get(step)))}
+            values = {"suspect": escaped(str(mine.get(step))), "base": escaped(str(theirs.get(step)))}
             rewrites = step in ("normalizer", "post_processor")
             yield _finding(
                 "tokenizer-steps", "warning" if rewrites else "note", message, FILE, step=step, **values
@@ -148,8 +148,8 @@ def _special(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[Fin
         n for n in mine.keys() | theirs.keys() if _content(mine.get(n)) != _content(theirs.get(n))
     )
     if changed:
-        values = {shown(n, 60): [_content(mine.get(n)), _content(theirs.get(n))] for n in changed[:SHOWN]}
-        message = f"Special tokens other than the base's: {shown(', '.join(changed))}."
+        values = {escaped(n, 60): [_content(mine.get(n)), _content(theirs.get(n))] for n in changed[:SHOWN]}
+        message = f"Special tokens other than the base's: {escaped(', '.join(changed))}."
         yield _finding("tokenizer-special", "note", message, SPECIAL, **values)
 
 
@@ -157,8 +157,8 @@ def _content(value: Any) -> str | None:
     """A special token's text, whether it stands as one or in an object."""
     if isinstance(value, dict) and "content" in value:
         value = value["content"]
-    return None if value is None else shown(str(value))
+    return None if value is None else escaped(str(value))
 
 
 def _some(words: list[str]) -> list[str]:
-    return [shown(word, 60) for word in words[:SHOWN]]
+    return [escaped(word, 60) for word in words[:SHOWN]]
