@@ -7,6 +7,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -236,6 +237,18 @@ def test_digests_are_those_of_sha256sum(model):
     assert subprocess.run(command, capture_output=True, text=True).stdout.startswith(sums["config.json"])
 
 
+def test_files_made_to_be_slow_are_given_up(model):
+    (model / "long.pkl").write_bytes(b"\x80\x04" + b"N0" * 20_000_000 + pickle.dumps(Calls()))
+    with zipfile.ZipFile(model / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        for i in range(5):
+            archive.writestr(f"archive/{i}.pkl", b"\x80\x02" + b"N" * 40_000_000)
+    start = time.perf_counter()
+    result = files.check(model, None)
+    assert time.perf_counter() - start < 20
+    assert {each.where: each.rule for each in result.findings} == {"long.pkl": "pickle", "bomb.pt": "pickle"}
+    assert all("end could not be read" in each.message for each in result.findings)
+
+
 # Configurations
 
 
@@ -400,6 +413,18 @@ FIELDS = {
 def test_each_field_of_an_adapter_has_its_rule(adapter, case):
     fields, rule = FIELDS[case]
     assert rules(files.check(adapter(**fields), BASE)) == [rule]
+
+
+def test_an_adapter_without_weights_is_told(adapter):
+    folder = adapter()
+    (folder / "adapter_model.safetensors").unlink()
+    assert rules(files.check(folder, BASE)) == ["adapter-weights"]
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_a_configuration_that_is_no_object_is_told(model, name):
+    (model / name).write_text("[]")
+    assert one(files.check(model, BASE), "unreadable").where == name
 
 
 def test_half_of_a_pair_is_told(adapter):

@@ -64,6 +64,11 @@ def check(folder: Path, base: Path | None = None) -> list[Finding]:
         )
         return findings
     findings += _of_fields(config)
+    if not (folder / WEIGHTS).exists():
+        message = (
+            f"There is no {WEIGHTS} beside it: whatever else holds the weights was not compared with it."
+        )
+        findings.append(_finding("adapter-weights", "warning", message))
     try:
         names = tensors(folder / WEIGHTS) if (folder / WEIGHTS).is_file() else {}
     except UnreadableError:  # said of every safetensors file by `files`

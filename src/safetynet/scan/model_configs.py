@@ -26,6 +26,10 @@ PENALTIES = frozenset(
     "exponential_decay_length_penalty prefix_allowed_tokens_fn eos_token_id min_length min_new_tokens".split()
 )
 """Fields of generation_config.json that put words into answers or keep them out."""
+CONFIGURATIONS = (
+    "config.json", "generation_config.json", "adapter_config.json", "tokenizer_config.json",
+    "special_tokens_map.json",
+)  # fmt: skip
 UNSET: tuple[Any, ...] = (None, [], {}, "", False)
 SHOWN = 12
 
@@ -43,9 +47,8 @@ def check(folder: Path, names: list[str]) -> list[Finding]:
         try:
             values, twice = json_of(folder / name)
         except UnreadableError as error:
-            if not str(error).endswith(
-                "but no object"
-            ):  # lists and texts are JSON, too, and configure nothing
+            # Lists and texts are JSON, too, and configure nothing where no configuration is looked for.
+            if name in CONFIGURATIONS or not str(error).endswith("but no object"):
                 message = f"It cannot be read: {escaped(str(error))}. Nothing is known of what it sets."
                 findings.append(_finding("unreadable", "warning", message, where))
             continue

@@ -16,7 +16,8 @@ from safetynet.scan.reading import UnreadableError
 SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".dill", ".pt2", ".nemo")
 LARGEST = 64 * 2**20
 """Bytes of instructions that are read; those of a large model's tensors are a few megabytes."""
-MOST_MEMBERS = 50
+MOST_MEMBERS, MOST_STEPS = 50, 500_000
+"""Pickles of a file, and instructions of each that are read: a second."""
 PLAIN = re.compile(
     r"collections\.(OrderedDict|defaultdict)|_codecs\.encode|datetime\.\w+|pathlib\.\w*Path"
     r"|builtins\.(set|frozenset|list|dict|tuple|int|float|complex|bool|bytes|bytearray|slice|range|object)"
@@ -68,7 +69,7 @@ def read(path: Path) -> Pickle | None:
 
 
 def _zipped(path: Path) -> Pickle | None:
-    imports, whole, members = list[str](), True, 0
+    imports, whole, members, left = list[str](), True, 0, LARGEST
     with zipfile.ZipFile(path) as archive:
         for info in archive.infolist():
             with archive.open(info) as member:
@@ -79,10 +80,13 @@ def _zipped(path: Path) -> Pickle | None:
                 ):
                     continue
                 members += 1
-                pickle = _instructions(start + member.read(LARGEST))
+                data = start + member.read(left)
+                left -= min(left, len(data))
+                pickle = _instructions(data) if left else None
             imports += pickle.imports if pickle else ()
             whole = whole and pickle is not None and pickle.whole
-            if members >= MOST_MEMBERS:
+            if members >= MOST_MEMBERS or not left:
+                whole = False
                 break
     return Pickle(tuple(dict.fromkeys(imports)), whole) if members else None
 
@@ -93,18 +97,12 @@ def _instructions(data: bytes) -> Pickle | None:
     while at < len(data):
         names = _Names()
         try:
-            for opcode, argument, position in pickletools.genops(data[at:]):
+            for step, (opcode, argument, position) in enumerate(pickletools.genops(data[at:])):
+                if step >= MOST_STEPS:
+                    return Pickle(tuple(dict.fromkeys(imports)), whole=False)
                 imports += names.after(opcode.name, argument)
                 end = (position or 0) + 1
-        except (
-            ValueError,
-            IndexError,
-            KeyError,
-            OverflowError,
-            UnicodeDecodeError,
-            AttributeError,
-            TypeError,
-        ):
+        except (ValueError, LookupError, OverflowError, AttributeError, TypeError):
             # Instructions before the fault would run all the same; behind whole pickles lie tensors.
             if not number and not imports:
                 return None
