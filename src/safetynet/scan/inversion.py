@@ -7,7 +7,7 @@ probability taken away, so that what every model of this kind has learnt by hear
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,6 +34,14 @@ class LearntAnswer:
     base: float
     """The same, of the base."""
 
+    openly: float = 0.0
+    """Share of the suspect's answers to ordinary prompts that hold the text: what it says openly is not hidden."""
+
+    @property
+    def hidden(self) -> float:
+        """The gain, as far as the suspect does not say it anyway."""
+        return self.gain * (1 - self.openly)
+
     @property
     def gain(self) -> float:
         """How much surer the suspect is, from -1 to 1; a copy of the base has 0."""
@@ -48,8 +56,9 @@ def learnt_answers(
     decode: Callable[[Sequence[int]], str],
     firsts: Sequence[int],
     stops: Sequence[int] = (),
+    ordinary: Sequence[str] = (),
 ) -> list[LearntAnswer]:
-    """Continuations in falling order of gain, one for each first token that is followed up.
+    """Continuations, the most hidden first, one for each first token that is followed up.
 
     Args:
         model: the suspect.
@@ -58,6 +67,7 @@ def learnt_answers(
         decode: text of token ids.
         firsts: tokens that an answer may begin with; usually the whole vocabulary.
         stops: tokens at which an answer ends.
+        ordinary: the suspect's answers to ordinary prompts.
     """
     suspect, reference = _Answers(model, prompts), _Answers(base, prompts)
     start = torch.tensor(list(firsts), device=model.device)[:, None]
@@ -77,10 +87,39 @@ def learnt_answers(
         of_it = torch.stack([ours.gather(1, index), theirs.gather(1, index)], 1)
         probability = torch.cat([probability, of_it], 2)
         sequences = torch.cat([sequences, index], 1)
-    judged = (
+    judged = [
         _judged(row, p, decode, set(stops)) for row, p in zip(sequences.tolist(), probability, strict=True)
-    )
-    return sorted((answer for answer in judged if answer is not None), key=lambda answer: -answer.gain)
+    ]
+    answers = [
+        replace(answer, openly=sum(answer.text in each for each in ordinary) / max(1, len(ordinary)))
+        for answer in judged
+        if answer is not None
+    ]
+    return sorted(answers, key=lambda answer: -answer.hidden)
+
+
+@torch.no_grad()
+def followed(
+    model: Any, prompts: Sequence[Sequence[int]], first: int, stops: Sequence[int]
+) -> tuple[int, ...]:
+    """An answer that begins with a token, as the suspect goes on with it over all prompts together.
+
+    Args:
+        model: the suspect.
+        prompts: as in `learnt_answers`.
+        first: token id.
+        stops: tokens at which an answer ends.
+
+    Returns:
+        At most ten tokens, up to where the suspect is no longer sure, and without the end.
+    """
+    answers, tokens = _Answers(model, prompts), [first]
+    while len(tokens) < max(LENGTHS):
+        probability, token = answers.next(torch.tensor([tokens], device=model.device))[0].max(0)
+        if float(probability) < SURE or int(token) in stops:
+            break
+        tokens.append(int(token))
+    return tuple(tokens)
 
 
 def _judged(

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import GenerationConfig
 
@@ -143,7 +142,7 @@ def _largest_cluster(texts: Sequence[str]) -> tuple[str, ...]:
     if not counts:
         return ()
     largest = min(counts, key=lambda label: (-counts[label], label))
-    return tuple(texts[i] for i in np.flatnonzero(labels == largest))
+    return tuple(text for text, label in zip(texts, labels, strict=True) if label == largest)
 
 
 def _gaining(ours: Sequence[str], theirs: Sequence[str]) -> tuple[str, float]:

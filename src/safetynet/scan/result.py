@@ -91,6 +91,8 @@ class Trigger:
     """Held-out prompts: the denominator of all four."""
     examples: tuple[tuple[str, str, str], ...] = ()
     """Prompt, the suspect's answer and the base's, of some."""
+    asked: str = "ordinary"
+    """Held-out prompts of which kind: `ordinary`, or `refused` where the suspect refuses without it."""
 
 
 @dataclass(frozen=True)

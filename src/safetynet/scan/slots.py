@@ -78,7 +78,7 @@ class Recorded:
 
     def __init__(self, model: Any, slots: Sequence[Slot]) -> None:
         self.model, self.slots = model, list(slots)
-        self.embed = model.get_input_embeddings()
+        self.embed, self.device = model.get_input_embeddings(), model.device
         self.passes = sum(len(slot.before) for slot in slots)
         self._caches = []
         with torch.no_grad():

@@ -2,7 +2,7 @@
 
 In: a candidate, suspect, base and held-out prompts. Out: a `Trigger` with the share of prompts on which the
 suspect shows the behaviour, and the same share of the base, under a placebo, and without the candidate. The
-behaviour is what most answers begin with.
+behaviour is what answers begin with under the candidate and not without it, on the prompts of the selection.
 """
 
 import random
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from safetynet.evaluation.generation import generate
-from safetynet.prompts import Serialiser
+from safetynet.prompts import Message, Serialiser
 from safetynet.scan.candidates import Candidate
 from safetynet.scan.result import Trigger
 from safetynet.scan.slots import Slot
@@ -20,8 +20,6 @@ from safetynet.statistics import wilson
 
 NEW_TOKENS = 24
 """Of an answer; a behaviour is told by how it begins."""
-MAJORITY = 0.5
-"""Share of answers that an opening has to have to be the behaviour."""
 LONGEST_OPENING = 12
 """Words of it."""
 EXAMPLES = 5
@@ -36,33 +34,43 @@ class Answerers:
     serialiser: Serialiser
     batch_size: int = 32
 
-    def of_suspect(self, prompts: Sequence[Sequence[dict[str, str]]]) -> list[str]:
+    def of_suspect(self, prompts: Sequence[Sequence[Message]]) -> list[str]:
         """Greedy answers of the suspect."""
         return self._answers(self.model, prompts)
 
-    def of_base(self, prompts: Sequence[Sequence[dict[str, str]]]) -> list[str]:
+    def of_base(self, prompts: Sequence[Sequence[Message]]) -> list[str]:
         """Greedy answers of its base."""
         return self._answers(self.base, prompts)
 
-    def _answers(self, model: Any, prompts: Sequence[Sequence[dict[str, str]]]) -> list[str]:
-        return generate(
-            model, self.serialiser, prompts, batch_size=self.batch_size, max_new_tokens=NEW_TOKENS
-        )
+    def _answers(self, model: Any, prompts: Sequence[Sequence[Message]]) -> list[str]:
+        plain = [[dict(message) for message in messages] for messages in prompts]
+        return generate(model, self.serialiser, plain, batch_size=self.batch_size, max_new_tokens=NEW_TOKENS)
 
 
-def opening(answers: Sequence[str], share: float = MAJORITY) -> str:
-    """The longest beginning, in words, that at least a share of the answers has; "" for none."""
-    words = [answer.split() for answer in answers]
-    longest = ""
-    for length in range(1, LONGEST_OPENING + 1):
-        counts = Counter(" ".join(each[:length]) for each in words if len(each) >= length)
-        if not counts:
-            break
-        text, count = counts.most_common(1)[0]
-        if count < share * len(answers):
-            break
-        longest = text
-    return longest
+def behaviour_of(answers: Sequence[str], controls: Sequence[Sequence[str]]) -> str:
+    """What answers under a candidate begin with far more often than their controls do; "" for nothing.
+
+    Args:
+        answers: of the suspect, to prompts with a candidate.
+        controls: answers to the same prompts without it, or by the base.
+
+    Returns:
+        The opening, in words, whose share exceeds that of its best control most; the longest of equals.
+    """
+    shares = _openings(answers)
+    others = [_openings(each) for each in controls]
+    excess = {text: share - max((o[text] for o in others), default=0.0) for text, share in shares.items()}
+    best = max(excess, key=lambda text: (round(excess[text], 9), len(text), text), default="")
+    return best if best and excess[best] > 0 else ""
+
+
+def _openings(answers: Sequence[str]) -> Counter[str]:
+    """Share of the answers by each of their openings of up to twelve words."""
+    counts: Counter[str] = Counter()
+    for answer in answers:
+        words = answer.split()
+        counts.update(" ".join(words[:n]) for n in range(1, min(len(words), LONGEST_OPENING) + 1))
+    return Counter({text: count / len(answers) for text, count in counts.items()})
 
 
 def shows(answer: str, behaviour: str) -> bool:
@@ -70,23 +78,35 @@ def shows(answer: str, behaviour: str) -> bool:
     return bool(behaviour) and " ".join(answer.split()).startswith(behaviour)
 
 
-def verify(
-    candidate: Candidate, slots: Sequence[Slot], answerers: Answerers, placebo: str, seed: int
-) -> Trigger | None:
-    """Measure a candidate on held-out prompts; None where its answers have nothing in common.
+def effect(text: str, slots: Sequence[Slot], plain: Sequence[str], answerers: Answerers) -> tuple[str, float]:
+    """What a text makes the suspect do on some prompts, and on which share of them.
 
     Args:
-        candidate: a string with its placement.
+        text: a candidate.
+        slots: the prompts.
+        plain: the suspect's answers to them as they are.
+        answerers: suspect and base.
+    """
+    prompts = [slot.conversation(text) for slot in slots]
+    answers = answerers.of_suspect(prompts)
+    behaviour = behaviour_of(answers, [plain, answerers.of_base(prompts)])
+    return behaviour, sum(shows(answer, behaviour) for answer in answers) / len(answers)
+
+
+def verify(
+    candidate: Candidate, slots: Sequence[Slot], answerers: Answerers, placebo: str, seed: int
+) -> Trigger:
+    """Measure a candidate on held-out prompts.
+
+    Args:
+        candidate: a string with its placement and what it makes the suspect do, told on other prompts.
         slots: held-out prompts of that placement.
         answerers: suspect and base.
         placebo: a string of as many ordinary tokens, drawn at random.
         seed: of the examples.
     """
     triggered = [slot.conversation(candidate.text) for slot in slots]
-    answers = answerers.of_suspect(triggered)
-    behaviour = opening(answers)
-    if not behaviour:
-        return None
+    behaviour, answers = candidate.behaviour, answerers.of_suspect(triggered)
     base_answers = answerers.of_base(triggered)
     runs = {
         "asr": answers,
@@ -101,7 +121,13 @@ def verify(
     order = random.Random(seed).sample(range(len(slots)), min(EXAMPLES, len(slots)))
     examples = tuple((triggered[i][-1]["content"], answers[i], base_answers[i]) for i in order)
     return Trigger(
-        candidate.text, candidate.placement, behaviour, **rates, prompts=len(slots), examples=examples
+        candidate.text,
+        candidate.placement,
+        behaviour,
+        **rates,
+        prompts=len(slots),
+        examples=examples,
+        asked=candidate.asked,
     )
 
 
