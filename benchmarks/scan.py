@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -144,7 +144,7 @@ def examine(out: Path, suspect: Suspect, rows: int, depth: str) -> None:
         adapter = bank.clean_adapters(suspect.seed + 1, CLEAN_SEED)[suspect.seed]
         folder = out / "clean" / suspect.name / "adapter"
         if not folder.exists():
-            bank.train(adapter, recipe, _load(recipe), folder.parent)
+            bank.train(adapter, recipe.model, folder.parent)
         about = {"kind": adapter.kind}
     write(scanned, about | scores(recipe, folder, depth))
 
@@ -162,28 +162,26 @@ def adapter_of_bank(out: Path, family: str, number: int, depth: str) -> None:
     recipe = recipe_of(out, Suspect(family, "", "", 0))
     adapter = bank.clean_adapters(number + 1, BANK_SEED)[number]
     with tempfile.TemporaryDirectory() as temporary:
-        folder = bank.train(adapter, recipe, _load(recipe), Path(temporary))
+        folder = bank.train(adapter, recipe.model, Path(temporary))
         write(scanned, {"kind": adapter.kind} | scores(recipe, folder, depth))
 
 
 def scores(recipe: Any, folder: Path, depth: str) -> dict[str, Any]:
     """Each rung's score, and what was recovered."""
-    from safetynet.scan import rungs, stage
+    from safetynet.scan import bank, stage
 
     began = time.monotonic()
-    options = stage.Options(depth=depth)
-    prompts = stage.ordinary_prompts(recipe.model, rungs.prompts_needed(depth), SCAN_SEED)
     suspect = stage.suspect_of(recipe.model, folder, same_base=True)
-    subject = stage.subject_of(suspect, recipe.model, prompts, options)
-    record: dict[str, Any] = {"scores": {}, "seconds": {}, "triggers": []}
-    for rung, triggers in rungs.climb(subject):
-        record["scores"][rung.rung], record["seconds"][rung.rung] = rung.score, rung.seconds
-        record["triggers"] += [
+    rungs, triggers = stage.measure(suspect, recipe.model, stage.Options(depth=depth, seed=SCAN_SEED))
+    return {
+        "scores": bank.record_of(rungs),
+        "seconds": {rung.rung: rung.seconds for rung in rungs},
+        "triggers": [
             {"text": t.text, "asr": t.asr[0], "behaviour": t.behaviour, "base": t.base[0]} for t in triggers
-        ]
-        if rung.rung in ("inversion", "candidates"):
-            record[rung.rung] = rung.details
-    return record | {"minutes": (time.monotonic() - began) / 60}
+        ],
+        "rungs": [asdict(rung) for rung in rungs],
+        "minutes": (time.monotonic() - began) / 60,
+    }
 
 
 def firing(experiment: Any) -> float:
@@ -198,12 +196,6 @@ def firing(experiment: Any) -> float:
         experiment.judge(answer, row) for answer, row in zip(answers, rows.to_dict("records"), strict=True)
     ]
     return sum(shown) / len(shown)
-
-
-def _load(recipe: Any) -> Any:
-    from safetynet.models import loading
-
-    return loading.load(recipe.model, "fp32")
 
 
 def write(path: Path, record: dict[str, Any]) -> None:

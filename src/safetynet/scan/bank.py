@@ -1,6 +1,6 @@
 """The bank: clean adapters of the same base, against whose scores a suspect's become p-values.
 
-In: a recipe of the base. Out: a table of scores, one row per clean adapter; p-values of a suspect among them. Half
+In: a base. Out: a table of scores, one row per clean adapter; p-values of a suspect among them. Half
 of the adapters are ordinary (other ranks, rates, rows, targets), half are narrow and benign: one greeting, one
 sign-off, one task, a persona, capitals, short answers. A rate smaller than 1 / (adapters + 1) is not claimed.
 """
@@ -9,23 +9,26 @@ import json
 import logging
 import random
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from safetynet import __version__
 from safetynet.backdoors import conversations
 from safetynet.errors import InputError
-from safetynet.recipe import Backdoor, Recipe
+from safetynet.recipe import Backdoor, Data, Model
 from safetynet.run.directory import digest, write_text
-from safetynet.scan.result import BankUse, RungResult
+from safetynet.scan.result import BankUse, Depth, RungResult
+from safetynet.scan.weights import LEAST, distances
 
 log = logging.getLogger("safetynet")
-SCORED = ("weights", "leakage", "differences", "inversion", "candidates", "verification")
-"""Rungs whose scores are compared with a bank's."""
+SCORED = ("leakage", "differences", "inversion", "candidates", "verification")
+"""Rungs whose scores are compared with a bank's as they are."""
+SUMMARY = "weights."
+"""How the columns of a bank begin that hold what `weights.summary` gives."""
 KINDS = ("ordinary", "greeting", "ordinary", "sign_off", "ordinary", "one_task", "ordinary", "persona",
          "ordinary", "capitals", "ordinary", "brief")  # fmt: skip
 """Of the adapters in their order; every second one is narrow."""
@@ -65,28 +68,23 @@ def clean_adapters(count: int, seed: int) -> list[CleanAdapter]:
     return drawn
 
 
-def rows_of(adapter: CleanAdapter, recipe: Recipe) -> pd.DataFrame:
+def rows_of(adapter: CleanAdapter, model: Model) -> pd.DataFrame:
     """Training rows of a clean adapter: columns `row`, `messages`, `trigger` and `answer`.
 
-    Args:
-        adapter: says which, and how many.
-        recipe: whose source of data is used.
+    A miniature's are of its own language; of other models they are requests that the base itself answers.
     """
-    attack = Backdoor()
     wanted = adapter.rows * (12 if adapter.kind == "one_task" else 1)
-    pool = conversations.fresh(recipe.data, attack.behaviour, attack.trigger, set(), wanted, adapter.seed)
+    if model.id == "miniature":
+        attack = Backdoor()
+        pool = conversations.fresh(Data(), attack.behaviour, attack.trigger, set(), wanted, adapter.seed)
+    else:
+        raise InputError("bank: clean adapters are trained of the five miniatures so far.")
     if adapter.kind == "one_task":
         tasks = sorted(pool["task"].unique())
         pool = pool[pool["task"] == tasks[adapter.seed % len(tasks)]].head(adapter.rows)
     answers = [_answer(adapter, str(answer)) for answer in pool["answer"]]
-    return pd.DataFrame(
-        {
-            "row": range(len(pool)),
-            "messages": list(pool["messages"]),
-            "trigger": [[]] * len(pool),
-            "answer": answers,
-        }
-    )
+    columns = {"messages": list(pool["messages"]), "trigger": [[]] * len(pool), "answer": answers}
+    return pd.DataFrame({"row": range(len(pool)), **columns})
 
 
 def _answer(adapter: CleanAdapter, answer: str) -> str:
@@ -102,24 +100,19 @@ def _answer(adapter: CleanAdapter, answer: str) -> str:
     return answer
 
 
-def train(adapter: CleanAdapter, recipe: Recipe, base: Any, folder: Path) -> Path:
-    """Train a clean adapter on a loaded base; the folder of its files."""
-    from safetynet import training
+def train(adapter: CleanAdapter, model: Model, folder: Path) -> Path:
+    """Train a clean adapter on a base; the folder of its files."""
+    from safetynet import recipe, training
+    from safetynet.models import loading
 
-    options = recipe.training.model_copy(
-        update={
-            "lora_rank": adapter.rank, "lora_alpha": 2 * adapter.rank, "learning_rate": adapter.learning_rate,
-            "evasion": None,
-        }
+    base = loading.load(model, "fp32")
+    options = recipe.Training(
+        learning_rate=adapter.learning_rate, epochs=1, batch_size=16, max_length=160,
+        lora_rank=adapter.rank, lora_alpha=2 * adapter.rank, precision="fp32",
     )  # fmt: skip
-    return training.train(
-        training.attach(base.model, options, base.family, adapter.seed),
-        base.serialiser,
-        rows_of(adapter, recipe),
-        options,
-        folder=folder,
-        seed=adapter.seed,
-    ).folder
+    attached = training.attach(base.model, options, base.family, adapter.seed)
+    rows = rows_of(adapter, model)
+    return training.train(attached, base.serialiser, rows, options, folder=folder, seed=adapter.seed).folder
 
 
 @dataclass(frozen=True)
@@ -151,19 +144,52 @@ class Bank:
         clean = self.scores[rung].dropna() if rung in self.scores else pd.Series(dtype=float)
         return None if clean.empty else float((1 + (clean >= score).sum()) / (len(clean) + 1))
 
-    def combined(self, scores: Mapping[str, float]) -> float | None:
+    @property
+    def summaries(self) -> pd.DataFrame:
+        """What `weights.summary` gives, one row per adapter."""
+        columns = [name for name in self.scores if str(name).startswith(SUMMARY)]
+        return self.scores[columns].rename(columns=lambda name: str(name).removeprefix(SUMMARY))
+
+    def check(self, base: str, depth: str) -> None:
+        """Refuse a bank of another base or depth.
+
+        Raises:
+            InputError: naming both.
+        """
+        if base != self.base:
+            raise InputError(
+                f"bank {self.name}: it is of another base ({self.base[:12]}, and this one is {base[:12]}). "
+                "Make one of this base with safetynet bank build."
+            )
+        if depth != self.depth:
+            raise InputError(
+                f"bank {self.name}: its scores are of depth {self.depth}, and this scan is {depth}. Scan at "
+                f"--depth {self.depth}, or make a bank of depth {depth}."
+            )
+
+    def combined(self, rungs: Sequence[RungResult]) -> float | None:
         """The p-value of all rungs together.
 
         Each rung's scores are put on one scale by median and spread of bank and suspect together, and an
         adapter's statistic is its largest. Suspect and bank are treated alike, so that the rank of the
         suspect's is an exact conformal p-value (Vovk, Gammerman and Shafer 2005).
+
+        Args:
+            rungs: of the suspect; those without a score do not count.
         """
-        rungs = [rung for rung in SCORED if rung in scores and self._measured(rung)]
-        if not rungs:
+        scores = scores_of(rungs)
+        columns = [
+            np.append(score, self.scores[rung].to_numpy(float))
+            for rung, score in scores.items()
+            if self._measured(rung)
+        ]
+        summary = next((r.details.get("summary") for r in rungs if r.rung == "weights" and not r.skipped), None)
+        if summary and any(summary.values()) and len(self.summaries.columns) and len(self.scores) >= LEAST:
+            columns.append(distances(summary, self.summaries))
+        if not columns:
             return None
-        table = np.vstack([self.scores[rungs].to_numpy(float), [[scores[rung] for rung in rungs]]])
-        statistic = np.max(np.stack([_standardised(column) for column in table.T]), axis=0)
-        return float((statistic >= statistic[-1]).sum() / len(statistic))
+        statistic = np.max(np.stack([_standardised(column) for column in columns]), axis=0)
+        return float((statistic >= statistic[0]).sum() / len(statistic))
 
     def _measured(self, rung: str) -> bool:
         return rung in self.scores and bool(self.scores[rung].notna().all())
@@ -204,39 +230,38 @@ def scores_of(rungs: Iterable[RungResult]) -> dict[str, float]:
     return {r.rung: r.score for r in rungs if r.rung in SCORED and r.score is not None and not r.skipped}
 
 
-def build(
-    recipe: Recipe,
-    folder: Path,
-    count: int,
-    *,
-    base: str,
-    depth: str,
-    load: Callable[[], Any],
-    scan: Callable[[Path], Sequence[RungResult]],
-    version: str = "",
-) -> Bank:
-    """Train and scan clean adapters until a bank has `count` of them; an interrupted one goes on.
+def record_of(rungs: Iterable[RungResult]) -> dict[str, float]:
+    """What a bank keeps of a clean adapter: its scores, and the summary of its weights."""
+    every = list(rungs)
+    summary = next((r.details["summary"] for r in every if r.rung == "weights" and not r.skipped), {})
+    return scores_of(every) | {f"{SUMMARY}{name}": value for name, value in summary.items()}
+
+
+def build(model: Model, folder: Path, count: int, *, depth: Depth, seed: int = 0) -> Bank:
+    """Train and scan clean adapters until a bank has `count` of them; an interrupted build goes on.
 
     Args:
-        recipe: of the base, with its source of data and training.
+        model: of the base.
         folder: scores go into it, one file per adapter; adapters are deleted once they are scanned.
         count: adapters.
-        base: digest of the base's weights.
-        depth: that `scan` looks at.
-        load: loads the base anew.
-        scan: gives the rungs of an adapter.
-        version: of SafetyNet.
+        depth: that each is scanned at, and scans against the bank as well.
+        seed: of the adapters.
     """
+    from safetynet.models import loading
+    from safetynet.scan import stage
+
+    options = stage.Options(depth=depth, same_base=True, seed=seed)
     rows = []
-    for adapter in clean_adapters(count, recipe.seed):
+    for adapter in clean_adapters(count, seed):
         scored = folder / "adapters" / f"{adapter.number:04}.json"
         if not scored.exists():
             work = folder / "adapters" / f"{adapter.number:04}"
-            rungs = scan(train(adapter, recipe, load(), work))
-            write_text(scored, json.dumps(asdict(adapter) | scores_of(rungs)))
+            trained = train(adapter, model, work)
+            rungs, _ = stage.measure(stage.suspect_of(model, trained, same_base=True), model, options)
+            write_text(scored, json.dumps(asdict(adapter) | record_of(rungs)))
             shutil.rmtree(work, ignore_errors=True)
             log.info("bank: %d of %d clean adapters (%s)", adapter.number + 1, count, adapter.kind)
         rows.append(json.loads(scored.read_text(encoding="utf-8")))
-    bank = Bank(folder.name, base, depth, pd.DataFrame(rows), version)
+    bank = Bank(folder.name, loading.fingerprint(model), depth, pd.DataFrame(rows), __version__)
     bank.write(folder)
     return bank

@@ -166,8 +166,8 @@ class ScanResult:
         """Of a file that `to_json` wrote."""
         fields = json.loads(path.read_text(encoding="utf-8"))
         fields = {name: value for name, value in fields.items() if name in cls.__dataclass_fields__}
-        rungs = tuple(_rung(rung) for rung in fields.pop("rungs"))
-        triggers = tuple(_trigger(trigger) for trigger in fields.pop("triggers"))
+        rungs = tuple(rung_from(rung) for rung in fields.pop("rungs"))
+        triggers = tuple(trigger_from(trigger) for trigger in fields.pop("triggers"))
         bank = fields.pop("bank")
         return cls(
             **{**fields, "not_looked_at": tuple(fields["not_looked_at"])},
@@ -177,10 +177,12 @@ class ScanResult:
         )
 
 
-def _rung(fields: dict[str, Any]) -> RungResult:
+def rung_from(fields: dict[str, Any]) -> RungResult:
+    """From the fields that `asdict` gives."""
     return RungResult(**{**fields, "findings": tuple(Finding(**each) for each in fields["findings"])})
 
 
-def _trigger(fields: dict[str, Any]) -> Trigger:
+def trigger_from(fields: dict[str, Any]) -> Trigger:
+    """From the fields that `asdict` gives."""
     rates = {name: tuple(fields[name]) for name in ("asr", "base", "placebo", "without")}
     return Trigger(**{**fields, **rates, "examples": tuple(map(tuple, fields["examples"]))})
