@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 
 from safetynet.errors import InputError
 from safetynet.models import support
-from safetynet.models.blocks import decoder_layers
+from safetynet.models.blocks import decoder_layers, unwrapped
 from safetynet.models.parts import adapters, svd_of_product
 
 LayerModule = tuple[int, str]
@@ -92,10 +92,7 @@ def update_of(module: Any, adapter: str) -> LoraUpdate:
         return LoraUpdate(up, down, bias)
     if module.merged:
         raise InputError("adapter: DoRA is merged into its weights. Call unmerge_adapter() first.")
-    from peft.utils.integrations import dequantize_module_weight
-
-    weight = dequantize_module_weight(module.get_base_layer()).detach().float()
-    weight = weight.T if is_embedding or module.fan_in_fan_out else weight
+    weight = base_weight(module)[0]
     changed = weight + (up @ down)[0]
     magnitude = module.lora_magnitude_vector[adapter].weight.detach().float()[:, None]
     change = magnitude / changed.norm(dim=1, keepdim=True) * changed - weight
@@ -105,9 +102,41 @@ def update_of(module: Any, adapter: str) -> LoraUpdate:
 
 
 @torch.no_grad()
+def base_weight(module: Any) -> Tensor:
+    """(experts or 1, out, in) fp32: the weight that a LoRA module is put on, rows and columns as an update's.
+
+    Quantised weights are unpacked.
+
+    Raises:
+        InputError: for a convolution, whose weight is no matrix.
+    """
+    from peft.utils.integrations import dequantize_module_weight
+
+    is_fused = hasattr(module, "parameter_name")
+    stored = module.get_param() if is_fused else dequantize_module_weight(module.get_base_layer())
+    if stored.ndim > 2 + is_fused:
+        raise InputError(f"adapter: LoRA of a convolution: its update is no matrix. {_MERGE}")
+    weight = stored.detach().float()
+    weight = weight if weight.ndim == 3 else weight[None]
+    return weight.mT if is_transposed(module) else weight
+
+
+def is_transposed(module: Any) -> bool:
+    """Whether the weight that a LoRA module is put on is stored as (in, out)."""
+    if hasattr(module, "parameter_name"):
+        fused = module.get_param().ndim == 3
+        return fused and bool(getattr(module.get_base_layer(), "is_transposed", False))
+    return bool(len(module.lora_embedding_A) or module.fan_in_fan_out)
+
+
+@torch.no_grad()
 def put_update(module: Any, adapter: str, update: LoraUpdate) -> None:
     """Put an update of at most the adapter's rank into the factors of a LoRA module, which is no DoRA."""
-    a, b, scale = module.lora_A[adapter].weight, module.lora_B[adapter].weight, module.scaling[adapter]
+    if adapter in module.lora_embedding_A:
+        a, b = module.lora_embedding_A[adapter], module.lora_embedding_B[adapter]
+    else:
+        a, b = module.lora_A[adapter].weight, module.lora_B[adapter].weight
+    scale = module.scaling[adapter]
     missing = (
         len(a) // len(update.down) - update.down.shape[1]
     )  # singular components end at the weight's side
@@ -140,6 +169,16 @@ def adapted_modules(model: Any, adapter: str = "default") -> Iterator[tuple[Laye
         for name, module in adapters(whole).items():
             if adapter in module.lora_A:
                 yield (layer, name), module
+
+
+def adapted_tensors(model: Any, adapter: str = "default") -> Iterator[tuple[str, Any]]:
+    """Every tensor that LoRA updates, embeddings and head included: the base's name, and the LoRA module."""
+    from peft.tuners.lora import LoraLayer
+
+    for path, module in unwrapped(model).named_modules():
+        if isinstance(module, LoraLayer) and (adapter in module.lora_A or adapter in module.lora_embedding_A):
+            plain = path.replace(".base_layer", "")
+            yield f"{plain}.{getattr(module, 'parameter_name', 'weight')}", module
 
 
 def factors(model: Any) -> dict[Any, tuple[Tensor, Tensor]]:

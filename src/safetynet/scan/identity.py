@@ -1,0 +1,802 @@
+"""Rung 2: tensor by tensor against the base. A copy is said to be one; a merged LoRA is recovered as one.
+
+In: a suspect beside its base. Out: what differs, by how much and of which rank; and where the difference is
+of low rank, a LoRA on the base with the same logits, so that whatever needs an adapter works on merged
+models.
+
+W(suspect) - W(base) of a merged LoRA is B A plus what storing the sum has rounded away. That error is known:
+at most half a unit in the last place of each entry. The largest singular value that such errors can have
+together is bounded by the largest row and the largest column of their standard deviations (Bandeira and van
+Handel 2016, arXiv 1408.6185, for independent entries). Singular values above this bound count as rank.
+"""
+
+import logging
+import math
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from safetynet.errors import InputError
+from safetynet.models import adapters, lora, support
+from safetynet.models import suspect as suspects
+from safetynet.models.adapter_loading import NAME
+from safetynet.models.blocks import unwrapped
+from safetynet.models.files import counted, finite, listed
+from safetynet.models.loading import LoadedModel
+from safetynet.models.lora import LoraUpdate
+from safetynet.models.parts import shape
+from safetynet.models.suspect import Suspect
+from safetynet.scan.result import Finding, RungResult
+
+log = logging.getLogger("safetynet")
+Kind = Literal["linear", "parameter", "embeddings", "head", "norm", "bias", "buffer"]
+"""Of a tensor: `parameter` is a matrix, or one for each expert, that no linear module holds."""
+LOW_RANK: tuple[Kind, ...] = ("linear", "parameter", "embeddings", "head")
+"""Kinds of tensors that LoRA can change."""
+STORED = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+"""From the coarsest; a tensor is stored in the first that represents all its values."""
+EXACT = 2**25
+"""Entries of a tensor up to which it is compared in fp64: of larger ones the copies would be too large."""
+WHOLE_SVD = 1024
+"""Smaller side of a matrix up to which all its singular values are computed."""
+COMPONENTS = 256
+"""Of larger ones so many are, by randomised SVD (Halko et al. 2011), in fp32."""
+MARGIN = 1.1
+"""Above the bound of rounding: the bound holds up to a factor that tends to 1 for large matrices."""
+SAME_MODEL = 0.5
+"""Median cosine of weight matrices with the base's below which the base is another. Independent weights have
+about 0, fine-tuning leaves it above 0.9."""
+FEW_ROWS = 0.01
+"""Share of the vocabulary: changing fewer rows than this looks like changing single tokens."""
+TOLERANCE = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 5e-2}
+"""Of the largest logit, by the coarsest type that suspect or base is stored or computed in: how far the
+recovered model's logits may be from the merged one's."""
+PROBES, PROBE_TOKENS = 4, 16
+FLIPPED = 0.1
+"""Share of tokens that rounding may send to other experts."""
+SHOWN = 50
+"""Changed tensors that a result lists."""
+_UNIMPORTANT = frozenset(
+    ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache",
+     "model_type", "bos_token_id", "eos_token_id", "pad_token_id", "quantization_config", "vocab_size",
+     "tie_word_embeddings")
+)  # fmt: skip
+"""Fields of a configuration that change no logit of the same tokens, or that tensors show."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """A tensor that differs from the base's."""
+
+    tensor: str
+    """By the base's own name."""
+    kind: Kind
+    relative: float
+    """Frobenius norm of the change over the norm of the base's tensor; 1 where that is 0."""
+    norm: float
+    base_norm: float
+    rank: int | None = None
+    """Singular values above what rounding alone can give, the largest of the experts'; None where there are
+    too many for a low-rank update, or the tensor is no matrix."""
+    energy: float | None = None
+    """Share of the squared norm that these singular values hold; the rest is rounding."""
+    rows: tuple[int, ...] | None = None
+    """Of embeddings: ids of the tokens whose rows differ, where these are few."""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a suspect is, beside its base, by weights alone."""
+
+    identical: bool
+    """Every tensor is byte-identical and the configuration computes the same; of an adapter, every update is
+    exactly zero."""
+    changed: tuple[Change, ...]
+    """The largest relative change first."""
+    untouched: int
+    """Parameters that are the base's, tied ones counted once."""
+    rounded: Mapping[str, int] = field(default_factory=dict)
+    """How many of the untouched ones are the base's in a coarser number type, by that type."""
+    stored: str = ""
+    """Coarsest type of a changed tensor, of which rounding is reckoned; "" for an adapter."""
+    configuration: tuple[str, ...] = ()
+    """Fields in which the configurations compute differently."""
+    added_rows: int = 0
+    """Rows of the vocabulary that the suspect has more than its base; below 0, fewer."""
+
+    @property
+    def relative(self) -> float:
+        """Norm of all changes together over that of the changed tensors in the base."""
+        change, base = (
+            math.hypot(*(getattr(each, name) for each in self.changed)) for name in ("norm", "base_norm")
+        )
+        return 0.0 if change == 0 else change / base if base else 1.0
+
+    @property
+    def rank(self) -> int | None:
+        """Of the LoRA that explains all changes; None where none does."""
+        ranks = [each.rank for each in self.changed]
+        return None if None in ranks else max((rank for rank in ranks if rank is not None), default=0)
+
+
+@dataclass(frozen=True, eq=False)
+class _Spectrum:
+    """Singular components of W(suspect) - W(base), as the tensor is stored."""
+
+    left: Tensor
+    """(experts or 1, rows, k)"""
+    values: Tensor
+    """(experts or 1, k), falling."""
+    right: Tensor
+    """(experts or 1, k, columns)"""
+    rank: int
+    full: bool
+    """There are more above rounding than a low-rank update has."""
+    energy: float
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """A tensor of a whole model and the base's in the same place, both as they are in memory."""
+
+    name: str
+    kind: Kind
+    suspect: Tensor
+    base: Tensor
+
+
+@torch.no_grad()
+def identity(suspect: Suspect) -> Identity:
+    """Compare a suspect with its base, tensor by tensor.
+
+    Costs one pass over the weights, and a singular value decomposition of each changed matrix.
+
+    Raises:
+        InputError: if weights are no finite numbers, if the base is another model (`wrong-base`), or if the
+            adapter is no LoRA, so that it has no update of single tensors.
+    """
+    return _of_adapter(suspect) if adapters.has_adapter(suspect.model) else _of_whole(suspect)[0]
+
+
+def measure(suspect: Suspect) -> RungResult:
+    """Rung 2: relative size of all changes; 0 of a copy of the base.
+
+    Raises:
+        InputError: as `identity`, but for an adapter that is no LoRA: of that the rung is skipped.
+    """
+    start = time.perf_counter()
+    if adapters.has_adapter(suspect.model) and (reason := no_update(suspect.model)):
+        return RungResult("identity", skipped=reason, seconds=time.perf_counter() - start)
+    result = identity(suspect)
+    # An adapter that is a copy of the base adds nothing to compare: it has no update.
+    copy = None if adapters.has_adapter(suspect.model) else replace(suspect, model=suspect.base.model)
+    return RungResult(
+        "identity",
+        score=result.relative,
+        unit="relative change of the changed weights",
+        control=0.0 if copy is None else identity(copy).relative,
+        seconds=time.perf_counter() - start,
+        details=_details(result),
+        findings=tuple(_findings(suspect, result)),
+    )
+
+
+def no_update(model: Any) -> str:
+    """Why an adapter has no update of single weights that could be looked at; "" where it has."""
+    config = model.active_peft_config
+    kind = config.peft_type.value
+    if kind == "LORA":
+        return ""
+    if kind in support.SOFT:
+        return (
+            f"{kind}: a soft prompt changes no weight of its base. What the model says and where it leaves "
+            "its base can still be looked at."
+        )
+    return (
+        f"{kind} is no LoRA: it has no low-rank update. Merge it (merge_and_unload) and give the merged "
+        "model; as it is, what the model says and where it leaves its base can still be looked at."
+    )
+
+
+def recover(suspect: Suspect, rank: int | None = None) -> Any:
+    """A merged LoRA as an adapter on the base again, checked by logits.
+
+    The components of each changed matrix above rounding become the two factors of a LoRA of one rank. Like
+    `adapters.attach` it changes the base in place, and `adapters.detach` gives that back; a refusal leaves it
+    as it was. Go on with `dataclasses.replace(suspect, model=recover(suspect))`.
+
+    Args:
+        suspect: a whole model beside its base. One with an adapter is given back as it is.
+        rank: keep so many components of each matrix; None for those above rounding.
+
+    Returns:
+        PEFT's model in evaluation mode, with the adapter `default` and scale 1.
+
+    Raises:
+        InputError: if nothing was changed, if something was that LoRA cannot change, if a change has full
+            rank, if weights are quantised, or if the recovered model's logits are further from the merged
+            one's than `TOLERANCE` allows.
+    """
+    if adapters.has_adapter(suspect.model):
+        return suspect.model
+    result, spectra = _of_whole(suspect)
+    if not result.changed and not result.configuration:
+        raise InputError(f"{_name(suspect)}: it is its base, so that there is no update to recover.")
+    if obstacle := next(_obstacles(suspect, result, rank), None):
+        raise InputError(f"{_name(suspect)}: it is no merged LoRA that could be recovered: {obstacle}.")
+    rank = rank or result.rank or 1
+    base = suspect.base.model
+    kinds = {change.tensor: change.kind for change in result.changed}
+    model = _injected(base, kinds, rank)
+    for name, module in lora.adapted_tensors(model, NAME):
+        update = _update(module, spectra[name], rank)
+        lora.put_update(module, NAME, update)
+    try:
+        _check_logits(suspect, model, result, rank)
+    except InputError:
+        adapters.detach(model)
+        raise
+    return model
+
+
+def combine(base: LoadedModel, folders: Sequence[Path | str], *, same_base: bool = False) -> Suspect:
+    """Adapters that are used together, as one LoRA: W + sum of B A, factors side by side.
+
+    Args:
+        base: changed in place, as by `adapters.attach`.
+        folders: of LoRA adapters of this base, each with the scale of its own configuration.
+        same_base: as `adapters.attach` takes it.
+
+    Returns:
+        The suspect; its adapter's rank is the sum of the ranks.
+
+    Raises:
+        InputError: as `suspect.load`; if one is a whole model, no LoRA, or changes more than its updates
+            (DoRA, biases, saved modules, repeated layers), so that the sum is not what PEFT computes; if two
+            bring tokenizers of their own.
+    """
+    if not folders:
+        raise InputError("suspect: a set of adapters needs at least one folder.")
+    total: dict[str, list[LoraUpdate]] = {}
+    kinds: dict[str, Kind] = {}
+    serialisers = []
+    for folder in folders:
+        files = suspects.check(folder)
+        if files is None:
+            raise InputError(
+                f"{folder}: this is a whole model, which cannot be one of several adapters. Scan it by "
+                "itself."
+            )
+        part = suspects.load(lambda: base, folder, same_base, files)
+        try:
+            if part.serialiser is not base.serialiser:
+                serialisers.append(part.serialiser)
+            for name, kind, update in _plain_updates(part.model, folder):
+                total.setdefault(name, []).append(update)
+                kinds[name] = kind
+        finally:
+            adapters.detach(part.model)
+    if len(serialisers) > 1:
+        raise InputError(
+            f"{listed([str(folder) for folder in folders])}: {len(serialisers)} of these adapters bring a "
+            "tokenizer or chat template of their own, and a model has one. Take all but one out."
+        )
+    joined = {
+        name: LoraUpdate(torch.cat([u.up for u in parts], 2), torch.cat([u.down for u in parts], 1))
+        for name, parts in total.items()
+    }
+    model = _injected(base.model, kinds, max(update.down.shape[1] for update in joined.values()))
+    for name, module in lora.adapted_tensors(model, NAME):
+        lora.put_update(module, NAME, joined[name])
+    return Suspect(model, serialisers[0] if serialisers else base.serialiser, base)
+
+
+def _plain_updates(model: Any, folder: Path | str) -> Iterator[tuple[str, Kind, LoraUpdate]]:
+    """Every update of an adapter that is nothing but updates."""
+    config = model.active_peft_config
+    reason = no_update(model)
+    if not reason and (config.use_dora or getattr(config, "layer_replication", None)):
+        reason = "it is DoRA" if config.use_dora else "it repeats layers"
+    if not reason and (others := adapters.base_counterparts(model)):
+        reason = f"it replaces {counted(len(others), 'tensor')} of the base ({listed(sorted(others))})"
+    updates = [] if reason else list(lora.adapted_tensors(model, NAME))
+    for name, module in updates:
+        update = lora.update_of(module, NAME)
+        if update.bias is not None:
+            reason = "its updates have biases"
+            break
+        yield name, _lora_kind(module), update
+    if reason:
+        raise InputError(
+            f"{folder}: {reason.rstrip('.')}. Its sum with other adapters is not what PEFT computes. Merge "
+            "all of them (merge_and_unload) and give the merged model."
+        )
+
+
+def _lora_kind(module: Any) -> Kind:
+    if hasattr(module, "parameter_name"):
+        return "parameter"
+    return "embeddings" if len(module.lora_embedding_A) else "linear"
+
+
+def _of_adapter(suspect: Suspect) -> Identity:
+    """An adapter's updates, and what it has put in place of the base's own tensors."""
+    model = suspect.model
+    if reason := no_update(model):
+        raise InputError(f"{_name(suspect)}: {reason}")
+    name = model.active_adapter
+    _check_finite(_name(suspect), adapters.adapter_parameters(model))
+    changes = []
+    for tensor, module in lora.adapted_tensors(model, name):
+        update, weight = lora.update_of(module, name), lora.base_weight(module)
+        values = update.decomposed()[1]
+        floor = values.amax(1, keepdim=True) * torch.finfo(torch.float32).eps * max(weight.shape[1:])
+        rank, norm = int((values > floor).sum(1).max()), float(values.norm())
+        if update.product().any():
+            low = name not in getattr(module, "lora_magnitude_vector", {})
+            kind = _lora_kind(module)
+            kind = "head" if tensor == _head_name(model) else kind
+            changes.append(_change(tensor, kind, norm, float(weight.norm()), rank if low else None, 1.0))
+        if update.bias is not None and update.bias.any():
+            bias = getattr(module.get_base_layer(), "bias", None)
+            size = 0.0 if bias is None else float(bias.detach().float().norm())
+            changes.append(
+                _change(tensor.removesuffix("weight") + "bias", "bias", float(update.bias.norm()), size)
+            )
+    changes += _replaced(model)
+    repeated = bool(getattr(model.active_peft_config, "layer_replication", None))
+    total = sum(1 for _ in adapters.base_parameters(model))
+    touched = {change.tensor for change in changes}
+    return Identity(
+        identical=not changes and not repeated,
+        changed=tuple(sorted(changes, key=lambda each: -each.relative)),
+        untouched=total - len(touched),
+        configuration=("num_hidden_layers",) if repeated else (),
+    )
+
+
+def _replaced(model: Any) -> Iterator[Change]:
+    """Tensors that an adapter has in place of the base's: biases, saved modules, token rows."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, before in adapters.base_counterparts(model).items():
+        now = parameters[name].detach().float()
+        before = before.detach().float()
+        plain = name.removeprefix("base_model.model.").replace(f".modules_to_save.{model.active_adapter}", "")
+        if ".token_adapter." in plain:
+            plain = plain.split(".token_adapter.")[0] + ".weight"
+        if now.shape != before.shape:  # rows of added tokens
+            size = min(len(now), len(before))
+            now, before = now[:size], before[:size]
+        if torch.equal(now, before):
+            continue
+        kind: Kind = "norm" if "norm" in plain else "bias" if plain.endswith("bias") else "linear"
+        kind = "embeddings" if "embed" in plain or "trainable_tokens" in name else kind
+        kind = "head" if plain == _head_name(model) else kind
+        yield _change(plain, kind, float((now - before).norm()), float(before.norm()))
+
+
+def _of_whole(suspect: Suspect) -> tuple[Identity, dict[str, _Spectrum]]:
+    """A whole model beside its base, and the spectra of the changed matrices."""
+    name, base = _name(suspect), unwrapped(suspect.base.model)
+    if adapters.has_adapter(suspect.base.model) or list(lora.adapted_tensors(base)):
+        raise InputError(
+            "base: an adapter is attached to it. Take it off with safetynet.models.adapters.detach."
+        )
+    _check_finite(name, suspect.model.named_parameters())
+    pairs = list(_pairs(suspect.model, base))
+    _check_base(suspect, pairs)
+    changes, spectra, rounded, untouched, identical, stored = [], {}, Counter[str](), 0, True, []
+    for pair in pairs:
+        counts = pair.kind != "buffer"
+        if _same_bytes(pair.suspect, pair.base):
+            untouched += counts
+            continue
+        identical = False
+        type_ = _stored(pair.suspect)
+        reference = pair.base.to(STORED[type_])
+        if _same_bytes(pair.suspect.to(STORED[type_]), reference):
+            untouched += counts
+            rounded[type_] += counts
+            continue
+        stored.append(type_)
+        change, spectrum = _compared(pair, type_)
+        changes.append(change)
+        if spectrum is not None:
+            spectra[pair.name] = spectrum
+    rows = (suspect.model.get_input_embeddings().weight.shape[0], base.get_input_embeddings().weight.shape[0])
+    configuration = _differing_fields(suspect.model.config, base.config)
+    result = Identity(
+        identical=identical and not configuration and rows[0] == rows[1],
+        changed=tuple(sorted(changes, key=lambda each: -each.relative)),
+        untouched=untouched,
+        rounded={name: count for name, count in rounded.items() if count},
+        stored=min(stored, key=list(STORED).index, default=""),
+        configuration=configuration,
+        added_rows=rows[0] - rows[1],
+    )
+    return result, spectra
+
+
+def _pairs(model: Any, base: Any) -> Iterator[_Pair]:
+    """Every tensor of a whole model beside the base's, rows that only one has left out; tied ones once."""
+    theirs = dict(base.named_parameters(remove_duplicate=False)) | dict(base.named_buffers())
+    seen = set()
+    places = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
+    for name, tensor in places:
+        other = theirs.get(name)
+        if other is None or (id(tensor), id(other)) in seen:
+            continue
+        seen.add((id(tensor), id(other)))
+        here, there = _dense(tensor), _dense(other).to(tensor.device)
+        if here.shape != there.shape and here.shape[1:] == there.shape[1:]:
+            rows = min(len(here), len(there))
+            here, there = here[:rows], there[:rows]
+        if here.shape == there.shape:
+            yield _Pair(name, _kind(model, name, tensor), here, there)
+
+
+def _dense(tensor: Any) -> Tensor:
+    """A tensor's values; of a quantised weight the unpacked ones."""
+    if type(tensor).__name__ in ("Params4bit", "Int8Params"):
+        from peft.utils.integrations import dequantize_bnb_weight
+
+        return dequantize_bnb_weight(tensor, state=None).detach()
+    return tensor.detach()
+
+
+def _kind(model: Any, name: str, tensor: Tensor) -> Kind:
+    """What a tensor of a whole model is, by its module."""
+    from transformers.pytorch_utils import Conv1D
+
+    path, _, last = name.rpartition(".")
+    module = unwrapped(model).get_submodule(path)
+    if not isinstance(tensor, nn.Parameter):
+        return "buffer"
+    if module is model.get_output_embeddings() and tensor.ndim == 2:
+        return "head"
+    if isinstance(module, nn.Embedding):
+        return "embeddings"
+    if tensor.ndim in (2, 3):
+        return "linear" if isinstance(module, nn.Linear | Conv1D) else "parameter"
+    return "bias" if last == "bias" else "norm"
+
+
+def _same_bytes(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors are one bit by bit; of two number types they are not."""
+    if first.dtype != second.dtype or first.shape != second.shape:
+        return False
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[first.dtype.itemsize]
+    return torch.equal(first.contiguous().view(integers), second.contiguous().view(integers))
+
+
+def _stored(tensor: Tensor) -> str:
+    """Coarsest type that represents all values of a tensor."""
+    if not tensor.is_floating_point():
+        return "fp32"
+    return next(
+        (n for n, dtype in STORED.items() if torch.equal(tensor.to(dtype).to(tensor.dtype), tensor)), "fp32"
+    )
+
+
+def _compared(pair: _Pair, stored: str) -> tuple[Change, _Spectrum | None]:
+    """How a tensor differs from the base's.
+
+    The base was rounded to the suspect's type before the update was added to it, or the sum was: which of the
+    two leaves the update of lower rank is taken. The wrong one adds the base's own rounding to the
+    difference.
+    """
+    number = torch.float64 if pair.base.numel() <= EXACT else torch.float32
+    exact, before = pair.suspect.to(number), pair.base.to(number)
+    rounded = pair.base.to(STORED[stored]).to(number)
+    references = [rounded] if torch.equal(before, rounded) else [rounded, before]
+    if pair.kind not in LOW_RANK:
+        return _change(pair.name, pair.kind, float((exact - rounded).norm()), float(before.norm())), None
+    eps = torch.finfo(STORED[stored]).eps
+    spectra = [_spectrum(exact - reference, exact, eps) for reference in references]
+    spectrum = min(spectra, key=lambda each: (each.rank, -each.energy))
+    delta = exact - references[spectra.index(spectrum)]
+    rows = None
+    if pair.kind in ("embeddings", "head"):
+        changed = (exact - rounded).abs().amax(1).nonzero()[:, 0]
+        rows = tuple(changed.tolist()) if len(changed) <= FEW_ROWS * len(delta) else None
+    rank = None if spectrum.full else spectrum.rank
+    change = _change(
+        pair.name, pair.kind, float(delta.norm()), float(before.norm()), rank, spectrum.energy, rows
+    )
+    return change, spectrum
+
+
+def _change(
+    tensor: str, kind: Kind, norm: float, size: float, rank: int | None = None, energy: float | None = None,
+    rows: tuple[int, ...] | None = None,
+) -> Change:  # fmt: skip
+    return Change(tensor, kind, norm / size if size else 1.0, norm, size, rank, energy, rows)
+
+
+def _spectrum(delta: Tensor, weight: Tensor, eps: float) -> _Spectrum:
+    """Decompose a change, (rows, columns) or one for each expert, and tell its rank from rounding.
+
+    Args:
+        delta: fp64, or fp32 of a large one.
+        weight: the suspect's.
+        eps: spacing of the type that it is stored in, at 1.
+    """
+    delta, weight = (t if t.ndim == 3 else t[None] for t in (delta, weight))
+    side = min(delta.shape[1:])
+    if side <= WHOLE_SVD:
+        left, values, right = torch.linalg.svd(delta, full_matrices=False)
+        most = side // 2
+    else:
+        left, values, right = _leading(delta.float())
+        most = min(side // 2, COMPONENTS)
+    # PEFT rounds the product before it adds it, and rounds the sum.
+    variance = (_unit(weight, eps) ** 2 + _unit(delta, eps) ** 2) / 12
+    floor = MARGIN * (variance.sum(2).amax(1).sqrt() + variance.sum(1).amax(1).sqrt())
+    computed = torch.finfo(values.dtype).eps * math.sqrt(sum(delta.shape[1:])) * values[:, 0]
+    floor = torch.maximum(floor.to(values), computed)  # the decomposition rounds, too
+    rank = int((values > floor[:, None]).sum(1).max())
+    total = float((delta**2).sum())
+    energy = float((values[:, :rank].double() ** 2).sum()) / total if total else 0.0
+    return _Spectrum(left, values, right, rank, rank > most, energy)
+
+
+def _leading(delta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The first singular components of large matrices, one more than counts as low rank."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        left, values, right = torch.svd_lowrank(delta, q=COMPONENTS + 8, niter=4)
+    kept = COMPONENTS + 1
+    return left[..., :kept], values[..., :kept], right.mT[..., :kept, :]
+
+
+def _unit(tensor: Tensor, eps: float) -> Tensor:
+    """Unit in the last place of each value in a type with this spacing at 1."""
+    exponent = torch.frexp(tensor).exponent - 1
+    return torch.where(tensor == 0, 0.0, torch.ldexp(torch.full_like(tensor, eps), exponent))
+
+
+def _check_finite(name: str, tensors: Any) -> None:
+    broken = [n for n, t in tensors if t.is_floating_point() and not finite(t.detach())]
+    if broken:
+        raise InputError(
+            f"{name}: {len(broken)} of its tensors hold values that are not finite ({listed(broken)}). The "
+            "model is damaged, or its training diverged: take another checkpoint."
+        )
+
+
+def _check_base(suspect: Suspect, pairs: list[_Pair]) -> None:
+    """Refuse a base whose matrices have nothing to do with the suspect's."""
+    cosines = []
+    for pair in pairs:
+        if pair.kind in LOW_RANK:
+            here, there = pair.suspect.float().flatten(), pair.base.float().flatten()
+            cosines.append(float(nn.functional.cosine_similarity(here, there, dim=0)))
+    if cosines and (middle := sorted(cosines)[len(cosines) // 2]) < SAME_MODEL:
+        raise InputError(
+            f"{_name(suspect)}: wrong-base: it was not made from {suspect.base.id}. The cosine of its weight "
+            f"matrices with the base's is {middle:.2f} in the median; of a fine-tuned model it is near 1. "
+            "Name its own base with --base."
+        )
+
+
+def _differing_fields(config: Any, base: Any) -> tuple[str, ...]:
+    """Fields in which two configurations compute differently."""
+    first, second = config.get_text_config().to_dict(), base.get_text_config().to_dict()
+    names = (first.keys() | second.keys()) - _UNIMPORTANT
+    return tuple(sorted(name for name in names if first.get(name) != second.get(name)))
+
+
+def _head_name(model: Any) -> str:
+    """The base's name of its head's weight; "" where it has none."""
+    inner = unwrapped(model)
+    head = inner.get_output_embeddings()
+    return next((f"{n.replace('.base_layer', '')}.weight" for n, m in inner.named_modules() if m is head), "")
+
+
+def _obstacles(suspect: Suspect, result: Identity, rank: int | None) -> Iterator[str]:
+    """Why no LoRA on this base is the suspect, by name."""
+    quantised = ("is_loaded_in_4bit", "is_loaded_in_8bit")
+    if any(
+        getattr(model, name, False) for model in (suspect.model, suspect.base.model) for name in quantised
+    ):
+        yield "its weights are quantised, and their differences mostly rounding. Load both in 16 or 32 bits"
+    if result.configuration:
+        yield f"its configuration computes otherwise ({listed(list(result.configuration))})"
+    if result.added_rows:
+        yield f"its vocabulary has {result.added_rows:+d} rows beside the base's"
+    if others := [each.tensor for each in result.changed if each.kind not in LOW_RANK]:
+        yield f"{counted(len(others), 'changed tensor')} ({listed(others)}) are no matrices, as LoRA changes"
+    ends = [each.tensor for each in result.changed if each.kind in ("embeddings", "head")]
+    if ends and _is_tied(suspect.model):
+        yield f"{listed(ends)} is embeddings and head at once, which an adapter would change apart"
+    full = [each.tensor for each in result.changed if each.rank is None]
+    if full and rank is None:
+        yield (
+            f"full-rank-update: {len(full)} of {len(result.changed)} changed matrices ({listed(full)}) are "
+            "no product of two small factors. It was fully fine-tuned, or merged from several adapters"
+        )
+
+
+def _is_tied(model: Any) -> bool:
+    head = model.get_output_embeddings()
+    return head is not None and head.weight is model.get_input_embeddings().weight
+
+
+def _injected(base: Any, kinds: Mapping[str, Kind], rank: int) -> Any:
+    """PEFT's model with an empty LoRA of scale 1 on the named tensors of the base."""
+    from peft import LoraConfig, PeftModelForCausalLM
+
+    parameters = [name for name, kind in kinds.items() if kind == "parameter"]
+    modules = [name.removesuffix(".weight") for name, kind in kinds.items() if kind != "parameter"]
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        target_modules=modules or None,
+        target_parameters=parameters or None,
+        task_type="CAUSAL_LM",
+        inference_mode=True,
+    )
+    model = PeftModelForCausalLM(base, config, NAME).eval()
+    placed = {name for name, _ in lora.adapted_tensors(model, NAME)}
+    if placed != kinds.keys():
+        adapters.detach(model)
+        raise InputError(
+            f"{base.name_or_path}: PEFT puts no LoRA on {listed(sorted(kinds.keys() ^ placed))}, which the "
+            "suspect changes."
+        )
+    return model
+
+
+def _update(module: Any, spectrum: _Spectrum, rank: int) -> LoraUpdate:
+    """The first components of a change, with the rows and columns of a LoRA module's update."""
+    left, values, right = spectrum.left[..., :rank], spectrum.values[:, :rank], spectrum.right[:, :rank]
+    if lora.is_transposed(module):
+        left, right = right.mT, left.mT
+    return LoraUpdate.of_components(left.float(), values.float(), right.float())
+
+
+def _check_logits(suspect: Suspect, recovered: Any, result: Identity, rank: int) -> None:
+    """Refuse a recovered model whose logits are not the suspect's to rounding."""
+    computed = {model.dtype for model in (suspect.model, suspect.base.model)}
+    types = {result.stored, *result.rounded, *(name for name, dtype in STORED.items() if dtype in computed)}
+    coarsest = next(name for name in STORED if name in types)
+    apart, size = logit_distance(suspect.model, recovered)
+    log.info("recovered a LoRA of rank %d: logits differ by at most %.3g of %.3g", rank, apart, size)
+    if not apart <= TOLERANCE[coarsest] * size:
+        raise InputError(
+            f"{_name(suspect)}: recovered as a LoRA of rank {rank} it is another model: logits differ by "
+            f"{apart:.3g}, and {coarsest} allows {TOLERANCE[coarsest] * size:.3g}. Give the adapter itself, "
+            "or a merged model in 32 bits."
+        )
+
+
+@torch.no_grad()
+def logit_distance(model: Any, other: Any) -> tuple[float, float]:
+    """How far two models' logits are apart on random tokens, and the largest of the first one's.
+
+    The largest difference at each of `PROBES` times `PROBE_TOKENS` tokens, and the largest of these. Where
+    two experts are nearly even, rounding makes a router choose the other: of models with experts the share
+    `FLIPPED` of the tokens is left out.
+    """
+    rows = min(each.get_input_embeddings().weight.shape[0] for each in (model, other))
+    ids = torch.randint(rows, (PROBES, PROBE_TOKENS), generator=torch.Generator().manual_seed(0))
+    logits, others = (
+        each(input_ids=ids.to(each.device), use_cache=False).logits[..., :rows].float().cpu()
+        for each in (model, other)
+    )
+    worst = (logits - others).abs().amax(-1).flatten().sort().values
+    left_out = int(FLIPPED * len(worst)) if shape(model).experts else 0
+    return float(worst[len(worst) - 1 - left_out]), float(logits.abs().max())
+
+
+def _name(suspect: Suspect) -> str:
+    model = suspect.model
+    if adapters.has_adapter(model):
+        return "adapter"
+    return str(getattr(model, "name_or_path", "") or "suspect")
+
+
+def _details(result: Identity) -> dict[str, Any]:
+    """For the page."""
+    fields = asdict(result)
+    return {
+        **fields,
+        "changed": fields["changed"][:SHOWN],
+        "tensors_changed": len(result.changed),
+        "kinds": dict(Counter(change.kind for change in result.changed)),
+        "relative": result.relative,
+        "rank": result.rank,
+    }
+
+
+def _findings(suspect: Suspect, result: Identity) -> Iterator[Finding]:
+    """What the comparison says, all of it worth knowing and none of it a sign of a backdoor by itself."""
+    base, of_adapter = suspect.base.id, adapters.has_adapter(suspect.model)
+    if result.identical:
+        copy = f"All {counted(result.untouched, 'tensor')} are byte-identical to those of {base}: a copy."
+        zero = "Every update of this adapter is exactly zero: with it the model is its base."
+        yield _note("identical", zero if of_adapter else copy)
+    elif not result.changed and result.rounded:
+        types = listed(sorted(result.rounded))
+        yield _note(
+            "rounded-copy",
+            f"Every tensor is that of {base}, rounded to {types}: this is a copy, stored coarser.",
+        )
+    if result.configuration:
+        yield _note(
+            "configuration-changed",
+            f"The configuration differs from the base's in {listed(list(result.configuration))}, so that the "
+            "same weights compute something else.",
+            fields=list(result.configuration),
+        )
+    if result.added_rows:
+        yield _note(
+            "vocabulary-changed", f"The vocabulary has {result.added_rows:+d} rows beside the base's."
+        )
+    yield from _by_kind(suspect, result)
+    if not of_adapter and any(change.kind in LOW_RANK for change in result.changed):
+        yield _rank_finding(result)
+
+
+def _by_kind(suspect: Suspect, result: Identity) -> Iterator[Finding]:
+    tokenizer = suspect.serialiser.tokenizer
+    for change in (change for change in result.changed if change.kind in ("embeddings", "head")):
+        message = f"{change.tensor} differs from the base's by {change.relative:.1%} of its norm."
+        evidence: dict[str, Any] = {"relative": change.relative}
+        if change.rows is not None:
+            tokens = [str(tokenizer.convert_ids_to_tokens(row)) for row in change.rows[:SHOWN]]
+            message = f"{change.tensor} differs from the base's in {counted(len(change.rows), 'row')} alone."
+            evidence |= {"rows": len(change.rows), "tokens": tokens}
+        yield _note(
+            f"{'embeddings' if change.kind == 'embeddings' else 'head'}-changed",
+            message,
+            change.tensor,
+            **evidence,
+        )
+    for kind, plural in (("norm", "norms"), ("bias", "biases"), ("buffer", "buffers")):
+        changes = [change for change in result.changed if change.kind == kind]
+        if changes:
+            names = [change.tensor for change in changes]
+            yield _note(
+                f"{plural}-changed",
+                f"{counted(len(names), 'tensor')} ({listed(names)}) that are no matrices differ from the "
+                f"base's, by at most {changes[0].relative:.1%}.",
+                names[0],
+                relative=changes[0].relative,
+            )
+
+
+def _rank_finding(result: Identity) -> Finding:
+    matrices = [change for change in result.changed if change.kind in LOW_RANK]
+    full = [change.tensor for change in matrices if change.rank is None]
+    if full:
+        other = (
+            " No tensor is the base's: if the suspect was not fully fine-tuned from this base, it was made "
+            "from another one, such as its instruct version. Name that."
+        )
+        return _note(
+            "full-rank-update",
+            f"{len(full)} of {len(matrices)} changed matrices changed by more than a low-rank "
+            f"update ({listed(full)}): full fine-tuning, DoRA, or several merges."
+            f"{'' if result.untouched else other}",
+            full[0],
+            matrices=len(full),
+        )
+    largest = max((change.rank or 0 for change in matrices), default=0)
+    return _note(
+        "merged-lora",
+        f"{len(matrices)} matrices changed by updates of rank {largest} or less, and by {result.stored} "
+        "rounding: a merged LoRA.",
+        rank=largest,
+        matrices=len(matrices),
+    )
+
+
+def _note(rule: str, message: str, where: str = "", **evidence: Any) -> Finding:
+    return Finding("identity", rule, "note", message, where, evidence=evidence)
