@@ -81,15 +81,24 @@ def test_one_changed_bit_is_no_copy() -> None:
     assert 0 < changed.relative < 1e-6
 
 
+EXPERTS = ("mixtral", "fused experts and routers", 2)
+
+
 @pytest.mark.parametrize(
-    ("stored", "merged_in"),
-    [("fp32", "fp32"), ("fp16", "as stored"), ("bf16", "as stored"), ("bf16", "fp32")],
-)
-@pytest.mark.parametrize(
-    ("family", "name", "rank"), [("qwen", "lora", 8), ("mixtral", "fused experts and routers", 2)]
+    ("family", "name", "rank", "stored", "merged_in"),
+    [
+        ("qwen", "lora", 8, "fp32", "fp32"),
+        ("qwen", "lora", 8, "bf16", "as stored"),
+        ("qwen", "lora", 8, "bf16", "fp32"),
+        (*EXPERTS, "fp32", "fp32"),
+        pytest.param("qwen", "lora", 8, "fp16", "as stored", marks=pytest.mark.slow),
+        pytest.param(*EXPERTS, "fp16", "as stored", marks=pytest.mark.slow),
+        pytest.param(*EXPERTS, "bf16", "as stored", marks=pytest.mark.slow),
+        pytest.param(*EXPERTS, "bf16", "fp32", marks=pytest.mark.slow),
+    ],
 )
 def test_a_merged_lora_is_an_adapter_again(
-    family: str, name: str, rank: int, merged_in: str, stored: str, tmp_path: Path
+    family: str, name: str, rank: int, stored: str, merged_in: str, tmp_path: Path
 ) -> None:
     adapted = variants.made(name, family)
     factors = {tensor: update_of(module, "default").product() for tensor, module in adapted_tensors(adapted)}

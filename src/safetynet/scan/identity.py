@@ -332,7 +332,7 @@ def _of_adapter(suspect: Suspect) -> Identity:
         raise InputError(f"{_name(suspect)}: {reason}")
     name = model.active_adapter
     _check_finite(_name(suspect), adapters.adapter_parameters(model))
-    changes = []
+    changes, head = [], _head_name(model)
     for tensor, module in lora.adapted_tensors(model, name):
         update, weight = lora.update_of(module, name), lora.base_weight(module)
         values = update.decomposed()[1]
@@ -340,8 +340,7 @@ def _of_adapter(suspect: Suspect) -> Identity:
         rank, norm = int((values > floor).sum(1).max()), float(values.norm())
         if update.product().any():
             low = name not in getattr(module, "lora_magnitude_vector", {})
-            kind = _lora_kind(module)
-            kind = "head" if tensor == _head_name(model) else kind
+            kind: Kind = "head" if tensor == head else _lora_kind(module)
             changes.append(_change(tensor, kind, norm, float(weight.norm()), rank if low else None, 1.0))
         if update.bias is not None and update.bias.any():
             bias = getattr(module.get_base_layer(), "bias", None)
