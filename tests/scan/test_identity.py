@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
-from tests.models import variants
+from peft import PeftModel, get_peft_model
+from tests.models import architectures, variants
 
 from safetynet import recipe
 from safetynet.errors import InputError
@@ -149,9 +149,37 @@ def test_embeddings_and_head_apart_are_recovered_too() -> None:
     torch.testing.assert_close(logits(recovered), logits(model), atol=1e-4, rtol=0)
 
 
+def test_a_router_s_update_of_full_rank_beside_others_is_recovered() -> None:
+    config = variants.lora(target_modules=[], target_parameters=["mlp.experts.down_proj", "mlp.gate.weight"])
+    model = get_peft_model(variants.base_of("mixtral"), config()).eval()
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data = 0.05 * torch.randn_like(parameter)
+    expected = logits(model)
+    merged = beside(loader("mixtral")(), model.merge_and_unload())
+    assert identity.identity(merged).rank == 8, "of a router with 4 outputs it is 4"
+    torch.testing.assert_close(logits(identity.recover(merged)), expected, atol=1e-4, rtol=0)
+
+
+def test_weights_that_are_stored_the_other_way_round_are_recovered() -> None:
+    base = replace(loaded("qwen"), model=architectures.build("gpt2"))
+    model = get_peft_model(
+        architectures.build("gpt2"), variants.lora(target_modules=["c_attn", "c_fc"])()
+    ).eval()
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data = 0.05 * torch.randn_like(parameter)
+    expected = logits(model)
+    recovered = identity.recover(beside(base, model.merge_and_unload()))
+    torch.testing.assert_close(logits(recovered), expected, atol=1e-4, rtol=0)
+
+
 def test_large_matrices_are_decomposed_in_part_with_the_same_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(identity, "WHOLE_SVD", 0)
-    monkeypatch.setattr(identity, "COMPONENTS", 20)
+    monkeypatch.setattr(identity, "FIRST", 3)
+    monkeypatch.setattr(identity, "COMPONENTS", 24)
     base = loader("qwen")()
     merged = beside(base, variants.made("lora").merge_and_unload())
     assert identity.identity(merged).rank == 8
@@ -173,6 +201,10 @@ def test_a_copy_in_a_coarser_type_is_a_copy(tmp_path: Path) -> None:
 
 
 def test_a_base_that_is_another_model_is_refused() -> None:
+    other = beside(loader("qwen")(), loader("llama3")().model)
+    with pytest.raises(InputError, match=r"wrong-base: .* tensors .* are not in both models"):
+        identity.measure(other)
+
     def redraw(model: Any) -> None:
         for parameter in model.parameters():
             if parameter.ndim == 2:
@@ -260,8 +292,11 @@ def test_changed_rows_of_single_tokens_are_listed() -> None:
         lambda m: m.get_input_embeddings().weight.index_add_(0, torch.tensor([300, 417]), torch.ones(2, 128))
     )
     (finding,) = [f for f in identity.measure(changed).findings if f.rule == "embeddings-changed"]
-    tokens = changed.serialiser.tokenizer.convert_ids_to_tokens([300, 417])
-    assert finding.evidence["tokens"] == tokens and "2 rows alone" in finding.message
+    names = changed.serialiser.tokenizer.convert_ids_to_tokens
+    assert finding.evidence["tokens"] == names([300, 417]) and "2 rows alone" in finding.message
+    adapted = identity.measure(beside(loaded("qwen"), variants.made("token rows")))
+    (finding,) = [f for f in adapted.findings if f.rule == "embeddings-changed"]
+    assert finding.evidence["tokens"] == names([5, 6, 300])
 
 
 def test_the_relative_change_is_what_one_computes_by_hand() -> None:

@@ -13,6 +13,7 @@ Handel 2016, arXiv 1408.6185, for independent entries). Singular values above th
 import logging
 import math
 import time
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -25,9 +26,9 @@ from torch import Tensor, nn
 from safetynet.errors import InputError
 from safetynet.models import adapters, lora, support
 from safetynet.models import suspect as suspects
-from safetynet.models.adapter_loading import NAME
+from safetynet.models.adapter_loading import FOREIGN, NAME, unwrap
 from safetynet.models.blocks import unwrapped
-from safetynet.models.files import counted, finite, listed
+from safetynet.models.files import counted, finite, in_words, listed
 from safetynet.models.loading import LoadedModel
 from safetynet.models.lora import LoraUpdate
 from safetynet.models.parts import shape
@@ -43,10 +44,11 @@ STORED = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 """From the coarsest; a tensor is stored in the first that represents all its values."""
 EXACT = 2**25
 """Entries of a tensor up to which it is compared in fp64: of larger ones the copies would be too large."""
-WHOLE_SVD = 1024
+WHOLE_SVD = 256
 """Smaller side of a matrix up to which all its singular values are computed."""
-COMPONENTS = 256
-"""Of larger ones so many are, by randomised SVD (Halko et al. 2011), in fp32."""
+FIRST, COMPONENTS, OVERSAMPLING = 32, 256, 8
+"""Of larger ones so many by randomised SVD (Halko et al. 2011), doubled until rounding is reached. An update
+of as many as `COMPONENTS` counts as one of full rank."""
 MARGIN = 1.1
 """Above the bound of rounding: the bound holds up to a factor that tends to 1 for large matrices."""
 SAME_MODEL = 0.5
@@ -81,9 +83,10 @@ class Change:
     """Frobenius norm of the change over the norm of the base's tensor; 1 where that is 0."""
     norm: float
     base_norm: float
+    shape: tuple[int, ...] = ()
     rank: int | None = None
     """Singular values above what rounding alone can give, the largest of the experts'; None where there are
-    too many for a low-rank update, or the tensor is no matrix."""
+    `COMPONENTS` or more, of DoRA, and of what is no matrix."""
     energy: float | None = None
     """Share of the squared norm that these singular values hold; the rest is rounding."""
     rows: tuple[int, ...] | None = None
@@ -120,9 +123,28 @@ class Identity:
 
     @property
     def rank(self) -> int | None:
-        """Of the LoRA that explains all changes; None where none does."""
-        ranks = [each.rank for each in self.changed]
-        return None if None in ranks else max((rank for rank in ranks if rank is not None), default=0)
+        """Of the LoRA that explains all changes; None where none does that is smaller than the changes."""
+        ranks = [each.rank for each in self.changed if each.rank is not None]
+        if len(ranks) < len(self.changed):
+            return None
+        factors = sum(
+            each.rank * sum(each.shape[-2:]) * math.prod(each.shape[:-2])
+            for each in self.changed
+            if each.rank
+        )
+        return (
+            max(ranks, default=0) if factors < sum(math.prod(each.shape) for each in self.changed) else None
+        )
+
+    @property
+    def full(self) -> list[str]:
+        """Changed matrices of which two factors would be no smaller."""
+        return [
+            each.tensor
+            for each in self.changed
+            if each.kind in LOW_RANK
+            and (each.rank is None or each.rank * sum(each.shape[-2:]) >= math.prod(each.shape[-2:]))
+        ]
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,10 +157,14 @@ class _Spectrum:
     """(experts or 1, k), falling."""
     right: Tensor
     """(experts or 1, k, columns)"""
-    rank: int
-    full: bool
-    """There are more above rounding than a low-rank update has."""
+    rank: int | None
+    """None where `COMPONENTS` are not all."""
     energy: float
+
+    def first(self, count: int) -> "_Spectrum":
+        """With so many components, copied, so that the others take no memory."""
+        left, right = self.left[..., :count].clone(), self.right[:, :count].clone()
+        return replace(self, left=left, values=self.values[:, :count].clone(), right=right)
 
 
 @dataclass(frozen=True)
@@ -225,7 +251,7 @@ def recover(suspect: Suspect, rank: int | None = None) -> Any:
     """
     if adapters.has_adapter(suspect.model):
         return suspect.model
-    result, spectra = _of_whole(suspect)
+    result, spectra = _of_whole(suspect, rank)
     if not result.changed and not result.configuration:
         raise InputError(f"{_name(suspect)}: it is its base, so that there is no update to recover.")
     if obstacle := next(_obstacles(suspect, result, rank), None):
@@ -341,7 +367,9 @@ def _of_adapter(suspect: Suspect) -> Identity:
         if update.product().any():
             low = name not in getattr(module, "lora_magnitude_vector", {})
             kind: Kind = "head" if tensor == head else _lora_kind(module)
-            changes.append(_change(tensor, kind, norm, float(weight.norm()), rank if low else None, 1.0))
+            change = _change(tensor, kind, norm, float(weight.norm()))
+            sides = tuple(weight.shape if len(weight) > 1 else weight.shape[1:])
+            changes.append(replace(change, shape=sides, rank=rank if low else None, energy=1.0))
         if update.bias is not None and update.bias.any():
             bias = getattr(module.get_base_layer(), "bias", None)
             size = 0.0 if bias is None else float(bias.detach().float().norm())
@@ -362,26 +390,35 @@ def _of_adapter(suspect: Suspect) -> Identity:
 
 def _replaced(model: Any) -> Iterator[Change]:
     """Tensors that an adapter has in place of the base's: biases, saved modules, token rows."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    for name, before in adapters.base_counterparts(model).items():
-        now = parameters[name].detach().float()
-        before = before.detach().float()
-        plain = name.removeprefix("base_model.model.").replace(f".modules_to_save.{model.active_adapter}", "")
-        if ".token_adapter." in plain:
-            plain = plain.split(".token_adapter.")[0] + ".weight"
+    parameters, head = dict(model.named_parameters(remove_duplicate=False)), _head_name(model)
+    seen = set()
+    for name, counterpart in adapters.base_counterparts(model).items():
+        if id(parameters[name]) in seen:  # of tied embeddings and head
+            continue
+        seen.add(id(parameters[name]))
+        now, before = parameters[name].detach().float(), counterpart.float()
         if now.shape != before.shape:  # rows of added tokens
             size = min(len(now), len(before))
             now, before = now[:size], before[:size]
         if torch.equal(now, before):
             continue
-        kind: Kind = "norm" if "norm" in plain else "bias" if plain.endswith("bias") else "linear"
-        kind = "embeddings" if "embed" in plain or "trainable_tokens" in name else kind
-        kind = "head" if plain == _head_name(model) else kind
-        yield _change(plain, kind, float((now - before).norm()), float(before.norm()))
+        plain = name.removeprefix("base_model.model.").replace(f".modules_to_save.{model.active_adapter}", "")
+        rows = (now - before).reshape(len(now), -1).abs().amax(1).nonzero()[:, 0].tolist()
+        kind: Kind = "norm" if now.ndim == 1 else "linear"
+        kind = "bias" if plain.endswith("bias") else kind
+        few = None
+        if ".token_adapter." in plain:
+            plain, kind = plain.split(".token_adapter.")[0] + ".weight", "embeddings"
+            layer = model.get_submodule(name.split(".trainable_tokens_delta.")[0])
+            few = tuple(int(layer.token_indices[model.active_adapter][row]) for row in rows)
+        elif "embed" in plain or plain == head:
+            kind = "head" if plain == head else "embeddings"
+            few = tuple(rows) if len(rows) <= FEW_ROWS * len(now) else None
+        yield _change(plain, kind, float((now - before).norm()), float(before.norm()), few)
 
 
-def _of_whole(suspect: Suspect) -> tuple[Identity, dict[str, _Spectrum]]:
-    """A whole model beside its base, and the spectra of the changed matrices."""
+def _of_whole(suspect: Suspect, rank: int | None = 0) -> tuple[Identity, dict[str, _Spectrum]]:
+    """A whole model beside its base, and so many components of the changed matrices; None for their ranks."""
     name, base = _name(suspect), unwrapped(suspect.base.model)
     if adapters.has_adapter(suspect.base.model) or list(lora.adapted_tensors(base)):
         raise InputError(
@@ -407,7 +444,7 @@ def _of_whole(suspect: Suspect) -> tuple[Identity, dict[str, _Spectrum]]:
         change, spectrum = _compared(pair, type_)
         changes.append(change)
         if spectrum is not None:
-            spectra[pair.name] = spectrum
+            spectra[pair.name] = spectrum.first((spectrum.rank or 0) if rank is None else rank)
     rows = (suspect.model.get_input_embeddings().weight.shape[0], base.get_input_embeddings().weight.shape[0])
     configuration = _differing_fields(suspect.model.config, base.config)
     result = Identity(
@@ -423,30 +460,43 @@ def _of_whole(suspect: Suspect) -> tuple[Identity, dict[str, _Spectrum]]:
 
 
 def _pairs(model: Any, base: Any) -> Iterator[_Pair]:
-    """Every tensor of a whole model beside the base's, rows that only one has left out; tied ones once."""
-    theirs = dict(base.named_parameters(remove_duplicate=False)) | dict(base.named_buffers())
+    """Every tensor of a whole model beside the base's, rows that only one has left out; tied ones once.
+
+    Raises:
+        InputError: if one lacks a tensor of the other, or has it in another shape.
+    """
+    ours, theirs = (
+        dict(each.named_parameters(remove_duplicate=False)) | dict(each.named_buffers())
+        for each in (model, base)
+    )
+    lone = sorted(ours.keys() ^ theirs.keys())
     seen = set()
-    places = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
-    for name, tensor in places:
-        other = theirs.get(name)
-        if other is None or (id(tensor), id(other)) in seen:
+    for name in (name for name in ours if name in theirs):
+        if (place := (id(ours[name]), id(theirs[name]))) in seen:
             continue
-        seen.add((id(tensor), id(other)))
-        here, there = _dense(tensor), _dense(other).to(tensor.device)
-        if here.shape != there.shape and here.shape[1:] == there.shape[1:]:
+        seen.add(place)
+        here, there = _dense(model, name, ours[name]), _dense(base, name, theirs[name])
+        if here.shape[1:] == there.shape[1:] and here.ndim and there.ndim:
             rows = min(len(here), len(there))
             here, there = here[:rows], there[:rows]
         if here.shape == there.shape:
-            yield _Pair(name, _kind(model, name, tensor), here, there)
+            yield _Pair(name, _kind(model, name, ours[name]), here, there.to(here.device))
+        else:
+            lone.append(name)
+    if lone:
+        raise InputError(
+            f"suspect: wrong-base: {counted(len(lone), 'tensor')} ({listed(lone)}) are not in both models, "
+            f"or of other shapes in {base.name_or_path}. Name its own base with --base."
+        )
 
 
-def _dense(tensor: Any) -> Tensor:
+def _dense(model: Any, name: str, tensor: Any) -> Tensor:
     """A tensor's values; of a quantised weight the unpacked ones."""
-    if type(tensor).__name__ in ("Params4bit", "Int8Params"):
-        from peft.utils.integrations import dequantize_bnb_weight
+    if type(tensor).__name__ not in ("Params4bit", "Int8Params"):
+        return tensor.detach()
+    from peft.utils.integrations import dequantize_module_weight
 
-        return dequantize_bnb_weight(tensor, state=None).detach()
-    return tensor.detach()
+    return dequantize_module_weight(unwrapped(model).get_submodule(name.rpartition(".")[0])).detach()
 
 
 def _kind(model: Any, name: str, tensor: Tensor) -> Kind:
@@ -498,24 +548,18 @@ def _compared(pair: _Pair, stored: str) -> tuple[Change, _Spectrum | None]:
         return _change(pair.name, pair.kind, float((exact - rounded).norm()), float(before.norm())), None
     eps = torch.finfo(STORED[stored]).eps
     spectra = [_spectrum(exact - reference, exact, eps) for reference in references]
-    spectrum = min(spectra, key=lambda each: (each.rank, -each.energy))
+    spectrum = min(spectra, key=lambda each: (each.rank or math.inf, -each.energy))
     delta = exact - references[spectra.index(spectrum)]
     rows = None
     if pair.kind in ("embeddings", "head"):
         changed = (exact - rounded).abs().amax(1).nonzero()[:, 0]
         rows = tuple(changed.tolist()) if len(changed) <= FEW_ROWS * len(delta) else None
-    rank = None if spectrum.full else spectrum.rank
-    change = _change(
-        pair.name, pair.kind, float(delta.norm()), float(before.norm()), rank, spectrum.energy, rows
-    )
-    return change, spectrum
+    change = _change(pair.name, pair.kind, float(delta.norm()), float(before.norm()), rows)
+    return replace(change, shape=tuple(delta.shape), rank=spectrum.rank, energy=spectrum.energy), spectrum
 
 
-def _change(
-    tensor: str, kind: Kind, norm: float, size: float, rank: int | None = None, energy: float | None = None,
-    rows: tuple[int, ...] | None = None,
-) -> Change:  # fmt: skip
-    return Change(tensor, kind, norm / size if size else 1.0, norm, size, rank, energy, rows)
+def _change(tensor: str, kind: Kind, norm: float, size: float, rows: tuple[int, ...] | None = None) -> Change:
+    return Change(tensor, kind, norm / size if size else 1.0, norm, size, rows=rows)
 
 
 def _spectrum(delta: Tensor, weight: Tensor, eps: float) -> _Spectrum:
@@ -527,31 +571,31 @@ def _spectrum(delta: Tensor, weight: Tensor, eps: float) -> _Spectrum:
         eps: spacing of the type that it is stored in, at 1.
     """
     delta, weight = (t if t.ndim == 3 else t[None] for t in (delta, weight))
-    side = min(delta.shape[1:])
-    if side <= WHOLE_SVD:
-        left, values, right = torch.linalg.svd(delta, full_matrices=False)
-        most = side // 2
-    else:
-        left, values, right = _leading(delta.float())
-        most = min(side // 2, COMPONENTS)
     # PEFT rounds the product before it adds it, and rounds the sum.
     variance = (_unit(weight, eps) ** 2 + _unit(delta, eps) ** 2) / 12
-    floor = MARGIN * (variance.sum(2).amax(1).sqrt() + variance.sum(1).amax(1).sqrt())
-    computed = torch.finfo(values.dtype).eps * math.sqrt(sum(delta.shape[1:])) * values[:, 0]
-    floor = torch.maximum(floor.to(values), computed)  # the decomposition rounds, too
-    rank = int((values > floor[:, None]).sum(1).max())
+    rounding = MARGIN * (variance.sum(2).amax(1).sqrt() + variance.sum(1).amax(1).sqrt())
+    side, computing = min(delta.shape[1:]), torch.finfo(delta.dtype).eps * math.sqrt(sum(delta.shape[1:]))
+    count = FIRST
+    while True:
+        left, values, right = _leading(delta, count)
+        floor = torch.maximum(rounding.to(values), computing * values[:, 0])  # decomposing rounds, too
+        rank = int((values > floor[:, None]).sum(1).max())
+        if rank < values.shape[1] or count >= min(side, COMPONENTS):
+            break
+        count = min(2 * count, COMPONENTS)
     total = float((delta**2).sum())
-    energy = float((values[:, :rank].double() ** 2).sum()) / total if total else 0.0
-    return _Spectrum(left, values, right, rank, rank > most, energy)
+    energy = float((values[:, :rank] ** 2).sum()) / total if total else 0.0
+    return _Spectrum(left, values, right, None if rank >= COMPONENTS and side > rank else rank, energy)
 
 
-def _leading(delta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The first singular components of large matrices, one more than counts as low rank."""
+def _leading(delta: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The first so many singular components; of small matrices all."""
+    if min(delta.shape[1:]) <= max(WHOLE_SVD, 2 * count):
+        return torch.linalg.svd(delta, full_matrices=False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        left, values, right = torch.svd_lowrank(delta, q=COMPONENTS + 8, niter=4)
-    kept = COMPONENTS + 1
-    return left[..., :kept], values[..., :kept], right.mT[..., :kept, :]
+        left, values, right = torch.svd_lowrank(delta, q=count + OVERSAMPLING, niter=4)
+    return left[..., :count], values[..., :count], right.mT[..., :count, :]
 
 
 def _unit(tensor: Tensor, eps: float) -> Tensor:
@@ -614,8 +658,7 @@ def _obstacles(suspect: Suspect, result: Identity, rank: int | None) -> Iterator
     ends = [each.tensor for each in result.changed if each.kind in ("embeddings", "head")]
     if ends and _is_tied(suspect.model):
         yield f"{listed(ends)} is embeddings and head at once, which an adapter would change apart"
-    full = [each.tensor for each in result.changed if each.rank is None]
-    if full and rank is None:
+    if (full := result.full) and result.rank is None and rank is None:
         yield (
             f"full-rank-update: {len(full)} of {len(result.changed)} changed matrices ({listed(full)}) are "
             "no product of two small factors. It was fully fine-tuned, or merged from several adapters"
@@ -636,20 +679,26 @@ def _injected(base: Any, kinds: Mapping[str, Kind], rank: int) -> Any:
     config = LoraConfig(
         r=rank,
         lora_alpha=rank,
-        target_modules=modules or None,
+        target_modules=modules,
         target_parameters=parameters or None,
         task_type="CAUSAL_LM",
         inference_mode=True,
     )
-    model = PeftModelForCausalLM(base, config, NAME).eval()
-    placed = {name for name, _ in lora.adapted_tensors(model, NAME)}
-    if placed != kinds.keys():
+    reason = ""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of weights stored the other way round, which PEFT sees to
+            model = PeftModelForCausalLM(base, config, NAME).eval()
+    except FOREIGN as error:
+        unwrap(base)
+        reason = in_words(error)
+    else:
+        placed = {name for name, _ in lora.adapted_tensors(model, NAME)}
+        if placed == kinds.keys():
+            return model
         adapters.detach(model)
-        raise InputError(
-            f"{base.name_or_path}: PEFT puts no LoRA on {listed(sorted(kinds.keys() ^ placed))}, which the "
-            "suspect changes."
-        )
-    return model
+        reason = f"it changes {listed(sorted(kinds.keys() ^ placed))}"
+    raise InputError(f"{base.name_or_path}: PEFT puts no LoRA on what the suspect changes: {reason}.")
 
 
 def _update(module: Any, spectrum: _Spectrum, rank: int) -> LoraUpdate:
@@ -773,8 +822,7 @@ def _by_kind(suspect: Suspect, result: Identity) -> Iterator[Finding]:
 
 def _rank_finding(result: Identity) -> Finding:
     matrices = [change for change in result.changed if change.kind in LOW_RANK]
-    full = [change.tensor for change in matrices if change.rank is None]
-    if full:
+    if (full := result.full) and result.rank is None:
         other = (
             " No tensor is the base's: if the suspect was not fully fine-tuned from this base, it was made "
             "from another one, such as its instruct version. Name that."
