@@ -210,7 +210,10 @@ def test_what_has_no_update_is_skipped_with_a_reason(name: str) -> None:
     assert result.score is None and "can still be looked at" in result.skipped
     with pytest.raises(InputError, match="can still be looked at"):
         weights.features(model)
-    whole = weights.measure(beside(base().model))
+    copied = copy.deepcopy(base().model)
+    assert weights.measure(beside(copied), bank()).score == 0.0
+    copied.model.norm.weight.data[0] += 1
+    whole = weights.measure(beside(copied))
     assert whole.score is None and "whole model" in whole.skipped
     with pytest.raises(InputError, match="no adapter 'default'"):
         weights.features(base().model)

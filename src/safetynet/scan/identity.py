@@ -213,6 +213,18 @@ def measure(suspect: Suspect) -> RungResult:
     )
 
 
+def is_copy(suspect: Suspect) -> bool:
+    """Whether a whole model is its base bit by bit; costs one pass over the weights. Errors as `identity`."""
+    pairs = _pairs(suspect.model, unwrapped(suspect.base.model))
+    rows = (model.get_input_embeddings().weight.shape for model in (suspect.model, suspect.base.model))
+    configurations = (suspect.model.config, suspect.base.model.config)
+    return (
+        all(_same_bytes(pair.suspect, pair.base) for pair in pairs)
+        and len(set(rows)) == 1
+        and not _differing_fields(*configurations)
+    )
+
+
 def no_update(model: Any) -> str:
     """Why an adapter has no update of single weights that could be looked at; "" where it has."""
     config = model.active_peft_config

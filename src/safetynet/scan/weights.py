@@ -26,7 +26,7 @@ from safetynet.models.files import listed
 from safetynet.models.lora import LoraUpdate
 from safetynet.models.parts import ATTENTION
 from safetynet.models.suspect import Suspect
-from safetynet.scan.identity import no_update
+from safetynet.scan.identity import is_copy, no_update
 from safetynet.scan.result import RungResult
 
 BLOCK = 2**22
@@ -148,24 +148,24 @@ def measure(suspect: Suspect, bank: pd.DataFrame | None = None) -> RungResult:
         bank: `summary` of clean adapters of the same base, which have `details["summary"]` of this function.
 
     Returns:
-        Score and p-value against the bank; without one the score is None, but 0 of a zero update.
+        Score and p-value against the bank; without one the score is None. Of an update of zero, and of a
+        whole model that is a copy of its base, the score is exactly 0.
     """
     start = time.perf_counter()
-    if not adapters.has_adapter(suspect.model):
-        reason = "A whole model that is no merged LoRA: it has no update of low rank."
-    else:
-        reason = no_update(suspect.model)
+    whole = not adapters.has_adapter(suspect.model)
+    reason = "" if whole else no_update(suspect.model)
+    if whole and not is_copy(suspect):
+        reason = "A whole model that is no merged LoRA has no update of low rank."
     if reason:
         return RungResult("weights", skipped=reason, seconds=time.perf_counter() - start)
-    table = features(suspect.model, suspect.model.active_adapter)
+    table = pd.DataFrame() if whole else features(suspect.model, suspect.model.active_adapter)
     values = summary(table)
     zero = not any(values.values())
-    score = distance(values, bank) if bank is not None else 0.0 if zero else None
     return RungResult(
         "weights",
-        score=score,
+        score=0.0 if zero else None if bank is None else distance(values, bank),
         unit=UNIT,
-        control=distance(summary(table.assign(norm=0.0)), bank) if bank is not None else 0.0,
+        control=0.0 if bank is None else distance(summary(table.assign(norm=0.0)), bank),
         p_value=None if bank is None else p_value(values, bank),
         seconds=time.perf_counter() - start,
         details={"summary": values, "weights": len(table), "layers": _by_layer(table)},
