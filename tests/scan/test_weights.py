@@ -181,6 +181,12 @@ def test_an_adapter_of_another_spectrum_is_further_off_than_all_clean_ones() -> 
     assert without.details["summary"] == ordinary.details["summary"]
 
 
+def test_what_no_clean_adapter_does_counts_though_clean_ones_do_not_vary_in_it() -> None:
+    clean = bank().assign(attention=1.0)
+    usual = clean.iloc[0].to_dict()
+    assert weights.distance(usual | {"attention": 0.9}, clean) > 5 * weights.distance(usual, clean)
+
+
 def test_suspect_and_clean_adapters_are_treated_alike() -> None:
     clean = bank()
     members = [*clean.to_dict("records"), weights.summary(weights.features(drawn(50)))]

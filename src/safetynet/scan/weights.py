@@ -34,7 +34,9 @@ BLOCK = 2**22
 LEAST = 8
 """Clean adapters below which no distance is given: fewer have no spread to speak of."""
 ROUNDING = 1e-6
-"""Share of the weight's norm below which an update counts as zero: DoRA and PiSSA of no effect round so."""
+"""Share of the weight's norm below which an update counts as zero: DoRA and PiSSA without effect round."""
+RESOLUTION = 1e-3
+"""Of the summary's logarithms and shares: clean adapters that differ by less count as differing by so much."""
 OUTSIDE = -1
 """Layer of embeddings and head."""
 FLOOR = 1e-12
@@ -172,15 +174,21 @@ def measure(suspect: Suspect, bank: pd.DataFrame | None = None) -> RungResult:
     )
 
 
-UNIT = "robust standard deviations of clean adapters"
+UNIT = "Mahalanobis distance from clean adapters"
 
 
 def _distance(row: np.ndarray, others: np.ndarray) -> float:
-    """The largest deviation from the others' median, in robust standard deviations."""
-    middle = np.median(others, axis=0)
-    spread = 1.4826 * np.median(np.abs(others - middle), axis=0)
-    usable = spread > FLOOR
-    return float(np.max(np.abs(row - middle)[usable] / spread[usable], initial=0.0))
+    """Mahalanobis distance with Ledoit-Wolf shrinkage, of columns in standard deviations of the others.
+
+    The columns hang together (effective rank and concentration, say), and clean adapters are few. On qwen's
+    miniature, 13 trained clean adapters against 13 with backdoors, it set the two furthest apart of the
+    largest deviation, the mean deviation, the nearest neighbours and this one.
+    """
+    from sklearn.covariance import LedoitWolf
+
+    spread = np.maximum(others.std(axis=0), RESOLUTION)
+    scaled, here = ((values - others.mean(axis=0)) / spread for values in (others, row))
+    return float(LedoitWolf().fit(scaled).mahalanobis(here[None])[0] ** 0.5)
 
 
 def _places(model: Any, adapter: str) -> Iterator[tuple[tuple[int, str], Any]]:
