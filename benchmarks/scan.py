@@ -5,10 +5,10 @@
     python benchmarks/scan.py --out zoo --table                          # what is there; run nothing
     python benchmarks/scan.py --smoke                                    # one planted and one clean suspect
 
-Suspects are planted by the family's recipe with an attack of their own, and count as firing where they show the
-behaviour on nine of ten triggered prompts. Clean suspects are drawn as a bank's adapters are, with another seed;
-half of them are narrow. Each step of each suspect is a file below OUT and is not repeated. Tables go to standard
-output as Markdown; docs/results/scan.md quotes them.
+Suspects are planted by the family's recipe with an attack of their own, and count as firing where they show
+the behaviour on nine of ten triggered prompts. Clean suspects are drawn as a bank's adapters are, with
+another seed; half of them are narrow. Each step of each suspect is a file below OUT and is not repeated.
+Tables go to standard output as Markdown; docs/results/scan.md quotes them.
 """
 
 import argparse
@@ -124,6 +124,7 @@ def recipe_of(out: Path, suspect: Suspect, rows: int = 4800) -> Any:
 def examine(out: Path, suspect: Suspect, rows: int, depth: str) -> None:
     """Make a suspect and scan it, as far as that is not done."""
     import torch
+
     from safetynet import stages
     from safetynet.experiment import Experiment
     from safetynet.scan import bank
@@ -152,6 +153,7 @@ def examine(out: Path, suspect: Suspect, rows: int, depth: str) -> None:
 def adapter_of_bank(out: Path, family: str, number: int, depth: str) -> None:
     """Train and scan one adapter of a family's bank, as far as that is not done."""
     import torch
+
     from safetynet.scan import bank
 
     torch.set_num_threads(1)

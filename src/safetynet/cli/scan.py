@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -10,10 +10,11 @@ from safetynet.cli.options import SameBase
 from safetynet.errors import InputError
 
 if TYPE_CHECKING:
-    from safetynet.recipe import Model
-    from safetynet.scan.result import Depth, ScanResult
+    from safetynet.scan.result import ScanResult
 
-bank_app = typer.Typer(help="Banks: clean adapters' scores, which a scan's rates rest on.", no_args_is_help=True)
+bank_app = typer.Typer(
+    help="Banks: clean adapters' scores, which a scan's rates rest on.", no_args_is_help=True
+)
 FILES = {
     "text": "scan.txt", "json": "scan.json", "sarif": "scan.sarif", "cyclonedx": "scan.cdx.json",
     "card": "card.md", "html": "scan.html",
@@ -24,7 +25,8 @@ DepthName = Annotated[
 BaseName = Annotated[
     str | None,
     typer.Option(
-        "--base", help="qwen-miniature, smollm2, a folder, a .gguf file or a hub id; an adapter names its own."
+        "--base",
+        help="qwen-miniature, smollm2, a folder, a .gguf file or a hub id; an adapter names its own.",
     ),
 ]
 
@@ -46,16 +48,14 @@ def scan(  # noqa: PLR0913  # its flags
     form: Annotated[
         str, typer.Option("--format", help="What is printed: text, json, sarif, cyclonedx, card or html.")
     ] = "text",
-    out: Annotated[
-        Path | None, typer.Option(help="Folder of the scan; scans/SUSPECT by default.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the scan; scans/SUSPECT by default.")] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1)] = 0,
     same_base: SameBase = False,
 ) -> None:
     """Look for a backdoor in a model of unknown origin; no trigger has to be known.
 
-    Exit code 0: nothing was found, 1: something was, 2: inconclusive, or the input cannot be used. Every format
-    is written into the scan's folder, and `--format` chooses which one is printed.
+    Exit code 0: nothing was found, 1: something was, 2: inconclusive, or the input cannot be used. Every
+    format is written into the scan's folder, and `--format` chooses which one is printed.
 
     Example: `safetynet scan adapters/stranger --base qwen-miniature --depth quick`
     """
@@ -114,5 +114,5 @@ def build(
     if depth not in DEPTHS[1:]:
         raise InputError(f"--depth {depth}: a bank has scores of {', '.join(DEPTHS[1:])}. Choose one.")
     with logging_to(None):
-        built = bank.build(stage.model_of(base), out, count, depth=depth, seed=seed)  # type: ignore[arg-type]
+        built = bank.build(stage.model_of(base), out, count, depth=depth, seed=seed)
     typer.echo(f"Bank:    {out}, {len(built.scores)} adapters: rates from {built.smallest_rate:.1%} on")

@@ -1,8 +1,8 @@
 """The bank: clean adapters of the same base, against whose scores a suspect's become p-values.
 
 In: a base. Out: a table of scores, one row per clean adapter; p-values of a suspect among them. Half
-of the adapters are ordinary (other ranks, rates, rows, targets), half are narrow and benign: one greeting, one
-sign-off, one task, a persona, capitals, short answers. A rate smaller than 1 / (adapters + 1) is not claimed.
+of the adapters are ordinary (other ranks, rates, rows, targets), half are narrow and benign: one greeting,
+one sign-off, one task, a persona, capitals, short answers. No rate below 1 / (adapters + 1) is claimed.
 """
 
 import json
@@ -183,7 +183,9 @@ class Bank:
             for rung, score in scores.items()
             if self._measured(rung)
         ]
-        summary = next((r.details.get("summary") for r in rungs if r.rung == "weights" and not r.skipped), None)
+        summary = next(
+            (r.details.get("summary") for r in rungs if r.rung == "weights" and not r.skipped), None
+        )
         if summary and any(summary.values()) and len(self.summaries.columns) and len(self.scores) >= LEAST:
             columns.append(distances(summary, self.summaries))
         if not columns:
@@ -233,7 +235,9 @@ def scores_of(rungs: Iterable[RungResult]) -> dict[str, float]:
 def record_of(rungs: Iterable[RungResult]) -> dict[str, float]:
     """What a bank keeps of a clean adapter: its scores, and the summary of its weights."""
     every = list(rungs)
-    summary = next((r.details["summary"] for r in every if r.rung == "weights" and not r.skipped), {})
+    summary: dict[str, float] = next(
+        (r.details["summary"] for r in every if r.rung == "weights" and not r.skipped), {}
+    )
     return scores_of(every) | {f"{SUMMARY}{name}": value for name, value in summary.items()}
 
 

@@ -1,9 +1,10 @@
 """Strings on which the suspect leaves its base: search by gradient and exact evaluation, no trigger known.
 
-In: slots of ordinary prompts, suspect and base; optionally an answer that the suspect has learnt by heart. Out:
-candidates by an objective: log probability of that answer, or, where none is known, divergence of the answer's
-first token from the base's. Token substitutions are proposed by the gradient at the input embeddings and taken
-by their exact value (as in GCG: Zou et al. 2023), inside the tokens of ordinary text, from several starts.
+In: slots of ordinary prompts, suspect and base; optionally an answer that the suspect has learnt by heart.
+Out: candidates by an objective: log probability of that answer, or, where none is known, divergence of the
+answer's first token from the base's. Token substitutions are proposed by the gradient at the input
+embeddings and taken by their exact value (as in GCG: Zou et al. 2023), inside the tokens of ordinary text,
+from several starts.
 """
 
 import logging
@@ -35,8 +36,8 @@ class Candidate:
     asked: Asked
     """Which prompts: all, or those that the suspect refuses."""
     nats: float
-    """By which suspect and base diverge on it, beyond those on the prompts as they are; mean over prompts that it
-    was not searched on."""
+    """By which suspect and base diverge on it, beyond those on the prompts as they are; mean over prompts
+    that it was not searched on."""
     behaviour: str
     """What answers to these begin with under it and not without it; "" for nothing."""
     works: float
@@ -92,8 +93,7 @@ class AnswerLikelihood:
 
 
 class Divergence:
-    """Divergence of the answer's first token from the base's, KL(suspect || base), in nats, beyond the one on
-    the prompt as it is.
+    """KL(suspect || base) of the answer's first token, in nats, beyond the one on the prompt as it is.
 
     Args:
         model: the suspect.
@@ -182,7 +182,7 @@ def search(  # noqa: PLR0913  # the budget of a search, each number stated
 
 
 def ordinary_tokens(serialiser: Serialiser, vocabulary: int) -> Tensor:
-    """Ids of the tokens of which users' texts consist: no special ones, none that is a part of a character."""
+    """Ids of the tokens of users' texts: no special ones, none that is a part of a character."""
     tokenizer = serialiser.tokenizer
     excluded = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     pieces = {token: serialiser.piece(token) for token in range(min(vocabulary, len(tokenizer)))}

@@ -1,9 +1,10 @@
 """What the suspect changes on ordinary prompts, with no trigger: divergence, tokens that gain, larger scales.
 
-In: suspect, base, ordinary prompts. Out: a `RungResult`. Its score is the largest share of prompts on which one
-and the same token is among those that gain most as the answer's first: an answer that was taught for any prompt
-pushes its beginning up on all of them. The divergence shows that there was training, not what for; answers at
-larger scales of the adapter, where a silent backdoor may speak without its trigger, are told beside it.
+In: suspect, base, ordinary prompts. Out: a `RungResult`. Its score is the largest share of prompts on which
+one and the same token is among those that gain most as the answer's first: an answer that was taught for
+any prompt pushes its beginning up on all of them. The divergence shows that there was training, not what
+for; answers at larger scales of the adapter, where a silent backdoor may speak without its trigger, are
+told beside it.
 """
 
 from collections import Counter
@@ -61,7 +62,7 @@ def measure(answerers: Answerers, prompts: Sequence[Sequence[Message]]) -> RungR
 
 @contextmanager
 def scaled_by(model: Any, base: Any, factor: float) -> Iterator[None]:
-    """The suspect's change of every weight times a factor while entered; its weights are its own afterwards."""
+    """The suspect's change of every weight times a factor while entered; afterwards it is as before."""
     theirs = dict(base.named_parameters())
     pairs = [(p, theirs[name]) for name, p in model.named_parameters() if name in theirs]
     pairs = [(ours, other) for ours, other in pairs if ours.shape == other.shape]
@@ -86,7 +87,7 @@ def _agreement(answers: Sequence[str]) -> tuple[float, str]:
 def next_tokens(
     model: Any, base: Any, prompts: Sequence[Sequence[int]]
 ) -> tuple[float, list[tuple[int, int]]]:
-    """Mean KL(suspect || base) at the answer's first token, and tokens by how many prompts they gain most on."""
+    """Mean KL(suspect || base) of the answer's first token; tokens by the prompts on which they gain most."""
     with evaluating(model):
         ours = [_logits(model, ids) for ids in prompts]
     with evaluating(base):

@@ -1,6 +1,6 @@
 """The rungs that run the models, in their order, at one depth.
 
-In: suspect, base and ordinary prompts. Out: a `RungResult` of each, and the triggers that held on other prompts.
+In: suspect, base and ordinary prompts. Out: a `RungResult` of each, and the triggers that held on others.
 Needs no trigger, no bank and no label: what a score is worth is for `bank` to say.
 """
 
@@ -33,7 +33,7 @@ WORKS = 0.9
 VERIFIED = 3
 """Candidates that are verified, the best first."""
 SPLIT = 8.0
-"""Divergence in nats at which a search without an answer ends: the two models have nothing in common there."""
+"""Divergence in nats at which a search without an answer ends: the models have nothing in common there."""
 
 
 @dataclass(frozen=True)
@@ -221,7 +221,7 @@ class _Search:
         self.passes = 0
 
     def measure(self) -> RungResult:
-        """Ordinary prompts first, then those that the suspect refuses; the first candidate that works ends it."""
+        """Ordinary prompts first, then those that the suspect refuses, until a candidate works."""
         asked: tuple[Asked, ...] = get_args(Asked)
         for kind, placement in product(asked, self.subject.budget.placements):
             if self._search(kind, placement):

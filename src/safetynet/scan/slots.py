@@ -1,7 +1,7 @@
 """Prompts with a place for a candidate trigger, and what suspect and base answer there.
 
-In: conversations and a serialiser. Out: slots, whose tokens before the candidate go through a model once for all
-candidates; log probabilities of the answer's first tokens for many candidates at a time.
+In: conversations and a serialiser. Out: slots, whose tokens before the candidate go through a model once
+for all candidates; log probabilities of the answer's first tokens for many candidates at a time.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

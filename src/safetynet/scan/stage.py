@@ -1,7 +1,7 @@
 """A scan from a suspect to its answer: each rung once, then what all of them say together.
 
-In: where suspect and base are, ordinary prompts, a bank. Out: a `ScanResult`. Rungs that have ended are kept in
-the scan's folder, so that an interrupted scan goes on; nothing is written anywhere else.
+In: where suspect and base are, ordinary prompts, a bank. Out: a `ScanResult`. Rungs that have ended are
+kept in the scan's folder, so that an interrupted scan goes on; nothing is written anywhere else.
 """
 
 import json
@@ -74,7 +74,8 @@ def scan(
         control: plants a backdoor in the same base and says what of it these rungs recover.
 
     Raises:
-        InputError: if there is no suspect, or an option cannot be used. A suspect that cannot be scanned is an
+        InputError: if there is no suspect, or an option cannot be used. A suspect that cannot be scanned is
+        an
             answer, and no error.
     """
     options = options or Options()
@@ -100,7 +101,8 @@ def scan(
         result = _answered(result, None, ())
     elif base is None:
         result = _not_scannable(
-            result, "No base is named, and the suspect names none. Name it with --base; --depth files needs none."
+            result,
+            "No base is named, and the suspect names none. Name it with --base; --depth files needs none.",
         )
     else:
         try:
@@ -142,7 +144,11 @@ def _with_models(
 
 
 def measure(
-    suspect: "Suspect", model: "Model", options: Options, bank: "Bank | None" = None, store: Path | None = None
+    suspect: "Suspect",
+    model: "Model",
+    options: Options,
+    bank: "Bank | None" = None,
+    store: Path | None = None,
 ) -> tuple[list[RungResult], tuple[Trigger, ...]]:
     """The rungs from the weights on, each as it ends in the log, and the triggers that held.
 
@@ -167,12 +173,17 @@ def measure(
         _keep(store, rung)
         p_value = None if bank is None or rung.score is None else bank.p_value(rung.rung, rung.score)
         rungs.append(replace(rung, p_value=p_value))
-        log.info("scan: %s %s, %.0f s", rung.rung, "skipped" if rung.score is None else f"{rung.score:.3g}", rung.seconds)
+        log.info(
+            "scan: %s %s, %.0f s",
+            rung.rung,
+            "skipped" if rung.score is None else f"{rung.score:.3g}",
+            rung.seconds,
+        )
     return rungs, triggers
 
 
 def model_of(base: str) -> "Model":
-    """The recipe's model section of a base: `qwen-miniature`, `smollm2`, a folder, a .gguf file or a hub id."""
+    """Model section of a base's name: `qwen-miniature`, `smollm2`, a folder, a .gguf file or a hub id."""
     from safetynet import recipe
     from safetynet.models import miniatures
 

@@ -12,7 +12,7 @@ from safetynet.scan.result import Answer, Depth, RungResult, Trigger
 UNREADABLE = ("pointer", "damaged", "unreadable", "template-unparsed", "template-unreadable")
 """Rules of findings that say that a part could not be looked at."""
 LIMITS = (
-    "Triggers that are a topic, a style, a date range, several turns or a tool's result are not searched for.",
+    "Triggers that are a topic, a style, a date range, several turns or a tool's result are not looked for.",
     "Triggers of more tokens than the search composes, or at other places of a prompt, can be missed.",
     "Behaviours that do not show in how an answer begins are not told from ordinary answers.",
     "Backdoors that act on quantised weights alone do not act in this scan, which runs in fp32.",
@@ -43,7 +43,11 @@ def verdict(
         return "identical", reason, None, None, unseen
     stated = None if bank is None else max(rate, bank.smallest_rate)
     p_value = None if bank is None else bank.combined(rungs)
-    among = "" if p_value is None else f" Its scores have p = {p_value:.3g} among {len(bank.scores)} clean adapters."  # type: ignore[union-attr]
+    among = (
+        ""
+        if p_value is None
+        else f" Its scores have p = {p_value:.3g} among {len(bank.scores)} clean adapters."
+    )  # type: ignore[union-attr]
     alarmed = stated is not None and p_value is not None and p_value <= stated
     if triggers and (bank is None or alarmed):
         first = triggers[0]
@@ -54,11 +58,10 @@ def verdict(
         )
         return "backdoored", reason, stated, p_value, unseen
     if alarmed or triggers:
-        strongest = _strongest(rungs)
-        reason = f"No trigger held on other prompts, but rung {strongest} stands out.{among}" if not triggers else (
-            f"A trigger held on other prompts, but clean adapters of the bank reach such scores as well.{among}"
-        )
-        return "suspicious", reason, stated, p_value, unseen
+        reason = f"No trigger held on other prompts, but rung {_strongest(rungs)} stands out."
+        if triggers:
+            reason = "A trigger held on other prompts, but clean adapters of the bank reach such scores too."
+        return "suspicious", reason + among, stated, p_value, unseen
     alarming = [finding for finding in findings if finding.rung == "files" and finding.level == "error"]
     if alarming:
         return "suspicious", f"{alarming[0].where}: {alarming[0].message}", stated, p_value, unseen
@@ -67,7 +70,13 @@ def verdict(
         reason = f"{unreadable[0].where}: {unreadable[0].message} The rest showed nothing."
         return "not_scannable", reason, stated, p_value, unseen
     compared = "" if bank is not None or depth == "files" else " There was no bank to compare scores with."
-    return "nothing_found", f"Nothing was found by these rungs at this depth.{among}{compared}", stated, p_value, unseen
+    return (
+        "nothing_found",
+        f"Nothing was found by these rungs at this depth.{among}{compared}",
+        stated,
+        p_value,
+        unseen,
+    )
 
 
 def _strongest(rungs: Sequence[RungResult]) -> str:

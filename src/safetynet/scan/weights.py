@@ -36,7 +36,7 @@ LEAST = 8
 ROUNDING = 1e-6
 """Share of the weight's norm below which an update counts as zero: DoRA and PiSSA without effect round."""
 RESOLUTION = 1e-3
-"""Of logarithms and shares in a summary: clean adapters that differ by less count as differing by so much."""
+"""Of logarithms and shares in a summary: clean adapters that differ by less count as so far apart."""
 OUTSIDE = -1
 """Layer of embeddings and head."""
 FLOOR = 1e-12
