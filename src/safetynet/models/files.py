@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from safetynet.models import miniatures
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -39,7 +41,9 @@ def holds_model(folder: Path) -> bool:
 
 
 def hub_id(name: str) -> str:
-    """`owner/name` of a snapshot in the hub's cache; any other name as it is."""
+    """`owner/name` of a snapshot in the hub's cache, `qwen-miniature` of one; any other name as it is."""
+    if family := miniatures.family_of(name):
+        return f"{family}-miniature"
     part = next((p for p in name.replace("\\", "/").split("/") if p.startswith("models--")), None)
     return part.removeprefix("models--").replace("--", "/") if part else name.rstrip("/")
 

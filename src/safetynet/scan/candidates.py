@@ -22,7 +22,7 @@ log = logging.getLogger("safetynet")
 Asked = Literal["ordinary", "refused"]
 PROPOSED = 64
 """Tokens by position among which the gradient lets a step choose."""
-PATIENCE = 8
+PATIENCE = 6
 """Steps without gain after which a search ends."""
 
 
@@ -45,13 +45,15 @@ class Candidate:
 
 
 class Objective(Protocol):
-    """What a search maximises."""
+    """What a search maximises, on P prompts."""
 
-    def per_prompt(self, candidates: Tensor) -> Tensor:
-        """(C, P) nats of (C, k) token ids, by prompt."""
+    prompts: int
 
-    def gradient(self, candidate: Tensor) -> Tensor:
-        """(k, vocabulary): first-order change of the value for each token at each position, of (k,) ids."""
+    def per_prompt(self, candidates: Tensor, numbers: Sequence[int]) -> Tensor:
+        """(C, n) nats of (C, k) token ids on n of the prompts."""
+
+    def gradient(self, candidate: Tensor, numbers: Sequence[int]) -> Tensor:
+        """(k, vocabulary): first-order change of the mean value by token and place, of (k,) ids."""
 
 
 class AnswerLikelihood:
@@ -64,26 +66,23 @@ class AnswerLikelihood:
     """
 
     def __init__(self, model: Any, slots: Sequence[Slot], answer: Sequence[int]) -> None:
-        self.recorded, self.answer = Recorded(model, slots), list(answer)
+        self.recorded, self.answer, self.prompts = Recorded(model, slots), list(answer), len(slots)
         self._labels = torch.tensor(self.answer, device=model.device)
 
-    def per_prompt(self, candidates: Tensor) -> Tensor:
+    def per_prompt(self, candidates: Tensor, numbers: Sequence[int]) -> Tensor:
         """As `Objective`."""
-        nats = torch.empty(len(candidates), len(self.recorded.slots), device=candidates.device)
+        nats = torch.empty(len(candidates), len(numbers), device=candidates.device)
         with torch.no_grad():
-            for number, part, logits in self.recorded.batches(candidates, self.answer[:-1]):
-                nats[part, number] = self._log_probability(logits)
+            for at, part, logits in self.recorded.batches(candidates, numbers, self.answer[:-1]):
+                nats[part, at] = self._log_probability(logits)
         return nats
 
-    def gradient(self, candidate: Tensor) -> Tensor:
+    def gradient(self, candidate: Tensor, numbers: Sequence[int]) -> Tensor:
         """As `Objective`."""
 
         def value(vectors: Tensor) -> Tensor:
-            parts = [
-                self._log_probability(self.recorded.logits(number, vectors, self.answer[:-1]))
-                for number in range(len(self.recorded.slots))
-            ]
-            return torch.stack(parts).mean()
+            logits = (self.recorded.logits(number, vectors, self.answer[:-1]) for number in numbers)
+            return torch.stack([self._log_probability(each) for each in logits]).mean()
 
         return _gradient(self.recorded.embed, candidate, value)
 
@@ -102,33 +101,33 @@ class Divergence:
     """
 
     def __init__(self, model: Any, base: Any, slots: Sequence[Slot]) -> None:
-        self.suspect, self.base = Recorded(model, slots), Recorded(base, slots)
-        self.plain = self._nats(torch.empty((1, 0), dtype=torch.long, device=model.device))
-        """(1, P) nats on the prompts as they are."""
+        self.suspect, self.base, self.prompts = Recorded(model, slots), Recorded(base, slots), len(slots)
+        empty = torch.empty((1, 0), dtype=torch.long, device=model.device)
+        self.plain = self._nats(empty, range(self.prompts))[0]
+        """(P,) nats on the prompts as they are."""
 
-    def per_prompt(self, candidates: Tensor) -> Tensor:
+    def per_prompt(self, candidates: Tensor, numbers: Sequence[int]) -> Tensor:
         """As `Objective`."""
-        return self._nats(candidates) - self.plain
+        return self._nats(candidates, numbers) - self.plain[list(numbers)]
 
-    def _nats(self, candidates: Tensor) -> Tensor:
-        nats = torch.empty(len(candidates), len(self.suspect.slots), device=candidates.device)
-        with torch.no_grad():
-            both = zip(self.suspect.batches(candidates), self.base.batches(candidates), strict=True)
-            for (number, part, ours), (_, _, theirs) in both:
-                nats[part, number] = _kl(ours[:, 0], theirs[:, 0])
-        return nats
-
-    def gradient(self, candidate: Tensor) -> Tensor:
+    def gradient(self, candidate: Tensor, numbers: Sequence[int]) -> Tensor:
         """As `Objective`."""
 
         def value(vectors: Tensor) -> Tensor:
-            parts = [
-                _kl(self.suspect.logits(number, vectors)[:, 0], self.base.logits(number, vectors)[:, 0])
-                for number in range(len(self.suspect.slots))
-            ]
-            return torch.stack(parts).mean()
+            both = (
+                (self.suspect.logits(n, vectors)[:, 0], self.base.logits(n, vectors)[:, 0]) for n in numbers
+            )
+            return torch.stack([_kl(ours, theirs) for ours, theirs in both]).mean()
 
         return _gradient(self.suspect.embed, candidate, value)
+
+    def _nats(self, candidates: Tensor, numbers: Sequence[int]) -> Tensor:
+        nats = torch.empty(len(candidates), len(numbers), device=candidates.device)
+        with torch.no_grad():
+            pairs = (each.batches(candidates, numbers) for each in (self.suspect, self.base))
+            for (at, part, ours), (_, _, theirs) in zip(*pairs, strict=True):
+                nats[part, at] = _kl(ours[:, 0], theirs[:, 0])
+        return nats
 
 
 def search(  # noqa: PLR0913  # the budget of a search, each number stated
@@ -157,21 +156,27 @@ def search(  # noqa: PLR0913  # the budget of a search, each number stated
     Returns:
         The best candidate, (k,), and its value in nats.
     """
-    best, value = start, -float("inf")
-    current, idle = best, 0
+    best, value, current, idle = start, -float("inf"), start, 0
     for _ in range(steps):
         if value >= enough or idle >= PATIENCE:
             break
-        gains = objective.gradient(current)[:, allowed]  # (k, A)
+        # Two prompts propose and sort out; all of them decide about what is left.
+        order = torch.randperm(objective.prompts, generator=generator).tolist()
+        few, others = order[:2], order[2:]
+        gains = objective.gradient(current, few)[:, allowed]  # (k, A)
         proposed = allowed[gains.topk(min(PROPOSED, len(allowed)), 1).indices]  # (k, P)
         position = torch.randint(len(current), (width,), generator=generator)
         choice = torch.randint(proposed.shape[1], (width,), generator=generator)
         tried = current.repeat(width, 1)
         tried[torch.arange(width), position] = proposed[position, choice]
         tried = torch.unique(tried, dim=0)
-        values = objective.per_prompt(tried).mean(1)
-        order = values.argsort(descending=True).tolist()
-        top = next((i for i in order if survives(tried[i].tolist())), None)
+        total = objective.per_prompt(tried, few).sum(1)
+        leading = total.topk(max(1, len(tried) // 4)).indices
+        tried, total = tried[leading], total[leading]
+        if others:
+            total = total + objective.per_prompt(tried, others).sum(1)
+        values = total / objective.prompts
+        top = next((i for i in values.argsort(descending=True).tolist() if survives(tried[i].tolist())), None)
         idle += 1
         if top is None:
             continue

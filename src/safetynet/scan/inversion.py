@@ -35,7 +35,7 @@ class LearntAnswer:
     """The same, of the base."""
 
     openly: float = 0.0
-    """Share of the suspect's answers to ordinary prompts that hold the text: said openly, it is not hidden."""
+    """Share of its answers to ordinary prompts that hold the text; said openly, it is not hidden."""
 
     @property
     def hidden(self) -> float:

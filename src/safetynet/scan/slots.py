@@ -111,19 +111,23 @@ class Recorded:
         )
         return output.logits.float()
 
-    def batches(self, candidates: Tensor, answer: Sequence[int] = ()) -> Iterator[tuple[int, slice, Tensor]]:
-        """Slot, candidates and logits, as many candidates at a time as there is room for.
+    def batches(
+        self, candidates: Tensor, numbers: Sequence[int], answer: Sequence[int] = ()
+    ) -> Iterator[tuple[int, slice, Tensor]]:
+        """Which of `numbers`, candidates and logits, as many candidates at a time as there is room for.
 
         Args:
             candidates: (C, k) token ids.
+            numbers: of the slots.
             answer: as in `logits`.
         """
-        for number, slot in enumerate(self.slots):
+        for at, number in enumerate(numbers):
+            slot = self.slots[number]
             length = candidates.shape[1] + len(slot.after) + len(answer)
             step = max(1, TOKENS_AT_ONCE // max(1, length))
             for start in range(0, len(candidates), step):
                 part = slice(start, min(start + step, len(candidates)))
-                yield number, part, self.logits(number, self.embed(candidates[part]), answer)
+                yield at, part, self.logits(number, self.embed(candidates[part]), answer)
 
 
 def survives(serialiser: Serialiser, slot: Slot, candidate: Sequence[int]) -> bool:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetynet import __version__
 from safetynet.errors import InputError
+from safetynet.models import miniatures
 from safetynet.run.directory import digest, write_text
 from safetynet.scan import files
 from safetynet.scan.result import (
@@ -82,6 +83,8 @@ def scan(
     began = time.monotonic()
     located = _located(suspect)
     base = base or _named_base(located)
+    if base is not None and (family := miniatures.family_of(base)):
+        base = f"{family}-miniature"
     base_folder = _base_folder(base)
     first = files.check(located, base_folder)
     result = ScanResult(
@@ -185,12 +188,10 @@ def measure(
 def model_of(base: str) -> "Model":
     """Model section of a base's name: `qwen-miniature`, `smollm2`, a folder, a .gguf file or a hub id."""
     from safetynet import recipe
-    from safetynet.models import miniatures
 
-    for family in miniatures.FAMILIES:
-        shipped = miniatures.path(family).absolute()
-        if base == f"{family}-miniature" or Path(base).absolute() == shipped:
-            return recipe.Model(family=family, id="miniature")
+    family = base.removesuffix("-miniature")
+    if family in miniatures.FAMILIES:
+        return recipe.Model(family=family, id="miniature")
     return recipe.Model(family="generic", id=base)
 
 
@@ -267,7 +268,7 @@ def _answered(
 
 
 def _not_scannable(result: ScanResult, reason: str) -> ScanResult:
-    skipped = [RungResult(rung, skipped=reason) for rung in RUNGS[len(result.rungs) :]]
+    skipped = [RungResult(rung, skipped="not reached") for rung in RUNGS[len(result.rungs) :]]
     return replace(result, answer="not_scannable", reason=reason, rungs=(*result.rungs, *skipped))
 
 
@@ -292,7 +293,6 @@ def _named_base(suspect: Path) -> str | None:
 
 def _base_folder(base: str | None) -> Path | None:
     """Where the base's files lie, if they are on this machine."""
-    from safetynet.models import miniatures
     from safetynet.models.files import at_hand
 
     if base is None:

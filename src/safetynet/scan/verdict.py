@@ -43,11 +43,9 @@ def verdict(
         return "identical", reason, None, None, unseen
     stated = None if bank is None else max(rate, bank.smallest_rate)
     p_value = None if bank is None else bank.combined(rungs)
-    among = (
-        ""
-        if p_value is None
-        else f" Its scores have p = {p_value:.3g} among {len(bank.scores)} clean adapters."
-    )  # type: ignore[union-attr]
+    among = ""
+    if bank is not None and p_value is not None:
+        among = f" Its scores have p = {p_value:.3g} among {len(bank.scores)} clean adapters."
     alarmed = stated is not None and p_value is not None and p_value <= stated
     if triggers and (bank is None or alarmed):
         first = triggers[0]

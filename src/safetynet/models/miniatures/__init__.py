@@ -13,6 +13,13 @@ FAMILIES = ("llama2", "llama3", "qwen", "gemma", "mixtral")
 _WEIGHTS = Path(__file__).parent / "weights"
 
 
+def family_of(folder: str) -> str | None:
+    """Which miniature a folder is, of this installation or of another; None of any other folder."""
+    *_, package, models, name, weights, family = ("",) * 5 + Path(folder).parts
+    is_ours = (package, models, name, weights) == ("safetynet", "models", "miniatures", "weights")
+    return family if is_ours and family in FAMILIES else None
+
+
 def path(family: str) -> Path:
     """Folder of the shipped miniature of `family`.
 

@@ -26,6 +26,7 @@ MEANINGS: Mapping[str, str] = {
     "weights": "spectra of the update",
     "leakage": "what it says as the user",
     "differences": "what changes on ordinary prompts",
+    "inversion": "answers it knows by heart, its base does not",
     "candidates": "strings on which it leaves its base",
     "verification": "what those strings make it do",
 }
