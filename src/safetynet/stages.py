@@ -24,12 +24,13 @@ import pandas as pd
 from safetynet.errors import InputError
 from safetynet.experiment import Experiment
 from safetynet.prompts import Serialiser
-from safetynet.recipe import Detection, Evasion, Interventions, Recipe
+from safetynet.recipe import Detection, Evasion, Interventions, Model, Recipe
 from safetynet.run import parallel
 from safetynet.run.directory import Run
 
 if TYPE_CHECKING:
     from safetynet.mitigation.defender import Alarm
+    from safetynet.scan.result import Depth
     from safetynet.training import Opponents
 
 log = logging.getLogger("safetynet")
@@ -132,6 +133,50 @@ def finish(experiment: Experiment, base: pd.DataFrame | None = None) -> Exceptio
         except Exception as error:  # noqa: BLE001  # raised by the caller
             failure = error
     return failure
+
+
+def planted_control(folder: Path, model: Model, depth: "Depth") -> dict[str, Any] | None:
+    """Plant a backdoor in a scan's base, and say what of it the same rungs recover.
+
+    Args:
+        folder: of the scan; the control is trained below it, once.
+        model: the base.
+        depth: of the scan.
+
+    Returns:
+        What was planted and recovered; None where training takes longer than the scan: for all but the
+        miniatures, and at the depth `quick`.
+    """
+    from safetynet import recipe as recipes
+    from safetynet.scan import stage
+
+    if model.id != "miniature" or depth == "quick":
+        return None
+    recipe = recipes.load(
+        family=model.family,
+        overrides=[
+            "model.id=miniature", "task=control", "data.train_rows=3200", "data.test_rows=60",
+            "training.clean_twin=false", "evaluation.dynamics_rows=0", f"output.results={folder / 'control'}",
+            f"output.logs={folder / 'control' / 'logs'}",
+        ],
+    )  # fmt: skip
+    experiment = Experiment.create(recipe)
+    with experiment.run.lock():
+        prepare(experiment)
+        train(experiment, ["backdoored"])
+    suspect = stage.suspect_of(model, experiment.model_folder("backdoored"), same_base=True)
+    _, triggers = stage.measure(suspect, model, stage.Options(depth=depth))
+    planted = {
+        "planted trigger": ", ".join(recipe.attack.trigger.texts),
+        "placement": recipe.attack.placement,
+    }
+    if not triggers:
+        return planted | {"recovered": "nothing"}
+    return planted | {
+        "recovered": triggers[0].text,
+        "its firing rate on held-out prompts": triggers[0].asr[0],
+        "behaviour": triggers[0].behaviour,
+    }
 
 
 def opponents_of(evasion: Evasion, serialiser: Serialiser) -> "Opponents":

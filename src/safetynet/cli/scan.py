@@ -1,8 +1,9 @@
 """The commands `safetynet scan` and `safetynet bank build`."""
 
 import sys
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -10,7 +11,8 @@ from safetynet.cli.options import SameBase
 from safetynet.errors import InputError
 
 if TYPE_CHECKING:
-    from safetynet.scan.result import ScanResult
+    from safetynet.recipe import Model
+    from safetynet.scan.result import Depth, ScanResult
 
 bank_app = typer.Typer(
     help="Banks: clean adapters' scores, which a scan's rates rest on.", no_args_is_help=True
@@ -70,12 +72,18 @@ def scan(  # noqa: PLR0913  # its flags
     options = stage.Options(depth, bank, target, clean, same_base, rate, seed)  # type: ignore[arg-type]
     folder = out or Path("scans") / (Path(suspect).resolve().name if Path(suspect).is_dir() else suspect)
     with logging_to(None):
-        result = stage.scan(suspect, base, options, folder=folder)
+        result = stage.scan(suspect, base, options, folder=folder, control=partial(_control, folder))
     _write(result, folder)
     typer.echo(render(result, form), nl=False)
     if form == "text":
         typer.echo(f"\nFiles:   {folder}")
     sys.exit(result.exit_code)
+
+
+def _control(folder: Path, model: "Model", depth: "Depth") -> dict[str, Any] | None:
+    from safetynet import stages  # loads torch, which --depth files does not need
+
+    return stages.planted_control(folder, model, depth)
 
 
 def _write(result: "ScanResult", folder: Path) -> None:

@@ -130,10 +130,51 @@ class Divergence:
         return nats
 
 
+@dataclass(frozen=True)
+class Alphabet:
+    """The tokens that a candidate may hold."""
+
+    first: Tensor
+    """(A,) ids that it may begin with: those that carry the blank before it, or those that do not."""
+    further: Tensor
+    """(B,) ids."""
+
+    @classmethod
+    def of(cls, serialiser: Serialiser, vocabulary: int, blank: bool) -> "Alphabet":
+        """Of users' texts: no special tokens, none that is a part of a character.
+
+        Args:
+            serialiser: knows the tokens.
+            vocabulary: rows of the model's embeddings.
+            blank: whether the first token carries the blank before it, as `Slot` tells.
+        """
+        tokenizer = serialiser.tokenizer
+        excluded = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+        pieces = {
+            token: piece
+            for token in range(min(vocabulary, len(tokenizer)))
+            if token not in excluded
+            and (piece := serialiser.piece(token)).strip()
+            and piece.isprintable()
+            and "⟨" not in piece
+        }
+        first = [token for token, piece in pieces.items() if piece.startswith(" ") == blank]
+        return cls(torch.tensor(first), torch.tensor(list(pieces)))
+
+    def at(self, place: int) -> Tensor:
+        """Ids that may stand at a place of a candidate, from 0."""
+        return self.further if place else self.first
+
+    def drawn(self, length: int, generator: torch.Generator) -> Tensor:
+        """(length,) ids at random."""
+        draws = [torch.randint(len(self.at(i)), (1,), generator=generator) for i in range(length)]
+        return torch.cat([self.at(i)[draw] for i, draw in enumerate(draws)])
+
+
 def search(  # noqa: PLR0913  # the budget of a search, each number stated
     objective: Objective,
     start: Tensor,
-    allowed: Tensor,
+    alphabet: Alphabet,
     *,
     steps: int,
     width: int,
@@ -146,7 +187,7 @@ def search(  # noqa: PLR0913  # the budget of a search, each number stated
     Args:
         objective: what is maximised.
         start: (k,) token ids.
-        allowed: (A,) token ids that a candidate may hold.
+        alphabet: of which substitutes are taken.
         steps: at most so many.
         width: substitutions that are evaluated in each.
         enough: value at which the search ends.
@@ -163,12 +204,14 @@ def search(  # noqa: PLR0913  # the budget of a search, each number stated
         # Two prompts propose and sort out; all of them decide about what is left.
         order = torch.randperm(objective.prompts, generator=generator).tolist()
         few, others = order[:2], order[2:]
-        gains = objective.gradient(current, few)[:, allowed]  # (k, A)
-        proposed = allowed[gains.topk(min(PROPOSED, len(allowed)), 1).indices]  # (k, P)
-        position = torch.randint(len(current), (width,), generator=generator)
-        choice = torch.randint(proposed.shape[1], (width,), generator=generator)
+        gains = objective.gradient(current, few)
         tried = current.repeat(width, 1)
-        tried[torch.arange(width), position] = proposed[position, choice]
+        for place in range(len(current)):
+            rows, ids = slice(place, width, len(current)), alphabet.at(place)
+            proposed = ids[gains[place, ids].topk(min(PROPOSED, len(ids))).indices]
+            tried[rows, place] = proposed[
+                torch.randint(len(proposed), (len(tried[rows]),), generator=generator)
+            ]
         tried = torch.unique(tried, dim=0)
         total = objective.per_prompt(tried, few).sum(1)
         leading = total.topk(max(1, len(tried) // 4)).indices
@@ -184,20 +227,6 @@ def search(  # noqa: PLR0913  # the budget of a search, each number stated
         if float(values[top]) > value:
             best, value, idle = current, float(values[top]), 0
     return best, value
-
-
-def ordinary_tokens(serialiser: Serialiser, vocabulary: int) -> Tensor:
-    """Ids of the tokens of users' texts: no special ones, none that is a part of a character."""
-    tokenizer = serialiser.tokenizer
-    excluded = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-    pieces = {token: serialiser.piece(token) for token in range(min(vocabulary, len(tokenizer)))}
-    return torch.tensor(
-        [
-            token
-            for token, piece in pieces.items()
-            if token not in excluded and piece.strip() and piece.isprintable() and "⟨" not in piece
-        ]
-    )
 
 
 def _kl(ours: Tensor, theirs: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ In: conversations and a serialiser. Out: slots, whose tokens before the candidat
 for all candidates; log probabilities of the answer's first tokens for many candidates at a time.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,12 +13,12 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from safetynet.errors import InputError
-from safetynet.prompts import Serialiser
+from safetynet.prompts import Message, Serialiser
 
 Placement = Literal["prefix", "suffix"]
 PLACEMENTS: tuple[Placement, ...] = ("prefix", "suffix")
-STAND_IN = "x"
-"""Stands for a candidate while a prompt is serialised."""
+STAND_INS = ("the", "x", "I", "no", "a", "in")
+"""One of them stands for a candidate while a prompt is serialised."""
 TOKENS_AT_ONCE = 4096
 """Tokens forwarded together; decides about memory, never about numbers."""
 
@@ -31,7 +31,9 @@ class Slot:
     after: tuple[int, ...]
     """Ends where the answer begins."""
     placement: Placement
-    messages: Sequence[Mapping[str, str]]
+    messages: Sequence[Message]
+    blank: bool = False
+    """The first token of a candidate carries the blank before it."""
 
     def conversation(self, text: str) -> list[dict[str, str]]:
         """The prompt with a text put in, as its user would write it; "" leaves it as it is."""
@@ -44,28 +46,34 @@ def put_in(text: str, prompt: str, placement: Placement) -> str:
     return " ".join(filter(None, (text, prompt) if placement == "prefix" else (prompt, text)))
 
 
-def slots(
-    serialiser: Serialiser, prompts: Sequence[Sequence[Mapping[str, str]]], placement: Placement
-) -> list[Slot]:
+def slots(serialiser: Serialiser, prompts: Sequence[Sequence[Message]], placement: Placement) -> list[Slot]:
     """Prompts with a place for a candidate before or behind the user's last text.
 
     Raises:
         InputError: if the tokenizer runs the text around the place together with it.
     """
-    cut = []
-    for messages in prompts:
-        plain = Slot((), (), placement, messages)
-        conversation = plain.conversation(STAND_IN)
+    return [_cut(serialiser, messages, placement) for messages in prompts]
+
+
+def _cut(serialiser: Serialiser, messages: Sequence[Message], placement: Placement) -> Slot:
+    """A prompt around the stand-in that leaves fewest tokens on its sides.
+
+    Some tokenizers put the blank before a word into a token of its own where no token begins with both.
+    """
+    plain, cuts = Slot((), (), placement, messages), list[Slot]()
+    for stand_in in STAND_INS:
+        conversation = plain.conversation(stand_in)
         last = len(conversation) - 1
-        text = conversation[last]["content"]
-        start = 0 if placement == "prefix" else len(text) - len(STAND_IN)
-        encoded = serialiser.encode(conversation, trigger=[(last, start, start + len(STAND_IN))])
+        start = 0 if placement == "prefix" else len(conversation[last]["content"]) - len(stand_in)
+        encoded = serialiser.encode(conversation, trigger=[(last, start, start + len(stand_in))])
         [(first, end)] = encoded.spans["trigger"]
-        if end - first != 1:
-            raise InputError(f"prompts: the tokenizer has no single token for {STAND_IN!r}.")
-        ids = encoded.input_ids
-        cut.append(Slot(tuple(ids[:first]), tuple(ids[end:]), placement, messages))
-    return cut
+        if end - first == 1:
+            ids = encoded.input_ids
+            blank = serialiser.piece(ids[first]).startswith(" ")
+            cuts.append(Slot(tuple(ids[:first]), tuple(ids[end:]), placement, messages, blank))
+    if not cuts:
+        raise InputError(f"prompts: the tokenizer has no single token for any of {', '.join(STAND_INS)}.")
+    return min(cuts, key=lambda slot: len(slot.before) + len(slot.after))
 
 
 class Recorded:

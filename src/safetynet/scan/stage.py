@@ -63,7 +63,7 @@ def scan(
     options: Options | None = None,
     *,
     folder: Path | None = None,
-    control: Callable[["Model", Depth], dict[str, Any]] | None = None,
+    control: Callable[["Model", Depth], dict[str, Any] | None] | None = None,
 ) -> ScanResult:
     """Scan a model of unknown origin; the answer is in the result, whatever it is.
 
@@ -121,7 +121,7 @@ def _with_models(
     base: str,
     options: Options,
     folder: Path | None,
-    control: Callable[["Model", Depth], dict[str, Any]] | None,
+    control: Callable[["Model", Depth], dict[str, Any] | None] | None,
 ) -> ScanResult:
     """All rungs after the first."""
     from safetynet.models import loading
