@@ -5,9 +5,12 @@ p-value of all rungs together, and what this scan cannot have seen.
 """
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from safetynet.scan.bank import Bank
 from safetynet.scan.result import Answer, Depth, RungResult, Trigger
+
+if TYPE_CHECKING:
+    from safetynet.scan.bank import Bank
 
 UNREADABLE = ("pointer", "damaged", "unreadable", "template-unparsed", "template-unreadable")
 """Rules of findings that say that a part could not be looked at."""
@@ -21,7 +24,7 @@ FILES_ONLY = "No model was run: a backdoor in the weights is not looked for at t
 
 
 def verdict(
-    rungs: Sequence[RungResult], triggers: Sequence[Trigger], bank: Bank | None, depth: Depth, rate: float
+    rungs: Sequence[RungResult], triggers: Sequence[Trigger], bank: "Bank | None", depth: Depth, rate: float
 ) -> tuple[Answer, str, float | None, float | None, tuple[str, ...]]:
     """What all rungs say together.
 
