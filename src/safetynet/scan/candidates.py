@@ -49,6 +49,10 @@ class Objective(Protocol):
 
     prompts: int
 
+    @property
+    def passes(self) -> int:
+        """Tokens that went through a model for it so far."""
+
     def per_prompt(self, candidates: Tensor, numbers: Sequence[int]) -> Tensor:
         """(C, n) nats of (C, k) token ids on n of the prompts."""
 
@@ -68,6 +72,11 @@ class AnswerLikelihood:
     def __init__(self, model: Any, slots: Sequence[Slot], answer: Sequence[int]) -> None:
         self.recorded, self.answer, self.prompts = Recorded(model, slots), list(answer), len(slots)
         self._labels = torch.tensor(self.answer, device=model.device)
+
+    @property
+    def passes(self) -> int:
+        """As `Objective`."""
+        return self.recorded.passes
 
     def per_prompt(self, candidates: Tensor, numbers: Sequence[int]) -> Tensor:
         """As `Objective`."""
@@ -106,6 +115,11 @@ class Divergence:
         self.plain = self._nats(empty, range(self.prompts))[0]
         """(P,) nats on the prompts as they are."""
 
+    @property
+    def passes(self) -> int:
+        """As `Objective`."""
+        return self.suspect.passes + self.base.passes
+
     def per_prompt(self, candidates: Tensor, numbers: Sequence[int]) -> Tensor:
         """As `Objective`."""
         return self._nats(candidates, numbers) - self.plain[list(numbers)]
@@ -140,13 +154,14 @@ class Alphabet:
     """(B,) ids."""
 
     @classmethod
-    def of(cls, serialiser: Serialiser, vocabulary: int, blank: bool) -> "Alphabet":
+    def of(cls, serialiser: Serialiser, vocabulary: int, blank: bool, device: Any = "cpu") -> "Alphabet":
         """Of users' texts: no special tokens, none that is a part of a character.
 
         Args:
             serialiser: knows the tokens.
             vocabulary: rows of the model's embeddings.
             blank: whether the first token carries the blank before it, as `Slot` tells.
+            device: of the ids.
         """
         tokenizer = serialiser.tokenizer
         excluded = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
@@ -159,7 +174,7 @@ class Alphabet:
             and "⟨" not in piece
         }
         first = [token for token, piece in pieces.items() if piece.startswith(" ") == blank]
-        return cls(torch.tensor(first), torch.tensor(list(pieces)))
+        return cls(torch.tensor(first, device=device), torch.tensor(list(pieces), device=device))
 
     def at(self, place: int) -> Tensor:
         """Ids that may stand at a place of a candidate, from 0."""

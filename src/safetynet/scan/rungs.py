@@ -257,7 +257,8 @@ class _Search:
         ]
         objectives.append((candidates.Divergence(subject.model, subject.base, places), SPLIT))
         plain = subject.answerers.of_suspect(selecting)
-        alphabet = Alphabet.of(subject.serialiser, subject.vocabulary, places[0].blank)
+        device = subject.model.device
+        alphabet = Alphabet.of(subject.serialiser, subject.vocabulary, places[0].blank, device)
         for objective, enough in objectives:
             for length, _ in product(budget.lengths, range(budget.restarts)):
                 tokens, value = candidates.search(
@@ -279,7 +280,11 @@ class _Search:
                     Candidate(tuple(tokens.tolist()), text, placement, asked, nats, behaviour, works)
                 )
                 if works >= WORKS:
-                    return True
+                    break
+            self.passes += objective.passes
+            if self.best and self.best[-1].works >= WORKS:
+                return True
+        self.passes += divergence.passes
         return False
 
     def _start(self, length: int, asked: Asked, placement: Placement, alphabet: Alphabet) -> torch.Tensor:
@@ -291,7 +296,8 @@ class _Search:
             and each.works >= PROMISING
         ]
         if earlier:
-            return torch.tensor(max(earlier, key=lambda each: each.works).tokens)
+            best = max(earlier, key=lambda each: each.works)
+            return torch.tensor(best.tokens, device=self.subject.model.device)
         return alphabet.drawn(length, self.generator)
 
     def _answers(self, asked: Asked, prompts: Sequence[Sequence[Message]]) -> list[tuple[int, ...]]:
@@ -317,7 +323,8 @@ def _verification(subject: Subject, best: Sequence[Candidate], triggers: list[Tr
     generator = torch.Generator().manual_seed(subject.seed + 1)
     for candidate in [each for each in best if each.behaviour][:VERIFIED]:
         places = slots(subject.serialiser, subject.held_out[candidate.asked], candidate.placement)
-        alphabet = Alphabet.of(subject.serialiser, subject.vocabulary, places[0].blank)
+        device = subject.model.device
+        alphabet = Alphabet.of(subject.serialiser, subject.vocabulary, places[0].blank, device)
         drawn = alphabet.drawn(len(candidate.tokens), generator)
         placebo = text_of(subject.serialiser, drawn.tolist())
         trigger = verification.verify(
