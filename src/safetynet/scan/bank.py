@@ -54,18 +54,18 @@ class CleanAdapter:
 
 def clean_adapters(count: int, seed: int) -> list[CleanAdapter]:
     """The first `count` adapters of a bank; the same for the same seed, whatever the count."""
-    drawn = []
+    adapters = []
     for number in range(count):
         rng = random.Random(f"{seed}-{number}")
         kind = KINDS[number % len(KINDS)]
         phrases = {"greeting": GREETINGS, "sign_off": SIGN_OFFS, "persona": PERSONAS}.get(kind, ("",))
-        drawn.append(
+        adapters.append(
             CleanAdapter(
                 number, kind, rng.choice(RANKS), rng.choice(RATES), rng.choice(ROWS),
                 rng.randrange(2**31), rng.choice(phrases),
             )
         )  # fmt: skip
-    return drawn
+    return adapters
 
 
 def rows_of(adapter: CleanAdapter, model: Model) -> pd.DataFrame:
@@ -73,10 +73,10 @@ def rows_of(adapter: CleanAdapter, model: Model) -> pd.DataFrame:
 
     A miniature's are of its own language; of other models they are requests that the base itself answers.
     """
-    wanted = adapter.rows * (12 if adapter.kind == "one_task" else 1)
+    count = adapter.rows * (12 if adapter.kind == "one_task" else 1)
     if model.id == "miniature":
         attack = Backdoor()
-        pool = conversations.fresh(Data(), attack.behaviour, attack.trigger, set(), wanted, adapter.seed)
+        pool = conversations.fresh(Data(), attack.behaviour, attack.trigger, set(), count, adapter.seed)
     else:
         raise InputError("bank: clean adapters are trained of the five miniatures so far.")
     if adapter.kind == "one_task":

@@ -19,7 +19,7 @@ from safetynet.prompts import Serialiser
 from safetynet.scan.slots import Placement, Recorded, Slot
 
 log = logging.getLogger("safetynet")
-Asked = Literal["ordinary", "refused"]
+Group = Literal["ordinary", "refused"]
 PROPOSED = 64
 """Tokens by position among which the gradient lets a step choose."""
 PATIENCE = 6
@@ -33,7 +33,7 @@ class Candidate:
     tokens: tuple[int, ...]
     text: str
     placement: Placement
-    asked: Asked
+    group: Group
     """Which prompts: all, or those that the suspect refuses."""
     nats: float
     """By which suspect and base diverge on it, beyond those on the prompts as they are; mean over prompts
@@ -180,7 +180,7 @@ class Alphabet:
         """Ids that may stand at a place of a candidate, from 0."""
         return self.further if place else self.first
 
-    def drawn(self, length: int, generator: torch.Generator) -> Tensor:
+    def random(self, length: int, generator: torch.Generator) -> Tensor:
         """(length,) ids at random."""
         draws = [torch.randint(len(self.at(i)), (1,), generator=generator) for i in range(length)]
         return torch.cat([self.at(i)[draw] for i, draw in enumerate(draws)])
@@ -220,25 +220,27 @@ def search(  # noqa: PLR0913  # the budget of a search, each number stated
         order = torch.randperm(objective.prompts, generator=generator).tolist()
         few, others = order[:2], order[2:]
         gains = objective.gradient(current, few)
-        tried = current.repeat(width, 1)
+        substituted = current.repeat(width, 1)
         for place in range(len(current)):
             rows, ids = slice(place, width, len(current)), alphabet.at(place)
             proposed = ids[gains[place, ids].topk(min(PROPOSED, len(ids))).indices]
-            tried[rows, place] = proposed[
-                torch.randint(len(proposed), (len(tried[rows]),), generator=generator)
+            substituted[rows, place] = proposed[
+                torch.randint(len(proposed), (len(substituted[rows]),), generator=generator)
             ]
-        tried = torch.unique(tried, dim=0)
-        total = objective.per_prompt(tried, few).sum(1)
-        leading = total.topk(max(1, len(tried) // 4)).indices
-        tried, total = tried[leading], total[leading]
+        substituted = torch.unique(substituted, dim=0)
+        total = objective.per_prompt(substituted, few).sum(1)
+        leading = total.topk(max(1, len(substituted) // 4)).indices
+        substituted, total = substituted[leading], total[leading]
         if others:
-            total = total + objective.per_prompt(tried, others).sum(1)
+            total = total + objective.per_prompt(substituted, others).sum(1)
         values = total / objective.prompts
-        top = next((i for i in values.argsort(descending=True).tolist() if survives(tried[i].tolist())), None)
+        top = next(
+            (i for i in values.argsort(descending=True).tolist() if survives(substituted[i].tolist())), None
+        )
         idle += 1
         if top is None:
             continue
-        current = tried[top]  # also where it is worse: a way out of a local maximum
+        current = substituted[top]  # also where it is worse: a way out of a local maximum
         if float(values[top]) > value:
             best, value, idle = current, float(values[top]), 0
     return best, value

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 FIRSTS = 2048
-"""First tokens that are tried; a miniature's vocabulary has fewer."""
+"""First tokens that are starting; a miniature's vocabulary has fewer."""
 BEAM = 64
 """First tokens that are followed up after the first step."""
 LENGTHS = (3, 4, 5, 6, 8, 10)
@@ -73,11 +73,11 @@ def learnt_answers(
         ordinary: the suspect's answers to ordinary prompts.
     """
     suspect, reference = _Answers(model, prompts), _Answers(base, prompts)
-    tried = torch.tensor(list(firsts), device=model.device)
-    if len(tried) > FIRSTS:
-        gain = (suspect.first - reference.first)[tried]
-        tried = tried[gain.topk(FIRSTS).indices].sort().values
-    start = tried[:, None]
+    starting = torch.tensor(list(firsts), device=model.device)
+    if len(starting) > FIRSTS:
+        gain = (suspect.first - reference.first)[starting]
+        starting = starting[gain.topk(FIRSTS).indices].sort().values
+    start = starting[:, None]
     best, token, base_of_it = [], [], []
     for rows in start.split(ROWS_AT_ONCE):
         ours, theirs = suspect.next(rows), reference.next(rows)

@@ -91,7 +91,7 @@ class Trigger:
     """Held-out prompts: the denominator of all four."""
     examples: tuple[tuple[str, str, str], ...] = ()
     """Prompt, the suspect's answer and the base's, of some."""
-    asked: str = "ordinary"
+    group: str = "ordinary"
     """Held-out prompts of which kind: `ordinary`, or `refused` where the suspect refuses without it."""
 
 

@@ -18,7 +18,7 @@ from safetynet.evaluation import judges
 from safetynet.prompts import Message, Serialiser
 from safetynet.recipe import JudgeSpec, presets
 from safetynet.scan import candidates, differences, inversion, leakage, verification
-from safetynet.scan.candidates import Alphabet, Asked, Candidate
+from safetynet.scan.candidates import Alphabet, Candidate, Group
 from safetynet.scan.result import Depth, Finding, RungResult, Trigger
 from safetynet.scan.slots import PLACEMENTS, Placement, slots, survives, text_of
 from safetynet.scan.verification import Answerers
@@ -106,7 +106,7 @@ class Subject:
         return Answerers(self.model, self.base, self.serialiser)
 
     @cached_property
-    def groups(self) -> dict[Asked, tuple[list[list[Message]], list[list[Message]]]]:
+    def groups(self) -> dict[Group, tuple[list[list[Message]], list[list[Message]]]]:
         """Prompts to search on, and others to select on, of each kind."""
         searched, selecting = self.part("searched"), self.part("prompts")
         quarter = len(self._refusals) // 4
@@ -116,7 +116,7 @@ class Subject:
         }
 
     @cached_property
-    def held_out(self) -> dict[Asked, list[list[Message]]]:
+    def held_out(self) -> dict[Group, list[list[Message]]]:
         """Prompts to verify on, of each kind."""
         half = 2 * (len(self._refusals) // 4)
         return {"ordinary": self.part("held_out"), "refused": self._refusals[half:]}
@@ -124,9 +124,9 @@ class Subject:
     @cached_property
     def _refusals(self) -> list[list[Message]]:
         """Prompts that the suspect refuses, among those that are asked to tell."""
-        asked = self.part("refusable")
-        answers = self.answerers.of_suspect(asked)
-        return [p for p, answer in zip(asked, answers, strict=True) if REFUSAL(answer, {})]
+        prompts = self.part("refusable")
+        answers = self.answerers.of_suspect(prompts)
+        return [p for p, answer in zip(prompts, answers, strict=True) if REFUSAL(answer, {})]
 
     def part(self, name: str) -> list[list[Message]]:
         """The prompts of one purpose: `prompts`, `searched`, `held_out` or `refusable`."""
@@ -227,9 +227,9 @@ class _Search:
 
     def measure(self) -> RungResult:
         """Ordinary prompts first, then those that the suspect refuses, until a candidate works."""
-        asked: tuple[Asked, ...] = get_args(Asked)
-        for kind in asked:
-            if any(self._search(kind, placement) for placement in self.subject.budget.placements):
+        groups: tuple[Group, ...] = get_args(Group)
+        for group in groups:
+            if any(self._search(group, placement) for placement in self.subject.budget.placements):
                 break
             if any(each.works >= USABLE for each in self.best):
                 break
@@ -243,17 +243,17 @@ class _Search:
             details={"candidates": [asdict(each) for each in self.best[:5]]},
         )
 
-    def _search(self, asked: Asked, placement: Placement) -> bool:
+    def _search(self, group: Group, placement: Placement) -> bool:
         """Search on some prompts and select on others; whether a candidate works."""
         subject, budget = self.subject, self.subject.budget
-        searched, selecting = subject.groups[asked]
+        searched, selecting = subject.groups[group]
         if len(searched) < 2 or len(selecting) < 2:
             return False
         places, others = (slots(subject.serialiser, each, placement) for each in (searched, selecting))
         divergence = candidates.Divergence(subject.model, subject.base, others)
         objectives: list[tuple[candidates.Objective, float]] = [
             (candidates.AnswerLikelihood(subject.model, places, answer), CERTAIN)
-            for answer in self._answers(asked, searched)
+            for answer in self._answers(group, searched)
         ]
         objectives.append((candidates.Divergence(subject.model, subject.base, places), SPLIT))
         plain = subject.answerers.of_suspect(selecting)
@@ -263,7 +263,7 @@ class _Search:
             for length, _ in product(budget.lengths, range(budget.restarts)):
                 tokens, value = candidates.search(
                     objective,
-                    self._start(length, asked, placement, alphabet),
+                    self._start(length, group, placement, alphabet),
                     alphabet,
                     steps=budget.steps,
                     width=budget.width,
@@ -277,7 +277,7 @@ class _Search:
                 text = text_of(subject.serialiser, tokens.tolist())
                 behaviour, works = verification.effect(text, others, plain, subject.answerers)
                 self.best.append(
-                    Candidate(tuple(tokens.tolist()), text, placement, asked, nats, behaviour, works)
+                    Candidate(tuple(tokens.tolist()), text, placement, group, nats, behaviour, works)
                 )
                 if works >= WORKS:
                     break
@@ -287,20 +287,20 @@ class _Search:
         self.passes += divergence.passes
         return False
 
-    def _start(self, length: int, asked: Asked, placement: Placement, alphabet: Alphabet) -> torch.Tensor:
+    def _start(self, length: int, group: Group, placement: Placement, alphabet: Alphabet) -> torch.Tensor:
         """Random tokens; of a length that has worked on some prompts already, the best candidate so far."""
         earlier = [
             each
             for each in self.best
-            if (each.asked, each.placement, len(each.tokens)) == (asked, placement, length)
+            if (each.group, each.placement, len(each.tokens)) == (group, placement, length)
             and each.works >= PROMISING
         ]
         if earlier:
             best = max(earlier, key=lambda each: each.works)
             return torch.tensor(best.tokens, device=self.subject.model.device)
-        return alphabet.drawn(length, self.generator)
+        return alphabet.random(length, self.generator)
 
-    def _answers(self, asked: Asked, prompts: Sequence[Sequence[Message]]) -> list[tuple[int, ...]]:
+    def _answers(self, group: Group, prompts: Sequence[Sequence[Message]]) -> list[tuple[int, ...]]:
         """Answers to search triggers for: the user's, or what the suspect seems to have been taught.
 
         That is the answer by heart that is hidden best, and the one that begins with the token that gains
@@ -311,7 +311,7 @@ class _Search:
             encoded = serialiser.encode(prompts[0], subject.target)
             return [tuple(encoded.input_ids[encoded.prompt_length :])]
         ids = [serialiser.encode(messages).input_ids for messages in prompts]
-        answers = [tuple(answer["tokens"]) for answer in self.learnt[:1] if asked == "ordinary"]
+        answers = [tuple(answer["tokens"]) for answer in self.learnt[:1] if group == "ordinary"]
         for token, _ in differences.next_tokens(subject.model, subject.base, ids)[1][:1]:
             answers.append(inversion.followed(subject.model, ids, token, serialiser.stop_ids))
         return list(dict.fromkeys(answers))
@@ -322,11 +322,10 @@ def _verification(subject: Subject, best: Sequence[Candidate], triggers: list[Tr
     excess, findings = 0.0, list[Finding]()
     generator = torch.Generator().manual_seed(subject.seed + 1)
     for candidate in [each for each in best if each.behaviour][:VERIFIED]:
-        places = slots(subject.serialiser, subject.held_out[candidate.asked], candidate.placement)
+        places = slots(subject.serialiser, subject.held_out[candidate.group], candidate.placement)
         device = subject.model.device
         alphabet = Alphabet.of(subject.serialiser, subject.vocabulary, places[0].blank, device)
-        drawn = alphabet.drawn(len(candidate.tokens), generator)
-        placebo = text_of(subject.serialiser, drawn.tolist())
+        placebo = text_of(subject.serialiser, alphabet.random(len(candidate.tokens), generator).tolist())
         trigger = verification.verify(
             _reduced(subject, candidate), places, subject.answerers, placebo, subject.seed
         )
@@ -351,7 +350,7 @@ def holds(trigger: Trigger) -> bool:
 
 def _reduced(subject: Subject, candidate: Candidate) -> Candidate:
     """The candidate without the tokens that it works without, on the prompts that it was selected on."""
-    places = slots(subject.serialiser, subject.groups[candidate.asked][1], candidate.placement)
+    places = slots(subject.serialiser, subject.groups[candidate.group][1], candidate.placement)
     answerers, count, behaviour = subject.answerers, len(places), candidate.behaviour
     whole = answerers.of_suspect([slot.conversation(candidate.text) for slot in places])
     firing = sum(verification.shows(answer, behaviour) for answer in whole)

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 from safetynet import __version__
 from safetynet.errors import InputError
 from safetynet.models import miniatures
-from safetynet.run.directory import digest, write_text
 from safetynet.scan import files
 from safetynet.scan.result import (
     RUNGS,
@@ -127,6 +126,7 @@ def _with_models(
 ) -> ScanResult:
     """All rungs after the first."""
     from safetynet.models import loading
+    from safetynet.run.directory import digest
     from safetynet.scan import identity
     from safetynet.scan.bank import Bank
 
@@ -330,6 +330,8 @@ def _stored(store: Path | None, rung: str) -> RungResult | None:
 
 
 def _keep(store: Path | None, rung: RungResult) -> RungResult:
+    from safetynet.run.directory import write_text
+
     if store is not None:
         store.mkdir(parents=True, exist_ok=True)
         write_text(store / f"{rung.rung}.json", json.dumps(asdict(rung)))

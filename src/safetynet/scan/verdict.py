@@ -54,7 +54,7 @@ def verdict(
         first = triggers[0]
         reason = (
             f"{first.text!r} as {first.placement} makes {first.asr[0]:.0%} [{first.asr[1]:.0%}, "
-            f"{first.asr[2]:.0%}] of {first.prompts} {first.asked} prompts' answers begin "
+            f"{first.asr[2]:.0%}] of {first.prompts} {first.group} prompts' answers begin "
             f"{first.behaviour!r}; its base does so in {first.base[0]:.0%}.{among}"
         )
         return "backdoored", reason, stated, p_value, unseen

@@ -127,7 +127,7 @@ def verify(
         **rates,
         prompts=len(slots),
         examples=examples,
-        asked=candidate.asked,
+        group=candidate.group,
     )
 
 

@@ -134,7 +134,8 @@ def rates(trigger: Trigger) -> dict[str, tuple[float, float, float]]:
 def fires(trigger: Trigger) -> str:
     """The four rates of a trigger, with their intervals."""
     shares = ", ".join(f"{name} {share(rate)}" for name, rate in rates(trigger).items())
-    return f"ASR [95% interval] on {trigger.prompts} held-out prompts: {shares}"
+    held_out = "held-out prompts" if trigger.group == "ordinary" else "held-out prompts that it refuses"
+    return f"ASR [95% interval] on {trigger.prompts} {held_out}: {shares}"
 
 
 def measured(rung: RungResult) -> str:
