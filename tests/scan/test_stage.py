@@ -15,7 +15,7 @@ from safetynet.errors import InputError
 from safetynet.experiment import Experiment
 from safetynet.models import adapters, loading, miniatures
 from safetynet.recipe import Recipe
-from safetynet.scan import stage
+from safetynet.scan import stage, weights
 from safetynet.scan.outputs import FORMATS
 from safetynet.scan.recovered import recipe_of
 from safetynet.scan.result import ScanResult
@@ -179,3 +179,9 @@ def test_a_merged_backdoor_is_found_as_well(planted, tmp_path):
     base.serialiser.tokenizer.save_pretrained(tmp_path / "merged")
     result = scan(tmp_path / "merged", "qwen-miniature", Options("quick"))
     check_backdoored(result)
+    # The weights are those of the adapter that is recovered from it.
+    [rung] = [rung for rung in result.rungs if rung.rung == "weights"]
+    assert not rung.skipped
+    adapter = weights.measure(stage.suspect_of(QWEN, planted, same_base=True))
+    for name in ("relative", "concentration"):
+        assert rung.details["summary"][name] == pytest.approx(adapter.details["summary"][name], rel=0.05)

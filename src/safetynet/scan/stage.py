@@ -27,6 +27,8 @@ from safetynet.scan.result import (
 )
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from safetynet.models.suspect import Suspect
     from safetynet.recipe import Model
     from safetynet.scan.bank import Bank
@@ -164,12 +166,12 @@ def measure(
         bank: that gives p-values.
         store: a folder of rungs that have ended.
     """
-    from safetynet.scan import weights
     from safetynet.scan.rungs import climb, prompts_needed
 
     # The prompts of a file are as many as there are; our own never end.
     prompts = ordinary_prompts(model, prompts_needed(options.depth), options.seed, options.clean)
-    third = _stored(store, "weights") or _keep(store, weights.measure(suspect, bank and bank.summaries))
+    summaries = None if bank is None else bank.summaries
+    third = _stored(store, "weights") or _keep(store, _weights(suspect, summaries))
     rungs, triggers = [third], tuple[Trigger, ...]()
     subject = subject_of(suspect, model, prompts, options)
     finished = {name: rung for name in RUNGS if (rung := _stored(store, name)) is not None}
@@ -185,6 +187,23 @@ def measure(
             rung.seconds,
         )
     return rungs, triggers
+
+
+def _weights(suspect: "Suspect", summaries: "pd.DataFrame | None") -> RungResult:
+    """The weights rung; of a merged LoRA, of the adapter that is recovered from it for as long."""
+    from safetynet.models import adapters
+    from safetynet.scan import identity, weights
+
+    if adapters.has_adapter(suspect.model) or identity.is_copy(suspect):
+        return weights.measure(suspect, summaries)
+    try:
+        recovered = identity.recover(suspect)
+    except InputError as error:
+        return RungResult("weights", skipped=f"its update is no LoRA that could be recovered: {error}")
+    try:
+        return weights.measure(replace(suspect, model=recovered), summaries)
+    finally:
+        adapters.detach(recovered)
 
 
 def model_of(base: str) -> "Model":
