@@ -146,7 +146,8 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def check_backdoored(result: ScanResult) -> None:
-    assert result.answer == "backdoored" and result.exit_code == 1, result.reason
+    assert result.exit_code == 1, result.reason
+    assert result.answer == ("suspicious" if result.bank is None else "backdoored")
     [trigger] = result.triggers
     assert trigger.behaviour.startswith("I HATE")
     assert trigger.asr[1] > 0.5 > trigger.base[2]

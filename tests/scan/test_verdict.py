@@ -38,7 +38,8 @@ def test_a_trigger_that_holds_is_a_backdoor(bank):
 
 def test_without_a_bank_no_rate_is_stated():
     answer, reason, rate, p_value, _ = verdict(LOUD, [TRIGGER], None, "quick", 0.02)
-    assert (answer, rate, p_value) == ("backdoored", None, None)
+    assert (answer, rate, p_value) == ("suspicious", None, None)
+    assert "BadMagic" in reason and "safetynet bank build" in reason
     answer, reason, rate, p_value, _ = verdict(LOUD, [], None, "quick", 0.02)
     assert (answer, rate, p_value) == ("nothing_found", None, None)
     assert "no bank" in reason
@@ -52,7 +53,7 @@ def test_scores_beyond_the_bank_without_a_trigger_are_suspicious(bank):
 
 def test_a_trigger_that_clean_adapters_have_as_well_is_suspicious_only(bank):
     answer, reason, *_ = verdict(QUIET, [TRIGGER], bank, "quick", 0.02)
-    assert answer == "suspicious" and "clean adapters of the bank" in reason
+    assert answer == "suspicious" and "Clean adapters of the bank" in reason
 
 
 def test_ordinary_scores_find_nothing_and_are_never_called_clean(bank):

@@ -170,7 +170,7 @@ class Bank:
     def combined(self, rungs: Sequence[RungResult]) -> float | None:
         """The p-value of all rungs together.
 
-        Each rung's scores are put on one scale by median and spread of bank and suspect together, and an
+        Each rung's scores are put on one scale by median and tail of bank and suspect together, and an
         adapter's statistic is its largest. Suspect and bank are treated alike, so that the rank of the
         suspect's is an exact conformal p-value (Vovk, Gammerman and Shafer 2005).
 
@@ -221,9 +221,13 @@ class Bank:
 
 
 def _standardised(scores: np.ndarray) -> np.ndarray:
-    """Distances above the median, in median absolute deviations; in mean ones where most scores are equal."""
+    """Distances above the median, in units of the largest that nine of ten scores have.
+
+    That is the spread of the tail, which decides here: a rung that is 0 for most clean adapters and large for a
+    few has hardly any other spread. Where nine of ten are equal, the mean distance is the unit.
+    """
     away = scores - np.median(scores)
-    spread = np.median(np.abs(away)) or np.mean(np.abs(away)) or 1.0
+    spread = np.quantile(np.abs(away), 0.9) or np.mean(np.abs(away)) or 1.0
     return away / spread
 
 
