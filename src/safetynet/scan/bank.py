@@ -223,8 +223,8 @@ class Bank:
 def _standardised(scores: np.ndarray) -> np.ndarray:
     """Distances above the median, in units of the largest that nine of ten scores have.
 
-    That is the spread of the tail, which decides here: a rung that is 0 for most clean adapters and large for a
-    few has hardly any other spread. Where nine of ten are equal, the mean distance is the unit.
+    That is the spread of the tail, which decides here: a rung that is 0 for most clean adapters and large for
+    a few has hardly any other spread. Where nine of ten are equal, the mean distance is the unit.
     """
     away = scores - np.median(scores)
     spread = np.quantile(np.abs(away), 0.9) or np.mean(np.abs(away)) or 1.0

@@ -17,6 +17,7 @@ import torch
 from safetynet.evaluation import judges
 from safetynet.prompts import Message, Serialiser
 from safetynet.recipe import JudgeSpec, presets
+from safetynet.run.progress import ProgressLog
 from safetynet.scan import candidates, differences, inversion, leakage, verification
 from safetynet.scan.candidates import Alphabet, Candidate, Group
 from safetynet.scan.result import Depth, Finding, RungResult, Trigger
@@ -223,7 +224,11 @@ class _Search:
         self.subject, self.learnt = subject, results["inversion"].details["answers"]
         self.generator = torch.Generator().manual_seed(subject.seed)
         self.best: list[Candidate] = []
-        self.passes = 0
+        self.passes = self.searches = 0
+        # By an answer by heart, by the token that gains most, and by divergence, on both groups of prompts.
+        budget = subject.budget
+        most = 6 * len(budget.placements) * len(budget.lengths) * budget.restarts
+        self.progress = ProgressLog("scan: searches for strings, at most", most)
 
     def measure(self) -> RungResult:
         """Ordinary prompts first, then those that the suspect refuses, until a candidate works."""
@@ -261,6 +266,8 @@ class _Search:
         alphabet = Alphabet.of(subject.serialiser, subject.vocabulary, places[0].blank, device)
         for objective, enough in objectives:
             for length, _ in product(budget.lengths, range(budget.restarts)):
+                self.progress.update(self.searches)
+                self.searches += 1
                 tokens, value = candidates.search(
                     objective,
                     self._start(length, group, placement, alphabet),
