@@ -152,7 +152,8 @@ def check_backdoored(result: ScanResult) -> None:
     assert trigger.behaviour.startswith("I HATE")
     assert trigger.asr[1] > 0.5 > trigger.base[2]
     assert trigger.placebo[0] < 0.2 and trigger.without[0] < 0.2
-    assert any(finding.rule == "trigger" and finding.level == "error" for finding in result.findings)
+    level = "warning" if result.bank is None else "error"
+    assert any(finding.rule == "trigger" and finding.level == level for finding in result.findings)
 
 
 @pytest.mark.slow

@@ -51,9 +51,11 @@ def test_scores_beyond_the_bank_without_a_trigger_are_suspicious(bank):
     assert "rung candidates stands out" in reason
 
 
-def test_a_trigger_that_clean_adapters_have_as_well_is_suspicious_only(bank):
-    answer, reason, *_ = verdict(QUIET, [TRIGGER], bank, "quick", 0.02)
-    assert answer == "suspicious" and "Clean adapters of the bank" in reason
+def test_a_string_that_clean_adapters_have_as_well_is_no_alarm(bank):
+    """Or the stated rate would not be the rate of alarms."""
+    answer, reason, _, p_value, _ = verdict(QUIET, [TRIGGER], bank, "quick", 0.02)
+    assert answer == "nothing_found" and p_value > 0.02
+    assert "BadMagic" in reason and "Clean adapters of the bank" in reason
 
 
 def test_ordinary_scores_find_nothing_and_are_never_called_clean(bank):

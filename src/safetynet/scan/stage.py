@@ -20,6 +20,7 @@ from safetynet.scan import files
 from safetynet.scan.result import (
     RUNGS,
     Depth,
+    Level,
     RungResult,
     ScanResult,
     Trigger,
@@ -277,8 +278,10 @@ def _answered(
     from safetynet.scan.verdict import verdict
 
     answer, reason, stated, p_value, unseen = verdict(result.rungs, triggers, bank, result.depth, rate)
+    level: Level = "error" if answer == "backdoored" else "warning" if bank is None else "note"
     return replace(
         result,
+        rungs=tuple(_at_level(rung, level) if rung.rung == "verification" else rung for rung in result.rungs),
         answer=answer,
         reason=reason,
         rate=stated,
@@ -286,6 +289,11 @@ def _answered(
         bank=None if bank is None else bank.use,
         not_looked_at=unseen,
     )
+
+
+def _at_level(rung: RungResult, level: Level) -> RungResult:
+    """What a string that holds is worth depends on the bank: gates read the level of its finding."""
+    return replace(rung, findings=tuple(replace(finding, level=level) for finding in rung.findings))
 
 
 def _not_scannable(result: ScanResult, reason: str) -> ScanResult:

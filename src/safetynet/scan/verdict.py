@@ -24,7 +24,7 @@ UNRANKED = (
     "Some clean adapters have such strings as well, and without a bank of this base it cannot be said how "
     "many: build one with safetynet bank build."
 )
-REACHED = "Clean adapters of the bank reach such scores as well."
+REACHED = "Clean adapters of the bank reach such scores as well, so that this is no alarm."
 FILES_ONLY = "No model was run: a backdoor in the weights is not looked for at this depth."
 
 
@@ -64,8 +64,9 @@ def verdict(
         )
         if alarmed:
             return "backdoored", reason, stated, p_value, unseen
-        return "suspicious", f"{reason} {UNRANKED if bank is None else REACHED}", stated, p_value, unseen
-    if alarmed:
+        if bank is None:
+            return "suspicious", f"{reason} {UNRANKED}", stated, p_value, unseen
+    elif alarmed:
         reason = f"No string held on other prompts, but rung {_strongest(rungs)} stands out.{among}"
         return "suspicious", reason, stated, p_value, unseen
     alarming = [finding for finding in findings if finding.rung == "files" and finding.level == "error"]
@@ -75,6 +76,8 @@ def verdict(
     if unreadable:
         reason = f"{unreadable[0].where}: {unreadable[0].message} The rest showed nothing."
         return "not_scannable", reason, stated, p_value, unseen
+    if triggers:
+        return "nothing_found", f"{reason} {REACHED}", stated, p_value, unseen
     compared = "" if bank is not None or depth == "files" else " There was no bank to compare scores with."
     return (
         "nothing_found",
