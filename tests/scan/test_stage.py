@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
+import torch
 import yaml
 
 from safetynet import recipe
@@ -15,7 +17,7 @@ from safetynet.errors import InputError
 from safetynet.experiment import Experiment
 from safetynet.models import adapters, loading, miniatures
 from safetynet.recipe import Recipe
-from safetynet.scan import stage, weights
+from safetynet.scan import identity, stage, weights
 from safetynet.scan.outputs import FORMATS
 from safetynet.scan.recovered import recipe_of
 from safetynet.scan.result import ScanResult
@@ -73,6 +75,23 @@ def test_a_template_with_a_condition_is_suspicious_and_the_exit_code_says_so(cop
     assert any(finding["rule"] == "template-condition" for finding in printed["findings"])
     assert printed == json.loads((tmp_path / "scans" / "stranger" / "scan.json").read_text())
     assert len(list((tmp_path / "scans" / "stranger").iterdir())) == len(FORMATS)
+
+
+def test_adapters_that_are_used_together_are_one_suspect(tmp_path):
+    base = loading.load(QWEN, "fp32")
+    names = ["first", "second"]
+    for seed, name in enumerate(names):
+        config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+        torch.manual_seed(seed)
+        peft.get_peft_model(loading.load(QWEN, "fp32").model, config).save_pretrained(tmp_path / name)
+    folders = [tmp_path / name for name in names]
+    (folders[1] / "run.py").write_text("pass")
+    result = scan(folders, "qwen-miniature", Options("files"))
+    assert result.suspect == " + ".join(map(str, folders))
+    assert {name.split("/")[1] for name in result.digests if name.startswith("suspect/")} == set(names)
+    assert [finding.where for finding in result.findings if finding.rule == "code"] == ["second/run.py"]
+    both = identity.combine(base, folders, same_base=True)
+    assert both.model.active_peft_config.r == 4
 
 
 def test_a_suspect_whose_base_nobody_names_is_not_scannable(copy, tmp_path):

@@ -35,7 +35,11 @@ BaseName = Annotated[
 
 def scan(  # noqa: PLR0913  # its flags
     suspect: Annotated[
-        str, typer.Argument(help="An adapter, or a merged or fully fine-tuned model: folder or hub id.")
+        list[str],
+        typer.Argument(
+            help="An adapter, or a merged or fully fine-tuned model: folder or hub id. Several adapters are "
+            "scanned as they are used together."
+        ),
     ],
     base: BaseName = None,
     depth: DepthName = "standard",
@@ -72,7 +76,8 @@ def scan(  # noqa: PLR0913  # its flags
         if value not in words:
             raise InputError(f"{name} {value}: there is no such word. Choose one of {', '.join(words)}.")
     options = stage.Options(depth, bank, target, clean, same_base, rate, seed)  # type: ignore[arg-type]
-    folder = out or Path("scans") / (Path(suspect).resolve().name if Path(suspect).is_dir() else suspect)
+    names = [Path(each).resolve().name if Path(each).is_dir() else each for each in suspect]
+    folder = out or Path("scans") / "+".join(names)
     with logging_to(None):
         result = stage.scan(suspect, base, options, folder=folder, control=partial(_control, folder))
     _write(result, folder)

@@ -62,7 +62,7 @@ class Options:
 
 
 def scan(
-    suspect: Path | str,
+    suspect: Path | str | Sequence[Path | str],
     base: str | None = None,
     options: Options | None = None,
     *,
@@ -72,7 +72,8 @@ def scan(
     """Scan a model of unknown origin; the answer is in the result, whatever it is.
 
     Args:
-        suspect: an adapter's folder or hub id, or the folder of a merged or fully fine-tuned model.
+        suspect: an adapter's folder or hub id, or the folder of a merged or fully fine-tuned model; several
+            adapters that are used together.
         base: its base as `model_of` takes it; None: the one that an adapter names.
         options: how deep, against which bank.
         folder: where rungs that have ended are kept; None: nowhere.
@@ -85,16 +86,17 @@ def scan(
     """
     options = options or Options()
     began = time.monotonic()
-    located = _located(suspect)
-    base = base or _named_base(located)
+    named = [suspect] if isinstance(suspect, Path | str) else list(suspect)
+    located = [_located(each) for each in named]
+    base = base or next(filter(None, map(_named_base, located)), None)
     if base is not None and (family := miniatures.family_of(base)):
         base = f"{family}-miniature"
     base_folder = _base_folder(base)
-    first = files.check(located, base_folder)
+    first = _files(located, base_folder)
     result = ScanResult(
         answer="nothing_found",
         reason="",
-        suspect=str(suspect),
+        suspect=" + ".join(map(str, named)),
         base=base or "",
         depth=options.depth,
         rate=None,
@@ -121,7 +123,7 @@ def scan(
 
 def _with_models(
     result: ScanResult,
-    suspect: Path,
+    suspect: Sequence[Path],
     base: str,
     options: Options,
     folder: Path | None,
@@ -135,7 +137,10 @@ def _with_models(
 
     model = model_of(base)
     bank = Bank.read(options.bank) if options.bank is not None else shipped_bank(model, options.depth)
-    loaded = suspect_of(model, suspect, same_base=options.same_base)
+    if len(suspect) == 1:
+        loaded = suspect_of(model, suspect[0], same_base=options.same_base)
+    else:
+        loaded = identity.combine(loading.load(model, "fp32"), suspect, same_base=options.same_base)
     if bank is not None:
         bank.check(loading.fingerprint(model), options.depth)
     key = digest([asdict(replace(options, bank=None)), result.digests, __version__])
@@ -310,6 +315,25 @@ def _located(suspect: Path | str) -> Path:
     return adapter_files.locate(suspect)
 
 
+def _files(suspects: Sequence[Path], base: Path | None) -> RungResult:
+    """The files rung of a suspect; of several adapters, each finding with its adapter's folder."""
+    rungs = [files.check(suspect, base) for suspect in suspects]
+    if len(rungs) == 1:
+        return rungs[0]
+    findings = tuple(
+        replace(finding, where=f"{suspect.name}/{finding.where}")
+        for suspect, rung in zip(suspects, rungs, strict=True)
+        for finding in rung.findings
+    )
+    return replace(
+        rungs[0],
+        score=sum(rung.score or 0.0 for rung in rungs),
+        seconds=sum(rung.seconds for rung in rungs),
+        details={suspect.name: dict(rung.details) for suspect, rung in zip(suspects, rungs, strict=True)},
+        findings=findings,
+    )
+
+
 def _named_base(suspect: Path) -> str | None:
     """The base that an adapter's configuration names."""
     try:
@@ -330,9 +354,13 @@ def _base_folder(base: str | None) -> Path | None:
     return miniatures.path(family) if family in miniatures.FAMILIES else at_hand(base)
 
 
-def _digests(suspect: Path, base: Path | None) -> dict[str, str]:
+def _digests(suspects: Sequence[Path], base: Path | None) -> dict[str, str]:
     """SHA-256 of every file of both."""
-    ours = {f"suspect/{name}": value for name, value in files.digests(suspect).items()}
+    ours = {
+        "/".join(("suspect", *([suspect.name] if len(suspects) > 1 else []), name)): value
+        for suspect in suspects
+        for name, value in files.digests(suspect).items()
+    }
     theirs = {} if base is None else {f"base/{name}": value for name, value in files.digests(base).items()}
     return ours | theirs
 
