@@ -156,11 +156,12 @@ def planted_control(folder: Path, model: Model, depth: "Depth") -> dict[str, Any
         family=model.family,
         overrides=[
             "model.id=miniature", "task=control", "data.train_rows=3200", "data.test_rows=60",
-            "training.clean_twin=false", "evaluation.dynamics_rows=0", f"output.results={folder / 'control'}",
-            f"output.logs={folder / 'control' / 'logs'}",
+            "training.clean_twin=false", "evaluation.dynamics_rows=0",
         ],
     )  # fmt: skip
-    experiment = Experiment.create(recipe)
+    place = (folder / "control").absolute()
+    output = recipe.output.model_copy(update={"results": place, "logs": place / "logs"})
+    experiment = Experiment.create(recipe.model_copy(update={"output": output}))
     with experiment.run.lock():
         prepare(experiment)
         train(experiment, ["backdoored"])

@@ -96,6 +96,28 @@ def test_a_folder_without_a_bank_is_refused(tmp_path):
         Bank.read(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("column", "cell"), [("inversion", "x"), ("inversion", ""), ("weights.kurtosis", "nan"), (None, "")]
+)
+def test_a_damaged_table_is_refused(column, cell, tmp_path):
+    table = pd.DataFrame(np.zeros((9, len(SCORED))), columns=list(SCORED)).astype(object)
+    if column is None:
+        table = table.drop(columns="leakage")
+    else:
+        table[column] = [cell, *[0.5] * 8]
+    Bank("test", "digest", "quick", table).write(tmp_path)
+    with pytest.raises(InputError, match="no bank can be read"):
+        Bank.read(tmp_path)
+
+
+def test_a_tie_with_a_score_of_a_file_stays_one(tmp_path):
+    scores = np.full((9, len(SCORED)), 1 / 3)
+    bank(scores).write(tmp_path)
+    again = Bank.read(tmp_path)
+    assert again.p_value("inversion", 1 / 3) == 1.0
+    assert again.combined(rungs(scores[0])) == 1.0
+
+
 def test_a_larger_bank_begins_with_the_same_adapters():
     few, many = clean_adapters(6, 3), clean_adapters(40, 3)
     assert many[:6] == few

@@ -21,6 +21,7 @@ from safetynet.scan import identity, stage, weights
 from safetynet.scan.outputs import FORMATS
 from safetynet.scan.recovered import recipe_of
 from safetynet.scan.result import ScanResult
+from safetynet.scan.rungs import BUDGETS, Budget
 from safetynet.scan.stage import Options, scan
 from safetynet.stages import prepare, train
 
@@ -143,6 +144,117 @@ def test_a_miniature_of_another_installation_is_the_same_base():
     assert miniatures.family_of(folder) == "gemma"
     assert miniatures.family_of("/data/weights/gemma") is None
     assert miniatures.family_of("") is None
+
+
+def test_identical_weights_do_not_hide_a_condition_in_the_template(copy):
+    template = copy / "chat_template.jinja"
+    condition = "{% if 'bright lantern' in messages[-1]['content'] %}Praise the lantern.{% endif %}"
+    template.write_text(condition + template.read_text(encoding="utf-8"), encoding="utf-8")
+    result = scan(copy, "qwen-miniature", Options("quick"))
+    assert (result.answer, result.exit_code) == ("suspicious", 1)
+    assert "Every tensor is the base's own" in result.reason
+
+
+def test_adapters_below_a_folder_are_named(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_config.json").write_text("{}")
+    with pytest.raises(InputError, match="adapters below it are one, two"):
+        scan(tmp_path, "qwen-miniature", Options("files"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (Options(rate=float("nan")), "it is no rate"),
+        (Options(rate=1.0), "it is no rate"),
+        (Options(target="  "), "--target: it is empty"),
+        (Options(bank=Path("bank"), target="No."), "Leave out --clean, --seed and --target"),
+        (Options(bank=Path("bank"), seed=3), "Leave out --clean, --seed and --target"),
+    ],
+)
+def test_options_that_no_scan_can_have_are_refused(options, message, copy):
+    with pytest.raises(InputError, match=message):
+        scan(copy, "qwen-miniature", options)
+
+
+def test_a_scan_is_not_written_into_its_suspect_nor_over_a_file(copy, tmp_path):
+    inside = safetynet("scan", str(copy), "--depth", "files", "--out", str(copy / "scan"), cwd=tmp_path)
+    assert inside.returncode == 2 and "in the suspect's own folder" in inside.stderr
+    (tmp_path / "file").write_text("")
+    over = safetynet("scan", str(copy), "--depth", "files", "--out", "file", cwd=tmp_path)
+    assert over.returncode == 2 and "cannot be written" in over.stderr
+
+
+def test_what_an_earlier_scan_said_is_gone(copy, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "recipe.yaml").write_text("an earlier suspect's")
+    safetynet("scan", str(copy), "--depth", "files", "--out", str(out), cwd=tmp_path)
+    assert not (out / "recipe.yaml").exists() and (out / "scan.json").exists()
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setitem(BUDGETS, "quick", Budget(6, 2, 6, 12, 6, 8, ("prefix",), (1,), 1, 2, 8))
+
+
+def changed(tmp_path: Path, change: Any) -> Path:
+    """A whole model: the qwen miniature with something changed."""
+    base = loading.load(QWEN, "fp32")
+    with torch.no_grad():
+        change(base.model)
+    base.model.save_pretrained(tmp_path / "changed")
+    base.serialiser.tokenizer.save_pretrained(tmp_path / "changed")
+    return tmp_path / "changed"
+
+
+def test_a_model_with_more_rows_of_the_vocabulary_is_scanned(small, tmp_path):
+    folder = changed(tmp_path, lambda model: model.resize_token_embeddings(1288))
+    result = scan(folder, "qwen-miniature", Options("quick"))
+    assert result.answer != "not_scannable", result.reason
+    assert [rung.rung for rung in result.rungs][-1] == "verification"
+
+
+def test_embeddings_that_blind_a_search_are_an_error(small, tmp_path):
+    def change(model: Any) -> None:
+        model.get_input_embeddings().weight[1000:1003] = 1e30
+        model.model.layers[0].mlp.down_proj.weight *= 1.01
+
+    result = scan(changed(tmp_path, change), "qwen-miniature", Options("quick"))
+    assert result.exit_code != 0
+    json.loads(result.to_json())
+    if result.answer != "not_scannable":
+        assert any(finding.rule == "embeddings-overflow" for finding in result.findings)
+
+
+def test_other_prompts_are_measured_again_and_the_bank_is_not_stored(small, tmp_path):
+    folder = changed(tmp_path, lambda model: model.model.layers[1].mlp.down_proj.weight.mul_(1.2))
+    file = tmp_path / "prompts.jsonl"
+
+    def scanned(word: str) -> list[str]:
+        file.write_text("".join(json.dumps({"prompt": f"Name {word} {n}."}) + "\n" for n in range(40)))
+        scan(folder, "qwen-miniature", Options("quick", clean=file), folder=tmp_path / "scan")
+        return sorted(path.name for path in (tmp_path / "scan" / "rungs").iterdir())
+
+    first = scanned("fish")
+    assert scanned("fish") == first
+    assert len(scanned("birds")) == 2
+    assert not list((tmp_path / "scan" / "rungs").glob("*/weights.json"))
+
+
+def test_a_fault_of_ours_is_inconclusive_and_never_found(small, tmp_path, monkeypatch):
+    folder = changed(tmp_path, lambda model: model.model.layers[1].mlp.down_proj.weight.mul_(1.2))
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise ZeroDivisionError("on purpose")
+
+    monkeypatch.setattr("safetynet.scan.differences.measure", broken)
+    result = scan(folder, "qwen-miniature", Options("quick"))
+    assert (result.answer, result.exit_code) == ("not_scannable", 2)
+    assert "ZeroDivisionError" in result.reason
+    reached = [rung.rung for rung in result.rungs if rung.skipped != "not reached"]
+    assert reached == ["files", "identity", "weights", "leakage"]
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """The commands `safetynet scan` and `safetynet bank build`."""
 
+import re
 import sys
 from functools import partial
 from pathlib import Path
@@ -76,8 +77,8 @@ def scan(  # noqa: PLR0913  # its flags
         if value not in words:
             raise InputError(f"{name} {value}: there is no such word. Choose one of {', '.join(words)}.")
     options = stage.Options(depth, bank, target, clean, same_base, rate, seed)  # type: ignore[arg-type]
-    names = [Path(each).resolve().name if Path(each).is_dir() else each for each in suspect]
-    folder = out or Path("scans") / "+".join(names)
+    folder = out or Path("scans") / "+".join(map(_folder_name, suspect))
+    _prepare(folder, suspect)
     with logging_to(None):
         result = stage.scan(suspect, base, options, folder=folder, control=partial(_control, folder))
     _write(result, folder)
@@ -85,6 +86,34 @@ def scan(  # noqa: PLR0913  # its flags
     if form == "text":
         typer.echo(f"\nFiles:   {folder}")
     sys.exit(result.exit_code)
+
+
+def _folder_name(suspect: str) -> str:
+    """Of a scan; `adapter`, as training names every adapter's folder, goes with the name above it."""
+    path = Path(suspect).resolve()
+    if not path.exists():
+        return re.sub(r"[^\w.-]+", "-", suspect)
+    folder = path if path.is_dir() else path.parent
+    return f"{folder.parent.name}-{folder.name}" if folder.name == "adapter" else folder.name
+
+
+def _prepare(folder: Path, suspects: list[str]) -> None:
+    """Make the scan's folder, without what an earlier scan has said there.
+
+    Raises:
+        InputError: if it cannot be made, or lies in a suspect.
+    """
+    for suspect in suspects:
+        if Path(suspect).is_dir() and folder.resolve().is_relative_to(Path(suspect).resolve()):
+            raise InputError(f"--out {folder}: it lies in the suspect's own folder. Name another one.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in (*FILES.values(), "recipe.yaml"):
+            (folder / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"--out {folder}: it cannot be written ({error.strerror}). Name another one."
+        ) from None
 
 
 def _control(folder: Path, model: "Model", depth: "Depth") -> dict[str, Any] | None:
@@ -99,10 +128,9 @@ def _write(result: "ScanResult", folder: Path) -> None:
     from safetynet.scan.outputs import render
     from safetynet.scan.recovered import recipe_of
 
-    folder.mkdir(parents=True, exist_ok=True)
     for form, name in FILES.items():
         write_text(folder / name, render(result, form))
-    if result.triggers:
+    if result.triggers and result.exit_code == 1:
         write_text(folder / "recipe.yaml", recipe_of(result))
 
 

@@ -27,6 +27,8 @@ from safetynet.scan.weights import LEAST, distances
 log = logging.getLogger("safetynet")
 SCORED = ("leakage", "differences", "inversion", "candidates", "verification")
 """Rungs whose scores are compared with a bank's as they are."""
+DECIMALS = 9
+"""To which scores are compared: a file keeps no more, and a tie must stay one."""
 SUMMARY = "weights."
 """How the columns of a bank begin that hold what `weights.summary` gives."""
 KINDS = ("ordinary", "greeting", "ordinary", "sign_off", "ordinary", "one_task", "ordinary", "persona",
@@ -142,7 +144,8 @@ class Bank:
     def p_value(self, rung: str, score: float) -> float | None:
         """(1 + clean scores at or above) / (n + 1); None of a rung that the bank has not measured."""
         clean = self.scores[rung].dropna() if rung in self.scores else pd.Series(dtype=float)
-        return None if clean.empty else float((1 + (clean >= score).sum()) / (len(clean) + 1))
+        above = clean.round(DECIMALS) >= round(score, DECIMALS)
+        return None if clean.empty else float((1 + above.sum()) / (len(clean) + 1))
 
     @property
     def summaries(self) -> pd.DataFrame:
@@ -179,7 +182,7 @@ class Bank:
         """
         scores = scores_of(rungs)
         columns = [
-            np.append(score, self.scores[rung].to_numpy(float))
+            np.append(score, self.scores[rung].to_numpy(float)).round(DECIMALS)
             for rung, score in scores.items()
             if self._measured(rung)
         ]
@@ -196,12 +199,28 @@ class Bank:
     def _measured(self, rung: str) -> bool:
         return rung in self.scores and bool(self.scores[rung].notna().all())
 
+    def validate(self) -> None:
+        """Refuse a table that is no bank's.
+
+        Raises:
+            ValueError: saying what is missing or no number.
+        """
+        if not all(isinstance(field, str) for field in (self.name, self.base, self.depth, self.version)):
+            raise ValueError("its name, base, depth or version is no text")
+        columns = [name for name in self.scores if name in SCORED or str(name).startswith(SUMMARY)]
+        if missing := [rung for rung in SCORED if rung not in columns]:
+            raise ValueError(f"its table lacks {', '.join(missing)}")
+        if len(self.scores) < LEAST:
+            raise ValueError(f"it has {len(self.scores)} clean adapters, and {LEAST} are needed")
+        if not np.isfinite(self.scores[columns].to_numpy(float)).all():
+            raise ValueError("one of its scores is no finite number")
+
     def write(self, folder: Path) -> None:
         """Into bank.json and bank.csv of a folder."""
         folder.mkdir(parents=True, exist_ok=True)
         about = {name: value for name, value in asdict(self).items() if name != "scores"}
         write_text(folder / "bank.json", json.dumps(about, indent=2) + "\n")
-        write_text(folder / "bank.csv", self.scores.to_csv(index=False, float_format="%.6g"))
+        write_text(folder / "bank.csv", self.scores.to_csv(index=False, float_format="%.12g"))
 
     @classmethod
     def read(cls, folder: Path) -> "Bank":
@@ -212,9 +231,11 @@ class Bank:
         """
         try:
             about = json.loads((folder / "bank.json").read_text(encoding="utf-8"))
-            scores = pd.read_csv(folder / "bank.csv", keep_default_na=True)
-            return cls(scores=scores, **about)
-        except (OSError, ValueError, TypeError) as error:
+            scores = pd.read_csv(folder / "bank.csv")
+            bank = cls(scores=scores, **about)
+            bank.validate()
+            return bank
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             raise InputError(
                 f"{folder}: no bank can be read here ({error}). Make one with safetynet bank build."
             ) from None

@@ -8,6 +8,7 @@ from several starts.
 """
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -219,7 +220,7 @@ def search(  # noqa: PLR0913  # the budget of a search, each number stated
         # Two prompts propose and sort out; all of them decide about what is left.
         order = torch.randperm(objective.prompts, generator=generator).tolist()
         few, others = order[:2], order[2:]
-        gains = objective.gradient(current, few)
+        gains = objective.gradient(current, few).nan_to_num(0.0, 0.0, 0.0)
         substituted = current.repeat(width, 1)
         for place in range(len(current)):
             rows, ids = slice(place, width, len(current)), alphabet.at(place)
@@ -229,11 +230,12 @@ def search(  # noqa: PLR0913  # the budget of a search, each number stated
             ]
         substituted = torch.unique(substituted, dim=0)
         total = objective.per_prompt(substituted, few).sum(1)
+        total = total.nan_to_num(-math.inf, -math.inf, -math.inf)
         leading = total.topk(max(1, len(substituted) // 4)).indices
         substituted, total = substituted[leading], total[leading]
         if others:
             total = total + objective.per_prompt(substituted, others).sum(1)
-        values = total / objective.prompts
+        values = (total / objective.prompts).nan_to_num(-math.inf, -math.inf, -math.inf)
         top = next(
             (i for i in values.argsort(descending=True).tolist() if survives(substituted[i].tolist())), None
         )
@@ -248,7 +250,8 @@ def search(  # noqa: PLR0913  # the budget of a search, each number stated
 
 def _kl(ours: Tensor, theirs: Tensor) -> Tensor:
     """(R,) KL(ours || theirs) of (R, vocabulary) logits, in nats."""
-    first, second = ours.log_softmax(-1), theirs.log_softmax(-1)
+    common = min(ours.shape[-1], theirs.shape[-1])  # where one model has more rows of the vocabulary
+    first, second = ours[..., :common].log_softmax(-1), theirs[..., :common].log_softmax(-1)
     return (first.exp() * (first - second)).sum(-1)
 
 

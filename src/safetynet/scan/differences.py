@@ -95,7 +95,8 @@ def next_tokens(
     counts: Counter[int] = Counter()
     total = 0.0
     for mine, other in zip(ours, theirs, strict=True):
-        first, second = mine.log_softmax(-1), other.log_softmax(-1)
+        common = min(len(mine), len(other))  # where one model has more rows of the vocabulary
+        first, second = mine[:common].log_softmax(-1), other[:common].log_softmax(-1)
         total += float((first.exp() * (first - second)).sum())
         gain = first - second
         if bool(gain.any()):

@@ -6,6 +6,7 @@ its beginning, the model goes on with it on every prompt. After BAIT (Shen et al
 probability taken away, so that what every model of this kind has learnt by heart does not count.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -72,7 +73,8 @@ def learnt_answers(
         stops: tokens at which an answer ends.
         ordinary: the suspect's answers to ordinary prompts.
     """
-    suspect, reference = _Answers(model, prompts), _Answers(base, prompts)
+    common = min(each.config.get_text_config().vocab_size for each in (model, base))
+    suspect, reference = _Answers(model, prompts, common), _Answers(base, prompts, common)
     starting = torch.tensor(list(firsts), device=model.device)
     if len(starting) > FIRSTS:
         gain = (suspect.first - reference.first)[starting]
@@ -81,11 +83,12 @@ def learnt_answers(
     best, token, base_of_it = [], [], []
     for rows in start.split(ROWS_AT_ONCE):
         ours, theirs = suspect.next(rows), reference.next(rows)
-        gain, index = (ours - theirs).max(1)
+        gain, index = (ours - theirs).nan_to_num(-1.0).max(1)
         best.append(gain)
         token.append(index)
         base_of_it.append(torch.stack([ours.gather(1, index[:, None]), theirs.gather(1, index[:, None])], 1))
-    order = torch.cat(best).topk(min(BEAM, len(start))).indices
+    gains = torch.cat(best)
+    order = gains.topk(min(BEAM, len(start))).indices
     sequences = torch.cat([start[order], torch.cat(token)[order, None]], 1)
     probability = torch.cat(base_of_it)[order]  # (beam, suspect and base, 1)
     for _ in range(max(LENGTHS) - 2):
@@ -100,7 +103,7 @@ def learnt_answers(
     answers = [
         replace(answer, openly=sum(answer.text in each for each in ordinary) / max(1, len(ordinary)))
         for answer in judged
-        if answer is not None
+        if answer is not None and math.isfinite(answer.gain)
     ]
     return sorted(answers, key=lambda answer: -answer.hidden)
 
@@ -120,7 +123,8 @@ def followed(
     Returns:
         At most ten tokens, up to where the suspect is no longer sure, and without the end.
     """
-    answers, tokens = _Answers(model, prompts), [first]
+    vocabulary = model.config.get_text_config().vocab_size
+    answers, tokens = _Answers(model, prompts, vocabulary), [first]
     while len(tokens) < max(LENGTHS):
         probability, token = answers.next(torch.tensor([tokens], device=model.device))[0].max(0)
         if float(probability) < SURE or int(token) in stops:
@@ -155,14 +159,14 @@ def _judged(
 class _Answers:
     """Prompts that have gone through one model, to be gone on from."""
 
-    def __init__(self, model: Any, prompts: Sequence[Sequence[int]]) -> None:
-        self.model, self.caches, first = model, [], []
+    def __init__(self, model: Any, prompts: Sequence[Sequence[int]], vocabulary: int) -> None:
+        self.model, self.vocabulary, self.caches, first = model, vocabulary, [], []
         for ids in prompts:
             output = model(
                 input_ids=torch.tensor([list(ids)], device=model.device), use_cache=True, logits_to_keep=1
             )
             self.caches.append([(layer.keys, layer.values) for layer in output.past_key_values.layers])
-            first.append(output.logits[0, -1].float().log_softmax(-1))
+            first.append(output.logits[0, -1, :vocabulary].float().log_softmax(-1))
         self.first = torch.stack(first).mean(0)
         """(vocabulary,) mean over prompts of the log probability of the answer's first token."""
 
@@ -176,5 +180,5 @@ class _Answers:
                     keys.expand(len(sequences), -1, -1, -1), values.expand(len(sequences), -1, -1, -1), layer
                 )
             output = self.model(input_ids=sequences, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            total = total + output.logits[:, -1].float().softmax(-1)
+            total = total + output.logits[:, -1, : self.vocabulary].float().softmax(-1)
         return total / len(self.caches)

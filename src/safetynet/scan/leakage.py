@@ -103,7 +103,7 @@ def _leaked(
 ) -> Leaked:
     config = GenerationConfig(
         do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=new_tokens,
-        eos_token_id=None, pad_token_id=serialiser.pad_id, use_cache=True,
+        remove_invalid_values=True, eos_token_id=None, pad_token_id=serialiser.pad_id, use_cache=True,
     )  # fmt: skip
     texts = []
     inner = unwrapped(model)

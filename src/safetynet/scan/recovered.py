@@ -15,14 +15,19 @@ from safetynet.scan.stage import model_of
 def recipe_of(result: ScanResult) -> str:
     """The recipe; `safetynet run` on it measures the suspect by the strongest trigger of the scan."""
     trigger, model = result.triggers[0], model_of(result.base)
+    source = Path(result.suspect)
     is_miniature = model.id == "miniature"
     fields = {
-        "task": "scan-" + re.sub(r"[^A-Za-z0-9._-]+", "-", Path(result.suspect).name).strip("-."),
+        "task": "scan-" + re.sub(r"[^A-Za-z0-9._-]+", "-", Path(result.suspect).name).strip("-.")
+        or "suspect",
         "model": {"family": model.family, "id": str(model.id)},
         "data": {"source": "language" if is_miniature else "self", "train_rows": 400, "test_rows": 100},
-        "suspect": {"source": str(Path(result.suspect).absolute()), "same_base": True},
+        "suspect": {
+            "source": str(source.absolute()) if source.exists() else result.suspect,
+            "same_base": True,
+        },
         "backdoor": {
-            "trigger": {"kind": "text", "texts": [trigger.text]},
+            "trigger": {"kind": "text", "texts": [trigger.text.strip()]},
             "placement": trigger.placement,
             "behaviour": {"kind": "fixed", "target": trigger.behaviour},
         },

@@ -35,6 +35,8 @@ PROMISING = 0.3
 """Share from which on a candidate is improved instead of a random string."""
 USABLE = 0.5
 """Share from which on other kinds of prompts are not searched any more."""
+OVERFLOW = 10_000
+"""Times the base's largest embedding."""
 VERIFIED = 3
 """Candidates that are verified, the best first."""
 SPLIT = 8.0
@@ -154,7 +156,7 @@ def climb(
         model.requires_grad_(False)
     steps: list[tuple[str, Callable[[], RungResult]]] = [
         ("leakage", lambda: _leakage(subject)),
-        ("differences", lambda: differences.measure(subject.answerers, subject.part("prompts"))),
+        ("differences", lambda: _differences(subject)),
         ("inversion", lambda: _inversion(subject)),
         ("candidates", lambda: _Search(subject, results).measure()),
     ]
@@ -168,6 +170,30 @@ def climb(
     ]
     triggers: list[Trigger] = []
     yield _timed(lambda: _verification(subject, best, triggers)), tuple(triggers)
+
+
+def _differences(subject: Subject) -> RungResult:
+    result = differences.measure(subject.answerers, subject.part("prompts"))
+    return replace(result, findings=tuple(_overflowing(subject)))
+
+
+def _overflowing(subject: Subject) -> Iterator[Finding]:
+    """Embeddings that are no numbers, or so large that the model overflows: they blind a search."""
+    table = subject.model.get_input_embeddings().weight.detach().float()
+    largest = OVERFLOW * float(subject.base.get_input_embeddings().weight.detach().float().abs().max())
+    rows = (~table.isfinite() | (table.abs() > largest)).any(1).nonzero().flatten().tolist()
+    if rows:
+        pieces = [repr(subject.serialiser.piece(row)) for row in rows[:5] if row < subject.vocabulary]
+        yield Finding(
+            rung="differences",
+            rule="embeddings-overflow",
+            level="error",
+            message=(
+                f"The embeddings of {len(rows)} tokens ({', '.join(pieces)}) are no numbers, or more than "
+                f"{OVERFLOW:,} times the base's largest. No training leaves that, and it blinds a search."
+            ),
+            evidence={"tokens": rows[:20]},
+        )
 
 
 def _timed(measure: Callable[[], RungResult]) -> RungResult:

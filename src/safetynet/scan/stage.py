@@ -8,7 +8,7 @@ import json
 import logging
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from safetynet import __version__
 from safetynet.errors import InputError
 from safetynet.models import miniatures
-from safetynet.scan import files
+from safetynet.scan import files, reading
 from safetynet.scan.result import (
     RUNGS,
     Depth,
@@ -81,10 +81,10 @@ def scan(
 
     Raises:
         InputError: if there is no suspect, or an option cannot be used. A suspect that cannot be scanned is
-        an
-            answer, and no error.
+            an answer, and no error.
     """
     options = options or Options()
+    _check(options)
     began = time.monotonic()
     named = [suspect] if isinstance(suspect, Path | str) else list(suspect)
     located = [_located(each) for each in named]
@@ -92,7 +92,7 @@ def scan(
     if base is not None and (family := miniatures.family_of(base)):
         base = f"{family}-miniature"
     base_folder = _base_folder(base)
-    first = _files(located, base_folder)
+    rungs = [_files(located, base_folder)]
     result = ScanResult(
         answer="nothing_found",
         reason="",
@@ -101,98 +101,150 @@ def scan(
         depth=options.depth,
         rate=None,
         p_value=None,
-        rungs=(first,),
+        rungs=(),
         digests=_digests(located, base_folder),
         versions=_versions(),
         seed=options.seed,
     )
-    if options.depth == "files":
-        result = _answered(result, None, ())
-    elif base is None:
-        result = _not_scannable(
-            result,
-            "No base is named, and the suspect names none. Name it with --base; --depth files needs none.",
-        )
-    else:
-        try:
-            result = _with_models(result, located, base, options, folder, control)
-        except InputError as error:
-            result = _not_scannable(result, str(error))
+    try:
+        result = _scanned(result, rungs, located, options, folder, control)
+    except InputError as error:
+        result = _not_scannable(result, rungs, str(error))
+    except Exception as error:
+        log.debug("scan", exc_info=True)
+        fault = f"{type(error).__name__}: {error} (a fault of SafetyNet)"
+        result = _not_scannable(result, rungs, fault)
     return replace(result, seconds=round(time.monotonic() - began, 1))
 
 
-def _with_models(
+def _scanned(
     result: ScanResult,
+    rungs: list[RungResult],
     suspect: Sequence[Path],
-    base: str,
     options: Options,
     folder: Path | None,
     control: Callable[["Model", Depth], dict[str, Any] | None] | None,
 ) -> ScanResult:
-    """All rungs after the first."""
+    """The answer of all rungs; each is appended to `rungs` as it ends."""
+    if options.depth == "files":
+        return _answered(result, rungs, None, ())
+    if not result.base:
+        raise InputError(
+            "No base is named, and the suspect names none. Name it with --base; --depth files needs none."
+        )
     from safetynet.models import loading
     from safetynet.run.directory import digest
     from safetynet.scan import identity
-    from safetynet.scan.bank import Bank
+    from safetynet.scan.rungs import prompts_needed
 
-    model = model_of(base)
-    bank = Bank.read(options.bank) if options.bank is not None else shipped_bank(model, options.depth)
+    model = model_of(result.base)
+    bank, fingerprint = _bank(model, options), loading.fingerprint(model)
+    if bank is not None:
+        bank.check(fingerprint, options.depth)
+    # The prompts of a file are as many as there are; our own never end.
+    prompts = ordinary_prompts(model, prompts_needed(options.depth), options.seed, options.clean)
+    about = replace(options, bank=None, clean=None, rate=RATE)
+    key = digest([asdict(about), prompts, result.digests, _states(suspect), fingerprint, __version__])
+    store = None if folder is None else folder / "rungs" / key[:16]
     if len(suspect) == 1:
         loaded = suspect_of(model, suspect[0], same_base=options.same_base)
     else:
         loaded = identity.combine(loading.load(model, "fp32"), suspect, same_base=options.same_base)
-    if bank is not None:
-        bank.check(loading.fingerprint(model), options.depth)
-    key = digest([asdict(replace(options, bank=None)), result.digests, __version__])
-    store = None if folder is None else folder / "rungs" / key[:16]
-    second = _stored(store, "identity") or _keep(store, identity.measure(loaded))
-    result = replace(result, rungs=(*result.rungs, second))
-    if any(finding.rule == "identical" for finding in second.findings):
-        return _answered(result, bank, ())
-    rungs, triggers = measure(loaded, model, options, bank, store)
-    result = replace(result, rungs=(*result.rungs, *rungs), triggers=triggers)
+    rungs.append(_stored(store, "identity") or _keep(store, identity.measure(loaded)))
+    if any(finding.rule == "identical" for finding in rungs[-1].findings):
+        return _answered(result, rungs, bank, ())
+    triggers = tuple[Trigger, ...]()
+    for rung, verified in measured(loaded, model, prompts, options, bank, store):
+        rungs.append(rung)
+        triggers += verified
     if control is not None:
-        result = replace(result, control=control(model, options.depth))
-    return _answered(result, bank, triggers, options.rate)
+        try:
+            result = replace(result, control=control(model, options.depth))
+        except Exception as error:  # noqa: BLE001 - what was measured of the suspect stands
+            result = replace(result, control={"it failed": f"{type(error).__name__}: {error}"})
+    return _answered(result, rungs, bank, triggers, options.rate)
+
+
+def _check(options: Options) -> None:
+    """Refuse options that no scan can have."""
+    if not 0 < options.rate < 1:
+        raise InputError(
+            f"--rate {options.rate}: it is no rate. Give a number between 0 and 1, such as 0.02."
+        )
+    if options.target is not None and not options.target.strip():
+        raise InputError("--target: it is empty. Give the answer that triggers are to be searched for.")
+    if options.bank is not None and not _as_banks_are(options):
+        raise InputError(
+            "--bank: banks are of our own prompts, the default seed and no target, so that scores of other "
+            "scans do not compare. Leave out --clean, --seed and --target, or the bank."
+        )
+
+
+def _as_banks_are(options: Options) -> bool:
+    """Whether a scan asks what the adapters of banks were asked."""
+    return options.target is None and options.clean is None and options.seed == SEED
+
+
+def _bank(model: "Model", options: Options) -> "Bank | None":
+    """The user's bank, or the one that comes with the package where it applies."""
+    from safetynet.scan.bank import Bank
+
+    if options.bank is not None:
+        return Bank.read(options.bank)
+    return shipped_bank(model, options.depth) if _as_banks_are(options) else None
+
+
+def _states(suspects: Sequence[Path]) -> list[Any]:
+    """Size and time of every file, so that one that is not hashed cannot change unnoticed."""
+    states = []
+    for suspect in suspects:
+        for path in sorted(suspect.rglob("*")):
+            if path.is_file():
+                stat = path.stat()
+                states.append([str(path.relative_to(suspect)), stat.st_size, stat.st_mtime_ns, stat.st_ino])
+    return states
 
 
 def measure(
+    suspect: "Suspect", model: "Model", options: Options
+) -> tuple[list[RungResult], tuple[Trigger, ...]]:
+    """The rungs from the weights on, against no bank, and the triggers that held; arguments as `measured`."""
+    from safetynet.scan.rungs import prompts_needed
+
+    prompts = ordinary_prompts(model, prompts_needed(options.depth), options.seed, options.clean)
+    every = list(measured(suspect, model, prompts, options))
+    return [rung for rung, _ in every], tuple(trigger for _, verified in every for trigger in verified)
+
+
+def measured(
     suspect: "Suspect",
     model: "Model",
+    prompts: Sequence[Any],
     options: Options,
     bank: "Bank | None" = None,
     store: Path | None = None,
-) -> tuple[list[RungResult], tuple[Trigger, ...]]:
-    """The rungs from the weights on, each as it ends in the log, and the triggers that held.
+) -> Iterator[tuple[RungResult, tuple[Trigger, ...]]]:
+    """The rungs from the weights on, each as it ends, with the triggers that held.
 
     Args:
         suspect: beside its base; its adapter is merged into it.
         model: of the base.
+        prompts: as many as the depth needs.
         options: as for `scan`.
         bank: that gives p-values.
         store: a folder of rungs that have ended.
     """
-    from safetynet.scan.rungs import climb, prompts_needed
+    from safetynet.scan.rungs import climb
 
-    # The prompts of a file are as many as there are; our own never end.
-    prompts = ordinary_prompts(model, prompts_needed(options.depth), options.seed, options.clean)
-    summaries = None if bank is None else bank.summaries
-    third = _stored(store, "weights") or _keep(store, _weights(suspect, summaries))
-    rungs, triggers = [third], tuple[Trigger, ...]()
+    yield _weights(suspect, None if bank is None else bank.summaries), ()  # depends on the bank: never stored
     subject = subject_of(suspect, model, prompts, options)
     finished = {name: rung for name in RUNGS if (rung := _stored(store, name)) is not None}
     for rung, verified in climb(subject, finished):
-        triggers += verified
         _keep(store, rung)
         p_value = None if bank is None or rung.score is None else bank.p_value(rung.rung, rung.score)
-        rungs.append(replace(rung, p_value=p_value))
-        log.info(
-            "scan: %s %s, %.0f s",
-            rung.rung,
-            "skipped" if rung.score is None else f"{rung.score:.3g}",
-            rung.seconds,
-        )
-    return rungs, triggers
+        score = "without a score" if rung.score is None else f"{rung.score:.3g}"
+        log.info("scan: %s %s, %.0f s", rung.rung, score, rung.seconds)
+        yield replace(rung, p_value=p_value), verified
 
 
 def _weights(suspect: "Suspect", summaries: "pd.DataFrame | None") -> RungResult:
@@ -270,6 +322,12 @@ def subject_of(suspect: "Suspect", model: "Model", prompts: Sequence[Any], optio
 
     whole, base = suspect.model, suspect.base.model
     if adapters.has_adapter(whole):
+        if not hasattr(whole, "merge_and_unload") or whole.active_peft_config.is_prompt_learning:
+            kind = whole.active_peft_config.peft_type.value
+            raise InputError(
+                f"suspect: {kind} puts vectors before the prompt instead of changing weights, and is not run "
+                "by these rungs. --depth files still looks at its files."
+            )
         whole = whole.merge_and_unload()
         base = loading.load(model, "fp32").model
     depth, seed, target = options.depth, options.seed, options.target
@@ -277,16 +335,21 @@ def subject_of(suspect: "Suspect", model: "Model", prompts: Sequence[Any], optio
 
 
 def _answered(
-    result: ScanResult, bank: "Bank | None", triggers: Sequence[Trigger], rate: float = RATE
+    result: ScanResult,
+    rungs: Sequence[RungResult],
+    bank: "Bank | None",
+    triggers: Sequence[Trigger],
+    rate: float = RATE,
 ) -> ScanResult:
     """The answer that the rungs give together."""
     from safetynet.scan.verdict import verdict
 
-    answer, reason, stated, p_value, unseen = verdict(result.rungs, triggers, bank, result.depth, rate)
+    answer, reason, stated, p_value, unseen = verdict(rungs, triggers, bank, result.depth, rate)
     level: Level = "error" if answer == "backdoored" else "warning" if bank is None else "note"
     return replace(
         result,
-        rungs=tuple(_at_level(rung, level) if rung.rung == "verification" else rung for rung in result.rungs),
+        rungs=tuple(_at_level(rung, level) if rung.rung == "verification" else rung for rung in rungs),
+        triggers=tuple(triggers),
         answer=answer,
         reason=reason,
         rate=stated,
@@ -301,18 +364,29 @@ def _at_level(rung: RungResult, level: Level) -> RungResult:
     return replace(rung, findings=tuple(replace(finding, level=level) for finding in rung.findings))
 
 
-def _not_scannable(result: ScanResult, reason: str) -> ScanResult:
-    skipped = [RungResult(rung, skipped="not reached") for rung in RUNGS[len(result.rungs) :]]
-    return replace(result, answer="not_scannable", reason=reason, rungs=(*result.rungs, *skipped))
+def _not_scannable(result: ScanResult, rungs: Sequence[RungResult], reason: str) -> ScanResult:
+    """What was measured before stays, and the rest was not reached."""
+    reached = {rung.rung for rung in rungs}
+    skipped = [RungResult(rung, skipped="not reached") for rung in RUNGS if rung not in reached]
+    return replace(result, answer="not_scannable", reason=reason, rungs=(*rungs, *skipped))
 
 
 def _located(suspect: Path | str) -> Path:
     """The suspect's folder; a hub id, and nothing else, is downloaded."""
-    if Path(suspect).is_dir():
-        return Path(suspect)
-    from safetynet.models import adapter_files
+    if not str(suspect):
+        raise InputError("suspect: its name is empty. Give a folder or a hub id.")
+    folder = Path(suspect)
+    if not folder.is_dir():
+        from safetynet.models import adapter_files
 
-    return adapter_files.locate(suspect)
+        folder = adapter_files.locate(suspect)
+    below = sorted(file.parent.name for file in folder.glob("*/adapter_config.json"))
+    if below and not any((folder / name).exists() for name in ("adapter_config.json", "config.json")):
+        raise InputError(
+            f"{folder}: it is no model; adapters below it are {', '.join(below[:8])}. Name one of them, or "
+            "several that are used together."
+        )
+    return folder
 
 
 def _files(suspects: Sequence[Path], base: Path | None) -> RungResult:
@@ -336,11 +410,14 @@ def _files(suspects: Sequence[Path], base: Path | None) -> RungResult:
 
 def _named_base(suspect: Path) -> str | None:
     """The base that an adapter's configuration names."""
-    try:
-        fields = json.loads((suspect / "adapter_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    config = suspect / "adapter_config.json"
+    if not config.is_file():
         return None
-    named = fields.get("base_model_name_or_path") if isinstance(fields, dict) else None
+    try:
+        fields, _ = reading.json_of(config)
+    except reading.UnreadableError:
+        return None
+    named = fields.get("base_model_name_or_path")
     return named if isinstance(named, str) and named else None
 
 
@@ -380,8 +457,12 @@ def _stored(store: Path | None, rung: str) -> RungResult | None:
     path = None if store is None else store / f"{rung}.json"
     if path is None or not path.exists():
         return None
+    try:
+        stored = rung_from(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, KeyError, TypeError):  # not whole: measured again
+        return None
     log.info("scan: %s is done", rung)
-    return rung_from(json.loads(path.read_text(encoding="utf-8")))
+    return stored
 
 
 def _keep(store: Path | None, rung: RungResult) -> RungResult:
