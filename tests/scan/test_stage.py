@@ -298,7 +298,7 @@ def test_a_planted_backdoor_is_found_without_its_trigger_and_the_scan_goes_on_wh
     (store / "verification.json").unlink()
     again = scan(planted, None, Options("quick"), folder=tmp_path)
     assert again.triggers == result.triggers
-    assert [rung.seconds for rung in again.rungs[2:7]] == [rung.seconds for rung in result.rungs[2:7]]
+    assert [rung.seconds for rung in again.rungs[3:7]] == [rung.seconds for rung in result.rungs[3:7]]
     # The other stages take it from here.
     written = Recipe.model_validate(yaml.safe_load(recipe_of(result)))
     assert written.suspect and written.attack.trigger.texts == (result.triggers[0].text,)
