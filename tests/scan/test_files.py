@@ -358,6 +358,16 @@ def test_weights_of_the_base_in_an_adapter_are_an_error(adapter, name):
     assert (finding.level, finding.evidence["tensors"]) == ("error", [name])
 
 
+def test_a_saved_module_that_peft_finds_by_its_ending_is_no_weight_of_the_base(tmp_path):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["norm"], task_type="CAUSAL_LM")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(BASE), config).save_pretrained(tmp_path)
+    result = files.check(tmp_path, BASE)
+    assert not [finding for finding in result.findings if finding.rule == "adapter-base-weights"]
+
+
 def test_peft_does_write_such_weights_over_those_of_the_base(adapter, tmp_path):
     """What the rule rests on; should PEFT refuse them one day, it may become milder."""
     from peft import LoraConfig, PeftModel, get_peft_model

@@ -265,6 +265,7 @@ def _rest(config: Mapping[str, Any], names: list[str]) -> tuple[list[str], list[
             continue
         if parts[-1] in VOCABULARY:
             embeddings.append(name)
-        elif not any(_ends(".".join(parts[:end]), saved) for end in range(1, len(parts) + 1)):
+        # PEFT compares ends of names, so that `norm` means input_layernorm as well.
+        elif not any(".".join(parts[:end]).endswith(tuple(saved)) for end in range(1, len(parts) + 1)):
             foreign.append(name)
     return embeddings, foreign
