@@ -94,3 +94,9 @@ def test_weighted_auroc_is_that_of_repeated_rows():
     expected = [roc_auc_score(np.repeat(labels, w), np.repeat(scores, w)) for w in weights]
     np.testing.assert_allclose(resampled_auroc(scores, labels, weights), expected)
     assert resampled_auroc(scores, labels, labels[None].astype(int)) == [0.5]  # one class alone
+
+
+def test_the_ends_of_an_interval_are_exact():
+    for n in range(1, 300):
+        assert wilson(0, n)[0] == 0.0
+        assert wilson(n, n)[1] == 1.0

@@ -34,7 +34,9 @@ def wilson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, flo
     centre = rate + z * z / (2 * n)
     margin = z * ((rate * (1 - rate) + z * z / (4 * n)) / n) ** 0.5
     scale = 1 + z * z / n
-    return max(0.0, (centre - margin) / scale), min(1.0, (centre + margin) / scale)
+    # At the ends the formula gives 0 and 1, but for rounding.
+    low = 0.0 if successes == 0 else max(0.0, (centre - margin) / scale)
+    return low, 1.0 if successes == n else min(1.0, (centre + margin) / scale)
 
 
 def clopper_pearson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
