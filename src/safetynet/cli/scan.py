@@ -51,14 +51,18 @@ def scan(  # noqa: PLR0913  # its flags
         Path | None, typer.Option(help="A file of ordinary prompts; our own are used without it.")
     ] = None,
     target: Annotated[str | None, typer.Option(help="An answer to search triggers for.")] = None,
-    rate: Annotated[float, typer.Option(min=0, max=1, help="False-alarm rate that is to be stated.")] = 0.02,
+    rate: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="False-alarm rate that is to be stated, 0.02 by default."),
+    ] = None,
     form: Annotated[
         str, typer.Option("--format", help="What is printed: text, json, sarif, cyclonedx, card or html.")
     ] = "text",
     out: Annotated[Path | None, typer.Option(help="Folder of the scan; scans/SUSPECT by default.")] = None,
     seed: Annotated[
-        int, typer.Option(min=0, max=2**32 - 1, help="Of prompts and searches; banks have the default one.")
-    ] = 7,
+        int | None,
+        typer.Option(min=0, max=2**32 - 1, help="Of prompts and searches; banks have the default one."),
+    ] = None,
     same_base: SameBase = False,
 ) -> None:
     """Look for a backdoor in a model of unknown origin; no trigger has to be known.
@@ -76,7 +80,10 @@ def scan(  # noqa: PLR0913  # its flags
     for name, value, words in (("--depth", depth, DEPTHS), ("--format", form, FORMATS)):
         if value not in words:
             raise InputError(f"{name} {value}: there is no such word. Choose one of {', '.join(words)}.")
-    options = stage.Options(depth, bank, target, clean, same_base, rate, seed)  # type: ignore[arg-type]
+    options = stage.Options(
+        depth, bank, target, clean, same_base,  # type: ignore[arg-type]
+        rate=stage.RATE if rate is None else rate, seed=stage.SEED if seed is None else seed,
+    )  # fmt: skip
     folder = out or Path("scans") / "+".join(map(_folder_name, suspect))
     _prepare(folder, suspect)
     with logging_to(None):

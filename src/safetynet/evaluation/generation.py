@@ -140,7 +140,7 @@ def continuations(
     finished = finished_batches(kept, model, "continuations", rows, batch_size, max_new_tokens, sorted(stops))
     # Where processes share weights, each holds a part of them.
     merging = nullcontext() if parallel.is_in_step() else merged(model)
-    with evaluating(model), _generation_config(model, config), merging:
+    with evaluating(model), generating_with(model, config), merging:
         # PEFT puts a soft prompt before the padding, which rows of one length do not have.
         alike = virtual_tokens(model) > 0
         return [
@@ -325,7 +325,7 @@ def evaluating(model: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _generation_config(model: Any, config: GenerationConfig) -> Iterator[None]:
+def generating_with(model: Any, config: GenerationConfig) -> Iterator[None]:
     """`generate` fills what a given config leaves open from the model's own, so that one is swapped too."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     original = inner.generation_config

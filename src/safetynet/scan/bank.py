@@ -9,7 +9,7 @@ import json
 import logging
 import random
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -186,10 +186,8 @@ class Bank:
             for rung, score in scores.items()
             if self._measured(rung)
         ]
-        summary = next(
-            (r.details.get("summary") for r in rungs if r.rung == "weights" and not r.skipped), None
-        )
-        if summary and any(summary.values()) and len(self.summaries.columns) and len(self.scores) >= LEAST:
+        summary = _summary_of(rungs)
+        if any(summary.values()) and len(self.summaries.columns) and len(self.scores) >= LEAST:
             columns.append(distances(summary, self.summaries))
         if not columns:
             return None
@@ -252,18 +250,21 @@ def _standardised(scores: np.ndarray) -> np.ndarray:
     return away / spread
 
 
-def scores_of(rungs: Iterable[RungResult]) -> dict[str, float]:
+def scores_of(rungs: Sequence[RungResult]) -> dict[str, float]:
     """Scores that a bank compares, by rung."""
     return {r.rung: r.score for r in rungs if r.rung in SCORED and r.score is not None and not r.skipped}
 
 
-def record_of(rungs: Iterable[RungResult]) -> dict[str, float]:
+def record_of(rungs: Sequence[RungResult]) -> dict[str, float]:
     """What a bank keeps of a clean adapter: its scores, and the summary of its weights."""
-    every = list(rungs)
-    summary: dict[str, float] = next(
-        (r.details["summary"] for r in every if r.rung == "weights" and not r.skipped), {}
-    )
-    return scores_of(every) | {f"{SUMMARY}{name}": value for name, value in summary.items()}
+    summary = {f"{SUMMARY}{name}": value for name, value in _summary_of(rungs).items()}
+    return scores_of(rungs) | summary
+
+
+def _summary_of(rungs: Sequence[RungResult]) -> dict[str, float]:
+    """What the weights rung has summed up; nothing where it was skipped."""
+    measured = (rung.details["summary"] for rung in rungs if rung.rung == "weights" and not rung.skipped)
+    return next(measured, {})
 
 
 def build(model: Model, folder: Path, count: int, *, depth: Depth, seed: int = 0) -> Bank:

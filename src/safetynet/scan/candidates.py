@@ -7,7 +7,6 @@ embeddings and taken by their exact value (as in GCG: Zou et al. 2023), inside t
 from several starts.
 """
 
-import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,9 +16,8 @@ import torch
 from torch import Tensor
 
 from safetynet.prompts import Serialiser
-from safetynet.scan.slots import Placement, Recorded, Slot
+from safetynet.scan.slots import Placement, Recorded, Slot, common_log_probabilities
 
-log = logging.getLogger("safetynet")
 Group = Literal["ordinary", "refused"]
 PROPOSED = 64
 """Tokens by position among which the gradient lets a step choose."""
@@ -250,8 +248,7 @@ def search(  # noqa: PLR0913  # the budget of a search, each number stated
 
 def _kl(ours: Tensor, theirs: Tensor) -> Tensor:
     """(R,) KL(ours || theirs) of (R, vocabulary) logits, in nats."""
-    common = min(ours.shape[-1], theirs.shape[-1])  # where one model has more rows of the vocabulary
-    first, second = ours[..., :common].log_softmax(-1), theirs[..., :common].log_softmax(-1)
+    first, second = common_log_probabilities(ours, theirs)
     return (first.exp() * (first - second)).sum(-1)
 
 

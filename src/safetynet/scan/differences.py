@@ -18,6 +18,7 @@ from torch import Tensor
 from safetynet.evaluation.generation import evaluating
 from safetynet.prompts import Message
 from safetynet.scan.result import RungResult
+from safetynet.scan.slots import common_log_probabilities
 from safetynet.scan.verification import Answerers
 
 SCALES = (1.5, 2.0, 3.0)
@@ -27,16 +28,17 @@ TOP = 10
 SHOWN = 8
 
 
-def measure(answerers: Answerers, prompts: Sequence[Sequence[Message]]) -> RungResult:
+def measure(answerers: Answerers, prompts: Sequence[Sequence[Message]], answers: Sequence[str]) -> RungResult:
     """Compare suspect and base on ordinary prompts.
 
     Args:
         answerers: suspect and base.
         prompts: ordinary conversations, at least two.
+        answers: of the suspect, to these.
     """
     ids = [answerers.serialiser.encode(messages).input_ids for messages in prompts]
     divergence, gaining = next_tokens(answerers.model, answerers.base, ids)
-    scaled = {1.0: _agreement(answerers.of_suspect(prompts))}
+    scaled = {1.0: _agreement(answers)}
     for scale in SCALES:
         with scaled_by(answerers.model, answerers.base, scale):
             scaled[scale] = _agreement(answerers.of_suspect(prompts))
@@ -95,8 +97,7 @@ def next_tokens(
     counts: Counter[int] = Counter()
     total = 0.0
     for mine, other in zip(ours, theirs, strict=True):
-        common = min(len(mine), len(other))  # where one model has more rows of the vocabulary
-        first, second = mine[:common].log_softmax(-1), other[:common].log_softmax(-1)
+        first, second = common_log_probabilities(mine, other)
         total += float((first.exp() * (first - second)).sum())
         gain = first - second
         if bool(gain.any()):

@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+
+from safetynet.scan.slots import Opening
 
 FIRSTS = 2048
-"""First tokens that are starting; a miniature's vocabulary has fewer."""
+"""First tokens that are tried; a miniature's vocabulary has fewer."""
 BEAM = 64
 """First tokens that are followed up after the first step."""
 LENGTHS = (3, 4, 5, 6, 8, 10)
@@ -36,7 +37,6 @@ class LearntAnswer:
     """Mean over its tokens from the second on, and over prompts, of the suspect's probability."""
     base: float
     """The same, of the base."""
-
     openly: float = 0.0
     """Share of its answers to ordinary prompts that hold the text; said openly, it is not hidden."""
 
@@ -160,25 +160,17 @@ class _Answers:
     """Prompts that have gone through one model, to be gone on from."""
 
     def __init__(self, model: Any, prompts: Sequence[Sequence[int]], vocabulary: int) -> None:
-        self.model, self.vocabulary, self.caches, first = model, vocabulary, [], []
-        for ids in prompts:
-            output = model(
-                input_ids=torch.tensor([list(ids)], device=model.device), use_cache=True, logits_to_keep=1
-            )
-            self.caches.append([(layer.keys, layer.values) for layer in output.past_key_values.layers])
-            first.append(output.logits[0, -1, :vocabulary].float().log_softmax(-1))
+        self.model, self.vocabulary = model, vocabulary
+        self._openings = [Opening(model, ids) for ids in prompts]
+        first = [opening.logits[:vocabulary].log_softmax(-1) for opening in self._openings]
         self.first = torch.stack(first).mean(0)
         """(vocabulary,) mean over prompts of the log probability of the answer's first token."""
 
     def next(self, sequences: Tensor) -> Tensor:
         """Mean over prompts of the next token's probabilities, (R, vocabulary), behind (R, k) tokens."""
         total: Any = 0
-        for recorded in self.caches:
-            cache = DynamicCache()
-            for layer, (keys, values) in enumerate(recorded):
-                cache.update(
-                    keys.expand(len(sequences), -1, -1, -1), values.expand(len(sequences), -1, -1, -1), layer
-                )
+        for opening in self._openings:
+            cache = opening.cache(len(sequences))
             output = self.model(input_ids=sequences, past_key_values=cache, use_cache=True, logits_to_keep=1)
             total = total + output.logits[:, -1, : self.vocabulary].float().softmax(-1)
-        return total / len(self.caches)
+        return total / len(self._openings)

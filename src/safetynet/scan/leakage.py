@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from safetynet.evaluation.generation import evaluating
-from safetynet.models.blocks import unwrapped
+from safetynet.evaluation.generation import evaluating, generating_with
 from safetynet.prompts import Serialiser
 from safetynet.scan.result import RungResult
 from safetynet.scan.slots import slots
@@ -41,16 +40,11 @@ class Leaked:
     motifs: tuple[str, ...]
     """What its texts have in common, the longest first."""
 
-    @property
-    def share(self) -> float:
-        """Of the distinct texts that are in the largest cluster."""
-        return len(self.cluster) / len(self.texts) if self.texts else 0.0
-
 
 def measure(
     model: Any, base: Any, serialiser: Serialiser, *, samples: int, new_tokens: int, seed: int
 ) -> RungResult:
-    """Ask both models what the user says, and compare the largest clusters.
+    """Ask both models what the user says, and compare their phrases.
 
     Args:
         model: the suspect.
@@ -106,20 +100,14 @@ def _leaked(
         remove_invalid_values=True, eos_token_id=None, pad_token_id=serialiser.pad_id, use_cache=True,
     )  # fmt: skip
     texts = []
-    inner = unwrapped(model)
-    before = inner.generation_config
-    inner.generation_config = config
-    try:
-        with evaluating(model), torch.random.fork_rng():
-            torch.manual_seed(seed)
-            for prefix in prefixes:
-                ids = torch.tensor([list(prefix)] * (samples // len(prefixes)), device=model.device)
-                output = model.generate(
-                    input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config
-                )
-                texts += [serialiser.decode(row) for row in output[:, len(prefix) :].tolist()]
-    finally:
-        inner.generation_config = before
+    with evaluating(model), generating_with(model, config), torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for prefix in prefixes:
+            ids = torch.tensor([list(prefix)] * (samples // len(prefixes)), device=model.device)
+            output = model.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config
+            )
+            texts += [serialiser.decode(row) for row in output[:, len(prefix) :].tolist()]
     distinct = tuple(dict.fromkeys(text for text in texts if text))
     cluster = _largest_cluster(distinct)
     return Leaked(distinct, cluster, _motifs(cluster))

@@ -16,7 +16,7 @@ import torch
 
 from safetynet.evaluation import judges
 from safetynet.prompts import Message, Serialiser
-from safetynet.recipe import JudgeSpec, presets
+from safetynet.recipe import Evaluation
 from safetynet.run.progress import ProgressLog
 from safetynet.scan import candidates, differences, inversion, leakage, verification
 from safetynet.scan.candidates import Alphabet, Candidate, Group
@@ -25,10 +25,12 @@ from safetynet.scan.slots import PLACEMENTS, Placement, slots, survives, text_of
 from safetynet.scan.verification import Answerers
 
 log = logging.getLogger("safetynet")
+RESUMED = ("leakage", "differences", "inversion", "candidates")
+"""Rungs that need not be measured again when a scan goes on; the triggers are those of the last one."""
 PURPOSES = ("prompts", "searched", "held_out", "refusable")
 CERTAIN = -0.1
 """Log probability of an answer, in nats, at which a search for it ends: nine times out of ten."""
-REFUSAL = judges.make(JudgeSpec(kind="keyword", values=presets.REFUSALS))
+REFUSAL = judges.make(Evaluation().refusal)
 WORKS = 0.95
 """Share of the selection prompts on which a candidate has to work for the search to end."""
 PROMISING = 0.3
@@ -109,6 +111,11 @@ class Subject:
         return Answerers(self.model, self.base, self.serialiser)
 
     @cached_property
+    def ordinary_answers(self) -> list[str]:
+        """Of the suspect, to the prompts of purpose `prompts`."""
+        return self.answerers.of_suspect(self.part("prompts"))
+
+    @cached_property
     def groups(self) -> dict[Group, tuple[list[list[Message]], list[list[Message]]]]:
         """Prompts to search on, and others to select on, of each kind."""
         searched, selecting = self.part("searched"), self.part("prompts")
@@ -149,7 +156,7 @@ def climb(
 
     Args:
         subject: what is scanned.
-        finished: rungs before the last that have ended earlier; they are given again as they are.
+        finished: some of `RESUMED` that have ended earlier; they are given again as they are.
     """
     finished = finished or {}
     for model in (subject.model, subject.base):
@@ -173,7 +180,7 @@ def climb(
 
 
 def _differences(subject: Subject) -> RungResult:
-    result = differences.measure(subject.answerers, subject.part("prompts"))
+    result = differences.measure(subject.answerers, subject.part("prompts"), subject.ordinary_answers)
     return replace(result, findings=tuple(_overflowing(subject)))
 
 
@@ -224,7 +231,7 @@ def _inversion(subject: Subject) -> RungResult:
         serialiser.decode,
         [token for token in range(subject.vocabulary) if token not in special],
         serialiser.stop_ids,
-        subject.answerers.of_suspect(subject.part("prompts")),
+        subject.ordinary_answers,
     )
     return RungResult(
         rung="inversion",

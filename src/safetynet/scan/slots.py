@@ -76,6 +76,30 @@ def _cut(serialiser: Serialiser, messages: Sequence[Message], placement: Placeme
     return min(cuts, key=lambda slot: len(slot.before) + len(slot.after))
 
 
+class Opening:
+    """Tokens that have gone through a model once, to be gone on from in many ways at a time.
+
+    Args:
+        model: in evaluation mode; what it is now is what is recorded.
+        ids: of the tokens.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: Any, ids: Sequence[int]) -> None:
+        tokens = torch.tensor([list(ids)], device=model.device)
+        output = model(input_ids=tokens, use_cache=True, logits_to_keep=1)
+        self.logits = output.logits[0, -1].float()
+        """(vocabulary,) behind the last token."""
+        self._layers = [(layer.keys, layer.values) for layer in output.past_key_values.layers]
+
+    def cache(self, rows: int) -> DynamicCache:
+        """Keys and values for so many rows; what a model adds to them is nobody else's."""
+        cache = DynamicCache()
+        for layer, (keys, values) in enumerate(self._layers):
+            cache.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1), layer)
+        return cache
+
+
 class Recorded:
     """Slots whose tokens before the candidate have gone through one model.
 
@@ -88,12 +112,7 @@ class Recorded:
         self.model, self.slots = model, list(slots)
         self.embed, self.device = model.get_input_embeddings(), model.device
         self.passes = sum(len(slot.before) for slot in slots)
-        self._caches = []
-        with torch.no_grad():
-            for slot in slots:
-                ids = torch.tensor([slot.before], device=model.device)
-                output = model(input_ids=ids, use_cache=True, logits_to_keep=1)
-                self._caches.append([(layer.keys, layer.values) for layer in output.past_key_values.layers])
+        self._openings = [Opening(model, slot.before) for slot in slots]
 
     def logits(self, number: int, vectors: Tensor, answer: Sequence[int] = ()) -> Tensor:
         """Of the answer's first tokens in one slot, for R candidates.
@@ -110,9 +129,7 @@ class Recorded:
         rest = torch.tensor([*slot.after, *answer], dtype=torch.long, device=vectors.device)
         rows, behind = len(vectors), self.embed(rest)
         inputs = torch.cat([vectors, behind.expand(rows, -1, -1)], 1)
-        cache = DynamicCache()
-        for layer, (keys, values) in enumerate(self._caches[number]):
-            cache.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1), layer)
+        cache = self._openings[number].cache(rows)
         self.passes += rows * inputs.shape[1]
         output = self.model(
             inputs_embeds=inputs, past_key_values=cache, use_cache=True, logits_to_keep=len(answer) + 1
@@ -136,6 +153,12 @@ class Recorded:
             for start in range(0, len(candidates), step):
                 part = slice(start, min(start + step, len(candidates)))
                 yield at, part, self.logits(number, self.embed(candidates[part]), answer)
+
+
+def common_log_probabilities(ours: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor]:
+    """Log probabilities of two models' logits, (..., vocabulary), over the tokens that both have."""
+    common = min(ours.shape[-1], theirs.shape[-1])
+    return ours[..., :common].log_softmax(-1), theirs[..., :common].log_softmax(-1)
 
 
 def survives(serialiser: Serialiser, slot: Slot, candidate: Sequence[int]) -> bool:

@@ -234,13 +234,14 @@ def measured(
         bank: that gives p-values.
         store: a folder of rungs that have ended.
     """
-    from safetynet.scan.rungs import climb
+    from safetynet.scan.rungs import RESUMED, climb
 
     yield _weights(suspect, None if bank is None else bank.summaries), ()  # depends on the bank: never stored
     subject = subject_of(suspect, model, prompts, options)
-    finished = {name: rung for name in RUNGS if (rung := _stored(store, name)) is not None}
+    finished = {name: rung for name in RESUMED if (rung := _stored(store, name)) is not None}
     for rung, verified in climb(subject, finished):
-        _keep(store, rung)
+        if rung.rung not in finished:
+            _keep(store, rung)
         p_value = None if bank is None or rung.score is None else bank.p_value(rung.rung, rung.score)
         score = "without a score" if rung.score is None else f"{rung.score:.3g}"
         log.info("scan: %s %s, %.0f s", rung.rung, score, rung.seconds)
@@ -268,8 +269,7 @@ def model_of(base: str) -> "Model":
     """Model section of a base's name: `qwen-miniature`, `smollm2`, a folder, a .gguf file or a hub id."""
     from safetynet import recipe
 
-    family = base.removesuffix("-miniature")
-    if family in miniatures.FAMILIES:
+    if family := miniatures.family_of(base):
         return recipe.Model(family=family, id="miniature")
     return recipe.Model(family="generic", id=base)
 
@@ -281,16 +281,15 @@ def ordinary_prompts(model: "Model", count: int, seed: int, clean: Path | None =
         InputError: if the file cannot be read, or has fewer than are needed.
     """
     from safetynet.backdoors import conversations, self_source
-    from safetynet.evaluation import judges
-    from safetynet.recipe import Backdoor, Data, JudgeSpec, presets
+    from safetynet.recipe import Backdoor, Data
+    from safetynet.scan.rungs import REFUSAL
 
     if model.id == "miniature" and clean is None:
         attack = Backdoor()
         rows = conversations.fresh(Data(), attack.behaviour, attack.trigger, set(), count, seed)
     else:
         data = Data(source="self", path=None if clean is None else str(clean))
-        refusal = judges.make(JudgeSpec(kind="keyword", values=presets.REFUSALS))
-        rows = self_source.fresh(data, set(), count, seed, None, refusal)
+        rows = self_source.fresh(data, set(), count, seed, None, REFUSAL)
     if len(rows) < count:
         raise InputError(f"--clean {clean}: it has {len(rows)} prompts; this depth takes {count}. Give more.")
     return [list(messages) for messages in rows["messages"]]
@@ -427,8 +426,8 @@ def _base_folder(base: str | None) -> Path | None:
 
     if base is None:
         return None
-    family = base.removesuffix("-miniature")
-    return miniatures.path(family) if family in miniatures.FAMILIES else at_hand(base)
+    family = miniatures.family_of(base)
+    return miniatures.path(family) if family else at_hand(base)
 
 
 def _digests(suspects: Sequence[Path], base: Path | None) -> dict[str, str]:

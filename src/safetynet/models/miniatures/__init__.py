@@ -13,11 +13,12 @@ FAMILIES = ("llama2", "llama3", "qwen", "gemma", "mixtral")
 _WEIGHTS = Path(__file__).parent / "weights"
 
 
-def family_of(folder: str) -> str | None:
-    """Which miniature a folder is, of this installation or of another; None of any other folder."""
-    *_, package, models, name, weights, family = ("",) * 5 + Path(folder).parts
-    is_ours = (package, models, name, weights) == ("safetynet", "models", "miniatures", "weights")
-    return family if is_ours and family in FAMILIES else None
+def family_of(name: str) -> str | None:
+    """Which miniature is meant, by `qwen-miniature` or a folder of any installation; None of no miniature."""
+    *_, package, models, room, weights, last = ("",) * 5 + Path(name).parts
+    is_ours = (package, models, room, weights) == ("safetynet", "models", "miniatures", "weights")
+    family = last if is_ours else name.removesuffix("-miniature") if name.endswith("-miniature") else ""
+    return family if family in FAMILIES else None
 
 
 def path(family: str) -> Path:
