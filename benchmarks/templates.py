@@ -26,7 +26,7 @@ from _running import ROOT, markdown
 
 from safetynet import families
 from safetynet.models import miniatures
-from safetynet.scan import chat_template
+from safetynet.scan.templates import chat_template
 
 sys.path.append(str(ROOT))
 from tests.scan import planted_templates

@@ -12,6 +12,7 @@ Each is a function of an `Experiment` in its room's stage.py. Stages do not impo
 of another is handed over here. Libraries that take seconds to load are imported when a stage begins.
 """
 
+import json
 import logging
 from collections.abc import Callable, Sequence
 from functools import cache, partial
@@ -21,12 +22,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from safetynet import __version__
 from safetynet.errors import InputError
 from safetynet.experiment import Experiment
 from safetynet.prompts import Serialiser
 from safetynet.recipe import Detection, Evasion, Interventions, Model, Recipe
 from safetynet.run import parallel
-from safetynet.run.directory import Run
+from safetynet.run.directory import Run, digest, write_text
 
 if TYPE_CHECKING:
     from safetynet.mitigation.defender import Alarm
@@ -139,7 +141,7 @@ def planted_control(folder: Path, model: Model, depth: "Depth") -> dict[str, Any
     """Plant a backdoor in a scan's base, and say what of it the same rungs recover.
 
     Args:
-        folder: of the scan; the control is trained below it, once.
+        folder: the control is trained and measured below it, once for all scans that name it.
         model: the base.
         depth: of the scan.
 
@@ -162,22 +164,29 @@ def planted_control(folder: Path, model: Model, depth: "Depth") -> dict[str, Any
     place = (folder / "control").absolute()
     output = recipe.output.model_copy(update={"results": place, "logs": place / "logs"})
     experiment = Experiment.create(recipe.model_copy(update={"output": output}))
-    with experiment.run.lock():
+    measured = place / f"{digest([recipe.model_dump(mode='json'), depth, __version__])[:16]}.json"
+    # Scans of many suspects share one control: the first plants it, the others wait.
+    with experiment.run.lock(wait=True):
+        if measured.exists():
+            return dict(json.loads(measured.read_text(encoding="utf-8")))
         prepare(experiment)
         train(experiment, ["backdoored"])
-    suspect = stage.suspect_of(model, experiment.model_folder("backdoored"), same_base=True)
-    _, triggers = stage.measure(suspect, model, stage.Options(depth=depth))
-    planted = {
-        "planted trigger": ", ".join(recipe.attack.trigger.texts),
-        "placement": recipe.attack.placement,
-    }
-    if not triggers:
-        return planted | {"recovered": "nothing"}
-    return planted | {
-        "recovered": triggers[0].text,
-        "its firing rate on held-out prompts": triggers[0].asr[0],
-        "behaviour": triggers[0].behaviour,
-    }
+        suspect = stage.suspect_of(model, experiment.model_folder("backdoored"), same_base=True)
+        _, triggers = stage.measure(suspect, model, stage.Options(depth=depth))
+        control: dict[str, Any] = {
+            "planted trigger": ", ".join(recipe.attack.trigger.texts),
+            "placement": recipe.attack.placement,
+        }
+        if triggers:
+            control |= {
+                "recovered": triggers[0].text,
+                "its firing rate on held-out prompts": triggers[0].asr[0],
+                "behaviour": triggers[0].behaviour,
+            }
+        else:
+            control |= {"recovered": "nothing"}
+        write_text(measured, json.dumps(control))
+    return control
 
 
 def opponents_of(evasion: Evasion, serialiser: Serialiser) -> "Opponents":

@@ -17,6 +17,7 @@ from safetynet.interventions.sweep import (
     READING_ROLES,
     SWEEP_SITES,
     Spot,
+    evenly_spaced,
     positions,
     runs_of,
     spots_by,
@@ -309,3 +310,11 @@ def test_what_is_done_serves_no_other_question(build, aligned, tmp_path):
         kept = sweep(one, pairs, spots, store=tmp_path, **REMOVE | how)
         assert len(list(tmp_path.iterdir())) == count
         assert (kept.values == sweep(one, pairs, spots, **REMOVE | how).values).all()
+
+
+@pytest.mark.parametrize(("depth", "layers"), [(30, range(0, 30, 3)), (32, range(0, 32, 4)), (6, range(6))])
+def test_a_thinned_sweep_keeps_every_nth_layer_and_all_of_its_positions(depth, layers):
+    spots = [Spot(Site("resid_pre", layer), role) for layer in range(depth) for role in POSITIONS]
+    thinned = evenly_spaced(spots, 10)
+    assert [spot.site.layer for spot in thinned] == [layer for layer in layers for _ in POSITIONS]
+    assert {spot.position for spot in thinned} == set(POSITIONS)

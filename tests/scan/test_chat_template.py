@@ -9,8 +9,8 @@ from tests.scan import planted_templates as planted
 
 from safetynet import families
 from safetynet.models import miniatures
-from safetynet.scan import chat_template
-from safetynet.scan.template_conditions import analyse
+from safetynet.scan.templates import chat_template
+from safetynet.scan.templates.conditions import analyse
 
 PLAIN = planted.TURNS.replace("HERE", "")
 PLANTED = [

@@ -1,5 +1,6 @@
 """The commands `safetynet scan` and `safetynet bank build`."""
 
+import logging
 import re
 import sys
 from functools import partial
@@ -13,15 +14,14 @@ from safetynet.errors import InputError
 
 if TYPE_CHECKING:
     from safetynet.recipe import Model
-    from safetynet.scan.result import Depth, ScanResult
+    from safetynet.scan.result import Depth
+    from safetynet.scan.stage import Options
+
+log = logging.getLogger("safetynet")
 
 bank_app = typer.Typer(
     help="Banks: clean adapters' scores, which a scan's rates rest on.", no_args_is_help=True
 )
-FILES = {
-    "text": "scan.txt", "json": "scan.json", "sarif": "scan.sarif", "cyclonedx": "scan.cdx.json",
-    "card": "card.md", "html": "scan.html",
-}  # fmt: skip
 DepthName = Annotated[
     str, typer.Option(help="files (seconds, no model), quick (a minute), standard or deep.")
 ]
@@ -39,7 +39,7 @@ def scan(  # noqa: PLR0913  # its flags
         list[str],
         typer.Argument(
             help="An adapter, or a merged or fully fine-tuned model: folder or hub id. Several adapters are "
-            "scanned as they are used together."
+            "scanned as they are used together, or --each by itself."
         ),
     ],
     base: BaseName = None,
@@ -64,17 +64,27 @@ def scan(  # noqa: PLR0913  # its flags
         typer.Option(min=0, max=2**32 - 1, help="Of prompts and searches; banks have the default one."),
     ] = None,
     same_base: SameBase = False,
+    each: Annotated[
+        bool, typer.Option("--each", help="Scan each suspect by itself, side by side, to one table.")
+    ] = False,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="With --each: scans at once; one for each core by default.")
+    ] = None,
+    place: Annotated[
+        Path | None, typer.Option(help="With --each: YAML file that says on which cluster.")
+    ] = None,
 ) -> None:
     """Look for a backdoor in a model of unknown origin; no trigger has to be known.
 
     Exit code 0: nothing was found, 1: something was, 2: inconclusive, or the input cannot be used. Every
-    format is written into the scan's folder, and `--format` chooses which one is printed.
+    format is written into the scan's folder, and `--format` chooses which one is printed. Of several suspects
+    --each gives a table; the exit code is 1 if something was found in any.
 
     Example: `safetynet scan adapters/stranger --base qwen-miniature --depth quick`
     """
     from safetynet.run.logs import logging_to
     from safetynet.scan import stage
-    from safetynet.scan.outputs import FORMATS, render
+    from safetynet.scan.outputs import FORMATS, render, saving
     from safetynet.scan.result import DEPTHS
 
     for name, value, words in (("--depth", depth, DEPTHS), ("--format", form, FORMATS)):
@@ -84,15 +94,53 @@ def scan(  # noqa: PLR0913  # its flags
         depth, bank, target, clean, same_base,  # type: ignore[arg-type]
         rate=stage.RATE if rate is None else rate, seed=stage.SEED if seed is None else seed,
     )  # fmt: skip
+    if each:
+        sys.exit(_each(suspect, base, options, out or Path("scans"), place, workers))
+    if place is not None or workers is not None:
+        raise InputError("--place, --workers: they are for many suspects. Add --each.")
     folder = out or Path("scans") / "+".join(map(_folder_name, suspect))
-    _prepare(folder, suspect)
+    saving.prepare(folder, suspect)
     with logging_to(None):
         result = stage.scan(suspect, base, options, folder=folder, control=partial(_control, folder))
-    _write(result, folder)
+    saving.save(result, folder)
     typer.echo(render(result, form), nl=False)
     if form == "text":
         typer.echo(f"\nFiles:   {folder}")
     sys.exit(result.exit_code)
+
+
+def _each(
+    suspects: list[str],
+    base: str | None,
+    options: "Options",
+    out: Path,
+    place: Path | None,
+    workers: int | None,
+) -> int:
+    """Scan suspects side by side, print their table, and give the exit code of all."""
+    from safetynet.cluster import scans, sweep_place
+    from safetynet.run.directory import write_text
+    from safetynet.run.logs import logging_to
+    from safetynet.tables.summaries import markdown
+
+    folders = dict(zip(suspects, scans.folders_of(suspects, out), strict=True))
+    results = []
+    with logging_to(None):
+        where = sweep_place.load(place, workers)
+        for suspect, result in scans.scan_each(suspects, base, options, out, where):
+            results.append((suspect, result))
+            log.info("scan: %d of %d, %s: %s", len(results), len(suspects), suspect, result.answer)
+    table = scans.table(results, [folders[suspect] for suspect, _ in results])
+    write_text(out / "scans.csv", table.to_csv(index=False))
+    typer.echo(markdown(table[["suspect", "answer", "p_value", "q", "trigger", "asr"]]))
+    codes = {result.exit_code for _, result in results}
+    stated = [result.rate for _, result in results if result.rate is not None]
+    if stated:
+        typer.echo(
+            f"Were all {len(stated)} clean, about {sum(stated):.1f} would alarm at their stated rates."
+        )
+    typer.echo(f"Table:   {out / 'scans.csv'}")
+    return 1 if 1 in codes else max(codes)
 
 
 def _folder_name(suspect: str) -> str:
@@ -104,41 +152,10 @@ def _folder_name(suspect: str) -> str:
     return f"{folder.parent.name}-{folder.name}" if folder.name == "adapter" else folder.name
 
 
-def _prepare(folder: Path, suspects: list[str]) -> None:
-    """Make the scan's folder, without what an earlier scan has said there.
-
-    Raises:
-        InputError: if it cannot be made, or lies in a suspect.
-    """
-    for suspect in suspects:
-        if Path(suspect).is_dir() and folder.resolve().is_relative_to(Path(suspect).resolve()):
-            raise InputError(f"--out {folder}: it lies in the suspect's own folder. Name another one.")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in (*FILES.values(), "recipe.yaml"):
-            (folder / name).unlink(missing_ok=True)
-    except OSError as error:
-        raise InputError(
-            f"--out {folder}: it cannot be written ({error.strerror}). Name another one."
-        ) from None
-
-
 def _control(folder: Path, model: "Model", depth: "Depth") -> dict[str, Any] | None:
     from safetynet import stages  # loads torch, which --depth files does not need
 
     return stages.planted_control(folder, model, depth)
-
-
-def _write(result: "ScanResult", folder: Path) -> None:
-    """Every format, and, of a backdoor, the recipe by which the other stages go on."""
-    from safetynet.run.directory import write_text
-    from safetynet.scan.outputs import render
-    from safetynet.scan.recovered import recipe_of
-
-    for form, name in FILES.items():
-        write_text(folder / name, render(result, form))
-    if result.triggers and result.exit_code == 1:
-        write_text(folder / "recipe.yaml", recipe_of(result))
 
 
 @bank_app.command("build")

@@ -7,4 +7,5 @@ records      the jobs of a run, written before and after they are submitted
 submit       a recipe becomes a job
 status       runs, their stages and their jobs
 sweep        a grid of recipes as a graph on Parsl; sweep_grid, _points, _place and _table are its parts
+scans        many suspects, each scanned by itself on Parsl
 """

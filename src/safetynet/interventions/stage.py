@@ -30,6 +30,7 @@ from safetynet.interventions.sweep import (
     Spot,
     cost,
     default_components,
+    evenly_spaced,
     runs_of,
     spots_by,
     sweep,
@@ -60,6 +61,8 @@ MOST, MOST_ON_GPU = 1e13, 1e15
 """Multiplications that all sites may take by default: about ten minutes of one core, or of a GPU."""
 ARMS = 3
 """Sweeps that make one: itself, between two placebos, in the twin."""
+LIKELY_LAYERS = 10
+"""Layers, evenly spaced, at which a sweep by position is made where only likely sites are measured."""
 LIKELY_TOKENS = 0.1
 """Share of an example's layers and tokens that are measured where only likely sites are."""
 TRIED = 2
@@ -163,6 +166,12 @@ def dissect(
     pairs = filter_firing_pairs(subject.model, aligned, options.groups)
     log.info("intervene: %d groups, left out: %s", len(pairs), dict(pairs.left_out) or "none")
     likely = _likely(subject.model, pairs, options, sweeps)
+    if likely:
+        # At the trigger's own positions most layers matter, which no race gives up.
+        sweeps = [
+            replace(each, spots=evenly_spaced(each.spots, LIKELY_LAYERS)) if each.by == "position" else each
+            for each in sweeps
+        ]
     tables = {"effects": _effects(subject, pairs, sweeps, seed, likely=likely)}
     tables["tokens"] = _tokens(subject, pairs, options, likely=likely)
     if subject.epochs:

@@ -405,3 +405,13 @@ def spots_by(
                 yield from (Spot(site, role) for role in POSITIONS)
             else:
                 yield Spot(site, update=by == "layer" and component == "resid_post")
+
+
+def evenly_spaced(spots: Sequence[Spot], most: int) -> list[Spot]:
+    """The spots at every n-th layer from the first on, so that at most `most` layers are left.
+
+    The residual stream passes from layer to layer: what is not measured lies between two that are.
+    """
+    layers = sorted({spot.site.layer for spot in spots})
+    measured = set(layers[:: -(-len(layers) // most)])
+    return [spot for spot in spots if spot.site.layer in measured]

@@ -11,10 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from safetynet.models.files import in_words, listed, pointer
-from safetynet.scan import adapter_claims, chat_template, model_configs, pickles, tokenizer_files
-from safetynet.scan.reading import LARGEST_VOCABULARY, Entry, UnreadableError, entries, escaped, json_of
+from safetynet.scan.folder import adapter_claims, model_configs, pickles, tokenizer_files
+from safetynet.scan.folder.reading import (
+    LARGEST_VOCABULARY,
+    Entry,
+    UnreadableError,
+    entries,
+    escaped,
+    json_of,
+)
+from safetynet.scan.folder.safetensors_header import tensors
 from safetynet.scan.result import Finding, Level, RungResult
-from safetynet.scan.safetensors_header import tensors
+from safetynet.scan.templates import chat_template
 
 LARGEST_HASHED = 4 * 2**30
 """Bytes; a file takes about a second for each gigabyte."""

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from safetynet import __version__
 from safetynet.errors import InputError
 from safetynet.models import miniatures
-from safetynet.scan import files, reading
+from safetynet.scan import files
+from safetynet.scan.folder import reading
 from safetynet.scan.result import (
     RUNGS,
     Depth,

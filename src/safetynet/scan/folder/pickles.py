@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetynet.scan.reading import UnreadableError
+from safetynet.scan.folder.reading import UnreadableError
 
 SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".dill", ".pt2", ".nemo")
 LARGEST = 64 * 2**20

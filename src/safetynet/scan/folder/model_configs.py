@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetynet.scan.reading import UnreadableError, escaped, json_of
+from safetynet.scan.folder.reading import UnreadableError, escaped, json_of
 from safetynet.scan.result import Finding, Level
 
 CODE = ("auto_map", "custom_pipelines", "custom_generate")

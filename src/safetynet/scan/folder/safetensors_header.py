@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from safetynet.models.files import in_words
-from safetynet.scan.reading import UnreadableError
+from safetynet.scan.folder.reading import UnreadableError
 
 LARGEST = 100_000_000
 """Bytes of a header; the library itself reads no longer one."""

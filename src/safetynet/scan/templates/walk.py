@@ -1,6 +1,6 @@
 """One walk after another over a chat template's syntax tree, to see what its prompt depends on.
 
-In: Jinja's nodes. Out: dependences, for `template_conditions`, which says what they mean.
+In: Jinja's nodes. Out: dependences, for `conditions`, which says what they mean.
 
 Each expression has a value: what it derives from, which literals it may hold and which conditions decide it.
 What a name holds is followed through assignments and branches; attributes of namespaces are joined over all
@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 from jinja2 import nodes
 
-from safetynet.scan.template_values import (
+from safetynet.scan.templates.values import (
     COMPARISONS,
     NOTHING,
     TEXT,
@@ -30,7 +30,7 @@ from safetynet.scan.template_values import (
     numerals,
     only_blank,
 )  # fmt: skip
-from safetynet.scan.template_words import blank
+from safetynet.scan.templates.words import blank
 
 METADATA = frozenset("role type id tool_call_id name index recipient channel end_turn weight".split())
 """Fields of messages and of their parts that whoever types a message does not write."""

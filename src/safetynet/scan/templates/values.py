@@ -1,13 +1,13 @@
 """What expressions of a chat template may be, and the conditions that decide them.
 
-In: nothing. Out: the values with which `template_walk` walks a template's syntax tree.
+In: nothing. Out: the values with which `walk` walks a template's syntax tree.
 """
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from safetynet.scan.template_words import blank, natural
+from safetynet.scan.templates.words import blank, natural
 
 Subject = Literal["text", "length", "date", "count", "chance"]
 """What a condition asks of: the words of a message, its length or shape, the date, a number of messages;

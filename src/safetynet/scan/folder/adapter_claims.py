@@ -15,9 +15,9 @@ from typing import Any
 import regex
 
 from safetynet.models.files import hub_id, listed
-from safetynet.scan.reading import UnreadableError, escaped, json_of
+from safetynet.scan.folder.reading import UnreadableError, escaped, json_of
+from safetynet.scan.folder.safetensors_header import Tensor, tensors
 from safetynet.scan.result import Finding, Level
-from safetynet.scan.safetensors_header import Tensor, tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."

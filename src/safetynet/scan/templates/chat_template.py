@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetynet.scan import gguf_metadata
-from safetynet.scan.reading import Entry, UnreadableError, entries, escaped, json_of, text_of
+from safetynet.scan.folder import gguf_metadata
+from safetynet.scan.folder.reading import Entry, UnreadableError, entries, escaped, json_of, text_of
 from safetynet.scan.result import Finding, Level
-from safetynet.scan.template_conditions import Analysis, analyse
-from safetynet.scan.template_values import Dependence, UnparsedError
-from safetynet.scan.template_words import natural
+from safetynet.scan.templates.conditions import Analysis, analyse
+from safetynet.scan.templates.values import Dependence, UnparsedError
+from safetynet.scan.templates.words import natural
 
 DEFAULT = "default"
 JSON_FILES = (

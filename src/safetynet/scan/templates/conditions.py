@@ -16,9 +16,9 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from safetynet.scan.template_values import Dependence, UnparsedError
-from safetynet.scan.template_walk import Walk
-from safetynet.scan.template_words import blank
+from safetynet.scan.templates.values import Dependence, UnparsedError
+from safetynet.scan.templates.walk import Walk
+from safetynet.scan.templates.words import blank
 
 ROUNDS = 30
 """Walks over the tree at most; published templates need 3 to 8."""

@@ -8,7 +8,7 @@ import mmap
 import struct
 from pathlib import Path
 
-from safetynet.scan.reading import UnreadableError
+from safetynet.scan.folder.reading import UnreadableError
 
 KEY = "tokenizer.chat_template"
 """Of the default template; further ones are `KEY.name`."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetynet.scan.reading import LARGEST_VOCABULARY, UnreadableError, escaped, json_of
+from safetynet.scan.folder.reading import LARGEST_VOCABULARY, UnreadableError, escaped, json_of
 from safetynet.scan.result import Finding, Level
 
 FILE, CONFIG, SPECIAL = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"

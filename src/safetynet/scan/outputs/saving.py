@@ -1,0 +1,44 @@
+"""A scan's folder: one file for each format, and the recipe by which the other stages go on."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from safetynet.errors import InputError
+from safetynet.scan.outputs import Format, render
+from safetynet.scan.result import ScanResult
+
+FILES: dict[Format, str] = {
+    "text": "scan.txt", "json": "scan.json", "sarif": "scan.sarif", "cyclonedx": "scan.cdx.json",
+    "card": "card.md", "html": "scan.html",
+}  # fmt: skip
+RECIPE = "recipe.yaml"
+
+
+def prepare(folder: Path, suspects: Sequence[str]) -> None:
+    """Make a scan's folder, without what an earlier scan has said there.
+
+    Raises:
+        InputError: if it cannot be made, or lies in a suspect.
+    """
+    for suspect in suspects:
+        if Path(suspect).is_dir() and folder.resolve().is_relative_to(Path(suspect).resolve()):
+            raise InputError(f"--out {folder}: it lies in the suspect's own folder. Name another one.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in (*FILES.values(), RECIPE):
+            (folder / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"--out {folder}: it cannot be written ({error.strerror}). Name another one."
+        ) from None
+
+
+def save(result: ScanResult, folder: Path) -> None:
+    """Write every format, and the recipe where a string was recovered."""
+    from safetynet.run.directory import write_text
+    from safetynet.scan.recovered import recipe_of
+
+    for form, name in FILES.items():
+        write_text(folder / name, render(result, form))
+    if result.triggers and result.exit_code == 1:
+        write_text(folder / RECIPE, recipe_of(result))
