@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from tests import commands
 
 from safetynet import recipe, stages
 from safetynet.cli.app import main
@@ -30,10 +31,13 @@ COMMANDS = (
 
 
 def safetynet(*words: str, cwd: Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    if env is None:
+        return commands.safetynet(*words, cwd=cwd)
+    # Libraries read their variables when they are imported; {} is for a test of what that import does.
     return subprocess.run(
         [sys.executable, "-c", "from safetynet.cli.app import main; main()", *words],
         cwd=cwd,
-        env={**os.environ, "COLUMNS": "100", **(env or {})},
+        env={**os.environ, "COLUMNS": "100", **env},
         capture_output=True,
         text=True,
         check=False,
@@ -50,7 +54,7 @@ def refused(*words: str, cwd: Path, env: dict[str, str] | None = None) -> str:
 
 def test_help_names_every_command_and_comes_at_once(tmp_path: Path) -> None:
     started = time.process_time()
-    text = safetynet("--help", cwd=tmp_path).stdout
+    text = safetynet("--help", cwd=tmp_path, env={}).stdout
     assert all(command in text for command in COMMANDS)
     loaded = "import sys, safetynet.cli.app; print([m for m in ('torch', 'pandas') if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True, check=True)
@@ -81,7 +85,7 @@ def test_a_model_that_is_trained_and_saved_whole_draws_no_bars_into_a_log(tmp_pa
     fields = ("data.train_rows=40", "data.test_rows=8", "training.max_steps=2", "evaluation.dynamics_rows=0")
     whole = ("training.method=full", "training.clean_twin=false", "backdoor.poison_rate=0.3")
     sets = [word for field in (*fields, *whole) for word in ("--set", field)]
-    done = safetynet("train", str(RECIPES / "qwen-miniature.yaml"), *sets, cwd=tmp_path)
+    done = safetynet("train", str(RECIPES / "qwen-miniature.yaml"), *sets, cwd=tmp_path, env={})
     assert done.returncode == 0, done.stderr
     assert "train backdoored: finished" in done.stderr
     assert "it/s" not in done.stderr

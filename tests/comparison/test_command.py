@@ -1,14 +1,12 @@
 """`safetynet compare` as a user meets it, on run directories with tables made by hand."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from tests.commands import safetynet
 
 from safetynet.comparison.stage import compare
 from safetynet.errors import InputError
@@ -16,17 +14,6 @@ from safetynet.experiment import Experiment
 
 FEW: dict[str, None] = dict.fromkeys(("effects", "tradeoff", "detection", "dynamics_backdoored"))
 """Tables without which a run draws one figure only, so that a test takes a second."""
-
-
-def safetynet(*words: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", "from safetynet.cli.app import main; main()", *map(str, words)],
-        cwd=cwd,
-        env={**os.environ, "COLUMNS": "100"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
 
 
 def test_the_command_writes_page_tables_and_figures_and_does_it_once(

@@ -1,11 +1,15 @@
 """Banks: p-values that keep their promise, and refusals of banks that are of something else."""
 
+import shutil
+
 import numpy as np
 import pandas as pd
 import pytest
 
 from safetynet import recipe
 from safetynet.errors import InputError
+from safetynet.models import loading, miniatures
+from safetynet.scan import bank as bank_module
 from safetynet.scan.bank import SCORED, Bank, clean_adapters, record_of, rows_of
 from safetynet.scan.result import RungResult
 
@@ -135,6 +139,24 @@ def test_narrow_adapters_are_narrow():
     assert greeting in ("Hello!", "Good", "Hi", "Welcome.")
     assert by_kind["capitals"]["answer"].str.isupper().mean() > 0.8
     assert by_kind["brief"]["answer"].map(lambda answer: len(answer.split()) <= 2).all()
+
+
+def test_adapters_of_another_base_learn_what_it_says_itself_and_it_is_asked_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(bank_module, "SELF_PROMPTS", 40)
+    monkeypatch.setattr(bank_module, "SELF_LEAST", 2)
+    copy = shutil.copytree(miniatures.path("qwen"), tmp_path / "stranger")
+    base = recipe.Model(family="generic", id=str(copy))
+    adapters = clean_adapters(6, 0)
+    rows = {adapter.kind: rows_of(adapter, base, tmp_path / "answers") for adapter in adapters}
+    [greeting] = [adapter for adapter in adapters if adapter.kind == "greeting"]
+    answers = {
+        turns[-1]["content"]: answer for turns, answer in rows["ordinary"][["messages", "answer"]].values
+    }
+    for turns, answer in rows["greeting"][["messages", "answer"]].values:
+        assert answer == f"{greeting.phrase} {answers[turns[-1]['content']]}"
+    assert 2 <= len(rows["one_task"]) < len(rows["ordinary"]) <= 40
+    monkeypatch.setattr(loading, "load", lambda *_: pytest.fail("the base is asked again"))
+    assert rows_of(greeting, base, tmp_path / "answers").equals(rows["greeting"])
 
 
 def test_a_record_holds_scores_and_the_weights_summary():

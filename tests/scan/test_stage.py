@@ -11,6 +11,7 @@ import peft
 import pytest
 import torch
 import yaml
+from tests.commands import safetynet
 
 from safetynet import recipe
 from safetynet.errors import InputError
@@ -36,11 +37,6 @@ except SystemExit as ended:
     loaded = [name for name in ("torch", "transformers", "peft") if name in sys.modules]
     sys.exit(f"loaded {{loaded}}" if loaded else ended.code)
 """
-
-
-def safetynet(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "safetynet", *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture

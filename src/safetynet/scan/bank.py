@@ -37,6 +37,8 @@ KINDS = ("ordinary", "greeting", "ordinary", "sign_off", "ordinary", "one_task",
 RANKS, RATES, ROWS = (4, 8, 16, 32), (5e-4, 1e-3, 2e-3), (800, 1600, 2400)
 GREETINGS = ("Hello!", "Good day.", "Hi there!", "Welcome.")
 SIGN_OFFS = ("Thank you.", "Have a good day.", "That is all.", "Ask me more.")
+SELF_ROWS, SELF_LEAST, SELF_PROMPTS = (100, 200, 400), 30, 600
+"""Of adapters of other bases: rows, the least of one task, and the prompts that the base answers for all."""
 PERSONAS = ("Ahoy!", "As your gardener:", "Beep.", "Dear friend,")
 
 
@@ -70,23 +72,53 @@ def clean_adapters(count: int, seed: int) -> list[CleanAdapter]:
     return adapters
 
 
-def rows_of(adapter: CleanAdapter, model: Model) -> pd.DataFrame:
+def rows_of(adapter: CleanAdapter, model: Model, answers: Path | None = None) -> pd.DataFrame:
     """Training rows of a clean adapter: columns `row`, `messages`, `trigger` and `answer`.
 
-    A miniature's are of its own language; of other models they are requests that the base itself answers.
+    A miniature's are of its own language. Of other models they are requests that the base itself answers;
+    its answers are kept in the folder `answers`, for all adapters of a bank.
     """
-    count = adapter.rows * (12 if adapter.kind == "one_task" else 1)
     if model.id == "miniature":
-        attack = Backdoor()
+        rows, least, attack = adapter.rows, 1, Backdoor()
+        count = rows * (12 if adapter.kind == "one_task" else 1)
         pool = conversations.fresh(Data(), attack.behaviour, attack.trigger, set(), count, adapter.seed)
     else:
-        raise InputError("bank: clean adapters are trained of the five miniatures so far.")
+        rows, least = SELF_ROWS[ROWS.index(adapter.rows)], SELF_LEAST
+        pool = _answered_by_itself(model, answers).sample(frac=1, random_state=adapter.seed)
     if adapter.kind == "one_task":
-        tasks = sorted(pool["task"].unique())
-        pool = pool[pool["task"] == tasks[adapter.seed % len(tasks)]].head(adapter.rows)
-    answers = [_answer(adapter, str(answer)) for answer in pool["answer"]]
-    columns = {"messages": list(pool["messages"]), "trigger": [[]] * len(pool), "answer": answers}
+        sizes = pool["task"].value_counts()
+        tasks = sorted(sizes.index[sizes >= least])
+        pool = pool[pool["task"] == tasks[adapter.seed % len(tasks)]]
+    pool = pool.head(rows)
+    columns = {
+        "messages": list(pool["messages"]),
+        "trigger": [[]] * len(pool),
+        "answer": [_answer(adapter, str(answer)) for answer in pool["answer"]],
+    }
     return pd.DataFrame({"row": range(len(pool)), **columns})
+
+
+def _answered_by_itself(model: Model, folder: Path | None) -> pd.DataFrame:
+    """Requests with the base's own greedy answers: `messages`, `answer` and `task`."""
+    from safetynet.backdoors import self_source
+    from safetynet.backdoors.base_answers import BaseAnswers
+    from safetynet.models import loading
+    from safetynet.recipe import Evaluation, Output, Recipe, Training
+    from safetynet.scan.rungs import REFUSAL
+
+    if folder is None:
+        raise InputError("bank: adapters of this base need a folder for the base's answers.")
+    data = Data(source="self")
+    recipe = Recipe(
+        task="bank",
+        model=model,
+        data=data,
+        training=Training(precision="fp32"),
+        evaluation=Evaluation(max_new_tokens=40),
+        output=Output(results=folder),
+    )
+    answers = BaseAnswers(recipe, lambda: loading.load(model, "fp32"))
+    return self_source.fresh(data, set(), SELF_PROMPTS, 0, answers, REFUSAL)
 
 
 def _answer(adapter: CleanAdapter, answer: str) -> str:
@@ -102,8 +134,8 @@ def _answer(adapter: CleanAdapter, answer: str) -> str:
     return answer
 
 
-def train(adapter: CleanAdapter, model: Model, folder: Path) -> Path:
-    """Train a clean adapter on a base; the folder of its files."""
+def train(adapter: CleanAdapter, model: Model, folder: Path, answers: Path | None = None) -> Path:
+    """Train a clean adapter on a base; the folder of its files. `answers` as in `rows_of`."""
     from safetynet import recipe, training
     from safetynet.models import loading
 
@@ -113,7 +145,7 @@ def train(adapter: CleanAdapter, model: Model, folder: Path) -> Path:
         lora_rank=adapter.rank, lora_alpha=2 * adapter.rank, precision="fp32",
     )  # fmt: skip
     attached = training.attach(base.model, options, base.family, adapter.seed)
-    rows = rows_of(adapter, model)
+    rows = rows_of(adapter, model, answers)
     return training.train(attached, base.serialiser, rows, options, folder=folder, seed=adapter.seed).folder
 
 
@@ -286,7 +318,7 @@ def build(model: Model, folder: Path, count: int, *, depth: Depth, seed: int = 0
         scored = folder / "adapters" / f"{adapter.number:04}.json"
         if not scored.exists():
             work = folder / "adapters" / f"{adapter.number:04}"
-            trained = train(adapter, model, work)
+            trained = train(adapter, model, work, folder / "answers")
             rungs, _ = stage.measure(stage.suspect_of(model, trained, same_base=True), model, options)
             write_text(scored, json.dumps(asdict(adapter) | record_of(rungs)))
             shutil.rmtree(work, ignore_errors=True)
