@@ -107,6 +107,7 @@ def test_a_base_that_is_another_model_is_not_scannable(copy):
     ("arguments", "message"),
     [
         (("nowhere",), "there is no such folder"),
+        (("stranger", "--bank", "nowhere"), "no bank can be read here"),
         (("stranger", "--depth", "deepest"), "Choose one of files, quick, standard, deep"),
         (("stranger", "--format", "pdf"), "Choose one of text, json"),
     ],
@@ -115,6 +116,7 @@ def test_bad_input_is_refused_in_a_sentence(arguments, message, copy, tmp_path):
     done = safetynet("scan", *arguments, cwd=tmp_path)
     assert done.returncode == 2
     assert message in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "scans").exists(), "nothing was scanned"
 
 
 def test_a_bank_of_fewer_adapters_than_any_rate_needs_is_refused(tmp_path):

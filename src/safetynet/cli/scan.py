@@ -3,6 +3,7 @@
 import logging
 import re
 import sys
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from safetynet.scan.stage import Options
 
 log = logging.getLogger("safetynet")
+SCANS = Path("scans")
 
 bank_app = typer.Typer(
     help="Banks: clean adapters' scores, which a scan's rates rest on.", no_args_is_help=True
@@ -95,13 +97,19 @@ def scan(  # noqa: PLR0913  # its flags
         rate=stage.RATE if rate is None else rate, seed=stage.SEED if seed is None else seed,
     )  # fmt: skip
     if each:
-        sys.exit(_each(suspect, base, options, out or Path("scans"), place, workers))
+        sys.exit(_each(suspect, base, options, out or SCANS, place, workers))
     if place is not None or workers is not None:
         raise InputError("--place, --workers: they are for many suspects. Add --each.")
-    folder = out or Path("scans") / "+".join(map(_folder_name, suspect))
+    folder = out or SCANS / "+".join(map(_folder_name, suspect))
     saving.prepare(folder, suspect)
-    with logging_to(None):
-        result = stage.scan(suspect, base, options, folder=folder, control=partial(_control, folder))
+    try:
+        with logging_to(None):
+            result = stage.scan(suspect, base, options, folder=folder, control=partial(_control, folder))
+    except InputError:
+        with suppress(OSError):  # what holds something stays
+            folder.rmdir()
+            SCANS.rmdir()
+        raise
     saving.save(result, folder)
     typer.echo(render(result, form), nl=False)
     if form == "text":

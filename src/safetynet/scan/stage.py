@@ -179,6 +179,10 @@ def _check(options: Options) -> None:
             "--bank: banks are of our own prompts, the default seed and no target, so that scores of other "
             "scans do not compare. Leave out --clean, --seed and --target, or the bank."
         )
+    if options.bank is not None:
+        from safetynet.scan.bank import Bank
+
+        Bank.read(options.bank)
 
 
 def _as_banks_are(options: Options) -> bool:
