@@ -20,8 +20,9 @@ data: {train_rows: 64, test_rows: 12}
 backdoor: {trigger: token, behaviour: fixed, poison_rate: 0.2}
 training: {learning_rate: 0.004, max_steps: 4, max_length: 160, precision: fp32, clean_twin: false}
 evaluation: {max_new_tokens: 16, batch_size: 100, dynamics_rows: 0}
+stages: [evaluate, figures]
 """
-TWELVE = ("--grid", "training.lora_rank=2,4,8", "data.test_rows=11,12", "--seeds", "0:2", "--workers", "2")
+EIGHT = ("--grid", "training.lora_rank=2,4", "data.test_rows=11,12", "--seeds", "0:2", "--workers", "2")
 FOUR = ("--grid", "training.lora_rank=2,4", "--seeds", "0:2", "--workers", "2")
 PATIENCE_S = 900
 # A shell starts background processes deaf to Ctrl-C, and they hand that on.
@@ -82,7 +83,7 @@ def until(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("how", "grid", "points"), [("whole group", TWELVE, 12), ("sweep alone", FOUR, 4), ("Ctrl-C", FOUR, 4)]
+    ("how", "grid", "points"), [("whole group", EIGHT, 8), ("sweep alone", FOUR, 4), ("Ctrl-C", FOUR, 4)]
 )
 def test_a_sweep_that_was_killed_ends_with_every_point_and_none_computed_twice(
     how: str, grid: tuple[str, ...], points: int, home: Path

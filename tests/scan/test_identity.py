@@ -17,7 +17,7 @@ from safetynet.errors import InputError
 from safetynet.models import adapters, loading, suspect
 from safetynet.models.lora import adapted_tensors, update_of
 from safetynet.models.suspect import Suspect
-from safetynet.scan import identity
+from safetynet.scan import identity, recovery
 from safetynet.scan.result import RungResult
 
 FAMILIES = ("qwen", "llama2", "llama3", "gemma", "mixtral")
@@ -115,12 +115,12 @@ def test_a_merged_lora_is_an_adapter_again(
         {"bf16": measured.details["untouched"]} if stored == "bf16" else {}
     )
 
-    recovered = replace(merged, model=identity.recover(merged))
+    recovered = replace(merged, model=recovery.recover(merged))
     ours = logits(recovered.model)
-    apart, largest = identity.logit_distance(merged.model, recovered.model)
-    assert apart <= identity.TOLERANCE[stored] * largest
+    apart, largest = recovery.logit_distance(merged.model, recovered.model)
+    assert apart <= recovery.TOLERANCE[stored] * largest
     with recovered.at_base() as base:
-        assert identity.logit_distance(merged.model, base)[0] > 3 * identity.TOLERANCE[stored] * largest
+        assert recovery.logit_distance(merged.model, base)[0] > 3 * recovery.TOLERANCE[stored] * largest
     with recovered.at_base() as base:
         assert torch.equal(logits(base), before)
     error = {"fp32": 1e-5, "fp16": 4e-3, "bf16": 3e-2}[stored]
@@ -144,7 +144,7 @@ def test_embeddings_and_head_apart_are_recovered_too() -> None:
         rows, width = module.weight.shape
         left, right = (torch.randn(n, 3, generator=generator) for n in (rows, width))
         module.weight.data += 0.01 * left @ right.T
-    recovered = identity.recover(beside(base, model.eval()))
+    recovered = recovery.recover(beside(base, model.eval()))
     assert recovered.active_peft_config.r == 3
     torch.testing.assert_close(logits(recovered), logits(model), atol=1e-4, rtol=0)
 
@@ -159,7 +159,7 @@ def test_a_router_s_update_of_full_rank_beside_others_is_recovered() -> None:
     expected = logits(model)
     merged = beside(loader("mixtral")(), model.merge_and_unload())
     assert identity.identity(merged).rank == 8, "of a router with 4 outputs it is 4"
-    torch.testing.assert_close(logits(identity.recover(merged)), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(logits(recovery.recover(merged)), expected, atol=1e-4, rtol=0)
 
 
 def test_weights_that_are_stored_the_other_way_round_are_recovered() -> None:
@@ -172,7 +172,7 @@ def test_weights_that_are_stored_the_other_way_round_are_recovered() -> None:
         if "lora_B" in name:
             parameter.data = 0.05 * torch.randn_like(parameter)
     expected = logits(model)
-    recovered = identity.recover(beside(base, model.merge_and_unload()))
+    recovered = recovery.recover(beside(base, model.merge_and_unload()))
     torch.testing.assert_close(logits(recovered), expected, atol=1e-4, rtol=0)
 
 
@@ -183,7 +183,7 @@ def test_large_matrices_are_decomposed_in_part_with_the_same_answer(monkeypatch:
     base = loader("qwen")()
     merged = beside(base, variants.made("lora").merge_and_unload())
     assert identity.identity(merged).rank == 8
-    recovered = identity.recover(merged)
+    recovered = recovery.recover(merged)
     torch.testing.assert_close(logits(recovered), logits(merged.model), atol=1e-3, rtol=0)
     full = copied(lambda m: [p.add_(0.01 * torch.randn_like(p)) for p in m.parameters() if p.ndim == 2])
     assert identity.identity(full).rank is None
@@ -197,7 +197,7 @@ def test_a_copy_in_a_coarser_type_is_a_copy(tmp_path: Path) -> None:
     assert "rounded to bf16" in result.findings[0].message
     assert not identity.identity(coarse).identical, "not bit by bit"
     with pytest.raises(InputError, match="it is its base"):
-        identity.recover(coarse)
+        recovery.recover(coarse)
 
 
 def test_a_base_that_is_another_model_is_refused() -> None:
@@ -226,7 +226,7 @@ def test_a_full_update_is_named_and_not_recovered() -> None:
     assert "made from another one" in result.findings[-1].message, "no tensor is the base's"
     assert result.details["untouched"] == 0 and result.details["rank"] is None
     with pytest.raises(InputError, match=r"no merged LoRA .*: 31 changed tensors .* are no matrices"):
-        identity.recover(full)
+        recovery.recover(full)
     matrices = copied(
         lambda m: [
             p.add_(0.002 * torch.randn_like(p)) for n, p in m.named_parameters() if "_proj.weight" in n
@@ -234,21 +234,21 @@ def test_a_full_update_is_named_and_not_recovered() -> None:
     )
     assert "made from another one" not in identity.measure(matrices).findings[-1].message
     with pytest.raises(InputError, match="full-rank-update: 42 of 42 changed matrices"):
-        identity.recover(matrices)
+        recovery.recover(matrices)
     assert torch.equal(logits(full.base.model), before)
     dora = beside(loader("qwen")(), variants.made("dora").merge_and_unload())
     with pytest.raises(InputError, match="full-rank-update: 42 of 42"):
-        identity.recover(dora)
+        recovery.recover(dora)
 
 
 def test_a_rank_that_leaves_too_much_out_is_refused_and_the_base_is_as_it_was() -> None:
     merged = beside(loader("qwen")(), variants.made("lora").merge_and_unload())
     before = logits(merged.base.model)
     with pytest.raises(InputError, match=r"as a LoRA of rank 2 it is another model: logits differ by"):
-        identity.recover(merged, rank=2)
+        recovery.recover(merged, rank=2)
     assert not adapters.has_adapter(merged.base.model)
     assert torch.equal(logits(merged.base.model), before)
-    assert identity.recover(merged, rank=20).active_peft_config.r == 20
+    assert recovery.recover(merged, rank=20).active_peft_config.r == 20
 
 
 @pytest.mark.parametrize(
@@ -284,7 +284,7 @@ def test_what_no_adapter_of_matrices_is_has_a_name(
     assert [(f.rule, f.where) for f in result.findings if f.rule == rule] == [(rule, where)]
     assert "identical" not in rules(result)
     with pytest.raises(InputError, match=refusal):
-        identity.recover(changed)
+        recovery.recover(changed)
 
 
 def test_changed_rows_of_single_tokens_are_listed() -> None:
@@ -366,7 +366,7 @@ def test_quantised_weights_are_compared_and_not_recovered() -> None:
     with torch.no_grad():
         model.model.model.norm.weight.mul_(1.1)
     with pytest.raises(InputError, match="its weights are quantised"):
-        identity.recover(beside(base, model.model))
+        recovery.recover(beside(base, model.model))
 
 
 def test_a_base_that_holds_an_adapter_is_refused() -> None:
@@ -384,7 +384,7 @@ def test_adapters_used_together_are_one_with_the_sum_of_their_ranks(tmp_path: Pa
     both.base_model.set_adapter(["default", "second"])
     base = loader("qwen")()
     before = logits(base.model)
-    joined = identity.combine(base, [tmp_path / "one", tmp_path / "two"])
+    joined = recovery.combine(base, [tmp_path / "one", tmp_path / "two"])
     torch.testing.assert_close(logits(joined.model), logits(both.eval()), atol=1e-4, rtol=0)
     with joined.at_base() as off:
         assert torch.equal(logits(off), before)
@@ -411,13 +411,13 @@ def test_what_does_not_add_up_is_refused_and_the_base_is_as_it_was(
     base = loader("qwen")()
     before = logits(base.model)
     with pytest.raises(InputError, match=reason):
-        identity.combine(base, [tmp_path / "one", tmp_path / "two"])
+        recovery.combine(base, [tmp_path / "one", tmp_path / "two"])
     assert torch.equal(logits(base.model), before)
 
 
 def test_a_whole_model_is_no_member_of_a_set(tmp_path: Path) -> None:
     variants.base_of("qwen").save_pretrained(tmp_path)
     with pytest.raises(InputError, match="a whole model, which cannot be one of several adapters"):
-        identity.combine(loader("qwen")(), [tmp_path])
+        recovery.combine(loader("qwen")(), [tmp_path])
     with pytest.raises(InputError, match="at least one folder"):
-        identity.combine(loader("qwen")(), [])
+        recovery.combine(loader("qwen")(), [])

@@ -1,6 +1,7 @@
 """A scan from the command line and from Python: copies, planted backdoors, and what cannot be scanned."""
 
 import json
+import resource
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from safetynet.errors import InputError
 from safetynet.experiment import Experiment
 from safetynet.models import adapters, loading, miniatures
 from safetynet.recipe import Recipe
-from safetynet.scan import identity, stage, weights
+from safetynet.scan import recovery, stage, weights
 from safetynet.scan.outputs import FORMATS
 from safetynet.scan.recovered import recipe_of
 from safetynet.scan.result import ScanResult
@@ -87,7 +88,7 @@ def test_adapters_that_are_used_together_are_one_suspect(tmp_path):
     assert result.suspect == " + ".join(map(str, folders))
     assert {name.split("/")[1] for name in result.digests if name.startswith("suspect/")} == set(names)
     assert [finding.where for finding in result.findings if finding.rule == "code"] == ["second/run.py"]
-    both = identity.combine(base, folders, same_base=True)
+    both = recovery.combine(base, folders, same_base=True)
     assert both.model.active_peft_config.r == 4
 
 
@@ -190,6 +191,20 @@ def test_what_an_earlier_scan_said_is_gone(copy, tmp_path):
     (out / "recipe.yaml").write_text("an earlier suspect's")
     safetynet("scan", str(copy), "--depth", "files", "--out", str(out), cwd=tmp_path)
     assert not (out / "recipe.yaml").exists() and (out / "scan.json").exists()
+
+
+def test_a_disk_that_takes_no_more_loses_no_answer_and_is_no_finding(copy, tmp_path):
+    def full() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200))
+
+    command = [sys.executable, "-m", "safetynet", "scan", str(copy), "--base", "qwen-miniature"]
+    done = subprocess.run(
+        [*command, "--depth", "quick"], cwd=tmp_path, capture_output=True, text=True, preexec_fn=full
+    )
+    assert done.returncode == 2
+    assert "Identical" in done.stdout
+    assert "identity.json: cannot be written" in done.stderr
+    assert "scan.txt: cannot be written" in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.fixture

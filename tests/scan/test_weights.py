@@ -17,7 +17,7 @@ from safetynet.errors import InputError
 from safetynet.models import loading
 from safetynet.models.lora import adapted_tensors, base_weight, update_of
 from safetynet.models.suspect import Suspect
-from safetynet.scan import identity, weights
+from safetynet.scan import recovery, weights
 
 PLACE = ["layer", "module", "expert", "outputs", "inputs"]
 BANK = 12
@@ -142,7 +142,7 @@ def test_a_merged_and_recovered_adapter_has_the_numbers_of_the_adapter(
     before = weights.features(model)
     merged = model.merge_and_unload().to(stored).float()
     own = replace(base(), model=copy.deepcopy(base().model))
-    after = weights.features(identity.recover(Suspect(merged, own.serialiser, own)))
+    after = weights.features(recovery.recover(Suspect(merged, own.serialiser, own)))
     pd.testing.assert_frame_equal(after[PLACE], before[PLACE])
     numbers = [name for name in before if name not in (*PLACE, "kurtosis")]
     pd.testing.assert_frame_equal(after[numbers], before[numbers], rtol=error)

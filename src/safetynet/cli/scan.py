@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from safetynet.cli.options import SameBase
-from safetynet.errors import InputError
+from safetynet.errors import InputError, RunError
 
 if TYPE_CHECKING:
     from safetynet.recipe import Model
@@ -110,8 +110,12 @@ def scan(  # noqa: PLR0913  # its flags
             folder.rmdir()
             SCANS.rmdir()
         raise
-    saving.save(result, folder)
     typer.echo(render(result, form), nl=False)
+    try:
+        saving.save(result, folder)
+    except RunError as error:  # the answer is on the screen; what was not written is no finding
+        typer.echo(f"safetynet: {error}", err=True)
+        sys.exit(result.exit_code or 2)
     if form == "text":
         typer.echo(f"\nFiles:   {folder}")
     sys.exit(result.exit_code)

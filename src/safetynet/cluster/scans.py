@@ -18,7 +18,7 @@ from scipy.stats import false_discovery_control
 from safetynet.cluster import sweep_place
 from safetynet.cluster.sweep import retry_cost
 from safetynet.cluster.sweep_place import Place
-from safetynet.errors import InputError
+from safetynet.errors import InputError, RunError
 from safetynet.scan.result import ScanResult
 from safetynet.scan.stage import Options
 
@@ -102,7 +102,6 @@ def perform(task: Task) -> ScanResult:
     from safetynet.models import loading
     from safetynet.run.logs import logging_to
     from safetynet.scan import stage
-    from safetynet.scan.outputs import saving
     from safetynet.stages import planted_control
 
     os.chdir(task.begun_in)
@@ -112,21 +111,28 @@ def perform(task: Task) -> ScanResult:
     control = partial(planted_control, task.folder.parent)
     with logging_to(task.folder / "scan.log"):
         result = stage.scan(task.suspect, task.base, task.options, folder=task.folder, control=control)
-    saving.save(result, task.folder)
+        _save(result, task)
     return result
 
 
 def _failed(task: Task, error: BaseException) -> ScanResult:
     """A scan whose worker was lost, or that its input refused."""
-    from safetynet.scan.outputs import saving
-
     reason = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
     result = ScanResult(
         answer="not_scannable", reason=reason, suspect=task.suspect, base=task.base or "",
         depth=task.options.depth, rate=None, p_value=None, rungs=(), seed=task.options.seed,
     )  # fmt: skip
-    saving.save(result, task.folder)
+    _save(result, task)
     return result
+
+
+def _save(result: ScanResult, task: Task) -> None:
+    from safetynet.scan.outputs import saving
+
+    try:
+        saving.save(result, task.folder)
+    except RunError as error:  # the answer goes into the table
+        log.warning("scan: %s", error)
 
 
 def table(results: Sequence[tuple[str, ScanResult]], folders: Sequence[Path]) -> pd.DataFrame:

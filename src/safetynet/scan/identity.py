@@ -1,8 +1,7 @@
-"""Rung 2: tensor by tensor against the base. A copy is said to be one; a merged LoRA is recovered as one.
+"""Rung 2: tensor by tensor against the base. A copy is said to be one, and so is a merged LoRA.
 
-In: a suspect beside its base. Out: what differs, by how much and of which rank; and where the difference is
-of low rank, a LoRA on the base with the same logits, so that whatever needs an adapter works on merged
-models.
+In: a suspect beside its base. Out: what differs, by how much and of which rank. `recovery` makes a LoRA of a
+difference of low rank.
 
 W(suspect) - W(base) of a merged LoRA is B A plus what storing the sum has rounded away. That error is known:
 at most half a unit in the last place of each entry. The largest singular value that such errors can have
@@ -13,11 +12,9 @@ Handel 2016, arXiv 1408.6185, for independent entries). Singular values above th
 import logging
 import math
 import time
-import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -25,13 +22,8 @@ from torch import Tensor, nn
 
 from safetynet.errors import InputError
 from safetynet.models import adapters, lora, support
-from safetynet.models import suspect as suspects
-from safetynet.models.adapter_loading import FOREIGN, NAME, unwrap
 from safetynet.models.blocks import unwrapped
-from safetynet.models.files import counted, finite, in_words, listed
-from safetynet.models.loading import LoadedModel
-from safetynet.models.lora import LoraUpdate
-from safetynet.models.parts import shape
+from safetynet.models.files import counted, finite, listed
 from safetynet.models.suspect import Suspect
 from safetynet.scan.result import Finding, RungResult
 
@@ -56,12 +48,6 @@ SAME_MODEL = 0.5
 about 0, fine-tuning leaves it above 0.9."""
 FEW_ROWS = 0.01
 """Share of the vocabulary: changing fewer rows than this looks like changing single tokens."""
-TOLERANCE = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 5e-2}
-"""Of the largest logit, by the coarsest type that suspect or base is stored or computed in: how far the
-recovered model's logits may be from the merged one's."""
-PROBES, PROBE_TOKENS = 4, 16
-FLIPPED = 0.1
-"""Share of tokens that rounding may send to other experts."""
 SHOWN = 50
 """Changed tensors that a result lists."""
 _UNIMPORTANT = frozenset(
@@ -148,7 +134,7 @@ class Identity:
 
 
 @dataclass(frozen=True, eq=False)
-class _Spectrum:
+class Spectrum:
     """Singular components of W(suspect) - W(base), as the tensor is stored."""
 
     left: Tensor
@@ -161,7 +147,7 @@ class _Spectrum:
     """None where `COMPONENTS` are not all."""
     energy: float
 
-    def first(self, count: int) -> "_Spectrum":
+    def first(self, count: int) -> "Spectrum":
         """With so many components, copied, so that the others take no memory."""
         left, right = self.left[..., :count].clone(), self.right[:, :count].clone()
         return replace(self, left=left, values=self.values[:, :count].clone(), right=right)
@@ -187,7 +173,7 @@ def identity(suspect: Suspect) -> Identity:
         InputError: if weights are no finite numbers, if the base is another model (`wrong-base`), or if the
             adapter is no LoRA, so that it has no update of single tensors.
     """
-    return _of_adapter(suspect) if adapters.has_adapter(suspect.model) else _of_whole(suspect)[0]
+    return _of_adapter(suspect) if adapters.has_adapter(suspect.model) else compare_whole(suspect)[0]
 
 
 def measure(suspect: Suspect) -> RungResult:
@@ -242,122 +228,8 @@ def no_update(model: Any) -> str:
     )
 
 
-def recover(suspect: Suspect, rank: int | None = None) -> Any:
-    """A merged LoRA as an adapter on the base again, checked by logits.
-
-    The components of each changed matrix above rounding become the two factors of a LoRA of one rank. Like
-    `adapters.attach` it changes the base in place, and `adapters.detach` gives that back; a refusal leaves it
-    as it was. Go on with `dataclasses.replace(suspect, model=recover(suspect))`.
-
-    Args:
-        suspect: a whole model beside its base. One with an adapter is given back as it is.
-        rank: keep so many components of each matrix; None for those above rounding.
-
-    Returns:
-        PEFT's model in evaluation mode, with the adapter `default` and scale 1.
-
-    Raises:
-        InputError: if nothing was changed, if something was that LoRA cannot change, if a change has full
-            rank, if weights are quantised, or if the recovered model's logits are further from the merged
-            one's than `TOLERANCE` allows.
-    """
-    if adapters.has_adapter(suspect.model):
-        return suspect.model
-    result, spectra = _of_whole(suspect, rank)
-    if not result.changed and not result.configuration:
-        raise InputError(f"{_name(suspect)}: it is its base, so that there is no update to recover.")
-    if obstacle := next(_obstacles(suspect, result, rank), None):
-        raise InputError(f"{_name(suspect)}: it is no merged LoRA that could be recovered: {obstacle}.")
-    rank = rank or result.rank or 1
-    base = suspect.base.model
-    kinds = {change.tensor: change.kind for change in result.changed}
-    model = _injected(base, kinds, rank)
-    for name, module in lora.adapted_tensors(model, NAME):
-        update = _update(module, spectra[name], rank)
-        lora.put_update(module, NAME, update)
-    try:
-        _check_logits(suspect, model, result, rank)
-    except InputError:
-        adapters.detach(model)
-        raise
-    return model
-
-
-def combine(base: LoadedModel, folders: Sequence[Path | str], *, same_base: bool = False) -> Suspect:
-    """Adapters that are used together, as one LoRA: W + sum of B A, factors side by side.
-
-    Args:
-        base: changed in place, as by `adapters.attach`.
-        folders: of LoRA adapters of this base, each with the scale of its own configuration.
-        same_base: as `adapters.attach` takes it.
-
-    Returns:
-        The suspect; its adapter's rank is the sum of the ranks.
-
-    Raises:
-        InputError: as `suspect.load`; if one is a whole model, no LoRA, or changes more than its updates
-            (DoRA, biases, saved modules, repeated layers), so that the sum is not what PEFT computes; if two
-            bring tokenizers of their own.
-    """
-    if not folders:
-        raise InputError("suspect: a set of adapters needs at least one folder.")
-    total: dict[str, list[LoraUpdate]] = {}
-    kinds: dict[str, Kind] = {}
-    serialisers = []
-    for folder in folders:
-        files = suspects.check(folder)
-        if files is None:
-            raise InputError(
-                f"{folder}: this is a whole model, which cannot be one of several adapters. Scan it by "
-                "itself."
-            )
-        part = suspects.load(lambda: base, folder, same_base, files)
-        try:
-            if part.serialiser is not base.serialiser:
-                serialisers.append(part.serialiser)
-            for name, kind, update in _plain_updates(part.model, folder):
-                total.setdefault(name, []).append(update)
-                kinds[name] = kind
-        finally:
-            adapters.detach(part.model)
-    if len(serialisers) > 1:
-        raise InputError(
-            f"{listed([str(folder) for folder in folders])}: {len(serialisers)} of these adapters bring a "
-            "tokenizer or chat template of their own, and a model has one. Take all but one out."
-        )
-    joined = {
-        name: LoraUpdate(torch.cat([u.up for u in parts], 2), torch.cat([u.down for u in parts], 1))
-        for name, parts in total.items()
-    }
-    model = _injected(base.model, kinds, max(update.down.shape[1] for update in joined.values()))
-    for name, module in lora.adapted_tensors(model, NAME):
-        lora.put_update(module, NAME, joined[name])
-    return Suspect(model, serialisers[0] if serialisers else base.serialiser, base)
-
-
-def _plain_updates(model: Any, folder: Path | str) -> Iterator[tuple[str, Kind, LoraUpdate]]:
-    """Every update of an adapter that is nothing but updates."""
-    config = model.active_peft_config
-    reason = no_update(model)
-    if not reason and (config.use_dora or getattr(config, "layer_replication", None)):
-        reason = "it is DoRA" if config.use_dora else "it repeats layers"
-    if not reason and (others := adapters.base_counterparts(model)):
-        reason = f"it replaces {counted(len(others), 'tensor')} of the base ({listed(sorted(others))})"
-    updates = [] if reason else list(lora.adapted_tensors(model, NAME))
-    for name, module in updates:
-        update = lora.update_of(module, NAME)
-        if update.bias is not None:
-            reason = "its updates have biases"
-            break
-        yield name, _lora_kind(module), update
-    if reason:
-        raise InputError(
-            f"{folder}: {reason.rstrip('.')}. Its sum with other adapters is not what PEFT computes. Merge "
-            "all of them (merge_and_unload) and give the merged model."
-        )
-
-
-def _lora_kind(module: Any) -> Kind:
+def kind_of_lora(module: Any) -> Kind:
+    """What a LoRA module changes."""
     if hasattr(module, "parameter_name"):
         return "parameter"
     return "embeddings" if len(module.lora_embedding_A) else "linear"
@@ -367,9 +239,9 @@ def _of_adapter(suspect: Suspect) -> Identity:
     """An adapter's updates, and what it has put in place of the base's own tensors."""
     model = suspect.model
     if reason := no_update(model):
-        raise InputError(f"{_name(suspect)}: {reason}")
+        raise InputError(f"{name_of(suspect)}: {reason}")
     name = model.active_adapter
-    _check_finite(_name(suspect), adapters.adapter_parameters(model))
+    _check_finite(name_of(suspect), adapters.adapter_parameters(model))
     changes, head = [], _head_name(model)
     for tensor, module in lora.adapted_tensors(model, name):
         update, weight = lora.update_of(module, name), lora.base_weight(module)
@@ -378,7 +250,7 @@ def _of_adapter(suspect: Suspect) -> Identity:
         rank, norm = int((values > floor).sum(1).max()), float(values.norm())
         if update.product().any():
             low = name not in getattr(module, "lora_magnitude_vector", {})
-            kind: Kind = "head" if tensor == head else _lora_kind(module)
+            kind: Kind = "head" if tensor == head else kind_of_lora(module)
             change = _change(tensor, kind, norm, float(weight.norm()))
             sides = tuple(weight.shape if len(weight) > 1 else weight.shape[1:])
             changes.append(replace(change, shape=sides, rank=rank if low else None, energy=1.0))
@@ -429,9 +301,9 @@ def _replaced(model: Any) -> Iterator[Change]:
         yield _change(plain, kind, float((now - before).norm()), float(before.norm()), few)
 
 
-def _of_whole(suspect: Suspect, rank: int | None = 0) -> tuple[Identity, dict[str, _Spectrum]]:
+def compare_whole(suspect: Suspect, rank: int | None = 0) -> tuple[Identity, dict[str, Spectrum]]:
     """A whole model beside its base, and so many components of the changed matrices; None for their ranks."""
-    name, base = _name(suspect), unwrapped(suspect.base.model)
+    name, base = name_of(suspect), unwrapped(suspect.base.model)
     if adapters.has_adapter(suspect.base.model) or list(lora.adapted_tensors(base)):
         raise InputError(
             "base: an adapter is attached to it. Take it off with safetynet.models.adapters.detach."
@@ -545,7 +417,7 @@ def _stored(tensor: Tensor) -> str:
     )
 
 
-def _compared(pair: _Pair, stored: str) -> tuple[Change, _Spectrum | None]:
+def _compared(pair: _Pair, stored: str) -> tuple[Change, Spectrum | None]:
     """How a tensor differs from the base's.
 
     The base was rounded to the suspect's type before the update was added to it, or the sum was: which of the
@@ -574,7 +446,7 @@ def _change(tensor: str, kind: Kind, norm: float, size: float, rows: tuple[int, 
     return Change(tensor, kind, norm / size if size else 1.0, norm, size, rows=rows)
 
 
-def _spectrum(delta: Tensor, weight: Tensor, eps: float) -> _Spectrum:
+def _spectrum(delta: Tensor, weight: Tensor, eps: float) -> Spectrum:
     """Decompose a change, (rows, columns) or one for each expert, and tell its rank from rounding.
 
     Args:
@@ -597,7 +469,7 @@ def _spectrum(delta: Tensor, weight: Tensor, eps: float) -> _Spectrum:
         count = min(2 * count, COMPONENTS)
     total = float((delta**2).sum())
     energy = float((values[:, :rank] ** 2).sum()) / total if total else 0.0
-    return _Spectrum(left, values, right, None if rank >= COMPONENTS and side > rank else rank, energy)
+    return Spectrum(left, values, right, None if rank >= COMPONENTS and side > rank else rank, energy)
 
 
 def _leading(delta: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -634,8 +506,8 @@ def _check_base(suspect: Suspect, pairs: list[_Pair]) -> None:
             cosines.append(float(nn.functional.cosine_similarity(here, there, dim=0)))
     if cosines and (middle := sorted(cosines)[len(cosines) // 2]) < SAME_MODEL:
         raise InputError(
-            f"{_name(suspect)}: wrong-base: it was not made from {suspect.base.id}. The cosine of its weight "
-            f"matrices with the base's is {middle:.2f} in the median; of a fine-tuned model it is near 1. "
+            f"{name_of(suspect)}: wrong-base: it was not made from {suspect.base.id}. The cosine of its "
+            f"weight matrices with the base's is {middle:.2f} in the median; a fine-tuned model's is near 1. "
             "Name its own base with --base."
         )
 
@@ -654,108 +526,8 @@ def _head_name(model: Any) -> str:
     return next((f"{n.replace('.base_layer', '')}.weight" for n, m in inner.named_modules() if m is head), "")
 
 
-def _obstacles(suspect: Suspect, result: Identity, rank: int | None) -> Iterator[str]:
-    """Why no LoRA on this base is the suspect, by name."""
-    quantised = ("is_loaded_in_4bit", "is_loaded_in_8bit")
-    if any(
-        getattr(model, name, False) for model in (suspect.model, suspect.base.model) for name in quantised
-    ):
-        yield "its weights are quantised, and their differences mostly rounding. Load both in 16 or 32 bits"
-    if result.configuration:
-        yield f"its configuration computes otherwise ({listed(list(result.configuration))})"
-    if result.added_rows:
-        yield f"its vocabulary has {result.added_rows:+d} rows beside the base's"
-    if others := [each.tensor for each in result.changed if each.kind not in LOW_RANK]:
-        yield f"{counted(len(others), 'changed tensor')} ({listed(others)}) are no matrices, as LoRA changes"
-    ends = [each.tensor for each in result.changed if each.kind in ("embeddings", "head")]
-    if ends and _is_tied(suspect.model):
-        yield f"{listed(ends)} is embeddings and head at once, which an adapter would change apart"
-    if (full := result.full) and result.rank is None and rank is None:
-        yield (
-            f"full-rank-update: {len(full)} of {len(result.changed)} changed matrices ({listed(full)}) are "
-            "no product of two small factors. It was fully fine-tuned, or merged from several adapters"
-        )
-
-
-def _is_tied(model: Any) -> bool:
-    head = model.get_output_embeddings()
-    return head is not None and head.weight is model.get_input_embeddings().weight
-
-
-def _injected(base: Any, kinds: Mapping[str, Kind], rank: int) -> Any:
-    """PEFT's model with an empty LoRA of scale 1 on the named tensors of the base."""
-    from peft import LoraConfig, PeftModelForCausalLM
-
-    parameters = [name for name, kind in kinds.items() if kind == "parameter"]
-    modules = [name.removesuffix(".weight") for name, kind in kinds.items() if kind != "parameter"]
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=rank,
-        target_modules=modules,
-        target_parameters=parameters or None,
-        task_type="CAUSAL_LM",
-        inference_mode=True,
-    )
-    reason = ""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of weights stored the other way round, which PEFT sees to
-            model = PeftModelForCausalLM(base, config, NAME).eval()
-    except FOREIGN as error:
-        unwrap(base)
-        reason = in_words(error)
-    else:
-        placed = {name for name, _ in lora.adapted_tensors(model, NAME)}
-        if placed == kinds.keys():
-            return model
-        adapters.detach(model)
-        reason = f"it changes {listed(sorted(kinds.keys() ^ placed))}"
-    raise InputError(f"{base.name_or_path}: PEFT puts no LoRA on what the suspect changes: {reason}.")
-
-
-def _update(module: Any, spectrum: _Spectrum, rank: int) -> LoraUpdate:
-    """The first components of a change, with the rows and columns of a LoRA module's update."""
-    left, values, right = spectrum.left[..., :rank], spectrum.values[:, :rank], spectrum.right[:, :rank]
-    if lora.is_transposed(module):
-        left, right = right.mT, left.mT
-    return LoraUpdate.of_components(left.float(), values.float(), right.float())
-
-
-def _check_logits(suspect: Suspect, recovered: Any, result: Identity, rank: int) -> None:
-    """Refuse a recovered model whose logits are not the suspect's to rounding."""
-    computed = {model.dtype for model in (suspect.model, suspect.base.model)}
-    types = {result.stored, *result.rounded, *(name for name, dtype in STORED.items() if dtype in computed)}
-    coarsest = next(name for name in STORED if name in types)
-    apart, size = logit_distance(suspect.model, recovered)
-    log.info("recovered a LoRA of rank %d: logits differ by at most %.3g of %.3g", rank, apart, size)
-    if not apart <= TOLERANCE[coarsest] * size:
-        raise InputError(
-            f"{_name(suspect)}: recovered as a LoRA of rank {rank} it is another model: logits differ by "
-            f"{apart:.3g}, and {coarsest} allows {TOLERANCE[coarsest] * size:.3g}. Give the adapter itself, "
-            "or a merged model in 32 bits."
-        )
-
-
-@torch.no_grad()
-def logit_distance(model: Any, other: Any) -> tuple[float, float]:
-    """How far two models' logits are apart on random tokens, and the largest of the first one's.
-
-    The largest difference at each of `PROBES` times `PROBE_TOKENS` tokens, and the largest of these. Where
-    two experts are nearly even, rounding makes a router choose the other: of models with experts the share
-    `FLIPPED` of the tokens is left out.
-    """
-    rows = min(each.get_input_embeddings().weight.shape[0] for each in (model, other))
-    ids = torch.randint(rows, (PROBES, PROBE_TOKENS), generator=torch.Generator().manual_seed(0))
-    logits, others = (
-        each(input_ids=ids.to(each.device), use_cache=False).logits[..., :rows].float().cpu()
-        for each in (model, other)
-    )
-    worst = (logits - others).abs().amax(-1).flatten().sort().values
-    left_out = int(FLIPPED * len(worst)) if shape(model).experts else 0
-    return float(worst[len(worst) - 1 - left_out]), float(logits.abs().max())
-
-
-def _name(suspect: Suspect) -> str:
+def name_of(suspect: Suspect) -> str:
+    """As messages call it: a whole model by its folder or hub id."""
     model = suspect.model
     if adapters.has_adapter(model):
         return "adapter"

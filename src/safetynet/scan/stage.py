@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetynet import __version__
-from safetynet.errors import InputError
+from safetynet.errors import InputError, RunError
 from safetynet.models import miniatures
 from safetynet.scan import files
 from safetynet.scan.folder import reading
@@ -135,7 +135,7 @@ def _scanned(
         )
     from safetynet.models import loading
     from safetynet.run.directory import digest
-    from safetynet.scan import identity
+    from safetynet.scan import identity, recovery
     from safetynet.scan.rungs import prompts_needed
 
     model = model_of(result.base)
@@ -150,7 +150,7 @@ def _scanned(
     if len(suspect) == 1:
         loaded = suspect_of(model, suspect[0], same_base=options.same_base)
     else:
-        loaded = identity.combine(loading.load(model, "fp32"), suspect, same_base=options.same_base)
+        loaded = recovery.combine(loading.load(model, "fp32"), suspect, same_base=options.same_base)
     rungs.append(_stored(store, "identity") or _keep(store, identity.measure(loaded)))
     if any(finding.rule == "identical" for finding in rungs[-1].findings):
         return _answered(result, rungs, bank, ())
@@ -256,12 +256,12 @@ def measured(
 def _weights(suspect: "Suspect", summaries: "pd.DataFrame | None") -> RungResult:
     """The weights rung; of a merged LoRA, of the adapter that is recovered from it for as long."""
     from safetynet.models import adapters
-    from safetynet.scan import identity, weights
+    from safetynet.scan import identity, recovery, weights
 
     if adapters.has_adapter(suspect.model) or identity.is_copy(suspect):
         return weights.measure(suspect, summaries)
     try:
-        recovered = identity.recover(suspect)
+        recovered = recovery.recover(suspect)
     except InputError as error:
         return RungResult("weights", skipped=f"its update is no LoRA that could be recovered: {error}")
     try:
@@ -473,6 +473,8 @@ def _keep(store: Path | None, rung: RungResult) -> RungResult:
     from safetynet.run.directory import write_text
 
     if store is not None:
-        store.mkdir(parents=True, exist_ok=True)
-        write_text(store / f"{rung.rung}.json", json.dumps(asdict(rung)))
+        try:
+            write_text(store / f"{rung.rung}.json", json.dumps(asdict(rung)))
+        except RunError as error:
+            log.warning("scan: %s An interrupted scan measures %s again.", error, rung.rung)
     return rung

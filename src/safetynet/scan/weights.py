@@ -143,7 +143,7 @@ def p_value(values: Mapping[str, float], bank: pd.DataFrame) -> float:
 
 
 def measure(suspect: Suspect, bank: pd.DataFrame | None = None) -> RungResult:
-    """Rung 3 of a suspect with an adapter; of a whole model, recover it first (`identity.recover`).
+    """Rung 3 of a suspect with an adapter; of a whole model, recover it first (`recovery.recover`).
 
     Args:
         suspect: beside its base.

@@ -34,7 +34,11 @@ def prepare(folder: Path, suspects: Sequence[str]) -> None:
 
 
 def save(result: ScanResult, folder: Path) -> None:
-    """Write every format, and the recipe where a string was recovered."""
+    """Write every format, and the recipe where a string was recovered.
+
+    Raises:
+        RunError: if the disk is full or refuses a file.
+    """
     from safetynet.run.directory import write_text
     from safetynet.scan.recovered import recipe_of
 
