@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -74,6 +75,38 @@ def test_parts_are_dealt_out_brought_together_and_an_error_is_everybodys(tmp_pat
             "part 3 is wrong",
             "part 3 is wrong",
         ]
+
+
+LARGE = """
+import os, sys
+from multiprocessing.connection import Connection
+from safetynet.run import parallel
+if len(sys.argv) > 1:
+    parallel._pair = parallel._Pair(0, Connection(int(sys.argv[1])))
+parts = parallel.in_turn([0, 1], lambda part: bytes([part]) * 10_000_000)
+print([(part[0], len(part)) for part in parts])
+"""
+
+
+def test_a_pair_brings_together_what_is_larger_than_a_sockets_buffer() -> None:
+    here, there = socket.socketpair()
+    with here, there:
+        processes = [
+            subprocess.Popen(
+                [sys.executable, "-c", LARGE, *words],
+                env={**os.environ, **environment}, pass_fds=[end.fileno()], stdout=subprocess.PIPE, text=True,
+            )
+            for words, environment, end in (
+                ([str(here.fileno())], {}, here),
+                ([], {parallel.PAIR: str(there.fileno())}, there),
+            )
+        ]  # fmt: skip
+        try:
+            said = [process.communicate(timeout=60)[0] for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+    assert said == ["[(0, 10000000), (1, 10000000)]\n"] * 2
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -173,8 +174,10 @@ def dissect(
             for each in sweeps
         ]
     tables = {"effects": _effects(subject, pairs, sweeps, seed, likely=likely)}
+    log.info("intervene: single prompts, token by token")
     tables["tokens"] = _tokens(subject, pairs, options, likely=likely)
     if subject.epochs:
+        log.info("intervene: layers over the training")
         tables["dynamics"] = _dynamics(subject, pairs, options, likely=likely)
     if options.observe:
         log.info("intervene: lens, probes, attention, drift")
@@ -188,6 +191,7 @@ def dissect(
             seed,
         )
     if options.removals and subject.respond is not None:
+        log.info("intervene: what removes it")
         tables["tradeoff"] = _tradeoff(subject, pairs, tables["effects"], rows, seed)
     return {name: table for name, table in tables.items() if len(table)}
 
@@ -217,9 +221,6 @@ def _likely(model: Any, pairs: Pairs, options: Interventions, sweeps: Sequence[_
 def _effects(
     subject: Subject, pairs: Pairs, sweeps: Sequence[_Sweep], seed: int, *, likely: bool
 ) -> pd.DataFrame:
-    # Both directions share a control: where it is kept, one process makes both.
-    kinds = list(dict.fromkeys(each.by for each in sweeps))
-    parts = [[s for s in sweeps if s.by == by] for by in kinds] if likely else [[s] for s in sweeps]
     shares = parallel.count() if parallel.is_pair() else 1
     total = sum(len(each.spots) for each in sweeps) // shares
     report = ProgressLog("intervene, sites", total)
@@ -230,34 +231,35 @@ def _effects(
         if decided + done >= total / 10:
             report.update(decided + done, f"by {by}")
 
-    def measured(part: Sequence[_Sweep]) -> pd.DataFrame:
+    def measured(planned: _Sweep) -> pd.DataFrame:
         nonlocal decided
-        first = part[0]
-        for each in part:
-            log.info("intervene: %s by %s, %d spots", each.direction, each.by, len(each.spots))
+        log.info("intervene: %s by %s, %d spots", planned.direction, planned.by, len(planned.spots))
         if likely:
-            tables = likely_effects(
+            [table] = likely_effects(
                 subject.model,
                 subject.twin,
                 pairs,
-                first.spots,
-                [each.direction for each in part],
-                mode=first.mode,
+                planned.spots,
+                [planned.direction],
+                mode=planned.mode,
                 seed=seed,
                 store=subject.store,
-                advance=partial(advance, first.by),
-            )
+                advance=partial(advance, planned.by),
+            ).values()
         else:
-            tables = {first.direction: _one(subject, pairs, seed, first)}
-        decided += sum(len(each.spots) for each in part)
+            table = _one(subject, pairs, seed, planned)
+        decided += len(planned.spots)
         report.update(decided)
-        lines = [
-            table.assign(sweep=first.by, direction=direction, mode=first.mode, metric="logit_difference")
-            for direction, table in tables.items()
-        ]
-        return pd.concat(lines, ignore_index=True)
+        return table.assign(
+            sweep=planned.by, direction=planned.direction, mode=planned.mode, metric="logit_difference"
+        )
 
-    return pd.concat(parallel.side_by_side(parts, measured), ignore_index=True)
+    # The longest first, or one process of a pair would wait for the other's last sweep.
+    order = sorted(range(len(sweeps)), key=lambda number: -len(sweeps[number].spots))
+    tables = parallel.side_by_side([sweeps[number] for number in order], measured)
+    return pd.concat(
+        [table for _, table in sorted(zip(order, tables, strict=True), key=itemgetter(0))], ignore_index=True
+    )
 
 
 def _sweeps(architecture: Architecture, options: Interventions) -> Iterator[_Sweep]:

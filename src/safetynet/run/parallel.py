@@ -227,8 +227,13 @@ def _exchanged(value: Any) -> list[Any]:
         _joined().all_gather_object(gathered, value)
         return gathered
     try:
-        _pair.other.send(value)
-        other = _pair.other.recv()
+        # One after the other: what is larger than the socket's buffer is only sent while the other one reads.
+        if _pair.rank == 0:
+            _pair.other.send(value)
+            other = _pair.other.recv()
+        else:
+            other = _pair.other.recv()
+            _pair.other.send(value)
     except (EOFError, ConnectionError):
         raise RunError("the second process of this run has ended. Its message stands above.") from None
     return [value, other] if _pair.rank == 0 else [other, value]
