@@ -4,6 +4,7 @@ In: pairs and the tables of effects. Out: candidates, each a set of edits at all
 and beside each the same at random sites. None knows where a prompt's trigger is, or whether it has one.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from safetynet.models.causal_lm import CausalLM
 from safetynet.run import parallel
 from safetynet.run.directory import digest
 from safetynet.run.finished import Finished
+from safetynet.run.progress import ProgressLog
 from safetynet.statistics import wilson
 from safetynet.tables.summaries import REMOVED_ASR
 
@@ -212,6 +214,11 @@ def judge(
         about: further columns, such as the split.
     """
     names = [candidate.name for candidate in candidates]
+    shares = parallel.count() if parallel.is_pair() else 1
+    report = ProgressLog(
+        "intervene, what removes it: candidates that have answered", -(-len(names) // shares)
+    )
+    answering = itertools.count(1)
     finished = Finished.as_json(kept and kept / digest([names, about])[:16])
 
     def line_of(candidate: Candidate) -> dict[str, object]:
@@ -243,7 +250,9 @@ def judge(
         return line
 
     def line(number: int) -> dict[str, object]:
-        return dict(finished.result(number, partial(line_of, candidates[number])))
+        result = dict(finished.result(number, partial(line_of, candidates[number])))
+        report.update(next(answering))
+        return result
 
     return pd.DataFrame(parallel.side_by_side(range(len(candidates)), line))
 
