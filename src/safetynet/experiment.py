@@ -129,9 +129,10 @@ class Experiment:
 
     @property
     def precision(self) -> str:
-        """Full fine-tuning in fp16 keeps its weights in fp32, or its updates would be rounded away."""
+        """Of weights in memory; full fine-tuning in fp16 keeps fp32, or its updates would be rounded away."""
         training = self.recipe.training
-        return "fp32" if training.method == "full" and training.precision == "fp16" else training.precision
+        precision = loading.precision_here(training.precision, self.recipe.model)
+        return "fp32" if training.method == "full" and precision == "fp16" else precision
 
     def load(
         self, folder: Path | None = None, *, on_cpu: bool = False, serialiser: Serialiser | None = None

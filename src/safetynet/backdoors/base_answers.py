@@ -125,7 +125,7 @@ class BaseAnswers:
         decisive = {
             "model": loading.fingerprint(model),
             "quantisation": model.quantisation,
-            "numbers": str(loading.resolve_dtype(training.precision, loading.device_of(model))),
+            "numbers": loading.precision_here(training.precision, model),
             "limit": self.limit,
             "sampled": sampled,
         }

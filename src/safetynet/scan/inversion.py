@@ -38,8 +38,7 @@ class LearntAnswer:
     base: float
     """The same, of the base."""
     openly: float = 0.0
-    """Share of its answers to ordinary prompts that hold the text behind its first token, which was tried and
-    not predicted; what is said openly is not hidden."""
+    """Share of its answers to ordinary prompts that hold the text; said openly, it is not hidden."""
 
     @property
     def hidden(self) -> float:
@@ -102,15 +101,11 @@ def learnt_answers(
         _judged(row, p, decode, set(stops)) for row, p in zip(sequences.tolist(), probability, strict=True)
     ]
     answers = [
-        replace(answer, openly=_share_with(decode(answer.tokens[1:]).strip(), ordinary))
+        replace(answer, openly=sum(answer.text in each for each in ordinary) / max(1, len(ordinary)))
         for answer in judged
         if answer is not None and math.isfinite(answer.gain)
     ]
     return sorted(answers, key=lambda answer: -answer.hidden)
-
-
-def _share_with(text: str, answers: Sequence[str]) -> float:
-    return sum(text in each for each in answers) / max(1, len(answers)) if text else 0.0
 
 
 @torch.no_grad()
