@@ -334,8 +334,10 @@ def subject_of(suspect: "Suspect", model: "Model", prompts: Sequence[Any], optio
             )
         whole = whole.merge_and_unload()
         base = loading.load(model, "fp32").model
+    # Tensors were compared in fp32. What is said and searched takes what this machine computes fast.
+    number = loading.resolve_dtype(loading.precision_here("auto", model), loading.device_of(model))
     depth, seed, target = options.depth, options.seed, options.target
-    return Subject(whole.eval(), base, suspect.serialiser, prompts, depth, seed, target)
+    return Subject(whole.to(number).eval(), base.to(number), suspect.serialiser, prompts, depth, seed, target)
 
 
 def _answered(
