@@ -129,10 +129,9 @@ class Experiment:
 
     @property
     def precision(self) -> str:
-        """Of weights in memory; full fine-tuning in fp16 keeps fp32, or its updates would be rounded away."""
+        """Full fine-tuning in fp16 keeps its weights in fp32, or its updates would be rounded away."""
         training = self.recipe.training
-        precision = loading.precision_here(training.precision, self.recipe.model)
-        return "fp32" if training.method == "full" and precision == "fp16" else precision
+        return "fp32" if training.method == "full" and training.precision == "fp16" else training.precision
 
     def load(
         self, folder: Path | None = None, *, on_cpu: bool = False, serialiser: Serialiser | None = None

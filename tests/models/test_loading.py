@@ -182,21 +182,3 @@ def without_model(defaults: Any) -> dict[str, Any]:
 def test_an_unknown_family_is_named_with_those_that_exist() -> None:
     with pytest.raises(InputError, match=r"there is no family 'gpt'. Choose one of: gemma, generic, llama2"):
         families.get("gpt")
-
-
-def test_auto_is_bf16_where_a_processor_computes_it_fast_and_for_large_models_alone(need, monkeypatch):
-    need("smollm2")
-    small, large = recipe.Model(family="qwen", id="miniature"), recipe.Model(id="smollm2", device="cpu")
-    small = small.model_copy(update={"device": "cpu"})
-    folder = recipe.Model(id=str(miniatures.path("qwen")), device="cpu")
-    for instructions, expected in (
-        ({"amx_bf16": True}, "bf16"),
-        ({"avx512_bf16": True}, "bf16"),
-        ({}, "fp32"),
-    ):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda instructions=instructions: instructions)
-        assert loading.precision_here("auto", large) == expected
-        loaded = loading.load(large).model.dtype
-        assert loaded == (torch.bfloat16 if expected == "bf16" else torch.float32)
-        assert loading.precision_here("auto", small) == loading.precision_here("auto", folder) == "fp32"
-        assert loading.precision_here("fp32", large) == "fp32"

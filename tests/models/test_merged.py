@@ -18,7 +18,7 @@ PROMPTS = [[{"role": "user", "content": text}] for text in ("What is the capital
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Miniatures count as large."""
-    monkeypatch.setattr(adapters, "LARGE", 0)
+    monkeypatch.setattr(adapters, "MERGED_FROM", 0)
 
 
 def logits(model):
@@ -109,5 +109,5 @@ def test_a_real_model_answers_the_same_merged_and_not(need, monkeypatch):
         torch.testing.assert_close(logits(model), on, atol=TOLERANCE, rtol=0)
     answers = generate(model, base.serialiser, PROMPTS, batch_size=2, max_new_tokens=6)
     assert changed(model, before) == []
-    monkeypatch.setattr(adapters, "LARGE", float("inf"))
+    monkeypatch.setattr(adapters, "MERGED_FROM", float("inf"))
     assert answers == generate(model, base.serialiser, PROMPTS, batch_size=2, max_new_tokens=6)

@@ -125,7 +125,7 @@ class BaseAnswers:
         decisive = {
             "model": loading.fingerprint(model),
             "quantisation": model.quantisation,
-            "numbers": loading.precision_here(training.precision, model),
+            "numbers": str(loading.resolve_dtype(training.precision, loading.device_of(model))),
             "limit": self.limit,
             "sampled": sampled,
         }

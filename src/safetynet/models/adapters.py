@@ -35,7 +35,7 @@ from safetynet.models.adapter_loading import (
 )
 from safetynet.models.blocks import shortened, unwrapped
 from safetynet.models.files import counted, listed
-from safetynet.models.loading import LARGE, LoadedModel
+from safetynet.models.loading import LoadedModel
 from safetynet.models.lora import factors, include_start, silent, update_of
 from safetynet.models.same_base import check_base
 
@@ -44,6 +44,8 @@ PROBE_TOKENS, PROBE_LAYERS, PROBE_ROWS, PROBE_VALUES = 4, 1, 256, 64
 """Of the prompt, of the layers and of the head that tell a base, and of each parameter's values."""
 PROBE_TOLERANCE = 1e-3
 """Of the largest logit. The same modules compute the same numbers; what differs by more is another model."""
+MERGED_FROM = 50_000_000
+"""Parameters from which it pays to merge; answers of smaller models stay those of earlier versions."""
 RECORD = "_safetynet_base_values"
 """Attribute of PEFT's model: what attaching has changed in the base, as `BaseValue`s."""
 
@@ -294,7 +296,7 @@ def _mergeable(model: Any) -> list[Any]:
 
     if not has_adapter(model) or len(model.active_adapters) != 1 or is_off(model):
         return []
-    if not is_plain(model.active_peft_config) or sum(p.numel() for p in model.parameters()) < LARGE:
+    if not is_plain(model.active_peft_config) or sum(p.numel() for p in model.parameters()) < MERGED_FROM:
         return []
     tuned = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     layers: list[Any] = [m for m in tuned if isinstance(m, LoraLayer) and model.active_adapter in m.lora_A]

@@ -30,8 +30,6 @@ from safetynet.run.directory import digest_of_files
 from safetynet.run.progress import bars_on_terminals_only
 
 log = logging.getLogger("safetynet")
-LARGE = 50_000_000
-"""Parameters from which bf16 and merged adapters pay; smaller models keep the numbers of earlier versions."""
 FLOATS = ("F16", "BF16", "F32", "F64")
 """Types of weights in safetensors that are read as they stand."""
 
@@ -90,7 +88,7 @@ def load(
 
     Args:
         spec: the recipe's model section.
-        dtype: `fp32`, `fp16`, `bf16`, or `auto`, as `precision_here` takes it.
+        dtype: `fp32`, `fp16`, `bf16`, or `auto`: bf16 on a GPU that has it, else fp32.
         on_cpu: leave the weights in the machine's memory, though the work is for a GPU.
         truncation: as the serialiser takes it.
         serialiser: instead of the model's own tokenizer.
@@ -124,31 +122,6 @@ def resolve_dtype(precision: str, device: str) -> Any:
     if precision != "auto":
         return named[precision]
     return torch.bfloat16 if device == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
-
-
-def precision_here(precision: str, spec: recipe.Model) -> str:
-    """What `auto` means for a model on this machine; another precision is what it is.
-
-    On a GPU bf16 where the GPU has it. On a CPU bf16 for large models where the processor multiplies it by
-    instructions of its own (AMX, AVX512-BF16), which is two to four times as fast; else fp32.
-    """
-    import torch
-
-    if precision != "auto":
-        return precision
-    if device_of(spec) == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
-    can = torch.cpu.get_capabilities()
-    fast = bool(can.get("amx_bf16") or can.get("avx512_bf16"))
-    return "bf16" if fast and _is_large(spec) else "fp32"
-
-
-def _is_large(spec: recipe.Model) -> bool:
-    """Whether a model has `LARGE` weights; one that is not on this machine yet counts as large."""
-    if spec.model_id == "miniature":
-        return False
-    folder = at_hand(locate(spec))
-    return folder is None or _parameters(folder) >= LARGE
 
 
 def device_of(spec: recipe.Model) -> str:
@@ -267,7 +240,7 @@ def _load_weights(name: str, spec: recipe.Model, dtype: str, on_cpu: bool) -> An
     _check_stored_as_numbers(name, config)
     device = device_of(spec)
     place = parallel.device_index() if device == "cuda" and not on_cpu else "cpu"
-    number = resolve_dtype(precision_here(dtype, spec), device)
+    number = resolve_dtype(dtype, device)
     if place == "cpu" and (folder := at_hand(name)) is not None:
         bits = 4.5 if spec.quantisation == "4bit" else 8 * number.itemsize
         memory.check(f"model.id: {name!r}", int(_parameters(folder) * bits / 8), "for its weights alone")

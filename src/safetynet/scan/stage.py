@@ -30,6 +30,7 @@ from safetynet.scan.result import (
 
 if TYPE_CHECKING:
     import pandas as pd
+    import torch
 
     from safetynet.models.suspect import Suspect
     from safetynet.recipe import Model
@@ -334,10 +335,27 @@ def subject_of(suspect: "Suspect", model: "Model", prompts: Sequence[Any], optio
             )
         whole = whole.merge_and_unload()
         base = loading.load(model, "fp32").model
-    # Tensors were compared in fp32. What is said and searched takes what this machine computes fast.
-    number = loading.resolve_dtype(loading.precision_here("auto", model), loading.device_of(model))
+    # Tensors were compared in fp32; what is said and searched needs no more than is computed fast here.
+    number = _fast_dtype(base)
     depth, seed, target = options.depth, options.seed, options.target
     return Subject(whole.to(number).eval(), base.to(number), suspect.serialiser, prompts, depth, seed, target)
+
+
+def _fast_dtype(model: Any) -> "torch.dtype":
+    """bf16 for a large model where the device multiplies it by instructions of its own, else the model's own.
+
+    A search of SmolLM2 is nearly four times as fast. Miniatures gain nothing, and keep the numbers of banks.
+    """
+    import torch
+
+    from safetynet.models.adapters import MERGED_FROM
+
+    if model.device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported()
+    else:
+        instructions = torch.cpu.get_capabilities()
+        fast = bool(instructions.get("amx_bf16") or instructions.get("avx512_bf16"))
+    return torch.bfloat16 if fast and model.num_parameters() >= MERGED_FROM else model.dtype
 
 
 def _answered(

@@ -64,15 +64,13 @@ def _train_one(experiment: Experiment, name: str, opponents_of: OpponentsOf | No
     def compute(outputs: Outputs) -> None:
         # A model larger than one GPU is loaded beside it, and every process takes its part from there.
         base = experiment.load(on_cpu=parallel.shares_weights())
-        precision = loading.precision_here(recipe.training.precision, recipe.model)
-        options = _options(recipe, name).model_copy(update={"precision": precision})
-        rows = experiment.rows("train")
+        rows, options = experiment.rows("train"), _options(recipe, name)
         dynamics = Dynamics(experiment, name, inputs, base.serialiser, keep=keep)
         evasion = options.evasion
         opponents = opponents_of(evasion, base.serialiser) if evasion is not None and opponents_of else None
         pauses = training.Pauses(dynamics.measure, recipe.evaluation.every, first=not dynamics.path.exists())
         result = training.train(
-            training.attach(base.model, options, base.family, recipe.seed),
+            training.attach(base.model, recipe.training, base.family, recipe.seed),
             base.serialiser,
             poisoning.clean_twin(rows) if name == TWIN else rows,
             options,
