@@ -17,7 +17,7 @@ CHECK_VENV := import sys, importlib.util as u; all(map(u.find_spec, ("venv", "en
 
 help:
 	@echo "make demo    install, then plant a backdoor in a miniature model and draw its curves"
-	@echo "make real    the same on a real language model, SmolLM2-135M-Instruct: about an hour on two cores"
+	@echo "make real    the same on a real language model, SmolLM2-135M-Instruct: half an hour on two cores"
 	@echo "make test    install, then run the tests (make slow: the long ones)"
 	@echo "make cluster jobs on a Slurm of their own (Debian: slurm-wlm slurm-wlm-torque munge)"
 	@echo "make lint    ruff and mypy"
