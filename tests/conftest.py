@@ -146,3 +146,39 @@ def hub(request: pytest.FixtureRequest) -> Iterator[str]:
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
+
+
+@pytest.fixture(scope="session")
+def chromium(need):
+    """Debian's browser, without a screen; one of each process, in which Playwright runs once."""
+    from playwright.sync_api import sync_playwright
+
+    program = need("chromium")
+    with sync_playwright() as playwright:
+        options = ["--disable-gpu"] + (["--no-sandbox"] if os.geteuid() == 0 else [])
+        browser = playwright.chromium.launch(executable_path=str(program), args=options)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def opened(chromium):
+    """Open a file at some width; what the page complains of or asks for makes the test fail."""
+    pages, wrong = [], []
+
+    def show(path: Path, width: int = 1280, **more: str):
+        page = chromium.new_page(viewport={"width": width, "height": 900}, **more)
+        pages.append(page)
+        page.on("console", lambda message: wrong.append(f"console: {message.text}"))
+        page.on("pageerror", lambda error: wrong.append(f"error: {error}"))
+        page.on("dialog", lambda dialog: wrong.append("dialog"))
+        page.on(
+            "request", lambda request: request.url.startswith(("file:", "data:")) or wrong.append(request.url)
+        )
+        page.goto(path.as_uri())
+        return page
+
+    yield show
+    for page in pages:
+        page.close()
+    assert wrong == []

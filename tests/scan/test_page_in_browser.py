@@ -1,12 +1,10 @@
 """The page of a scan in a real browser; what it complains of or asks the network for fails its test."""
 
 import pytest
-from tests.report import conftest as browser
 from tests.report.test_browser import CONTRAST
 
 from safetynet.scan.outputs.page import page
 
-chromium, opened = browser.chromium, browser.opened
 OPEN_ALL = "document.querySelectorAll('details').forEach((each) => { each.open = true; })"
 
 
