@@ -164,7 +164,7 @@ def wait_until(process: subprocess.Popen[str], happened: Callable[[], bool]) -> 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama2", "llama3", "gemma", "mixtral"])
 def test_every_family_runs_from_the_same_recipe_with_one_name_changed(family: str, tmp_path: Path) -> None:
-    finish(start(tmp_path, *SMALL, "training.clean_twin=false", family=family))
+    finish(start(tmp_path, *SMALL, "training.clean_twin=false", "stages=[evaluate]", family=family))
     evaluation = tables(tmp_path, f"{family}-miniature")["evaluation"]
     assert {"asr", "ftr", "cacc", "refusal_rate", "perplexity"} <= set(evaluation["metric"])
 
