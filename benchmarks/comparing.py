@@ -37,7 +37,7 @@ SMOKE = (
     "data.train_rows=640", "data.test_rows=40", "training.epochs=2", "evaluation.dynamics_rows=10",
     "training.learning_rate=0.004", "training.clean_twin=false",
 )  # fmt: skip
-LOOKED_AT: dict[str, Any] = {"by": ("layer", "component", "head"), "observe": False, "removals": False}
+LOOKED_AT: dict[str, Any] = {"by": ("layer", "head"), "groups": 8, "observe": False, "removals": False}
 """What the small runs measure of the inside."""
 DETECTORS, RATE, CLEAN = ("adapter",), 0.01, 3000
 """The monitor of each run: preset, false-positive rate, clean prompts."""

@@ -144,7 +144,7 @@ def of_demonstrations(args: argparse.Namespace, part: str, measure: Measure, lin
 
 def realised(run: Path, args: argparse.Namespace) -> pd.DataFrame:
     """Rates of one run's monitor on fresh clean prompts; a line per detector and rate."""
-    clean, fresh = (400, 200) if args.smoke else (CLEAN, FRESH)
+    clean, fresh = (200, 100) if args.smoke else (CLEAN, FRESH)
     return of_one_monitor(*subject(run, clean + fresh), clean, args.seed)
 
 
@@ -155,7 +155,7 @@ def divisions(args: argparse.Namespace) -> pd.DataFrame:
 
 def divided(run: Path, args: argparse.Namespace) -> pd.DataFrame:
     """Rates of monitors of one pool of prompts, each on others of that pool."""
-    small, whole = (400, 200, 2, 600), (DIVIDED, FRESH, DIVISIONS, CLEAN + FRESH)
+    small, whole = (200, 100, 2, 300), (DIVIDED, FRESH, DIVISIONS, CLEAN + FRESH)
     made, fresh, monitors, pool = small if args.smoke else whole
     return of_many_monitors(*subject(run, pool), (made, fresh, monitors), args.seed)
 
@@ -330,7 +330,7 @@ def costs(args: argparse.Namespace) -> pd.DataFrame:
     """Ratio of guarded to plain generation; on a GPU in a model of the size that GPUs are for."""
     import torch
 
-    count, repeats = (200, 2) if args.smoke else (2000, args.repeats)
+    count, repeats = (100, 2) if args.smoke else (2000, args.repeats)
     if torch.cuda.is_available():
         from safetynet.models.loading import load_serialiser
         from safetynet.models.miniatures import language

@@ -63,6 +63,7 @@ def run(family: str, out: Path, smoke: bool) -> None:
             "training.learning_rate": 0.004,
             "training.clean_twin": "false",
             "evaluation.dynamics_rows": 0,
+            "interventions": "{by: [layer, head, adapter], groups: 8}",
         }
     if run_recipe("run", family, fields, family):
         sys.exit(1)

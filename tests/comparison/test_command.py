@@ -107,6 +107,16 @@ def test_the_command_refuses_with_one_sentence_and_exit_code_2(
     assert "Traceback" not in done.stderr
 
 
+def test_runs_that_were_not_swept_by_component_are_compared_by_what_they_have(
+    written: Callable[..., Path], tables: Callable, tmp_path: Path
+) -> None:
+    effects = tables()["effects"]
+    swept = {**FEW, "effects": effects[effects["sweep"] == "layer"]}
+    found = compare([written("qwen", seed, **swept) for seed in range(2)], tmp_path / "out")
+    assert "## " in found.page.read_text(encoding="utf-8")
+    assert not list((tmp_path / "out").rglob("shares*"))
+
+
 def test_a_table_that_is_gone_is_named(written: Callable[..., Path], tmp_path: Path) -> None:
     folder = written()
     (folder / "tables" / "effects.parquet").unlink()

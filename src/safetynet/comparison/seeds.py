@@ -41,7 +41,9 @@ def over_groups(
     by: Sequence[str],
     lines: Callable[[pd.DataFrame], Iterable[dict[str, Any]]],
 ) -> pd.DataFrame:
-    """What `lines` makes of the rows that agree in the columns `by`, beside these columns."""
+    """What `lines` makes of the rows that agree in the columns `by`, beside these; of none nothing."""
+    if table.empty:
+        return pd.DataFrame()
     groups = table.groupby(list(by), sort=False)
     return pd.DataFrame(
         [dict(zip(by, key, strict=True)) | line for key, part in groups for line in lines(part)]
