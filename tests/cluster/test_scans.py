@@ -43,7 +43,7 @@ def test_each_suspect_has_its_own_answer_and_no_failure_stops_another(suspects, 
     assert list(lines["answer"]) == sorted(lines["answer"], key=ORDER.index)
     for suspect, folder in zip(lines["suspect"], lines["folder"], strict=True):
         assert ScanResult.read(tmp_path / folder / "scan.json").suspect == suspect
-    assert "b/model" in done.stdout and "3 of 3" in done.stderr
+    assert "| b/model | suspicious | - | - |  | - |" in done.stdout and "3 of 3" in done.stderr
 
 
 def test_suspects_of_one_name_have_folders_of_their_own_and_none_is_scanned_twice(suspects, tmp_path):

@@ -144,7 +144,10 @@ def _each(
             log.info("scan: %d of %d, %s: %s", len(results), len(suspects), suspect, result.answer)
     table = scans.table(results, [folders[suspect] for suspect, _ in results])
     write_text(out / "scans.csv", table.to_csv(index=False))
-    typer.echo(markdown(table[["suspect", "answer", "p_value", "q", "trigger", "asr"]]))
+    shown = table[["suspect", "answer", "p_value", "q", "trigger", "asr"]].astype(
+        {"p_value": float, "asr": float}
+    )
+    typer.echo(markdown(shown.round(3).astype(object).where(shown.notna(), "-")))
     codes = {result.exit_code for _, result in results}
     stated = [result.rate for _, result in results if result.rate is not None]
     if stated:
