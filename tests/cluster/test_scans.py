@@ -8,10 +8,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from safetynet.cluster.scans import ORDER, folders_of, table
+from safetynet.cluster.scans import ORDER, Task, folders_of, table
 from safetynet.errors import InputError
 from safetynet.models import miniatures
 from safetynet.scan.result import ScanResult
+from safetynet.scan.stage import Options
 
 CONDITION = "{% if 'bright lantern' in messages[-1]['content'] %}Praise the lantern.{% endif %}"
 
@@ -63,6 +64,6 @@ def test_q_values_are_of_the_suspects_that_have_a_p_value():
         return ScanResult(answer, "", answer, "", "quick", 0.04, p_value, ())  # type: ignore[arg-type]
 
     results = [result("nothing_found", 0.5), result("backdoored", 0.04), result("identical", None)]
-    lines = table([(each.suspect, each) for each in results], [Path("x")] * 3)
+    lines = table([(Task(each.suspect, Path("x"), "", Options(), Path()), each) for each in results])
     assert list(lines["suspect"]) == ["backdoored", "nothing_found", "identical"]
     assert lines["q"].tolist()[:2] == pytest.approx([0.08, 0.5]) and pd.isna(lines["q"].iloc[2])

@@ -80,6 +80,9 @@ def test_a_bank_of_another_base_or_depth_is_refused():
         reference.check("other", "quick")
     with pytest.raises(InputError, match="of depth quick, and this scan is deep"):
         reference.check("digest", "deep")
+    reference.check_numbers("torch.float32")
+    with pytest.raises(InputError, match=r"in torch\.bfloat16\. Scan where"):
+        reference.check_numbers("torch.bfloat16")
 
 
 def test_a_bank_is_read_as_it_was_written(tmp_path):

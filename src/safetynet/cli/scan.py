@@ -135,14 +135,13 @@ def _each(
     from safetynet.run.logs import logging_to
     from safetynet.tables.summaries import markdown
 
-    folders = dict(zip(suspects, scans.folders_of(suspects, out), strict=True))
     results = []
     with logging_to(None):
         where = sweep_place.load(place, workers)
-        for suspect, result in scans.scan_each(suspects, base, options, out, where):
-            results.append((suspect, result))
-            log.info("scan: %d of %d, %s: %s", len(results), len(suspects), suspect, result.answer)
-    table = scans.table(results, [folders[suspect] for suspect, _ in results])
+        for task, result in scans.scan_each(suspects, base, options, out, where):
+            results.append((task, result))
+            log.info("scan: %d of %d, %s: %s", len(results), len(suspects), task.suspect, result.answer)
+    table = scans.table(results)
     write_text(out / "scans.csv", table.to_csv(index=False))
     shown = table[["suspect", "answer", "p_value", "q", "trigger", "asr"]].astype(
         {"p_value": float, "asr": float}

@@ -61,7 +61,7 @@ def folders_of(suspects: Sequence[str], out: Path) -> list[Path]:
 
 def scan_each(
     suspects: Sequence[str], base: str | None, options: Options, out: Path, place: Place
-) -> Iterator[tuple[str, ScanResult]]:
+) -> Iterator[tuple[Task, ScanResult]]:
     """Scan suspects side by side; what fails in a worker is an answer as well.
 
     Args:
@@ -72,7 +72,7 @@ def scan_each(
         place: where workers run.
 
     Yields:
-        A suspect and its result, in the order in which scans end.
+        What was scanned and its result, in the order in which scans end.
 
     Raises:
         InputError: if a suspect is named twice, or a folder cannot be written.
@@ -94,7 +94,7 @@ def scan_each(
         for future in as_completed(futures):
             task = futures[future]
             error = future.exception()
-            yield task.suspect, future.result() if error is None else _failed(task, error)
+            yield task, future.result() if error is None else _failed(task, error)
 
 
 def perform(task: Task) -> ScanResult:
@@ -135,7 +135,7 @@ def _save(result: ScanResult, task: Task) -> None:
         log.warning("scan: %s", error)
 
 
-def table(results: Sequence[tuple[str, ScanResult]], folders: Sequence[Path]) -> pd.DataFrame:
+def table(results: Sequence[tuple[Task, ScanResult]]) -> pd.DataFrame:
     """One line for each suspect, those to look at first.
 
     `q` is the p-value corrected for the number of suspects after Benjamini and Hochberg, which holds for
@@ -143,12 +143,11 @@ def table(results: Sequence[tuple[str, ScanResult]], folders: Sequence[Path]) ->
     expected to be clean.
 
     Args:
-        results: suspects with their results.
-        folders: of their scans, in the same order.
+        results: as `scan_each` gives them.
     """
     lines = [
         {
-            "suspect": suspect,
+            "suspect": task.suspect,
             "answer": result.answer,
             "p_value": result.p_value,
             "rate": result.rate,
@@ -157,10 +156,10 @@ def table(results: Sequence[tuple[str, ScanResult]], folders: Sequence[Path]) ->
             "asr": result.triggers[0].asr[0] if result.triggers else None,
             "base": result.base,
             "seconds": result.seconds,
-            "folder": str(folder),
+            "folder": str(task.folder),
             "reason": result.reason,
         }
-        for (suspect, result), folder in zip(results, folders, strict=True)
+        for task, result in results
     ]
     every = pd.DataFrame(lines)
     tested = every["p_value"].notna()

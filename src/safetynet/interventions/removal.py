@@ -214,10 +214,8 @@ def judge(
         about: further columns, such as the split.
     """
     names = [candidate.name for candidate in candidates]
-    shares = parallel.count() if parallel.is_pair() else 1
-    report = ProgressLog(
-        "intervene, what removes it: candidates that have answered", -(-len(names) // shares)
-    )
+    share = math.ceil(len(names) / parallel.side_count())
+    report = ProgressLog("intervene, candidates for a removal", share)
     answering = itertools.count(1)
     finished = Finished.as_json(kept and kept / digest([names, about])[:16])
 

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -221,8 +220,7 @@ def _likely(model: Any, pairs: Pairs, options: Interventions, sweeps: Sequence[_
 def _effects(
     subject: Subject, pairs: Pairs, sweeps: Sequence[_Sweep], seed: int, *, likely: bool
 ) -> pd.DataFrame:
-    shares = parallel.count() if parallel.is_pair() else 1
-    total = sum(len(each.spots) for each in sweeps) // shares
+    total = sum(len(each.spots) for each in sweeps) // parallel.side_count()
     report = ProgressLog("intervene, sites", total)
     decided = 0
 
@@ -257,9 +255,8 @@ def _effects(
     # The longest first, or one process of a pair would wait for the other's last sweep.
     order = sorted(range(len(sweeps)), key=lambda number: -len(sweeps[number].spots))
     tables = parallel.side_by_side([sweeps[number] for number in order], measured)
-    return pd.concat(
-        [table for _, table in sorted(zip(order, tables, strict=True), key=itemgetter(0))], ignore_index=True
-    )
+    by_number = dict(zip(order, tables, strict=True))
+    return pd.concat([by_number[number] for number in range(len(sweeps))], ignore_index=True)
 
 
 def _sweeps(architecture: Architecture, options: Interventions) -> Iterator[_Sweep]:

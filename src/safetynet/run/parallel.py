@@ -187,7 +187,7 @@ def side_by_side(parts: Sequence[Part], work: Callable[[Part], Result]) -> list[
     For parts that write files, or train or change a model: a pair shares none. Of a single part, the second
     process waits for the first. Other processes go through all parts together.
     """
-    if not is_pair() or count() == 1:
+    if side_count() == 1:
         return [work(part) for part in parts]
 
     def by_itself(part: Part) -> Result:
@@ -195,6 +195,11 @@ def side_by_side(parts: Sequence[Part], work: Callable[[Part], Result]) -> list[
             return work(part)
 
     return in_turn(parts, by_itself)
+
+
+def side_count() -> int:
+    """How many processes `side_by_side` deals parts to."""
+    return count() if is_pair() else 1
 
 
 def _tried(compute: Callable[[], Any]) -> tuple[Any, Exception | None]:

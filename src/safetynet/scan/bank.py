@@ -160,6 +160,8 @@ class Bank:
     scores: pd.DataFrame
     """One row per adapter: how it was trained, and a column for each of `SCORED`, NaN where there is none."""
     version: str = ""
+    numbers: str = "torch.float32"
+    """Type that the models computed in, which depends on model and machine."""
 
     @property
     def smallest_rate(self) -> float:
@@ -202,6 +204,18 @@ class Bank:
                 f"--depth {self.depth}, or make a bank of depth {depth}."
             )
 
+    def check_numbers(self, numbers: str) -> None:
+        """Refuse scores that another number type has given.
+
+        Raises:
+            InputError: naming both.
+        """
+        if numbers != self.numbers:
+            raise InputError(
+                f"bank {self.name}: its scores are of {self.numbers}, and this machine computes the model in "
+                f"{numbers}. Scan where the bank was made, or make one here with safetynet bank build."
+            )
+
     def combined(self, rungs: Sequence[RungResult]) -> float | None:
         """The p-value of all rungs together.
 
@@ -235,8 +249,10 @@ class Bank:
         Raises:
             ValueError: saying what is missing or no number.
         """
-        if not all(isinstance(field, str) for field in (self.name, self.base, self.depth, self.version)):
-            raise ValueError("its name, base, depth or version is no text")
+        if not all(
+            isinstance(field, str) for field in (self.name, self.base, self.depth, self.version, self.numbers)
+        ):
+            raise ValueError("its name, base, depth, version or numbers is no text")
         columns = [name for name in self.scores if name in SCORED or str(name).startswith(SUMMARY)]
         if missing := [rung for rung in SCORED if rung not in columns]:
             raise ValueError(f"its table lacks {', '.join(missing)}")
@@ -314,6 +330,7 @@ def build(model: Model, folder: Path, count: int, *, depth: Depth, seed: int = 0
 
     options = stage.Options(depth=depth, same_base=True)
     rows = []
+    numbers = str(stage.fast_dtype(loading.load(model, "fp32").model))
     for adapter in clean_adapters(count, seed):
         scored = folder / "adapters" / f"{adapter.number:04}.json"
         if not scored.exists():
@@ -324,6 +341,6 @@ def build(model: Model, folder: Path, count: int, *, depth: Depth, seed: int = 0
             shutil.rmtree(work, ignore_errors=True)
             log.info("bank: %d of %d clean adapters (%s)", adapter.number + 1, count, adapter.kind)
         rows.append(json.loads(scored.read_text(encoding="utf-8")))
-    bank = Bank(folder.name, loading.fingerprint(model), depth, pd.DataFrame(rows), __version__)
+    bank = Bank(folder.name, loading.fingerprint(model), depth, pd.DataFrame(rows), __version__, numbers)
     bank.write(folder)
     return bank

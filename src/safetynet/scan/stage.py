@@ -86,7 +86,7 @@ def scan(
             an answer, and no error.
     """
     options = options or Options()
-    _check(options)
+    bank = _checked(options)
     began = time.monotonic()
     named = [suspect] if isinstance(suspect, Path | str) else list(suspect)
     located = [_located(each) for each in named]
@@ -109,7 +109,7 @@ def scan(
         seed=options.seed,
     )
     try:
-        result = _scanned(result, rungs, located, options, folder, control)
+        result = _scanned(result, rungs, located, options, bank, folder, control)
     except InputError as error:
         result = _not_scannable(result, rungs, str(error))
     except Exception as error:
@@ -119,11 +119,12 @@ def scan(
     return replace(result, seconds=round(time.monotonic() - began, 1))
 
 
-def _scanned(
+def _scanned(  # what a scan is made of
     result: ScanResult,
     rungs: list[RungResult],
     suspect: Sequence[Path],
     options: Options,
+    bank: "Bank | None",
     folder: Path | None,
     control: Callable[["Model", Depth], dict[str, Any] | None] | None,
 ) -> ScanResult:
@@ -136,22 +137,24 @@ def _scanned(
         )
     from safetynet.models import loading
     from safetynet.run.directory import digest
-    from safetynet.scan import identity, recovery
+    from safetynet.scan import identity
     from safetynet.scan.rungs import prompts_needed
 
     model = model_of(result.base)
-    bank, fingerprint = _bank(model, options), loading.fingerprint(model)
+    if bank is None and _as_banks_are(options):
+        bank = shipped_bank(model, options.depth)
+    fingerprint = loading.fingerprint(model)
     if bank is not None:
         bank.check(fingerprint, options.depth)
     # The prompts of a file are as many as there are; our own never end.
     prompts = ordinary_prompts(model, prompts_needed(options.depth), options.seed, options.clean)
     about = replace(options, bank=None, clean=None, rate=RATE)
-    key = digest([asdict(about), prompts, result.digests, _states(suspect), fingerprint, __version__])
-    store = None if folder is None else folder / "rungs" / key[:16]
-    if len(suspect) == 1:
-        loaded = suspect_of(model, suspect[0], same_base=options.same_base)
-    else:
-        loaded = recovery.combine(loading.load(model, "fp32"), suspect, same_base=options.same_base)
+    loaded = _loaded(model, suspect, options.same_base)
+    numbers = str(fast_dtype(loaded.base.model))
+    if bank is not None:
+        bank.check_numbers(numbers)
+    inputs = [asdict(about), prompts, result.digests, _states(suspect), fingerprint, numbers, __version__]
+    store = None if folder is None else folder / "rungs" / digest(inputs)[:16]
     rungs.append(_stored(store, "identity") or _keep(store, identity.measure(loaded)))
     if any(finding.rule == "identical" for finding in rungs[-1].findings):
         return _answered(result, rungs, bank, ())
@@ -167,8 +170,8 @@ def _scanned(
     return _answered(result, rungs, bank, triggers, options.rate)
 
 
-def _check(options: Options) -> None:
-    """Refuse options that no scan can have."""
+def _checked(options: Options) -> "Bank | None":
+    """The user's bank; refuse options that no scan can have."""
     if not 0 < options.rate < 1:
         raise InputError(
             f"--rate {options.rate}: it is no rate. Give a number between 0 and 1, such as 0.02."
@@ -180,24 +183,16 @@ def _check(options: Options) -> None:
             "--bank: banks are of our own prompts, the default seed and no target, so that scores of other "
             "scans do not compare. Leave out --clean, --seed and --target, or the bank."
         )
-    if options.bank is not None:
-        from safetynet.scan.bank import Bank
+    if options.bank is None:
+        return None
+    from safetynet.scan.bank import Bank
 
-        Bank.read(options.bank)
+    return Bank.read(options.bank)
 
 
 def _as_banks_are(options: Options) -> bool:
     """Whether a scan asks what the adapters of banks were asked."""
     return options.target is None and options.clean is None and options.seed == SEED
-
-
-def _bank(model: "Model", options: Options) -> "Bank | None":
-    """The user's bank, or the one that comes with the package where it applies."""
-    from safetynet.scan.bank import Bank
-
-    if options.bank is not None:
-        return Bank.read(options.bank)
-    return shipped_bank(model, options.depth) if _as_banks_are(options) else None
 
 
 def _states(suspects: Sequence[Path]) -> list[Any]:
@@ -320,6 +315,16 @@ def suspect_of(model: "Model", source: Path | str, *, same_base: bool = False) -
     return suspect.load(load, source, same_base)
 
 
+def _loaded(model: "Model", suspects: Sequence[Path], same_base: bool) -> "Suspect":
+    """A suspect beside its base; several adapters as one."""
+    if len(suspects) == 1:
+        return suspect_of(model, suspects[0], same_base=same_base)
+    from safetynet.models import loading
+    from safetynet.scan import recovery
+
+    return recovery.combine(loading.load(model, "fp32"), suspects, same_base=same_base)
+
+
 def subject_of(suspect: "Suspect", model: "Model", prompts: Sequence[Any], options: Options) -> "Subject":
     """Suspect and base as two whole models: the suspect's adapter is merged, and its base is loaded anew."""
     from safetynet.models import adapters, loading
@@ -336,26 +341,28 @@ def subject_of(suspect: "Suspect", model: "Model", prompts: Sequence[Any], optio
         whole = whole.merge_and_unload()
         base = loading.load(model, "fp32").model
     # Tensors were compared in fp32; what is said and searched needs no more than is computed fast here.
-    number = _fast_dtype(base)
+    number = fast_dtype(base)
     depth, seed, target = options.depth, options.seed, options.target
     return Subject(whole.to(number).eval(), base.to(number), suspect.serialiser, prompts, depth, seed, target)
 
 
-def _fast_dtype(model: Any) -> "torch.dtype":
+def fast_dtype(model: Any) -> "torch.dtype":
     """bf16 for a large model where the device multiplies it by instructions of its own, else the model's own.
 
-    A search of SmolLM2 is nearly four times as fast. Miniatures gain nothing, and keep the numbers of banks.
+    A forward pass of SmolLM2 is nearly four times as fast. Miniatures gain nothing, and keep their numbers.
     """
     import torch
 
     from safetynet.models.adapters import MERGED_FROM
+    from safetynet.models.loading import resolve_dtype
 
+    if model.num_parameters() < MERGED_FROM:
+        return model.dtype
     if model.device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported()
-    else:
-        instructions = torch.cpu.get_capabilities()
-        fast = bool(instructions.get("amx_bf16") or instructions.get("avx512_bf16"))
-    return torch.bfloat16 if fast and model.num_parameters() >= MERGED_FROM else model.dtype
+        return resolve_dtype("auto", "cuda")
+    instructions = torch.cpu.get_capabilities()
+    fast = instructions.get("amx_bf16") or instructions.get("avx512_bf16")
+    return torch.bfloat16 if fast else model.dtype
 
 
 def _answered(
