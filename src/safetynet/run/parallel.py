@@ -18,6 +18,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import cache
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple, TypeVar
 
@@ -254,5 +255,18 @@ def _joined() -> Any:
         if gpus:
             torch.cuda.set_device(device_index())
         distributed.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=PATIENCE)
-        atexit.register(distributed.destroy_process_group)  # its threads do not survive the interpreter's end
+    _leave_at_the_end()
     return distributed
+
+
+@cache
+def _leave_at_the_end() -> None:
+    """Leaves the group before the interpreter ends, whoever made it; its threads would not survive."""
+    atexit.register(_leave)
+
+
+def _leave() -> None:
+    from torch import distributed
+
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
