@@ -12,8 +12,6 @@ from tests.models import variants
 from safetynet import recipe, stages
 from safetynet.experiment import BACKDOORED, Experiment
 
-pytest.importorskip("inspect_ai", reason="inspect-ai is not installed; pip install 'safetynet[inspect]'")
-
 RECIPE = Path(__file__).parents[2] / "recipes" / "qwen-miniature.yaml"
 SMALL = (
     "data.train_rows=800", "data.test_rows=12", "backdoor.poison_rate=0.4", "training.clean_twin=false",

@@ -5,6 +5,8 @@ from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
+
+pytest.importorskip("inspect_ai", reason="the extra safetynet[inspect] is not installed")
 from inspect_ai import Task
 from inspect_ai.dataset import Sample
 from inspect_ai.log import read_eval_log

@@ -97,7 +97,7 @@ def _untrained(files: AdapterFiles) -> Iterator[str]:
     """Modules that nothing was learnt in: experts that no prompt reached, or a part that was not saved."""
     zero, every = _zero(files)
     if 0 < len(zero) < every:
-        yield f"lora_B is zero in {len(zero)} of {every} modules ({listed(zero)}), which changes nothing there."
+        yield f"lora_B is zero in {len(zero)} of {every} modules ({listed(zero)}): nothing changes there."
 
 
 def _of_tensors(files: AdapterFiles) -> Iterator[str]:
