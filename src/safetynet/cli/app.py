@@ -20,6 +20,7 @@ from safetynet.cli.miniatures import miniature_app
 from safetynet.cli.mitigate import mitigate
 from safetynet.cli.models import models
 from safetynet.cli.options import FamilyName, Overrides, RecipeFile, RunFolder, SameBase, Seed
+from safetynet.cli.publish import publish
 from safetynet.cli.report import report
 from safetynet.cli.scan import bank_app, scan, verify_adapter
 from safetynet.cli.sweep import sweep
@@ -218,6 +219,7 @@ def plot(
 app.command()(detect)
 app.command()(guard)
 app.command()(report)
+app.command()(publish)
 
 
 app.command()(compare)
