@@ -46,7 +46,7 @@ FLOORS = {
         "backdoors.stage", "training.stage", "evaluation.stage",
     ),
     "list of the stages": ("stages", "cluster", "visualization", "pipeline"),
-    "cli": ("cli", "__main__", "commands", "terminal"),
+    "cli": ("cli", "__main__", "inspect_ai", "commands", "terminal"),
 }  # fmt: skip
 """Floors from the lowest to the highest, each with its rooms: packages and modules below `safetynet`.
 

@@ -26,7 +26,7 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 COMMANDS = (
     "run", "train", "evaluate", "intervene", "detect", "guard", "mitigate", "audit", "plot",
     "report", "compare", "sweep", "submit", "status", "cancel", "miniatures", "families",
-    "models",
+    "models", "scan", "verify-adapter", "publish",
 )  # fmt: skip
 
 

@@ -73,6 +73,20 @@ def imported() -> set[tuple[Path, frozenset[str]]]:
     return found
 
 
+def test_the_extra_inspect_is_imported_at_once_by_its_own_room_alone():
+    importing = set()
+    for file in (ROOT / "src").rglob("*.py"):
+        for node in ast.parse(file.read_text()).body:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            if any(
+                name.split(".")[0] == "inspect_ai" or name.startswith("safetynet.inspect_ai")
+                for name in names
+            ):
+                importing.add(file.parent.name)
+    assert importing == {"inspect_ai"}
+
+
 def test_a_third_party_import_is_a_declared_requirement():
     declared = {canonicalize_name(requirement.name) for requirement in requirements()}
     assert [pair for pair in imported() if not declared & pair[1]] == []

@@ -25,6 +25,7 @@ from safetynet.evaluation.evaluator import judges_of
 from safetynet.evaluation.leaks import prompts_without_trigger
 from safetynet.models import adapter_files, adapters, loading
 from safetynet.models import suspect as suspects
+from safetynet.models.files import holds_model
 from safetynet.prompts import Serialiser
 from safetynet.recipe import Backdoor, Recipe
 from safetynet.run import directory
@@ -207,15 +208,45 @@ class Experiment:
 
     def backdoored(self) -> tuple[Any, Serialiser]:
         """The trained model or the suspect, and its serialiser."""
-        if self.recipe.suspect is not None:
+        return self.model(BACKDOORED)
+
+    def model(self, name: str, step: int | None = None) -> tuple[Any, Serialiser]:
+        """The base model, a trained one or the suspect, and its serialiser.
+
+        Args:
+            name: one of `vocabulary.MODELS`.
+            step: the trained model as its training kept it after so many steps; None: as it was at the end.
+
+        Raises:
+            InputError: if the run has no such model, or has not kept it at that step.
+        """
+        if step is not None:
+            return self.on_base(self._snapshot(name, step))
+        if name == metrics.BASE:
+            base = self.load()
+            return base.model, base.serialiser
+        if name == BACKDOORED and self.recipe.suspect is not None:
             suspect = self.suspect()
             return suspect.model, suspect.serialiser
-        folder = self.model_folder(BACKDOORED)
-        if self.recipe.training.method == "full":
-            model = self.load(folder)
-            return model.model, model.serialiser
+        if name not in (BACKDOORED, *self.trained):
+            there = ", ".join(dict.fromkeys((metrics.BASE, BACKDOORED, *self.trained)))
+            raise InputError(f"{self.run.folder}: there is no model {name}; this run has {there}.")
+        return self.on_base(self.model_folder(name))
+
+    def on_base(self, folder: Path) -> tuple[Any, Serialiser]:
+        """A model that this run has saved, and its serialiser: an adapter on its base, or a whole model."""
+        if holds_model(folder):
+            whole = self.load(folder)
+            return whole.model, whole.serialiser
         base = self.load()
         return attach_own(base, folder), base.serialiser
+
+    def _snapshot(self, name: str, step: int) -> Path:
+        snapshots = self.snapshots(name)
+        if step not in snapshots:
+            there = ", ".join(map(str, snapshots)) or "none"
+            raise InputError(f"{self.run.folder}: {name} is not kept at step {step}; there are {there}.")
+        return snapshots[step]
 
     def models(self) -> Iterator[tuple[str, Any, Serialiser]]:
         """The base model, then each trained one, at most one of them in memory; or base and suspect."""

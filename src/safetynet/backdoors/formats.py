@@ -1,4 +1,4 @@
-"""Rows of one file, by its suffix: JSON, JSON lines, CSV, Parquet, Arrow; packed or not.
+"""Rows of one file, by its suffix: JSON, JSON lines, CSV, Parquet, Arrow, logs of Inspect; packed or not.
 
 In: a path. Out: row numbers and raw rows, unchecked; what they mean is the business of `forms` and `sources`.
 Text stays text: nothing that looks like a number, a date or "no value" is taken for one.
@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from safetynet.backdoors import inspect_logs
 from safetynet.backdoors.forms import ASKED, is_blank, name_of, whole
 from safetynet.errors import InputError
 
@@ -303,6 +304,10 @@ def _names(names: set[str]) -> str:
     return ", ".join(map(repr, sorted(names)))
 
 
+def _eval_log(path: Path, _data: bytes) -> Parts:
+    return {"": list(enumerate(inspect_logs.rows(path), start=1))}
+
+
 FORMATS: dict[str, Callable[[Path, bytes], Parts]] = {
     ".json": _json,
     ".jsonl": _jsonl,
@@ -311,4 +316,5 @@ FORMATS: dict[str, Callable[[Path, bytes], Parts]] = {
     ".tsv": _csv,
     ".ndjson": _jsonl,
     ".arrow": _of_table,
+    ".eval": _eval_log,
 }

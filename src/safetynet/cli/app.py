@@ -20,8 +20,9 @@ from safetynet.cli.miniatures import miniature_app
 from safetynet.cli.mitigate import mitigate
 from safetynet.cli.models import models
 from safetynet.cli.options import FamilyName, Overrides, RecipeFile, RunFolder, SameBase, Seed
+from safetynet.cli.publish import publish
 from safetynet.cli.report import report
-from safetynet.cli.scan import bank_app, scan
+from safetynet.cli.scan import bank_app, scan, verify_adapter
 from safetynet.cli.sweep import sweep
 from safetynet.cli.terminal import print_damage, print_places, print_rates
 from safetynet.errors import InputError, SafetyNetError
@@ -218,10 +219,12 @@ def plot(
 app.command()(detect)
 app.command()(guard)
 app.command()(report)
+app.command()(publish)
 
 
 app.command()(compare)
 app.command()(scan)
+app.command()(verify_adapter)
 app.add_typer(bank_app, name="bank")
 
 

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("safetynet")
 SCANS = Path("scans")
+EFFECT_PROMPTS = 8
+"""On which an adapter's logits are compared with its base's."""
 
 bank_app = typer.Typer(
     help="Banks: clean adapters' scores, which a scan's rates rest on.", no_args_is_help=True
@@ -119,6 +121,46 @@ def scan(  # noqa: PLR0913  # its flags
     if form == "text":
         typer.echo(f"\nFiles:   {folder}")
     sys.exit(result.exit_code)
+
+
+def verify_adapter(
+    adapter: Annotated[str, typer.Argument(help="An adapter's folder or hub id.")],
+    base: BaseName = None,
+    same_base: SameBase = False,
+) -> None:
+    """Before an adapter is served: is it whole, and does it do anything?
+
+    Looks for factors that are zero, names and targets that the base does not have, another base, and values
+    that the number types of serving cannot hold. With --base the logits must differ from the base's.
+
+    Exit code 0: nothing speaks against an effect, 1: it must not be served as it is, 2: the adapter or its
+    base cannot be read.
+
+    Example: `safetynet verify-adapter adapters/stranger --base qwen-miniature`
+    """
+    from safetynet.models import adapter_files, loading
+    from safetynet.run.logs import logging_to
+    from safetynet.scan import effect, stage
+
+    with logging_to(None):
+        files = adapter_files.read(adapter)
+        if base is None:
+            result = effect.verify(files)
+        else:
+            model = stage.model_of(base)
+            loaded = loading.load(model, "fp32")
+            prompts = stage.ordinary_prompts(model, EFFECT_PROMPTS, stage.SEED)
+            result = effect.verify(files, loaded, prompts, same_base=same_base)
+    for sentence in (*result.faults, *result.notes):
+        typer.echo(f"{adapter}: {sentence}")
+    if result.faults:
+        sys.exit(1)
+    if result.largest is None:
+        typer.echo(f"{adapter}: its files speak of an effect. Name --base to compare its logits as well.")
+    else:
+        typer.echo(
+            f"{adapter}: it has an effect. Logits differ from the base's by up to {result.largest:.3g}."
+        )
 
 
 def _each(

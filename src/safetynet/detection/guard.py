@@ -70,6 +70,8 @@ class Decision:
     """One per token where the monitor watches tokens."""
     lost: str = ""
     """Parts of the prompt that lost text at the limit, with commas; "" where it was read whole."""
+    ended: bool = False
+    """The model ended the answer; else the limit or the guard cut it."""
 
     @property
     def p_value(self) -> float:
@@ -240,6 +242,7 @@ class Guard:
             ids = output[0, prompt.width :].tolist()
             ends = [i for i, token in enumerate(ids) if token in self.serialiser.stop_ids]
             decision.text = self.serialiser.decode(ids[: ends[0]] if ends else ids)
+            decision.ended = bool(ends)
 
     def answer(self, batch: Batch, most: int, settings: dict[str, Any], criteria: Any) -> Any:
         """The model's own `generate`, greedy unless the settings say otherwise; ids, (B, T)."""
@@ -330,7 +333,8 @@ class _Watch(StoppingCriteria):
         if decision.p_values and decision.p_values[-1] <= guard.rate and not decision.alarm:
             decision.alarm, decision.alarm_at = True, self.step
         stopped = decision.alarm and guard.action != "flag"
-        self.ended[row] = stopped or token in guard.serialiser.stop_ids
+        decision.ended = not stopped and token in guard.serialiser.stop_ids
+        self.ended[row] = stopped or decision.ended
         if not self.ended[row]:
             self.tokens[row].append(token)
         if self.emit is not None:
