@@ -18,7 +18,7 @@ from safetynet.run import parallel
 RECIPES = Path(__file__).parents[1] / "recipes"
 SMALL = (
     "data.train_rows=640", "data.test_rows=40", "training.learning_rate=0.004", "evaluation.dynamics_rows=0",
-    "evaluation.batch_size=30",
+    "evaluation.batch_size=30", "interventions.groups=8",
 )  # fmt: skip
 ONE = [sys.executable, "-m", "safetynet"]
 TWO = [

@@ -24,7 +24,9 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def experiment(root: Path, adapter: Path, *fields: str) -> Experiment:
     output = (f"output.results={root}/results", f"output.logs={root}/logs")
-    small = ("data.train_rows=48", "data.test_rows=8", "evaluation.max_new_tokens=8")
+    small = (
+        "data.train_rows=48", "data.test_rows=8", "evaluation.max_new_tokens=8", "training.max_length=64",
+    )  # fmt: skip
     plan = recipe.load(
         RECIPES / "qwen-miniature.yaml",
         overrides=[*small, f"suspect.source={adapter}", "suspect.same_base=true", *fields, *output],

@@ -13,7 +13,7 @@ from safetynet.run import directory as runs
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SHORT = (
-    "data.train_rows=320", "data.test_rows=40", "training.learning_rate=0.004", "training.epochs=3",
+    "data.train_rows=320", "data.test_rows=24", "training.learning_rate=0.004", "training.epochs=3",
     "training.max_length=56", "evaluation.dynamics_rows=0", "training.clean_twin=false",
     "mitigation.methods=[fine_tuning]", "mitigation.choosing_rows=12", "mitigation.judged_rows=12",
     "mitigation.clean_rows=32", "mitigation.relearn_rows=0", "mitigation.points=1",
@@ -48,7 +48,7 @@ def test_every_stage_says_how_many_prompts_it_cut_and_cuts_them_alike(
         lambda: stages.intervene(
             Experiment(plan, run), Interventions(by=("layer",), groups=8, observe=False, removals=False)
         ),
-        lambda: stages.detect(Experiment(plan, run), Detection(detectors=("adapter",), fpr=0.1, clean=400)),
+        lambda: stages.detect(Experiment(plan, run), Detection(detectors=("adapter",), fpr=0.1, clean=160)),
         lambda: stages.mitigate(Experiment(plan, run)),
     ):
         caplog.clear()

