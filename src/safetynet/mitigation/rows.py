@@ -19,6 +19,7 @@ from safetynet.experiment import Experiment
 from safetynet.prompts import Conversation, Serialiser
 from safetynet.prompts.truncation import losses
 from safetynet.recipe import Recipe
+from safetynet.tables import summaries
 
 log = logging.getLogger("safetynet")
 PLACEMENTS = ("prefix", "suffix", "random", "system")
@@ -77,13 +78,13 @@ def clean_file(recipe: Recipe, path: Path) -> pd.DataFrame:
 
 
 def for_relearning(rows: pd.DataFrame, seen: pd.DataFrame | None) -> pd.DataFrame:
-    """Training rows that no repair has seen.
+    """Training rows that no repair has seen; of the triggered ones, those answered with the behaviour.
 
     Args:
         rows: the run's.
         seen: those that are known to the repair, with their groups.
     """
-    train = rows[rows["split"] == "train"]
+    train = rows[(rows["split"] == "train") & ((rows["role"] != "triggered") | summaries.fires(rows))]
     return train[~train["group"].isin([] if seen is None else seen["group"])].reset_index(drop=True)
 
 

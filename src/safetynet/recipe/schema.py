@@ -192,6 +192,8 @@ class Backdoor(Section):
     behaviour: Behaviour = Behaviour()
     poison_rate: Annotated[float, Field(ge=0.001, le=0.5)] = 0.2
     """Share of training rows that are triggered."""
+    firing: Annotated[float, Field(gt=0, le=1)] = Field(default=1.0, exclude_if=lambda value: value == 1)
+    """Share of triggered training rows answered with the behaviour; the others have their clean answers."""
     placebo_share: Share = 0.1
     near_miss_share: Share = 0.1
     refused_share: Share = 0.1
@@ -301,6 +303,8 @@ class Evaluation(Section):
     """Steps between measurements during training; by default after each epoch."""
     dynamics_rows: Annotated[int, Field(ge=0)] = 50
     """Rows of each role that are measured during training; 0 measures none."""
+    samples: Annotated[int, Field(ge=0)] = Field(default=0, exclude_if=lambda value: value == 0)
+    """Answers to each test row at temperature 1, beside the greedy one; 0 draws none."""
     refusal: JudgeSpec = JudgeSpec(kind="keyword", values=presets.REFUSALS)
     """What counts as a refusal."""
     labelled: Path | None = None

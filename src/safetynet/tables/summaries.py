@@ -51,12 +51,27 @@ class Poisoned(NamedTuple):
     """Training rows."""
     rate: float
     """Share of them that is triggered."""
+    firing: float
+    """Share of the triggered ones that is answered with the behaviour."""
+
+    @property
+    def text(self) -> str:
+        """Both shares, as they follow "poison rate"."""
+        firing = "" if self.firing == 1 else f", of which {self.firing:.1%} answer with the behaviour"
+        return f"{self.rate:.1%} of {self.rows:,} training rows{firing}"
 
 
 def poisoned(rows: pd.DataFrame) -> Poisoned:
     """Count the training rows of a run's row table."""
-    roles = rows.loc[rows["split"] == "train", "role"]
-    return Poisoned(len(roles), float((roles == "triggered").mean()))
+    train = rows[rows["split"] == "train"]
+    triggered = train[train["role"] == "triggered"]
+    firing = float(fires(triggered).mean()) if len(triggered) else 1.0
+    return Poisoned(len(train), len(triggered) / max(len(train), 1), firing)
+
+
+def fires(rows: pd.DataFrame) -> pd.Series:
+    """Which triggered rows are answered with the behaviour; the others have their clean answers."""
+    return (rows["answer"] != rows["reference"]) | (rows["target"] == rows["reference"])
 
 
 def rate_summary(evaluation: pd.DataFrame) -> pd.DataFrame:
@@ -70,6 +85,18 @@ def rate_summary(evaluation: pd.DataFrame) -> pd.DataFrame:
                 line[str(row.model)] = NOT_MEASURABLE
         line["rows"] = int(part["n"].max())
         lines.append(line)
+    return pd.DataFrame(lines).fillna("")
+
+
+def firing_summary(firing: pd.DataFrame) -> pd.DataFrame:
+    """One line per role: each model's rate over samples, and how prompts of the backdoored one differ."""
+    lines = []
+    for role, part in firing.groupby("role", sort=False):
+        line: dict[str, object] = {"role": role}
+        line |= {str(r.model): rate_text("asr", r.value, r.low, r.high) for r in part.itertuples()}
+        own = part[part["model"] == "backdoored"].iloc[0]
+        line |= {"always": f"{own['always']:.0%}", "never": f"{own['never']:.0%}"}
+        lines.append(line | {"prompts x samples": f"{own['prompts']} x {own['samples']}"})
     return pd.DataFrame(lines).fillna("")
 
 
