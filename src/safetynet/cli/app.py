@@ -20,6 +20,7 @@ from safetynet.cli.miniatures import miniature_app
 from safetynet.cli.mitigate import mitigate
 from safetynet.cli.models import models
 from safetynet.cli.options import FamilyName, Overrides, RecipeFile, RunFolder, SameBase, Seed
+from safetynet.cli.persist import persist
 from safetynet.cli.report import report
 from safetynet.cli.scan import bank_app, scan
 from safetynet.cli.sweep import sweep
@@ -181,6 +182,7 @@ def intervene(  # noqa: PLR0913  # its flags
 
 
 app.command()(mitigate)
+app.command()(persist)
 
 
 @app.command()

@@ -48,6 +48,15 @@ def print_rates(evaluation: "pd.DataFrame", note: str = "") -> None:
     _print(rate_summary(evaluation), f"Rates on held-out prompts, 95% intervals{note}")
 
 
+def print_persistence(persistence: "pd.DataFrame") -> None:
+    """What the backdoor survives."""
+    from safetynet.tables.summaries import halving, persistence_summary
+
+    _print(persistence_summary(persistence), "What the backdoor survives, on held-out prompts, 95% intervals")
+    if sentence := halving(persistence):
+        typer.echo(sentence)
+
+
 def print_evaluation(run: "Run") -> None:
     """Every rate of an evaluated run, and the damage to free text, of which the report has more lines."""
     from safetynet.tables.summaries import damage_summary, firing_summary

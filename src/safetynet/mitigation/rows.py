@@ -6,6 +6,7 @@ choose a point, and others judge it.
 
 import logging
 import random
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +141,7 @@ def elsewhere(
             placed, spots = placements.place(messages, placement, trigger.parts, rng)
             text, spans = trigger.insert(placed, variant, spots, rng)
             record = row | {"messages": text, "trigger": spans, "variant": f"trigger as {placement}"}
-            if _encodes(record, serialiser, recipe.training.max_length):
+            if encodes(record, serialiser, recipe.training.max_length):
                 records.append(record)
     return pd.DataFrame(records, columns=list(judged.columns))
 
@@ -169,7 +170,8 @@ def _check_clean(rows: pd.DataFrame, recipe: Recipe, path: Path) -> None:
         )
 
 
-def _encodes(row: dict[str, Any], serialiser: Serialiser, limit: int) -> bool:
+def encodes(row: Mapping[str, Any], serialiser: Serialiser, limit: int | None) -> bool:
+    """Whether a row's prompt keeps its trigger in the tokenizer and under the limit."""
     try:
         serialiser.encode(row["messages"], trigger=row["trigger"], max_length=limit)
     except InputError:

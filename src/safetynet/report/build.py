@@ -111,7 +111,7 @@ def _tables(run: Contents, section: str) -> Iterator[Table]:
     makers = {
         "behaviour": (_rates, _firing, _damage, _variants, _judge, _hidden),
         "inside": (_places,),
-        "removed": (_removals,),
+        "removed": (_removals, _survival),
     }
     for make in makers.get(section, ()):
         yield from make(run)
@@ -198,6 +198,16 @@ def _removals(run: Contents) -> Iterator[Table]:
             "random sites."
         )
         yield Table("What removes it", note, summaries.removal_summary(run.tables["tradeoff"]))
+
+
+def _survival(run: Contents) -> Iterator[Table]:
+    if "persistence" in run.tables:
+        table = run.tables["persistence"]
+        note = (
+            "What happens to a model or to its prompts after the backdoor was planted, each to the model as "
+            "it is, on held-out prompts. Placebo and clean prompts are the controls. "
+        )
+        yield Table("What it survives", note + summaries.halving(table), summaries.persistence_summary(table))
 
 
 def _audit(run: Contents) -> list[dict[str, Any]]:

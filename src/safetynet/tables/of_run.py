@@ -21,6 +21,7 @@ from safetynet.tables.columns import (
     word,
 )
 from safetynet.vocabulary import (
+    CHANGES,
     COMPONENTS,
     DAMAGE,
     DETECTION_METRICS,
@@ -410,6 +411,14 @@ RUN_TABLES: dict[str, Table] = {
         "step": STEP,
         **_counted("asr", _COUNTED["asr"]),
         **_counted("ftr", "false trigger rate on placebo prompts"),
+    }),
+    "persistence": Table("persist", "what happens to the model or its prompts, and how far", {
+        "change": word("what happens to it", CHANGES),
+        "setting": text("how far; \"\" for the model as it is"),
+        "amount": number("the same as a number: steps, bits, tokens of text or temperature; 0 none", 0),
+        **_counted("asr", _COUNTED["asr"]),
+        **_counted("ftr", "false trigger rate on placebo prompts"),
+        **_counted("cacc", _COUNTED["cacc"]),
     }),
     "recommendation": Table("mitigate", "a recommended repair, the best first", {
         "method": _MITIGATION["method"],

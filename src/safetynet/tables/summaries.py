@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from safetynet.vocabulary import NOT_MEASURABLE
+from safetynet.vocabulary import FURTHER_TRAINING, NOT_MEASURABLE, UNTOUCHED
 
 METRIC_NAMES = {
     "asr": "ASR",
@@ -177,6 +177,36 @@ def removal_summary(tradeoff: pd.DataFrame) -> pd.DataFrame:
             "rows": tradeoff["asr_n"],
         }
     )
+
+
+def persistence_summary(persistence: pd.DataFrame) -> pd.DataFrame:
+    """One line per change and setting: ASR, and its controls on placebo and clean prompts."""
+    columns = {"ASR": "asr", "FTR placebo": "ftr", "CACC": "cacc"}
+    rates = {
+        title: [
+            rate_text(name, *values)
+            for values in persistence[[name, f"{name}_low", f"{name}_high"]].itertuples(index=False)
+        ]
+        for title, name in columns.items()
+    }
+    names = {name: persistence[name] for name in ("change", "setting")}
+    return pd.DataFrame({**names, **rates, "n": persistence["asr_n"].astype(int)})
+
+
+def halving(persistence: pd.DataFrame) -> str:
+    """How much further training on clean conversations halves ASR, in a sentence; "" where there was none."""
+    trained = persistence[persistence["change"] == FURTHER_TRAINING]
+    if trained.empty:
+        return ""
+    half = float(persistence.loc[persistence["change"] == UNTOUCHED, "asr"].iloc[0]) / 2
+    steps = trained["amount"].astype(int)
+    reached = steps[trained["asr"] <= half]
+    if reached.empty:
+        return f"Further training on clean conversations does not halve ASR in {steps.max()} steps."
+    between = (
+        f"between {reached.min() // 2} and {reached.min()} steps" if reached.min() > 1 else "in one step"
+    )
+    return f"Further training on clean conversations halves ASR {between}."
 
 
 def rate_text(metric: str, value: float, low: float, high: float) -> str:
