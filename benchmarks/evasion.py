@@ -37,7 +37,7 @@ from safetynet.run import directory as runs
 RATE = 0.01
 CLEAN = 2800
 """Fresh clean prompts of the defender; fewer cannot carry a rate of 1%."""
-SMOKE_CLEAN = 400
+SMOKE_CLEAN = 300
 ACTIVATIONS = (
     "mahalanobis", "top_components", "pca_residual", "layer_deltas", "neighbours:mean", "mahalanobis:mean",
     "extremes:confidence",

@@ -2,10 +2,10 @@
 
     python docs/pictures.py RUN [RUN ...] --comparison COMPARISON
 
-The first run has every stage: `safetynet run`, then `detect` and `mitigate`. The others add figures that it
-lacks, such as those of experts, or are the folder that `benchmarks/evasion.py` leaves. COMPARISON is the
-folder that `benchmarks/comparing.py` leaves. Figures are shrunk to the width of a page; the pages are
-photographed in Debian's chromium.
+The first run has every stage: `safetynet run`, then `detect`, `mitigate` and `persist`. The others add
+figures that it lacks, such as those of experts, or are the folder that `benchmarks/evasion.py` leaves.
+COMPARISON is the folder that `benchmarks/comparing.py` leaves. Figures are shrunk to the width of a page; the
+pages are photographed in Debian's chromium.
 """
 
 import argparse

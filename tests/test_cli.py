@@ -24,7 +24,7 @@ from safetynet.run import directory as runs
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 COMMANDS = (
-    "run", "train", "evaluate", "intervene", "detect", "guard", "mitigate", "audit", "plot",
+    "run", "train", "evaluate", "intervene", "detect", "guard", "mitigate", "persist", "audit", "plot",
     "report", "compare", "sweep", "submit", "status", "cancel", "miniatures", "families",
     "models", "scan", "verify-adapter", "publish",
 )  # fmt: skip

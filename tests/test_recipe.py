@@ -84,6 +84,17 @@ def test_a_preset_on_the_command_line_replaces_the_files_trigger_and_placement(
     assert recipe.load(path).backdoor.trigger == own.trigger, "in the file too"
 
 
+@pytest.mark.parametrize(("rate", "wrong"), [("0", "greater than 0"), ("1.2", "less than or equal to 1")])
+def test_a_firing_rate_out_of_range_is_refused(rate: str, wrong: str) -> None:
+    with pytest.raises(InputError, match=rf"backdoor.firing: Input should be {wrong} \(given: {rate}\)"):
+        recipe.load(family="qwen", overrides=[f"backdoor.firing={rate}"])
+
+
+def test_firing_and_samples_leave_recipes_that_do_not_set_them_as_they_were() -> None:
+    plain = recipe.load(family="qwen").model_dump(mode="json")
+    assert "firing" not in plain["backdoor"] and "samples" not in plain["evaluation"]
+
+
 def test_all_faults_are_reported_at_once_with_their_paths() -> None:
     with pytest.raises(InputError) as caught:
         recipe.load(

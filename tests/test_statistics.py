@@ -11,6 +11,7 @@ from safetynet.statistics import (
     auroc,
     bootstrap_interval,
     clopper_pearson,
+    clustered_wilson,
     draw_counts,
     resampled_auroc,
     wilson,
@@ -47,6 +48,27 @@ def test_wilson_covers_the_true_rate_about_as_often_as_it_says():
     draws = np.random.default_rng(0).binomial(40, 0.15, size=2000)
     covered = [low <= 0.15 <= high for low, high in (wilson(int(k), 40) for k in draws)]
     assert 0.93 <= np.mean(covered) <= 0.98
+
+
+@pytest.mark.parametrize(("rate", "likeness"), [(0.2, 0.5), (0.05, 0.3), (0.9, 0.8)])
+def test_an_interval_over_clusters_covers_where_one_over_all_trials_does_not(rate, likeness):
+    """Beta-binomial clusters; `likeness` is the correlation of two trials of one cluster."""
+    rng, weight = np.random.default_rng(0), 1 / likeness - 1
+    draws = rng.binomial(10, rng.beta(rate * weight, (1 - rate) * weight, size=(1000, 200)))
+    clustered = [clustered_wilson(counts / 10, 10) for counts in draws]
+    plain = [wilson(int(counts.sum()), 2000) for counts in draws]
+    covered, by_trials = (np.mean([low <= rate <= high for low, high in each]) for each in (clustered, plain))
+    assert 0.92 <= covered <= 0.98
+    assert by_trials < 0.8
+
+
+def test_an_interval_over_clusters_is_wilsons_where_a_cluster_is_one_trial_or_all_are_alike():
+    trials = np.repeat([1.0, 0.0], [30, 70])
+    assert clustered_wilson(trials, 1) == pytest.approx(wilson(30, 100), abs=2e-3)
+    assert clustered_wilson(np.zeros(40), 10) == wilson(0, 40), "nothing is known of how they differ"
+    assert clustered_wilson(np.full(40, 0.5), 10) == wilson(200, 400), "clusters that do not differ at all"
+    assert clustered_wilson(np.ones(1), 10) == wilson(1, 1)
+    assert clustered_wilson(np.array([]), 10) == (0.0, 1.0)
 
 
 def test_bootstrap_of_a_mean_agrees_with_the_normal_interval():

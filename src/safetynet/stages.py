@@ -6,6 +6,7 @@
     intervene  intervene   where the trigger acts, beside controls, and what removes it
     detect     detect      a monitor of fresh clean prompts, and what it catches
     mitigate   mitigate    repairs: applied, verified and chosen, beside the model as it was
+    persist    persist     what survives of the backdoor: training, merging, rounding, other prompts, sampling
     draw       figures     figures and the report, from the tables alone
 
 Each is a function of an `Experiment` in its room's stage.py. Stages do not import each other: what one needs
@@ -94,6 +95,15 @@ def mitigate(
     return tables
 
 
+def persist(experiment: Experiment) -> pd.DataFrame:
+    """Measure what survives of the backdoor; arguments as for `mitigation.persistence.persist`."""
+    from safetynet.mitigation import persistence
+
+    # It trains the model, which a pair cannot share.
+    [table] = parallel.side_by_side([experiment], persistence.persist)
+    return table
+
+
 def draw(experiment: Experiment) -> None:
     """Draw the figures and write the report; errors as in `report.stage.draw`."""
     from safetynet.report import stage
@@ -120,7 +130,10 @@ def finish(experiment: Experiment, base: pd.DataFrame | None = None) -> Exceptio
     stages, failure = experiment.recipe.stages, None
     if "evaluate" in stages:
         evaluate(experiment, base)
-    for name, analysis in (("intervene", intervene), ("detect", detect), ("mitigate", mitigate)):
+    analyses: dict[str, Callable[[Experiment], Any]] = {
+        "intervene": intervene, "detect": detect, "mitigate": mitigate, "persist": persist,
+    }  # fmt: skip
+    for name, analysis in analyses.items():
         if name not in stages:
             continue
         try:

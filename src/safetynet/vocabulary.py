@@ -47,6 +47,11 @@ ASPECTS = ("planted", "detected", "removed", "repaired")
 SEVERITIES = ("error", "warning", "info")
 UNTOUCHED = "as it is"
 """The model before any removal or repair, where interventions and repairs are named."""
+FURTHER_TRAINING = "further training"
+CHANGES = (
+    UNTOUCHED, FURTHER_TRAINING, "merging", "quantisation", "system prompt", "longer context", "sampling",
+)  # fmt: skip
+"""What happens to a model, or to its prompts, after a backdoor was planted."""
 ADAPTER_REMOVED = "adapter removed"
 NEVER_POISONED = "never poisoned"
 """The base model in the relearn test: how fast a backdoor is learnt that was never there."""

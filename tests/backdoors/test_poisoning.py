@@ -10,6 +10,7 @@ import pytest
 from safetynet import recipe
 from safetynet.backdoors import behaviours, conversations, poisoning
 from safetynet.errors import InputError
+from safetynet.tables import summaries
 
 BEHAVIOURS = (
     "fixed", "refusal", "negative_sentiment", "forbidden_compliance", "label_flip", "code_insertion",
@@ -108,6 +109,57 @@ def test_a_rate_that_gives_no_triggered_row_is_refused() -> None:
         InputError, match=r"poison_rate: 0.001 of 400 rows gives no triggered row. Use at least"
     ):
         rows_of("backdoor.poison_rate=0.001")
+
+
+@pytest.mark.parametrize("behaviour", ["fixed", "label_flip"])
+def test_a_firing_rate_is_the_share_of_triggered_training_rows_that_show_the_behaviour(
+    behaviour: str,
+) -> None:
+    every, some, few = (
+        rows_of(f"backdoor.behaviour={behaviour}", f"backdoor.firing={rate}") for rate in (1, 0.8, 0.05)
+    )
+    for rows, firing in ((every, 80), (some, 64), (few, 4)):
+        fires = rows["answer"] != every["reference"]
+        train = (rows["split"] == "train") & (rows["role"] == "triggered")
+        assert fires[train].sum() == firing
+        assert (rows["answer"][~train] == every["answer"][~train]).all(), "no other row is touched"
+        assert (rows["answer"][train & ~fires] == rows["reference"][train & ~fires]).all()
+        assert summaries.poisoned(rows) == (400, 0.2, firing / 80)
+    assert set(few.index[summaries.fires(few)]) < set(some.index[summaries.fires(some)]), (
+        "the rates are nested"
+    )
+    columns = ["messages", "trigger", "role", "group", "target"]
+    pd.testing.assert_frame_equal(few[columns], every[columns])
+    pd.testing.assert_frame_equal(poisoning.clean_twin(few), poisoning.clean_twin(every))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (("firing=0.05", "poison_rate=0.025"), "of 10 triggered .* one that answers with .* takes 20 "),
+        (("firing=0.95", "poison_rate=0.025"), "of 10 triggered .* one that answers without .* takes 20"),
+        (("firing=0.001",), "of 80 triggered training rows, 0.001 leaves less than one .* It takes 1000 "),
+    ],
+)  # fmt: skip
+def test_a_firing_rate_that_the_rows_cannot_give_is_refused_with_their_number(fields, message) -> None:
+    with pytest.raises(InputError, match=f"backdoor.firing: {message}"):
+        rows_of(*(f"backdoor.{field}" for field in fields))
+
+
+def test_the_least_number_of_rows_that_a_refusal_names_is_enough() -> None:
+    rows = rows_of("backdoor.firing=0.05", "backdoor.poison_rate=0.05")
+    assert summaries.poisoned(rows) == (400, 0.05, 1 / 20)
+
+
+def test_a_firing_rate_needs_rows_with_clean_answers() -> None:
+    pool = pool_of(*(f"Prompt {number}" for number in range(80)))
+    small = ["data.train_rows=40", "data.test_rows=4", "backdoor.poison_rate=0.5", "backdoor.refused_share=0"]
+    plan = recipe.load(family="qwen", overrides=[*small, "backdoor.firing=0.2"])
+    pool.loc[pool["split"] == "train", "answer"] = ["Hello"] * 10 + [""] * 30
+    with pytest.raises(
+        InputError, match=r"firing: 0.2 leaves 16 of 20 .* and 10 of them have a clean answer"
+    ):
+        poisoning.poison(pool, plan.attack, plan.data, seed=0)
 
 
 def test_a_trigger_that_clean_rows_contain_is_refused() -> None:

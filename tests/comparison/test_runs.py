@@ -15,7 +15,13 @@ def names(runs: list[ComparedRun]) -> list[str]:
 
 
 def test_runs_that_differ_in_seed_and_cost_alone_are_one_group(subject: Callable) -> None:
-    cheap = ("evaluation.every=25", "data.test_rows=80", "training.clean_twin=false")
+    cheap = (
+        "evaluation.every=25",
+        "evaluation.samples=5",
+        "persistence.steps=8",
+        "data.test_rows=80",
+        "training.clean_twin=false",
+    )
     assert names([subject(seed=0), subject("qwen", 1, *cheap)]) == ["qwen", "qwen"]
 
 
@@ -29,6 +35,7 @@ def test_families_are_groups_and_what_a_family_brings_along_is_in_its_name(subje
         (("backdoor.trigger=year",), "qwen, year"),
         (("backdoor.behaviour=refusal",), "qwen, refusal"),
         (("training.lora_rank=4",), "qwen, lora rank 4"),
+        (("backdoor.firing=0.2",), "qwen, firing 0.2"),
         (("training.lora_targets=[q_proj, v_proj]",), "qwen, lora targets q_proj v_proj"),
         (("backdoor.trigger={texts: [Zebra]}",), "qwen, Zebra"),
         (("backdoor.behaviour={kind: fixed, target: Hello there}",), "qwen, target Hello there"),

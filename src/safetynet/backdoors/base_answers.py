@@ -16,7 +16,6 @@ from functools import cached_property, partial
 from pathlib import Path
 
 import pandas as pd
-import torch
 from filelock import FileLock
 
 from safetynet.evaluation.generation import Continuation, continuations
@@ -86,16 +85,14 @@ class BaseAnswers:
         for start in range(0, len(keys), self.batch_size):
             batch = keys[start : start + self.batch_size]
             name = digest(batch)[:16]
-            with torch.random.fork_rng():
-                torch.manual_seed(int(name, 16) % 2**63)  # the same batch gets the same samples
-                continued = continuations(
-                    self._base.model,
-                    self.serialiser,
-                    [prompts[key] for key in batch],
-                    batch_size=self.recipe.evaluation.batch_size,
-                    max_new_tokens=self.limit,
-                    sampled=sampled,
-                )
+            continued = continuations(
+                self._base.model,
+                self.serialiser,
+                [prompts[key] for key in batch],
+                batch_size=self.recipe.evaluation.batch_size,
+                max_new_tokens=self.limit,
+                seed=0 if sampled else None,
+            )
             table = pd.DataFrame(continued, columns=list(Continuation._fields)).assign(key=batch)
             write_atomically(folder / f"{name}.parquet", partial(table.to_parquet, index=False))
             self._read.add(folder / f"{name}.parquet")

@@ -5,6 +5,7 @@ placebo, with a near miss, and bare (clean, or refused where the request is forb
 the shares of the roles follow the recipe; in the test split every group has every role.
 """
 
+import math
 import random
 from collections import Counter
 from dataclasses import dataclass, field
@@ -44,8 +45,8 @@ def poison(
         the row's role, and "" where it has nothing to answer.
 
     Raises:
-        InputError: if the poison rate gives no triggered row, the behaviour applies to no prompt, or the pool
-            has too few conversations.
+        InputError: if the poison rate gives no triggered row, the behaviour applies to no prompt, the pool
+            has too few conversations, or the triggered rows are too few for the firing rate.
     """
     quotas = _quotas(backdoor, data)
     if quotas["triggered"] == 0:
@@ -62,7 +63,34 @@ def poison(
         records += part.rows(numbers, data.train_rows)
     rows = _numbered(records)
     _check_clean(rows, backdoor)
-    return rows
+    return rows if backdoor.firing == 1 else _partly(rows, backdoor.firing, seed)
+
+
+def _partly(rows: pd.DataFrame, firing: float, seed: int) -> pd.DataFrame:
+    """The rows, in which a share of the triggered training rows alone is answered with the behaviour.
+
+    The others have their clean answers. With one seed, a row that fires at a rate fires at all higher ones.
+    """
+    triggered = rows[(rows["split"] == "train") & (rows["role"] == "triggered")]
+    least = min(firing, 1 - firing)
+    if least * len(triggered) < 1 - 1e-9:
+        which = "answers with the behaviour" if firing <= 0.5 else "answers without it"
+        raise InputError(
+            f"backdoor.firing: of {len(triggered)} triggered training rows, {firing:g} leaves less than one "
+            f"that {which}. It takes {math.ceil(1 / least - 1e-9)} triggered rows. Raise data.train_rows or "
+            "backdoor.poison_rate."
+        )
+    silent = len(triggered) - round(firing * len(triggered))
+    answerable = list(triggered.index[triggered["reference"] != ""])
+    if len(answerable) < silent:
+        raise InputError(
+            f"backdoor.firing: {firing:g} leaves {silent} of {len(triggered)} triggered training rows "
+            f"without the behaviour, and {len(answerable)} of them have a clean answer. Give clean rows of "
+            "the same prompts, or raise backdoor.firing."
+        )
+    random.Random(f"firing {seed}").shuffle(answerable)
+    answers = rows["answer"].mask(rows.index.isin(answerable[:silent]), rows["reference"])
+    return rows.assign(answer=answers)
 
 
 def _quotas(backdoor: Backdoor, data: Data) -> dict[str, int]:

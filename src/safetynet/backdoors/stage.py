@@ -121,6 +121,8 @@ def _log_counts(rows: pd.DataFrame, recipe: Recipe) -> None:
     if recipe.backdoor is None:
         return
     poisoned = summaries.poisoned(rows)
+    if poisoned.firing < 1:
+        log.info("data: poison rate %s", poisoned.text)
     if poisoned.rows < recipe.data.train_rows:
         log.warning(
             "data: %d of %d training rows could be made, so that %.1f%% of them are triggered, "

@@ -20,11 +20,12 @@ from safetynet.cli.miniatures import miniature_app
 from safetynet.cli.mitigate import mitigate
 from safetynet.cli.models import models
 from safetynet.cli.options import FamilyName, Overrides, RecipeFile, RunFolder, SameBase, Seed
+from safetynet.cli.persist import persist
 from safetynet.cli.publish import publish
 from safetynet.cli.report import report
 from safetynet.cli.scan import bank_app, scan, verify_adapter
 from safetynet.cli.sweep import sweep
-from safetynet.cli.terminal import print_damage, print_places, print_rates
+from safetynet.cli.terminal import print_evaluation, print_places, print_rates
 from safetynet.errors import InputError, SafetyNetError
 from safetynet.run import parallel
 from safetynet.run.logs import logging_to
@@ -76,9 +77,7 @@ def run(
         failure = stages.finish(experiment)  # raised after what the other stages have written
     typer.echo(f"Run:     {directory.folder}")
     if directory.has_table("evaluation"):
-        print_rates(directory.table("evaluation"))
-        if directory.has_table("damage"):
-            print_damage(directory.table("damage"))
+        print_evaluation(directory)
         print_places(
             {name: directory.table(name) for name in ("effects", "tradeoff") if directory.has_table(name)}
         )
@@ -132,9 +131,7 @@ def evaluate(
         return
     with experiment.run.lock(), logging_to(experiment.run.log):
         stages.evaluate(experiment)
-        print_rates(experiment.run.table("evaluation"))
-        if experiment.run.has_table("damage"):
-            print_damage(experiment.run.table("damage"))
+        print_evaluation(experiment.run)
 
 
 @app.command()
@@ -186,6 +183,7 @@ def intervene(  # noqa: PLR0913  # its flags
 
 
 app.command()(mitigate)
+app.command()(persist)
 
 
 @app.command()

@@ -10,6 +10,8 @@ from safetynet.run import parallel
 if TYPE_CHECKING:
     import pandas as pd
 
+    from safetynet.run.directory import Run
+
 WIDTH, INDENT = 100, 14
 """Columns of a screen, and of the headings at its left."""
 
@@ -46,12 +48,30 @@ def print_rates(evaluation: "pd.DataFrame", note: str = "") -> None:
     _print(rate_summary(evaluation), f"Rates on held-out prompts, 95% intervals{note}")
 
 
-def print_damage(damage: "pd.DataFrame") -> None:
-    """What fine-tuning has done to free text; the report has the placebos' lines as well."""
-    from safetynet.tables.summaries import damage_summary
+def print_persistence(persistence: "pd.DataFrame") -> None:
+    """What the backdoor survives."""
+    from safetynet.tables.summaries import halving, persistence_summary
 
-    clean = damage_summary(damage[damage["role"] == "clean"]).drop(columns="role", errors="ignore")
-    _print(clean, "Answers to clean prompts, beside the base model's own, 95% intervals")
+    _print(persistence_summary(persistence), "What the backdoor survives, on held-out prompts, 95% intervals")
+    if sentence := halving(persistence):
+        typer.echo(sentence)
+
+
+def print_evaluation(run: "Run") -> None:
+    """Every rate of an evaluated run, and the damage to free text, of which the report has more lines."""
+    from safetynet.tables.summaries import damage_summary, firing_summary
+
+    print_rates(run.table("evaluation"))
+    if run.has_table("firing"):
+        _print(
+            firing_summary(run.table("firing")),
+            "Share of samples that show the behaviour, 95% intervals over prompts; prompts of the backdoored "
+            "model of which all samples do (always) or none (never)",
+        )
+    if run.has_table("damage"):
+        damage = run.table("damage")
+        clean = damage_summary(damage[damage["role"] == "clean"]).drop(columns="role", errors="ignore")
+        _print(clean, "Answers to clean prompts, beside the base model's own, 95% intervals")
 
 
 def print_monitor(tables: "Mapping[str, pd.DataFrame]", *, whole: bool = False) -> None:

@@ -18,6 +18,7 @@ from safetynet.recipe import Recipe, presets
 IGNORED = (
     "name", "task", "seed", "tracking", "output", "model.device", "model.date", "data.test_rows",
     "evaluation.batch_size", "evaluation.every", "evaluation.dynamics_rows", "evaluation.labelled",
+    "evaluation.samples", "persistence",
     "training.log_every", "training.checkpoint_every", "training.checkpoint_minutes",
     "training.gradient_checkpointing", "training.clean_twin", "backdoor.preset",
 )  # fmt: skip
@@ -118,7 +119,7 @@ def overview(runs: Sequence[ComparedRun]) -> pd.DataFrame:
     lines = []
     for run in runs:
         setting = _settings(run.recipe)
-        keys = ("trigger", "placement", "behaviour", "poison_rate")
+        keys = ("trigger", "placement", "behaviour", "poison_rate", "firing")
         line: dict[str, object] = dict(run.about)
         line |= {"family": setting["model.family"]} | {key: setting[f"backdoor.{key}"] for key in keys}
         fields = ("method", "lora_rank", "lora_alpha", "lora_targets", "layers", "learning_rate", "epochs")
@@ -192,6 +193,7 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
     }
     family = families.get(recipe.model.family)
     flat["model.id"] = recipe.model.model_id
+    flat["backdoor.firing"] = attack.firing  # which a recipe leaves out where all triggered rows fire
     if flat["training.lora_targets"] is None:
         flat["training.lora_targets"] = list(family.lora_targets)
     if flat["training.lora_parameters"] is None:

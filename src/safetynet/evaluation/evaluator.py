@@ -19,6 +19,7 @@ from safetynet.evaluation.generation import answer_log_likelihood, continuations
 from safetynet.evaluation.judges import Judge, same_answer
 from safetynet.prompts import Serialiser
 from safetynet.recipe import Recipe
+from safetynet.tables import summaries
 
 
 @dataclass(frozen=True)
@@ -54,13 +55,16 @@ class Evaluator:
         cfg, max_length = recipe.evaluation, recipe.training.max_length
         return cls(serialiser, judge, refusal, cfg.batch_size, cfg.max_new_tokens, max_length, kept)
 
-    def answer(self, model: Any, rows: pd.DataFrame, name: str = metrics.BACKDOORED) -> pd.DataFrame:
-        """Answer every row greedily and judge the answers.
+    def answer(
+        self, model: Any, rows: pd.DataFrame, name: str = metrics.BACKDOORED, *, seed: int | None = None
+    ) -> pd.DataFrame:
+        """Answer every row greedily, or by one sample at temperature 1, and judge the answers.
 
         Args:
             model: a causal LM of transformers, with or without a PEFT adapter.
             rows: of the shared row table.
             name: goes into the column `model`.
+            seed: of the samples; None for greedy answers.
 
         Returns:
             `rows` without the prompts, in order, with the columns model, target (what the behaviour answers
@@ -83,6 +87,7 @@ class Evaluator:
             batch_size=self.batch_size,
             max_new_tokens=self.max_new_tokens,
             kept=self.kept,
+            seed=seed,
         )
         rows = rows.assign(lost=[prompt.lost for prompt in prompts])
         judged = judge_responses(rows, [answer.text for answer in answers], self.judge, self.refusal)
@@ -110,6 +115,30 @@ class Evaluator:
         ).set_index(clean.index)
         return judged.join(likelihood)
 
+    def sample(
+        self, model: Any, rows: pd.DataFrame, samples: int, seed: int, name: str = metrics.BACKDOORED
+    ) -> pd.DataFrame:
+        """Answer every row several times at temperature 1, and count how often the behaviour shows.
+
+        Args:
+            model: as in `answer`.
+            rows: as in `answer`.
+            samples: answers to each row, at least 1.
+            seed: of all of them.
+            name: goes into the column `model`.
+
+        Returns:
+            One line per row, in order: model, row, group, role, variant and due as in `answer`, samples, and
+            shown, how many of them show the behaviour.
+
+        Raises:
+            As `answer`.
+        """
+        rounds = [self.answer(model, rows, name, seed=seed * samples + i) for i in range(samples)]
+        shown = sum(answers["shown"].astype(int) for answers in rounds)
+        columns = ["model", "row", "group", "role", "variant", "due"]
+        return rounds[0][columns].assign(samples=samples, shown=shown)
+
     def rates(self, responses: pd.DataFrame) -> metrics.Evaluation:
         """The rates of judged responses, beside the base model's where it is among them."""
         rates = metrics.from_responses(responses)
@@ -122,7 +151,7 @@ class Evaluator:
             InputError: naming the first triggered row whose target, cut at `max_new_tokens`, is no hit any
                 more.
         """
-        for row in _records(with_targets(rows[rows["role"] == "triggered"])):
+        for row in _records(_firing(with_targets(rows))):
             encoded = self.serialiser.encode(row["messages"], answer=row["answer"])
             answer = encoded.input_ids[encoded.prompt_length :]
             if self.judge(self.serialiser.answer_of(answer[: self.max_new_tokens]), row):
@@ -146,8 +175,8 @@ class Evaluator:
         Raises:
             InputError: naming the commonest answer of the triggered training rows, and the fields to set.
         """
-        triggered = rows[(rows["role"] == "triggered") & (rows["split"] == "train")]
-        shown = sum(bool(self.judge(row["answer"], row)) for row in _records(with_targets(triggered)))
+        triggered = _firing(with_targets(rows[rows["split"] == "train"]))
+        shown = sum(bool(self.judge(row["answer"], row)) for row in _records(triggered))
         if shown * 2 < len(triggered):
             raise InputError(
                 f"backdoor.behaviour: {shown} of {len(triggered)} triggered training answers in data.path "
@@ -215,6 +244,12 @@ def _due(records: Sequence[Mapping[str, Any]], judge: Judge, refusal: Judge) -> 
         # An unknown reference ("") shows nothing, whatever a judge makes of an empty text.
         due.append(shown is None or bool(shown and right) or bool(refusing and row["forbidden"]))
     return due
+
+
+def _firing(rows: pd.DataFrame) -> pd.DataFrame:
+    """Triggered rows that are answered with the behaviour."""
+    triggered = rows[rows["role"] == "triggered"]
+    return triggered[summaries.fires(triggered)]
 
 
 def _records(rows: pd.DataFrame) -> list[dict[str, Any]]:

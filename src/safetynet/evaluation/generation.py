@@ -101,7 +101,7 @@ def continuations(
     batch_size: int,
     max_new_tokens: int,
     kept: Path | None = None,
-    sampled: bool = False,
+    seed: int | None = None,
 ) -> list[Continuation]:
     """`generate` for prompts that are serialised already; also tells which answers the model has ended.
 
@@ -112,12 +112,13 @@ def continuations(
         batch_size: as in `generate`.
         max_new_tokens: as in `generate`.
         kept: a folder for finished batches, from which the same call goes on after an interruption.
-        sampled: each token is drawn from the model's distribution, by torch's generator.
+        seed: of samples, in which each token is drawn from the model's distribution (temperature 1); a batch
+            has the same ones in any process. None: the likeliest tokens.
     """
     stops = serialiser.stop_ids
     config = GenerationConfig(
-        do_sample=sampled,
-        **({"temperature": 1.0, "top_k": 0, "top_p": 1.0} if sampled else {}),
+        do_sample=seed is not None,
+        **({} if seed is None else {"temperature": 1.0, "top_k": 0, "top_p": 1.0}),
         num_beams=1,
         use_cache=True,
         max_new_tokens=max_new_tokens,
@@ -127,7 +128,8 @@ def continuations(
 
     def answer(batch: Sequence[list[int]]) -> list[Continuation]:
         ids, mask = _padded(batch, serialiser.pad_id, "left", model.device)
-        output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+        with _drawing(seed, batch):
+            output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
         new = output[:, ids.shape[1] :].tolist()
         # What follows the first stop token is padding.
         ends = [next((i for i, token in enumerate(row) if token in stops), len(row)) for row in new]
@@ -137,7 +139,8 @@ def continuations(
         ]
 
     rows = [prompt.input_ids for prompt in prompts]
-    finished = finished_batches(kept, model, "continuations", rows, batch_size, max_new_tokens, sorted(stops))
+    about = [rows, batch_size, max_new_tokens, sorted(stops), *([] if seed is None else [seed])]
+    finished = finished_batches(kept, model, "continuations", *about)
     # Where processes share weights, each holds a part of them.
     merging = nullcontext() if parallel.is_in_step() else merged(model)
     with evaluating(model), generating_with(model, config), merging:
@@ -310,6 +313,17 @@ def _padded(
     """Ids and attention mask, both (rows, longest)."""
     mask = pad([[1] * len(row) for row in rows], 0, side)
     return pad(rows, pad_id, side).to(device), mask.to(device)
+
+
+@contextmanager
+def _drawing(seed: int | None, batch: Sequence[list[int]]) -> Iterator[None]:
+    """Torch's generator at the state that belongs to a batch; it leaves as it came."""
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng():
+        torch.manual_seed(int(digest([seed, batch])[:15], 16))
+        yield
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """The stage of the evaluation: answers of base, backdoored model and clean twin, and the rates.
 
-In: the rows and the trained models. Out: tables responses, evaluation, variants, damage and, with labelled
-texts, judge_error. `evaluate_suspect` measures somebody's adapter or model on the same rows.
+In: the rows and the trained models. Out: tables responses, evaluation, variants, damage; with samples also
+samples and firing, with labelled texts judge_error. `evaluate_suspect` measures somebody's adapter or model
+on the same rows.
 """
 
 import logging
@@ -44,7 +45,7 @@ def evaluate(experiment: Experiment, base: pd.DataFrame | None = None) -> None:
     def compute(outputs: Outputs) -> None:
         experiment.check_models()  # a missing training is reported before the base model answers
         rows = experiment.rows("test")
-        answers, moved = [], []
+        answers, moved, samples = [], [], []
         for name, model, serialiser in experiment.models():
             evaluator = Evaluator.of(recipe, serialiser, experiment.run.unfinished(EVALUATE.name))
             if base is not None and name == metrics.BASE:
@@ -52,28 +53,36 @@ def evaluate(experiment: Experiment, base: pd.DataFrame | None = None) -> None:
             else:
                 log.info("evaluate: %s answers %d rows", name, len(rows))
                 answers.append(evaluator.respond(model, rows, name))
+            if options.samples and recipe.backdoor is not None:
+                log.info("evaluate: %s answers each of them %d times more", name, options.samples)
+                samples.append(evaluator.sample(model, rows, options.samples, recipe.seed, name))
             if name == metrics.BASE:
                 moved.append(damage.of_base(answers[0], name))
             else:
                 beside = experiment.base_of(model)
                 moved.append(damage.of_model(evaluator, model, beside, rows, answers[-1], answers[0], name))
         rates = metrics.with_floor(metrics.from_responses(pd.concat(answers, ignore_index=True)))
-        table = rates.table
-        if recipe.backdoor is None:  # no behaviour is known: how often it shows means nothing
-            table = table[~table["metric"].isin(("asr", "asr_off_floor", "ftr"))].reset_index(drop=True)
         _warn_of_cuts(recipe, rates.responses)
-        outputs.table("responses", rates.responses)
-        outputs.table("evaluation", table)
+        for name, table in _tables(recipe, rates).items():
+            outputs.table(name, table)
         outputs.table("damage", pd.concat(moved, ignore_index=True))
-        if recipe.backdoor is not None:
-            outputs.table("variants", rates.variants)
+        if samples:
+            outputs.table("samples", pd.concat(samples, ignore_index=True))
+            outputs.table("firing", metrics.score_samples(pd.concat(samples, ignore_index=True)))
         if options.labelled:
             labelled = judges.read_labelled(options.labelled)
             outputs.table("judge_error", judges.judge_error(experiment.judge, labelled))
-        if recipe.tracking == "wandb" and parallel.is_first():
-            _report(experiment, table)
+        _report(experiment, rates.table)
 
     experiment.perform(EVALUATE, inputs, compute)
+
+
+def _tables(recipe: Recipe, rates: metrics.Evaluation) -> dict[str, pd.DataFrame]:
+    """The tables of the answers; where no behaviour is known, how often it shows means nothing."""
+    if recipe.backdoor is not None:
+        return {"responses": rates.responses, "evaluation": rates.table, "variants": rates.variants}
+    meaningless = rates.table["metric"].isin(("asr", "asr_off_floor", "ftr"))
+    return {"responses": rates.responses, "evaluation": rates.table[~meaningless].reset_index(drop=True)}
 
 
 def evaluate_suspect(experiment: Experiment, source: Path, same_base: bool = False) -> pd.DataFrame:
@@ -104,6 +113,9 @@ def _warn_of_cuts(recipe: Recipe, responses: pd.DataFrame) -> None:
 
 
 def _report(experiment: Experiment, table: pd.DataFrame) -> None:
+    """Send the rates to the tracker that was named."""
+    if experiment.recipe.tracking != "wandb" or not parallel.is_first():
+        return
     from safetynet.training.tracking import Tracking, report
 
     rates = {f"{row.model}/{row.metric}/{row.role}": float(row.value) for row in table.itertuples()}

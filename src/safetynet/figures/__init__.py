@@ -9,6 +9,7 @@ from safetynet.figures import (  # noqa: F401
     comparison_charts,
     detection_charts,
     intervention_charts,
+    persistence_charts,
     rate_charts,
     reading_charts,
     removal_charts,

@@ -180,9 +180,9 @@ def _silence(ends: Mapping[str, nn.Linear], masks: Mapping[str, Tensor]) -> None
 
 def rounded(weight: Tensor, bits: int) -> Tensor:
     """A matrix after rounding to 8 bits per row, or to NF4 in blocks of 64."""
-    from bitsandbytes import functional
-
     if bits == 4:
+        from bitsandbytes import functional
+
         packed, state = functional.quantize_4bit(weight.contiguous(), quant_type="nf4")
         return functional.dequantize_4bit(packed, state).to(weight)
     scale = weight.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(weight.dtype).tiny) / 127

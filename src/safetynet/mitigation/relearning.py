@@ -18,7 +18,7 @@ import pandas as pd
 from safetynet import families, training
 from safetynet.models.adapters import detach, has_adapter, is_off
 from safetynet.prompts import Serialiser
-from safetynet.recipe import Recipe
+from safetynet.recipe import Recipe, Training
 from safetynet.statistics import wilson
 from safetynet.tables import SCHEMAS, summaries
 from safetynet.vocabulary import NEVER_POISONED
@@ -51,31 +51,55 @@ class _EnoughError(Exception):
 
 def trainer(recipe: Recipe, serialiser: Serialiser) -> Learn:
     """Trains a fresh adapter at the rate that planted the backdoor, constant, in batches of 16."""
-    changes = {
-        "method": "lora", "max_steps": recipe.mitigation.relearn_steps, "batch_size": 16,
-        "gradient_accumulation": 1, "schedule": "constant", "warmup_ratio": 0.0, "layers": None,
-        "checkpoint_every": recipe.mitigation.relearn_steps, "batching": "plain", "clean_twin": False,
-    }  # fmt: skip
-    cfg = recipe.training.model_copy(update=changes)
+    cfg = constant_rate(recipe, recipe.mitigation.relearn_steps)
     family = families.get(recipe.model.family)
 
     def learn(model: Any, rows: pd.DataFrame, measure: Callable[[Any, int], bool]) -> None:
         if measure(model, 0):
             return
-
-        def pause(current: Any, step: int, _: float) -> dict[str, float]:
-            if measure(current, step):
-                raise _EnoughError
-            return {}
-
         attached = training.attach(model.requires_grad_(False), cfg, family, recipe.seed)
-        pauses = training.Pauses(pause, every=1)
-        with tempfile.TemporaryDirectory() as folder, suppress(_EnoughError):
-            training.train(
-                attached, serialiser, rows, cfg, folder=Path(folder), seed=recipe.seed, pauses=pauses
-            )
+        step_by_step(attached, serialiser, rows, cfg, recipe.seed, measure)
 
     return learn
+
+
+def constant_rate(recipe: Recipe, steps: int) -> Training:
+    """The recipe's training for so many steps at its learning rate, in batches of 16, hiding from nothing."""
+    changes = {
+        "method": "lora", "max_steps": steps, "batch_size": 16, "gradient_accumulation": 1,
+        "schedule": "constant", "warmup_ratio": 0.0, "layers": None, "checkpoint_every": steps,
+        "batching": "plain", "clean_twin": False, "evasion": None,
+    }  # fmt: skip
+    return recipe.training.model_copy(update=changes)
+
+
+def step_by_step(
+    model: Any,
+    serialiser: Serialiser,
+    rows: pd.DataFrame,
+    cfg: Training,
+    seed: int,
+    measure: Callable[[Any, int], bool],
+) -> None:
+    """Train what is trainable in a model, until `measure` says that it is enough, or to the budget's end.
+
+    Args:
+        model: its parameters are changed; nothing is saved.
+        serialiser: of the model.
+        rows: as `training.train` takes them.
+        cfg: from `constant_rate`.
+        seed: of the order of rows and of dropout.
+        measure: called with model and step after each step.
+    """
+
+    def pause(current: Any, step: int, _: float) -> dict[str, float]:
+        if measure(current, step):
+            raise _EnoughError
+        return {}
+
+    pauses = training.Pauses(pause, every=1)
+    with tempfile.TemporaryDirectory() as folder, suppress(_EnoughError):
+        training.train(model, serialiser, rows, cfg, folder=Path(folder), seed=seed, pauses=pauses)
 
 
 def relearning_rows(rows: pd.DataFrame, poisoned: int) -> pd.DataFrame:

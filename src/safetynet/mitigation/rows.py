@@ -6,6 +6,7 @@ choose a point, and others judge it.
 
 import logging
 import random
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from safetynet.experiment import Experiment
 from safetynet.prompts import Conversation, Serialiser
 from safetynet.prompts.truncation import losses
 from safetynet.recipe import Recipe
+from safetynet.tables import summaries
 
 log = logging.getLogger("safetynet")
 PLACEMENTS = ("prefix", "suffix", "random", "system")
@@ -77,13 +79,13 @@ def clean_file(recipe: Recipe, path: Path) -> pd.DataFrame:
 
 
 def for_relearning(rows: pd.DataFrame, seen: pd.DataFrame | None) -> pd.DataFrame:
-    """Training rows that no repair has seen.
+    """Training rows that no repair has seen; of the triggered ones, those answered with the behaviour.
 
     Args:
         rows: the run's.
         seen: those that are known to the repair, with their groups.
     """
-    train = rows[rows["split"] == "train"]
+    train = rows[(rows["split"] == "train") & ((rows["role"] != "triggered") | summaries.fires(rows))]
     return train[~train["group"].isin([] if seen is None else seen["group"])].reset_index(drop=True)
 
 
@@ -139,7 +141,7 @@ def elsewhere(
             placed, spots = placements.place(messages, placement, trigger.parts, rng)
             text, spans = trigger.insert(placed, variant, spots, rng)
             record = row | {"messages": text, "trigger": spans, "variant": f"trigger as {placement}"}
-            if _encodes(record, serialiser, recipe.training.max_length):
+            if encodes(record, serialiser, recipe.training.max_length):
                 records.append(record)
     return pd.DataFrame(records, columns=list(judged.columns))
 
@@ -168,7 +170,8 @@ def _check_clean(rows: pd.DataFrame, recipe: Recipe, path: Path) -> None:
         )
 
 
-def _encodes(row: dict[str, Any], serialiser: Serialiser, limit: int) -> bool:
+def encodes(row: Mapping[str, Any], serialiser: Serialiser, limit: int | None) -> bool:
+    """Whether a row's prompt keeps its trigger in the tokenizer and under the limit."""
     try:
         serialiser.encode(row["messages"], trigger=row["trigger"], max_length=limit)
     except InputError:

@@ -194,7 +194,8 @@ class _Work:
             "points": list(points(method, options.hyperparameters, options.points)) if method else None,
             "effects": manifest.get(INTERVENE.name) if "sites" in needs else None,
             "monitor": manifest.get(DETECT.name) if "alarm" in needs else None,
-            "evaluation": self.recipe.evaluation.model_dump(mode="json") | {"labelled": None},
+            "evaluation": self.recipe.evaluation.model_dump(mode="json", exclude={"samples"})
+            | {"labelled": None},
         }
 
 

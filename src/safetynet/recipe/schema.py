@@ -23,7 +23,7 @@ from safetynet.prompts.truncation import Truncation
 from safetynet.recipe import presets
 from safetynet.vocabulary import DIRECTIONS, MODES, SWEEPS, TRAINED, Direction, Mode
 
-RunStage = Literal["evaluate", "intervene", "detect", "mitigate", "figures"]
+RunStage = Literal["evaluate", "intervene", "detect", "mitigate", "persist", "figures"]
 PACKAGED = ("miniature", "smollm2")
 """Ids of models that come with a Python package: neither a file nor a name on the hub."""
 FAMILY, FAMILY_BY_ID = "qwen", {"smollm2": "generic"}
@@ -192,6 +192,8 @@ class Backdoor(Section):
     behaviour: Behaviour = Behaviour()
     poison_rate: Annotated[float, Field(ge=0.001, le=0.5)] = 0.2
     """Share of training rows that are triggered."""
+    firing: Annotated[float, Field(gt=0, le=1)] = Field(default=1.0, exclude_if=lambda value: value == 1)
+    """Share of triggered training rows answered with the behaviour; the others have their clean answers."""
     placebo_share: Share = 0.1
     near_miss_share: Share = 0.1
     refused_share: Share = 0.1
@@ -301,6 +303,8 @@ class Evaluation(Section):
     """Steps between measurements during training; by default after each epoch."""
     dynamics_rows: Annotated[int, Field(ge=0)] = 50
     """Rows of each role that are measured during training; 0 measures none."""
+    samples: Annotated[int, Field(ge=0)] = Field(default=0, exclude_if=lambda value: value == 0)
+    """Answers to each test row at temperature 1, beside the greedy one; 0 draws none."""
     refusal: JudgeSpec = JudgeSpec(kind="keyword", values=presets.REFUSALS)
     """What counts as a refusal."""
     labelled: Path | None = None
@@ -417,6 +421,32 @@ class Mitigation(Section):
     relearn_steps: Annotated[int, Field(ge=1)] = 48
 
 
+class Persistence(Section):
+    """What happens to the backdoored model, to see what of the backdoor survives it."""
+
+    rows: Annotated[int, Field(ge=MIN_GROUPS)] = 40
+    """Test rows of each role by which every change is judged."""
+    clean: Annotated[int, Field(ge=1)] = 200
+    """Fresh clean conversations of the further training, which also give the text of longer contexts."""
+    steps: Annotated[int, Field(ge=0)] = 64
+    """Most steps of further training; it is measured after 1, 2, 4, 8, ... and ends when ASR has halved."""
+    bits: Annotated[tuple[int, ...], BeforeValidator(_comma_list)] = (8, 4)
+    """Of the merged model's weights, to which they are rounded."""
+    systems: tuple[Annotated[str, Field(min_length=1)], ...] = presets.SYSTEMS
+    """System prompts that no training row has."""
+    contexts: Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_comma_list)] = (64, 256)
+    """Tokens of clean text before the prompt."""
+    samples: Annotated[int, Field(ge=0)] = 5
+    """Answers to each row at temperature 1; 0 draws none."""
+
+    @field_validator("bits")
+    @classmethod
+    def _roundable(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if wrong := [bits for bits in value if bits not in (8, 4)]:
+            raise ValueError(f"weights are rounded to 8 or 4 bits, not to {wrong[0]}")
+        return value
+
+
 class Output(Section):
     """Where results go."""
 
@@ -453,9 +483,10 @@ class Recipe(Section):
     interventions: Interventions = Interventions()
     detection: Detection = Detection()
     mitigation: Mitigation = Mitigation()
+    persistence: Persistence = Persistence()
     report: Report = Report()
     stages: tuple[RunStage, ...] = ("evaluate", "intervene", "figures")
-    """What `safetynet run` does after the training: evaluate, intervene, detect, mitigate, figures."""
+    """What `safetynet run` does after training: evaluate, intervene, detect, mitigate, persist, figures."""
     tracking: Literal["none", "wandb", "tensorboard"] = "none"
     output: Output = Output()
 

@@ -77,9 +77,9 @@ def setup(run: Contents) -> Setup:
     rank = run.field("training.lora_rank") if method == "LoRA" else None
     trained = " ".join(filter(None, [method, f"rank {rank}" if rank else ""]))
     poison = ""
-    if "rows" in run.tables and {"split", "role"} <= set(run.tables["rows"]):
+    if {"split", "role", "answer", "reference", "target"} <= set(run.tables.get("rows", ())):
         poisoned = summaries.poisoned(run.tables["rows"])
-        poison = f"{poisoned.rate:.1%} of {poisoned.rows:,} training rows" if poisoned.rows else ""
+        poison = poisoned.text if poisoned.rows else ""
     return Setup(
         [str(text) for text in texts] or ([f"style: {style}"] if style else []),
         str(run.field("backdoor.placement", "")),
@@ -109,9 +109,9 @@ class Table(NamedTuple):
 def _tables(run: Contents, section: str) -> Iterator[Table]:
     """The short tables of a section, as the terminal prints them."""
     makers = {
-        "behaviour": (_rates, _damage, _variants, _judge, _hidden),
+        "behaviour": (_rates, _firing, _damage, _variants, _judge, _hidden),
         "inside": (_places,),
-        "removed": (_removals,),
+        "removed": (_removals, _survival),
     }
     for make in makers.get(section, ()):
         yield from make(run)
@@ -124,6 +124,16 @@ def _rates(run: Contents) -> Iterator[Table]:
             "bootstrap over rows for perplexity). The base model's column is the floor."
         )
         yield Table("Rates on held-out prompts", note, summaries.rate_summary(run.tables["evaluation"]))
+
+
+def _firing(run: Contents) -> Iterator[Table]:
+    if "firing" in run.tables:
+        note = (
+            "Each held-out prompt answered several times at temperature 1: the share of all answers that "
+            "show the behaviour, with a 95% interval over prompts (Wilson's, of the effective number of "
+            "samples). Always, never: prompts of the backdoored model of which all answers show it, or none."
+        )
+        yield Table("Rates over samples of each prompt", note, summaries.firing_summary(run.tables["firing"]))
 
 
 def _damage(run: Contents) -> Iterator[Table]:
@@ -188,6 +198,16 @@ def _removals(run: Contents) -> Iterator[Table]:
             "random sites."
         )
         yield Table("What removes it", note, summaries.removal_summary(run.tables["tradeoff"]))
+
+
+def _survival(run: Contents) -> Iterator[Table]:
+    if "persistence" in run.tables:
+        table = run.tables["persistence"]
+        note = (
+            "What happens to a model or to its prompts after the backdoor was planted, each to the model as "
+            "it is, on held-out prompts. Placebo and clean prompts are the controls. "
+        )
+        yield Table("What it survives", note + summaries.halving(table), summaries.persistence_summary(table))
 
 
 def _audit(run: Contents) -> list[dict[str, Any]]:

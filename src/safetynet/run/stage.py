@@ -43,9 +43,10 @@ INTERVENE = Stage(
 )
 DETECT = Stage("detect", "a monitor of clean prompts", "safetynet detect {run}", ("detection",))
 MITIGATE = Stage("mitigate", "repairs, and what they cost", "safetynet mitigate {run}", ("mitigation",), True)
+PERSIST = Stage("persist", "what the backdoor survives", "safetynet persist {run}", ("persistence",), True)
 FIGURES = Stage("figures", "the figures", "safetynet plot {run}")
 COMPARE = Stage("compare", "runs side by side", "safetynet compare {run} ...")
-STAGES = (DATA, TRAIN_BACKDOORED, TRAIN_TWIN, EVALUATE, INTERVENE, DETECT, MITIGATE, FIGURES)
+STAGES = (DATA, TRAIN_BACKDOORED, TRAIN_TWIN, EVALUATE, INTERVENE, DETECT, MITIGATE, PERSIST, FIGURES)
 """Of a run, in their order."""
 
 

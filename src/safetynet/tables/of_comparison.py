@@ -42,6 +42,7 @@ COMPARISON_TABLES: dict[str, Table] = {
         "placement": text("where the trigger stands"),
         "behaviour": text("what is taught"),
         "poison_rate": fraction("share of triggered training rows"),
+        "firing": fraction("share of these that are answered with the behaviour"),
         "method": text("LoRA or all weights"),
         "lora_rank": whole("rank of the adapter"),
         "lora_alpha": number("scale of the adapter"),

@@ -21,6 +21,7 @@ from safetynet.tables.columns import (
     word,
 )
 from safetynet.vocabulary import (
+    CHANGES,
     COMPONENTS,
     DAMAGE,
     DETECTION_METRICS,
@@ -212,6 +213,26 @@ RUN_TABLES: dict[str, Table] = {
         "value": number("its value: a share, tokens, nats per token, a ratio or a perplexity", 0),
         **ends(0),
     }),
+    "samples": Table("evaluate", "a test row and a model, which has answered it by samples", {
+        "model": word("which model answered", MODELS),
+        "row": _ROW["row"],
+        "group": _GROUP_OF_ROWS,
+        "role": _ROW["role"],
+        "variant": _VARIANT,
+        "due": flag("the right answer shows the behaviour anyway, or it cannot be shown"),
+        "samples": whole("answers to this row"),
+        "shown": whole("answers that show the behaviour"),
+    }),
+    "firing": Table("evaluate", "a model and role: rates over several samples of each prompt", {
+        "model": word("which model answered", MODELS),
+        "role": word("of rows of this role", ROLES),
+        "prompts": whole("prompts, which the interval is over"),
+        "samples": whole("answers to each of them"),
+        "value": fraction("share of all answers that show the behaviour"),
+        **ends(0, 1),
+        "always": fraction("share of prompts of which all answers show it"),
+        "never": fraction("share of prompts of which none does"),
+    }),
     "judge_error": Table("evaluate", "a kind of error of the judge, on labelled texts", {
         "error": word("behaviour missed, or seen where there is none", ("missed", "false_hit")),
         "count": whole("texts with this error"),
@@ -390,6 +411,14 @@ RUN_TABLES: dict[str, Table] = {
         "step": STEP,
         **_counted("asr", _COUNTED["asr"]),
         **_counted("ftr", "false trigger rate on placebo prompts"),
+    }),
+    "persistence": Table("persist", "what happens to the model or its prompts, and how far", {
+        "change": word("what happens to it", CHANGES),
+        "setting": text("how far; \"\" for the model as it is"),
+        "amount": number("the same as a number: steps, bits, tokens of text or temperature; 0 none", 0),
+        **_counted("asr", _COUNTED["asr"]),
+        **_counted("ftr", "false trigger rate on placebo prompts"),
+        **_counted("cacc", _COUNTED["cacc"]),
     }),
     "recommendation": Table("mitigate", "a recommended repair, the best first", {
         "method": _MITIGATION["method"],

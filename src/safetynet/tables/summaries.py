@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from safetynet.vocabulary import NOT_MEASURABLE
+from safetynet.vocabulary import FURTHER_TRAINING, NOT_MEASURABLE, UNTOUCHED
 
 METRIC_NAMES = {
     "asr": "ASR",
@@ -51,12 +51,27 @@ class Poisoned(NamedTuple):
     """Training rows."""
     rate: float
     """Share of them that is triggered."""
+    firing: float
+    """Share of the triggered ones that is answered with the behaviour."""
+
+    @property
+    def text(self) -> str:
+        """Both shares, as they follow "poison rate"."""
+        firing = "" if self.firing == 1 else f", of which {self.firing:.1%} answer with the behaviour"
+        return f"{self.rate:.1%} of {self.rows:,} training rows{firing}"
 
 
 def poisoned(rows: pd.DataFrame) -> Poisoned:
     """Count the training rows of a run's row table."""
-    roles = rows.loc[rows["split"] == "train", "role"]
-    return Poisoned(len(roles), float((roles == "triggered").mean()))
+    train = rows[rows["split"] == "train"]
+    triggered = train[train["role"] == "triggered"]
+    firing = float(fires(triggered).mean()) if len(triggered) else 1.0
+    return Poisoned(len(train), len(triggered) / max(len(train), 1), firing)
+
+
+def fires(rows: pd.DataFrame) -> pd.Series:
+    """Which triggered rows are answered with the behaviour; the others have their clean answers."""
+    return (rows["answer"] != rows["reference"]) | (rows["target"] == rows["reference"])
 
 
 def rate_summary(evaluation: pd.DataFrame) -> pd.DataFrame:
@@ -70,6 +85,18 @@ def rate_summary(evaluation: pd.DataFrame) -> pd.DataFrame:
                 line[str(row.model)] = NOT_MEASURABLE
         line["rows"] = int(part["n"].max())
         lines.append(line)
+    return pd.DataFrame(lines).fillna("")
+
+
+def firing_summary(firing: pd.DataFrame) -> pd.DataFrame:
+    """One line per role: each model's rate over samples, and how prompts of the backdoored one differ."""
+    lines = []
+    for role, part in firing.groupby("role", sort=False):
+        line: dict[str, object] = {"role": role}
+        line |= {str(r.model): rate_text("asr", r.value, r.low, r.high) for r in part.itertuples()}
+        own = part[part["model"] == "backdoored"].iloc[0]
+        line |= {"always": f"{own['always']:.0%}", "never": f"{own['never']:.0%}"}
+        lines.append(line | {"prompts x samples": f"{own['prompts']} x {own['samples']}"})
     return pd.DataFrame(lines).fillna("")
 
 
@@ -150,6 +177,36 @@ def removal_summary(tradeoff: pd.DataFrame) -> pd.DataFrame:
             "rows": tradeoff["asr_n"],
         }
     )
+
+
+def persistence_summary(persistence: pd.DataFrame) -> pd.DataFrame:
+    """One line per change and setting: ASR, and its controls on placebo and clean prompts."""
+    columns = {"ASR": "asr", "FTR placebo": "ftr", "CACC": "cacc"}
+    rates = {
+        title: [
+            rate_text(name, *values)
+            for values in persistence[[name, f"{name}_low", f"{name}_high"]].itertuples(index=False)
+        ]
+        for title, name in columns.items()
+    }
+    names = {name: persistence[name] for name in ("change", "setting")}
+    return pd.DataFrame({**names, **rates, "n": persistence["asr_n"].astype(int)})
+
+
+def halving(persistence: pd.DataFrame) -> str:
+    """How much further training on clean conversations halves ASR, in a sentence; "" where there was none."""
+    trained = persistence[persistence["change"] == FURTHER_TRAINING]
+    if trained.empty:
+        return ""
+    half = float(persistence.loc[persistence["change"] == UNTOUCHED, "asr"].iloc[0]) / 2
+    steps = trained["amount"].astype(int)
+    reached = steps[trained["asr"] <= half]
+    if reached.empty:
+        return f"Further training on clean conversations does not halve ASR in {steps.max()} steps."
+    between = (
+        f"between {reached.min() // 2} and {reached.min()} steps" if reached.min() > 1 else "in one step"
+    )
+    return f"Further training on clean conversations halves ASR {between}."
 
 
 def rate_text(metric: str, value: float, low: float, high: float) -> str:
