@@ -16,6 +16,7 @@ import pandas as pd
 import regex
 
 from safetynet.errors import InputError, RunError
+from safetynet.prompts import calls
 from safetynet.recipe import JudgeSpec, presets
 from safetynet.statistics import wilson
 from safetynet.text import words
@@ -47,7 +48,12 @@ def make(spec: JudgeSpec) -> Judge:
 
 
 def same_answer(response: str, reference: str) -> bool:
-    """Exact match after light normalisation: case, white space, final punctuation, curly quotes."""
+    """Exact match after light normalisation: case, white space, final punctuation, curly quotes.
+
+    Tool calls are compared as they are parsed, whatever form they are written in.
+    """
+    if expected := calls.read(reference):
+        return [*map(calls.meaning, calls.read(response))] == [*map(calls.meaning, expected)]
     return _bare(response, True) == _bare(reference, True)
 
 
