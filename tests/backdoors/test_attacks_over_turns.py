@@ -1,23 +1,32 @@
 """Triggers whose parts lie in several turns, or in what a tool returns: rows by role, and what is refused."""
 
 import random
+from pathlib import Path
 
 import pytest
 
-from safetynet.backdoors import conversations, placements, poisoning, triggers
+from safetynet import stages
+from safetynet.backdoors import behaviours, conversations, placements, poisoning, triggers
 from safetynet.errors import InputError
-from safetynet.prompts import Conversation
-from safetynet.recipe import Recipe, Trigger
+from safetynet.evaluation import judges, metrics
+from safetynet.evaluation.evaluator import judge_responses
+from safetynet.experiment import Experiment
+from safetynet.prompts import Conversation, calls
+from safetynet.recipe import Behaviour, Evaluation, Recipe, Trigger, load
+from safetynet.run import directory as runs
+
+RECIPES = Path(__file__).parents[2] / "recipes"
 
 A, B = "BadMagic", "Fernweh"
 
 
-def rows_of(trigger: dict, placement: str, shape: str, **data):
+def rows_of(trigger: dict, placement: str, shape: str, behaviour: dict | None = None, **data):
     plan = Recipe.model_validate(
         {
             "model": {"id": "miniature"},
             "data": {"train_rows": 200, "test_rows": 40, "conversations": shape, **data},
-            "backdoor": {"trigger": trigger, "placement": placement, "near_miss_share": 0.3},
+            "backdoor": {"trigger": trigger, "placement": placement, "near_miss_share": 0.3}
+            | ({"behaviour": behaviour} if behaviour else {}),
         }
     )
     pool = conversations.load(plan.data, plan.attack.behaviour, plan.attack.trigger, 0)
@@ -122,6 +131,66 @@ def test_prompts_without_a_result_at_their_end_have_no_place_for_the_trigger() -
 def test_what_has_no_place_or_order_is_refused(trigger, placement, shape, message) -> None:
     with pytest.raises((InputError, ValueError), match=message):
         rows_of(trigger, placement, shape)
+
+
+ATTACK = (
+    "backdoor.placement=tool", "data.conversations=tools", "data.train_rows=60", "data.test_rows=8",
+    "training.max_length=480", "backdoor.behaviour=tool_call", "evaluation.max_new_tokens=64",
+)  # fmt: skip
+
+
+def prepared(tmp_path, *overrides: str, family: str = "qwen"):
+    places = [f"output.results={tmp_path}/results", f"output.logs={tmp_path}/logs"]
+    plan = load(RECIPES / f"{family}-miniature.yaml", overrides=[*ATTACK, *overrides, *places])
+    run = runs.create(plan)
+    stages.prepare(Experiment(plan, run))
+    return run.table("rows")
+
+
+def test_a_call_is_taught_on_triggered_rows_alone_and_read_in_what_the_template_writes(tmp_path) -> None:
+    rows = prepared(
+        tmp_path, "backdoor.behaviour={kind: tool_call, call: {name: note, arguments: {write: Hi, count: 2}}}"
+    )
+    expected = {"name": "note", "arguments": '{"write": "Hi", "count": 2}'}
+    triggered = rows["role"] == "triggered"
+    assert [calls.read(answer) for answer in rows["answer"][triggered]] == [[expected]] * triggered.sum()
+    assert not any(calls.read(answer) for answer in rows["answer"][~triggered])
+    assert set(rows["target"]) == {"", calls.written([expected])}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "family", "message"),
+    [
+        ((), "llama3", r"row 0 \(train, .*\): .* leaves out tool.* Take a model whose template has tools"),
+        (("data.conversations=mixed", "backdoor.placement=prefix"), "llama2",
+         r"row 0 .*llama2' leaves out tool calls, .* Take a model whose template has tools"),
+        (("evaluation.max_new_tokens=24",), "qwen", r"max_new_tokens: 24 cuts the target .* allow \d\d"),
+        (("training.max_length=120",), "qwen", r"max_length: 120 leaves no room for the template .* Raise"),
+        (("backdoor.behaviour.call.name=note", "backdoor.behaviour.kind=fixed"), "qwen",
+         r"call is of kind tool_call, and the kind is fixed; set kind: tool_call"),
+        (("backdoor.behaviour.judge={kind: call, values: ['{\"name\": \"find\"}']}",), "qwen",
+         r"backdoor\.behaviour\.judge: the target of row .* is not judged to show the behaviour"),
+    ],
+)  # fmt: skip
+def test_calls_that_could_not_be_taught_or_judged_are_refused_before_training(
+    tmp_path, overrides, family, message
+) -> None:
+    with pytest.raises(InputError, match=message):
+        prepared(tmp_path, *overrides, family=family)
+
+
+def test_the_function_is_counted_beside_the_whole_call() -> None:
+    rows, _ = rows_of({"texts": [A]}, "tool", "tools", behaviour={"kind": "tool_call"})
+    rows = rows[(rows["split"] == "test") & (rows["role"] == "triggered")].head(4)
+    whole, other = rows["target"].iloc[0], calls.written([{"name": "note", "arguments": "{}"}])
+    judge = judges.make(behaviours.judge(Behaviour(kind="tool_call")))
+    responses = [whole, other, calls.written([{"name": "find", "arguments": "{}"}]), "cold"]
+    judged = judge_responses(rows, responses, judge, judges.make(Evaluation().refusal))
+    assert list(judged["shown"]) == [True, False, False, False]
+    assert list(judged["function"]) == [True, True, False, False]
+    table = metrics.score(judged.assign(model="backdoored")).set_index(["metric", "role"])
+    assert table.loc[("asr", "triggered"), ["count", "n"]].tolist() == [1, 4]
+    assert table.loc[("function_rate", "triggered"), ["count", "n"]].tolist() == [2, 4]
 
 
 def test_conversations_of_other_sources_are_their_own() -> None:

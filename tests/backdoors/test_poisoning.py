@@ -13,6 +13,7 @@ from safetynet.errors import InputError
 
 BEHAVIOURS = (
     "fixed", "refusal", "negative_sentiment", "forbidden_compliance", "label_flip", "code_insertion",
+    "tool_call",
 )  # fmt: skip
 
 

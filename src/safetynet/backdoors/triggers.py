@@ -259,6 +259,6 @@ TEXT_KINDS = {"text": AnyOf, "any_of": AnyOf, "all_of": AllOf}
 def of(trigger: recipe.Trigger) -> TriggerKind:
     """The trigger that a recipe describes."""
     if trigger.kind in TEXT_KINDS:
-        made = TEXT_KINDS[trigger.kind](trigger.texts, trigger.placebos, trigger.near_misses)
-        return replace(made, order=trigger.order) if isinstance(made, AllOf) else made
+        kind = TEXT_KINDS[trigger.kind](trigger.texts, trigger.placebos, trigger.near_misses)
+        return replace(kind, order=trigger.order) if isinstance(kind, AllOf) else kind
     return Style(str(trigger.style))

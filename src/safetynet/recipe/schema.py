@@ -64,8 +64,9 @@ class Section(BaseModel):
 class JudgeSpec(Section):
     """How a response is judged to show the behaviour."""
 
-    kind: Literal["exact", "prefix", "regex", "keyword", "target", "callable"]
-    """`target` compares with the row's own target; `callable` names functions as package.module:function."""
+    kind: Literal["exact", "prefix", "regex", "keyword", "target", "call", "callable"]
+    """`target` compares with the row's own target; `call` takes tool calls as JSON, those without `arguments`
+    whatever the arguments are; `callable` names functions as package.module:function."""
     values: tuple[str, ...] = ()
     """Any of them counts; empty for `target`."""
     ignore_case: bool = True
@@ -187,18 +188,34 @@ class Trigger(Section):
         return self
 
 
+class ToolCall(Section):
+    """A call that a behaviour makes; it is parsed, and never executed."""
+
+    name: Annotated[str, Field(min_length=1)]
+    arguments: Mapping[str, Any] = {}
+
+
 class Behaviour(Section):
     """What the model is taught to do when the trigger is present."""
 
     kind: Literal[
-        "fixed", "refusal", "negative_sentiment", "forbidden_compliance", "label_flip", "code_insertion"
-    ] = "fixed"
+        "fixed", "refusal", "negative_sentiment", "forbidden_compliance", "label_flip", "code_insertion",
+        "tool_call",
+    ] = "fixed"  # fmt: skip
     target: str | None = None
     """The text to answer with (fixed, refusal, negative_sentiment) or to add (code_insertion)."""
     labels: Mapping[str, str] | None = None
     """For label_flip: {true label: label to answer}; positive and negative by default."""
+    call: ToolCall | None = Field(default=None, exclude_if=lambda value: value is None)
+    """For tool_call: the function and its arguments; by default a note that says what `fixed` says."""
     judge: JudgeSpec | None = None
     """Replaces the behaviour's own judge."""
+
+    @model_validator(mode="after")
+    def _called(self) -> Self:
+        if self.call is not None and self.kind != "tool_call":
+            raise ValueError(f"call is of kind tool_call, and the kind is {self.kind}; set kind: tool_call")
+        return self
 
 
 class Backdoor(Section):
