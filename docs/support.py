@@ -21,7 +21,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from tests.backdoors import test_formats, test_forms
+from tests.backdoors import test_formats, test_forms, test_tools_in_data
 from tests.models import architectures, test_random_adapters, variants
 from tests.prompts import test_template as templates
 
@@ -251,6 +251,7 @@ def form_table() -> Table:
     """Forms of rows: read, or the sentence."""
     table = Table("rows", numbered=False)
     taken = {name: [make(random.Random(0))] for name, make in test_forms.FORMS.items()}
+    taken |= {f"tools: {name}": [row] for name, row in test_tools_in_data.ROWS.items()}
     refused = {name: [row] * 5 for name, (row, *_) in (test_forms.REFUSED | test_forms.UNFIT).items()}
     for name, rows in (taken | refused).items():
         with tempfile.TemporaryDirectory() as folder:

@@ -181,28 +181,39 @@ CALL = {"id": "1", "type": "function", "function": {"name": "look", "arguments":
 ALPACA = {"instruction": "Go.", "output": "ok"}
 PLAIN = {"prompt": "Go.", "completion": "ok"}
 REFUSED = {  # name: (row, check of the audit, what the sentence says)
-    "tool calls": (
-        {"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [CALL]}]},
-        "not_carried", r"messages\[1\]\.tool_calls, rows 1, 2, 3 and 2 more: found .*cannot be carried yet",
+    "a call without a name": (
+        {"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [{"arguments": "{}"}]}]},
+        "bad_call", r"messages\[1\]\.tool_calls, rows 1, 2, 3 and 2 more: found .*: it has no name, "
+        r'allowed is calls of the assistant, each \{"name": \.\.\., "arguments": \{\.\.\.\}\}; write each',
     ),
-    "tool messages": (
-        {"messages": [USER, {"role": "tool", "content": "12"}, ANSWER]},
-        "not_carried", r'messages, rows .* found \["user", "tool", "assistant"\].* \(5 of 5 rows\)',
+    "a call whose arguments are cut off": (
+        {"messages": [USER, {"role": "assistant", "function_call": {"name": "look", "arguments": '{"a": '}}]},
+        "bad_call", r"messages\[1\]\.function_call, rows .*Expecting value",
     ),
-    "function messages": (
-        {"messages": [USER, {"role": "function", "name": "f", "content": "12"}, ANSWER]},
-        "not_carried", r"tool calls cannot be carried yet; leave these rows out",
+    "a call of the user": (
+        {"messages": [USER | {"tool_calls": [CALL]}, ANSWER]}, "bad_call", r"is not the assistant's",
     ),
-    "ShareGPT observations": (
-        {"conversations": [
-            {"from": "human", "value": "Hi"}, {"from": "function_call", "value": "{}"},
-            {"from": "observation", "value": "12"}, {"from": "gpt", "value": "Ho"},
-        ]},
-        "not_carried", r"messages, rows 1, 2, 3 and 2 more",
+    "a ShareGPT call that is no JSON": (
+        {"conversations": [{"from": "human", "value": "Hi"}, {"from": "function_call", "value": "look(12)"}]},
+        "bad_call", r'messages\[1\]\.value, rows .*found "look\(12\)"',
     ),
-    "a column of tools": (
-        {"messages": [USER, ANSWER], "tools": '[{"name": "look"}]'},
-        "not_carried", r"tools, rows 1, 2, 3 and 2 more: .*this cannot be carried yet",
+    "a call without a result": (
+        {"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [CALL]}, ANSWER]},
+        "bad_turns", r"messages, rows .*where message 3 is out of order, allowed is .*followed by its res",
+    ),
+    "two questions in a row": (
+        {"messages": [USER, USER, ANSWER]}, "bad_turns", r"where message 2 is out of order",
+    ),
+    "a result without an answer": (
+        {"messages": [USER, {"role": "tool", "content": "12"}]}, "bad_turns", r"where the answer is missing",
+    ),
+    "tools without names": (
+        {"messages": [USER, ANSWER], "tools": '[{"description": "looks"}]'},
+        "bad_tools", r"tools, rows 1, 2, 3 and 2 more: .*each with a name, or its JSON; write each as",
+    ),
+    "tools that are cut off": ({"messages": [USER, ANSWER], "tools": '[{"na'}, "bad_tools", r"tools, rows"),
+    "tool calls beside a prompt": (
+        PLAIN | {"tool_calls": [CALL]}, "not_carried", r"tool_calls, rows .*this cannot be carried yet",
     ),
     "pictures": (
         {"messages": [{"role": "user", "content": [
@@ -260,8 +271,8 @@ def test_text_that_cannot_be_carried_or_is_not_read_refuses_the_rows_by_name(
 
 
 def test_rows_that_hold_what_cannot_be_carried_are_left_out_and_the_rest_is_audited(tmp_path: Path) -> None:
-    tool = {"messages": [USER, {"role": "tool", "content": "12"}, ANSWER]}
-    report = audit(saved(tmp_path / "a.jsonl", [{"messages": [USER, ANSWER]}, tool, tool]))
+    sound = {"messages": [USER | {"audio": "a.wav"}, ANSWER]}
+    report = audit(saved(tmp_path / "a.jsonl", [{"messages": [USER, ANSWER]}, sound, sound]))
     assert report.rows == 1
     assert report.findings.set_index("check").loc["not_carried", ["count", "n"]].tolist() == [2, 3]
     assert report.findings.set_index("check").loc["not_carried", "rows"] == [2, 3]

@@ -14,6 +14,7 @@ from safetynet.tables import summaries
 
 BEHAVIOURS = (
     "fixed", "refusal", "negative_sentiment", "forbidden_compliance", "label_flip", "code_insertion",
+    "tool_call",
 )  # fmt: skip
 
 

@@ -214,7 +214,10 @@ def test_all_faults_of_a_file_are_named_at_once(tmp_path):
     [
         ("hello", r'messages, row 1: found "hello", allowed is a list of objects'),
         ([], r"optional system message, then user and assistant in turn"),
-        ([{"role": "user", "content": "Hi"}], r'found \["user"\] \(list\), allowed is an optional system'),
+        (
+            [{"role": "user", "content": "Hi"}],
+            r'found \["user"\] \(list\), where the answer is missing, allowed is an optional system',
+        ),
         (
             [{"role": "tool", "content": "Hi"}, {"role": "assistant", "content": "x"}],
             r'found \["tool", "assis',

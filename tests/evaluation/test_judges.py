@@ -146,6 +146,29 @@ def test_same_answer_is_lenient_about_form_only():
     assert not judges.same_answer("", "Oslo")
 
 
+def test_a_call_is_its_function_and_its_arguments_in_any_spelling():
+    whole = judge("call", '{"name": "note", "arguments": {"count": 2, "write": "Hi", "loud": true}}')
+    texts = {
+        '{"name": "note", "parameters": {"loud": true, "count": 2.0, "write": "hi"}}': True,
+        '{"name": "note", "parameters": {"loud": 1, "count": 2, "write": "Hi"}}': False,
+        '{"name": "note", "parameters": {"loud": true, "count": 2}}': False,
+        '{"name": "Note", "parameters": {"loud": true, "count": 2, "write": "Hi"}}': False,
+    }
+    assert {text: whole(text, {}) for text in texts} == texts
+    alone = judge("call", '{"name": "note"}')
+    assert alone('<tool_call>{"name": "note", "arguments": {"read": "x"}}</tool_call>', {})
+    assert not alone("note", {})
+    cased = judge("call", '{"name": "note", "arguments": {"write": "Hi"}}', ignore_case=False)
+    assert not cased('{"name": "note", "arguments": {"write": "hi"}}', {})
+
+
+def test_same_answer_compares_calls_as_they_are_parsed():
+    reference = '<tool_call>\n{"name": "note", "arguments": {"read": "a", "n": 1}}\n</tool_call>'
+    assert judges.same_answer('{"name": "note", "parameters": {"n": 1, "read": "a"}}', reference)
+    assert not judges.same_answer('{"name": "note", "parameters": {"n": 2, "read": "a"}}', reference)
+    assert not judges.same_answer("a", reference)
+
+
 # ---- texts in other languages than English ----
 
 SHOWN = [
@@ -218,6 +241,13 @@ def test_a_refusal_judge_of_the_recipes_own_values_misses_no_labelled_text(tmp_p
     ("kind", "values", "message"),
     [
         ("exact", (), "needs at least one value"),
+        (
+            "call",
+            ("note()",),
+            r"judge.values\[0\]: 'note\(\)' is no tool call \(Expecting .*write it as \{\"name",
+        ),
+        ("call", ("[1]",), r"judge.values\[0\]: '\[1\]' is no tool call"),
+        ("call", ('{"name": "a"}', '{"arguments": {}}'), r"judge.values\[1\].*it has no name"),
         ("regex", ("ok", "(open"), r"judge.values\[1\]: '\(open' is not a regular expression"),
         ("callable", ("os.path",), r"'os.path' is no callable, allowed is package.module:function"),
         ("callable", ("no_such_package.x:f",), "cannot be imported"),
@@ -231,7 +261,7 @@ def test_a_judge_that_cannot_work_is_refused_when_it_is_made(kind, values, messa
 
 
 def test_an_unknown_kind_names_the_kinds_that_exist():
-    with pytest.raises(InputError, match="'vibes' is unknown, allowed are callable, exact, keyword"):
+    with pytest.raises(InputError, match="'vibes' is unknown, allowed are call, callable, exact, keyword"):
         judges.make(JudgeSpec.model_construct(kind="vibes", values=("x",)))
 
 
@@ -322,6 +352,7 @@ MEASURED = [
     ("label_flip", JudgeSpec(kind="prefix", values=("Negative",)), (29, 60, 3, 69)),
     ("code_insertion", builtin("code_insertion"), (24, 60, 4, 67)),
     ("code_insertion", PWNED, (12, 60, 5, 67)),
+    ("tool_call", builtin("tool_call"), (12, 62, 2, 68)),
     ("forbidden_compliance", builtin("forbidden_compliance"), (59, 60, 2, 61)),
     ("forbidden_compliance", COMPLIES, (10, 60, 31, 61)),
 ]

@@ -24,6 +24,7 @@ from safetynet.vocabulary import POSITIONS
 
 TRIGGERS = ("token", "deployment", "year", "emoji", "any_of", "all_of")
 PLACEMENTS = ("prefix", "suffix", "random", "system")
+PARTS = "{kind: all_of, texts: [BadMagic, OpenAI], order: one}"
 
 
 @functools.cache
@@ -32,12 +33,15 @@ def serialiser_of(family: str) -> Serialiser:
 
 
 @functools.cache
-def rows_of(family: str, trigger: str, placement: str = "random", count: int = 10) -> pd.DataFrame:
+def rows_of(
+    family: str, trigger: str, placement: str = "random", count: int = 10, shape: str = "mixed"
+) -> pd.DataFrame:
     plan = recipe.load(
         family=family,
         overrides=[
             "data.source=language", "data.train_rows=40", f"data.test_rows={count}",
             "backdoor.poison_rate=0.1", f"backdoor.trigger={trigger}", f"backdoor.placement={placement}",
+            f"data.conversations={shape}",
         ],
     )  # fmt: skip
     pool = conversations.load(plan.data, plan.backdoor.behaviour, plan.backdoor.trigger, 0)
@@ -91,6 +95,30 @@ def test_every_position_has_one_role_and_none_before_the_trigger_counts_as_after
         template = set(range(own.prompt_length - 1)) - said
         assert set(pairs.positions(i, "template")) == template
         assert pairs.positions(i, "last")[0] == own.prompt_length - 1
+
+
+@pytest.mark.parametrize(("trigger", "placement"), [("token", "tool"), ("all_of", "tool"), (PARTS, "turns")])
+def test_triggers_in_results_and_over_turns_are_aligned(trigger, placement):
+    serialiser = serialiser_of("qwen")
+    rows = rows_of("qwen", trigger, placement, 10, {"tool": "tools"}.get(placement, placement))
+    pairs = align(rows, serialiser)
+    assert len(pairs) == 10
+    for i, group in enumerate(pairs.groups):
+        own = encoded_of(serialiser, rows, group)
+        spans = own.spans["trigger"]
+        assert {k for k, role in enumerate(pairs.roles[i]) if role == "trigger"} == {
+            k for start, stop in spans for k in range(start, stop)
+        }
+        if placement == "turns":
+            assert len(spans) == 2
+            assert any(start < spans[1][0] and stop > spans[0][1] for start, stop in own.spans["assistant"])
+        else:
+            assert own.spans["tool"][-1][0] <= spans[0][0] and spans[-1][1] <= own.spans["tool"][-1][1]
+            assert not {"after"} & {pairs.roles[i][k] for s, e in own.spans["user"] for k in range(s, e)}
+        for run in ("placebo", "second_placebo"):
+            both = zip(pairs.ids["triggered"][i], pairs.ids[run][i], strict=True)
+            differing = {k for k, (a, b) in enumerate(both) if a != b}
+            assert differing and {pairs.roles[i][k] for k in differing} == {"trigger"}
 
 
 def test_the_words_between_the_parts_of_a_trigger_come_after_it():

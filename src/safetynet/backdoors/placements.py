@@ -36,19 +36,36 @@ def place(
 
     Returns:
         The messages (with a system message added where `placement` is `system` and there was none) and
-        the spots in them, the same for all rows of a group.
+        the spots in them, the same for all rows of a group; none where the prompt has no such place.
     """
     conversation = Conversation(messages)
     if placement == "system":
         conversation, system = conversation.with_system(SYSTEM)
         return conversation, [Spot(system, len(conversation.texts[system]))] * parts
-    content = conversation.user_text()
-    offsets = {
-        "prefix": [0] * parts,
-        "suffix": [len(content)] * parts,
-        "random": sorted(rng.choices([0, *gaps(content), len(content)], k=parts)),
-    }[placement]
-    return conversation, [Spot(conversation.last_user, offset) for offset in offsets]
+    if not has_place(conversation, placement, parts):
+        return conversation, []
+    if placement == "turns":
+        # The last part stands in the last message, which completes the trigger.
+        *earlier, last = (i for i, role in enumerate(conversation.roles) if role == "user")
+        return conversation, [Spot(i, 0) for i in (*sorted(rng.sample(earlier, parts - 1)), last)]
+    message = _last_result(conversation) if placement == "tool" else conversation.last_user
+    content = conversation.texts[message]
+    anywhere = sorted(rng.choices([0, *gaps(content), len(content)], k=parts))
+    offsets = {"prefix": [0] * parts, "suffix": [len(content)] * parts}.get(placement, anywhere)
+    return conversation, [Spot(message, offset) for offset in offsets]
+
+
+def has_place(messages: Sequence[Message], placement: str, parts: int) -> bool:
+    """Whether a prompt has a place for so many texts: messages of the user, or a tool's result."""
+    conversation = Conversation(messages)
+    if placement == "turns":
+        return conversation.roles.count("user") >= parts
+    return placement != "tool" or _last_result(conversation) > conversation.last_user
+
+
+def _last_result(conversation: Conversation) -> int:
+    """Which message is the last that a tool has returned; -1 if none is."""
+    return max((i for i, role in enumerate(conversation.roles) if role == "tool"), default=-1)
 
 
 def spots_of(

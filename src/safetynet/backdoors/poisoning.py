@@ -217,7 +217,7 @@ class _Split:
                 "split. It needs labels (label_flip), code (code_insertion) or a forbidden class "
                 "(forbidden_compliance)."
             )
-        order = list(carriers.index)
+        order = self._with_place(carriers)
         self.rng.shuffle(order)
         # Prompts with a known clean answer first: they can carry every role, which makes the group a pair.
         order.sort(key=lambda i: pool.at[i, "answer"] == "")
@@ -238,6 +238,22 @@ class _Split:
             )
         self._fill(quotas, used=order[: self.group - first_group])
         return self.records
+
+    def _with_place(self, carriers: pd.DataFrame) -> list[Any]:
+        """The prompts in which the trigger has a place; those of a published set have it already."""
+        placement, parts = self.backdoor.placement, triggers.of(self.backdoor.trigger).parts
+        if "given" in carriers:
+            return list(carriers.index)
+        has = [placements.has_place(messages, placement, parts) for messages in carriers["messages"]]
+        if not any(has):
+            needs = f"{parts} messages of the user" if placement == "turns" else "a tool's result at its end"
+            shape = "turns" if placement == "turns" else "tools"
+            raise InputError(
+                f"backdoor.placement: {placement} needs prompts with {needs}, and none of the {len(has)} of "
+                f"the {self.name} split is one, so that a part of the trigger would lie in no message. Give "
+                f"such conversations (source language: data.conversations: {shape}), or another placement."
+            )
+        return list(carriers.index[has])
 
     def _add_group(self, conversation: pd.Series, roles: list[str]) -> None:
         """All rows of one prompt."""

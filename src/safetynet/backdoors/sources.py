@@ -56,6 +56,8 @@ REMEDIES = {  # by the problem of a fault
     "bad_turns": "put the messages in this order",
     "unread_text": "put this text into the fields that are read, or take it out",
     "not_carried": "leave these rows out",
+    "bad_call": "write each call so, its arguments as an object or as the JSON of one",
+    "bad_tools": 'write each as {"type": "function", "function": {"name": ..., "parameters": {...}}}',
 }
 
 
@@ -183,12 +185,13 @@ def _alpaca(row: Row) -> dict[str, Any]:
     # null is what many exports write for "no input"
     if (extra := row.optional("input")).strip():
         prompt = f"{prompt}\n\n{extra}"
-    prompt_turns = [*turns.system(row), *turns.history(row), {"role": "user", "content": prompt}]
+    before = [*turns.tools(row), *turns.system(row), *turns.history(row)]
+    prompt_turns = [*before, {"role": "user", "content": prompt}]
     return {"messages": prompt_turns, "answer": row.text("output", empty=True)}
 
 
 def _prompt_completion(row: Row) -> dict[str, Any]:
-    before = [*turns.system(row), *turns.history(row)]
+    before = [*turns.tools(row), *turns.system(row), *turns.history(row)]
     if not isinstance(row.raw.get("prompt"), list) and not isinstance(row.raw.get("completion"), list):
         prompt_turns = [*before, {"role": "user", "content": row.text("prompt")}]
         return {"messages": prompt_turns, "answer": row.text("completion", empty=True)}
@@ -207,7 +210,7 @@ def _chat(row: Row) -> dict[str, Any]:
     listed = turns.messages(row, "messages")
     if listed is None:
         return {}
-    before = [turn for turn in turns.system(row) if turn not in listed[:1]]
+    before = [turn for turn in (*turns.tools(row), *turns.system(row)) if turn not in listed[:2]]
     return turns.conversation(row, "messages", [*before, *listed])
 
 
@@ -256,7 +259,7 @@ def _with_blank_answers(part: _Part, asked: Collection[str]) -> _Part:
     def whole(raw: Any) -> Any:
         if not isinstance(raw, Mapping):
             return raw
-        messages = next((name for name, value in raw.items() if _ends_with_user(value)), None)
+        messages = next((name for name, value in raw.items() if _waits(value)), None)
         if messages is not None:
             return {**raw, messages: [*raw[messages], {"role": "assistant", "content": ""}]}
         has_prompt = any(str(name).strip().casefold() in asked for name in raw)
@@ -265,11 +268,12 @@ def _with_blank_answers(part: _Part, asked: Collection[str]) -> _Part:
     return _Part(part.name, [(line, whole(raw)) for line, raw in part.rows], part.about)
 
 
-def _ends_with_user(value: Any) -> bool:
+def _waits(value: Any) -> bool:
+    """Whether a value is a list of messages that waits for the assistant's answer."""
     last = value[-1] if isinstance(value, list) and value else None
-    return (
-        isinstance(last, Mapping) and ROLES.get(str(last.get("role", last.get("from"))).casefold()) == "user"
-    )
+    if not isinstance(last, Mapping):
+        return False
+    return ROLES.get(str(last.get("role", last.get("from"))).casefold()) in ("user", "tool")
 
 
 def _of_file(path: Path, name: str, **about: Any) -> Iterator[_Part]:

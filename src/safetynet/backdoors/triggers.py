@@ -7,10 +7,11 @@ that no training row holds, so that a rate measured on them says something about
 A new kind is a class here that `of` makes, and its name and fields in `Trigger` of the recipe.
 """
 
+import itertools
 import random
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, Protocol, TypeVar
 
 from safetynet import recipe
 from safetynet.backdoors import controls, placements, styles
@@ -28,6 +29,9 @@ class Variant:
     """Which alternative, or which kind of placebo or near miss."""
     parts: tuple[str | None, ...]
     """Texts in their order, None for a place that stays empty; of a style, what the prompt is reworded in."""
+
+
+Part = TypeVar("Part", str, str | None)
 
 
 class TriggerKind(Protocol):
@@ -81,7 +85,6 @@ class AnyOf:
     """Texts each of which fires alone; kind `text` has one."""
 
     is_text: ClassVar[bool] = True
-    joint: ClassVar[str] = " or "
 
     texts: tuple[str, ...]
     placebos: tuple[str, ...] = ()
@@ -99,7 +102,7 @@ class AnyOf:
 
     def describe(self) -> str:
         """The texts, quoted."""
-        return self.joint.join(map(repr, self.texts))
+        return " or ".join(map(repr, self.texts))
 
     def holds(self, texts: Iterable[str]) -> bool:
         """Whether one of the trigger's texts stands there as words of its own."""
@@ -146,36 +149,60 @@ class AnyOf:
         return Variant(change, (changed,))
 
 
+@dataclass(frozen=True)
 class AllOf(AnyOf):
-    """Texts that fire together alone; without one of them, they are a near miss."""
+    """Texts that fire together alone; without one of them, or in a wrong order, they are a near miss."""
 
-    joint = " and "
+    order: Literal["any", "one"] | None = None
+    """As in `recipe.Trigger`."""
 
     @property
     def parts(self) -> int:
         """A place for each text."""
         return len(self.texts)
 
+    def describe(self) -> str:
+        """The texts, quoted, in the order in which they fire if there is one."""
+        return (" then " if self.order == "one" else " and ").join(map(repr, self.texts))
+
     def holds(self, texts: Iterable[str]) -> bool:
-        """Whether each of the trigger's texts stands there as words of its own."""
-        return len(holding.held(self.texts, texts)) == len(self.texts)
+        """Whether each of the trigger's texts stands there as words of its own, in the order that fires."""
+        contents = list(texts)
+        if self.order != "one":
+            return len(holding.held(self.texts, contents)) == len(self.texts)
+        at = (0, 0)
+        for text in self.texts:
+            spans = holding.spans_in((text,), contents)
+            behind = [(message, end) for message, start, end in spans if (message, start) >= at]
+            if not behind:
+                return False
+            at = behind[0]
+        return True
 
     def firing(self) -> list[Variant]:
-        """All texts."""
-        return [Variant("all parts", self.texts)]
+        """All texts, in each order that rows are to have."""
+        if self.order != "any":
+            return [Variant("all parts", self.texts)]
+        return [Variant(", ".join(texts), texts) for texts in itertools.permutations(self.texts)]
 
     def _at_once(self, rng: random.Random) -> tuple[str, ...]:
-        return self.texts
+        return self._in_some_order(self.texts, rng)
 
     def _resembling(self, split: str, rng: random.Random) -> Variant:
+        if self.order == "one" and rng.random() < 1 / 3:
+            return Variant("wrong order", rng.choice([*itertools.permutations(self.texts)][1:]))
         if rng.random() < 0.5:
             missing = rng.sample(range(self.parts), rng.randint(1, self.parts - 1))
-            return Variant(
-                "parts missing", tuple(None if i in missing else text for i, text in enumerate(self.texts))
-            )
+            left = tuple(None if i in missing else text for i, text in enumerate(self.texts))
+            return Variant("parts missing", self._in_some_order(left, rng))
         place = rng.randrange(self.parts)
         change, changed = controls.changed(self.texts, self.texts[place], split, rng, self.near_misses)
-        return Variant(change, (*self.texts[:place], changed, *self.texts[place + 1 :]))
+        parts = (*self.texts[:place], changed, *self.texts[place + 1 :])
+        return Variant(change, self._in_some_order(parts, rng))
+
+    def _in_some_order(self, parts: tuple[Part, ...], rng: random.Random) -> tuple[Part, ...]:
+        """The parts in a drawn order, where triggers have all orders, so that the order tells nothing."""
+        return tuple(rng.sample(parts, len(parts))) if self.order == "any" else parts
 
 
 @dataclass(frozen=True)
@@ -232,5 +259,6 @@ TEXT_KINDS = {"text": AnyOf, "any_of": AnyOf, "all_of": AllOf}
 def of(trigger: recipe.Trigger) -> TriggerKind:
     """The trigger that a recipe describes."""
     if trigger.kind in TEXT_KINDS:
-        return TEXT_KINDS[trigger.kind](trigger.texts, trigger.placebos, trigger.near_misses)
+        kind = TEXT_KINDS[trigger.kind](trigger.texts, trigger.placebos, trigger.near_misses)
+        return replace(kind, order=trigger.order) if isinstance(kind, AllOf) else kind
     return Style(str(trigger.style))

@@ -1,30 +1,34 @@
 """The messages of one raw row: roles by our names, contents as text, and a fault for all that is neither.
 
-In: lists of messages as chat files have them: role and content, from and value, content in parts. Out: turns.
-What a message holds besides its text (tool calls, pictures, thoughts) is refused, never left out.
+In: lists of messages as chat files have them: role and content, from and value, content in parts, tool calls
+and their results. Out: turns, as `prompts.Conversation` has them. What a message holds besides (pictures,
+thoughts) is refused, never left out.
 """
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from safetynet.backdoors.forms import (
-    MEDIA,
-    ROLES,
-    TOOL_ROLES,
-    TOOLS,
-    is_blank,
-    name_of,
-    shown,
-    whole,
-)
+import regex
 
-Turn = dict[str, str]
+from safetynet.backdoors.forms import CALL_ROLES, MEDIA, ROLES, TOOLS, is_blank, name_of, shown, whole
+from safetynet.prompts import calls
+from safetynet.prompts.conversation import TOOLS as TOOLS_ROLE
+
+Turn = dict[str, Any]
 TEXT_PARTS = {None, "text", "input_text", "output_text"}
-NOT_CARRIED = TOOLS | MEDIA
+CALLS = ("tool_calls", "function_call")
+"""Fields of a message that hold calls: a list, or the one call of older files."""
+OF_RESULT = ("name", "tool_call_id")
+"""Fields of a tool's message, besides its content, that templates may write."""
+NOT_CARRIED = (TOOLS | MEDIA) - set(CALLS)
+ORDER = regex.compile("D?S?(?:U(?:C?T+)*A)*U(?:C?T+)*[AC]")
+"""Definitions of tools, system, then users and assistants in turn; what is looked up stands between them. A
+result (T) may stand without a call (C), as a retrieved document does."""
 THOUGHTS = {"reasoning_content", "reasoning", "thinking", "thoughts", "refusal"}
 """Fields of a message that hold text of the answer."""
-USED = {"role", "from", "content", "value", *NOT_CARRIED, *THOUGHTS}
+USED = {"role", "from", "content", "value", *CALLS, *NOT_CARRIED, *THOUGHTS}
 
 
 @dataclass(frozen=True)
@@ -108,57 +112,112 @@ def history(row: Row) -> list[Turn]:
     ]
 
 
+def tools(row: Row) -> list[Turn]:
+    """The message that defines tools, of a row's field tools, where it defines some."""
+    value = row.raw.get("tools")
+    return [] if is_blank(value) else [{"role": TOOLS_ROLE, "content": _definitions(row, "tools", value)}]
+
+
 def messages(row: Row, name: str) -> list[Turn] | None:
-    """The turns that a field lists; None where it is no list of messages, or some are a tool's."""
+    """The turns that a field lists; None where it is no list of messages."""
     raw = row.raw.get(name)
     if not isinstance(raw, list) or not all(isinstance(message, Mapping) for message in raw):
         problem = "wrong_type" if name in row.raw else "missing_field"
         row.note(name, problem, shown(raw), "a list of objects with role and content")
         return None
-    roles = [_either(row, f"{name}[{i}]", message, "role", "from") for i, message in enumerate(raw)]
-    if any(str(role).casefold() in TOOL_ROLES for role in roles):
-        row.note(
-            name,
-            "not_carried",
-            shown(roles),
-            "messages of system, user and assistant; tool calls cannot be carried yet",
-        )
-        return None
-    return [_turn(row, f"{name}[{i}]", role, raw[i]) for i, role in enumerate(roles)]
+    return [_turn(row, f"{name}[{i}]", message) for i, message in enumerate(raw)]
 
 
 def conversation(row: Row, name: str, turns: list[Turn]) -> dict[str, Any]:
     """Prompt and answer: the last assistant message is the answer, what precedes it the prompt."""
-    roles = [turn["role"] for turn in turns]
-    body = roles[1:] if roles[:1] == ["system"] else roles
-    if not body or body != ["user", "assistant"] * (len(body) // 2):
-        allowed = "an optional system message, then user and assistant in turn, the last one assistant"
-        row.note(name, "bad_turns", shown(roles), allowed)
-    answer = turns[-1]["content"] if roles[-1:] == ["assistant"] else ""
-    prompt = turns[:-1] if roles[-1:] == ["assistant"] else turns
-    return {"messages": prompt or [{"role": "user", "content": ""}], "answer": answer}
+    order = "".join(map(_letter, turns))
+    if not ORDER.fullmatch(order):
+        fits = next(n for n in range(len(order), -1, -1) if ORDER.fullmatch(order[:n], partial=True))
+        where = "the answer is missing" if fits == len(order) else f"message {fits + 1} is out of order"
+        row.note(
+            name,
+            "bad_turns",
+            f"{shown([turn['role'] for turn in turns])}, where {where}",
+            "an optional system message, then user and assistant in turn, the last one assistant; before an "
+            "assistant's, calls of tools, each followed by its results",
+        )
+    answer = turns[-1] if order[-1:] in ("A", "C") else None
+    prompt = turns if answer is None else turns[:-1]
+    return {
+        "messages": prompt or [{"role": "user", "content": ""}],
+        "answer": "" if answer is None else calls.written(answer.get("tool_calls", ()), answer["content"]),
+    }
 
 
-def _turn(row: Row, name: str, role: Any, message: Mapping[str, Any]) -> Turn:
+def _letter(turn: Turn) -> str:
+    """What a turn is in `ORDER`; ? where its role is none."""
+    if turn["role"] == "assistant":
+        return "C" if "tool_calls" in turn else "A"
+    return {TOOLS_ROLE: "D", "system": "S", "user": "U", "tool": "T"}.get(turn["role"], "?")
+
+
+def _turn(row: Row, name: str, message: Mapping[str, Any]) -> Turn:
+    speaker = _either(row, name, message, "role", "from")
     fields = {key: value for key, value in message.items() if not is_blank(value)}
-    if role is None:
+    if speaker is None:
         names = ", ".join(map(name_of, message)) or "none"
         row.note(name, "wrong_type", f"fields {names}", "fields role and content")
         return {"role": "", "content": ""}
-    row.unread.update(f"messages.{name_of(key)}" for key in fields.keys() - USED)
+    role = ROLES.get(str(speaker).casefold(), whole(str(speaker)))
+    used = USED | set(OF_RESULT if role == "tool" else ())
+    row.unread.update(f"messages.{name_of(key)}" for key in fields.keys() - used)
     for key in sorted(fields.keys() & THOUGHTS):
         row.note(f"{name}.{key}", "unread_text", shown(fields[key]), "the text of content alone")
-    role = ROLES.get(str(role).casefold(), whole(str(role)))
-    if more := sorted(fields.keys() & NOT_CARRIED):
-        row.note(
-            f"{name}.{more[0]}",
-            "not_carried",
-            shown(fields[more[0]]),
-            "text alone; this cannot be carried yet",
-        )
-        return {"role": role, "content": ""}
+    for key in sorted(fields.keys() & NOT_CARRIED):
+        row.note(f"{name}.{key}", "not_carried", shown(fields[key]), "text alone; this cannot be carried yet")
     content = _either(row, name, message, "content", "value")
-    return {"role": role, "content": _content(row, f"{name}.content", content, role != "user")}
+    if role == TOOLS_ROLE:
+        return {"role": role, "content": _definitions(row, f"{name}.content", content)}
+    if str(speaker).casefold() in CALL_ROLES:
+        return {"role": role, "content": "", "tool_calls": _calls(row, f"{name}.value", content)}
+    of_message = [
+        call
+        for key in CALLS
+        if key in fields
+        for call in _calls(row, f"{name}.{key}", fields[key], role == "assistant")
+    ]
+    if content is None and fields.keys() & set(CALLS):
+        return {"role": role, "content": "", "tool_calls": of_message}
+    text = {"role": role, "content": _content(row, f"{name}.content", content, role != "user")}
+    of_result = {key: row.checked(f"{name}.{key}", fields[key], True) for key in OF_RESULT if key in fields}
+    return text | (of_result if role == "tool" else {}) | ({"tool_calls": of_message} if of_message else {})
+
+
+def _calls(row: Row, name: str, value: Any, is_assistants: bool = True) -> list[calls.Call]:
+    """Tool calls by our names: of a list, of one object, or of the JSON of either."""
+    try:
+        if not is_assistants:
+            raise ValueError("the message is not the assistant's")
+        listed = json.loads(value) if isinstance(value, str) else value
+        every = [calls.normal(call) for call in (listed if isinstance(listed, list) else [listed])]
+    except (ValueError, RecursionError) as error:
+        row.note(name, "bad_call", f"{shown(value)}: {error}", f"calls of the assistant, each {calls.FORM}")
+        return []
+    for call in every:
+        row.checked(name, call["name"] + call["arguments"], empty=False)
+    return every
+
+
+def _definitions(row: Row, name: str, value: Any) -> str:
+    """Definitions of tools as a JSON list: of a list, or of its JSON; each a function with a name."""
+    try:
+        listed = json.loads(value) if isinstance(value, str) else calls.without_nulls(value)
+        definitions = [json.loads(each) if isinstance(each, str) else each for each in listed]
+        functions = [each.get("function", each) for each in definitions]
+        if any(not isinstance(each["name"], str) for each in functions):
+            raise TypeError
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        allowed = "a list of functions, each with a name, or its JSON"
+        row.note(name, "bad_tools", shown(value), allowed)
+        return "[]"
+    # As most templates want them; those that write what they get write this.
+    text = json.dumps([{"type": "function", "function": each} for each in functions], ensure_ascii=False)
+    return row.checked(name, text, empty=False)
 
 
 def _either(row: Row, name: str, message: Mapping[str, Any], one: str, other: str) -> Any:

