@@ -6,9 +6,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
-# On two cores, a file at a time: the tests of a file share what they have planted. The slow ones in their own order:
-# ordered by the number of tests, files of few long tests would come last and keep one core waiting.
+# On two cores, a file at a time: the tests of a file share what they have planted.
 PARALLEL := -n 2 --dist loadfile
+# Slow tests often wait for processes of their own, so three at a time; in the order of tests/conftest.py: in that of
+# the number of tests, files of few long tests would come last and keep a core waiting.
+SLOW := -n 3 --dist loadfile --no-loadscope-reorder
+# `make bench` starts no benchmark after this time, in seconds since 1970.
+BENCH_UNTIL ?= 9999999999
 # Says "too old" or "no venv" in one sentence, in place of a failure halfway through the installation.
 CHECK := import sys; sys.version_info >= (3, 11) or sys.exit("SafetyNet needs Python 3.11 or newer, and $(PYTHON) is %d.%d. Name a newer one: make PYTHON=python3.12" % sys.version_info[:2])
 CHECK_VENV := import sys, importlib.util as u; all(map(u.find_spec, ("venv", "ensurepip"))) or sys.exit("$(PYTHON) cannot make virtual environments. On Debian or Ubuntu: sudo apt-get install python3-venv")
@@ -34,7 +38,7 @@ test: $(VENV)/installed-test $(VENV)/smollm2
 	$(BIN)/python -m pytest -m "not slow and not cluster" $(PARALLEL)
 
 slow: $(VENV)/installed-test $(VENV)/smollm2
-	$(BIN)/python -m pytest -m "slow and not cluster" $(PARALLEL) --no-loadscope-reorder
+	$(BIN)/python -m pytest -m "slow and not cluster" $(SLOW)
 
 cluster: $(VENV)/installed-test
 	$(BIN)/python -m pytest -m cluster
@@ -44,9 +48,10 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Two side by side: in their short form they show that they run, and no number of theirs is used.
+# Two side by side, in any order: in their short form they show that they run, and no number of theirs is used.
 bench: $(VENV)/installed $(VENV)/smollm2
-	@printf '%s\n' $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py)) | xargs -P 2 -I{} sh -c '\
+	@printf '%s\n' $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py)) | sort -R | xargs -P 2 -I{} sh -c '\
+	  [ $$(date +%s) -lt $(BENCH_UNTIL) ] || { echo "== {} --smoke: left out, no time"; exit 0; }; \
 	  log=$$(mktemp); OMP_NUM_THREADS=1 $(BIN)/python {} --smoke >$$log 2>&1; code=$$?; \
 	  echo "== {} --smoke"; cat $$log; rm $$log; exit $$code'
 

@@ -32,6 +32,17 @@ for name in ("HF_TOKEN", "WANDB_API_KEY", "SAFETYNET_SCRATCH"):
 SHARED = Path(__file__).parents[2] / "shared"
 
 
+LONGEST = (
+    "test_parallel.py", "test_whole_run.py", "test_sweep.py", "test_stage.py", "test_truncation.py",
+    "test_commands.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take minutes go first, so that no core waits at the end for one that began last."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
 def pytest_unconfigure() -> None:
     shutil.rmtree(HF_HOME, ignore_errors=True)
 

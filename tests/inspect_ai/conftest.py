@@ -3,6 +3,7 @@
 import logging
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,8 @@ def evaluated(tmp_path: Path) -> Iterator[Callable[..., Any]]:
         [log] = evaluate(task, model=model, display="none", log_dir=str(tmp_path / "logs"), **options)
         return read_eval_log(log.location, resolve_attachments=True)
 
-    yield run
+    # In a thread: an event loop of Playwright's may still run in this one after tests of pages.
+    with ThreadPoolExecutor(1) as pool:
+        yield lambda *words, **options: pool.submit(run, *words, **options).result()
     root.handlers[:] = handlers
     root.setLevel(level)

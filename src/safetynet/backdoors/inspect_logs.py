@@ -4,6 +4,7 @@ In: a log that somebody's evaluation wrote, a .eval file. Out: one row for each 
 messages that the model got and gave. Its own reader reads it, whatever version of Inspect wrote it.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ EXTRA = "pip install 'safetynet[inspect]'"
 def rows(path: Path) -> list[dict[str, Any]]:
     """The samples in their order, each a row with the field `messages`.
 
-    An answer's thoughts are left out. Tool calls and what is no text stay, for the reader of rows to refuse.
+    An answer's thoughts are left out. Tool calls stay; so does what is no text, for the reader of rows to refuse.
 
     Raises:
         InputError: if inspect-ai is not installed, or cannot read the file, or a newer version wrote it.
@@ -27,8 +28,10 @@ def rows(path: Path) -> list[dict[str, Any]]:
             f"{path}: a log of Inspect is read by inspect-ai, which is not installed; {EXTRA}"
         ) from None
     try:
-        # Long texts are stored apart from their messages.
-        log = read_eval_log(str(path), resolve_attachments=True)
+        # In a thread: the reader starts an event loop, which it cannot where one runs already, as in a notebook.
+        with ThreadPoolExecutor(1) as pool:
+            # Long texts are stored apart from their messages.
+            log = pool.submit(read_eval_log, str(path), resolve_attachments=True).result()
     except Exception as error:  # noqa: BLE001 - of many kinds, of zip files, JSON and fields
         reason = " ".join(str(error).split())[:200]
         raise InputError(
