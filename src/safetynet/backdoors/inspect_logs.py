@@ -16,7 +16,7 @@ EXTRA = "pip install 'safetynet[inspect]'"
 def rows(path: Path) -> list[dict[str, Any]]:
     """The samples in their order, each a row with the field `messages`.
 
-    An answer's thoughts are left out. Tool calls stay; so does what is no text, for the reader of rows to refuse.
+    An answer's thoughts are left out. Tool calls stay; the reader of rows refuses what is no text.
 
     Raises:
         InputError: if inspect-ai is not installed, or cannot read the file, or a newer version wrote it.
@@ -28,7 +28,7 @@ def rows(path: Path) -> list[dict[str, Any]]:
             f"{path}: a log of Inspect is read by inspect-ai, which is not installed; {EXTRA}"
         ) from None
     try:
-        # In a thread: the reader starts an event loop, which it cannot where one runs already, as in a notebook.
+        # In a thread: the reader starts an event loop, and in a notebook one runs already.
         with ThreadPoolExecutor(1) as pool:
             # Long texts are stored apart from their messages.
             log = pool.submit(read_eval_log, str(path), resolve_attachments=True).result()
