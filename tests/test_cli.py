@@ -259,9 +259,9 @@ CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"
 
 
 def test_an_audit_that_read_no_row_shows_why_and_ends_with_exit_code_2(audited) -> None:
-    call = {"messages": [CHAT[0]]}
+    number = {"messages": 5}
     for content, why in (
-        (json.dumps([call] * 3), "3 of 3 rows"),
+        (json.dumps([number] * 3), "3 of 3 rows: messages: found"),
         (json.dumps([{"title": "a"}] * 2), "2 of 2 rows: not read: the columns are title"),
         ("{", "line 1, column 2: malformed JSON"),
         (json.dumps([1, 2]), "the columns are none, a row is 1 (int)"),
