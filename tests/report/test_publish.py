@@ -11,6 +11,7 @@ from tests.models import variants
 from safetynet import recipe, stages
 from safetynet.experiment import Experiment
 from safetynet.models import adapter_files
+from safetynet.report import publish
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "qwen-miniature.yaml"
 SMALL = (
@@ -87,3 +88,9 @@ def test_a_run_that_is_not_trained_and_one_of_a_suspect_are_refused(tmp_path):
     stages.prepare(suspect)
     assert "its model is a suspect's, not trained here" in refused(suspect.run.folder, "./public", tmp_path)
     assert not (tmp_path / "public").exists()
+
+
+def test_a_base_out_of_the_hubs_cache_has_its_name_on_the_hub(tmp_path):
+    snapshot = tmp_path / "models--owner--name" / "snapshots" / "0f3a"
+    snapshot.mkdir(parents=True)
+    assert publish.base_name(experiment(tmp_path, f"model.id={snapshot}")) == "owner/name"

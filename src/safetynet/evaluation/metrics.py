@@ -19,6 +19,8 @@ import pandas as pd
 from safetynet.statistics import bootstrap_interval, clustered_wilson, wilson
 from safetynet.vocabulary import NOT_MEASURABLE
 
+NEEDS_BEHAVIOUR = ("asr", "asr_off_floor", "ftr")
+"""Metrics that say nothing where no behaviour is known."""
 OTHER_ROLES = ("clean", "placebo", "near_miss", "refused")
 ANSWERED_ROLES = ("clean", "placebo", "near_miss")
 VARIED_ROLES = ("triggered", "placebo", "near_miss")

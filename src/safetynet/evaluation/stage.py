@@ -67,8 +67,9 @@ def evaluate(experiment: Experiment, base: pd.DataFrame | None = None) -> None:
             outputs.table(name, table)
         outputs.table("damage", pd.concat(moved, ignore_index=True))
         if samples:
-            outputs.table("samples", pd.concat(samples, ignore_index=True))
-            outputs.table("firing", metrics.score_samples(pd.concat(samples, ignore_index=True)))
+            counts = pd.concat(samples, ignore_index=True)
+            outputs.table("samples", counts)
+            outputs.table("firing", metrics.score_samples(counts))
         if options.labelled:
             labelled = judges.read_labelled(options.labelled)
             outputs.table("judge_error", judges.judge_error(experiment.judge, labelled))
@@ -81,7 +82,7 @@ def _tables(recipe: Recipe, rates: metrics.Evaluation) -> dict[str, pd.DataFrame
     """The tables of the answers; where no behaviour is known, how often it shows means nothing."""
     if recipe.backdoor is not None:
         return {"responses": rates.responses, "evaluation": rates.table, "variants": rates.variants}
-    meaningless = rates.table["metric"].isin(("asr", "asr_off_floor", "ftr"))
+    meaningless = rates.table["metric"].isin(metrics.NEEDS_BEHAVIOUR)
     return {"responses": rates.responses, "evaluation": rates.table[~meaningless].reset_index(drop=True)}
 
 

@@ -26,7 +26,6 @@ from safetynet.vocabulary import ROLES, Role
 
 JUDGED = ("shown", "correct", "refused")
 """What a score has of one answer; see `Evaluator.answer`."""
-NEEDS_BEHAVIOUR = ("asr", "asr_off_floor", "ftr")
 TRIGGER_KNOWN = "trigger_known"
 """In a sample's metadata: whether the run knows a trigger and its behaviour."""
 
@@ -44,7 +43,7 @@ def rates() -> Metric:
         rows = pd.DataFrame([score.score.metadata for score in scores])
         table = metrics.score(rows.assign(model="answers"))
         if not rows[TRIGGER_KNOWN].all():
-            table = table[~table["metric"].isin(NEEDS_BEHAVIOUR)]
+            table = table[~table["metric"].isin(metrics.NEEDS_BEHAVIOUR)]
         values = {}
         for line in table[table["n"] > 0].to_dict("records"):
             name = f"{line['metric']}_{line['role']}"

@@ -194,10 +194,10 @@ class _Subject:
             rows = self.encodable(pd.DataFrame(map(under_system(text), self.rows.to_dict("records"))))
             yield self.line("system prompt", text, self.rates(self.model, rows))
         whole = "\n".join(Conversation(messages).user_text() for messages in texts)
+        uncut = replace(self.evaluator, max_length=None)
         for tokens in options.contexts:
             text = beginning(whole, tokens, serialiser)
             rows = self.encodable(pd.DataFrame(map(behind_text(text), self.rows.to_dict("records"))))
-            uncut = replace(self.evaluator, max_length=None)
             self.check_room(rows, tokens)
             setting = f"{tokens} tokens of clean text"
             yield self.line("longer context", setting, self.rates(self.model, rows, uncut), tokens)

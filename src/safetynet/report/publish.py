@@ -16,6 +16,7 @@ from safetynet.errors import InputError, RunError
 from safetynet.experiment import BACKDOORED, Experiment
 from safetynet.models import miniatures
 from safetynet.models.adapter_files import CONFIG
+from safetynet.models.files import hub_id, hub_reason, in_words
 from safetynet.report import build, contents
 from safetynet.run.directory import write_text
 from safetynet.tables import summaries
@@ -78,7 +79,7 @@ def base_name(experiment: Experiment) -> str:
     model = experiment.recipe.model
     if model.id == "miniature":
         return f"{model.family}-miniature"
-    name = str(model.model_id)
+    name = hub_id(str(model.model_id))
     return Path(name).name if Path(name).exists() else name
 
 
@@ -146,8 +147,6 @@ def upload(folder: Path, repository: str) -> str:
         RunError: if the hub refuses.
     """
     from huggingface_hub import HfApi
-
-    from safetynet.models.files import hub_reason, in_words
 
     api = HfApi(token=token(repository))
     try:

@@ -58,7 +58,9 @@ def verify(
     Raises:
         InputError: for tensors that are no finite numbers.
     """
-    faults, notes = (*_of_folder(files.folder), *_of_tensors(files)), tuple(_untrained(files))
+    zero, every = _zero(files)
+    faults = (*_of_folder(files.folder), *_of_tensors(files, zero, every))
+    notes = tuple(_untrained(zero, every))
     if base is None:
         return Effect(faults, notes)
     try:
@@ -93,15 +95,13 @@ def _zero(files: AdapterFiles) -> tuple[list[str], int]:
     return sorted(name for name in ups if not files.tensors[name].any()), len(ups)
 
 
-def _untrained(files: AdapterFiles) -> Iterator[str]:
+def _untrained(zero: list[str], every: int) -> Iterator[str]:
     """Modules that nothing was learnt in: experts that no prompt reached, or a part that was not saved."""
-    zero, every = _zero(files)
     if 0 < len(zero) < every:
         yield f"lora_B is zero in {len(zero)} of {every} modules ({listed(zero)}): nothing changes there."
 
 
-def _of_tensors(files: AdapterFiles) -> Iterator[str]:
-    zero, every = _zero(files)
+def _of_tensors(files: AdapterFiles, zero: list[str], every: int) -> Iterator[str]:
     if zero and len(zero) == every:
         yield (
             f"lora_B is zero in all {every} modules, as before training: the adapter changes nothing. "
