@@ -48,7 +48,7 @@ def test_every_stage_says_how_many_prompts_it_cut_and_cuts_them_alike(
         lambda: stages.intervene(
             Experiment(plan, run), Interventions(by=("layer",), groups=8, observe=False, removals=False)
         ),
-        lambda: stages.detect(Experiment(plan, run), Detection(detectors=("adapter",), fpr=0.1, clean=160)),
+        lambda: stages.detect(Experiment(plan, run), Detection(detectors=("adapter",), fpr=0.1, clean=400)),
         lambda: stages.mitigate(Experiment(plan, run)),
     ):
         caplog.clear()
