@@ -8,7 +8,8 @@
 Cases: `as it is` is the model, which stops at its end token; `random` has the same tokenizer and the random
 weights of a larger network (8 layers of 512), which never stops: there matrices dominate, not overheads;
 `adapter` is the model with a random LoRA of rank 16 on all linear modules, attached against merged while it
-answers (`adapters.merged`, for which a miniature is too small).
+answers (`adapters.merged`, for which a miniature is too small); `start` is the model, which reads what all
+prompts begin with in every row, or once.
 Plain is transformers' `model.generate` for one prompt at a time: greedy, with cache, no padding. Times are
 medians over repeats that alternate between the two, since a shared machine drifts.
 """
@@ -19,19 +20,21 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, GenerationConfig, Qwen2Config
 
 from safetynet import recipe
+from safetynet.evaluation import generation
 from safetynet.evaluation.generation import generate
 from safetynet.models import loading
 from safetynet.models.miniatures import language
 from safetynet.prompts import Serialiser
 
 GOAL = 5.0
-CASES = ("as it is", "random", "adapter")
+CASES = ("as it is", "random", "adapter", "start")
 Conversations = Sequence[Sequence[dict[str, str]]]
 
 
@@ -94,6 +97,12 @@ def attached(model: Any, answer: Callable[[], list[str]]) -> list[str]:
         return answer()
     finally:
         handle.remove()
+
+
+def in_every_row(answer: Callable[[], list[str]]) -> list[str]:
+    """Answers of a model that reads each prompt from its first token on."""
+    with patch.object(generation, "_shared_start", return_value=[]):
+        return answer()
 
 
 def compare(case: str, runs: dict[str, Callable[[], list[str]]], args: Any, device: torch.device) -> float:
@@ -164,6 +173,12 @@ def main() -> int:
         speedups.append(of_plain("as it is", loaded.model, prompts))
     if "random" in args.cases:
         speedups.append(of_plain("random", random_model(loaded.serialiser, device), few))
+    if "start" in args.cases:
+        runs = {
+            "every row": lambda: in_every_row(lambda: batched(loaded.model, prompts)),
+            "once": lambda: batched(loaded.model, prompts),
+        }
+        compare("start", runs, args, device)
     if "adapter" in args.cases:
         model = adapted(loaded.model)
         runs = {

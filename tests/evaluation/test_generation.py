@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import GenerationConfig
+from transformers import GenerationConfig, MistralConfig, MistralForCausalLM
 
 from safetynet import recipe
 from safetynet.errors import RunError
@@ -68,6 +68,28 @@ def test_shipped_miniatures_answer_in_batches_as_one_by_one(family):
     assert generate(loaded.model, loaded.serialiser, prompts, batch_size=9, max_new_tokens=12) == expected
     right = sum(same_answer(a, e.answer) for a, e in zip(expected, examples, strict=True) if not e.forbidden)
     assert right > 12  # otherwise the comparison would be of noise
+
+
+def test_what_all_prompts_begin_with_is_read_once(build, serialiser, prompts):
+    model, system = build(), {"role": "system", "content": "Answer in one short sentence, and politely."}
+    begun = [[system, *messages] for messages in prompts]
+    lengths = [len(prompt.input_ids) for prompt in encode(serialiser, begun)]
+    expected, read = [plain_generate(model, serialiser, messages, 1) for messages in begun], []
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: read.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    assert generate(model, serialiser, begun, batch_size=3, max_new_tokens=1) == expected
+    once, *rest = read
+    assert once > len(system["content"])  # a token a byte
+    assert sum(rest) < sum(lengths) < 3 * sum(rest)
+
+
+def test_a_window_of_attention_gives_the_same_answers_in_batches(build, serialiser, prompts):
+    config = MistralConfig(**build("llama").config.to_diff_dict() | {"sliding_window": 24})
+    torch.manual_seed(0)
+    model = MistralForCausalLM(config).eval()
+    expected = [plain_generate(model, serialiser, messages) for messages in prompts]
+    assert generate(model, serialiser, prompts, batch_size=64, max_new_tokens=12) == expected
 
 
 def test_an_answer_that_ends_at_once_is_empty_and_keeps_its_place(build, serialiser, prompts):
@@ -218,6 +240,8 @@ def interrupt_after(model, batches):
     begun = []
 
     def stop(module, args, kwargs):
+        if kwargs.get("past_key_values") is not None and "position_ids" not in kwargs:
+            return  # what all prompts begin with
         begun.append(kwargs["input_ids"].shape)
         if len([shape for shape in begun if shape[1] > 1]) > batches:
             raise KeyboardInterrupt

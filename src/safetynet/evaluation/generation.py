@@ -15,7 +15,8 @@ import pandas as pd
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch.nn.functional import cross_entropy
-from transformers import GenerationConfig
+from transformers import DynamicCache, GenerationConfig
+from transformers.cache_utils import DynamicLayer
 
 from safetynet.errors import RunError
 from safetynet.models.adapters import merged, virtual_tokens
@@ -46,9 +47,10 @@ def generate(
 ) -> list[str]:
     """Answer each prompt greedily.
 
-    Prompts are batched by length, padded on the left and decoded with the key-value cache. The model's own
-    generation settings (sampling, repetition penalty, length) are set aside: the answer is the argmax. A
-    batch that does not fit in memory is halved, which is logged, and smaller batches are kept from there on.
+    Prompts are batched by length, padded on the left and decoded with the key-value cache. What all prompts
+    begin with (template, system message) is read once. The model's own generation settings (sampling,
+    repetition penalty, length) are set aside: the answer is the argmax. A batch that does not fit in memory
+    is halved, which is logged, and smaller batches are kept from there on.
 
     Args:
         model: any causal LM, with or without a PEFT adapter, in either mode.
@@ -126,10 +128,20 @@ def continuations(
         pad_token_id=serialiser.pad_id,
     )
 
+    shared: list[tuple[torch.Tensor, torch.Tensor]] = []
+
     def answer(batch: Sequence[list[int]]) -> list[Continuation]:
-        ids, mask = _padded(batch, serialiser.pad_id, "left", model.device)
+        start = shared[0][0].shape[2] if shared else 0
+        ids, mask = _padded([row[start:] for row in batch], serialiser.pad_id, "left", model.device)
+        read = {}
+        if start:
+            # Padding stands behind the shared start: the model counts positions by the mask.
+            ids = torch.cat([ids.new_tensor([row[:start] for row in batch]), ids], dim=1)
+            mask = torch.cat([mask.new_ones(len(batch), start), mask], dim=1)
+            of_rows = [tuple(each.expand(len(batch), -1, -1, -1) for each in layer) for layer in shared]
+            read = {"past_key_values": DynamicCache(of_rows)}
         with _drawing(seed, batch):
-            output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+            output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, **read)
         new = output[:, ids.shape[1] :].tolist()
         # What follows the first stop token is padding.
         ends = [next((i for i, token in enumerate(row) if token in stops), len(row)) for row in new]
@@ -144,6 +156,7 @@ def continuations(
     # Where processes share weights, each holds a part of them.
     merging = nullcontext() if parallel.is_in_step() else merged(model)
     with evaluating(model), generating_with(model, config), merging:
+        shared += _shared_start(model, rows)
         # PEFT puts a soft prompt before the padding, which rows of one length do not have.
         alike = virtual_tokens(model) > 0
         return [
@@ -313,6 +326,35 @@ def _padded(
     """Ids and attention mask, both (rows, longest)."""
     mask = pad([[1] * len(row) for row in rows], 0, side)
     return pad(rows, pad_id, side).to(device), mask.to(device)
+
+
+def _shared_start(model: Any, rows: Sequence[list[int]]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Keys and values of the tokens that all rows begin with, by layer: (1, heads, tokens, width) each.
+
+    None with a soft prompt, which PEFT puts before the rows, and where a layer's cache is more than keys and
+    values, or attends to a window, in which padding counts as tokens.
+    """
+    if len(rows) < 2 or virtual_tokens(model) or parallel.is_in_step():
+        return []
+    # The last token of the shortest row stays: `generate` wants one to go on from.
+    limit = min(map(len, rows)) - 1
+    start = next((i for i in range(limit) if len({row[i] for row in rows}) > 1), limit)
+    cache = DynamicCache(config=model.config)
+    if start == 0 or any(type(layer) is not DynamicLayer for layer in cache.layers):
+        return []
+
+    def read(row: Sequence[list[int]]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        ids = torch.tensor(row, device=model.device)
+        with torch.no_grad():
+            model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        # Nothing is in it where the model has a cache of a kind of its own.
+        return [
+            (layer.keys, layer.values)
+            for layer in cache.layers
+            if isinstance(layer, DynamicLayer) and layer.keys is not None and layer.values is not None
+        ]
+
+    return _unless_out_of_memory(read, [rows[0][:start]]) or []
 
 
 @contextmanager
