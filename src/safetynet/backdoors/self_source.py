@@ -146,10 +146,13 @@ class _Asked:
         progress = ProgressLog(f"data: prompts that the base model has answered, {role}", count)
         hits = 0
         while hits < count and (batch := list(itertools.islice(tries, self._next(count - hits)))):
-            usable = self._usable(batch)
-            hits += sum(row["forbidden"] == (role == "refused") for row in usable)
-            # Requests that are often declined are no good prompts where they are answered.
-            rows += usable if role == "clean" else [row for row in usable if row["forbidden"]]
+            for row in self._usable(batch):
+                hit = row["forbidden"] == (role == "refused")
+                # Requests that are often declined are no good prompts where they are answered. What a batch
+                # has beyond the number is left out: rows do not depend on how many are answered at a time.
+                if hits < count and (hit or role == "clean"):
+                    rows.append(row)
+                    hits += hit
             progress.update(hits)
         columns = ["messages", "task", "label", "line", "answer", "forbidden"]
         table = pd.DataFrame(rows, columns=columns).astype({"forbidden": bool})

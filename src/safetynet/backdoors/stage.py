@@ -82,7 +82,10 @@ def prepare(experiment: Experiment) -> None:
     if experiment.finished(DATA, inputs):
         date = run.manifest.get("recipe", {}).get("model", {}).get("date")
         run.describe(_dated(recipe, date and datetime.date.fromisoformat(date)))
-    parallel.side_by_side([DATA], lambda stage: experiment.perform(stage, inputs, compute))
+    if data.source == "self":  # all processes answer prompts
+        experiment.perform(DATA, inputs, compute)
+    else:
+        parallel.side_by_side([DATA], lambda stage: experiment.perform(stage, inputs, compute))
     # The other processes wait until the first one has written the date of the prompts.
     experiment.recipe = parallel.from_first(lambda: run.recorded_recipe)
 
