@@ -331,10 +331,12 @@ def _padded(
 def _shared_start(model: Any, rows: Sequence[list[int]]) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Keys and values of the tokens that all rows begin with, by layer: (1, heads, tokens, width) each.
 
-    None with a soft prompt, which PEFT puts before the rows, and where a layer's cache is more than keys and
-    values, or attends to a window, in which padding counts as tokens.
+    None for what answers by a `generate` of its own, with a soft prompt, which PEFT puts before the rows, and
+    where a layer's cache is more than keys and values, or attends to a window, in which padding counts as
+    tokens.
     """
-    if len(rows) < 2 or virtual_tokens(model) or parallel.is_in_step():
+    wrapped = not isinstance(model, torch.nn.Module)
+    if len(rows) < 2 or wrapped or virtual_tokens(model) or parallel.is_in_step():
         return []
     # The last token of the shortest row stays: `generate` wants one to go on from.
     limit = min(map(len, rows)) - 1
