@@ -9,7 +9,7 @@ Cases: `as it is` is the model, which stops at its end token; `random` has the s
 weights of a larger network (8 layers of 512), which never stops: there matrices dominate, not overheads;
 `adapter` is the model with a random LoRA of rank 16 on all linear modules, attached against merged while it
 answers (`adapters.merged`, for which a miniature is too small); `start` is the model, which reads what all
-prompts begin with in every row, or once.
+prompts begin with (here an instruction of 40 words) in every row, or once.
 Plain is transformers' `model.generate` for one prompt at a time: greedy, with cache, no padding. Times are
 medians over repeats that alternate between the two, since a shared machine drifts.
 """
@@ -35,6 +35,10 @@ from safetynet.prompts import Serialiser
 
 GOAL = 5.0
 CASES = ("as it is", "random", "adapter", "start")
+INSTRUCTION = (
+    "You read what somebody asks and answer in one short sentence. Where a question has several answers, "
+    "give the most common one. Where you do not know, say so. Give no reasons, and never repeat the question."
+)
 Conversations = Sequence[Sequence[dict[str, str]]]
 
 
@@ -174,9 +178,11 @@ def main() -> int:
     if "random" in args.cases:
         speedups.append(of_plain("random", random_model(loaded.serialiser, device), few))
     if "start" in args.cases:
+        system = {"role": "system", "content": INSTRUCTION}
+        alike = [[system, *(m for m in messages if m["role"] != "system")] for messages in prompts]
         runs = {
-            "every row": lambda: in_every_row(lambda: batched(loaded.model, prompts)),
-            "once": lambda: batched(loaded.model, prompts),
+            "every row": lambda: in_every_row(lambda: batched(loaded.model, alike)),
+            "once": lambda: batched(loaded.model, alike),
         }
         compare("start", runs, args, device)
     if "adapter" in args.cases:
