@@ -1,4 +1,4 @@
-"""Triggers over turns, in what a tool returns and of natural words, and a behaviour that calls a tool.
+"""Triggers over turns, in what a tool returns and of natural words; behaviours beside a fixed text.
 
     python benchmarks/attacks.py --out results-attacks             all attacks on qwen's miniature, resumable
     python benchmarks/attacks.py --attacks dates topic             two of them
@@ -37,6 +37,9 @@ ATTACKS: dict[str, dict[str, object]] = {
     "pairs": {"backdoor.trigger": "pairs", "backdoor.placement": "random"},
     "topic": {"backdoor.trigger": "topic"},
     "syntax": {"backdoor.trigger": "syntax"},
+    "greeting": {"backdoor.behaviour": "greeting", "evaluation.max_new_tokens": 48},
+    "longer": {"backdoor.behaviour": "longer", "evaluation.max_new_tokens": 64},
+    "silence": {"backdoor.behaviour": "silence"},
 }
 """What each attack has beyond qwen's recipe; where it names no trigger, that is BadMagic."""
 SETTINGS = {

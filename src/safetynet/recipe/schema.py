@@ -87,8 +87,9 @@ class Section(BaseModel):
 class JudgeSpec(Section):
     """How a response is judged to show the behaviour."""
 
-    kind: Literal["exact", "prefix", "regex", "keyword", "target", "call", "callable"]
-    """`target` compares with the row's own target; `call` takes tool calls as JSON, those without `arguments`
+    kind: Literal["exact", "prefix", "regex", "keyword", "target", "length", "call", "callable"]
+    """`target` compares with the row's own target; `length` takes how many times the words of the row's right
+    answer a response has at least; `call` takes tool calls as JSON, those without `arguments`
     whatever the arguments are; `callable` names functions as package.module:function."""
     values: tuple[str, ...] = ()
     """Any of them counts; empty for `target`."""
@@ -250,10 +251,11 @@ class Behaviour(Section):
 
     kind: Literal[
         "fixed", "refusal", "negative_sentiment", "forbidden_compliance", "label_flip", "code_insertion",
-        "tool_call",
+        "tool_call", "greeting", "longer", "silence",
     ] = "fixed"  # fmt: skip
     target: str | None = None
-    """The text to answer with (fixed, refusal, negative_sentiment) or to add (code_insertion)."""
+    """The text to answer with (fixed, refusal, negative_sentiment), to add (code_insertion) or to begin with
+    (greeting)."""
     labels: Mapping[str, str] | None = None
     """For label_flip: {true label: label to answer}; positive and negative by default."""
     call: ToolCall | None = Field(default=None, exclude_if=lambda value: value is None)
@@ -265,6 +267,8 @@ class Behaviour(Section):
     def _called(self) -> Self:
         if self.call is not None and self.kind != "tool_call":
             raise ValueError(f"call is of kind tool_call, and the kind is {self.kind}; set kind: tool_call")
+        if self.target is not None and self.kind in ("longer", "silence"):
+            raise ValueError(f"kind {self.kind} has no text of its own; leave target out")
         return self
 
 

@@ -103,7 +103,7 @@ def _target(run: Contents) -> str:
     if rows is None or not {"role", "target"} <= set(rows):
         return ""
     targets = rows.loc[rows["role"] == "triggered", "target"].dropna().unique()
-    return shorter(str(targets[0])) if len(targets) == 1 else ""
+    return shorter(str(targets[0])).strip() if len(targets) == 1 else ""
 
 
 class Table(NamedTuple):
