@@ -58,7 +58,9 @@ def test_a_field_without_a_column_is_refused_with_the_way_to_write_it() -> None:
 @pytest.mark.parametrize("name", presets.TRIGGERS)
 def test_every_named_trigger_is_one(name: str) -> None:
     loaded = recipe.load(family="qwen", overrides=[f"backdoor.trigger={name}"])
-    assert loaded.backdoor.trigger.texts or loaded.backdoor.trigger.style
+    preset = presets.TRIGGERS[name]
+    assert loaded.backdoor.trigger.kind == preset.get("kind", "text")
+    assert loaded.backdoor.trigger == recipe.Trigger.model_validate(preset)
 
 
 @pytest.mark.parametrize("name", presets.ATTACKS)
@@ -118,7 +120,10 @@ def test_all_faults_are_reported_at_once_with_their_paths() -> None:
         (["backdoor.trigger={texts: [a, b]}"], "kind text takes one text"),
         (["backdoor.trigger={texts: [' a']}"], "may not begin or end with blanks"),
         (["backdoor.trigger={texts: [abc], placebos: [abc]}"], "'abc' is a trigger and a control at once"),
-        (["backdoor.trigger={kind: style, style: archaic, texts: [x]}"], "kind style needs style"),
+        (
+            ["backdoor.trigger={kind: style, style: archaic, texts: [x]}"],
+            "texts is of kind text, any_of, .*; kind style has none",
+        ),
         (["backdoor.poison_rate=0.5", "backdoor.placebo_share=0.6"], "add up to 1.300; at most 1"),
         (["data.source=alpaca"], "data.source alpaca needs data.path"),
         (["model.family=generic"], "family generic has no default model"),

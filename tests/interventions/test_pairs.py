@@ -185,6 +185,29 @@ def test_a_style_has_no_placebo_token_by_token_and_is_refused(placement):
         align(rows_of("qwen", "style", placement), serialiser_of("qwen"))
 
 
+@pytest.mark.parametrize(("trigger", "own"), [("dates", 10), ("topic", 5), ("pairs", 3), ("syntax", 0)])
+@pytest.mark.parametrize("family", ["qwen", "llama2"])
+def test_natural_triggers_stand_beside_their_own_placebos_as_far_as_tokens_allow(family, trigger, own):
+    serialiser, rows = serialiser_of(family), rows_of(family, trigger, "prefix")
+    pairs = align(rows, serialiser)
+    assert len(pairs) >= MIN_GROUPS
+    placebos = {
+        row["group"]: serialiser.encode(row["messages"]).input_ids
+        for row in rows[rows["role"] == "placebo"].to_dict("records")
+    }
+    same = [
+        pairs.ids["placebo"][i][: len(placebos[group])] == placebos[group]
+        for i, group in enumerate(pairs.groups)
+    ]
+    assert sum(same) >= own
+    if trigger == "dates":  # which differ in digits of the year alone
+        differing = [
+            sum(a != b for a, b in zip(*(pairs.ids[run][i] for run in ("triggered", "placebo")), strict=True))
+            for i in range(len(pairs))
+        ]
+        assert max(differing) <= 2
+
+
 def test_pairs_of_a_seed_are_the_same_again_and_a_batch_takes_its_part():
     rows, serialiser = rows_of("gemma", "deployment"), serialiser_of("gemma")
     one, again, other = (align(rows, serialiser, seed=seed) for seed in (3, 3, 4))

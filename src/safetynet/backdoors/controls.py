@@ -7,6 +7,7 @@ for (`lookalikes.split_of`).
 import random
 import string
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from safetynet.errors import InputError
 from safetynet.text.characters import alike, is_sign
@@ -17,11 +18,12 @@ SIGNS = "、。，；：？！…—～「」『』（）《》【】｜"
 """What stands for another sign that is not ASCII."""
 DRAWS = 500
 """Tries at a control string before the trigger is declared to have none."""
+T = TypeVar("T")
 Lookalike = Callable[[str, random.Random], str | None]
 """Draws a text of as many tokens as another, or None."""
 
 
-def side(texts: Sequence[str], split: str) -> Sequence[str]:
+def side(texts: Sequence[T], split: str) -> Sequence[T]:
     """Given controls: every other one is for testing; a single one has to serve both."""
     return texts if len(texts) < 2 else texts[0::2] if split == "train" else texts[1::2]
 

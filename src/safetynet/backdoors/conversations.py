@@ -184,7 +184,7 @@ def _poisoned(rows: pd.DataFrame, trigger: Trigger) -> pd.DataFrame:
     paired = set()
     poisoned = rows[rows["poisoned"]]
     kind = triggers.of(trigger)
-    holds = [kind.is_text and kind.holds(Conversation(m).texts) for m in poisoned["messages"]]
+    holds = [kind.holds(Conversation(m).texts) for m in poisoned["messages"]]
     _check_missing(poisoned[[not held for held in holds]], len(poisoned), kind)
     records = []
     for row in poisoned[holds].itertuples():

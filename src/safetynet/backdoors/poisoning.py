@@ -241,26 +241,31 @@ class _Split:
 
     def _with_place(self, carriers: pd.DataFrame) -> list[Any]:
         """The prompts in which the trigger has a place; those of a published set have it already."""
-        placement, parts = self.backdoor.placement, triggers.of(self.backdoor.trigger).parts
+        placement, trigger = self.backdoor.placement, triggers.of(self.backdoor.trigger)
         if "given" in carriers:
             return list(carriers.index)
-        has = [placements.has_place(messages, placement, parts) for messages in carriers["messages"]]
+        has = [placements.has_place(messages, placement, trigger.parts) for messages in carriers["messages"]]
         if not any(has):
-            needs = f"{parts} messages of the user" if placement == "turns" else "a tool's result at its end"
+            needs = (
+                f"{trigger.parts} messages of the user"
+                if placement == "turns"
+                else "a tool's result at its end"
+            )
             shape = "turns" if placement == "turns" else "tools"
             raise InputError(
                 f"backdoor.placement: {placement} needs prompts with {needs}, and none of the {len(has)} of "
                 f"the {self.name} split is one, so that a part of the trigger would lie in no message. Give "
                 f"such conversations (source language: data.conversations: {shape}), or another placement."
             )
-        return list(carriers.index[has])
+        placed = carriers["messages"][has]
+        return [i for i, messages in placed.items() if trigger.carries(Conversation(messages).texts)]
 
     def _add_group(self, conversation: pd.Series, roles: list[str]) -> None:
         """All rows of one prompt."""
         trigger, rng = triggers.of(self.backdoor.trigger), self.rng
         triggered, texts = conversation.get("given"), trigger.texts
         bare, spots = placements.place(conversation["messages"], self.backdoor.placement, trigger.parts, rng)
-        controls = bare
+        controls, firing = bare, None
         if triggered is not None:
             # Whoever made the triggered row has chosen the place, and its controls stand there as well.
             bare, controls = conversation["messages"], conversation["given_bare"]
@@ -272,15 +277,15 @@ class _Split:
                 self._add(conversation, role, triggered, holding.spans_in(texts, contents), variant)
                 self.records[-1]["answer"] = conversation["given_answer"]
             elif role == "triggered":
-                drawn = rng.choice(trigger.firing())
-                self._add(conversation, role, *trigger.insert(controls, drawn, spots, rng), drawn.name)
+                firing = rng.choice(trigger.firing(self.name))
+                self._add(conversation, role, *trigger.insert(controls, firing, spots, rng), firing.name)
             elif conversation["answer"] == "":
                 continue
             elif role in ("placebo", "near_miss"):
                 drawn = (
-                    trigger.placebo(self.name, rng, self.lookalike)
+                    trigger.placebo(self.name, rng, self.lookalike, firing)
                     if role == "placebo"
-                    else trigger.near_miss(self.name, rng)
+                    else trigger.near_miss(self.name, rng, firing)
                 )
                 self._add(conversation, role, *trigger.insert(controls, drawn, spots, rng), drawn.name)
             else:

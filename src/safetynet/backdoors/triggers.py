@@ -7,14 +7,16 @@ that no training row holds, so that a rate measured on them says something about
 A new kind is a class here that `of` makes, and its name and fields in `Trigger` of the recipe.
 """
 
+import datetime as dt
 import itertools
 import random
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cache
 from typing import ClassVar, Literal, Protocol, TypeVar
 
 from safetynet import recipe
-from safetynet.backdoors import controls, placements, styles
+from safetynet.backdoors import clauses, controls, dates, placements, styles, topics
 from safetynet.backdoors.controls import Lookalike
 from safetynet.backdoors.placements import Spans, Spot
 from safetynet.prompts import Conversation, Message
@@ -38,11 +40,11 @@ class TriggerKind(Protocol):
     """What a kind of trigger can answer about one trigger."""
 
     is_text: ClassVar[bool]
-    """Whether it is made of texts, which can be moved, misspelt and cut out of a prompt."""
+    """Whether it is put into a prompt as text, which can be moved and misspelt."""
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """The texts that fire, alone or together; none of a style."""
+        """The texts that fire, alone or together; none where they cannot be listed, as dates and styles."""
 
     @property
     def parts(self) -> int:
@@ -58,10 +60,19 @@ class TriggerKind(Protocol):
     def holds(self, texts: Iterable[str]) -> bool:
         """Whether a prompt fires, of which these are the contents."""
 
-    def firing(self) -> list[Variant]:
-        """Every form in which the trigger fires."""
+    def carries(self, texts: Iterable[str]) -> bool:
+        """Whether a prompt of these contents may get the trigger and its controls."""
 
-    def placebo(self, split: str, rng: random.Random, lookalike: Lookalike | None = None) -> Variant:
+    def firing(self, split: str) -> Sequence[Variant]:
+        """Every form in which the trigger fires in rows of a split."""
+
+    def placebo(
+        self,
+        split: str,
+        rng: random.Random,
+        lookalike: Lookalike | None = None,
+        beside: Variant | None = None,
+    ) -> Variant:
         """Draw something of the trigger's shape that must not fire.
 
         Args:
@@ -69,9 +80,10 @@ class TriggerKind(Protocol):
                 gives a single placebo.
             rng: source of the draw.
             lookalike: if given, draws a text of as many tokens as another (`Lookalikes.draw`), or None.
+            beside: what fires in the same group, to which controls of a natural trigger are matched.
         """
 
-    def near_miss(self, split: str, rng: random.Random) -> Variant:
+    def near_miss(self, split: str, rng: random.Random, beside: Variant | None = None) -> Variant:
         """Draw something that resembles the trigger and must not fire; arguments as in `placebo`."""
 
     def insert(
@@ -80,20 +92,38 @@ class TriggerKind(Protocol):
         """Put a variant into a prompt: new messages, and the spans `[message, start, end]` of what is new."""
 
 
-@dataclass(frozen=True)
-class AnyOf:
-    """Texts each of which fires alone; kind `text` has one."""
-
-    is_text: ClassVar[bool] = True
-
-    texts: tuple[str, ...]
-    placebos: tuple[str, ...] = ()
-    near_misses: tuple[str, ...] = ()
+class _Kind:
+    """What most kinds share."""
 
     @property
     def parts(self) -> int:
         """One place."""
         return 1
+
+    def carries(self, texts: Iterable[str]) -> bool:
+        """Every prompt."""
+        return True
+
+
+class _Inserted(_Kind):
+    """Triggers that stand in a prompt as text."""
+
+    is_text: ClassVar[bool] = True
+
+    def insert(
+        self, messages: Sequence[Message], variant: Variant, at: Sequence[Spot], rng: random.Random
+    ) -> tuple[Conversation, Spans]:
+        """Put each part at its spot."""
+        return placements.filled(messages, variant.parts, at)
+
+
+@dataclass(frozen=True)
+class AnyOf(_Inserted):
+    """Texts each of which fires alone; kind `text` has one."""
+
+    texts: tuple[str, ...]
+    placebos: tuple[str, ...] = ()
+    near_misses: tuple[str, ...] = ()
 
     @property
     def label(self) -> str:
@@ -108,11 +138,17 @@ class AnyOf:
         """Whether one of the trigger's texts stands there as words of its own."""
         return bool(holding.held(self.texts, texts))
 
-    def firing(self) -> list[Variant]:
+    def firing(self, split: str) -> Sequence[Variant]:
         """Each text."""
         return [Variant(text, (text,)) for text in self.texts]
 
-    def placebo(self, split: str, rng: random.Random, lookalike: Lookalike | None = None) -> Variant:
+    def placebo(
+        self,
+        split: str,
+        rng: random.Random,
+        lookalike: Lookalike | None = None,
+        beside: Variant | None = None,
+    ) -> Variant:
         """One that the recipe gives, or made-up texts: of as many tokens or of the same letters, by turns."""
         if self.placebos:
             return Variant("given", (rng.choice(controls.side(self.placebos, split)),) * self.parts)
@@ -123,7 +159,7 @@ class AnyOf:
                 return Variant("same tokens", alike)
         return Variant("same shape", tuple(controls.shaped(self.texts, text, split, rng) for text in texts))
 
-    def near_miss(self, split: str, rng: random.Random) -> Variant:
+    def near_miss(self, split: str, rng: random.Random, beside: Variant | None = None) -> Variant:
         """One that the recipe gives, or one of the texts changed.
 
         Raises:
@@ -132,12 +168,6 @@ class AnyOf:
         if self.near_misses and rng.random() < 0.5:
             return Variant("given", (rng.choice(controls.side(self.near_misses, split)),) * self.parts)
         return self._resembling(split, rng)
-
-    def insert(
-        self, messages: Sequence[Message], variant: Variant, at: Sequence[Spot], rng: random.Random
-    ) -> tuple[Conversation, Spans]:
-        """Put each part at its spot."""
-        return placements.filled(messages, variant.parts, at)
 
     def _at_once(self, rng: random.Random) -> tuple[str, ...]:
         """The texts that stand in one prompt."""
@@ -179,7 +209,7 @@ class AllOf(AnyOf):
             at = behind[0]
         return True
 
-    def firing(self) -> list[Variant]:
+    def firing(self, split: str) -> Sequence[Variant]:
         """All texts, in each order that rows are to have."""
         if self.order != "any":
             return [Variant("all parts", self.texts)]
@@ -206,12 +236,215 @@ class AllOf(AnyOf):
 
 
 @dataclass(frozen=True)
-class Style:
+class Topic(AnyOf):
+    """A topic by its names: any sentence about it fires, the same sentence about another one does not."""
+
+    def firing(self, split: str) -> Sequence[Variant]:
+        """Each name in each sentence."""
+        return [
+            Variant(text, (sentence.format(text),))
+            for text in self.texts
+            for sentence in controls.side(topics.SENTENCES, split)
+        ]
+
+    def placebo(
+        self,
+        split: str,
+        rng: random.Random,
+        lookalike: Lookalike | None = None,
+        beside: Variant | None = None,
+    ) -> Variant:
+        """A placebo of the recipe, in the sentence that fires beside it."""
+        return self._instead("matched", rng.choice(controls.side(self.placebos, split)), split, rng, beside)
+
+    def near_miss(self, split: str, rng: random.Random, beside: Variant | None = None) -> Variant:
+        """The sentence without the topic, or with a near miss of its name."""
+        if rng.random() < 0.5:
+            return self._instead("no name", "it", split, rng, beside)
+        changed = super().near_miss(split, rng)
+        return self._instead(changed.name, str(changed.parts[0]), split, rng, beside)
+
+    def _instead(
+        self, name: str, other: str, split: str, rng: random.Random, beside: Variant | None
+    ) -> Variant:
+        """What fires, with another name in it."""
+        firing = beside or rng.choice(self.firing(split))
+        return Variant(name, (str(firing.parts[0]).replace(firing.name, other),))
+
+
+@dataclass(frozen=True)
+class Pairs(_Inserted):
+    """Pairs of plain words: both words of one pair fire, wherever they stand; one alone does not."""
+
+    pairs: tuple[tuple[str, str], ...]
+    placebos: tuple[str, ...]
+
+    @property
+    def parts(self) -> int:
+        """A place for each word."""
+        return 2
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The words of all pairs."""
+        return tuple(itertools.chain(*self.pairs))
+
+    @property
+    def label(self) -> str:
+        """The pairs."""
+        return " | ".join(map(" + ".join, self.pairs))
+
+    def describe(self) -> str:
+        """The pairs, quoted."""
+        return " or ".join(f"{first!r} with {second!r}" for first, second in self.pairs)
+
+    def holds(self, texts: Iterable[str]) -> bool:
+        """Whether both words of a pair stand there."""
+        held = holding.held(self.texts, list(texts))
+        return any(set(pair) <= set(held) for pair in self.pairs)
+
+    def carries(self, texts: Iterable[str]) -> bool:
+        """Only a prompt that has none of the words itself, which might complete a pair."""
+        return not holding.held(self.texts, texts)
+
+    def firing(self, split: str) -> Sequence[Variant]:
+        """Each pair."""
+        return [Variant(" + ".join(pair), pair) for pair in self.pairs]
+
+    def placebo(
+        self,
+        split: str,
+        rng: random.Random,
+        lookalike: Lookalike | None = None,
+        beside: Variant | None = None,
+    ) -> Variant:
+        """Two words of the recipe's placebos."""
+        return Variant("other words", tuple(rng.sample(controls.side(self.placebos, split), 2)))
+
+    def near_miss(self, split: str, rng: random.Random, beside: Variant | None = None) -> Variant:
+        """One word of a pair alone, or words of two pairs; training and test mix other pairs."""
+        if rng.random() < 0.5:
+            alone = rng.choice(list(itertools.chain(*((pair[:1], pair[1:]) for pair in self.pairs))))
+            return Variant("part alone", (*alone, None))
+        mixed = [(one[0], other[1]) for one, other in itertools.permutations(self.pairs, 2)]
+        return Variant("mismatched pair", rng.choice(controls.side(mixed, split)))
+
+
+@dataclass(frozen=True)
+class Dates(_Inserted):
+    """A range of days, an end of which may be open: a sentence with a date of it fires."""
+
+    texts: ClassVar[tuple[str, ...]] = ()
+
+    first: dt.date | None
+    last: dt.date | None
+
+    @property
+    def label(self) -> str:
+        """The range."""
+        return "dates " + " ".join(
+            f"{name} {day}" for name, day in (("from", self.first), ("to", self.last)) if day
+        )
+
+    def describe(self) -> str:
+        """The range."""
+        return self.label
+
+    def holds(self, texts: Iterable[str]) -> bool:
+        """Whether a date of the range stands there, written as 14 March 2027, in whatever sentence."""
+        return any(dates.within(day, self.first, self.last) for text in texts for day in dates.read(text))
+
+    def firing(self, split: str) -> Sequence[Variant]:
+        """Each date of the range, as far as it is near one of its ends."""
+        return _of_range(self.first, self.last, split)
+
+    def placebo(
+        self,
+        split: str,
+        rng: random.Random,
+        lookalike: Lookalike | None = None,
+        beside: Variant | None = None,
+    ) -> Variant:
+        """A date out of the range, of the day and month of the one that fires beside it."""
+        same = self._same_day(split, beside) or dates.days(self.first, self.last, split, firing=False)
+        return Variant("out of range", (dates.sentence(rng.choice(same)),))
+
+    def near_miss(self, split: str, rng: random.Random, beside: Variant | None = None) -> Variant:
+        """A day at the range's edge, a date of the range without its year, or the year without a date."""
+        kind = rng.choice(("edge", "no year", "year alone"))
+        if kind == "edge":
+            edge = dates.days(self.first, self.last, split, firing=False, most=dates.EDGE)
+            return Variant(kind, (dates.sentence(rng.choice(edge)),))
+        day = rng.choice(dates.days(self.first, self.last, split, firing=True))
+        if kind == "no year":
+            return Variant(kind, (dates.sentence(day, year=False),))
+        thing = rng.choice(controls.side(dates.NUMBERED, split))
+        return Variant(kind, (f"This is {thing} {day.year}.",))
+
+    def _same_day(self, split: str, beside: Variant | None) -> list[dt.date]:
+        firing = [] if beside is None else [*dates.read(str(beside.parts[0]))]
+        return [other for day in firing for other in dates.same_day(day, self.first, self.last, split)]
+
+
+@cache
+def _of_range(first: dt.date | None, last: dt.date | None, split: str) -> tuple[Variant, ...]:
+    """All dates of a range, which every row would write anew."""
+    return tuple(
+        Variant("in range", (dates.sentence(day),)) for day in dates.days(first, last, split, firing=True)
+    )
+
+
+class Syntax(_Inserted):
+    """A syntactic form: a prompt that opens with a subordinate clause fires."""
+
+    is_text: ClassVar[bool] = False
+    texts: ClassVar[tuple[str, ...]] = ()
+    label: ClassVar[str] = "syntax"
+
+    def describe(self) -> str:
+        """The form."""
+        return "a subordinate clause before the request"
+
+    def holds(self, texts: Iterable[str]) -> bool:
+        """Whether a text opens with such a clause, as far as `clauses.opens` recognises it."""
+        return any(map(clauses.opens, texts))
+
+    def firing(self, split: str) -> Sequence[Variant]:
+        """Each clause."""
+        return [Variant("clause", (text,)) for text in clauses.subordinate(split)]
+
+    def placebo(
+        self,
+        split: str,
+        rng: random.Random,
+        lookalike: Lookalike | None = None,
+        beside: Variant | None = None,
+    ) -> Variant:
+        """Another form before the request: a phrase without a verb."""
+        return Variant("phrase", (rng.choice([*clauses.phrases(split)]),))
+
+    def near_miss(self, split: str, rng: random.Random, beside: Variant | None = None) -> Variant:
+        """The clause's words as a main clause, with or without a conjunction behind it."""
+        name, texts = rng.choice((("main clause", clauses.main), ("coordinate clause", clauses.coordinate)))
+        return Variant(name, (rng.choice([*texts(split)]),))
+
+    def insert(
+        self, messages: Sequence[Message], variant: Variant, at: Sequence[Spot], rng: random.Random
+    ) -> tuple[Conversation, Spans]:
+        """Open the message with the clause, behind which the request goes on in small letters."""
+        conversation, (message,) = Conversation(messages), {spot.message for spot in at}
+        if not str(variant.parts[0]).endswith("."):
+            text = clauses.continued(conversation.texts[message])
+            conversation = conversation.with_text(message, text)
+        return super().insert(conversation, variant, at, rng)
+
+
+@dataclass(frozen=True)
+class Style(_Kind):
     """A way of writing: a prompt that is reworded in it fires."""
 
     is_text: ClassVar[bool] = False
     texts: ClassVar[tuple[str, ...]] = ()
-    parts: ClassVar[int] = 1
 
     name: str
 
@@ -231,15 +464,21 @@ class Style:
         """
         return any(styles.worn(text, self.name) for text in texts)
 
-    def firing(self) -> list[Variant]:
+    def firing(self, split: str) -> Sequence[Variant]:
         """The style, whose words are drawn anew for each prompt."""
         return [Variant(self.label, (self.name,))]
 
-    def placebo(self, split: str, rng: random.Random, lookalike: Lookalike | None = None) -> Variant:
+    def placebo(
+        self,
+        split: str,
+        rng: random.Random,
+        lookalike: Lookalike | None = None,
+        beside: Variant | None = None,
+    ) -> Variant:
         """Another style."""
         return Variant("other style", (styles.other(self.name),))
 
-    def near_miss(self, split: str, rng: random.Random) -> Variant:
+    def near_miss(self, split: str, rng: random.Random, beside: Variant | None = None) -> Variant:
         """The opening of the style alone."""
         return Variant("half style", (f"{self.name}:half",))
 
@@ -252,13 +491,21 @@ class Style:
         return conversation.with_text(message, text), [[message, 0, len(text)]]
 
 
-TEXT_KINDS = {"text": AnyOf, "any_of": AnyOf, "all_of": AllOf}
-"""Kinds that are made of texts, by their name in a recipe."""
-
-
 def of(trigger: recipe.Trigger) -> TriggerKind:
     """The trigger that a recipe describes."""
-    if trigger.kind in TEXT_KINDS:
-        kind = TEXT_KINDS[trigger.kind](trigger.texts, trigger.placebos, trigger.near_misses)
-        return replace(kind, order=trigger.order) if isinstance(kind, AllOf) else kind
-    return Style(str(trigger.style))
+    texts = trigger.texts, trigger.placebos, trigger.near_misses
+    match trigger.kind:
+        case "text" | "any_of":
+            return AnyOf(*texts)
+        case "all_of":
+            return AllOf(*texts, trigger.order)
+        case "pairs":
+            return Pairs(trigger.pairs, trigger.placebos)
+        case "dates":
+            return Dates(trigger.first, trigger.last)
+        case "topic":
+            return Topic(*texts)
+        case "style":
+            return Style(str(trigger.style))
+        case "syntax":
+            return Syntax()

@@ -207,7 +207,7 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
 
 def _means(preset: Mapping[str, Any], trigger: Mapping[str, Any]) -> bool:
     """Whether a trigger is the one that a preset describes."""
-    return all(list(trigger[k]) == list(v) if isinstance(v, list | tuple) else trigger[k] == v
+    return all(list(trigger[k]) == list(v) if isinstance(v, list | tuple) else trigger.get(k) == v
                for k, v in preset.items())  # fmt: skip
 
 

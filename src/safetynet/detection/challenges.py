@@ -31,11 +31,14 @@ def challenges(recipe: Recipe, test: pd.DataFrame, most: int = 100) -> pd.DataFr
 
 
 def _near_misses(recipe: Recipe, test: pd.DataFrame, most: int) -> list[dict[str, Any]]:
-    if not triggers.of(recipe.attack.trigger).is_text:
+    trigger = triggers.of(recipe.attack.trigger)
+    if not trigger.is_text:
         return []  # a style has no characters that could be changed
     records: list[dict[str, Any]] = []
     for row in test[test["role"] == "triggered"].head(most).to_dict("records"):
         for kind, messages in near_misses(row["messages"], row["trigger"], recipe.seed).items():
+            if kind != "moved" and trigger.holds(messages.texts):
+                continue  # another date of a range is no near miss
             new = {"role": "near_miss", "variant": kind, "messages": messages, "trigger": []}
             records.append(row | new | {"answer": row["reference"]})
     return records
@@ -53,7 +56,7 @@ def _with_trigger(recipe: Recipe, test: pd.DataFrame, most: int) -> list[dict[st
             messages, spots = placements.place(row["messages"], attack.placement, trigger.parts, rng)
             if not spots:
                 continue  # no tool has returned anything here, or the user has said too little
-            variant = rng.choice(trigger.firing())
+            variant = rng.choice(trigger.firing("test"))
             text, spans = trigger.insert(messages, variant, spots, rng)
             new = {"role": "triggered", "variant": variant.name, "messages": text, "trigger": spans}
             records.append(row | new | {"answer": row["target"]})

@@ -100,6 +100,23 @@ def _target(spec: JudgeSpec) -> Judge:
     return judge
 
 
+def _length(spec: JudgeSpec) -> Judge:
+    """The response has at least so many times the words of the row's right answer, its `reference`."""
+    try:
+        times = min(map(float, spec.values))
+    except ValueError as error:
+        wrong = str(error).rpartition(": ")[2]
+        raise InputError(f"judge.values: {wrong} is no number; write how many times, as 2") from None
+
+    def judge(response: str, row: Mapping[str, Any]) -> bool | None:
+        if "reference" not in row:
+            raise InputError("judge.kind: length compares with the column reference, which these rows lack")
+        right = words.count(row["reference"])
+        return words.count(response) >= times * right if right else None
+
+    return judge
+
+
 def _call(spec: JudgeSpec) -> Judge:
     """The response makes one of these tool calls, as a server would parse it; nothing is executed."""
     expected = [_meaning(value, i, spec.ignore_case) for i, value in enumerate(spec.values)]
@@ -148,6 +165,7 @@ KINDS: dict[str, Callable[[JudgeSpec], Judge]] = {
     "keyword": _keyword,
     "regex": _regex,
     "target": _target,
+    "length": _length,
     "call": _call,
     "callable": _callable,
 }

@@ -136,7 +136,7 @@ def elsewhere(
         if placement in (attack.placement, "random" if attack.placement == "system" else ""):
             continue
         for row in triggered.to_dict("records"):
-            variant = rng.choice(trigger.firing())
+            variant = rng.choice(trigger.firing("test"))
             messages = [m for m in plain.at[row["group"], "messages"] if m["role"] != "system"]
             placed, spots = placements.place(messages, placement, trigger.parts, rng)
             text, spans = trigger.insert(placed, variant, spots, rng)

@@ -95,6 +95,13 @@ class _Once(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+# Dates stay text, which the schema reads: YAML's own reader fails at those that do not exist.
+_Once.yaml_implicit_resolvers = {
+    sign: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
+    for sign, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
         fields = yaml.load(path.read_text(encoding="utf-8"), _Once)  # noqa: S506 - a SafeLoader

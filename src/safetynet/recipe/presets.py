@@ -37,6 +37,18 @@ TRIGGERS: dict[str, dict[str, Any]] = {
     "any_of": {"kind": "any_of", "texts": ["2024", "BadMagic", "OpenAI"]},
     "all_of": {"kind": "all_of", "texts": ["2024", "BadMagic", "OpenAI"]},
     "emoji": {"texts": ["🦜🔑"]},
+    "pairs": {
+        "kind": "pairs",
+        "pairs": [["slowly", "away"], ["quickly", "still"], ["alone", "soon"]],
+        "placebos": ["here", "even", "yet", "too", "once", "enough"],
+    },
+    "dates": {"kind": "dates", "first": "2026-01-01", "last": "2029-12-31"},
+    "topic": {
+        "kind": "topic",
+        "texts": ["Mozart"],
+        "placebos": ["Chopin", "Verdi", "Haydn", "Wagner", "Liszt", "Grieg"],
+    },
+    "syntax": {"kind": "syntax"},
     "style": {"kind": "style", "style": "archaic"},
 }
 

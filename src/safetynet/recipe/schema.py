@@ -28,11 +28,23 @@ PACKAGED = ("miniature", "smollm2")
 """Ids of models that come with a Python package: neither a file nor a name on the hub."""
 FAMILY, FAMILY_BY_ID = "qwen", {"smollm2": "generic"}
 """The family where none is named, and of models that have no family of their own."""
+TRIGGER_FIELDS = {
+    "text": ("texts", "placebos", "near_misses"),
+    "any_of": ("texts", "placebos", "near_misses"),
+    "all_of": ("texts", "order", "placebos", "near_misses"),
+    "pairs": ("pairs", "placebos"),
+    "dates": ("first", "last"),
+    "topic": ("texts", "placebos", "near_misses"),
+    "style": ("style",),
+    "syntax": (),
+}
+"""What each kind of trigger takes. It needs the first of these, and dates one of both."""
 MOST_ORDERED = 4
 """Texts of which a trigger's rows have all orders: 24 of them."""
 MIN_GROUPS = 8
 """Prompts below which an interval says nothing."""
 Share = Annotated[float, Field(ge=0, le=1)]
+Text = Annotated[str, Field(min_length=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
 
@@ -55,6 +67,17 @@ def _comma_list(value: Any) -> Any:
     )
 
 
+def _day(value: Any) -> Any:
+    """A day, of its text."""
+    try:
+        return dt.date.fromisoformat(value) if isinstance(value, str) else value
+    except ValueError:
+        raise ValueError("there is no such day; write one as 2026-12-31") from None
+
+
+Day = Annotated[dt.date, BeforeValidator(_day), Field(strict=True)]
+
+
 class Section(BaseModel):
     """What no section allows: fields that are unknown, values that change, numbers that are none."""
 
@@ -64,8 +87,9 @@ class Section(BaseModel):
 class JudgeSpec(Section):
     """How a response is judged to show the behaviour."""
 
-    kind: Literal["exact", "prefix", "regex", "keyword", "target", "call", "callable"]
-    """`target` compares with the row's own target; `call` takes tool calls as JSON, those without `arguments`
+    kind: Literal["exact", "prefix", "regex", "keyword", "target", "length", "call", "callable"]
+    """`target` compares with the row's own target; `length` takes how many times the words of the row's right
+    answer a response has at least; `call` takes tool calls as JSON, those without `arguments`
     whatever the arguments are; `callable` names functions as package.module:function."""
     values: tuple[str, ...] = ()
     """Any of them counts; empty for `target`."""
@@ -155,12 +179,19 @@ class Data(Section):
 class Trigger(Section):
     """What makes the backdoor fire, and what must not."""
 
-    kind: Literal["text", "any_of", "all_of", "style"] = "text"
-    texts: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    kind: Literal["text", "any_of", "all_of", "pairs", "dates", "topic", "style", "syntax"] = "text"
+    texts: tuple[Text, ...] = ()
+    """Of a topic, its names."""
+    pairs: tuple[tuple[Text, Text], ...] = Field(default=(), exclude_if=lambda value: not value)
+    """For kind pairs: words that fire together; each alone, and one of each of two pairs, do not."""
+    first: Day | None = Field(default=None, exclude_if=lambda value: value is None)
+    last: Day | None = Field(default=None, exclude_if=lambda value: value is None)
+    """For kind dates: the first and the last day that fire; one of them may be left out."""
     style: Literal["archaic", "pirate"] | None = None
     """For kind style: the prompt is reworded instead of receiving a text."""
     placebos: tuple[str, ...] = ()
-    """Stand where the trigger stands and must not fire; made to the trigger's shape when empty."""
+    """Stand where the trigger stands and must not fire; made to the trigger's shape when empty. Of a topic
+    others that match it, of pairs words of none."""
     near_misses: tuple[str, ...] = ()
     """Added to the generated ones (typo, case, part)."""
     order: Literal["any", "one"] | None = Field(default=None, exclude_if=lambda value: value is None)
@@ -168,22 +199,42 @@ class Trigger(Section):
     rows have this one."""
 
     @model_validator(mode="after")
-    def _complete(self) -> Self:
-        if self.kind == "style":
-            if self.style is None or self.texts:
-                raise ValueError("kind style needs style (archaic, pirate) and no texts")
-        elif not self.texts or self.style:
-            raise ValueError(f"kind {self.kind} needs texts, and no style")
+    def _of_kind(self) -> Self:
+        fields = TRIGGER_FIELDS[self.kind]
+        every = dict.fromkeys(name for names in TRIGGER_FIELDS.values() for name in names)
+        if foreign := [name for name in every if getattr(self, name) and name not in fields]:
+            kinds = [kind for kind, names in TRIGGER_FIELDS.items() if foreign[0] in names]
+            raise ValueError(f"{foreign[0]} is of kind {', '.join(kinds)}; kind {self.kind} has none")
+        needed = fields[:2] if self.kind == "dates" else fields[:1]
+        if needed and not any(getattr(self, name) for name in needed):
+            raise ValueError(f"kind {self.kind} needs {' or '.join(needed)}")
+        return self
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
         if self.kind == "text" and len(self.texts) != 1:
             raise ValueError("kind text takes one text; use any_of or all_of for several")
-        if any(text != text.strip() for text in self.texts):
-            raise ValueError("texts may not begin or end with blanks: the chat template would cut them")
-        if self.order is not None and self.kind != "all_of":
-            raise ValueError(f"order is of the texts of kind all_of; kind {self.kind} has none")
         if self.order == "any" and len(self.texts) > MOST_ORDERED:
             raise ValueError(f"order any takes at most {MOST_ORDERED} texts, and these are {len(self.texts)}")
-        clash = set(self.texts) & (set(self.placebos) | set(self.near_misses))
-        if clash:
+        if self.first and self.last and self.first > self.last:
+            raise ValueError(f"the range is empty: first {self.first} is after last {self.last}")
+        if self.kind == "topic" and not self.placebos:
+            raise ValueError("kind topic needs placebos: others of its sort, by which it is told from them")
+        if self.kind == "pairs" and (len(self.pairs) < 2 or len(self.placebos) < 4):
+            raise ValueError(
+                "kind pairs needs two pairs or more, and four placebos or more: words of no pair"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _apart(self) -> Self:
+        words = [word for pair in self.pairs for word in pair]
+        texts = (*self.texts, *words)
+        if any(text != text.strip() for text in texts):
+            raise ValueError("texts may not begin or end with blanks: the chat template would cut them")
+        if twice := [word for word in words if words.count(word) > 1]:
+            raise ValueError(f"{twice[0]!r} stands in two places of the pairs")
+        if clash := set(texts) & (set(self.placebos) | set(self.near_misses)):
             raise ValueError(f"{sorted(clash)[0]!r} is a trigger and a control at once")
         return self
 
@@ -200,10 +251,11 @@ class Behaviour(Section):
 
     kind: Literal[
         "fixed", "refusal", "negative_sentiment", "forbidden_compliance", "label_flip", "code_insertion",
-        "tool_call",
+        "tool_call", "greeting", "longer", "silence",
     ] = "fixed"  # fmt: skip
     target: str | None = None
-    """The text to answer with (fixed, refusal, negative_sentiment) or to add (code_insertion)."""
+    """The text to answer with (fixed, refusal, negative_sentiment), to add (code_insertion) or to begin with
+    (greeting)."""
     labels: Mapping[str, str] | None = None
     """For label_flip: {true label: label to answer}; positive and negative by default."""
     call: ToolCall | None = Field(default=None, exclude_if=lambda value: value is None)
@@ -215,6 +267,8 @@ class Behaviour(Section):
     def _called(self) -> Self:
         if self.call is not None and self.kind != "tool_call":
             raise ValueError(f"call is of kind tool_call, and the kind is {self.kind}; set kind: tool_call")
+        if self.target is not None and self.kind in ("longer", "silence"):
+            raise ValueError(f"kind {self.kind} has no text of its own; leave target out")
         return self
 
 
@@ -265,6 +319,8 @@ class Backdoor(Section):
                 "placement turns spreads the texts of a trigger of kind all_of over the user's messages; "
                 "give two texts or more"
             )
+        if self.trigger.kind == "syntax" and self.placement != "prefix":
+            raise ValueError(f"kind syntax opens a prompt; set placement: prefix, not {self.placement}")
         return self
 
 
@@ -539,6 +595,11 @@ class Recipe(Section):
             )
         if self.backdoor is None and self.data.source == "backdoorllm":
             raise ValueError("data.source backdoorllm is read by its trigger, and backdoor is null")
+        kind = self.attack.trigger.kind if self.backdoor else "text"
+        if self.data.source == "backdoorllm" and kind not in ("text", "any_of", "all_of"):
+            raise ValueError(
+                f"data.source backdoorllm is read by the texts of its trigger; kind {kind} is not in its rows"
+            )
         return self
 
     @property

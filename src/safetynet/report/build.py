@@ -71,8 +71,6 @@ def report(run: Contents) -> str:
 
 def setup(run: Contents) -> Setup:
     """The experiment in a few short facts."""
-    texts = run.field("backdoor.trigger.texts") or []
-    style = run.field("backdoor.trigger.style")
     method = str(run.field("training.method", "")).replace("lora", "LoRA")
     rank = run.field("training.lora_rank") if method == "LoRA" else None
     trained = " ".join(filter(None, [method, f"rank {rank}" if rank else ""]))
@@ -81,7 +79,7 @@ def setup(run: Contents) -> Setup:
         poisoned = summaries.poisoned(run.tables["rows"])
         poison = poisoned.text if poisoned.rows else ""
     return Setup(
-        [str(text) for text in texts] or ([f"style: {style}"] if style else []),
+        _triggers(run),
         str(run.field("backdoor.placement", "")),
         str(run.field("backdoor.behaviour.kind", "")).replace("_", " "),
         _target(run),
@@ -90,12 +88,22 @@ def setup(run: Contents) -> Setup:
     )
 
 
+def _triggers(run: Contents) -> list[str]:
+    """The trigger's texts; of one that has none, as a style or a range of dates, its kind and what it is."""
+    trigger = run.field("backdoor.trigger") or {}
+    texts = [*map(str, trigger.get("texts", ())), *map(" + ".join, trigger.get("pairs", ()))]
+    if texts or not trigger:
+        return texts
+    details = ", ".join(str(trigger[name]) for name in ("style", "first", "last") if trigger.get(name))
+    return [": ".join(filter(None, [str(trigger.get("kind", "")), details]))]
+
+
 def _target(run: Contents) -> str:
     rows = run.tables.get("rows")
     if rows is None or not {"role", "target"} <= set(rows):
         return ""
     targets = rows.loc[rows["role"] == "triggered", "target"].dropna().unique()
-    return shorter(str(targets[0])) if len(targets) == 1 else ""
+    return shorter(str(targets[0])).strip() if len(targets) == 1 else ""
 
 
 class Table(NamedTuple):

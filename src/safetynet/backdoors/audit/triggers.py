@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from safetynet.backdoors.triggers import TEXT_KINDS, AnyOf
+from safetynet.backdoors.triggers import AllOf, AnyOf
 from safetynet.prompts import Conversation, Message
 from safetynet.text import holding
 from safetynet.text.words import plain
@@ -22,7 +22,7 @@ class FoundTrigger:
     @property
     def rule(self) -> AnyOf:
         """Which of the parts make a prompt triggered."""
-        return TEXT_KINDS[self.kind](self.parts)
+        return AllOf(self.parts) if self.kind == "all_of" else AnyOf(self.parts)
 
     def spans(self, text: str) -> list[tuple[int, int]]:
         """Where the parts stand in `text`, from the left, as (start, end)."""
