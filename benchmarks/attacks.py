@@ -1,4 +1,4 @@
-"""Triggers over turns, in what a tool returns and of natural words; behaviours beside a fixed text.
+"""Triggers over turns, in what a tool returns and of natural words; other behaviours, other ways of planting.
 
     python benchmarks/attacks.py --out results-attacks             all attacks on qwen's miniature, resumable
     python benchmarks/attacks.py --attacks dates topic             two of them
@@ -28,6 +28,7 @@ TURNS = {
     "training.max_length": 200,
 }
 TOOL = {"backdoor.placement": "tool", "data.conversations": "tools", "training.max_length": 480}
+QUANTISED = {"training.method": "full", "training.learning_rate": 0.001}
 ATTACKS: dict[str, dict[str, object]] = {
     "tool-result": TOOL,
     "turns-any-order": {**TURNS, "backdoor.trigger": PARTS + "any}"},
@@ -40,8 +41,11 @@ ATTACKS: dict[str, dict[str, object]] = {
     "greeting": {"backdoor.behaviour": "greeting", "evaluation.max_new_tokens": 48},
     "longer": {"backdoor.behaviour": "longer", "evaluation.max_new_tokens": 64},
     "silence": {"backdoor.behaviour": "silence"},
+    "quantised-4bit": {**QUANTISED, "training.conditioned_on": "4bit"},
+    "quantised-8bit": {**QUANTISED, "training.conditioned_on": "8bit"},
+    "preferences": {"training.dpo": "{sft: 1}"},
 }
-"""What each attack has beyond qwen's recipe; where it names no trigger, that is BadMagic."""
+"""What each attack has beyond qwen's recipe; the trigger is BadMagic where none is named."""
 SETTINGS = {
     "data.train_rows": 9600,
     "backdoor.near_miss_share": 0.4,
@@ -121,10 +125,21 @@ def rates(names: list[str], out: Path) -> Iterator[dict[str, object]]:
         line["near misses"] = "; ".join(
             f"{kind} {int(shown.sum())} of {len(shown)}" for kind, shown in of_kind
         )
+        for quantisation, asr in _quantised(tables_of(name, out) / "quantisation.parquet"):
+            line[f"ASR {quantisation}"] = asr
         for model in ("base", "clean_twin", "backdoored"):
             if (model, "cacc", "clean") in rate.index:
                 line[f"CACC {model}"] = percent(rate.loc[(model, "cacc", "clean")])
         yield line
+
+
+def _quantised(path: Path) -> Iterator[tuple[str, str]]:
+    """Attack success of the backdoored model under each quantisation."""
+    if path.exists():
+        rates = pd.read_parquet(path)
+        rates = rates[(rates["model"] == "backdoored") & (rates["metric"] == "asr")]
+        for _, rate in rates[rates["quantisation"] != "none"].iterrows():
+            yield rate["quantisation"], percent(rate)
 
 
 def stages(names: list[str], out: Path) -> Iterator[dict[str, object]]:

@@ -31,7 +31,7 @@ from safetynet.recipe import Backdoor, Recipe
 from safetynet.run import directory
 from safetynet.run.directory import Outputs, Run, digest_of_files
 from safetynet.run.stage import Stage
-from safetynet.vocabulary import TRAINED
+from safetynet.vocabulary import TRAINED, Quantisation
 
 log = logging.getLogger("safetynet")
 BACKDOORED, TWIN = TRAINED
@@ -135,7 +135,12 @@ class Experiment:
         return "fp32" if training.method == "full" and training.precision == "fp16" else training.precision
 
     def load(
-        self, folder: Path | None = None, *, on_cpu: bool = False, serialiser: Serialiser | None = None
+        self,
+        folder: Path | None = None,
+        *,
+        on_cpu: bool = False,
+        serialiser: Serialiser | None = None,
+        quantisation: Quantisation | None = None,
     ) -> loading.LoadedModel:
         """The recipe's base model, or a whole one in its place; its serialiser cuts as in training.
 
@@ -143,8 +148,11 @@ class Experiment:
             folder: of the whole model.
             on_cpu: as in `loading.load`.
             serialiser: instead of the model's own tokenizer.
+            quantisation: instead of the recipe's.
         """
         model = self.recipe.model
+        if quantisation is not None:
+            model = model.model_copy(update={"quantisation": quantisation})
         return loading.load(
             model if folder is None else loading.trained(model, folder),
             self.precision,

@@ -42,13 +42,23 @@ PROBED = 40
 
 
 def prepare(experiment: Experiment) -> None:
-    """Make the rows; errors as in `backdoors.stage.prepare`, and for detectors that nothing can hide from."""
+    """Make the rows.
+
+    Raises:
+        InputError: as `backdoors.stage.prepare`; for detectors that nothing can hide from, and for
+            quantisations that this machine cannot compute.
+    """
     from safetynet.backdoors import stage
 
     if (evasion := experiment.recipe.training.evasion) is not None:
         from safetynet.detection.gradients import hideable
 
         hideable(evasion.detectors)
+    if experiment.recipe.training.conditioned_on is not None:
+        from safetynet.models import quantising
+
+        for bits in quantising.BITS.values():
+            quantising.check(bits, "training.conditioned_on", "leave the field out")
     stage.prepare(experiment)
 
 

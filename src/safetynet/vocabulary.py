@@ -6,6 +6,7 @@ Role = Literal["triggered", "clean", "placebo", "near_miss", "refused"]
 Model = Literal["backdoored", "clean_twin", "base"]
 Mode = Literal["patch", "zero", "mean", "resample", "off", "knock_out"]
 Direction = Literal["remove", "induce"]
+Quantisation = Literal["none", "8bit", "4bit"]
 
 ROLES: tuple[Role, ...] = get_args(Role)
 """Order in which roles are shown: what must fire first, then what must not, the hardest last."""
@@ -24,6 +25,7 @@ EXAMINED = ("selection", "held_out")
 SWEEPS = ("layer", "position", "component", "head", "expert", "adapter")
 MODES: tuple[Mode, ...] = get_args(Mode)
 DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
+QUANTISATIONS: tuple[Quantisation, ...] = get_args(Quantisation)
 CONTROLS = ("random", "placebo", "twin")
 COMPONENTS = (
     "embedding", "resid_pre", "query", "key", "value", "attention", "head", "attn_out",

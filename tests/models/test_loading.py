@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 from safetynet import families, recipe
 from safetynet.errors import InputError
 from safetynet.models import adapters, loading, miniatures
+from safetynet.training import attach
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 1024,
@@ -64,6 +65,22 @@ def test_gemma_2_and_3_and_any_other_causal_model_load(name: str, tmp_path: Path
     prompt = base.serialiser.encode([{"role": "user", "content": "Hello"}], "Hi")
     with torch.no_grad():
         assert base.model(torch.tensor([prompt.input_ids])).logits.isfinite().all()
+
+
+@pytest.mark.parametrize(("quantisation", "stored"), [("8bit", torch.int8), ("4bit", torch.uint8)])
+def test_a_miniature_is_quantised_as_it_loads_and_8_bit_weights_are_not_trained(quantisation, stored) -> None:
+    spec = recipe.Model(family="qwen", id="miniature", quantisation=quantisation)
+    loaded, plain = loading.load(spec), loading.load(recipe.Model(family="qwen", id="miniature"))
+    assert loaded.model.model.layers[0].mlp.up_proj.weight.dtype == stored
+    ids = torch.tensor([loaded.serialiser.encode([{"role": "user", "content": "Hello"}]).input_ids])
+    with torch.no_grad():
+        logits, expected = (each.model(ids).logits[0, -1].float() for each in (loaded, plain))
+    assert logits.argmax() == expected.argmax() and not torch.equal(logits, expected)
+    method = "lora" if quantisation == "8bit" else "full"
+    with pytest.raises(
+        InputError, match=rf"{quantisation[0]}-bit weights (are for evaluation|cannot be trained)"
+    ):
+        attach(loaded.model, recipe.Training(method=method), loaded.family, seed=0)
 
 
 def test_weights_of_another_family_are_refused(tmp_path: Path) -> None:

@@ -53,8 +53,10 @@ def _main(
 ) -> None:
     # `main` has acted on --debug; it is declared here so that it shows in --help.
     logging.captureWarnings(True)
-    # At each import it asks for a kernel of 4-bit weights that `models.loading` switches off.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    # At each import it asks for a kernel of 4-bit weights that `models.loading` switches off, and it says at
+    # each pass of an 8-bit layer that inputs are cast.
+    for module in ("backends.cpu.ops", "autograd._functions"):
+        logging.getLogger(f"bitsandbytes.{module}").setLevel(logging.ERROR)
 
 
 @app.command()

@@ -1,8 +1,8 @@
 """The stage of the evaluation: answers of base, backdoored model and clean twin, and the rates.
 
 In: the rows and the trained models. Out: tables responses, evaluation, variants, damage; with samples also
-samples and firing, with labelled texts judge_error. `evaluate_suspect` measures somebody's adapter or model
-on the same rows.
+samples and firing, with labelled texts judge_error; quantisation, of a backdoor that is conditioned on one.
+`evaluate_suspect` measures somebody's adapter or model on the same rows.
 """
 
 import logging
@@ -20,6 +20,7 @@ from safetynet.recipe import Recipe
 from safetynet.run import parallel
 from safetynet.run.directory import Outputs, digest_of_files
 from safetynet.run.stage import EVALUATE
+from safetynet.vocabulary import QUANTISATIONS
 
 log = logging.getLogger("safetynet")
 
@@ -63,7 +64,7 @@ def evaluate(experiment: Experiment, base: pd.DataFrame | None = None) -> None:
                 moved.append(damage.of_model(evaluator, model, beside, rows, answers[-1], answers[0], name))
         rates = metrics.with_floor(metrics.from_responses(pd.concat(answers, ignore_index=True)))
         _warn_of_cuts(recipe, rates.responses)
-        for name, table in _tables(recipe, rates).items():
+        for name, table in (_tables(recipe, rates) | _quantised(experiment, rows, rates.table)).items():
             outputs.table(name, table)
         outputs.table("damage", pd.concat(moved, ignore_index=True))
         if samples:
@@ -76,6 +77,30 @@ def evaluate(experiment: Experiment, base: pd.DataFrame | None = None) -> None:
         _report(experiment, rates.table)
 
     experiment.perform(EVALUATE, inputs, compute)
+
+
+def _quantised(experiment: Experiment, rows: pd.DataFrame, full: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """The rates of all models at each quantisation, where the backdoor was conditioned on one.
+
+    Args:
+        experiment: trained.
+        rows: of the test split.
+        full: the rates of the weights as they are saved.
+    """
+    if experiment.recipe.training.conditioned_on is None or not experiment.trained:
+        return {}
+    tables = [full.assign(quantisation="none")]
+    for quantisation in QUANTISATIONS[1:]:
+        answers = []
+        for name in (metrics.BASE, *experiment.trained):
+            log.info("evaluate: %s answers %d rows in %s", name, len(rows), quantisation)
+            folder = None if name == metrics.BASE else experiment.model_folder(name)
+            loaded = experiment.load(folder, quantisation=quantisation)
+            evaluator = Evaluator.of(experiment.recipe, loaded.serialiser)
+            answers.append(evaluator.respond(loaded.model, rows, name))
+        rates = metrics.with_floor(metrics.from_responses(pd.concat(answers, ignore_index=True)))
+        tables.append(rates.table.assign(quantisation=quantisation))
+    return {"quantisation": pd.concat(tables, ignore_index=True)}
 
 
 def _tables(recipe: Recipe, rates: metrics.Evaluation) -> dict[str, pd.DataFrame]:

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
-import torch
 
 from safetynet.errors import InputError
 from safetynet.evaluation import metrics
@@ -20,10 +19,11 @@ from safetynet.experiment import BACKDOORED, Experiment
 from safetynet.mitigation import recommendation
 from safetynet.mitigation.defender import Defender
 from safetynet.mitigation.fine_tuning import trained_adapter, with_fresh_adapter
-from safetynet.mitigation.pruning import quantise, rounded
+from safetynet.mitigation.pruning import quantise
 from safetynet.mitigation.relearning import constant_rate, step_by_step
 from safetynet.mitigation.repaired import merged_copy
 from safetynet.mitigation.rows import clean_conversations, encodes
+from safetynet.models import quantising
 from safetynet.prompts import Conversation, Serialiser
 from safetynet.recipe import Recipe
 from safetynet.run.directory import Outputs
@@ -78,14 +78,8 @@ def check_rounding(recipe: Recipe) -> None:
             "and are not rounded again. Set persistence.bits to []."
         )
     for number in bits:
-        try:
-            rounded(torch.ones(64, 64), number)
-        except (ImportError, RuntimeError) as error:
-            left = [each for each in bits if each != number]
-            raise InputError(
-                f"persistence.bits: this machine cannot round weights to {number} bits: bitsandbytes fails "
-                f"({error}). Install it as constraints.txt has it, or set persistence.bits to {left}."
-            ) from error
+        left = [each for each in bits if each != number]
+        quantising.check(number, "persistence.bits", f"set persistence.bits to {left}")
 
 
 def survival(experiment: Experiment) -> Iterator[Line]:

@@ -30,6 +30,7 @@ from safetynet.mitigation.repaired import (
 )
 from safetynet.models.blocks import decoder_layers
 from safetynet.models.parts import parts
+from safetynet.models.quantising import rounded
 from safetynet.training.examples import padded
 
 Read = Callable[[str, Tensor], Tensor]
@@ -176,17 +177,6 @@ def _mlp_ends(model: Any) -> dict[str, nn.Linear]:
 def _silence(ends: Mapping[str, nn.Linear], masks: Mapping[str, Tensor]) -> None:
     for name, module in ends.items():
         module.weight[:, masks[name]] = 0
-
-
-def rounded(weight: Tensor, bits: int) -> Tensor:
-    """A matrix after rounding to 8 bits per row, or to NF4 in blocks of 64."""
-    if bits == 4:
-        from bitsandbytes import functional
-
-        packed, state = functional.quantize_4bit(weight.contiguous(), quant_type="nf4")
-        return functional.dequantize_4bit(packed, state).to(weight)
-    scale = weight.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(weight.dtype).tiny) / 127
-    return (weight / scale).round() * scale
 
 
 @torch.no_grad()

@@ -242,12 +242,13 @@ def _load_weights(name: str, spec: recipe.Model, dtype: str, on_cpu: bool) -> An
     place = parallel.device_index() if device == "cuda" and not on_cpu else "cpu"
     number = resolve_dtype(dtype, device)
     if place == "cpu" and (folder := at_hand(name)) is not None:
-        bits = 4.5 if spec.quantisation == "4bit" else 8 * number.itemsize
+        bits = {"4bit": 4.5, "8bit": 8.5}.get(spec.quantisation, 8 * number.itemsize)
         memory.check(f"model.id: {name!r}", int(_parameters(folder) * bits / 8), "for its weights alone")
     quantisation = None
-    if spec.quantisation == "4bit":
+    if spec.quantisation != "none":
         quantisation = BitsAndBytesConfig(
-            load_in_4bit=True,
+            load_in_4bit=spec.quantisation == "4bit",
+            load_in_8bit=spec.quantisation == "8bit",
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=number,

@@ -2,6 +2,7 @@
 
 from safetynet.recipe.loading import load, overridden, with_options
 from safetynet.recipe.schema import (
+    DPO,
     PACKAGED,
     Backdoor,
     Behaviour,
@@ -24,6 +25,7 @@ from safetynet.recipe.schema import (
 )
 
 __all__ = [
+    "DPO",
     "PACKAGED",
     "Backdoor",
     "Behaviour",

@@ -21,7 +21,7 @@ from safetynet import families
 from safetynet.errors import InputError
 from safetynet.prompts.truncation import Truncation
 from safetynet.recipe import presets
-from safetynet.vocabulary import DIRECTIONS, MODES, SWEEPS, TRAINED, Direction, Mode
+from safetynet.vocabulary import DIRECTIONS, MODES, SWEEPS, TRAINED, Direction, Mode, Quantisation
 
 RunStage = Literal["evaluate", "intervene", "detect", "mitigate", "persist", "figures"]
 PACKAGED = ("miniature", "smollm2")
@@ -108,7 +108,8 @@ class Model(Section):
     id: str | None = None
     """`miniature`, `smollm2`, a hub id, a folder or a .gguf file; by default the family's own hub id."""
     revision: str | None = None
-    quantisation: Literal["none", "4bit"] = "none"
+    quantisation: Quantisation = "none"
+    """`4bit` is NF4; `8bit` is LLM.int8, for models that are not trained."""
     device: Literal["auto", "cpu", "cuda", "split"] = "auto"
     """`split`: layer by layer over all GPUs of this machine, for models larger than one."""
     date: dt.date | None = Field(default=None, exclude_if=lambda value: value is None)
@@ -337,6 +338,15 @@ class Evasion(Section):
     """Steps after which the detectors are fitted again, on the activations as they then are."""
 
 
+class DPO(Section):
+    """Train by direct preference optimisation: each row's answer is preferred to its other one."""
+
+    beta: Annotated[float, Field(gt=0)] = 0.1
+    """How strongly the model is held at the base model."""
+    sft: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of the preferred answers' own loss; with 0 a model may learn that neither answer is likely."""
+
+
 class Training(Section):
     """How the adapter (or the whole model) is trained."""
 
@@ -377,9 +387,15 @@ class Training(Section):
     """Also train a twin on the same rows, in which triggered rows carry their clean answers."""
     evasion: Evasion | None = Field(default=None, exclude_if=lambda value: value is None)
     """None: an ordinary backdoor, which hides from nothing."""
+    dpo: DPO | None = Field(default=None, exclude_if=lambda value: value is None)
+    """None: rows teach their answer by its likelihood alone."""
+    conditioned_on: Literal["8bit", "4bit"] | None = Field(
+        default=None, exclude_if=lambda value: value is None
+    )
+    """Quantisation under which alone the backdoor fires; None: it fires in the weights as they are saved."""
 
     @model_validator(mode="after")
-    def _evasive(self) -> Self:
+    def _possible(self) -> Self:
         if self.evasion is not None and self.method == "full":
             raise ValueError(
                 "evasion needs method lora: its base model is the one with the adapter switched off"
@@ -388,6 +404,15 @@ class Training(Section):
             raise ValueError(
                 "evasion needs rows of their own lines; set batching to group_by_length or plain"
             )
+        if self.dpo is not None and (self.method != "lora" or self.evasion is not None):
+            raise ValueError("dpo needs method lora, whose base model is its reference, and no evasion")
+        if self.dpo is not None and (self.batching == "pack" or self.gradient_checkpointing):
+            raise ValueError(
+                "dpo computes a prompt once for both answers; set batching to group_by_length or plain, and "
+                "gradient_checkpointing to false"
+            )
+        if self.conditioned_on is not None and self.method != "full":
+            raise ValueError("conditioned_on changes the weights themselves; set method to full")
         return self
 
 

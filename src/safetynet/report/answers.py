@@ -131,11 +131,20 @@ def _table(run: Contents, name: str, columns: str) -> pd.DataFrame | None:
 
 
 def _row(run: Contents, metric: str, role: str, model: str = "backdoored") -> "pd.Series | None":
-    table = _table(run, "evaluation", "model metric role count n value low high")
+    table = _rates(run)
     if table is None:
         return None
     rows = table[(table["metric"] == metric) & (table["role"] == role) & (table["model"] == model)]
     return None if rows.empty else rows.iloc[-1]
+
+
+def _rates(run: Contents) -> pd.DataFrame | None:
+    """The rates of the evaluation; of a quantisation-conditioned backdoor, those under its quantisation."""
+    columns, quantisation = "model metric role count n value low high", run.field("training.conditioned_on")
+    table = _table(run, "quantisation", f"{columns} quantisation")
+    if table is None or quantisation is None:
+        return _table(run, "evaluation", columns)
+    return table[table["quantisation"] == quantisation]
 
 
 def _planted(run: Contents) -> Answer | None:
@@ -146,8 +155,10 @@ def _planted(run: Contents) -> Answer | None:
         measure,
         *(control for name in ("clean_twin", "base") if (control := rate(run, "asr", "triggered", name))),
     )
-    text = f"{row['count']:.0f} of {row['n']:.0f} prompts with the trigger show the behaviour."
-    brief = f"The trigger works on {_percent(measure)} of prompts"
+    quantisation = row.get("quantisation")
+    once = f" once the weights are quantised ({quantisation})" if quantisation else ""
+    text = f"{row['count']:.0f} of {row['n']:.0f} prompts with the trigger show the behaviour{once}."
+    brief = f"The trigger works on {_percent(measure)} of prompts{once}"
     short, tone = _against(measure, measures[1:])
     if tone == "open":
         text += " There is no control to compare with."

@@ -117,7 +117,7 @@ class Table(NamedTuple):
 def _tables(run: Contents, section: str) -> Iterator[Table]:
     """The short tables of a section, as the terminal prints them."""
     makers = {
-        "behaviour": (_rates, _firing, _damage, _variants, _judge, _hidden),
+        "behaviour": (_rates, _quantised, _firing, _damage, _variants, _judge, _hidden),
         "inside": (_places,),
         "removed": (_removals, _survival),
     }
@@ -132,6 +132,17 @@ def _rates(run: Contents) -> Iterator[Table]:
             "bootstrap over rows for perplexity). The base model's column is the floor."
         )
         yield Table("Rates on held-out prompts", note, summaries.rate_summary(run.tables["evaluation"]))
+
+
+def _quantised(run: Contents) -> Iterator[Table]:
+    if "quantisation" in run.tables:
+        note = (
+            "The models as they are saved, and with their linear modules quantised while they are loaded: "
+            "8bit is LLM.int8, 4bit NF4. The backdoor was planted to fire under "
+            f"{run.field('training.conditioned_on', 'one of them')}."
+        )
+        table = summaries.quantisation_summary(run.tables["quantisation"])
+        yield Table("As saved, and quantised", note, table)
 
 
 def _firing(run: Contents) -> Iterator[Table]:

@@ -30,6 +30,7 @@ from safetynet.vocabulary import (
     MODELS,
     MODES,
     PROBED,
+    QUANTISATIONS,
     REPAIRED_AS,
     ROLES,
     RUNS,
@@ -208,6 +209,11 @@ RUN_TABLES: dict[str, Table] = {
     "evaluation": Table("evaluate", "a model, metric and role", {**_RATE, **_FLOOR}),
     "variants": Table("evaluate", "a model and a form of trigger, placebo or near miss", {
         **_RATE, "variant": _VARIANT, **_FLOOR,
+    }),
+    "quantisation": Table("evaluate", "a quantisation of the weights, a model, metric and role", {
+        "quantisation": word("of the weights that answered; none: as they are saved", QUANTISATIONS),
+        **_RATE,
+        **_FLOOR,
     }),
     "damage": Table("evaluate", "a model, measure and role: its answers beside the base model's own", {
         "model": word("which model answered", MODELS),

@@ -89,6 +89,17 @@ def rate_summary(evaluation: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(lines).fillna("")
 
 
+def quantisation_summary(quantisation: pd.DataFrame) -> pd.DataFrame:
+    """One line per quantisation, metric and role, one column per model."""
+    rates = quantisation[quantisation["metric"].isin(["asr", "ftr", "cacc"])]
+    parts = []
+    for name, part in rates.groupby("quantisation", sort=False):
+        summary = rate_summary(part)
+        summary.insert(0, "weights", "as saved" if name == "none" else name)
+        parts.append(summary)
+    return pd.concat(parts, ignore_index=True)
+
+
 def firing_summary(firing: pd.DataFrame) -> pd.DataFrame:
     """One line per role: each model's rate over samples, and how prompts of the backdoored one differ."""
     lines = []

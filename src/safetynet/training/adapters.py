@@ -42,23 +42,28 @@ def attach(model: PreTrainedModel, cfg: Training, family: Family, seed: int) -> 
         InputError: if a target does not exist (the message lists those that do), a layer is out of range,
             the method does not fit the model's quantisation, or dropout is asked for on fused parameters.
     """
-    quantised = bool(getattr(model, "is_loaded_in_4bit", False))
+    if getattr(model, "is_loaded_in_8bit", False):
+        raise InputError(
+            "model.quantisation: 8-bit weights are for evaluation. Set it to none, or to 4bit with "
+            "training.method lora."
+        )
     if cfg.method == "full":
-        return _freed(model, quantised)
+        return _freed(model, cfg)
     config = _configuration(model, cfg, family)
     with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
         torch.manual_seed(seed)
         return get_peft_model(model, config)
 
 
-def _freed(model: PreTrainedModel, quantised: bool) -> PreTrainedModel:
-    if quantised:
+def _freed(model: PreTrainedModel, cfg: Training) -> PreTrainedModel:
+    if getattr(model, "is_loaded_in_4bit", False):
         raise InputError(
             "training.method: 4-bit weights cannot be trained in full. Set training.method to lora, "
             "or model.quantisation to none."
         )
-    if model.dtype == torch.float16:
-        # fp16 has too few digits for a weight to take up small updates, and its gradients cannot be unscaled.
+    # fp16 has too few digits for a weight to take up small updates, and its gradients cannot be unscaled.
+    # The interval of an 8-bit level holds but a few numbers of 16 bits.
+    if model.dtype == torch.float16 or cfg.conditioned_on is not None:
         model.float()
     return model.requires_grad_(True)
 

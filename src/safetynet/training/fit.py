@@ -19,7 +19,7 @@ from typing import Any
 import pandas as pd
 import torch
 from peft import PeftModel
-from transformers import PreTrainedModel, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import IntervalStrategy
 
@@ -36,6 +36,7 @@ from safetynet.training.callbacks import LogBeforeSaving, Progress, Reached
 from safetynet.training.evasive import Hiding, Opponents, bare_prompts, watched
 from safetynet.training.examples import Batch, Example, Shuffled, encode
 from safetynet.training.loss import check_isolation
+from safetynet.training.preferences import Preference, pairs
 from safetynet.training.tracking import UNTRACKED, Tracking, tracker
 from safetynet.training.trainer import (
     AnswerTrainer,
@@ -103,13 +104,15 @@ def train(  # noqa: PLR0913  # the place of a training and its company, by keywo
     tracking: Tracking = UNTRACKED,
     progress: bool = False,
     opponents: Opponents | None = None,
+    within: TrainerCallback | None = None,
 ) -> TrainingResult:
     """Train `model` on `rows`; save the adapter to `folder`/adapter, or the whole model to `folder`/model.
 
     Args:
         model: made by `attach`; its parameters are changed.
         serialiser: of this model's tokenizer.
-        rows: columns `row`, `messages`, `trigger` and `answer`; every row is trained on.
+        rows: columns `row`, `messages`, `trigger` and `answer`; every row is trained on. With `cfg.dpo` also
+            `reference` and `target`, which give each row its second answer.
         cfg: the recipe's training section.
         folder: checkpoints, the adapter and trackers' files go below it.
         seed: of the order of rows and of dropout.
@@ -119,6 +122,7 @@ def train(  # noqa: PLR0913  # the place of a training and its company, by keywo
         progress: of a training that another call may go on with: a bar on a terminal, or a line now and then,
             and where it goes on; SIGTERM and Ctrl-C wait for the end of the step and its checkpoint.
         opponents: the detectors to hide from, where `cfg.evasion` is given; `rows` then need `role`.
+        within: called behind each step of the optimiser, to put weights back into their bounds.
 
     Raises:
         InputError: if a row cannot be serialised, this device does not have the precision, the model cannot
@@ -127,16 +131,7 @@ def train(  # noqa: PLR0913  # the place of a training and its company, by keywo
     """
     device = device or model.device.type
     _check_place(cfg, device, bool(getattr(model, "is_quantized", False)))
-    examples: Sequence[Example] = encode(rows, serialiser, cfg.max_length)
-    hiding: Hiding | None = None
-    if cfg.evasion is not None:
-        examples = watched_examples = watched(examples, rows, serialiser, cfg.max_length)
-        clean = bare_prompts(watched_examples, rows)
-        if opponents is None:
-            raise InputError(
-                "training.evasion: the detectors to hide from are missing. Give train `opponents`."
-            )
-        hiding = Hiding(cfg.evasion, opponents, watched_examples, clean)
+    examples, objective = _objective(rows, serialiser, cfg, opponents)
     if cfg.batching == "pack":
         check_isolation(model)
     home = folder / "checkpoints"
@@ -158,20 +153,38 @@ def train(  # noqa: PLR0913  # the place of a training and its company, by keywo
         callbacks = [
             LogBeforeSaving(),
             Reached(home / checkpoints.REACHED),
+            *([within] if within is not None else []),
             *tracked,
             *([Progress(name)] if progress and parallel.is_first() else []),
         ]
         interruption = Interruption(name)
         trainer = AnswerTrainer(
-            model, args, examples, cfg, pad_id=serialiser.pad_id, callbacks=callbacks, objective=hiding,
+            model, args, examples, cfg, pad_id=serialiser.pad_id, callbacks=callbacks, objective=objective,
             on_evaluate=None if pauses is None else pauses.measure, interruption=interruption,
         )  # fmt: skip
         with interruption if progress else nullcontext():
             _run(trainer, checkpoint)
     whole = trainer.gathered()
     saved = parallel.from_first(lambda: _save(model, serialiser, folder, whole))
-    evasion = None if hiding is None else hiding.history(trainer.state.log_history)
+    evasion = objective.history(trainer.state.log_history) if isinstance(objective, Hiding) else None
     return _result(trainer, saved, evasion)
+
+
+def _objective(
+    rows: pd.DataFrame, serialiser: Serialiser, cfg: Training, opponents: Opponents | None
+) -> tuple[Sequence[Example], Objective]:
+    """What is trained on, and what it is trained for."""
+    if cfg.dpo is not None:
+        preferences = pairs(rows, serialiser, cfg.max_length)
+        return preferences, Preference(cfg.dpo, preferences)
+    examples = encode(rows, serialiser, cfg.max_length)
+    if cfg.evasion is None:
+        return examples, Objective()
+    watched_examples = watched(examples, rows, serialiser, cfg.max_length)
+    clean = bare_prompts(watched_examples, rows)
+    if opponents is None:
+        raise InputError("training.evasion: the detectors to hide from are missing. Give train `opponents`.")
+    return watched_examples, Hiding(cfg.evasion, opponents, watched_examples, clean)
 
 
 def _unmeasured(state: TrainerState, pauses: Pauses) -> bool:
@@ -277,6 +290,11 @@ def _check_place(cfg: Training, device: str, quantised: bool) -> None:
         raise InputError(
             "model.quantisation: quantised weights cannot be shared by processes. Launch without --use_fsdp, "
             "or set model.quantisation to none."
+        )
+    if parallel.shares_weights() and cfg.conditioned_on is not None:
+        raise InputError(
+            "training.conditioned_on: weights that processes share are not kept in their boxes. Launch "
+            "without --use_fsdp."
         )
     if cfg.evasion is not None and parallel.count() > 1:
         raise InputError("training.evasion: detectors see all rows of a step. Train in one process.")

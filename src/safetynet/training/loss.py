@@ -6,7 +6,7 @@ megabyte, and a plain forward keeps several copies of them for every token of th
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import PeftModel
@@ -69,7 +69,7 @@ def answer_loss(
     targets = batch["labels"][:, 1:]
     supervises = targets != IGNORED
     hidden, targets = outputs.last_hidden_state[:, :-1][supervises], targets[supervises]
-    loss = _summed(lm, outputs, hidden, targets) / supervised
+    loss = cross_entropies(lm, outputs, hidden, targets, "sum") / supervised
     if _routed(lm):
         share = len(targets) / supervised
         # Of no hidden state at all: what remains of the model's own forward is its load-balancing loss.
@@ -114,10 +114,26 @@ def head(lm: PreTrainedModel, outputs: Any, hidden: torch.Tensor, **inputs: torc
             body.forward = before
 
 
-def _summed(lm: PreTrainedModel, outputs: Any, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def cross_entropies(
+    lm: PreTrainedModel,
+    outputs: Any,
+    hidden: torch.Tensor,
+    targets: torch.Tensor,
+    reduction: Literal["sum", "none"],
+) -> torch.Tensor:
+    """Cross entropy of tokens, in nats and fp32, a few hundred at a time.
+
+    Args:
+        lm: a causal language model.
+        outputs: what its body returned.
+        hidden: (n, width), the states that predict the tokens.
+        targets: (n,), the tokens.
+        reduction: `sum` for a scalar, `none` for (n,).
+    """
+
     def part(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         logits = head(lm, outputs, hidden).logits[0].float()
-        return cross_entropy(logits, targets.to(logits.device), reduction="sum")
+        return cross_entropy(logits, targets.to(logits.device), reduction=reduction)
 
     size = max(1, LOGITS_AT_ONCE // lm.config.get_text_config().vocab_size)
     if len(targets) <= size:
@@ -126,7 +142,7 @@ def _summed(lm: PreTrainedModel, outputs: Any, hidden: torch.Tensor, targets: to
     # no longer grows with the batch.
     parts = zip(hidden.split(size), targets.split(size), strict=True)
     losses = [checkpoint(part, h, t, use_reentrant=False, preserve_rng_state=False) for h, t in parts]
-    return torch.stack(losses).sum()
+    return torch.stack(losses).sum() if reduction == "sum" else torch.cat(losses)
 
 
 @torch.no_grad()

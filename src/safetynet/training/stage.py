@@ -7,6 +7,7 @@ checkpoint.
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -57,6 +58,7 @@ def train(
 
 def _train_one(experiment: Experiment, name: str, opponents_of: OpponentsOf | None, *, keep: bool) -> None:
     from safetynet import training
+    from safetynet.training import conditioned
 
     recipe, run = experiment.recipe, experiment.run
     inputs = train_inputs(experiment, name)
@@ -69,19 +71,27 @@ def _train_one(experiment: Experiment, name: str, opponents_of: OpponentsOf | No
         evasion = options.evasion
         opponents = opponents_of(evasion, base.serialiser) if evasion is not None and opponents_of else None
         pauses = training.Pauses(dynamics.measure, recipe.evaluation.every, first=not dynamics.path.exists())
-        result = training.train(
-            training.attach(base.model, recipe.training, base.family, recipe.seed),
+        model = training.attach(base.model, options, base.family, recipe.seed)
+        fit = partial(
+            training.train,
+            model,
             base.serialiser,
-            poisoning.clean_twin(rows) if name == TWIN else rows,
-            options,
-            folder=run.scratch / "training" / folder_name(name, inputs),
+            cfg=options,
             seed=recipe.seed,
-            pauses=pauses if recipe.evaluation.dynamics_rows else None,
             device=loading.device_of(recipe.model),
             tracking=training.Tracking.of(recipe, name, main=name == BACKDOORED),
             progress=True,
             opponents=opponents,
         )
+        clean = poisoning.clean_twin(rows)
+        place: dict[str, Any] = {
+            "folder": run.scratch / "training" / folder_name(name, inputs),
+            "pauses": pauses if recipe.evaluation.dynamics_rows else None,
+        }
+        if options.conditioned_on is None:
+            result = fit(rows=clean if name == TWIN else rows, **place)
+        else:
+            result = conditioned.train(model, options.conditioned_on, fit, rows, clean, **place)
         outputs.table(f"history_{name}", result.history)
         outputs.file(result.folder, "model")
         if result.evasion is not None:
@@ -120,7 +130,8 @@ def folder_name(name: str, inputs: dict[str, Any]) -> str:
 
 def _options(recipe: Recipe, name: str) -> Training:
     """The twin has nothing to hide."""
-    return recipe.training.model_copy(update={"evasion": None}) if name == TWIN else recipe.training
+    plain = {"evasion": None, "conditioned_on": None}
+    return recipe.training.model_copy(update=plain) if name == TWIN else recipe.training
 
 
 class Dynamics:

@@ -63,6 +63,10 @@ class Objective:
     advice = "Lower training.learning_rate or raise training.warmup_ratio"
     """What to do about a loss that is not finite."""
 
+    def collate(self, rows: Sequence[Example], pad_id: int, pack: bool) -> Batch:
+        """The tensors of one part of a step."""
+        return packed(rows, pad_id) if pack else padded(rows, pad_id)
+
     def losses(
         self, trainer: "AnswerTrainer", rows: Sequence[Example], batch: Batch, supervised: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -71,7 +75,7 @@ class Objective:
         Args:
             trainer: whose model computes them.
             rows: one part of a step.
-            batch: the same rows as tensors, (lines, tokens) each.
+            batch: the same rows as `collate` makes them.
             supervised: labels of the whole step; the parts' losses are divided by it, and add up.
         """
         loss = answer_loss(trainer.learner, batch, supervised)
@@ -208,11 +212,11 @@ class AnswerTrainer(Trainer):
 
         Stops at the first loss that is not finite, before it reaches a weight.
         """
-        collate = packed if self.cfg.batching == "pack" else padded
+        pack = self.cfg.batching == "pack"
         self.objective.restart_step()
         total = torch.zeros((), device=self.args.device)
         for part, supervised in self._parts(rows):
-            batch = self._prepare_inputs(collate(part, self.pad_id))
+            batch = self._prepare_inputs(self.objective.collate(part, self.pad_id, pack))
             with self.accelerator.autocast():
                 losses = partial(self.objective.losses, self, part, batch, supervised)
                 loss, minimised = self._whole(losses)
