@@ -30,6 +30,7 @@ from safetynet.prompts import Serialiser
 from safetynet.recipe import Detection, Evasion, Interventions, Model, Recipe
 from safetynet.run import parallel
 from safetynet.run.directory import Run, digest, write_text
+from safetynet.run.stage import UTILITY
 
 if TYPE_CHECKING:
     from safetynet.mitigation.defender import Alarm
@@ -42,13 +43,21 @@ PROBED = 40
 
 
 def prepare(experiment: Experiment) -> None:
-    """Make the rows; errors as in `backdoors.stage.prepare`, and for detectors that nothing can hide from."""
+    """Make the rows; errors as in `backdoors.stage.prepare`.
+
+    Also refused are detectors that nothing can hide from, and tasks that lm-evaluation-harness does not have.
+    """
     from safetynet.backdoors import stage
 
     if (evasion := experiment.recipe.training.evasion) is not None:
         from safetynet.detection.gradients import hideable
 
         hideable(evasion.detectors)
+    tasks = experiment.recipe.evaluation.utility
+    if tasks and experiment.record(UTILITY) is None:  # the harness takes seconds to look them up
+        from safetynet.evaluation import utility
+
+        utility.check(tasks)
     stage.prepare(experiment)
 
 

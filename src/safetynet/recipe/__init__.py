@@ -21,6 +21,7 @@ from safetynet.recipe.schema import (
     ToolCall,
     Training,
     Trigger,
+    is_task_file,
 )
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "ToolCall",
     "Training",
     "Trigger",
+    "is_task_file",
     "load",
     "overridden",
     "with_options",
