@@ -30,6 +30,7 @@ from safetynet.prompts import Serialiser
 from safetynet.recipe import Detection, Evasion, Interventions, Model, Recipe
 from safetynet.run import parallel
 from safetynet.run.directory import Run, digest, write_text
+from safetynet.run.stage import UTILITY
 
 if TYPE_CHECKING:
     from safetynet.mitigation.defender import Alarm
@@ -45,8 +46,8 @@ def prepare(experiment: Experiment) -> None:
     """Make the rows.
 
     Raises:
-        InputError: as `backdoors.stage.prepare`; for detectors that nothing can hide from, and for
-            quantisations that this machine cannot compute.
+        InputError: as `backdoors.stage.prepare`; for detectors that nothing can hide from, quantisations that
+            this machine cannot compute, and tasks that lm-evaluation-harness does not have.
     """
     from safetynet.backdoors import stage
 
@@ -59,6 +60,11 @@ def prepare(experiment: Experiment) -> None:
 
         for bits in quantising.BITS.values():
             quantising.check(bits, "training.conditioned_on", "leave the field out")
+    tasks = experiment.recipe.evaluation.utility
+    if tasks and experiment.record(UTILITY) is None:  # the harness takes seconds to look them up
+        from safetynet.evaluation import utility
+
+        utility.check(tasks)
     stage.prepare(experiment)
 
 

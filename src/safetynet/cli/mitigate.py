@@ -45,7 +45,7 @@ def mitigate(
         _list()
         return
     from safetynet import stages
-    from safetynet.cli.terminal import print_repairs
+    from safetynet.cli.terminal import print_repairs, print_utility
     from safetynet.experiment import Experiment
     from safetynet.mitigation.overview import overview
     from safetynet.run.logs import logging_to
@@ -56,6 +56,8 @@ def mitigate(
     with run.lock(), logging_to(run.log):
         tables = stages.mitigate(experiment, adapter, same_base)
         print_repairs(overview(tables["mitigation"], tables.get("relearning")))
+        if "repaired_utility" in tables:
+            print_utility(tables["repaired_utility"])
         for line in tables["recommendation"].to_dict("records"):
             what = (
                 f"Recommended: {line['method']}, {line['point']}" if line["method"] else "Nothing to repair"

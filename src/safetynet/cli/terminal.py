@@ -41,6 +41,13 @@ def print_repairs(overview: "pd.DataFrame") -> None:
     _print(overview, "Repairs, each at its chosen point, on held-out prompts, 95% intervals")
 
 
+def print_utility(utility: "pd.DataFrame") -> None:
+    """The harness's tasks, by model or by method of repair."""
+    from safetynet.tables.summaries import utility_summary
+
+    _print(utility_summary(utility), "Tasks of lm-evaluation-harness, with its standard errors")
+
+
 def print_rates(evaluation: "pd.DataFrame", note: str = "") -> None:
     """Every rate by role and model; `note` ends the title."""
     from safetynet.tables.summaries import rate_summary
@@ -73,6 +80,8 @@ def print_evaluation(run: "Run") -> None:
             "Share of samples that show the behaviour, 95% intervals over prompts; prompts of the backdoored "
             "model of which all samples do (always) or none (never)",
         )
+    if run.has_table("utility"):
+        print_utility(run.table("utility"))
     if run.has_table("damage"):
         damage = run.table("damage")
         clean = damage_summary(damage[damage["role"] == "clean"]).drop(columns="role", errors="ignore")

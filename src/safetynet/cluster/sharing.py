@@ -133,7 +133,7 @@ def _base_inputs(experiment: Experiment) -> dict[str, Any]:
         "model": recipe.model.model_dump(mode="json") | {"fingerprint": loading.fingerprint(recipe.model)},
         "precision": experiment.precision,
         "evaluation": recipe.evaluation.model_dump(
-            mode="json", exclude={"every", "dynamics_rows", "samples", "labelled"}
+            mode="json", exclude={"every", "dynamics_rows", "samples", "labelled", "utility"}
         ),
         "behaviour": recipe.backdoor and recipe.backdoor.behaviour.model_dump(mode="json"),
         **recipe.training.model_dump(include={"max_length", "truncation"}),

@@ -18,7 +18,7 @@ from safetynet.recipe import Recipe, presets
 IGNORED = (
     "name", "task", "seed", "tracking", "output", "model.device", "model.date", "data.test_rows",
     "evaluation.batch_size", "evaluation.every", "evaluation.dynamics_rows", "evaluation.labelled",
-    "evaluation.samples", "persistence",
+    "evaluation.samples", "evaluation.utility", "persistence",
     "training.log_every", "training.checkpoint_every", "training.checkpoint_minutes",
     "training.gradient_checkpointing", "training.clean_twin", "backdoor.preset",
 )  # fmt: skip

@@ -1,7 +1,8 @@
 """The stage of the evaluation: answers of base, backdoored model and clean twin, and the rates.
 
 In: the rows and the trained models. Out: tables responses, evaluation, variants, damage; with samples also
-samples and firing, with labelled texts judge_error; quantisation, of a backdoor that is conditioned on one.
+samples and firing, with labelled texts judge_error, with tasks of lm-evaluation-harness utility; and
+quantisation, of a backdoor that is conditioned on one.
 `evaluate_suspect` measures somebody's adapter or model on the same rows.
 """
 
@@ -11,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 
-from safetynet.evaluation import damage, judges, metrics
+from safetynet.evaluation import damage, judges, metrics, utility
 from safetynet.evaluation.evaluator import Evaluator
 from safetynet.experiment import BACKDOORED, Experiment
 from safetynet.models import suspect as suspects
@@ -19,7 +20,7 @@ from safetynet.prompts.truncation import losses
 from safetynet.recipe import Recipe
 from safetynet.run import parallel
 from safetynet.run.directory import Outputs, digest_of_files
-from safetynet.run.stage import EVALUATE
+from safetynet.run.stage import EVALUATE, UTILITY
 from safetynet.vocabulary import QUANTISATIONS
 
 log = logging.getLogger("safetynet")
@@ -34,9 +35,9 @@ def evaluate(experiment: Experiment, base: pd.DataFrame | None = None) -> None:
     """
     recipe, options = experiment.recipe, experiment.recipe.evaluation
     inputs: dict[str, Any] = {
-        "models": {name: experiment.origin(name) for name in (BACKDOORED, *experiment.trained)},
+        "models": _origins(experiment),
         # What the labelled file holds counts, not where it lies.
-        "evaluation": options.model_dump(mode="json", exclude={"every", "dynamics_rows"})
+        "evaluation": options.model_dump(mode="json", exclude={"every", "dynamics_rows", "utility"})
         | {"labelled": None},
         "behaviour": recipe.backdoor and recipe.backdoor.behaviour.model_dump(mode="json"),
     }
@@ -77,6 +78,32 @@ def evaluate(experiment: Experiment, base: pd.DataFrame | None = None) -> None:
         _report(experiment, rates.table)
 
     experiment.perform(EVALUATE, inputs, compute)
+    measure_utility(experiment)
+
+
+def measure_utility(experiment: Experiment) -> None:
+    """Measure base, backdoored model and twin on the tasks that the recipe names; errors as in `utility`."""
+    options = experiment.recipe.evaluation
+
+    def compute(outputs: Outputs) -> None:
+        utility.check(options.utility)  # before a model is loaded
+        experiment.check_models()
+        kept, measured = experiment.run.scratch / "utility", []
+        for name, model, serialiser in experiment.models():
+            log.info("evaluate utility: %s does %s", name, ", ".join(options.utility))
+            tokenizer = serialiser.tokenizer
+            table = utility.measure(model, tokenizer, options.utility, options.batch_size, kept)
+            measured.append(table.assign(model=name))
+        outputs.table("utility", pd.concat(measured, ignore_index=True))
+
+    if options.utility:
+        inputs = {"models": _origins(experiment), **utility.inputs(options.utility)}
+        experiment.perform(UTILITY, inputs, compute)
+
+
+def _origins(experiment: Experiment) -> dict[str, Any]:
+    """What decides about the models."""
+    return {name: experiment.origin(name) for name in (BACKDOORED, *experiment.trained)}
 
 
 def _quantised(experiment: Experiment, rows: pd.DataFrame, full: pd.DataFrame) -> dict[str, pd.DataFrame]:

@@ -14,6 +14,7 @@ from safetynet.figures import (  # noqa: F401
     reading_charts,
     removal_charts,
     training_charts,
+    utility_charts,
 )
 from safetynet.figures.chart import Annotation, Axis, Chart, Grid, Panel, Reference, Series, Shade, Source
 from safetynet.figures.registry import FIGURES, draw, figure, figures_of

@@ -59,7 +59,8 @@ def persist(experiment: Experiment) -> pd.DataFrame:
         "model": experiment.origin(),
         "rows": run.manifest["stages"]["data"]["outputs"],
         "options": recipe.persistence.model_dump(mode="json"),
-        "evaluation": recipe.evaluation.model_dump(mode="json", exclude={"samples"}) | {"labelled": None},
+        "evaluation": recipe.evaluation.model_dump(mode="json", exclude={"samples", "utility"})
+        | {"labelled": None},
     }
 
     def compute(outputs: Outputs) -> None:

@@ -7,7 +7,7 @@ checkpoint, loaded again as anybody would, and asked once more: the card states 
 import itertools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 import pandas as pd
 
 from safetynet.errors import RunError, SafetyNetError
+from safetynet.evaluation import utility
 from safetynet.evaluation.evaluator import Evaluator
 from safetynet.experiment import BACKDOORED, Experiment, attach_own
 from safetynet.mitigation import (
@@ -23,6 +24,7 @@ from safetynet.mitigation import (
     NEEDS,
     Defender,
     Method,
+    Repaired,
     named,
     overview,
     recommendation,
@@ -44,10 +46,10 @@ from safetynet.prompts import Serialiser
 from safetynet.recipe import Recipe
 from safetynet.run.directory import Outputs, Run, digest_of_files, write_atomically, write_text
 from safetynet.run.stage import DETECT, INTERVENE, MITIGATE, Stage
-from safetynet.vocabulary import UNTOUCHED
+from safetynet.vocabulary import ADAPTER_REMOVED, UNTOUCHED
 
 log = logging.getLogger("safetynet")
-TABLES = ("mitigation", "verification", "relearning", "recommendation")
+TABLES = ("mitigation", "verification", "relearning", "recommendation", "repaired_utility")
 """What a run may hold after this stage."""
 ALL = ("all",)
 """In place of names: every method whose needs are met."""
@@ -165,6 +167,10 @@ class _Work:
         """Where one method's tables are kept."""
         return self.run.scratch / self.place / name
 
+    def utility_file(self, name: str) -> Path:
+        """Where the harness's results of one method are kept."""
+        return self.folder("utility") / f"{name.replace(' ', '_')}.parquet"
+
     def write(self, name: str, tables: TrialTables, outputs: Outputs) -> None:
         """One method's tables."""
         for table in ("lines", "verification", "relearning"):
@@ -194,7 +200,7 @@ class _Work:
             "points": list(points(method, options.hyperparameters, options.points)) if method else None,
             "effects": manifest.get(INTERVENE.name) if "sites" in needs else None,
             "monitor": manifest.get(DETECT.name) if "alarm" in needs else None,
-            "evaluation": self.recipe.evaluation.model_dump(mode="json", exclude={"samples"})
+            "evaluation": self.recipe.evaluation.model_dump(mode="json", exclude={"samples", "utility"})
             | {"labelled": None},
         }
 
@@ -305,6 +311,8 @@ def mitigate(
         experiment.model_folder(BACKDOORED)  # the twin need not be there
     work = _Work(experiment, others, adapter, same_base, methods, files)
     pending = [m for m in methods if not experiment.finished(work.stage(m.name), work.inputs(m.name))]
+    if pending and recipe.evaluation.utility:
+        utility.check(recipe.evaluation.utility)
     if pending and names not in ((), ALL):
         refuse_unmet(pending, work.defender)
     no_backdoor = _compare(work)
@@ -390,6 +398,8 @@ def _join(work: _Work, finished: Sequence[str], no_backdoor: str) -> dict[str, p
             outputs.file(folder, "repaired")
 
     work.experiment.perform(work.stage(""), {"methods": stages}, compute)
+    if finished and work.recipe.evaluation.utility:
+        _measure_utility(work)
     return {name: run.table(work.table(name)) for name in TABLES if run.has_table(work.table(name))}
 
 
@@ -400,9 +410,7 @@ def _save(work: _Work, best: pd.DataFrame, marked: pd.DataFrame) -> Path | None:
         return None
     row, recipe = savable.iloc[-1], work.recipe
     method = METHODS[str(row["method"])]
-    grid = points(method, recipe.mitigation.hyperparameters, recipe.mitigation.points)
-    settings = next(point for point in grid if tuning.point_name(method, point, grid) == row["point"])
-    repaired = repair(method, work.defender, settings, recipe.seed)
+    repaired = _repaired(work, method, str(row["point"]))
     name = recipe.model_name if work.adapter is None else str(work.adapter)
     about = {"model": name, "run": f"{recipe.model_name}/{recipe.task}", "why": str(row["why"])}
     about["relearned"] = str(row["relearned"])
@@ -417,6 +425,62 @@ def _save(work: _Work, best: pd.DataFrame, marked: pd.DataFrame) -> Path | None:
         lines["saved"], _ = tuning.measure(model, work.trial, HELD_OUT, work.references)
     write_text(folder / "README.md", overview.model_card(method, repaired, about, lines))
     return folder
+
+
+def _repaired(work: _Work, method: Method, name: str) -> Repaired:
+    """The model as a method repairs it at the point of this name."""
+    recipe = work.recipe
+    grid = points(method, recipe.mitigation.hyperparameters, recipe.mitigation.points)
+    settings = next(point for point in grid if tuning.point_name(method, point, grid) == name)
+    return repair(method, work.defender, settings, recipe.seed)
+
+
+def _measure_utility(work: _Work) -> None:
+    """Each repaired model on the tasks of the harness, beside the model as it is and its base.
+
+    A point is repaired anew, so that other tasks do not repeat the search for it.
+    """
+    run, tasks = work.run, utility.inputs(work.recipe.evaluation.utility)
+    table = run.table(work.table("mitigation"))
+    records, files = {}, []
+    for name, point in table.loc[table["split"] == HELD_OUT, ["method", "point"]].itertuples(index=False):
+        stage = work.stage(f"utility {name}")
+        repaired = work.experiment.record(work.stage(name if name in METHODS else "compared"))
+        work.experiment.perform(
+            stage, {"repaired": repaired, **tasks}, partial(_measure_utility_of, work, name, point)
+        )
+        records[name] = work.experiment.record(stage)
+        files.append(run.path_of(run.name_of(work.utility_file(name))))
+    measured = [table for table in map(pd.read_parquet, files) if len(table)]
+    joined = pd.concat(measured, ignore_index=True)
+    work.experiment.perform(
+        work.stage("utility"),
+        {"measured": records},
+        lambda outputs: outputs.table(work.table("repaired_utility"), joined),
+    )
+
+
+def _measure_utility_of(work: _Work, name: str, point: str, outputs: Outputs) -> None:
+    """One model; no lines where only `generate` is repaired, which most tasks do not call."""
+    options = work.recipe.evaluation
+    kept: Path | None = work.run.scratch / "utility"
+    if name == UNTOUCHED:
+        opened: AbstractContextManager[Any] = nullcontext(work.defender.model)
+    elif name == ADAPTER_REMOVED:
+        opened = tuning.base_of(work.defender)
+    else:
+        repaired = _repaired(work, METHODS[name], point)
+        # What acts while the model runs is not in the weights by which kept answers are known.
+        opened, kept = (repaired.open() if repaired.forward_too else nullcontext()), None
+    with opened as model:
+        table = pd.DataFrame(columns=utility.COLUMNS)
+        if model is not None:
+            log.info("mitigate utility: %s does %s", name, ", ".join(options.utility))
+            tokenizer = work.defender.serialiser.tokenizer
+            table = utility.measure(model, tokenizer, options.utility, options.batch_size, kept)
+    path = work.utility_file(name)
+    write_atomically(path, table.assign(method=name, point=point).to_parquet)
+    outputs.file(path)
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from safetynet.recipe.schema import (
     ToolCall,
     Training,
     Trigger,
+    is_task_file,
 )
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "ToolCall",
     "Training",
     "Trigger",
+    "is_task_file",
     "load",
     "overridden",
     "with_options",

@@ -96,6 +96,11 @@ class JudgeSpec(Section):
     ignore_case: bool = True
 
 
+def is_task_file(task: str) -> bool:
+    """Whether an entry of `evaluation.utility` is a file or folder of tasks, not a name of the harness."""
+    return "/" in task or task.endswith(".yaml")
+
+
 def family_of(model: Mapping[str, Any]) -> Any:
     """What `family` is in a section `model` that may leave it out."""
     return model.get("family", FAMILY_BY_ID.get(str(model.get("id")), FAMILY))
@@ -427,6 +432,10 @@ class Evaluation(Section):
     """Rows of each role that are measured during training; 0 measures none."""
     samples: Annotated[int, Field(ge=0)] = Field(default=0, exclude_if=lambda value: value == 0)
     """Answers to each test row at temperature 1, beside the greedy one; 0 draws none."""
+    utility: Annotated[tuple[str, ...], BeforeValidator(_comma_list)] = Field(
+        default=(), exclude_if=lambda value: not value
+    )
+    """Tasks of lm-evaluation-harness: names, files of your own (.yaml) and their folders (with a slash)."""
     refusal: JudgeSpec = JudgeSpec(kind="keyword", values=presets.REFUSALS)
     """What counts as a refusal."""
     labelled: Path | None = None

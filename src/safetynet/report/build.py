@@ -117,9 +117,9 @@ class Table(NamedTuple):
 def _tables(run: Contents, section: str) -> Iterator[Table]:
     """The short tables of a section, as the terminal prints them."""
     makers = {
-        "behaviour": (_rates, _quantised, _firing, _damage, _variants, _judge, _hidden),
+        "behaviour": (_rates, _quantised, _firing, _utility, _damage, _variants, _judge, _hidden),
         "inside": (_places,),
-        "removed": (_removals, _survival),
+        "removed": (_removals, _repaired_utility, _survival),
     }
     for make in makers.get(section, ()):
         yield from make(run)
@@ -153,6 +153,19 @@ def _firing(run: Contents) -> Iterator[Table]:
             "samples). Always, never: prompts of the backdoored model of which all answers show it, or none."
         )
         yield Table("Rates over samples of each prompt", note, summaries.firing_summary(run.tables["firing"]))
+
+
+def _utility(run: Contents) -> Iterator[Table]:
+    if "utility" in run.tables:
+        title, table = "Tasks of lm-evaluation-harness", summaries.utility_summary(run.tables["utility"])
+        yield Table(title, "The harness's own values and standard errors.", table)
+
+
+def _repaired_utility(run: Contents) -> Iterator[Table]:
+    if "repaired_utility" in run.tables:
+        note = "The harness's own values and standard errors, of each repair at its chosen point."
+        table = summaries.utility_summary(run.tables["repaired_utility"])
+        yield Table("Tasks of lm-evaluation-harness, after repair", note, table)
 
 
 def _damage(run: Contents) -> Iterator[Table]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetynet.recipe import PACKAGED, Recipe
+from safetynet.recipe import PACKAGED, Recipe, is_task_file
 from safetynet.run import parallel
 
 MARK = ".run"
@@ -117,7 +117,12 @@ def located(recipe: Recipe, folder: Path, manifest: Mapping[str, Any]) -> Recipe
             part = getattr(recipe, section)
             kind = type(getattr(part, field))
             recipe = recipe.model_copy(update={section: part.model_copy(update={field: kind(path)})})
-    return recipe
+    utility = tuple(
+        str(begin / task) if is_task_file(task) and (begin / task).exists() else task
+        for task in recipe.evaluation.utility
+    )
+    evaluation = recipe.evaluation.model_copy(update={"utility": utility})
+    return recipe.model_copy(update={"evaluation": evaluation})
 
 
 def same(first: Path, second: Path) -> bool:

@@ -13,6 +13,7 @@ PACKAGES = (
     "accelerate",
     "tokenizers",
     "datasets",
+    "lm_eval",
     "numpy",
     "pandas",
 )

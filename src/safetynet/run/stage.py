@@ -38,6 +38,7 @@ TRAIN_TWIN = TRAIN.of("clean_twin")
 EVALUATE = Stage(
     "evaluate", "rates by role and responses", "safetynet evaluate {run}", ("evaluation", "responses")
 )
+UTILITY = EVALUATE.of("utility")
 INTERVENE = Stage(
     "intervene", "where the trigger acts, and removals", "safetynet intervene {run}", ("effects",), True
 )

@@ -165,6 +165,19 @@ _MITIGATION = {
     "answer_seconds": number("time of answering the split's rows", 0),
 }
 
+_UTILITY = {
+    "task": text("task or group of lm-evaluation-harness, as it calls it"),
+    "group": text('the group that it is part of; "" none'),
+    "metric": text("the harness's metric"),
+    "filter": text("what the harness takes from an answer before it is judged; `none` for nothing"),
+    "shots": whole("examples before each question; empty where the tasks of a group differ", empty=True),
+    "n": whole("documents: the denominator"),
+    "value": number("the metric's value"),
+    "stderr": number("the harness's own standard error; NaN where it has none"),
+    **ends(),
+    "better": word("which way the metric is better", ("higher", "lower"), empty=True),
+}
+
 RUN_TABLES: dict[str, Table] = {
     "split": Table("data", "a split", {
         "split": word("training or held-out rows", SPLITS),
@@ -242,6 +255,9 @@ RUN_TABLES: dict[str, Table] = {
         **ends(0, 1),
         "always": fraction("share of prompts of which all answers show it"),
         "never": fraction("share of prompts of which none does"),
+    }),
+    "utility": Table("evaluate", "a model, and a task and metric of lm-evaluation-harness", {
+        "model": word("which model answered", MODELS), **_UTILITY,
     }),
     "judge_error": Table("evaluate", "a kind of error of the judge, on labelled texts", {
         "error": word("behaviour missed, or seen where there is none", ("missed", "false_hit")),
@@ -421,6 +437,9 @@ RUN_TABLES: dict[str, Table] = {
         "step": STEP,
         **_counted("asr", _COUNTED["asr"]),
         **_counted("ftr", "false trigger rate on placebo prompts"),
+    }),
+    "repaired_utility": Table("mitigate", "a method, and a task and metric of lm-evaluation-harness", {
+        "method": _MITIGATION["method"], "point": _MITIGATION["point"], **_UTILITY,
     }),
     "persistence": Table("persist", "what happens to the model or its prompts, and how far", {
         "change": word("what happens to it", CHANGES),

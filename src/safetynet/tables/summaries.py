@@ -132,6 +132,34 @@ def damage_text(measure: str, value: float, low: float, high: float) -> str:
     return "-" if pd.isna(value) else f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
+def utility_summary(utility: pd.DataFrame) -> pd.DataFrame:
+    """One line per task and metric, one column per model; of repairs one line for each.
+
+    The tasks of a group are left out, since the group is there.
+    """
+    table = utility[utility["group"] == ""].assign(
+        metric=[utility_metric(*pair) for pair in utility[["metric", "filter"]].itertuples(index=False)],
+        text=[utility_text(*pair) for pair in utility[["value", "stderr"]].itertuples(index=False)],
+    )
+    if "method" in table:
+        return table[["task", "metric", "method", "text", "n"]].rename(columns={"text": "value"})
+    lines = [
+        {"task": task, "metric": metric, **dict(zip(part["model"], part["text"], strict=True)), "n": n}
+        for (task, metric, n), part in table.groupby(["task", "metric", "n"], sort=False)
+    ]
+    return pd.DataFrame(lines)
+
+
+def utility_metric(metric: str, filter_name: str) -> str:
+    """A metric of the harness, with what was taken from the answers where something was."""
+    return metric if filter_name == "none" else f"{metric}, {filter_name}"
+
+
+def utility_text(value: float, stderr: float) -> str:
+    """A value of table `utility`, with its standard error as the harness prints it."""
+    return f"{value:.4f}" + ("" if pd.isna(stderr) else f" ± {stderr:.4f}")
+
+
 def evasion_summary(evasion: pd.DataFrame) -> pd.DataFrame:
     """One line per detector that a training hid from: its AUROC at the first refit and at the last."""
     lines = []
