@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from safetynet.errors import InputError
+from safetynet.extras import need
 from safetynet.mitigation.defender import Defender
 from safetynet.mitigation.fine_tuning import encode, trainer, with_fresh_adapter
 from safetynet.mitigation.method import Hyperparameter, Method
@@ -181,6 +182,7 @@ def _silence(ends: Mapping[str, nn.Linear], masks: Mapping[str, Tensor]) -> None
 def rounded(weight: Tensor, bits: int) -> Tensor:
     """A matrix after rounding to 8 bits per row, or to NF4 in blocks of 64."""
     if bits == 4:
+        need("rounding to 4 bits", "bitsandbytes")
         from bitsandbytes import functional
 
         packed, state = functional.quantize_4bit(weight.contiguous(), quant_type="nf4")
