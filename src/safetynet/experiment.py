@@ -51,7 +51,7 @@ class Experiment:
         return cls(recipe, directory.create(recipe))
 
     @classmethod
-    def find(cls, folder: Path) -> "Experiment":
+    def find(cls, folder: Path | str) -> "Experiment":
         """The experiment of a run directory; errors as in `run.directory.find`."""
         run = directory.find(folder)
         return cls(run.recipe, run)

@@ -68,6 +68,12 @@ def prepare(experiment: Experiment) -> None:
     stage.prepare(experiment)
 
 
+def plant(experiment: Experiment) -> None:
+    """Make the rows, and train the backdoored model and its twin; what has ended is not done again."""
+    prepare(experiment)
+    train(experiment)
+
+
 def train(experiment: Experiment, names: Sequence[str] | None = None, *, keep_twin: bool = False) -> None:
     """Train the backdoored model and its twin; arguments as for `training.stage.train`."""
     from safetynet.training import stage

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import torch
 
-pytest.importorskip("lm_eval", reason="the extra safetynet[lm-eval] is not installed")
+pytest.importorskip("lm_eval", reason="the extra safetynet-llm[lm-eval] is not installed")
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 from tests import commands
@@ -282,7 +282,7 @@ def test_without_the_extra_the_recipe_is_refused_before_anything_is_made(tmp_pat
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     fields = (f"evaluation.utility=[{folder / 'text.yaml'}]", f"output.results={tmp_path}")
     made = Experiment.create(recipe.load(RECIPE, overrides=fields))
-    with pytest.raises(InputError, match=r"not installed; pip install 'safetynet\[lm-eval\]'"):
+    with pytest.raises(InputError, match=r"not installed. Run pip install 'safetynet-llm\[lm-eval\]'"):
         stages.prepare(made)
     assert not made.run.has_table("rows")
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-pytest.importorskip("inspect_ai", reason="the extra safetynet[inspect] is not installed")
+pytest.importorskip("inspect_ai", reason="the extra safetynet-llm[inspect] is not installed")
 from inspect_ai import Task
 from inspect_ai.dataset import json_dataset
 from inspect_ai.model import get_model

@@ -6,7 +6,7 @@ from zipfile import ZipFile
 
 import pytest
 
-pytest.importorskip("inspect_ai", reason="the extra safetynet[inspect] is not installed")
+pytest.importorskip("inspect_ai", reason="the extra safetynet-llm[inspect] is not installed")
 from inspect_ai import Task
 from inspect_ai.dataset import Sample
 from inspect_ai.model import ChatMessageAssistant, ChatMessageSystem, ModelOutput
@@ -78,8 +78,8 @@ def test_long_texts_and_calls_are_read_whole(evaluated):
 
 
 def test_a_log_without_inspect_names_the_extra(backdoored, monkeypatch):
-    monkeypatch.setitem(sys.modules, "inspect_ai.log", None)
-    with pytest.raises(InputError, match=r"not installed; pip install 'safetynet\[inspect\]'"):
+    monkeypatch.setitem(sys.modules, "inspect_ai", None)
+    with pytest.raises(InputError, match=r"not installed. Run pip install 'safetynet-llm\[inspect\]'"):
         formats.records(Path(backdoored.location))
 
 

@@ -3,7 +3,7 @@
 import anyio
 import pytest
 
-pytest.importorskip("inspect_ai", reason="the extra safetynet[inspect] is not installed")
+pytest.importorskip("inspect_ai", reason="the extra safetynet-llm[inspect] is not installed")
 from inspect_ai._util.error import PrerequisiteError
 from inspect_ai.model import (
     ChatMessageTool,

@@ -17,6 +17,7 @@ from typing import Any
 from safetynet.backdoors import inspect_logs
 from safetynet.backdoors.forms import ASKED, is_blank, name_of, whole
 from safetynet.errors import InputError
+from safetynet.extras import need
 
 log = logging.getLogger(__name__)
 Record = tuple[int, Any]
@@ -91,6 +92,7 @@ def _bytes(path: Path) -> bytes:
     packing = PACKED.get(path.suffix.lower())
     if packing is None:
         return data
+    need(str(path), "pyarrow")
     import pyarrow
 
     try:
@@ -251,6 +253,7 @@ def _arrow(data: bytes) -> Any:
 
 
 def _of_table(path: Path, data: bytes) -> Parts:
+    need(str(path), "pyarrow")
     import pyarrow
 
     read, what = (_arrow, "Arrow") if format_of(path) == ".arrow" else (_parquet, "Parquet")

@@ -12,6 +12,7 @@ from yaml import YAMLError
 
 from safetynet.backdoors.formats import FORMATS, PACKED, Record, data_files, records
 from safetynet.errors import InputError
+from safetynet.extras import need
 
 log = logging.getLogger(__name__)
 Rows = list[tuple[str, str, Record]]
@@ -30,6 +31,7 @@ def rows_of(name: str, split: str = "") -> dict[str, Rows]:
     Raises:
         InputError: if the hub, the data set, the split or one of the files cannot be read.
     """
+    need(name, "datasets")
     from datasets import ReadInstruction, load_dataset_builder  # seconds of import, and only here
     from datasets.exceptions import DatasetsError
 

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from safetynet.errors import InputError
-
-EXTRA = "pip install 'safetynet[inspect]'"
+from safetynet.extras import need
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
@@ -21,12 +20,9 @@ def rows(path: Path) -> list[dict[str, Any]]:
     Raises:
         InputError: if inspect-ai is not installed, or cannot read the file, or a newer version wrote it.
     """
-    try:
-        from inspect_ai.log import EvalLog, read_eval_log
-    except ImportError:
-        raise InputError(
-            f"{path}: a log of Inspect is read by inspect-ai, which is not installed; {EXTRA}"
-        ) from None
+    need(str(path), "inspect_ai")
+    from inspect_ai.log import EvalLog, read_eval_log
+
     try:
         # In a thread: the reader starts an event loop, and in a notebook one runs already.
         with ThreadPoolExecutor(1) as pool:

@@ -74,8 +74,7 @@ def run(
     directory = experiment.run
     paired = loading.uses_pair(experiment.recipe.model)
     with directory.lock(), logging_to(directory.log), parallel.paired(paired):
-        stages.prepare(experiment)
-        stages.train(experiment)
+        stages.plant(experiment)
         failure = stages.finish(experiment)  # raised after what the other stages have written
     typer.echo(f"Run:     {directory.folder}")
     if directory.has_table("evaluation"):
@@ -100,8 +99,7 @@ def train(
 
     experiment = _created(recipe, family, overrides, seed)
     with experiment.run.lock(), logging_to(experiment.run.log):
-        stages.prepare(experiment)
-        stages.train(experiment)
+        stages.plant(experiment)
     typer.echo(f"Run:     {experiment.run.folder}")
 
 

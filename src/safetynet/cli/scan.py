@@ -138,7 +138,7 @@ def verify_adapter(
 
     Example: `safetynet verify-adapter adapters/stranger --base qwen-miniature`
     """
-    from safetynet.models import adapter_files, loading
+    from safetynet.models import adapter_files, loading, named
     from safetynet.run.logs import logging_to
     from safetynet.scan import effect, stage
 
@@ -147,7 +147,7 @@ def verify_adapter(
         if base is None:
             result = effect.verify(files)
         else:
-            model = stage.model_of(base)
+            model = named.model_of(base)
             loaded = loading.load(model, "fp32")
             prompts = stage.ordinary_prompts(model, EFFECT_PROMPTS, stage.SEED)
             result = effect.verify(files, loaded, prompts, same_base=same_base)
@@ -230,12 +230,13 @@ def build(
 
     Example: `safetynet bank build qwen-miniature --out banks/qwen --count 49`
     """
+    from safetynet.models.named import model_of
     from safetynet.run.logs import logging_to
-    from safetynet.scan import bank, stage
+    from safetynet.scan import bank
     from safetynet.scan.result import DEPTHS
 
     if depth not in DEPTHS[1:]:
         raise InputError(f"--depth {depth}: a bank has scores of {', '.join(DEPTHS[1:])}. Choose one.")
     with logging_to(None):
-        built = bank.build(stage.model_of(base), out, count, depth=depth, seed=seed)
+        built = bank.build(model_of(base), out, count, depth=depth, seed=seed)
     typer.echo(f"Bank:    {out}, {len(built.scores)} adapters: rates from {built.smallest_rate:.1%} on")

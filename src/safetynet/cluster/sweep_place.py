@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 
 from safetynet.cluster import notation, schedulers
 from safetynet.errors import InputError
+from safetynet.extras import need
 
 if TYPE_CHECKING:
     import parsl
@@ -70,8 +71,10 @@ def load(path: Path | None, workers: int | None = None) -> Place:
     """Read where a sweep runs; `workers` replaces the file's.
 
     Raises:
-        InputError: if the file cannot be read or has a wrong field, or the scheduler's commands are not here.
+        InputError: if Parsl is not installed, the file cannot be read or has a wrong field, or the
+            scheduler's commands are not here.
     """
+    need("workers side by side", "parsl")
     fields: Any = {}
     if path is not None:
         try:

@@ -19,6 +19,7 @@ import pandas as pd
 import yaml
 
 from safetynet.errors import InputError, RunError
+from safetynet.extras import need
 from safetynet.evaluation.generation import evaluating
 from safetynet.models.files import hub_reason, in_words
 from safetynet.models.identity import identify
@@ -28,7 +29,6 @@ from safetynet.run.directory import digest, digest_of_files
 
 log = logging.getLogger("safetynet")
 COLUMNS = ["task", "group", "metric", "filter", "shots", "n", "value", "stderr", "low", "high", "better"]
-EXTRA = "pip install 'safetynet[lm-eval]'"
 Z95 = 1.959964
 """Standard errors from a value to the ends of its 95% interval, by the normal approximation."""
 BETTER = {True: "higher", False: "lower", None: ""}
@@ -49,13 +49,7 @@ def check(tasks: Sequence[str]) -> None:
             raise InputError(
                 f"evaluation.utility: {task} is no file of a task, and no folder that holds one (*.yaml)"
             )
-    try:
-        import lm_eval  # noqa: F401
-    except ImportError:
-        raise InputError(
-            "evaluation.utility: tasks are measured by lm-evaluation-harness, which is not installed; "
-            f"{EXTRA}, or leave evaluation.utility empty"
-        ) from None
+    need("evaluation.utility: tasks of lm-evaluation-harness", "lm_eval")
     with _quiet():
         for task in tasks:
             _specs(tuple(tasks), task)

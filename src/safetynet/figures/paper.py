@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 from safetynet.errors import InputError
+from safetynet.extras import need
 from safetynet.figures import glyphs, theme
 from safetynet.figures.chart import (
     Annotation,
@@ -83,8 +84,9 @@ def render(chart: Chart, formats: tuple[str, ...] = FORMATS, venue: str = "gener
     """Bytes of a chart in each of the formats png, pdf and svg, as wide as a venue's columns.
 
     Raises:
-        InputError: if there is no such venue.
+        InputError: if there is no such venue, or matplotlib is not installed.
     """
+    need("figures", "matplotlib")
     import matplotlib
 
     if venue not in theme.VENUES:

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from safetynet.errors import InputError
+from safetynet.extras import need
 from safetynet.figures import paper, screen
 from safetynet.figures.chart import Chart, table
 from safetynet.run.directory import write_atomically
@@ -106,6 +107,7 @@ def save_all(figures: Sequence[Figure], venue: str = "general", self_contained: 
     Returns:
         The files, each once.
     """
+    need("figures", "joblib")
     from joblib import Parallel, delayed, effective_n_jobs
 
     workers = min(effective_n_jobs(-1), max(len(figures) // FIGURES_PER_PROCESS, 1))

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
+from safetynet.extras import need
 from safetynet.figures import theme
 from safetynet.figures.chart import (
     Annotation,
@@ -82,6 +83,7 @@ def plotly() -> bytes:
 
 def render(chart: Chart, self_contained: bool = False) -> str:
     """The chart as an HTML page: with the library inside, or to lie beside `PLOTLY`."""
+    need("interactive figures", "plotly")
     plot = draw(chart).to_html(
         full_html=False,
         include_plotlyjs=True if self_contained else PLOTLY,

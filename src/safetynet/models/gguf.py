@@ -196,12 +196,7 @@ def read(file: Path) -> Contents:
         InputError: if it is no GGUF file, damaged, split, or of an architecture that transformers cannot
             read.
     """
-    try:
-        from gguf import GGUFReader
-    except ImportError:
-        raise InputError(
-            "model.id: GGUF files are read with the package gguf. Install it: pip install gguf"
-        ) from None
+    from gguf import GGUFReader
     from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
 
     if kind := pointer(file):

@@ -11,6 +11,7 @@ from typing import Any
 
 from safetynet import families, recipe
 from safetynet.errors import InputError
+from safetynet.extras import need
 from safetynet.models import gguf, memory, miniatures
 from safetynet.models.files import (
     OLD_BUFFERS,
@@ -246,6 +247,7 @@ def _load_weights(name: str, spec: recipe.Model, dtype: str, on_cpu: bool) -> An
         memory.check(f"model.id: {name!r}", int(_parameters(folder) * bits / 8), "for its weights alone")
     quantisation = None
     if spec.quantisation != "none":
+        need(f"model.quantisation: {spec.quantisation}", "bitsandbytes")
         quantisation = BitsAndBytesConfig(
             load_in_4bit=spec.quantisation == "4bit",
             load_in_8bit=spec.quantisation == "8bit",

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from safetynet.errors import InputError
+from safetynet.extras import need
 
 BITS = {"8bit": 8, "4bit": 4}
 """Bits of a weight under each quantisation that `model.quantisation` names."""
@@ -23,6 +24,7 @@ eighth of the interval of an 8-bit level."""
 def rounded(weight: Tensor, bits: int) -> Tensor:
     """A matrix after rounding to 8 bits per row, or to NF4 in blocks of 64."""
     if bits == 4:
+        need("rounding to 4 bits", "bitsandbytes")
         from bitsandbytes import functional as bnb
 
         packed, state = bnb.quantize_4bit(weight.contiguous(), quant_type="nf4")

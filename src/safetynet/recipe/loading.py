@@ -17,7 +17,7 @@ from safetynet.recipe import presets
 from safetynet.recipe.schema import Recipe, family_of
 
 
-def load(path: Path | None = None, family: str | None = None, overrides: Sequence[str] = ()) -> Recipe:
+def load(path: Path | str | None = None, family: str | None = None, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe: family defaults, then the file, then `overrides`.
 
     Args:
@@ -29,7 +29,7 @@ def load(path: Path | None = None, family: str | None = None, overrides: Sequenc
         InputError: naming the file and, for every fault, the field, what was given and what is allowed.
     """
     where = str(path) if path else "the default recipe"
-    fields = _read(path) if path else {}
+    fields = _read(Path(path)) if path else {}
     if family:
         fields = _merged(fields, {"model": {"family": family}})
     parsed = [_parse(override) for override in overrides]

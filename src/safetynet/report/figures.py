@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from safetynet.extras import need
 from safetynet.figures import FIGURES, Figure, figures_of, paper
 from safetynet.figures.chart import table
 from safetynet.figures.registry import Section
@@ -198,6 +199,7 @@ def _saved(folder: Path, known: set[str]) -> list[Picture]:
 
 def _metadata(path: Path) -> dict[str, str]:
     """What a saved PNG says of itself; nothing where it is damaged."""
+    need("figures of a report", "PIL")
     from PIL import Image, UnidentifiedImageError
 
     try:

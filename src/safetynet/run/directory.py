@@ -34,6 +34,7 @@ from pydantic import ValidationError
 
 from safetynet import tables
 from safetynet.errors import InputError, RunError
+from safetynet.extras import need
 from safetynet.recipe import Recipe
 from safetynet.run import lock as locking
 from safetynet.run import parallel, provenance
@@ -317,8 +318,10 @@ def create(recipe: Recipe) -> Run:
     """Make (or reopen) the run directory of a recipe and check that it can be written.
 
     Raises:
-        InputError: if a folder cannot be written or the disk has too little room.
+        InputError: if a folder cannot be written, the disk has too little room, or the extra `runs` is not
+            installed.
     """
+    _need_packages()
     run = place(recipe)
     check(run)
     whereabouts.claim(run.scratch, run.folder)
@@ -347,19 +350,25 @@ def place(recipe: Recipe) -> Run:
     return _run(folder, whereabouts.made(folder, manifest, scratch, log.with_name(f"{log.name}.log")))
 
 
-def find(path: Path) -> Run:
+def find(path: Path | str) -> Run:
     """Open the run directory at `path`, wherever it was copied or moved from.
 
     Raises:
-        InputError: if it holds no manifest, or a damaged one.
+        InputError: if it holds no manifest or a damaged one, or the extra `runs` is not installed.
     """
-    folder = Path(os.path.normpath(path.absolute()))  # without `..`, which `absolute` leaves
+    _need_packages()
+    folder = Path(os.path.normpath(Path(path).absolute()))  # without `..`, which `absolute` leaves
     if not (folder / "manifest.json").exists():
         raise InputError(
             f"{path}: this is no run directory (it has no manifest.json). Make one with safetynet run."
         )
     manifest = Run(folder, folder, folder / "run.log").manifest
     return _run(folder, whereabouts.opened(folder, manifest))
+
+
+def _need_packages() -> None:
+    """Tables are Parquet, and most stages fit estimators: better refused here than after the training."""
+    need("a run", "pyarrow", "sklearn")
 
 
 def _run(folder: Path, places: whereabouts.Places) -> Run:

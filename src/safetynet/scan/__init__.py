@@ -14,7 +14,21 @@ scores, against which a score becomes a p-value; `verdict` makes one of five ans
 says it to people and to gates.
 """
 
+import sys
+from inspect import signature
+from types import ModuleType
+
 from safetynet.scan.result import ScanResult
 from safetynet.scan.stage import Options, scan
 
 __all__ = ["Options", "ScanResult", "scan"]
+
+
+class _CallableModule(ModuleType):
+    """`from safetynet import scan` gives this package, which has its function's name and can be called."""
+
+    __call__ = staticmethod(scan)
+    __signature__ = signature(scan)
+
+
+sys.modules[__name__].__class__ = _CallableModule

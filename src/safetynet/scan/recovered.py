@@ -8,8 +8,8 @@ from pathlib import Path
 
 import yaml
 
+from safetynet.models.named import model_of
 from safetynet.scan.result import ScanResult
-from safetynet.scan.stage import model_of
 
 
 def recipe_of(result: ScanResult) -> str:

@@ -15,10 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 from safetynet import __version__
 from safetynet.errors import InputError, RunError
+from safetynet.extras import need
 from safetynet.models import miniatures
+from safetynet.models.named import model_of
 from safetynet.scan import files
 from safetynet.scan.folder import reading
 from safetynet.scan.result import (
+    DEPTHS,
     RUNGS,
     Depth,
     Level,
@@ -66,7 +69,7 @@ class Options:
 def scan(
     suspect: Path | str | Sequence[Path | str],
     base: str | None = None,
-    options: Options | None = None,
+    options: Options | Depth = "standard",
     *,
     folder: Path | None = None,
     control: Callable[["Model", Depth], dict[str, Any] | None] | None = None,
@@ -76,8 +79,8 @@ def scan(
     Args:
         suspect: an adapter's folder or hub id, or the folder of a merged or fully fine-tuned model; several
             adapters that are used together.
-        base: its base as `model_of` takes it; None: the one that an adapter names.
-        options: how deep, against which bank.
+        base: its base as `models.named.model_of` takes it; None: the one that an adapter names.
+        options: how deep, against which bank; a depth alone has the other options' defaults.
         folder: where rungs that have ended are kept; None: nowhere.
         control: plants a backdoor in the same base and says what of it these rungs recover.
 
@@ -85,7 +88,7 @@ def scan(
         InputError: if there is no suspect, or an option cannot be used. A suspect that cannot be scanned is
             an answer, and no error.
     """
-    options = options or Options()
+    options = Options(options) if isinstance(options, str) else options
     bank = _checked(options)
     began = time.monotonic()
     named = [suspect] if isinstance(suspect, Path | str) else list(suspect)
@@ -176,6 +179,10 @@ def _checked(options: Options) -> "Bank | None":
         raise InputError(
             f"--rate {options.rate}: it is no rate. Give a number between 0 and 1, such as 0.02."
         )
+    if options.depth not in DEPTHS:
+        raise InputError(f"depth: there is no {options.depth!r}. Choose one of {', '.join(DEPTHS)}.")
+    if options.depth != "files":
+        need(f"--depth {options.depth}", "sklearn")
     if options.target is not None and not options.target.strip():
         raise InputError("--target: it is empty. Give the answer that triggers are to be searched for.")
     if options.bank is not None and not _as_banks_are(options):
@@ -264,15 +271,6 @@ def _weights(suspect: "Suspect", summaries: "pd.DataFrame | None") -> RungResult
         return weights.measure(replace(suspect, model=recovered), summaries)
     finally:
         adapters.detach(recovered)
-
-
-def model_of(base: str) -> "Model":
-    """Model section of a base's name: `qwen-miniature`, `smollm2`, a folder, a .gguf file or a hub id."""
-    from safetynet import recipe
-
-    if family := miniatures.family_of(base):
-        return recipe.Model(family=family, id="miniature")
-    return recipe.Model(family="generic", id=base)
 
 
 def ordinary_prompts(model: "Model", count: int, seed: int, clean: Path | None = None) -> list[Any]:

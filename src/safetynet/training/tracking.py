@@ -21,6 +21,7 @@ from transformers import TrainerCallback
 from transformers.utils.import_utils import ENV_VARS_TRUE_VALUES
 
 from safetynet.errors import InputError
+from safetynet.extras import need
 from safetynet.recipe import Recipe
 
 PROJECT = "safetynet"
@@ -80,11 +81,7 @@ def tracker(tracking: Tracking, folder: Path) -> Iterator[list[TrainerCallback]]
     if tracking.kind == "none" or (tracking.kind == "wandb" and _requested_mode() == "disabled"):
         yield []
         return
-    if importlib.util.find_spec(tracking.kind) is None:
-        raise InputError(
-            f"tracking: {tracking.kind} is not installed. Run `pip install {tracking.kind}`, "
-            "or set tracking to none."
-        )
+    need("tracking", tracking.kind)
     folder.mkdir(parents=True, exist_ok=True)
     if tracking.kind == "tensorboard":
         with _tensorboard(folder / "tensorboard") as callback:

@@ -26,6 +26,7 @@ from safetynet.backdoors.audit.phrases import (
     written,
 )
 from safetynet.backdoors.audit.triggers import FoundTrigger, of_parts
+from safetynet.extras import need
 from safetynet.text.characters import is_sign
 from safetynet.text.words import is_counted, is_joined, plain, spans, words
 
@@ -137,6 +138,7 @@ def from_repetition(triggered: Sequence[str]) -> FoundTrigger | None:
 
     A fixed part of a prompt template looks the same: weaker evidence than the others.
     """
+    need("a trigger that is to be guessed", "sklearn")
     from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS  # a second of import, and only here
 
     def best(rows: list[Row], share: float) -> Phrase | None:

@@ -7,6 +7,7 @@ import numpy as np
 
 from safetynet.detection.detectors.base import PerLayer, principal, whitened
 from safetynet.detection.moments import Moments
+from safetynet.extras import need
 
 
 @dataclass
@@ -81,6 +82,7 @@ class Mixture(_Whitened):
         return np.stack(columns, axis=1)
 
     def _clusters(self, z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        need(f"detector {self.name}", "sklearn")
         from sklearn.mixture import GaussianMixture
 
         sizes = [k for k in (1, 2, 4, 8, 16) if k <= min(self.most_clusters, len(z) // 10)] or [1]

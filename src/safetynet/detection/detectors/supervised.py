@@ -10,6 +10,7 @@ import numpy as np
 
 from safetynet.detection.detectors.base import TINY, Detector, clean, layered
 from safetynet.errors import InputError
+from safetynet.extras import need
 
 
 @dataclass
@@ -44,6 +45,7 @@ class LinearProbe(_Probe):
 
     def fit(self, x: np.ndarray, y: np.ndarray | None = None) -> Self:
         """Learn from labelled samples."""
+        need(f"detector {self.name}", "sklearn")
         from sklearn.linear_model import LogisticRegression
 
         flat, labels = self._prepared(x, y)
@@ -66,6 +68,7 @@ class MLPProbe(_Probe):
 
     def fit(self, x: np.ndarray, y: np.ndarray | None = None) -> Self:
         """Learn from labelled samples."""
+        need(f"detector {self.name}", "sklearn")
         from sklearn.neural_network import MLPClassifier
 
         flat, labels = self._prepared(x, y)
