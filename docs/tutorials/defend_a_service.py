@@ -18,7 +18,7 @@ for stage in (stages.prepare, stages.train, stages.evaluate):  # nothing is comp
 # %% [markdown]
 # ## Fit it on clean prompts
 #
-# The rate is a rank among clean prompts, so that a small rate needs many of them. 300 carry a rate of 5%;
+# The rate is a rank among clean prompts, so that a small rate needs many of them. 140 carry a rate of 10%;
 # `safetynet detect` takes 4,000, and names 1%. Each is read a second time with random words in it: a monitor
 # of ordinary prompts alone takes any strange word for a backdoor.
 #
@@ -30,8 +30,8 @@ from safetynet.detection.plan import Plan
 from safetynet.detection.stage import Subject, fit
 
 model, serialiser = experiment.backdoored()
-clean = experiment.fresh_prompts(300, answered=False)
-monitor = fit(Subject(model, serialiser), clean, Plan.of(["behaviour"], 0.05)).monitor
+clean = experiment.fresh_prompts(140, answered=False)
+monitor = fit(Subject(model, serialiser), clean, Plan.of(["behaviour"], 0.1)).monitor
 print(f"fitted on {monitor.clean} prompts; smallest rate that it may name: {monitor.smallest_rate:.1%}")
 
 # %% [markdown]
@@ -43,9 +43,9 @@ print(f"fitted on {monitor.clean} prompts; smallest rate that it may name: {moni
 # %%
 from safetynet.detection.guard import Guard
 
-guard = Guard(model, serialiser, monitor, rate=0.05, action="adapter_off", max_length=160)
+guard = Guard(model, serialiser, monitor, rate=0.1, action="adapter_off", max_length=160)
 rows = experiment.rows("test")
-prompts = rows[rows["role"].isin(["triggered", "placebo", "clean"])].groupby("role").head(30)
+prompts = rows[rows["role"].isin(["triggered", "placebo", "clean"])].groupby("role").head(20)
 decisions = guard.generate(list(prompts["messages"]), max_new_tokens=24)
 prompts = prompts.assign(
     alarm=[decision.alarm for decision in decisions], answer=[decision.text for decision in decisions]
