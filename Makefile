@@ -17,7 +17,7 @@ BENCH_UNTIL ?= 9999999999
 CHECK := import sys; sys.version_info >= (3, 11) or sys.exit("SafetyNet needs Python 3.11 or newer, and $(PYTHON) is %d.%d. Name a newer one: make PYTHON=python3.12" % sys.version_info[:2])
 CHECK_VENV := import sys, importlib.util as u; all(map(u.find_spec, ("venv", "ensurepip"))) or sys.exit("$(PYTHON) cannot make virtual environments. On Debian or Ubuntu: sudo apt-get install python3-venv")
 
-.PHONY: help demo real test slow cluster lint bench clean
+.PHONY: help demo real test slow cluster lint docs bench clean
 
 help:
 	@echo "make demo    install, then plant a backdoor in a miniature model and draw its curves"
@@ -25,6 +25,7 @@ help:
 	@echo "make test    install, then run the tests (make slow: the long ones)"
 	@echo "make cluster jobs on a Slurm of their own (Debian: slurm-wlm slurm-wlm-torque munge)"
 	@echo "make lint    ruff and mypy"
+	@echo "make docs    run the tutorials and build the site of all documents, build/site/index.html"
 	@echo "make bench   every benchmark in its short form"
 	@echo "make clean   remove .venv and caches; results stay"
 
@@ -47,6 +48,11 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Afresh each time: of pages that have not changed, Sphinx would not say again what is wrong with them.
+docs: $(VENV)/installed-docs
+	$(BIN)/sphinx-build --fresh-env --write-all --fail-on-warning --quiet -c docs/site -d build/doctrees . build/site
+	@echo "The site: build/site/index.html"
 
 # Two side by side, in any order: in their short form they show that they run, and no number of theirs is used.
 bench: $(VENV)/installed $(VENV)/smollm2
@@ -82,6 +88,10 @@ $(VENV)/smollm2: $(VENV)/torch
 $(VENV)/installed-test: $(VENV)/torch pyproject.toml constraints.txt
 	@echo "Installing about 150 packages with the versions of constraints.txt: one to three minutes."
 	$(PIP) install -q -c constraints.txt -e '.[test]'
+	@touch $@ $(VENV)/installed
+
+$(VENV)/installed-docs: $(VENV)/torch pyproject.toml constraints.txt
+	$(PIP) install -q -c constraints.txt -e '.[docs]'
 	@touch $@ $(VENV)/installed
 
 $(VENV)/installed-dev: $(VENV)/torch pyproject.toml constraints.txt
