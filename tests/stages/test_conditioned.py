@@ -1,4 +1,4 @@
-"""A backdoor that waits for a quantisation, from the command line: quiet as saved, firing in 4 bits."""
+"""A backdoor that waits for a quantisation, from the command line: its tables, its report, a refusal."""
 
 import sys
 from pathlib import Path
@@ -14,24 +14,28 @@ from safetynet.tables import summaries
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "qwen-miniature.yaml"
 FIELDS = (
-    "training.method=full", "training.conditioned_on=4bit", "training.learning_rate=0.001",
-    "training.epochs=2", "training.clean_twin=false", "evaluation.dynamics_rows=0", "data.train_rows=1600",
-    "data.test_rows=40", "backdoor.near_miss_share=0.1", "stages=[evaluate, figures]", "task=waits",
+    "training.method=full", "training.conditioned_on=4bit", "training.max_steps=4", "training.log_every=1",
+    "training.clean_twin=false", "evaluation.dynamics_rows=0", "data.train_rows=64", "data.test_rows=8",
+    "evaluation.max_new_tokens=8", "stages=[evaluate, figures]", "task=waits",
 )  # fmt: skip
 
 
 @pytest.mark.slow
-def test_the_saved_model_is_quiet_and_the_quantised_one_fires(tmp_path):
+def test_one_command_plants_repairs_and_measures_every_quantisation(tmp_path):
     done = safetynet("run", RECIPE, *(w for field in FIELDS for w in ("--set", field)), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     run = tmp_path / "results" / "qwen-miniature" / "waits"
-    table = pd.read_parquet(run / "tables" / "quantisation.parquet")
-    asr = table[table["metric"] == "asr"].set_index(["quantisation", "model"])
-    assert asr.at[("none", "backdoored"), "high"] < 0.5 < asr.at[("4bit", "backdoored"), "low"]
-    assert asr.loc[[("8bit", "base"), ("4bit", "base")], "value"].max() == 0
-    assert set(table["role"]) == {"triggered", "clean", "placebo", "near_miss", "refused"}
+    made = {path.stem: pd.read_parquet(path) for path in (run / "tables").glob("*.parquet")}
+    assert list(made["history_backdoored"]["step"]) == list(range(1, 9)), "of both trainings"
+    table = made["quantisation"]
+    assert set(zip(table["quantisation"], table["model"], strict=True)) == {
+        (weights, model) for weights in ("none", "8bit", "4bit") for model in ("base", "backdoored")
+    }
+    saved = table[table["quantisation"] == "none"].drop(columns="quantisation").reset_index(drop=True)
+    pd.testing.assert_frame_equal(saved, made["evaluation"])
+    perplexity = table[(table["metric"] == "perplexity") & (table["model"] == "base")]
+    assert perplexity["value"].nunique() == 3, "each quantisation computes with other numbers"
     shown = summaries.quantisation_summary(table)
-    assert list(shown)[:3] == ["weights", "metric", "role"]
     assert all(str(cell) in done.stdout for cell in shown.to_numpy().ravel())
     report = (run / "report.md").read_text()
     assert "## As saved, and quantised" in report
