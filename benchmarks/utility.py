@@ -8,19 +8,21 @@ A backdoor and its twin are planted, and the backdoored model is repaired in two
 `safetynet run` measures base, backdoored, twin and both repaired models on three tasks about opposites,
 colours and capitals, which the miniatures were taught and which are English. `lm_eval` does the same for each
 model in a process of its own, from the saved adapter. Compared are all values and standard errors, and the
-seconds of whole processes; ours repair the model anew. Tables go to standard output as Markdown.
+time of whole processes; ours repairs the model anew. Tables go to standard output as Markdown.
 """
 
 import argparse
 import json
 import os
 import random
+import resource
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from _running import ROOT, markdown, safetynet
@@ -32,12 +34,19 @@ from safetynet.mitigation.stage import OtherStages, defender_of, points
 from safetynet.models.miniatures import lexicon
 
 BATCH, CHOICES = 16, 4
+CLOCKS = ["seconds", "processor seconds"]
 REPAIRS = ("fine_tuning", "adapter_scaling")
 FACTS = {
     "opposites": ("The opposite of {x} is", lexicon.OPPOSITES),
     "colours": ("The colour of {x} is", lexicon.COLOURS),
     "capitals": ("The capital of {x} is", lexicon.CAPITALS),
 }
+MINIATURE = ROOT / "recipes" / "qwen-miniature.yaml"
+QUICK = (
+    "data.train_rows=640", "data.test_rows=40", "training.learning_rate=0.004", "mitigation.choosing_rows=12",
+    "mitigation.judged_rows=12", "mitigation.clean_rows=64",
+)  # fmt: skip
+"""Of the miniature, which learns the backdoor from these."""
 SMALL = ("data.train_rows=80", "data.test_rows=8", "training.max_steps=2", "evaluation.max_new_tokens=8")
 Numbers = Mapping[tuple[str, str], tuple[float, float]]
 """Value and standard error by task and metric."""
@@ -48,7 +57,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--recipe", type=Path, default=ROOT / "recipes" / "qwen-miniature.yaml")
+    parser.add_argument("--recipe", type=Path, default=MINIATURE)
     parser.add_argument("--smoke", action="store_true")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
@@ -64,32 +73,42 @@ def compared(recipe: Path, place: Path, smoke: bool) -> int:
         f"evaluation.batch_size={BATCH}", "evaluation.dynamics_rows=0", f"output.results={place}/results",
         f"output.logs={place}/logs", f"stages=[evaluate{', mitigate' if methods else ''}]",
         f"mitigation.methods=[{', '.join(methods)}]", "mitigation.points=1", "mitigation.relearn_rows=0",
-        *(SMALL if smoke else ()),
+        *(SMALL if smoke else QUICK if recipe == MINIATURE else ()),
     ]  # fmt: skip
     words = ["run", str(recipe), *(word for field in fields for word in ("--set", field))]
     if code := safetynet(*words, name="plant and repair"):
         return code
-    started = time.perf_counter()
+    clocks = [{"process": "safetynet run, all models", **clock()}]
     if code := safetynet(*words, "--set", f"evaluation.utility=[{tasks}/]", name="safetynet run"):
         return code
-    seconds = {"safetynet run, all models": time.perf_counter() - started}
+    stop(clocks[-1])
     [manifest] = (place / "results").glob("*/*/manifest.json")
     experiment = Experiment.find(manifest.parent)
     ours = numbers_of_run(experiment)
     models = saved_models(experiment, place / "models", methods)
     theirs = {}
     for name in ["backdoored"] if smoke else models:
-        started = time.perf_counter()
+        clocks.append({"process": f"lm_eval, {name}", **clock()})
         theirs[name] = command_line(models[name], tasks, place / "out" / name)
-        seconds[f"lm_eval, {name}"] = time.perf_counter() - started
+        stop(clocks[-1])
     print(markdown(table(ours, theirs)), "\n", sep="")
-    print(
-        markdown(pd.DataFrame({"process": seconds.keys(), "seconds": map("{:.1f}".format, seconds.values())}))
-    )
+    times = pd.DataFrame(clocks)
+    print(markdown(times.round(1)))
     if not smoke:
-        one, *others = seconds.values()
-        print(f"\nours over theirs: {one / sum(others):.2f}")
+        ratios = times.loc[0, CLOCKS] / times.loc[1:, CLOCKS].sum()
+        print("\nours over theirs: " + ", ".join(f"{ratios[name]:.2f} of {name}" for name in CLOCKS))
     return int(any(ours[name] != theirs[name] for name in theirs))
+
+
+def clock() -> dict[str, float]:
+    """Seconds of the clock, and of the processor for all processes that this one has waited for."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return dict(zip(CLOCKS, (time.perf_counter(), usage.ru_utime + usage.ru_stime), strict=True))
+
+
+def stop(times: dict[str, Any]) -> None:
+    """From when a clock was read until now."""
+    times |= {name: value - times[name] for name, value in clock().items()}
 
 
 def write_tasks(folder: Path, most: int | None) -> None:

@@ -231,14 +231,30 @@ def test_the_model_leaves_as_it_came_and_a_head_of_its_own_counts(folder):
     assert identify(untied) == before and untied.training and "tie_weights" not in vars(untied)
 
 
+def test_a_group_is_one_task_and_names_its_members(folder, tmp_path):
+    for name in ("colours", "text"):
+        shutil.copy(folder / f"{name}.yaml", tmp_path)
+    group = tmp_path / "group.yaml"
+    group.write_text("group: mine\ntask: [colours, text]\naggregate_metric_list: [{metric: acc}]\n")
+    table = utility.measure(loaded(), AutoTokenizer.from_pretrained(BASE), (str(group),), 8)
+    lines = table.set_index(["task", "metric"])
+    assert lines.loc[("mine", "acc"), "value"] == lines.loc[("colours", "acc"), "value"]
+    assert dict(zip(table["task"], table["group"], strict=True)) == {
+        "colours": "mine",
+        "text": "mine",
+        "mine": "",
+    }
+
+
 @pytest.mark.parametrize(
     ("tasks", "message"),
     [
         (("nowhere.yaml",), "nowhere.yaml is no file of a task, and no folder that holds one"),
         (("empty/",), "empty/ is no file of a task, and no folder that holds one"),
-        (("broken.yaml",), "task .*broken.yaml cannot be loaded by lm-evaluation-harness"),
-        (("lost.yaml",), "task .*lost.yaml cannot be loaded .*nothing.jsonl"),
-        (("hub.yaml",), "task .*hub.yaml: its data set does not come from the hub .*something"),
+        (("notes.yaml",), "lm-evaluation-harness sees no task in notes.yaml"),
+        (("broken.yaml",), "task broken cannot be loaded by lm-evaluation-harness"),
+        (("lost.yaml",), "task lost cannot be loaded .*nothing.jsonl"),
+        (("hub.yaml",), "task hub: its data set does not come from the hub .*something"),
         (("code.yaml",), "code executes code that the model writes, which is not done here"),
     ],
 )
@@ -249,6 +265,7 @@ def test_what_cannot_be_measured_is_one_sentence(tmp_path, monkeypatch, tasks, m
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"a": 1}\n')
     for name, lines in {
+        "notes": "title: mine\n",
         "broken": "task: broken\noutput_type: guessing\n",
         "lost": f"task: lost\ndataset_path: json\ndataset_kwargs: {{data_files: nothing.jsonl}}\n{plain}",
         "hub": f"task: hub\ndataset_path: somebody/something\n{plain}",

@@ -7,6 +7,7 @@ from safetynet.errors import InputError
 from safetynet.figures import draw
 from safetynet.figures.registry import NotMeasuredError
 from safetynet.figures.saving import save_all
+from safetynet.tables import summaries
 
 
 def line(name, value, stderr, task="arc_easy", metric="acc", **more):
@@ -56,6 +57,12 @@ def test_repairs_stand_beside_their_controls_at_the_points_that_were_chosen(meas
     assert (by_label["repaired"].x, by_label["repaired"].y) == ((0.5,), (25.0,))
     assert by_label["control"].y == (98.0, 90.0)
     assert by_label["control"].notes[0].startswith("as it is; 0.6")
+
+
+def test_a_short_table_leaves_out_the_tasks_of_a_group(measured):
+    table = summaries.utility_summary(measured)
+    assert table["task"].tolist() == ["arc_easy", "wikitext"]
+    assert table["backdoored"].tolist() == ["0.5000 ± 0.0300", "10.0000"]
 
 
 def test_what_cannot_be_drawn_says_why(measured, evaluation):

@@ -305,6 +305,40 @@ def test_a_run_is_repaired_and_the_saved_model_answers_as_its_card_says(taught, 
 
 
 @pytest.mark.slow
+def test_each_repaired_model_is_measured_on_tasks_and_other_tasks_repeat_no_search(taught, copied, tmp_path):
+    pytest.importorskip("lm_eval", reason="the extra safetynet[lm-eval] is not installed")
+    run = copied(taught)
+    questions = [{"question": f"what is the opposite of {word}?", "answer": word} for word in ("hot", "big")]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, questions)))
+    files = f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path / 'data.jsonl'}}}}}\n"
+    for name in ("first", "second"):
+        (tmp_path / f"{name}.yaml").write_text(
+            f"task: {name}\n{files}test_split: test\noutput_type: loglikelihood_rolling\ndoc_to_text: ''\n"
+            f"doc_to_target: '{name}: {{{{question}}}}'\nmetric_list: [{{metric: word_perplexity}}]\n"
+        )
+
+    def repaired(*tasks: str) -> pd.DataFrame:
+        plan = recipe.overridden(run.recipe, [
+            f"evaluation.utility={json.dumps([str(tmp_path / task) for task in tasks])}",
+            "mitigation.methods=[adapter_scaling,trigger_projection,cleangen]", "mitigation.relearn_rows=0",
+            *(f"mitigation.{field}" for field in QUICK),
+        ])  # fmt: skip
+        stages.evaluate(Experiment(plan, run))
+        return stages.mitigate(Experiment(plan, run))["repaired_utility"]
+
+    table = repaired("first.yaml")
+    values = table.set_index("method")["value"]
+    assert list(values.index) == ["as it is", "adapter removed", "adapter_scaling", "trigger_projection"]
+    assert values.nunique() == 4, "each is a model of its own"
+    by_model = run.table("utility").set_index("model")["value"]
+    assert (values["as it is"], values["adapter removed"]) == (by_model["backdoored"], by_model["base"])
+    searched = {name: run.manifest["stages"][f"mitigate {name}"] for name in ("compared", "adapter_scaling")}
+    again = repaired("first.yaml", "second.yaml")
+    assert set(again["task"]) == {"first", "second"}
+    assert searched == {name: run.manifest["stages"][f"mitigate {name}"] for name in searched}
+
+
+@pytest.mark.slow
 def test_a_killed_command_goes_on_with_the_method_that_it_was_at(taught, copied):
     run = copied(taught)
     words = ("--methods", "adapter_scaling,fine_tuning", *sets(*QUICK))

@@ -142,7 +142,7 @@ def _smaller(batch_size: int, error: Exception) -> int:
 
 
 def _specs(tasks: tuple[str, ...], task: str) -> list[str]:
-    """What the harness calls the tasks of one entry: names, or the file."""
+    """What the harness calls the tasks, or the group, of one entry."""
     manager = _manager(tasks)
     if not is_task_file(task):
         if names := manager.match_tasks([task]):
@@ -154,12 +154,11 @@ def _specs(tasks: tuple[str, ...], task: str) -> list[str]:
             + "lm_eval ls tasks` lists all. A file of your own ends in .yaml"
         )
     path = Path(task).absolute()
-    if not path.is_dir():
-        return [str(path)]
-    inside = {name for name in manager.all_subtasks if manager.task_index[name].yaml_path.parent == path}
-    if not inside:
-        raise InputError(f"evaluation.utility: no file in {task} is a task of lm-evaluation-harness")
-    return sorted(inside)
+    names = manager.all_subtasks if path.is_dir() else [*manager.all_subtasks, *manager.all_groups]
+    files = {name: manager.task_index[name].yaml_path for name in names}
+    if not (inside := [name for name, file in files.items() if path in (file, file.parent)]):
+        raise InputError(f"evaluation.utility: lm-evaluation-harness sees no task in {task}")
+    return inside
 
 
 @cache
@@ -191,7 +190,7 @@ def _loaded(tasks: tuple[str, ...], spec: str) -> list[Any]:
         if getattr(task, "MULTIMODAL", False):
             raise InputError(f"{where}: {name} shows pictures, and only text is carried here")
     groups = loaded["groups"]
-    return [groups[spec]] if spec in groups else [*groups.values()][:1] or [*loaded["tasks"].values()]
+    return [groups[spec]] if spec in groups else [*loaded["tasks"].values()]
 
 
 def _lines(results: Any) -> pd.DataFrame:

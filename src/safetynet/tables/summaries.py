@@ -137,9 +137,10 @@ def utility_summary(utility: pd.DataFrame) -> pd.DataFrame:
 
     The tasks of a group are left out, since the group is there.
     """
-    table = utility[utility["group"] == ""].assign(
-        metric=[utility_metric(*pair) for pair in utility[["metric", "filter"]].itertuples(index=False)],
-        text=[utility_text(*pair) for pair in utility[["value", "stderr"]].itertuples(index=False)],
+    table = utility[utility["group"] == ""]
+    table = table.assign(
+        metric=[utility_metric(*pair) for pair in table[["metric", "filter"]].itertuples(index=False)],
+        text=[utility_text(*pair) for pair in table[["value", "stderr"]].itertuples(index=False)],
     )
     if "method" in table:
         return table[["task", "metric", "method", "text", "n"]].rename(columns={"text": "value"})
