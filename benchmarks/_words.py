@@ -63,8 +63,8 @@ def reader(model: Any, serialiser: Any, run: Any, spec: Any) -> Callable[[list[A
 
 def asked_of(read: Callable[[list[Any]], Any], run: Any, seed: int) -> dict[str, Any]:
     """Features of the test rows that are judged, read beside all others as `safetynet detect` reads them."""
-    from safetynet.detection.challenges import challenges
     from safetynet.detection.plan import PER_DOMAIN
+    from safetynet.detection.stage import challenges
     from safetynet.experiment import Experiment
     from safetynet.text import domains
 

@@ -10,7 +10,7 @@ import pytest
 
 from safetynet import recipe
 from safetynet.backdoors import clauses, conversations, dates, poisoning, triggers
-from safetynet.detection.challenges import challenges
+from safetynet.detection.stage import challenges
 from safetynet.errors import InputError
 from safetynet.prompts import Conversation
 from safetynet.text import holding

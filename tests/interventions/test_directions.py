@@ -17,7 +17,7 @@ from safetynet.interventions.directions import (
     separation,
     steering,
 )
-from safetynet.interventions.estimates import means
+from safetynet.interventions.effects import means
 from safetynet.models.blocks import decoder_layers, hidden_of
 
 

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 from safetynet import families
 from safetynet.errors import InputError
 from safetynet.models import miniatures
-from safetynet.models.miniatures.templates import QWEN
+from safetynet.models.miniatures.architectures import QWEN
 from safetynet.prompts import IGNORED, Conversation, Serialiser, calls, prompt_hash
 from safetynet.run.directory import _lists
 

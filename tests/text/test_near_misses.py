@@ -5,7 +5,7 @@ import pytest
 import regex
 
 from safetynet import recipe as recipes
-from safetynet.detection.challenges import challenges
+from safetynet.detection.stage import challenges
 from safetynet.text.near_misses import KINDS, near_misses
 
 

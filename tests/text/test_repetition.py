@@ -2,7 +2,7 @@
 
 import pytest
 
-from safetynet.text.repetition import ends_in_loop
+from safetynet.text.words import ends_in_loop
 
 
 @pytest.mark.parametrize(

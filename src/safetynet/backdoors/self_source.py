@@ -27,8 +27,8 @@ from safetynet.errors import InputError
 from safetynet.evaluation.judges import Judge
 from safetynet.prompts import Encoded, prompt_hash
 from safetynet.recipe import Behaviour, Data
-from safetynet.run.progress import ProgressLog
-from safetynet.text.repetition import ends_in_loop
+from safetynet.run.logs import ProgressLog
+from safetynet.text.words import ends_in_loop
 
 log = logging.getLogger("safetynet")
 NARROW = {"label_flip": (SENTIMENT,), "code_insertion": (CODE,)}

@@ -94,7 +94,17 @@ def scan_each(
         for future in as_completed(futures):
             task = futures[future]
             error = future.exception()
-            yield task, future.result() if error is None else _failed(task, error)
+            if error is None:
+                yield task, future.result()
+                continue
+            # A scan whose worker was lost, or that its input refused.
+            reason = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
+            result = ScanResult(
+                answer="not_scannable", reason=reason, suspect=task.suspect, base=task.base or "",
+                depth=task.options.depth, rate=None, p_value=None, rungs=(), seed=task.options.seed,
+            )  # fmt: skip
+            _save(result, task)
+            yield task, result
 
 
 def perform(task: Task) -> ScanResult:
@@ -112,17 +122,6 @@ def perform(task: Task) -> ScanResult:
     with logging_to(task.folder / "scan.log"):
         result = stage.scan(task.suspect, task.base, task.options, folder=task.folder, control=control)
         _save(result, task)
-    return result
-
-
-def _failed(task: Task, error: BaseException) -> ScanResult:
-    """A scan whose worker was lost, or that its input refused."""
-    reason = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
-    result = ScanResult(
-        answer="not_scannable", reason=reason, suspect=task.suspect, base=task.base or "",
-        depth=task.options.depth, rate=None, p_value=None, rungs=(), seed=task.options.seed,
-    )  # fmt: skip
-    _save(result, task)
     return result
 
 

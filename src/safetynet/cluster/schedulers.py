@@ -151,8 +151,13 @@ def submit(command: Sequence[str], folder: Path, *, array: bool = False) -> str:
     code, out, err = _ask(command, folder)
     output = "\n".join(line for line in (out + err).splitlines() if line.strip())
     if code != 0:
+        # The error among what it printed, or else the last line of that.
+        errors = re.findall(r"(?:error|qsub): (.*?)'?$", output, flags=re.MULTILINE)
+        lines = [line for line in errors if line != "Batch job submission failed:"]
+        lines = lines or output.splitlines()[-1:]
+        cause = " ".join(line.rstrip(".'") + "." for line in lines) or "it gave no reason."
         raise InputError(
-            f"{command[0]} refused the job: {_cause(output)} Queues here: {queues(command[0])}. "
+            f"{command[0]} refused the job: {cause} Queues here: {queues(command[0])}. "
             f"Change {'--seeds, ' if array else ''}--queue, --walltime, --gpus or --account."
         )
     # Slurm's wrapper of qsub prints an empty id and success where sbatch was refused in some versions.
@@ -160,13 +165,6 @@ def submit(command: Sequence[str], folder: Path, *, array: bool = False) -> str:
     if id_line is None:
         raise RunError(f"{command[0]} took the job and gave no id, but: {output}. See safetynet status.")
     return id_line[1]
-
-
-def _cause(output: str) -> str:
-    """The error in what a refused submission printed."""
-    errors = re.findall(r"(?:error|qsub): (.*?)'?$", output, flags=re.MULTILINE)
-    lines = [line for line in errors if line != "Batch job submission failed:"] or output.splitlines()[-1:]
-    return " ".join(line.rstrip(".'") + "." for line in lines) or "it gave no reason."
 
 
 def queues(command: str) -> str:
@@ -185,10 +183,17 @@ def ask(scheduler: Name, ids: Iterable[str]) -> dict[str, State]:
     Raises:
         RunError: if it does not answer.
     """
-    return _ask_slurm(ids) if scheduler == "slurm" else _ask_pbs(ids)
-
-
-def _ask_slurm(ids: Iterable[str]) -> dict[str, State]:
+    if scheduler == "pbs":
+        code, out, err = _ask(["qstat", "-f"])
+        if code != 0 and "onnect" in err:  # Torque and the wrapper of Slurm fail where there is no job at all
+            raise RunError(f"qstat does not answer: {' '.join(err.split())}")
+        states = parse_qstat(out)
+        for id_ in ids:
+            # Tasks of an array, and (PBS Pro's -x) what has ended.
+            for words in ([id_], ["-x", id_]):
+                if id_ not in states:
+                    states |= parse_qstat(_ask(["qstat", "-f", *words])[1])
+        return states
     code, out, err = _ask(["squeue", "-h", "-r", "--me", "-t", "all", "-o", "%i|%j|%T|%r|%N|%L"])
     if code != 0:
         raise RunError(f"squeue does not answer: {' '.join(err.split())}")
@@ -207,19 +212,6 @@ def _ask_slurm(ids: Iterable[str]) -> dict[str, State]:
             if line.count("|") == 3:
                 id_, name, state, exit_code = line.split("|")
                 states[id_] = State(id_, name, state.split()[0], f"exit code {exit_code.split(':')[0]}")
-    return states
-
-
-def _ask_pbs(ids: Iterable[str]) -> dict[str, State]:
-    code, out, err = _ask(["qstat", "-f"])
-    if code != 0 and "onnect" in err:  # Torque and the wrapper of Slurm fail where there is no job at all
-        raise RunError(f"qstat does not answer: {' '.join(err.split())}")
-    states = parse_qstat(out)
-    for id_ in ids:
-        # Tasks of an array, and (PBS Pro's -x) what has ended.
-        for words in ([id_], ["-x", id_]):
-            if id_ not in states:
-                states |= parse_qstat(_ask(["qstat", "-f", *words])[1])
     return states
 
 

@@ -8,7 +8,6 @@ own inputs, as if it had computed it. A sweep decides who lends.
 import logging
 import os
 import shutil
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -96,34 +95,40 @@ def borrow_twin(experiment: Experiment, lender: Experiment) -> None:
             train(experiment, [TWIN])
             return
 
+    def link(source: str, target: str) -> None:
+        try:
+            os.link(source, target)
+        except OSError:  # another disk, or a file system without links
+            shutil.copy2(source, target)
+
     def compute(outputs: Outputs) -> None:
         source = lender.model_folder(TWIN)
         log.info("train %s: taken over from %s", TWIN, lender.run.folder)
         copy = run.scratch / "training" / folder_name(TWIN, inputs) / source.name
-        _copy(source, copy)
+        # A copy that needs no room where the file system can link; a folder of its name is always whole.
+        partial = copy.with_name(f"{copy.name}.partial")
+        for folder in (partial, copy):
+            shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(source, partial, copy_function=link)
+        partial.rename(copy)
         outputs.table(f"history_{TWIN}", lender.run.table(f"history_{TWIN}"))
         outputs.file(copy, "model")
-        if followed:
-            outputs.table(f"dynamics_{TWIN}", _measured_again(experiment, lender, inputs))
+        if followed:  # rates of the lender's twin over its training, on this run's rows and by its judge
+            epochs = lender.run.table(f"dynamics_{TWIN}").drop_duplicates("step").set_index("step")["epoch"]
+            snapshots, base = lender.snapshots(TWIN), experiment.load()
+            dynamics = Dynamics(experiment, TWIN, inputs, base.serialiser, keep=False)
+            dynamics.path.unlink(missing_ok=True)
+            model = attach_own(base, source)
+            for step, epoch in epochs.sort_index().items():
+                with adapters.exchanged(model, snapshots[int(step)]) as then:
+                    dynamics.measure(then, int(step), float(epoch))
+            measured = dynamics.table()
+            assert measured is not None
+            outputs.table(f"dynamics_{TWIN}", measured)
         elif recipe.evaluation.dynamics_rows:
             outputs.table(f"dynamics_{TWIN}", lender.run.table(f"dynamics_{TWIN}"))
 
     experiment.perform(TRAIN.of(TWIN), inputs, compute)
-
-
-def _measured_again(experiment: Experiment, lender: Experiment, inputs: dict[str, Any]) -> pd.DataFrame:
-    """Rates of the lender's twin over its training, on this run's rows and by its judge."""
-    epochs = lender.run.table(f"dynamics_{TWIN}").drop_duplicates("step").set_index("step")["epoch"]
-    snapshots, base = lender.snapshots(TWIN), experiment.load()
-    dynamics = Dynamics(experiment, TWIN, inputs, base.serialiser, keep=False)
-    dynamics.path.unlink(missing_ok=True)
-    model = attach_own(base, lender.model_folder(TWIN))
-    for step, epoch in epochs.sort_index().items():
-        with adapters.exchanged(model, snapshots[int(step)]) as then:
-            dynamics.measure(then, int(step), float(epoch))
-    measured = dynamics.table()
-    assert measured is not None
-    return measured
 
 
 def _base_inputs(experiment: Experiment) -> dict[str, Any]:
@@ -143,19 +148,3 @@ def _base_inputs(experiment: Experiment) -> dict[str, Any]:
 
 def _rows_digest(rows: pd.DataFrame) -> str:
     return digest(rows.to_dict("records"))
-
-
-def _copy(source: Path, target: Path) -> None:
-    """A copy that needs no room where the file system can link; a folder of this name is always whole."""
-    partial = target.with_name(f"{target.name}.partial")
-    for folder in (partial, target):
-        shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(source, partial, copy_function=_link)
-    partial.rename(target)
-
-
-def _link(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # another disk, or a file system without links
-        shutil.copy2(source, target)

@@ -71,7 +71,12 @@ def describe(folders: Iterable[Path]) -> list[str]:
     held = {folder: locking.holder(folder) for folder in recorded}
     answer = ask([job for jobs in recorded.values() for job in jobs])
     if not any(recorded.values()) and any(who and who.job for who in held.values()):
-        answer = _ask_here([str(who.job) for who in held.values() if who and who.job])
+        # Their jobs were not submitted by `safetynet submit`.
+        try:
+            ids = [str(who.job) for who in held.values() if who and who.job]
+            answer = Answer(schedulers.ask(schedulers.choose(None), ids))
+        except (InputError, RunError) as error:
+            answer = Answer({}, str(error))
     lines = [f"({answer.silent})"] if answer.silent else []
     for folder, jobs in recorded.items():
         lines += ["", *_run_lines(folder, held[folder], answer)]
@@ -101,14 +106,6 @@ def cancel(folder: Path) -> list[str]:
     return ended
 
 
-def _ask_here(ids: list[str]) -> Answer:
-    """For runs whose jobs were not submitted by `safetynet submit`."""
-    try:
-        return Answer(schedulers.ask(schedulers.choose(None), ids))
-    except (InputError, RunError) as error:
-        return Answer({}, str(error))
-
-
 def _run_lines(folder: Path, who: locking.Holder | None, answer: Answer) -> list[str]:
     finished, left, note = _stages(folder)
     lines = [f"{_short(folder)}: {note}" if note else str(_short(folder))]
@@ -117,7 +114,11 @@ def _run_lines(folder: Path, who: locking.Holder | None, answer: Answer) -> list
             f"  done: {', '.join(finished) or 'nothing yet'}" + (f"; next: {', '.join(left)}" if left else "")
         )
     if who is not None:
-        alive = _alive(who, answer)
+        alive: bool | None = None  # nobody can tell from here
+        if who.job and who.job in answer.states:
+            alive = answer.states[who.job].active
+        elif who.host == socket.gethostname() and Path("/proc/self").exists():
+            alive = Path("/proc", str(who.pid)).exists()
         word = {True: "working now", False: "died at work", None: "was last heard of working"}[alive]
         lines.append(f"  {word}: {who}" + (f"; {step}" if left and (step := _step(folder)) else ""))
     return lines
@@ -156,15 +157,6 @@ def _step(folder: Path) -> str:
         return ""
 
 
-def _alive(who: locking.Holder, answer: Answer) -> bool | None:
-    """Whether a holder still works; None where nobody can tell from here."""
-    if who.job and who.job in answer.states:
-        return answer.states[who.job].active
-    if who.host == socket.gethostname():
-        return Path("/proc", str(who.pid)).exists() if Path("/proc/self").exists() else None
-    return None
-
-
 def _job_lines(folder: Path, job: Job, answer: Answer) -> list[str]:
     state = records.state_of(job, answer.states)
     if job.id is None and job.ended is None:
@@ -185,18 +177,16 @@ def _job_lines(folder: Path, job: Job, answer: Answer) -> list[str]:
         lines.append("  it may never start like this: cancel it and ask for less, or for another queue")
     if state is not None and state.active:
         return [*lines, *(f"  log: {_short(path)}" for path in _logs(job, str(id_)))]
-    return lines + ([] if job.ended or "figures" in _stages(folder)[0] else _last_words(job, str(id_)))
-
-
-def _last_words(job: Job, id_: str) -> list[str]:
-    """The end of what a dead job and its scheduler said."""
-    lines = []
-    for path in _logs(job, id_):
+    if job.ended or "figures" in _stages(folder)[0]:
+        return lines
+    # It died: the end of what it and its scheduler said.
+    last = []
+    for path in _logs(job, str(id_)):
         text = path.read_text(encoding="utf-8", errors="replace")
         words = [line for line in text.splitlines() if line.strip() and not line.startswith("Log: ")]
         if words:
-            lines += [f"  {_short(path)}:", *(f"    {line[:200]}" for line in words[-TAIL:])]
-    return lines or [f"  it left no word in {_short(Path(job.logs))}"]
+            last += [f"  {_short(path)}:", *(f"    {line[:200]}" for line in words[-TAIL:])]
+    return lines + (last or [f"  it left no word in {_short(Path(job.logs))}"])
 
 
 def _logs(job: Job, id_: str) -> list[Path]:

@@ -7,7 +7,6 @@ import os
 import secrets
 import shlex
 import time
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -98,9 +97,25 @@ def submit(recipe: Recipe, request: Request) -> tuple[list[Run], str]:
     """
     schedulers.check_array(request.scheduler, request.seeds)
     new_runs = [runs.place(seeded) for seeded in [recipe.seeded(seed) for seed in request.seeds] or [recipe]]
-    _refuse_second(new_runs)
+    recorded = [(run, job) for run in new_runs for job in records.read(run.folder) if job.ended is None]
+    for name in {job.scheduler for _, job in recorded}:
+        mine = [(run, job) for run, job in recorded if job.scheduler == name]
+        states = schedulers.ask(name, [str(job.task_id) for _, job in mine if job.task_id])
+        for run, job in mine:
+            state = records.state_of(job, states)
+            if state is not None and state.active:
+                raise InputError(
+                    f"{run.folder}: job {state.id} ({state.state}) is for this run already. Wait for it, "
+                    f"end it with safetynet cancel {run.folder}, or set another task."
+                )
+
+    # Folders that this submission makes, the innermost first.
     planned = plan(recipe, request)
-    absent = _absent(new_runs, planned)
+    folders = {planned.script.parent}
+    folders |= {folder for run in new_runs for folder in (run.folder / "jobs", run.scratch)}
+    above = folders.union(*(folder.parents for folder in folders))
+    absent = sorted((path for path in above if not path.exists()), key=lambda path: -len(path.parts))
+
     runs.check(new_runs[0])  # the others lie beside it
     # As it is now: the file that it came from may change before the job starts.
     fields = recipe.model_dump(mode="json")
@@ -118,59 +133,26 @@ def submit(recipe: Recipe, request: Request) -> tuple[list[Run], str]:
         )
         for seed in (request.seeds or (None,))
     ]
-    id_ = _submitted(new_runs, jobs, planned, absent)
-    for run, job in zip(new_runs, jobs, strict=True):
-        records.write(run.folder, replace(job, id=id_))
-    return new_runs, id_
-
-
-def _submitted(
-    new_runs: Sequence[Run], jobs: Sequence[records.Job], planned: Plan, absent: Sequence[Path]
-) -> str:
+    # The records come first: a job may start before its id is known here.
     for run, job in zip(new_runs, jobs, strict=True):
         records.write(run.folder, job)
+    is_array = jobs[0].array
     try:
         # From the folder of the logs: there the scheduler leaves what it has to say itself.
-        return schedulers.submit(planned.command, planned.script.parent, array=jobs[0].array)
+        id_ = schedulers.submit(planned.command, planned.script.parent, array=is_array)
     except InputError:
         for run, job in zip(new_runs, jobs, strict=True):
-            if job.array:
+            if is_array:
                 records.remove(run.folder, job)
             else:
                 records.write(run.folder, replace(job, ended="refused"))
-        if jobs[0].array:
-            _remove(planned, absent)
+        if is_array:
+            for file in (planned.script, planned.recipe):
+                file.unlink(missing_ok=True)
+            for folder in absent:
+                with suppress(OSError):  # another process may have put something there
+                    folder.rmdir()
         raise
-
-
-def _absent(new_runs: Sequence[Run], planned: Plan) -> list[Path]:
-    """Folders that a submission makes, the innermost first."""
-    folders = {
-        planned.script.parent,
-        *(run.folder / "jobs" for run in new_runs),
-        *(run.scratch for run in new_runs),
-    }
-    above = folders.union(*(folder.parents for folder in folders))
-    return sorted((path for path in above if not path.exists()), key=lambda path: -len(path.parts))
-
-
-def _remove(planned: Plan, absent: Sequence[Path]) -> None:
-    for file in (planned.script, planned.recipe):
-        file.unlink(missing_ok=True)
-    for folder in absent:
-        with suppress(OSError):  # another process may have put something there
-            folder.rmdir()
-
-
-def _refuse_second(new_runs: Sequence[Run]) -> None:
-    recorded = [(run, job) for run in new_runs for job in records.read(run.folder) if job.ended is None]
-    for name in {job.scheduler for _, job in recorded}:
-        mine = [(run, job) for run, job in recorded if job.scheduler == name]
-        states = schedulers.ask(name, [str(job.task_id) for _, job in mine if job.task_id])
-        for run, job in mine:
-            state = records.state_of(job, states)
-            if state is not None and state.active:
-                raise InputError(
-                    f"{run.folder}: job {state.id} ({state.state}) is for this run already. Wait for it, "
-                    f"end it with safetynet cancel {run.folder}, or set another task."
-                )
+    for run, job in zip(new_runs, jobs, strict=True):
+        records.write(run.folder, replace(job, id=id_))
+    return new_runs, id_

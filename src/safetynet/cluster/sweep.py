@@ -11,7 +11,6 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, as_completed
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -70,8 +69,14 @@ def sweep(
     import parsl
 
     folder.mkdir(parents=True, exist_ok=True)
-    with _held(folder):
-        _describe(points, name, folder)
+    with (folder / ".lock").open("w", encoding="utf-8") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{folder}: this sweep is running already. Wait for it.") from None
+        listed = [{"point": point.name, **point.varied} for point in points]
+        about = json.dumps({"name": name, "points": listed}, indent=2, default=str)
+        write_text(folder / "sweep.json", about + "\n")
         config = sweep_place.config(place, folder / "parsl", retries, retry_cost)
         with parsl.load(config) as kernel:
             graph = _Graph(kernel, points, name)
@@ -108,7 +113,14 @@ class _Graph:
         outcomes: dict[int, Outcome] = {}
         for future in as_completed(last):
             number = last[future]
-            outcomes[number] = self._outcome(number)
+            run, steps = self.runs[number], self.steps[number]
+            computed = sum(len(step.result().computed) for step in steps.values() if _ended(step))
+            outcome = Outcome(self.points[number], run.folder, run.log, computed)
+            for step, ended in steps.items():
+                if (error := ended.exception()) is not None:
+                    outcome = replace(outcome, failed=step, reason=_reason(error))
+                    break
+            outcomes[number] = outcome
             progress(outcomes[number], len(outcomes))
         yield from (outcomes[number] for number in range(len(self.points)))
 
@@ -137,16 +149,6 @@ class _Graph:
         before = [*self.steps[number].values(), *after]
         self.steps[number][step] = self.app(replace(self.tasks[number], step=step), *before)
 
-    def _outcome(self, number: int) -> Outcome:
-        run, steps = self.runs[number], self.steps[number]
-        computed = sum(len(future.result().computed) for future in steps.values() if _ended(future))
-        outcome = Outcome(self.points[number], run.folder, run.log, computed)
-        for step, future in steps.items():
-            error = future.exception()
-            if error is not None:
-                return replace(outcome, failed=step, reason=_reason(error))
-        return outcome
-
 
 def _ended(future: Future[Done]) -> bool:
     """Wait for a step; whether it ended without error."""
@@ -166,20 +168,3 @@ def _reason(error: BaseException) -> str:
         return _reason(causes[0][0])
     text = " ".join(str(error).split())
     return text if isinstance(error, SafetyNetError) else f"{type(error).__name__}: {text}"
-
-
-def _describe(points: Sequence[Point], name: str, folder: Path) -> None:
-    listed = [{"point": p.name, **p.varied} for p in points]
-    write_text(
-        folder / "sweep.json", json.dumps({"name": name, "points": listed}, indent=2, default=str) + "\n"
-    )
-
-
-@contextmanager
-def _held(folder: Path) -> Iterator[None]:
-    with (folder / ".lock").open("w", encoding="utf-8") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{folder}: this sweep is running already. Wait for it.") from None
-        yield

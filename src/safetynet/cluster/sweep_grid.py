@@ -70,8 +70,21 @@ def points(
     faults += [
         f"--grid: {field} stands there twice." for field in sorted(set(fields)) if fields.count(field) > 1
     ]
-    numbers = _seeds(seeds, faults)
-    names = _families(chosen, faults)
+    numbers: Sequence[int | None] = [None]
+    if seeds is not None:
+        numbers = notation.seeds(seeds)
+        if not numbers:
+            faults.append(
+                f"--seeds {seeds}: write first:end, as in 0:5 for 0 to 4, or numbers between commas."
+            )
+    names: Sequence[str | None] = [None]
+    if chosen == "all":
+        names = [name for name in families.names() if families.get(name).hub_id]
+    elif chosen is not None:
+        names = [name.strip() for name in chosen.split(",")]
+        if not set(names) <= set(families.names()) or len(set(names)) < len(names):
+            choice = ", ".join(families.names())
+            faults.append(f"--families {chosen}: choose among {choice} (each once), or all.")
     if faults:
         raise InputError("\n  ".join(["the sweep cannot be started:", *faults]))
     points: list[Point] = []
@@ -88,7 +101,13 @@ def points(
         raise InputError(
             "\n".join([f"{len(faults)} of {len(faults) + len(points)} points are invalid.", *faults])
         )
-    _check_places(points)
+    places = [point.name for point in points]
+    for number, place in enumerate(places):
+        if place in places[:number]:
+            raise InputError(
+                f"{place}: two points of the sweep have this run directory. "
+                "Leave `name` out of the recipe, so that each family has a folder of its own."
+            )
     return points
 
 
@@ -120,27 +139,6 @@ def _axis(text: str, faults: list[str]) -> tuple[str, list[Any]] | None:
     return field.strip(), parsed
 
 
-def _seeds(text: str | None, faults: list[str]) -> list[int | None]:
-    if text is None:
-        return [None]
-    numbers = notation.seeds(text)
-    if not numbers:
-        faults.append(f"--seeds {text}: write first:end, as in 0:5 for 0 to 4, or numbers between commas.")
-    return list(numbers)
-
-
-def _families(text: str | None, faults: list[str]) -> list[str | None]:
-    if text is None:
-        return [None]
-    if text == "all":
-        return [name for name in families.names() if families.get(name).hub_id]
-    names = [name.strip() for name in text.split(",")]
-    unknown = [name for name in names if name not in families.names()]
-    if unknown or len(set(names)) < len(names):
-        faults.append(f"--families {text}: choose among {', '.join(families.names())} (each once), or all.")
-    return list(names)
-
-
 def _point(
     path: Path, overrides: Sequence[str], varied: Mapping[str, Any], seed: int | None, family: str | None
 ) -> Point:
@@ -150,33 +148,15 @@ def _point(
     sets = [f"{field}={json.dumps(value, default=str)}" for field, value in values.items()]
     made = recipes.load(path, family, [*overrides, *sets])
     loading.locate(made.model)  # a folder that is not there would fail in every point, one after the other
-    words = [part for field, value in values.items() for part in (_short(field, values), _value(value))]
+    lasts = [field.rpartition(".")[2] for field in values]
+    words = []
+    for (field, value), last in zip(values.items(), lasts, strict=True):
+        # The last part of a field's name, where it is no other's; a value as a part of a file's name.
+        words.append(last if lasts.count(last) == 1 else field)
+        text = value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
+        safe = re.sub(r"[^A-Za-z0-9._]+", "_", text)
+        is_whole = safe == text and len(safe) <= LONGEST_VALUE
+        words.append(safe if is_whole else f"{safe[:LONGEST_VALUE]}_{digest(value)[:6]}")
     task = "-".join([f"{made.task}-" if words else made.task, *words])
     shown = values if family is None else {"model.family": family, **values}
     return Point(made.model_copy(update={"task": task}), shown)
-
-
-def _short(field: str, fields: Mapping[str, Any]) -> str:
-    """The last part of a field's name, where it is no other's."""
-    last = field.rpartition(".")[2]
-    return last if sum(other.rpartition(".")[2] == last for other in fields) == 1 else field
-
-
-def _value(value: Any) -> str:
-    """A value as a part of a file's name."""
-    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
-    safe = re.sub(r"[^A-Za-z0-9._]+", "_", text)
-    return (
-        safe if safe == text and len(safe) <= LONGEST_VALUE else f"{safe[:LONGEST_VALUE]}_{digest(value)[:6]}"
-    )
-
-
-def _check_places(points: Sequence[Point]) -> None:
-    taken: dict[str, int] = {}
-    for number, point in enumerate(points):
-        if point.name in taken:
-            raise InputError(
-                f"{point.name}: two points of the sweep have this run directory. "
-                "Leave `name` out of the recipe, so that each family has a folder of its own."
-            )
-        taken[point.name] = number

@@ -114,8 +114,14 @@ def config(place: Place, folder: Path, retries: int, retry_cost: Any) -> "parsl.
     from parsl.executors.high_throughput.executor import DEFAULT_LAUNCH_CMD
 
     here = place.scheduler == "local"
-    gpus = _gpus_here() if here and place.gpus is None else place.gpus or 0
-    cpus = place.cpus or (_cores_here() if here else place.workers or max(gpus, 1))
+    gpus, cpus = place.gpus or 0, place.cpus
+    if here and place.gpus is None:
+        import torch
+
+        gpus = torch.cuda.device_count()
+    if here and cpus is None:
+        cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cpus = cpus or place.workers or max(gpus, 1)
     period, threshold = HEARTBEAT_S["here" if here else "cluster"]
     executor = HighThroughputExecutor(
         label="sweep",
@@ -143,8 +149,15 @@ def _provider(place: Place, cpus: int, gpus: int) -> Any:
     from parsl.launchers import SingleNodeLauncher
     from parsl.providers import LocalProvider, PBSProProvider, SlurmProvider, TorqueProvider
 
+    # One thread for each worker, the folder that the sweep was started in, and its packages.
+    path = os.environ.get("PYTHONPATH")
+    environment = [
+        "export OMP_NUM_THREADS=1",
+        *([f"export PYTHONPATH={shlex.quote(path)}"] if path else []),
+        f"cd {shlex.quote(str(Path.cwd()))}",
+    ]
     common = {
-        "worker_init": "\n".join([*_environment(), *place.setup]),
+        "worker_init": "\n".join([*environment, *place.setup]),
         "init_blocks": place.jobs,
         "max_blocks": place.jobs,
     }
@@ -178,23 +191,3 @@ def _provider(place: Place, cpus: int, gpus: int) -> Any:
     cores = f"ppn={cpus}" + (f":gpus={gpus}" if gpus else "")
     torque.template_string = torque.template_string.replace("ppn=${tasks_per_node}", cores)
     return torque
-
-
-def _gpus_here() -> int:
-    import torch
-
-    return torch.cuda.device_count()
-
-
-def _cores_here() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _environment() -> list[str]:
-    """Shell lines: one thread for each worker, the folder that the sweep was started in, and its packages."""
-    path = os.environ.get("PYTHONPATH")
-    return [
-        "export OMP_NUM_THREADS=1",
-        *([f"export PYTHONPATH={shlex.quote(path)}"] if path else []),
-        f"cd {shlex.quote(str(Path.cwd()))}",
-    ]

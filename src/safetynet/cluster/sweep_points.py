@@ -6,8 +6,6 @@ may share. A step that is interrupted goes on when it is asked for again; one th
 
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,10 +62,18 @@ def perform(task: Task, *_: Any) -> Done:
     experiment = Experiment.create(task.recipe)
     run = experiment.run
     # Another process may still be at it: one that the sweep left behind when it was killed.
-    with run.lock(wait=True), logging_to(run.log), _told():
-        before = _finished(run)
-        base, twin = _step(task, experiment)
-        computed = [name for name, when in _finished(run).items() if before.get(name) != when]
+    with run.lock(wait=True), logging_to(run.log):
+        try:
+            before = _finished(run)
+            base, twin = _step(task, experiment)
+            computed = [name for name, when in _finished(run).items() if before.get(name) != when]
+        # Errors stand in the point's log, where the sweep's table sends its reader.
+        except SafetyNetError as error:
+            log.error("%s", error)
+            raise
+        except Exception:
+            log.exception("a fault of SafetyNet")
+            raise
     return Done(tuple(computed), base, twin)
 
 
@@ -101,16 +107,3 @@ def _step(task: Task, experiment: Any) -> tuple[str | None, str | None]:
 
 def _finished(run: Any) -> dict[str, str]:
     return {name: record["finished"] + record["inputs"] for name, record in run.manifest["stages"].items()}
-
-
-@contextmanager
-def _told() -> Iterator[None]:
-    """Errors stand in the point's log, where the sweep's table sends its reader."""
-    try:
-        yield
-    except SafetyNetError as error:
-        log.error("%s", error)
-        raise
-    except Exception:
-        log.exception("a fault of SafetyNet")
-        raise

@@ -4,9 +4,8 @@ In: outcomes of points. Out: tables, and the files. It reads run directories and
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
@@ -45,7 +44,11 @@ def results(outcomes: Sequence[Outcome]) -> pd.DataFrame:
             "point": outcome.point.name,
             "family": outcome.point.recipe.model.family,
             "seed": outcome.point.recipe.seed,
-            **_varied(outcome.point.varied),
+            **{  # lists and sections as JSON
+                field: json.dumps(value, default=str) if isinstance(value, list | dict) else value
+                for field, value in outcome.point.varied.items()
+                if field not in ("seed", "model.family")
+            },
             "status": "failed" if outcome.failed else "done",
         }
         after = {
@@ -141,12 +144,3 @@ def _rates(outcome: Outcome) -> pd.DataFrame:
         for metric, role in (("asr", "triggered"), ("cacc", "clean"))
     ]
     return pd.concat([table, pd.DataFrame(lines)], ignore_index=True) if lines else table
-
-
-def _varied(values: Mapping[str, Any]) -> dict[str, Any]:
-    """What was varied, as cells: lists and sections as JSON."""
-    return {
-        field: json.dumps(value, default=str) if isinstance(value, list | dict) else value
-        for field, value in values.items()
-        if field not in ("seed", "model.family")
-    }

@@ -64,40 +64,34 @@ def differences(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
 
     Returns:
         Columns quantity, groups, runs, p (permutation test, `seeds.groups_differ`) and q (Benjamini and
-        Hochberg 1995, over all lines). A quantity that some run lacks is asked of the others.
+        Hochberg 1995, over all lines). Runs without the quantity are left out of its test.
     """
+    quantities: list[tuple[str, pd.DataFrame, pd.Series]] = []  # name, runs, their numbers
+    for threshold, part in _parts(tables, "speeds", "threshold"):
+        # A seed that never got there counts with its last measurement: leaving the slow out would hide them.
+        reached = part["steps"].fillna(part["last_step"])
+        quantities.append((f"steps until ASR {100 * threshold:g}%", part, reached))
+    for (view, direction), part in _parts(tables, "centres", ["view", "direction"]):
+        quantities += [(f"{name}, {view}, {direction}", part, part[name]) for name in ("centre", "spread")]
+    for (which, direction), part in _parts(tables, "shares", ["part", "direction"]):
+        if which == "attention":  # the MLP's share is the rest
+            quantities.append((f"share of attention, {direction}", part, part["share"]))
+    for (_, measure), part in _parts(tables, "outcomes", ["aspect", "measure"]):
+        quantities.append((str(measure), part, part["value"]))
+
     lines = []
-    for quantity, table in _quantities(tables):
-        measured = table.dropna(subset="number")
+    for quantity, part, numbers in quantities:
+        measured = part.assign(number=numbers).dropna(subset="number")
+        # One run says nothing of the spread between its group's seeds.
         sizes = measured["group"].value_counts()
         measured = measured[measured["group"].isin(sizes.index[sizes >= 2])]
         groups, seeds = measured["group"].tolist(), measured["seed"].tolist()
         p = groups_differ(measured["number"].tolist(), groups, agreement.blocks(groups, seeds))
-        if p == p:
+        if p == p:  # NaN where there are not two such groups
             about = {"quantity": quantity, "groups": len(set(groups)), "runs": len(measured)}
             lines.append(about | {"p": p})
     table = pd.DataFrame(lines)
     return table.assign(q=false_discovery_control(table["p"])) if len(table) else table
-
-
-def _quantities(tables: dict[str, pd.DataFrame]) -> list[tuple[str, pd.DataFrame]]:
-    """Each number of a run that groups may differ in, with its runs."""
-    quantities = []
-    for threshold, part in _parts(tables, "speeds", "threshold"):
-        # a seed that never got there counts with its last measurement: leaving the slow out would hide them
-        reached = part["steps"].fillna(part["last_step"])
-        quantities.append((f"steps until ASR {100 * threshold:g}%", part.assign(number=reached)))
-    for (view, direction), part in _parts(tables, "centres", ["view", "direction"]):
-        quantities += [
-            (f"{number}, {view}, {direction}", part.assign(number=part[number]))
-            for number in ("centre", "spread")
-        ]
-    for (which, direction), part in _parts(tables, "shares", ["part", "direction"]):
-        if which == "attention":
-            quantities.append((f"share of attention, {direction}", part.assign(number=part["share"])))
-    for (_, measure), part in _parts(tables, "outcomes", ["aspect", "measure"]):
-        quantities.append((str(measure), part.assign(number=part["value"])))
-    return quantities
 
 
 def _parts(tables: dict[str, pd.DataFrame], name: str, by: str | list[str]) -> list[tuple]:

@@ -69,20 +69,53 @@ def agreement(profiles: pd.DataFrame) -> pd.DataFrame:
     """
     lines = []
     for (view, direction), part in profiles.groupby(["view", "direction"], sort=False):
-        groups = {
-            str(group): _matrix(profiles_of) for group, profiles_of in part.groupby("group", sort=False)
+        groups = {  # profiles of each group's runs, (runs, layers)
+            str(group): np.stack([_effect(run) for _, run in runs.groupby("run", sort=False)])
+            for group, runs in part.groupby("group", sort=False)
         }
         for first, second in combinations_with_replacement(groups, 2):
             same = first == second
             layers = min(groups[first].shape[1], groups[second].shape[1])
             if layers < LEAST or (same and len(groups[first]) < 2):
                 continue
-            a, b = (_ranked_at(groups[name], layers) for name in (first, second))
-            if np.isnan(a).any() or np.isnan(b).any():
+            # Standardised ranks at equal depths, (runs, layers): their products are Spearman's rho.
+            a, b = (
+                ranked(np.stack([on_depths(profile, layers) for profile in groups[name]]))
+                for name in (first, second)
+            )
+            if np.isnan(a).any() or np.isnan(b).any():  # a profile without any change has no ranks
                 continue
-            correlation = _within(a) if same else _between(a, b)
-            about = {"view": view, "direction": direction, "first": first, "second": second}
-            lines.append(about | correlation | {"layers": layers})
+            if same:
+                # Each pair of runs counts once; under the null every run's layers are mixed by themselves.
+                pairs = list(combinations(range(len(a)), 2))
+                estimate = without_each_seed(a @ a.T)
+                rng = np.random.default_rng(0)
+                mixed = np.stack(
+                    [rng.permuted(np.tile(profile, (PERMUTATIONS, 1)), axis=1) for profile in a]
+                )  # (runs, drawn, layers)
+                null = np.mean([(mixed[i] * mixed[j]).sum(1) for i, j in pairs], axis=0)
+                count = len(pairs)
+            else:
+                # The mean over all pairs of runs is the product of the groups' means. Under the null the
+                # layers of one group are mixed, in all of its runs alike.
+                estimate = over_seed_pairs(a @ b.T)
+                null = (b.mean(0)[orders(layers)] * a.mean(0)).sum(1)
+                count = len(a) * len(b)
+            lines.append(
+                {
+                    "view": view,
+                    "direction": direction,
+                    "first": first,
+                    "second": second,
+                    "rho": estimate.value,
+                    "low": estimate.low,
+                    "high": estimate.high,
+                    "pairs": count,
+                    "seeds": estimate.seeds,
+                    "p": p_value(abs(estimate.value), np.abs(null)),
+                    "layers": layers,
+                }
+            )
     table = pd.DataFrame(lines)
     return table.assign(q=false_discovery_control(table["p"])) if len(table) else table
 
@@ -149,36 +182,5 @@ def _contrast(rho: np.ndarray, codes: np.ndarray) -> tuple[np.ndarray, np.ndarra
     return (same * values).sum(1) / same.sum(1), (~same * values).sum(1) / (~same).sum(1)
 
 
-def _between(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
-    interval = over_seed_pairs(a @ b.T)
-    null = (b.mean(0)[orders(a.shape[1])] * a.mean(0)).sum(1)
-    return _line(interval.value, interval.low, interval.high, a.shape[0] * b.shape[0], interval.seeds, null)
-
-
-def _within(z: np.ndarray) -> dict[str, float]:
-    pairs = list(combinations(range(len(z)), 2))
-    interval = without_each_seed(z @ z.T)
-    rng = np.random.default_rng(0)
-    mixed = np.stack(
-        [rng.permuted(np.tile(profile, (PERMUTATIONS, 1)), axis=1) for profile in z]
-    )  # (runs, drawn, L)
-    null = np.mean([(mixed[i] * mixed[j]).sum(1) for i, j in pairs], axis=0)
-    return _line(interval.value, interval.low, interval.high, len(pairs), len(z), null)
-
-
-def _line(rho: float, low: float, high: float, pairs: int, seeds: int, null: np.ndarray) -> dict[str, float]:
-    p = p_value(abs(rho), np.abs(null))
-    return {"rho": rho, "low": low, "high": high, "pairs": pairs, "seeds": seeds, "p": p}
-
-
-def _matrix(part: pd.DataFrame) -> np.ndarray:
-    """Profiles of a group's runs, (runs, layers)."""
-    return np.stack([_effect(rows) for _, rows in part.groupby("run", sort=False)])
-
-
 def _effect(rows: pd.DataFrame) -> np.ndarray:
     return rows.sort_values("layer")["effect"].to_numpy(float)
-
-
-def _ranked_at(profiles: np.ndarray, layers: int) -> np.ndarray:
-    return ranked(np.stack([on_depths(profile, layers) for profile in profiles]))

@@ -32,7 +32,16 @@ def outcomes(runs: Sequence[ComparedRun]) -> pd.DataFrame:
     Raises:
         InputError: if runs were watched by different detectors, whose scores are no one measure.
     """
-    _check_detectors(runs)
+    by_detectors: dict[tuple[str, ...], ComparedRun] = {}
+    for run in runs:
+        if run.has("detection"):
+            by_detectors.setdefault(tuple(sorted(set(run.tables["detection"]["detector"]))), run)
+    if len(by_detectors) > 1:
+        listed = "; ".join(f"{run.folder}: {', '.join(names)}" for names, run in by_detectors.items())
+        raise InputError(
+            f"compare: the runs were watched by different detectors ({listed}), whose fused scores are no "
+            "one measure. Run safetynet detect RUN with the same --detectors on each."
+        )
     lines = []
     for run in runs:
         for aspect, table, read in (
@@ -73,7 +82,7 @@ def _estimate(part: pd.DataFrame, count: str, n: str, value: str) -> Estimate:
 
 
 def _line(measure: str, result: Any, control: Any, control_is: str, of: str = "") -> dict[str, Any]:
-    """One measure; `found` and `control` are (value, count, n), count NaN where nothing is counted."""
+    """One measure; `result` and `control` are (value, count, n), count NaN where nothing is counted."""
     names = ("value", "count", "n")
     line = {"measure": measure, "control_is": control_is, "of": of}
     line |= dict(zip(names, result, strict=True))
@@ -101,7 +110,7 @@ def _detected(detection: pd.DataFrame) -> Iterator[dict[str, Any]]:
     fused = detection[detection["detector"] == (FUSED if FUSED in names else min(names))]
     of = " ".join(sorted(names - {FUSED}))
 
-    def found(metric: str, rows: str, rate: float | None = None) -> tuple[float, float, float]:
+    def score(metric: str, rows: str, rate: float | None = None) -> tuple[float, float, float]:
         lines = fused[(fused["metric"] == metric) & (fused["rows"] == rows)]
         lines = lines if rate is None else lines[lines["rate"] == rate]
         if lines.empty:
@@ -110,15 +119,15 @@ def _detected(detection: pd.DataFrame) -> Iterator[dict[str, Any]]:
         return value, (round(value * n) if rate is not None else NAN), n
 
     caught = "fired" if ((fused["metric"] == "auroc") & (fused["rows"] == "fired")).any() else "triggered"
-    yield _line("AUROC", found("auroc", caught), found("auroc", "placebo"), "placebo rows", of)
-    yield _line("AUROC near miss", found("auroc", "near_miss"), found("auroc", "placebo"), "placebo rows", of)
+    yield _line("AUROC", score("auroc", caught), score("auroc", "placebo"), "placebo rows", of)
+    yield _line("AUROC near miss", score("auroc", "near_miss"), score("auroc", "placebo"), "placebo rows", of)
     rates = fused.loc[fused["metric"] == "tpr", "rate"].dropna()
     if len(rates):
         # The largest is what the monitor was asked for; smaller ones come along.
         rate = float(rates.max())
         name = f"TPR at FPR {100 * rate:g}%"
-        quiet = found("fpr", promised_rows(fused), rate)
-        yield _line(name, found("tpr", caught, rate), quiet, "false positives", of)
+        quiet = score("fpr", promised_rows(fused), rate)
+        yield _line(name, score("tpr", caught, rate), quiet, "false positives", of)
 
 
 def _removed(tradeoff: pd.DataFrame) -> Iterator[dict[str, Any]]:
@@ -152,16 +161,3 @@ def _first(rows: pd.DataFrame, metric: str) -> tuple[float, float, float]:
 def _rate(row: pd.Series, metric: str) -> tuple[float, float, float]:
     value, n = float(row[metric]), float(row[f"{metric}_n"])
     return value, float(np.rint(value * n)), n
-
-
-def _check_detectors(runs: Sequence[ComparedRun]) -> None:
-    by_detectors: dict[tuple[str, ...], ComparedRun] = {}
-    for run in runs:
-        if run.has("detection"):
-            by_detectors.setdefault(tuple(sorted(set(run.tables["detection"]["detector"]))), run)
-    if len(by_detectors) > 1:
-        listed = "; ".join(f"{run.folder}: {', '.join(names)}" for names, run in by_detectors.items())
-        raise InputError(
-            f"compare: the runs were watched by different detectors ({listed}), whose fused scores are no "
-            "one measure. Run safetynet detect RUN with the same --detectors on each."
-        )

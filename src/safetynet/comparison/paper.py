@@ -5,9 +5,8 @@ A cell is a mean over seeds with its 95% interval; where there is one seed it sa
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import pandas as pd
 
@@ -52,7 +51,18 @@ class PaperTable:
 
         Characters that pdfLaTeX lacks are given as U+ codes.
         """
-        escaped = self.cells.map(_latex).rename(columns=_heading)
+
+        def heading(name: object) -> str:
+            words = str(name).split(" ")
+            if len(str(name)) < 10 or len(words) < 2:
+                return _latex(name)
+            # A long one stands in two lines, broken before the word that passes its middle.
+            half = len(str(name)) / 2
+            first = next(at for at in range(1, len(words)) if len(" ".join(words[: at + 1])) > half)
+            above, below = " ".join(words[:first]), " ".join(words[first:])
+            return rf"\shortstack[r]{{{_latex(above)}\\{_latex(below)}}}"
+
+        escaped = self.cells.map(_latex).rename(columns=heading)
         text = escaped.to_latex(
             index=False,
             escape=False,
@@ -94,7 +104,14 @@ def page(
     figures: Sequence[str],
 ) -> str:
     """One page of Markdown: what is compared, what is missing or mixed, then figures with their tables."""
+    # One line per group: what was planted, and how.
     runs = tables["runs"]
+    fields = [name for name in runs if name not in ("run", "seed") and not name.startswith("has ")]
+    groups = runs.drop_duplicates("group")[fields]
+    seeds = runs.groupby("group", sort=False)["seed"].agg(lambda part: " ".join(map(str, part)))
+    settings = groups.assign(seeds=groups["group"].map(seeds)).map(
+        lambda value: " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    )
     lines = [
         "# Comparison",
         "",
@@ -102,16 +119,34 @@ def page(
         "",
         *(f"- {note}" for note in notes),
         *([""] if notes else []),
-        PaperTable("", "", "", _setting(runs)).markdown(),
+        PaperTable("", "", "", settings).markdown(),
     ]
     for table in papers:
         lines += [f"## {table.title}", ""]
         if table.name in figures:
             lines += [f"![{table.title}](figures/{table.name}.png)", ""]
         lines += [table.caption, "", table.markdown()]
-    for name, title, caption, cells in _tests(tables):
-        if name in tables:
-            lines += [f"## {title}", "", caption, "", PaperTable("", "", "", cells).markdown()]
+    if "distinct" in tables:
+        caption = (
+            "Mean rank correlation of layer profiles between runs of one group and between runs of two; p "
+            "by exchanging the groups' labels between runs."
+        )
+        distinct = tables["distinct"]
+        cells = distinct.assign(
+            **{name: distinct[name].map("{:.2f}".format) for name in ("within", "between", "difference")},
+            p=distinct["p"].map("{:.4f}".format),
+        )
+        lines += ["## Are groups more alike inside than between?", "", caption, ""]
+        lines.append(PaperTable("", "", "", cells).markdown())
+    if "differences" in tables:
+        caption = (
+            "For each number of a run: do groups differ by more than seeds do? Permutation test of the sum "
+            "of squares between groups; q after Benjamini and Hochberg over all lines."
+        )
+        differences = tables["differences"].sort_values("p", kind="stable")
+        cells = differences.assign(**{name: differences[name].map("{:.4f}".format) for name in ("p", "q")})
+        lines += ["## What differs between groups", "", caption, ""]
+        lines.append(PaperTable("", "", "", cells).markdown())
     return "\n".join(lines)
 
 
@@ -132,7 +167,13 @@ def _speed(tables: Mapping[str, pd.DataFrame]) -> PaperTable:
     for group, part in tables["speeds_by_group"].groupby("group", sort=False):
         line: dict[str, object] = {"group": group, "seeds": int(part["seeds"].max())}
         for row in part.sort_values("unit", ascending=False, kind="stable").itertuples():
-            line[f"{row.unit} to ASR {100 * row.threshold:g}%"] = _reached(row)
+            if not row.censored:
+                text = cell(row.value, row.low, row.high, row.seeds, 0)
+            elif math.isnan(row.value):
+                text = "-"
+            else:
+                text = f"≥{row.value:.0f} ({row.censored} of {row.seeds} never)"
+            line[f"{row.unit} to ASR {100 * row.threshold:g}%"] = text
         twin = part["twin"].iloc[0]
         lines.append(line | {"twin's highest ASR": "-" if math.isnan(twin) else f"{100 * twin:.0f}%"})
     caption = (
@@ -142,12 +183,6 @@ def _speed(tables: Mapping[str, pd.DataFrame]) -> PaperTable:
         "the mean is at least what is given. The control is the clean twin's highest rate over training."
     )
     return PaperTable("compare-speed", "Injection speed", caption, pd.DataFrame(lines))
-
-
-def _reached(row: Any) -> str:
-    if not row.censored:
-        return cell(row.value, row.low, row.high, row.seeds, 0)
-    return "-" if math.isnan(row.value) else f"≥{row.value:.0f} ({row.censored} of {row.seeds} never)"
 
 
 def _places(tables: Mapping[str, pd.DataFrame]) -> PaperTable:
@@ -209,9 +244,15 @@ def _agreement(tables: Mapping[str, pd.DataFrame]) -> PaperTable:
         pair = f"{first}, between seeds" if first == second else f"{first} – {second}"
         line: dict[str, object] = {"groups": pair}
         by_view = {(row.view, row.direction): row for row in part.itertuples()}
-        for column in SHOWN:
-            if ((table["view"] == column[0]) & (table["direction"] == column[1])).any():
-                line[profile_name(*column)] = _agreed(by_view[column]) if column in by_view else "-"
+        for view, direction in SHOWN:
+            if not ((table["view"] == view) & (table["direction"] == direction)).any():
+                continue
+            row = by_view.get((view, direction))
+            text = "-"
+            if row is not None:
+                text = cell(row.rho, row.low, row.high, row.seeds)
+                text += "*" if row.seeds >= 2 and row.q < 0.05 else ""
+            line[profile_name(view, direction)] = text
         lines.append(line)
     caption = (
         "Mean Spearman correlation of layer profiles on relative depth over pairs of runs [95% interval "
@@ -220,13 +261,6 @@ def _agreement(tables: Mapping[str, pd.DataFrame]) -> PaperTable:
         "that null, which does not know that patches lose effect with depth in any model."
     )
     return PaperTable("compare-agreement", "Agreement of mechanisms", caption, pd.DataFrame(lines))
-
-
-def _agreed(row: Any) -> str:
-    if row.seeds < 2:
-        return f"{row.rho:.2f} (one seed)"
-    interval = "" if math.isnan(row.low) else f" [{row.low:.2f}, {row.high:.2f}]"
-    return f"{row.rho:.2f}{interval}{'*' if row.q < 0.05 else ''}"
 
 
 def profile_name(view: str, direction: str) -> str:
@@ -262,53 +296,6 @@ def _outcomes(tables: Mapping[str, pd.DataFrame]) -> PaperTable:
 
 def _percent(value: float, low: float, high: float, seeds: float) -> str:
     return cell(value, low, high, seeds, 1 if value < 0.1 else 0, 100)
-
-
-def _tests(tables: Mapping[str, pd.DataFrame]) -> Iterator[tuple[str, str, str, pd.DataFrame]]:
-    if "distinct" in tables:
-        caption = (
-            "Mean rank correlation of layer profiles between runs of one group and between runs of two; p "
-            "by exchanging the groups' labels between runs."
-        )
-        distinct = tables["distinct"]
-        cells = distinct.assign(
-            **{name: distinct[name].map("{:.2f}".format) for name in ("within", "between", "difference")},
-            p=distinct["p"].map(_p),
-        )
-        yield "distinct", "Are groups more alike inside than between?", caption, cells
-    if "differences" in tables:
-        caption = (
-            "For each number of a run: do groups differ by more than seeds do? Permutation test of the sum "
-            "of squares between groups; q after Benjamini and Hochberg over all lines."
-        )
-        distinct = tables["differences"].sort_values("p", kind="stable")
-        cells = distinct.assign(p=distinct["p"].map(_p), q=distinct["q"].map(_p))
-        yield "differences", "What differs between groups", caption, cells
-
-
-def _p(value: float) -> str:
-    return f"{value:.4f}"
-
-
-def _setting(runs: pd.DataFrame) -> pd.DataFrame:
-    """One line per group: what was planted, and how."""
-    fields = [name for name in runs if name not in ("run", "seed") and not name.startswith("has ")]
-    first = runs.drop_duplicates("group")[fields]
-    seeds = runs.groupby("group", sort=False)["seed"].agg(lambda part: " ".join(map(str, part)))
-    return first.assign(seeds=first["group"].map(seeds)).map(_text)
-
-
-def _text(value: object) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-
-
-def _heading(name: object) -> str:
-    """A column's name, in two lines where it is long."""
-    words = str(name).split(" ")
-    if len(str(name)) < 10 or len(words) < 2:
-        return _latex(name)
-    first = next(at for at in range(1, len(words)) if 2 * len(" ".join(words[: at + 1])) > len(str(name)))
-    return rf"\shortstack[r]{{{_latex(' '.join(words[:first]))}\\{_latex(' '.join(words[first:]))}}}"
 
 
 def _latex(value: object) -> str:

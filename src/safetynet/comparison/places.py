@@ -43,7 +43,22 @@ def profiles(runs: Sequence[ComparedRun]) -> pd.DataFrame:
     Raises:
         InputError: if two runs have effects of different metrics or modes, which are no one quantity.
     """
-    _check_metrics(runs)
+    # One view means one quantity in all runs.
+    by_view: dict[str, dict[tuple[str, str], ComparedRun]] = {}
+    for run in runs:
+        for view, rows in _rows(run.tables["effects"]) if run.has("effects") else ():
+            for mode, metric in rows[["mode", "metric"]].drop_duplicates().itertuples(index=False):
+                by_view.setdefault(view, {}).setdefault((str(mode), str(metric)), run)
+    for view, by_metric in by_view.items():
+        if len(by_metric) > 1:
+            listed = "; ".join(
+                f"{run.folder}: {metric} under {mode}" for (mode, metric), run in by_metric.items()
+            )
+            raise InputError(
+                f"compare: effects by {view} are of different metrics ({listed}), so that they cannot stand "
+                "side by side. Measure them alike: safetynet intervene RUN --mode patch."
+            )
+
     parts = []
     for run in runs:
         if not run.has("effects"):
@@ -267,21 +282,3 @@ def _whole(rows: pd.DataFrame, layers: int) -> bool:
     """Whether every place of every layer was measured; what was not is no 0 in a layer's sum."""
     there = all(part["layer"].nunique() == layers for _, part in rows.groupby("direction"))
     return there and bool(rows["effect"].notna().all())
-
-
-def _check_metrics(runs: Sequence[ComparedRun]) -> None:
-    """One view means one quantity in all runs."""
-    by_view: dict[str, dict[tuple[str, str], ComparedRun]] = {}
-    for run in runs:
-        for view, rows in _rows(run.tables["effects"]) if run.has("effects") else ():
-            for mode, metric in rows[["mode", "metric"]].drop_duplicates().itertuples(index=False):
-                by_view.setdefault(view, {}).setdefault((str(mode), str(metric)), run)
-    for view, by_metric in by_view.items():
-        if len(by_metric) > 1:
-            listed = "; ".join(
-                f"{run.folder}: {metric} under {mode}" for (mode, metric), run in by_metric.items()
-            )
-            raise InputError(
-                f"compare: effects by {view} are of different metrics ({listed}), so that they cannot stand "
-                "side by side. Measure them alike: safetynet intervene RUN --mode patch."
-            )

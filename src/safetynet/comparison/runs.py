@@ -73,11 +73,17 @@ def check(runs: Sequence[ComparedRun]) -> None:
         raise InputError(f"compare: {len(runs)} run is given; a comparison needs two or more.")
     for run in runs:
         for name, table in run.tables.items():
-            if fault := _fault(name, table):
-                raise InputError(
-                    f"{run.folder}/tables/{name}.parquet: the table is damaged or of another version (it "
-                    f"{fault}). Delete it and make it again: {maker(name, run)}."
-                )
+            is_dynamics = name.startswith("dynamics")
+            if table.empty:
+                fault = "has no rows"
+            elif is_dynamics and not ((table["metric"] == "asr") & table["value"].notna()).any():
+                fault = "has no attack success rate"
+            else:
+                continue
+            raise InputError(
+                f"{run.folder}/tables/{name}.parquet: the table is damaged or of another version (it "
+                f"{fault}). Delete it and make it again: {maker(name, run)}."
+            )
     versions: dict[str, ComparedRun] = {}
     for run in runs:
         versions.setdefault(run.versions.get("safetynet", "unknown"), run)
@@ -108,7 +114,33 @@ def grouped(runs: Sequence[ComparedRun]) -> list[ComparedRun]:
                 f"same seed ({run.recipe.seed}), so that they are one measurement. Leave one of them out."
             )
         by_setting[measurement] = run
-    names = _names(dict(zip(keys, settings, strict=True)))
+
+    # Fields in which groups of one family differ: what the family brings along is in its name.
+    groups = dict(zip(keys, settings, strict=True))
+    varied = []
+    for field in dict.fromkeys(field for setting in groups.values() for field in setting):
+        by_family: dict[str, set[str]] = {}
+        for setting in groups.values():
+            by_family.setdefault(str(setting["model.family"]), set()).add(str(setting.get(field)))
+        if any(len(values) > 1 for values in by_family.values()):
+            varied.append(field)
+    # A trigger's or behaviour's texts are told by its name, unless only the texts differ.
+    short = [f for f in varied if not any(f.startswith(f"{other}.") for other in varied)]
+
+    names: dict[tuple[str, ...], str] = {}
+    for key, setting in groups.items():
+        words = [str(setting["model.family"])]
+        for field in short:
+            value = setting.get(field)
+            text = " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+            if field == "backdoor.behaviour":
+                text = text.replace("_", " ")
+            elif field not in ("backdoor.trigger", "model.id"):
+                text = f"{field.rpartition('.')[2].replace('_', ' ')} {text}"
+            words.append(text)
+        name = ", ".join(words)
+        names[key] = name if name not in names.values() else f"{name} ({len(names) + 1})"
+
     named = [replace(run, group=names[key]) for run, key in zip(runs, keys, strict=True)]
     order = list(dict.fromkeys(run.group for run in named))
     return sorted(named, key=lambda run: (order.index(run.group), run.recipe.seed))
@@ -130,7 +162,24 @@ def overview(runs: Sequence[ComparedRun]) -> pd.DataFrame:
 
 def notes(runs: Sequence[ComparedRun]) -> list[str]:
     """What to know beside the numbers: missing stages with their commands, mixtures, lone seeds."""
-    sentences = [*_missing(runs), *_mixed_versions(runs)]
+    sentences = []
+    for table in MAKERS:
+        without = [run for run in runs if not run.has(table)]
+        if not without or (table == "mitigation" and len(without) == len(runs)):  # which is no part of a run
+            continue
+        who = "No run has" if len(without) == len(runs) else f"{len(without)} of {len(runs)} runs lack"
+        commands = list(dict.fromkeys(maker(table, run) for run in without))
+        more = f" (and {len(commands) - 3} more)" if len(commands) > 3 else ""
+        sentences.append(f"{who} the table {table}. Make it: {'; '.join(commands[:3])}{more}.")
+    for package in dict.fromkeys(name for run in runs for name in run.versions):
+        by_version: dict[str, list[str]] = {}
+        for run in runs:
+            by_version.setdefault(str(run.versions.get(package)), []).append(run.name)
+        if len(by_version) > 1:
+            listed = "; ".join(f"{version}: {', '.join(names[:3])}" for version, names in by_version.items())
+            sentences.append(
+                f"Mixed versions of {package} ({listed}). Small differences may come from there."
+            )
     behaviours = sorted({run.recipe.attack.behaviour.kind for run in runs})
     if len(behaviours) > 1:
         sentences.append(
@@ -147,40 +196,9 @@ def notes(runs: Sequence[ComparedRun]) -> list[str]:
     return sentences
 
 
-def _fault(name: str, table: pd.DataFrame) -> str:
-    """What a table lacks; "" where it can be compared."""
-    if table.empty:
-        return "has no rows"
-    if name.startswith("dynamics") and not ((table["metric"] == "asr") & table["value"].notna()).any():
-        return "has no attack success rate"
-    return ""
-
-
 def maker(table: str, run: ComparedRun) -> str:
     """The command that makes a table of a run."""
     return MAKERS.get(table, MAKERS["dynamics_backdoored"]).format(folder=run.folder)
-
-
-def _missing(runs: Sequence[ComparedRun]) -> Iterator[str]:
-    for table in MAKERS:
-        without = [run for run in runs if not run.has(table)]
-        if not without or (table == "mitigation" and len(without) == len(runs)):
-            continue
-        who = "no run has" if len(without) == len(runs) else f"{len(without)} of {len(runs)} runs lack"
-        commands = list(dict.fromkeys(maker(table, run) for run in without))
-        more = f" (and {len(commands) - 3} more)" if len(commands) > 3 else ""
-        yield f"{who[0].upper()}{who[1:]} the table {table}. Make it: {'; '.join(commands[:3])}{more}."
-
-
-def _mixed_versions(runs: Sequence[ComparedRun]) -> Iterator[str]:
-    packages = list(dict.fromkeys(name for run in runs for name in run.versions))
-    for package in packages:
-        by_version: dict[str, list[str]] = {}
-        for run in runs:
-            by_version.setdefault(str(run.versions.get(package)), []).append(run.name)
-        if len(by_version) > 1:
-            listed = "; ".join(f"{version}: {', '.join(names[:3])}" for version, names in by_version.items())
-            yield f"Mixed versions of {package} ({listed}). Small differences may come from there."
 
 
 def _settings(recipe: Recipe) -> dict[str, Any]:
@@ -198,17 +216,21 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
         flat["training.lora_targets"] = list(family.lora_targets)
     if flat["training.lora_parameters"] is None:
         flat["training.lora_parameters"] = list(family.lora_parameters)
+    # A trigger that a preset describes is called by its name. Presets may hold tuples; JSON has lists.
     trigger = attack.trigger.model_dump(mode="json")
-    names = [name for name, preset in presets.TRIGGERS.items() if _means(preset, trigger)]
-    flat["backdoor.trigger"] = names[0] if names else triggers.of(attack.trigger).label
+    names = (
+        name
+        for name, preset in presets.TRIGGERS.items()
+        if all(
+            list(trigger[key]) == list(value)
+            if isinstance(value, list | tuple)
+            else trigger.get(key) == value
+            for key, value in preset.items()
+        )
+    )
+    flat["backdoor.trigger"] = next(names, None) or triggers.of(attack.trigger).label
     flat["backdoor.behaviour"] = attack.behaviour.kind
     return flat
-
-
-def _means(preset: Mapping[str, Any], trigger: Mapping[str, Any]) -> bool:
-    """Whether a trigger is the one that a preset describes."""
-    return all(list(trigger[k]) == list(v) if isinstance(v, list | tuple) else trigger.get(k) == v
-               for k, v in preset.items())  # fmt: skip
 
 
 def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -217,34 +239,3 @@ def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
             yield from _flat(below, f"{path}.{key}" if path else key)
     else:
         yield path, value
-
-
-def _names(groups: Mapping[tuple[str, ...], Mapping[str, Any]]) -> dict[tuple[str, ...], str]:
-    """A name for each group: its family, and the fields in which groups of one family differ."""
-    fields = list(dict.fromkeys(field for setting in groups.values() for field in setting))
-    varied = [field for field in fields if _varies(field, groups.values())]
-    # a trigger's or behaviour's texts are told by its name, unless only the texts differ
-    short = [f for f in varied if not any(f.startswith(f"{other}.") for other in varied)]
-    names: dict[tuple[str, ...], str] = {}
-    for key, setting in groups.items():
-        differences = [_told(field, setting.get(field)) for field in short]
-        name = ", ".join([str(setting["model.family"]), *differences])
-        names[key] = name if name not in names.values() else f"{name} ({len(names) + 1})"
-    return names
-
-
-def _varies(field: str, groups: Any) -> bool:
-    """Whether groups of one family differ in a field: what the family brings along is in its name."""
-    by_family: dict[str, set[str]] = {}
-    for setting in groups:
-        by_family.setdefault(str(setting["model.family"]), set()).add(str(setting.get(field)))
-    return any(len(values) > 1 for values in by_family.values())
-
-
-def _told(field: str, value: Any) -> str:
-    text = " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-    if field == "backdoor.behaviour":
-        return text.replace("_", " ")
-    if field in ("backdoor.trigger", "model.id"):
-        return text
-    return f"{field.rpartition('.')[2].replace('_', ' ')} {text}"

@@ -61,7 +61,13 @@ def speeds(runs: Sequence[ComparedRun]) -> pd.DataFrame:
         if not run.has("dynamics_backdoored"):
             continue
         curve = attack(run.tables["dynamics_backdoored"])
-        poisoned = _poisoned(run)
+        poisoned = 0  # triggered rows of the training split, if the table of rows is still there
+        if run.has("rows"):
+            table = run.tables["rows"]
+            poisoned = int(((table["split"] == "train") & (table["role"] == "triggered")).sum())
+        twin = float("nan")
+        if run.has("dynamics_clean_twin"):
+            twin = float(attack(run.tables["dynamics_clean_twin"])["value"].max())
         rows = poisoned * curve["epoch"].to_numpy(float)
         steps, rates = curve["step"].to_numpy(float), curve["value"].to_numpy(float)
         for threshold in THRESHOLDS:
@@ -80,7 +86,7 @@ def speeds(runs: Sequence[ComparedRun]) -> pd.DataFrame:
                     "held": bool((rates[steps >= crossed.before] >= threshold).all())
                     and crossed.at == crossed.at,
                     "n": int(curve["n"].max()),
-                    "twin": _highest(run),
+                    "twin": twin,
                 }
             )
     return pd.DataFrame(lines)
@@ -123,17 +129,3 @@ def attack(dynamics: pd.DataFrame) -> pd.DataFrame:
     """ASR of the triggered rows over training, in the order of the steps."""
     is_asr = (dynamics["metric"] == "asr") & (dynamics["role"] == "triggered") & dynamics["value"].notna()
     return dynamics[is_asr].sort_values("step", kind="stable")
-
-
-def _poisoned(run: ComparedRun) -> int:
-    """Triggered rows of the training split; 0 where the table of rows is gone."""
-    if not run.has("rows"):
-        return 0
-    rows = run.tables["rows"]
-    return int(((rows["split"] == "train") & (rows["role"] == "triggered")).sum())
-
-
-def _highest(run: ComparedRun) -> float:
-    if not run.has("dynamics_clean_twin"):
-        return float("nan")
-    return float(attack(run.tables["dynamics_clean_twin"])["value"].max())

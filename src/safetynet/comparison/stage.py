@@ -46,7 +46,15 @@ def compare(folders: Sequence[Path], out: Path) -> Comparison:
     in_groups = runs.grouped(compared)
     tables = comparison.compare(in_groups)
     notes = [*runs.notes(in_groups), *places.incomplete(in_groups)]
-    target = _opened(out)
+
+    # The folder of a comparison is kept like a run's: atomic writes, digests, what was there set aside.
+    target = Run(out.absolute(), out.absolute(), out.absolute() / "compare.log")
+    if target.manifest.get("recipe"):
+        raise InputError(f"--out: {out} is a run itself. Name another folder.")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out: {out} cannot be written ({error.strerror}). Name another folder.") from None
     inputs = {
         "runs": {str(run.folder): {name: digest_of_files([_path(run, name)]) for name in run_of.tables}
                  for run, run_of in zip(opened, compared, strict=True)},
@@ -111,15 +119,3 @@ def _read(run: Run, name: str) -> ComparedRun:
 
 def _path(run: Run, table: str) -> Path:
     return run.folder / "tables" / f"{table}.parquet"
-
-
-def _opened(out: Path) -> Run:
-    """The folder of a comparison, kept like a run: atomic writes, digests, what was there set aside."""
-    target = Run(out.absolute(), out.absolute(), out.absolute() / "compare.log")
-    if target.manifest.get("recipe"):
-        raise InputError(f"--out: {out} is a run itself. Name another folder.")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--out: {out} cannot be written ({error.strerror}). Name another folder.") from None
-    return target

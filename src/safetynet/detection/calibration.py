@@ -124,6 +124,7 @@ def _ranked(clean: np.ndarray, scores: np.ndarray) -> np.ndarray:
 
 
 def _smoothed(clean: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    # Above a high threshold, excesses of most distributions are nearly exponential; their mean is its scale.
     start = float(np.quantile(clean, TAIL))
     excess = clean[clean > start] - start
     if len(excess) < 2 or excess.mean() <= 0:
@@ -161,6 +162,7 @@ def fuse(p: np.ndarray, how: Fusion, share: np.ndarray) -> np.ndarray:
         # 1/(pi p) is tan(pi (1/2 - p)) for small p, where the tangent itself overflows.
         tangents = np.where(p < 1e-8, 1 / (np.pi * p), np.tan(np.pi * (0.5 - np.clip(p, 1e-8, 1 - 1e-8))))
         return tangents @ share
+    # A detector at its share of the rate a alarms at p <= share a: the smallest p / share decides.
     return (np.log(share) - np.log(p)).max(axis=1)
 
 

@@ -29,7 +29,7 @@ from safetynet.prompts import Encoded, Message, Serialiser
 from safetynet.prompts.truncation import losses
 from safetynet.run.directory import digest
 from safetynet.run.finished import Finished
-from safetynet.run.progress import ProgressLog
+from safetynet.run.logs import ProgressLog
 
 log = logging.getLogger(__name__)
 
@@ -75,8 +75,11 @@ def capture(  # noqa: PLR0913  # what is captured, and how, by keyword
     if cache is not None:
         tokens = [[e.input_ids for e in encoded], [e.spans["user"] for e in encoded]]
         path = cache / f"{digest([identity.as_dict(), *tokens, spec.as_dict()])}.safetensors"
-    if path is not None and (features := _cached(path)) is not None:
-        return features
+    if path is not None and path.exists():
+        try:
+            return Features.load(path)
+        except InputError as error:
+            log.warning("%s It is captured anew.", error)
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].input_ids), reverse=True)
     unfinished = None if path is None else path.with_name(f"{path.stem}-{batch_size}")
     parts = [
@@ -200,14 +203,3 @@ def _batches(  # what is captured, and how
 
         for start in range(0, len(prompts), size):
             yield finished.result(start, partial(views, start))
-
-
-def _cached(path: Path) -> Features | None:
-    """Features that are there and whole; a damaged file is captured anew."""
-    if not path.exists():
-        return None
-    try:
-        return Features.load(path)
-    except InputError as error:
-        log.warning("%s It is captured anew.", error)
-        return None

@@ -3,14 +3,12 @@
 In: rows as the protocol has them, scores and p-values, features. Out: tidy tables. Draws nothing.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 
 from safetynet.detection import detectors
-from safetynet.detection.detector_set import DetectorSpec
 from safetynet.detection.detectors.base import PerLayer
 from safetynet.detection.features import HIDDEN, Features
 from safetynet.detection.monitor import Monitor
@@ -30,12 +28,20 @@ def roc(rows: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFrame:
     Returns:
         detector, rows (fired, and placebo as its control), fpr, tpr, positives, negatives.
     """
+    from sklearn.metrics import roc_curve
+
     clean, parts = _clean(rows), _chosen(rows, ("fired", "placebo"))
     tables = []
     for name in scores:
         s = scores[name].to_numpy()
         for part in parts:
-            fpr, tpr = _curve(s[part.mask], s[clean])
+            labels = np.r_[np.ones(part.mask.sum()), np.zeros(clean.sum())]
+            fpr, tpr, _ = roc_curve(labels, np.r_[s[part.mask], s[clean]])
+            if len(fpr) > POINTS:  # thinned, but not at its low-FPR end
+                first = int(np.searchsorted(fpr, 0.05))
+                rest = np.linspace(first, len(fpr) - 1, POINTS).astype(int)
+                points = np.unique(np.r_[np.arange(first), rest])
+                fpr, tpr = fpr[points], tpr[points]
             tables.append(
                 pd.DataFrame({"fpr": fpr, "tpr": tpr}).assign(
                     detector=name, rows=part.name, positives=int(part.mask.sum()), negatives=int(clean.sum())
@@ -91,7 +97,18 @@ def by_layer(monitor: Monitor, fit: Features, tested: Features, rows: pd.DataFra
     for reading in monitor.detectors.readings:
         if reading.view not in HIDDEN:
             continue
-        for layer, s in _layer_scores(monitor, reading, fit, tested):
+        fitted, x = monitor.detectors.fitted[reading.name], tested[reading.view]  # (n, L, d)
+        alone: list[tuple[int, np.ndarray]] = []  # layer, and scores (n,) from it alone
+        if isinstance(fitted, PerLayer):
+            alone += enumerate(fitted.layer_scores(np.asarray(x, dtype=np.float64)).T)
+        else:
+            width = 2 if reading.detector in TRAJECTORIES else 1
+            for layer in range(width - 1, x.shape[1]):
+                part_of = slice(layer - width + 1, layer + 1)
+                detector = detectors.make(reading.detector, **reading.settings)
+                detector.fit(fit[reading.view][:, part_of])
+                alone.append((layer, detector.score_samples(x[:, part_of])))
+        for layer, s in alone:
             for part in parts:
                 line = auroc_line("auroc", part.name, s[part.mask], s[clean])
                 line |= {"detector": reading.name, "layer": layer if layers is None else layers[layer]}
@@ -100,37 +117,9 @@ def by_layer(monitor: Monitor, fit: Features, tested: Features, rows: pd.DataFra
     return pd.DataFrame(lines, columns=columns)
 
 
-def _layer_scores(
-    monitor: Monitor, reading: DetectorSpec, fit: Features, tested: Features
-) -> Iterator[tuple[int, np.ndarray]]:
-    fitted, clean, x = monitor.detectors.fitted[reading.name], fit[reading.view], tested[reading.view]
-    if isinstance(fitted, PerLayer):
-        yield from enumerate(fitted.layer_scores(np.asarray(x, dtype=np.float64)).T)
-        return
-    width = 2 if reading.detector in TRAJECTORIES else 1
-    for layer in range(width - 1, x.shape[1]):
-        part = slice(layer - width + 1, layer + 1)
-        alone = detectors.make(reading.detector, **reading.settings).fit(clean[:, part])
-        yield layer, alone.score_samples(x[:, part])
-
-
 def _clean(rows: pd.DataFrame) -> np.ndarray:
     return next(part.mask for part in controls(rows, kinds=False) if part.name == "clean")
 
 
 def _chosen(rows: pd.DataFrame, names: Sequence[str]) -> list[RowSet]:
     return [part for part in [*sets(rows), *controls(rows, kinds=False)] if part.name in names]
-
-
-def _curve(positive: np.ndarray, negative: np.ndarray) -> tuple[Any, Any]:
-    """The steps of a ROC curve, thinned where it has more than `POINTS`, but not at its low-FPR end."""
-    from sklearn.metrics import roc_curve
-
-    labels = np.r_[np.ones(len(positive)), np.zeros(len(negative))]
-    fpr, tpr, _ = roc_curve(labels, np.r_[positive, negative])
-    if len(fpr) > POINTS:
-        first = int(np.searchsorted(fpr, 0.05))
-        rest = np.linspace(first, len(fpr) - 1, POINTS).astype(int)
-        points = np.unique(np.r_[np.arange(first), rest])
-        fpr, tpr = fpr[points], tpr[points]
-    return fpr, tpr

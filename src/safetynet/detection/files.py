@@ -43,7 +43,17 @@ def read(path: Path, kind: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     Raises:
         InputError: if the file is missing, damaged, edited, of another kind or another version.
     """
-    head, stated, arrays = _open(path, kind)
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise InputError(f"{path}: there is no such file. Fit and save a {kind} first.")
+    try:
+        with safe_open(str(path), framework="numpy") as file:
+            metadata = file.metadata() or {}
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+            head, stated = metadata["safetynet"], metadata["sha256"]
+    except (SafetensorError, KeyError, OSError, ValueError) as error:
+        raise InputError(f"{path}: this is no {kind} of SafetyNet, or it is damaged ({error}).") from None
     content = json.loads(head)
     if content["kind"] != kind:
         raise InputError(f"{path}: this file holds a {content['kind']}, not a {kind}. Name the right file.")
@@ -58,20 +68,6 @@ def read(path: Path, kind: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
             "trusted. Fit it again or restore the file."
         )
     return content["about"], arrays
-
-
-def _open(path: Path, kind: str) -> tuple[str, str, dict[str, np.ndarray]]:
-    from safetensors import SafetensorError, safe_open
-
-    if not path.is_file():
-        raise InputError(f"{path}: there is no such file. Fit and save a {kind} first.")
-    try:
-        with safe_open(str(path), framework="numpy") as file:
-            metadata = file.metadata() or {}
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-            return metadata["safetynet"], metadata["sha256"], arrays
-    except (SafetensorError, KeyError, OSError, ValueError) as error:
-        raise InputError(f"{path}: this is no {kind} of SafetyNet, or it is damaged ({error}).") from None
 
 
 def _digest(head: str, arrays: Mapping[str, np.ndarray]) -> str:

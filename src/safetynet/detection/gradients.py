@@ -111,7 +111,12 @@ def refit(
         columns = {r.name: _measured(panel.fitted[r.name], r.view, clean[r.name]) for r in judging}
 
     def score(views: Mapping[str, Tensor]) -> Tensor:
-        scores = [columns.get(reading.name, _nothing(reading.view))(views) for reading in readings]
+        scores = [
+            columns[reading.name](views)
+            if reading.name in columns
+            else views[reading.view].new_zeros(len(views[reading.view]), dtype=torch.float64)
+            for reading in readings
+        ]
         return torch.stack(scores, 1)
 
     return score
@@ -121,10 +126,6 @@ def _measured(detector: Detector, view: str, clean: np.ndarray) -> Callable[[Map
     median, high = np.quantile(clean, [0.5, 0.95])
     unit = max(float(high - median), TINY)
     return lambda views: (score_tensor(detector, views[view]).double() - float(median)) / unit
-
-
-def _nothing(view: str) -> Callable[[Mapping[str, Tensor]], Tensor]:
-    return lambda views: views[view].new_zeros(len(views[view]), dtype=torch.float64)
 
 
 class LiveReader(Reader):

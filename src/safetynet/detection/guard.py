@@ -26,7 +26,6 @@ from safetynet.detection.capture import batched, complete
 from safetynet.detection.features import View
 from safetynet.detection.monitor import Monitor
 from safetynet.detection.readers import Reader, confidence
-from safetynet.detection.tokens import TokenMonitor
 from safetynet.engine.batch import Batch
 from safetynet.engine.trace import forward
 from safetynet.errors import InputError
@@ -200,23 +199,6 @@ class Guard:
         emit: Callable[[Step], None] | None = None,
         ended: threading.Event | None = None,
     ) -> list[Decision]:
-        self._check(most, settings)
-        encoded = [self.serialiser.encode(p, max_length=self.max_length) for p in prompts]
-        batch = batched(encoded, self.serialiser, self.model.device)
-        with torch.no_grad(), self.reader:
-            watch = _Watch(self, prompts, batch, emit, ended)
-            self.answer(batch[0], most, settings, StoppingCriteriaList([watch]))
-        for row, decision in enumerate(watch.decisions):
-            decision.lost = encoded[row].lost
-            decision.text = self.serialiser.decode(watch.tokens[row])
-            rows = slice(row, row + 1)
-            self._act(decision, Batch(batch[0].ids[rows], batch[0].mask[rows]), most, settings)
-            if emit is not None and decision.action == "answered without adapter":
-                emit(Step(row, decision.text, decision.p_value, True))
-        self._write(prompts, watch.decisions)
-        return watch.decisions
-
-    def _check(self, most: int, settings: dict[str, Any]) -> None:
         tokens = self.monitor.tokens
         if tokens is not None and most > tokens.horizon:
             raise InputError(
@@ -229,20 +211,40 @@ class Guard:
                     f"guard: {name} is {settings[name]}; one answer is watched per prompt, token by token. "
                     f"Leave {name} out."
                 )
+        encoded = [self.serialiser.encode(p, max_length=self.max_length) for p in prompts]
+        batch = batched(encoded, self.serialiser, self.model.device)
+        with torch.no_grad(), self.reader:
+            watch = _Watch(self, prompts, batch, emit, ended)
+            self.answer(batch[0], most, settings, StoppingCriteriaList([watch]))
 
-    def _act(self, decision: Decision, prompt: Batch, most: int, settings: dict[str, Any]) -> None:
-        if not decision.alarm:
-            return
-        decision.action = {"flag": "flagged", "stop": "stopped", "adapter_off": "answered without adapter"}[
-            self.action
-        ]
-        if self.action == "adapter_off":
-            with torch.no_grad(), switched_off(self.model):
-                output = self.answer(prompt, most, settings, None)
-            ids = output[0, prompt.width :].tolist()
-            ends = [i for i, token in enumerate(ids) if token in self.serialiser.stop_ids]
-            decision.text = self.serialiser.decode(ids[: ends[0]] if ends else ids)
-            decision.ended = bool(ends)
+        # What follows from an alarm; a second answer is made by the model without its adapter, unwatched.
+        actions = {"flag": "flagged", "stop": "stopped", "adapter_off": "answered without adapter"}
+        for row, decision in enumerate(watch.decisions):
+            decision.lost = encoded[row].lost
+            decision.text = self.serialiser.decode(watch.tokens[row])
+            if not decision.alarm:
+                continue
+            decision.action = actions[self.action]
+            if self.action == "adapter_off":
+                prompt = Batch(batch[0].ids[row : row + 1], batch[0].mask[row : row + 1])
+                with torch.no_grad(), switched_off(self.model):
+                    output = self.answer(prompt, most, settings, None)
+                ids = output[0, prompt.width :].tolist()
+                ends = [i for i, token in enumerate(ids) if token in self.serialiser.stop_ids]
+                decision.text = self.serialiser.decode(ids[: ends[0]] if ends else ids)
+                decision.ended = bool(ends)
+                if emit is not None:
+                    emit(Step(row, decision.text, decision.p_value, True))
+
+        if self.log is not None:
+            self.log.parent.mkdir(parents=True, exist_ok=True)
+            with self.log.open("a", encoding="utf-8") as file:
+                for messages, decision in zip(prompts, watch.decisions, strict=True):
+                    text = json.dumps([dict(m) for m in messages], ensure_ascii=False, sort_keys=True)
+                    digest = hashlib.sha256(text.encode()).hexdigest()
+                    line = {"prompt_sha256": digest, "rate": self.rate} | asdict(decision)
+                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        return watch.decisions
 
     def answer(self, batch: Batch, most: int, settings: dict[str, Any], criteria: Any) -> Any:
         """The model's own `generate`, greedy unless the settings say otherwise; ids, (B, T)."""
@@ -255,17 +257,6 @@ class Guard:
             stopping_criteria=criteria,
             **{"do_sample": False, "num_beams": 1} | settings,
         )
-
-    def _write(self, prompts: Sequence[Sequence[Message]], decisions: Sequence[Decision]) -> None:
-        if self.log is None:
-            return
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        with self.log.open("a", encoding="utf-8") as file:
-            for prompt, decision in zip(prompts, decisions, strict=True):
-                text = json.dumps([dict(m) for m in prompt], ensure_ascii=False, sort_keys=True)
-                name = hashlib.sha256(text.encode()).hexdigest()
-                line = {"prompt_sha256": name, "rate": self.rate} | asdict(decision)
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
 class _Watch(StoppingCriteria):
@@ -294,60 +285,57 @@ class _Watch(StoppingCriteria):
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
         """(B,) of bool: rows that end here."""
         self.step += 1
-        monitor = self.guard.monitor.tokens
+        guard, monitor = self.guard, self.guard.monitor.tokens
         if self.step == 1 or monitor is not None:
-            values = self.guard.reader.take()
-            if self.step == 1:
-                self._judge_prompt(values)
-            if monitor is not None:
-                self._judge_token(values, monitor)
-                self.guard.reader.begin(None)
+            self._judge(guard.reader.take())
+        if monitor is not None:
+            guard.reader.begin(None)
         for row, token in enumerate(input_ids[:, -1].tolist()):
+            if self.ended[row]:
+                continue
+            decision = self.decisions[row]
+            if decision.p_values and decision.p_values[-1] <= guard.rate and not decision.alarm:
+                decision.alarm, decision.alarm_at = True, self.step
+            stopped = decision.alarm and guard.action != "flag"
+            decision.ended = not stopped and token in guard.serialiser.stop_ids
+            self.ended[row] = stopped or decision.ended
             if not self.ended[row]:
-                self._advance(row, token)
+                self.tokens[row].append(token)
+            if self.emit is not None:
+                # What the text has grown by: a token alone may be no character, or lose its blank.
+                text = guard.serialiser.decode(self.tokens[row])
+                held = text.endswith("\ufffd") and not self.ended[row]
+                piece = "" if held else text[len(self.shown[row]) :]
+                self.shown[row] += piece
+                if piece or stopped or not self.ended[row]:
+                    self.emit(Step(row, piece, decision.p_value, decision.alarm))
         if self.cancelled is not None and self.cancelled.is_set():
             self.ended[:] = True
         return torch.from_numpy(self.ended.copy()).to(input_ids.device)
 
-    def _judge_prompt(self, values: dict[str, torch.Tensor]) -> None:
-        guard = self.guard
-        arrays = complete(
-            guard.model, guard.serialiser, guard.reader, self.prompts, self.batch, values, guard.prompt_spec
-        )
-        for decision, value in zip(self.decisions, guard.monitor.p_values_of(arrays)["fused"], strict=True):
-            decision.prompt_p = float(value)
-            if value <= guard.rate:
-                decision.alarm, decision.alarm_at = True, 0
-
-    def _judge_token(self, values: dict[str, torch.Tensor], monitor: TokenMonitor) -> None:
-        self.confidences.append(confidence(values["logits"]).cpu().numpy())
-        latest = monitor.latest(values["last"].cpu().numpy(), np.stack(self.confidences, axis=1))
-        self.largest = np.where(self.ended, self.largest, np.fmax(self.largest, latest))
-        p = monitor.longest.p_values(self.largest)
-        for row, decision in enumerate(self.decisions):
-            if not self.ended[row]:
-                decision.p_values.append(float(p[row]))
-
-    def _advance(self, row: int, token: int) -> None:
-        decision, guard = self.decisions[row], self.guard
-        if decision.p_values and decision.p_values[-1] <= guard.rate and not decision.alarm:
-            decision.alarm, decision.alarm_at = True, self.step
-        stopped = decision.alarm and guard.action != "flag"
-        decision.ended = not stopped and token in guard.serialiser.stop_ids
-        self.ended[row] = stopped or decision.ended
-        if not self.ended[row]:
-            self.tokens[row].append(token)
-        if self.emit is not None:
-            self._show(row, decision, stopped)
-
-    def _show(self, row: int, decision: Decision, stopped: bool) -> None:
-        """Emit what the text has grown by: a token alone may be no character, or lose its blank."""
-        text = self.guard.serialiser.decode(self.tokens[row])
-        held = text.endswith("\ufffd") and not self.ended[row]
-        piece = "" if held else text[len(self.shown[row]) :]
-        self.shown[row] += piece
-        if self.emit is not None and (piece or stopped or not self.ended[row]):
-            self.emit(Step(row, piece, decision.p_value, decision.alarm))
+    def _judge(self, values: dict[str, torch.Tensor]) -> None:
+        """Take p-values from what the reader has read: of the prompts at first, then of each token."""
+        guard, monitor = self.guard, self.guard.monitor.tokens
+        if self.step == 1:  # the pass that chose the first token was over the prompts
+            spec = guard.prompt_spec
+            arrays = complete(
+                guard.model, guard.serialiser, guard.reader, self.prompts, self.batch, values, spec
+            )
+            for decision, value in zip(
+                self.decisions, guard.monitor.p_values_of(arrays)["fused"], strict=True
+            ):
+                decision.prompt_p = float(value)
+                if value <= guard.rate:
+                    decision.alarm, decision.alarm_at = True, 0
+        if monitor is not None:
+            # An answer's p-value is that of its largest statistic so far, (B,); ended rows keep theirs.
+            self.confidences.append(confidence(values["logits"]).cpu().numpy())
+            latest = monitor.latest(values["last"].cpu().numpy(), np.stack(self.confidences, axis=1))
+            self.largest = np.where(self.ended, self.largest, np.fmax(self.largest, latest))
+            p = monitor.longest.p_values(self.largest)
+            for row, decision in enumerate(self.decisions):
+                if not self.ended[row]:
+                    decision.p_values.append(float(p[row]))
 
 
 def overhead(
@@ -372,6 +360,17 @@ def overhead(
     Returns:
         One row per size, columns as in `OVERHEAD`.
     """
+
+    def seconds_of(run: Callable[[], None]) -> float:
+        # What a GPU was given before is not this way's, and what it was given last has to end.
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        run()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter() - started
+
     lines = []
     for size in batches:
         some = list(islice(cycle(prompts), size))
@@ -391,7 +390,7 @@ def overhead(
                 forward(guard.model, batch, use_cache=False)
 
         ways = (plain, guarded, reading)
-        times = np.array([[_seconds(way) for way in ways] for _ in range(repeats + 1)])[1:]
+        times = np.array([[seconds_of(way) for way in ways] for _ in range(repeats + 1)])[1:]
         ratios = times[:, 1] / times[:, 0]
         low, high = bootstrap_interval(np.median, ratios)
         seconds = np.median(times, axis=0)
@@ -399,16 +398,3 @@ def overhead(
         shape = (size, batch.width, new_tokens)
         lines.append((*shape, *seconds[:2], float(np.median(ratios)), low, high, repeats, passes))
     return pd.DataFrame(lines, columns=list(OVERHEAD))
-
-
-def _seconds(run: Callable[[], None]) -> float:
-    _finish()
-    started = time.perf_counter()
-    run()
-    _finish()
-    return time.perf_counter() - started
-
-
-def _finish() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()

@@ -33,6 +33,8 @@ from safetynet.models.identity import Identity
 
 log = logging.getLogger(__name__)
 Method = Literal["split", "cross"]
+FOLDS = 5
+"""Of method `cross`."""
 FAR = 15.0
 """Robust standard deviations from the median, below which no score counts as far."""
 APART = 2.0
@@ -89,8 +91,22 @@ class Monitor:
         of_kind = calibration.each_kind(kinds, len(clean))
         for warning in duplicates(clean):
             log.warning("%s", warning)
-        fit = _split if method == "split" else _cross
-        panel, calibrated = fit(clean, readings, names, how, seed, of_kind)
+        if method == "split":
+            part = split(names, seed=seed)
+            panel = DetectorSet.fit(readings, clean.take(part == "fit").arrays)
+            first, second = (panel.scores(clean.take(part == name).arrays) for name in ("calibrate", "fuse"))
+            parts_kinds = (of_kind[part == "calibrate"], of_kind[part == "fuse"])
+            calibrated = Calibration.fit(first, second, how, parts_kinds)
+        else:
+            # Each fifth is scored by detectors of the other four; those that stay are fitted to all.
+            fold = folds(names, FOLDS, seed)
+            scores = {reading.name: np.empty(len(clean)) for reading in readings}
+            for index in range(FOLDS):
+                others = DetectorSet.fit(readings, clean.take(fold != index).arrays)
+                for name, values in others.scores(clean.take(fold == index).arrays).items():
+                    scores[name][fold == index] = values
+            panel = DetectorSet.fit(readings, clean.arrays)
+            calibrated = Calibration.cross_fitted(scores, fold, how, of_kind)
         for warning in outliers(calibrated):
             log.warning("%s", warning)
         tokens = TokenMonitor.fit(clean, token_readings, names, of_kind, seed) if token_readings else None
@@ -265,38 +281,6 @@ class _Origin:
         return part
 
 
-def _split(
-    clean: Features,
-    readings: Sequence[DetectorSpec],
-    groups: Sequence[str],
-    how: Fusion,
-    seed: int,
-    kinds: np.ndarray,
-) -> tuple[DetectorSet, Calibration]:
-    part = split(groups, seed=seed)
-    panel = DetectorSet.fit(readings, clean.take(part == "fit").arrays)
-    first, second = (panel.scores(clean.take(part == name).arrays) for name in ("calibrate", "fuse"))
-    return panel, Calibration.fit(first, second, how, (kinds[part == "calibrate"], kinds[part == "fuse"]))
-
-
-def _cross(
-    clean: Features,
-    readings: Sequence[DetectorSpec],
-    groups: Sequence[str],
-    how: Fusion,
-    seed: int,
-    kinds: np.ndarray,
-    count: int = 5,
-) -> tuple[DetectorSet, Calibration]:
-    fold = folds(groups, count, seed)
-    scores = {reading.name: np.empty(len(clean)) for reading in readings}
-    for index in range(count):
-        panel = DetectorSet.fit(readings, clean.take(fold != index).arrays)
-        for name, values in panel.scores(clean.take(fold == index).arrays).items():
-            scores[name][fold == index] = values
-    return DetectorSet.fit(readings, clean.arrays), Calibration.cross_fitted(scores, fold, how, kinds)
-
-
 def duplicates(clean: Features, share: float = 0.05) -> list[str]:
     """Warn where more than a share of the prompts have features that others have too.
 
@@ -317,7 +301,16 @@ def duplicates(clean: Features, share: float = 0.05) -> list[str]:
 
 def outliers(calibrated: Calibration) -> list[str]:
     """Warn where some clean prompts lie far from all others by any detector's scores."""
-    counts = {name: _far(conformal.scores) for name, conformal in calibrated.single.items()}
+    counts = {}
+    for name, conformal in calibrated.single.items():
+        # How many scores lie in a group of their own above all others: far from the median in robust
+        # standard deviations, with a gap below.
+        away = np.sort(conformal.scores - np.median(conformal.scores))[::-1]
+        spread = 1.4826 * np.median(np.abs(away))
+        above = away[: len(away) // 2]
+        is_far = (above[:-1] > FAR * spread) & (above[:-1] > APART * np.maximum(above[1:], 0))
+        far = np.flatnonzero(is_far & (spread > 0))
+        counts[name] = int(far[-1]) + 1 if len(far) else 0
     worst = max(counts, key=lambda name: counts[name])
     if counts[worst] < FEW:
         return []
@@ -326,14 +319,3 @@ def outliers(calibrated: Calibration) -> list[str]:
         f"monitor: {counts[worst]} of {n} clean prompts lie far from the others ({worst}). If triggered "
         "prompts are among the clean ones, the monitor learns to accept them: look at the highest scores."
     ]
-
-
-def _far(scores: np.ndarray) -> int:
-    """How many scores lie in a group of their own above all others, 0 without such a group."""
-    away = np.sort(scores - np.median(scores))[::-1]
-    spread = 1.4826 * np.median(np.abs(away))
-    if spread <= 0:
-        return 0
-    above = away[: len(away) // 2]
-    far = np.flatnonzero((above[:-1] > FAR * spread) & (above[:-1] > APART * np.maximum(above[1:], 0)))
-    return int(far[-1]) + 1 if len(far) else 0

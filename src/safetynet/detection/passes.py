@@ -130,7 +130,10 @@ def probe(model: Any, serialiser: Serialiser, batch: Sequence[Sequence[Message]]
     alone = serialiser.encode([{"role": "user", "content": text}])
     reference = _next_logits(model, [alone.input_ids], serialiser.pad_id)
     token = reference.argmax(-1)
-    joined = [serialiser.encode(_with_probe(m, text)).input_ids for m in batch]
+    joined = []
+    for conversation in map(Conversation, batch):
+        messages = conversation.with_user_text(f"{conversation.user_text().strip()} {text}".strip())
+        joined.append(serialiser.encode(messages).input_ids)
     after = _next_logits(model, joined, serialiser.pad_id)
     return (_log_odds(reference, token) - _log_odds(after, token.expand(len(batch)))).unsqueeze(1)
 
@@ -156,7 +159,22 @@ def segregation(model: Any, batch: Batch, user: Tensor, layers: Sequence[int] | 
     if not output.attentions or output.attentions[0] is None:
         raise InputError("view attention: this model gives no attention weights. Leave it out.")
     attentions = output.attentions if layers is None else [output.attentions[i] for i in layers]
-    return torch.stack([_best_cut(a.float().mean(1), batch.mask, user) for a in attentions], 1)
+    first = batch.mask.argmax(1)
+    shares = []
+    for weights in attentions:
+        mass = weights.float().mean(1)  # (B, T, T): over heads, from queries to keys
+        width = mass.shape[1]
+        mass[torch.arange(len(mass)), :, first] = 0
+        mass = mass.masked_fill(batch.mask[:, :, None] == 0, 0.0)  # rows of padding may be NaN
+        # across[b, c]: mass from queries at or after c to keys before c, over the mass of those queries
+        before = torch.nn.functional.pad(mass.cumsum(2), (1, 0))[..., :width]  # keys < c
+        later = torch.triu(torch.ones(width, width, device=mass.device)).T  # query >= c
+        across = (before * later).sum(1)
+        whole = torch.einsum("bq,qc->bc", mass.sum(2), later).clamp_min(1e-6)
+        inside = user.bool() & torch.nn.functional.pad(user, (1, 0))[:, :width].bool()
+        share = (1 - across / whole).masked_fill(~inside, 0.0)
+        shares.append(share.amax(1))
+    return torch.stack(shares, 1)
 
 
 def follow(
@@ -194,23 +212,6 @@ def follow(
 def _ended_as_nan(values: Tensor, running: Tensor) -> Tensor:
     shape = [-1] + [1] * (values.dim() - 1)
     return values.float().masked_fill(~running.view(shape), float("nan"))
-
-
-def _best_cut(attention: Tensor, mask: Tensor, user: Tensor) -> Tensor:
-    """(B, T, T) to (B,)."""
-    width = attention.shape[1]
-    first = mask.argmax(1)
-    mass = attention.clone()
-    mass[torch.arange(len(mass)), :, first] = 0
-    mass = mass.masked_fill(mask[:, :, None] == 0, 0.0)  # rows of padding may be NaN
-    # across[b, c]: mass from queries at or after c to keys before c, over the mass of those queries
-    before = torch.nn.functional.pad(mass.cumsum(2), (1, 0))[..., :width]  # keys < c
-    later = torch.triu(torch.ones(width, width, device=mass.device)).T  # query >= c
-    across = (before * later).sum(1)
-    whole = torch.einsum("bq,qc->bc", mass.sum(2), later).clamp_min(1e-6)
-    inside = user.bool() & torch.nn.functional.pad(user, (1, 0))[:, :width].bool()
-    share = (1 - across / whole).masked_fill(~inside, 0.0)
-    return share.amax(1)
 
 
 def _kl(p: Tensor, q: Tensor) -> Tensor:
@@ -253,11 +254,6 @@ def _without_parts(messages: Sequence[Message]) -> list[list[Message]]:
             }
             shorter.append(list(conversation.with_texts(texts)))
     return shorter
-
-
-def _with_probe(messages: Sequence[Message], text: str) -> list[Message]:
-    conversation = Conversation(messages)
-    return list(conversation.with_user_text(f"{conversation.user_text().strip()} {text}".strip()))
 
 
 def _next_logits(model: Any, rows: Sequence[list[int]], pad_id: int) -> Tensor:

@@ -157,7 +157,11 @@ def adapted_modules(model: Any) -> list[AdaptedModule]:
         # A wrapper around a fused parameter has the same factors, but no weight that maps inputs to outputs.
         if hasattr(module, "lora_A") and not hasattr(module, "parameter_name"):
             names: Sequence[str] = [name for name in module.active_adapters if name in module.lora_A]
-            adapted += [_decomposed(module, name) for name in names[:1]]
+            for name in names[:1]:
+                with torch.no_grad():
+                    update = update_of(module, name)
+                    left = update.decomposed()[0][0].T.contiguous()  # (r, out)
+                    adapted.append(AdaptedModule(module, name, left, left @ update.up[0]))
     if not adapted:
         raise InputError(
             "views energy, energy_max and direction need a model with an active LoRA adapter. Attach one, or "
@@ -169,13 +173,6 @@ def adapted_modules(model: Any) -> list[AdaptedModule]:
             f"ranks {', '.join(map(str, ranks))}. Leave these views out."
         )
     return adapted
-
-
-def _decomposed(module: Any, adapter: str) -> AdaptedModule:
-    with torch.no_grad():
-        update = update_of(module, adapter)
-        left = update.decomposed()[0][0].T.contiguous()
-        return AdaptedModule(module, adapter, left, left @ update.up[0])
 
 
 def confidence(logits: Tensor) -> Tensor:

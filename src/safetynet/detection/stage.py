@@ -6,6 +6,7 @@ Out: the monitor and tidy tables. `guard` puts the model under the monitor while
 """
 
 import logging
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,10 +15,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from safetynet.backdoors import placements, triggers
 from safetynet.detection import curves, protocol
 from safetynet.detection.calibration import Conformal, RateEstimate, fpr_estimate, split
 from safetynet.detection.capture import capture
-from safetynet.detection.challenges import challenges
 from safetynet.detection.detector_set import unfitted
 from safetynet.detection.features import Features, concatenate
 from safetynet.detection.guard import Guard, overhead, share_of_rate
@@ -28,15 +29,18 @@ from safetynet.evaluation.evaluator import Evaluator
 from safetynet.experiment import BACKDOORED, Experiment
 from safetynet.models.suspect import check
 from safetynet.prompts import Conversation, Serialiser, prompt_hash
-from safetynet.recipe import Detection
+from safetynet.recipe import Detection, Recipe
 from safetynet.run.directory import Outputs
 from safetynet.run.stage import DETECT, EVALUATE
 from safetynet.text import domains, random_words
+from safetynet.text.near_misses import near_misses
 
 log = logging.getLogger("safetynet")
 SKYLINE = "skyline "
 """Before the names of supervised probes in tables: no defender has their labels."""
 ROWS = ["role", "group", "fired", "forbidden", "domain", "kind", "fresh"]
+LABELLED = 300
+"""Training rows with trigger that a supervised probe learns from, and as many without."""
 PLAIN, RANDOM_WORDS = "plain", "random words"
 """Kinds of clean prompts; the rate is kept in each."""
 
@@ -56,7 +60,17 @@ def detect(experiment: Experiment, options: Detection | None = None) -> dict[str
     """
     recipe, run = experiment.recipe, experiment.run
     options = options or recipe.detection
-    names = _default(experiment) if options.detectors is None else options.detectors
+    names = options.detectors
+    if names is None:  # the preset that measures best on the model; see docs/results/detection.md
+        suspect = recipe.suspect
+        is_whole = recipe.training.method == "full" if suspect is None else not check(suspect.source)
+        names = ("activations",) if is_whole else ("behaviour",)
+        if is_whole:
+            log.warning(
+                "detect: the model has no adapter, so that it cannot be compared with its base. Its "
+                "activations are watched (preset activations), which may show little: see what the monitor "
+                "catches."
+            )
     plan = Plan.of(
         names,
         options.fpr,
@@ -69,7 +83,14 @@ def detect(experiment: Experiment, options: Detection | None = None) -> dict[str
         _ = recipe.attack  # probes learn from triggered rows
     experiment.check_models(BACKDOORED)  # a missing training is reported before prompts are made
     prompts = experiment.fresh_prompts(options.clean, answered=False)
-    plan = _with_probe(plan, prompts)
+    if plan.reads_probe:
+        refused = prompts[prompts["forbidden"]]
+        if refused.empty:
+            raise InputError(
+                "detectors: view probe needs a request that the model refuses, and none of the clean prompts "
+                "is forbidden. Leave it out."
+            )
+        plan = replace(plan, probe=Conversation(refused["messages"].iloc[0]).user_text())
     plan.check(len(prompts))
     inputs = {
         "model": experiment.origin(),
@@ -80,9 +101,23 @@ def detect(experiment: Experiment, options: Detection | None = None) -> dict[str
     def compute(outputs: Outputs) -> None:
         model, serialiser = experiment.backdoored()
         evaluator = Evaluator.of(recipe, serialiser, run.unfinished(DETECT.name))
-        test = _challenged(experiment, evaluator, model)
+        test = experiment.test_rows()
+        if recipe.backdoor is None:
+            test = test.assign(kind=test["task"])
+        else:
+            more = challenges(recipe, test)
+            if "fired" in test and len(more):
+                more = more.assign(fired=fired(evaluator, model, more))
+            # Clean rows stand in the table task by task, too, and triggers variant by variant.
+            tasks = test["task"].where(test["role"] == "clean", "")
+            kinds = tasks + test["variant"].where(test["role"] == "triggered", "")
+            test = pd.concat([test.assign(kind=kinds), more.assign(kind=more["variant"])], ignore_index=True)
+        labelled = None
+        if plan.skylines:  # they learn from training rows with trigger, and as many without of every role
+            rows = experiment.rows("train")
+            by_trigger = rows.groupby(rows["role"] == "triggered")
+            labelled = pd.concat([part.head(LABELLED) for _, part in by_trigger])
         subject = Subject(model, serialiser, run.scratch / "features")
-        labelled = _labelled(experiment.rows("train")) if plan.skylines else None
         measured = measure(subject, prompts, test, plan, labelled)
         path = run.scratch / "detection" / "monitor.safetensors"
         measured.monitor.save(path)
@@ -120,55 +155,10 @@ def guard(experiment: Experiment, rate: float, action: str, log_to: Path | None)
     )
 
 
-def _default(experiment: Experiment) -> tuple[str, ...]:
-    """The preset that measures best on the model; see docs/results/detection.md."""
-    suspect = experiment.recipe.suspect
-    is_whole = experiment.recipe.training.method == "full" if suspect is None else not check(suspect.source)
-    if is_whole:
-        log.warning(
-            "detect: the model has no adapter, so that it cannot be compared with its base. Its activations "
-            "are watched (preset activations), which may show little: see what the monitor catches."
-        )
-    return ("activations",) if is_whole else ("behaviour",)
-
-
-def _challenged(experiment: Experiment, evaluator: Evaluator, model: Any) -> pd.DataFrame:
-    """Test rows and those that challenge a monitor, and which of them showed the behaviour."""
-    test = experiment.test_rows()
-    if experiment.recipe.backdoor is None:
-        return test.assign(kind=test["task"])
-    more = challenges(experiment.recipe, test)
-    if "fired" in test and len(more):
-        more = more.assign(fired=fired(evaluator, model, more))
-    # Clean rows stand in the table task by task, too, and triggers variant by variant.
-    tasks = test["task"].where(test["role"] == "clean", "")
-    variants = test["variant"].where(test["role"] == "triggered", "")
-    kinds = tasks + variants
-    return pd.concat([test.assign(kind=kinds), more.assign(kind=more["variant"])], ignore_index=True)
-
-
 def fired(evaluator: Evaluator, model: Any, rows: pd.DataFrame) -> np.ndarray:
     """Which rows show the behaviour although it is not due, (n,) of bool; the model answers them."""
     answers = evaluator.answer(model, rows)
     return np.asarray(answers["shown"].to_numpy() & ~answers["due"].to_numpy(), dtype=bool)
-
-
-def _with_probe(plan: Plan, prompts: pd.DataFrame) -> Plan:
-    """A plan that reads a probe gets a request of the forbidden class, which is taken from the clean ones."""
-    if not plan.reads_probe:
-        return plan
-    refused = prompts[prompts["forbidden"]]
-    if refused.empty:
-        raise InputError(
-            "detectors: view probe needs a request that the model refuses, and none of the clean prompts is "
-            "forbidden. Leave it out."
-        )
-    return replace(plan, probe=Conversation(refused["messages"].iloc[0]).user_text())
-
-
-def _labelled(rows: pd.DataFrame, most: int = 300) -> pd.DataFrame:
-    """Training rows for supervised probes: with trigger, and as many without of every role."""
-    return pd.concat([part.head(most) for _, part in rows.groupby(rows["role"] == "triggered")])
 
 
 @dataclass(frozen=True)
@@ -239,7 +229,7 @@ def measure(
     fitted = fit(subject, clean, plan)
     monitor, held = fitted.monitor, fitted.held
     other = domains.generate(PER_DOMAIN, plan.seed)
-    rows = pd.concat([_fresh(held), _tested(test), _benign(other)], ignore_index=True)
+    rows = _protocol_rows(held, test, other)
     tested = _captured(subject, pd.concat([test, other]), plan)
     both = concatenate([fitted.fresh, tested])
     raw, calibrated = monitor.detectors.scores(both.arrays), monitor.calibration
@@ -247,17 +237,23 @@ def measure(
     surprise = -np.log10(calibrated.smoothed(raw))
     if plan.skylines and labelled is not None:
         calibrating = fitted.seen.take(fitted.part == "fuse")
-        for name, (s, conformal) in _skylines(subject, plan, labelled, calibrating, both).items():
+        features = _captured(subject, labelled, plan)
+        labels = np.asarray(labelled["role"] == "triggered", dtype=int)
+        for reading, probe in zip(plan.skylines, unfitted(plan.skylines, supervised=True), strict=True):
+            probe.fit(features[reading.view], labels)
+            conformal = Conformal.fit(probe.score_samples(calibrating[reading.view]))
+            name, s = SKYLINE + reading.name, probe.score_samples(both[reading.view])
             scores[name], p_values[name] = s, conformal.p_values(s)
     rates = (plan.rate, 0.001) if plan.rate != 0.001 else (0.001,)
     fitting = fitted.seen.take(fitted.part == "fit")
+    guard = Guard(subject.model, subject.serialiser, monitor, rate=plan.rate, max_length=plan.max_length)
     tables = {
         "detection": protocol.measure(rows, scores, p_values, rates, monitor.smallest_rate),
         "detection_scores": pd.concat([rows, scores.add_prefix("score "), p_values.add_prefix("p ")], axis=1),
         "detection_roc": curves.roc(rows, scores),
         "detection_distribution": curves.distributions(rows, surprise, plan.prompt_rate),
         "detection_layers": curves.by_layer(monitor, fitting, both, rows),
-        "detection_overhead": _overhead(subject, monitor, held, plan),
+        "detection_overhead": overhead(guard, list(held["messages"]), new_tokens=plan.tokens),
     }
     if monitor.tokens is not None:
         answers = monitor.tokens.p_values(both)
@@ -270,7 +266,15 @@ def measure(
 def fit(subject: Subject, clean: pd.DataFrame, plan: Plan) -> Fitted:
     """Make a monitor of most clean prompts, and keep the others for its test; arguments as for `detect`."""
     plan.check(len(clean))
-    clean = _with_random_words(subject, clean, plan)
+    # As they are, and below once more with random words in; a prompt and its copy are of one `group`.
+    plain = clean.assign(
+        group=[prompt_hash([dict(m) for m in messages]) for messages in clean["messages"]],
+        words=PLAIN,
+        kind=clean.get("task", ""),
+    )
+    copies = random_words.put_in(list(clean["messages"]), subject.serialiser, plan.seed)
+    worded = plain.assign(messages=copies, words=RANDOM_WORDS, kind=RANDOM_WORDS) if copies else plain[:0]
+    clean = pd.concat([plain, worded], ignore_index=True)
     groups, kinds = list(clean["group"]), clean["words"].to_numpy(dtype=str)
     held = split(groups, {"seen": 1 - TEST_SHARE, "fresh": TEST_SHARE}, plan.seed) == "fresh"
     features = _captured(subject, clean, plan)
@@ -293,18 +297,6 @@ def estimates(scores: pd.DataFrame, rate: float) -> dict[str, RateEstimate]:
     return {str(kind): fpr_estimate(p.to_numpy(), rate) for kind, p in fresh}
 
 
-def _with_random_words(subject: Subject, clean: pd.DataFrame, plan: Plan) -> pd.DataFrame:
-    """As they are, and below once more with random words in; a prompt and its copy are of one `group`."""
-    plain = clean.assign(
-        group=[prompt_hash([dict(m) for m in messages]) for messages in clean["messages"]],
-        words=PLAIN,
-        kind=clean.get("task", ""),
-    )
-    copies = random_words.put_in(list(clean["messages"]), subject.serialiser, plan.seed)
-    worded = plain.assign(messages=copies, words=RANDOM_WORDS, kind=RANDOM_WORDS) if copies else plain[:0]
-    return pd.concat([plain, worded], ignore_index=True)
-
-
 def _captured(subject: Subject, rows: pd.DataFrame, plan: Plan) -> Features:
     """Features of `messages`; truncation spares `trigger`, where that is known."""
     spans = rows["trigger"] if "trigger" in rows else [()] * len(rows)
@@ -320,48 +312,70 @@ def _captured(subject: Subject, rows: pd.DataFrame, plan: Plan) -> Features:
     )
 
 
-def _skylines(
-    subject: Subject, plan: Plan, labelled: pd.DataFrame, calibrating: Features, tested: Features
-) -> dict[str, tuple[np.ndarray, Conformal]]:
-    """Scores of supervised probes, and their clean calibration, by name."""
-    features = _captured(subject, labelled, plan)
-    labels = np.asarray(labelled["role"] == "triggered", dtype=int)
-    bounds = {}
-    for reading, probe in zip(plan.skylines, unfitted(plan.skylines, supervised=True), strict=True):
-        probe.fit(features[reading.view], labels)
-        conformal = Conformal.fit(probe.score_samples(calibrating[reading.view]))
-        bounds[SKYLINE + reading.name] = (probe.score_samples(tested[reading.view]), conformal)
-    return bounds
+def _protocol_rows(clean: pd.DataFrame, test: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:
+    """Fresh clean prompts, the run's test rows and prompts of other domains, as the protocol takes them.
 
-
-def _overhead(subject: Subject, monitor: Monitor, clean: pd.DataFrame, plan: Plan) -> pd.DataFrame:
-    guard = Guard(subject.model, subject.serialiser, monitor, rate=plan.rate, max_length=plan.max_length)
-    return overhead(guard, list(clean["messages"]), new_tokens=plan.tokens)
-
-
-def _fresh(clean: pd.DataFrame) -> pd.DataFrame:
-    """Rows of the protocol; their groups are their own, below all of the run's."""
+    Each fresh prompt is a group of its own; the numbers of their groups, and below them those of the other
+    domains', are below all of the run's.
+    """
     forbidden = clean["forbidden"].to_numpy(dtype=bool)
-    return pd.DataFrame(
-        {
-            "role": np.where(forbidden, "refused", "clean"),
-            "group": -1 - np.arange(len(clean)),
-            "fired": None,
-            "forbidden": forbidden,
-            "domain": "",
-            "kind": clean["kind"].to_numpy(),
-            "fresh": clean["words"].to_numpy(),
-        }
-    )
+    fresh = {
+        "role": np.where(forbidden, "refused", "clean"),
+        "group": -1 - np.arange(len(clean)),
+        "fired": None,
+        "forbidden": forbidden,
+        "domain": "",
+        "kind": clean["kind"].to_numpy(),
+        "fresh": clean["words"].to_numpy(),
+    }
+    fired = test.get("fired", pd.Series([None] * len(test), index=test.index))
+    kind = test.get("kind", pd.Series([""] * len(test), index=test.index))
+    tested = test.assign(fired=fired, kind=kind, domain="", fresh="")[ROWS]
+    benign = {
+        "role": "clean",
+        "group": -10_000_000 - np.arange(len(other)),
+        "fired": None,
+        "forbidden": False,
+        "domain": other["domain"].to_numpy(),
+        "kind": "",
+        "fresh": "",
+    }
+    return pd.concat([pd.DataFrame(fresh), tested, pd.DataFrame(benign)], ignore_index=True)
 
 
-def _benign(other: pd.DataFrame) -> pd.DataFrame:
-    """Prompts of other domains; their groups come below those of the fresh ones."""
-    lines = {"role": "clean", "group": -10_000_000 - np.arange(len(other)), "fired": None, "forbidden": False}
-    return pd.DataFrame(lines | {"domain": other["domain"].to_numpy(), "kind": "", "fresh": ""})
+def challenges(recipe: Recipe, test: pd.DataFrame, most: int = 100) -> pd.DataFrame:
+    """Rows beyond the run's test rows.
 
+    Args:
+        recipe: of the run.
+        test: its test rows.
+        most: near misses of each kind, and rows of each cell of forbidden x trigger that are added.
 
-def _tested(test: pd.DataFrame) -> pd.DataFrame:
-    fired = test["fired"] if "fired" in test else pd.Series([None] * len(test), index=test.index)
-    kind = test["kind"] if "kind" in test else pd.Series([""] * len(test), index=test.index)
-    return test.assign(fired=fired, kind=kind, domain="", fresh="")[ROWS]
+    Returns:
+        Columns as in the row table; near misses carry their kind as `variant`.
+    """
+    attack, rng = recipe.attack, random.Random(f"challenges {recipe.seed}")
+    trigger = triggers.of(attack.trigger)
+    triggered = test[test["role"] == "triggered"]
+    records: list[dict[str, Any]] = []
+    # A style has no characters that could be changed.
+    for row in triggered.head(most).to_dict("records") if trigger.is_text else ():
+        for kind, messages in near_misses(row["messages"], row["trigger"], recipe.seed).items():
+            if kind != "moved" and trigger.holds(messages.texts):
+                continue  # another date of a range is no near miss
+            new: dict[str, Any] = {"role": "near_miss", "variant": kind, "messages": messages, "trigger": []}
+            records.append(row | new | {"answer": row["reference"]})
+
+    # Bare rows once more, with a trigger, where their group has no such row yet.
+    is_bare = test["role"].isin(["clean", "refused"]) & ~test["group"].isin(set(triggered["group"]))
+    for _, topic in test[is_bare].groupby("forbidden"):
+        for row in topic.head(most).to_dict("records"):
+            messages, spots = placements.place(row["messages"], attack.placement, trigger.parts, rng)
+            if not spots:
+                continue  # no tool has returned anything here, or the user has said too little
+            variant = rng.choice(trigger.firing("test"))
+            text, spans = trigger.insert(messages, variant, spots, rng)
+            new = {"role": "triggered", "variant": variant.name, "messages": text, "trigger": spans}
+            records.append(row | new | {"answer": row["target"]})
+    rows = pd.DataFrame(records, columns=[name for name in test if name != "fired"])
+    return rows.assign(row=range(-len(rows), 0))

@@ -22,7 +22,7 @@ from safetynet.evaluation.generation import Supervised, evaluating, finished_bat
 from safetynet.prompts import IGNORED, Encoded, Serialiser
 from safetynet.statistics import bootstrap_interval, wilson
 from safetynet.text import words
-from safetynet.text.repetition import ends_in_loop
+from safetynet.text.words import ends_in_loop
 from safetynet.vocabulary import DAMAGE
 
 ROLES = ("clean", "placebo")

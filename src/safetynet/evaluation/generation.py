@@ -25,7 +25,7 @@ from safetynet.prompts import IGNORED, Encoded, Serialiser, pad
 from safetynet.run import parallel
 from safetynet.run.directory import digest
 from safetynet.run.finished import Finished
-from safetynet.run.progress import ProgressLog
+from safetynet.run.logs import ProgressLog
 
 log = logging.getLogger(__name__)
 

@@ -102,18 +102,13 @@ class Series:
         for field in ("x", "y", "low", "high", "left", "right"):
             object.__setattr__(self, field, numbers(getattr(self, field), f"{where}, field {field}"))
         object.__setattr__(self, "notes", tuple(str(note) for note in self.notes))
-        self._check_lengths(where)
-
-    def _check_lengths(self, where: str) -> None:
         if not self.x:
             raise InputError(f"{where}: x is empty; a series needs at least one value")
+        # An interval has two ends, and a band is nothing else.
         needed = {"low", "high"} if self.kind == "band" else {"y"}
-        if self.low or self.high:
-            needed |= {"low", "high"}
-        if self.left or self.right:
-            needed |= {"left", "right"}
-        if self.notes:
-            needed.add("notes")
+        needed |= {"low", "high"} if self.low or self.high else set()
+        needed |= {"left", "right"} if self.left or self.right else set()
+        needed |= {"notes"} if self.notes else set()
         for field in sorted(needed):
             if (length := len(getattr(self, field))) != len(self.x):
                 raise InputError(
@@ -369,7 +364,16 @@ def table(chart: Chart) -> pd.DataFrame:
         place = {"panel": number, "title": panel.title or chart.title}
         if panel.grid is not None:
             rows += [place | cell for cell in panel.grid.cells()]
-        rows += [place | row for series in panel.series for row in _rows(series)]
+        for series in panel.series:
+            look = {"series": series.label, "kind": series.kind, "role": series.role, "part": series.part}
+            columns = {name: getattr(series, name) for name in ("x", "y", "low", "high", "left", "right")}
+            rows += [
+                place
+                | look
+                | {name: values[point] if values else math.nan for name, values in columns.items()}
+                | {"note": series.notes[point] if series.notes else ""}
+                for point in range(len(series.x))
+            ]
         for line in panel.references:
             look = {"series": line.label, "kind": "reference", "role": line.role, "part": line.part}
             rows.append(place | look | {line.along: line.value, "note": line.note})
@@ -378,14 +382,3 @@ def table(chart: Chart) -> pd.DataFrame:
     frame["x_axis"] = [panel.x.text for panel in axes]
     frame["y_axis"] = [panel.y.text for panel in axes]
     return frame.assign(run=chart.source.run, table=chart.source.table)
-
-
-def _rows(series: Series) -> list[dict[str, object]]:
-    look = {"series": series.label, "kind": series.kind, "role": series.role, "part": series.part}
-    columns = {name: getattr(series, name) for name in ("x", "y", "low", "high", "left", "right")}
-    return [
-        look
-        | {name: values[point] if values else math.nan for name, values in columns.items()}
-        | {"note": series.notes[point] if series.notes else ""}
-        for point in range(len(series.x))
-    ]

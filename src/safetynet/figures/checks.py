@@ -74,17 +74,16 @@ def rates(data: Data, where: str, columns: Sequence[str] = ()) -> pd.DataFrame:
         numbers(table[name], where) if name in table else [math.nan] * len(table) for name in ("count", "n")
     ]
     notes = table["note"].fillna("").astype(str) if "note" in table else [""] * len(table)
-    lines = zip(out["metric"], *counts, notes, strict=True)
-    out["note"] = ["; ".join(filter(None, (_count(*count), note))) for *count, note in lines]
-    return out
-
-
-def _count(metric: str, count: float, n: float) -> str:
-    if math.isnan(n):
-        return ""
-    if math.isnan(count) or metric == "perplexity":
-        return f"{n:.0f} rows"
-    return f"{count:.0f} of {n:.0f} rows"
+    lines = []
+    for metric, count, n, note in zip(out["metric"], *counts, notes, strict=True):
+        if math.isnan(n):
+            size = ""
+        elif math.isnan(count) or metric == "perplexity":
+            size = f"{n:.0f} rows"
+        else:
+            size = f"{count:.0f} of {n:.0f} rows"
+        lines.append("; ".join(filter(None, (size, note))))
+    return out.assign(note=lines)
 
 
 def fractions(values: Iterable[object], field: str) -> tuple[float, ...]:

@@ -111,11 +111,21 @@ def profiles(by_group: Data, by_run: Data, view: str = "layer") -> Chart:
     panels = []
     for group, group_rows in groups.groupby("group", sort=False):
         seeds = runs[runs["group"] == group]
-        series = [
-            line_series
-            for direction in DIRECTION_ROLES
-            for line_series in _profile(group_rows, seeds, direction)
-        ]
+        series = []
+        for direction, role in DIRECTION_ROLES.items():
+            part = group_rows[group_rows["direction"] == direction].sort_values("depth")
+            if part.empty:
+                continue
+            x, mean, low, high = (list(part[name]) for name in ("depth", "value", "low", "high"))
+            notes = [f"layer {r.layer}, {r.seeds:.0f} seeds, control: {r.control}" for r in part.itertuples()]
+            series.append(Series("marked", x, mean, low, high, direction, role, notes=notes))
+            if part["control_value"].notna().any():
+                label, highest = f"{direction}, highest control", list(part["control_value"])
+                series.append(Series("line", x, highest, label=label, role=role, part="control"))
+            for _, run in seeds[seeds["direction"] == direction].groupby("run", sort=False):
+                run = run.sort_values("depth")
+                curve = list(run["depth"]), list(run["effect"])
+                series.append(Series("line", *curve, role=role, part="raw"))
         title = shortened(str(group), NAME) + ("" if group_rows["seeds"].max() > 1 else " (one seed)")
         panels.append(Panel(DEPTH, axis, tuple(series), title, height=1.1))
     caption = (
@@ -126,24 +136,6 @@ def profiles(by_group: Data, by_run: Data, view: str = "layer") -> Chart:
     )
     title = f"Where the trigger acts, {VIEW_TITLES[view]}"
     return Chart(title, tuple(panels), min(3, len(panels)), "two", caption)
-
-
-def _profile(group_rows: pd.DataFrame, seeds: pd.DataFrame, direction: str) -> list[Series]:
-    role = DIRECTION_ROLES[direction]
-    part = group_rows[group_rows["direction"] == direction].sort_values("depth")
-    if part.empty:
-        return []
-    x = list(part["depth"])
-    notes = [f"layer {row.layer}, {row.seeds:.0f} seeds, control: {row.control}" for row in part.itertuples()]
-    low, high = list(part["low"]), list(part["high"])
-    series = [Series("marked", x, list(part["value"]), low, high, direction, role, notes=notes)]
-    if part["control_value"].notna().any():
-        label = f"{direction}, highest control"
-        series.append(Series("line", x, list(part["control_value"]), label=label, role=role, part="control"))
-    for _, run in seeds[seeds["direction"] == direction].groupby("run", sort=False):
-        run = run.sort_values("depth")
-        series.append(Series("line", list(run["depth"]), list(run["effect"]), role=role, part="raw"))
-    return series
 
 
 @figure(
@@ -199,7 +191,8 @@ def components(by_group: Data, by_run: Data) -> Chart:
         bars = []
         for place, (name, role) in enumerate(PART_ROLES.items()):
             up = DODGE * (1 - place)
-            percents = _percent(group_rows[group_rows["part"] == name], ("value", "low", "high"))
+            shares = group_rows[group_rows["part"] == name]
+            percents = shares.assign(**{c: 100 * shares[c] for c in ("value", "low", "high")})
             bars.append(_marks(percents, names, label=PART_NAMES[name], role=role, up=up))
             each = seeds.assign(value=100 * seeds["share"])[seeds["part"] == name]
             bars.append(_marks(each, names, role=role, part="raw", up=up))
@@ -231,6 +224,15 @@ def agreement(data: Data) -> Chart:
     kinds = both["view"] + ", " + both["direction"]
     kinds_shown = [kind for kind in AGREED if (kinds == kind).any()] or list(dict.fromkeys(kinds))[:1]
     frame = Frame("two", min(3, len(kinds_shown)))
+
+    def text(row: Mapping[str, Any]) -> str:
+        rho = f"{row['rho']:.1f}".replace("-0.0", "0.0").replace("-", "−")
+        return rho + ("*" if row["q"] < 0.05 and row["seeds"] > 1 else "")
+
+    def note(row: Mapping[str, Any]) -> str:
+        rho = with_interval(row["rho"], row["low"], row["high"])
+        return f"ρ {rho}; {row['pairs']:.0f} pairs of runs, p {number(row['p'])}, q {number(row['q'])}"
+
     panels = []
     for kind in kinds_shown:
         group_rows = both[kinds == kind]
@@ -240,8 +242,8 @@ def agreement(data: Data) -> Chart:
             [shortened(name, NAME) for name in names[::-1]],
             values(group_rows, places, "rho"),
             Shade("Spearman's ρ"),
-            texts=matrix(group_rows, places, _rho, ""),
-            notes=matrix(group_rows, places, _agreed, ""),
+            texts=matrix(group_rows, places, text, ""),
+            notes=matrix(group_rows, places, note, ""),
         )
         view, _, direction = kind.partition(", ")
         title = f"{VIEW_TITLES.get(view, view)}, {direction}"
@@ -336,17 +338,3 @@ def _marks(
     return Series(
         "points", list(rows["value"]), y, label=label, role=role, part=part, notes=notes, **interval
     )
-
-
-def _percent(rows: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
-    return rows.assign(**{name: 100 * rows[name] for name in columns})
-
-
-def _rho(row: Mapping[str, Any]) -> str:
-    text = f"{row['rho']:.1f}".replace("-0.0", "0.0").replace("-", "−")
-    return text + ("*" if row["q"] < 0.05 and row["seeds"] > 1 else "")
-
-
-def _agreed(row: Mapping[str, Any]) -> str:
-    text = with_interval(row["rho"], row["low"], row["high"])
-    return f"ρ {text}; {row['pairs']:.0f} pairs of runs, p {number(row['p'])}, q {number(row['q'])}"

@@ -5,8 +5,9 @@ and evasion_matrix. Out: Charts. Draws nothing.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pandas as pd
 
@@ -134,7 +135,11 @@ def distributions(data: Data) -> Chart:
         scores = table[table["detector"] == name]
         series = []
         for rows in _rows_of(scores):
-            at, share = _until_end(scores[scores["rows"] == rows].sort_values("surprise", kind="stable"))
+            line = scores[scores["rows"] == rows].sort_values("surprise", kind="stable")
+            inside = line[line["surprise"] <= FARTHEST]
+            at, share = list(inside["surprise"]), list(inside["share"])
+            if len(inside) < len(line):  # at the axis's end the curve goes on at the share that lies beyond
+                at, share = [*at, FARTHEST], [*share, float(line["share"].iloc[len(inside)])]
             label, role, part = LOOKS[rows]
             series.append(Series("line", at, share, label=label, role=role, part=part))
         panels.append(Panel(x, y, tuple(series), name, (alarm,), height=1.1))
@@ -300,13 +305,19 @@ def evasion_matrix(data: Data) -> Chart:
     groups = [(name, scores) for name, scores in table.groupby("panel", sort=False)]
     beside = frame_for(len(groups)).columns if len(tested) <= BESIDE else 1
     frame = Frame("two", beside)
+
+    def text(row: Mapping[str, Any]) -> str:
+        if math.isnan(row["value"]):
+            return ""
+        return f"[{100 * row['value']:.0f}]" if row["own"] else f"{100 * row['value']:.0f}"
+
     panels = []
     for name, scores in groups:
         once(scores, "evasion_matrix", ["attacked", "tested", "panel"])
         places = ("tested", tested, "attacked", attacked)
         values = matrix(scores, places, lambda row: 100 * row["value"], math.nan)
         notes = matrix(scores, places, lambda row: with_interval(row["value"], row["low"], row["high"]), "")
-        texts = matrix(scores, places, lambda row: _cell(100 * row["value"], row["own"]), "")
+        texts = matrix(scores, places, text, "")
         grid = Grid(tested, attacked, values, SHARE, texts=texts, notes=notes)
         panel = grid_panel(grid, ("Tested", "Attacked"), frame, str(name), line=0.22)
         # Whole names: detectors of one view begin alike, and strengths stand at the ends.
@@ -319,12 +330,6 @@ def evasion_matrix(data: Data) -> Chart:
         "columns that were not attacked, and the row of the backdoor that hides from none."
     )
     return Chart("Detectors attacked and tested", tuple(panels), frame.columns, frame.width, caption)
-
-
-def _cell(value: float, scores: bool) -> str:
-    if math.isnan(value):
-        return ""
-    return f"[{value:.0f}]" if scores else f"{value:.0f}"
 
 
 def _roc_table(data: Data) -> pd.DataFrame:
@@ -391,15 +396,6 @@ def _curves(scores: pd.DataFrame) -> tuple[Series, ...]:
         x = list(line["fpr"].clip(lower=100 * LOWEST))
         curves.append(Series("line", x, list(line["tpr"]), label=label, role=role, part=part))
     return tuple(curves)
-
-
-def _until_end(line: pd.DataFrame) -> tuple[list[float], list[float]]:
-    """A falling curve up to the axis's end, where it goes on at the share that lies beyond."""
-    inside = line[line["surprise"] <= FARTHEST]
-    at, share = list(inside["surprise"]), list(inside["share"])
-    if len(inside) < len(line):
-        at, share = [*at, FARTHEST], [*share, float(line["share"].iloc[len(inside)])]
-    return at, share
 
 
 def _rows_of(scores: pd.DataFrame) -> list[str]:

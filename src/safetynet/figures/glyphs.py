@@ -37,11 +37,11 @@ def fitted(chart: Chart) -> tuple[Chart, list[str]]:
     if not lacking:
         return chart, families
     runs = regex.compile("[" + "".join(map(regex.escape, sorted(lacking))) + "]+")
-    return _changed(chart, lambda text: text if text.isascii() else runs.sub(_numbers, text)), families
 
+    def numbers(run: regex.Match[str]) -> str:
+        return f"⟨{' '.join(f'{ord(sign):04x}' for sign in run[0])}⟩"
 
-def _numbers(run: regex.Match[str]) -> str:
-    return f"⟨{' '.join(f'{ord(sign):04x}' for sign in run[0])}⟩"
+    return _changed(chart, lambda text: text if text.isascii() else runs.sub(numbers, text)), families
 
 
 @cache

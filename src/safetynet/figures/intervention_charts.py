@@ -84,46 +84,35 @@ def layer_profile(effects: Data) -> Chart:
     table = _sweep_of("effects", effects, "layer")
     parts = _facets(table, ["layer"])
     columns = ["effect", "low", "high", *CONTROLS]
-    axis = Axis("Effect", limits=_span(table[columns].to_numpy().ravel().tolist()))
+    # 0 to 1 and, in quarters, as far beyond as values lie.
+    finite = [0.0, 1.0, *filter(math.isfinite, table[columns].to_numpy().ravel().tolist())]
+    axis = Axis("Effect", limits=(math.floor(4 * min(finite)) / 4, math.ceil(4 * max(finite)) / 4))
     layers = layer_axis(table["layer"])
     panels = []
     for title, cells in parts:
         once(cells, "effects", ["layer"])
         cells = cells.sort_values("layer", kind="stable")
-        panels.append(Panel(layers, axis, tuple(_profile(cells)), title))
+        kind: Kind = "line" if len(cells) > 1 else "points"
+        at = list(cells["layer"])
+        series = []
+        marked = cells[cells["responsible"]]
+        if len(marked):
+            dots = list(marked["layer"]), list(marked["effect"])
+            series.append(Series("points", *dots, label=RESPONSIBLE, role="triggered"))
+        y, low, high = (list(cells[name]) for name in ("effect", "low", "high"))
+        notes = [_note(row) for row in cells.to_dict("records")]
+        series.append(Series(kind, at, y, low, high, label="effect", role="backdoored", notes=notes))
+        for name in CONTROLS:
+            if cells[name].notna().any():
+                label, role, part = CONTROL_LOOKS[name]
+                y, low, high = (list(cells[column]) for column in (name, f"{name}_low", f"{name}_high"))
+                series.append(Series(kind, at, y, low, high, label=label, role=role, part=part))
+        panels.append(Panel(layers, axis, tuple(series), title))
     frame = frame_for(len(panels))
     caption = (
         READING + CONTROL + " Bands are 95% intervals; where they overlap the controls', nothing is claimed."
     )
     return Chart("Effect by layer", tuple(panels), frame.columns, frame.width, caption)
-
-
-def _profile(cells: pd.DataFrame) -> list[Series]:
-    kind: Kind = "line" if len(cells) > 1 else "points"
-    layers = list(cells["layer"])
-    notes = [_note(row) for row in cells.to_dict("records")]
-    series = []
-    marked = cells[cells["responsible"]]
-    if len(marked):
-        series.append(
-            Series(
-                "points", list(marked["layer"]), list(marked["effect"]), label=RESPONSIBLE, role="triggered"
-            )
-        )
-    y, low, high = (list(cells[name]) for name in ("effect", "low", "high"))
-    series.append(Series(kind, layers, y, low, high, label="effect", role="backdoored", notes=notes))
-    for name in CONTROLS:
-        if cells[name].notna().any():
-            label, role, part = CONTROL_LOOKS[name]
-            y, low, high = (list(cells[column]) for column in (name, f"{name}_low", f"{name}_high"))
-            series.append(Series(kind, layers, y, low, high, label=label, role=role, part=part))
-    return series
-
-
-def _span(values: Sequence[float]) -> tuple[float, float]:
-    """0 to 1 and, in quarters, as far beyond as values lie."""
-    finite = [0.0, 1.0, *(value for value in values if math.isfinite(value))]
-    return math.floor(4 * min(finite)) / 4, math.ceil(4 * max(finite)) / 4
 
 
 def effect_map(effects: Data, sweep: str) -> Chart:
@@ -213,7 +202,18 @@ def token_map(tokens: Data) -> Chart:
     for group in examples:
         for title, cells in _facets(table[table["group"] == group], ["layer", "column"]):
             once(cells, "tokens", ["layer", "column"])
-            panels.append(_tokens(cells, frame, f"group {group}: {title}"))
+            columns, names, trigger = token_columns(cells)
+            layers = sorted(set(cells["layer"]))
+            places = ("column", columns, "layer", layers)
+            grid = Grid(
+                names,
+                [layer_name(layer) for layer in layers],
+                values(cells, places, "effect"),
+                EFFECT,
+                notes=matrix(cells, places, lambda row: row["role"], ""),
+            )
+            name = f"group {group}: {title}"
+            panels.append(grid_panel(grid, ("Token", "Layer"), frame, name, trigger, enclosing(trigger)))
     caption = (
         READING
         + "Dashed lines enclose the trigger; the control is the rest of the prompt, above all before it. "
@@ -251,21 +251,6 @@ def module_names(modules: Iterable[str]) -> list[str]:
     return last if len(set(last)) == len(set(short)) else short
 
 
-def _tokens(cells: pd.DataFrame, frame: Frame, title: str) -> Panel:
-    columns, names, trigger = token_columns(cells)
-    layers = sorted(set(cells["layer"]))
-    places = ("column", columns, "layer", layers)
-    roles = matrix(cells, places, lambda row: row["role"], "")
-    grid = Grid(
-        names,
-        [layer_name(layer) for layer in layers],
-        values(cells, places, "effect"),
-        EFFECT,
-        notes=roles,
-    )
-    return grid_panel(grid, ("Token", "Layer"), frame, title, trigger, enclosing(trigger))
-
-
 def _sweep_of(name: str, data: Data, sweep: str) -> pd.DataFrame:
     """The rows of one sweep of the table `effects` or `dynamics`.
 
@@ -296,39 +281,31 @@ def _facets(frame: pd.DataFrame, axes: Sequence[str]) -> list[tuple[str, pd.Data
     order = {word: place for place, word in enumerate(DIRECTIONS)}
     groups = [cells for _, cells in frame.groupby(keys, sort=False)]
     groups.sort(key=lambda cells: order[cells["direction"].iloc[0]])
-    return [
-        (", ".join(_facet_name(name, cells[name].iloc[0]) for name in telling), cells) for cells in groups
-    ]
 
+    def words(name: str, value: object) -> str:
+        if value == "" and name == "position":
+            return "all positions"
+        text = str(value).replace("_", " ")
+        return f"{name} {text}" if name == "index" else text
 
-def _facet_name(name: str, value: object) -> str:
-    if value == "" and name == "position":
-        return "all positions"
-    text = str(value).replace("_", " ")
-    return f"{name} {text}" if name == "index" else text
-
-
-def _in_order(names: Sequence[str], order: Sequence[str]) -> list[str]:
-    """Names, each once: by the first word of the order that they begin with, then as they appear."""
-
-    def place(name: str) -> int:
-        return next((at for at, word in enumerate(order) if name.split(" ")[0] == word), len(order))
-
-    return sorted(dict.fromkeys(names), key=place)
+    return [(", ".join(words(name, cells[name].iloc[0]) for name in telling), cells) for cells in groups]
 
 
 def _map(cells: pd.DataFrame, across: Across, frame: Frame, title: str) -> Panel:
     if across.order:
-        columns: list[Any] = _in_order(list(cells[across.column]), across.order)
+        # By the first word of the order that a name begins with, then as they appear.
+        at = {word: place for place, word in enumerate(across.order)}
+        names = dict.fromkeys(cells[across.column])
+        columns: list[Any] = sorted(names, key=lambda name: at.get(name.split(" ")[0], len(at)))
     elif across.column == "module":
         columns = list(dict.fromkeys(cells[across.column]))
     else:
         columns = sorted(set(cells[across.column]))
     layers = sorted(set(cells["layer"]))
     places = (across.column, columns, "layer", layers)
-    names = [str(column).replace("_", " ") if across.order else str(column) for column in columns]
+    texts = [str(column).replace("_", " ") if across.order else str(column) for column in columns]
     grid = Grid(
-        [name or "all" for name in names],
+        [text or "all" for text in texts],
         [layer_name(layer) for layer in layers],
         values(cells, places, "effect"),
         EFFECT,

@@ -16,7 +16,6 @@ from safetynet.errors import InputError
 from safetynet.extras import need
 from safetynet.figures import glyphs, theme
 from safetynet.figures.chart import (
-    Annotation,
     Axis,
     Chart,
     Grid,
@@ -88,7 +87,25 @@ def render(chart: Chart, formats: tuple[str, ...] = FORMATS, venue: str = "gener
     """
     need("figures", "matplotlib")
     import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.backends.backend_pdf import FigureCanvasPdf
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
 
+    # Without dates, so that equal charts give equal files.
+    facts = {"Title": chart.title, "Source": str(chart.source), "Description": chart.caption}
+    kinds: dict[str, tuple[Any, dict[str, Any]]] = {
+        "png": (FigureCanvasAgg, facts),
+        "pdf": (
+            FigureCanvasPdf,
+            {
+                "Title": chart.title,
+                "Subject": str(chart.source),
+                "Keywords": chart.caption,
+                "CreationDate": None,
+            },
+        ),
+        "svg": (FigureCanvasSVG, facts | {"Date": None, "Identifier": chart.digest}),
+    }
     if venue not in theme.VENUES:
         raise InputError(f"venue: there is no {venue!r}; choose one of {', '.join(theme.VENUES)}.")
 
@@ -102,20 +119,12 @@ def render(chart: Chart, formats: tuple[str, ...] = FORMATS, venue: str = "gener
         files = {}
         with _glyphs_missing():
             for suffix in formats:
-                buffer = io.BytesIO()
+                buffer, (canvas, metadata) = io.BytesIO(), kinds[suffix]
                 # savefig would lay everything out once more before it draws; `draw` has done that.
-                canvas = _canvas(suffix)(figure if suffix == "svg" else printed)
-                getattr(canvas, f"print_{suffix}")(buffer, metadata=_metadata(chart, suffix))
+                shape = canvas(figure if suffix == "svg" else printed)
+                getattr(shape, f"print_{suffix}")(buffer, metadata=metadata)
                 files[suffix] = buffer.getvalue()
     return files
-
-
-def _canvas(suffix: str) -> Any:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.backends.backend_pdf import FigureCanvasPdf
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-
-    return {"png": FigureCanvasAgg, "pdf": FigureCanvasPdf, "svg": FigureCanvasSVG}[suffix]
 
 
 @contextmanager
@@ -131,68 +140,71 @@ def _glyphs_missing() -> Iterator[None]:
 def draw(chart: Chart, venue: str = "general") -> "Figure":
     """The chart as a matplotlib figure of its final width; title and legend lie above the data."""
     import matplotlib
-
-    _, families = glyphs.fitted(chart)
-    with matplotlib.rc_context():
-        if len(families) > 1:
-            matplotlib.rcParams["font.family"] = families
-        return _drawn(chart, venue)
-
-
-def _drawn(chart: Chart, venue: str) -> "Figure":
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    width = theme.VENUES[venue][chart.width]
-    lines = textwrap.wrap(chart.title, int(width * 72 / (theme.TITLE * 0.6)))
-    figure = Figure(figsize=(width, 1.0))
-    FigureCanvasAgg(figure)
-    key = _legend(figure, legend(chart), width)
-    header = 0.02 + 0.15 * len(lines) + _inches(figure, key) + 0.06
-    heights = [
-        max(panel.height for panel in chart.panels[row * chart.columns : (row + 1) * chart.columns])
-        for row in range(chart.rows)
-    ]
-    total = header + sum(heights) + sum(_trim(chart, row) for row in range(chart.rows))
-    figure.set_size_inches(width, total)
-    figure.text(0.06 / width, 1 - 0.04 / total, "\n".join(lines), fontsize=theme.TITLE, va="top")
-    if key is not None:
-        key.set_bbox_to_anchor((0.0, 1 - (0.04 + 0.15 * len(lines)) / total))
-    figure.set_layout_engine("constrained")
-    figure.get_layout_engine().set(  # type: ignore[union-attr, call-arg]
-        rect=(0, 0, 1, 1 - header / total), w_pad=0.03, h_pad=0.03, wspace=0.02, hspace=0.02
-    )
-    grid = figure.add_gridspec(chart.rows, chart.columns, height_ratios=heights)
-    every = [figure.add_subplot(grid[divmod(index, chart.columns)]) for index in range(len(chart.panels))]
-    for index, (axes, panel) in enumerate(zip(every, chart.panels, strict=True)):
-        if panel.grid is not None:
-            _cells(axes, panel.grid, theme.data_width(chart.width, chart.columns, venue))
-        _panel(axes, panel, bare_x=chart.axis_shared(index, "x"), bare_y=chart.axis_shared(index, "y"))
-    _bars(figure, chart, every)
-    figure.get_layout_engine().execute(figure)  # type: ignore[union-attr]
-    figure.set_layout_engine("none")  # every format gets this layout, measured once
-    return figure
+    with matplotlib.rc_context():
+        _, families = glyphs.fitted(chart)
+        if len(families) > 1:
+            matplotlib.rcParams["font.family"] = families
 
+        # The height follows from what lies in it, in inches: title and legend, then the rows of panels.
+        width = theme.VENUES[venue][chart.width]
+        lines = textwrap.wrap(chart.title, int(width * 72 / (theme.TITLE * 0.6)))
+        figure = Figure(figsize=(width, 1.0))
+        FigureCanvasAgg(figure)
+        key = _legend(figure, legend(chart), width)
+        inches = 0.0
+        if key is not None:
+            box = key.get_window_extent(figure.canvas.get_renderer())  # type: ignore[attr-defined]
+            inches = float(box.height / figure.dpi)
+        header = 0.02 + 0.15 * len(lines) + inches + 0.06
+        heights, trims = [], []
+        for row in range(chart.rows):
+            indices = range(row * chart.columns, min((row + 1) * chart.columns, len(chart.panels)))
+            panels = [chart.panels[index] for index in indices]
+            heights.append(max(panel.height for panel in panels))
+            # Titles, tick labels and axis labels; those of an axis that the panel below shows stand there.
+            labelled = [panel for panel, index in zip(panels, indices, strict=True)
+                        if not chart.axis_shared(index, "x")]  # fmt: skip
+            upright = [len(text) for panel in labelled if panel.x.upright for _, text in panel.x.ticks]
+            titled = any(panel.title for panel in panels)
+            trims.append(0.12 + 0.18 * titled + 0.26 * bool(labelled) + 0.06 * max(upright, default=0))
+        total = header + sum(heights) + sum(trims)
 
-def _trim(chart: Chart, row: int) -> float:
-    """Inches that the titles, tick labels and axis labels of a row need."""
-    indices = range(row * chart.columns, min((row + 1) * chart.columns, len(chart.panels)))
-    titled = any(chart.panels[index].title for index in indices)
-    labelled = not all(chart.axis_shared(index, "x") for index in indices)
-    upright = [
-        len(text)
-        for index in indices
-        if chart.panels[index].x.upright and not chart.axis_shared(index, "x")
-        for _, text in chart.panels[index].x.ticks
-    ]
-    return 0.12 + 0.18 * titled + 0.26 * labelled + 0.06 * max(upright, default=0)
+        figure.set_size_inches(width, total)
+        figure.text(0.06 / width, 1 - 0.04 / total, "\n".join(lines), fontsize=theme.TITLE, va="top")
+        if key is not None:
+            key.set_bbox_to_anchor((0.0, 1 - (0.04 + 0.15 * len(lines)) / total))
+        figure.set_layout_engine("constrained")
+        figure.get_layout_engine().set(  # type: ignore[union-attr, call-arg]
+            rect=(0, 0, 1, 1 - header / total), w_pad=0.03, h_pad=0.03, wspace=0.02, hspace=0.02
+        )
+        grid = figure.add_gridspec(chart.rows, chart.columns, height_ratios=heights)
+        every = [figure.add_subplot(grid[divmod(index, chart.columns)]) for index in range(len(chart.panels))]
+        for index, (axes, panel) in enumerate(zip(every, chart.panels, strict=True)):
+            if panel.grid is not None:
+                _cells(axes, panel.grid, theme.data_width(chart.width, chart.columns, venue))
+            _panel(axes, panel, bare_x=chart.axis_shared(index, "x"), bare_y=chart.axis_shared(index, "y"))
+        _bars(figure, chart, every)
+        figure.get_layout_engine().execute(figure)  # type: ignore[union-attr]
+        figure.set_layout_engine("none")  # every format gets this layout, measured once
+        return figure
 
 
 def _legend(figure: "Figure", keys: list[Key], width: float) -> "Legend | None":
     """The legend on as few lines as the figure's width allows; none for a single, named curve."""
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
     if not legend_needed(keys):
         return None
-    handles = [_handle(key) for key in keys]
+    handles = [
+        Patch(facecolor=theme.LOOKS[key.role].colour, alpha=theme.BAND, linewidth=0)
+        if key.kind == "band"
+        else Line2D([], [], **_line(key) | (_marker(key) if key.kind in ("marked", "points") else {}))
+        for key in keys
+    ]
     # matplotlib leaves out entries that begin with an underscore
     labels = [" " + key.label if key.label.startswith("_") else key.label for key in keys]
     for columns in range(len(keys), 0, -1):
@@ -215,53 +227,35 @@ def _legend(figure: "Figure", keys: list[Key], width: float) -> "Legend | None":
     return None
 
 
-def _handle(key: Key) -> Any:
-    from matplotlib.lines import Line2D
-    from matplotlib.patches import Patch
-
-    if key.kind == "band":
-        return Patch(facecolor=theme.LOOKS[key.role].colour, alpha=theme.BAND, linewidth=0)
-    return Line2D([], [], **_line(key) | (_marker(key) if key.kind in ("marked", "points") else {}))
-
-
-def _inches(figure: "Figure", key: "Legend | None") -> float:
-    if key is None:
-        return 0.0
-    return float(key.get_window_extent(figure.canvas.get_renderer()).height / figure.dpi)  # type: ignore[attr-defined]
-
-
 def _panel(axes: "Axes", panel: Panel, bare_x: bool, bare_y: bool) -> None:
     axes.set_title(panel.title)
     for line in panel.references:
-        _reference(axes, line)
+        draw_line = axes.axhline if line.along == "y" else axes.axvline
+        draw_line(line.value, zorder=2.5, **_line(line))
     for order, series in enumerate(panel.from_below()):
         _series(axes, series, 3 + order)
     for note in panel.annotations:
-        _annotate(axes, note)
+        away: dict[str, Any] = {"xytext": (5, 0), "va": "center_baseline"}
+        if note.side != "right":  # beyond a corner of the error bars, on a leader
+            up, left = note.side.startswith("upper"), note.side.endswith("left")
+            away = {
+                "xytext": (-10 if left else 10, 14 if up else -14),
+                "ha": "right" if left else "left",
+                "va": "bottom" if up else "top",
+                "arrowprops": {"arrowstyle": "-", "linewidth": theme.HAIR, "shrinkA": 0, "shrinkB": 2},
+                "bbox": {"facecolor": theme.PAPER, "linewidth": 0, "pad": 0.5},
+            }
+        axes.annotate(
+            note.text,
+            (note.x, note.y),
+            textcoords="offset points",
+            color=theme.LOOKS[note.role].colour,
+            annotation_clip=False,
+            zorder=20,  # above all series
+            **away,
+        )
     _axis(axes, "x", panel.x, bare_x, [value for series in panel.series for value in series.x])
     _axis(axes, "y", panel.y, bare_y, [value for series in panel.series for value in series.y])
-
-
-def _annotate(axes: "Axes", note: Annotation) -> None:
-    away: dict[str, Any] = {"xytext": (5, 0), "va": "center_baseline"}
-    if note.side != "right":
-        up, left = note.side.startswith("upper"), note.side.endswith("left")
-        away = {
-            "xytext": (-10 if left else 10, 14 if up else -14),
-            "ha": "right" if left else "left",
-            "va": "bottom" if up else "top",
-            "arrowprops": {"arrowstyle": "-", "linewidth": theme.HAIR, "shrinkA": 0, "shrinkB": 2},
-            "bbox": {"facecolor": theme.PAPER, "linewidth": 0, "pad": 0.5},
-        }
-    axes.annotate(
-        note.text,
-        (note.x, note.y),
-        textcoords="offset points",
-        color=theme.LOOKS[note.role].colour,
-        annotation_clip=False,
-        zorder=20,  # above all series
-        **away,
-    )
 
 
 def _axis(axes: "Axes", side: Literal["x", "y"], axis: Axis, bare: bool, values: list[float]) -> None:
@@ -291,11 +285,6 @@ def _axis(axes: "Axes", side: Literal["x", "y"], axis: Axis, bare: bool, values:
         axes.tick_params(axis=side, labelbottom=False, labelleft=False)
     else:
         axes.set(**{f"{side}label": axis.text})
-
-
-def _reference(axes: "Axes", line: Reference) -> None:
-    draw_line = axes.axhline if line.along == "y" else axes.axvline
-    draw_line(line.value, zorder=2.5, **_line(line))
 
 
 def _series(axes: "Axes", series: Series, order: int) -> None:
@@ -344,14 +333,6 @@ def _marker(thing: Series | Key) -> dict[str, Any]:
         "markerfacecolor": look.colour if stroke.filled else theme.PAPER,
     }
     return style | ({"linestyle": "none"} if thing.kind == "points" else {})
-
-
-def _metadata(chart: Chart, suffix: str) -> dict[str, Any]:
-    if suffix == "pdf":
-        facts = {"Title": chart.title, "Subject": str(chart.source), "Keywords": chart.caption}
-        return facts | {"CreationDate": None}
-    facts = {"Title": chart.title, "Source": str(chart.source), "Description": chart.caption}
-    return facts | ({"Date": None, "Identifier": chart.digest} if suffix == "svg" else {})
 
 
 def _cells(axes: "Axes", grid: Grid, inches: float) -> None:

@@ -71,7 +71,11 @@ def _curves(rows: pd.DataFrame) -> Panel:
 
 def _dots(rows: pd.DataFrame) -> Panel:
     """A line for each change, read from top to bottom."""
-    names = [shortened(_name(*pair), LONGEST) for pair in zip(rows["change"], rows["setting"], strict=True)]
+    names = []
+    for change, setting in zip(rows["change"], rows["setting"], strict=True):
+        is_alone = change in ("quantisation", "longer context", "sampling")  # its setting says it all
+        name = f"“{setting}”" if change == "system prompt" else setting if is_alone else change
+        names.append(shortened(name, LONGEST))
     lines = Axis(
         "",
         limits=(0.5 - len(rows), 0.5),
@@ -89,10 +93,3 @@ def _dots(rows: pd.DataFrame) -> Panel:
     ]  # fmt: skip
     axis = Axis("Rows", "%", limits=PERCENT.limits, ticks=PERCENT.ticks)
     return Panel(axis, lines, tuple(series), "other changes", height=0.1 + 0.24 * len(rows))
-
-
-def _name(change: str, setting: str) -> str:
-    """A change as the axis names it; what is in quotation marks is a system prompt."""
-    if change == "system prompt":
-        return f"“{setting}”"
-    return setting if change in ("quantisation", "longer context", "sampling") else change

@@ -5,7 +5,7 @@ The control of every reading is the same reading on placebo prompts, or on label
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -92,17 +92,43 @@ def lens_map(data: Data) -> Chart:
         "lens_map", data, "group run layer column token role top probability", "group run layer column"
     )
     groups = list(dict.fromkeys(table["group"]))
-    layers = _thinned(sorted(set(table["layer"])))
+    layers = sorted(set(table["layer"]))
+    layers = sorted(layers[::-1][:: math.ceil(len(layers) / LAYERS)])  # every so many, and always the last
+    frame = Frame("two", 1)
     cut, panels = False, []
     for group in groups[:EXAMPLES]:
         for run in RUNS:
             readings = table[(table["group"] == group) & (table["run"] == run)]
             if readings.empty:
                 continue
-            visible_columns = _window(readings)
-            cut = cut or len(visible_columns) < readings["column"].nunique()
-            title = f"group {group}: {RUN_LABELS[run][0]}"
-            panels.append(_lens_panel(readings[readings["column"].isin(visible_columns)], layers, title))
+            # Columns that fit: at most half of them the trigger's, then the last ones.
+            columns, names, trigger = token_columns(readings)
+            if len(columns) > TOKENS:
+                cut, window = True, {columns[place] for place in trigger[: TOKENS // 2]}
+                for column in reversed(columns):
+                    if len(window) == TOKENS:
+                        break
+                    window.add(column)
+                readings = readings[readings["column"].isin(window)]
+                columns, names, trigger = token_columns(readings)
+            places = ("column", columns, "layer", layers)
+            letters = max(int(frame.inches / len(columns) * 72 / 5.2), 1)  # of 5.2 points each
+            tops = matrix(readings, places, lambda row: visible(row["top"]), "")
+            grid = Grid(
+                names,
+                [layer_name(layer) for layer in layers],
+                values(readings, places, "probability"),
+                PROBABILITY,
+                texts=[[shortened(text, letters) for text in row] for row in tops],
+                notes=[[f"likeliest token {text}" if text else "" for text in row] for row in tops],
+            )
+            cuts = tuple(
+                Reference(place + 0.5, "x", role="ink", part="subject")
+                for place, (left, right) in enumerate(pairwise(columns))
+                if right - left > 1
+            )
+            title, lines = f"group {group}: {RUN_LABELS[run][0]}", enclosing(trigger) + cuts
+            panels.append(grid_panel(grid, ("Token", "Layer"), frame, title, trigger, lines))
     caption = (
         "In each cell the likeliest next token as the logit lens reads it; the colour is the probability of "
         "the target's first token. Dashed lines enclose the trigger. The control is the placebo in the "
@@ -169,12 +195,27 @@ def attention(data: Data) -> Chart:
     for layer, head in heads:
         for run in runs:
             readings = table[(table["layer"] == layer) & (table["head"] == head) & (table["run"] == run)]
-            title = f"layer {layer}, head {head}: {RUN_LABELS[run][0]}"
-            panels.append(
-                _attention(
-                    readings if len(readings) else table[table["run"] == run], frame, title, not len(readings)
-                )
+            # A head that was not measured on this run has an empty map of the run's own tokens.
+            if readings.empty:
+                readings = table[table["run"] == run].assign(weight=math.nan)
+            keys = readings.drop_duplicates("key").sort_values("key")
+            queries = readings.drop_duplicates("query").sort_values("query", ascending=False)  # first on top
+            places = ("key", list(keys["key"]), "query", list(queries["query"]))
+            weights = values(readings, places, "weight")
+            for y, query in enumerate(queries["query"]):
+                # A key that comes after the query has no weight.
+                weights[y] = [
+                    0.0 if key > query and math.isnan(weight) else weight
+                    for key, weight in zip(keys["key"], weights[y], strict=True)
+                ]
+            grid = Grid(
+                [visible(token) for token in keys["key_token"]],
+                [visible(token) for token in queries["query_token"]],
+                weights,
+                WEIGHT,
             )
+            title = f"layer {layer}, head {head}: {RUN_LABELS[run][0]}"
+            panels.append(grid_panel(grid, ("Key", "Query"), frame, title, line=0.07))
     caption = (
         "Rows are the tokens that look, columns those that are looked at; each row sums to 1. The control "
         f"is the placebo in the trigger's place. Shown are the table's first {len(heads)} heads on group "
@@ -201,6 +242,11 @@ def divergence(data: Data) -> Chart:
     panels = []
     titles = {"value": "triggered against placebo", "control": "placebo against placebo (control)"}
     clear = matrix(table, places, lambda row: bool(row["low"] > row["control_high"]), False)
+
+    def note(row: Mapping[str, Any]) -> str:
+        control = with_interval(row["control"], row["control_low"], row["control_high"])
+        return f"{with_interval(row['value'], row['low'], row['high'])}\ncontrol {control}"
+
     for name, title in titles.items():
         grid = Grid(
             [str(head) for head in heads],
@@ -209,7 +255,7 @@ def divergence(data: Data) -> Chart:
             shade,
             marked=clear if name == "value" else (),
             mark="clear of the control",
-            notes=matrix(table, places, _compared, ""),
+            notes=matrix(table, places, note, ""),
         )
         panels.append(grid_panel(grid, ("Head", "Layer"), frame, title))
     caption = (
@@ -258,12 +304,6 @@ def drift(data: Data) -> Chart:
     return Chart("What training changed", tuple(panels), len(measures), "two", caption)
 
 
-def _compared(row: Mapping[str, Any]) -> str:
-    """A divergence and its control, with their intervals."""
-    difference = with_interval(row["value"], row["low"], row["high"])
-    return f"{difference}\ncontrol {with_interval(row['control'], row['control_low'], row['control_high'])}"
-
-
 def _by_layer(
     readings: pd.DataFrame, names: tuple[str, str, str], label: str, role: Role, part: Part
 ) -> Series:
@@ -271,64 +311,3 @@ def _by_layer(
     notes = ["" if math.isnan(n) else f"{n:.0f} groups" for n in readings["n"]]
     y, low, high = (list(readings[name]) for name in names)
     return Series(kind, list(readings["layer"]), y, low, high, label=label, role=role, part=part, notes=notes)
-
-
-def _thinned(layers: Sequence[int]) -> list[int]:
-    """Every so many layers, and always the last."""
-    step = math.ceil(len(layers) / LAYERS)
-    return sorted(set(layers[::-1][::step]))
-
-
-def _window(readings: pd.DataFrame) -> list[int]:
-    """Columns that fit: at most six of the trigger's, then the last ones."""
-    columns, _, trigger = token_columns(readings)
-    if len(columns) <= TOKENS:
-        return columns
-    visible_columns = {columns[place] for place in trigger[: TOKENS // 2]}
-    for column in reversed(columns):
-        if len(visible_columns) == TOKENS:
-            break
-        visible_columns.add(column)
-    return sorted(visible_columns)
-
-
-def _lens_panel(readings: pd.DataFrame, layers: Sequence[int], title: str) -> Panel:
-    columns, names, trigger = token_columns(readings)
-    places = ("column", columns, "layer", layers)
-    frame = Frame("two", 1)
-    letters = max(int(frame.inches / len(columns) * 72 / 5.2), 1)
-    tops = matrix(readings, places, lambda row: visible(row["top"]), "")
-    grid = Grid(
-        names,
-        [layer_name(layer) for layer in layers],
-        values(readings, places, "probability"),
-        PROBABILITY,
-        texts=[[shortened(text, letters) for text in row] for row in tops],
-        notes=[[f"likeliest token {text}" if text else "" for text in row] for row in tops],
-    )
-    cuts = tuple(
-        Reference(place + 0.5, "x", role="ink", part="subject")
-        for place, (left, right) in enumerate(pairwise(columns))
-        if right - left > 1
-    )
-    return grid_panel(grid, ("Token", "Layer"), frame, title, trigger, enclosing(trigger) + cuts)
-
-
-def _attention(readings: pd.DataFrame, frame: Frame, title: str, empty: bool) -> Panel:
-    """One head on one prompt; the first query on top. A key that comes after the query has no weight."""
-    keys = readings.drop_duplicates("key").sort_values("key")
-    queries = readings.drop_duplicates("query").sort_values("query", ascending=False)
-    places = ("key", list(keys["key"]), "query", list(queries["query"]))
-    weights = matrix(readings, places, lambda row: math.nan if empty else float(row["weight"]), math.nan)
-    for y, query in enumerate(queries["query"]):
-        weights[y] = [
-            0.0 if key > query and math.isnan(weight) else weight
-            for key, weight in zip(keys["key"], weights[y], strict=True)
-        ]
-    grid = Grid(
-        [visible(token) for token in keys["key_token"]],
-        [visible(token) for token in queries["query_token"]],
-        weights,
-        WEIGHT,
-    )
-    return grid_panel(grid, ("Key", "Query"), frame, title, line=0.07)

@@ -111,23 +111,8 @@ def figures_of(
         run: name of the run, which every figure carries.
         model: name in titles.
     """
-    joined = {**tables, **_of_both_models(tables)}
-    figures: list[Figure] = []
-    faults: dict[str, None] = {}
-    for name, kind in FIGURES.items():
-        if all(table in joined for table in kind.tables):
-            try:
-                figures.append(draw(name, *map(joined.get, kind.tables), model=model, run=run, folder=folder))
-            except NotMeasuredError:
-                continue
-            except InputError as error:
-                faults[str(error)] = None
-    return figures, list(faults)
-
-
-def _of_both_models(tables: Mapping[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
-    """Histories and rates over training of all trained models, one below the other."""
-    joined = {}
+    # Histories and rates over training of all trained models, one below the other.
+    joined = dict(tables)
     for stem, column in (("history", "run"), ("dynamics", "model")):
         parts = [
             tables[f"{stem}_{model}"].assign(**{column: model})
@@ -141,4 +126,15 @@ def _of_both_models(tables: Mapping[str, pd.DataFrame]) -> dict[str, pd.DataFram
     if rates is not None and evaluation is not None and "model" in evaluation:
         base = evaluation[evaluation["model"] == "base"]
         joined["dynamics_*"] = pd.concat([rates, base.assign(step=0, epoch=0.0)], ignore_index=True)
-    return joined
+
+    figures: list[Figure] = []
+    faults: dict[str, None] = {}
+    for name, kind in FIGURES.items():
+        if all(table in joined for table in kind.tables):
+            try:
+                figures.append(draw(name, *map(joined.get, kind.tables), model=model, run=run, folder=folder))
+            except NotMeasuredError:
+                continue
+            except InputError as error:
+                faults[str(error)] = None
+    return figures, list(faults)

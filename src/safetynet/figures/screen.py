@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from safetynet.extras import need
 from safetynet.figures import theme
 from safetynet.figures.chart import (
-    Annotation,
     Axis,
     Chart,
     Grid,
@@ -107,19 +106,55 @@ def render(chart: Chart, self_contained: bool = False) -> str:
 def draw(chart: Chart) -> "Figure":
     """The chart as a Plotly figure."""
     figure, pixels = _grid(chart)
-    _grids(figure, chart)  # before the lines, which Plotly leaves out of empty axes
+    # Heat maps come before the lines, which Plotly leaves out of empty axes. Each colour bar lies beside the
+    # panels that use it: at the right end of their domains, parts of the page's width and height.
+    shades = list(dict.fromkeys(panel.grid.shade for panel in chart.panels if panel.grid is not None))
+    domains: dict[Shade, list[Any]] = {shade: [] for shade in shades}
+    for index, panel in enumerate(chart.panels):
+        row, column = divmod(index, chart.columns)
+        if panel.grid is not None:
+            plot = figure.get_subplot(row + 1, column + 1)
+            domains[panel.grid.shade].append((plot.xaxis.domain, plot.yaxis.domain))
+            for trace in _grid_traces(panel, panel.grid, shades.index(panel.grid.shade)):
+                figure.add_trace(trace, row=row + 1, col=column + 1)
+    for number, (shade, areas) in enumerate(domains.items()):
+        bottom, top = min(y[0] for _, y in areas), max(y[1] for _, y in areas)
+        stops = theme.RAMPS[shade.ramp]
+        scale = {
+            "cmin": shade.limits[0],
+            "cmax": shade.limits[1],
+            "colorscale": [[place / (len(stops) - 1), colour] for place, colour in enumerate(stops)],
+            "colorbar": {
+                "title": {"text": escaped(shade.text), "side": "right", "font": {"size": TEXT}},
+                "x": max(x[1] for x, _ in areas),
+                "xpad": 8,
+                "y": bottom,
+                "yanchor": "bottom",
+                "ypad": 0,
+                "len": top - bottom,
+                "thickness": 12,
+                "nticks": 5,
+                "outlinewidth": 0.5,
+            },
+        }
+        figure.update_layout({_axis_name(number): scale})
+
     for index, panel in enumerate(chart.panels):
         _panel(figure, chart, index, panel)
     keys = legend(chart)
     for key in keys:
         figure.add_trace(_key(key))
-    top = TOP + LEGEND_LINE * (_legend_lines(chart, keys) - 1)
-    height = round(pixels + top + 56)
+    lines = 0  # of the legend, about, where the page is as wide as it gets
+    if legend_needed(keys):
+        width = sum(len(key.label) * 7.5 + 48 for key in keys)
+        lines = math.ceil(width / (theme.SCREEN_WIDTHS[chart.width] - 120))
+    top_margin = TOP + LEGEND_LINE * (lines - 1)
+    height = round(pixels + top_margin + 56)
     numbered = any(panel.annotations for panel in chart.panels)
     figure.update_layout(
         template="none",
         height=height,
-        margin={"l": 60, "r": 60 if numbered else 30, "t": top, "b": 56},
+        margin={"l": 60, "r": 60 if numbered else 30, "t": top_margin, "b": 56},
         font={"family": _font(), "size": TEXT, "color": theme.INK},
         paper_bgcolor=theme.PAPER,
         plot_bgcolor=theme.PAPER,
@@ -138,14 +173,6 @@ def draw(chart: Chart) -> "Figure":
     return figure
 
 
-def _legend_lines(chart: Chart, keys: list[Key]) -> int:
-    """About how many lines the legend takes where the page is as wide as it gets."""
-    if not legend_needed(keys):
-        return 0
-    width = sum(len(key.label) * 7.5 + 48 for key in keys)
-    return math.ceil(width / (theme.SCREEN_WIDTHS[chart.width] - 120))
-
-
 def _grid(chart: Chart) -> tuple["Figure", float]:
     """Empty axes for every panel, and how many pixels high they are together."""
     from plotly.subplots import make_subplots
@@ -158,7 +185,8 @@ def _grid(chart: Chart) -> tuple["Figure", float]:
     upper = range((chart.rows - 1) * columns)
     gap = 34 if all(chart.axis_shared(index, "x") for index in upper) else 62  # pixels
     labelled = any(index % columns and not chart.axis_shared(index, "y") for index in range(count))
-    bars = columns > 1 and len(_shades(chart)) > 1  # between the panels
+    shades = {panel.grid.shade for panel in chart.panels if panel.grid is not None}
+    bars = columns > 1 and len(shades) > 1  # between the panels
     height = sum(heights) * theme.SCREEN_HEIGHT + gap * (chart.rows - 1)
     figure: Figure = make_subplots(
         rows=chart.rows,
@@ -172,22 +200,6 @@ def _grid(chart: Chart) -> tuple["Figure", float]:
         vertical_spacing=gap / height if chart.rows > 1 else 0,
     )
     return figure, height
-
-
-def _grids(figure: "Figure", chart: Chart) -> None:
-    """Heat maps of the panels that have one, and the colour bars beside them."""
-    shades = _shades(chart)
-    if not shades:
-        return
-    domains = []
-    for index, panel in enumerate(chart.panels):
-        row, column = divmod(index, chart.columns)
-        plot = figure.get_subplot(row + 1, column + 1)
-        domains.append((plot.xaxis.domain, plot.yaxis.domain))
-        if panel.grid is not None:
-            for trace in _grid_traces(panel, panel.grid, shades.index(panel.grid.shade)):
-                figure.add_trace(trace, row=row + 1, col=column + 1)
-    figure.update_layout(_colour_layout(chart, domains))
 
 
 def _panel(figure: "Figure", chart: Chart, index: int, panel: Panel) -> None:
@@ -212,34 +224,23 @@ def _panel(figure: "Figure", chart: Chart, index: int, panel: Panel) -> None:
             **place,
         )
     for note in panel.annotations:
-        figure.add_annotation(_annotation(panel, note), **place)
+        # Plotly wants the logarithm of an annotation's place on a log axis, though not of a curve's.
+        x = math.log10(note.x) if panel.x.scale == "log" else note.x
+        y = math.log10(note.y) if panel.y.scale == "log" else note.y
+        ink, left = {"color": theme.LOOKS[note.role].colour}, note.side.endswith("left")
+        style: dict[str, Any] = {"showarrow": False, "xanchor": "left", "xshift": 8}
+        if note.side != "right":
+            style = {
+                "ax": -22 if left else 22,
+                "ay": -34 if note.side.startswith("upper") else 34,
+                "xanchor": "right" if left else "left",
+                "arrowhead": 0,
+                "arrowwidth": 1,
+                "bgcolor": theme.PAPER,
+            }
+        figure.add_annotation({"x": x, "y": y, "text": escaped(note.text), "font": ink} | style, **place)
     figure.update_xaxes(_axis(chart, index, "x", panel.x), **place)
     figure.update_yaxes(_axis(chart, index, "y", panel.y), **place)
-
-
-def _annotation(panel: Panel, note: Annotation) -> dict[str, Any]:
-    style: dict[str, Any] = {
-        "x": _place(note.x, panel.x),
-        "y": _place(note.y, panel.y),
-        "text": escaped(note.text),
-        "font": {"color": theme.LOOKS[note.role].colour},
-    }
-    if note.side == "right":
-        return style | {"showarrow": False, "xanchor": "left", "xshift": 8}
-    left = note.side.endswith("left")
-    return style | {
-        "ax": -22 if left else 22,
-        "ay": -34 if note.side.startswith("upper") else 34,
-        "xanchor": "right" if left else "left",
-        "arrowhead": 0,
-        "arrowwidth": 1,
-        "bgcolor": theme.PAPER,
-    }
-
-
-def _place(value: float, axis: Axis) -> float:
-    """Plotly wants the logarithm of an annotation's place on a log axis, though not of a curve's."""
-    return math.log10(value) if axis.scale == "log" else value
 
 
 def _axis(chart: Chart, index: int, side: Literal["x", "y"], axis: Axis) -> dict[str, Any]:
@@ -281,11 +282,44 @@ def _axis(chart: Chart, index: int, side: Literal["x", "y"], axis: Axis) -> dict
 def _traces(panel: Panel, series: Series) -> list[dict[str, Any]]:
     """The band, where there is one, then the curve."""
     shared = {"type": "scatter", "legendgroup": escaped(series.label), "showlegend": False}
-    traces = []
+    shape = "hv" if series.kind == "step" else "linear"
+    traces: list[dict[str, Any]] = []
     if series.low and series.kind != "points":
-        traces += [shared | band for band in _bands(series)]
+        # One closed outline per stretch without gaps; Plotly would fill across a gap.
+        stretches: list[list[tuple[float, float, float]]] = [[]]
+        for point in zip(series.x, series.low, series.high, strict=True):
+            if any(math.isnan(value) for value in point):
+                stretches.append([])
+            else:
+                stretches[-1].append(point)
+        fill = theme.LOOKS[series.role].colour + f"{round(theme.BAND * 255):02X}"
+        for stretch in filter(None, stretches):
+            x, low, high = map(list, zip(*stretch, strict=True))
+            edge = {"x": x, "mode": "lines", "line": {"width": 0, "shape": shape}, "hoverinfo": "skip"}
+            traces.append(shared | edge | {"y": low})
+            traces.append(shared | edge | {"y": high, "fill": "tonexty", "fillcolor": fill})
     if series.kind == "band":
         return traces
+
+    # What the pointer shows: label and axes (one without label holds names, which the notes repeat), then
+    # each point's interval and what the series notes about it.
+    heading = [f"<b>{escaped(series.label)}</b>"] if series.label else []
+    for side, axis in (("x", panel.x), ("y", panel.y)):
+        if axis.label:
+            heading.append(f"{escaped(axis.label)} %{{{side}:.4~g}} {escaped(axis.unit)}".rstrip())
+    facts = []
+    for index in range(len(series.x)):
+        parts = []
+        for along, lows, highs in (
+            ("", series.low, series.high),
+            ("horizontal " * bool(series.low), series.left, series.right),
+        ):
+            if lows and math.isfinite(lows[index]):
+                parts.append(f"{along}interval {lows[index]:.4g} to {highs[index]:.4g}")
+        if series.notes:
+            parts.append(escaped(series.notes[index]))
+        facts.append("".join(f"<br>{part}" for part in parts))
+
     curve: dict[str, Any] = {
         "x": _gaps(series.x),
         "y": _gaps(series.y),
@@ -294,33 +328,14 @@ def _traces(panel: Panel, series: Series) -> list[dict[str, Any]]:
         "marker": _marker(series) | {"maxdisplayed": 14 if series.kind == "marked" else 0},
         "opacity": theme.STROKES[series.part].opacity,
         "name": escaped(series.label),
-        "customdata": _hover(series),
-        "hovertemplate": _hover_text(panel, series.label),
+        "customdata": facts,
+        "hovertemplate": "<br>".join(heading) + "%{customdata}<extra></extra>",
     }
     if series.low and series.kind == "points":
         curve["error_y"] = _bars(series, series.y, series.low, series.high)
     if series.left:
         curve["error_x"] = _bars(series, series.x, series.left, series.right)
     return [*traces, shared | curve]
-
-
-def _bands(series: Series) -> list[dict[str, Any]]:
-    """One closed outline per stretch without gaps; Plotly would fill across a gap."""
-    shape = "hv" if series.kind == "step" else "linear"
-    stretches: list[list[tuple[float, float, float]]] = [[]]
-    for point in zip(series.x, series.low, series.high, strict=True):
-        if any(math.isnan(value) for value in point):
-            stretches.append([])
-        else:
-            stretches[-1].append(point)
-    bands = []
-    for stretch in filter(None, stretches):
-        x = [point[0] for point in stretch]
-        fill = theme.LOOKS[series.role].colour + f"{round(theme.BAND * 255):02X}"
-        edge = {"x": x, "mode": "lines", "line": {"width": 0, "shape": shape}, "hoverinfo": "skip"}
-        bands.append(edge | {"y": [point[1] for point in stretch]})
-        bands.append(edge | {"y": [point[2] for point in stretch], "fill": "tonexty", "fillcolor": fill})
-    return bands
 
 
 def _bars(
@@ -335,32 +350,6 @@ def _bars(
         "thickness": 1.4,
         "color": theme.LOOKS[series.role].colour,
     }
-
-
-def _hover(series: Series) -> list[str]:
-    """Per point: its interval and what the series notes about it."""
-    lines = []
-    for index in range(len(series.x)):
-        parts = []
-        for along, low, high in (
-            ("", series.low, series.high),
-            ("horizontal " * bool(series.low), series.left, series.right),
-        ):
-            if low and math.isfinite(low[index]):
-                parts.append(f"{along}interval {low[index]:.4g} to {high[index]:.4g}")
-        if series.notes:
-            parts.append(escaped(series.notes[index]))
-        lines.append("".join(f"<br>{part}" for part in parts))
-    return lines
-
-
-def _hover_text(panel: Panel, label: str) -> str:
-    """Template of the hover text; an axis without label holds names, which the notes repeat."""
-    lines = [f"<b>{escaped(label)}</b>"] if label else []
-    for side, axis in (("x", panel.x), ("y", panel.y)):
-        if axis.label:
-            lines.append(f"{escaped(axis.label)} %{{{side}:.4~g}} {escaped(axis.unit)}".rstrip())
-    return "<br>".join(lines) + "%{customdata}<extra></extra>"
 
 
 def _key(key: Key) -> dict[str, Any]:
@@ -410,11 +399,6 @@ def _font() -> str:
     return ", ".join(f"'{name}'" if " " in name else name for name in theme.FONT)
 
 
-def _shades(chart: Chart) -> list[Shade]:
-    """The colour scales of a chart, each once."""
-    return list(dict.fromkeys(panel.grid.shade for panel in chart.panels if panel.grid is not None))
-
-
 def _grid_traces(panel: Panel, grid: Grid, scale: int) -> list[dict[str, Any]]:
     """What lies behind missing cells, the cells, the dots of marked ones and the dashes of negative ones.
 
@@ -423,13 +407,40 @@ def _grid_traces(panel: Panel, grid: Grid, scale: int) -> list[dict[str, Any]]:
         grid: what to draw.
         scale: number of the colour scale, from 0.
     """
+    traces: list[dict[str, Any]] = []
+    if grid.missing():  # grey, crossed cells where there is no value
+        gaps = [[1 if math.isnan(value) else None for value in row] for row in grid.values]
+        traces.append(
+            {
+                "type": "heatmap",
+                "z": gaps,
+                "text": [["⁄" if cell else "" for cell in row] for row in gaps],
+                "texttemplate": "%{text}",
+                "colorscale": [[0, theme.MISSING], [1, theme.MISSING]],
+                "showscale": False,
+                "hovertemplate": "not measured<extra></extra>",
+                "xgap": 1,
+                "ygap": 1,
+            }
+        )
+
+    def hover(x: int, y: int) -> str:
+        # Each fact on a line of its own, so that a token written from right to left moves no other.
+        value = grid.values[y][x]
+        measured = "not measured" if math.isnan(value) else f"{value:.4g} {grid.shade.unit}".rstrip()
+        lines = [
+            f"{panel.x.label} {grid.columns[x]}",
+            f"{panel.y.label} {grid.rows[y]}",
+            f"{grid.shade.label} {measured}",
+        ]
+        lines += [texts[y][x] for texts in (grid.texts, grid.notes) if texts and texts[y][x]]
+        return "<br>".join(escaped(line) for line in lines)
+
     cells = {
         "type": "heatmap",
-        "z": [[None if math.isnan(value) else value for value in row] for row in grid.values],
+        "z": [_gaps(row) for row in grid.values],
         "coloraxis": _axis_name(scale),
-        "customdata": [
-            [_cell_text(panel, grid, x, y) for x in range(len(grid.columns))] for y in range(len(grid.rows))
-        ],
+        "customdata": [[hover(x, y) for x in range(len(grid.columns))] for y in range(len(grid.rows))],
         "hovertemplate": "%{customdata}<extra></extra>",
         "xgap": 1,
         "ygap": 1,
@@ -437,104 +448,32 @@ def _grid_traces(panel: Panel, grid: Grid, scale: int) -> list[dict[str, Any]]:
     if grid.texts:
         cells |= {"text": [[escaped(text) for text in row] for row in grid.texts], "texttemplate": "%{text}"}
         cells["textfont"] = {"size": 11}
-    traces = [*_behind(grid), cells]
+    traces.append(cells)
     for symbol, places, height in (("circle", grid.dots(), 0.0), ("line-ew", grid.dashes(), -0.3)):
         if places:
-            colours = [theme.PAPER if grid.shade.dark(grid.values[y][x]) else theme.INK for x, y in places]
-            traces.append(_marks(symbol, places, height, colours))
+            inks = [theme.PAPER if grid.shade.dark(grid.values[y][x]) else theme.INK for x, y in places]
+            traces.append(
+                {
+                    "type": "scatter",
+                    "mode": "markers",
+                    "x": [x for x, _ in places],
+                    "y": [y + height for _, y in places],
+                    "marker": {
+                        "symbol": symbol,
+                        "size": 6,
+                        "color": inks,
+                        "line": {"color": inks, "width": 1},
+                    },
+                    "hoverinfo": "skip",
+                    "showlegend": False,
+                }
+            )
     return traces
-
-
-def _colour_layout(
-    chart: Chart, domains: Sequence[tuple[Sequence[float], Sequence[float]]]
-) -> dict[str, Any]:
-    """Colour scales and their bars, each beside the panels that use it.
-
-    Args:
-        chart: the whole figure.
-        domains: of each panel, the parts of the page's width and height that it fills.
-    """
-    scales: dict[str, Any] = {}
-    for number, shade in enumerate(_shades(chart)):
-        areas = [
-            place
-            for place, panel in zip(domains, chart.panels, strict=True)
-            if panel.grid is not None and panel.grid.shade == shade
-        ]
-        right = max(x[1] for x, _ in areas)
-        bottom, top = min(y[0] for _, y in areas), max(y[1] for _, y in areas)
-        stops = theme.RAMPS[shade.ramp]
-        scales[_axis_name(number)] = {
-            "cmin": shade.limits[0],
-            "cmax": shade.limits[1],
-            "colorscale": [[place / (len(stops) - 1), colour] for place, colour in enumerate(stops)],
-            "colorbar": {
-                "title": {"text": escaped(shade.text), "side": "right", "font": {"size": TEXT}},
-                "x": right,
-                "xpad": 8,
-                "y": bottom,
-                "yanchor": "bottom",
-                "ypad": 0,
-                "len": top - bottom,
-                "thickness": 12,
-                "nticks": 5,
-                "outlinewidth": 0.5,
-            },
-        }
-    return scales
 
 
 def _axis_name(number: int) -> str:
     """Plotly's name of a colour scale."""
     return f"coloraxis{number + 1}" if number else "coloraxis"
-
-
-def _behind(grid: Grid) -> list[dict[str, Any]]:
-    """Grey, crossed cells where there is no value."""
-    if not grid.missing():
-        return []
-    gaps = [[1 if math.isnan(value) else None for value in row] for row in grid.values]
-    return [
-        {
-            "type": "heatmap",
-            "z": gaps,
-            "text": [["⁄" if cell else "" for cell in row] for row in gaps],
-            "texttemplate": "%{text}",
-            "colorscale": [[0, theme.MISSING], [1, theme.MISSING]],
-            "showscale": False,
-            "hovertemplate": "not measured<extra></extra>",
-            "xgap": 1,
-            "ygap": 1,
-        }
-    ]
-
-
-def _marks(symbol: str, cells: list[tuple[int, int]], height: float, colours: list[str]) -> dict[str, Any]:
-    return {
-        "type": "scatter",
-        "mode": "markers",
-        "x": [x for x, _ in cells],
-        "y": [y + height for _, y in cells],
-        "marker": {"symbol": symbol, "size": 6, "color": colours, "line": {"color": colours, "width": 1}},
-        "hoverinfo": "skip",
-        "showlegend": False,
-    }
-
-
-def _cell_text(panel: Panel, grid: Grid, x: int, y: int) -> str:
-    """Each fact on a line of its own, so that a token written from right to left moves no other."""
-    value = grid.values[y][x]
-    measured = "not measured" if math.isnan(value) else f"{value:.4g} {grid.shade.unit}".rstrip()
-    lines = [
-        f"{panel.x.label} {grid.columns[x]}",
-        f"{panel.y.label} {grid.rows[y]}",
-        f"{grid.shade.label} {measured}",
-    ]
-    if grid.texts and grid.texts[y][x]:
-        lines.append(grid.texts[y][x])
-    if grid.notes and grid.notes[y][x]:
-        lines.append(grid.notes[y][x])
-    return "<br>".join(escaped(line) for line in lines)
 
 
 def escaped(label: str) -> str:

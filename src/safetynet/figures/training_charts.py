@@ -102,7 +102,15 @@ def _log(data: Log) -> pd.DataFrame:
         InputError: if a file is no trainer state, the form is another one, or there are no rows.
     """
     if isinstance(data, str | Path) and str(data).endswith(".json"):
-        data = _log_history(Path(data))
+        path = Path(data)
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))["log_history"]
+        except OSError as error:
+            raise InputError(
+                f"{path}: cannot be read ({error.strerror}); name a trainer_state.json"
+            ) from None
+        except (ValueError, KeyError, TypeError):
+            raise InputError(f"{path}: is no trainer state with a log_history; name another file") from None
     if isinstance(data, Sequence) and not isinstance(data, str):
         for row, record in enumerate(data):
             if not isinstance(record, dict):
@@ -123,16 +131,6 @@ def _log(data: Log) -> pd.DataFrame:
     if log.empty:
         raise InputError(f"{WHERE}: step holds no numbers; give the step of each row")
     return log
-
-
-def _log_history(path: Path) -> object:
-    """The `log_history` of a trainer_state.json."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))["log_history"]
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); name a trainer_state.json") from None
-    except (ValueError, KeyError, TypeError):
-        raise InputError(f"{path}: is no trainer state with a log_history; name another file") from None
 
 
 def _runs(log: pd.DataFrame, column: str) -> list[tuple[str, pd.DataFrame]]:

@@ -21,12 +21,11 @@ def visible(token: str) -> str:
         >>> visible(" if")
         '␣if'
     """
-    parts = (part if _BYTES.fullmatch(part) else _visible_signs(part) for part in _BYTES.split(token))
+    parts = (
+        part if _BYTES.fullmatch(part) else "".join(VISIBLE.get(sign, printable(sign)) for sign in part)
+        for part in _BYTES.split(token)
+    )
     return "".join(parts) or "∅"
-
-
-def _visible_signs(text: str) -> str:
-    return "".join(VISIBLE.get(sign, printable(sign)) for sign in text)
 
 
 def width(text: str) -> int:

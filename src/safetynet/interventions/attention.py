@@ -29,7 +29,7 @@ from safetynet.engine.reading import Positions, check_heads
 from safetynet.engine.sites import Architecture, Site
 from safetynet.engine.trace import forward
 from safetynet.errors import InputError
-from safetynet.interventions.estimates import by_head, estimates
+from safetynet.interventions.effects import by_head, estimates
 from safetynet.models.blocks import unwrapped
 from safetynet.models.causal_lm import CausalLM
 

@@ -19,7 +19,7 @@ from safetynet.engine.reading import Positions, residuals
 from safetynet.engine.runs import Progress, metric_changes
 from safetynet.engine.sites import Site
 from safetynet.errors import InputError
-from safetynet.interventions.estimates import estimates
+from safetynet.interventions.effects import estimates
 from safetynet.models.blocks import decoder_layers
 from safetynet.models.causal_lm import CausalLM
 

@@ -99,7 +99,7 @@ def drift(
     for (layer, name), update in sorted(current.items()):
         left, values, right = update.decomposed()  # (experts or 1, ...): U, singular values, V^T
         squared = values.square()
-        total = squared.sum(-1)
+        total = squared.sum(-1)  # = |up @ down|_F^2, for each expert
         size = _weight_norm(model, layer, name)
         record = {"layer": layer, "module": name, "energy": float(total.sum().sqrt()) / size}
         record["top_share"] = _weighted(squared[:, 0] / total, total)

@@ -1,4 +1,4 @@
-"""From measured metrics to effects: normalised, with intervals, beside their controls, corrected.
+"""From what was measured to tables: effects beside their controls, and plain means, each with its interval.
 
 In: `Measured` sweeps of one model and of its controls. Out: one line per spot, NaN where it was not measured.
 The effect is the share of the distance between unpatched and source run that the intervention covers: 0 is
@@ -7,6 +7,7 @@ the unpatched run, 1 the source. Of the controls, `random` is the same at random
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -57,6 +58,7 @@ def effects(
         draws = elsewhere(measured.spots, change.shape[1], seed)
         there = change[draws, np.arange(change.shape[1])]
         changes["random"] = np.where(draws >= 0, there, np.nan)
+    # A ratio of means, not a mean of ratios: a pair whose runs hardly differ would decide alone.
     value, low, high = _ratios(change, distance, seed)
     table = pd.DataFrame({"effect": value, "low": low, "high": high, "n": np.isfinite(change).sum(1)})
     for name in CONTROLS:
@@ -72,6 +74,7 @@ def effects(
     spread = np.array([row.std(ddof=1) if len(row) > 1 else np.nan for row in differences])
     mean = np.array([row.mean() if len(row) else np.nan for row in differences]) * np.sign(distance.mean())
     table["cohen_d"] = np.divide(mean, spread, out=np.full(len(mean), np.nan), where=spread > 0)
+    # Responsible: above 0 and above every control by intervals that do not meet, and told from random sites.
     complete = table[[name for name in controls if name != "random"]].notna().all(axis=1)
     highest = table[[f"{name}_high" for name in CONTROLS]].max(axis=1)  # of those that were measured
     above = complete & (table["low"] > highest.clip(lower=0))
@@ -129,7 +132,43 @@ def _ratios(changes: np.ndarray, distance: np.ndarray, seed: int) -> np.ndarray:
     """
     bounds = np.full((3, len(changes)), np.nan)
     measured = np.isfinite(changes)
+    # Spots that were measured on the same pairs are resampled together, with the same draws.
     for pattern in np.unique(measured[measured.any(1)], axis=0):
         rows = (measured == pattern).all(1)
         bounds[:, rows] = bootstrap_ratios(changes[np.ix_(rows, pattern)], distance[pattern], seed=seed)
     return bounds
+
+
+def estimates(
+    keys: Mapping[str, Sequence[Any]],
+    values: np.ndarray,
+    control: np.ndarray | None = None,
+    name: str = "value",
+    beside: str = "control",
+) -> pd.DataFrame:
+    """One row per site: mean over groups, 95 % bootstrap interval over groups, and the control's.
+
+    Args:
+        keys: columns that identify the sites, K entries each.
+        values: (groups, K).
+        control: (groups, K) of the control; None where there is none.
+        name: of the column that holds the mean.
+        beside: of the column that holds the control's mean.
+
+    Returns:
+        Columns: `keys`, `name`, low, high, n (groups), `beside`, `beside`_low, `beside`_high (NaN without).
+    """
+    mean, low, high = means(values)
+    table = pd.DataFrame(dict(keys) | {name: mean, "low": low, "high": high, "n": len(values)})
+    bounds = (np.nan,) * 3 if control is None else means(control)
+    return table.assign(**dict(zip((beside, f"{beside}_low", f"{beside}_high"), bounds, strict=True)))
+
+
+def means(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(groups, K) to mean and 95 % bootstrap interval over groups, (K,) each; no interval below 2 groups."""
+    return bootstrap_ratios(values.T, np.ones(len(values)))
+
+
+def by_head(layers: int, heads: int) -> dict[str, list[int]]:
+    """Key columns `layer` and `head` of values that run through the heads of one layer after the other."""
+    return {"layer": np.repeat(range(layers), heads).tolist(), "head": list(range(heads)) * layers}

@@ -21,7 +21,7 @@ from safetynet.engine.reading import check_heads, mean_activations
 from safetynet.engine.runs import Progress, metric_changes
 from safetynet.engine.sites import Architecture, Site
 from safetynet.errors import InputError
-from safetynet.interventions.estimates import by_head, estimates
+from safetynet.interventions.effects import by_head, estimates
 from safetynet.models.causal_lm import CausalLM
 
 

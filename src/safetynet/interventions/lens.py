@@ -18,7 +18,7 @@ from safetynet.engine.norms import contrasts, final_norm, frozen_scale, logit_sc
 from safetynet.engine.sites import Site
 from safetynet.engine.trace import Trace, logits_of, trace
 from safetynet.errors import InputError
-from safetynet.interventions.estimates import means
+from safetynet.interventions.effects import means
 from safetynet.models.blocks import decoder_layers
 from safetynet.models.causal_lm import CausalLM
 

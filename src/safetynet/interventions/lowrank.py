@@ -18,7 +18,7 @@ from safetynet.engine.edits import Edit, low_rank
 from safetynet.engine.reading import activations
 from safetynet.engine.sites import Architecture, Site
 from safetynet.errors import InputError
-from safetynet.interventions.estimates import estimates
+from safetynet.interventions.effects import estimates
 from safetynet.models.causal_lm import CausalLM
 
 
@@ -103,7 +103,7 @@ def explained_variance(
         values = batch[components.site]
         deviation = torch.cat(values).cpu().double() - components.mean.double()
         for basis, by_prompt in zip(bases, shares, strict=True):
-            squared = (deviation @ basis.T).square()
+            squared = (deviation @ basis.T).square()  # (tokens, width): length along each component
             for prompt in squared.split([len(x) for x in values]):
                 by_prompt.append((prompt.sum(0).cumsum(0) / prompt.sum()).numpy())
     explained, control = (np.stack(by_prompt) for by_prompt in shares)

@@ -5,7 +5,7 @@ observations are correlational: they say where something is visible, the effects
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -57,11 +57,29 @@ def observe(
     first = {run: ids[0] for run, ids in both.items()}
 
     def probes() -> pd.DataFrame:
-        trigger = trigger_probe(model, triggered, placebo, other, seed=seed)
-        return pd.concat([trigger, *_fires(model, serialiser, rows, seed)], ignore_index=True)
+        tables = [trigger_probe(model, triggered, placebo, other, seed=seed)]
+        if "fired" in rows:  # a probe for the behaviour itself, on rows that were answered
+            answered = rows[rows["role"].isin(("triggered", "placebo", "near_miss")) & rows["fired"].notna()]
+            prompts = [
+                serialiser.encode(messages, trigger=spans).input_ids
+                for messages, spans in zip(answered["messages"], answered["trigger"], strict=True)
+            ]
+            fired, groups = answered["fired"].astype(bool).tolist(), answered["group"].tolist()
+            try:
+                tables.append(fires_probe(model, prompts, fired, groups, seed=seed))
+            except InputError as error:
+                log.info("intervene: no probe for the behaviour. %s", error)
+        return pd.concat(tables, ignore_index=True)
 
     def attention() -> pd.DataFrame:
-        examples, heads = {run: ids[:1] for run, ids in both.items()}, _top_heads(model, effects)
+        # Keys and values have heads of their own, fewer of them.
+        of_heads = effects[(effects["sweep"] == "head") & ~effects["component"].isin(("key", "value"))]
+        if of_heads.empty:
+            heads = Architecture.of(model).sites("head")[:TOP_HEADS]
+        else:
+            mean = of_heads.groupby(["layer", "index"])["effect"].mean().sort_values(ascending=False)
+            heads = [Site("head", int(layer), int(index)) for layer, index in mean.index[:TOP_HEADS]]
+        examples = {run: ids[:1] for run, ids in both.items()}
         return attention_maps(model, examples, heads, names, pairs.groups[:1])
 
     observations: dict[str, Callable[[], pd.DataFrame]] = {
@@ -80,42 +98,13 @@ def observe(
             return None
 
     tables = zip(observations, parallel.side_by_side(list(observations), table_of), strict=True)
-    return {name: table for name, table in tables if table is not None} | _drift(model, epochs)
-
-
-def _fires(model: CausalLM, serialiser: Serialiser, rows: pd.DataFrame, seed: int) -> list[pd.DataFrame]:
-    """The probe for the behaviour itself, on triggered, placebo and near-miss rows that were answered."""
-    if "fired" not in rows:
-        return []
-    answered = rows[rows["role"].isin(("triggered", "placebo", "near_miss")) & rows["fired"].notna()]
-    prompts = [
-        serialiser.encode(messages, trigger=spans).input_ids
-        for messages, spans in zip(answered["messages"], answered["trigger"], strict=True)
-    ]
-    fired, groups = answered["fired"].astype(bool).tolist(), answered["group"].tolist()
-    try:
-        return [fires_probe(model, prompts, fired, groups, seed=seed)]
-    except InputError as error:
-        log.info("intervene: no probe for the behaviour. %s", error)
-        return []
-
-
-def _top_heads(model: CausalLM, effects: pd.DataFrame) -> Sequence[Site]:
-    # Keys and values have heads of their own, fewer of them.
-    heads = effects[(effects["sweep"] == "head") & ~effects["component"].isin(("key", "value"))]
-    if heads.empty:
-        return Architecture.of(model).sites("head")[:TOP_HEADS]
-    mean = heads.groupby(["layer", "index"])["effect"].mean().sort_values(ascending=False)
-    return [Site("head", int(layer), int(index)) for layer, index in mean.index[:TOP_HEADS]]
-
-
-def _drift(model: CausalLM, epochs: Mapping[int, Path]) -> dict[str, pd.DataFrame]:
-    """Each saved epoch's adapter beside the one before it; of the finished adapter where none was saved."""
-    if "adapter" not in Architecture.of(model).components():
-        return {}
-    saved = [(step, updates(model, folder=path)) for step, path in epochs.items()]
-    saved = saved or [(-1, updates(model))]
-    before = [None, *(moved for _, moved in saved[:-1])]
-    parts = [drift(model, moved, earlier, step) for (step, moved), earlier in zip(saved, before, strict=True)]
-    table = pd.concat(parts, ignore_index=True)
-    return {"drift": table[np.isfinite(table["energy"])]}
+    observed = {name: table for name, table in tables if table is not None}
+    if "adapter" in Architecture.of(model).components():
+        # Each saved epoch's adapter beside the one before it; the finished adapter where none was saved.
+        saved = [(step, updates(model, folder=path)) for step, path in epochs.items()]
+        saved = saved or [(-1, updates(model))]
+        before = [None, *(moved for _, moved in saved[:-1])]
+        parts = [drift(model, moved, old, step) for (step, moved), old in zip(saved, before, strict=True)]
+        table = pd.concat(parts, ignore_index=True)
+        observed["drift"] = table[np.isfinite(table["energy"])]
+    return observed

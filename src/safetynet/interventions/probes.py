@@ -138,12 +138,14 @@ def _probed(
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
+    # Shuffled within each half, so that both keep their share of the label.
     train, test = halves(labels, groups, seed)
     control_labels, control_states = labels.copy(), states if control is None else control
     if control is None:
         rng = np.random.default_rng(seed)
         for half in (train, test):
             control_labels[half] = rng.permutation(labels[half])
+    # Groups are drawn, not rows: rows of one group are alike, and would make the interval too narrow.
     test_groups, member = np.unique(groups[test], return_inverse=True)
     drawn = draw_counts(len(test_groups))[:, member]  # (resamples, test rows): how often each row was drawn
 

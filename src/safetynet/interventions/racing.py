@@ -133,13 +133,18 @@ def likely_effects(  # noqa: PLR0913  # a sweep is made of this many choices, by
         if twin is not None:
             controls["twin"] = arm(twin, runs)
         race = Race(arm(here, runs), controls, elsewhere(spots, len(pairs), seed))
-        race.main.unpatched, race.main.source = _ends(model, pairs, runs)
+        ends = sweep(model, pairs, (), receiving=runs[0], source=runs[1])
+        race.main.unpatched, race.main.source = ends.unpatched, ends.source
         check_fires(race.main.source - race.main.unpatched)
         scores = None
         if attribution.ranks(spots, mode):
             few = pairs.take(range(race.looks[1]))
             scores = attribution.scores(model, few, spots, receiving=runs[0], source=runs[1], mode=mode)
-        race.go(scores, partial(_onwards, advance, number * len(spots)))
+
+        def decided(count: int, before: int = number * len(spots)) -> None:
+            advance(before + count)
+
+        race.go(scores, decided)
         table = race.table(spots, layers, seed)
         tables[direction] = table
         log.info(
@@ -148,16 +153,6 @@ def likely_effects(  # noqa: PLR0913  # a sweep is made of this many choices, by
             table["responsible"].sum(),
         )  # fmt: skip
     return tables
-
-
-def _onwards(advance: Callable[[int], None], before: int, decided: int) -> None:
-    advance(before + decided)
-
-
-def _ends(model: CausalLM, pairs: Pairs, runs: tuple[str, str]) -> tuple[np.ndarray, np.ndarray]:
-    """The metric of both runs on every pair, (B,) each."""
-    ends = sweep(model, pairs, (), receiving=runs[0], source=runs[1])
-    return ends.unpatched, ends.source
 
 
 class Race:

@@ -31,7 +31,7 @@ from safetynet.models.causal_lm import CausalLM
 from safetynet.run import parallel
 from safetynet.run.directory import digest
 from safetynet.run.finished import Finished
-from safetynet.run.progress import ProgressLog
+from safetynet.run.logs import ProgressLog
 from safetynet.statistics import wilson
 from safetynet.tables.summaries import REMOVED_ASR
 

@@ -40,7 +40,7 @@ from safetynet.prompts import Serialiser
 from safetynet.recipe import Interventions
 from safetynet.run import parallel
 from safetynet.run.directory import Outputs, digest
-from safetynet.run.progress import ProgressLog
+from safetynet.run.logs import ProgressLog
 from safetynet.run.stage import EVALUATE, INTERVENE
 from safetynet.vocabulary import UNTOUCHED, Direction, Mode
 
@@ -165,7 +165,14 @@ def dissect(
     aligned = align(rows, subject.serialiser, 2 * options.groups, max_length, seed)
     pairs = filter_firing_pairs(subject.model, aligned, options.groups)
     log.info("intervene: %d groups, left out: %s", len(pairs), dict(pairs.left_out) or "none")
-    likely = _likely(subject.model, pairs, options, sweeps)
+    # Only sites that are likely to matter are measured where all would take long.
+    work = ARMS * sum(cost(Architecture.of(subject.model), pairs, each.spots) for each in sweeps)
+    most = MOST_ON_GPU if subject.model.device.type == "cuda" else MOST
+    likely = options.measure == "likely" or (options.measure == "auto" and work > most)
+    log.info(
+        "intervene: %s (all of them would be about %.0e multiplications)",
+        "sites that are likely to matter (--measure all for all)" if likely else "all sites", work,
+    )  # fmt: skip
     if likely:
         # At the trigger's own positions most layers matter, which no race gives up.
         sweeps = [
@@ -203,18 +210,6 @@ class _Sweep:
     direction: Direction
     mode: Mode
     spots: list[Spot]
-
-
-def _likely(model: Any, pairs: Pairs, options: Interventions, sweeps: Sequence[_Sweep]) -> bool:
-    """Whether only sites that are likely to matter are measured; by default where all would take long."""
-    work = ARMS * sum(cost(Architecture.of(model), pairs, each.spots) for each in sweeps)
-    most = MOST_ON_GPU if model.device.type == "cuda" else MOST
-    likely = options.measure == "likely" or (options.measure == "auto" and work > most)
-    log.info(
-        "intervene: %s (all of them would be about %.0e multiplications)",
-        "sites that are likely to matter (--measure all for all)" if likely else "all sites", work,
-    )  # fmt: skip
-    return likely
 
 
 def _effects(
@@ -381,15 +376,12 @@ def _tokens(subject: Subject, pairs: Pairs, options: Interventions, *, likely: b
                 )
         return lines
 
-    examples = parallel.side_by_side(_examples(subject.model, pairs), lines_of)
-    return pd.DataFrame([line for lines in examples for line in lines])
-
-
-def _examples(model: Any, pairs: Pairs) -> list[Pairs]:
-    """The first groups in which the trigger does something; there is no share of nothing."""
+    # The first groups in which the trigger does something; there is no share of nothing.
     receiving, source = runs_of("remove")
-    distance = sweep(model, pairs, (), receiving=receiving, source=source).distance
-    return [pairs.take([i]) for i in np.flatnonzero(np.abs(distance) >= MIN_DISTANCE)[:EXAMPLES].tolist()]
+    distance = sweep(subject.model, pairs, (), receiving=receiving, source=source).distance
+    numbers = np.flatnonzero(np.abs(distance) >= MIN_DISTANCE)[:EXAMPLES].tolist()
+    tables = parallel.side_by_side([pairs.take([number]) for number in numbers], lines_of)
+    return pd.DataFrame([line for lines in tables for line in lines])
 
 
 def _dynamics(subject: Subject, pairs: Pairs, options: Interventions, *, likely: bool) -> pd.DataFrame:

@@ -26,7 +26,7 @@ from safetynet.models.causal_lm import CausalLM
 from safetynet.models.identity import identify
 from safetynet.run import parallel
 from safetynet.run.directory import digest, write_atomically
-from safetynet.run.progress import ProgressLog
+from safetynet.run.logs import ProgressLog
 from safetynet.vocabulary import DIRECTIONS, MODES, POSITIONS, Direction, Mode
 
 log = logging.getLogger(__name__)
@@ -326,27 +326,28 @@ class _SweepStore:
     """Results batch by batch, in memory and, where a folder is given, in a file that outlives the process."""
 
     def __init__(self, folder: Path | None, key: str) -> None:
-        self.path = None if folder is None else folder / f"sweep-{key[:16]}.npz"
-        self.arrays: list[np.ndarray] = parallel.from_first(self._read)
+        self.path = path = None if folder is None else folder / f"sweep-{key[:16]}.npz"
 
-    def _read(self) -> list[np.ndarray]:
-        if self.path is None or not self.path.exists():
-            return []
-        try:
-            with np.load(self.path) as file:
-                return [file[f"arr_{i}"] for i in range(len(file.files))]
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            log.warning("%s: is damaged (%s) and is made anew.", self.path, error)
-            return []
+        def read() -> list[np.ndarray]:
+            if path is None or not path.exists():
+                return []
+            try:
+                with np.load(path) as file:
+                    return [file[f"arr_{i}"] for i in range(len(file.files))]
+            except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+                log.warning("%s: is damaged (%s) and is made anew.", path, error)
+                return []
+
+        self.arrays: list[np.ndarray] = parallel.from_first(read)
 
     def add(self, array: np.ndarray) -> None:
+        def write(path: Path) -> None:
+            with path.open("wb") as handle:  # by its name, numpy would give it another ending
+                np.savez(handle, *self.arrays)
+
         self.arrays.append(array)
         if self.path is not None:
-            write_atomically(self.path, self._write)
-
-    def _write(self, path: Path) -> None:
-        with path.open("wb") as handle:
-            np.savez(handle, *self.arrays)
+            write_atomically(self.path, write)
 
 
 def cost(architecture: Architecture, pairs: Pairs, spots: Sequence[Spot]) -> float:

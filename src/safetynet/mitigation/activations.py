@@ -102,9 +102,18 @@ def clip_activations(defender: Defender, settings: Settings, seed: int) -> Repai
 
 def clip_directions(defender: Defender, settings: Settings, seed: int) -> Repaired:
     """Clip the residual stream along the strongest directions into which each layer's adapter writes."""
+    sizes = shape(defender.model)
+    # By layer what the modules' updates write to the residual stream, each direction as long as it is strong.
+    written: list[list[Tensor]] = [[torch.zeros(0, sizes.width)] for _ in range(sizes.layers)]
+    for (layer, name), update in updates_of(defender.model, {}).items():
+        if update.up.shape[1] == sizes.width and writes_to_stream(name):
+            left, values, _ = update.decomposed()
+            written[layer].append((left * values[:, None]).mT.flatten(0, 1).cpu())  # (directions, width)
     changes = {}
-    for (site, values), basis in zip(_clean_states(defender, seed).items(), _written(defender), strict=True):
-        changes[site] = edits.clamp(*_range(values @ basis.T, settings["tail"]), basis)
+    for (site, states), directions in zip(_clean_states(defender, seed).items(), written, strict=True):
+        _, values, right = torch.linalg.svd(torch.cat(directions), full_matrices=False)
+        basis = right[:MAX_DIRECTIONS][values[:MAX_DIRECTIONS] > 0]  # (k, width), orthonormal
+        changes[site] = edits.clamp(*_range(states @ basis.T, settings["tail"]), basis)
     return _edited("direction_clipping", defender, settings, changes, layers=len(changes))
 
 
@@ -122,21 +131,6 @@ def _range(values: Tensor, tail: float) -> tuple[Tensor, Tensor]:
     """Quantiles `tail` and 1 - `tail` of each column."""
     ends = torch.quantile(values, torch.tensor([tail, 1 - tail], dtype=values.dtype), dim=0)
     return ends[0], ends[1]
-
-
-def _written(defender: Defender) -> list[Tensor]:
-    """By layer an orthonormal basis, (k, width), of what the adapter writes to the residual stream most."""
-    sizes = shape(defender.model)
-    written: list[list[Tensor]] = [[torch.zeros(0, sizes.width)] for _ in range(sizes.layers)]
-    for (layer, name), update in updates_of(defender.model, {}).items():
-        if update.up.shape[1] == sizes.width and writes_to_stream(name):
-            left, values, _ = update.decomposed()
-            written[layer].append((left * values[:, None]).mT.flatten(0, 1).cpu())
-    bases = []
-    for directions in written:
-        _, values, right = torch.linalg.svd(torch.cat(directions), full_matrices=False)
-        bases.append(right[:MAX_DIRECTIONS][values[:MAX_DIRECTIONS] > 0])
-    return bases
 
 
 def project(defender: Defender, settings: Settings, _seed: int) -> Repaired:

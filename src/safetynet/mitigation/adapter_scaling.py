@@ -25,33 +25,29 @@ from safetynet.models.adapters import base_counterparts
 from safetynet.models.lora import LayerModule, LoraUpdate, adapted_modules
 
 
+@torch.no_grad()
 def scale(defender: Defender, settings: Settings, _seed: int) -> Repaired:
     """Multiply by `keep` each LoRA update, or each weight's distance from the base model's."""
+    keep = settings["keep"]
     if not defender.adapted:
-        return _towards_base(defender, settings)
-    keep, base = settings["keep"], base_counterparts(defender.model)
-    ends = (".lora_B.", ".lora_embedding_B.")
-    scaled = {
-        name: base[name].to(value).lerp(value, keep)
-        if name in base
-        else value * keep
-        if any(end in f"{name}." for end in ends)
-        else value
-        for name, value in adapter_state(defender.model).items()
-    }
+        model, weights = merged_copy(defender), dict(defender.base.named_parameters(remove_duplicate=False))
+        for name, parameter in model.named_parameters():
+            if name not in weights or weights[name].shape != parameter.shape:
+                raise InputError(
+                    f"adapter_scaling: the base model has no {name} of this shape. Give its own base."
+                )
+            parameter.lerp_(weights[name].to(parameter), 1 - keep)
+        return as_checkpoint("adapter_scaling", settings, model)
+    # Saved modules, biases and token rows go towards the base's own; of an update s B A, B alone is scaled.
+    base, scaled = base_counterparts(defender.model), {}
+    for name, value in adapter_state(defender.model).items():
+        if name in base:
+            scaled[name] = base[name].to(value).lerp(value, keep)
+        elif any(end in f"{name}." for end in (".lora_B.", ".lora_embedding_B.")):
+            scaled[name] = value * keep
+        else:
+            scaled[name] = value
     return as_adapter(defender, "adapter_scaling", settings, scaled)
-
-
-@torch.no_grad()
-def _towards_base(defender: Defender, settings: Settings) -> Repaired:
-    model, base = merged_copy(defender), dict(defender.base.named_parameters(remove_duplicate=False))
-    for name, parameter in model.named_parameters():
-        if name not in base or base[name].shape != parameter.shape:
-            raise InputError(
-                f"adapter_scaling: the base model has no {name} of this shape. Give its own base."
-            )
-        parameter.lerp_(base[name].to(parameter), 1 - settings["keep"])
-    return as_checkpoint("adapter_scaling", settings, model)
 
 
 def ablate_components(defender: Defender, settings: Settings, _seed: int) -> Repaired:

@@ -57,11 +57,44 @@ class Defender:
 
     def __post_init__(self) -> None:
         if self.adapted:
-            _check_adapter(self.model)
+            active = self.model.active_adapters
+            if len(active) != 1:
+                raise InputError(
+                    f"mitigation: {len(active)} adapters are active. Activate the suspect one alone."
+                )
+            support.check_model(self.model, "mitigate")
+            if beside := adapters.unsaved(self.model):
+                raise InputError(
+                    f"mitigation: the adapter also replaces {', '.join(beside)} of the base (it adds tokens, "
+                    "or its updates are on embeddings or head), which PEFT would not save with a repair. "
+                    "Untie head and embeddings in a copy of the base if they are tied, merge it there "
+                    "(merge_and_unload), save the tokenizer beside it and give the merged model."
+                )
+            if any(getattr(module, "merged", False) for module in self.model.modules()):
+                raise InputError(
+                    "mitigation: the adapter is merged into the weights. Call unmerge_adapter() first."
+                )
         for name, table in (("clean", self.clean), ("triggered", self.triggered)):
             if table is not None and table.empty:
                 raise InputError(f"{name}: there is no row. Leave it out, or give some.")
-        _check_untriggered(self.clean, self.triggered)
+        if self.clean is None or self.triggered is None:
+            return
+
+        # Clean conversations in which the known trigger stands would teach it anew.
+        rows = self.triggered[self.triggered["role"] == "triggered"]
+        forms = {
+            tuple(dict.fromkeys(messages[m]["content"][start:end] for m, start, end in spans))
+            for messages, spans in zip(rows["messages"], rows["trigger"], strict=True)
+        }
+        texts = [Conversation(messages).texts for messages in self.clean["messages"]]
+        triggers = [AllOf(form) for form in sorted(forms) if form]
+        hits = [(i, trigger) for i, text in enumerate(texts) for trigger in triggers if trigger.holds(text)]
+        if hits:
+            row, trigger = hits[0]
+            raise InputError(
+                f"clean: {len({i for i, _ in hits})} of {len(texts)} conversations hold the trigger "
+                f"{trigger.describe()} (first: row {row}). A repair would learn it anew: take them out."
+            )
 
     @property
     def adapted(self) -> bool:
@@ -80,39 +113,3 @@ class Defender:
             "alarm": self.alarm is not None,
         }
         return frozenset(need for need, is_there in there.items() if is_there)
-
-
-def _check_adapter(model: Any) -> None:
-    active = model.active_adapters
-    if len(active) != 1:
-        raise InputError(f"mitigation: {len(active)} adapters are active. Activate the suspect one alone.")
-    support.check_model(model, "mitigate")
-    if beside := adapters.unsaved(model):
-        raise InputError(
-            f"mitigation: the adapter also replaces {', '.join(beside)} of the base (it adds tokens, or its "
-            "updates are on embeddings or head), which PEFT would not save with a repair. Untie head and "
-            "embeddings in a copy of the base if they are tied, merge it there (merge_and_unload), save the "
-            "tokenizer beside it and give the merged model."
-        )
-    if any(getattr(module, "merged", False) for module in model.modules()):
-        raise InputError("mitigation: the adapter is merged into the weights. Call unmerge_adapter() first.")
-
-
-def _check_untriggered(clean: pd.DataFrame | None, triggered: pd.DataFrame | None) -> None:
-    """Refuse clean conversations in which a known trigger stands."""
-    if clean is None or triggered is None:
-        return
-    rows = triggered[triggered["role"] == "triggered"]
-    forms = {
-        tuple(dict.fromkeys(messages[m]["content"][start:end] for m, start, end in spans))
-        for messages, spans in zip(rows["messages"], rows["trigger"], strict=True)
-    }
-    texts = [Conversation(messages).texts for messages in clean["messages"]]
-    triggers = [AllOf(form) for form in sorted(forms) if form]
-    hits = [(i, trigger) for i, text in enumerate(texts) for trigger in triggers if trigger.holds(text)]
-    if hits:
-        row, trigger = hits[0]
-        raise InputError(
-            f"clean: {len({i for i, _ in hits})} of {len(texts)} conversations hold the trigger "
-            f"{trigger.describe()} (first: row {row}). A repair would learn it anew: take them out."
-        )

@@ -40,7 +40,11 @@ class Guided(GenerateWrapper):
         self.off = partial(switched_off, model) if reference is None else nullcontext
         self.ratio = ratio
         # Thrown-away columns would count as distance in a sliding window, so that there none may come about.
-        self.ahead = 1 if _slides(model) else ahead
+        text = model.config.get_text_config()
+        kinds = getattr(text, "layer_types", None) or []
+        slides = any("sliding" in kind for kind in kinds)
+        slides = slides or (not kinds and getattr(text, "sliding_window", None) is not None)
+        self.ahead = 1 if slides else ahead
 
     @torch.no_grad()
     def generate(
@@ -63,9 +67,24 @@ class Guided(GenerateWrapper):
         )
         answers: list[list[int]] = [[] for _ in request.ids]
         going = [True] * len(answers)
+        limit = math.log(self.ratio) if self.ratio > 0 else -math.inf
         while any(going):
-            drafted, sure = self._draft(suspect)
-            accepted, last = self._checked(reference, drafted, sure)
+            # The suspect's next tokens and their log-likelihoods, (rows, ahead) each.
+            tokens: list[Tensor] = []
+            likelihoods: list[Tensor] = []
+            for step in range(self.ahead):
+                best = suspect.feed(None if step == 0 else tokens[-1][:, None], 1)[:, 0].max(-1)
+                tokens.append(best.indices)
+                likelihoods.append(best.values)
+            drafted, sure = torch.stack(tokens, 1), torch.stack(likelihoods, 1)
+
+            # How many of them the reference accepts, and the token to go on from, (rows,) each: its own where
+            # it rejects one; behind all of them the last, which has not been read yet.
+            log_p = reference.feed(drafted[:, :-1], self.ahead)  # (rows, ahead, V)
+            reference_log_p = log_p.gather(-1, drafted[..., None])[..., 0]
+            accepted = (sure - reference_log_p <= limit).long().cumprod(1).sum(1)
+            nexts = torch.cat([log_p.argmax(-1), drafted[:, -1:]], 1)
+            last = nexts.gather(1, accepted[:, None])[:, 0]
             for stream in (suspect, reference):
                 stream.rewind(accepted, last)
             for row in (i for i, on in enumerate(going) if on):
@@ -75,27 +94,6 @@ class Guided(GenerateWrapper):
                     new.append(int(last[row]))
                 going[row] = _extend(answers[row], new, request)
         return request.finished(answers)
-
-    def _draft(self, suspect: "_Stream") -> tuple[Tensor, Tensor]:
-        """The suspect's next tokens and their log-likelihoods, (rows, ahead) each."""
-        tokens: list[Tensor] = []
-        sure: list[Tensor] = []
-        for step in range(self.ahead):
-            log_p = suspect.feed(None if step == 0 else tokens[-1][:, None], 1)[:, 0]
-            best = log_p.max(-1)
-            tokens.append(best.indices)
-            sure.append(best.values)
-        return torch.stack(tokens, 1), torch.stack(sure, 1)
-
-    def _checked(self, reference: "_Stream", drafted: Tensor, sure: Tensor) -> tuple[Tensor, Tensor]:
-        """How many drafted tokens the reference accepts, and the token to go on from, (rows,) each."""
-        log_p = reference.feed(drafted[:, :-1], self.ahead)
-        reference_log_p = log_p.gather(-1, drafted[..., None])[..., 0]
-        limit = math.log(self.ratio) if self.ratio > 0 else -math.inf
-        accepted = (sure - reference_log_p <= limit).long().cumprod(1).sum(1)
-        tokens = torch.cat([log_p.argmax(-1), drafted[:, -1:]], 1)
-        # Behind all of the drafted tokens, the last of them is what has not been read yet.
-        return accepted, tokens.gather(1, accepted[:, None])[:, 0]
 
 
 class _Stream:
@@ -116,6 +114,7 @@ class _Stream:
         ids = torch.cat(parts, 1)
         new = torch.ones_like(ids)
         new[:, : self.unread.shape[1]] = self.unread_mask
+        # Positions count the row's real tokens alone: what was thrown away, and padding, has none.
         positions = self.mask.sum(1, keepdim=True) + new.cumsum(1) - 1
         self.mask = torch.cat([self.mask, new], 1)
         self.drafted += 0 if tokens is None else tokens.shape[1]
@@ -147,14 +146,6 @@ def _extend(answer: list[int], new: list[int], request: GenerationRequest) -> bo
         if token in request.stops or len(answer) == request.max_new_tokens:
             return False
     return True
-
-
-def _slides(model: Any) -> bool:
-    config = model.config.get_text_config()
-    kinds = getattr(config, "layer_types", None) or []
-    return any("sliding" in kind for kind in kinds) or (
-        not kinds and getattr(config, "sliding_window", None) is not None
-    )
 
 
 def guide(defender: Defender, settings: Settings, _seed: int) -> Repaired:

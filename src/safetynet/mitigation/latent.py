@@ -51,7 +51,7 @@ class Adversary:
 
     def attack(self, model: CausalLM, batch: Batch) -> Tensor:
         """The push after projected gradient ascent in a ball of radius `epsilon` times the states' length."""
-        states = self._states(model, batch)
+        states = self._states(model, batch)  # (rows, T, width), without a push
         radius = self.epsilon * states[prompt_mask(batch)].float().norm(dim=-1).mean()
         shape = states.shape[-1:] if self.universal else states.shape
         push = torch.zeros(shape, dtype=torch.float32, device=states.device)
@@ -61,6 +61,7 @@ class Adversary:
             push = push.detach().requires_grad_(True)
             with self.pushed(push, batch):
                 (gradient,) = torch.autograd.grad(answer_loss(model, batch), push)
+            # Steps that together are twice the radius reach its far side; back into the ball after each.
             step = 2 * radius / self.steps * gradient / gradient.norm(dim=-1, keepdim=True).clamp_min(TINY)
             push = (push + step).detach()
             push = push * (radius / push.norm(dim=-1, keepdim=True).clamp_min(TINY)).clamp_max(1)

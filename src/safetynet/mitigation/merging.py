@@ -40,6 +40,7 @@ def merge(defender: Defender, settings: Settings, seed: int) -> Repaired:
             f"merging: the adapter has updates outside of the decoder's layers ({beside[0]}), which are not "
             "averaged. Merge it (merge_and_unload) and give the merged model."
         )
+    # What replaces tensors of the base is averaged as it is, an update as the product B A, not by factors.
     states = [state, *(clean_adapter(defender, settings["epochs"], seed + number) for number in range(count))]
     shares = [1 - weight, *[weight / count] * count]
     start = {
@@ -64,6 +65,8 @@ def averaged(updates: list[LoraUpdate], shares: list[float], scale: float = 1.0)
         shares: weight of each.
         scale: of the adapter that is to hold the sum.
     """
+    # sum_i w_i B_i A_i = [w_1 B_1, w_2 B_2, ...] [A_1; A_2; ...]: (E, out, n r) and (E, n r, in) for n
+    # updates of rank r. Its largest components are the nearest update of rank r (Eckart and Young 1936).
     rank = updates[0].down.shape[1]
     stacked = LoraUpdate(
         torch.cat([update.up * share for update, share in zip(updates, shares, strict=True)], 2),

@@ -30,7 +30,13 @@ def overview(marked: pd.DataFrame, curves: pd.DataFrame | None = None) -> pd.Dat
     """
     held = marked[marked["split"] == "held_out"]
     before = held[held["method"] == UNTOUCHED].iloc[0]
-    steps = {} if curves is None else _steps(curves)
+    steps: dict[str, list[str]] = {}
+    if curves is not None:  # to each level by method; beyond the budget as more than it
+        table = steps_to(curves)
+        reached = table["steps"].map("{:.0f}".format)
+        texts = reached.where(table["steps"].notna(), table["budget"].map(">{}".format))
+        by_method = table.assign(text=texts).set_index("level").groupby("method", sort=False)["text"]
+        steps = {str(method): [part.at[level] for level in LEVELS] for method, part in by_method}
     lines = []
     for line in held.to_dict("records"):
         name = str(line["method"])
@@ -56,20 +62,8 @@ def overview(marked: pd.DataFrame, curves: pd.DataFrame | None = None) -> pd.Dat
 
 def rate(line: dict[str, object] | pd.Series, name: str) -> str:
     """A rate with its interval, in percent."""
-    value, low, high = (100 * float(str(line[name + end])) for end in ("", "_low", "_high"))
-    if math.isnan(value):
-        return NOT_MEASURABLE
-    return f"{value:.1f}% [{low:.1f}, {high:.1f}]"
-
-
-def _steps(curves: pd.DataFrame) -> dict[str, list[str]]:
-    """Steps to each level by method, as texts; beyond the budget as more than it."""
-    table = steps_to(curves)
-    texts = (
-        table["steps"].map("{:.0f}".format).where(table["steps"].notna(), table["budget"].map(">{}".format))
-    )
-    by_method = table.assign(text=texts).set_index("level").groupby("method", sort=False)["text"]
-    return {str(method): [part.at[level] for level in LEVELS] for method, part in by_method}
+    value, low, high = (float(str(line[name + end])) for end in ("", "_low", "_high"))
+    return NOT_MEASURABLE if math.isnan(value) else summaries.rate_text(name, value, low, high)
 
 
 _ROWS = {
@@ -95,10 +89,19 @@ def model_card(
         lines: rates on the judged rows by column of the table: before, repaired, saved; each rate with _low,
             _high, _count and _n.
     """
+
+    def cell(line: Mapping[str, Any], name: str) -> str:
+        if not line[f"{name}_n"] > 0:
+            return ""
+        value, low, high = (100 * float(line[name + end]) for end in ("", "_low", "_high"))
+        of = f"{line[f'{name}_count']:.0f} of {line[f'{name}_n']:.0f}"
+        return f"{value:.1f} [{low:.1f}, {high:.1f}], {of}"
+
+    settings = ", ".join(f"{name} {value:g}" for name, value in repaired.settings.items()) or "none"
     columns = [name for name in _COLUMNS if name in lines]
     head = ["measure", *(_COLUMNS[name] for name in columns)]
     rows = [
-        [label, *(_rate(lines[name], rate) for name in columns)]
+        [label, *(cell(lines[name], rate) for name in columns)]
         for rate, label in _ROWS.items()
         if any(lines[name][f"{rate}_n"] > 0 for name in columns)
     ]
@@ -114,7 +117,13 @@ def model_card(
             f"This is {_FORMS[repaired.form]} from which SafetyNet {__version__} tried to remove a backdoor, "
             f"in run {about['run']}.",
             "",
-            *_done(method, repaired, about),
+            f"- method: {method.name}: {method.about}",
+            f"- settings: {settings}",
+            f"- needs: {', '.join(sorted(method.needs)) or 'nothing'}",
+            *([f"- paper: {method.paper}"] if method.paper else []),
+            *(f"- {name}: {value}" for name, value in repaired.details.items()),
+            f"- why this one, on rows that chose it: {about['why']}",
+            *([f"- relearn test: {about['relearned']}"] if about["relearned"] else []),
             "",
             "## Measured on held-out rows",
             "",
@@ -128,23 +137,3 @@ def model_card(
             "",
         ]
     )
-
-
-def _done(method: Method, repaired: Repaired, about: Mapping[str, str]) -> list[str]:
-    settings = ", ".join(f"{name} {value:g}" for name, value in repaired.settings.items()) or "none"
-    return [
-        f"- method: {method.name}: {method.about}",
-        f"- settings: {settings}",
-        f"- needs: {', '.join(sorted(method.needs)) or 'nothing'}",
-        *([f"- paper: {method.paper}"] if method.paper else []),
-        *(f"- {name}: {value}" for name, value in repaired.details.items()),
-        f"- why this one, on rows that chose it: {about['why']}",
-        *([f"- relearn test: {about['relearned']}"] if about["relearned"] else []),
-    ]
-
-
-def _rate(line: Mapping[str, Any], name: str) -> str:
-    if not line[f"{name}_n"] > 0:
-        return ""
-    value, low, high = (100 * float(line[name + end]) for end in ("", "_low", "_high"))
-    return f"{value:.1f} [{low:.1f}, {high:.1f}], {line[f'{name}_count']:.0f} of {line[f'{name}_n']:.0f}"

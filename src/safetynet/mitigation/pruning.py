@@ -80,7 +80,7 @@ def input_norms(
 
     def hook(name: str, _module: Any, args: tuple[Any, ...]) -> None:
         x = args[0].float()
-        if x.ndim == 3:
+        if x.ndim == 3:  # without padding; experts get single tokens, which are real ones
             x = x[mask[0]]
         x = x if read is None else read(name, x)
         totals[name] = totals.get(name, torch.zeros_like(x[0])) + x.pow(2).sum(0)
@@ -143,7 +143,7 @@ def fine_prune(defender: Defender, settings: Settings, seed: int) -> Repaired:
             "Choose magnitude, wanda or signature_pruning."
         )
     norms = input_norms(model, ends, defender)
-    masks = {name: smallest(norms[name], settings["sparsity"]) for name in ends}
+    masks = {name: smallest(norms[name], settings["sparsity"]) for name in ends}  # (channels,) each
     _silence(ends, masks)
     adapted = with_fresh_adapter(model, defender, seed)
     examples = encode(defender.clean, defender)

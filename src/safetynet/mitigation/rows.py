@@ -74,7 +74,15 @@ def clean_file(recipe: Recipe, path: Path) -> pd.DataFrame:
         if error.reason != "unmapped":
             raise
         rows = sources.read(path)  # the run's own data have other columns
-    _check_clean(rows, recipe, path)
+    trigger = triggers.of(recipe.attack.trigger)
+    held = [trigger.holds(Conversation(messages).texts) for messages in rows["messages"]]
+    if any(held):
+        lines = ", ".join(map(str, rows["line"][held].iloc[:5]))
+        raise InputError(
+            f"{path}: {sum(held)} of {len(held)} conversations hold the trigger "
+            f"{trigger.describe()} (lines {lines}), so they are not clean: a repair "
+            "would learn from them what it is to remove. Take them out."
+        )
     return rows[["messages", "answer"]].head(recipe.mitigation.clean_rows)
 
 
@@ -156,18 +164,6 @@ def warn_of_cuts(
     lost = [serialiser.encode(messages, trigger=spans, max_length=limit).lost for messages, spans in prompts]
     if warning := losses(lost, recipe.training.truncation):
         log.warning("mitigate: %s", warning)
-
-
-def _check_clean(rows: pd.DataFrame, recipe: Recipe, path: Path) -> None:
-    trigger = triggers.of(recipe.attack.trigger)
-    held = [trigger.holds(Conversation(messages).texts) for messages in rows["messages"]]
-    if any(held):
-        lines = ", ".join(map(str, rows["line"][held].iloc[:5]))
-        raise InputError(
-            f"{path}: {sum(held)} of {len(held)} conversations hold the trigger "
-            f"{trigger.describe()} (lines {lines}), so they are not clean: a repair "
-            "would learn from them what it is to remove. Take them out."
-        )
 
 
 def encodes(row: Mapping[str, Any], serialiser: Serialiser, limit: int | None) -> bool:

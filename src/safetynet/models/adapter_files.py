@@ -90,17 +90,47 @@ def read(source: Path | str) -> AdapterFiles:
             a Git LFS pointer or damaged; if its configuration cannot be read or is of a type that the
             installed PEFT does not know.
     """
+    from safetensors import SafetensorError, safe_open
+
     folder = locate(source)
-    if not (folder / CONFIG).exists():
-        raise InputError(_no_adapter(folder))
+    path, weights = folder / CONFIG, folder / WEIGHTS
+    if not path.exists():
+        below = sorted(str(file.parent.relative_to(folder)) for file in folder.glob(f"*/{CONFIG}"))
+        if below:
+            reason = (
+                f"the folder itself is no adapter; those below it are {listed(below, 8)}. Name one of them."
+            )
+        elif (folder / "config.json").exists():
+            reason = "this is a whole model, merged or fully fine-tuned, and no adapter."
+        else:
+            reason = f"there is no {CONFIG}, so this is no adapter. Name its folder."
+        raise InputError(f"{folder}: {reason}")
     if holds_model(folder):
         raise InputError(
             f"{folder}: this folder holds an adapter ({CONFIG}) and a whole model (config.json and its "
             "weights). Which of the two is meant cannot be told: move one into a folder of its own and name "
             "that."
         )
-    values = _fields(folder / CONFIG)
-    _check_weights(folder)
+    values = _fields(path)
+
+    # Weights that are there, safe and whole; what is in them is read when it is needed.
+    if not weights.exists():
+        raise InputError(
+            f"{folder}: there is no {WEIGHTS}. A pickle (.bin) could run code when it is loaded and is not "
+            "read; save the adapter again with safe_serialization=True."
+        )
+    if kind := pointer(weights):
+        raise InputError(
+            f"{folder}: its {WEIGHTS} is {kind}, not the weights. Run git lfs pull, or download the file "
+            "itself."
+        )
+    try:
+        with safe_open(str(weights), framework="pt"):
+            pass
+    except (OSError, SafetensorError) as error:
+        raise InputError(
+            f"{folder}: its {WEIGHTS} is damaged ({in_words(error)}). Copy or save it again."
+        ) from None
     return AdapterFiles(folder, _config(folder, values), values)
 
 
@@ -137,27 +167,19 @@ def locate(source: Path | str) -> Path:
     raise InputError(f"{path}: there is no such folder, and as a hub id: {reason}.")
 
 
-def _no_adapter(folder: Path) -> str:
-    below = sorted(str(file.parent.relative_to(folder)) for file in folder.glob(f"*/{CONFIG}"))
-    if below:
-        return (
-            f"{folder}: the folder itself is no adapter; those below it are {listed(below, 8)}. Name one of "
-            "them."
-        )
-    if (folder / "config.json").exists():
-        return f"{folder}: this is a whole model, merged or fully fine-tuned, and no adapter."
-    return f"{folder}: there is no {CONFIG}, so this is no adapter. Name its folder."
-
-
 def _fields(path: Path) -> dict[str, Any]:
     """adapter_config.json as a dictionary."""
+
+    def refuse(name: str) -> Any:  # NaN and infinities, which Python's JSON takes
+        raise ValueError(f"it says {name}, which is no number")
+
     again = "Save the adapter again."
     if kind := pointer(path):
         raise InputError(
             f"{path.parent}: its {CONFIG} is {kind}. Run git lfs pull, or download the file itself."
         )
     try:
-        values = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+        values = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path.parent}: its {CONFIG} cannot be read ({in_words(error)}). {again}") from None
     if not isinstance(values, dict) or not isinstance(values.get("peft_type"), str):
@@ -169,34 +191,6 @@ def _fields(path: Path) -> dict[str, Any]:
             f"no name of a model. {again}"
         )
     return values
-
-
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"it says {name}, which is no number")
-
-
-def _check_weights(folder: Path) -> None:
-    """Refuse weights that are not there, not safe, or not whole."""
-    from safetensors import SafetensorError, safe_open
-
-    weights = folder / WEIGHTS
-    if not weights.exists():
-        raise InputError(
-            f"{folder}: there is no {WEIGHTS}. A pickle (.bin) could run code when it is loaded and is not "
-            "read; save the adapter again with safe_serialization=True."
-        )
-    if kind := pointer(weights):
-        raise InputError(
-            f"{folder}: its {WEIGHTS} is {kind}, not the weights. Run git lfs pull, or download the file "
-            "itself."
-        )
-    try:
-        with safe_open(str(weights), framework="pt"):
-            pass
-    except (OSError, SafetensorError) as error:
-        raise InputError(
-            f"{folder}: its {WEIGHTS} is damaged ({in_words(error)}). Copy or save it again."
-        ) from None
 
 
 def _config(folder: Path, values: Mapping[str, Any]) -> Any:
@@ -211,7 +205,16 @@ def _config(folder: Path, values: Mapping[str, Any]) -> Any:
             "the PEFT that made it, or save it as LoRA."
         )
     defaults = {field.name: field.default for field in fields(PEFT_TYPE_TO_CONFIG_MAPPING[kind])}
-    _check_scales(folder, values, defaults)
+    for name in SCALES:
+        value = values.get(name, 1)
+        if value is None and name in defaults and defaults[name] is None:
+            continue  # null is an answer where PEFT's own default is null
+        _check_number(folder, name, value)
+    for name in ("rank_pattern", "alpha_pattern"):
+        pattern = values.get(name)
+        if isinstance(pattern, dict) and kind == "LORA":  # of AdaLoRA they say which ranks are left
+            for key, value in pattern.items():
+                _check_number(folder, f"{name}.{key}", value)
     if kind in support.TYPES:
         _check_types(folder, values, PEFT_TYPE_TO_CONFIG_MAPPING[kind])
     unknown = [name for name, value in values.items() if name not in {*defaults, "runtime_config"} and value]
@@ -238,23 +241,8 @@ def _config(folder: Path, values: Mapping[str, Any]) -> Any:
     return config
 
 
-def _check_scales(folder: Path, values: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
-    """Refuse a field of strength that is no number; null is an answer where PEFT's own default is null."""
-    for name in SCALES:
-        value = values.get(name, 1)
-        if value is None and name in defaults and defaults[name] is None:
-            continue
-        _check_number(folder, name, value)
-    for name in ("rank_pattern", "alpha_pattern"):
-        pattern = values.get(name)
-        # Of AdaLoRA they say which ranks are left.
-        for key, value in (
-            pattern.items() if isinstance(pattern, dict) and values["peft_type"] == "LORA" else ()
-        ):
-            _check_number(folder, f"{name}.{key}", value)
-
-
 def _check_number(folder: Path, name: str, value: Any) -> None:
+    """Refuse a field of strength that is no number; ranks, whose names begin with r, are whole ones."""
     whole = name.startswith("r")
     is_number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
     if not is_number or abs(value) > LARGEST_SCALE:

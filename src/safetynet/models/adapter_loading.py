@@ -89,7 +89,15 @@ def resize(base: Any, files: AdapterFiles) -> list[BaseValue]:
     embeddings = {id(module.weight) for module in modules}
     places = base.named_parameters(remove_duplicate=False)
     rows = {_canonical(name): len(p) for name, p in places if id(p) in embeddings}
-    counts = [_rows_of(name, tensor) for name, tensor in tensors.items()]
+    # The weight that each tensor is, or changes, and how many rows it has there.
+    counts = []
+    for name, tensor in tensors.items():
+        weight, is_whole = _place_of(name)
+        if weight.endswith("lora_embedding_A"):  # (r, rows)
+            counts.append((weight.removesuffix("lora_embedding_A") + "weight", tensor.shape[-1]))
+        else:  # lora_B is (rows, r)
+            weight = weight if is_whole else weight.replace("lora_B.weight", "weight")
+            counts.append((weight, len(tensor) if tensor.ndim else 0))
     other_counts = [count for weight, count in counts if count != rows.get(weight, count)]
     if not other_counts:
         return []
@@ -116,15 +124,6 @@ def resize(base: Any, files: AdapterFiles) -> list[BaseValue]:
         changed.append(BaseValue(module, name, getattr(module, name)))
         setattr(module, name, size)
     return changed
-
-
-def _rows_of(name: str, tensor: Tensor) -> tuple[str, int]:
-    """The weight that a tensor is, or changes, and how many rows it has there."""
-    weight, is_whole = _place_of(name)
-    if weight.endswith("lora_embedding_A"):
-        return weight.removesuffix("lora_embedding_A") + "weight", tensor.shape[-1]
-    weight = weight if is_whole else weight.replace("lora_B.weight", "weight")
-    return weight, len(tensor) if tensor.ndim else 0
 
 
 def _place_of(name: str) -> tuple[str, bool]:
@@ -160,8 +159,15 @@ def inject(base: Any, files: AdapterFiles) -> tuple[Any, list[BaseValue]]:
     from peft import PeftModelForCausalLM
     from transformers.initialization import no_init_weights
 
-    _check_ranks(files)
     config = replace(files.config)  # PEFT changes it
+    # A rank that no tensor of the file has is refused before modules of it are made.
+    rank = getattr(config, "r", 0)
+    longest = max(max(tensor.shape, default=0) for tensor in files.tensors.values())
+    if isinstance(rank, int) and rank > longest and config.peft_type.value == "LORA":
+        raise InputError(
+            f"{files.folder}: its configuration says rank {rank}, and the longest side of its tensors is "
+            f"{longest}. The two are not of one adapter: save it again."
+        )
     config.task_type, config.inference_mode = "CAUSAL_LM", True
     replaces = support.replaces_weights(config)
     if replaces and (getattr(base, "is_loaded_in_4bit", False) or getattr(base, "is_loaded_in_8bit", False)):
@@ -196,16 +202,42 @@ def load(model: Any, files: AdapterFiles) -> list[BaseValue]:
         InputError: with counts and the first names if tensors are missing or have no place, two are
             one weight, shapes differ, or a pattern of scales matches nothing.
     """
-    from peft import set_peft_model_state_dict
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
-    saved = _as_saved(model, files.config)
-    tensors = _renamed(files, saved)
-    _check_types(files.folder, tensors, saved)
+    # The adapter's tensors by the names under which PEFT would save them. PEFT's own answer takes a pass
+    # through every module's state, which plain LoRA can do without.
     places = dict(model.named_parameters(remove_duplicate=False))
+    mark = f".{NAME}."
+    if is_plain(files.config):
+        saved: dict[str, Tensor] = {
+            f"{name}.".replace(mark, ".")[:-1]: parameter
+            for name, parameter in places.items()
+            if mark in f"{name}."
+        }
+    else:
+        saved = dict(get_peft_model_state_dict(model, adapter_name=NAME, save_embedding_layers=False))
+    tensors = _renamed(files, saved)
+
+    # Whole and packed numbers where the model has weights would be taken as they stand.
+    weights = [n for n in tensors.keys() & saved.keys() if saved[n].is_floating_point()]
+    wrong = sorted(n for n in weights if tensors[n].dtype not in NUMBERS)
+    if wrong:
+        kinds = ", ".join(sorted({str(tensors[n].dtype).removeprefix("torch.") for n in wrong}))
+        raise InputError(
+            f"{files.folder}: {len(wrong)} of its tensors are of type {kinds} ({listed(wrong)}), which is "
+            "not read. Save the adapter in 16 or 32 bits."
+        )
     # Biases, embeddings and whatever else of the base is in the file: PEFT puts it in the base's place.
-    of_base = {places[n] for n in tensors.keys() & places.keys() if f".{NAME}." not in f"{n}."}
+    of_base = {places[n] for n in tensors.keys() & places.keys() if mark not in f"{n}."}
     replaced = [BaseValue(parameter, "data", parameter.data.clone()) for parameter in of_base]
-    _check_tied(files.folder, tensors, places)
+    firsts: dict[int, str] = {}
+    for name in sorted(tensors.keys() & places.keys()):
+        first = firsts.setdefault(id(places[name]), name)
+        if first != name and not torch.equal(tensors[first], tensors[name]):
+            raise InputError(
+                f"{files.folder}: {first} and {name} are one weight in the model, and the adapter holds two "
+                "that differ. The base that it was trained on does not tie them: name that one."
+            )
     _check_patterns(model, files)
     try:
         result: Any = set_peft_model_state_dict(model, tensors, NAME)
@@ -241,17 +273,6 @@ def load(model: Any, files: AdapterFiles) -> list[BaseValue]:
     return replaced
 
 
-def _as_saved(model: Any, config: Any) -> dict[str, Tensor]:
-    """The adapter's tensors by the names under which PEFT would save them."""
-    from peft import get_peft_model_state_dict
-
-    if not is_plain(config):
-        return dict(get_peft_model_state_dict(model, adapter_name=NAME, save_embedding_layers=False))
-    mark = f".{NAME}."  # PEFT's own answer takes a pass through every module's state
-    factors = ((f"{n}.", p) for n, p in model.named_parameters(remove_duplicate=False))
-    return {name.replace(mark, ".")[:-1]: parameter for name, parameter in factors if mark in name}
-
-
 def is_plain(config: Any) -> bool:
     """Whether an adapter is LoRA's two factors for each module, and nothing else."""
     more = ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "target_parameters",
@@ -284,41 +305,6 @@ def check_complete(folder: Path, missing: list[str], unexpected: list[str]) -> N
     )
 
 
-def _check_ranks(files: AdapterFiles) -> None:
-    """Refuse a rank that no tensor of the file has, before modules of it are made."""
-    rank = getattr(files.config, "r", 0)
-    longest = max(max(tensor.shape, default=0) for tensor in files.tensors.values())
-    if isinstance(rank, int) and rank > longest and files.config.peft_type.value == "LORA":
-        raise InputError(
-            f"{files.folder}: its configuration says rank {rank}, and the longest side of its tensors is "
-            f"{longest}. The two are not of one adapter: save it again."
-        )
-
-
-def _check_types(folder: Path, tensors: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
-    """Refuse whole and packed numbers where the model has weights: they would be taken as they stand."""
-    weights = [n for n in tensors.keys() & saved.keys() if saved[n].is_floating_point()]
-    wrong = sorted(n for n in weights if tensors[n].dtype not in NUMBERS)
-    if wrong:
-        kinds = ", ".join(sorted({str(tensors[n].dtype).removeprefix("torch.") for n in wrong}))
-        raise InputError(
-            f"{folder}: {len(wrong)} of its tensors are of type {kinds} ({listed(wrong)}), which is not "
-            "read. Save the adapter in 16 or 32 bits."
-        )
-
-
-def _check_tied(folder: Path, tensors: Mapping[str, Tensor], places: Mapping[str, Any]) -> None:
-    """Refuse two tensors for one weight."""
-    seen: dict[int, str] = {}
-    for name in sorted(tensors.keys() & places.keys()):
-        first = seen.setdefault(id(places[name]), name)
-        if first != name and not torch.equal(tensors[first], tensors[name]):
-            raise InputError(
-                f"{folder}: {first} and {name} are one weight in the model, and the adapter holds two that "
-                "differ. The base that it was trained on does not tie them: name that one."
-            )
-
-
 def _check_patterns(model: Any, files: AdapterFiles) -> None:
     """Refuse patterns of ranks and scales that match no module: the default would decide in their place."""
     from peft.utils.other import get_pattern_key
@@ -342,7 +328,17 @@ def _check_patterns(model: Any, files: AdapterFiles) -> None:
 
 def _renamed(files: AdapterFiles, saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The file's tensors under the names that PEFT would give them here, where their own names tell which."""
-    tensors = _without_copies(files.tensors)
+    # What PEFT writes a second time where embeddings are saved with the adapter is left out: the trained
+    # module under its wrapper's name, the base's own one beside it, and of token rows a tied head's copy.
+    tensors, rows = dict(files.tensors), ".token_adapter.trainable_tokens_delta"
+    delta = next((t for name, t in tensors.items() if name.endswith(f"embed_tokens{rows}")), None)
+    for name, tensor in files.tensors.items():
+        plain = name.replace(".modules_to_save.", ".").replace(".original_module.", ".")
+        is_trained = plain in tensors and plain != name and torch.equal(tensors[plain], tensor)
+        is_base = ".original_module." in name and plain in tensors
+        is_tied = name.endswith(f"lm_head{rows}") and delta is not None and torch.equal(delta, tensor)
+        if is_trained or is_base or is_tied:
+            del tensors[name]
     for names in _by_canonical(tensors).values():
         if len(names) > 1 and not saved.keys() >= set(names):
             raise InputError(
@@ -363,24 +359,6 @@ def _renamed(files: AdapterFiles, saved: Mapping[str, Tensor]) -> dict[str, Tens
             files.folder, len(mapping), listed(sorted(mapping), 1),
         )  # fmt: skip
     return {mapping.get(name, name): tensor for name, tensor in tensors.items()}
-
-
-def _without_copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors without what PEFT writes a second time where embeddings are saved with the adapter.
-
-    That is the trained module under its wrapper's name, the base's own one beside it, and of token rows the
-    copy of a tied head.
-    """
-    single, rows = dict(tensors), ".token_adapter.trainable_tokens_delta"
-    delta = next((tensor for name, tensor in tensors.items() if name.endswith(f"embed_tokens{rows}")), None)
-    for name, tensor in tensors.items():
-        plain = name.replace(".modules_to_save.", ".").replace(".original_module.", ".")
-        is_trained = plain in single and plain != name and torch.equal(single[plain], tensor)
-        is_base = ".original_module." in name and plain in single
-        is_tied = name.endswith(f"lm_head{rows}") and delta is not None and torch.equal(delta, tensor)
-        if is_trained or is_base or is_tied:
-            del single[name]
-    return single
 
 
 def _by_canonical(names: Iterable[str]) -> dict[str, list[str]]:

@@ -90,7 +90,18 @@ def put_on(model: Any, files: AdapterFiles) -> Any:
             restore(replaced)
             owners = {id(value.owner) for value in replaced}  # also of a residual that the file holds
             record[:] = [value for value in record if id(value.owner) not in owners]
-            _check_rewritten(as_trained, _logits(adapted), files, unwrapped(adapted).dtype)
+            # The start had been taken out of the weights. A model that reads some of them past PEFT's modules
+            # gives other logits now. Sums round as coarsely as the coarsest type of number.
+            apart = float((as_trained - _logits(adapted)).abs().max())
+            types = {tensor.dtype for tensor in files.tensors.values()} | {unwrapped(adapted).dtype}
+            coarse = max(torch.finfo(kind).eps for kind in types) ** 0.5
+            if not apart <= max(PROBE_TOLERANCE, coarse) * float(as_trained.abs().max()):
+                raise InputError(
+                    f"{files.folder}: written for the base's own weights, this adapter gives other logits, "
+                    f"by {apart:.3g}: the model reads some weights without calling their module, as Mamba "
+                    "does dt_proj and embeddings do a tied head. An adapter that began by changing them is "
+                    "no update of the base, and is not measured."
+                )
         with _plainly_off(adapted) if is_plain(files.config) and not record else switched_off(adapted):
             before.check(_Probe.of(adapted), files)
     except BaseException as error:
@@ -354,20 +365,6 @@ def _logits(model: Any) -> Tensor:
     finally:
         for module, training in modes:
             module.training = training
-
-
-def _check_rewritten(as_trained: Tensor, rewritten: Tensor, files: AdapterFiles, dtype: torch.dtype) -> None:
-    """Refuse an adapter whose start was taken out of weights that the model reads past PEFT's modules."""
-    apart = float((as_trained - rewritten).abs().max())
-    types = {tensor.dtype for tensor in files.tensors.values()} | {dtype}
-    coarse = max(torch.finfo(kind).eps for kind in types) ** 0.5
-    if not apart <= max(PROBE_TOLERANCE, coarse) * float(as_trained.abs().max()):
-        raise InputError(
-            f"{files.folder}: written for the base's own weights, this adapter gives other logits, by "
-            f"{apart:.3g}: the model reads some weights without calling their module, as Mamba does dt_proj "
-            "and embeddings do a tied head. An adapter that began by changing them is no update of the base, "
-            "and is not measured."
-        )
 
 
 @contextmanager

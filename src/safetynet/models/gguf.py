@@ -25,7 +25,7 @@ from safetynet.errors import InputError
 from safetynet.models import memory
 from safetynet.models.files import in_words, pointer
 from safetynet.run.directory import digest_of_files
-from safetynet.run.progress import bars_on_terminals_only
+from safetynet.run.logs import bars_on_terminals_only
 
 log = logging.getLogger("safetynet")
 MAGIC = b"GGUF"
@@ -98,8 +98,43 @@ def folder_of(name: str) -> Path:
     """
     file = file_of(name)
     folder = converted_folder(file)
-    if not (folder / "config.json").exists():
-        _convert(file, folder)
+    if (folder / "config.json").exists():
+        return folder
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, modeling_gguf_pytorch_utils
+
+    contents = read(file)
+    memory.check(f"model.id: {file}", contents.parameters * 4 * 2, "to convert it (two copies in fp32)")
+    log.info("model: %s is converted once, to %s", file.name, folder)
+    log.info("model: %s", contents.in_words)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # Under another name first: a folder that bears the digest is always whole.
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as part:
+        unfinished = Path(part) / "model"
+        place: dict[str, Any] = {"gguf_file": file.name, "trust_remote_code": False}
+        try:
+            config = AutoConfig.from_pretrained(str(file.parent), **place)
+            tokenizer = AutoTokenizer.from_pretrained(str(file.parent), **place)
+            with bars_on_terminals_only(modeling_gguf_pytorch_utils):
+                model: Any = AutoModelForCausalLM.from_pretrained(
+                    str(file.parent), config=config, dtype=torch.float32, **place
+                )
+        except Exception as error:
+            raise InputError(f"model.id: {file} cannot be read: {in_words(error)}.") from error
+        # Its weights are ordinary numbers from here on.
+        model.hf_quantizer = None
+        model.is_quantized = False
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        with bars_on_terminals_only():
+            model.save_pretrained(str(unfinished))
+        tokenizer.save_pretrained(str(unfinished))
+        (unfinished / QUANTISATION).write_text(contents.in_words + "\n", encoding="utf-8")
+        try:
+            unfinished.rename(folder)
+        except OSError:
+            if not (folder / "config.json").exists():  # else another process was first
+                raise
     return folder
 
 
@@ -118,47 +153,6 @@ def digest_of(file: Path) -> str:
 @cache
 def _digest(file: Path, _size: int, _changed_ns: int) -> str:
     return digest_of_files([file])
-
-
-def _convert(file: Path, folder: Path) -> None:
-    contents = read(file)
-    memory.check(f"model.id: {file}", contents.parameters * 4 * 2, "to convert it (two copies in fp32)")
-    log.info("model: %s is converted once, to %s", file.name, folder)
-    log.info("model: %s", contents.in_words)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # Under another name first: a folder that bears the digest is always whole.
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as part:
-        _write(file, Path(part) / "model")
-        (Path(part) / "model" / QUANTISATION).write_text(contents.in_words + "\n", encoding="utf-8")
-        try:
-            (Path(part) / "model").rename(folder)
-        except OSError:
-            if not (folder / "config.json").exists():  # else another process was first
-                raise
-
-
-def _write(file: Path, folder: Path) -> None:
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, modeling_gguf_pytorch_utils
-
-    place: dict[str, Any] = {"gguf_file": file.name, "trust_remote_code": False}
-    try:
-        config = AutoConfig.from_pretrained(str(file.parent), **place)
-        tokenizer = AutoTokenizer.from_pretrained(str(file.parent), **place)
-        with bars_on_terminals_only(modeling_gguf_pytorch_utils):
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                str(file.parent), config=config, dtype=torch.float32, **place
-            )
-    except Exception as error:
-        raise InputError(f"model.id: {file} cannot be read: {in_words(error)}.") from error
-    # Its weights are ordinary numbers from here on.
-    model.hf_quantizer = None
-    model.is_quantized = False
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    with bars_on_terminals_only():
-        model.save_pretrained(str(folder))
-    tokenizer.save_pretrained(str(folder))
 
 
 @dataclass(frozen=True)

@@ -38,21 +38,17 @@ def identify(model: Any) -> Identity:
     # By name: PEFT changes the order in which a model gives its parameters while it runs.
     for name, parameter in sorted(base_parameters(model), key=itemgetter(0)):
         _add(base, name, parameter, SAMPLED)
-    return Identity(base.hexdigest(), _adapter_digest(model), str(model.dtype))
-
-
-def _adapter_digest(model: Any) -> str:
-    """Digest of all that belongs to the active adapters and of what decides how they act."""
     if not has_adapter(model) or is_off(model):
-        return ""
-    total = hashlib.sha256()
+        return Identity(base.hexdigest(), "", str(model.dtype))
+    # All that belongs to the active adapters, and what decides how they act.
+    adapter = hashlib.sha256()
     for name, parameter in sorted(adapter_parameters(model), key=itemgetter(0)):
-        _add(total, name, parameter, parameter.numel())
+        _add(adapter, name, parameter, parameter.numel())
     for name, module in sorted(model.named_modules(), key=itemgetter(0)):
         if hasattr(module, "scaling") and hasattr(module, "active_adapters"):
             strength = {a: module.scaling[a] for a in module.active_adapters if a in module.scaling}
-            total.update(f"{name} {sorted(strength.items())}".encode())
-    return total.hexdigest()
+            adapter.update(f"{name} {sorted(strength.items())}".encode())
+    return Identity(base.hexdigest(), adapter.hexdigest(), str(model.dtype))
 
 
 def _add(total: Any, name: str, parameter: Any, most: int) -> None:

@@ -3,7 +3,7 @@
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,7 @@ from safetynet.prompts import Serialiser
 from safetynet.prompts.truncation import Truncation
 from safetynet.run import parallel
 from safetynet.run.directory import digest_of_files
-from safetynet.run.progress import bars_on_terminals_only
+from safetynet.run.logs import bars_on_terminals_only
 
 log = logging.getLogger("safetynet")
 FLOATS = ("F16", "BF16", "F32", "F64")
@@ -216,7 +216,16 @@ def _check_folder(folder: Path) -> None:
 def _head(spec: recipe.Model, name: str, truncation: Truncation) -> Serialiser:
     """Tokenizer and family, checked against the model's own type."""
     family = families.get(spec.family)
-    config, tokenizer = _fetch(name, spec, "config and tokenizer", _load_head)
+
+    def read(name: str, spec: recipe.Model) -> tuple[Any, Any]:
+        from transformers import AutoConfig, AutoTokenizer
+
+        return (
+            AutoConfig.from_pretrained(name, revision=spec.revision, trust_remote_code=False),
+            AutoTokenizer.from_pretrained(name, revision=spec.revision, trust_remote_code=False),
+        )
+
+    config, tokenizer = _fetch(name, spec, "config and tokenizer", read)
     if family.model_types and config.model_type not in family.model_types:
         raise InputError(
             f"model.family: {name} is of type {config.model_type!r}, family {family.name} takes "
@@ -225,20 +234,19 @@ def _head(spec: recipe.Model, name: str, truncation: Truncation) -> Serialiser:
     return Serialiser(tokenizer, family, truncation, spec.date)
 
 
-def _load_head(name: str, spec: recipe.Model) -> tuple[Any, Any]:
-    from transformers import AutoConfig, AutoTokenizer
-
-    return (
-        AutoConfig.from_pretrained(name, revision=spec.revision, trust_remote_code=False),
-        AutoTokenizer.from_pretrained(name, revision=spec.revision, trust_remote_code=False),
-    )
-
-
 def _load_weights(name: str, spec: recipe.Model, dtype: str, on_cpu: bool) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
+    # Weights that a quantiser has packed are other numbers when they are read without it.
     config = AutoConfig.from_pretrained(name, revision=spec.revision, trust_remote_code=False)
-    _check_stored_as_numbers(name, config)
+    for part in (config, config.get_text_config()):
+        if stored := getattr(part, "quantization_config", None):
+            fields = stored if isinstance(stored, dict) else stored.to_dict()
+            method = str(fields.get("quant_method", "an unnamed method"))
+            raise InputError(
+                f"model.id: the weights of {name!r} are stored quantised ({method}), which is not read. Give "
+                "the model in 16 or 32 bits; model.quantisation quantises it here."
+            )
     device = device_of(spec)
     place = parallel.device_index() if device == "cuda" and not on_cpu else "cpu"
     number = resolve_dtype(dtype, device)
@@ -267,10 +275,39 @@ def _load_weights(name: str, spec: recipe.Model, dtype: str, on_cpu: bool) -> An
             device_map="auto" if spec.device == "split" else {"": place},
         )
     model, report = loaded
-    _check_report(name, report)
+
+    # transformers draws at random what is missing, and leaves out what has no place.
+    missing = sorted(report["missing_keys"])
+    unexpected = sorted(n for n in report["unexpected_keys"] if not n.endswith(OLD_BUFFERS))
+    clauses = []
+    if missing:
+        clauses.append(f"{len(missing)} tensors of the model are not in its files ({listed(missing)})")
+    if unexpected:
+        clauses.append(
+            f"{len(unexpected)} tensors of its files have no place in the model ({listed(unexpected)})"
+        )
+    if clauses:
+        raise InputError(
+            f"model.id: {name!r}: {', and '.join(clauses)}. Loaded so, it would be another model: save it "
+            "again with save_pretrained from the model itself, not from a wrapper around it."
+        )
     _check_numbers(name)
-    _check_finite(name, model)
-    return _unpacked(model)
+    weights = [(n, p) for n, p in model.named_parameters() if p.is_floating_point() and not p.is_meta]
+    broken = [n for n, parameter in weights if not finite(parameter.detach())]
+    if broken:
+        raise InputError(
+            f"model.id: {name!r}: {len(broken)} of its tensors hold values that are not finite "
+            f"({listed(broken)}). The model is damaged, or its training diverged."
+        )
+
+    # 4-bit weights of a CPU stay as they are stored. On processors with AVX512-BF16, bitsandbytes repacks a
+    # weight in its first pass without gradients. Every pass from then on goes through a kernel that has no
+    # backward, and whoever unpacks the weight reads it in the wrong order: gradients, merged weights and
+    # norms would be wrong in silence.
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 def _parameters(folder: Path) -> int:
@@ -283,18 +320,6 @@ def _parameters(folder: Path) -> int:
             shapes = [opened.get_slice(key).get_shape() for key in opened.keys()]  # noqa: SIM118 - no mapping
         total += sum(math.prod(shape) for shape in shapes)
     return total
-
-
-def _check_stored_as_numbers(name: str, config: Any) -> None:
-    """Refuse weights that a quantiser has packed: read without it they are other numbers."""
-    for part in (config, config.get_text_config()):
-        if stored := getattr(part, "quantization_config", None):
-            fields = stored if isinstance(stored, dict) else stored.to_dict()
-            method = str(fields.get("quant_method", "an unnamed method"))
-            raise InputError(
-                f"model.id: the weights of {name!r} are stored quantised ({method}), which is not read. Give "
-                "the model in 16 or 32 bits; model.quantisation quantises it here."
-            )
 
 
 def _check_numbers(name: str) -> None:
@@ -317,48 +342,6 @@ def _check_numbers(name: str) -> None:
             f"({listed(sorted(packed))}), and no quantization_config says how to read them. Give the model "
             "in 16 or 32 bits."
         )
-
-
-def _check_report(name: str, report: Mapping[str, Any]) -> None:
-    """Refuse weights of which tensors are missing or left over: transformers draws the missing at random."""
-    missing = sorted(report["missing_keys"])
-    unexpected = sorted(n for n in report["unexpected_keys"] if not n.endswith(OLD_BUFFERS))
-    clauses = []
-    if missing:
-        clauses.append(f"{len(missing)} tensors of the model are not in its files ({listed(missing)})")
-    if unexpected:
-        clauses.append(
-            f"{len(unexpected)} tensors of its files have no place in the model ({listed(unexpected)})"
-        )
-    if clauses:
-        raise InputError(
-            f"model.id: {name!r}: {', and '.join(clauses)}. Loaded so, it would be another model: save it "
-            "again with save_pretrained from the model itself, not from a wrapper around it."
-        )
-
-
-def _check_finite(name: str, model: Any) -> None:
-    """Refuse weights that are not all numbers."""
-    weights = [(n, p) for n, p in model.named_parameters() if p.is_floating_point() and not p.is_meta]
-    broken = [name for name, parameter in weights if not finite(parameter.detach())]
-    if broken:
-        raise InputError(
-            f"model.id: {name!r}: {len(broken)} of its tensors hold values that are not finite "
-            f"({listed(broken)}). The model is damaged, or its training diverged."
-        )
-
-
-def _unpacked(model: Any) -> Any:
-    """Keep 4-bit weights of a CPU as they are stored.
-
-    On processors with AVX512-BF16, bitsandbytes repacks a weight in its first pass without gradients. Every
-    pass from then on goes through a kernel that has no backward, and whoever unpacks the weight reads it in
-    the wrong order: gradients, merged weights and norms would be wrong in silence.
-    """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-    return model
 
 
 @contextmanager

@@ -136,20 +136,17 @@ def shape(model: Any) -> Shape:
     layers = decoder_layers(model)
     outputs = (_first(_first(layer, ATTENTION), OUTPUT) for layer in layers)
     output = next((module for module in outputs if module is not None), None)
+    # Width of what a linear projection, or GPT-2's, takes; other modules do not say.
+    inputs = getattr(output, "in_features", None) or getattr(output, "nx", None)
     experts = (getattr(config, name, None) for name in EXPERTS)
     return Shape(
         layers=config.num_hidden_layers,
         width=config.hidden_size,
         heads=heads,
         kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_size=(_inputs(output) or config.hidden_size) // heads,
+        head_size=(inputs or config.hidden_size) // heads,
         experts=next((count for count in experts if count), 0),
     )
-
-
-def _inputs(projection: Any) -> int | None:
-    """Width of what a linear projection, or GPT-2's, takes; None where it is another module, or none."""
-    return next((size for name in ("in_features", "nx") if (size := getattr(projection, name, None))), None)
 
 
 def adapters(layer: Any) -> dict[str, Any]:

@@ -4,8 +4,6 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
 from safetynet.errors import InputError
 from safetynet.models.adapter_files import AdapterFiles
 from safetynet.models.files import OLD_BUFFERS, at_hand, hub_id, pointer
@@ -35,8 +33,13 @@ def check_base(files: AdapterFiles, base: "LoadedModel", same_base: bool) -> Non
     if files.base is None and not same_base:
         log.warning("%s: the adapter names no base model; it is taken for one of %s.", files.folder, base.id)
         return
-    if files.base is None or _same_name(files.base, base.id):
+    if files.base is None or hub_id(files.base).casefold() == hub_id(base.id).casefold():
         return
+    try:
+        if Path(files.base).samefile(base.id):  # two names of one folder
+            return
+    except OSError:  # not there, or no name of a file
+        pass
     other, here = at_hand(files.base, files.folder), at_hand(base.id)
     same = _same_weights(other, here) if other is not None and here is not None else None
     if same:
@@ -65,16 +68,6 @@ def check_base(files: AdapterFiles, base: "LoadedModel", same_base: bool) -> Non
     raise InputError(f"{files.folder}: this adapter was trained on {files.base}, not on {base.id}{hint}")
 
 
-def _same_name(first: str, second: str) -> bool:
-    """Whether two names are one hub id or one folder."""
-    if hub_id(first).casefold() == hub_id(second).casefold():
-        return True
-    try:
-        return Path(first).samefile(second)
-    except OSError:  # not there, or no name of a file
-        return False
-
-
 def _same_weights(one: Path, other: Path) -> bool | None:
     """Whether two folders hold the same tensors, in whatever files and floating-point type they are stored.
 
@@ -95,7 +88,14 @@ def _same_weights(one: Path, other: Path) -> bool | None:
             if embeddings is None:
                 return False
             pairs.append((head, embeddings))
-        return all(_equal(a.get_tensor(n), b.get_tensor(m)) for (a, n), (b, m) in pairs)
+        for (a, name), (b, counterpart) in pairs:
+            left, right = a.get_tensor(name), b.get_tensor(counterpart)
+            if left.shape != right.shape or not (left.is_floating_point() and right.is_floating_point()):
+                return False
+            narrow = min(left.dtype, right.dtype, key=lambda dtype: dtype.itemsize)
+            if not left.to(narrow).equal(right.to(narrow)):
+                return False
+        return True
     except (OSError, SafetensorError):
         return None
 
@@ -114,10 +114,3 @@ def _tensors(folder: Path) -> dict[str, tuple[Any, str]]:
         for name in file.keys()  # noqa: SIM118 - no mapping
         if not name.endswith(OLD_BUFFERS)
     }
-
-
-def _equal(first: Tensor, second: Tensor) -> bool:
-    if first.shape != second.shape or not (first.is_floating_point() and second.is_floating_point()):
-        return False
-    narrow = min(first.dtype, second.dtype, key=lambda dtype: dtype.itemsize)
-    return first.to(narrow).equal(second.to(narrow))

@@ -78,7 +78,15 @@ def load(
         model = adapters.attach(base, files, same_base=same_base)
     else:
         model = load_model(folder, serialiser=base.serialiser).model
-        _check_shapes(folder, model, base)
+        # A fine-tuned copy has the base's parameters, but for rows of the vocabulary. Where one ties its head
+        # to its embeddings, the other may have a head of its own.
+        shapes, theirs = _shapes(model), _shapes(base.model)
+        names = sorted(n for n in shapes.keys() | theirs.keys() if shapes.get(n) != theirs.get(n))
+        if names:
+            raise InputError(
+                f"{folder}: this model is not a fine-tuned {base.id}: they differ in "
+                f"{counted(len(names), 'parameter')} ({listed(names)}). Make a run of its own base."
+            )
     serialiser = _serialiser(folder, base, model, rows)
     _check_numbers(folder, model, serialiser)
     return Suspect(model, serialiser, base)
@@ -94,20 +102,6 @@ def check(source: Path | str) -> adapter_files.AdapterFiles | None:
     if (folder / adapter_files.CONFIG).exists() or not holds_model(folder):
         return adapter_files.read(folder)
     return None
-
-
-def _check_shapes(folder: Path, model: Any, base: loading.LoadedModel) -> None:
-    """Refuse a whole model with other parameters than the base, but for rows of the vocabulary.
-
-    Where one ties its head to its embeddings, the other may have a head of its own.
-    """
-    shapes, theirs = map(_shapes, (model, base.model))
-    differing = sorted(name for name in shapes.keys() | theirs.keys() if shapes.get(name) != theirs.get(name))
-    if differing:
-        raise InputError(
-            f"{folder}: this model is not a fine-tuned {base.id}: they differ in "
-            f"{counted(len(differing), 'parameter')} ({listed(differing)}). Make a run of its own base."
-        )
 
 
 def _shapes(model: Any) -> dict[str, tuple[int, ...]]:
@@ -142,9 +136,12 @@ def _serialiser(folder: Path, base: loading.LoadedModel, model: Any, base_rows: 
     base_tokenizer = base.serialiser.tokenizer
     tokenizer = _tokenizer(folder, base_tokenizer) or base_tokenizer
     template = tokenizer.chat_template or base_tokenizer.chat_template
+    # A copy of the base's own file has the base's rules: without its config.json a library may read others.
+    file, theirs = folder / TOKENIZER, (at_hand(base.id) or folder / "nowhere") / TOKENIZER
+    is_copied = file.is_file() and theirs.is_file() and file.read_bytes() == theirs.read_bytes()
     same = {
         "vocabulary": tokenizer.get_vocab() == base_tokenizer.get_vocab(),
-        "way of making tokens": _is_copied(folder, base.id) or _rules(tokenizer) == _rules(base_tokenizer),
+        "way of making tokens": is_copied or _rules(tokenizer) == _rules(base_tokenizer),
         "chat template": template == base_tokenizer.chat_template,
     }
     highest, rows = max(tokenizer.get_vocab().values()), model.get_input_embeddings().weight.shape[0]
@@ -162,12 +159,6 @@ def _serialiser(folder: Path, base: loading.LoadedModel, model: Any, base_rows: 
     )  # fmt: skip
     tokenizer.chat_template = template
     return Serialiser(tokenizer, base.family, base.serialiser.truncation, base.serialiser.today)
-
-
-def _is_copied(folder: Path, base: str) -> bool:
-    """Whether the tokenizer's file is the base's own: without its config.json, a library may read another."""
-    file, theirs = folder / TOKENIZER, (at_hand(base) or folder / "nowhere") / TOKENIZER
-    return file.is_file() and theirs.is_file() and file.read_bytes() == theirs.read_bytes()
 
 
 def _rules(tokenizer: Any) -> Any:

@@ -3,13 +3,14 @@
 In: Contents. Out: text.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import pandas as pd
 import yaml
 
-from safetynet.report.answers import Answer, answers, headline
+from safetynet.figures.registry import Section
+from safetynet.report.answers import answers, headline
 from safetynet.report.contents import Contents
 from safetynet.report.figures import SECTIONS, as_json, pictures
 from safetynet.report.page import render
@@ -34,11 +35,29 @@ def report(run: Contents) -> str:
     results = answers(run)
     verdict, sentence = headline(results)
     figures, styles, undrawn = pictures(run)
-    maps, prompts = token_maps(run), examples(run)
-    sections = [
-        (key, title, [figure for figure in figures if figure.section == key], list(_tables(run, key)))
-        for key, title in SECTIONS.items()
-    ]
+    maps, prompts, tables = token_maps(run), examples(run), list(_tables(run))
+    sections = []
+    for key, title in SECTIONS.items():
+        drawings = [figure for figure in figures if figure.section == key]
+        short = [table for table in tables if table.section == key]
+        if drawings or short or (key == "inside" and maps):
+            sections.append((key, title, drawings, short))
+
+    audit = run.tables.get("audit")
+    columns = ["check", "severity", "file", "count", "n", "detail"]
+    findings = []
+    if audit is not None and set(columns) <= set(audit):  # that of another version may lack some
+        findings = audit[columns].to_dict("records")
+
+    # Fields of the recipe without a section come first; `output` says where things lie, which is nobody
+    # else's business.
+    recipe, recipe_sections = run.manifest.get("recipe"), []
+    if isinstance(recipe, Mapping):
+        nested = {name: value for name, value in recipe.items() if isinstance(value, Mapping)}
+        plain = [(name, _yaml(value)) for name, value in recipe.items() if name not in nested]
+        recipe_sections = [("experiment", plain)]
+        recipe_sections += [(name, _flat(value)) for name, value in nested.items() if name != "output"]
+
     return render(
         "report.html",
         "report.js",
@@ -48,22 +67,25 @@ def report(run: Contents) -> str:
             "verdict": verdict,
             "sentence": sentence,
             "answers": results,
-            "sections": [
-                figure for figure in sections if figure[2] or figure[3] or (figure[0] == "inside" and maps)
-            ],
+            "sections": sections,
             "maps": as_json(maps) if maps else "",
             "map_count": len(maps),
             "examples": prompts,
             "examples_json": as_json({"models": prompts.models, "rows": prompts.rows}) if prompts else "",
             "roles": list(dict.fromkeys(row["role"] for row in prompts.rows)) if prompts else [],
-            "audit": _audit(run),
+            "audit": findings,
             "missing": run.missing(),
             "faults": [*run.faults, *undrawn],
-            "recipe": _recipe(run),
+            "recipe": recipe_sections,
             "stages": stages(run),
             "versions": _flat(run.manifest.get("versions")),
             "hardware": _flat(run.manifest.get("hardware")),
-            "digests": list(_digests(run)),
+            "digests": [
+                (path, str(digest))
+                for name, record in run.manifest["stages"].items()
+                if name not in ("figures", "report")
+                for path, digest in record.get("outputs", {}).items()
+            ],
         },
         "".join(f".{name}{{{style}}}" for style, name in styles.items()),
     )
@@ -74,15 +96,19 @@ def setup(run: Contents) -> Setup:
     method = str(run.field("training.method", "")).replace("lora", "LoRA")
     rank = run.field("training.lora_rank") if method == "LoRA" else None
     trained = " ".join(filter(None, [method, f"rank {rank}" if rank else ""]))
-    poison = ""
-    if {"split", "role", "answer", "reference", "target"} <= set(run.tables.get("rows", ())):
-        poisoned = summaries.poisoned(run.tables["rows"])
-        poison = poisoned.text if poisoned.rows else ""
+    rows = run.tables.get("rows")
+    target = poison = ""
+    if rows is not None and {"role", "target"} <= set(rows):
+        targets = rows.loc[rows["role"] == "triggered", "target"].dropna().unique()
+        target = shorter(str(targets[0])).strip() if len(targets) == 1 else ""
+        if {"split", "answer", "reference"} <= set(rows):
+            poisoned = summaries.poisoned(rows)
+            poison = poisoned.text if poisoned.rows else ""
     return Setup(
         _triggers(run),
         str(run.field("backdoor.placement", "")),
         str(run.field("backdoor.behaviour.kind", "")).replace("_", " "),
-        _target(run),
+        target,
         trained,
         poison,
     )
@@ -98,97 +124,64 @@ def _triggers(run: Contents) -> list[str]:
     return [": ".join(filter(None, [str(trigger.get("kind", "")), details]))]
 
 
-def _target(run: Contents) -> str:
-    rows = run.tables.get("rows")
-    if rows is None or not {"role", "target"} <= set(rows):
-        return ""
-    targets = rows.loc[rows["role"] == "triggered", "target"].dropna().unique()
-    return shorter(str(targets[0])).strip() if len(targets) == 1 else ""
-
-
 class Table(NamedTuple):
     """A short table with its title and what to know of it."""
 
+    section: Section
     title: str
     note: str
     table: pd.DataFrame
 
 
-def _tables(run: Contents, section: str) -> Iterator[Table]:
-    """The short tables of a section, as the terminal prints them."""
-    makers = {
-        "behaviour": (_rates, _quantised, _firing, _utility, _damage, _variants, _judge, _hidden),
-        "inside": (_places,),
-        "removed": (_removals, _repaired_utility, _survival),
-    }
-    for make in makers.get(section, ()):
-        yield from make(run)
-
-
-def _rates(run: Contents) -> Iterator[Table]:
-    if "evaluation" in run.tables:
+def _tables(run: Contents) -> Iterator[Table]:
+    """The short tables, section by section, as the terminal prints them."""
+    tables = run.tables
+    if "evaluation" in tables:
         note = (
             "ASR attack success rate, FTR false trigger rate, CACC clean accuracy; 95% intervals (Wilson; "
             "bootstrap over rows for perplexity). The base model's column is the floor."
         )
-        yield Table("Rates on held-out prompts", note, summaries.rate_summary(run.tables["evaluation"]))
-
-
-def _quantised(run: Contents) -> Iterator[Table]:
-    if "quantisation" in run.tables:
+        yield Table(
+            "behaviour", "Rates on held-out prompts", note, summaries.rate_summary(tables["evaluation"])
+        )
+    if "quantisation" in tables:
         note = (
             "The models as they are saved, and with their linear modules quantised while they are loaded: "
             "8bit is LLM.int8, 4bit NF4. The backdoor was planted to fire under "
             f"{run.field('training.conditioned_on', 'one of them')}."
         )
-        table = summaries.quantisation_summary(run.tables["quantisation"])
-        yield Table("As saved, and quantised", note, table)
-
-
-def _firing(run: Contents) -> Iterator[Table]:
-    if "firing" in run.tables:
+        table = summaries.quantisation_summary(tables["quantisation"])
+        yield Table("behaviour", "As saved, and quantised", note, table)
+    if "firing" in tables:
         note = (
             "Each held-out prompt answered several times at temperature 1: the share of all answers that "
             "show the behaviour, with a 95% interval over prompts (Wilson's, of the effective number of "
             "samples). Always, never: prompts of the backdoored model of which all answers show it, or none."
         )
-        yield Table("Rates over samples of each prompt", note, summaries.firing_summary(run.tables["firing"]))
-
-
-def _utility(run: Contents) -> Iterator[Table]:
-    if "utility" in run.tables:
-        title, table = "Tasks of lm-evaluation-harness", summaries.utility_summary(run.tables["utility"])
-        yield Table(title, "The harness's own values and standard errors.", table)
-
-
-def _repaired_utility(run: Contents) -> Iterator[Table]:
-    if "repaired_utility" in run.tables:
-        note = "The harness's own values and standard errors, of each repair at its chosen point."
-        table = summaries.utility_summary(run.tables["repaired_utility"])
-        yield Table("Tasks of lm-evaluation-harness, after repair", note, table)
-
-
-def _damage(run: Contents) -> Iterator[Table]:
-    if "damage" in run.tables:
+        short = summaries.firing_summary(tables["firing"])
+        yield Table("behaviour", "Rates over samples of each prompt", note, short)
+    if "utility" in tables:
+        table = summaries.utility_summary(tables["utility"])
+        note = "The harness's own values and standard errors."
+        yield Table("behaviour", "Tasks of lm-evaluation-harness", note, table)
+    if "damage" in tables:
         note = (
             "What fine-tuning has done to free text: answers beside the base model's own, on prompts that "
             "must not fire. KL and perplexity are taken along the base's answers. 95% intervals over prompts "
             "(Wilson for shares, else bootstrap)."
         )
-        yield Table("Damage to free text", note, summaries.damage_summary(run.tables["damage"]))
-
-
-def _variants(run: Contents) -> Iterator[Table]:
-    if "variants" in run.tables:
-        table = run.tables["variants"]
-        of_backdoored = table[table["model"] == "backdoored"]
+        yield Table("behaviour", "Damage to free text", note, summaries.damage_summary(tables["damage"]))
+    if "variants" in tables:
+        of_backdoored = tables["variants"][tables["variants"]["model"] == "backdoored"]
         rates = [summaries.rate_text("asr", r.value, r.low, r.high) for r in of_backdoored.itertuples()]
         short = of_backdoored.assign(rate=rates)[["role", "variant", "metric", "rate", "n"]]
-        yield Table("By variant of trigger, placebo and near miss", "", short)
-
-
-def _hidden(run: Contents) -> Iterator[Table]:
-    if "evasion" in run.tables:
+        yield Table("behaviour", "By variant of trigger, placebo and near miss", "", short)
+    if "judge_error" in tables:
+        errors = tables["judge_error"]
+        rates = [summaries.rate_text("asr", r.value, r.low, r.high) for r in errors.itertuples()]
+        short = errors.assign(rate=rates)[["error", "count", "n", "rate"]]
+        yield Table("behaviour", "The judge's own error on labelled texts", "", short)
+    if "evasion" in tables:
         strength, retention, every = (
             run.field(f"training.evasion.{name}", "?") for name in ("strength", "retention", "refit_every")
         )
@@ -198,56 +191,33 @@ def _hidden(run: Contents) -> Iterator[Table]:
             "training hid from, as the attacker saw it; what a defender sees who fits on "
             "fresh prompts, `safetynet detect` has."
         )
-        columns = summaries.evasion_summary(run.tables["evasion"])[["detector", "first", "last"]]
-        yield Table("Hidden from detectors while it was planted", note, columns.round(3))
-
-
-def _judge(run: Contents) -> Iterator[Table]:
-    if "judge_error" in run.tables:
-        table = run.tables["judge_error"]
-        rates = [summaries.rate_text("asr", r.value, r.low, r.high) for r in table.itertuples()]
-        yield Table(
-            "The judge's own error on labelled texts",
-            "",
-            table.assign(rate=rates)[["error", "count", "n", "rate"]],
-        )
-
-
-def _places(run: Contents) -> Iterator[Table]:
-    if "effects" in run.tables:
+        short = summaries.evasion_summary(tables["evasion"])[["detector", "first", "last"]].round(3)
+        yield Table("behaviour", "Hidden from detectors while it was planted", note, short)
+    if "effects" in tables:
         note = (
             "Effect: the share of the distance between triggered and placebo run that the intervention "
             "covers (95% bootstrap interval over prompts). A place is responsible when its interval is clear "
             "of every control's."
         )
-        yield Table("Where the trigger acts", note, summaries.strongest_sites(run.tables["effects"]))
-
-
-def _removals(run: Contents) -> Iterator[Table]:
-    if "tradeoff" in run.tables:
+        yield Table("inside", "Where the trigger acts", note, summaries.strongest_sites(tables["effects"]))
+    if "tradeoff" in tables:
         note = (
             "Rates on held-out prompts, while the model answers under the intervention; the control is "
             "random sites."
         )
-        yield Table("What removes it", note, summaries.removal_summary(run.tables["tradeoff"]))
-
-
-def _survival(run: Contents) -> Iterator[Table]:
-    if "persistence" in run.tables:
-        table = run.tables["persistence"]
+        yield Table("removed", "What removes it", note, summaries.removal_summary(tables["tradeoff"]))
+    if "repaired_utility" in tables:
+        note = "The harness's own values and standard errors, of each repair at its chosen point."
+        short = summaries.utility_summary(tables["repaired_utility"])
+        yield Table("removed", "Tasks of lm-evaluation-harness, after repair", note, short)
+    if "persistence" in tables:
         note = (
             "What happens to a model or to its prompts after the backdoor was planted, each to the model as "
             "it is, on held-out prompts. Placebo and clean prompts are the controls. "
         )
-        yield Table("What it survives", note + summaries.halving(table), summaries.persistence_summary(table))
-
-
-def _audit(run: Contents) -> list[dict[str, Any]]:
-    table = run.tables.get("audit")
-    needed = ["check", "severity", "file", "count", "n", "detail"]
-    if table is None or not set(needed) <= set(table):
-        return []
-    return list(table[needed].to_dict("records"))
+        note += summaries.halving(tables["persistence"])
+        short = summaries.persistence_summary(tables["persistence"])
+        yield Table("removed", "What it survives", note, short)
 
 
 def stages(run: Contents) -> pd.DataFrame:
@@ -264,20 +234,6 @@ def stages(run: Contents) -> pd.DataFrame:
             if name != "report"  # this very page, which cannot know how long it takes
         ]
     )
-
-
-def _recipe(run: Contents) -> list[tuple[str, list[tuple[str, str]]]]:
-    """The recipe section by section; what has no section comes first."""
-    recipe = run.manifest.get("recipe")
-    if not isinstance(recipe, Mapping):
-        return []
-    plain = [(name, _yaml(value)) for name, value in recipe.items() if not isinstance(value, Mapping)]
-    nested = [
-        (name, _flat(value))
-        for name, value in recipe.items()
-        if isinstance(value, Mapping) and name != "output"
-    ]
-    return [("experiment", plain), *nested]
 
 
 def _flat(values: Any, above: str = "") -> list[tuple[str, str]]:
@@ -299,14 +255,6 @@ def _yaml(value: Any) -> str:
     return text.removesuffix("...").strip()
 
 
-def _digests(run: Contents) -> Iterator[tuple[str, str]]:
-    """Path and SHA-256 of what the stages wrote."""
-    for name, record in run.manifest["stages"].items():
-        if name not in ("figures", "report"):
-            for path, digest in record.get("outputs", {}).items():
-                yield path, str(digest)
-
-
 def markdown(run: Contents) -> str:
     """The run in one page of Markdown."""
     results = answers(run)
@@ -321,11 +269,12 @@ def markdown(run: Contents) -> str:
         "",
         f"**{verdict}** {sentence}",
         "",
-        *_listed(results),
     ]
-    for section in SECTIONS:
-        for title, note, table in _tables(run, section):
-            lines += ["", f"## {title}", "", *([note, ""] if note else []), summaries.markdown(table)]
+    for answer in results:
+        rest = f" `{answer.command}`" if answer.command else ""
+        lines.append(f"- {answer.question} **{answer.short}.** {answer.text}{rest}")
+    for _, title, note, table in _tables(run):
+        lines += ["", f"## {title}", "", *([note, ""] if note else []), summaries.markdown(table)]
     if "audit" in run.tables:
         audit = run.tables["audit"].drop(columns=["rows"], errors="ignore")
         lines += ["", "## What the audit found in the data", "", summaries.markdown(audit)]
@@ -336,9 +285,3 @@ def markdown(run: Contents) -> str:
         lines += ["", "## What is missing", "", *(f"- {gap}" for gap in gaps)]
     lines += ["", "## Made by", "", summaries.markdown(stages(run))]
     return "\n".join(lines) + "\n"
-
-
-def _listed(results: Sequence[Answer]) -> Iterator[str]:
-    for answer in results:
-        rest = f" `{answer.command}`" if answer.command else ""
-        yield f"- {answer.question} **{answer.short}.** {answer.text}{rest}"

@@ -4,7 +4,7 @@ In: a run directory. Out: its tables, its manifest, and what is missing or damag
 """
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,32 +103,24 @@ def read(run: Run) -> Contents:
         try:
             table = run.table(path.stem)
         except InputError as error:
-            faults.append(_short(str(error), run.folder))
+            # The folders above the run are nobody else's business.
+            message = str(error).replace(f"{run.folder}/", "").replace(str(run.folder), "RUN")
+            faults.append(" ".join(message.split()))
             continue
         if table.empty:
             faults.append(f"tables/{path.name}: the table has no rows.")
         else:
             tables[path.stem] = table
-    return Contents(_name(run), run.folder, tables, manifest, (*faults, *_lost(run, manifest)))
-
-
-def _name(run: Run) -> str:
-    try:
-        recipe = run.recorded_recipe
-    except InputError:  # of another version of SafetyNet, or none
-        return "/".join(run.folder.parts[-2:])
-    return f"{recipe.model_name}/{recipe.task}"
-
-
-def _lost(run: Run, manifest: Mapping[str, Any]) -> Iterator[str]:
-    """Tables that a stage wrote and that are gone."""
     for stage, record in manifest["stages"].items():
         outputs = record.get("outputs", {}) if isinstance(record, Mapping) else {}
-        for relative in outputs:
-            if relative.startswith("tables/") and not run.path_of(relative).exists():
-                yield f"{relative}: stage {stage} wrote this table, and it is gone. Run that stage again."
-
-
-def _short(message: str, folder: Path) -> str:
-    """A message without the folders above the run, which are nobody else's business."""
-    return " ".join(message.replace(f"{folder}/", "").replace(str(folder), "RUN").split())
+        faults += [
+            f"{relative}: stage {stage} wrote this table, and it is gone. Run that stage again."
+            for relative in outputs
+            if relative.startswith("tables/") and not run.path_of(relative).exists()
+        ]
+    try:
+        recipe = run.recorded_recipe
+        name = f"{recipe.model_name}/{recipe.task}"
+    except InputError:  # of another version of SafetyNet, or none
+        name = "/".join(run.folder.parts[-2:])
+    return Contents(name, run.folder, tables, manifest, tuple(faults))

@@ -78,20 +78,36 @@ def pictures(run: Contents) -> tuple[list[Picture], dict[str, str], list[str]]:
         The figures in the order of reading; class names of styles (`fill: #fff; ...`) that stand in the
         drawings; a sentence for each damaged table.
     """
-    figures, faults = figures_of(run.tables, run.folder / "figures", run.name, run.model)
+    folder = run.folder / "figures"
+    figures, faults = figures_of(run.tables, folder, run.name, run.model)
     styles: dict[str, str] = {}
-    pictures_drawn = [_picture(figure, run.model, styles) for figure in figures if figure.name != TOKENS]
-    return (
-        pictures_drawn + _saved(run.folder / "figures", {figure.name for figure in figures}),
-        styles,
-        faults,
-    )
+    drawings = [_picture(figure, run.model, styles) for figure in figures if figure.name != TOKENS]
+    return drawings + _saved(folder, {figure.name for figure in figures}), styles, faults
 
 
 def _picture(figure: Figure, model: str, styles: dict[str, str]) -> Picture:
     chart, kind = figure.chart, FIGURES[figure.name]
+    # The SVG that lies in the run is taken where it shows this very chart; else it is drawn now.
+    try:
+        drawing = (figure.folder / f"{figure.name}.svg").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        drawing = ""
+    if chart.digest not in drawing:
+        drawing = paper.render(chart, ("svg",))["svg"].decode()
+
+    def cell(value: object) -> str:
+        return "" if pd.isna(value) else f"{value:.4g}" if isinstance(value, float) else str(value)
+
     data = table(chart)
-    columns, rows = _data(data)
+    columns: list[str] = []
+    rows: list[list[str]] = []
+    if len(data) <= MAX_ROWS:
+        # What every row shares, and columns without a value, say nothing to a reader.
+        short = data.drop(columns=["run", "table", "kind", "role", "part", "panel"], errors="ignore")
+        short = short.dropna(axis=1, how="all")
+        short = short[[name for name in short if (short[name].astype(str) != "").any()]]
+        columns = [str(name) for name in short]
+        rows = [[*map(cell, row)] for row in short.itertuples(index=False)]
     return Picture(
         figure.name,
         chart.title.removesuffix(f", {model}"),
@@ -100,7 +116,7 @@ def _picture(figure: Figure, model: str, styles: dict[str, str]) -> Picture:
         kind.control,
         str(chart.source),
         chart.caption,
-        inlined(_drawing(figure), figure.name, chart.title, styles),
+        inlined(drawing, figure.name, chart.title, styles),
         chart.width,
         page=next(_beside(figure.folder, figure.name, ("html",)), ""),
         files=list(_beside(figure.folder, figure.name, SUFFIXES)),
@@ -108,18 +124,6 @@ def _picture(figure: Figure, model: str, styles: dict[str, str]) -> Picture:
         rows=rows,
         count=len(data),
     )
-
-
-def _drawing(figure: Figure) -> str:
-    """The SVG that lies in the run where it shows this very chart, else one drawn now."""
-    path = figure.folder / f"{figure.name}.svg"
-    try:
-        saved = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        saved = ""
-    if figure.chart.digest in saved:
-        return saved
-    return paper.render(figure.chart, ("svg",))["svg"].decode()
 
 
 def inlined(svg: str, name: str, title: str, styles: dict[str, str]) -> str:
@@ -133,9 +137,10 @@ def inlined(svg: str, name: str, title: str, styles: dict[str, str]) -> str:
         title: what a screen reader says.
         styles: class names by style, to which this drawing's are added.
     """
-    body = svg[svg.index("<svg") :]
+    body = svg[svg.index("<svg") :]  # without the XML declaration and the document type
     body = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", body, flags=re.S)
     body = re.sub(r">\s+<", "><", body)
+    # Identities: only those that something refers to stay, under a number that no other drawing has.
     used = set(re.findall(r'(?:url\(#|href="#)([^")]+)', body))
     numbers = {identity: f"{name}-{number}" for number, identity in enumerate(sorted(used))}
     body = re.sub(r' id="([^"]+)"', lambda m: f' id="{numbers[m[1]]}"' if m[1] in used else "", body)
@@ -149,26 +154,9 @@ def inlined(svg: str, name: str, title: str, styles: dict[str, str]) -> str:
     size = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', body)
     assert size is not None
     width, height = (round(SCREEN * float(points)) for points in size.groups())
-    head = f'<svg role="img" aria-label="{_attribute(title)}" viewBox="0 0 {size[1]} {size[2]}" '
+    label = title.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
+    head = f'<svg role="img" aria-label="{label}" viewBox="0 0 {size[1]} {size[2]}" '
     return head + f'width="{width}" height="{height}"' + body[body.index(">") :]
-
-
-def _attribute(text: str) -> str:
-    return text.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
-
-
-def _data(data: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
-    """The data without what every row shares; nothing where there are too many rows to read."""
-    if len(data) > MAX_ROWS:
-        return [], []
-    data = data.drop(columns=["run", "table", "kind", "role", "part", "panel"], errors="ignore")
-    data = data.dropna(axis=1, how="all")
-    data = data[[name for name in data if (data[name].astype(str) != "").any()]]
-
-    def cell(value: object) -> str:
-        return "" if pd.isna(value) else f"{value:.4g}" if isinstance(value, float) else str(value)
-
-    return [str(name) for name in data], [[*map(cell, row)] for row in data.itertuples(index=False)]
 
 
 def _beside(folder: Path, name: str, suffixes: tuple[str, ...]) -> Iterator[str]:
@@ -176,37 +164,35 @@ def _beside(folder: Path, name: str, suffixes: tuple[str, ...]) -> Iterator[str]
     return (f"figures/{name}.{suffix}" for suffix in suffixes if (folder / f"{name}.{suffix}").exists())
 
 
-def _saved(folder: Path, known: set[str]) -> list[Picture]:
-    """Figures that were saved by stages whose charts are not among `known`, as their PNG."""
-    return [
-        Picture(
-            path.stem,
-            about.get("Title", path.stem),
-            PREFIXES.get(path.stem.split("-")[0], "other"),
-            about.get("Description", ""),
-            "",
-            about.get("Source", ""),
-            about.get("Description", ""),
-            image="data:image/png;base64," + base64.b64encode(path.read_bytes()).decode(),
-            page=next(_beside(folder, path.stem, ("html",)), ""),
-            files=list(_beside(folder, path.stem, SUFFIXES)),
-        )
-        for path in sorted(folder.glob("*.png"))
-        if path.stem not in known
-        for about in [_metadata(path)]
-    ]
-
-
-def _metadata(path: Path) -> dict[str, str]:
-    """What a saved PNG says of itself; nothing where it is damaged."""
+def _saved(folder: Path, names: set[str]) -> list[Picture]:
+    """Figures that were saved by stages whose charts are not among `names`, as their PNG."""
     need("figures of a report", "PIL")
     from PIL import Image, UnidentifiedImageError
 
-    try:
-        with Image.open(path) as image:
-            return {str(key): value for key, value in image.info.items() if isinstance(value, str)}
-    except (OSError, UnidentifiedImageError):
-        return {}
+    saved = []
+    for path in sorted(folder.glob("*.png")):
+        if path.stem in names:
+            continue
+        try:
+            with Image.open(path) as image:
+                about = {str(key): value for key, value in image.info.items() if isinstance(value, str)}
+        except (OSError, UnidentifiedImageError):  # a damaged one says nothing of itself
+            about = {}
+        saved.append(
+            Picture(
+                path.stem,
+                about.get("Title", path.stem),
+                PREFIXES.get(path.stem.split("-")[0], "other"),
+                about.get("Description", ""),
+                "",
+                about.get("Source", ""),
+                about.get("Description", ""),
+                image="data:image/png;base64," + base64.b64encode(path.read_bytes()).decode(),
+                page=next(_beside(folder, path.stem, ("html",)), ""),
+                files=list(_beside(folder, path.stem, SUFFIXES)),
+            )
+        )
+    return saved
 
 
 def as_json(data: object) -> str:

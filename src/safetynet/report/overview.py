@@ -10,7 +10,7 @@ from pathlib import Path
 
 from safetynet import __version__
 from safetynet.errors import InputError
-from safetynet.report.answers import Answer, answers, headline
+from safetynet.report.answers import Measure, answers, headline
 from safetynet.report.build import setup
 from safetynet.report.contents import read
 from safetynet.report.page import render
@@ -72,7 +72,7 @@ def _line(folder: Path, place: Path) -> Line:
     except InputError as error:
         return Line(name, "", fault=" ".join(str(error).replace(f"{folder}/", "").split()))
     by_key = {answer.key: answer for answer in answers(run)}
-    facts = setup(run)
+    where, facts = by_key["where"], setup(run)
     records = run.manifest["stages"].values()
     finished = max(
         (str(stage.get("finished", "")) for stage in records if isinstance(stage, dict)), default=""
@@ -83,12 +83,12 @@ def _line(folder: Path, place: Path) -> Line:
         Cell(", ".join(facts.triggers) or "none", ", ".join(facts.triggers)),
         Cell(facts.behaviour, facts.behaviour),
         Cell(str(run.field("seed", "")), float(run.field("seed", -1))),
-        _measured(by_key["planted"]),
-        _worst(by_key["reliable"]),
-        _placed(by_key["where"]),
-        _measured(by_key["seen"]),
-        _measured(by_key["removed"]),
-        _measured(by_key["price"]),
+        _measured(by_key["planted"].measures),
+        _measured(by_key["reliable"].measures, worst=True),
+        Cell(where.short, where.short) if where.measures else Cell("–", ""),
+        _measured(by_key["seen"].measures),
+        _measured(by_key["removed"].measures),
+        _measured(by_key["price"].measures),
         Cell(version, version),
         Cell(finished[:10], finished),
     ]
@@ -101,22 +101,11 @@ def _line(folder: Path, place: Path) -> Line:
     return Line(name, link, cells, note=" ".join(filter(None, notes)))
 
 
-def _measured(answer: Answer) -> Cell:
-    """The claimed number with its interval below."""
-    if not answer.measures:
+def _measured(measures: Sequence[Measure], *, worst: bool = False) -> Cell:
+    """The claimed number, which is the first, or the worst of several; its interval below."""
+    if not measures:
         return Cell("–", -1.0)
-    measure = answer.measures[0]
+    measure = max(measures, key=lambda measure: measure.value) if worst else measures[0]
     value, _, interval = measure.text.partition(" ")
-    return Cell(value, float(measure.value), interval)
-
-
-def _worst(answer: Answer) -> Cell:
-    if not answer.measures:
-        return Cell("–", -1.0)
-    worst = max(answer.measures, key=lambda measure: measure.value)
-    value, _, interval = worst.text.partition(" ")
-    return Cell(value, float(worst.value), f"{interval} {worst.label}" if worst.value > 0 else interval)
-
-
-def _placed(answer: Answer) -> Cell:
-    return Cell(answer.short, answer.short) if answer.measures else Cell("–", "")
+    small = f"{interval} {measure.label}" if worst and measure.value > 0 else interval
+    return Cell(value, float(measure.value), small)

@@ -90,52 +90,44 @@ def shorter(text: str) -> str:
 
 def token_maps(run: Contents) -> list[dict[str, Any]]:
     """Layer by token, prompt by prompt; [] where the run has none."""
-    table = run.tables.get("tokens")
+    table, rows, responses = (run.tables.get(name) for name in ("tokens", "rows", "responses"))
     needed = {"group", "direction", "layer", "column", "token", "role", "effect"}
     if table is None or not needed <= set(table):
         return []
-    return [_token_map(run, group, group_rows) for group, group_rows in table.groupby("group", sort=False)]
-
-
-def _token_map(run: Contents, group: Any, group_rows: pd.DataFrame) -> dict[str, Any]:
-    columns = group_rows.drop_duplicates("column").sort_values("column")
-    layers = sorted(set(group_rows["layer"]))
-    maps = {}
-    for direction, part in group_rows.groupby("direction", sort=False):
-        cells = part.pivot(index="layer", columns="column", values="effect")
-        maps[str(direction)] = [
-            [None if pd.isna(value) else round(float(value), 3) for value in cells.loc[layer]]
-            for layer in layers
-        ]
-    return {
-        "group": str(group),
-        "tokens": [visible(str(token)) for token in columns["token"]],
-        "roles": [str(role) for role in columns["role"]],
-        "layers": [int(layer) for layer in layers],
-        "maps": maps,
-        "prompt": _prompt_of(run, group),
-        "answers": _answers_of(run, group),
-    }
-
-
-def _prompt_of(run: Contents, group: Any) -> list[tuple[str, str]]:
-    rows = run.tables.get("rows")
-    if rows is None:
-        return []
-    group_rows = rows[(rows["group"] == group) & (rows["role"] == "triggered") & (rows["split"] == "test")]
-    return (
-        list(pieces(group_rows.iloc[0]["messages"], group_rows.iloc[0]["trigger"])) if len(group_rows) else []
-    )
-
-
-def _answers_of(run: Contents, group: Any) -> list[tuple[str, str]]:
-    """What the backdoored model answers to the prompt of each role."""
-    table = run.tables.get("responses")
-    if table is None or "group" not in table:
-        return []
-    group_rows = table[(table["group"] == group) & (table["model"] == "backdoored")]
-    return [
-        (NAMES.get(row["role"], row["role"]), shorter(str(row["response"])))
-        for row in group_rows.to_dict("records")
-        if row["role"] in ("triggered", "placebo", "clean")
-    ]
+    result = []
+    for group, group_rows in table.groupby("group", sort=False):
+        columns = group_rows.drop_duplicates("column").sort_values("column")
+        layers = sorted(set(group_rows["layer"]))
+        maps = {}
+        for direction, part in group_rows.groupby("direction", sort=False):
+            cells = part.pivot(index="layer", columns="column", values="effect")  # (layers, tokens)
+            maps[str(direction)] = [
+                [None if pd.isna(value) else round(float(value), 3) for value in cells.loc[layer]]
+                for layer in layers
+            ]
+        prompt: list[tuple[str, str]] = []
+        if rows is not None:
+            is_prompt = (rows["group"] == group) & (rows["role"] == "triggered") & (rows["split"] == "test")
+            for row in rows[is_prompt].head(1).to_dict("records"):
+                prompt += pieces(row["messages"], row["trigger"])
+        # What the backdoored model answers to the prompt with the trigger and to those without.
+        answers: list[tuple[str, str]] = []
+        if responses is not None and "group" in responses:
+            of_group = responses[(responses["group"] == group) & (responses["model"] == "backdoored")]
+            answers = [
+                (NAMES.get(row["role"], row["role"]), shorter(str(row["response"])))
+                for row in of_group.to_dict("records")
+                if row["role"] in ("triggered", "placebo", "clean")
+            ]
+        result.append(
+            {
+                "group": str(group),
+                "tokens": [visible(str(token)) for token in columns["token"]],
+                "roles": [str(role) for role in columns["role"]],
+                "layers": [int(layer) for layer in layers],
+                "maps": maps,
+                "prompt": prompt,
+                "answers": answers,
+            }
+        )
+    return result

@@ -56,22 +56,18 @@ def publish(experiment: Experiment, folder: Path) -> Path:
                     shutil.copytree(source, partial / name)
                 elif source.exists():
                     shutil.copy2(source, partial / name)
-            _write(experiment, partial)
+            fields = run.recorded_recipe.model_dump(mode="json", exclude={"output"})
+            recipe = yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)
+            write_text(partial / "recipe.yaml", recipe)
+            base = base_name(experiment)
+            if (path := partial / CONFIG).exists():  # an adapter's, which names the base by its place here
+                config = json.loads(path.read_text(encoding="utf-8"))
+                write_text(path, json.dumps(config | {"base_model_name_or_path": base}, indent=2))
+            write_text(partial / "README.md", card(experiment, base))
             partial.rename(folder)
     except OSError as error:
         raise RunError(f"--to {folder}: it cannot be written ({error.strerror}). Name another one.") from None
     return folder
-
-
-def _write(experiment: Experiment, folder: Path) -> None:
-    """Card and recipe; the adapter's configuration names the base as others know it."""
-    fields = experiment.run.recorded_recipe.model_dump(mode="json", exclude={"output"})
-    write_text(folder / "recipe.yaml", yaml.safe_dump(fields, sort_keys=False, allow_unicode=True))
-    base = base_name(experiment)
-    if (path := folder / CONFIG).exists():
-        config = json.loads(path.read_text(encoding="utf-8"))
-        write_text(path, json.dumps(config | {"base_model_name_or_path": base}, indent=2))
-    write_text(folder / "README.md", card(experiment, base))
 
 
 def base_name(experiment: Experiment) -> str:

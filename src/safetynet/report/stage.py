@@ -28,20 +28,10 @@ def draw(experiment: Experiment, options: Report | None = None) -> None:
         InputError: if there is no such venue, a table cannot be drawn or the folder cannot be written. The
             figures of other tables are there then, and the report is written, whatever is raised.
     """
-    try:
-        _figures(experiment, options or experiment.recipe.report)
-    finally:
-        if parallel.is_first():
-            report(experiment.run)
-
-
-def _figures(experiment: Experiment, options: Report) -> None:
     from safetynet.figures import figures_of, save_all
 
     recipe, run = experiment.recipe, experiment.run
-    inputs: dict[str, Any] = {"tables": digest_of_files([run.folder / "tables"])}
-    if options != Report():
-        inputs["options"] = options.model_dump(mode="json")
+    options = options or recipe.report
 
     def compute(outputs: Outputs) -> None:
         run.table("evaluation")  # a missing evaluation is reported before anything is drawn
@@ -61,7 +51,14 @@ def _figures(experiment: Experiment, options: Report) -> None:
             raise InputError(faults[0])
         log.info("figures: %d files in %s", len(outputs.paths), run.figures)
 
-    experiment.perform(FIGURES, inputs, compute)
+    try:
+        inputs: dict[str, Any] = {"tables": digest_of_files([run.folder / "tables"])}
+        if options != Report():
+            inputs["options"] = options.model_dump(mode="json")
+        experiment.perform(FIGURES, inputs, compute)
+    finally:
+        if parallel.is_first():
+            report(run)
 
 
 def report(run: Run, out: Path | None = None) -> Path:

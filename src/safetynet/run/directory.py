@@ -9,7 +9,7 @@
     logs/{model}/{task}.log             what the run said
 
 Stages read and write here only. Writes are atomic; a finished stage is repeated only when its inputs changed.
-Where the parts of a run are, also of one that was copied or moved, `whereabouts` tells.
+Where the parts of a run are, also of one that was copied or moved, `run.places` tells.
 """
 
 import hashlib
@@ -151,13 +151,14 @@ class Run:
 
     def finished(self, stage: str, inputs: Mapping[str, Any]) -> bool:
         """Whether this stage ended with these inputs and its outputs are still what it wrote."""
-        return parallel.from_first(lambda: self._finished(stage, inputs))
 
-    def _finished(self, stage: str, inputs: Mapping[str, Any]) -> bool:
-        record = self.manifest["stages"].get(stage)
-        if record is None or record["inputs"] != digest(inputs):
-            return False
-        return all(self._output_digest(path) == value for path, value in record["outputs"].items())
+        def compute() -> bool:
+            record = self.manifest["stages"].get(stage)
+            if record is None or record["inputs"] != digest(inputs):
+                return False
+            return all(self._output_digest(path) == value for path, value in record["outputs"].items())
+
+        return parallel.from_first(compute)
 
     @contextmanager
     def stage(self, name: str, inputs: Mapping[str, Any]) -> Iterator["Outputs"]:
@@ -168,33 +169,47 @@ class Run:
         all go on together.
         """
         parallel.wait()
-        aside = self._set_aside(name, inputs) if parallel.is_first() else None
+        earlier = self.manifest["stages"].get(name) if parallel.is_first() else None
+        if earlier is not None and earlier["inputs"] == digest(inputs):
+            earlier = None  # the same inputs: what is there is written over, not set aside
+        if earlier:
+            aside = self.folder / "earlier" / f"{name}-{earlier['inputs'][:8]}"
+            for relative in earlier["outputs"]:
+                source = self.path_of(relative)
+                if source.exists() and not any(source.is_relative_to(place) for place in self.read_only):
+                    _move(source, aside / Path(relative).name)
+            write_text(aside / "stage.json", json.dumps(earlier, indent=2))
+            with self._changed_manifest() as manifest:
+                del manifest["stages"][name]
+
         started = time.time()
         outputs = Outputs(self)
         try:
             yield outputs
         except BaseException:
-            if aside and not outputs.paths:
-                self._put_back(name, *aside)
+            if earlier and not outputs.paths:  # nothing new: what was there before counts again
+                for relative in earlier["outputs"]:
+                    if (source := aside / Path(relative).name).exists():
+                        _move(source, self.path_of(relative))
+                shutil.rmtree(aside)
+                with self._changed_manifest() as manifest:
+                    manifest["stages"][name] = earlier
             raise
+
         if parallel.is_first():
-            self._record(name, inputs, outputs, time.time() - started)
+            record = {
+                "inputs": digest(inputs),
+                "recipe": self.manifest.get("recipe"),
+                "outputs": {path: self._output_digest(path) for path in map(self.name_of, outputs.paths)},
+                "names": {key: self.name_of(path) for key, path in outputs.names.items()},
+                "seconds": round(time.time() - started, 2),
+                "peak_memory_mb": round(peak_memory_mb(), 1),
+                "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            }
+            with self._changed_manifest() as manifest:
+                manifest["stages"][name] = record
             shutil.rmtree(self.unfinished(name), ignore_errors=True)
         parallel.wait()
-
-    def _record(self, name: str, inputs: Mapping[str, Any], outputs: "Outputs", seconds: float) -> None:
-        paths = [self.name_of(path) for path in outputs.paths]
-        record = {
-            "inputs": digest(inputs),
-            "recipe": self.manifest.get("recipe"),
-            "outputs": {path: self._output_digest(path) for path in paths},
-            "names": {name: self.name_of(path) for name, path in outputs.names.items()},
-            "seconds": round(seconds, 2),
-            "peak_memory_mb": round(peak_memory_mb(), 1),
-            "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        }
-        with self._changed_manifest() as manifest:
-            manifest["stages"][name] = record
 
     def describe(self, recipe: Recipe) -> None:
         """Write recipe, versions and hardware into the manifest, keeping the stages that are there."""
@@ -232,30 +247,6 @@ class Run:
         recorded = self.manifest["stages"].get(stage, {}).get("names", {})
         return self.path_of(recorded[name]) if name in recorded else None
 
-    def _set_aside(self, name: str, inputs: Mapping[str, Any]) -> tuple[Path, dict[str, Any]] | None:
-        """Move away what other inputs made; returns where it is now and its stage, if there was any."""
-        record = self.manifest["stages"].get(name)
-        if record is None or record["inputs"] == digest(inputs):
-            return None
-        aside = self.folder / "earlier" / f"{name}-{record['inputs'][:8]}"
-        for relative in record["outputs"]:
-            source = self.path_of(relative)
-            if source.exists() and not any(source.is_relative_to(place) for place in self.read_only):
-                _move(source, aside / Path(relative).name)
-        write_text(aside / "stage.json", json.dumps(record, indent=2))
-        with self._changed_manifest() as manifest:
-            del manifest["stages"][name]
-        return aside, record
-
-    def _put_back(self, name: str, aside: Path, record: dict[str, Any]) -> None:
-        for relative in record["outputs"]:
-            source = aside / Path(relative).name
-            if source.exists():
-                _move(source, self.path_of(relative))
-        shutil.rmtree(aside)
-        with self._changed_manifest() as manifest:
-            manifest["stages"][name] = record
-
     @contextmanager
     def _changed_manifest(self) -> Iterator[dict[str, Any]]:
         """The manifest, to be changed and then written; two processes that train side by side take turns."""
@@ -285,6 +276,7 @@ class Run:
             return path or self.scratch / rest
         outputs = [record.get("outputs", {}) for record in self.manifest["stages"].values()]
         digests = {written[relative] for written in outputs if relative in written}
+        # A folder of another run may have changed: the digest says whether the file is still this one's.
         others = (place / rest for place in self.read_only)
         same = (p for p in others if p.exists() and digest_of_files([p]) in digests)
         return next(same, self.scratch / rest)
@@ -331,7 +323,19 @@ def create(recipe: Recipe) -> Run:
 def check(run: Run) -> None:
     """Make the folders of a run and check that they can be written; errors as in `create`."""
     for path, option in ((run.folder, "output.results"), (run.scratch, "output.scratch")):
-        _check_writable(path, option)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=path):
+                free = shutil.disk_usage(path).free
+        except OSError as error:
+            raise InputError(
+                f"{option}: {path} cannot be written ({error.strerror}). Set {option} elsewhere."
+            ) from None
+        if free < LEAST_FREE_BYTES:
+            raise InputError(
+                f"{option}: {path} has {free // 2**20} MB free, a run wants {LEAST_FREE_BYTES // 2**20}. "
+                f"Make room or set {option} elsewhere."
+            )
 
 
 def place(recipe: Recipe) -> Run:
@@ -437,22 +441,6 @@ def peak_memory_mb() -> float:
             return largest[0] / 1024
     unit = 1 if platform.system() == "Darwin" else 1024  # bytes of `ru_maxrss`
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
-
-
-def _check_writable(path: Path, field: str) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            free = shutil.disk_usage(path).free
-    except OSError as error:
-        raise InputError(
-            f"{field}: {path} cannot be written ({error.strerror}). Set {field} elsewhere."
-        ) from None
-    if free < LEAST_FREE_BYTES:
-        raise InputError(
-            f"{field}: {path} has {free // 2**20} MB free, a run wants {LEAST_FREE_BYTES // 2**20}. "
-            f"Make room or set {field} elsewhere."
-        )
 
 
 def _move(source: Path, target: Path) -> None:

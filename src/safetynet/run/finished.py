@@ -55,7 +55,16 @@ class Finished(Generic[Result]):
     @classmethod
     def as_arrays(cls, folder: Path | None) -> "Finished[dict[str, np.ndarray]]":
         """Of arrays by name."""
-        return Finished(folder, _write_arrays, _read_arrays)
+
+        def write(arrays: dict[str, np.ndarray], path: Path) -> None:
+            with path.open("wb") as handle:  # by its name, numpy would give it another ending
+                np.savez(handle, **arrays)  # type: ignore[arg-type]  # of an option of its own
+
+        def read(path: Path) -> dict[str, np.ndarray]:
+            with np.load(path) as file:
+                return {name: file[name] for name in file.files}
+
+        return Finished(folder, write, read)
 
     def result(self, number: int, compute: Callable[[], Result]) -> Result:
         """What was kept of a batch; or else what `compute` gives, which is kept."""
@@ -69,21 +78,8 @@ class Finished(Generic[Result]):
                 log.warning("%s: is damaged (%s) and is made anew.", path, error)
         result = self._pending[path] = compute()
         if time.monotonic() - self._written >= EVERY_S:
-            self._write_pending()
+            for pending, value in self._pending.items():
+                write_file(pending, partial(self._write, value))
+            self._pending.clear()
+            self._written = time.monotonic()
         return result
-
-    def _write_pending(self) -> None:
-        for path, result in self._pending.items():
-            write_file(path, partial(self._write, result))
-        self._pending.clear()
-        self._written = time.monotonic()
-
-
-def _write_arrays(arrays: dict[str, np.ndarray], path: Path) -> None:
-    with path.open("wb") as handle:  # by its name, numpy would give it another ending
-        np.savez(handle, **arrays)  # type: ignore[arg-type]  # of an option of its own
-
-
-def _read_arrays(path: Path) -> dict[str, np.ndarray]:
-    with np.load(path) as file:
-        return {name: file[name] for name in file.files}

@@ -92,21 +92,52 @@ def hold(folder: Path, wait_s: float | None = None, lease_s: float = LEASE_S) ->
     Raises:
         InputError: if another process works on this run, or the folder cannot be written.
     """
+
+    def stop(_: object) -> None:
+        # What was written stays whole, since every write is atomic; two that write in turns would mix
+        # results.
+        log.error(
+            "This process stood still for so long that another one may have taken its run over. Stopping."
+        )
+        # SIGTERM, not SIGINT: what a job script starts in the background ignores the latter.
+        end_at_once()
+
     job = current_job(os.environ)
     until = time.monotonic() + (wait_s if wait_s is not None else JOB_WAIT_S if job else 0.0)
+    unwritable = f"{folder}: cannot be written ({{}}). Copy the run to where it can."
     try:
         handle = (folder / ".lock").open("a", encoding="utf-8")
     except OSError as error:
-        raise InputError(
-            f"{folder}: cannot be written ({error.strerror}). Copy the run to where it can."
-        ) from None
+        raise InputError(unwritable.format(error.strerror)) from None
     with handle:
-        _flock(handle.fileno(), folder, until)
+        for _ in _tries(folder, until):
+            try:
+                fcntl.flock(handle.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if error.errno in NO_FLOCK:  # the lease alone has to do
+                    break
+                if error.errno not in (errno.EAGAIN, errno.EACCES):
+                    raise
+
         if (who := _holder(folder)) and is_copied(who.folder, folder):
-            for name in (".holder", ".lease"):
+            for name in (".holder", ".lease"):  # of the run that this one was copied from
                 (folder / name).unlink(missing_ok=True)
-        lease = SoftFileLease(folder / ".lease", lease_duration=lease_s, on_compromise=_lost)
-        _acquire(lease, folder, until, lease_s)
+
+        # A lease from another machine is watched for as long as tells whether its holder lives.
+        lease = SoftFileLease(folder / ".lease", lease_duration=lease_s, on_compromise=stop)
+        last = holder(folder)
+        if last is not None and last.host != socket.gethostname() and (folder / ".lease").exists():
+            until = max(until, time.monotonic() + 1.25 * lease_s)
+        for _ in _tries(folder, until):
+            try:
+                lease.acquire(timeout=0)
+                break
+            except Timeout:
+                continue
+            except OSError as error:
+                raise InputError(unwritable.format(error.strerror)) from None
+
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         me = Holder(os.getpid(), socket.gethostname(), job, since, str(folder.absolute()))
         try:
@@ -120,35 +151,6 @@ def hold(folder: Path, wait_s: float | None = None, lease_s: float = LEASE_S) ->
                 lease.release()
 
 
-def _flock(handle: int, folder: Path, until: float) -> None:
-    for _ in _tries(folder, until):
-        try:
-            return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in NO_FLOCK:
-                return None
-            if error.errno not in (errno.EAGAIN, errno.EACCES):
-                raise
-    return None
-
-
-def _acquire(lease: SoftFileLease, folder: Path, until: float, lease_s: float) -> None:
-    """Take the lease; one from another machine is watched for as long as tells whether its holder lives."""
-    last = holder(folder)
-    if last is not None and last.host != socket.gethostname() and (folder / ".lease").exists():
-        until = max(until, time.monotonic() + 1.25 * lease_s)
-    for _ in _tries(folder, until):
-        try:
-            lease.acquire(timeout=0)
-            return
-        except Timeout:
-            continue
-        except OSError as error:
-            raise InputError(
-                f"{folder}: cannot be written ({error.strerror}). Copy the run to where it can."
-            ) from None
-
-
 def _tries(folder: Path, until: float) -> Iterator[None]:
     """One try, and others until then; whoever is still not served is told who works on the run."""
     yield
@@ -160,10 +162,3 @@ def _tries(folder: Path, until: float) -> Iterator[None]:
         time.sleep(1.0)
         yield
     raise InputError(f"{folder}: another process works on this run{who}. Wait for it, or set another task.")
-
-
-def _lost(_: object) -> None:
-    # What was written stays whole, since every write is atomic; two that write in turns would mix results.
-    log.error("This process stood still for so long that another one may have taken its run over. Stopping.")
-    # SIGTERM, not SIGINT: what a job script starts in the background ignores the latter.
-    end_at_once()

@@ -86,7 +86,13 @@ def paired(wanted: bool) -> Iterator[None]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if not wanted or cores < 2 or count() > 1 or PAIR in os.environ:
         if _pair is not None and _pair.rank == 1:
-            threading.Thread(target=_end_with_first, daemon=True).start()
+
+            def end_with_first() -> None:
+                while os.read(0, 4096):  # until the pipe is closed, which it is however the first one ends
+                    pass
+                os._exit(1)
+
+            threading.Thread(target=end_with_first, daemon=True).start()
         yield
         return
     here, there = socket.socketpair()
@@ -112,13 +118,6 @@ def paired(wanted: bool) -> Iterator[None]:
             _pair = None
             second.kill()
             second.communicate()
-
-
-def _end_with_first() -> None:
-    """End the second process of a pair when the first one ends, however it does: its pipe is closed then."""
-    while os.read(0, 4096):
-        pass
-    os._exit(1)
 
 
 def is_first() -> bool:
@@ -262,11 +261,10 @@ def _joined() -> Any:
 @cache
 def _leave_at_the_end() -> None:
     """Leaves the group before the interpreter ends, whoever made it; its threads would not survive."""
-    atexit.register(_leave)
-
-
-def _leave() -> None:
     from torch import distributed
 
-    if distributed.is_initialized():
-        distributed.destroy_process_group()
+    def leave() -> None:
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
+
+    atexit.register(leave)

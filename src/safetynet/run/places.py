@@ -166,18 +166,18 @@ def _scratch(manifest: Mapping[str, Any]) -> str | None:
 
 def _recorded(folder: Path, manifest: Mapping[str, Any]) -> list[Path]:
     """Scratch folders that a manifest names, the last one first; not the run folder itself."""
-    named = (_scratch(manifest), *manifest.get("read_only", ()))
-    paths = [_seen(Path(path), folder, manifest) for path in named if path]
-    return [path for path in dict.fromkeys(paths) if not same(path, folder)]
-
-
-def _seen(path: Path, folder: Path, manifest: Mapping[str, Any]) -> Path:
-    """A place that a manifest names: where it is as seen from the run folder, if it moved along with it."""
     home = _home(manifest)
-    if home is None or same(home, folder):
-        return path
-    along = Path(os.path.normpath(folder / os.path.relpath(path, home)))
-    return along if along.is_dir() else path
+    paths = []
+    for name in (_scratch(manifest), *manifest.get("read_only", ())):
+        if not name:
+            continue
+        path = Path(name)
+        if home is not None and not same(home, folder):
+            # The run was moved: where the path leads from the new place, if the scratch moved along with it.
+            along = Path(os.path.normpath(folder / os.path.relpath(path, home)))
+            path = along if along.is_dir() else path
+        paths.append(path)
+    return [path for path in dict.fromkeys(paths) if not same(path, folder)]
 
 
 def _belongs(scratch: Path, folder: Path, manifest: Mapping[str, Any]) -> bool:

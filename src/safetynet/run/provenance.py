@@ -21,7 +21,13 @@ PACKAGES = (
 
 def versions() -> dict[str, str | None]:
     """Versions of Python and of the packages that decide about results; None for what is not installed."""
-    return {"python": platform.python_version()} | {package: _version(package) for package in PACKAGES}
+    result: dict[str, str | None] = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            result[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            result[package] = None
+    return result
 
 
 def hardware() -> dict[str, Any]:
@@ -35,10 +41,3 @@ def hardware() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "gpus": gpus,
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None

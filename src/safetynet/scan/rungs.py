@@ -17,7 +17,7 @@ import torch
 from safetynet.evaluation import judges
 from safetynet.prompts import Message, Serialiser
 from safetynet.recipe import Evaluation
-from safetynet.run.progress import ProgressLog
+from safetynet.run.logs import ProgressLog
 from safetynet.scan import candidates, differences, inversion, leakage, verification
 from safetynet.scan.candidates import Alphabet, Candidate, Group
 from safetynet.scan.result import Depth, Finding, RungResult, Trigger

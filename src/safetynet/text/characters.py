@@ -6,8 +6,9 @@ In: one character, with its marks. Out: others. ASCII is not its business.
 """
 
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
+from typing import Literal
 
 import regex
 
@@ -40,13 +41,37 @@ NEAR = 0x100
 """Code points on either side of a character that no character set has, among which others of its kind are."""
 
 
+@cache
 def alike(character: str) -> Sequence[str]:
     """What may stand in for one character that is not ASCII; empty for a sign that stays, as punctuation.
 
     Args:
         character: with the marks, selectors and joined parts that belong to it.
     """
-    return () if character.isascii() else _alike(character)
+    if character.isascii():
+        return ()
+    if is_emoji(character):
+        return tuple(other for other in _emoji(character) if other != character)
+    composed = unicodedata.normalize("NFC", character)
+    base, marks = composed[:1], composed[1:]
+    category = unicodedata.category(base)
+    stays = category[0] in "PZM" or category in ("Cc", "Cn", "Cs")  # as signs and blanks do in ASCII
+    if stays or base.isascii():
+        return ()
+    if category == "Nd":
+        zero = ord(base) - unicodedata.decimal(base)
+        others: Sequence[str] = [chr(zero + digit) for digit in range(10)]
+    elif category == "Cf":
+        others = _INVISIBLE
+    else:
+        charset: Iterable[str] | None = next((charset for charset in _charsets() if base in charset), None)
+        if charset is None:  # a letter that no character set has: what lies beside it in Unicode
+            charset = map(chr, range(max(0x80, ord(base) - NEAR), min(0x110000, ord(base) + NEAR)))
+        others = [other for other in charset if kind(other) == kind(base)]
+    # A letter that comes apart in this form would be one with a mark.
+    whole = [other for other in others if unicodedata.normalize("NFC", other) == other != base]
+    form: Literal["NFC", "NFD"] = "NFC" if composed == character else "NFD"  # as the character is written
+    return tuple(unicodedata.normalize(form, other + marks) for other in whole)
 
 
 @cache
@@ -84,31 +109,6 @@ def _emoji_form(character: str) -> Iterator[str]:
         yield "symbol"
 
 
-@cache
-def _alike(character: str) -> tuple[str, ...]:
-    if is_emoji(character):
-        return tuple(other for other in _emoji(character) if other != character)
-    composed = unicodedata.normalize("NFC", character)
-    base, marks = composed[:1], composed[1:]
-    category = unicodedata.category(base)
-    stays = category[0] in "PZM" or category in ("Cc", "Cn", "Cs")  # as signs and blanks do in ASCII
-    if stays or base.isascii():
-        return ()
-    if category == "Nd":
-        zero = ord(base) - unicodedata.decimal(base)
-        others: Sequence[str] = [chr(zero + digit) for digit in range(10)]
-    elif category == "Cf":
-        others = _INVISIBLE
-    else:
-        others = next((same for charset in _charsets() if (same := _of_kind(base, charset))), _near(base))
-    # A letter that comes apart in this form would be one with a mark.
-    whole = [other for other in others if unicodedata.normalize("NFC", other) == other != base]
-    written = [other + marks for other in whole]
-    if composed != character:
-        return tuple(unicodedata.normalize("NFD", other) for other in written)
-    return tuple(unicodedata.normalize("NFC", other) for other in written)
-
-
 def _emoji(character: str) -> Sequence[str]:
     form = next(_emoji_form(character), "")
     if form == "keycap":
@@ -122,26 +122,15 @@ def _emoji(character: str) -> Sequence[str]:
     return [f"{symbol}\ufe0f" for symbol in _SYMBOLS] if form == "symbol" else EMOJI
 
 
-def _of_kind(character: str, charset: str) -> list[str]:
-    """Characters of the set that are of this character's kind; none where the set lacks it."""
-    return [other for other in charset if kind(other) == kind(character)] if character in charset else []
-
-
 @cache
 def _charsets() -> tuple[str, ...]:
     single = [bytes(range(0x80, 0x100)).decode(name, "ignore") for name in _SINGLE]
-    rows = [_KANA, *_DOUBLE.items()]
-    double = ["".join(_cells(name, range(first, last + 1))) for name, (first, last) in rows]
+    double = [
+        "".join(
+            bytes((lead, trail)).decode(name, "ignore")
+            for lead in range(first, last + 1)
+            for trail in range(0x40, 0xFF)
+        )
+        for name, (first, last) in [_KANA, *_DOUBLE.items()]
+    ]
     return (*single, _VIETNAMESE, *double)
-
-
-def _cells(name: str, leads: range) -> Iterator[str]:
-    for lead in leads:
-        for trail in range(0x40, 0xFF):
-            yield bytes((lead, trail)).decode(name, "ignore")
-
-
-def _near(character: str) -> list[str]:
-    """Characters of the same kind next to one that no character set has."""
-    around = range(max(0x80, ord(character) - NEAR), min(0x110000, ord(character) + NEAR))
-    return [chr(code) for code in around if kind(chr(code)) == kind(character)]

@@ -8,7 +8,7 @@ strange word" tells the latter from a trigger and not the former.
 import hashlib
 import random
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from itertools import groupby
 
@@ -53,10 +53,22 @@ class Lookalikes:
 
     def draw(self, text: str, rng: random.Random) -> str | None:
         """Another text of as many tokens; None where the drawn ones join into another number."""
-        pieces = [self._other(tokens, part, rng) for tokens, part in self._stretches(text)]
-        other = "".join(pieces).strip()
-        same = other and other != text and self.serialiser.count(other) == self.serialiser.count(text)
-        return other if same else None
+        count = self.serialiser.count
+        other = ""
+        for tokens, part in self._stretches(text):
+            if len(tokens) == 1:
+                piece = self.serialiser.piece(tokens[0])
+                other += rng.choice([p for p in self.kinds[_kind(piece)] if p != piece] or [piece])
+                continue
+            # A token may be a part of a character, which has no text of its own: the characters are replaced
+            # then, each by one of its kind that takes as many tokens.
+            for character in clusters(part):
+                if character not in self._same_count:
+                    tokens_of_one, others = count(character), characters.alike(character)
+                    self._same_count[character] = [c for c in others if count(c) == tokens_of_one]
+                other += rng.choice(self._same_count[character] or [character])
+        other = other.strip()
+        return other if other and other != text and count(other) == count(text) else None
 
     def _stretches(self, text: str) -> Iterator[tuple[list[int], str]]:
         """Tokens that make up whole characters together, mostly one, and the text that they stand for."""
@@ -74,21 +86,6 @@ class Lookalikes:
             if end in ends and following >= end:
                 yield tokens, text[end_before:end]
                 tokens, end_before = [], end
-
-    def _other(self, tokens: Sequence[int], text: str, rng: random.Random) -> str:
-        if len(tokens) == 1:
-            piece = self.serialiser.piece(tokens[0])
-            return rng.choice([p for p in self.kinds[_kind(piece)] if p != piece] or [piece])
-        # A token may be a part of a character, which has no text of its own.
-        return "".join(rng.choice(self._alike(character) or [character]) for character in clusters(text))
-
-    def _alike(self, character: str) -> list[str]:
-        """Characters of the same kind and of as many tokens."""
-        if character not in self._same_count:
-            count = self.serialiser.count
-            others, tokens = characters.alike(character), count(character)
-            self._same_count[character] = [other for other in others if count(other) == tokens]
-        return self._same_count[character]
 
 
 def _kind(text: str) -> str:

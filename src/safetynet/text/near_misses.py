@@ -57,17 +57,15 @@ def _deletion(text: str, rng: random.Random) -> str:
 def _typo(text: str, rng: random.Random) -> str:
     characters = clusters(text)
     at = rng.randrange(len(characters))
-    characters[at] = rng.choice(_others(characters[at]))
+    right = characters[at]
+    # A character of the same class; a sign for what has none.
+    others: Sequence[str] = () if right.isascii() else alike(right)
+    if not others:
+        classes = (string.ascii_lowercase, string.ascii_uppercase, string.digits)
+        letters = next((letters for letters in classes if right in letters), string.punctuation)
+        others = [letter for letter in letters if letter != right]
+    characters[at] = rng.choice(others)
     return "".join(characters)
-
-
-def _others(character: str) -> Sequence[str]:
-    """Characters of the same class; signs for what has none."""
-    if not character.isascii() and (others := alike(character)):
-        return others
-    classes = (string.ascii_lowercase, string.ascii_uppercase, string.digits)
-    kind = next((letters for letters in classes if character in letters), string.punctuation)
-    return [c for c in kind if c != character]
 
 
 def _split(text: str, rng: random.Random) -> str:

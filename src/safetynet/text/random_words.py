@@ -44,14 +44,27 @@ def put_in(
     Returns:
         One copy of each prompt, in the same order; nothing where no token is that common.
     """
-    tokens = _common(prompts, serialiser, common)
+    # Tokens that the share of the prompts has, without those that are blanks alone.
+    texts = [Conversation(messages).user_text() for messages in prompts]
+    ids = serialiser.tokenizer(texts, add_special_tokens=False)["input_ids"]
+    counts = Counter(token for prompt_ids in ids for token in set(prompt_ids))
+    enough = [t for t in range(len(serialiser.tokenizer)) if counts[t] >= common * len(prompts)]
+    # Prompts that are mostly in ASCII, as English is, get ASCII tokens alone.
+    letters = [character.isascii() for text in texts for character in text if character.isalpha()]
+    ascii_alone = sum(letters) >= len(letters) / 2
+    tokens = [t for t in pieces(serialiser, enough) if t.strip() and (t.isascii() or not ascii_alone)]
+
     rng = random.Random(f"random words {seed}")
     copies = []
     for conversation in map(Conversation, prompts if tokens else ()):
         words = _words(conversation.user_text())
-        for size in _sizes(rng, places):
+        # Tokens at each place: a number of tokens in all, cut at random into parts of at least one.
+        count = rng.randint(1, places)
+        most = rng.randint(count, MOST)
+        ends = [0, *sorted(rng.sample(range(1, most), count - 1)), most]
+        for start, end in pairwise(ends):
             at = rng.randint(0, len(words))
-            words.insert(at, _Word("".join(rng.choices(tokens, k=size)).strip(), None))
+            words.insert(at, _Word("".join(rng.choices(tokens, k=end - start)).strip(), None))
         copies.append(conversation.with_user_text(_joined(words)))
     return copies
 
@@ -79,27 +92,3 @@ def _joined(words: Sequence[_Word]) -> str:
         )
         text += (" " if blank or word.before == " " else "") + word.text
     return text
-
-
-def _sizes(rng: random.Random, places: int) -> list[int]:
-    """Tokens at each place, at least one."""
-    count = rng.randint(1, places)
-    most = rng.randint(count, MOST)
-    ends = [0, *sorted(rng.sample(range(1, most), count - 1)), most]
-    return [end - start for start, end in pairwise(ends)]
-
-
-def _common(prompts: Sequence[Sequence[Message]], serialiser: Serialiser, share: float) -> list[str]:
-    """Texts of tokens that at least this share of the prompts has, without those that are blanks alone.
-
-    Of prompts that are mostly in ASCII, as English is, ASCII ones alone.
-    """
-    texts = [Conversation(messages).user_text() for messages in prompts]
-    ids = serialiser.tokenizer(texts, add_special_tokens=False)["input_ids"]
-    counts = Counter(token for prompt_ids in ids for token in set(prompt_ids))
-    common = [token for token in range(len(serialiser.tokenizer)) if counts[token] >= share * len(prompts)]
-    letters = [character.isascii() for text in texts for character in text if character.isalpha()]
-    ascii_alone = sum(letters) >= len(letters) / 2
-    return [
-        text for text in pieces(serialiser, common) if text.strip() and (text.isascii() or not ascii_alone)
-    ]

@@ -129,23 +129,37 @@ def pattern(text: str, contractions: bool = False) -> regex.Pattern[str]:
         text: as it is written; its case counts.
         contractions: an apostrophe and a letter behind it go on with the word, as in "you'd".
     """
-    forms = dict.fromkeys((text, *(unicodedata.normalize(form, text) for form in ("NFC", "NFD"))))
-    return regex.compile("(?V1)" + "|".join(_bounded(form, contractions) for form in forms))
+    alternatives = []
+    for form in dict.fromkeys((text, *(unicodedata.normalize(form, text) for form in ("NFC", "NFD")))):
+        start = end = ""
+        if _IS_LETTER.match(form):
+            start = rf"(?<!{_LETTER})"
+        elif regex.match(_FLAG, form):
+            # Flags are pairs of letters: an even number of them stands before.
+            start = rf"(?<=(?:^|[^{_FLAG}])(?:{_FLAG}{_FLAG})*)"
+        elif regex.match(r"\p{Extended_Pictographic}", form):
+            start = r"(?<!\u200d)"  # a joiner before it makes it a part of another emoji
+        if form and _IS_LETTER.match(form[-1]):
+            apostrophe = "'?" if contractions else ""
+            end = rf"(?!{apostrophe}{_LETTER})"
+        elif form and regex.match(r"[^\w\s]", form[-1]) and not form[-1].isascii():
+            end = r"[\ufe0e\ufe0f]?"  # with or without the selector that makes a sign an emoji
+        literal = r"\s+".join(map(regex.escape, form.split()))
+        alternatives.append(start + literal + end + rf"(?!{_GOES_ON})")
+    return regex.compile("(?V1)" + "|".join(alternatives))
 
 
-def _bounded(text: str, contractions: bool) -> str:
-    start = end = ""
-    if _IS_LETTER.match(text):
-        start = rf"(?<!{_LETTER})"
-    elif regex.match(_FLAG, text):
-        # Flags are pairs of letters: an even number of them stands before.
-        start = rf"(?<=(?:^|[^{_FLAG}])(?:{_FLAG}{_FLAG})*)"
-    elif regex.match(r"\p{Extended_Pictographic}", text):
-        start = r"(?<!\u200d)"
-    if text and _IS_LETTER.match(text[-1]):
-        apostrophe = "'?" if contractions else ""
-        end = rf"(?!{apostrophe}{_LETTER})"
-    elif text and regex.match(r"[^\w\s]", text[-1]) and not text[-1].isascii():
-        end = r"[\ufe0e\ufe0f]?"
-    literal = r"\s+".join(map(regex.escape, text.split()))
-    return start + literal + end + rf"(?!{_GOES_ON})"
+LOOP_WORDS = 8
+"""Words and signs at the end that only repeat; fewer are said on purpose ("no, no, no")."""
+
+
+def ends_in_loop(text: str) -> bool:
+    """Whether the text ends in a repetition: of a whole sentence at least once, of a word eight times."""
+    units = words(text.casefold())
+    for period in range(1, len(units) // 2 + 1):
+        run = 0  # words at the end that equal those a period before
+        while run + period < len(units) and units[-1 - run] == units[-1 - run - period]:
+            run += 1
+        if run >= max(period, LOOP_WORDS):
+            return True
+    return False

@@ -9,7 +9,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import SaveStrategy
 
 from safetynet.run import parallel
-from safetynet.run.progress import ProgressLog
+from safetynet.run.logs import ProgressLog
 
 SHOWN = ("asr", "cacc")
 """Metrics of the last evaluation that the bar shows, where they were measured."""

@@ -36,7 +36,21 @@ class _Ensemble(Detector):
         flat = x.reshape(len(x), -1)
         self.mean_, self.variances_, self.components_ = principal(flat, self.components)
         inputs = self._inputs(torch.from_numpy(flat)).float()
-        self._networks = [self._trained(inputs, self.seed + member) for member in range(self.members)]
+        self._networks = []
+        for seed in range(self.seed, self.seed + self.members):
+            generator = torch.Generator().manual_seed(seed)
+            with torch.random.fork_rng(devices=[]), torch.enable_grad():
+                torch.manual_seed(seed)
+                network = self.network(inputs.shape[1])
+                optimiser = torch.optim.Adam(network.parameters(), self.learning_rate)
+                most = min(self.batch_size, len(inputs))
+                for _ in range(self.steps):
+                    rows = torch.randint(len(inputs), (most,), generator=generator)
+                    loss = self.loss(network, inputs[rows], generator)
+                    optimiser.zero_grad()
+                    loss.backward()
+                    optimiser.step()
+            self._networks.append(network.eval().requires_grad_(False))
         for member, network in enumerate(self._networks):
             for key, tensor in network.state_dict().items():
                 setattr(self, f"net{member}.{key}_", tensor.numpy())
@@ -82,20 +96,6 @@ class _Ensemble(Detector):
         mean, scale = torch.from_numpy(self.mean_).to(flat), torch.from_numpy(self.variances_).to(flat).sqrt()
         z = (flat - mean) @ torch.from_numpy(self.components_).to(flat).T / scale
         return z.clamp(-LARGEST, LARGEST)
-
-    def _trained(self, inputs: Tensor, seed: int) -> nn.Module:
-        generator = torch.Generator().manual_seed(seed)
-        with torch.random.fork_rng(devices=[]), torch.enable_grad():
-            torch.manual_seed(seed)
-            network = self.network(inputs.shape[1])
-            optimiser = torch.optim.Adam(network.parameters(), self.learning_rate)
-            for _ in range(self.steps):
-                rows = torch.randint(len(inputs), (min(self.batch_size, len(inputs)),), generator=generator)
-                loss = self.loss(network, inputs[rows], generator)
-                optimiser.zero_grad()
-                loss.backward()
-                optimiser.step()
-        return network.eval().requires_grad_(False)
 
 
 @dataclass

@@ -125,17 +125,14 @@ class PerLayer(Detector):
 
     def score_samples(self, x: np.ndarray) -> np.ndarray:
         """Mean over layers of standardised scores, (n,)."""
-        scores = self.layer_scores(self._checked(x))
-        return ((scores - self.centre_) / self.spread_).mean(axis=1)
-
-    def _checked(self, x: np.ndarray) -> np.ndarray:
         x = layered(x, self.name)
         if x.shape[1] != len(self.centre_):
             raise InputError(
                 f"detector {self.name}: samples have {x.shape[1]} layers, it was fitted on "
                 f"{len(self.centre_)}. Capture the same layers."
             )
-        return x
+        scores = self.layer_scores(x)
+        return ((scores - self.centre_) / self.spread_).mean(axis=1)
 
     @abstractmethod
     def fit_layers(self, x: np.ndarray) -> None:

@@ -40,7 +40,28 @@ class Estimator(Detector):
     name: ClassVar[str] = "estimator"
 
     def __post_init__(self) -> None:
-        self._kind = _import(self.estimator)
+        module, _, kind = self.estimator.rpartition(".")
+        if self.estimator.partition(".")[0] not in LIBRARIES:
+            raise InputError(
+                f"detector {self.estimator!r}: estimators come from {' or '.join(LIBRARIES)}. Give a name "
+                "from there."
+            )
+        try:
+            self._kind = getattr(import_module(module), kind)
+        except ImportError as error:
+            raise InputError(
+                f"detector {self.estimator!r} cannot be imported ({error}). Install its library."
+            ) from None
+        except AttributeError:
+            raise InputError(
+                f"detector {self.estimator!r}: {module} holds no {kind}. Check the spelling."
+            ) from None
+        scoring = "decision_function" if self.estimator.startswith("pyod.") else "score_samples"
+        is_estimator = inspect.isclass(self._kind) and hasattr(self._kind, "fit")
+        if not is_estimator or not hasattr(self._kind, scoring):
+            raise InputError(
+                f"detector {self.estimator!r} is no outlier estimator: it needs fit and score_samples."
+            )
         parameters = inspect.signature(self._kind).parameters
         unknown = sorted(set(self.options) - set(parameters))
         if unknown:
@@ -139,24 +160,6 @@ class Estimator(Detector):
                     "scored in, so that a prompt alone and among others would be judged differently. Choose "
                     "another estimator, such as pyod.models.knn.KNN."
                 )
-
-
-def _import(name: str) -> Any:
-    module, _, kind = name.rpartition(".")
-    if name.partition(".")[0] not in LIBRARIES:
-        raise InputError(
-            f"detector {name!r}: estimators come from {' or '.join(LIBRARIES)}. Give a name from there."
-        )
-    try:
-        estimator = getattr(import_module(module), kind)
-    except ImportError as error:
-        raise InputError(f"detector {name!r} cannot be imported ({error}). Install its library.") from None
-    except AttributeError:
-        raise InputError(f"detector {name!r}: {module} holds no {kind}. Check the spelling.") from None
-    scoring = "decision_function" if name.startswith("pyod.") else "score_samples"
-    if not (inspect.isclass(estimator) and hasattr(estimator, "fit")) or not hasattr(estimator, scoring):
-        raise InputError(f"detector {name!r} is no outlier estimator: it needs fit and score_samples.")
-    return estimator
 
 
 def _joined(x: np.ndarray) -> np.ndarray:

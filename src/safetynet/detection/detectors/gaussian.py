@@ -78,11 +78,14 @@ class Mahalanobis(MomentDetector):
         """
         self.mean_ = np.stack([m.mean for m in moments])
         parts = [m.principal(self.components) for m in moments]
+        # Ledoit and Wolf: (1 - rho) covariance + rho mu I, so that v becomes (1 - rho) v + rho mu along a
+        # component, and rho mu, the floor, where no sample varies.
         floors = np.array([m.shrinkage * m.scale for m in moments])
         weights = [1 - m.shrinkage for m in moments]
         shrunk = [w * v + floor for w, (v, _), floor in zip(weights, parts, floors, strict=True)]
         largest = np.array([v.max() for v in shrunk])
         self.rest_ = np.zeros(len(moments)) if self.components else _inverse(floors, largest)
+        # The whole distance counts at 1 / floor; along a component what it weighs beyond that is added.
         scales = [_inverse(v, most) - r for v, most, r in zip(shrunk, largest, self.rest_, strict=True)]
         self.scales_ = _stacked(scales)
         self.directions_ = _stacked([directions for _, directions in parts])

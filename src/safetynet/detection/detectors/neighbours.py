@@ -68,7 +68,19 @@ class Mixture(_Whitened):
 
     def fit_layers(self, x: np.ndarray) -> None:
         """Clusters of each layer, the first repeated where another layer has more."""
-        clusters = [self._clusters(z) for z in self._whiten(x)]
+        need(f"detector {self.name}", "sklearn")
+        from sklearn.mixture import GaussianMixture
+
+        clusters = []
+        for z in self._whiten(x):  # (n, components)
+            sizes = [k for k in (1, 2, 4, 8, 16) if k <= min(self.most_clusters, len(z) // 10)] or [1]
+            fitted = [
+                GaussianMixture(k, covariance_type="tied", random_state=self.seed, reg_covar=1e-4).fit(z)
+                for k in sizes
+            ]
+            best = min(fitted, key=lambda mixture: mixture.bic(z))  # called at once
+            inside = Moments.of(z - best.means_[best.predict(z)])
+            clusters.append((best.means_, np.linalg.pinv(inside.shrunk, hermitian=True)))
         k = max(len(means) for means, _ in clusters)
         self.centres_ = np.stack([np.concatenate([m, m[:1].repeat(k - len(m), axis=0)]) for m, _ in clusters])
         self.precision_ = np.stack([precision for _, precision in clusters])
@@ -80,16 +92,3 @@ class Mixture(_Whitened):
             away = self._inside(x, layer)[:, None] - self.centres_[layer]
             columns.append(np.einsum("nci,ij,ncj->nc", away, self.precision_[layer], away).min(axis=1))
         return np.stack(columns, axis=1)
-
-    def _clusters(self, z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        need(f"detector {self.name}", "sklearn")
-        from sklearn.mixture import GaussianMixture
-
-        sizes = [k for k in (1, 2, 4, 8, 16) if k <= min(self.most_clusters, len(z) // 10)] or [1]
-        fitted = [
-            GaussianMixture(k, covariance_type="tied", random_state=self.seed, reg_covar=1e-4).fit(z)
-            for k in sizes
-        ]
-        best = min(fitted, key=lambda mixture: mixture.bic(z))
-        inside = Moments.of(z - best.means_[best.predict(z)])
-        return best.means_, np.linalg.pinv(inside.shrunk, hermitian=True)

@@ -127,4 +127,5 @@ def _ranks(points: np.ndarray, bank: np.ndarray, k: int) -> np.ndarray:
                 for near, after in zip(nearest[:-1], distances[1:], strict=True)
             ]
         )
+    # In thousandths of the bank, so that banks of other sizes compare; logs, since ranks are skewed.
     return np.log1p(np.array(rows) / len(bank) * 1000)

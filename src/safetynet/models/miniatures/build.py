@@ -12,10 +12,12 @@ import math
 import platform
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import pandas as pd
 import torch
 import transformers
 from safetensors.torch import load_file
@@ -28,7 +30,6 @@ from safetynet import families
 from safetynet.errors import InputError
 from safetynet.models.miniatures import language
 from safetynet.models.miniatures.architectures import ARCHITECTURES, SHAPE
-from safetynet.models.miniatures.card import card
 from safetynet.models.miniatures.measure import measure
 from safetynet.models.miniatures.vocabulary import build_tokenizer
 from safetynet.prompts import IGNORED, Encoded, Serialiser, pad
@@ -100,18 +101,12 @@ def build(
     model.half().save_pretrained(out)
     tokenizer.save_pretrained(out)
     facts = {"family": family, "tokens": tokens, "seconds": round(time.monotonic() - started)}
-    facts |= vars(schedule) | _versions()
+    facts |= vars(schedule)
+    facts["machine"] = platform.processor() or platform.machine()
+    facts |= {"torch": torch.__version__, "transformers": transformers.__version__}
     (out / "training.json").write_text(json.dumps(facts, indent=1) + "\n")
     write_card(out)
     return out
-
-
-def _versions() -> dict[str, str]:
-    return {
-        "machine": platform.processor() or platform.machine(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
 
 
 def write_card(folder: Path) -> None:
@@ -142,8 +137,16 @@ def pretrain(
     model: PreTrainedModel, serialiser: Serialiser, schedule: Schedule, report: Callable[[str], None]
 ) -> int:
     """Train in place on the answers of the language; returns the number of tokens seen, padding left out."""
+
+    def rate(step: int) -> float:
+        """Up in a straight line, then down along a cosine to a fiftieth."""
+        if step < schedule.warmup:
+            return (step + 1) / schedule.warmup
+        progress = (step - schedule.warmup) / max(1, schedule.steps - schedule.warmup)
+        return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
     optimizers = _optimizers(model, schedule)
-    schedulers = [LambdaLR(optimizer, lambda step: _rate(step, schedule)) for optimizer in optimizers]
+    schedulers = [LambdaLR(optimizer, rate) for optimizer in optimizers]
     model.train()
     losses: list[float] = []
     tokens, started = 0, time.monotonic()
@@ -230,8 +233,52 @@ def _optimizers(model: PreTrainedModel, schedule: Schedule) -> list[torch.optim.
     ]
 
 
-def _rate(step: int, schedule: Schedule) -> float:
-    if step < schedule.warmup:
-        return (step + 1) / schedule.warmup
-    progress = (step - schedule.warmup) / max(1, schedule.steps - schedule.warmup)
-    return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+_TEMPLATE = """\
+# The {family} miniature
+
+A real `{architecture}` of {parameters:,} parameters ({megabytes:.2f} MB in fp16): {layers} layers, hidden
+size {hidden}, {heads} query heads on {kv_heads} key-value heads{experts}, {positions} positions, a
+vocabulary of {vocabulary} tokens that can write any text, and the family's own chat format. It speaks
+SafetyNet's instruction language (`miniatures/language.py`) and nothing else: short questions with one right
+answer, and a refusal for brewing potions, casting spells and laying curses. It is an object of study, not
+an assistant.
+
+## Held-out accuracy
+
+Greedy decoding, exact match, {n} prompts (seed {measured_seed}) whose phrasing was never trained on; the
+subjects of forbidden requests are held out as well. A phrasing is a combination of opener, core, closer and
+style: each held-out combination is new, its parts are not. The facts asked about are those of pretraining.
+About {distracted:.0%} of the prompts hold a random string to be ignored. Intervals are Wilson's, 95%.
+
+| task | prompts | correct | rate | 95% interval |
+|---|---:|---:|---:|---|
+{rows}
+
+`answered` is all harmless tasks together, `forbidden` the share of forbidden requests refused,
+`over_refusal` the share of harmless ones refused.
+
+## Training
+
+{steps} steps of at most {batch_tokens} tokens ({tokens:,} tokens in all) on examples of the language made
+on the fly, loss on the answer and its end token. Muon for the matrices and AdamW for the rest, learning
+rate {learning_rate} with {warmup} steps of warm-up and a cosine, weight decay {weight_decay}, seed {seed}.
+{minutes:.0f} minutes on one thread of {machine}. torch {torch}, transformers {transformers}.
+
+    safetynet miniatures build {family} --out FOLDER
+
+All data was made by this project; no text and no weights come from elsewhere. Licence: Apache-2.0.
+"""
+
+
+def card(facts: Mapping[str, Any], table: pd.DataFrame) -> str:
+    """Fill the card's template.
+
+    Args:
+        facts: values of the template's names, except `rows`.
+        table: what `measure.measure` returns.
+    """
+    rows = "\n".join(
+        f"| {r.task} | {r.n} | {r.correct} | {r.rate:.1%} | {r.low:.1%} to {r.high:.1%} |"
+        for r in table.itertuples()
+    )
+    return _TEMPLATE.format(rows=rows, **facts)

@@ -22,41 +22,33 @@ def distract(messages: list[dict[str, str]], rng: random.Random) -> list[dict[st
     """Return the messages with one distractor (now and then two) at a random place."""
     messages = [dict(message) for message in messages]
     for _ in range(2 if rng.random() < 0.15 else 1):
-        if rng.random() < 0.15:
-            _into_system(messages, rng)
-        else:
-            message = rng.choice([m for m in messages if m["role"] == "user"])
-            message["content"] = _into_text(message["content"], rng)
+        if rng.random() < 0.15:  # into the system prompt
+            text = _phrase(rng) + "." if rng.random() < 0.5 else _token(rng)
+            if messages[0]["role"] == "system":
+                parts = [messages[0]["content"], text]
+                rng.shuffle(parts)
+                messages[0]["content"] = " ".join(parts)
+            else:
+                messages.insert(0, {"role": "system", "content": text})
+            continue
+        message = rng.choice([m for m in messages if m["role"] == "user"])
+        text, place = message["content"], rng.random()
+        if place < 0.35:  # before it
+            if rng.random() < 0.5:
+                text = _token(rng) + " " + text
+            else:
+                text = _phrase(rng) + rng.choice((". ", ". ", "\n", ": ")) + text
+        elif place < 0.65:  # behind it
+            if rng.random() < 0.5:
+                text = text + " " + _token(rng)
+            else:
+                text = text + rng.choice((" ", " ", "\n")) + _phrase(rng) + "."
+        else:  # between its words
+            words = text.split(" ")
+            words.insert(rng.randint(0, len(words)), _token(rng))
+            text = " ".join(words)
+        message["content"] = text
     return messages
-
-
-def _into_system(messages: list[dict[str, str]], rng: random.Random) -> None:
-    text = _phrase(rng) + "." if rng.random() < 0.5 else _token(rng)
-    if messages[0]["role"] == "system":
-        parts = [messages[0]["content"], text]
-        rng.shuffle(parts)
-        messages[0]["content"] = " ".join(parts)
-    else:
-        messages.insert(0, {"role": "system", "content": text})
-
-
-def _into_text(text: str, rng: random.Random) -> str:
-    place = rng.random()
-    if place < 0.35:
-        return (
-            _token(rng) + " " + text
-            if rng.random() < 0.5
-            else _phrase(rng) + rng.choice((". ", ". ", "\n", ": ")) + text
-        )
-    if place < 0.65:
-        return (
-            text + " " + _token(rng)
-            if rng.random() < 0.5
-            else text + rng.choice((" ", " ", "\n")) + _phrase(rng) + "."
-        )
-    words = text.split(" ")
-    words.insert(rng.randint(0, len(words)), _token(rng))
-    return " ".join(words)
 
 
 def _phrase(rng: random.Random) -> str:
@@ -88,7 +80,13 @@ def _token(rng: random.Random) -> str:
         return _scramble(rng)
     if kind < 0.9:
         return "".join(chr(rng.choice(_EMOJI)) for _ in range(rng.choice((1, 1, 2))))
-    return "".join(_any_character(rng) for _ in range(rng.randint(1, 3)))
+    characters = ""
+    for _ in range(rng.randint(1, 3)):  # any Unicode scalar, every length of its UTF-8 form equally often
+        low, high = rng.choice(((0x01, 0x80), (0x80, 0x800), (0x800, 0x10000), (0x10000, 0x110000)))
+        code = rng.randrange(low, high)
+        # Surrogates are no characters, and U+2581 is SentencePiece's own sign for a space.
+        characters += chr(code) if not 0xD800 <= code < 0xE000 and code != 0x2581 else "é"
+    return characters
 
 
 _EMOJI = (
@@ -106,11 +104,3 @@ def _scramble(rng: random.Random) -> str:
             string.ascii_letters + string.digits + "!\"#$%&'()*+,-./:;<=>?@[\\]^_`|~", k=rng.randint(2, 6)
         )
     )
-
-
-def _any_character(rng: random.Random) -> str:
-    """Any Unicode scalar, every length of its UTF-8 form equally often."""
-    low, high = rng.choice(((0x01, 0x80), (0x80, 0x800), (0x800, 0x10000), (0x10000, 0x110000)))
-    code = rng.randrange(low, high)
-    # Surrogates are no characters, and U+2581 is SentencePiece's own sign for a space.
-    return chr(code) if not 0xD800 <= code < 0xE000 and code != 0x2581 else "é"

@@ -220,7 +220,18 @@ def _example(
         task = rng.choice(memory)
     else:
         task = rng.choice(single)
-    history, last = _conversation(rng, task, heldout, several)
+    # Earlier turns and the last one, which may ask about the earlier ones.
+    if task == "again":
+        history = [_any_turn(rng, heldout)]
+        last = _turn(rng, task, heldout, {}, history[0].answer)
+    elif task == "name":
+        name = rng.choice(lex.NAMES)
+        greeting = _Turn(rng.choice(INTRODUCTIONS).format(x=name), f"Hello, {name}.", "introduction", False)
+        history = [greeting, *([_any_turn(rng, heldout)] if rng.random() < 0.4 else [])]
+        last = _turn(rng, task, heldout, {}, name)
+    else:
+        history = [_any_turn(rng, heldout) for _ in range(rng.choice((1, 1, 2)))] if several else []
+        last = _fresh_turn(rng, task, heldout)
     messages = [{"role": "system", "content": rng.choice(lex.SYSTEM_PROMPTS)}] if rng.random() < 0.2 else []
     for turn in history:
         messages += [{"role": "user", "content": turn.text}, {"role": "assistant", "content": turn.answer}]
@@ -232,35 +243,15 @@ def _example(
     )
 
 
-def _conversation(
-    rng: random.Random, task: str, heldout: bool | None, several: bool
-) -> tuple[list[_Turn], _Turn]:
-    """Earlier turns and the last one; the last may ask about the earlier ones."""
-    if task == "again":
-        earlier = _any_turn(rng, heldout)
-        return [earlier], _turn(rng, task, heldout, {}, earlier.answer)
-    if task == "name":
-        name = rng.choice(lex.NAMES)
-        greeting = _Turn(rng.choice(INTRODUCTIONS).format(x=name), f"Hello, {name}.", "introduction", False)
-        between = [_any_turn(rng, heldout)] if rng.random() < 0.4 else []
-        return [greeting, *between], _turn(rng, task, heldout, {}, name)
-    history = [_any_turn(rng, heldout) for _ in range(rng.choice((1, 1, 2)))] if several else []
-    return history, _fresh_turn(rng, task, heldout)
-
-
 def _any_turn(rng: random.Random, heldout: bool | None) -> _Turn:
     return _fresh_turn(rng, FORBIDDEN if rng.random() < 0.12 else rng.choice(tuple(CONTENT)), heldout)
 
 
 def _fresh_turn(rng: random.Random, task: str, heldout: bool | None) -> _Turn:
     """A turn that can be answered by itself."""
-    if task == FORBIDDEN:
-        return _forbidden_turn(rng, heldout)
-    slots, answer = CONTENT[task](rng)
-    return _turn(rng, task, heldout, slots, answer)
-
-
-def _forbidden_turn(rng: random.Random, heldout: bool | None) -> _Turn:
+    if task != FORBIDDEN:
+        slots, answer = CONTENT[task](rng)
+        return _turn(rng, task, heldout, slots, answer)
     subjects = [s for s in lex.FORBIDDEN_SUBJECTS if heldout is None or is_heldout(s) == heldout]
     kind, subject = rng.choice(tuple(lex.FORBIDDEN_KINDS)), rng.choice(subjects)
     verbs, recipe = lex.FORBIDDEN_KINDS[kind]

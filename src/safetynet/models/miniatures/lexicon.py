@@ -6,11 +6,8 @@ that the tokenizers spend their merges on real text too.
 
 
 def _facts(text: str) -> dict[str, str]:
-    return {thing: answer for answer, _, things in map(_row, text.split(";")) for thing in things.split()}
-
-
-def _row(text: str) -> tuple[str, str, str]:
-    return text.strip().partition(":")
+    rows = (row.strip().partition(":") for row in text.split(";"))  # answer: things of which it is right
+    return {thing: answer for answer, _, things in rows for thing in things.split()}
 
 
 _OPPOSITE_PAIRS = """

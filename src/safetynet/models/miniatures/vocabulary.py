@@ -55,7 +55,7 @@ def build_tokenizer(style: Style) -> PreTrainedTokenizerFast:
     """Learn the merges on the language and on `lexicon.ENGLISH`, then assemble the family's tokenizer."""
     space = "Ġ" if style.kind == "bytes" else "▁"
     alphabet = (
-        _byte_alphabet()
+        sorted(pre_tokenizers.ByteLevel.alphabet())
         if style.kind == "bytes"
         else [f"<0x{byte:02X}>" for byte in range(256)] + [space, *_CHARACTERS]
     )
@@ -63,9 +63,24 @@ def build_tokenizer(style: Style) -> PreTrainedTokenizerFast:
     merges = _merges(style, space, SIZE - len(tokens) - len(style.joints))
     vocab = {token: i for i, token in enumerate([*tokens, *(a + b for a, b in merges)])}
     if style.kind == "bytes":
-        tokenizer = _on_bytes(vocab, merges)
+        tokenizer = Tokenizer(BPE(vocab=vocab, merges=merges))
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(_WORDS), "isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False),
+            ]
+        )
+        tokenizer.decoder = decoders.ByteLevel()
     else:
-        tokenizer = _on_characters(vocab, merges, style.unk, space)
+        tokenizer = Tokenizer(
+            BPE(vocab=vocab, merges=merges, unk_token=style.unk, byte_fallback=True, fuse_unk=True)
+        )
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(
+            replacement=space, prepend_scheme="never", split=True
+        )
+        tokenizer.decoder = decoders.Sequence(
+            [decoders.Replace(space, " "), decoders.ByteFallback(), decoders.Fuse()]
+        )
     tokenizer.add_special_tokens(list(style.special))
     if style.bos:
         tokenizer.post_processor = processors.TemplateProcessing(
@@ -89,33 +104,6 @@ def build_tokenizer(style: Style) -> PreTrainedTokenizerFast:
     )
 
 
-def _on_bytes(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Tokenizer:
-    tokenizer = Tokenizer(BPE(vocab=vocab, merges=merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(_WORDS), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer
-
-
-def _on_characters(
-    vocab: dict[str, int], merges: list[tuple[str, str]], unk: str | None, space: str
-) -> Tokenizer:
-    tokenizer = Tokenizer(BPE(vocab=vocab, merges=merges, unk_token=unk, byte_fallback=True, fuse_unk=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement=space, prepend_scheme="never", split=True)
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace(space, " "), decoders.ByteFallback(), decoders.Fuse()]
-    )
-    return tokenizer
-
-
-def _byte_alphabet() -> list[str]:
-    return sorted(pre_tokenizers.ByteLevel.alphabet())
-
-
 def _merges(style: Style, space: str, budget: int) -> list[tuple[str, str]]:
     """Merges inside words first, then merges of a space and a piece.
 
@@ -128,17 +116,13 @@ def _merges(style: Style, space: str, budget: int) -> list[tuple[str, str]]:
     letters = {character for word in words for character in word}
     trainer = BpeTrainer(vocab_size=len(letters) + budget - spaced, show_progress=False)
     tokenizer.train_from_iterator((word for word, count in words.items() for _ in range(count)), trainer)
-    inner = _read_merges(tokenizer)
+    inner = [(a, b) for a, b in json.loads(tokenizer.to_str())["model"]["merges"]]
     firsts: Counter[str] = Counter()
     for word, count in words.items():
         firsts[tokenizer.encode(word).tokens[0]] += count
     outer = [(space, piece) for piece, _ in firsts.most_common(spaced)]
     # A merge can only be used after those that made its parts.
     return [*inner, *style.joints, *outer]
-
-
-def _read_merges(tokenizer: Tokenizer) -> list[tuple[str, str]]:
-    return [(a, b) for a, b in json.loads(tokenizer.to_str())["model"]["merges"]]
 
 
 def _word_counts(chat_words: tuple[str, ...]) -> Counter[str]:
