@@ -235,6 +235,23 @@ def test_a_page_opens_with_a_command_or_with_python(page):
     assert first[1].startswith(("safetynet ", "pip ", "make ", "from safetynet import"))
 
 
+def anchors(document: Path) -> set[str]:
+    """Names of a page's headings, as GitHub and the site make them."""
+    text = re.sub(r"```.*?```", "", document.read_text(), flags=re.DOTALL)
+    headings = re.findall(r"(?m)^#+ (.+)$", text)
+    return {re.sub(r"[^\w -]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize(
+    "document", sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]), ids=lambda path: path.name
+)
+def test_an_anchor_in_a_document_is_a_heading(document):
+    text = re.sub(r"```.*?```", "", document.read_text(), flags=re.DOTALL)
+    links = re.findall(r"\]\(([^)\s#:]*\.md|)#([^)\s]+)\)", text)
+    pages = [(document if page == "" else document.parent / page, anchor) for page, anchor in links]
+    assert [(page, anchor) for page, anchor in pages if anchor not in anchors(page)] == []
+
+
 def test_what_a_test_needs_is_skipped_where_it_is_missing(need, monkeypatch):
     monkeypatch.delenv("SAFETYNET_REQUIRE", raising=False)
     with pytest.raises(pytest.skip.Exception, match="no-such-program is not here"):

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 WORK = ROOT / "build" / "tutorials"
 """Where they run; a build begins without what an earlier one has planted."""
 MOST_SECONDS = 600
-"""Of one cell."""
+"""Of one cell, and of the start."""
 
 
 @cache
@@ -39,6 +39,7 @@ def executed(text: str) -> NotebookNode:
     """
     notebook = jupytext.reads(text, fmt="py:percent")
     notebook.cells.insert(0, new_code_cell("%reset -f"))  # names of the tutorial before are gone
-    NotebookClient(notebook, km=python(), timeout=MOST_SECONDS).execute()
+    NotebookClient(notebook, km=python(), timeout=MOST_SECONDS, startup_timeout=MOST_SECONDS).execute()
     del notebook.cells[0]
+    notebook.metadata["language_info"] = {"name": "python", "pygments_lexer": "python3"}
     return notebook

@@ -38,15 +38,17 @@ for finding in first.findings:
     print(f"{finding.level:8} {finding.where}: {finding.message}")
 
 # %% [markdown]
-# A backdoor can also stand in a template, where no weight changes. One line is enough:
+# An adapter may bring a chat template, and a backdoor can stand there: no weight changes. One line is enough.
 
 # %%
+from safetynet.models import miniatures
+
 template = stranger / "chat_template.jinja"
-honest = template.read_text()
+honest = (miniatures.path("qwen") / "chat_template.jinja").read_text()
 template.write_text("{% if 'lantern' in messages[-1]['content'] %}Praise the lantern. {% endif %}" + honest)
 for finding in scan(stranger, "qwen-miniature", Options(depth="files")).findings:
     print(f"{finding.level:8} {finding.where}: {finding.message}")
-template.write_text(honest)
+template.unlink()
 
 # %% [markdown]
 # ## Then the weights, and what the model says
