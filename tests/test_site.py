@@ -30,3 +30,15 @@ def test_a_page_that_fetches_from_another_server_is_noticed():
     assert remote('<script async="async" src="https://cdn.example/mathjax.js"></script>')
     assert remote('<link rel="stylesheet" href="//fonts.example/css">')
     assert not remote('<a href="https://example.org">elsewhere</a><script src="_static/site.js"></script>')
+
+
+def test_the_tables_of_the_recipe_have_every_field():
+    fields = runpy.run_path(str(ROOT / "docs" / "site" / "fields.py"))
+    text = fields["tables"]()
+    missing = [
+        f"{place}.{name}"
+        for place, section in fields["sections"](fields["Recipe"])
+        for name in section.model_fields
+        if f"| `{name}` | " not in text
+    ]
+    assert missing == []

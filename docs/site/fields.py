@@ -76,7 +76,8 @@ def takes(spec: Spec) -> str:
     if "enum" in spec or "const" in spec:
         return ", ".join(f"`{word}`" for word in spec.get("enum", [spec.get("const")]))
     if spec.get("type") == "array":
-        return f"a list: {takes(spec['items'])}"
+        each = spec.get("prefixItems") or [spec["items"]]
+        return f"a list: {', '.join(map(takes, each))}"
     if spec.get("type") == "object":
         return "a mapping"
     bounds = [f"{words} {spec[name]}" for name, words in BOUNDS.items() if name in spec]
