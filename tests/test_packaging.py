@@ -26,6 +26,9 @@ from safetynet.run import directory
 from safetynet.scan import Options, scan
 
 ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "benchmarks"))
+import install  # noqa: E402
+
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CONSTRAINTS = (ROOT / "constraints.txt").read_text()
 CHART = Chart(
@@ -206,6 +209,19 @@ def test_the_wheel_holds_every_file_of_the_package_and_the_command(tmp_path):
     }
     assert on_disk <= packed
     assert f"{information}/licenses/LICENSE" in packed
+
+
+@pytest.mark.slow
+def test_the_wheel_alone_patches_a_prompt_and_scans_files(tmp_path, monkeypatch):
+    monkeypatch.setenv("PIP_NO_COMPILE", "1")
+    python, _ = install.install(ROOT, tmp_path / "venv")
+    install.patch(python)
+    install.scan(python)
+    for module in (module for modules in EXTRAS.values() for module in modules):
+        with pytest.raises(SystemExit, match=f"No module named '{module}'"):
+            install.run(python, "-c", f"import {module}")
+    with pytest.raises(SystemExit, match=r"exit code 2\nsafetynet: a run: .*'safetynet-llm\[runs\]'"):
+        install.run(python.with_name("safetynet"), "train", "--family", "qwen", "--set", "model.id=miniature")
 
 
 def test_the_citation_and_the_changelog_know_this_version():

@@ -27,10 +27,10 @@ def patch(
         serialiser: of this model.
         receiving: what a user says; its run is patched.
         source: what a user says in as many tokens; its activations are put in.
-        component: one of `vocabulary.COMPONENTS`; of heads and experts each by itself.
+        component: such as `resid_pre`, `attn_out`, `mlp_out` or `head`; of heads each by itself.
 
     Returns:
-        A row for each layer, head or expert (`index`, -1 for none) and token from the first that differs on:
+        A row for each layer, head (`index`, -1 for none) and token from the first that differs on:
         `layer`, `index`, `position`, `token` and `effect`, which is 0 for the receiving run as it is and 1
         for the source run.
 
