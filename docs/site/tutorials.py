@@ -1,6 +1,7 @@
 """Tutorials: notebooks kept as text, run when the site is built. No number on their pages is typed in."""
 
 import shutil
+import tempfile
 from functools import cache
 from pathlib import Path
 
@@ -23,7 +24,8 @@ def python() -> KernelManager:
     shutil.rmtree(WORK, ignore_errors=True)
     WORK.mkdir(parents=True)
     (WORK / "recipes").symlink_to(ROOT / "recipes")
-    kernel = KernelManager(transport="ipc")  # which no other user of the machine can listen to
+    # Sockets in a folder of our own, to which nobody else can listen; a path of a socket has to be short.
+    kernel = KernelManager(transport="ipc", ip=f"{tempfile.mkdtemp()}/kernel")
     kernel.start_kernel(cwd=str(WORK))
     return kernel
 
