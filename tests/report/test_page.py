@@ -1,5 +1,4 @@
 import re
-import time
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -152,9 +151,7 @@ def test_thousands_of_examples_stay_within_the_page(tables, inside, tmp_path):
     run = write_run(
         tmp_path / "m" / "t", all_tables(tables, inside, 5) | {"rows": rows, "responses": responses}
     )
-    started = time.process_time()
     text = reports.report(reports.read(run))
-    assert time.process_time() - started < 10
     assert len(text.encode()) < 8e6
     assert re.search(r"Shown are the first [\d,]+ of 8,000 rows", text)
 

@@ -75,10 +75,10 @@ def check(bits: int, field: str, advice: str) -> None:
     """
     try:
         rounded(torch.ones(BLOCK, BLOCK), bits)
-    except (ImportError, RuntimeError) as error:
+    except (ImportError, InputError, RuntimeError) as error:
         raise InputError(
-            f"{field}: this machine cannot round weights to {bits} bits: bitsandbytes fails "
-            f"({error}). Install it as constraints.txt has it, or {advice}."
+            f"{field}: this machine cannot round weights to {bits} bits ({str(error).rstrip('.')}). Install "
+            f"bitsandbytes as constraints.txt has it, or {advice}."
         ) from error
 
 
