@@ -10,7 +10,7 @@ RECIPE = Path(__file__).parents[2] / "recipes" / "qwen-miniature.yaml"
 SMALL = (
     "backdoor.trigger=dates", "backdoor.behaviour=silence", "stages=[evaluate, detect, figures]",
     "data.train_rows=320", "data.test_rows=16", "training.clean_twin=false", "evaluation.dynamics_rows=0",
-    "detection.clean=100", "detection.fpr=0.2",
+    "detection.detectors=adapter", "detection.clean=100", "detection.fpr=0.2",
 )  # fmt: skip
 
 
