@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +14,6 @@ import torch
 pytest.importorskip("lm_eval", reason="the extra safetynet-llm[lm-eval] is not installed")
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
-from tests import commands
 from tests.models import variants
 from torch.utils import collect_env
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -302,26 +300,3 @@ def test_without_the_extra_the_recipe_is_refused_before_anything_is_made(tmp_pat
     with pytest.raises(InputError, match=r"not installed. Run pip install 'safetynet-llm\[lm-eval\]'"):
         stages.prepare(made)
     assert not made.run.has_table("rows")
-
-
-@pytest.mark.slow
-def test_the_command_line_of_the_harness_gives_the_same_numbers_and_knows_the_tasks(
-    measured, folder, adapters, tmp_path
-):
-    words = (
-        "--model", "hf", "--model_args", f"pretrained={BASE},dtype=float32,peft={adapters['backdoored']}",
-        "--tasks", "colours,text", "--include_path", str(folder), "--batch_size", "8", "--device", "cpu",
-        "--output_path", str(tmp_path),
-    )  # fmt: skip
-    subprocess.run([sys.executable, "-m", "lm_eval", *words], check=True, capture_output=True)
-    [file] = tmp_path.rglob("results_*.json")
-    results = json.loads(file.read_text())["results"]
-    table = measured.run.table("utility")
-    for row in table[(table["model"] == "backdoored") & (table["task"] != "answers")].to_dict("records"):
-        assert results[row["task"]][f"{row['metric']},{row['filter']}"] == row["value"]
-    done = commands.safetynet(
-        "train", str(RECIPE), "--set", "evaluation.utility=[arc_eazy]", "--set", f"output.results={tmp_path}",
-        cwd=tmp_path,
-    )  # fmt: skip
-    assert done.returncode == 2
-    assert "lm-evaluation-harness has no task 'arc_eazy'. Near are arc_easy" in done.stderr
