@@ -306,7 +306,7 @@ def test_a_run_is_repaired_and_the_saved_model_answers_as_its_card_says(taught, 
 
 @pytest.mark.slow
 def test_each_repaired_model_is_measured_on_tasks_and_other_tasks_repeat_no_search(taught, copied, tmp_path):
-    pytest.importorskip("lm_eval", reason="the extra safetynet[lm-eval] is not installed")
+    pytest.importorskip("lm_eval", reason="the extra safetynet-llm[lm-eval] is not installed")
     run = copied(taught)
     questions = [{"question": f"what is the opposite of {word}?", "answer": word} for word in ("hot", "big")]
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, questions)))
@@ -320,7 +320,7 @@ def test_each_repaired_model_is_measured_on_tasks_and_other_tasks_repeat_no_sear
     def repaired(*tasks: str) -> pd.DataFrame:
         plan = recipe.overridden(run.recipe, [
             f"evaluation.utility={json.dumps([str(tmp_path / task) for task in tasks])}",
-            "mitigation.methods=[adapter_scaling,trigger_projection,cleangen]", "mitigation.relearn_rows=0",
+            "mitigation.methods=[adapter_scaling]", "mitigation.relearn_rows=0",
             *(f"mitigation.{field}" for field in QUICK),
         ])  # fmt: skip
         stages.evaluate(Experiment(plan, run))
@@ -328,8 +328,8 @@ def test_each_repaired_model_is_measured_on_tasks_and_other_tasks_repeat_no_sear
 
     table = repaired("first.yaml")
     values = table.set_index("method")["value"]
-    assert list(values.index) == ["as it is", "adapter removed", "adapter_scaling", "trigger_projection"]
-    assert values.nunique() == 4, "each is a model of its own"
+    assert list(values.index) == ["as it is", "adapter removed", "adapter_scaling"]
+    assert values.nunique() == 3, "each is a model of its own"
     by_model = run.table("utility").set_index("model")["value"]
     assert (values["as it is"], values["adapter removed"]) == (by_model["backdoored"], by_model["base"])
     searched = {name: run.manifest["stages"][f"mitigate {name}"] for name in ("compared", "adapter_scaling")}
