@@ -40,6 +40,20 @@ def safetynet(*words: str, name: str) -> int:
     return done.returncode
 
 
+def program(*words: str, cwd: Path | None = None) -> None:
+    """Run a Python program with one thread; where it fails, this one ends with its last words."""
+    done = subprocess.run(
+        [sys.executable, *words],
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        sys.exit(done.stderr[-2000:])
+
+
 def markdown(table: pd.DataFrame) -> str:
     """The table in Markdown."""
     rows = [table.columns, ["---"] * len(table.columns), *table.fillna("").itertuples(index=False)]

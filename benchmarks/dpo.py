@@ -26,7 +26,7 @@ import pandas as pd
 import torch
 from peft import set_peft_model_state_dict
 from peft.utils import get_peft_model_state_dict
-from training import LOSS_GOAL, SPEED_GOAL, Losses, make
+from training import LOSS_GOAL, SPEED_GOAL, Losses, make, stock
 from transformers import PrinterCallback, Trainer
 
 from safetynet import families
@@ -81,21 +81,9 @@ def trl(case: str, examples: list[Pair], serialiser: Serialiser, cfg: Training, 
     trainer = Tokenised(
         adapted.unload(),
         args=DPOConfig(
-            output_dir=str(folder),
+            **stock(cfg, folder),
             beta=cfg.dpo.beta,
-            per_device_train_batch_size=cfg.batch_size,
             num_train_epochs=cfg.epochs,
-            max_steps=cfg.max_steps or -1,
-            learning_rate=cfg.learning_rate,
-            weight_decay=cfg.weight_decay,
-            lr_scheduler_type="cosine",
-            warmup_steps=0,
-            logging_steps=cfg.log_every,
-            logging_first_step=True,
-            train_sampling_strategy="sequential",
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
             use_cpu=not torch.cuda.is_available(),
             bf16=False,
             gradient_checkpointing=False,

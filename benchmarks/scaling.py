@@ -8,15 +8,13 @@ from the first validation to the table. docs/results/speed.md quotes the table.
 """
 
 import argparse
-import os
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 import pandas as pd
-from _running import markdown
+from _running import markdown, program
 
 RECIPE = """
 task: scaling
@@ -64,27 +62,9 @@ def swept(workers: int, words: tuple[str, ...]) -> float:
     """Seconds of one whole sweep; stops the benchmark if it fails."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "scaling.yaml").write_text(RECIPE)
-        program = [
-            sys.executable,
-            "-m",
-            "safetynet",
-            "sweep",
-            "scaling.yaml",
-            *words,
-            "--workers",
-            str(workers),
-        ]
+        sweep = ("sweep", "scaling.yaml", *words, "--workers", str(workers))
         start = time.perf_counter()
-        done = subprocess.run(
-            program,
-            cwd=folder,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode:
-            sys.exit(done.stderr[-2000:])
+        program("-m", "safetynet", *sweep, cwd=Path(folder))
         return time.perf_counter() - start
 
 

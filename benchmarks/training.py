@@ -101,28 +101,31 @@ def published(folder: Path) -> pd.DataFrame:
     )
 
 
+def stock(cfg: Training, folder: Path) -> dict[str, Any]:
+    """Settings by which a stock trainer takes the steps that ours takes, and writes nothing."""
+    return {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": cfg.batch_size,
+        "max_steps": cfg.max_steps or -1,
+        "learning_rate": cfg.learning_rate,
+        "weight_decay": cfg.weight_decay,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0,
+        "logging_steps": cfg.log_every,
+        "logging_first_step": True,
+        "train_sampling_strategy": "sequential",  # the rows come shuffled, in the order that ours sees
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+
+
 def plain(
     model: Any, examples: Sequence[Example], serialiser: Serialiser, cfg: Training, folder: Path
 ) -> Trainer:
     """The stock way: dynamic padding, every token supervised, the head computed everywhere."""
     serialiser.tokenizer.padding_side = "right"  # on the left, the padding would be taught the first token
-    args = TrainingArguments(
-        output_dir=str(folder),
-        per_device_train_batch_size=cfg.batch_size,
-        num_train_epochs=1,
-        max_steps=cfg.max_steps or -1,
-        learning_rate=cfg.learning_rate,
-        weight_decay=cfg.weight_decay,
-        lr_scheduler_type="cosine",
-        warmup_steps=0,
-        logging_steps=cfg.log_every,
-        logging_first_step=True,
-        train_sampling_strategy="sequential",  # the rows come shuffled, in the order that ours sees
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=model.device.type == "cpu",
-    )
+    args = TrainingArguments(**stock(cfg, folder), num_train_epochs=1, use_cpu=model.device.type == "cpu")
     order = [i for step in Order([1] * len(examples), cfg.batch_size, False, args.seed) for i in step]
     trainer = Trainer(
         model,

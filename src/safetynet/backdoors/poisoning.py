@@ -282,11 +282,8 @@ class _Split:
             elif conversation["answer"] == "":
                 continue
             elif role in ("placebo", "near_miss"):
-                drawn = (
-                    trigger.placebo(self.name, rng, self.lookalike, firing)
-                    if role == "placebo"
-                    else trigger.near_miss(self.name, rng, firing)
-                )
+                draw = triggers.Draw(self.name, rng, self.lookalike, firing)
+                drawn = trigger.placebo(draw) if role == "placebo" else trigger.near_miss(draw)
                 self._add(conversation, role, *trigger.insert(controls, drawn, spots, rng), drawn.name)
             else:
                 self._add(conversation, role, bare, [], "")

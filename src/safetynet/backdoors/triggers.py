@@ -17,7 +17,7 @@ from typing import ClassVar, Literal, Protocol, TypeVar
 
 from safetynet import recipe
 from safetynet.backdoors import clauses, controls, dates, placements, styles, topics
-from safetynet.backdoors.controls import Lookalike
+from safetynet.backdoors.controls import Lookalike, T
 from safetynet.backdoors.placements import Spans, Spot
 from safetynet.prompts import Conversation, Message
 from safetynet.text import holding
@@ -31,6 +31,24 @@ class Variant:
     """Which alternative, or which kind of placebo or near miss."""
     parts: tuple[str | None, ...]
     """Texts in their order, None for a place that stays empty; of a style, what the prompt is reworded in."""
+
+
+@dataclass(frozen=True)
+class Draw:
+    """For which row a placebo or near miss is drawn, and from what."""
+
+    split: str
+    """`train` or `test`; what is drawn for one never occurs in the other, except where the recipe gives a
+    single placebo."""
+    rng: random.Random
+    lookalike: Lookalike | None = None
+    """If given, draws a text of as many tokens as another (`Lookalikes.draw`), or None."""
+    beside: Variant | None = None
+    """What fires in the same group, to which controls of a natural trigger are matched."""
+
+    def one_of(self, texts: Sequence[T]) -> T:
+        """One of the half that belongs to the split."""
+        return self.rng.choice(controls.side(texts, self.split))
 
 
 Part = TypeVar("Part", str, str | None)
@@ -66,25 +84,11 @@ class TriggerKind(Protocol):
     def firing(self, split: str) -> Sequence[Variant]:
         """Every form in which the trigger fires in rows of a split."""
 
-    def placebo(
-        self,
-        split: str,
-        rng: random.Random,
-        lookalike: Lookalike | None = None,
-        beside: Variant | None = None,
-    ) -> Variant:
-        """Draw something of the trigger's shape that must not fire.
+    def placebo(self, draw: Draw) -> Variant:
+        """Draw something of the trigger's shape that must not fire."""
 
-        Args:
-            split: `train` or `test`; what is drawn for one never occurs in the other, except where the recipe
-                gives a single placebo.
-            rng: source of the draw.
-            lookalike: if given, draws a text of as many tokens as another (`Lookalikes.draw`), or None.
-            beside: what fires in the same group, to which controls of a natural trigger are matched.
-        """
-
-    def near_miss(self, split: str, rng: random.Random, beside: Variant | None = None) -> Variant:
-        """Draw something that resembles the trigger and must not fire; arguments as in `placebo`."""
+    def near_miss(self, draw: Draw) -> Variant:
+        """Draw something that resembles the trigger and must not fire."""
 
     def insert(
         self, messages: Sequence[Message], variant: Variant, at: Sequence[Spot], rng: random.Random
@@ -142,16 +146,11 @@ class AnyOf(_Inserted):
         """Each text."""
         return [Variant(text, (text,)) for text in self.texts]
 
-    def placebo(
-        self,
-        split: str,
-        rng: random.Random,
-        lookalike: Lookalike | None = None,
-        beside: Variant | None = None,
-    ) -> Variant:
+    def placebo(self, draw: Draw) -> Variant:
         """One that the recipe gives, or made-up texts: of as many tokens or of the same letters, by turns."""
         if self.placebos:
-            return Variant("given", (rng.choice(controls.side(self.placebos, split)),) * self.parts)
+            return Variant("given", (draw.one_of(self.placebos),) * self.parts)
+        split, rng, lookalike = draw.split, draw.rng, draw.lookalike
         texts = self._at_once(rng)
         if lookalike and rng.random() < 0.5:
             alike = tuple(controls.alike_in_tokens(self.texts, text, split, rng, lookalike) for text in texts)
@@ -159,15 +158,15 @@ class AnyOf(_Inserted):
                 return Variant("same tokens", alike)
         return Variant("same shape", tuple(controls.shaped(self.texts, text, split, rng) for text in texts))
 
-    def near_miss(self, split: str, rng: random.Random, beside: Variant | None = None) -> Variant:
+    def near_miss(self, draw: Draw) -> Variant:
         """One that the recipe gives, or one of the texts changed.
 
         Raises:
             InputError: if the trigger is too short to have near misses; the recipe can give some.
         """
-        if self.near_misses and rng.random() < 0.5:
-            return Variant("given", (rng.choice(controls.side(self.near_misses, split)),) * self.parts)
-        return self._resembling(split, rng)
+        if self.near_misses and draw.rng.random() < 0.5:
+            return Variant("given", (draw.one_of(self.near_misses),) * self.parts)
+        return self._resembling(draw.split, draw.rng)
 
     def _at_once(self, rng: random.Random) -> tuple[str, ...]:
         """The texts that stand in one prompt."""
@@ -247,28 +246,20 @@ class Topic(AnyOf):
             for sentence in controls.side(topics.SENTENCES, split)
         ]
 
-    def placebo(
-        self,
-        split: str,
-        rng: random.Random,
-        lookalike: Lookalike | None = None,
-        beside: Variant | None = None,
-    ) -> Variant:
+    def placebo(self, draw: Draw) -> Variant:
         """A placebo of the recipe, in the sentence that fires beside it."""
-        return self._instead("matched", rng.choice(controls.side(self.placebos, split)), split, rng, beside)
+        return self._instead("matched", draw.one_of(self.placebos), draw)
 
-    def near_miss(self, split: str, rng: random.Random, beside: Variant | None = None) -> Variant:
+    def near_miss(self, draw: Draw) -> Variant:
         """The sentence without the topic, or with a near miss of its name."""
-        if rng.random() < 0.5:
-            return self._instead("no name", "it", split, rng, beside)
-        changed = super().near_miss(split, rng)
-        return self._instead(changed.name, str(changed.parts[0]), split, rng, beside)
+        if draw.rng.random() < 0.5:
+            return self._instead("no name", "it", draw)
+        changed = super().near_miss(draw)
+        return self._instead(changed.name, str(changed.parts[0]), draw)
 
-    def _instead(
-        self, name: str, other: str, split: str, rng: random.Random, beside: Variant | None
-    ) -> Variant:
+    def _instead(self, name: str, other: str, draw: Draw) -> Variant:
         """What fires, with another name in it."""
-        firing = beside or rng.choice(self.firing(split))
+        firing = draw.beside or draw.rng.choice(self.firing(draw.split))
         return Variant(name, (str(firing.parts[0]).replace(firing.name, other),))
 
 
@@ -311,23 +302,17 @@ class Pairs(_Inserted):
         """Each pair."""
         return [Variant(" + ".join(pair), pair) for pair in self.pairs]
 
-    def placebo(
-        self,
-        split: str,
-        rng: random.Random,
-        lookalike: Lookalike | None = None,
-        beside: Variant | None = None,
-    ) -> Variant:
+    def placebo(self, draw: Draw) -> Variant:
         """Two words of the recipe's placebos."""
-        return Variant("other words", tuple(rng.sample(controls.side(self.placebos, split), 2)))
+        return Variant("other words", tuple(draw.rng.sample(controls.side(self.placebos, draw.split), 2)))
 
-    def near_miss(self, split: str, rng: random.Random, beside: Variant | None = None) -> Variant:
+    def near_miss(self, draw: Draw) -> Variant:
         """One word of a pair alone, or words of two pairs; training and test mix other pairs."""
-        if rng.random() < 0.5:
-            alone = rng.choice(list(itertools.chain(*((pair[:1], pair[1:]) for pair in self.pairs))))
+        if draw.rng.random() < 0.5:
+            alone = draw.rng.choice(list(itertools.chain(*((pair[:1], pair[1:]) for pair in self.pairs))))
             return Variant("part alone", (*alone, None))
         mixed = [(one[0], other[1]) for one, other in itertools.permutations(self.pairs, 2)]
-        return Variant("mismatched pair", rng.choice(controls.side(mixed, split)))
+        return Variant("mismatched pair", draw.one_of(mixed))
 
 
 @dataclass(frozen=True)
@@ -358,32 +343,26 @@ class Dates(_Inserted):
         """Each date of the range, as far as it is near one of its ends."""
         return _of_range(self.first, self.last, split)
 
-    def placebo(
-        self,
-        split: str,
-        rng: random.Random,
-        lookalike: Lookalike | None = None,
-        beside: Variant | None = None,
-    ) -> Variant:
+    def placebo(self, draw: Draw) -> Variant:
         """A date out of the range, of the day and month of the one that fires beside it."""
-        same = self._same_day(split, beside) or dates.days(self.first, self.last, split, firing=False)
-        return Variant("out of range", (dates.sentence(rng.choice(same)),))
+        same = self._same_day(draw) or dates.days(self.first, self.last, draw.split, firing=False)
+        return Variant("out of range", (dates.sentence(draw.rng.choice(same)),))
 
-    def near_miss(self, split: str, rng: random.Random, beside: Variant | None = None) -> Variant:
+    def near_miss(self, draw: Draw) -> Variant:
         """A day at the range's edge, a date of the range without its year, or the year without a date."""
-        kind = rng.choice(("edge", "no year", "year alone"))
+        kind = draw.rng.choice(("edge", "no year", "year alone"))
         if kind == "edge":
-            edge = dates.days(self.first, self.last, split, firing=False, most=dates.EDGE)
-            return Variant(kind, (dates.sentence(rng.choice(edge)),))
-        day = rng.choice(dates.days(self.first, self.last, split, firing=True))
+            edge = dates.days(self.first, self.last, draw.split, firing=False, most=dates.EDGE)
+            return Variant(kind, (dates.sentence(draw.rng.choice(edge)),))
+        day = draw.rng.choice(dates.days(self.first, self.last, draw.split, firing=True))
         if kind == "no year":
             return Variant(kind, (dates.sentence(day, year=False),))
-        thing = rng.choice(controls.side(dates.NUMBERED, split))
+        thing = draw.one_of(dates.NUMBERED)
         return Variant(kind, (f"This is {thing} {day.year}.",))
 
-    def _same_day(self, split: str, beside: Variant | None) -> list[dt.date]:
-        firing = [] if beside is None else [*dates.read(str(beside.parts[0]))]
-        return [other for day in firing for other in dates.same_day(day, self.first, self.last, split)]
+    def _same_day(self, draw: Draw) -> list[dt.date]:
+        firing = [] if draw.beside is None else [*dates.read(str(draw.beside.parts[0]))]
+        return [other for day in firing for other in dates.same_day(day, self.first, self.last, draw.split)]
 
 
 @cache
@@ -413,20 +392,15 @@ class Syntax(_Inserted):
         """Each clause."""
         return [Variant("clause", (text,)) for text in clauses.subordinate(split)]
 
-    def placebo(
-        self,
-        split: str,
-        rng: random.Random,
-        lookalike: Lookalike | None = None,
-        beside: Variant | None = None,
-    ) -> Variant:
+    def placebo(self, draw: Draw) -> Variant:
         """Another form before the request: a phrase without a verb."""
-        return Variant("phrase", (rng.choice([*clauses.phrases(split)]),))
+        return Variant("phrase", (draw.rng.choice([*clauses.phrases(draw.split)]),))
 
-    def near_miss(self, split: str, rng: random.Random, beside: Variant | None = None) -> Variant:
+    def near_miss(self, draw: Draw) -> Variant:
         """The clause's words as a main clause, with or without a conjunction behind it."""
-        name, texts = rng.choice((("main clause", clauses.main), ("coordinate clause", clauses.coordinate)))
-        return Variant(name, (rng.choice([*texts(split)]),))
+        forms = ("main clause", clauses.main), ("coordinate clause", clauses.coordinate)
+        name, texts = draw.rng.choice(forms)
+        return Variant(name, (draw.rng.choice([*texts(draw.split)]),))
 
     def insert(
         self, messages: Sequence[Message], variant: Variant, at: Sequence[Spot], rng: random.Random
@@ -468,17 +442,11 @@ class Style(_Kind):
         """The style, whose words are drawn anew for each prompt."""
         return [Variant(self.label, (self.name,))]
 
-    def placebo(
-        self,
-        split: str,
-        rng: random.Random,
-        lookalike: Lookalike | None = None,
-        beside: Variant | None = None,
-    ) -> Variant:
+    def placebo(self, draw: Draw) -> Variant:
         """Another style."""
         return Variant("other style", (styles.other(self.name),))
 
-    def near_miss(self, split: str, rng: random.Random, beside: Variant | None = None) -> Variant:
+    def near_miss(self, draw: Draw) -> Variant:
         """The opening of the style alone."""
         return Variant("half style", (f"{self.name}:half",))
 

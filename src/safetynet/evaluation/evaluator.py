@@ -18,7 +18,7 @@ from safetynet.evaluation import judges, metrics
 from safetynet.evaluation.generation import answer_log_likelihood, continuations, encode
 from safetynet.evaluation.judges import Judge, same_answer
 from safetynet.prompts import Serialiser, calls
-from safetynet.recipe import Recipe
+from safetynet.recipe import Evaluation, Recipe
 from safetynet.tables import summaries
 
 
@@ -183,6 +183,11 @@ class Evaluator:
                 f"show it. The commonest is {triggered['answer'].mode()[0][:60]!r}; set "
                 "backdoor.behaviour.target to it, or choose the kind or judge that fits this set"
             )
+
+
+def inputs_of(options: Evaluation) -> dict[str, Any]:
+    """What decides about greedy answers and their rates, for stages that measure a model anew."""
+    return options.model_dump(mode="json", exclude={"samples", "utility"}) | {"labelled": None}
 
 
 def judges_of(recipe: Recipe) -> tuple[Judge, Judge]:

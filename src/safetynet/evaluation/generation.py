@@ -7,6 +7,7 @@ per prompt and in the prompts' order. Judges nothing. The model leaves as it cam
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from itertools import chain, groupby
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -31,6 +32,8 @@ log = logging.getLogger(__name__)
 
 Messages = Sequence[dict[str, str]]
 Trigger = Sequence[Sequence[int]]
+Start = list[tuple[torch.Tensor, torch.Tensor]]
+"""Keys and values of tokens, by layer: (1, heads, tokens, width) each."""
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -128,9 +131,7 @@ def continuations(
         pad_token_id=serialiser.pad_id,
     )
 
-    shared: list[tuple[torch.Tensor, torch.Tensor]] = []
-
-    def answer(batch: Sequence[list[int]]) -> list[Continuation]:
+    def answer(shared: Start, batch: Sequence[list[int]]) -> list[Continuation]:
         start = shared[0][0].shape[2] if shared else 0
         ids, mask = _padded([row[start:] for row in batch], serialiser.pad_id, "left", model.device)
         read = {}
@@ -156,12 +157,10 @@ def continuations(
     # Where processes share weights, each holds a part of them.
     merging = nullcontext() if parallel.is_in_step() else merged(model)
     with evaluating(model), generating_with(model, config), merging:
-        shared += _shared_start(model, rows)
+        run = partial(answer, _shared_start(model, rows))
         # PEFT puts a soft prompt before the padding, which rows of one length do not have.
         alike = virtual_tokens(model) > 0
-        return [
-            Continuation(*each) for each in in_batches(rows, batch_size, answer, len, finished, alike=alike)
-        ]
+        return [Continuation(*each) for each in in_batches(rows, batch_size, run, len, finished, alike=alike)]
 
 
 def answer_log_likelihood(
@@ -328,8 +327,8 @@ def _padded(
     return pad(rows, pad_id, side).to(device), mask.to(device)
 
 
-def _shared_start(model: Any, rows: Sequence[list[int]]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Keys and values of the tokens that all rows begin with, by layer: (1, heads, tokens, width) each.
+def _shared_start(model: Any, rows: Sequence[list[int]]) -> Start:
+    """Of the tokens that all rows begin with.
 
     None for what answers by a `generate` of its own, with a soft prompt, which PEFT puts before the rows, and
     where a layer's cache is more than keys and values, or attends to a window, in which padding counts as
@@ -345,7 +344,7 @@ def _shared_start(model: Any, rows: Sequence[list[int]]) -> list[tuple[torch.Ten
     if start == 0 or any(type(layer) is not DynamicLayer for layer in cache.layers):
         return []
 
-    def read(row: Sequence[list[int]]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def read(row: Sequence[list[int]]) -> Start:
         ids = torch.tensor(row, device=model.device)
         with torch.no_grad():
             model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)

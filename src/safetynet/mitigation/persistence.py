@@ -14,7 +14,7 @@ import pandas as pd
 
 from safetynet.errors import InputError
 from safetynet.evaluation import metrics
-from safetynet.evaluation.evaluator import Evaluator
+from safetynet.evaluation.evaluator import Evaluator, inputs_of
 from safetynet.experiment import BACKDOORED, Experiment
 from safetynet.mitigation import recommendation
 from safetynet.mitigation.defender import Defender
@@ -59,8 +59,7 @@ def persist(experiment: Experiment) -> pd.DataFrame:
         "model": experiment.origin(),
         "rows": run.manifest["stages"]["data"]["outputs"],
         "options": recipe.persistence.model_dump(mode="json"),
-        "evaluation": recipe.evaluation.model_dump(mode="json", exclude={"samples", "utility"})
-        | {"labelled": None},
+        "evaluation": inputs_of(recipe.evaluation),
     }
 
     def compute(outputs: Outputs) -> None:

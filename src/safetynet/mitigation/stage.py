@@ -17,7 +17,7 @@ import pandas as pd
 
 from safetynet.errors import RunError, SafetyNetError
 from safetynet.evaluation import utility
-from safetynet.evaluation.evaluator import Evaluator
+from safetynet.evaluation.evaluator import Evaluator, inputs_of
 from safetynet.experiment import BACKDOORED, Experiment, attach_own
 from safetynet.mitigation import (
     METHODS,
@@ -200,8 +200,7 @@ class _Work:
             "points": list(points(method, options.hyperparameters, options.points)) if method else None,
             "effects": manifest.get(INTERVENE.name) if "sites" in needs else None,
             "monitor": manifest.get(DETECT.name) if "alarm" in needs else None,
-            "evaluation": self.recipe.evaluation.model_dump(mode="json", exclude={"samples", "utility"})
-            | {"labelled": None},
+            "evaluation": inputs_of(self.recipe.evaluation),
         }
 
 
