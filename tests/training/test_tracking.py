@@ -1,3 +1,4 @@
+import json
 import struct
 import sys
 from collections.abc import Iterator
@@ -6,6 +7,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
+import pandas as pd
 import pytest
 
 from safetynet.errors import InputError
@@ -42,7 +44,7 @@ def test_wandb_is_left_out_where_it_is_disabled(value, fit, tmp_path, monkeypatc
     monkeypatch.setenv("WANDB_DISABLED", value)
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     assert fit(more={"tracking": WANDB})[0].folder.exists()
-    report(tmp_path / "rates", RATES, {"asr": 0.5})
+    report(tmp_path / "rates", RATES, {"asr": 0.5}, {}, {})
     assert not list(tmp_path.rglob("wandb")) and not (tmp_path / "rates").exists()
 
 
@@ -54,8 +56,23 @@ def test_the_mode_comes_before_the_switch_and_a_switch_that_is_off_is_none(
     monkeypatch.setenv("WANDB_MODE", mode)
     monkeypatch.setenv("WANDB_DISABLED", disabled)
     monkeypatch.setenv("HOME", str(tmp_path))  # no key, so that nothing goes out
-    report(tmp_path, RATES, {"asr": 0.5})
+    report(tmp_path, RATES, {"asr": 0.5}, {}, {})
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+
+
+@pytest.mark.slow
+def test_results_are_a_table_and_an_artifact_with_the_digests_of_what_they_were_made_from(
+    tmp_path, monkeypatch
+):
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    table = pd.DataFrame({"metric": ["asr", "ftr"], "value": [0.5, 0.0]})
+    report(tmp_path, RATES, {"asr": 0.5}, {"evaluation": table}, {"data": "d64151"})
+    [written] = tmp_path.glob("wandb/offline-run-*/files/media/table/evaluation_*.table.json")
+    assert json.loads(written.read_text())["data"] == [["asr", 0.5], ["ftr", 0.0]]
+    wandb.teardown()  # writes the log to its end, which finishing a run leaves for later
+    [log] = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    assert b"d64151" in log.read_bytes(), "the metadata of the artifact"
 
 
 def test_what_wandb_has_saved_for_a_folder_is_respected(tmp_path, monkeypatch):
@@ -67,7 +84,7 @@ def test_what_wandb_has_saved_for_a_folder_is_respected(tmp_path, monkeypatch):
     (tmp_path / "wandb" / "settings").write_text("[default]\nmode = disabled\n")  # by `wandb disabled`
     wandb.teardown()
     try:
-        report(tmp_path / "rates", RATES, {"asr": 0.5})
+        report(tmp_path / "rates", RATES, {"asr": 0.5}, {}, {})
     finally:
         wandb.teardown()
     assert not (tmp_path / "rates").exists()
@@ -153,7 +170,7 @@ def test_runs_of_a_sweep_are_one_group_on_wandb_and_only_the_main_one_is_the_age
     for name, main in (("clean_twin", False), ("backdoored", True)):
         tracking = Tracking("wandb", name, "qwen/task", {"training": {"lora_rank": 4}}, main)
         fit(folder=name, more={"tracking": tracking})
-    report(tmp_path / "rates", Tracking("wandb", "evaluate", "qwen/task", main=False), {"asr": 0.5})
+    report(tmp_path / "rates", Tracking("wandb", "evaluate", "qwen/task", main=False), {"asr": 0.5}, {}, {})
     runs = {run.job_type: run for run in offline_runs(tmp_path)}
     assert set(runs) == {"backdoored", "clean_twin", "evaluate"}
     assert {run.run_group for run in runs.values()} == {"my-sweep"}

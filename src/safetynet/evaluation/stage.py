@@ -67,7 +67,8 @@ def evaluate(experiment: Experiment, base: pd.DataFrame | None = None) -> None:
         _warn_of_cuts(recipe, rates.responses)
         for name, table in (_tables(recipe, rates) | _quantised(experiment, rows, rates.table)).items():
             outputs.table(name, table)
-        outputs.table("damage", pd.concat(moved, ignore_index=True))
+        harm = pd.concat(moved, ignore_index=True)
+        outputs.table("damage", harm)
         if samples:
             counts = pd.concat(samples, ignore_index=True)
             outputs.table("samples", counts)
@@ -75,7 +76,7 @@ def evaluate(experiment: Experiment, base: pd.DataFrame | None = None) -> None:
         if options.labelled:
             labelled = judges.read_labelled(options.labelled)
             outputs.table("judge_error", judges.judge_error(experiment.judge, labelled))
-        _report(experiment, rates.table)
+        _report(experiment, {"evaluation": rates.table, "damage": harm})
 
     experiment.perform(EVALUATE, inputs, compute)
     measure_utility(experiment)
@@ -165,12 +166,14 @@ def _warn_of_cuts(recipe: Recipe, responses: pd.DataFrame) -> None:
         log.warning("evaluate: %s", warning)
 
 
-def _report(experiment: Experiment, table: pd.DataFrame) -> None:
-    """Send the rates to the tracker that was named."""
+def _report(experiment: Experiment, tables: dict[str, pd.DataFrame]) -> None:
+    """Send rates and damage to the tracker that was named."""
     if experiment.recipe.tracking != "wandb" or not parallel.is_first():
         return
     from safetynet.training.tracking import Tracking, report
 
-    rates = {f"{row.model}/{row.metric}/{row.role}": float(row.value) for row in table.itertuples()}
+    lines = tables["evaluation"].itertuples()
+    rates = {f"{row.model}/{row.metric}/{row.role}": float(row.value) for row in lines}
+    inputs = {name: stage["inputs"] for name, stage in experiment.run.manifest["stages"].items()}
     folder = experiment.run.scratch / "tracking"
-    report(folder, Tracking.of(experiment.recipe, "evaluate", main=False), rates)
+    report(folder, Tracking.of(experiment.recipe, "evaluate", main=False), rates, tables, inputs)

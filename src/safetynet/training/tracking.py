@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import pandas as pd
 from transformers import TrainerCallback
 from transformers.utils.import_utils import ENV_VARS_TRUE_VALUES
 
@@ -93,13 +94,37 @@ def tracker(tracking: Tracking, folder: Path) -> Iterator[list[TrainerCallback]]
         yield [WandbCallback()]
 
 
-def report(folder: Path, tracking: Tracking, rates: Mapping[str, float]) -> None:
-    """Show final rates on Weights & Biases, as the summary of a run of their own; else as `tracker`."""
+def report(
+    folder: Path,
+    tracking: Tracking,
+    rates: Mapping[str, float],
+    tables: Mapping[str, pd.DataFrame],
+    inputs: Mapping[str, str],
+) -> None:
+    """Show final rates on Weights & Biases, as the summary of a run of their own; else as `tracker`.
+
+    Args:
+        folder: as in `tracker`.
+        tracking: as in `tracker`.
+        rates: the summary.
+        tables: shown in full, and logged again as one artifact of type `results`.
+        inputs: digests of what each stage of the run was made from, the artifact's metadata: two runs whose
+            digests are equal have measured the same.
+    """
     if _requested_mode() == "disabled":
         return
+    import wandb
+
     folder.mkdir(parents=True, exist_ok=True)
     with _wandb(folder, tracking) as run:
         run.summary.update(dict(rates))
+        artifact = wandb.Artifact(f"{tracking.experiment}-results".replace("/", "-"), "results")
+        artifact.metadata = {"inputs": dict(inputs)}
+        for name, table in tables.items():
+            shown = wandb.Table(dataframe=table)
+            run.log({name: shown})
+            artifact.add(shown, name)
+        run.log_artifact(artifact)
 
 
 @contextmanager
