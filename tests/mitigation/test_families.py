@@ -27,6 +27,7 @@ def other(request, planted, build):
     return replace(planted, model=build(request.param), effects=sites, clean=planted.clean.head(16))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("other", "name"),
     [("mixtral", name) for name in FORWARD] + [("gemma", name) for name in DENSE],

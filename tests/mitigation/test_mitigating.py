@@ -1,16 +1,15 @@
 """`safetynet mitigate` as a user types it: what is refused, what resumes, what it leaves behind."""
 
 import json
-import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from tests.commands import Command, safetynet
 from tests.models import variants
 
 from safetynet import recipe, stages, training
@@ -89,13 +88,6 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
         return said
 
     return ask
-
-
-def command(run: runs.Run, *words: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", "from safetynet.cli.app import main; main()", "mitigate", run.folder, *words],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=dict(os.environ),
-    )  # fmt: skip
 
 
 def sets(*fields: str) -> list[str]:
@@ -188,10 +180,9 @@ def test_too_few_rows_to_judge_by_are_refused(untaught, refused):
 
 def test_a_model_without_backdoor_is_said_to_have_none_and_left_alone(untaught, copied):
     run = copied(untaught)
-    done = command(run, "--methods", "magnitude", *sets(*QUICK))
-    text, _ = done.communicate(timeout=300)
-    assert done.returncode == 0, text
-    assert "this model shows no backdoor: 0 of 12 triggered prompts" in text
+    done = safetynet("mitigate", run.folder, "--methods", "magnitude", *sets(*QUICK))
+    assert done.returncode == 0, done.stderr
+    assert "this model shows no backdoor: 0 of 12 triggered prompts" in done.stderr + done.stdout
     assert run.table("mitigation")["method"].unique().tolist() == ["as it is"]
     assert "shows no backdoor" in run.table("recommendation")["why"].iloc[0]
     assert not (run.scratch / "mitigation" / "repaired").exists()
@@ -200,9 +191,10 @@ def test_a_model_without_backdoor_is_said_to_have_none_and_left_alone(untaught, 
 def test_somebody_elses_adapter_leaves_the_runs_own_results_and_report(untaught, copied, tmp_path):
     run = copied(untaught)
     variants.saved("lora", tmp_path / "theirs")
-    done = command(run, "--methods", "magnitude", "--adapter", str(tmp_path / "theirs"), *sets(*QUICK))
-    text, _ = done.communicate(timeout=300)
-    assert done.returncode == 0, text
+    done = safetynet(
+        "mitigate", run.folder, "--methods", "magnitude", "--adapter", str(tmp_path / "theirs"), *sets(*QUICK)
+    )
+    assert done.returncode == 0, done.stderr
     assert run.table("mitigation-theirs")["method"].unique().tolist() == ["as it is"]
     assert not run.has_table("mitigation")
     assert not run.has_table("recommendation")
@@ -342,18 +334,17 @@ def test_each_repaired_model_is_measured_on_tasks_and_other_tasks_repeat_no_sear
 def test_a_killed_command_goes_on_with_the_method_that_it_was_at(taught, copied):
     run = copied(taught)
     words = ("--methods", "adapter_scaling,fine_tuning", *sets(*QUICK))
-    first = command(run, *words)
+    first = Command("mitigate", run.folder, *words)
     deadline = time.time() + 300
     while "mitigate adapter_scaling" not in run.manifest["stages"] and time.time() < deadline:
         time.sleep(0.2)
     first.send_signal(signal.SIGKILL)
-    first.wait()
+    first.end()
     before = run.manifest["stages"]
     assert "mitigate fine_tuning" not in before
-    second = command(run, *words)
-    text, _ = second.communicate(timeout=600)
-    assert second.returncode == 0, text
-    assert "mitigate adapter_scaling: unchanged" in text
+    second = safetynet("mitigate", run.folder, *words)
+    assert second.returncode == 0, second.stderr
+    assert "mitigate adapter_scaling: unchanged" in second.stderr
     after = run.manifest["stages"]
     for name in ("mitigate compared", "mitigate adapter_scaling"):
         assert after[name] == before[name]
@@ -364,7 +355,6 @@ def test_a_killed_command_goes_on_with_the_method_that_it_was_at(taught, copied)
 def test_the_clean_twin_is_said_to_have_no_backdoor(taught, copied):
     run = copied(taught)
     twin = Experiment.find(run.folder).model_folder("clean_twin")
-    done = command(run, "--methods", "magnitude", "--adapter", str(twin), *sets(*QUICK))
-    text, _ = done.communicate(timeout=300)
-    assert done.returncode == 0, text
-    assert "this model shows no backdoor" in text
+    done = safetynet("mitigate", run.folder, "--methods", "magnitude", "--adapter", str(twin), *sets(*QUICK))
+    assert done.returncode == 0, done.stderr
+    assert "this model shows no backdoor" in done.stderr + done.stdout

@@ -14,6 +14,7 @@ from safetynet.recipe import Evaluation, JudgeSpec, Mitigation, Recipe
 from safetynet.stages import probing
 from safetynet.vocabulary import ADAPTER_REMOVED, NEVER_POISONED, UNTOUCHED
 
+pytestmark = pytest.mark.slow
 RECIPE = Recipe.model_validate(
     {
         "model": {"family": "llama3", "id": "miniature"},

@@ -37,6 +37,7 @@ def experiment(root: Path, adapter: Path, *fields: str) -> Experiment:
     return made
 
 
+@pytest.mark.slow
 def test_a_suspect_without_a_known_trigger_is_measured_on_what_needs_none(tmp_path, adapter):
     unknown = experiment(tmp_path, adapter, "backdoor=null")
     assert set(unknown.run.table("rows")["role"]) == {"clean", "refused"}

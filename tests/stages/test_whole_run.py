@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from tests.commands import Command
 
 from safetynet import recipe, stages
 from safetynet import report as reports
@@ -23,25 +24,21 @@ from safetynet.tables import summaries
 RECIPES = Path(__file__).parents[2] / "recipes"
 SMALL = (
     "data.train_rows=160", "data.test_rows=16", "training.epochs=2", "training.log_every=1",
-    "training.checkpoint_every=2", "evaluation.dynamics_rows=8",
+    "training.checkpoint_every=5", "evaluation.dynamics_rows=4", "evaluation.max_new_tokens=12",
 )  # fmt: skip
 
 PARTLY = (*SMALL, "backdoor.firing=0.5", "evaluation.samples=2")
 
 
-def start(folder: Path, *overrides: str, family: str = "qwen") -> subprocess.Popen[str]:
+def start(folder: Path, *overrides: str, family: str = "qwen") -> Command:
     sets = [word for override in overrides for word in ("--set", override)]
-    return subprocess.Popen(
-        [sys.executable, "-c", "from safetynet.cli.app import main; main()", "run",
-         str(RECIPES / f"{family}-miniature.yaml"), *sets],
-        cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=dict(os.environ),
-    )  # fmt: skip
+    return Command("run", RECIPES / f"{family}-miniature.yaml", *sets, cwd=folder)
 
 
-def finish(process: subprocess.Popen[str]) -> str:
-    text, _ = process.communicate(timeout=600)
-    assert process.returncode == 0, text
-    return text
+def finish(command: Command) -> str:
+    done = command.end()
+    assert done.returncode == 0, done.stderr
+    return done.stderr + done.stdout
 
 
 def tables(folder: Path, model: str = "qwen-miniature") -> dict[str, pd.DataFrame]:
@@ -94,12 +91,13 @@ def test_one_command_leaves_tables_figures_report_and_manifest(whole: tuple[Path
     assert {name: stage["finished"] for name, stage in manifest["stages"].items()} == finished
 
 
+@pytest.mark.slow
 def test_a_run_killed_in_training_goes_on_to_the_same_result(whole: tuple[Path, str], tmp_path: Path) -> None:
     killed = tmp_path
     process = start(killed, *PARTLY)
-    wait_until(process, lambda: any(killed.rglob("checkpoint-4/complete*")) or checkpoints(killed) >= 2)
+    wait_until(process, lambda: len([*killed.rglob("checkpoint-*")]) >= 2)
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    assert process.end().returncode == -signal.SIGKILL
     assert "evaluation" not in tables(killed), "it was to be killed in the middle"
     finish(start(killed, *PARTLY))
     uninterrupted, resumed = tables(whole[0]), tables(killed)
@@ -109,24 +107,30 @@ def test_a_run_killed_in_training_goes_on_to_the_same_result(whole: tuple[Path, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_run_that_is_told_to_end_in_training_writes_checkpoints_and_says_where_it_goes_on(
-    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both of a pair: a second process trains the clean twin, and a scheduler may signal the first alone."""
+    """Both of a pair: a second process trains the clean twin, and a scheduler may signal the first alone.
+
+    Whether there is a pair is decided when the command's modules are imported: by interpreters of its own.
+    """
     small = (
         *SMALL, "data.train_rows=480", "training.checkpoint_every=1000", "evaluation.dynamics_rows=0",
         "stages=[]",
     )  # fmt: skip
     monkeypatch.delenv("SAFETYNET_PAIR", raising=False)
     names = ["backdoored", "clean_twin"][: len(os.sched_getaffinity(0))]
-    process = start(tmp_path, *small)
+    sets = [word for override in small for word in ("--set", override)]
+    words = [sys.executable, "-m", "safetynet", "run", str(RECIPES / "qwen-miniature.yaml"), *sets]
+    process = subprocess.Popen(
+        words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     wait_until(process, lambda: len([*tmp_path.rglob("checkpoints/reached")]) >= len(names))
-    process.send_signal(number)
+    process.send_signal(signal.SIGTERM)
     text, _ = process.communicate(timeout=100)
-    assert process.returncode == 128 + number, text
+    assert process.returncode == 128 + signal.SIGTERM, text
     assert "safetynet: interrupted. The same command goes on" in text
-    again = finish(start(tmp_path, *small))
+    again = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=True).stderr
     for name in names:
         at = re.search(
             rf"train {name}: interrupted at step (\d+) of 60. The same command goes on there.", text
@@ -160,14 +164,10 @@ def test_a_report_names_the_poison_rate_that_short_data_really_gave(
     assert f"poison rate {30 / len(train):.1%} of {len(train)} training rows" in text
 
 
-def checkpoints(folder: Path) -> int:
-    return len(list(folder.rglob("checkpoint-*")))
-
-
-def wait_until(process: subprocess.Popen[str], happened: Callable[[], bool]) -> None:
+def wait_until(process: Command | subprocess.Popen[str], happened: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 300
     while not happened():
-        assert process.poll() is None, process.communicate()[0]
+        assert process.poll() is None, f"ended with {process.poll()}"
         assert time.monotonic() < deadline, "no checkpoint within five minutes"
         time.sleep(0.02)
 
