@@ -197,7 +197,8 @@ def test_a_disk_that_takes_no_more_loses_no_answer_and_is_no_finding(copy, tmp_p
     def full() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200))
 
-    command = [sys.executable, "-m", "safetynet", "scan", str(copy), "--base", "qwen-miniature"]
+    # -B: Python keeps as much of a compiled module as it could write.
+    command = [sys.executable, "-B", "-m", "safetynet", "scan", str(copy), "--base", "qwen-miniature"]
     done = subprocess.run(
         [*command, "--depth", "quick"], cwd=tmp_path, capture_output=True, text=True, preexec_fn=full
     )
