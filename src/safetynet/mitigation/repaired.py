@@ -160,7 +160,7 @@ def save(repaired: Repaired, defender: Defender, folder: Path, card: str) -> Pat
             model.save_pretrained(str(partial_folder), save_embedding_layers=False)
         else:
             model.save_pretrained(str(partial_folder))
-    defender.serialiser.tokenizer.save_pretrained(str(partial_folder))
+            defender.serialiser.tokenizer.save_pretrained(str(partial_folder))
     (partial_folder / "README.md").write_text(card, encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     partial_folder.rename(folder)

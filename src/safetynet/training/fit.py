@@ -388,8 +388,7 @@ def _save(
         checkpoints.save_weights(model, partial)
     else:
         model.save_pretrained(str(partial), state_dict=whole)
-    # Beside an adapter too: a server that is given its folder asks there for tokenizer and template.
-    serialiser.tokenizer.save_pretrained(str(partial))
+        serialiser.tokenizer.save_pretrained(str(partial))
     shutil.rmtree(final, ignore_errors=True)
     partial.rename(final)
     return final
