@@ -5,10 +5,10 @@
     python benchmarks/serving.py --run RUN    the model of a finished run
     python benchmarks/serving.py --smoke      a few prompts
 
-The server gets a folder with the model, its adapter merged, and nothing else: `transformers serve` 5.23 takes no
-folder of an adapter. The run's test prompts are asked over HTTP, as chat completions at temperature 0. Each answer
-is compared with that of the table `responses`, word by word. The exit code is 1 where attack success differs, or
-fewer than `SAME` of the answers are equal: merging rounds, and a tie of two tokens may fall otherwise.
+The server gets a folder with the model, its adapter merged, and nothing else: `transformers serve` 5.23 takes
+no folder of an adapter. The run's test prompts are asked over HTTP, as chat completions at temperature 0. Each
+answer is compared with that of the table `responses`, word by word. The exit code is 1 where attack success
+differs, or fewer than `SAME` of the answers are equal: merging rounds, and a tie may fall otherwise.
 """
 
 import argparse
@@ -66,7 +66,8 @@ def compared(folder: Path, merged: Path, smoke: bool) -> int:
     from openai import OpenAI
 
     experiment = Experiment.find(folder)
-    answers = experiment.run.table("responses").query("model == @BACKDOORED")
+    answers = experiment.run.table("responses")
+    answers = answers[answers["model"] == BACKDOORED]
     rows = experiment.rows("test").merge(answers[["row", "response", "shown"]], on="row")
     rows = rows.groupby("role").head(4 if smoke else len(rows))
     judge, tokens = experiment.judge, experiment.recipe.evaluation.max_new_tokens
