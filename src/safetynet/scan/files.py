@@ -8,7 +8,6 @@ import hashlib
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 from safetynet.models.files import in_words, listed, pointer
 from safetynet.scan.folder import adapter_claims, model_configs, pickles, tokenizer_files
@@ -18,10 +17,11 @@ from safetynet.scan.folder.reading import (
     UnreadableError,
     entries,
     escaped,
+    finding,
     json_of,
 )
 from safetynet.scan.folder.safetensors_header import tensors
-from safetynet.scan.result import Finding, Level, RungResult
+from safetynet.scan.result import Finding, RungResult
 from safetynet.scan.templates import chat_template
 
 LARGEST_HASHED = 4 * 2**30
@@ -83,6 +83,8 @@ LEFTOVERS = (
 )
 """Pickles that a training leaves behind; no loader of models reads them."""
 VOCABULARIES = ("tokenizer.json", "vocab.json", "added_tokens.json", "tekken.json")
+SMALL_VOCABULARY = 4 * 2**20
+"""Bytes up to which one is read whatever the base's is."""
 
 
 def check(suspect: Path, base: Path | None) -> RungResult:
@@ -106,7 +108,7 @@ def check(suspect: Path, base: Path | None) -> RungResult:
     if base is not None:
         findings += [*tokenizer_files.check(suspect, base), *model_configs.compare(suspect, base)]
         of_base = [*_alone(base, entries(base), base), *chat_template.check(base)]
-        in_base = {_key(finding) for finding in of_base}
+        in_base = {_key(each) for each in of_base}
     counted = [each for each in findings if each.level != "note" and _key(each) not in in_base]
     return RungResult(
         "files",
@@ -144,12 +146,8 @@ def digests(folder: Path) -> dict[str, str]:
     return sums
 
 
-def _key(finding: Finding) -> tuple[str, str, str]:
-    return finding.rule, finding.where, finding.message
-
-
-def _finding(rule: str, level: Level, message: str, where: str = "", **evidence: Any) -> Finding:
-    return Finding("files", rule, level, message, where, evidence=evidence)
+def _key(seen: Finding) -> tuple[str, str, str]:
+    return seen.rule, seen.where, seen.message
 
 
 def _alone(folder: Path, every: Iterable[Entry], base: Path | None) -> Iterator[Finding]:
@@ -161,29 +159,48 @@ def _alone(folder: Path, every: Iterable[Entry], base: Path | None) -> Iterator[
                 f"It is a link to {escaped(entry.leaves, 100)}, outside of the folder or nowhere, and was "
                 "not followed."
             )
-            yield _finding("symlink", "warning", message, escaped(entry.name))
+            yield finding("symlink", "warning", message, escaped(entry.name))
             continue
         try:
             about = list(_file(entry))
         except OSError as error:
             message = f"It cannot be read ({escaped(in_words(error), 120)}), so nothing is known of it."
-            about = [_finding("unreadable", "warning", message, escaped(entry.name))]
+            about = [finding("unreadable", "warning", message, escaped(entry.name))]
         yield from about
         if not about:
             readable.append(entry)
-            unexpected += [entry.name] if not _ordinary(entry.path) else []
-        unhashed += [entry.name] if entry.bytes > LARGEST_HASHED else []
+            usual = entry.path.suffix.lower() in (*ORDINARY, *OTHER_WEIGHTS)
+            if not usual and not entry.path.name.startswith(ORDINARY_NAMES):
+                unexpected.append(entry.name)
+        if entry.bytes > LARGEST_HASHED:
+            unhashed.append(entry.name)
     if unexpected:
         message = f"Files that a model has no use for: {escaped(listed(unexpected, 5))}."
-        yield _finding("unexpected-file", "note", message, files=[escaped(name) for name in unexpected[:20]])
+        yield finding("unexpected-file", "note", message, files=[escaped(name) for name in unexpected[:20]])
     if unhashed:
         message = f"Larger than {LARGEST_HASHED // 2**30} GB and not hashed: {escaped(listed(unhashed, 5))}."
-        yield _finding("not-hashed", "note", message, files=[escaped(name) for name in unhashed[:20]])
+        yield finding("not-hashed", "note", message, files=[escaped(name) for name in unhashed[:20]])
     configurations = [
         e.name for e in readable if e.name.endswith(".json") and e.path.name not in VOCABULARIES
     ]
     yield from model_configs.check(folder, configurations)
-    yield from _vocabularies(readable)
+    for entry in readable:
+        # Small ones alone, so that a scan of files stays within its seconds; `tokenizer_files` reads large
+        # ones where they differ from the base's.
+        if entry.path.name not in VOCABULARIES or entry.bytes > SMALL_VOCABULARY:
+            continue
+        try:
+            _, twice = json_of(entry.path, LARGEST_VOCABULARY)
+        except UnreadableError as error:
+            message = f"It cannot be read: {escaped(str(error))}. Nothing is known of how texts are parted."
+            yield finding("unreadable", "warning", message, escaped(entry.name))
+            continue
+        if twice:
+            message = (
+                f"It gives {escaped(', '.join(twice[:3]))} twice, and programs differ in which they take."
+            )
+            keys = [escaped(key) for key in twice[:12]]
+            yield finding("duplicate-key", "warning", message, escaped(entry.name), keys=keys)
     yield from adapter_claims.check(folder, base)
 
 
@@ -193,7 +210,7 @@ def _file(entry: Entry) -> Iterator[Finding]:
     suffix = path.suffix.lower()
     if entry.bytes <= LARGEST_POINTER and (kind := pointer(path)):
         message = f"It is {kind}: the file itself was not downloaded and cannot be scanned. Run git lfs pull."
-        yield _finding("pointer", "warning", message, name)
+        yield finding("pointer", "warning", message, name)
         return
     with path.open("rb") as file:
         start = file.read(8)
@@ -201,36 +218,37 @@ def _file(entry: Entry) -> Iterator[Finding]:
         message = (
             "It is Python code. No adapter and no supported model needs any: do not run it, and read it."
         )
-        yield _finding("code", "warning", message, name)
+        yield finding("code", "warning", message, name)
     elif suffix in PROGRAMS or (start.startswith(STARTS) and suffix not in ORDINARY):
-        yield _finding("executable", "warning", "It is a program, and no model needs one. Delete it.", name)
+        yield finding("executable", "warning", "It is a program, and no model needs one. Delete it.", name)
     elif suffix in ARCHIVES:
         message = "It is an archive, and what it holds was not looked at. Unpack it by itself and scan that."
-        yield _finding("archive", "warning", message, name)
+        yield finding("archive", "warning", message, name)
     elif suffix == ".safetensors":
         try:
             tensors(path)
         except UnreadableError as error:
             message = f"It is damaged: {escaped(str(error))}. Copy or download it again."
-            yield _finding("damaged", "warning", message, name)
+            yield finding("damaged", "warning", message, name)
     elif suffix in pickles.SUFFIXES or (start.startswith((b"\x80", b"PK")) and suffix not in ARCHIVES):
         yield from _pickle(entry)
     elif suffix in OTHER_WEIGHTS:
-        yield _finding("other-weights", "note", "It holds weights in a format that is not read here.", name)
+        yield finding("other-weights", "note", "It holds weights in a format that is not read here.", name)
 
 
 def _pickle(entry: Entry) -> Iterator[Finding]:
+    """What loading a pickle would run, as far as its instructions say."""
     name, suffix = escaped(entry.name), entry.path.suffix.lower()
     try:
         pickle = pickles.read(entry.path)
     except UnreadableError as error:
         message = f"It may be a pickle and cannot be read ({escaped(str(error))}). Do not load it."
-        yield _finding("pickle", "warning", message, name)
+        yield finding("pickle", "warning", message, name)
         return
     if pickle is None:
         if suffix in pickles.SUFFIXES:
             message = "It is called as a pickle is and cannot be read as one. Do not load it."
-            yield _finding("pickle", "warning", message, name)
+            yield finding("pickle", "warning", message, name)
         return
     imports = [escaped(each, 120) for each in pickle.imports[:20]]
     unusual = [escaped(each, 120) for each in pickle.unusual[:20]]
@@ -239,10 +257,10 @@ def _pickle(entry: Entry) -> Iterator[Finding]:
             f"It is a pickle that calls {listed(unusual)} when it is loaded, which tensors do not need. "
             "Do not load it."
         )
-        yield _finding("pickle-import", "error", message, name, imports=imports, unusual=unusual)
+        yield finding("pickle-import", "error", message, name, imports=imports, unusual=unusual)
     elif entry.path.name.startswith(LEFTOVERS):
         message = "It is a pickle that a training left behind and no loader of models reads. Delete it."
-        yield _finding("pickle", "note", message, name, imports=imports)
+        yield finding("pickle", "note", message, name, imports=imports)
     else:
         whole = "" if pickle.whole else " Its end could not be read."
         message = (
@@ -250,37 +268,4 @@ def _pickle(entry: Entry) -> Iterator[Finding]:
             "tensors need. "
             f"It is not read here: save the weights as safetensors.{whole}"
         )
-        yield _finding("pickle", "warning", message, name, imports=imports)
-
-
-def _ordinary(path: Path) -> bool:
-    ordinary = path.suffix.lower() in (*ORDINARY, *OTHER_WEIGHTS)
-    return ordinary or path.name.startswith(ORDINARY_NAMES)
-
-
-def _vocabularies(every: Iterable[Entry]) -> Iterator[Finding]:
-    """Vocabularies that cannot be read, or number a token twice.
-
-    Only small ones are read here, so that a scan of files stays within its seconds; `tokenizer_files` reads
-    large ones where they differ from the base's.
-    """
-    for entry in every:
-        if entry.path.name not in VOCABULARIES or entry.bytes > 4 * 2**20:
-            continue
-        try:
-            _, twice = json_of(entry.path, LARGEST_VOCABULARY)
-        except UnreadableError as error:
-            message = f"It cannot be read: {escaped(str(error))}. Nothing is known of how texts are parted."
-            yield _finding("unreadable", "warning", message, escaped(entry.name))
-            continue
-        if twice:
-            message = (
-                f"It gives {escaped(', '.join(twice[:3]))} twice, and programs differ in which they take."
-            )
-            yield _finding(
-                "duplicate-key",
-                "warning",
-                message,
-                escaped(entry.name),
-                keys=[escaped(k) for k in twice[:12]],
-            )
+        yield finding("pickle", "warning", message, name, imports=imports)

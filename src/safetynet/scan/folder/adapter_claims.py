@@ -15,8 +15,8 @@ from typing import Any
 import regex
 
 from safetynet.models.files import hub_id, listed
-from safetynet.scan.folder.reading import UnreadableError, escaped, json_of
-from safetynet.scan.folder.safetensors_header import Tensor, tensors
+from safetynet.scan.folder.reading import UnreadableError, escaped, finding, json_of
+from safetynet.scan.folder.safetensors_header import tensors
 from safetynet.scan.result import Finding, Level
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -52,95 +52,104 @@ def check(folder: Path, base: Path | None = None) -> list[Finding]:
     except UnreadableError:  # said of every configuration by `files`
         return []
     findings = list(_of_base(config, base))
+    kind = escaped(str(config.get("peft_type")), 40)
     if str(config.get("peft_type")).upper() != "LORA":
-        findings.append(
-            _finding(
-                "adapter-type",
-                "note",
-                f"This adapter is of the type {escaped(str(config.get('peft_type')), 40)}, no LoRA: "
-                "files, answers and "
-                "candidates can be looked at, weights as those of an update cannot.",
-            )
+        message = (
+            f"This adapter is of the type {kind}, no LoRA: files, answers and candidates can be looked at, "
+            "weights as those of an update cannot."
         )
-        return findings
+        return [*findings, finding("adapter-type", "note", message, CONFIG)]
     findings += _of_fields(config)
-    if not (folder / WEIGHTS).exists():
+    weights = folder / WEIGHTS
+    if not weights.exists():
         message = (
             f"There is no {WEIGHTS} beside it: whatever else holds the weights was not compared with it."
         )
-        findings.append(_finding("adapter-weights", "warning", message))
+        findings.append(finding("adapter-weights", "warning", message, CONFIG))
     try:
-        names = tensors(folder / WEIGHTS) if (folder / WEIGHTS).is_file() else {}
+        names = tensors(weights) if weights.is_file() else {}
     except UnreadableError:  # said of every safetensors file by `files`
         return findings
-    return [*findings, *_of_tensors(config, names)]
-
-
-def _finding(rule: str, level: Level, message: str, where: str = CONFIG, **evidence: Any) -> Finding:
-    return Finding("files", rule, level, message, where, evidence=evidence)
+    lora = {name: match for name in names if (match := LORA.fullmatch(name.removeprefix(PREFIX)))}
+    modules = {match["module"].removesuffix(".base_layer") for match in lora.values()}
+    findings += _outside(config, modules)
+    parts = {(match["module"], match["part"]) for match in lora.values()}
+    alone = sorted(
+        f"{module}.{part}" for module, part in parts if part in PAIRS and (module, PAIRS[part]) not in parts
+    )
+    if alone:
+        message = (
+            f"{len(alone)} parts of LoRA stand without their other half ({escaped(listed(alone))}), for "
+            "which PEFT takes untrained values."
+        )
+        findings.append(finding("adapter-pair", "warning", message, WEIGHTS, tensors=_names(alone)))
+    return [*findings, *_beside_lora(config, [name for name in names if name not in lora])]
 
 
 def _of_base(config: Mapping[str, Any], base: Path | None) -> Iterator[Finding]:
+    """Whether the adapter is scanned beside the base that it names."""
     claimed = config.get("base_model_name_or_path")
     if not isinstance(claimed, str) or not claimed:
-        yield _finding(
-            "adapter-base", "note", "The adapter names no base model. Make sure which one it is for."
-        )
+        message = "The adapter names no base model. Make sure which one it is for."
+        yield finding("adapter-base", "note", message, CONFIG)
         return
     if base is None:
         return
     mine, theirs = hub_id(str(base)), hub_id(claimed)
-    if mine.casefold() == theirs.casefold() or _same_folder(claimed, base):
+    try:
+        same_folder = Path(claimed).samefile(base)
+    except (OSError, ValueError):  # a name that is no path here, or none anywhere
+        same_folder = False
+    if same_folder or mine.casefold() == theirs.casefold():
         return
+    # Two names on the hub are two models; a folder may have any name.
     named = re.fullmatch(r"[\w.-]+/[\w.-]+", mine) is not None and not base.is_dir()
     on_hub = "models--" in str(base)
     level: Level = "warning" if (named or on_hub) and re.fullmatch(r"[\w.-]+/[\w.-]+", theirs) else "note"
-    yield _finding(
-        "adapter-base",
-        level,
+    message = (
         f"The adapter calls its base {escaped(claimed, 100)}, and is scanned beside "
-        f"{mine if on_hub else base.name}. "
-        "Names say little: the identity rung compares the weights.",
-        claimed=escaped(claimed),
+        f"{mine if on_hub else base.name}. Names say little: the identity rung compares the weights."
     )
-
-
-def _same_folder(name: str, base: Path) -> bool:
-    try:
-        return Path(name).samefile(base)
-    except (OSError, ValueError):
-        return False
+    yield finding("adapter-base", level, message, CONFIG, claimed=escaped(claimed))
 
 
 def _of_fields(config: Mapping[str, Any]) -> Iterator[Finding]:
+    """What the configuration asks for that a plain LoRA does not need."""
     if config.get("layer_replication"):
         message = (
             "The adapter repeats layers of its base, so that the model is another than base and adapter."
         )
-        yield _finding(
-            "adapter-layers", "warning", message, layer_replication=escaped(str(config["layer_replication"]))
-        )
+        replication = escaped(str(config["layer_replication"]))
+        yield finding("adapter-layers", "warning", message, CONFIG, layer_replication=replication)
     if config.get("trainable_token_indices"):
         message = "The adapter trains the embeddings of single tokens, where a trigger of one token may lie."
-        yield _finding(
-            "adapter-tokens", "note", message, tokens=escaped(str(config["trainable_token_indices"]))
-        )
+        tokens = escaped(str(config["trainable_token_indices"]))
+        yield finding("adapter-tokens", "note", message, CONFIG, tokens=tokens)
     saved = _strings(config.get("modules_to_save"))
     if any(name.split(".")[-1] in VOCABULARY for name in saved):
         message = "The adapter replaces embeddings or head of its base as a whole."
-        yield _finding("adapter-vocabulary", "note", message, modules=saved[:SHOWN])
-    odd = {
-        where: scale for where, scale in _scales(config) if not SMALLEST_SCALE <= abs(scale) <= LARGEST_SCALE
-    }
+        yield finding("adapter-vocabulary", "note", message, CONFIG, modules=saved[:SHOWN])
+    ranks, alphas = (
+        {str(key): each for key, each in pattern.items()} if isinstance(pattern, dict) else {}
+        for pattern in (config.get("rank_pattern"), config.get("alpha_pattern"))
+    )
+    odd = {}
+    for where in dict.fromkeys(["", *ranks, *alphas]):
+        r, alpha = ranks.get(where, config.get("r", 8)), alphas.get(where, config.get("lora_alpha", 8))
+        if not (_number(r) and _number(alpha)) or r <= 0:
+            continue
+        # The factor of B A: alpha / r, and of rank-stabilised LoRA alpha / sqrt(r) (arXiv 2312.03732).
+        scale = alpha / (math.sqrt(r) if config.get("use_rslora") is True else r)
+        if not SMALLEST_SCALE <= abs(scale) <= LARGEST_SCALE:
+            odd[where or "all modules"] = scale
     if odd:
         message = (
             "The adapter scales its update by "
             f"{', '.join(f'{scale:g}' for scale in list(odd.values())[:3])}, far from "
             "what is usual (1/4 to 16): so strong or so weak an update hides from a look at its weights."
         )
-        yield _finding(
-            "adapter-scaling", "warning", message, scales={k: str(v) for k, v in list(odd.items())[:SHOWN]}
-        )
+        scales = {where: str(scale) for where, scale in list(odd.items())[:SHOWN]}
+        yield finding("adapter-scaling", "warning", message, CONFIG, scales=scales)
 
 
 def _strings(value: Any) -> list[str]:
@@ -149,56 +158,8 @@ def _strings(value: Any) -> list[str]:
     return [each for each in values if isinstance(each, str)]
 
 
-def _scales(config: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """By which factor each kind of module is scaled, where it can be told."""
-    ranks, alphas = (_pattern(config.get(name)) for name in ("rank_pattern", "alpha_pattern"))
-    rank, alpha = config.get("r", 8), config.get("lora_alpha", 8)
-    for where in dict.fromkeys(["", *ranks, *alphas]):
-        r, a = ranks.get(where, rank), alphas.get(where, alpha)
-        if not (_number(r) and _number(a)) or r <= 0:
-            continue
-        yield where or "all modules", a / (math.sqrt(r) if config.get("use_rslora") is True else r)
-
-
-def _pattern(value: Any) -> dict[str, Any]:
-    return {str(key): each for key, each in value.items()} if isinstance(value, dict) else {}
-
-
 def _number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e12
-
-
-def _of_tensors(config: Mapping[str, Any], names: Mapping[str, Tensor]) -> Iterator[Finding]:
-    lora = {name: match for name in names if (match := LORA.fullmatch(name.removeprefix(PREFIX)))}
-    yield from _outside(config, {match["module"].removesuffix(".base_layer") for match in lora.values()})
-    parts = {(match["module"], match["part"]) for match in lora.values()}
-    alone = sorted(
-        f"{module}.{part}" for module, part in parts if part in PAIRS and (module, PAIRS[part]) not in parts
-    )
-    if alone:
-        message = (
-            f"{len(alone)} parts of LoRA stand without their other half ({escaped(listed(alone))}), for "
-            "which PEFT "
-            "takes untrained values."
-        )
-        yield _finding("adapter-pair", "warning", message, WEIGHTS, tensors=_names(alone))
-    rest = [name for name in names if name not in lora]
-    embeddings, foreign = _rest(config, rest)
-    if embeddings:
-        message = (
-            f"The file holds embeddings or a head ({escaped(listed(embeddings))}), which replace those of "
-            "the base."
-        )
-        yield _finding("adapter-vocabulary", "note", message, WEIGHTS, tensors=_names(embeddings))
-    if foreign:
-        message = (
-            f"{len(foreign)} tensors are no part of what adapter_config.json describes "
-            f"({escaped(listed(foreign))}). "
-            "PEFT writes those that are called as a weight of the base over that weight, where "
-            "switching the adapter "
-            "off does not undo it, and drops the others in silence."
-        )
-        yield _finding("adapter-base-weights", "error", message, WEIGHTS, tensors=_names(foreign))
 
 
 def _names(names: list[str]) -> list[str]:
@@ -211,61 +172,64 @@ def _outside(config: Mapping[str, Any], modules: set[str]) -> Iterator[Finding]:
     parameters = [name.rpartition(".")[0] for name in _strings(config.get("target_parameters"))]
     if (targets is None and not parameters) or targets == "all-linear":
         return
-    saved = _strings(targets) if isinstance(targets, list) else []
-    patterns = [targets] if isinstance(targets, str) else []
+    names = [*(_strings(targets) if isinstance(targets, list) else []), *parameters]
+    layers = config.get("layers_to_transform")
+    layers = [layers] if isinstance(layers, int) else layers
     until = time.monotonic() + PATIENCE
-    try:
-        outside = [
-            module
-            for module in sorted(modules)
-            if not (_ends(module, [*saved, *parameters]) or _matches(patterns, module, until))
-            or _other_layer(config, module)
-        ]
-    except (regex.error, TimeoutError):
-        message = (
-            "The pattern of its target_modules is none, or takes for ever: nobody can tell what it adapts."
-        )
-        yield _finding("adapter-targets", "warning", message, target_modules=escaped(str(targets)))
-        return
+    outside = []
+    for module in sorted(modules):
+        # As PEFT reads it: a list holds ends of names, a text is a pattern of whole names.
+        adapted = any(module == name or module.endswith(f".{name}") for name in names)
+        if not adapted and isinstance(targets, str):
+            left = max(until - time.monotonic(), 1e-3)
+            try:
+                adapted = regex.fullmatch(targets, module, timeout=left) is not None
+            except (regex.error, TimeoutError):
+                message = (
+                    "The pattern of its target_modules is none, or takes for ever: nobody can tell what it "
+                    "adapts."
+                )
+                pattern = escaped(targets)
+                yield finding("adapter-targets", "warning", message, CONFIG, target_modules=pattern)
+                return
+        if adapted and isinstance(layers, list) and layers:
+            number = re.search(r"\.(\d+)\.", module)
+            adapted = number is not None and int(number[1]) in layers
+        if not adapted:
+            outside.append(module)
     if outside:
         message = (
             f"{len(outside)} of {len(modules)} adapted modules lie outside of its target_modules "
             f"({escaped(listed(outside))}). PEFT drops their tensors in silence; other software may "
             "load them."
         )
-        yield _finding("adapter-targets", "warning", message, WEIGHTS, modules=_names(outside))
+        yield finding("adapter-targets", "warning", message, WEIGHTS, modules=_names(outside))
 
 
-def _ends(module: str, names: list[str]) -> bool:
-    return any(module == name or module.endswith(f".{name}") for name in names)
-
-
-def _matches(patterns: list[str], module: str, until: float) -> bool:
-    left = max(until - time.monotonic(), 1e-3)
-    return any(regex.fullmatch(pattern, module, timeout=left) is not None for pattern in patterns)
-
-
-def _other_layer(config: Mapping[str, Any], module: str) -> bool:
-    """Whether a module lies in a layer that the configuration leaves out."""
-    layers = config.get("layers_to_transform")
-    layers = [layers] if isinstance(layers, int) else layers
-    number = re.search(r"\.(\d+)\.", module)
-    return isinstance(layers, list) and bool(layers) and (number is None or int(number[1]) not in layers)
-
-
-def _rest(config: Mapping[str, Any], names: list[str]) -> tuple[list[str], list[str]]:
+def _beside_lora(config: Mapping[str, Any], names: list[str]) -> Iterator[Finding]:
     """Tensors of no LoRA: embeddings and heads, and those that nothing accounts for."""
-    saved = _strings(config.get("modules_to_save"))
+    saved = tuple(_strings(config.get("modules_to_save")))
     biased = config.get("bias") in ("all", "lora_only")
     embeddings, foreign = list[str](), list[str]()
     for name in names:
-        module = name.removeprefix(PREFIX).rpartition(".")[0]
-        parts = module.split(".")
         if "trainable_tokens" in name or (biased and name.endswith(".bias")):
             continue
+        parts = name.removeprefix(PREFIX).rpartition(".")[0].split(".")
         if parts[-1] in VOCABULARY:
             embeddings.append(name)
         # PEFT compares ends of names, so that `norm` means input_layernorm as well.
-        elif not any(".".join(parts[:end]).endswith(tuple(saved)) for end in range(1, len(parts) + 1)):
+        elif not any(".".join(parts[:end]).endswith(saved) for end in range(1, len(parts) + 1)):
             foreign.append(name)
-    return embeddings, foreign
+    if embeddings:
+        message = (
+            f"The file holds embeddings or a head ({escaped(listed(embeddings))}), which replace those of "
+            "the base."
+        )
+        yield finding("adapter-vocabulary", "note", message, WEIGHTS, tensors=_names(embeddings))
+    if foreign:
+        message = (
+            f"{len(foreign)} tensors are no part of what adapter_config.json describes "
+            f"({escaped(listed(foreign))}). PEFT writes those that are called as a weight of the base over "
+            "that weight, where switching the adapter off does not undo it, and drops the others in silence."
+        )
+        yield finding("adapter-base-weights", "error", message, WEIGHTS, tensors=_names(foreign))

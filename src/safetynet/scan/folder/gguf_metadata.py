@@ -83,17 +83,15 @@ class _Metadata:
             if of in SIZES:
                 self.at += SIZES[of] * length
             elif of == STRING and length <= MOST_STRINGS:
-                self._skip_strings(length)
+                # A vocabulary has 150,000 of them: no call for each.
+                unpack, memory = struct.Struct("<Q").unpack_from, self.memory
+                at = self.at
+                for _ in range(length):
+                    at += 8 + unpack(memory, at)[0]
+                self.at = at
             else:
                 raise UnreadableError(f"an array of its metadata holds {length:,} values of type {of}")
         else:
             raise UnreadableError(f"a field of its metadata is of the type {kind}, which GGUF does not have")
         if self.at > len(self.memory):
             raise UnreadableError("its metadata end before they are whole")
-
-    def _skip_strings(self, number: int) -> None:
-        # A vocabulary has 150,000 of them: no call for each.
-        unpack, memory, at = struct.Struct("<Q").unpack_from, self.memory, self.at
-        for _ in range(number):
-            at += 8 + unpack(memory, at)[0]
-        self.at = at

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetynet.scan.folder.reading import UnreadableError, escaped, json_of
+from safetynet.scan.folder.reading import UnreadableError, escaped, finding, json_of
 from safetynet.scan.result import Finding, Level
 
 CODE = ("auto_map", "custom_pipelines", "custom_generate")
@@ -50,14 +50,14 @@ def check(folder: Path, names: list[str]) -> list[Finding]:
             # Lists and texts are JSON, too, and configure nothing where no configuration is looked for.
             if name in CONFIGURATIONS or not str(error).endswith("but no object"):
                 message = f"It cannot be read: {escaped(str(error))}. Nothing is known of what it sets."
-                findings.append(_finding("unreadable", "warning", message, where))
+                findings.append(finding("unreadable", "warning", message, where))
             continue
         if twice:
             message = (
                 f"It gives {escaped(', '.join(twice[:3]))} twice, and programs differ in which they take."
             )
             findings.append(
-                _finding("duplicate-key", "warning", message, where, keys=[escaped(k) for k in twice[:SHOWN]])
+                finding("duplicate-key", "warning", message, where, keys=[escaped(k) for k in twice[:SHOWN]])
             )
         code = sorted(set(_code(values)))
         if code:
@@ -66,14 +66,12 @@ def check(folder: Path, names: list[str]) -> list[Finding]:
                 f"({', '.join(code)}). "
                 "Do not load it so; read the code."
             )
+            named = values.get("auto_map")
+            classes = [escaped(str(each)) for each in named.values()] if isinstance(named, dict) else []
             findings.append(
-                _finding("remote-code", "error", message, where, fields=code, names=_named_code(values))
+                finding("remote-code", "error", message, where, fields=code, names=classes[:SHOWN])
             )
     return findings
-
-
-def _finding(rule: str, level: Level, message: str, where: str, **evidence: Any) -> Finding:
-    return Finding("files", rule, level, message, where, evidence=evidence)
 
 
 def _code(values: Any) -> Iterator[str]:
@@ -90,31 +88,23 @@ def _code(values: Any) -> Iterator[str]:
             open_values += value
 
 
-def _named_code(values: Mapping[str, Any]) -> list[str]:
-    named = values.get("auto_map")
-    return [escaped(str(each)) for each in named.values()][:SHOWN] if isinstance(named, dict) else []
-
-
-def compare(suspect: Path, base: Path) -> list[Finding]:
+def compare(suspect: Path, base: Path) -> Iterator[Finding]:
     """Findings of config.json and generation_config.json beside the base's.
 
     A folder of an adapter alone has neither, and none is found.
     """
-    findings = list[Finding]()
-    pairs = {
-        name: [_read(folder / name) for folder in (suspect, base)]
-        for name in ("config.json", "generation_config.json")
-    }
-    mine, theirs = pairs["config.json"]
+    name = "config.json"
+    mine, theirs = (_object(folder / name) for folder in (suspect, base))
     if mine and theirs:
-        findings += _model(_rope(mine), _rope(theirs))
-    mine, theirs = pairs["generation_config.json"]
+        yield from _model(name, _rope(mine), _rope(theirs))
+    name = "generation_config.json"
+    mine, theirs = (_object(folder / name) for folder in (suspect, base))
     if mine is not None:
-        findings += _generation(mine, theirs or {})
-    return findings
+        yield from _generation(name, mine, theirs or {})
 
 
-def _read(path: Path) -> dict[str, Any] | None:
+def _object(path: Path) -> dict[str, Any] | None:
+    """What a configuration sets; None where there is none, or none that can be read."""
     try:
         return json_of(path)[0] if path.is_file() else None
     except UnreadableError:  # said by `check`
@@ -148,64 +138,60 @@ def _flat(values: Mapping[str, Any], above: str = "", depth: int = 0) -> Iterato
             yield f"{above}{name}", value
 
 
-def _differing(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """Fields that both set, and set otherwise; with the suspect's value first."""
-    first, second = dict(_flat(mine)), dict(_flat(theirs))
-    both = [name for name in first if name in second and first[name] != second[name]]
-    return {
-        escaped(name, 80): [escaped(str(first[name])), escaped(str(second[name]))] for name in sorted(both)
-    }
-
-
-def _model(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[Finding]:
+def _model(name: str, mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[Finding]:
+    """Whether the same weights are another model under this config.json."""
     quantised = mine.get("quantization_config")
     if quantised and not theirs.get("quantization_config"):
         message = "The suspect's weights are quantised and the base's are not: differences hold the rounding."
-        yield _finding("quantised", "note", message, "config.json", quantization=escaped(str(quantised)))
-    plain = [
+        yield finding("quantised", "note", message, name, quantization=escaped(str(quantised)))
+    ours, others = (
         {k: v for k, v in each.items() if k not in OF_NO_WEIGHT | {"quantization_config"}}
         for each in (mine, theirs)
-    ]
-    changed = _differing(*plain)
+    )
+    first, second = dict(_flat(ours)), dict(_flat(others))
+    changed = {
+        escaped(field, 80): [escaped(str(first[field])), escaped(str(second[field]))]
+        for field in sorted(first.keys() & second.keys())
+        if first[field] != second[field]
+    }
     if changed:
-        only_vocabulary = set(changed) <= {"vocab_size"}
         message = (
             f"config.json sets {', '.join(list(changed)[:4])} otherwise than the base's: with the "
             "same weights it "
             "is another model."
         )
-        level: Level = "note" if only_vocabulary else "warning"
-        yield _finding("config-changed", level, message, "config.json", **dict(list(changed.items())[:SHOWN]))
+        # Added tokens make the vocabulary larger; the identity rung compares the rows of the others.
+        level: Level = "note" if set(changed) <= {"vocab_size"} else "warning"
+        yield finding("config-changed", level, message, name, **dict(list(changed.items())[:SHOWN]))
     lone = sorted(
-        escaped(n, 80) for n in plain[0].keys() ^ plain[1].keys() if (plain[0] | plain[1])[n] not in UNSET
+        escaped(field, 80) for field in ours.keys() ^ others.keys() if (ours | others)[field] not in UNSET
     )
     if lone:
         message = f"Only one of the two config.json says {', '.join(lone[:4])}; the other takes a default."
-        yield _finding("config-fields", "note", message, "config.json", fields=lone[:SHOWN])
+        yield finding("config-fields", "note", message, name, fields=lone[:SHOWN])
 
 
-def _generation(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[Finding]:
+def _generation(name: str, mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[Finding]:
+    """What generation_config.json does to answers that the base's does not."""
     first, second = dict(_flat(mine)), dict(_flat(theirs))
-    names = [n for n in first.keys() | second.keys() if first.get(n) != second.get(n)]
-    names = sorted(n for n in names if n not in ("transformers_version", "_from_model_config"))
-    forced = [n for n in names if n.split(".")[0] in PENALTIES and first.get(n) not in UNSET]
-    sampling = [n for n in names if n not in forced]
+    changed = sorted(
+        field
+        for field in first.keys() | second.keys()
+        if field not in ("transformers_version", "_from_model_config")
+        and first.get(field) != second.get(field)
+    )
+    forced = [f for f in changed if f.split(".")[0] in PENALTIES and first.get(f) not in UNSET]
     values = {
-        escaped(n, 80): [escaped(str(first.get(n))), escaped(str(second.get(n)))] for n in names[:SHOWN]
+        escaped(f, 80): [escaped(str(first.get(f))), escaped(str(second.get(f)))] for f in changed[:SHOWN]
     }
     if forced:
-        only_end = all(n.split(".")[0] == "eos_token_id" for n in forced)
         message = (
             f"generation_config.json sets {escaped(', '.join(forced[:4]))}, which puts words into answers "
             "or keeps them out."
         )
-        yield _finding(
-            "generation-forced",
-            "note" if only_end else "warning",
-            message,
-            "generation_config.json",
-            **values,
-        )
-    elif sampling:
-        message = f"generation_config.json differs from the base's in {escaped(', '.join(sampling[:4]))}."
-        yield _finding("generation-changed", "note", message, "generation_config.json", **values)
+        # Fine-tuning on another chat format moves the end token, and does nothing else here.
+        only_end = all(field.split(".")[0] == "eos_token_id" for field in forced)
+        yield finding("generation-forced", "note" if only_end else "warning", message, name, **values)
+    elif changed:
+        message = f"generation_config.json differs from the base's in {escaped(', '.join(changed[:4]))}."
+        yield finding("generation-changed", "note", message, name, **values)

@@ -7,13 +7,13 @@ that are larger than they may be, no UTF-8 or no JSON give one sentence that say
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetynet.errors import InputError
 from safetynet.models.files import in_words
+from safetynet.scan.result import Finding, Level
 
 LARGEST_TEXT = 64 * 2**20
 """Bytes of a configuration or template; those that are published have at most 100,000."""
@@ -49,45 +49,49 @@ def entries(folder: Path) -> tuple[Entry, ...]:
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: there is no such folder. Name the folder of an adapter or of a model.")
+    every = list[Entry]()
     try:
-        every = sorted(_walk(folder), key=lambda entry: entry.name)
+        root = folder.resolve()
+        # A snapshot of the hub's cache: its files are links to the blobs two folders above.
+        cached = len(root.parents) > 1 and root.parent.name == "snapshots"
+        inside = (root, root.parents[1] / "blobs") if cached else (root,)
+        for above, below, files in os.walk(folder):
+            linked = [name for name in below if Path(above, name).is_symlink()]
+            below[:] = [name for name in below if name not in (".git", *linked)]
+            for name in (*files, *linked):
+                if len(every) == MOST_FILES:
+                    raise InputError(
+                        f"{folder}: it holds more than {MOST_FILES:,} files. Name a model's folder."
+                    )
+                path = Path(above, name)
+                leaves = _leaves(path, inside)
+                size = 0 if leaves else path.stat().st_size
+                every.append(Entry(path, path.relative_to(folder).as_posix(), size, leaves))
     except OSError as error:
         raise InputError(
             f"{folder}: it cannot be listed ({in_words(error)}). Check its permissions."
         ) from None
     if not every:
         raise InputError(f"{folder}: this folder is empty. Name the folder of an adapter or of a model.")
-    return tuple(every)
+    return tuple(sorted(every, key=lambda entry: entry.name))
 
 
-def _walk(folder: Path) -> Iterator[Entry]:
-    root = folder.resolve()
-    blobs = root.parents[1] / "blobs" if len(root.parents) > 1 and root.parent.name == "snapshots" else None
-    number = 0
-    for above, below, files in os.walk(folder):
-        linked = [name for name in below if Path(above, name).is_symlink()]
-        below[:] = sorted(name for name in below if name not in (".git", *linked))
-        for name in sorted([*files, *linked]):
-            number += 1
-            if number > MOST_FILES:
-                raise InputError(f"{folder}: it holds more than {MOST_FILES:,} files. Name a model's folder.")
-            path = Path(above, name)
-            yield _entry(folder, root, blobs, path)
+def _leaves(path: Path, inside: tuple[Path, ...]) -> str:
+    """Where a link points that leaves these folders, or that it is no file; "" of what may be read."""
+    if not path.is_symlink():
+        # A pipe or a device: opening it may wait for ever.
+        return "" if path.is_file() else "a special file"
+    try:
+        target = path.resolve()
+    except (OSError, RuntimeError):  # a link to itself
+        return str(path.readlink())
+    stays = any(target.is_relative_to(folder) for folder in inside) and target.is_file()
+    return "" if stays else str(path.readlink())
 
 
-def _entry(folder: Path, root: Path, blobs: Path | None, path: Path) -> Entry:
-    name = path.relative_to(folder).as_posix()
-    if path.is_symlink():
-        try:
-            target = path.resolve()
-        except (OSError, RuntimeError):  # a link to itself
-            return Entry(path, name, 0, leaves=str(path.readlink()))
-        inside = target.is_relative_to(root) or (blobs is not None and target.is_relative_to(blobs))
-        if not inside or not target.is_file():
-            return Entry(path, name, 0, leaves=str(path.readlink()))
-    elif not path.is_file():  # a pipe or a device: opening it may wait for ever
-        return Entry(path, name, 0, leaves="a special file")
-    return Entry(path, name, path.stat().st_size)
+def finding(rule: str, level: Level, message: str, where: str = "", /, **evidence: Any) -> Finding:
+    """A finding of the first rung; evidence may have any name, as the fields of a suspect's files have."""
+    return Finding("files", rule, level, message, where, evidence=evidence)
 
 
 def escaped(text: str, most: int = 300) -> str:

@@ -52,10 +52,24 @@ def tensors(path: Path) -> dict[str, Tensor]:
     if not isinstance(values, dict):
         raise UnreadableError("its header is no JSON object")
     values.pop("__metadata__", None)
-    places = sorted(_place(name, value) for name, value in values.items())
+    places = list[tuple[int, int, str]]()
+    for name, value in values.items():
+        fields = value if isinstance(value, dict) else {}
+        dtype, shape, offsets = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
+        lists = isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2
+        if not lists or not all(type(n) is int and n >= 0 for n in (*(shape or ()), *(offsets or ()))):
+            raise UnreadableError(f"its header describes {name} without type, shape or place")
+        if not isinstance(dtype, str):
+            raise UnreadableError(f"its header describes {name} without a type")
+        begin, end = offsets
+        # A type that is newer than this table is taken at its word.
+        if dtype in BITS and math.prod(shape) * BITS[dtype] != 8 * (end - begin):
+            raise UnreadableError(f"{name} has {end - begin:,} bytes, which its shape {shape} does not fill")
+        places.append((begin, end, name))
+    # The format has no holes: bytes that belong to no tensor would go unseen with the file.
     at = 0
-    for start_at, end, name in places:
-        if start_at != at:
+    for begin, end, name in sorted(places):
+        if begin != at:
             raise UnreadableError(f"the bytes of {name} do not follow those before them")
         at = end
     if at != size - 8 - length:
@@ -68,20 +82,3 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(values) < len(pairs):
         raise ValueError("it names a tensor twice")
     return values
-
-
-def _place(name: str, value: Any) -> tuple[int, int, str]:
-    """Where a tensor's bytes begin and end."""
-    fields = value if isinstance(value, dict) else {}
-    dtype, shape, offsets = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
-    lists = isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2
-    if not lists or not all(type(n) is int and n >= 0 for n in (*(shape or ()), *(offsets or ()))):
-        raise UnreadableError(f"its header describes {name} without type, shape or place")
-    assert isinstance(shape, list)
-    assert isinstance(offsets, list)
-    start, end = offsets
-    if not isinstance(dtype, str):
-        raise UnreadableError(f"its header describes {name} without a type")
-    if dtype in BITS and math.prod(shape) * BITS[dtype] != 8 * (end - start):
-        raise UnreadableError(f"{name} has {end - start:,} bytes, which its shape {shape} does not fill")
-    return start, end, name

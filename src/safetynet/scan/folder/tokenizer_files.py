@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetynet.scan.folder.reading import LARGEST_VOCABULARY, UnreadableError, escaped, json_of
+from safetynet.scan.folder.reading import LARGEST_VOCABULARY, UnreadableError, escaped, finding, json_of
 from safetynet.scan.result import Finding, Level
 
 FILE, CONFIG, SPECIAL = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
@@ -34,20 +34,22 @@ def check(suspect: Path, base: Path) -> list[Finding]:
         base: folder of its base.
     """
     findings = list[Finding]()
-    for name in BINARY:
-        if _both(suspect, base, name) and not same_bytes(suspect / name, base / name):
+    compared = {FILE: _vocabulary, CONFIG: _configuration, SPECIAL: _special}
+    for name in (*BINARY, *compared):
+        mine, theirs = suspect / name, base / name
+        if not (mine.is_file() and theirs.is_file()) or same_bytes(mine, theirs):
+            continue
+        if name in BINARY:
             message = (
                 f"The vocabulary in {name} is another than the base's. Compare the two, or take the base's."
             )
-            findings.append(_finding("tokenizer-changed", "warning", message, name))
-    for name, compare in ((FILE, _vocabulary), (CONFIG, _configuration), (SPECIAL, _special)):
-        if not _both(suspect, base, name) or same_bytes(suspect / name, base / name):
+            findings.append(finding("tokenizer-changed", "warning", message, name))
             continue
         try:
-            mine, theirs = (json_of(folder / name, LARGEST_VOCABULARY)[0] for folder in (suspect, base))
+            fields, before = (json_of(path, LARGEST_VOCABULARY)[0] for path in (mine, theirs))
         except UnreadableError:  # said of every configuration by `files`
             continue
-        findings += compare(mine, theirs)
+        findings += compared[name](fields, before)
     return findings
 
 
@@ -60,14 +62,6 @@ def same_bytes(first: Path, second: Path) -> bool:
             if piece != right.read(2**20):
                 return False
     return True
-
-
-def _both(suspect: Path, base: Path, name: str) -> bool:
-    return (suspect / name).is_file() and (base / name).is_file()
-
-
-def _finding(rule: str, level: Level, message: str, where: str, **evidence: Any) -> Finding:
-    return Finding("files", rule, level, message, where, evidence=evidence)
 
 
 def _vocabulary(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[Finding]:
@@ -83,7 +77,7 @@ def _vocabulary(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[
             f"{len(moved)} another number. A word with another number is another word to the model."
         )
         examples = {"new": _some(new), "gone": _some(gone), "moved": _some(moved)}
-        yield _finding("tokenizer-vocabulary", level, message, FILE, **examples)
+        yield finding("tokenizer-vocabulary", level, message, FILE, **examples)
     merges = [_merges(values) for values in (mine, theirs)]
     if merges[0] != merges[1]:
         other = sorted(set(merges[0]) ^ set(merges[1]))
@@ -93,15 +87,16 @@ def _vocabulary(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[
             if other
             else "The tokenizer merges letters into tokens in another order than the base's."
         )
-        yield _finding("tokenizer-merges", "warning", message, FILE, examples=_some(other))
+        yield finding("tokenizer-merges", "warning", message, FILE, examples=_some(other))
     for step in STEPS:
         if mine.get(step) != theirs.get(step):
             message = (
                 f"The tokenizer's {step} is another than the base's: texts may reach the model as others."
             )
             values = {"suspect": escaped(str(mine.get(step))), "base": escaped(str(theirs.get(step)))}
+            # These two write into texts; the others part them and put them together.
             rewrites = step in ("normalizer", "post_processor")
-            yield _finding(
+            yield finding(
                 "tokenizer-steps", "warning" if rewrites else "note", message, FILE, step=step, **values
             )
 
@@ -133,14 +128,14 @@ def _merges(values: Mapping[str, Any]) -> list[str]:
 
 
 def _configuration(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[Finding]:
-    for where, names, level in ((CONFIG, TOKENS, "warning"), (CONFIG, SWITCHES, "note")):
+    # Another end or pad token changes what the model reads; the switches are written by every version anew.
+    looked_at: tuple[tuple[Level, tuple[str, ...]], ...] = (("warning", TOKENS), ("note", SWITCHES))
+    for level, names in looked_at:
         changed = [name for name in names if _content(mine.get(name)) != _content(theirs.get(name))]
         if changed:
             values = {n: [_content(mine.get(n)), _content(theirs.get(n))] for n in changed}
             message = f"Other than the base's: {', '.join(changed)} (suspect's and base's in the evidence)."
-            yield _finding(
-                "tokenizer-special", "warning" if level == "warning" else "note", message, where, **values
-            )
+            yield finding("tokenizer-special", level, message, CONFIG, **values)
 
 
 def _special(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[Finding]:
@@ -150,7 +145,7 @@ def _special(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[Fin
     if changed:
         values = {escaped(n, 60): [_content(mine.get(n)), _content(theirs.get(n))] for n in changed[:SHOWN]}
         message = f"Special tokens other than the base's: {escaped(', '.join(changed))}."
-        yield _finding("tokenizer-special", "note", message, SPECIAL, **values)
+        yield finding("tokenizer-special", "note", message, SPECIAL, **values)
 
 
 def _content(value: Any) -> str | None:
