@@ -12,16 +12,16 @@ Rules: `template-condition`, `template-conditions`, `template-changed`, `templat
 import difflib
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetynet.scan.folder import gguf_metadata
-from safetynet.scan.folder.reading import Entry, UnreadableError, entries, escaped, json_of, text_of
+from safetynet.scan.folder.reading import UnreadableError, entries, escaped, finding, json_of, text_of
 from safetynet.scan.result import Finding, Level
 from safetynet.scan.templates.conditions import Analysis, analyse
-from safetynet.scan.templates.values import Dependence, UnparsedError
-from safetynet.scan.templates.words import natural
+from safetynet.scan.templates.values import Dependence, UnparsedError, natural
 
 DEFAULT = "default"
 JSON_FILES = (
@@ -82,14 +82,24 @@ def check(suspect: Path, base: Path | None = None) -> tuple[Finding, ...]:
     """
     templates, findings = read(suspect)
     base_templates = read(base)[0] if base is not None else ()
-    of_base = _analysed(base_templates)
+    of_base = list[Analysis]()
+    for template in base_templates:
+        with suppress(UnparsedError):  # the suspect's own is reported
+            of_base.append(analyse(template.text))
     in_base = {_key(each) for analysis in of_base for each in analysis.dependences}
     for template in templates:
         findings += _findings(template, in_base)
         if base is not None:
             findings += _compared(template, base_templates, of_base)
-    if base is None or _conflicts(templates) != _conflicts(base_templates):
-        findings += _conflicting(templates)
+    conflicts = _conflicts(templates)
+    if base is None or conflicts != _conflicts(base_templates):
+        for name in conflicts:
+            files = [each.file for each in templates if each.name == name]
+            message = (
+                f"{', '.join(map(escaped, files))} hold different chat templates under one name "
+                f"({escaped(name, 60)}). Which of them is used depends on the software. Delete all but one."
+            )
+            findings.append(finding("template-conflict", "warning", message, escaped(files[0])))
     return tuple(findings)
 
 
@@ -103,34 +113,31 @@ def read(folder: Path) -> tuple[tuple[Template, ...], list[Finding]]:
     for entry in entries(folder):
         if entry.leaves:
             continue
+        file = entry.name
         try:
-            templates += _templates(entry)
+            if file in JSON_FILES:
+                fields, twice = json_of(entry.path)
+                if "chat_template" in twice:
+                    raise UnreadableError(
+                        "it gives chat_template twice, and software differs in which it takes"
+                    )
+                texts = list(_named(fields.get("chat_template")))
+            elif file == "chat_template.jinja":
+                texts = [(DEFAULT, text_of(entry.path))]
+            elif file.endswith((".jinja", ".jinja2", ".j2")):
+                texts = [(file.removeprefix(FOLDER).rpartition(".")[0], text_of(entry.path))]
+            elif file.endswith(".gguf"):
+                texts = list(gguf_metadata.chat_templates(entry.path).items())
+            else:
+                continue
         except UnreadableError as error:
-            findings.append(
-                _finding(
-                    "template-unreadable",
-                    "warning",
-                    f"It may hold a chat template and cannot be read: {escaped(str(error))}. Read it "
-                    "by hand.",
-                    escaped(entry.name),
-                )
+            message = (
+                f"It may hold a chat template and cannot be read: {escaped(str(error))}. Read it by hand."
             )
+            findings.append(finding("template-unreadable", "warning", message, escaped(file)))
+            continue
+        templates += [Template(name, file, text) for name, text in texts]
     return tuple(templates), findings
-
-
-def _templates(entry: Entry) -> list[Template]:
-    name = entry.name
-    if name in JSON_FILES:
-        values, twice = json_of(entry.path)
-        if "chat_template" in twice:
-            raise UnreadableError("it gives chat_template twice, and software differs in which it takes")
-        return [Template(each, name, text) for each, text in _named(values.get("chat_template"))]
-    if name.endswith((".jinja", ".jinja2", ".j2")):
-        short = "default" if name == "chat_template.jinja" else name.removeprefix(FOLDER).rpartition(".")[0]
-        return [Template(short, name, text_of(entry.path))]
-    if name.endswith(".gguf"):
-        return [Template(each, name, text) for each, text in gguf_metadata.chat_templates(entry.path).items()]
-    return []
 
 
 def _named(value: Any) -> Iterator[tuple[str, str]]:
@@ -149,16 +156,6 @@ def _named(value: Any) -> Iterator[tuple[str, str]]:
         if not isinstance(name, str) or not isinstance(text, str):
             raise UnreadableError("its chat_template lists one without a name or a text")
         yield name, text
-
-
-def _analysed(templates: Sequence[Template]) -> list[Analysis]:
-    analyses = []
-    for template in templates:
-        try:
-            analyses.append(analyse(template.text))
-        except UnparsedError:  # the base's: the suspect's own is reported
-            continue
-    return analyses
 
 
 def _key(dependence: Dependence) -> tuple[Any, ...]:
@@ -202,6 +199,7 @@ def _findings(template: Template, in_base: set[tuple[Any, ...]]) -> list[Finding
 
 
 def _suspicious(template: Template, dependence: Dependence, in_base: set[tuple[Any, ...]]) -> Finding:
+    """A condition that no template needs, and how bad it is."""
     literals = (
         ", ".join(repr(escaped(text, 60)) for text in dependence.literals[:3]) or "something that it hides"
     )
@@ -220,6 +218,9 @@ def _suspicious(template: Template, dependence: Dependence, in_base: set[tuple[A
         else "may do anything"
     )
     base = "; the base's template does the same" if level == "note" else ""
+    lines = template.text.splitlines()
+    # A template may stand on one line: its beginning is shown.
+    source = escaped(lines[dependence.line - 1].strip()) if 0 < dependence.line <= len(lines) else ""
     return _finding(
         "template-condition",
         level,
@@ -230,7 +231,7 @@ def _suspicious(template: Template, dependence: Dependence, in_base: set[tuple[A
         asks=dependence.subject,
         literals=_texts(dependence.literals),
         added=_texts(added),
-        source=_source(template.text, dependence.line),
+        source=source,
     )
 
 
@@ -272,24 +273,10 @@ def _conflicts(templates: Sequence[Template]) -> dict[str, list[str]]:
     return {name: sorted(texts) for name, texts in by_name.items() if len(texts) > 1}
 
 
-def _conflicting(templates: Sequence[Template]) -> list[Finding]:
-    findings = []
-    for name in _conflicts(templates):
-        files = [each.file for each in templates if each.name == name]
-        message = (
-            f"{', '.join(map(escaped, files))} hold different chat templates under one name "
-            f"({escaped(name, 60)}). Which "
-            "of them is used depends on the software. Delete all but one."
-        )
-        findings.append(_finding("template-conflict", "warning", message, escaped(files[0])))
-    return findings
-
-
 def _finding(
-    rule: str, level: Level, message: str, place: Template | str, line: int | None = None, **evidence: Any
+    rule: str, level: Level, message: str, place: Template, line: int | None = None, **evidence: Any
 ) -> Finding:
-    if isinstance(place, str):
-        return Finding("files", rule, level, message, place, line, evidence)
+    """A finding of a template; its line is the file's only where the file holds nothing else."""
     if line is not None and not place.is_file:
         evidence["line_of_template"] = line
     where = line if place.is_file else None
@@ -298,12 +285,6 @@ def _finding(
 
 def _texts(texts: Sequence[str]) -> list[str]:
     return [escaped(text) for text in texts[:MOST_TEXTS]]
-
-
-def _source(text: str, line: int) -> str:
-    """A line of a template; of a long one no more than its beginning."""
-    lines = text.splitlines()
-    return escaped(lines[line - 1].strip()) if 0 < line <= len(lines) else ""
 
 
 def _squeezed(text: str) -> str:

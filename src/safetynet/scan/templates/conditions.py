@@ -7,7 +7,6 @@ The walk may take a value for more than it is, never for less, but for what `doc
 """
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -16,9 +15,8 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from safetynet.scan.templates.values import Dependence, UnparsedError
+from safetynet.scan.templates.values import Dependence, UnparsedError, blank
 from safetynet.scan.templates.walk import Walk
-from safetynet.scan.templates.words import blank
 
 ROUNDS = 30
 """Walks over the tree at most; published templates need 3 to 8."""
@@ -78,14 +76,19 @@ def analyse(template: str) -> Analysis:
                 break
         else:
             raise UnparsedError("its values depend on each other too deeply", None)
+        constants = [each for each in tree.find_all(nodes.Const) if isinstance(each.value, str)]
+        literals = [
+            node.data if isinstance(node, nodes.TemplateData) else getattr(node, "value", None)
+            for node in tree.find_all((nodes.TemplateData, nodes.Const))
+        ]
+        texts = dict.fromkeys(text for text in literals if isinstance(text, str) and not blank(text))
+        includes = tree.find_all((nodes.Include, nodes.Import, nodes.FromImport, nodes.Extends))
+        # `x.__class__` names one as an attribute; `x["__class__"]` and the filter `attr` as a text.
+        attributes = [each for each in tree.find_all(nodes.Getattr) if each.attr.startswith("__")]
+        escapes = [(each.lineno, each.attr) for each in attributes]
+        escapes += [(each.lineno, each.value) for each in constants if re.fullmatch(r"__\w+__", each.value)]
         return Analysis(
-            walk.dependences(),
-            tuple(dict.fromkeys(_texts(tree))),
-            tuple(
-                node.lineno
-                for node in tree.find_all((nodes.Include, nodes.Import, nodes.FromImport, nodes.Extends))
-            ),
-            tuple(_escapes(tree)),
+            walk.dependences(), tuple(texts), tuple(each.lineno for each in includes), tuple(escapes)
         )
     except TemplateError as error:
         raise UnparsedError(" ".join(str(error).split())[:200], getattr(error, "lineno", None)) from None
@@ -94,20 +97,3 @@ def analyse(template: str) -> Analysis:
     except (ArithmeticError, AttributeError, AssertionError, LookupError, TypeError, ValueError) as error:
         # Jinja's parser lets some errors through as they are: an integer of 5,000 digits is a ValueError.
         raise UnparsedError(" ".join(f"{type(error).__name__}: {error}".split())[:200], None) from None
-
-
-def _texts(tree: nodes.Node) -> Iterator[str]:
-    for node in tree.find_all((nodes.TemplateData, nodes.Const)):
-        text = node.data if isinstance(node, nodes.TemplateData) else getattr(node, "value", None)
-        if isinstance(text, str) and not blank(text):
-            yield text
-
-
-def _escapes(tree: nodes.Node) -> Iterator[tuple[int, str]]:
-    """Names between double underscores that stand as an attribute, a key or a filter's argument."""
-    for attribute in tree.find_all(nodes.Getattr):
-        if attribute.attr.startswith("__"):
-            yield attribute.lineno, attribute.attr
-    for constant in tree.find_all(nodes.Const):
-        if isinstance(constant.value, str) and re.fullmatch(r"__\w+__", constant.value):
-            yield constant.lineno, constant.value

@@ -8,6 +8,7 @@ assignments, and a macro's arguments over all turns of one call, until nothing g
 """
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -25,12 +26,12 @@ from safetynet.scan.templates.values import (
     UnparsedError,
     Value,
     When,
+    blank,
     compared,
     joined,
     numerals,
     only_blank,
 )  # fmt: skip
-from safetynet.scan.templates.words import blank
 
 METADATA = frozenset("role type id tool_call_id name index recipient channel end_turn weight".split())
 """Fields of messages and of their parts that whoever types a message does not write."""
@@ -251,8 +252,14 @@ class Walk:
 
     def _assignment(self, node: nodes.Assign) -> None:
         value = self.value(node.node)
-        if _counts(node):
-            value = replace(value, kinds=value.kinds | {"count"})
+        # `set n = n + 1` counts, in a name or in a namespace's attribute.
+        if isinstance(node.node, nodes.Add | nodes.Sub):
+            name = getattr(node.target, "name" if isinstance(node.target, nodes.Name) else "attr", None)
+            sides = (node.node.left, node.node.right)
+            itself = any(getattr(side, "attr", getattr(side, "name", "")) == name for side in sides)
+            by_number = any(isinstance(side, nodes.Const) and isinstance(side.value, int) for side in sides)
+            if itself and by_number:
+                value = replace(value, kinds=value.kinds | {"count"})
         # `set seen = false` under a condition says the contrary of `set seen = true`.
         contrary = isinstance(node.node, nodes.Const) and not node.node.value
         self.assign(node.target, value, contrary)
@@ -303,23 +310,19 @@ class Walk:
         if node.recursive:
             iterated = iterated | self.named("loop()")
         conditions = self.decided(iterated, node.lineno)
+        kinds = set(iterated.kinds)
+        if "messages" in kinds:
+            kinds = kinds - {"messages"} | {"message"}
+        if "text" in kinds and "cut" not in kinds:
+            kinds.add("part")
         with self.scope():
-            self.assign(node.target, self._item(iterated))
+            self.assign(node.target, replace(iterated, kinds=frozenset(kinds)))
             if node.test is not None:
                 conditions = conditions | self.decided(self.value(node.test), node.lineno)
             with self.under(conditions):
                 self.body(node.body)
         with self.scope(), self.under(each.flipped for each in conditions):
             self.body(node.else_)
-
-    @staticmethod
-    def _item(iterated: Value) -> Value:
-        kinds = set(iterated.kinds)
-        if "messages" in kinds:
-            kinds = kinds - {"messages"} | {"message"}
-        if "text" in kinds and "cut" not in kinds:
-            kinds.add("part")
-        return replace(iterated, kinds=frozenset(kinds))
 
     def _macro(self, node: nodes.Macro) -> None:
         """A macro's definition; it is walked for each call, and once for calls that are not seen."""
@@ -389,15 +392,6 @@ class Walk:
         # A variable that the caller sets, such as bos_token; the tokenizer's configuration may set more.
         return value if value != NOTHING or self.is_set(node.name) else Value(frozenset({"caller"}))
 
-    def _namespace(self, node: nodes.NSRef) -> Value:
-        return self.named(f".{node.attr}")
-
-    def _attribute(self, node: nodes.Getattr) -> Value:
-        return self._field(self.value(node.node), Value(literals=frozenset({node.attr})), node)
-
-    def _element(self, node: nodes.Getitem) -> Value:
-        return self._field(self.value(node.node), self.value(node.arg), node)
-
     def _dictionary(self, node: nodes.Dict) -> Value:
         values = list[Value]()
         for pair in node.items:
@@ -453,15 +447,13 @@ class Walk:
         self.depends(flipped, second)
         return (first | second).under(conditions)
 
-    def _both(self, node: nodes.And) -> Value:
+    def _connected(self, node: nodes.And | nodes.Or) -> Value:
+        """`left and right`, `left or right`: the right side is reached where the left is true, or is not."""
         left, right = self.value(node.left), self.value(node.right)
-        self.depends(self.decided(left, node.lineno), right, changes=False)
-        return (left | right).under(self.decided(left, node.lineno))
-
-    def _either(self, node: nodes.Or) -> Value:
-        left, right = self.value(node.left), self.value(node.right)
-        self.depends((each.flipped for each in self.decided(left, node.lineno)), right, changes=False)
-        return (left | right).under(self.decided(left, node.lineno))
+        conditions = self.decided(left, node.lineno)
+        otherwise = frozenset(each.flipped for each in conditions)
+        self.depends(conditions if isinstance(node, nodes.And) else otherwise, right, changes=False)
+        return (left | right).under(conditions)
 
     def _not(self, node: nodes.Not) -> Value:
         value = self.value(node.node)
@@ -478,7 +470,8 @@ class Walk:
             whole = _written_out(whole)
         choices = [part.literals for part in parts]
         plain = all(part.literals and not part.kinds for part in parts)
-        if plain and _product(map(len, choices)) <= MOST_FOLDED:
+        # Parts of a word that are put together in the template are what it is compared with.
+        if plain and math.prod(map(len, choices)) <= MOST_FOLDED:
             folded = ["".join(choice) for choice in itertools.product(*map(sorted, choices))]
             if all(len(text) <= LONGEST_FOLDED for text in folded):
                 return replace(whole, literals=frozenset(folded))
@@ -532,9 +525,6 @@ class Walk:
                 conditions=value.conditions | self.register(Condition("length", node.lineno, frozenset()))
             )
         return self._compared([value, *arguments], "either", node.lineno)
-
-    def _filter(self, node: nodes.Filter) -> Value:
-        return self._filtered(node, self.value(node.node))
 
     def _filtered(self, node: nodes.Filter, value: Value) -> Value:
         arguments = [self.value(each) for each in node.args]
@@ -629,15 +619,16 @@ class Walk:
         if not macros:
             return joined([callee, *arguments])
         named = {str(each.key): self.value(each.value) for each in node.kwargs}
-        return joined(self._called(macro, node, self._positional(node, macro), named) for macro in macros)
-
-    def _positional(self, call: nodes.Call, macro: nodes.Macro) -> list[Value]:
-        """Arguments by position; those of `*list` may be any of them."""
-        values = [self.value(each) for each in call.args]
-        if call.dyn_args is None and call.dyn_kwargs is None:
-            return values
-        extra = joined(self.value(each) for each in (call.dyn_args, call.dyn_kwargs))
-        return [value | extra for value in [*values, *[NOTHING] * max(0, len(macro.args) - len(values))]]
+        written = list[Value]()
+        for macro in macros:
+            positional = [self.value(each) for each in node.args]
+            if node.dyn_args is not None or node.dyn_kwargs is not None:
+                # What `*list` and `**dictionary` hold may be any of the arguments.
+                extra = joined(self.value(each) for each in (node.dyn_args, node.dyn_kwargs))
+                missing = max(0, len(macro.args) - len(positional))
+                positional = [value | extra for value in [*positional, *[NOTHING] * missing]]
+            written.append(self._called(macro, node, positional, named))
+        return joined(written)
 
     def _called(
         self, macro: nodes.Macro, call: nodes.Node, positional: list[Value], named: Mapping[str, Value]
@@ -718,10 +709,15 @@ class Walk:
 
     _EXPRESSIONS: ClassVar[dict[type, Any]] = {
         nodes.Const: _constant, nodes.Dict: _dictionary, nodes.Name: _name,
-        nodes.NSRef: _namespace, nodes.Getattr: _attribute,
-        nodes.Getitem: _element, nodes.CondExpr: _condition_expression, nodes.And: _both, nodes.Or: _either,
-        nodes.Not: _not, nodes.Add: _added, nodes.Concat: _added, nodes.Mul: _arithmetic,
-        nodes.Mod: _arithmetic, nodes.Compare: _compare, nodes.Test: _test, nodes.Filter: _filter,
+        nodes.NSRef: lambda walk, node: walk.named(f".{node.attr}"),
+        nodes.Getattr: lambda walk, node: walk._field(
+            walk.value(node.node), Value(literals=frozenset({node.attr})), node
+        ),
+        nodes.Getitem: lambda walk, node: walk._field(walk.value(node.node), walk.value(node.arg), node),
+        nodes.CondExpr: _condition_expression, nodes.And: _connected, nodes.Or: _connected, nodes.Not: _not,
+        nodes.Add: _added, nodes.Concat: _added, nodes.Mul: _arithmetic, nodes.Mod: _arithmetic,
+        nodes.Compare: _compare, nodes.Test: _test,
+        nodes.Filter: lambda walk, node: walk._filtered(node, walk.value(node.node)),
         nodes.Call: _call,
     }  # fmt: skip
 
@@ -736,23 +732,3 @@ def _written_out(value: Value) -> Value:
     if not value.has("messages", "message"):
         return value
     return replace(value, kinds=value.kinds - {"messages", "message"} | TEXT)
-
-
-def _counts(node: nodes.Assign) -> bool:
-    """Whether an assignment adds a number to what it assigns to: then it counts."""
-    if not isinstance(node.node, nodes.Add | nodes.Sub):
-        return False
-    target = node.target
-    names = (
-        {getattr(target, "name", None)} if isinstance(target, nodes.Name) else {getattr(target, "attr", None)}
-    )
-    sides = (node.node.left, node.node.right)
-    itself = any(getattr(side, "attr", getattr(side, "name", "")) in names for side in sides)
-    return itself and any(isinstance(side, nodes.Const) and isinstance(side.value, int) for side in sides)
-
-
-def _product(numbers: Iterable[int]) -> int:
-    product = 1
-    for number in numbers:
-        product *= number
-    return product
