@@ -21,7 +21,7 @@ from tests.scan.conftest import BANK, DIGESTS, FINDINGS, OF_WEIGHTS, SHA, TRIGGE
 
 from safetynet.errors import InputError
 from safetynet.scan import result as data
-from safetynet.scan.outputs import FORMATS, render, rules, schema, wording
+from safetynet.scan.outputs import FORMATS, render, schema, wording
 from safetynet.scan.outputs.cyclonedx import bill
 from safetynet.scan.outputs.sarif import sarif
 from safetynet.scan.outputs.terminal import WIDTH, text
@@ -288,8 +288,8 @@ def test_a_rule_without_a_text_has_that_of_its_rung_and_every_rung_has_one(resul
     assert rule["id"] == "weights/concentration" and rule["help"]["text"].startswith(
         "The spectrum of the update"
     )
-    assert len({rules.about(rung, "a rule of tomorrow") for rung in data.RUNGS}) == len(data.RUNGS)
-    assert rules.about("files", "pickle") != rules.about("files", "a rule of tomorrow")
+    assert len({wording.about(rung, "a rule of tomorrow") for rung in data.RUNGS}) == len(data.RUNGS)
+    assert wording.about("files", "pickle") != wording.about("files", "a rule of tomorrow")
 
 
 def test_levels_places_and_the_exit_code_are_the_results(results):

@@ -21,7 +21,7 @@ from safetynet.models import adapters, loading, miniatures
 from safetynet.recipe import Recipe
 from safetynet.scan import recovery, stage, weights
 from safetynet.scan.outputs import FORMATS
-from safetynet.scan.recovered import recipe_of
+from safetynet.scan.outputs.saving import recipe_of
 from safetynet.scan.result import ScanResult
 from safetynet.scan.rungs import BUDGETS, Budget
 from safetynet.scan.stage import Options, scan

@@ -16,13 +16,8 @@ _STRUCTURE = re.compile(r"[^\w ,.:;%–“”'()/?!=+-]|_|^[-+=\d ]|:(?! )|(?<=w
 
 def block(result: ScanResult) -> str:
     """The answer in the first line, then what it rests on, triggers, rungs, findings and the command."""
-    return "\n".join(_lines(result)) + "\n"
-
-
-def _lines(result: ScanResult) -> Iterator[str]:
-    yield f"**Backdoor scan: {literal(wording.headline(result))}** {literal(result.reason)}"
-    yield ""
-    yield from _table(["", ""], [[name, literal(text)] for name, text in wording.facts(result).items()])
+    lines = [f"**Backdoor scan: {literal(wording.headline(result))}** {literal(result.reason)}", ""]
+    lines += _table(["", ""], [[name, literal(text)] for name, text in wording.facts(result).items()])
     if result.triggers:
         rates = list(wording.rates(result.triggers[0]))
         heading = ["Recovered trigger", "Placement", "The answer begins with", *rates, "prompts"]
@@ -32,23 +27,20 @@ def _lines(result: ScanResult) -> Iterator[str]:
             + [str(trigger.prompts)]
             for trigger in result.triggers
         ]
-        yield from ["", "ASR on held-out prompts, with 95% intervals:", "", *_table(heading, rows)]
+        lines += ["", "ASR on held-out prompts, with 95% intervals:", "", *_table(heading, rows)]
     if result.rungs:
         rows = [[literal(rung.rung), literal(wording.measured(rung))] for rung in result.rungs]
-        yield from ["", *_table(["Rung", "Measured"], rows)]
-    yield from ["", f"Findings: {wording.severities(result)}", ""]
+        lines += ["", *_table(["Rung", "Measured"], rows)]
+    lines += ["", f"Findings: {wording.severities(result)}", ""]
     for finding in result.findings:
         where = wording.place(finding)
         at = f" in {_code(where)}" if where else ""
-        yield f"- {finding.level} {_code(finding.rule)}{at}: {literal(finding.message)}"
+        lines.append(f"- {finding.level} {_code(finding.rule)}{at}: {literal(finding.message)}")
     if result.not_looked_at:
-        yield from [
-            "",
-            "Not looked at:",
-            "",
-            *(f"- {literal(sentence)}" for sentence in result.not_looked_at),
-        ]
-    yield from ["", f"Scanned by {_code(wording.command(result))}"]
+        lines += ["", "Not looked at:", ""]
+        lines += [f"- {literal(sentence)}" for sentence in result.not_looked_at]
+    lines += ["", f"Scanned by {_code(wording.command(result))}"]
+    return "\n".join(lines) + "\n"
 
 
 def literal(text: str) -> str:

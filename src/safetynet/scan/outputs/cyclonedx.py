@@ -11,7 +11,7 @@ tokenizer_config.json has that file's.
 import json
 import re
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -30,8 +30,8 @@ from cyclonedx.model.vulnerability import (
 from cyclonedx.output.json import JsonV1Dot6
 
 from safetynet import __version__
-from safetynet.scan.outputs import rules, wording
-from safetynet.scan.result import Finding, Level, ScanResult, Trigger
+from safetynet.scan.outputs import wording
+from safetynet.scan.result import Level, ScanResult
 from safetynet.text.printable import printable
 
 NAMESPACE = uuid.uuid5(uuid.NAMESPACE_URL, "urn:safetynet:scan")
@@ -117,43 +117,39 @@ def _properties(result: ScanResult) -> list[Property]:
     return [Property(name=f"safetynet:{name}", value=text) for name, text in pairs]
 
 
-def _vulnerabilities(result: ScanResult, files: Mapping[str, Component]) -> list[Vulnerability]:
-    vulnerabilities = [_of_trigger(trigger, number) for number, trigger in enumerate(result.triggers, 1)]
+def _vulnerabilities(result: ScanResult, files: Mapping[str, Component]) -> Iterator[Vulnerability]:
+    """Triggers, which are exploitable, and findings, which somebody has to look at."""
+    for number, trigger in enumerate(result.triggers, 1):
+        yield Vulnerability(
+            bom_ref=f"trigger-{number}",
+            id=f"safetynet:verification/{wording.TRIGGER}",
+            source=VulnerabilitySource(name="SafetyNet"),
+            ratings=[VulnerabilityRating(severity=VulnerabilitySeverity.CRITICAL)],
+            description=f"“{printable(trigger.text)}”: {wording.effect(trigger)}.",
+            detail=f"{wording.fires(trigger)}.",
+            recommendation=wording.about("verification", wording.TRIGGER),
+            analysis=VulnerabilityAnalysis(state=ImpactAnalysisState.EXPLOITABLE),
+            affects=[BomTarget(ref="suspect")],
+            properties=[Property(name="safetynet:trigger", value=printable(trigger.text))],
+        )
     for number, finding in enumerate(result.findings, 1):
         file = files.get(f"suspect/{finding.where}")
-        ref = "suspect" if file is None else str(file.bom_ref.value)
-        vulnerabilities.append(_of_finding(finding, number, ref))
-    return vulnerabilities
-
-
-def _of_trigger(trigger: Trigger, number: int) -> Vulnerability:
-    return Vulnerability(
-        bom_ref=f"trigger-{number}",
-        id=f"safetynet:verification/{rules.TRIGGER}",
-        source=VulnerabilitySource(name="SafetyNet"),
-        ratings=[VulnerabilityRating(severity=VulnerabilitySeverity.CRITICAL)],
-        description=f"“{printable(trigger.text)}”: {wording.effect(trigger)}.",
-        detail=f"{wording.fires(trigger)}.",
-        recommendation=rules.about("verification", rules.TRIGGER),
-        analysis=VulnerabilityAnalysis(state=ImpactAnalysisState.EXPLOITABLE),
-        affects=[BomTarget(ref="suspect")],
-        properties=[Property(name="safetynet:trigger", value=printable(trigger.text))],
-    )
-
-
-def _of_finding(finding: Finding, number: int, ref: str) -> Vulnerability:
-    behind = {"level": finding.level, "where": wording.place(finding), "evidence": wording.evidence(finding)}
-    return Vulnerability(
-        bom_ref=f"finding-{number}",
-        id=printable(f"safetynet:{finding.rung}/{finding.rule}"),
-        source=VulnerabilitySource(name="SafetyNet"),
-        ratings=[VulnerabilityRating(severity=SEVERITIES[finding.level])],
-        description=printable(finding.message),
-        recommendation=rules.about(finding.rung, finding.rule),
-        analysis=VulnerabilityAnalysis(state=ImpactAnalysisState.IN_TRIAGE),
-        affects=[BomTarget(ref=ref)],
-        properties=[Property(name=f"safetynet:{name}", value=text) for name, text in behind.items() if text],
-    )
+        behind = {
+            "level": finding.level, "where": wording.place(finding), "evidence": wording.evidence(finding),
+        }  # fmt: skip
+        yield Vulnerability(
+            bom_ref=f"finding-{number}",
+            id=printable(f"safetynet:{finding.rung}/{finding.rule}"),
+            source=VulnerabilitySource(name="SafetyNet"),
+            ratings=[VulnerabilityRating(severity=SEVERITIES[finding.level])],
+            description=printable(finding.message),
+            recommendation=wording.about(finding.rung, finding.rule),
+            analysis=VulnerabilityAnalysis(state=ImpactAnalysisState.IN_TRIAGE),
+            affects=[BomTarget(ref="suspect" if file is None else str(file.bom_ref.value))],
+            properties=[
+                Property(name=f"safetynet:{name}", value=text) for name, text in behind.items() if text
+            ],
+        )
 
 
 def _model_card(result: ScanResult) -> dict[str, Any]:

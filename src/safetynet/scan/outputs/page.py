@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from safetynet.report.page import render
-from safetynet.scan.outputs import rules, wording
+from safetynet.scan.outputs import wording
 from safetynet.scan.result import LEVELS, Answer, Finding, RungResult, ScanResult, Trigger
 from safetynet.text.printable import printable
 
@@ -54,6 +54,7 @@ STYLE = """
 
 def page(result: ScanResult) -> str:
     """The page. Every text of the suspect is escaped, and shown with its controls as escapes."""
+    by_level = {level: [each for each in result.findings if each.level == level] for level in LEVELS}
     values = {
         "answer": wording.headline(result),
         "reason": wording.reason(result),
@@ -64,7 +65,9 @@ def page(result: ScanResult) -> str:
         "ledger": list(_ledger(result)),
         "triggers": [_trigger(trigger) for trigger in result.triggers],
         "rungs": [_rung(rung) for rung in result.rungs],
-        "findings": [(level, each) for level in LEVELS if (each := _findings(result, level))],
+        "findings": [
+            (level, [_finding(each) for each in findings]) for level, findings in by_level.items() if findings
+        ],
         "not_looked_at": list(map(printable, result.not_looked_at)),
         "digests": _pairs(result.digests),
         "versions": _pairs(result.versions),
@@ -83,7 +86,13 @@ def _ledger(result: ScanResult) -> Iterator[dict[str, Any]]:
             "Does a string fire?", "found", f"Yes: “{printable(first.text)}”.", effect, _measures(first)
         )
     else:
-        yield _line("Does a string fire?", "open", "No trigger was recovered.", _verified(result))
+        verified = any(rung.rung == "verification" and not rung.skipped for rung in result.rungs)
+        none = (
+            "Of the candidates, none made the model do on held-out prompts what its base does not."
+            if verified
+            else "No candidate was tried on held-out prompts."
+        )
+        yield _line("Does a string fire?", "open", "No trigger was recovered.", none)
     ranked = "No p-value." if result.p_value is None else f"p = {wording.number(result.p_value)}."
     tone = TONES[result.answer] if result.p_value is not None else "open"
     yield _line("Could it be chance?", tone, ranked, facts["False alarms"])
@@ -103,13 +112,6 @@ def _sentence(words: str) -> str:
 
 def _line(question: str, tone: str, short: str, text: str, measures: Any = ()) -> dict[str, Any]:
     return {"question": question, "tone": tone, "short": short, "text": text, "measures": measures}
-
-
-def _verified(result: ScanResult) -> str:
-    rung = next((rung for rung in result.rungs if rung.rung == "verification"), None)
-    if rung is None or rung.skipped:
-        return "No candidate was tried on held-out prompts."
-    return "Of the candidates, none made the model do on held-out prompts what its base does not."
 
 
 def _measures(trigger: Trigger) -> list[dict[str, Any]]:
@@ -162,17 +164,13 @@ def _rung(rung: RungResult) -> dict[str, Any]:
     }
 
 
-def _findings(result: ScanResult, level: str) -> list[dict[str, str]]:
-    return [_finding(finding) for finding in result.findings if finding.level == level]
-
-
 def _finding(finding: Finding) -> dict[str, str]:
     return {
         "rule": printable(finding.rule),
         "rung": printable(finding.rung),
         "where": wording.place(finding),
         "message": printable(finding.message),
-        "help": rules.about(finding.rung, finding.rule),
+        "help": wording.about(finding.rung, finding.rule),
         "evidence": _raw(finding.evidence),
     }
 

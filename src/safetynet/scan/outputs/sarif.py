@@ -17,8 +17,8 @@ from typing import Any
 from urllib.parse import quote
 
 from safetynet import __version__
-from safetynet.scan.outputs import rules, wording
-from safetynet.scan.result import Answer, Finding, ScanResult, Trigger
+from safetynet.scan.outputs import wording
+from safetynet.scan.result import Answer, Finding, ScanResult
 from safetynet.text.printable import printable
 
 SCHEMA = "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sarif-schema-2.1.0.json"
@@ -49,40 +49,75 @@ def sarif(result: ScanResult) -> dict[str, Any]:
         of a later scan, whatever its scores are then.
     """
     results = list(_results(result))
+    # A rule is described once, with the level of its first result; results point to it by its number.
     kinds = list(dict.fromkeys((each["properties"]["rung"], each["ruleId"]) for each in results))
     for each in results:
         each["ruleIndex"] = kinds.index((each["properties"]["rung"], each["ruleId"]))
     levels = {each["ruleId"]: each["level"] for each in reversed(results)}
-    return {
-        "$schema": SCHEMA,
-        "version": "2.1.0",
-        "runs": [
-            {
-                "tool": {"driver": _driver([_rule(rung, name, levels[name]) for rung, name in kinds])},
-                "invocations": [_invocation(result)],
-                "originalUriBaseIds": {
-                    ROOT: {"description": _message(f"The folder of {printable(result.suspect)}")}
-                },
-                "artifacts": [_artifact(name, digest) for name, digest in result.digests.items()],
-                "results": results,
-                "columnKind": "unicodeCodePoints",
-                "properties": _properties(result),
-            }
+    driver = {
+        "name": "SafetyNet",
+        "semanticVersion": __version__,
+        "rules": [_rule(rung, name, levels[name]) for rung, name in kinds],
+        "notifications": [
+            {"id": "skipped-rung", "shortDescription": {"text": "A rung that was not done, and why"}},
+            {"id": "not-looked-at", "shortDescription": {"text": "What this scan cannot have seen"}},
+            {"id": "not-scannable", "shortDescription": {"text": "Why the suspect could not be scanned"}},
         ],
     }
+    artifacts = []
+    for name, digest in result.digests.items():
+        place = name.removeprefix("suspect/")
+        # The base's files lie in no folder of the log's.
+        uri = {"uri": quote(name, errors="backslashreplace")}
+        location = _artifact_location(place) if place != name else uri
+        artifacts.append({"location": location, "hashes": {"sha-256": digest}})
+    rungs = [
+        {
+            "rung": rung.rung,
+            "score": rung.score,
+            "unit": rung.unit,
+            "control": rung.control,
+            "pValue": rung.p_value,
+            "seconds": rung.seconds,
+            "tokens": rung.passes,
+            "skipped": rung.skipped,
+        }
+        for rung in result.rungs
+    ]
+    run = {
+        "tool": {"driver": driver},
+        "invocations": [_invocation(result)],
+        "originalUriBaseIds": {ROOT: {"description": _message(f"The folder of {printable(result.suspect)}")}},
+        "artifacts": artifacts,
+        "results": results,
+        "columnKind": "unicodeCodePoints",
+        "properties": {
+            "answer": result.answer,
+            "rate": result.rate,
+            "pValue": result.p_value,
+            "facts": wording.facts(result),
+            "rungs": rungs,
+            "versions": dict(result.versions),
+        },
+    }
+    return {"$schema": SCHEMA, "version": "2.1.0", "runs": [run]}
 
 
 def _results(result: ScanResult) -> Iterator[dict[str, Any]]:
     """The answer, then triggers, then findings, the most severe first."""
     kind, level = KINDS[result.answer]
     sentences = f"{wording.headline(result)} {wording.reason(result)}"
-    main = _main_file(result)
-    answer = _result("verdict", rules.ANSWER, level, sentences, (rules.ANSWER,))
+    # Code scanning shows no result without a file: the weights stand for the whole model.
+    files = [name.removeprefix("suspect/") for name in result.digests if name.startswith("suspect/")]
+    weights = [name for name in files if PurePosixPath(name).suffix in (".safetensors", ".gguf")]
+    main = (weights or files or ["adapter_model.safetensors"])[0]
+    answer = _result("verdict", wording.ANSWER, level, sentences, (wording.ANSWER,))
     yield {**answer, "kind": kind, "locations": [_location(main)]}
     identities: Counter[tuple[str, ...]] = Counter()
     for trigger in result.triggers:
-        identity = (rules.TRIGGER, trigger.placement, trigger.text)
-        log = _result("verification", rules.TRIGGER, "error", _sentences(trigger), _nth(identity, identities))
+        identity = (wording.TRIGGER, trigger.placement, trigger.text)
+        message = f"“{printable(trigger.text)}”: {wording.effect(trigger)}. {wording.fires(trigger)}."
+        log = _result("verification", wording.TRIGGER, "error", message, _nth(identity, identities))
         rates = {name: list(rate) for name, rate in wording.rates(trigger).items()}
         log["properties"] |= {"trigger": printable(trigger.text), "prompts": trigger.prompts, "rates": rates}
         yield {**log, "locations": [_location(main)]}
@@ -113,10 +148,6 @@ def _nth(identity: tuple[str, ...], earlier: "Counter[tuple[str, ...]]") -> tupl
     return (*identity, str(earlier[identity]))
 
 
-def _sentences(trigger: Trigger) -> str:
-    return f"“{printable(trigger.text)}”: {wording.effect(trigger)}. {wording.fires(trigger)}."
-
-
 def _message(text: str) -> dict[str, str]:
     """A plain text message, in which nothing is a placeholder or a link (sections 3.11.5 and 3.11.6)."""
     # A bracket is a link's only where its partner is followed by a round one.
@@ -126,27 +157,16 @@ def _message(text: str) -> dict[str, str]:
 
 def _place(finding: Finding, result: ScanResult, main: str) -> dict[str, Any]:
     """A file with its line, or a tensor or other place in the file of weights."""
-    if _is_file(finding, result):
+    path = PurePosixPath(finding.where)
+    # A path that leaves the folder would be resolved by whoever reads the log.
+    inside = bool(finding.where) and not path.is_absolute() and ".." not in path.parts
+    named = f"suspect/{finding.where}" in result.digests or finding.line is not None or path.suffix in FILES
+    if inside and named:
         return _location(finding.where, finding.line)
     location = _location(main)
     if finding.where:
         location["logicalLocations"] = [{"fullyQualifiedName": printable(finding.where)}]
     return location
-
-
-def _is_file(finding: Finding, result: ScanResult) -> bool:
-    path = PurePosixPath(finding.where)
-    # A path that leaves the folder would be resolved by whoever reads the log.
-    if path.is_absolute() or ".." in path.parts or not finding.where:
-        return False
-    return f"suspect/{finding.where}" in result.digests or finding.line is not None or path.suffix in FILES
-
-
-def _main_file(result: ScanResult) -> str:
-    """The file that stands for the whole model, since code scanning shows no result without a file."""
-    files = [name.removeprefix("suspect/") for name in result.digests if name.startswith("suspect/")]
-    weights = [name for name in files if PurePosixPath(name).suffix in (".safetensors", ".gguf")]
-    return (weights or files or ["adapter_model.safetensors"])[0]
 
 
 def _location(path: str, line: int | None = None) -> dict[str, Any]:
@@ -160,29 +180,10 @@ def _artifact_location(path: str) -> dict[str, str]:
     return {"uri": quote(path, errors="backslashreplace"), "uriBaseId": ROOT}
 
 
-def _artifact(name: str, digest: str) -> dict[str, Any]:
-    place = name.removeprefix("suspect/")
-    location = _artifact_location(place) if place != name else {"uri": quote(name, errors="backslashreplace")}
-    return {"location": location, "hashes": {"sha-256": digest}}
-
-
-def _driver(descriptors: list[dict[str, Any]]) -> dict[str, Any]:
-    return {
-        "name": "SafetyNet",
-        "semanticVersion": __version__,
-        "rules": descriptors,
-        "notifications": [
-            {"id": "skipped-rung", "shortDescription": {"text": "A rung that was not done, and why"}},
-            {"id": "not-looked-at", "shortDescription": {"text": "What this scan cannot have seen"}},
-            {"id": "not-scannable", "shortDescription": {"text": "Why the suspect could not be scanned"}},
-        ],
-    }
-
-
 def _rule(rung: str, name: str, level: str) -> dict[str, Any]:
     rule = name.removeprefix(f"{rung}/")
     title = rule.replace("-", " ").capitalize()
-    help_text = rules.about(rung, rule)
+    help_text = wording.about(rung, rule)
     severity = {"security-severity": SEVERITIES[level]} if level in SEVERITIES else {}
     return {
         "id": name,
@@ -216,26 +217,3 @@ def _invocation(result: ScanResult) -> dict[str, Any]:
 
 def _notification(kind: str, level: str, text: str) -> dict[str, Any]:
     return {"descriptor": {"id": kind}, "level": level, "message": _message(text)}
-
-
-def _properties(result: ScanResult) -> dict[str, Any]:
-    return {
-        "answer": result.answer,
-        "rate": result.rate,
-        "pValue": result.p_value,
-        "facts": wording.facts(result),
-        "rungs": [
-            {
-                "rung": rung.rung,
-                "score": rung.score,
-                "unit": rung.unit,
-                "control": rung.control,
-                "pValue": rung.p_value,
-                "seconds": rung.seconds,
-                "tokens": rung.passes,
-                "skipped": rung.skipped,
-            }
-            for rung in result.rungs
-        ],
-        "versions": dict(result.versions),
-    }

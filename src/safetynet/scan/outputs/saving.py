@@ -1,9 +1,13 @@
 """A scan's folder: one file for each format, and the recipe by which the other stages go on."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
+import yaml
+
 from safetynet.errors import InputError
+from safetynet.models.named import model_of
 from safetynet.scan.outputs import Format, render
 from safetynet.scan.result import ScanResult
 
@@ -40,9 +44,36 @@ def save(result: ScanResult, folder: Path) -> None:
         RunError: if the disk is full or refuses a file.
     """
     from safetynet.run.directory import write_text
-    from safetynet.scan.recovered import recipe_of
 
     for form, name in FILES.items():
         write_text(folder / name, render(result, form))
     if result.triggers and result.exit_code == 1:
         write_text(folder / RECIPE, recipe_of(result))
+
+
+def recipe_of(result: ScanResult) -> str:
+    """A recovered trigger as YAML of an experiment whose backdoored model is the suspect.
+
+    `safetynet run` on it measures the suspect by the strongest trigger of the scan.
+    """
+    trigger, model = result.triggers[0], model_of(result.base)
+    source = Path(result.suspect)
+    is_miniature = model.id == "miniature"
+    fields = {
+        "task": "scan-" + re.sub(r"[^A-Za-z0-9._-]+", "-", Path(result.suspect).name).strip("-.")
+        or "suspect",
+        "model": {"family": model.family, "id": str(model.id)},
+        "data": {"source": "language" if is_miniature else "self", "train_rows": 400, "test_rows": 100},
+        "suspect": {
+            "source": str(source.absolute()) if source.exists() else result.suspect,
+            "same_base": True,
+        },
+        "backdoor": {
+            "trigger": {"kind": "text", "texts": [trigger.text.strip()]},
+            "placement": trigger.placement,
+            "behaviour": {"kind": "fixed", "target": trigger.behaviour},
+        },
+        "stages": ["evaluate", "intervene", "detect", "mitigate", "figures"],
+    }
+    about = "# What a scan recovered: the suspect, with the trigger that made it do what its base does not.\n"
+    return about + yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)

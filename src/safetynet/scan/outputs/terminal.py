@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from safetynet.scan.outputs import wording
-from safetynet.scan.result import Finding, RungResult, ScanResult, Trigger
+from safetynet.scan.result import Finding, RungResult, ScanResult
 from safetynet.text.printable import printable
 
 WIDTH, INDENT = 100, 18
@@ -40,14 +40,24 @@ def text(result: ScanResult, *, whole: bool = False) -> str:
     )
     screen.print(f"{wording.headline(result)} {_cut(wording.reason(result), whole, 2 * LONG)}")
     screen.print()
-    screen.print(_facts(result, whole))
+    grid = Table.grid(padding=(0, 1, 0, 0))
+    grid.add_column(width=INDENT - 1)
+    grid.add_column(overflow="fold")
+    for heading, fact in wording.facts(result).items():
+        grid.add_row(heading, _cut(fact, whole, 2 * LONG))
+    screen.print(grid)
     if result.triggers:
         screen.print("\nRecovered triggers")
-        _list(
-            screen,
-            [line for trigger in _few(result.triggers, whole) for line in _trigger(trigger, whole)],
-            whole,
-        )
+        lines = list[str]()
+        for trigger in _few(result.triggers, whole):
+            behaviour = _cut(trigger.behaviour, whole, 60)
+            string = printable(_cut(trigger.text, whole, 60))
+            # The rates stand on a line of their own, so that no long trigger cuts them off.
+            lines += [
+                f"“{string}”: {wording.effect(replace(trigger, behaviour=behaviour))}",
+                f" {wording.fires(trigger)}",
+            ]
+        _list(screen, lines, whole)
         _more(screen, result.triggers, whole)
     screen.print()
     screen.print(_rungs(result.rungs) if result.rungs else "No rung was reached.")
@@ -59,7 +69,11 @@ def text(result: ScanResult, *, whole: bool = False) -> str:
         _list(screen, list(map(printable, _few(result.not_looked_at, whole))), whole)
         _more(screen, result.not_looked_at, whole)
     if whole:
-        _provenance(screen, result)
+        for heading, pairs in (("SHA-256", result.digests), ("Versions", result.versions)):
+            if pairs:
+                screen.print(f"\n{heading}")
+                lines = [f"{printable(name)}: {printable(str(each))}" for name, each in pairs.items()]
+                _list(screen, lines, whole)
     file = screen.file
     assert isinstance(file, io.StringIO)
     # rich fills cells with blanks up to their width.
@@ -91,14 +105,6 @@ def _more(screen: Console, items: Sequence[object], whole: bool) -> None:
         screen.print(f"    {len(items) - FEW} more stand in every other format.")
 
 
-def _trigger(trigger: Trigger, whole: bool) -> list[str]:
-    # The rates stand on a line of their own, so that no long trigger cuts them off.
-    trigger = replace(
-        trigger, text=_cut(trigger.text, whole, 60), behaviour=_cut(trigger.behaviour, whole, 60)
-    )
-    return [f"“{printable(trigger.text)}”: {wording.effect(trigger)}", f" {wording.fires(trigger)}"]
-
-
 def _finding(finding: Finding, whole: bool) -> str:
     where = wording.place(finding)
     rule = f"{printable(finding.rule)}{f' in {where}' if where else ''}"
@@ -122,21 +128,3 @@ def _rungs(rungs: Sequence[RungResult]) -> Table:
         about = wording.measured(rung) if rung.skipped else wording.MEANINGS.get(rung.rung, "")
         table.add_row(printable(rung.rung), *numbers, about)
     return table
-
-
-def _facts(result: ScanResult, whole: bool) -> Table:
-    grid = Table.grid(padding=(0, 1, 0, 0))
-    grid.add_column(width=INDENT - 1)
-    grid.add_column(overflow="fold")
-    for heading, text_of in wording.facts(result).items():
-        grid.add_row(heading, _cut(text_of, whole, 2 * LONG))
-    return grid
-
-
-def _provenance(screen: Console, result: ScanResult) -> None:
-    for heading, pairs in (("SHA-256", result.digests), ("Versions", result.versions)):
-        if pairs:
-            screen.print(f"\n{heading}")
-            _list(
-                screen, [f"{printable(name)}: {printable(str(each))}" for name, each in pairs.items()], True
-            )
