@@ -11,7 +11,7 @@ there are none.
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +43,7 @@ FLOOR = 1e-12
 """What logarithms are kept above."""
 
 
+@torch.no_grad()
 def features(model: Any, adapter: str = "default") -> pd.DataFrame:
     """Statistics of an adapter's update of each weight, and of each expert's.
 
@@ -79,7 +80,27 @@ def features(model: Any, adapter: str = "default") -> pd.DataFrame:
         raise InputError(f"model: it has no adapter {adapter!r} whose update could be measured.")
     if reason := no_update(model):
         raise InputError(f"adapter: {reason}")
-    rows = [row for place, module in _places(model, adapter) for row in _rows(place, module, adapter)]
+    places = list(lora.adapted_modules(model, adapter))
+    inside = {id(module) for _, module in places}
+    places += [
+        ((OUTSIDE, name.removesuffix(".weight")), module)
+        for name, module in lora.adapted_tensors(model, adapter)
+        if id(module) not in inside
+    ]
+    rows = []
+    for (layer, name), module in places:
+        # Of e experts, or one matrix: up is (e, outputs, rank), down (e, rank, inputs), weight (e, outputs,
+        # inputs).
+        update, weight = lora.update_of(module, adapter), lora.base_weight(module)
+        if not bool(update.up.isfinite().all() and update.down.isfinite().all()):
+            raise InputError(
+                f"adapter: layer {layer}, {name}: its update holds values that are not finite. The adapter "
+                "is damaged, or its training diverged: take another checkpoint."
+            )
+        for expert, (up, down, base) in enumerate(zip(update.up, update.down, weight, strict=True)):
+            about = {"layer": layer, "module": name, "expert": expert}
+            sides = {"outputs": len(up), "inputs": down.shape[1]}
+            rows.append(about | sides | _statistics(up, down, base))
     return pd.DataFrame(rows)
 
 
@@ -163,6 +184,7 @@ def measure(suspect: Suspect, bank: pd.DataFrame | None = None) -> RungResult:
     table = pd.DataFrame() if whole else features(suspect.model, suspect.model.active_adapter)
     values = summary(table)
     zero = not any(values.values())
+    layers = [] if table.empty else list(table.groupby("layer"))
     return RungResult(
         "weights",
         score=0.0 if zero else None if bank is None else distance(values, bank),
@@ -170,7 +192,18 @@ def measure(suspect: Suspect, bank: pd.DataFrame | None = None) -> RungResult:
         control=0.0 if bank is None else distance(summary(table.assign(norm=0.0)), bank),
         p_value=None if bank is None else p_value(values, bank),
         seconds=time.perf_counter() - start,
-        details={"summary": values, "weights": len(table), "layers": _by_layer(table)},
+        details={
+            "summary": values,
+            "weights": len(table),
+            "layers": [
+                {
+                    "layer": int(layer),
+                    "relative": float(math.hypot(*rows["norm"]) / max(FLOOR, math.hypot(*rows["base_norm"]))),
+                    "concentration": float(rows["concentration"].max()),
+                }
+                for layer, rows in layers
+            ],
+        },
     )
 
 
@@ -191,35 +224,11 @@ def _distance(row: np.ndarray, others: np.ndarray) -> float:
     return float(LedoitWolf().fit(scaled).mahalanobis(here[None])[0] ** 0.5)
 
 
-def _places(model: Any, adapter: str) -> Iterator[tuple[tuple[int, str], Any]]:
-    """Layer and path of every adapted weight; of those outside the layers the base's name."""
-    layers = list(lora.adapted_modules(model, adapter))
-    inside = {id(module) for _, module in layers}
-    yield from layers
-    for name, module in lora.adapted_tensors(model, adapter):
-        if id(module) not in inside:
-            yield (OUTSIDE, name.removesuffix(".weight")), module
-
-
-@torch.no_grad()
-def _rows(place: tuple[int, str], module: Any, adapter: str) -> Iterator[dict[str, Any]]:
-    """One weight's statistics, expert by expert."""
-    layer, name = place
-    update, weight = lora.update_of(module, adapter), lora.base_weight(module)
-    if not bool(update.up.isfinite().all() and update.down.isfinite().all()):
-        raise InputError(
-            f"adapter: layer {layer}, {name}: its update holds values that are not finite. The adapter is "
-            "damaged, or its training diverged: take another checkpoint."
-        )
-    for expert, (up, down, base) in enumerate(zip(update.up, update.down, weight, strict=True)):
-        sides = {"outputs": len(up), "inputs": down.shape[1]}
-        yield {"layer": layer, "module": name, "expert": expert, **sides, **_statistics(up, down, base)}
-
-
 def _statistics(up: Tensor, down: Tensor, weight: Tensor) -> dict[str, float]:
     """Of one matrix up @ down beside the base's weight."""
     # Equal scales of the two factors keep the squares of both inside fp32's range.
     left, values, right = (t[0] for t in LoraUpdate(up[None], down[None]).decomposed())
+    # (rank,): of the product; its squares sum to the squared Frobenius norm.
     values = values.double()
     energy, base_norm = float((values**2).sum()), float(weight.norm())
     if math.sqrt(energy) <= ROUNDING * base_norm:
@@ -227,7 +236,8 @@ def _statistics(up: Tensor, down: Tensor, weight: Tensor) -> dict[str, float]:
     share = values**2 / energy
     entropy = float(-(share * share.clamp_min(1e-30).log()).sum())
     moments = _Moments.of(left, values.to(left), right)
-    # Directions weighted by their energy: single ones turn freely where singular values are equal.
+    # |u_i^T W|^2 and |W v_i|^2: how much the base writes to and reads from each direction of the update,
+    # weighted by the direction's energy, since single ones turn freely where singular values are equal.
     weighted = values.to(left) ** 2 / energy
     written = float((((left.T @ weight) ** 2).sum(1) * weighted).sum())
     read = float((((weight @ right.T) ** 2).sum(0) * weighted).sum())
@@ -275,6 +285,7 @@ class _Moments:
             for power in range(4):
                 sums[power] += (entries ** (power + 1)).sum(dtype=torch.float64)
         first, second, third, fourth = (sums / count).tolist()
+        # Central moments from raw ones, E[(x - m)^2] and E[(x - m)^4].
         variance = second - first**2
         central = fourth - 4 * first * third + 6 * first**2 * second - 3 * first**4
         rows = (scaled.double() ** 2).sum(1)
@@ -305,6 +316,7 @@ def _depths(table: pd.DataFrame) -> pd.DataFrame:
 
 def _layer_entropy(table: pd.DataFrame) -> float:
     """Of the energy over the layers, over its largest value; 0 where one layer has it all."""
+    # Over the log of the number of layers, so that adapters of many layers and of few compare.
     shares = _energy(_depths(table), _depths(table)["layer"])
     return float(-(shares * _log(shares)).sum() / math.log(len(shares))) if len(shares) > 1 else 0.0
 
@@ -344,18 +356,3 @@ STATISTICS: Mapping[str, Callable[[pd.DataFrame], float]] = {
     "attention": _attention,
 }
 """What `summary` gives, by name."""
-
-
-def _by_layer(table: pd.DataFrame) -> list[dict[str, float]]:
-    """For the page: relative change and concentration by layer."""
-    if table.empty:
-        return []
-    groups = table.groupby("layer")
-    return [
-        {
-            "layer": int(layer),
-            "relative": float(math.hypot(*rows["norm"]) / max(FLOOR, math.hypot(*rows["base_norm"]))),
-            "concentration": float(rows["concentration"].max()),
-        }
-        for layer, rows in groups
-    ]
