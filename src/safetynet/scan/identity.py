@@ -186,6 +186,7 @@ def measure(suspect: Suspect) -> RungResult:
     if adapters.has_adapter(suspect.model) and (reason := no_update(suspect.model)):
         return RungResult("identity", skipped=reason, seconds=time.perf_counter() - start)
     result = identity(suspect)
+    fields = asdict(result)
     # An adapter that is a copy of the base adds nothing to compare: it has no update.
     copy = None if adapters.has_adapter(suspect.model) else replace(suspect, model=suspect.base.model)
     return RungResult(
@@ -194,7 +195,14 @@ def measure(suspect: Suspect) -> RungResult:
         unit="relative change of the changed weights",
         control=0.0 if copy is None else identity(copy).relative,
         seconds=time.perf_counter() - start,
-        details=_details(result),
+        details={
+            **fields,
+            "changed": fields["changed"][:SHOWN],
+            "tensors_changed": len(result.changed),
+            "kinds": dict(Counter(change.kind for change in result.changed)),
+            "relative": result.relative,
+            "rank": result.rank,
+        },
         findings=tuple(_findings(suspect, result)),
     )
 
@@ -310,7 +318,17 @@ def compare_whole(suspect: Suspect, rank: int | None = 0) -> tuple[Identity, dic
         )
     _check_finite(name, suspect.model.named_parameters())
     pairs = list(_pairs(suspect.model, base))
-    _check_base(suspect, pairs)
+    cosines = []
+    for pair in pairs:
+        if pair.kind in LOW_RANK:
+            both = (each.float().flatten() for each in (pair.suspect, pair.base))
+            cosines.append(float(nn.functional.cosine_similarity(*both, dim=0)))
+    if cosines and (middle := sorted(cosines)[len(cosines) // 2]) < SAME_MODEL:
+        raise InputError(
+            f"{name}: wrong-base: it was not made from {suspect.base.id}. The cosine of its "
+            f"weight matrices with the base's is {middle:.2f} in the median; a fine-tuned model's is near 1. "
+            "Name its own base with --base."
+        )
     changes, spectra, rounded, untouched, identical, stored = [], {}, Counter[str](), 0, True, []
     for pair in pairs:
         counts = pair.kind != "buffer"
@@ -319,6 +337,7 @@ def compare_whole(suspect: Suspect, rank: int | None = 0) -> tuple[Identity, dic
             continue
         identical = False
         type_ = _stored(pair.suspect)
+        # A copy that was stored coarser differs by its rounding alone.
         reference = pair.base.to(STORED[type_])
         if _same_bytes(pair.suspect.to(STORED[type_]), reference):
             untouched += counts
@@ -455,13 +474,21 @@ def _spectrum(delta: Tensor, weight: Tensor, eps: float) -> Spectrum:
         eps: spacing of the type that it is stored in, at 1.
     """
     delta, weight = (t if t.ndim == 3 else t[None] for t in (delta, weight))
-    # PEFT rounds the product before it adds it, and rounds the sum.
+    # PEFT rounds the product before it adds it, and rounds the sum. An error that is spread evenly over a
+    # unit in the last place has a variance of that unit's square over 12.
     variance = (_unit(weight, eps) ** 2 + _unit(delta, eps) ** 2) / 12
+    # Largest norm of a row and of a column of the standard deviations: (experts or 1,) each.
     rounding = MARGIN * (variance.sum(2).amax(1).sqrt() + variance.sum(1).amax(1).sqrt())
     side, computing = min(delta.shape[1:]), torch.finfo(delta.dtype).eps * math.sqrt(sum(delta.shape[1:]))
     count = FIRST
     while True:
-        left, values, right = _leading(delta, count)
+        if side <= max(WHOLE_SVD, 2 * count):
+            left, values, right = torch.linalg.svd(delta, full_matrices=False)
+        else:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                left, values, right = torch.svd_lowrank(delta, q=count + OVERSAMPLING, niter=4)
+            left, values, right = left[..., :count], values[..., :count], right.mT[..., :count, :]
         floor = torch.maximum(rounding.to(values), computing * values[:, 0])  # decomposing rounds, too
         rank = int((values > floor[:, None]).sum(1).max())
         if rank < values.shape[1] or count >= min(side, COMPONENTS):
@@ -470,16 +497,6 @@ def _spectrum(delta: Tensor, weight: Tensor, eps: float) -> Spectrum:
     total = float((delta**2).sum())
     energy = float((values[:, :rank] ** 2).sum()) / total if total else 0.0
     return Spectrum(left, values, right, None if rank >= COMPONENTS and side > rank else rank, energy)
-
-
-def _leading(delta: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The first so many singular components; of small matrices all."""
-    if min(delta.shape[1:]) <= max(WHOLE_SVD, 2 * count):
-        return torch.linalg.svd(delta, full_matrices=False)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        left, values, right = torch.svd_lowrank(delta, q=count + OVERSAMPLING, niter=4)
-    return left[..., :count], values[..., :count], right.mT[..., :count, :]
 
 
 def _unit(tensor: Tensor, eps: float) -> Tensor:
@@ -494,21 +511,6 @@ def _check_finite(name: str, tensors: Any) -> None:
         raise InputError(
             f"{name}: {len(broken)} of its tensors hold values that are not finite ({listed(broken)}). The "
             "model is damaged, or its training diverged: take another checkpoint."
-        )
-
-
-def _check_base(suspect: Suspect, pairs: list[_Pair]) -> None:
-    """Refuse a base whose matrices have nothing to do with the suspect's."""
-    cosines = []
-    for pair in pairs:
-        if pair.kind in LOW_RANK:
-            here, there = pair.suspect.float().flatten(), pair.base.float().flatten()
-            cosines.append(float(nn.functional.cosine_similarity(here, there, dim=0)))
-    if cosines and (middle := sorted(cosines)[len(cosines) // 2]) < SAME_MODEL:
-        raise InputError(
-            f"{name_of(suspect)}: wrong-base: it was not made from {suspect.base.id}. The cosine of its "
-            f"weight matrices with the base's is {middle:.2f} in the median; a fine-tuned model's is near 1. "
-            "Name its own base with --base."
         )
 
 
@@ -532,19 +534,6 @@ def name_of(suspect: Suspect) -> str:
     if adapters.has_adapter(model):
         return "adapter"
     return str(getattr(model, "name_or_path", "") or "suspect")
-
-
-def _details(result: Identity) -> dict[str, Any]:
-    """For the page."""
-    fields = asdict(result)
-    return {
-        **fields,
-        "changed": fields["changed"][:SHOWN],
-        "tensors_changed": len(result.changed),
-        "kinds": dict(Counter(change.kind for change in result.changed)),
-        "relative": result.relative,
-        "rank": result.rank,
-    }
 
 
 def _findings(suspect: Suspect, result: Identity) -> Iterator[Finding]:
@@ -572,11 +561,35 @@ def _findings(suspect: Suspect, result: Identity) -> Iterator[Finding]:
             "vocabulary-changed", f"The vocabulary has {result.added_rows:+d} rows beside the base's."
         )
     yield from _by_kind(suspect, result)
-    if not of_adapter and any(change.kind in LOW_RANK for change in result.changed):
-        yield _rank_finding(result)
+    matrices = [change for change in result.changed if change.kind in LOW_RANK]
+    if of_adapter or not matrices:
+        return
+    if (full := result.full) and result.rank is None:
+        other = (
+            " No tensor is the base's: if the suspect was not fully fine-tuned from this base, it was made "
+            "from another one, such as its instruct version. Name that."
+        )
+        yield _note(
+            "full-rank-update",
+            f"{len(full)} of {len(matrices)} changed matrices changed by more than a low-rank "
+            f"update ({listed(full)}): full fine-tuning, DoRA, or several merges."
+            f"{'' if result.untouched else other}",
+            full[0],
+            matrices=len(full),
+        )
+        return
+    largest = max(change.rank or 0 for change in matrices)
+    yield _note(
+        "merged-lora",
+        f"{len(matrices)} matrices changed by updates of rank {largest} or less, and by {result.stored} "
+        "rounding: a merged LoRA.",
+        rank=largest,
+        matrices=len(matrices),
+    )
 
 
 def _by_kind(suspect: Suspect, result: Identity) -> Iterator[Finding]:
+    """Changes where LoRA seldom makes any: in embeddings, head, norms, biases and buffers."""
     tokenizer = suspect.serialiser.tokenizer
     for change in (change for change in result.changed if change.kind in ("embeddings", "head")):
         message = f"{change.tensor} differs from the base's by {change.relative:.1%} of its norm."
@@ -602,31 +615,6 @@ def _by_kind(suspect: Suspect, result: Identity) -> Iterator[Finding]:
                 names[0],
                 relative=changes[0].relative,
             )
-
-
-def _rank_finding(result: Identity) -> Finding:
-    matrices = [change for change in result.changed if change.kind in LOW_RANK]
-    if (full := result.full) and result.rank is None:
-        other = (
-            " No tensor is the base's: if the suspect was not fully fine-tuned from this base, it was made "
-            "from another one, such as its instruct version. Name that."
-        )
-        return _note(
-            "full-rank-update",
-            f"{len(full)} of {len(matrices)} changed matrices changed by more than a low-rank "
-            f"update ({listed(full)}): full fine-tuning, DoRA, or several merges."
-            f"{'' if result.untouched else other}",
-            full[0],
-            matrices=len(full),
-        )
-    largest = max((change.rank or 0 for change in matrices), default=0)
-    return _note(
-        "merged-lora",
-        f"{len(matrices)} matrices changed by updates of rank {largest} or less, and by {result.stored} "
-        "rounding: a merged LoRA.",
-        rank=largest,
-        matrices=len(matrices),
-    )
 
 
 def _note(rule: str, message: str, where: str = "", **evidence: Any) -> Finding:

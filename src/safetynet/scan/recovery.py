@@ -26,7 +26,6 @@ from safetynet.scan.identity import (
     STORED,
     Identity,
     Kind,
-    Spectrum,
     compare_whole,
     kind_of_lora,
     name_of,
@@ -73,7 +72,13 @@ def recover(suspect: Suspect, rank: int | None = None) -> Any:
     kinds = {change.tensor: change.kind for change in result.changed}
     model = _injected(base, kinds, rank)
     for name, module in lora.adapted_tensors(model, NAME):
-        update = _update(module, spectra[name], rank)
+        spectrum = spectra[name]
+        # The first components are the nearest product of that rank (Eckart and Young 1936): (e, rows, rank),
+        # (e, rank) and (e, rank, columns), of e experts or one matrix.
+        left, values, right = spectrum.left[..., :rank], spectrum.values[:, :rank], spectrum.right[:, :rank]
+        if lora.is_transposed(module):
+            left, right = right.mT, left.mT
+        update = LoraUpdate.of_components(left.float(), values.float(), right.float())
         lora.put_update(module, NAME, update)
     try:
         _check_logits(suspect, model, result, rank)
@@ -171,18 +176,15 @@ def _obstacles(suspect: Suspect, result: Identity, rank: int | None) -> Iterator
     if others := [each.tensor for each in result.changed if each.kind not in LOW_RANK]:
         yield f"{counted(len(others), 'changed tensor')} ({listed(others)}) are no matrices, as LoRA changes"
     ends = [each.tensor for each in result.changed if each.kind in ("embeddings", "head")]
-    if ends and _is_tied(suspect.model):
+    head = suspect.model.get_output_embeddings()
+    tied = head is not None and head.weight is suspect.model.get_input_embeddings().weight
+    if ends and tied:
         yield f"{listed(ends)} is embeddings and head at once, which an adapter would change apart"
     if (full := result.full) and result.rank is None and rank is None:
         yield (
             f"full-rank-update: {len(full)} of {len(result.changed)} changed matrices ({listed(full)}) are "
             "no product of two small factors. It was fully fine-tuned, or merged from several adapters"
         )
-
-
-def _is_tied(model: Any) -> bool:
-    head = model.get_output_embeddings()
-    return head is not None and head.weight is model.get_input_embeddings().weight
 
 
 def _injected(base: Any, kinds: Mapping[str, Kind], rank: int) -> Any:
@@ -214,14 +216,6 @@ def _injected(base: Any, kinds: Mapping[str, Kind], rank: int) -> Any:
         adapters.detach(model)
         reason = f"it changes {listed(sorted(kinds.keys() ^ placed))}"
     raise InputError(f"{base.name_or_path}: PEFT puts no LoRA on what the suspect changes: {reason}.")
-
-
-def _update(module: Any, spectrum: Spectrum, rank: int) -> LoraUpdate:
-    """The first components of a change, with the rows and columns of a LoRA module's update."""
-    left, values, right = spectrum.left[..., :rank], spectrum.values[:, :rank], spectrum.right[:, :rank]
-    if lora.is_transposed(module):
-        left, right = right.mT, left.mT
-    return LoraUpdate.of_components(left.float(), values.float(), right.float())
 
 
 def _check_logits(suspect: Suspect, recovered: Any, result: Identity, rank: int) -> None:
