@@ -5,13 +5,11 @@ adapter whose names, targets or base are others is loaded by some servers withou
 base does; what is measured then is the base.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from safetynet.errors import InputError
 from safetynet.models import adapters, lora
@@ -58,9 +56,38 @@ def verify(
     Raises:
         InputError: for tensors that are no finite numbers.
     """
-    zero, every = _zero(files)
-    faults = (*_of_folder(files.folder), *_of_tensors(files, zero, every))
-    notes = tuple(_untrained(zero, every))
+    # Errors of the scan's first rung: names, claims and files that do not go together.
+    errors = [each for each in files_rung.check(files.folder, None).findings if each.level == "error"]
+    sentences = [f"{each.where}: {each.message}" if each.where else each.message for each in errors]
+    # B is zero before training; where it still is, B A is zero whatever A was drawn as.
+    ups = [name for name in files.tensors if any(mark in name for mark in UPS)]
+    zero = sorted(name for name in ups if not files.tensors[name].any())
+    notes: tuple[str, ...] = ()
+    if zero and len(zero) == len(ups):
+        sentences.append(
+            f"lora_B is zero in all {len(ups)} modules, as before training: the adapter changes nothing. "
+            "Save it after training, from the process that holds the trained weights."
+        )
+    elif zero:  # experts that no prompt reached, or a part that was not saved
+        untrained = f"lora_B is zero in {len(zero)} of {len(ups)} modules ({listed(zero)})"
+        notes = (f"{untrained}: nothing changes there.",)
+    if getattr(files.config, "lora_alpha", None) == 0:
+        sentences.append(
+            "lora_alpha is 0, so that every update is scaled to nothing. Set the value of the training."
+        )
+    tensors = {name: tensor for name, tensor in files.tensors.items() if tensor.dtype in NUMBERS}
+    for number, dtype in SERVED.items():
+        lost = [
+            name
+            for name, tensor in tensors.items()
+            if not finite(cast := tensor.to(dtype)) or bool(cast.any()) != bool(tensor.any())
+        ]
+        if lost:
+            sentences.append(
+                f"In {number} {counted(len(lost), 'tensor')} of {len(tensors)} overflow, or round to zero "
+                f"altogether ({listed(sorted(lost))}). Serve it in another number type."
+            )
+    faults = tuple(sentences)
     if base is None:
         return Effect(faults, notes)
     try:
@@ -80,48 +107,6 @@ def verify(
         same = f"The logits of {counted(len(prompts), 'prompt')} are those of the base bit by bit: {why}."
         return Effect((*faults, same), notes, largest)
     return Effect(faults, notes, largest)
-
-
-def _of_folder(folder: Path) -> Iterator[str]:
-    """Errors of the scan's first rung: names, claims and files that do not go together."""
-    for finding in files_rung.check(folder, None).findings:
-        if finding.level == "error":
-            yield f"{finding.where}: {finding.message}" if finding.where else finding.message
-
-
-def _zero(files: AdapterFiles) -> tuple[list[str], int]:
-    """Names of the factors B that are zero, and how many there are of B in all."""
-    ups = [name for name in files.tensors if any(mark in name for mark in UPS)]
-    return sorted(name for name in ups if not files.tensors[name].any()), len(ups)
-
-
-def _untrained(zero: list[str], every: int) -> Iterator[str]:
-    """Modules that nothing was learnt in: experts that no prompt reached, or a part that was not saved."""
-    if 0 < len(zero) < every:
-        yield f"lora_B is zero in {len(zero)} of {every} modules ({listed(zero)}): nothing changes there."
-
-
-def _of_tensors(files: AdapterFiles, zero: list[str], every: int) -> Iterator[str]:
-    if zero and len(zero) == every:
-        yield (
-            f"lora_B is zero in all {every} modules, as before training: the adapter changes nothing. "
-            "Save it after training, from the process that holds the trained weights."
-        )
-    if getattr(files.config, "lora_alpha", None) == 0:
-        yield "lora_alpha is 0, so that every update is scaled to nothing. Set the value of the training."
-    tensors = {name: tensor for name, tensor in files.tensors.items() if tensor.dtype in NUMBERS}
-    for number, dtype in SERVED.items():
-        lost = [name for name, tensor in tensors.items() if not _survives(tensor, dtype)]
-        if lost:
-            yield (
-                f"In {number} {counted(len(lost), 'tensor')} of {len(tensors)} overflow, or round to zero "
-                f"altogether ({listed(sorted(lost))}). Serve it in another number type."
-            )
-
-
-def _survives(tensor: Tensor, dtype: torch.dtype) -> bool:
-    cast = tensor.to(dtype)
-    return finite(cast) and bool(cast.any()) == bool(tensor.any())
 
 
 @torch.no_grad()
