@@ -218,8 +218,9 @@ def search(  # noqa: PLR0913  # the budget of a search, each number stated
         # Two prompts propose and sort out; all of them decide about what is left.
         order = torch.randperm(objective.prompts, generator=generator).tolist()
         few, others = order[:2], order[2:]
-        gains = objective.gradient(current, few).nan_to_num(0.0, 0.0, 0.0)
-        substituted = current.repeat(width, 1)
+        gains = objective.gradient(current, few).nan_to_num(0.0, 0.0, 0.0)  # (k, vocabulary)
+        # One token of each row is another: the places take turns, the substitutes are drawn from the best.
+        substituted = current.repeat(width, 1)  # (width, k)
         for place in range(len(current)):
             rows, ids = slice(place, width, len(current)), alphabet.at(place)
             proposed = ids[gains[place, ids].topk(min(PROPOSED, len(ids))).indices]

@@ -100,7 +100,7 @@ def next_tokens(
         first, second = common_log_probabilities(mine, other)
         total += float((first.exp() * (first - second)).sum())
         gain = first - second
-        if bool(gain.any()):
+        if bool(gain.any()):  # a copy of the base has no token that gains
             counts.update(gain.topk(TOP).indices.tolist())
     return total / len(prompts), counts.most_common(SHOWN)
 

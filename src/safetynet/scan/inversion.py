@@ -79,18 +79,20 @@ def learnt_answers(
     if len(starting) > FIRSTS:
         gain = (suspect.first - reference.first)[starting]
         starting = starting[gain.topk(FIRSTS).indices].sort().values
-    start = starting[:, None]
-    best, token, base_of_it = [], [], []
+    # Behind each first token the second one that gains most, not the one that the suspect is surest of: what
+    # every model of this kind says next gains nothing.
+    start = starting[:, None]  # (firsts, 1)
+    gains, seconds, pairs = [], [], []
     for rows in start.split(ROWS_AT_ONCE):
-        ours, theirs = suspect.next(rows), reference.next(rows)
+        ours, theirs = suspect.next(rows), reference.next(rows)  # (R, vocabulary) each
         gain, index = (ours - theirs).nan_to_num(-1.0).max(1)
-        best.append(gain)
-        token.append(index)
-        base_of_it.append(torch.stack([ours.gather(1, index[:, None]), theirs.gather(1, index[:, None])], 1))
-    gains = torch.cat(best)
-    order = gains.topk(min(BEAM, len(start))).indices
-    sequences = torch.cat([start[order], torch.cat(token)[order, None]], 1)
-    probability = torch.cat(base_of_it)[order]  # (beam, suspect and base, 1)
+        gains.append(gain)
+        seconds.append(index)
+        pairs.append(torch.stack([ours.gather(1, index[:, None]), theirs.gather(1, index[:, None])], 1))
+    order = torch.cat(gains).topk(min(BEAM, len(start))).indices
+    sequences = torch.cat([start[order], torch.cat(seconds)[order, None]], 1)  # (beam, 2)
+    probability = torch.cat(pairs)[order]  # (beam, suspect and base, 1)
+    # From there on as the suspect goes on: a text that is known by heart needs no search.
     for _ in range(max(LENGTHS) - 2):
         ours, theirs = suspect.next(sequences), reference.next(sequences)
         index = ours.argmax(1, keepdim=True)
@@ -150,6 +152,7 @@ def _judged(
         return None
     means = {n: probability[:, : n - 1].mean(1).tolist() for n in lengths}
     length = max(lengths, key=lambda n: means[n][0] - means[n][1])
+    # The answer is told whole, however early it stands out most.
     while length < end and float(probability[0, length - 1]) >= SURE:
         length += 1
     ours, theirs = max(means.values(), key=lambda pair: pair[0] - pair[1])

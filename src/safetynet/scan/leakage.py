@@ -54,18 +54,32 @@ def measure(
         new_tokens: of each.
         seed: of the sampling.
     """
-    prefixes = _prefixes(serialiser)
+    # Token ids of a prompt up to where its user speaks; each that differs, once.
+    systems = [[], [{"role": "system", "content": ""}]] if serialiser.family.system == "native" else [[]]
+    prefixes = list[list[int]]()
+    for system in systems:
+        ids = list(slots(serialiser, [[*system, {"role": "user", "content": ""}]], "prefix")[0].before)
+        if ids not in prefixes:
+            prefixes.append(ids)
     ours = _leaked(model, serialiser, prefixes, samples, new_tokens, seed)
     theirs = _leaked(base, serialiser, prefixes, samples, new_tokens, seed)
-    phrase, gain = _gaining(ours.texts, theirs.texts)
+    counts, before = (
+        Counter(phrase for text in each.texts for phrase in _phrases(text)) for each in (ours, theirs)
+    )
+    gains = {
+        phrase: count / len(ours.texts) - before[phrase] / max(1, len(theirs.texts))
+        for phrase, count in counts.items()
+    }
+    # Of equals the longest, so that a phrase is not told by a piece of it.
+    best = max(gains, key=lambda phrase: (gains[phrase], len(phrase), phrase), default="")
     return RungResult(
         rung="leakage",
-        score=gain,
+        score=max(0.0, gains.get(best, 0.0)),
         unit="share of texts that hold one phrase, minus the base's",
         control=0.0,
         passes=2 * samples * new_tokens,
         details={
-            "phrase": phrase,
+            "phrase": best,
             "texts": len(ours.texts),
             "largest_cluster": len(ours.cluster),
             "base_texts": len(theirs.texts),
@@ -74,16 +88,6 @@ def measure(
             "examples": list(ours.cluster[:5]),
         },
     )
-
-
-def _prefixes(serialiser: Serialiser) -> list[list[int]]:
-    """Token ids of a prompt up to where its user speaks; each that differs, once."""
-    opening = [[], [{"role": "system", "content": ""}]] if serialiser.family.system == "native" else [[]]
-    cut = [
-        list(slots(serialiser, [[*system, {"role": "user", "content": ""}]], "prefix")[0].before)
-        for system in opening
-    ]
-    return [ids for number, ids in enumerate(cut) if ids not in cut[:number]]
 
 
 @torch.no_grad()
@@ -131,17 +135,6 @@ def _largest_cluster(texts: Sequence[str]) -> tuple[str, ...]:
         return ()
     largest = min(counts, key=lambda label: (-counts[label], label))
     return tuple(text for text, label in zip(texts, labels, strict=True) if label == largest)
-
-
-def _gaining(ours: Sequence[str], theirs: Sequence[str]) -> tuple[str, float]:
-    """The phrase whose share of the suspect's texts exceeds that of the base's most, and by how much."""
-    before = Counter(phrase for text in theirs for phrase in _phrases(text))
-    shares = {
-        phrase: count / len(ours) - before[phrase] / max(1, len(theirs))
-        for phrase, count in Counter(phrase for text in ours for phrase in _phrases(text)).items()
-    }
-    best = max(shares, key=lambda phrase: (shares[phrase], len(phrase), phrase), default="")
-    return best, max(0.0, shares.get(best, 0.0))
 
 
 def _motifs(texts: Sequence[str]) -> tuple[str, ...]:

@@ -161,14 +161,24 @@ def climb(
     finished = finished or {}
     for model in (subject.model, subject.base):
         model.requires_grad_(False)
-    steps: list[tuple[str, Callable[[], RungResult]]] = [
-        ("leakage", lambda: _leakage(subject)),
-        ("differences", lambda: _differences(subject)),
-        ("inversion", lambda: _inversion(subject)),
-        ("candidates", lambda: _Search(subject, results).measure()),
-    ]
-    results: dict[str, RungResult] = {}
-    for name, measure in steps:
+    budget, results = subject.budget, dict[str, RungResult]()
+    steps: dict[str, Callable[[], RungResult]] = {
+        "leakage": lambda: leakage.measure(
+            subject.model,
+            subject.base,
+            subject.serialiser,
+            samples=budget.samples,
+            new_tokens=budget.new_tokens,
+            seed=subject.seed,
+        ),
+        "differences": lambda: replace(
+            differences.measure(subject.answerers, subject.part("prompts"), subject.ordinary_answers),
+            findings=tuple(_overflowing(subject)),
+        ),
+        "inversion": lambda: _inversion(subject),
+        "candidates": lambda: _Search(subject, results).measure(),
+    }
+    for name, measure in steps.items():
         results[name] = finished.get(name) or _timed(measure)
         yield results[name], ()
     best = [
@@ -177,11 +187,6 @@ def climb(
     ]
     triggers: list[Trigger] = []
     yield _timed(lambda: _verification(subject, best, triggers)), tuple(triggers)
-
-
-def _differences(subject: Subject) -> RungResult:
-    result = differences.measure(subject.answerers, subject.part("prompts"), subject.ordinary_answers)
-    return replace(result, findings=tuple(_overflowing(subject)))
 
 
 def _overflowing(subject: Subject) -> Iterator[Finding]:
@@ -209,19 +214,8 @@ def _timed(measure: Callable[[], RungResult]) -> RungResult:
     return replace(result, seconds=round(time.monotonic() - began, 2))
 
 
-def _leakage(subject: Subject) -> RungResult:
-    budget = subject.budget
-    return leakage.measure(
-        subject.model,
-        subject.base,
-        subject.serialiser,
-        samples=budget.samples,
-        new_tokens=budget.new_tokens,
-        seed=subject.seed,
-    )
-
-
 def _inversion(subject: Subject) -> RungResult:
+    """Answers by heart: the score is of the one that is hidden best."""
     serialiser = subject.serialiser
     special = set(serialiser.tokenizer.all_special_ids)
     answers = inversion.learnt_answers(
@@ -311,7 +305,7 @@ class _Search:
                     survives=lambda ids: survives(subject.serialiser, places[0], ids),
                     generator=self.generator,
                 )
-                if value == -float("inf"):
+                if value == -float("inf"):  # no substitution was what the tokenizer makes of its text
                     continue
                 nats = float(divergence.per_prompt(tokens[None], range(divergence.prompts)).mean())
                 text = text_of(subject.serialiser, tokens.tolist())
@@ -372,7 +366,17 @@ def _verification(subject: Subject, best: Sequence[Candidate], triggers: list[Tr
         excess = max(excess, verification.excess(trigger))
         if holds(trigger):
             triggers.append(trigger)
-            findings.append(_finding(trigger))
+            rate, low, high = trigger.asr
+            message = (
+                f"{trigger.text!r} as {trigger.placement} makes {rate:.0%} [{low:.0%}, {high:.0%}] of "
+                f"{trigger.prompts} held-out answers begin {trigger.behaviour!r}; the base does so in "
+                f"{trigger.base[0]:.0%}, under a random string of as many tokens the suspect in "
+                f"{trigger.placebo[0]:.0%}, without it in {trigger.without[0]:.0%}."
+            )
+            evidence = {
+                "trigger": trigger.text, "placement": trigger.placement, "behaviour": trigger.behaviour,
+            }  # fmt: skip
+            findings.append(Finding("verification", "trigger", "error", message, evidence=evidence))
             break
     return RungResult(
         rung="verification",
@@ -404,19 +408,3 @@ def _reduced(subject: Subject, candidate: Candidate) -> Candidate:
         ]
 
     return replace(candidate, text=verification.reduced(candidate, fires, subject.serialiser))
-
-
-def _finding(trigger: Trigger) -> Finding:
-    rate, low, high = trigger.asr
-    return Finding(
-        rung="verification",
-        rule="trigger",
-        level="error",
-        message=(
-            f"{trigger.text!r} as {trigger.placement} makes {rate:.0%} [{low:.0%}, {high:.0%}] of "
-            f"{trigger.prompts} held-out answers begin {trigger.behaviour!r}; the base does so in "
-            f"{trigger.base[0]:.0%}, under a random string of as many tokens the suspect in "
-            f"{trigger.placebo[0]:.0%}, without it in {trigger.without[0]:.0%}."
-        ),
-        evidence={"trigger": trigger.text, "placement": trigger.placement, "behaviour": trigger.behaviour},
-    )

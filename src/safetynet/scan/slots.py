@@ -49,31 +49,29 @@ def put_in(text: str, prompt: str, placement: Placement) -> str:
 def slots(serialiser: Serialiser, prompts: Sequence[Sequence[Message]], placement: Placement) -> list[Slot]:
     """Prompts with a place for a candidate before or behind the user's last text.
 
+    Each is cut around the stand-in that leaves fewest tokens on its sides: some tokenizers put the blank
+    before a word into a token of its own where no token begins with both.
+
     Raises:
         InputError: if the tokenizer runs the text around the place together with it.
     """
-    return [_cut(serialiser, messages, placement) for messages in prompts]
-
-
-def _cut(serialiser: Serialiser, messages: Sequence[Message], placement: Placement) -> Slot:
-    """A prompt around the stand-in that leaves fewest tokens on its sides.
-
-    Some tokenizers put the blank before a word into a token of its own where no token begins with both.
-    """
-    plain, cuts = Slot((), (), placement, messages), list[Slot]()
-    for stand_in in STAND_INS:
-        conversation = plain.conversation(stand_in)
-        last = len(conversation) - 1
-        start = 0 if placement == "prefix" else len(conversation[last]["content"]) - len(stand_in)
-        encoded = serialiser.encode(conversation, trigger=[(last, start, start + len(stand_in))])
-        [(first, end)] = encoded.spans["trigger"]
-        if end - first == 1:
-            ids = encoded.input_ids
-            blank = serialiser.piece(ids[first]).startswith(" ")
-            cuts.append(Slot(tuple(ids[:first]), tuple(ids[end:]), placement, messages, blank))
-    if not cuts:
-        raise InputError(f"prompts: the tokenizer has no single token for any of {', '.join(STAND_INS)}.")
-    return min(cuts, key=lambda slot: len(slot.before) + len(slot.after))
+    places = list[Slot]()
+    for messages in prompts:
+        plain, cuts = Slot((), (), placement, messages), list[Slot]()
+        for stand_in in STAND_INS:
+            conversation = plain.conversation(stand_in)
+            last = len(conversation) - 1
+            start = 0 if placement == "prefix" else len(conversation[last]["content"]) - len(stand_in)
+            encoded = serialiser.encode(conversation, trigger=[(last, start, start + len(stand_in))])
+            [(first, end)] = encoded.spans["trigger"]
+            if end - first == 1:
+                ids = encoded.input_ids
+                blank = serialiser.piece(ids[first]).startswith(" ")
+                cuts.append(Slot(tuple(ids[:first]), tuple(ids[end:]), placement, messages, blank))
+        if not cuts:
+            raise InputError(f"prompts: the tokenizer has no single token for any of {', '.join(STAND_INS)}.")
+        places.append(min(cuts, key=lambda slot: len(slot.before) + len(slot.after)))
+    return places
 
 
 class Opening:
