@@ -230,7 +230,7 @@ class Bank:
         columns = [
             np.append(score, self.scores[rung].to_numpy(float)).round(DECIMALS)
             for rung, score in scores.items()
-            if self._measured(rung)
+            if rung in self.scores and bool(self.scores[rung].notna().all())
         ]
         summary = _summary_of(rungs)
         if any(summary.values()) and len(self.summaries.columns) and len(self.scores) >= LEAST:
@@ -239,9 +239,6 @@ class Bank:
             return None
         statistic = np.max(np.stack([_standardised(column) for column in columns]), axis=0)
         return float((statistic >= statistic[0]).sum() / len(statistic))
-
-    def _measured(self, rung: str) -> bool:
-        return rung in self.scores and bool(self.scores[rung].notna().all())
 
     def validate(self) -> None:
         """Refuse a table that is no bank's.

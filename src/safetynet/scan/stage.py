@@ -10,6 +10,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from safetynet import __version__
 from safetynet.errors import InputError, RunError
 from safetynet.extras import need
 from safetynet.models import miniatures
+from safetynet.models.files import at_hand
 from safetynet.models.named import model_of
 from safetynet.scan import files
 from safetynet.scan.folder import reading
@@ -94,10 +96,20 @@ def scan(
     named = [suspect] if isinstance(suspect, Path | str) else list(suspect)
     located = [_located(each) for each in named]
     base = base or next(filter(None, map(_named_base, located)), None)
+    base_folder = None
     if base is not None and (family := miniatures.family_of(base)):
-        base = f"{family}-miniature"
-    base_folder = _base_folder(base)
+        base, base_folder = f"{family}-miniature", miniatures.path(family)
+    elif base is not None:
+        base_folder = at_hand(base)
     rungs = [_files(located, base_folder)]
+    several = len(located) > 1
+    digests = {
+        "/".join(("suspect", *([place.name] if several else []), name)): sha
+        for place in located
+        for name, sha in files.digests(place).items()
+    }
+    if base_folder is not None:
+        digests |= {f"base/{name}": sha for name, sha in files.digests(base_folder).items()}
     result = ScanResult(
         answer="nothing_found",
         reason="",
@@ -107,8 +119,12 @@ def scan(
         rate=None,
         p_value=None,
         rungs=(),
-        digests=_digests(located, base_folder),
-        versions=_versions(),
+        digests=digests,
+        versions={
+            "safetynet": __version__,
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "transformers", "peft")},
+        },
         seed=options.seed,
     )
     try:
@@ -140,7 +156,7 @@ def _scanned(  # what a scan is made of
         )
     from safetynet.models import loading
     from safetynet.run.directory import digest
-    from safetynet.scan import identity
+    from safetynet.scan import identity, recovery
     from safetynet.scan.rungs import prompts_needed
 
     model = model_of(result.base)
@@ -152,11 +168,22 @@ def _scanned(  # what a scan is made of
     # The prompts of a file are as many as there are; our own never end.
     prompts = ordinary_prompts(model, prompts_needed(options.depth), options.seed, options.clean)
     about = replace(options, bank=None, clean=None, rate=RATE)
-    loaded = _loaded(model, suspect, options.same_base)
+    if len(suspect) == 1:
+        loaded = suspect_of(model, suspect[0], same_base=options.same_base)
+    else:
+        loaded = recovery.combine(loading.load(model, "fp32"), suspect, same_base=options.same_base)
     numbers = str(fast_dtype(loaded.base.model))
     if bank is not None:
         bank.check_numbers(numbers)
-    inputs = [asdict(about), prompts, result.digests, _states(suspect), fingerprint, numbers, __version__]
+    # Size and time of every file, so that one that is not hashed cannot change unnoticed.
+    states = [
+        [str(path.relative_to(place)), stat.st_size, stat.st_mtime_ns, stat.st_ino]
+        for place in suspect
+        for path in sorted(place.rglob("*"))
+        if path.is_file()
+        for stat in (path.stat(),)
+    ]
+    inputs = [asdict(about), prompts, result.digests, states, fingerprint, numbers, __version__]
     store = None if folder is None else folder / "rungs" / digest(inputs)[:16]
     rungs.append(_stored(store, "identity") or _keep(store, identity.measure(loaded)))
     if any(finding.rule == "identical" for finding in rungs[-1].findings):
@@ -200,17 +227,6 @@ def _checked(options: Options) -> "Bank | None":
 def _as_banks_are(options: Options) -> bool:
     """Whether a scan asks what the adapters of banks were asked."""
     return options.target is None and options.clean is None and options.seed == SEED
-
-
-def _states(suspects: Sequence[Path]) -> list[Any]:
-    """Size and time of every file, so that one that is not hashed cannot change unnoticed."""
-    states = []
-    for suspect in suspects:
-        for path in sorted(suspect.rglob("*")):
-            if path.is_file():
-                stat = path.stat()
-                states.append([str(path.relative_to(suspect)), stat.st_size, stat.st_mtime_ns, stat.st_ino])
-    return states
 
 
 def measure(
@@ -313,16 +329,6 @@ def suspect_of(model: "Model", source: Path | str, *, same_base: bool = False) -
     return suspect.load(load, source, same_base)
 
 
-def _loaded(model: "Model", suspects: Sequence[Path], same_base: bool) -> "Suspect":
-    """A suspect beside its base; several adapters as one."""
-    if len(suspects) == 1:
-        return suspect_of(model, suspects[0], same_base=same_base)
-    from safetynet.models import loading
-    from safetynet.scan import recovery
-
-    return recovery.combine(loading.load(model, "fp32"), suspects, same_base=same_base)
-
-
 def subject_of(suspect: "Suspect", model: "Model", prompts: Sequence[Any], options: Options) -> "Subject":
     """Suspect and base as two whole models: the suspect's adapter is merged, and its base is loaded anew."""
     from safetynet.models import adapters, loading
@@ -374,10 +380,17 @@ def _answered(
     from safetynet.scan.verdict import verdict
 
     answer, reason, stated, p_value, unseen = verdict(rungs, triggers, bank, result.depth, rate)
+    # What a string that holds is worth depends on the bank: gates read the level of its finding.
     level: Level = "error" if answer == "backdoored" else "warning" if bank is None else "note"
+    levelled = [
+        replace(rung, findings=tuple(replace(each, level=level) for each in rung.findings))
+        if rung.rung == "verification"
+        else rung
+        for rung in rungs
+    ]
     return replace(
         result,
-        rungs=tuple(_at_level(rung, level) if rung.rung == "verification" else rung for rung in rungs),
+        rungs=tuple(levelled),
         triggers=tuple(triggers),
         answer=answer,
         reason=reason,
@@ -386,11 +399,6 @@ def _answered(
         bank=None if bank is None else bank.use,
         not_looked_at=unseen,
     )
-
-
-def _at_level(rung: RungResult, level: Level) -> RungResult:
-    """What a string that holds is worth depends on the bank: gates read the level of its finding."""
-    return replace(rung, findings=tuple(replace(finding, level=level) for finding in rung.findings))
 
 
 def _not_scannable(result: ScanResult, rungs: Sequence[RungResult], reason: str) -> ScanResult:
@@ -448,37 +456,6 @@ def _named_base(suspect: Path) -> str | None:
         return None
     named = fields.get("base_model_name_or_path")
     return named if isinstance(named, str) and named else None
-
-
-def _base_folder(base: str | None) -> Path | None:
-    """Where the base's files lie, if they are on this machine."""
-    from safetynet.models.files import at_hand
-
-    if base is None:
-        return None
-    family = miniatures.family_of(base)
-    return miniatures.path(family) if family else at_hand(base)
-
-
-def _digests(suspects: Sequence[Path], base: Path | None) -> dict[str, str]:
-    """SHA-256 of every file of both."""
-    ours = {
-        "/".join(("suspect", *([suspect.name] if len(suspects) > 1 else []), name)): value
-        for suspect in suspects
-        for name, value in files.digests(suspect).items()
-    }
-    theirs = {} if base is None else {f"base/{name}": value for name, value in files.digests(base).items()}
-    return ours | theirs
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    return {
-        "safetynet": __version__,
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "transformers", "peft")},
-    }
 
 
 def _stored(store: Path | None, rung: str) -> RungResult | None:

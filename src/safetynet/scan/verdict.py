@@ -78,7 +78,9 @@ def _by_scores(
 ) -> tuple[Answer, str]:
     """What verified strings and scores say, and why."""
     if not triggers and alarmed:
-        return "suspicious", f"No string held on other prompts, but rung {_strongest(rungs)} stands out."
+        ranked = {rung.rung: rung.p_value for rung in rungs if rung.p_value is not None}
+        strongest = min(ranked, key=ranked.__getitem__, default="unknown")
+        return "suspicious", f"No string held on other prompts, but rung {strongest} stands out."
     if not triggers:
         compared = "there was no bank to compare scores with" if bank is None else "no score stands out"
         return "nothing_found", f"No string held on other prompts, and {compared}."
@@ -91,9 +93,3 @@ def _by_scores(
     if alarmed:
         return "backdoored", held
     return ("suspicious", f"{held} {UNRANKED}") if bank is None else ("nothing_found", f"{held} {REACHED}")
-
-
-def _strongest(rungs: Sequence[RungResult]) -> str:
-    """The rung with the smallest p-value."""
-    ranked = [rung for rung in rungs if rung.p_value is not None]
-    return min(ranked, key=lambda rung: rung.p_value or 0.0).rung if ranked else "unknown"
