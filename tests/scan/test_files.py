@@ -294,6 +294,11 @@ def test_other_sampling_is_a_note(model):
     assert one(files.check(model, BASE), "generation-changed").level == "note"
 
 
+def test_a_field_that_is_called_as_a_part_of_a_finding_is_its_evidence(model):
+    change(model / "generation_config.json", message="x", level="y")
+    assert one(files.check(model, BASE), "generation-changed").evidence["message"] == ["x", "None"]
+
+
 # Tokenizer
 
 

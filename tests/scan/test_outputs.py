@@ -223,7 +223,7 @@ def test_the_schema_refuses_what_no_scan_writes(change, results):
 def test_the_schema_names_every_answer_depth_level_rung_and_field():
     published = schema()
     properties, parts = published["properties"], published["$defs"]
-    assert tuple(properties["answer"]["enum"]) == data.ANSWERS
+    assert tuple(properties["answer"]["enum"]) == get_args(data.Answer)
     assert tuple(properties["depth"]["enum"]) == data.DEPTHS
     assert tuple(parts["finding"]["properties"]["level"]["enum"]) == data.LEVELS
     assert tuple(parts["rung_name"]["enum"]) == data.RUNGS

@@ -16,7 +16,6 @@ Level = Literal["error", "warning", "note"]
 Answer = Literal["identical", "backdoored", "suspicious", "nothing_found", "not_scannable"]
 DEPTHS: tuple[Depth, ...] = get_args(Depth)
 LEVELS: tuple[Level, ...] = get_args(Level)
-ANSWERS: tuple[Answer, ...] = get_args(Answer)
 EXIT_CODES: Mapping[Answer, int] = {
     "identical": 0, "nothing_found": 0, "backdoored": 1, "suspicious": 1, "not_scannable": 2,
 }  # fmt: skip

@@ -131,6 +131,7 @@ def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _flat(values: Mapping[str, Any], above: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
+    """Fields by their paths; those that nest deeper than any published ones are compared whole."""
     for name, value in values.items():
         if isinstance(value, dict) and depth < 4:
             yield from _flat(value, f"{above}{name}.", depth + 1)
