@@ -4,7 +4,7 @@ In: runs' recipes, versions and tables. Out: one `ComparedRun` per run with the 
 the runs, and sentences about what is missing or mixed. Reads no file and computes no result.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ import pandas as pd
 from safetynet import families
 from safetynet.backdoors import triggers
 from safetynet.errors import InputError
-from safetynet.recipe import Recipe, presets
+from safetynet.recipe import Recipe, loading, presets
 
 IGNORED = (
     "name", "task", "seed", "tracking", "output", "model.device", "model.date", "data.test_rows",
@@ -204,18 +204,18 @@ def maker(table: str, run: ComparedRun) -> str:
 def _settings(recipe: Recipe) -> dict[str, Any]:
     """Every field that makes two experiments different, with the values that are in force."""
     attack = recipe.attack
-    flat = {
+    fields = {
         path: value
-        for path, value in _flat(recipe.model_dump(mode="json"))
+        for path, value in loading.flat(recipe.model_dump(mode="json")).items()
         if not any(path == name or path.startswith(f"{name}.") for name in IGNORED)
     }
     family = families.get(recipe.model.family)
-    flat["model.id"] = recipe.model.model_id
-    flat["backdoor.firing"] = attack.firing  # which a recipe leaves out where all triggered rows fire
-    if flat["training.lora_targets"] is None:
-        flat["training.lora_targets"] = list(family.lora_targets)
-    if flat["training.lora_parameters"] is None:
-        flat["training.lora_parameters"] = list(family.lora_parameters)
+    fields["model.id"] = recipe.model.model_id
+    fields["backdoor.firing"] = attack.firing  # which a recipe leaves out where all triggered rows fire
+    if fields["training.lora_targets"] is None:
+        fields["training.lora_targets"] = list(family.lora_targets)
+    if fields["training.lora_parameters"] is None:
+        fields["training.lora_parameters"] = list(family.lora_parameters)
     # A trigger that a preset describes is called by its name. Presets may hold tuples; JSON has lists.
     trigger = attack.trigger.model_dump(mode="json")
     names = (
@@ -228,14 +228,6 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
             for key, value in preset.items()
         )
     )
-    flat["backdoor.trigger"] = next(names, None) or triggers.of(attack.trigger).label
-    flat["backdoor.behaviour"] = attack.behaviour.kind
-    return flat
-
-
-def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict) and value:
-        for key, below in value.items():
-            yield from _flat(below, f"{path}.{key}" if path else key)
-    else:
-        yield path, value
+    fields["backdoor.trigger"] = next(names, None) or triggers.of(attack.trigger).label
+    fields["backdoor.behaviour"] = attack.behaviour.kind
+    return fields

@@ -74,6 +74,15 @@ def with_options(recipe: Recipe, section: str, options: Mapping[str, Any]) -> Re
         raise InputError(f"--{fault['loc'][1]}: {message}.") from None
 
 
+def flat(fields: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """Nested fields by their dotted paths, as `--set` names them; an empty section stands for itself."""
+    paths: dict[str, Any] = {}
+    for name, value in fields.items():
+        path = f"{above}{name}"
+        paths |= flat(value, f"{path}.") if isinstance(value, Mapping) and value else {path: value}
+    return paths
+
+
 def _validated(fields: Mapping[str, Any], where: str) -> Recipe:
     try:
         return Recipe.model_validate(fields)

@@ -10,6 +10,7 @@ import pandas as pd
 import yaml
 
 from safetynet.figures.registry import Section
+from safetynet.recipe import loading
 from safetynet.report.answers import answers, headline
 from safetynet.report.contents import Contents
 from safetynet.report.figures import SECTIONS, as_json, pictures
@@ -56,7 +57,7 @@ def report(run: Contents) -> str:
         nested = {name: value for name, value in recipe.items() if isinstance(value, Mapping)}
         plain = [(name, _yaml(value)) for name, value in recipe.items() if name not in nested]
         recipe_sections = [("experiment", plain)]
-        recipe_sections += [(name, _flat(value)) for name, value in nested.items() if name != "output"]
+        recipe_sections += [(name, _fields(value)) for name, value in nested.items() if name != "output"]
 
     return render(
         "report.html",
@@ -78,8 +79,8 @@ def report(run: Contents) -> str:
             "faults": [*run.faults, *undrawn],
             "recipe": recipe_sections,
             "stages": stages(run),
-            "versions": _flat(run.manifest.get("versions")),
-            "hardware": _flat(run.manifest.get("hardware")),
+            "versions": _fields(run.manifest.get("versions")),
+            "hardware": _fields(run.manifest.get("hardware")),
             "digests": [
                 (path, str(digest))
                 for name, record in run.manifest["stages"].items()
@@ -236,18 +237,10 @@ def stages(run: Contents) -> pd.DataFrame:
     )
 
 
-def _flat(values: Any, above: str = "") -> list[tuple[str, str]]:
-    """Nested fields as (path, value)."""
-    if not isinstance(values, Mapping):
-        return []
-    lines: list[tuple[str, str]] = []
-    for name, value in values.items():
-        path = f"{above}{name}"
-        if isinstance(value, Mapping) and value:
-            lines += _flat(value, f"{path}.")
-        else:
-            lines.append((path, _yaml(value)))
-    return lines
+def _fields(values: Any) -> list[tuple[str, str]]:
+    """Nested fields as (path, value); none of a manifest that has something else in their place."""
+    flat = loading.flat(values) if isinstance(values, Mapping) else {}
+    return [(path, _yaml(value)) for path, value in flat.items()]
 
 
 def _yaml(value: Any) -> str:
