@@ -299,6 +299,13 @@ def test_a_field_that_is_called_as_a_part_of_a_finding_is_its_evidence(model):
     assert one(files.check(model, BASE), "generation-changed").evidence["message"] == ["x", "None"]
 
 
+def test_a_layer_of_thousands_of_digits_is_none_of_the_adapter_s(adapter):
+    name = f"base_model.model.model.layers.{'1' * 5000}.self_attn.q_proj"
+    names = [f"{name}.lora_{half}.weight" for half in "AB"]
+    result = files.check(adapter(names, layers_to_transform=[0]), BASE)
+    assert one(result, "adapter-targets").evidence["modules"][0].startswith("model.layers.1111")
+
+
 # Tokenizer
 
 

@@ -19,6 +19,7 @@ from safetynet.scan.folder.reading import (
     escaped,
     finding,
     json_of,
+    repeated,
 )
 from safetynet.scan.folder.safetensors_header import tensors
 from safetynet.scan.result import Finding, RungResult
@@ -196,11 +197,7 @@ def _alone(folder: Path, every: Iterable[Entry], base: Path | None) -> Iterator[
             yield finding("unreadable", "warning", message, escaped(entry.name))
             continue
         if twice:
-            message = (
-                f"It gives {escaped(', '.join(twice[:3]))} twice, and programs differ in which they take."
-            )
-            keys = [escaped(key) for key in twice[:12]]
-            yield finding("duplicate-key", "warning", message, escaped(entry.name), keys=keys)
+            yield repeated(twice, entry.name)
     yield from adapter_claims.check(folder, base)
 
 

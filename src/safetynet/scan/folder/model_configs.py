@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetynet.scan.folder.reading import UnreadableError, escaped, finding, json_of
+from safetynet.scan.folder.reading import UnreadableError, escaped, finding, json_of, repeated
 from safetynet.scan.result import Finding, Level
 
 CODE = ("auto_map", "custom_pipelines", "custom_generate")
@@ -53,12 +53,7 @@ def check(folder: Path, names: list[str]) -> list[Finding]:
                 findings.append(finding("unreadable", "warning", message, where))
             continue
         if twice:
-            message = (
-                f"It gives {escaped(', '.join(twice[:3]))} twice, and programs differ in which they take."
-            )
-            findings.append(
-                finding("duplicate-key", "warning", message, where, keys=[escaped(k) for k in twice[:SHOWN]])
-            )
+            findings.append(repeated(twice, name))
         code = sorted(set(_code(values)))
         if code:
             message = (

@@ -7,6 +7,7 @@ that are larger than they may be, no UTF-8 or no JSON give one sentence that say
 import json
 import os
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,12 @@ def _leaves(path: Path, inside: tuple[Path, ...]) -> str:
 def finding(rule: str, level: Level, message: str, where: str = "", /, **evidence: Any) -> Finding:
     """A finding of the first rung; evidence may have any name, as the fields of a suspect's files have."""
     return Finding("files", rule, level, message, where, evidence=evidence)
+
+
+def repeated(keys: Sequence[str], where: str) -> Finding:
+    """That a JSON object gives keys twice."""
+    message = f"It gives {escaped(', '.join(keys[:3]))} twice, and programs differ in which they take."
+    return finding("duplicate-key", "warning", message, escaped(where), keys=[escaped(k) for k in keys[:12]])
 
 
 def escaped(text: str, most: int = 300) -> str:

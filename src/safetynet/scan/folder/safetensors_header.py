@@ -56,8 +56,12 @@ def tensors(path: Path) -> dict[str, Tensor]:
     for name, value in values.items():
         fields = value if isinstance(value, dict) else {}
         dtype, shape, offsets = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
-        lists = isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2
-        if not lists or not all(type(n) is int and n >= 0 for n in (*(shape or ()), *(offsets or ()))):
+        if not (
+            isinstance(shape, list)
+            and isinstance(offsets, list)
+            and len(offsets) == 2
+            and all(type(n) is int and n >= 0 for n in (*shape, *offsets))
+        ):
             raise UnreadableError(f"its header describes {name} without type, shape or place")
         if not isinstance(dtype, str):
             raise UnreadableError(f"its header describes {name} without a type")
