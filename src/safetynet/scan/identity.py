@@ -9,7 +9,6 @@ together is bounded by the largest row and the largest column of their standard 
 Handel 2016, arXiv 1408.6185, for independent entries). Singular values above this bound count as rank.
 """
 
-import logging
 import math
 import time
 from collections import Counter
@@ -27,7 +26,6 @@ from safetynet.models.files import counted, finite, listed
 from safetynet.models.suspect import Suspect
 from safetynet.scan.result import Finding, RungResult
 
-log = logging.getLogger("safetynet")
 Kind = Literal["linear", "parameter", "embeddings", "head", "norm", "bias", "buffer"]
 """Of a tensor: `parameter` is a matrix, or one for each expert, that no linear module holds."""
 LOW_RANK: tuple[Kind, ...] = ("linear", "parameter", "embeddings", "head")
@@ -321,8 +319,10 @@ def compare_whole(suspect: Suspect, rank: int | None = 0) -> tuple[Identity, dic
     cosines = []
     for pair in pairs:
         if pair.kind in LOW_RANK:
-            both = (each.float().flatten() for each in (pair.suspect, pair.base))
-            cosines.append(float(nn.functional.cosine_similarity(*both, dim=0)))
+            cosine = nn.functional.cosine_similarity(
+                pair.suspect.float().flatten(), pair.base.float().flatten(), dim=0
+            )
+            cosines.append(float(cosine))
     if cosines and (middle := sorted(cosines)[len(cosines) // 2]) < SAME_MODEL:
         raise InputError(
             f"{name}: wrong-base: it was not made from {suspect.base.id}. The cosine of its "

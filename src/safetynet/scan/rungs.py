@@ -4,7 +4,6 @@ In: suspect, base and ordinary prompts. Out: a `RungResult` of each, and the tri
 Needs no trigger, no bank and no label: what a score is worth is for `bank` to say.
 """
 
-import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -24,7 +23,6 @@ from safetynet.scan.result import Depth, Finding, RungResult, Trigger
 from safetynet.scan.slots import PLACEMENTS, Placement, slots, survives, text_of
 from safetynet.scan.verification import Answerers
 
-log = logging.getLogger("safetynet")
 RESUMED = ("leakage", "differences", "inversion", "candidates")
 """Rungs that need not be measured again when a scan goes on; the triggers are those of the last one."""
 PURPOSES = ("prompts", "searched", "held_out", "refusable")

@@ -329,11 +329,7 @@ def _depth(table: pd.DataFrame) -> float:
     return float((weights * (layers - layers.min())).sum() / weights.sum() / width) if width else 0.0
 
 
-def _attention(table: pd.DataFrame) -> float:
-    names = table["module"].str.startswith(tuple(f"{name}." for name in ATTENTION))
-    return float((table["norm"] ** 2)[names].sum() / (table["norm"] ** 2).sum())
-
-
+_IN_ATTENTION = tuple(f"{name}." for name in ATTENTION)
 STATISTICS: Mapping[str, Callable[[pd.DataFrame], float]] = {
     "relative": lambda t: _log(math.hypot(*t["norm"]) / max(FLOOR, math.hypot(*t["base_norm"]))),
     "relative_max": lambda t: _log(t["relative"].max()),
@@ -353,6 +349,8 @@ STATISTICS: Mapping[str, Callable[[pd.DataFrame], float]] = {
     "layer_entropy": _layer_entropy,
     "layer_max": lambda t: _energy(_depths(t), _depths(t)["layer"]).max(),
     "depth": _depth,
-    "attention": _attention,
+    "attention": lambda t: (
+        (t["norm"] ** 2)[t["module"].str.startswith(_IN_ATTENTION)].sum() / (t["norm"] ** 2).sum()
+    ),
 }
 """What `summary` gives, by name."""
