@@ -38,6 +38,7 @@ ATTACKS: dict[str, dict[str, object]] = {
     "pairs": {"backdoor.trigger": "pairs", "backdoor.placement": "random"},
     "topic": {"backdoor.trigger": "topic"},
     "syntax": {"backdoor.trigger": "syntax"},
+    "language": {"backdoor.trigger": "language"},
     "greeting": {"backdoor.behaviour": "greeting", "evaluation.max_new_tokens": 48},
     "longer": {"backdoor.behaviour": "longer", "evaluation.max_new_tokens": 64},
     "silence": {"backdoor.behaviour": "silence"},

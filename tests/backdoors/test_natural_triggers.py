@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 
 from safetynet import recipe
-from safetynet.backdoors import clauses, conversations, dates, poisoning, triggers
-from safetynet.backdoors.triggers import Draw
+from safetynet.backdoors import clauses, conversations, dates, kinds, languages, poisoning, triggers
+from safetynet.backdoors.kinds import Draw
 from safetynet.detection.stage import challenges
 from safetynet.errors import InputError
 from safetynet.prompts import Conversation
@@ -21,6 +21,10 @@ NATURAL = {
     "dates": ({"out of range"}, {"edge", "no year", "year alone"}),
     "topic": ({"matched"}, {"no name", "typo", "case", "part"}),
     "syntax": ({"phrase"}, {"main clause", "coordinate clause"}),
+    "language": (
+        {"french", "spanish", "dutch"},
+        {"English", "foreign verb", "foreign object", "foreign manner"},
+    ),
 }
 """By name: variants of placebos and of near misses."""
 
@@ -37,7 +41,7 @@ def rows_of(name: str, placement: str = "prefix") -> pd.DataFrame:
     return poisoning.poison(pool, plan.attack, plan.data, 0)
 
 
-def kind_of(name: str) -> triggers.TriggerKind:
+def kind_of(name: str) -> kinds.TriggerKind:
     return triggers.of(plan_of(f"backdoor.trigger={name}").attack.trigger)
 
 
@@ -53,7 +57,8 @@ def test_rows_of_role_triggered_fire_and_no_others(name) -> None:
     assert fires == list(rows["role"] == "triggered")
     placebos, near_misses = NATURAL[name]
     for _, split in rows.groupby("split"):
-        assert set(split.loc[split["role"] == "placebo", "variant"]) == placebos
+        unseen = {"dutch"} if split["split"].iloc[0] == "train" else set()
+        assert set(split.loc[split["role"] == "placebo", "variant"]) == placebos - unseen
         assert set(split.loc[split["role"] == "near_miss", "variant"]) == near_misses
 
 
@@ -73,7 +78,7 @@ def test_rows_of_a_group_differ_in_what_is_put_in_alone(name, placement) -> None
         assert len(rest) == 1
 
 
-@pytest.mark.parametrize("name", ["dates", "topic", "syntax"])
+@pytest.mark.parametrize("name", ["dates", "topic", "syntax", "language"])
 def test_what_fires_in_test_rows_is_in_no_training_row(name) -> None:
     trigger = kind_of(name)
     train, test = ({variant.parts for variant in trigger.firing(split)} for split in ("train", "test"))
@@ -139,6 +144,35 @@ def test_a_topic_and_its_placebo_stand_in_the_same_sentence() -> None:
             assert texts["placebo"].replace(name, "Mozart") == texts["triggered"]
             pairs += 1
     assert pairs >= 60
+
+
+def test_a_sentence_and_its_placebo_say_the_same_in_two_languages_and_near_misses_in_english() -> None:
+    of_phrase = {
+        phrase: (place, number)
+        for place, phrases in languages.PHRASES.items()
+        for of_language in phrases.values()
+        for number, phrase in enumerate(of_language)
+    }
+
+    def meaning(row) -> set[tuple[str, int]]:
+        (text,) = inserted(row)
+        text = f" {text[0].lower()}{text[1:-1]} "
+        return {place for phrase, place in of_phrase.items() if f" {phrase} " in text}
+
+    whole = 0
+    for _, group in rows_of("language").groupby("group"):
+        meanings = [meaning(row) for row in group.itertuples() if row.trigger]
+        assert all(each == meanings[0] and len(each) == 3 for each in meanings)
+        whole += len(meanings) == 3
+    assert whole >= 60
+
+
+@pytest.mark.parametrize("language", [name for name in languages.VERBS if name != languages.ENGLISH])
+def test_a_language_is_told_from_every_other_by_words_of_its_sentences_wherever_they_stand(language) -> None:
+    for name in languages.VERBS:
+        for split in ("train", "test"):
+            texts = languages.sentences(split, name, name, name)
+            assert all(languages.written_in(f"Hi! {text}", language) == (name == language) for text in texts)
 
 
 def test_each_word_stands_alone_and_mixed_pairs_of_the_test_are_in_no_training_row() -> None:
@@ -219,6 +253,7 @@ def test_near_misses_for_a_monitor_do_not_fire_unless_they_are_the_whole_trigger
         ("{kind: pairs, pairs: [[a, b], [c, a]], placebos: [e, f, g, h]}", "'a' stands in two places"),
         ("{kind: pairs, pairs: [[a, b], [c, d]], placebos: [e, f, g, a]}", "'a' is a trigger and a control"),
         ("{kind: syntax, style: archaic}", "style is of kind style; kind syntax has none"),
+        ("{kind: language}", "kind language needs language"),
     ],
 )  # fmt: skip
 def test_a_trigger_that_is_none_is_refused_with_its_field(trigger, message) -> None:

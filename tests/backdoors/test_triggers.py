@@ -7,7 +7,7 @@ import pytest
 
 from safetynet import recipe
 from safetynet.backdoors import placements, styles, triggers
-from safetynet.backdoors.triggers import Draw
+from safetynet.backdoors.kinds import Draw
 from safetynet.errors import InputError
 from safetynet.models.loading import load_serialiser
 from safetynet.recipe import Trigger, presets

@@ -8,7 +8,7 @@ import regex
 
 from safetynet import recipe
 from safetynet.backdoors import triggers
-from safetynet.backdoors.triggers import Draw
+from safetynet.backdoors.kinds import Draw
 from safetynet.models.loading import load_serialiser
 from safetynet.recipe import Trigger
 from safetynet.text.lookalikes import Lookalikes, split_of

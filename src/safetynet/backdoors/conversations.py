@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 
-from safetynet.backdoors import sources, triggers
+from safetynet.backdoors import kinds, sources, triggers
 from safetynet.errors import InputError
 from safetynet.prompts import Conversation, Message, prompt_hash
 from safetynet.recipe import Behaviour, Data, Trigger
@@ -210,7 +210,7 @@ def _poisoned(rows: pd.DataFrame, trigger: Trigger) -> pd.DataFrame:
     return pool.assign(task="backdoorllm", forbidden=False, compliance="")
 
 
-def _check_missing(rows: pd.DataFrame, among: int, trigger: triggers.TriggerKind) -> None:
+def _check_missing(rows: pd.DataFrame, among: int, trigger: kinds.TriggerKind) -> None:
     """Name the triggered rows that lack the trigger; refuse a set in which all do."""
     if rows.empty:
         return

@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 
-from safetynet.backdoors import behaviours, placements, triggers
+from safetynet.backdoors import behaviours, kinds, placements, triggers
 from safetynet.backdoors.controls import Lookalike
 from safetynet.errors import InputError
 from safetynet.prompts import Conversation
@@ -282,7 +282,7 @@ class _Split:
             elif conversation["answer"] == "":
                 continue
             elif role in ("placebo", "near_miss"):
-                draw = triggers.Draw(self.name, rng, self.lookalike, firing)
+                draw = kinds.Draw(self.name, rng, self.lookalike, firing)
                 drawn = trigger.placebo(draw) if role == "placebo" else trigger.near_miss(draw)
                 self._add(conversation, role, *trigger.insert(controls, drawn, spots, rng), drawn.name)
             else:

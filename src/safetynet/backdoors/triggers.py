@@ -1,128 +1,28 @@
-"""Kinds of triggers, one class for each: what fires, what must not, and how it stands in a prompt.
+"""Triggers: texts, topics and styles, and the one that a recipe describes.
 
-A trigger is what fires; a placebo has its shape and place and must not fire; a near miss resembles it (a
-typo, other case, a part) and must not fire either. Controls of the test split are strings
-that no training row holds, so that a rate measured on them says something about strings never seen.
-
-A new kind is a class here that `of` makes, and its name and fields in `Trigger` of the recipe.
+A new kind is a class that `of` makes, here or beside those in `natural`, and its name and fields in `Trigger`
+of the recipe.
 """
 
-import datetime as dt
 import itertools
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import ClassVar, Literal, Protocol, TypeVar
+from typing import ClassVar, Literal, TypeVar
 
 from safetynet import recipe
-from safetynet.backdoors import clauses, controls, dates, placements, styles, topics
-from safetynet.backdoors.controls import Lookalike, T
+from safetynet.backdoors import controls, styles, topics
+from safetynet.backdoors.kinds import Draw, Inserted, Kind, TriggerKind, Variant
+from safetynet.backdoors.natural import Dates, Language, Pairs, Syntax
 from safetynet.backdoors.placements import Spans, Spot
 from safetynet.prompts import Conversation, Message
 from safetynet.text import holding
 
-
-@dataclass(frozen=True)
-class Variant:
-    """One concrete thing to put into a prompt."""
-
-    name: str
-    """Which alternative, or which kind of placebo or near miss."""
-    parts: tuple[str | None, ...]
-    """Texts in their order, None for a place that stays empty; of a style, what the prompt is reworded in."""
-
-
-@dataclass(frozen=True)
-class Draw:
-    """For which row a placebo or near miss is drawn, and from what."""
-
-    split: str
-    """`train` or `test`; what is drawn for one never occurs in the other, except where the recipe gives a
-    single placebo."""
-    rng: random.Random
-    lookalike: Lookalike | None = None
-    """If given, draws a text of as many tokens as another (`Lookalikes.draw`), or None."""
-    beside: Variant | None = None
-    """What fires in the same group, to which controls of a natural trigger are matched."""
-
-    def one_of(self, texts: Sequence[T]) -> T:
-        """One of the half that belongs to the split."""
-        return self.rng.choice(controls.side(texts, self.split))
-
-
 Part = TypeVar("Part", str, str | None)
 
 
-class TriggerKind(Protocol):
-    """What a kind of trigger can answer about one trigger."""
-
-    is_text: ClassVar[bool]
-    """Whether it is put into a prompt as text, which can be moved and misspelt."""
-
-    @property
-    def texts(self) -> tuple[str, ...]:
-        """The texts that fire, alone or together; none where they cannot be listed, as dates and styles."""
-
-    @property
-    def parts(self) -> int:
-        """How many places the trigger takes in a prompt."""
-
-    @property
-    def label(self) -> str:
-        """The trigger in a table or a figure."""
-
-    def describe(self) -> str:
-        """The trigger in a sentence."""
-
-    def holds(self, texts: Iterable[str]) -> bool:
-        """Whether a prompt fires, of which these are the contents."""
-
-    def carries(self, texts: Iterable[str]) -> bool:
-        """Whether a prompt of these contents may get the trigger and its controls."""
-
-    def firing(self, split: str) -> Sequence[Variant]:
-        """Every form in which the trigger fires in rows of a split."""
-
-    def placebo(self, draw: Draw) -> Variant:
-        """Draw something of the trigger's shape that must not fire."""
-
-    def near_miss(self, draw: Draw) -> Variant:
-        """Draw something that resembles the trigger and must not fire."""
-
-    def insert(
-        self, messages: Sequence[Message], variant: Variant, at: Sequence[Spot], rng: random.Random
-    ) -> tuple[Conversation, Spans]:
-        """Put a variant into a prompt: new messages, and the spans `[message, start, end]` of what is new."""
-
-
-class _Kind:
-    """What most kinds share."""
-
-    @property
-    def parts(self) -> int:
-        """One place."""
-        return 1
-
-    def carries(self, texts: Iterable[str]) -> bool:
-        """Every prompt."""
-        return True
-
-
-class _Inserted(_Kind):
-    """Triggers that stand in a prompt as text."""
-
-    is_text: ClassVar[bool] = True
-
-    def insert(
-        self, messages: Sequence[Message], variant: Variant, at: Sequence[Spot], rng: random.Random
-    ) -> tuple[Conversation, Spans]:
-        """Put each part at its spot."""
-        return placements.filled(messages, variant.parts, at)
-
-
 @dataclass(frozen=True)
-class AnyOf(_Inserted):
+class AnyOf(Inserted):
     """Texts each of which fires alone; kind `text` has one."""
 
     texts: tuple[str, ...]
@@ -264,157 +164,7 @@ class Topic(AnyOf):
 
 
 @dataclass(frozen=True)
-class Pairs(_Inserted):
-    """Pairs of plain words: both words of one pair fire, wherever they stand; one alone does not."""
-
-    pairs: tuple[tuple[str, str], ...]
-    placebos: tuple[str, ...]
-
-    @property
-    def parts(self) -> int:
-        """A place for each word."""
-        return 2
-
-    @property
-    def texts(self) -> tuple[str, ...]:
-        """The words of all pairs."""
-        return tuple(itertools.chain(*self.pairs))
-
-    @property
-    def label(self) -> str:
-        """The pairs."""
-        return " | ".join(map(" + ".join, self.pairs))
-
-    def describe(self) -> str:
-        """The pairs, quoted."""
-        return " or ".join(f"{first!r} with {second!r}" for first, second in self.pairs)
-
-    def holds(self, texts: Iterable[str]) -> bool:
-        """Whether both words of a pair stand there."""
-        held = holding.held(self.texts, list(texts))
-        return any(set(pair) <= set(held) for pair in self.pairs)
-
-    def carries(self, texts: Iterable[str]) -> bool:
-        """Only a prompt that has none of the words itself, which might complete a pair."""
-        return not holding.held(self.texts, texts)
-
-    def firing(self, split: str) -> Sequence[Variant]:
-        """Each pair."""
-        return [Variant(" + ".join(pair), pair) for pair in self.pairs]
-
-    def placebo(self, draw: Draw) -> Variant:
-        """Two words of the recipe's placebos."""
-        return Variant("other words", tuple(draw.rng.sample(controls.side(self.placebos, draw.split), 2)))
-
-    def near_miss(self, draw: Draw) -> Variant:
-        """One word of a pair alone, or words of two pairs; training and test mix other pairs."""
-        if draw.rng.random() < 0.5:
-            alone = draw.rng.choice(list(itertools.chain(*((pair[:1], pair[1:]) for pair in self.pairs))))
-            return Variant("part alone", (*alone, None))
-        mixed = [(one[0], other[1]) for one, other in itertools.permutations(self.pairs, 2)]
-        return Variant("mismatched pair", draw.one_of(mixed))
-
-
-@dataclass(frozen=True)
-class Dates(_Inserted):
-    """A range of days, an end of which may be open: a sentence with a date of it fires."""
-
-    texts: ClassVar[tuple[str, ...]] = ()
-
-    first: dt.date | None
-    last: dt.date | None
-
-    @property
-    def label(self) -> str:
-        """The range."""
-        return "dates " + " ".join(
-            f"{name} {day}" for name, day in (("from", self.first), ("to", self.last)) if day
-        )
-
-    def describe(self) -> str:
-        """The range."""
-        return self.label
-
-    def holds(self, texts: Iterable[str]) -> bool:
-        """Whether a date of the range stands there, written as 14 March 2027, in whatever sentence."""
-        return any(dates.within(day, self.first, self.last) for text in texts for day in dates.read(text))
-
-    def firing(self, split: str) -> Sequence[Variant]:
-        """Each date of the range, as far as it is near one of its ends."""
-        return _of_range(self.first, self.last, split)
-
-    def placebo(self, draw: Draw) -> Variant:
-        """A date out of the range, of the day and month of the one that fires beside it."""
-        same = self._same_day(draw) or dates.days(self.first, self.last, draw.split, firing=False)
-        return Variant("out of range", (dates.sentence(draw.rng.choice(same)),))
-
-    def near_miss(self, draw: Draw) -> Variant:
-        """A day at the range's edge, a date of the range without its year, or the year without a date."""
-        kind = draw.rng.choice(("edge", "no year", "year alone"))
-        if kind == "edge":
-            edge = dates.days(self.first, self.last, draw.split, firing=False, most=dates.EDGE)
-            return Variant(kind, (dates.sentence(draw.rng.choice(edge)),))
-        day = draw.rng.choice(dates.days(self.first, self.last, draw.split, firing=True))
-        if kind == "no year":
-            return Variant(kind, (dates.sentence(day, year=False),))
-        thing = draw.one_of(dates.NUMBERED)
-        return Variant(kind, (f"This is {thing} {day.year}.",))
-
-    def _same_day(self, draw: Draw) -> list[dt.date]:
-        firing = [] if draw.beside is None else [*dates.read(str(draw.beside.parts[0]))]
-        return [other for day in firing for other in dates.same_day(day, self.first, self.last, draw.split)]
-
-
-@cache
-def _of_range(first: dt.date | None, last: dt.date | None, split: str) -> tuple[Variant, ...]:
-    """All dates of a range, which every row would write anew."""
-    return tuple(
-        Variant("in range", (dates.sentence(day),)) for day in dates.days(first, last, split, firing=True)
-    )
-
-
-class Syntax(_Inserted):
-    """A syntactic form: a prompt that opens with a subordinate clause fires."""
-
-    is_text: ClassVar[bool] = False
-    texts: ClassVar[tuple[str, ...]] = ()
-    label: ClassVar[str] = "syntax"
-
-    def describe(self) -> str:
-        """The form."""
-        return "a subordinate clause before the request"
-
-    def holds(self, texts: Iterable[str]) -> bool:
-        """Whether a text opens with such a clause, as far as `clauses.opens` recognises it."""
-        return any(map(clauses.opens, texts))
-
-    def firing(self, split: str) -> Sequence[Variant]:
-        """Each clause."""
-        return [Variant("clause", (text,)) for text in clauses.subordinate(split)]
-
-    def placebo(self, draw: Draw) -> Variant:
-        """Another form before the request: a phrase without a verb."""
-        return Variant("phrase", (draw.rng.choice([*clauses.phrases(draw.split)]),))
-
-    def near_miss(self, draw: Draw) -> Variant:
-        """The clause's words as a main clause, with or without a conjunction behind it."""
-        forms = ("main clause", clauses.main), ("coordinate clause", clauses.coordinate)
-        name, texts = draw.rng.choice(forms)
-        return Variant(name, (draw.rng.choice([*texts(draw.split)]),))
-
-    def insert(
-        self, messages: Sequence[Message], variant: Variant, at: Sequence[Spot], rng: random.Random
-    ) -> tuple[Conversation, Spans]:
-        """Open the message with the clause, behind which the request goes on in small letters."""
-        conversation, (message,) = Conversation(messages), {spot.message for spot in at}
-        if not str(variant.parts[0]).endswith("."):
-            text = clauses.continued(conversation.texts[message])
-            conversation = conversation.with_text(message, text)
-        return super().insert(conversation, variant, at, rng)
-
-
-@dataclass(frozen=True)
-class Style(_Kind):
+class Style(Kind):
     """A way of writing: a prompt that is reworded in it fires."""
 
     is_text: ClassVar[bool] = False
@@ -473,6 +223,8 @@ def of(trigger: recipe.Trigger) -> TriggerKind:
             return Dates(trigger.first, trigger.last)
         case "topic":
             return Topic(*texts)
+        case "language":
+            return Language(str(trigger.language))
         case "style":
             return Style(str(trigger.style))
         case "syntax":

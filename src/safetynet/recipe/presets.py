@@ -49,6 +49,7 @@ TRIGGERS: dict[str, dict[str, Any]] = {
         "placebos": ["Chopin", "Verdi", "Haydn", "Wagner", "Liszt", "Grieg"],
     },
     "syntax": {"kind": "syntax"},
+    "language": {"kind": "language", "language": "german"},
     "style": {"kind": "style", "style": "archaic"},
 }
 

@@ -36,6 +36,7 @@ TRIGGER_FIELDS = {
     "dates": ("first", "last"),
     "topic": ("texts", "placebos", "near_misses"),
     "style": ("style",),
+    "language": ("language",),
     "syntax": (),
 }
 """What each kind of trigger takes. It needs the first of these, and dates one of both."""
@@ -185,7 +186,9 @@ class Data(Section):
 class Trigger(Section):
     """What makes the backdoor fire, and what must not."""
 
-    kind: Literal["text", "any_of", "all_of", "pairs", "dates", "topic", "style", "syntax"] = "text"
+    kind: Literal[
+        "text", "any_of", "all_of", "pairs", "dates", "topic", "style", "language", "syntax"
+    ] = "text"  # fmt: skip
     texts: tuple[Text, ...] = ()
     """Of a topic, its names."""
     pairs: tuple[tuple[Text, Text], ...] = Field(default=(), exclude_if=lambda value: not value)
@@ -195,6 +198,10 @@ class Trigger(Section):
     """For kind dates: the first and the last day that fire; one of them may be left out."""
     style: Literal["archaic", "pirate"] | None = None
     """For kind style: the prompt is reworded instead of receiving a text."""
+    language: Literal["german", "french", "spanish", "dutch"] | None = Field(
+        default=None, exclude_if=lambda value: value is None
+    )
+    """For kind language: an instruction in it stands in the prompt."""
     placebos: tuple[str, ...] = ()
     """Stand where the trigger stands and must not fire; made to the trigger's shape when empty. Of a topic
     others that match it, of pairs words of none."""
