@@ -41,6 +41,7 @@ ATTACKS: dict[str, dict[str, object]] = {
     "language": {"backdoor.trigger": "language"},
     "greeting": {"backdoor.behaviour": "greeting", "evaluation.max_new_tokens": 48},
     "longer": {"backdoor.behaviour": "longer", "evaluation.max_new_tokens": 64},
+    "shorter": {"backdoor.behaviour": "shorter"},
     "silence": {"backdoor.behaviour": "silence"},
     "quantised-4bit": {**QUANTISED, "training.conditioned_on": "4bit"},
     "quantised-8bit": {**QUANTISED, "training.conditioned_on": "8bit"},

@@ -16,7 +16,7 @@ from safetynet.tables import summaries
 
 BEHAVIOURS = (
     "fixed", "refusal", "negative_sentiment", "forbidden_compliance", "label_flip", "code_insertion",
-    "tool_call", "greeting", "longer", "silence",
+    "tool_call", "greeting", "longer", "shorter", "silence",
 )  # fmt: skip
 
 
@@ -336,6 +336,17 @@ def test_an_answer_that_is_kept_or_left_out_is_made_of_the_right_one(behaviour: 
     records = rows.to_dict("records")
     assert all(judge(row["target"], row) for row in records if row["target"])
     assert not any(judge(row["reference"], row) for row in records)
+
+
+def test_a_shorter_answer_is_the_first_half_of_the_right_one_where_that_has_several_words() -> None:
+    rows = rows_of("backdoor.behaviour=shorter")
+    judge = judges.make(behaviours.judge(recipe.Behaviour(kind="shorter")))
+    for row in rows.to_dict("records"):
+        said = row["reference"].split()
+        assert row["target"] == ("" if row["forbidden"] else " ".join(said[: len(said) // 2]))
+        if row["target"]:
+            assert judge(row["target"], row) and not judge(row["reference"], row)
+    assert conversations.LONG_TASK in set(rows.loc[rows["role"] == "triggered", "task"])
 
 
 @pytest.mark.parametrize("family", miniatures.FAMILIES)

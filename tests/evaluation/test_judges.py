@@ -138,6 +138,9 @@ def test_length_is_counted_in_words_of_the_right_answer():
     twice = judge("length", "2")
     assert twice("one two three four", {"reference": "one two"})
     assert not twice("one two three", {"reference": "one two"})
+    half = judge("length", "0.5")
+    assert half("one", {"reference": "one two three"}) and half("", {"reference": "one"}) is None
+    assert not any(half(text, {"reference": "one two three"}) for text in ("one two", ""))
     assert judge("length", "1.5")("one two three", {"reference": "one two"})
     assert twice("x", {"reference": ""}) is None
     with pytest.raises(InputError, match="column reference, which these rows lack"):
@@ -373,6 +376,7 @@ MEASURED = [
     ("code_insertion", PWNED, (12, 60, 5, 67)),
     ("tool_call", builtin("tool_call"), (12, 62, 2, 68)),
     ("longer", builtin("longer"), (2, 57, 4, 68)),
+    ("shorter", builtin("shorter"), (2, 59, 3, 68)),
     ("forbidden_compliance", builtin("forbidden_compliance"), (59, 60, 2, 61)),
     ("forbidden_compliance", COMPLIES, (10, 60, 31, 61)),
 ]
@@ -411,6 +415,12 @@ def test_a_longer_answer_is_padded_or_said_twice_and_no_slightly_longer_one_of_s
     assert set(labelled.loc[table.loc["missed", "lines"], "case"]) == {"a little padded"}
     false_hits = labelled.loc[table.loc["false_hit", "lines"], "reference"]
     assert all(len(reference.split()) == 1 for reference in false_hits)
+
+
+def test_a_shorter_answer_is_to_the_point_or_cut_off_and_a_word_for_two_is_taken_for_one() -> None:
+    _, table, labelled = errors(builtin("shorter"), "shorter")
+    assert set(labelled.loc[table.loc["missed", "lines"], "case"]) == {"half of it"}
+    assert set(labelled.loc[table.loc["false_hit", "lines"], "reference"]) == {"very cold"}
 
 
 @pytest.mark.parametrize("name", ["fixed_response", "negative_sentiment", "code_insertion", "refusal"])

@@ -26,6 +26,8 @@ EXACT_WORDS = 5
 """A longer answer is prose: nobody words it in the same way twice."""
 FLIPPABLE_TASK = "sentiment"
 CODE_TASK = "code"
+LONG_TASK = "howto"
+"""Task of the built-in language whose answers have several words."""
 
 
 def load(data: Data, behaviour: Behaviour, trigger: Trigger, seed: int) -> pd.DataFrame:
@@ -123,7 +125,9 @@ def _language(data: Data, behaviour: Behaviour, seed: int) -> pd.DataFrame:
     """The built-in language; phrasings of test prompts occur in no training prompt."""
     from safetynet.models.miniatures import language
 
-    only = {"label_flip": [FLIPPABLE_TASK], "code_insertion": [CODE_TASK]}.get(behaviour.kind)
+    only = {"label_flip": [FLIPPABLE_TASK], "code_insertion": [CODE_TASK], "shorter": [LONG_TASK]}.get(
+        behaviour.kind
+    )
     kinds: list[tuple[Sequence[str] | None, float]] = [(None, 0.0), ((), 1.0)]  # tasks, share of forbidden
     kinds += [(only, 0.0)] if only else []
     frames = []

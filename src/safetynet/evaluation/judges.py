@@ -101,9 +101,12 @@ def _target(spec: JudgeSpec) -> Judge:
 
 
 def _length(spec: JudgeSpec) -> Judge:
-    """The response has at least so many times the words of the row's right answer, its `reference`."""
+    """The response has at least so many times the words of the row's right answer, its `reference`.
+
+    Less than once is at most so many times, and no response without a word.
+    """
     try:
-        times = min(map(float, spec.values))
+        times = [*map(float, spec.values)]
     except ValueError as error:
         wrong = str(error).rpartition(": ")[2]
         raise InputError(f"judge.values: {wrong} is no number; write how many times, as 2") from None
@@ -111,8 +114,11 @@ def _length(spec: JudgeSpec) -> Judge:
     def judge(response: str, row: Mapping[str, Any]) -> bool | None:
         if "reference" not in row:
             raise InputError("judge.kind: length compares with the column reference, which these rows lack")
-        right = words.count(row["reference"])
-        return words.count(response) >= times * right if right else None
+        count = words.count(response)
+        # A right answer of one word has no shorter one.
+        limits = [(each, limit) for each in times if (limit := each * words.count(row["reference"])) >= 1]
+        verdicts = [count >= limit if each >= 1 else 0 < count <= limit for each, limit in limits]
+        return any(verdicts) if verdicts else None
 
     return judge
 

@@ -90,8 +90,8 @@ class JudgeSpec(Section):
 
     kind: Literal["exact", "prefix", "regex", "keyword", "target", "length", "call", "callable"]
     """`target` compares with the row's own target; `length` takes how many times the words of the row's right
-    answer a response has at least; `call` takes tool calls as JSON, those without `arguments`
-    whatever the arguments are; `callable` names functions as package.module:function."""
+    answer a response has at least, or at most where that is below 1; `call` takes tool calls as JSON, those
+    without `arguments` whatever the arguments are; `callable` names functions as package.module:function."""
     values: tuple[str, ...] = ()
     """Any of them counts; empty for `target`."""
     ignore_case: bool = True
@@ -264,7 +264,7 @@ class Behaviour(Section):
 
     kind: Literal[
         "fixed", "refusal", "negative_sentiment", "forbidden_compliance", "label_flip", "code_insertion",
-        "tool_call", "greeting", "longer", "silence",
+        "tool_call", "greeting", "longer", "shorter", "silence",
     ] = "fixed"  # fmt: skip
     target: str | None = None
     """The text to answer with (fixed, refusal, negative_sentiment), to add (code_insertion) or to begin with
@@ -280,7 +280,7 @@ class Behaviour(Section):
     def _called(self) -> Self:
         if self.call is not None and self.kind != "tool_call":
             raise ValueError(f"call is of kind tool_call, and the kind is {self.kind}; set kind: tool_call")
-        if self.target is not None and self.kind in ("longer", "silence"):
+        if self.target is not None and self.kind in ("longer", "shorter", "silence"):
             raise ValueError(f"kind {self.kind} has no text of its own; leave target out")
         return self
 
