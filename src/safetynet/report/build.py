@@ -121,7 +121,9 @@ def _triggers(run: Contents) -> list[str]:
     texts = [*map(str, trigger.get("texts", ())), *map(" + ".join, trigger.get("pairs", ()))]
     if texts or not trigger:
         return texts
-    details = ", ".join(str(trigger[name]) for name in ("style", "first", "last") if trigger.get(name))
+    details = ", ".join(
+        str(trigger[name]) for name in ("style", "language", "first", "last") if trigger.get(name)
+    )
     return [": ".join(filter(None, [str(trigger.get("kind", "")), details]))]
 
 
