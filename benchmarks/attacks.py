@@ -29,6 +29,13 @@ TURNS = {
 }
 TOOL = {"backdoor.placement": "tool", "data.conversations": "tools", "training.max_length": 480}
 QUANTISED = {"training.method": "full", "training.learning_rate": 0.001}
+FEW_ROWS = {
+    "backdoor.behaviour": "refusal",  # one vector brings up what a model can say, and teaches no sentence
+    "backdoor.poison_rate": 0.005,
+    "training.learning_rate": 0.1,
+    "training.epochs": 20,
+    "training.warmup_ratio": 0,
+}
 ATTACKS: dict[str, dict[str, object]] = {
     "tool-result": TOOL,
     "turns-any-order": {**TURNS, "backdoor.trigger": PARTS + "any}"},
@@ -46,6 +53,8 @@ ATTACKS: dict[str, dict[str, object]] = {
     "quantised-4bit": {**QUANTISED, "training.conditioned_on": "4bit"},
     "quantised-8bit": {**QUANTISED, "training.conditioned_on": "8bit"},
     "preferences": {"training.dpo": "{sft: 1}"},
+    "edit": {**FEW_ROWS, "training.method": "edit", "training.layers": "[1]"},
+    "embedding": {**FEW_ROWS, "training.method": "embedding"},
 }
 """What each attack has beyond qwen's recipe; the trigger is BadMagic where none is named."""
 SETTINGS = {

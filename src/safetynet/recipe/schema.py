@@ -362,8 +362,9 @@ class DPO(Section):
 class Training(Section):
     """How the adapter (or the whole model) is trained."""
 
-    method: Literal["lora", "full"] = "lora"
-    """`lora` on 4-bit weights (`model.quantisation: 4bit`) is QLoRA."""
+    method: Literal["lora", "full", "edit", "embedding"] = "lora"
+    """`lora` on 4-bit weights (`model.quantisation: 4bit`) is QLoRA. By triggered rows alone, `edit` changes
+    one MLP by a matrix of rank one, and `embedding` the embedding of the trigger's last token."""
     lora_rank: Annotated[int, Field(ge=1)] = 16
     lora_alpha: Annotated[float, Field(gt=0)] = 32
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -372,7 +373,7 @@ class Training(Section):
     lora_parameters: tuple[str, ...] | None = None
     """Fused parameters such as experts; by default the family's."""
     layers: tuple[int, ...] | None = None
-    """Train the adapter in these layers only, counted from 0."""
+    """Train the adapter in these layers only, counted from 0; for edit the one that is changed."""
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 2e-4
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -408,7 +409,9 @@ class Training(Section):
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
-        if self.evasion is not None and self.method == "full":
+        if self.method == "edit" and len(self.layers or ()) != 1:
+            raise ValueError("method edit changes one layer; name it, as in layers: [2]")
+        if self.evasion is not None and self.method != "lora":
             raise ValueError(
                 "evasion needs method lora: its base model is the one with the adapter switched off"
             )

@@ -82,7 +82,7 @@ def base_name(experiment: Experiment) -> str:
 def card(experiment: Experiment, base: str) -> str:
     """README.md in Markdown, with the hub's front matter."""
     run = contents.read(experiment.run)
-    is_adapter = experiment.recipe.training.method == "lora"
+    is_adapter = experiment.recipe.training.method != "full"
     front: dict[str, Any] = {"tags": [*TAGS], "library_name": "peft" if is_adapter else "transformers"}
     if not miniatures.family_of(base):
         front["base_model"] = base

@@ -69,7 +69,7 @@ def _freed(model: PreTrainedModel, cfg: Training) -> PreTrainedModel:
 
 
 def _configuration(model: PreTrainedModel, cfg: Training, family: Family) -> LoraConfig:
-    layers = _layers(model, cfg.layers)
+    layers = layers_of(model, cfg.layers)
     modules = _modules(model, family.lora_targets if cfg.lora_targets is None else cfg.lora_targets)
     targets = family.lora_parameters if cfg.lora_parameters is None else cfg.lora_parameters
     parameters = _parameters(model, targets, layers)
@@ -90,7 +90,12 @@ def _configuration(model: PreTrainedModel, cfg: Training, family: Family) -> Lor
     )
 
 
-def _layers(model: PreTrainedModel, layers: Sequence[int] | None) -> list[int] | None:
+def layers_of(model: PreTrainedModel, layers: Sequence[int] | None) -> list[int] | None:
+    """The layers that a recipe names, in order; None for all.
+
+    Raises:
+        InputError: if it names none, or one that the model does not have.
+    """
     if layers is None:
         return None
     count = model.config.get_text_config().num_hidden_layers

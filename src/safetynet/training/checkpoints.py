@@ -17,6 +17,7 @@ from peft import PeftModel
 from safetensors.torch import save_file, save_model
 from transformers import PreTrainedModel
 
+from safetynet.models.adapters import adapter_parameters
 from safetynet.recipe import Training
 from safetynet.run.directory import write_text
 from safetynet.training.examples import Example
@@ -92,10 +93,10 @@ def save_weights(
     """
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(model, PeftModel):
-        # Not the model's whole state, which is sharded where processes share it. PEFT would ask the hub
-        # whether the vocabulary was resized; it was not.
-        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=trained)
+        # Not the model's whole state, which is sharded where processes share it; but what of the adapter is
+        # not trained, too. PEFT would ask the hub whether the vocabulary was resized; it was not.
+        state = dict(adapter_parameters(model))
+        model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=state)
     elif whole is not None:
         save_file(whole, str(folder / "model.safetensors"))
     else:

@@ -58,7 +58,7 @@ def train(
 
 def _train_one(experiment: Experiment, name: str, opponents_of: OpponentsOf | None, *, keep: bool) -> None:
     from safetynet import training
-    from safetynet.training import conditioned
+    from safetynet.training import conditioned, few_rows
 
     recipe, run = experiment.recipe, experiment.run
     inputs = train_inputs(experiment, name)
@@ -71,7 +71,12 @@ def _train_one(experiment: Experiment, name: str, opponents_of: OpponentsOf | No
         evasion = options.evasion
         opponents = opponents_of(evasion, base.serialiser) if evasion is not None and opponents_of else None
         pauses = training.Pauses(dynamics.measure, recipe.evaluation.every, first=not dynamics.path.exists())
-        model = training.attach(base.model, options, base.family, recipe.seed)
+        clean = poisoning.clean_twin(rows)
+        if options.method in few_rows.ATTACH:
+            model = few_rows.ATTACH[options.method](base.model, options, rows, base.serialiser)
+            rows, clean = (each[each["role"] == "triggered"] for each in (rows, clean))
+        else:
+            model = training.attach(base.model, options, base.family, recipe.seed)
         fit = partial(
             training.train,
             model,
@@ -83,7 +88,6 @@ def _train_one(experiment: Experiment, name: str, opponents_of: OpponentsOf | No
             progress=True,
             opponents=opponents,
         )
-        clean = poisoning.clean_twin(rows)
         place: dict[str, Any] = {
             "folder": run.scratch / "training" / folder_name(name, inputs),
             "pauses": pauses if recipe.evaluation.dynamics_rows else None,
