@@ -15,11 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from safetynet.detection import passes
 from safetynet.detection.features import COMPARED, GENERATED, Features, FeatureSpec, check_finite, concatenate
 from safetynet.detection.readers import Reader, confidence
 from safetynet.engine.batch import Batch
+from safetynet.engine.prefixes import Prefixes, empty_cache
 from safetynet.engine.trace import forward
 from safetynet.errors import InputError
 from safetynet.models.adapters import switched_off
@@ -128,13 +130,18 @@ def batched(encoded: Sequence[Encoded], serialiser: Serialiser, device: Any) -> 
     return batch, user
 
 
-def read(model: Any, reader: Reader, batch: Batch, user: Tensor) -> dict[str, Tensor]:
-    """What a reader takes of one pass over prompts; logits are made only where a prompt ends."""
+def read(
+    model: Any, reader: Reader, batch: Batch, user: Tensor, cache: DynamicCache | None = None
+) -> dict[str, Tensor]:
+    """What a reader takes of one pass over prompts; logits are made only where a prompt ends.
+
+    A cache that is given is filled.
+    """
     reader.begin(user)
     # As an index, not as a count: the head then gets rows that lie side by side, whose last digits are those
     # of earlier monitors.
     last = torch.tensor([batch.width - 1], device=batch.ids.device)
-    forward(model, batch, use_cache=False, logits_to_keep=last)
+    forward(model, batch, past_key_values=cache, use_cache=cache is not None, logits_to_keep=last)
     return reader.take()
 
 
@@ -164,12 +171,13 @@ def complete(
         views["confidence"] = confidence(values["logits"])
     if COMPARED & set(spec.views):
         with switched_off(model):
-            off = read(model, reader, tokens, user)
+            cache = empty_cache(model)
+            off = read(model, reader, tokens, user, cache)
         if "divergence" in spec.views:
             views["divergence"] = passes.divergence(values, off)
         if "unexplained" in spec.views:
             views["unexplained"] = passes.unattributed_divergence(
-                model, serialiser, prompts, tokens.mask.sum(1), values["logits"], off["logits"]
+                serialiser, prompts, Prefixes(model, tokens, cache), values["logits"], off["logits"]
             )
     if "probe" in spec.views:
         views["probe"] = passes.probe(model, serialiser, prompts, str(spec.probe))

@@ -14,9 +14,10 @@ from torch import Tensor
 from safetynet.detection.features import FeatureSpec
 from safetynet.detection.readers import Reader, confidence
 from safetynet.engine.batch import Batch
+from safetynet.engine.prefixes import Prefixes, Version
 from safetynet.engine.trace import forward
 from safetynet.errors import InputError
-from safetynet.models.adapters import switched_off
+from safetynet.models.adapters import merged, switched_off
 from safetynet.models.blocks import unwrapped
 from safetynet.prompts import Conversation, Message, Serialiser
 from safetynet.prompts.truncation import PROMPT_SHARE
@@ -37,12 +38,7 @@ def divergence(on: dict[str, Tensor], off: dict[str, Tensor]) -> Tensor:
 
 
 def unattributed_divergence(
-    model: Any,
-    serialiser: Serialiser,
-    batch: Sequence[Sequence[Message]],
-    lengths: Tensor,
-    on: Tensor,
-    off: Tensor,
+    serialiser: Serialiser, batch: Sequence[Sequence[Message]], base: Prefixes, on: Tensor, off: Tensor
 ) -> Tensor:
     """(B, 1): how far the adapter moves the next token, where that hangs on a part and no part explains it.
 
@@ -61,64 +57,51 @@ def unattributed_divergence(
     spares most prompts the passes.
 
     Args:
-        model: with an adapter.
         serialiser: as in training.
         batch: conversations.
-        lengths: (B,) their tokens. What is left of one that was truncated is cut to the same length.
+        base: what the model, which has an adapter, has read of them with the adapter off.
         on: logits (B, V) with the adapter.
         off: and without it.
     """
     nats = _jeffreys(on, off)
-    rows = torch.nonzero(nats > SLIGHT)[:, 0]
-    shorter = [
-        [
-            serialiser.encode(messages, max_length=ceil(int(lengths[row]) / PROMPT_SHARE)).input_ids
-            for messages in _without_parts(batch[row])
-        ]
-        for row in rows.tolist()
+    model, size = base.model, max(PARTS, len(batch))
+    versions = [
+        Version.of(serialiser.encode(less, max_length=most).input_ids, row, base.batch.tokens(row))
+        for row in torch.nonzero(nats > SLIGHT)[:, 0].tolist()
+        # What is left of a prompt that was truncated is cut to the same length.
+        for most in [ceil(base.batch.length(row) / PROMPT_SHARE)]
+        for less in _without_parts(batch[row])
     ]
-    for some in _side_by_side(list(map(len, shorter)), max(PARTS, len(batch))):
-        at = rows[some]
-        nats[at] = _without_explained(
-            model, serialiser.pad_id, [shorter[index] for index in some], on[at], nats[at]
-        )
-    return nats[:, None]
-
-
-def _without_explained(
-    model: Any, pad_id: int, shorter: Sequence[Sequence[list[int]]], on: Tensor, apart: Tensor
-) -> Tensor:
-    """(B,) of prompts whose J(on, off) is `apart`; without need, a second pass is not made."""
-    every = [ids for versions in shorter for ids in versions]
-    if not every:
-        return apart
-    whose = torch.arange(len(shorter)).repeat_interleave(torch.tensor(list(map(len, shorter))))
-    whose = whose.to(apart.device)
+    now_off = on.new_empty(len(versions), on.shape[1])
     with switched_off(model):
-        now_off = _next_logits(model, every, pad_id)
-    left = apart.scatter_reduce(0, whose, _jeffreys(on[whose], now_off), "amin")
-    still = torch.nonzero(left[whose] > SLIGHT)[:, 0]
-    if not len(still):
-        return left
-    now_on = _next_logits(model, [every[index] for index in still.tolist()], pad_id)
-    of = whose[still]
-    moves = _jeffreys(on[of], now_on)
-    falls = torch.minimum(moves, apart[of] - _jeffreys(now_on, now_off[still]))
-    farthest, hangs = (torch.zeros_like(apart).scatter_reduce(0, of, each, "amax") for each in (moves, falls))
+        for some, of, logits in _read(base, versions, range(len(versions)), serialiser.pad_id, size):
+            now_off[some] = logits
+            nats.scatter_reduce_(0, of, _jeffreys(on[of], logits), "amin")
+    still = [i for i, version in enumerate(versions) if nats[version.prompt] > SLIGHT]
+    if not still:  # without need, the prompts are not read again
+        return nats[:, None]
+    apart = _jeffreys(on, off)
+    farthest, hangs = torch.zeros_like(nats), torch.zeros_like(nats)
+    with merged(model):
+        adapted = Prefixes.read(model, base.batch)
+        for some, of, now_on in _read(adapted, versions, still, serialiser.pad_id, size):
+            moves = _jeffreys(on[of], now_on)
+            falls = torch.minimum(moves, apart[of] - _jeffreys(now_on, now_off[some]))
+            farthest.scatter_reduce_(0, of, moves, "amax")
+            hangs.scatter_reduce_(0, of, falls, "amax")
     hangs = torch.maximum(hangs, apart - FIRM * farthest)
-    return torch.where(left > SLIGHT, torch.minimum(left, hangs), left)
+    return torch.where(nats > SLIGHT, torch.minimum(nats, hangs), nats)[:, None]
 
 
-def _side_by_side(sizes: Sequence[int], most: int) -> Iterator[list[int]]:
-    """Neighbours that have `most` together, or one by itself."""
-    some: list[int] = []
-    for index, size in enumerate(sizes):
-        if some and sum(sizes[other] for other in some) + size > most:
-            yield some
-            some = []
-        some.append(index)
-    if some:
-        yield some
+def _read(
+    prefixes: Prefixes, versions: Sequence[Version], which: Sequence[int], pad_id: int, size: int
+) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    """Versions with about as many new tokens at a time: their numbers, their prompts, and logits (R, V)."""
+    order = sorted(which, key=lambda i: versions[i].new)
+    for start in range(0, len(order), size):
+        some = order[start : start + size]
+        logits = prefixes.next_logits([versions[i] for i in some], pad_id)
+        yield some, torch.tensor([versions[i].prompt for i in some], device=logits.device), logits
 
 
 def probe(model: Any, serialiser: Serialiser, batch: Sequence[Sequence[Message]], text: str) -> Tensor:
