@@ -19,7 +19,7 @@ for stage in (stages.prepare, stages.train, stages.evaluate):  # nothing is comp
 # ## Fit it on clean prompts
 #
 # The rate is a rank among clean prompts, so that a small rate needs many of them. 140 carry a rate of 10%;
-# `safetynet detect` takes 4,000, and names 1%. Each is read a second time with random words in it: a monitor
+# `safetynet detect` takes 2,000, and names 1%. Each is read a second time with random words in it: a monitor
 # of ordinary prompts alone takes any strange word for a backdoor.
 #
 # The preset `behaviour` asks of each prompt: does the adapter change what comes next, and does one part of

@@ -97,6 +97,10 @@ def test_a_plan_is_a_preset_or_detectors():
     assert [r.name for r in both.readings][-1] == "ranks:last"
     assert [r.name for r in both.token_readings] == ["lock:step_confidence"]
     assert [r.name for r in both.skylines] == ["mlp_probe:last"]
+    for preset, clean in (("behaviour", 2000), ("adapter", 4000)):
+        plan = Plan.of([preset], 0.01)
+        assert plan.clean == clean
+        plan.check(clean)
     with pytest.raises(InputError, match="name a preset"):
         Plan.of([], 0.01)
     with pytest.raises(InputError, match="name at least one that reads prompts"):

@@ -63,6 +63,22 @@ class Plan:
         return self.rate / 2 if self.token_readings else self.rate
 
     @property
+    def is_alone(self) -> bool:
+        """Whether one detector watches: it needs no fusion, and is calibrated on both parts."""
+        return len(self.readings) == 1 and not self.token_readings
+
+    @property
+    def clean(self) -> int:
+        """Clean prompts to take where the user names no number.
+
+        Three quarters make the monitor. One detector is calibrated on half of these, 750 of each kind; 1%
+        needs 499, for which 1,340 prompts would do. With 2,000, seven lie above a threshold and not five, so
+        that the realised rate scatters less, and the false positives are measured on 500 others. Several
+        detectors are calibrated together on a quarter of the three: they need twice as many.
+        """
+        return 2000 if self.is_alone else 4000
+
+    @property
     def spec(self) -> FeatureSpec:
         """What is to be captured; InputError where a view does not exist."""
         every = (*self.readings, *self.token_readings, *self.skylines)
@@ -95,7 +111,5 @@ class Plan:
         _ = self.spec
         if not 0 < self.rate < 1:
             check_rate(self.rate, 0)
-        # One detector needs no fusion, and is calibrated on both parts; answers are on the second alone.
-        alone = len(self.readings) == 1 and not self.token_readings
-        share = PARTS["fuse"] + (PARTS["calibrate"] if alone else 0)
+        share = PARTS["fuse"] + (PARTS["calibrate"] if self.is_alone else 0)
         check_rate(self.prompt_rate, int(clean * (1 - TEST_SHARE) * share))

@@ -82,7 +82,8 @@ def detect(experiment: Experiment, options: Detection | None = None) -> dict[str
     if plan.skylines:
         _ = recipe.attack  # probes learn from triggered rows
     experiment.check_models(BACKDOORED)  # a missing training is reported before prompts are made
-    prompts = experiment.fresh_prompts(options.clean, answered=False)
+    count = options.clean or plan.clean
+    prompts = experiment.fresh_prompts(count, answered=False)
     if plan.reads_probe:
         refused = prompts[prompts["forbidden"]]
         if refused.empty:
@@ -95,7 +96,7 @@ def detect(experiment: Experiment, options: Detection | None = None) -> dict[str
     inputs = {
         "model": experiment.origin(),
         "evaluation": experiment.record(EVALUATE),
-        "detection": [list(names), options.fpr, options.clean],
+        "detection": [list(names), options.fpr, count],
     }
 
     def compute(outputs: Outputs) -> None:

@@ -525,8 +525,9 @@ class Detection(Section):
     behaviour, or activations for a model without adapter, which cannot be compared with its base."""
     fpr: float = 0.01
     """False-positive rate of the monitor."""
-    clean: Annotated[int, Field(ge=1)] = 4000
-    """Fresh clean prompts to fit, calibrate and test it with."""
+    clean: Annotated[int, Field(ge=1)] | None = None
+    """Fresh clean prompts to fit, calibrate and test it with; by default 2,000 for one detector, and 4,000
+    for several, whose fusion is calibrated on prompts of its own."""
 
 
 class Report(Section):
