@@ -99,8 +99,7 @@ def detect(experiment: Experiment, options: Detection | None = None) -> dict[str
     """Fit and measure a monitor; arguments as for `detection.stage.detect`."""
     from safetynet.detection import stage
 
-    [rates] = parallel.side_by_side([experiment], lambda each: stage.detect(each, options))
-    return dict(rates)
+    return dict(stage.detect(experiment, options))
 
 
 def mitigate(

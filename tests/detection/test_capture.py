@@ -1,6 +1,7 @@
 """Features are the model's own hidden states, whatever the padding, the batch and the family."""
 
 import contextlib
+import multiprocessing
 from functools import partial
 
 import numpy as np
@@ -12,7 +13,7 @@ from safetynet.detection.features import Features, FeatureSpec, concatenate
 from safetynet.detection.passes import FIRM, PARTS, SLIGHT
 from safetynet.detection.readers import Reader, confidence
 from safetynet.errors import InputError
-from safetynet.run import finished
+from safetynet.run import finished, parallel
 
 EVERYTHING = FeatureSpec(
     ("last", "mean", "energy", "energy_max", "direction", "confidence", "divergence", "unexplained", "probe",
@@ -367,3 +368,28 @@ def test_an_interrupted_capture_goes_on_to_the_same_bits_and_leaves_its_features
     for view in spec.views:
         np.testing.assert_array_equal(resumed[view], whole[view])
     assert [path.suffix for path in tmp_path.iterdir()] == [".safetensors"]
+
+
+def test_a_pair_of_processes_shares_the_batches_and_has_the_numbers_of_one(
+    build, serialiser, prompts, tmp_path, monkeypatch
+):
+    model, spec = build(), FeatureSpec(("last", "unexplained"))
+    alone = capture(model, serialiser, prompts, spec, batch_size=2)
+    batches = []
+    monkeypatch.setattr("safetynet.detection.capture.batched", lambda *of: batches.append(of) or batched(*of))
+
+    def captured(rank, other):
+        monkeypatch.setattr(parallel, "_pair", parallel._Pair(rank, other))
+        return [capture(model, serialiser, prompts, spec, batch_size=2, cache=tmp_path) for _ in range(2)]
+
+    here, there = multiprocessing.Pipe()
+    second = multiprocessing.get_context("fork").Process(target=captured, args=(1, there))
+    second.start()
+    there.close()
+    first, again = captured(0, here)
+    second.join()
+    assert second.exitcode == 0
+    assert len(batches) == 2, "the first of three batches and the last"
+    for view in spec.views:
+        np.testing.assert_array_equal(first[view], alone[view])
+        np.testing.assert_array_equal(again[view], alone[view])

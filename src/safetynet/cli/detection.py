@@ -10,6 +10,7 @@ import typer
 
 from safetynet.cli.options import RunFolder, redrawn
 from safetynet.errors import InputError
+from safetynet.run import parallel
 from safetynet.run.logs import logging_to
 
 AT_ONCE = 16
@@ -41,12 +42,14 @@ def detect(
     from safetynet import stages
     from safetynet.cli.terminal import print_monitor
     from safetynet.experiment import Experiment
+    from safetynet.models import loading
 
     experiment = Experiment.find(folder)
     run, options = experiment.run, {"detectors": detectors, "fpr": fpr, "clean": clean}
     experiment.recipe = recipes.with_options(experiment.recipe, "detection", options)
     with run.lock(), logging_to(run.log):
-        stages.detect(experiment)
+        with parallel.paired(loading.uses_pair(experiment.recipe.model)):
+            stages.detect(experiment)
         names = ("detection", "detection_answers", "detection_overhead")
         tables = {name: run.table(name) for name in names if run.has_table(name)}
         print_monitor(tables, whole=table)

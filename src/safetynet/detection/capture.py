@@ -29,6 +29,7 @@ from safetynet.models.identity import identify
 from safetynet.models.support import check_model
 from safetynet.prompts import Encoded, Message, Serialiser
 from safetynet.prompts.truncation import losses
+from safetynet.run import parallel
 from safetynet.run.directory import digest
 from safetynet.run.finished import Finished
 from safetynet.run.logs import ProgressLog
@@ -58,7 +59,8 @@ def capture(  # noqa: PLR0913  # what is captured, and how, by keyword
         batch_size: prompts per batch; batches are of similar length.
         max_length: truncate as in training with this limit; None for no limit.
         cache: a folder, from which features of the same weights, number type, token ids and spec are read;
-            finished batches are kept there, so that an interrupted capture goes on.
+            finished batches are kept there, so that an interrupted capture goes on. Several processes share
+            the batches, whose numbers do not depend on how many there are.
 
     Raises:
         InputError: if there are no prompts, a view is not possible with this model, or activations overflow.
@@ -77,11 +79,8 @@ def capture(  # noqa: PLR0913  # what is captured, and how, by keyword
     if cache is not None:
         tokens = [[e.input_ids for e in encoded], [e.spans["user"] for e in encoded]]
         path = cache / f"{digest([identity.as_dict(), *tokens, spec.as_dict()])}.safetensors"
-    if path is not None and path.exists():
-        try:
-            return Features.load(path)
-        except InputError as error:
-            log.warning("%s It is captured anew.", error)
+    if (stored := parallel.from_first(partial(_stored, path))) is not None:
+        return stored
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].input_ids), reverse=True)
     unfinished = None if path is None else path.with_name(f"{path.stem}-{batch_size}")
     parts = [
@@ -94,8 +93,20 @@ def capture(  # noqa: PLR0913  # what is captured, and how, by keyword
     check_finite(features.arrays)
     if path is not None and unfinished is not None:
         features.save(path)
-        shutil.rmtree(unfinished, ignore_errors=True)
+        if parallel.is_first():
+            shutil.rmtree(unfinished, ignore_errors=True)
     return features
+
+
+def _stored(path: Path | None) -> Features | None:
+    """What an earlier capture has left, unless it is damaged."""
+    if path is None or not path.exists():
+        return None
+    try:
+        return Features.load(path)
+    except InputError as error:
+        log.warning("%s It is captured anew.", error)
+        return None
 
 
 def stream(
@@ -195,7 +206,8 @@ def _batches(  # what is captured, and how
     spec: FeatureSpec,
     size: int,
     unfinished: Path | None = None,
-) -> Iterator[dict[str, np.ndarray]]:
+) -> list[dict[str, np.ndarray]]:
+    """The views of each batch; several processes share the batches."""
     finished = Finished.as_arrays(unfinished)
     if finished.count:
         log.info("reading activations goes on: %d batches of %d prompts are done", finished.count, size)
@@ -209,5 +221,6 @@ def _batches(  # what is captured, and how
             values = read(model, reader, *batch)
             return complete(model, serialiser, reader, messages, batch, values, spec)
 
-        for start in range(0, len(prompts), size):
-            yield finished.result(start, partial(views, start))
+        return parallel.in_turn(
+            range(0, len(prompts), size), lambda start: finished.result(start, partial(views, start))
+        )

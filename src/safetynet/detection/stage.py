@@ -30,6 +30,7 @@ from safetynet.experiment import BACKDOORED, Experiment
 from safetynet.models.suspect import check
 from safetynet.prompts import Conversation, Serialiser, prompt_hash
 from safetynet.recipe import Detection, Recipe
+from safetynet.run import parallel
 from safetynet.run.directory import Outputs
 from safetynet.run.stage import DETECT, EVALUATE
 from safetynet.text import domains, random_words
@@ -254,7 +255,10 @@ def measure(
         "detection_roc": curves.roc(rows, scores),
         "detection_distribution": curves.distributions(rows, surprise, plan.prompt_rate),
         "detection_layers": curves.by_layer(monitor, fitting, both, rows),
-        "detection_overhead": overhead(guard, list(held["messages"]), new_tokens=plan.tokens),
+        # The other processes wait: what is timed has the machine for itself.
+        "detection_overhead": parallel.from_first(
+            lambda: overhead(guard, list(held["messages"]), new_tokens=plan.tokens)
+        ),
     }
     if monitor.tokens is not None:
         answers = monitor.tokens.p_values(both)
