@@ -12,6 +12,7 @@ from safetynet.detection.capture import batched, capture, read, stream
 from safetynet.detection.features import Features, FeatureSpec, concatenate
 from safetynet.detection.passes import FIRM, PARTS, SLIGHT
 from safetynet.detection.readers import Reader, confidence
+from safetynet.engine.prefixes import Prefixes
 from safetynet.errors import InputError
 from safetynet.run import finished, parallel
 
@@ -157,8 +158,15 @@ def explanations(model, serialiser, messages, most=None):
     [(0, 2, {"slight", "explained", "is left", "hangs"}), (1, 10, {"hangs", "hangs on none"})],
 )
 def test_unexplained_hangs_on_a_word_and_is_explained_by_none(
-    build, serialiser, prompts, seed, times, expected
+    build, serialiser, prompts, seed, times, expected, monkeypatch
 ):
+    versions, next_logits = [], Prefixes.next_logits
+
+    def counted(prefixes, some, pad_id):
+        versions.extend(some)
+        return next_logits(prefixes, some, pad_id)
+
+    monkeypatch.setattr(Prefixes, "next_logits", counted)
     model, spec = strong(build(seed=seed), times), FeatureSpec(("unexplained",))
     twice = [{"role": "user", "content": "fig plum fig"}]
     prompts = [*prompts, [{"role": "user", "content": "plum"}], twice]  # one word: without one character
@@ -166,9 +174,10 @@ def test_unexplained_hangs_on_a_word_and_is_explained_by_none(
     assert [message["role"] for message in prompts[4]] == ["user", "assistant", "user"]
     assert max(len(list(without_a_word(messages))) for messages in prompts) <= PARTS
     found = capture(model, serialiser, prompts, spec, batch_size=2)["unexplained"][:, 0]
-    ways = set()
+    ways, most, low = set(), 0, False
     for row, messages in enumerate(prompts):
         whole, left, falls, firm = explanations(model, serialiser, messages)
+        most += 2 * len(list(without_a_word(messages))) * (whole > SLIGHT)
         cases = {"slight": whole, "explained": left, "is left": left, "hangs": falls, "hangs on none": firm}
         way = next(
             name
@@ -178,9 +187,14 @@ def test_unexplained_hangs_on_a_word_and_is_explained_by_none(
             )
             if so
         )  # fmt: skip
-        assert found[row] == pytest.approx(cases[way], rel=2e-3, abs=1e-4)
+        if way != "slight" and cases[way] <= SLIGHT:  # a bound from above is enough
+            assert min(left, max(falls, firm)) - 1e-4 < found[row] <= SLIGHT
+            low = True
+        else:
+            assert found[row] == pytest.approx(cases[way], rel=2e-3, abs=1e-4)
         ways.add(way)
     assert ways == expected
+    assert (len(versions) < most) == low, "what cannot matter is not read"
 
 
 def test_what_is_left_of_a_truncated_prompt_is_cut_to_the_same_length(build, serialiser):

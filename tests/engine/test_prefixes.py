@@ -24,7 +24,7 @@ def test_versions_go_on_from_their_prompts(build, name):
     columns = []
     with torch.no_grad():
         whole = [forward(model, Batch.of([version.ids])).logits[0, -1] for version in versions]
-        prefixes = Prefixes.read(model, Batch.of(prompts))
+        prefixes = Prefixes.read(model, Batch.of(prompts), range(3))
         embedding = model.get_input_embeddings()
         hook = embedding.register_forward_hook(lambda *args: columns.append(args[2].shape[1]))
         for some in ([1, 5, 9], [2, 7, 11], [0, 4, 10]):

@@ -188,7 +188,11 @@ def complete(
             views["divergence"] = passes.divergence(values, off)
         if "unexplained" in spec.views:
             views["unexplained"] = passes.unattributed_divergence(
-                serialiser, prompts, Prefixes(model, tokens, cache), values["logits"], off["logits"]
+                serialiser,
+                prompts,
+                Prefixes(model, tokens, range(len(prompts)), cache),
+                values["logits"],
+                off["logits"],
             )
     if "probe" in spec.views:
         views["probe"] = passes.probe(model, serialiser, prompts, str(spec.probe))

@@ -15,7 +15,7 @@ import numpy as np
 from safetynet.errors import InputError
 from safetynet.run.directory import write_atomically
 
-VERSIONS = {"detector": 6, "features": 7, "monitor": 7}
+VERSIONS = {"detector": 6, "features": 8, "monitor": 8}
 """Of each kind of file. Raised whenever an earlier one would be read wrongly; that of features also when a
 view reads other numbers than before, so that none are taken from a cache that are no longer made."""
 

@@ -6,6 +6,7 @@ In: a model, prompts. Out: tensors with one row per prompt.
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from math import ceil
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -53,8 +54,10 @@ def unattributed_divergence(
       what the adapter says hangs on no part at all, which answers to other prompts do (STRIP: Gao et al.
       2019, arXiv 1902.06531): J(on, off) less `FIRM` times the largest J(on, on without a part) counts then.
 
-    What differs by less than `SLIGHT`, as a whole or without a part, needs no further explanation, which
-    spares most prompts the passes.
+    What differs by less than `SLIGHT`, as a whole or without a part, needs no further explanation. Nor does
+    what hangs on no part by more: the adapter is asked first, and the base only about parts without which the
+    adapter moves that far; about the others, if a score above `SLIGHT` is left. Such a score is exact, and a
+    lower one a bound from above.
 
     Args:
         serialiser: as in training.
@@ -64,44 +67,52 @@ def unattributed_divergence(
         off: and without it.
     """
     nats = _jeffreys(on, off)
-    model, size = base.model, max(PARTS, len(batch))
-    versions = [
-        Version.of(serialiser.encode(less, max_length=most).input_ids, row, base.batch.tokens(row))
-        for row in torch.nonzero(nats > SLIGHT)[:, 0].tolist()
-        # What is left of a prompt that was truncated is cut to the same length.
-        for most in [ceil(base.batch.length(row) / PROMPT_SHARE)]
-        for less in _without_parts(batch[row])
-    ]
-    now_off = on.new_empty(len(versions), on.shape[1])
-    with switched_off(model):
-        for some, of, logits in _read(base, versions, range(len(versions)), serialiser.pad_id, size):
-            now_off[some] = logits
-            nats.scatter_reduce_(0, of, _jeffreys(on[of], logits), "amin")
-    still = [i for i, version in enumerate(versions) if nats[version.prompt] > SLIGHT]
-    if not still:  # without need, the prompts are not read again
+    rows, pad_id = torch.nonzero(nats > SLIGHT)[:, 0].tolist(), serialiser.pad_id
+    if not rows:  # without need, no prompt is read again
         return nats[:, None]
-    apart = _jeffreys(on, off)
-    farthest, hangs = torch.zeros_like(nats), torch.zeros_like(nats)
-    with merged(model):
-        adapted = Prefixes.read(model, base.batch)
-        for some, of, now_on in _read(adapted, versions, still, serialiser.pad_id, size):
-            moves = _jeffreys(on[of], now_on)
-            falls = torch.minimum(moves, apart[of] - _jeffreys(now_on, now_off[some]))
+    versions = [version for row in rows for version in _versions(serialiser, batch[row], row, base.batch)]
+    apart, hangs, farthest = nats.clone(), torch.zeros_like(nats), torch.zeros_like(nats)
+    moving: dict[Version, Tensor] = {}
+    with merged(base.model):
+        prompts = Batch.of([base.batch.tokens(row) for row in rows], pad_id, on.device)
+        for some, of, logits in _read(Prefixes.read(base.model, prompts, rows), versions, pad_id):
+            moves = _jeffreys(on[of], logits)
             farthest.scatter_reduce_(0, of, moves, "amax")
+            hangs.scatter_reduce_(0, of, torch.where(moves > SLIGHT, 0.0, moves), "amax")
+            moving |= {some[i]: logits[i].clone() for i in torch.nonzero(moves > SLIGHT)[:, 0].tolist()}
+    with switched_off(base.model):
+        for some, of, logits in _read(base, list(moving), pad_id):
+            nats.scatter_reduce_(0, of, _jeffreys(on[of], logits), "amin")
+            now_on = torch.stack([moving[version] for version in some])
+            falls = torch.minimum(_jeffreys(on[of], now_on), apart[of] - _jeffreys(now_on, logits))
             hangs.scatter_reduce_(0, of, falls, "amax")
-    hangs = torch.maximum(hangs, apart - FIRM * farthest)
-    return torch.where(nats > SLIGHT, torch.minimum(nats, hangs), nats)[:, None]
+        hangs = torch.maximum(hangs, apart - FIRM * farthest)
+        needed = torch.minimum(nats, hangs) > SLIGHT
+        others = [version for version in versions if needed[version.prompt] and version not in moving]
+        for _, of, logits in _read(base, others, pad_id):
+            nats.scatter_reduce_(0, of, _jeffreys(on[of], logits), "amin")
+    return torch.where(apart > SLIGHT, torch.minimum(nats, hangs), nats)[:, None]
+
+
+def _versions(
+    serialiser: Serialiser, messages: Sequence[Message], row: int, prompts: Batch
+) -> Iterator[Version]:
+    """A prompt without each of its parts; of one that was truncated, cut to the same length."""
+    most = ceil(prompts.length(row) / PROMPT_SHARE)
+    for shorter in _without_parts(messages):
+        yield Version.of(serialiser.encode(shorter, max_length=most).input_ids, row, prompts.tokens(row))
 
 
 def _read(
-    prefixes: Prefixes, versions: Sequence[Version], which: Sequence[int], pad_id: int, size: int
-) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-    """Versions with about as many new tokens at a time: their numbers, their prompts, and logits (R, V)."""
-    order = sorted(which, key=lambda i: versions[i].new)
+    prefixes: Prefixes, versions: Sequence[Version], pad_id: int
+) -> Iterator[tuple[list[Version], Tensor, Tensor]]:
+    """Some versions at a time, with about as many new tokens; their prompts, and logits (R, V)."""
+    size = max(PARTS, len(prefixes.numbers))
+    order = sorted(versions, key=attrgetter("new"))
     for start in range(0, len(order), size):
         some = order[start : start + size]
-        logits = prefixes.next_logits([versions[i] for i in some], pad_id)
-        yield some, torch.tensor([versions[i].prompt for i in some], device=logits.device), logits
+        logits = prefixes.next_logits(some, pad_id)
+        yield some, torch.tensor([version.prompt for version in some], device=logits.device), logits
 
 
 def probe(model: Any, serialiser: Serialiser, batch: Sequence[Sequence[Message]], text: str) -> Tensor:

@@ -20,13 +20,13 @@ from safetynet.errors import InputError
 from safetynet.models.causal_lm import CausalLM
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Version:
     """Token ids that begin as a prompt does."""
 
     ids: list[int]
     prompt: int
-    """Its row in the batch of prompts."""
+    """Its number."""
     shared: int
     """Tokens that both begin with, the version's last one not among them."""
 
@@ -57,16 +57,18 @@ class Prefixes:
 
     model: CausalLM
     batch: Batch
+    numbers: Sequence[int]
+    """Of the batch's prompts, by which versions name them."""
     cache: DynamicCache | None
     """Their keys and values, (B, kv heads, S, head size) in each layer; without, versions are read whole."""
 
     @classmethod
-    def read(cls, model: CausalLM, batch: Batch) -> "Prefixes":
+    def read(cls, model: CausalLM, batch: Batch, numbers: Sequence[int]) -> "Prefixes":
         """Read prompts for the sake of their cache."""
         cache = empty_cache(model)
         if cache is not None:
             forward(model, batch, past_key_values=cache, use_cache=True)
-        return cls(model, batch, cache)
+        return cls(model, batch, numbers, cache)
 
     def next_logits(self, versions: Sequence[Version], pad_id: int) -> Tensor:
         """(R, V) fp32 of the token behind each version; the one with most new tokens decides the cost."""
@@ -74,7 +76,9 @@ class Prefixes:
         held = batch.width - max(version.new for version in versions)
         if self.cache is None or not held:
             return forward(self.model, batch, use_cache=False).logits[:, -1].float()
-        rows = torch.tensor([version.prompt for version in versions], device=batch.ids.device)
+        rows = torch.tensor(
+            [self.numbers.index(version.prompt) for version in versions], device=batch.ids.device
+        )
         # Both are padded on the left, by different numbers of columns. What is masked may hold anything.
         shift = self.batch.mask[rows].argmax(1) - batch.mask.argmax(1)
         columns = (torch.arange(held, device=shift.device) + shift[:, None]).clamp_min(0)
