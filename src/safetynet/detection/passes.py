@@ -18,7 +18,7 @@ from safetynet.engine.batch import Batch
 from safetynet.engine.prefixes import Prefixes, Version
 from safetynet.engine.trace import forward
 from safetynet.errors import InputError
-from safetynet.models.adapters import merged, switched_off
+from safetynet.models.adapters import switched_off
 from safetynet.models.blocks import unwrapped
 from safetynet.prompts import Conversation, Message, Serialiser
 from safetynet.prompts.truncation import PROMPT_SHARE
@@ -73,13 +73,12 @@ def unattributed_divergence(
     versions = [version for row in rows for version in _versions(serialiser, batch[row], row, base.batch)]
     apart, hangs, farthest = nats.clone(), torch.zeros_like(nats), torch.zeros_like(nats)
     moving: dict[Version, Tensor] = {}
-    with merged(base.model):
-        prompts = Batch.of([base.batch.tokens(row) for row in rows], pad_id, on.device)
-        for some, of, logits in _read(Prefixes.read(base.model, prompts, rows), versions, pad_id):
-            moves = _jeffreys(on[of], logits)
-            farthest.scatter_reduce_(0, of, moves, "amax")
-            hangs.scatter_reduce_(0, of, torch.where(moves > SLIGHT, 0.0, moves), "amax")
-            moving |= {some[i]: logits[i].clone() for i in torch.nonzero(moves > SLIGHT)[:, 0].tolist()}
+    prompts = Batch.of([base.batch.tokens(row) for row in rows], pad_id, on.device)
+    for some, of, logits in _read(Prefixes.read(base.model, prompts, rows), versions, pad_id):
+        moves = _jeffreys(on[of], logits)
+        farthest.scatter_reduce_(0, of, moves, "amax")
+        hangs.scatter_reduce_(0, of, torch.where(moves > SLIGHT, 0.0, moves), "amax")
+        moving |= {some[i]: logits[i].clone() for i in torch.nonzero(moves > SLIGHT)[:, 0].tolist()}
     with switched_off(base.model):
         for some, of, logits in _read(base, list(moving), pad_id):
             nats.scatter_reduce_(0, of, _jeffreys(on[of], logits), "amin")
