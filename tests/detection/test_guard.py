@@ -168,7 +168,7 @@ def test_decisions_of_finished_batches_outlive_a_failure(model, serialiser, prom
     assert len(log.read_text().splitlines()) == 2
 
 
-def test_a_prompt_costs_one_pass_a_divergence_one_more_and_one_that_differs_two_more(
+def test_a_prompt_costs_one_pass_a_divergence_one_more_and_one_that_differs_at_most_four_more(
     model, serialiser, monitor, prompt_monitor, clean, monkeypatch
 ):
     monkeypatch.setattr(views_of_passes, "SLIGHT", SLIGHT / 2)  # this adapter changes little
@@ -193,8 +193,9 @@ def test_a_prompt_costs_one_pass_a_divergence_one_more_and_one_that_differs_two_
             guard.generate([messages], max_new_tokens=1)
             counts.append(len(passes))
     handle.remove()
-    # Shorter versions of a prompt go side by side: adapter off, and on where none of them explains it.
-    assert counts[:3] == [1, 1, 2] and counts[3] in {3, 4}
+    # The prompt again, for its keys; its shorter versions side by side, adapter on; adapter off those that
+    # move it; and off the others, where the score is not explained yet.
+    assert counts[:3] == [1, 1, 2] and counts[3] in {4, 5, 6}
 
 
 def test_prompts_are_cut_as_in_training(model, serialiser, prompt_monitor, clean):
