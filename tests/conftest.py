@@ -7,6 +7,7 @@ import shutil
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -35,7 +36,7 @@ SHARED = Path(__file__).parents[2] / "shared"
 
 SLOW_UNTIL = float(os.environ.get("SAFETYNET_SLOW_UNTIL", "inf"))
 """No slow test is started after this time, in seconds since 1970; those left out are named at the end."""
-NO_TIME = "no time is left for it"
+NO_TIME = "no time is left"
 LONGEST = (
     "test_parallel.py", "test_whole_run.py", "test_sweep.py", "test_stage.py", "test_truncation.py",
     "test_commands.py",
@@ -64,9 +65,10 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    for report in terminalreporter.stats.get("skipped", []):
-        if NO_TIME in str(report.longrepr):
-            terminalreporter.write_line(f"left out, {NO_TIME}: {report.nodeid}")
+    skipped = terminalreporter.stats.get("skipped", [])
+    late = Counter(each.nodeid.partition("::")[0] for each in skipped if NO_TIME in str(each.longrepr))
+    for path, count in sorted(late.items()):
+        terminalreporter.write_line(f"left out, {NO_TIME}: {count} of {path}")
 
 
 def pytest_unconfigure() -> None:
