@@ -6,7 +6,7 @@
     python benchmarks/serving.py --smoke      a few prompts
 
 The server gets a folder with the model, its adapter merged, and nothing else: `transformers serve` 5.23 takes
-no folder of an adapter. Its test prompts are asked over HTTP, as chat completions at temperature 0. Each
+no folder of an adapter. The run's prompts are asked over HTTP, as chat completions at temperature 0. Each
 answer is compared with that of the table `responses`, word by word. The exit code is 1 where attack success
 differs, or fewer than `SAME` of the answers are equal: merging rounds, and a tie may fall otherwise.
 """

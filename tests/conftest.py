@@ -52,10 +52,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:  # a browser takes seconds for a page
         if "chromium" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.slow)
-    # The same for all workers of a run, which have to collect alike.
-    run = os.environ.get("PYTEST_XDIST_TESTRUNUID", "") if math.isfinite(SLOW_UNTIL) else None
-    turn = {path: random.Random(f"{run} {path}").random() for path in {item.path.name for item in items}}
-    items.sort(key=lambda item: (item.path.name not in LONGEST, turn[item.path.name] if run else 0))
+    turn: dict[str, float] = {}
+    if math.isfinite(SLOW_UNTIL):
+        run = os.environ.get("PYTEST_XDIST_TESTRUNUID")  # one for all workers, which have to collect alike
+        turn = {item.path.name: random.Random(f"{run} {item.path.name}").random() for item in items}
+    items.sort(key=lambda item: (item.path.name not in LONGEST, turn.get(item.path.name, 0)))
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -182,7 +182,7 @@ def complete(
         views["confidence"] = confidence(values["logits"])
     if COMPARED & set(spec.views):
         with switched_off(model):
-            cache = empty_cache(model)
+            cache = empty_cache(model) if "unexplained" in spec.views else None
             off = read(model, reader, tokens, user, cache)
         if "divergence" in spec.views:
             views["divergence"] = passes.divergence(values, off)

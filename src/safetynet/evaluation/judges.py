@@ -114,9 +114,9 @@ def _length(spec: JudgeSpec) -> Judge:
     def judge(response: str, row: Mapping[str, Any]) -> bool | None:
         if "reference" not in row:
             raise InputError("judge.kind: length compares with the column reference, which these rows lack")
-        count = words.count(response)
+        count, right = words.count(response), words.count(row["reference"])
         # A right answer of one word has no shorter one.
-        limits = [(each, limit) for each in times if (limit := each * words.count(row["reference"])) >= 1]
+        limits = [(each, limit) for each in times if (limit := each * right) >= 1]
         verdicts = [count >= limit if each >= 1 else 0 < count <= limit for each, limit in limits]
         return any(verdicts) if verdicts else None
 
