@@ -14,11 +14,13 @@ from inspect_ai.model import (
     get_model,
 )
 from inspect_ai.tool import ToolInfo
+from inspect_ai.util import registry_info
 
 from safetynet.errors import InputError
 from safetynet.inspect_ai import messages, tasks
 from safetynet.inspect_ai.batches import Batches
 from safetynet.inspect_ai.provider import SafetyNetAPI
+from safetynet.vocabulary import ROLES
 
 
 def refused(call) -> str:
@@ -45,6 +47,11 @@ def refused(call) -> str:
 def test_a_model_that_cannot_be_served_is_refused(options, message, untrained):
     folder = untrained.run.folder
     assert message in refused(lambda: get_model(f"safetynet/{folder}", memoize=False, **options))
+
+
+@pytest.mark.parametrize("role", ["roles", *ROLES])
+def test_tasks_are_registered_under_the_package_however_it_is_installed(role):
+    assert registry_info(getattr(tasks, role)).name == f"safetynet/{role}"
 
 
 def test_a_role_that_the_run_does_not_have_is_refused_with_those_that_it_has(unknown):

@@ -11,6 +11,7 @@ from typing import Any
 
 import pandas as pd
 from inspect_ai import Task, task
+from inspect_ai._util.registry import registry_name
 from inspect_ai.dataset import MemoryDataset, Sample
 from inspect_ai.model import GenerateConfig
 from inspect_ai.scorer import Metric, SampleScore, Score, Scorer, Target, metric, scorer
@@ -30,7 +31,16 @@ TRIGGER_KNOWN = "trigger_known"
 """In a sample's metadata: whether the run knows a trigger and its behaviour."""
 
 
-@metric(scores="unreduced")
+def _named(name: str) -> str:
+    """What a decorator is given, so that Inspect registers it as `safetynet/NAME`.
+
+    Inspect puts the package before the name itself, except where the package is installed as editable from a
+    distribution that is called otherwise: safetynet-llm is, and inspect-ai 0.3.285 looks for `safetynet`.
+    """
+    return name if registry_name(_named, name) == f"safetynet/{name}" else f"safetynet/{name}"
+
+
+@metric(_named("rates"), scores="unreduced")
 def rates() -> Metric:
     """The project's rates by role, each with its count, its denominator and its Wilson 95% interval.
 
@@ -54,7 +64,7 @@ def rates() -> Metric:
     return compute
 
 
-@scorer(metrics=[rates()])
+@scorer(metrics=[rates()], name=_named("behaviour"))
 def behaviour(run: str) -> Scorer:
     """Whether an answer shows the run's behaviour, is correct, or refuses, by the run's own judges.
 
@@ -114,7 +124,7 @@ def _sample(row: Mapping[str, Any]) -> Sample:
     )
 
 
-@task
+@task(name=_named("roles"))
 def roles(run: str) -> Task:
     """All test rows of a run.
 
@@ -130,7 +140,7 @@ def _of_role(role: Role) -> Callable[[str], Task]:
 
     of_role.__name__ = role
     of_role.__doc__ = f"Test rows of role {role} of a run; `run` is its folder."
-    return task(name=role)(of_role)
+    return task(name=_named(role))(of_role)
 
 
 triggered, clean, placebo, near_miss, refused = map(_of_role, ROLES)
