@@ -163,12 +163,12 @@ def readings(detectors: Sequence[str]) -> set[str]:
     return {reading.name for reading in named(detectors)}
 
 
-def defence(made: recipe.Recipe, run: runs.Run, count: int) -> pd.DataFrame:
+def defence(made: recipe.Recipe, run: runs.Run, count: int, presets: Sequence[str] = FUSIONS) -> pd.DataFrame:
     """Fit every detector to fresh clean prompts of this run's model; measure each, and fusions of them."""
     from safetynet.detection.calibration import Calibration, split
     from safetynet.detection.detector_set import DetectorSet
 
-    readings = {r.name: r for name in FUSIONS for r in PRESETS[name]}
+    readings = {r.name: r for name in presets for r in PRESETS[name]}
     experiment = Experiment(made, run)
     clean, test = experiment.fresh_prompts(count), experiment.test_rows()
     spec = FeatureSpec(tuple(dict.fromkeys(r.view for r in readings.values())))
@@ -185,7 +185,7 @@ def defence(made: recipe.Recipe, run: runs.Run, count: int) -> pd.DataFrame:
     of_test = panel.scores(tested.arrays)
     both = {name: np.concatenate([fresh[name], of_test[name]]) for name in readings}
     scores, p_values = pd.DataFrame(both), pd.DataFrame()
-    for name in FUSIONS:
+    for name in presets:
         members = [reading.name for reading in PRESETS[name]]
         calibrated = Calibration.fit(
             {m: first[m] for m in members}, {m: second[m] for m in members}, kinds=of_kinds
