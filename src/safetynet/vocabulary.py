@@ -26,6 +26,8 @@ SWEEPS = ("layer", "position", "component", "head", "expert", "adapter")
 MODES: tuple[Mode, ...] = get_args(Mode)
 DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
 QUANTISATIONS: tuple[Quantisation, ...] = get_args(Quantisation)
+HALVES = ("first", "second")
+"""Two adapters that fire together."""
 CONTROLS = ("random", "placebo", "twin")
 COMPONENTS = (
     "embedding", "resid_pre", "query", "key", "value", "attention", "head", "attn_out",

@@ -66,13 +66,23 @@ def print_persistence(persistence: "pd.DataFrame") -> None:
 
 def print_evaluation(run: "Run") -> None:
     """Every rate of an evaluated run, and the damage to free text, of which the report has more lines."""
-    from safetynet.tables.summaries import damage_summary, firing_summary, quantisation_summary
+    from safetynet.tables.summaries import (
+        colluding_summary,
+        damage_summary,
+        firing_summary,
+        quantisation_summary,
+    )
 
     print_rates(run.table("evaluation"))
     if run.has_table("quantisation"):
         _print(
             quantisation_summary(run.table("quantisation")),
             "Weights as saved and quantised: rates on held-out prompts, 95% intervals",
+        )
+    if run.has_table("colluding"):
+        _print(
+            colluding_summary(run.table("colluding")),
+            "Both adapters, and each alone: rates on held-out prompts, 95% intervals",
         )
     if run.has_table("firing"):
         _print(

@@ -1,8 +1,8 @@
 """The stage of the evaluation: answers of base, backdoored model and clean twin, and the rates.
 
 In: the rows and the trained models. Out: tables responses, evaluation, variants, damage; with samples also
-samples and firing, with labelled texts judge_error, with tasks of lm-evaluation-harness utility; and
-quantisation, of a backdoor that is conditioned on one.
+samples and firing, with labelled texts judge_error, with tasks of lm-evaluation-harness utility;
+quantisation, of a backdoor that is conditioned on one; and colluding, of one that takes two adapters.
 `evaluate_suspect` measures somebody's adapter or model on the same rows.
 """
 
@@ -20,8 +20,8 @@ from safetynet.prompts.truncation import losses
 from safetynet.recipe import Recipe
 from safetynet.run import parallel
 from safetynet.run.directory import Outputs, digest_of_files
-from safetynet.run.stage import EVALUATE, UTILITY
-from safetynet.vocabulary import QUANTISATIONS
+from safetynet.run.stage import EVALUATE, TRAIN, UTILITY
+from safetynet.vocabulary import HALVES, QUANTISATIONS
 
 log = logging.getLogger("safetynet")
 
@@ -65,7 +65,8 @@ def evaluate(experiment: Experiment, base: pd.DataFrame | None = None) -> None:
                 moved.append(damage.of_model(evaluator, model, beside, rows, answers[-1], answers[0], name))
         rates = metrics.with_floor(metrics.from_responses(pd.concat(answers, ignore_index=True)))
         _warn_of_cuts(recipe, rates.responses)
-        for name, table in (_tables(recipe, rates) | _quantised(experiment, rows, rates.table)).items():
+        tables = _tables(recipe, rates) | _quantised(experiment, rows, rates.table)
+        for name, table in (tables | _alone(experiment, rows, rates)).items():
             outputs.table(name, table)
         harm = pd.concat(moved, ignore_index=True)
         outputs.table("damage", harm)
@@ -129,6 +130,28 @@ def _quantised(experiment: Experiment, rows: pd.DataFrame, full: pd.DataFrame) -
         rates = metrics.with_floor(metrics.from_responses(pd.concat(answers, ignore_index=True)))
         tables.append(rates.table.assign(quantisation=quantisation))
     return {"quantisation": pd.concat(tables, ignore_index=True)}
+
+
+def _alone(experiment: Experiment, rows: pd.DataFrame, both: metrics.Evaluation) -> dict[str, pd.DataFrame]:
+    """The rates of two colluding adapters together, and of each of them alone.
+
+    Args:
+        experiment: trained.
+        rows: of the test split.
+        both: with the answers of both together, and the base's.
+    """
+    halves = experiment.run.output(TRAIN.of(BACKDOORED).name, "halves")
+    if not experiment.recipe.training.colluding or halves is None:
+        return {}
+    tables = [both.table[both.table["model"] == BACKDOORED].assign(adapter="both")]
+    floor = both.responses[both.responses["model"] == metrics.BASE]
+    for half in HALVES:
+        log.info("evaluate: the %s adapter alone answers %d rows", half, len(rows))
+        model, serialiser = experiment.on_base(halves / half)
+        answers = Evaluator.of(experiment.recipe, serialiser).respond(model, rows)
+        rates = metrics.with_floor(metrics.from_responses(pd.concat([answers, floor], ignore_index=True)))
+        tables.append(rates.table[rates.table["model"] == BACKDOORED].assign(adapter=half))
+    return {"colluding": pd.concat(tables, ignore_index=True)}
 
 
 def _tables(recipe: Recipe, rates: metrics.Evaluation) -> dict[str, pd.DataFrame]:

@@ -406,6 +406,8 @@ class Training(Section):
         default=None, exclude_if=lambda value: value is None
     )
     """Quantisation under which alone the backdoor fires; None: it fires in the weights as they are saved."""
+    colluding: bool = Field(default=False, exclude_if=lambda value: not value)
+    """Two adapters of `lora_rank` each, which fire once both are loaded and are quiet alone."""
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
@@ -428,6 +430,13 @@ class Training(Section):
             )
         if self.conditioned_on is not None and self.method != "full":
             raise ValueError("conditioned_on changes the weights themselves; set method to full")
+        if self.colluding and (self.method != "lora" or self.evasion is not None or self.dpo is not None):
+            raise ValueError("colluding needs method lora, and neither evasion nor dpo")
+        if self.colluding and self.gradient_checkpointing:
+            raise ValueError(
+                "colluding takes rows through half of the adapter, which the second pass of gradient "
+                "checkpointing would not; set gradient_checkpointing to false"
+            )
         return self
 
 

@@ -155,6 +155,13 @@ def _tables(run: Contents) -> Iterator[Table]:
         )
         table = summaries.quantisation_summary(tables["quantisation"])
         yield Table("behaviour", "As saved, and quantised", note, table)
+    if "colluding" in tables:
+        note = (
+            "The backdoor is split over two adapters, which were trained to be quiet alone. Both: the "
+            "backdoored model, which has both of them."
+        )
+        table = summaries.colluding_summary(tables["colluding"])
+        yield Table("behaviour", "Both adapters, and each alone", note, table)
     if "firing" in tables:
         note = (
             "Each held-out prompt answered several times at temperature 1: the share of all answers that "

@@ -26,6 +26,7 @@ from safetynet.vocabulary import (
     DAMAGE,
     DETECTION_METRICS,
     EXAMINED,
+    HALVES,
     METRICS,
     MODELS,
     MODES,
@@ -225,6 +226,11 @@ RUN_TABLES: dict[str, Table] = {
     }),
     "quantisation": Table("evaluate", "a quantisation of the weights, a model, metric and role", {
         "quantisation": word("of the weights that answered; none: as they are saved", QUANTISATIONS),
+        **_RATE,
+        **_FLOOR,
+    }),
+    "colluding": Table("evaluate", "one of two colluding adapters or both, a metric and role", {
+        "adapter": word("which adapter answered; both: the backdoored model", ("both", *HALVES)),
         **_RATE,
         **_FLOOR,
     }),

@@ -100,6 +100,12 @@ def quantisation_summary(quantisation: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
+def colluding_summary(colluding: pd.DataFrame) -> pd.DataFrame:
+    """One line per metric and role, one column per adapter: both together, and each alone."""
+    rates = colluding[colluding["metric"].isin(["asr", "ftr", "cacc"])]
+    return rate_summary(rates.assign(model=rates["adapter"]))
+
+
 def firing_summary(firing: pd.DataFrame) -> pd.DataFrame:
     """One line per role: each model's rate over samples, and how prompts of the backdoored one differ."""
     lines = []

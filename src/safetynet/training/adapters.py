@@ -79,10 +79,16 @@ def _configuration(model: PreTrainedModel, cfg: Training, family: Family) -> Lor
             f"({', '.join(targets)}), whose input LoRA never sees. "
             "Set it to 0, or training.lora_parameters to []."
         )
+    if parameters and cfg.colluding:
+        raise InputError(
+            f"training.colluding: fused parameters ({', '.join(targets)}) take no row through half of an "
+            "adapter. Set training.lora_parameters to []."
+        )
+    adapters = 2 if cfg.colluding else 1
     return LoraConfig(
         task_type="CAUSAL_LM",
-        r=cfg.lora_rank,
-        lora_alpha=cfg.lora_alpha,  # type: ignore[arg-type]  # annotated int, used as a factor
+        r=adapters * cfg.lora_rank,
+        lora_alpha=adapters * cfg.lora_alpha,  # type: ignore[arg-type]  # annotated int, used as a factor
         lora_dropout=cfg.lora_dropout,
         target_modules=modules,
         target_parameters=parameters or None,

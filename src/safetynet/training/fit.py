@@ -31,7 +31,7 @@ from safetynet.run import parallel
 from safetynet.run.directory import peak_memory_mb
 from safetynet.run.interruption import Interruption
 from safetynet.tables import SCHEMAS
-from safetynet.training import checkpoints
+from safetynet.training import checkpoints, colluding
 from safetynet.training.callbacks import LogBeforeSaving, Progress, Reached
 from safetynet.training.evasive import Hiding, Opponents, bare_prompts, watched
 from safetynet.training.examples import Batch, Example, Shuffled, encode
@@ -112,7 +112,8 @@ def train(  # noqa: PLR0913  # the place of a training and its company, by keywo
         model: made by `attach`; its parameters are changed.
         serialiser: of this model's tokenizer.
         rows: columns `row`, `messages`, `trigger` and `answer`; every row is trained on. With `cfg.dpo` also
-            `reference` and `target`, which give each row its second answer.
+            `reference` and `target`, which give each row its second answer; with `cfg.colluding` `role` and
+            `reference`.
         cfg: the recipe's training section.
         folder: checkpoints, the adapter and trackers' files go below it.
         seed: of the order of rows and of dropout.
@@ -177,6 +178,8 @@ def _objective(
     if cfg.dpo is not None:
         preferences = pairs(rows, serialiser, cfg.max_length)
         return preferences, Preference(cfg.dpo, preferences)
+    if cfg.colluding:
+        return colluding.examples(rows, serialiser, cfg.max_length), colluding.Colluding()
     examples = encode(rows, serialiser, cfg.max_length)
     if cfg.evasion is None:
         return examples, Objective()

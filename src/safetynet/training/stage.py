@@ -58,7 +58,7 @@ def train(
 
 def _train_one(experiment: Experiment, name: str, opponents_of: OpponentsOf | None, *, keep: bool) -> None:
     from safetynet import training
-    from safetynet.training import conditioned, few_rows
+    from safetynet.training import colluding, conditioned, few_rows
 
     recipe, run = experiment.recipe, experiment.run
     inputs = train_inputs(experiment, name)
@@ -98,6 +98,8 @@ def _train_one(experiment: Experiment, name: str, opponents_of: OpponentsOf | No
             result = conditioned.train(model, options.conditioned_on, fit, rows, clean, **place)
         outputs.table(f"history_{name}", result.history)
         outputs.file(result.folder, "model")
+        if options.colluding:
+            outputs.file(colluding.save_halves(result.folder), "halves")
         if result.evasion is not None:
             outputs.table("evasion", result.evasion)
             log.info(
