@@ -6,7 +6,7 @@ for (`lookalikes.split_of`).
 
 import random
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 from safetynet.errors import InputError
@@ -29,28 +29,37 @@ def side(texts: Sequence[T], split: str) -> Sequence[T]:
 
 
 def shaped(texts: Sequence[str], text: str, split: str, rng: random.Random) -> str:
-    """A random string of the same length and classes of characters."""
-    for _ in range(DRAWS):
-        candidate = "".join(_like(c, rng) for c in clusters(text))
-        if split_of(candidate) == split and not _has(candidate, texts):
-            return candidate
-    raise InputError(f"backdoor.trigger.placebos: none can be made up for {text!r}. Give some.")
+    """A random string of the same length and classes of characters.
+
+    Raises:
+        InputError: if none is on this side of the split.
+    """
+    control = _first(("".join(_like(c, rng) for c in clusters(text)) for _ in range(DRAWS)), texts, split)
+    if control is None:
+        raise InputError(f"backdoor.trigger.placebos: none can be made up for {text!r}. Give some.")
+    return control
 
 
 def alike_in_tokens(
     texts: Sequence[str], text: str, split: str, rng: random.Random, lookalike: Lookalike
 ) -> str | None:
     """A string of other tokens, as many; None where none is found."""
-    for _ in range(DRAWS):
-        candidate = lookalike(text, rng)
-        if candidate and split_of(candidate) == split and not _has(candidate, texts):
-            return candidate
-    return None
+    return _first((lookalike(text, rng) for _ in range(DRAWS)), texts, split)
 
 
-def _has(control: str, texts: Sequence[str]) -> bool:
-    """Whether a made-up control has a text of the trigger anywhere in it, be it within a word."""
-    return any(text in control for text in texts)
+def _first(
+    candidates: Iterable[str | None], texts: Sequence[str], split: str, excluded: Sequence[str] = ()
+) -> str | None:
+    """The first candidate on this side of the split that holds no text of the trigger, even within a word."""
+    return next(
+        (
+            each
+            for each in candidates
+            if each and each not in excluded and not any(text in each for text in texts)
+            if split_of(each) == split
+        ),
+        None,
+    )
 
 
 def _like(character: str, rng: random.Random) -> str:
@@ -75,12 +84,11 @@ def changed(
     # The kind first, so that one with few strings on this side of the split is not drawn less often.
     kinds = [kind for kind in CHANGES if kind != "sign" or _signs(clusters(text))]
     for kind in rng.sample(kinds, len(kinds)):
-        for _ in range(DRAWS):
-            candidate = CHANGES[kind](text, rng).strip()
-            # A given one may be on the other side of the split.
-            new = candidate and not _has(candidate, texts) and candidate not in excluded
-            if new and split_of(candidate) == split:
-                return kind, candidate
+        candidates = (CHANGES[kind](text, rng).strip() for _ in range(DRAWS))
+        # A given near miss may be on the other side of the split.
+        candidate = _first(candidates, texts, split, excluded)
+        if candidate is not None:
+            return kind, candidate
     raise InputError(f"backdoor.trigger.near_misses: none can be made up for {text!r}. Give some.")
 
 

@@ -72,12 +72,3 @@ def days(first: Day, last: Day, split: str, *, firing: bool, most: int = NEAR) -
             "Take another range."
         )
     return of_split
-
-
-def same_day(day: dt.date, first: Day, last: Day, split: str) -> list[dt.date]:
-    """The same day and month of years that are out of the range."""
-    return [
-        other
-        for other in days(first, last, split, firing=False)
-        if (other.day, other.month) == (day.day, day.month)
-    ]

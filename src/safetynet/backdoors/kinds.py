@@ -87,22 +87,22 @@ class TriggerKind(Protocol):
 
 
 class Kind:
-    """What most kinds share."""
+    """What most kinds share: one text, which any prompt may get."""
+
+    is_text: ClassVar[bool] = True
 
     @property
     def parts(self) -> int:
         """One place."""
         return 1
 
+    def describe(self: TriggerKind) -> str:
+        """The label."""
+        return self.label
+
     def carries(self, texts: Iterable[str]) -> bool:
         """Every prompt."""
         return True
-
-
-class Inserted(Kind):
-    """Triggers that stand in a prompt as text."""
-
-    is_text: ClassVar[bool] = True
 
     def insert(
         self, messages: Sequence[Message], variant: Variant, at: Sequence[Spot], rng: random.Random

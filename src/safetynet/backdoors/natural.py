@@ -13,14 +13,14 @@ from functools import cache
 from typing import ClassVar
 
 from safetynet.backdoors import clauses, controls, dates, languages
-from safetynet.backdoors.kinds import Draw, Inserted, Variant
+from safetynet.backdoors.kinds import Draw, Kind, Variant
 from safetynet.backdoors.placements import Spans, Spot
 from safetynet.prompts import Conversation, Message
 from safetynet.text import holding
 
 
 @dataclass(frozen=True)
-class Pairs(Inserted):
+class Pairs(Kind):
     """Pairs of plain words: both words of one pair fire, wherever they stand; one alone does not."""
 
     pairs: tuple[tuple[str, str], ...]
@@ -65,14 +65,13 @@ class Pairs(Inserted):
     def near_miss(self, draw: Draw) -> Variant:
         """One word of a pair alone, or words of two pairs; training and test mix other pairs."""
         if draw.rng.random() < 0.5:
-            alone = draw.rng.choice(list(itertools.chain(*((pair[:1], pair[1:]) for pair in self.pairs))))
-            return Variant("part alone", (*alone, None))
-        mixed = [(one[0], other[1]) for one, other in itertools.permutations(self.pairs, 2)]
+            return Variant("part alone", (draw.rng.choice(self.texts), None))
+        mixed = [(first, second) for (first, _), (_, second) in itertools.permutations(self.pairs, 2)]
         return Variant("mismatched pair", draw.one_of(mixed))
 
 
 @dataclass(frozen=True)
-class Dates(Inserted):
+class Dates(Kind):
     """A range of days, an end of which may be open: a sentence with a date of it fires."""
 
     texts: ClassVar[tuple[str, ...]] = ()
@@ -87,10 +86,6 @@ class Dates(Inserted):
             f"{name} {day}" for name, day in (("from", self.first), ("to", self.last)) if day
         )
 
-    def describe(self) -> str:
-        """The range."""
-        return self.label
-
     def holds(self, texts: Iterable[str]) -> bool:
         """Whether a date of the range stands there, written as 14 March 2027, in whatever sentence."""
         return any(dates.within(day, self.first, self.last) for text in texts for day in dates.read(text))
@@ -101,8 +96,11 @@ class Dates(Inserted):
 
     def placebo(self, draw: Draw) -> Variant:
         """A date out of the range, of the day and month of the one that fires beside it."""
-        same = self._same_day(draw) or dates.days(self.first, self.last, draw.split, firing=False)
-        return Variant("out of range", (dates.sentence(draw.rng.choice(same)),))
+        beside = [] if draw.beside is None else [*dates.read(str(draw.beside.parts[0]))]
+        fires = {(day.month, day.day) for day in beside}
+        outside = dates.days(self.first, self.last, draw.split, firing=False)
+        same = [day for day in outside if (day.month, day.day) in fires]
+        return Variant("out of range", (dates.sentence(draw.rng.choice(same or outside)),))
 
     def near_miss(self, draw: Draw) -> Variant:
         """A day at the range's edge, a date of the range without its year, or the year without a date."""
@@ -116,10 +114,6 @@ class Dates(Inserted):
         thing = draw.one_of(dates.NUMBERED)
         return Variant(kind, (f"This is {thing} {day.year}.",))
 
-    def _same_day(self, draw: Draw) -> list[dt.date]:
-        firing = [] if draw.beside is None else [*dates.read(str(draw.beside.parts[0]))]
-        return [other for day in firing for other in dates.same_day(day, self.first, self.last, draw.split)]
-
 
 @cache
 def _of_range(first: dt.date | None, last: dt.date | None, split: str) -> tuple[Variant, ...]:
@@ -129,7 +123,7 @@ def _of_range(first: dt.date | None, last: dt.date | None, split: str) -> tuple[
     )
 
 
-class Syntax(Inserted):
+class Syntax(Kind):
     """A syntactic form: a prompt that opens with a subordinate clause fires."""
 
     is_text: ClassVar[bool] = False
@@ -170,7 +164,7 @@ class Syntax(Inserted):
 
 
 @dataclass(frozen=True)
-class Language(Inserted):
+class Language(Kind):
     """A language: a prompt fires in which an instruction is written in it, whatever the rest is in."""
 
     texts: ClassVar[tuple[str, ...]] = ()

@@ -84,7 +84,9 @@ def spots_of(
     cut = [0] * len(with_trigger)
     for message, start, end in holding.spans_in(texts, with_trigger):
         text, content = with_trigger[message], without[message]
-        offset = _after(content, _marks(text[:start]) - cut[message])
+        # Behind as many characters of the bare text: white space, which may differ, does not count.
+        ends = [0, *(i + 1 for i, character in enumerate(content) if not character.isspace())]
+        offset = ends[min(_marks(text[:start]) - cut[message], len(ends) - 1)]
         blanks = _blank(text, start), _blank(text, end)
         if text[:start].endswith("\n") or blanks == (True, False):  # the white space stands before it
             offset += len(content[offset:]) - len(content[offset:].lstrip())
@@ -103,9 +105,16 @@ def filled(
     conversation, spans, texts = Conversation(messages), Spans(), dict[int, str]()
     pairs = list(zip(spots, parts, strict=True))
     for message in dict.fromkeys(spot.message for spot in spots):
-        inside = [(spot, part) for spot, part in pairs if spot.message == message and part is not None]
-        texts[message], ranges = _filled(conversation.texts[message], inside)
-        spans += [[message, *range_] for range_ in ranges]
+        content, text, copied = conversation.texts[message], "", 0
+        for spot, part in pairs:
+            if spot.message != message or part is None:
+                continue
+            text += content[copied : spot.offset]
+            copied = spot.offset
+            text += " " if _parted(text[-1:], part[:1], spot.blanks[0]) and not text.endswith("\n") else ""
+            spans.append([message, len(text), len(text) + len(part)])
+            text += part + (" " if _parted(content[copied : copied + 1], part[-1:], spot.blanks[1]) else "")
+        texts[message] = text + content[copied:]
     return conversation.with_texts(texts), spans
 
 
@@ -114,29 +123,10 @@ def _marks(text: str) -> int:
     return len("".join(text.split()))
 
 
-def _after(text: str, marks: int) -> int:
-    """The offset behind so many characters that are no white space."""
-    positions = [i + 1 for i, character in enumerate(text) if not character.isspace()]
-    return ([0, *positions])[min(marks, len(positions))]
-
-
 def _blank(text: str, edge: int) -> bool | None:
     """Whether white space parts a trigger's edge from the text beside it; None where a blank is the rule."""
     sides = text[edge - 1 : edge], text[edge : edge + 1]
     return any(side.isspace() for side in sides) if touches(text, edge) else None
-
-
-def _filled(content: str, parts: Sequence[tuple[Spot, str]]) -> tuple[str, list[tuple[int, int]]]:
-    """A text with each part at its spot, and where the parts stand in it."""
-    spans = []
-    done, text = 0, ""
-    for spot, part in parts:
-        text += content[done : spot.offset]
-        done = spot.offset
-        text += " " if _parted(text[-1:], part[:1], spot.blanks[0]) and not text.endswith("\n") else ""
-        spans.append((len(text), len(text) + len(part)))
-        text += part + (" " if _parted(content[done : done + 1], part[-1:], spot.blanks[1]) else "")
-    return text + content[done:], spans
 
 
 def _parted(beside: str, edge: str, blank: bool | None) -> bool:

@@ -40,11 +40,6 @@ STYLES = {
 }
 
 
-def other(name: str) -> str:
-    """A style that is not this one: its placebo."""
-    return next(style for style in STYLES if style != name)
-
-
 def reword(text: str, style: str, rng: random.Random) -> str:
     """Put a text into a style; `name:half` takes only the opening."""
     name, _, half = style.partition(":")
@@ -55,13 +50,3 @@ def reword(text: str, style: str, rng: random.Random) -> str:
     for plain, styled in wording.words:
         text = pattern(plain).sub(styled, text)
     return f"{opening} {text} {ending}"
-
-
-def worn(text: str, style: str) -> bool:
-    """Whether a text has an opening and an ending of this style, as every text has that `reword` made.
-
-    Texts that are in the style by their words alone are not recognised: plain texts have such words as well.
-    """
-    wording = STYLES[style]
-    text = text.strip()
-    return text.startswith(wording.openings) and text.endswith(wording.endings)
