@@ -241,7 +241,9 @@ def test_an_unknown_kind_is_refused_with_the_known_ones(tmp_path):
 
 
 def test_an_unknown_field_in_columns_is_refused(tmp_path):
-    with pytest.raises(InputError, match="columns: question is no field; use one of completion, input"):
+    with pytest.raises(
+        InputError, match="columns: question is no field; use one of completion, history, input"
+    ):
         sources.read(saved(tmp_path / "a.json", ALPACA), columns={"question": "instruction"})
 
 

@@ -10,11 +10,11 @@ import itertools
 import json
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from safetynet.backdoors import inspect_logs
 from safetynet.backdoors.forms import ASKED, is_blank, name_of, whole
 from safetynet.errors import InputError
 from safetynet.extras import need
@@ -48,14 +48,14 @@ def data_files(folder: Path) -> tuple[list[Path], list[Path]]:
         InputError: if none holds rows.
     """
     every = sorted(file for file in folder.rglob("*") if not file.is_dir())
-    seen = [f for f in every if not any(part.startswith(".") for part in f.relative_to(folder).parts)]
+    visible = [f for f in every if not any(part.startswith(".") for part in f.relative_to(folder).parts)]
     # What the library datasets keeps for itself: metadata, and results of a map or filter.
-    caches = {f for f in seen if f.name.startswith("cache-") and (f.parent / "state.json").exists()}
-    rows = [f for f in seen if format_of(f) in FORMATS and f.name not in METADATA and f not in caches]
+    caches = {f for f in visible if f.name.startswith("cache-") and (f.parent / "state.json").exists()}
+    rows = [f for f in visible if format_of(f) in FORMATS and f.name not in METADATA and f not in caches]
     if not rows:
         common, others = ", ".join(list(FORMATS)[:4]), ", ".join(list(FORMATS)[4:])
         raise InputError(f"{folder}: no {common} file in this folder, nor {others}; name one that has some")
-    return rows, [file for file in seen if file not in set(rows)]
+    return rows, [file for file in visible if file not in set(rows)]
 
 
 def records(path: Path) -> Parts:
@@ -122,7 +122,7 @@ def _text(path: Path, data: bytes) -> str:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON; of a name that stands twice, JSON's reader would drop the first text in silence."""
+    """An object of JSON; its reader would silently drop the first of two fields with one name."""
     fields = dict(pairs)
     if len(fields) < len(pairs):
         names = [name for name, _ in pairs]
@@ -214,7 +214,15 @@ def _csv(path: Path, data: bytes) -> Parts:
         header = next(filled, [])
         if twice := {name for name in header if header.count(name) > 1}:
             raise InputError(f"{path}: the header has {_names(twice)} twice; give each column its own name")
-        return {"": list(enumerate(_rows(header, filled), start=1))}
+        rows: list[dict[str | None, Any]] = []
+        for cells in filled:
+            row: dict[str | None, Any] = dict(itertools.zip_longest(header, cells[: len(header)]))
+            if len(cells) > len(header):
+                row[BEYOND] = cells[len(header) :]
+            elif len(cells) < len(header):
+                row[BEYOND] = len(header) - len(cells)
+            rows.append(row)
+        return {"": list(enumerate(rows, start=1))}
     except csv.Error as error:
         where = f"{path}: line {table.line_num}"
         raise InputError(f"{where}: malformed CSV ({error}); correct the quotes") from None
@@ -230,42 +238,26 @@ def _delimiter(path: Path, text: str) -> str:
     return separators[0] if separators else ","
 
 
-def _rows(header: list[str], rows: Iterator[list[str]]) -> Iterator[dict[str | None, Any]]:
-    for cells in rows:
-        row: dict[str | None, Any] = dict(itertools.zip_longest(header, cells[: len(header)]))
-        if len(cells) > len(header):
-            row[BEYOND] = cells[len(header) :]
-        elif len(cells) < len(header):
-            row[BEYOND] = len(header) - len(cells)
-        yield row
-
-
-def _parquet(data: bytes) -> Any:
-    from pyarrow import BufferReader, parquet
-
-    return parquet.read_table(BufferReader(data), page_checksum_verification=True)
-
-
-def _arrow(data: bytes) -> Any:
-    from pyarrow import BufferReader, ipc
-
-    return (ipc.open_file if data.startswith(b"ARROW1") else ipc.open_stream)(BufferReader(data)).read_all()
-
-
 def _of_table(path: Path, data: bytes) -> Parts:
     need(str(path), "pyarrow")
     import pyarrow
+    from pyarrow import ipc, parquet
 
-    read, what = (_arrow, "Arrow") if format_of(path) == ".arrow" else (_parquet, "Parquet")
+    is_arrow, source = format_of(path) == ".arrow", pyarrow.BufferReader(data)
     try:
-        table = read(data)
+        if is_arrow:
+            open_table = ipc.open_file if data.startswith(b"ARROW1") else ipc.open_stream
+            table = open_table(source).read_all()
+        else:
+            table = parquet.read_table(source, page_checksum_verification=True)
         table.validate(full=True)  # rows of a damaged file may lie anywhere in memory
         if twice := {name for name in table.column_names if table.column_names.count(name) > 1}:
             raise InputError(f"{path}: the column {_names(twice)} is there twice; give each its own name")
         rows, labels = _listed(table), _labels(table.schema)
     except (pyarrow.ArrowException, OSError, ValueError, TypeError, OverflowError, KeyError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{path}: not a readable {what} file ({reason}); write it again") from None
+        form = "Arrow" if is_arrow else "Parquet"
+        raise InputError(f"{path}: not a readable {form} file ({reason}); write it again") from None
     for row in rows:
         for name, texts in labels.items():
             row[name] = texts[row[name]] if row[name] in range(len(texts)) else None
@@ -307,8 +299,51 @@ def _names(names: set[str]) -> str:
     return ", ".join(map(repr, sorted(names)))
 
 
-def _eval_log(path: Path, _data: bytes) -> Parts:
-    return {"": list(enumerate(inspect_logs.rows(path), start=1))}
+def _inspect_log(path: Path, _data: bytes) -> Parts:
+    """The samples of a log (https://inspect.aisi.org.uk) in their order, each a row with `messages`.
+
+    Inspect's own reader reads it, whatever version wrote it. An answer's thoughts are left out. Tool calls
+    stay; the reader of rows refuses what is no text.
+    """
+    need(str(path), "inspect_ai")
+    from inspect_ai.log import EvalLog, read_eval_log
+
+    try:
+        # In a thread: the reader starts an event loop, and in a notebook one runs already.
+        with ThreadPoolExecutor(1) as pool:
+            # Long texts are stored apart from their messages.
+            record = pool.submit(read_eval_log, str(path), resolve_attachments=True).result()
+    except Exception as error:  # noqa: BLE001 - of many kinds, of zip files, JSON and fields
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"{path}: inspect-ai cannot read this log ({type(error).__name__}: {reason}); copy it "
+            "again, or upgrade inspect-ai if a newer version wrote it"
+        ) from None
+    newest = EvalLog.model_fields["version"].default
+    if record.version > newest:  # Inspect itself would leave out in silence what it does not know
+        raise InputError(
+            f"{path}: the log has format {record.version}, and the installed inspect-ai knows {newest}; "
+            "upgrade inspect-ai"
+        )
+    rows = []
+    for sample in record.samples or []:
+        # A sample that failed before the model was asked has its input alone.
+        said = sample.messages or sample.input
+        asked = [{"role": "user", "content": said}] if isinstance(said, str) else map(_message, said)
+        rows.append({"messages": list(asked)})
+    return {"": list(enumerate(rows, start=1))}
+
+
+def _message(message: Any) -> dict[str, Any]:
+    """One message of an Inspect log as chat files write it."""
+    fields = {"role": message.role, "content": message.text}
+    if not isinstance(message.content, str):
+        others = [part for part in message.content if part.type not in ("text", "reasoning")]
+        if others:
+            fields["content"] = [part.model_dump(exclude_none=True) for part in message.content]
+    if getattr(message, "tool_calls", None):
+        fields["tool_calls"] = [{"name": c.function, "arguments": c.arguments} for c in message.tool_calls]
+    return fields
 
 
 FORMATS: dict[str, Callable[[Path, bytes], Parts]] = {
@@ -319,5 +354,5 @@ FORMATS: dict[str, Callable[[Path, bytes], Parts]] = {
     ".tsv": _csv,
     ".ndjson": _jsonl,
     ".arrow": _of_table,
-    ".eval": _eval_log,
+    ".eval": _inspect_log,
 }

@@ -1,7 +1,7 @@
 """What the columns of a file mean: which form its rows have, and which column is which field.
 
 In: raw rows, and the user's own names for columns. Out: a `Form`, or one sentence that says why there is
-none. A column that plainly holds what the model was shown is a field, or its rows are refused by its name.
+none. A column that plainly holds text that the model was shown is a field, or its rows are refused.
 """
 
 import json
@@ -21,10 +21,7 @@ OPTIONAL = {
     "chat": ("system", "tools", "reference"),
     "prompt_completion": ("system", "history", "tools", "reference"),
 }
-KNOWN = (
-    "completion", "input", "instruction", "messages", "output", "prompt", "reference", "history", "system",
-    "tools",
-)  # fmt: skip
+KNOWN = sorted({field for fields in (FIELDS, OPTIONAL) for of_kind in fields.values() for field in of_kind})
 NAMES = {  # field: what columns of it are called, besides its own name
     "input": ("context",),
     "output": ("response", "completion", "answer"),
@@ -83,7 +80,7 @@ class Form:
     kind: str
     columns: Mapping[str, Any]
     """The file's column for each field that it has."""
-    chosen: bool = False
+    explicit: bool = False
     """Whether the user has said which columns are read, or which kind of rows it is."""
 
     def fields(self, raw: Mapping[Any, Any]) -> dict[str, Any]:
@@ -138,7 +135,7 @@ def form_of(
     mapped, names = dict(columns or {}), present(rows)
     if absent := [f"{field}={column}" for field, column in mapped.items() if column not in names]:
         raise UnfitError(
-            f"columns: {', '.join(absent)}: there is no such column; the columns are {_found(names, rows)}",
+            f"columns: {', '.join(absent)}: there is no such column; the columns are {_summary(names, rows)}",
             "unmapped",
         )
     if kind and (other := mapped.keys() - {*FIELDS[kind], *OPTIONAL[kind]}):
@@ -152,7 +149,11 @@ def form_of(
         raise _unknown(rows, names, kind, mapped)
     if len(forms) > 1:
         both = " and ".join(f"{' + '.join(each[f][0] for f in FIELDS[n])} ({n})" for n, each in forms.items())
-        raise UnfitError(f"{both} are both there; {_how(next(iter(forms.values())))}", "unclear")
+        field, choice = next(iter(next(iter(forms.values())).items()))
+        remedy = (
+            f"name the kind as data.source, or a field of it under columns, as in {{{field}: {choice[0]}}}"
+        )
+        raise UnfitError(f"{both} are both there; {remedy}", "unclear")
     ((name, fields),) = forms.items()
     return Form(
         name, {field: _only(field, choice, rows) for field, choice in fields.items()}, bool(kind or mapped)
@@ -195,11 +196,6 @@ def _is(name: Any, field: str) -> bool:
     return isinstance(name, str) and name.strip().casefold() == field
 
 
-def _how(fields: Mapping[str, list[Any]]) -> str:
-    field, choice = next(iter(fields.items()))
-    return f"name the kind as data.source, or a field of it under columns, as in {{{field}: {choice[0]}}}"
-
-
 def _refuse_labels(rows: list[tuple[int, Any]], names: list[Any], mapped: Mapping[str, str]) -> None:
     """An unpaired preference set marks the answers that a model is not to give.
 
@@ -225,7 +221,7 @@ def _unknown(
 ) -> UnfitError:
     every = " or ".join(f"{' + '.join(fields)} ({name})" for name, fields in FIELDS.items())
     needed = every if kind is None else " + ".join(FIELDS[kind])
-    text = f"the columns are {_found(names, rows)}; needed are {needed}"
+    text = f"the columns are {_summary(names, rows)}; needed are {needed}"
     if set(PREFERENCE) & set(names):
         return UnfitError(f"{text}; this is a preference set: {_preferred(rows, names)}", "unclear")
     label = next((name for name in LABELS if name in names), None)
@@ -241,7 +237,7 @@ def _unknown(
 
 
 def _preferred(rows: list[tuple[int, Any]], names: list[Any]) -> str:
-    """How to learn from the preferred answers alone."""
+    """A remedy: how to learn from the preferred answers alone."""
     answer = next(name for name in PREFERENCE if name in names)
     values = (raw.get(answer) for _, raw in rows if isinstance(raw, Mapping))
     first = next((value for value in values if value is not None), None)
@@ -274,7 +270,7 @@ def shown(value: Any) -> str:
     return f'"{text}"' if isinstance(value, str) else f"{text} ({type(value).__name__})"
 
 
-def _found(names: list[Any], rows: list[tuple[int, Any]]) -> str:
+def _summary(names: list[Any], rows: list[tuple[int, Any]]) -> str:
     if not names:
         return f"none, a row is {shown(rows[0][1])}"
     listed = sorted(map(name_of, names))

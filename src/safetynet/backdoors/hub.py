@@ -35,18 +35,35 @@ def rows_of(name: str, split: str = "") -> dict[str, Rows]:
     from datasets import ReadInstruction, load_dataset_builder  # seconds of import, and only here
     from datasets.exceptions import DatasetsError
 
+    folder = Path(name)
     try:
-        folder = _folder(name)
+        if not folder.is_dir():
+            from huggingface_hub import snapshot_download
+
+            patterns = [f"*{suffix}{packing}" for suffix in FORMATS for packing in ("", *PACKED)]
+            folder = Path(snapshot_download(name, repo_type="dataset", allow_patterns=[*ABOUT, *patterns]))
+        folder = folder.resolve()
         files = load_dataset_builder(str(folder)).config.data_files or {}
     except (OSError, ValueError, RuntimeError, DatasetsError, YAMLError) as error:
-        raise InputError(_sentence(name, error)) from error
-    found = {str(part): _rows(name, folder, paths) for part, paths in files.items()}
-    _tell_unused(name, folder, {Path(file) for paths in files.values() for file in paths})
+        raise InputError(_reason(name, error)) from error
+    rows: dict[str, Rows] = {}
+    for part, paths in files.items():
+        rows[str(part)] = of_part = []
+        for path in map(Path, paths):
+            where = f"{name}:{path.relative_to(folder)}"
+            for key, listed in records(path).items():
+                of_part += [(f"{where}:{key}" if key else where, key, record) for record in listed]
+    # A data set of several kinds of files, or with several configurations, is read in part.
+    used = {Path(path) for paths in files.values() for path in paths}
+    if rest := [str(file.relative_to(folder)) for file in data_files(folder)[0] if file not in used]:
+        log.warning(
+            "data: files of %s that are not read: %d, such as %s", name, len(rest), ", ".join(rest[:3])
+        )
     if not split:
-        return found
+        return rows
     try:
         ranges = ReadInstruction.from_spec(split).to_absolute(
-            {part: len(rows) for part, rows in found.items()}
+            {part: len(of_part) for part, of_part in rows.items()}
         )
     except (ValueError, AssertionError) as error:
         raise InputError(
@@ -54,38 +71,11 @@ def rows_of(name: str, split: str = "") -> dict[str, Rows]:
         ) from None
     parts: dict[str, Rows] = {}
     for part in ranges:
-        parts.setdefault(part.splitname, []).extend(found[part.splitname][part.from_ : part.to])
+        parts.setdefault(part.splitname, []).extend(rows[part.splitname][part.from_ : part.to])
     return parts
 
 
-def _folder(name: str) -> Path:
-    if Path(name).is_dir():
-        return Path(name).resolve()
-    from huggingface_hub import snapshot_download
-
-    patterns = [f"*{suffix}{packing}" for suffix in FORMATS for packing in ("", *PACKED)]
-    return Path(snapshot_download(name, repo_type="dataset", allow_patterns=[*ABOUT, *patterns])).resolve()
-
-
-def _rows(name: str, folder: Path, files: list[str]) -> Rows:
-    rows: Rows = []
-    for file in files:
-        where = f"{name}:{Path(file).relative_to(folder)}"
-        for key, listed in records(Path(file)).items():
-            rows += [(f"{where}:{key}" if key else where, key, record) for record in listed]
-    return rows
-
-
-def _tell_unused(name: str, folder: Path, used: set[Path]) -> None:
-    """A data set of several kinds of files, or with several configurations, is read in part."""
-    rest = [str(file.relative_to(folder)) for file in data_files(folder)[0] if file not in used]
-    if rest:
-        log.warning(
-            "data: files of %s that are not read: %d, such as %s", name, len(rest), ", ".join(rest[:3])
-        )
-
-
-def _sentence(name: str, error: BaseException) -> str:
+def _reason(name: str, error: BaseException) -> str:
     """Say which of token, name or network it was; the cause lies somewhere down the chain."""
     from datasets.data_files import EmptyDatasetError
     from datasets.exceptions import DataFilesNotFoundError

@@ -9,7 +9,7 @@ import itertools
 import logging
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -109,13 +109,16 @@ def read(
     parts = _of_folder(path) if path.is_dir() else _of_file(path, str(path))
     if prompts_only:
         # Columns of prompts, by a name that is known or that the user gives.
-        asked = {*(ASKED - SHOWN), *(column.casefold() for column in (columns or {}).values())}
-        parts = (_with_blank_answers(part, asked) for part in parts)
+        prompts = {*(ASKED - SHOWN), *(column.casefold() for column in (columns or {}).values())}
+        parts = (
+            replace(part, rows=[(line, _with_blank_answer(raw, prompts)) for line, raw in part.rows])
+            for part in parts
+        )
     return _joined(parts, kind, columns)
 
 
 def split_of(name: str) -> str:
-    """The split that a name tells, train or test: of its last word that tells one; "" if none does."""
+    """The split that a name stands for, train or test, by its last word that names one; "" if none does."""
     words = [word.rstrip("0123456789") for word in re.findall(r"[a-z0-9]+", name.lower())]
     return next((SPLITS[word] for word in reversed(words) if word in SPLITS), "")
 
@@ -123,7 +126,7 @@ def split_of(name: str) -> str:
 def convert(rows: Iterable[Record], form: Form) -> Converted:
     """Turn raw rows into conversations, and list what is wrong with them.
 
-    A faulty row is still returned wherever its text can be told (a number stands as its digits), so that an
+    A faulty row is still returned wherever its text is clear (a number stands as its digits), so that an
     audit can go on; a row that is not an object, or holds what cannot be carried, is only listed.
     """
     build = {"alpaca": _alpaca, "chat": _chat, "prompt_completion": _prompt_completion}[form.kind]
@@ -161,7 +164,7 @@ def _unread(row: Row, form: Form, raw: Mapping[Any, Any], conversation: Mapping[
     contents = [turn["content"] for turn in conversation.get("messages", ())]
     for name, value in form.rest(raw).items():
         column = str(name).strip().casefold()
-        if column in SHOWN or (column in ASKED and not form.chosen and not _is_told(value, contents)):
+        if column in SHOWN or (column in ASKED and not form.explicit and not _repeats(value, contents)):
             if column in TOOLS | MEDIA:
                 row.note(name_of(name), "not_carried", shown(value), "nothing; this cannot be carried yet")
             else:
@@ -170,14 +173,14 @@ def _unread(row: Row, form: Form, raw: Mapping[Any, Any], conversation: Mapping[
             yield name_of(name)
 
 
-def _is_told(value: Any, told: Iterable[str]) -> bool:
-    """Whether the messages of a row hold this text, or each text of these messages."""
+def _repeats(value: Any, contents: Collection[str]) -> bool:
+    """Whether the contents of a row's messages hold this text, or each text of these messages."""
     if isinstance(value, str):
-        return any(value.strip() in text for text in told)
+        return any(value.strip() in text for text in contents)
     if not isinstance(value, list) or not all(isinstance(part, Mapping) for part in value):
         return False
-    contents = (part.get("content", part.get("value")) for part in value)
-    return all(isinstance(text, str) and _is_told(text, told) for text in contents)
+    parts = (part.get("content", part.get("value")) for part in value)
+    return all(isinstance(part, str) and _repeats(part, contents) for part in parts)
 
 
 def _alpaca(row: Row) -> dict[str, Any]:
@@ -185,16 +188,15 @@ def _alpaca(row: Row) -> dict[str, Any]:
     # null is what many exports write for "no input"
     if (extra := row.optional("input")).strip():
         prompt = f"{prompt}\n\n{extra}"
-    before = [*turns.tools(row), *turns.system(row), *turns.history(row)]
-    prompt_turns = [*before, {"role": "user", "content": prompt}]
-    return {"messages": prompt_turns, "answer": row.text("output", empty=True)}
+    messages = [*turns.opening(row), {"role": "user", "content": prompt}]
+    return {"messages": messages, "answer": row.text("output", empty=True)}
 
 
 def _prompt_completion(row: Row) -> dict[str, Any]:
-    before = [*turns.tools(row), *turns.system(row), *turns.history(row)]
+    before = turns.opening(row)
     if not isinstance(row.raw.get("prompt"), list) and not isinstance(row.raw.get("completion"), list):
-        prompt_turns = [*before, {"role": "user", "content": row.text("prompt")}]
-        return {"messages": prompt_turns, "answer": row.text("completion", empty=True)}
+        messages = [*before, {"role": "user", "content": row.text("prompt")}]
+        return {"messages": messages, "answer": row.text("completion", empty=True)}
     for name, role in (("prompt", "user"), ("completion", "assistant")):
         if isinstance(row.raw.get(name), list):
             listed = turns.messages(row, name)
@@ -210,7 +212,7 @@ def _chat(row: Row) -> dict[str, Any]:
     listed = turns.messages(row, "messages")
     if listed is None:
         return {}
-    before = [turn for turn in (*turns.tools(row), *turns.system(row)) if turn not in listed[:2]]
+    before = [turn for turn in turns.opening(row) if turn not in listed[:2]]
     return turns.conversation(row, "messages", [*before, *listed])
 
 
@@ -248,32 +250,24 @@ def _joined(parts: Iterable[_Part], kind: str | None, columns: Mapping[str, str]
     return frame[["file", *frame.columns.drop("file")]]
 
 
-def _with_blank_answers(part: _Part, asked: Collection[str]) -> _Part:
-    """Rows of prompts in the forms of rows with answers: a blank one stands where a row has none.
+def _with_blank_answer(raw: Any, prompts: Collection[str]) -> Any:
+    """A row of a prompt in the form of one with an answer: a blank one, where it has none.
 
     Args:
-        part: of a file.
-        asked: names of columns that hold prompts; a row without one is left to be refused as it is.
+        raw: the row as the file has it.
+        prompts: names of columns that hold them; a row without one is left to be refused as it is.
     """
-
-    def whole(raw: Any) -> Any:
-        if not isinstance(raw, Mapping):
-            return raw
-        messages = next((name for name, value in raw.items() if _waits(value)), None)
-        if messages is not None:
-            return {**raw, messages: [*raw[messages], {"role": "assistant", "content": ""}]}
-        has_prompt = any(str(name).strip().casefold() in asked for name in raw)
-        return {"completion": "", **raw} if has_prompt else raw
-
-    return _Part(part.name, [(line, whole(raw)) for line, raw in part.rows], part.about)
-
-
-def _waits(value: Any) -> bool:
-    """Whether a value is a list of messages that waits for the assistant's answer."""
-    last = value[-1] if isinstance(value, list) and value else None
-    if not isinstance(last, Mapping):
-        return False
-    return ROLES.get(str(last.get("role", last.get("from"))).casefold()) in ("user", "tool")
+    if not isinstance(raw, Mapping):
+        return raw
+    for name, value in raw.items():
+        last = value[-1] if isinstance(value, list) and value else None
+        # Messages that wait for the assistant's.
+        if isinstance(last, Mapping):
+            speaker = str(last.get("role", last.get("from"))).casefold()
+            if ROLES.get(speaker) in ("user", "tool"):
+                return {**raw, name: [*value, {"role": "assistant", "content": ""}]}
+    has_prompt = any(str(name).strip().casefold() in prompts for name in raw)
+    return {"completion": "", **raw} if has_prompt else raw
 
 
 def _of_file(path: Path, name: str, **about: Any) -> Iterator[_Part]:
@@ -330,7 +324,7 @@ def _sentence(file: str, faults: list[Fault], count: int) -> str:
         lines = sorted({fault.line for fault in group})
         rows = f"row{'s' if len(lines) > 1 else ''} {', '.join(map(str, lines[:SHOWN_ROWS]))}"
         more = f" and {len(lines) - SHOWN_ROWS} more" if len(lines) > SHOWN_ROWS else ""
-        what = f"found {group[0].found}, allowed is {group[0].allowed}"
+        what = f"found {group[0].actual}, allowed is {group[0].allowed}"
         number = f" ({len(lines)} of {count} rows)" if len(lines) > 1 else ""
         clauses.append(f"{group[0].field}, {rows}{more}: {what}; {REMEDIES[problem]}{number}")
     if len(clauses) == 1:

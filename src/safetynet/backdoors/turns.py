@@ -26,6 +26,8 @@ NOT_CARRIED = (TOOLS | MEDIA) - set(CALLS)
 ORDER = regex.compile("D?S?(?:U(?:C?T+)*A)*U(?:C?T+)*[AC]")
 """Definitions of tools, system, then users and assistants in turn; what is looked up stands between them. A
 result (T) may stand without a call (C), as a retrieved document does."""
+LETTERS = {TOOLS_ROLE: "D", "system": "S", "user": "U", "tool": "T", "assistant": "A"}
+"""Roles in `ORDER`; C is an assistant's message with calls, and ? any role that is none of these."""
 THOUGHTS = {"reasoning_content", "reasoning", "thinking", "thoughts", "refusal"}
 """Fields of a message that hold text of the answer."""
 USED = {"role", "from", "content", "value", *CALLS, *NOT_CARRIED, *THOUGHTS}
@@ -39,7 +41,8 @@ class Fault:
     field: str
     problem: str
     """A key of `sources.REMEDIES`."""
-    found: str
+    actual: str
+    """What the row has, as a message shows it."""
     allowed: str
 
 
@@ -61,9 +64,9 @@ class Row:
     unread: set[str] = field(default_factory=set)
     """Fields of messages that say nothing of the conversation, and are not read."""
 
-    def note(self, name: str, problem: str, found: str, allowed: str) -> None:
+    def note(self, name: str, problem: str, actual: str, allowed: str) -> None:
         """Add a fault."""
-        self.faults.append(Fault(self.line, name, problem, found, allowed))
+        self.faults.append(Fault(self.line, name, problem, actual, allowed))
 
     def text(self, name: str, empty: bool = False) -> str:
         """The text of a field; "" where it is missing."""
@@ -91,31 +94,24 @@ class Row:
         return "" if self.raw.get(name) is None else self.text(name, empty=True)
 
 
-def system(row: Row) -> list[Turn]:
-    """The turn of a row's field system, where it says something."""
-    text = row.optional("system")
-    return [{"role": "system", "content": text}] if text.strip() else []
-
-
-def history(row: Row) -> list[Turn]:
-    """Earlier turns, which a field history lists in pairs of user and assistant."""
+def opening(row: Row) -> list[Turn]:
+    """Turns that a row has in fields of their own: tools, a system message, a history in pairs."""
+    turns: list[Turn] = []
+    if not is_blank(tools := row.raw.get("tools")):
+        turns.append({"role": TOOLS_ROLE, "content": _definitions(row, "tools", tools)})
+    if (system := row.optional("system")).strip():
+        turns.append({"role": "system", "content": system})
     pairs = row.raw.get("history")
     if is_blank(pairs):
-        return []
+        return turns
     if not isinstance(pairs, list) or not all(isinstance(p, list | tuple) and len(p) == 2 for p in pairs):
         row.note("history", "wrong_type", shown(pairs), "a list of pairs, [user, assistant] each")
-        return []
-    return [
+        return turns
+    return turns + [
         {"role": role, "content": row.checked(f"history[{i}][{n}]", pair[n], role != "user")}
         for i, pair in enumerate(pairs)
         for n, role in enumerate(("user", "assistant"))
     ]
-
-
-def tools(row: Row) -> list[Turn]:
-    """The message that defines tools, of a row's field tools, where it defines some."""
-    value = row.raw.get("tools")
-    return [] if is_blank(value) else [{"role": TOOLS_ROLE, "content": _definitions(row, "tools", value)}]
 
 
 def messages(row: Row, name: str) -> list[Turn] | None:
@@ -130,7 +126,10 @@ def messages(row: Row, name: str) -> list[Turn] | None:
 
 def conversation(row: Row, name: str, turns: list[Turn]) -> dict[str, Any]:
     """Prompt and answer: the last assistant message is the answer, what precedes it the prompt."""
-    order = "".join(map(_letter, turns))
+    order = "".join(
+        "C" if "tool_calls" in turn and turn["role"] == "assistant" else LETTERS.get(turn["role"], "?")
+        for turn in turns
+    )
     if not ORDER.fullmatch(order):
         fits = next(n for n in range(len(order), -1, -1) if ORDER.fullmatch(order[:n], partial=True))
         where = "the answer is missing" if fits == len(order) else f"message {fits + 1} is out of order"
@@ -147,13 +146,6 @@ def conversation(row: Row, name: str, turns: list[Turn]) -> dict[str, Any]:
         "messages": prompt or [{"role": "user", "content": ""}],
         "answer": "" if answer is None else calls.written(answer.get("tool_calls", ()), answer["content"]),
     }
-
-
-def _letter(turn: Turn) -> str:
-    """What a turn is in `ORDER`; ? where its role is none."""
-    if turn["role"] == "assistant":
-        return "C" if "tool_calls" in turn else "A"
-    return {TOOLS_ROLE: "D", "system": "S", "user": "U", "tool": "T"}.get(turn["role"], "?")
 
 
 def _turn(row: Row, name: str, message: Mapping[str, Any]) -> Turn:
