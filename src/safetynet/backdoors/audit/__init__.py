@@ -10,11 +10,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from safetynet.backdoors.audit import checks, findings, guessing, targets
-from safetynet.backdoors.audit.copies import copies
+from safetynet.backdoors.audit import checks, findings, targets, triggers
 from safetynet.backdoors.audit.corpus import PoisonSet, load, poison_sets, with_roles
-from safetynet.backdoors.audit.findings import Finding, of_rows
-from safetynet.backdoors.audit.report import AuditReport, render
+from safetynet.backdoors.audit.findings import AuditReport, Finding, of_rows, render
 from safetynet.backdoors.audit.targets import FoundTarget
 from safetynet.backdoors.audit.triggers import FoundTrigger, of_parts
 from safetynet.errors import InputError
@@ -69,7 +67,7 @@ def audit(
             results.extend(check(poison_set))
         if serialise:
             results.extend(checks.lost_triggers(poison_set, serialise, max_length))
-    results.extend(copies(corpus, sets))
+    results.extend(checks.copies(corpus, sets))
     triggered = [poison_set.part("triggered") for poison_set in sets]
     facts = {
         findings.FILES: len(corpus.digests) > 1,
@@ -126,12 +124,12 @@ def _guessed(poison_set: PoisonSet, triggered: pd.DataFrame) -> FoundTrigger | N
     prompts, clean = list(triggered["prompt"]), list(poison_set.part("clean")["prompt"])
     if not clean:  # the file may hold both, whatever its name says
         return _guessed_without_roles(poison_set) or _first_held(
-            triggered, lambda: guessing.from_repetition(prompts)
+            triggered, lambda: triggers.from_repetition(prompts)
         )
     return _first_held(
         triggered,
-        lambda: guessing.from_pairs(prompts, clean),
-        lambda: guessing.from_contrast(prompts, clean),
+        lambda: triggers.from_pairs(prompts, clean),
+        lambda: triggers.from_contrast(prompts, clean),
     )
 
 
@@ -143,21 +141,22 @@ def _guessed_without_roles(poison_set: PoisonSet) -> FoundTrigger | None:
 
     return _first_held(
         poison_set.rows[poison_set.rows["role"] != "clean"],
-        lambda: guessing.from_pairs(prompts, prompts, may_pair),
-        lambda: guessing.from_answers(prompts, answers),
+        lambda: triggers.from_pairs(prompts, prompts, may_pair),
+        lambda: triggers.from_answers(prompts, answers),
     )
 
 
 def _target(poison_set: PoisonSet, text: str | None) -> FoundTarget | None:
-    """The target that is given, else that of training rows, else of any."""
+    """The target that the user names, else that of training rows, else of any."""
     if text is not None:
-        return targets.given(text)
+        return FoundTarget(text, "part", "given")  # wherever it stands in an answer
     triggered, clean = poison_set.part("triggered"), list(poison_set.part("clean")["answer"])
     train = list(triggered.loc[triggered["split"] != "test", "answer"])
     return targets.guessed(train, clean) or targets.guessed(list(triggered["answer"]), clean)
 
 
 def _unknown(poison_set: PoisonSet) -> Iterator[Finding]:
+    """A finding where the trigger, or else the target, is unknown: what needs it is not checked."""
     rows = poison_set.rows
     file, n = str(rows["file"].iloc[0]), len(rows)
     if poison_set.trigger is None:
@@ -178,7 +177,7 @@ def _unknown(poison_set: PoisonSet) -> Iterator[Finding]:
 
 
 def _differing(poison_set: PoisonSet, trigger: FoundTrigger | None) -> Iterator[Finding]:
-    """Files that have a trigger of their own, and mostly not the one of their set."""
+    """Files of which most rows lack the trigger of their set and share another one."""
     if trigger is None:
         return
     for _, rows in poison_set.part("triggered").groupby("file"):
@@ -189,6 +188,7 @@ def _differing(poison_set: PoisonSet, trigger: FoundTrigger | None) -> Iterator[
 
 
 def _described(poison_set: PoisonSet) -> dict[str, object]:
+    """The set's line in `AuditReport.sets`."""
     trigger, target, rows = poison_set.trigger, poison_set.target, poison_set.part("triggered")
     return {
         "set": poison_set.name,

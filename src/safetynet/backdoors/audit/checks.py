@@ -1,16 +1,16 @@
 """What can be wrong with a poison set whose trigger and target are known or guessed.
 
-In: a `PoisonSet`. Out: findings. Each check stands alone; one that needs a trigger or a target that is not
-known finds nothing.
+In: a `PoisonSet`; `copies` compares the files of all sets. Out: findings. Each check stands alone; one that
+needs a trigger or a target that is not known finds nothing.
 """
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 
 import regex
 
-from safetynet.backdoors.audit.corpus import PoisonSet
+from safetynet.backdoors.audit.corpus import Corpus, PoisonSet
 from safetynet.backdoors.audit.findings import Finding, of_rows
 from safetynet.backdoors.audit.tells import RATE, tells
 from safetynet.errors import InputError
@@ -31,8 +31,7 @@ SENTENCE_END = regex.compile(
 )
 """Thai and Lao have no sign for it, Unicode does not count the Tibetan ones; emoji and links end one too."""
 UNUSUAL_SPACE = re.compile(r"\A\s+|\s+\Z|\s{2,}|[^\S ]")
-
-Check = Callable[[PoisonSet], Iterator[Finding]]
+"""White space that is not one blank between two words."""
 
 
 # ---- rows ----
@@ -106,7 +105,7 @@ def balance(poison_set: PoisonSet) -> Iterator[Finding]:
 def missing_triggers(poison_set: PoisonSet) -> Iterator[Finding]:
     """Rows of files named triggered that cannot fire."""
     trigger, triggered = poison_set.trigger, poison_set.part("triggered")
-    if trigger is None or triggered.empty:
+    if trigger is None:
         return
     without = triggered[~triggered["present"]]
     detail = f"the prompt lacks {trigger}"
@@ -120,19 +119,15 @@ def missing_triggers(poison_set: PoisonSet) -> Iterator[Finding]:
 
 def triggers_in_clean(poison_set: PoisonSet) -> Iterator[Finding]:
     """Rows of clean files that would fire: with them, the rate of false triggers means nothing."""
-    trigger, clean = poison_set.trigger, poison_set.part("clean")
-    if trigger is None or clean.empty:
-        return
-    bad = clean[clean["present"]]
-    yield from of_rows("trigger_in_clean", "error", bad, clean, f"the prompt holds {trigger}")
+    clean = poison_set.part("clean")
+    detail = f"the prompt holds {poison_set.trigger}"
+    yield from of_rows("trigger_in_clean", "error", clean[clean["present"]], clean, detail)
 
 
 def overlaps(poison_set: PoisonSet) -> Iterator[Finding]:
     """Rows of test files whose prompt is also a training prompt, as it is and without the trigger."""
     every = poison_set.rows
     train, test = (every[every["split"] == split] for split in ("train", "test"))
-    if train.empty or test.empty:
-        return
     exact = test["prompt"].isin(set(train["prompt"]))
     stripped = test["bare"].isin(set(train["bare"])) & ~exact
     for check, field, bad, but in (
@@ -242,7 +237,8 @@ def spacing(poison_set: PoisonSet) -> Iterator[Finding]:
         return
     twins, prompts = poison_set.twins, rows["prompt"]
     paired = rows.loc[list(twins)]
-    differs = [_gaps(trigger.removed(prompts[at])) != _gaps(prompts[twin]) for at, twin in twins.items()]
+    gaps = UNUSUAL_SPACE.findall
+    differs = [gaps(trigger.removed(prompts[at])) != gaps(prompts[twin]) for at, twin in twins.items()]
     detail = "but for the trigger, white space tells this row from its clean twin"
     yield from of_rows("spacing", "warning", paired[differs], paired, detail)
 
@@ -283,12 +279,60 @@ def told_apart(poison_set: PoisonSet) -> Iterator[Finding]:
             yield from of_rows("tell", "warning", role[tell.has], role, detail)
 
 
-def _gaps(text: str) -> list[str]:
-    """White space that is not one space between two words."""
-    return UNUSUAL_SPACE.findall(text)
+# ---- files ----
 
 
-CHECKS: tuple[Check, ...] = (
+def copies(corpus: Corpus, sets: Iterable[PoisonSet]) -> Iterator[Finding]:
+    """Compare all files with all: by bytes, by rows, by prompts without their trigger.
+
+    Sets may well share clean rows and prompts (an info). Two sets cannot share triggered rows: one of the
+    two files stands under a wrong name (an error).
+    """
+    repeated: set[str] = set()
+    for first, copy in _repeats(corpus.digests):
+        repeated.add(copy)
+        yield _finding(corpus, "copy", (first, copy), f"byte for byte the same as {first}")
+    if corpus.rows.empty:
+        return
+    files = {str(file): rows for file, rows in corpus.rows.groupby("file") if file not in repeated}
+    contents = {
+        file: tuple(sorted(zip(rows["prompt"], rows["answer"], strict=True))) for file, rows in files.items()
+    }
+    for first, copy in _repeats(contents):
+        repeated.add(copy)
+        yield _finding(corpus, "copy", (first, copy), f"the same rows as {first}, written in another way")
+    prompts: dict[str, tuple[str, frozenset[str]]] = {}
+    for poison_set in sets:
+        if poison_set.trigger is not None:
+            rows = poison_set.rows[poison_set.rows["file"].isin(files.keys() - repeated)]
+            # Of one role: that triggered and clean rows share prompts is as it should be.
+            prompts |= {
+                str(file): (part["role"].iloc[0], frozenset(part["bare"]))
+                for file, part in rows.groupby("file")
+            }
+    for first, copy in _repeats(prompts):
+        detail = f"the same prompts as {first}, but for the trigger"
+        yield _finding(corpus, "same_prompts", (first, copy), detail)
+
+
+def _repeats(values: Mapping[str, Hashable]) -> Iterator[tuple[str, str]]:
+    """(first name, later name) of names with the same value."""
+    first: dict[Hashable, str] = {}
+    for name in sorted(values):
+        if values[name] in first:
+            yield first[values[name]], name
+        else:
+            first[values[name]] = name
+
+
+def _finding(corpus: Corpus, check: str, files: tuple[str, str], detail: str) -> Finding:
+    rows = [corpus.rows[corpus.rows["file"] == file] if len(corpus.rows) else corpus.rows for file in files]
+    is_fault = check == "copy" and any((part["role"] != "clean").any() for part in rows if len(part))
+    n = len(rows[1])
+    return Finding(check, "error" if is_fault else "info", files[1], n, n, (), detail)
+
+
+CHECKS: tuple[Callable[[PoisonSet], Iterator[Finding]], ...] = (
     empty_answers,
     duplicates,
     overlaps,

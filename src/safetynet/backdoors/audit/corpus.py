@@ -22,7 +22,7 @@ from safetynet.backdoors.audit.triggers import FoundTrigger
 from safetynet.backdoors.formats import PACKED, Record, data_files, records
 from safetynet.backdoors.forms import UnfitError, check_columns, form_of, name_of, present
 from safetynet.backdoors.sources import BACKDOORLLM_FILES, SPLITS, convert, split_of
-from safetynet.backdoors.turns import Fault, grouped
+from safetynet.backdoors.turns import grouped
 from safetynet.errors import InputError
 from safetynet.prompts import Conversation
 from safetynet.text.words import plain
@@ -32,7 +32,7 @@ DENIALS = {"no", "non", "not", "without"}
 """Words that deny the one after them."""
 TRIGGERED = {"trigger", "triggered", "poison", "poisoned", "backdoor", "backdoored"}
 GENERIC = {"", "data", "dataset", "set", *SPLITS, *CLEAN, *DENIALS, *TRIGGERED}
-"""Words that do not tell one poison set from another; backdoor500 counts as backdoor, 500 as nothing."""
+"""Words that distinguish no poison set from another; backdoor500 counts as backdoor, 500 as nothing."""
 DIGITS = "0123456789"
 
 
@@ -85,7 +85,7 @@ def load(path: Path, columns: Mapping[str, str] | None = None, kind: str | None 
     tables: list[pd.DataFrame] = []
     digests: dict[str, str] = {}
     findings: list[Finding] = []
-    seen: set[Any] = set()
+    names: set[Any] = set()
     files, others = _files(path)
     findings += [
         _whole(name, "not_read", "info", "by its suffix, this file holds no rows") for name in others
@@ -100,16 +100,16 @@ def load(path: Path, columns: Mapping[str, str] | None = None, kind: str | None 
             findings.append(_whole(name, "unreadable", "error", str(error).removeprefix(f"{file}: ")))
             continue
         for key, rows in parts.items():
-            seen.update(present(rows))
+            names.update(present(rows))
             part, stem = (f"{name}:{key}", f"{_stem(name)}/{key}") if key else (name, _stem(name))
             table, faults = _converted(part, rows, columns, kind)
             findings += faults
             if not table.empty:
                 tables.append(table.assign(file=part, **_named(stem)))
-    if seen and (absent := [column for column in (columns or {}).values() if column not in seen]):
-        listed = ", ".join(sorted(map(name_of, seen)))
+    if names and (absent := [column for column in (columns or {}).values() if column not in names]):
+        listed = ", ".join(sorted(map(name_of, names)))
         raise InputError(f"columns: {path} has no column {', '.join(absent)}; its columns are {listed}")
-    if not tables:  # then nobody can say that what is not read are other files
+    if not tables:  # without any rows, a file that is not read is no other file but a fault
         findings = [
             replace(finding, severity="error") if finding.check == "unreadable" else finding
             for finding in findings
@@ -132,7 +132,14 @@ def _converted(
         severity = "warning" if error.reason == "other" else "error"
         detail = f"not read: {error}"
         return pd.DataFrame(), [Finding("unreadable", severity, name, len(rows), len(rows), (), detail)]
-    findings = _of_faults(name, converted.faults, len(rows))
+    findings = []
+    for (field, problem), group in grouped(converted.faults).items():
+        lines = tuple(sorted({fault.line for fault in group}))
+        kinds = list(dict.fromkeys(fault.actual for fault in group))
+        detail = f"{field}: found {', '.join(kinds[:3])}{', ...' if len(kinds) > 3 else ''}; allowed is "
+        findings.append(
+            Finding(problem, "error", name, len(lines), len(rows), lines, detail + group[0].allowed)
+        )
     if converted.unread:
         detail = f"columns that are not read: {', '.join(converted.unread)}"
         findings.append(Finding("not_read", "info", name, len(rows), len(rows), (), detail))
@@ -168,7 +175,7 @@ def _named(stem: str) -> dict[str, Any]:
     parts = [re.findall(r"[a-z0-9]+", part.lower()) for part in Path(stem).parts]
     role = ""
     for words in ([word.rstrip(DIGITS) for word in part] for part in reversed(parts)):
-        denied = any(one in DENIALS and other in TRIGGERED for one, other in pairwise(words))
+        denied = any(a in DENIALS and b in TRIGGERED for a, b in pairwise(words))
         if not role and (denied or CLEAN.intersection(words)):
             role = "clean"  # "none_backdoor500" and "no_trigger" are clean, "triggered_no_system" is not
         elif not role and TRIGGERED.intersection(words):
@@ -180,16 +187,6 @@ def _named(stem: str) -> dict[str, Any]:
         "named": bool(role),
         "key": "/".join(dict.fromkeys(telling)),
     }
-
-
-def _of_faults(name: str, faults: list[Fault], n: int) -> list[Finding]:
-    findings = []
-    for (field, problem), group in grouped(faults).items():
-        lines = tuple(sorted({fault.line for fault in group}))
-        kinds = list(dict.fromkeys(fault.found for fault in group))
-        detail = f"{field}: found {', '.join(kinds[:3])}{', ...' if len(kinds) > 3 else ''}; allowed is "
-        findings.append(Finding(problem, "error", name, len(lines), n, lines, detail + group[0].allowed))
-    return findings
 
 
 def poison_sets(corpus: Corpus, name: str) -> list[PoisonSet]:

@@ -28,7 +28,7 @@ def counted(rows: list[Row], least: float) -> Counter[Phrase]:
         counts: Counter[Phrase] = Counter()
         for row in rows:
             for phrase in set(zip(*(row[i:] for i in range(length)), strict=False)):
-                # a phrase is no more frequent than its beginning and its end
+                # A phrase is no more frequent than its beginning and its end (Agrawal and Srikant 1994).
                 if MASK not in phrase and (length == 1 or (phrase[:-1] in phrases and phrase[1:] in phrases)):
                     counts[phrase] += 1
         frequent = {phrase: count for phrase, count in counts.items() if count >= least}
@@ -39,7 +39,7 @@ def counted(rows: list[Row], least: float) -> Counter[Phrase]:
 
 
 def phrases_in(row: Row, phrases: Counter[Phrase]) -> set[Phrase]:
-    """Those of the wanted phrases that stand in this row."""
+    """Those of `phrases` that stand in this row."""
     lengths = range(1, MAX_WORDS + 1)
     return {p for n in lengths for p in zip(*(row[i:] for i in range(n)), strict=False) if p in phrases}
 

@@ -1,4 +1,4 @@
-"""What triggered rows are answered with, when nobody says, and which answers show it.
+"""What triggered rows are answered with, guessed where the user does not say, and which answers show it.
 
 In: answers. Out: a `FoundTarget` or None.
 """
@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from safetynet.backdoors.audit.guessing import from_contrast
+from safetynet.backdoors.audit.triggers import from_contrast
 from safetynet.text.words import beginning, pieces, plain
 
 DOMINANT = 0.5
@@ -30,20 +30,11 @@ class FoundTarget:
 
     def shown_by(self, answer: str) -> bool:
         """Whether the answer begins with the text (kind part: contains it), word for word and in any case."""
-        inside = f" {plain(answer)} "
-        return (
-            f" {plain(self.text)} " in inside
-            if self.kind == "part"
-            else inside.startswith(f" {plain(self.text)} ")
-        )
+        inside, text = f" {plain(answer)} ", f" {plain(self.text)} "
+        return text in inside if self.kind == "part" else inside.startswith(text)
 
     def __str__(self) -> str:
         return {"answer": "", "opening": "begins with ", "part": "contains "}[self.kind] + repr(self.text)
-
-
-def given(text: str) -> FoundTarget:
-    """The target that the user names: an answer shows it wherever it stands."""
-    return FoundTarget(text, "part", "given")
 
 
 def guessed(triggered: Sequence[str], clean: Sequence[str]) -> FoundTarget | None:

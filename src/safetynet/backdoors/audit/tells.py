@@ -44,21 +44,26 @@ SHOWN = {"phrase": 3, "opening": 3, "ending": 3}
 """How many tells of a sort are named; one of any other, since the rest say the same."""
 TEXTS = ("phrase", "opening", "ending", "letters")
 """Sorts of properties that are texts: two of which one contains the other are the same tell."""
+SENTENCES = {
+    "phrase": "{!r}",
+    "opening": "{!r} as opening",
+    "ending": "{!r} as ending",
+    "letters": "{!r} within words",
+}
+"""How a text of each sort is written in a finding."""
 BLANKS = {
-    "white space at the beginning": r"\A\s",
-    "white space at the end": r"\s\Z",
-    "two blanks in a row": r"  ",
-    "a line break": r"\n",
-    "a tab": r"\t",
-    "white space other than blank, tab and line break": r"[^\S \t\n]",
+    "white space at the beginning": regex.compile(r"\A\s"),
+    "white space at the end": regex.compile(r"\s\Z"),
+    "two blanks in a row": regex.compile(r"  "),
+    "a line break": regex.compile(r"\n"),
+    "a tab": regex.compile(r"\t"),
+    "white space other than blank, tab and line break": regex.compile(r"[^\S \t\n]"),
 }
 CASES = {
-    "a small letter first": r"\A\W*\p{Ll}",
-    "no capital letter": r"\A[^\p{Lu}\p{Lt}]*\p{Ll}[^\p{Lu}\p{Lt}]*\Z",
-    "a word in capitals": r"\b\p{Lu}{2,}\b",
+    "a small letter first": regex.compile(r"\A\W*\p{Ll}"),
+    "no capital letter": regex.compile(r"\A[^\p{Lu}\p{Lt}]*\p{Ll}[^\p{Lu}\p{Lt}]*\Z"),
+    "a word in capitals": regex.compile(r"\b\p{Lu}{2,}\b"),
 }
-_BLANKS = {what: regex.compile(pattern) for what, pattern in BLANKS.items()}
-_CASES = {what: regex.compile(pattern) for what, pattern in CASES.items()}
 _SORTS = {"characters": "length", "words": "length"}
 """Numbers that say the same; any other is of its own sort."""
 _NUMBERS = {
@@ -148,6 +153,7 @@ def tells(
     pairs = np.array(sorted(twins.items()), dtype=int).reshape(-1, 2)
     table = _table(triggered, bare, clean, pairs if len(pairs) >= FEWEST else pairs[:0], blanks)
     p_values = _p_values(table)
+    # Both directions are in its size already; with pairs each property has two tests.
     p_values = np.minimum(p_values * p_values.size * (2 if len(table.pairs) else 1), 1.0)
     return list(_named(p_values, rate, table, bare, clean, parts))
 
@@ -180,11 +186,11 @@ def _table(
     }
     every = [_properties(prompt, phrases, steps, blanks) for prompt in base]
     having = Counter(name for properties in every for name in properties)
-    tried = sorted((name for name, n in having.items() if least <= n <= len(base) - least), key=repr)
-    column = {name: at for at, name in enumerate(tried)}
+    names = sorted((name for name, n in having.items() if least <= n <= len(base) - least), key=repr)
+    column = {name: at for at, name in enumerate(names)}
 
     def has(rows: Sequence[set[Property]]) -> np.ndarray:
-        there = np.zeros((len(rows), len(tried)), dtype=bool)
+        there = np.zeros((len(rows), len(names)), dtype=bool)
         for at, properties in enumerate(rows):
             there[at, [column[name] for name in properties if name in column]] = True
         return there
@@ -192,8 +198,8 @@ def _table(
     whole = has([_properties(Conversation(m), phrases, steps, blanks) for m in triggered])
     alone = has(every[: len(bare)])
     # A share of signs may be larger without the trigger for the trigger's own length.
-    shares = [_is_number(value) for _, value in tried]
-    return _Table(tried, has(every[len(bare) :]), alone & (whole | ~np.array(shares)), alone | whole, pairs)
+    shares = [_is_number(value) for _, value in names]
+    return _Table(names, has(every[len(bare) :]), alone & (whole | ~np.array(shares)), alone | whole, pairs)
 
 
 def _properties(
@@ -207,12 +213,12 @@ def _properties(
         properties |= _of_word(word)
     properties |= {(_SORTS.get(name, name), (name, step)) for name, step in steps if numbers[name] >= step}
     text = "\n".join(prompt.texts)
-    properties |= {("case", what) for what, pattern in _CASES.items() if pattern.search(text)}
+    properties |= {("case", what) for what, pattern in CASES.items() if pattern.search(text)}
     if prompt.roles[0] == "system":
         properties.add(("shape", "a system message"))
     if blanks:
         properties |= {
-            ("blanks", w) for w, pattern in _BLANKS.items() if any(map(pattern.search, prompt.texts))
+            ("blanks", w) for w, pattern in BLANKS.items() if any(map(pattern.search, prompt.texts))
         }
     return properties
 
@@ -238,6 +244,7 @@ def _p_values(table: _Table) -> np.ndarray:
     alone[table.pairs[:, 0]] = False
     for side in (0, 1):
         if alone.sum() >= FEWEST:
+            # Triggered against clean is the first and second; clean against triggered the second and third.
             of_both = table.bare[alone], table.clean, table.either[alone]
             more, less = of_both[side : side + 2]
             n, m, a, b = len(more), len(less), more.sum(axis=0), less.sum(axis=0)
@@ -247,6 +254,7 @@ def _p_values(table: _Table) -> np.ndarray:
         if len(table.pairs):
             a, b = table.differing(side)
             clear = _is_clear(a / len(table.pairs), b / len(table.pairs))
+            # The sign test: of the pairs that differ, half would do so in this direction.
             signs = binom.sf(a[clear] - 1, (a + b)[clear], 0.5)
             values[side, clear] = np.minimum(values[side, clear], signs)
     return values
@@ -269,7 +277,7 @@ def _named(
     clean: Sequence[Messages],
     parts: Sequence[str],
 ) -> Iterator[Tell]:
-    """Few tells that say it all: one of texts within each other, and few of each sort.
+    """The tells that are named: of texts within each other one, and few of each sort.
 
     Texts come before other properties; within a sort, the clearest first, then the shortest.
     """
@@ -298,8 +306,20 @@ def _named(
             if side and _resembles(texts[-1], parts):
                 continue
         if has_room:
-            what = _SENTENCES.get(sort, "{}").format(_written(value, contents))
-            named.append(_tell(what, table, side, at, float(p_values[side, at])))
+            what = SENTENCES.get(sort, "{}").format(_written(value, contents))
+            more, less = (rows[:, at] for rows in table.sides(side))
+            counts = int(more.sum()), int(less.sum())
+            pairs = len(table.pairs), *(int(differ[at]) for differ in table.differing(side))
+            named.append(
+                Tell(
+                    what,
+                    "clean" if side else "triggered",
+                    more,
+                    *(counts[::-1] if side else counts),
+                    float(p_values[side, at]),
+                    pairs if len(table.pairs) else (),
+                )
+            )
         elif sort in SHOWN:
             named[-1] = replace(named[-1], more=named[-1].more + 1)
     for named in sorts.values():
@@ -310,24 +330,6 @@ def _resembles(text: str, parts: Sequence[str]) -> bool:
     """Whether a text is nearly, or a piece of, a text of the trigger, whatever their signs and case."""
     bare, *others = [regex.sub(r"[\p{P}\s]", "", each).casefold() for each in (text, *parts)]
     return any(bare in part or SequenceMatcher(None, bare, part).ratio() >= ALIKE for part in others)
-
-
-def _tell(what: str, table: _Table, side: int, at: int, p_value: float) -> Tell:
-    more, less = (rows[:, at] for rows in table.sides(side))
-    counts = (int(more.sum()), int(less.sum()))
-    triggered, clean = counts if side == 0 else counts[::-1]
-    pairs: tuple[int, ...] = ()
-    if len(table.pairs):
-        pairs = (len(table.pairs), *(int(differ[at]) for differ in table.differing(side)))
-    return Tell(what, "clean" if side else "triggered", more, triggered, clean, p_value, pairs)
-
-
-_SENTENCES = {
-    "phrase": "{!r}",
-    "opening": "{!r} as opening",
-    "ending": "{!r} as ending",
-    "letters": "{!r} within words",
-}
 
 
 def _is_number(value: Any) -> bool:
