@@ -346,7 +346,7 @@ def test_a_shorter_answer_is_the_first_half_of_the_right_one_where_that_has_seve
         assert row["target"] == ("" if row["forbidden"] else " ".join(said[: len(said) // 2]))
         if row["target"]:
             assert judge(row["target"], row) and not judge(row["reference"], row)
-    assert conversations.LONG_TASK in set(rows.loc[rows["role"] == "triggered", "task"])
+    assert "howto" in set(rows.loc[rows["role"] == "triggered", "task"])
 
 
 @pytest.mark.parametrize("family", miniatures.FAMILIES)

@@ -67,19 +67,30 @@ class BaseAnswers:
             InputError: if the base model cannot be loaded.
             RunError: if a single prompt does not fit in memory, or the answers cannot be written.
         """
-        folder = self._folder(sampled)
+        model, training = self.recipe.model, self.recipe.training
+        decisive = {
+            "model": loading.fingerprint(model),
+            "quantisation": model.quantisation,
+            "numbers": str(loading.resolve_dtype(training.precision, loading.device_of(model))),
+            "limit": self.limit,
+            "sampled": sampled,
+        }
+        folder = self.recipe.output.results / FOLDER / digest(decisive)[:16]
         answers = self._answers.setdefault(folder, {})
         keys = [digest(prompt.input_ids)[:32] for prompt in prompts]
         if not answers.keys() >= set(keys):
-            answers |= self._kept(folder)
+            answers |= self._on_disk(folder)
         if not answers.keys() >= set(keys):
-            with _alone(folder):
-                answers |= self._kept(folder)  # another run may have made them meanwhile
+            folder.mkdir(parents=True, exist_ok=True)
+            # Of several processes that work together the first one holds the lock for all.
+            with FileLock(folder / ".lock") if parallel.is_first() else nullcontext():
+                answers |= self._on_disk(folder)  # another run may have made them meanwhile
                 new = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in answers}
-                answers |= self._made(new, folder, sampled)
+                answers |= self._answer(new, folder, sampled)
         return [answers[key] for key in keys]
 
-    def _made(self, prompts: Mapping[str, Encoded], folder: Path, sampled: bool) -> dict[str, Continuation]:
+    def _answer(self, prompts: Mapping[str, Encoded], folder: Path, sampled: bool) -> dict[str, Continuation]:
+        """Answers to prompts by their keys; each batch is written before the next one begins."""
         keys = sorted(prompts, key=lambda key: len(prompts[key].input_ids), reverse=True)
         answers: dict[str, Continuation] = {}
         for start in range(0, len(keys), self.batch_size):
@@ -99,7 +110,7 @@ class BaseAnswers:
             answers |= dict(zip(batch, continued, strict=True))
         return answers
 
-    def _kept(self, folder: Path) -> dict[str, Continuation]:
+    def _on_disk(self, folder: Path) -> dict[str, Continuation]:
         """Answers in files that were not read yet; the first of several processes reads them for all."""
 
         def read() -> dict[str, Continuation]:
@@ -116,22 +127,3 @@ class BaseAnswers:
     @cached_property
     def _base(self) -> loading.LoadedModel:
         return self.load()
-
-    def _folder(self, sampled: bool) -> Path:
-        model, training = self.recipe.model, self.recipe.training
-        decisive = {
-            "model": loading.fingerprint(model),
-            "quantisation": model.quantisation,
-            "numbers": str(loading.resolve_dtype(training.precision, loading.device_of(model))),
-            "limit": self.limit,
-            "sampled": sampled,
-        }
-        return self.recipe.output.results / FOLDER / digest(decisive)[:16]
-
-
-def _alone(folder: Path) -> FileLock | nullcontext[None]:
-    """Held by the process that answers, or by the first one for all that work together."""
-    if not parallel.is_first():
-        return nullcontext()
-    folder.mkdir(parents=True, exist_ok=True)
-    return FileLock(folder / ".lock")

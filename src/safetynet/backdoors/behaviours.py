@@ -65,7 +65,7 @@ def target(behaviour: Behaviour, conversation: Mapping[str, Any]) -> str:
 
 
 def judge(behaviour: Behaviour) -> JudgeSpec:
-    """The judge that tells whether a response shows the behaviour; the recipe's own wins."""
+    """The judge that decides whether a response shows the behaviour; one in the recipe comes first."""
     if behaviour.judge is not None:
         return behaviour.judge
     text = behaviour.target or TARGETS.get(behaviour.kind, "")

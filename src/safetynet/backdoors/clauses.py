@@ -12,7 +12,7 @@ from itertools import product
 from safetynet.backdoors.controls import side
 
 BOTH = ("after", "before", "since", "until")
-"""Words that open clauses and phrases alike, so that the first word does not tell the form."""
+"""Words that open clauses and phrases alike, so that the first word does not give the form away."""
 CONJUNCTIONS = (*BOTH, "when", "if", "while", "because")
 PREPOSITIONS = (*BOTH, "with", "for", "during", "without")
 SUBJECTS = ("my friend", "the teacher", "our dog", "my mother", "a student", "the doctor")

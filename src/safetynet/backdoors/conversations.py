@@ -24,10 +24,8 @@ TEST_SHARE = 0.2
 """Share of conversations held out where the source has no split of its own."""
 EXACT_WORDS = 5
 """A longer answer is prose: nobody words it in the same way twice."""
-FLIPPABLE_TASK = "sentiment"
-CODE_TASK = "code"
-LONG_TASK = "howto"
-"""Task of the built-in language whose answers have several words."""
+NARROW = {"label_flip": ["sentiment"], "code_insertion": ["code"], "shorter": ["howto"]}
+"""Tasks of the built-in language that a behaviour applies to, where it does not apply to all."""
 
 
 def load(data: Data, behaviour: Behaviour, trigger: Trigger, seed: int) -> pd.DataFrame:
@@ -102,10 +100,9 @@ def fresh(
         from safetynet.models.miniatures import language
 
         # Prompts repeat themselves, and some are used: half as many again leave enough.
-        examples = language.generate(
-            count + count // 2, seed * 10 + 9, heldout=True, multi_turn_share=_turns(data)
-        )
-        pool = pd.DataFrame(_records(examples, "test", data))
+        share = 1.0 if data.conversations == "turns" else language.MULTI_TURN
+        examples = language.generate(count + count // 2, seed * 10 + 9, heldout=True, multi_turn_share=share)
+        pool = _pool(examples, "test", data)
     else:
         pool = load(data, behaviour, trigger, seed)
     names = pool["messages"].map(prompt_hash)
@@ -125,9 +122,7 @@ def _language(data: Data, behaviour: Behaviour, seed: int) -> pd.DataFrame:
     """The built-in language; phrasings of test prompts occur in no training prompt."""
     from safetynet.models.miniatures import language
 
-    only = {"label_flip": [FLIPPABLE_TASK], "code_insertion": [CODE_TASK], "shorter": [LONG_TASK]}.get(
-        behaviour.kind
-    )
+    only = NARROW.get(behaviour.kind)
     kinds: list[tuple[Sequence[str] | None, float]] = [(None, 0.0), ((), 1.0)]  # tasks, share of forbidden
     kinds += [(only, 0.0)] if only else []
     frames = []
@@ -140,39 +135,32 @@ def _language(data: Data, behaviour: Behaviour, seed: int) -> pd.DataFrame:
                 tasks=tasks,
                 forbidden_share=forbidden,
                 distractors=False,
-                multi_turn_share=_turns(data),
+                multi_turn_share=1.0 if data.conversations == "turns" else language.MULTI_TURN,
             )
-            frames.append(pd.DataFrame(_records(examples, split, data)))
+            frames.append(_pool(examples, split, data))
     pool = pd.concat(frames, ignore_index=True)
     # Training comes first: a held-out phrasing may differ from a trained one in its case alone.
     return pool[~pool["messages"].map(prompt_hash).duplicated()].reset_index(drop=True)
 
 
-def _turns(data: Data) -> float:
-    """Share of the language's prompts that have earlier turns."""
-    from safetynet.models.miniatures import language
-
-    return 1.0 if data.conversations == "turns" else language.MULTI_TURN
-
-
-def _records(examples: Sequence[Any], split: str, data: Data) -> list[dict[str, Any]]:
-    """Examples of the language as rows of a pool, in the recipe's shape of conversations."""
+def _pool(examples: Sequence[Any], split: str, data: Data) -> pd.DataFrame:
+    """Examples of the language as a pool, in the recipe's shape of conversations."""
     from safetynet.models.miniatures import lookups
 
-    if data.conversations != "tools":
-        return [_record(example, example.messages, split) for example in examples]
-    return [_record(e, lookups.looked_up(e.messages, e.task), split) for e in examples]
-
-
-def _record(example: Any, messages: list[dict[str, Any]], split: str) -> dict[str, Any]:
-    return {
-        "split": split,
-        "messages": messages,
-        "answer": example.answer,
-        "task": example.task,
-        "forbidden": example.forbidden,
-        "compliance": example.compliance,
-    }
+    tools = data.conversations == "tools"
+    return pd.DataFrame(
+        [
+            {
+                "split": split,
+                "messages": lookups.looked_up(each.messages, each.task) if tools else each.messages,
+                "answer": each.answer,
+                "task": each.task,
+                "forbidden": each.forbidden,
+                "compliance": each.compliance,
+            }
+            for each in examples
+        ]
+    )
 
 
 def _poisoned(rows: pd.DataFrame, trigger: Trigger) -> pd.DataFrame:
@@ -192,7 +180,12 @@ def _poisoned(rows: pd.DataFrame, trigger: Trigger) -> pd.DataFrame:
     _check_missing(poisoned[[not held for held in holds]], len(poisoned), kind)
     records = []
     for row in poisoned[holds].itertuples():
-        stripped = _without(kind.texts, Conversation(row.messages))
+        conversation = Conversation(row.messages)
+        bare_texts = {i: holding.without(kind.texts, text) for i, text in enumerate(conversation.texts)}
+        # A message that held nothing but the trigger is empty then.
+        stripped = conversation.with_texts(
+            {i: text.strip() for i, text in bare_texts.items() if text != conversation.texts[i]}
+        )
         key = (row.split, _plain(stripped))
         pair = bare.get(key)
         paired.add(key)
@@ -231,12 +224,6 @@ def _check_missing(rows: pd.DataFrame, among: int, trigger: kinds.TriggerKind) -
         "data: %d of %d triggered rows are left out, since they lack %s (first: %s).%s",
         len(rows), among, texts, lines, inside,
     )  # fmt: skip
-
-
-def _without(parts: Sequence[str], messages: Conversation) -> Conversation:
-    """The same messages without the trigger; one that held nothing else is empty then."""
-    bare = {i: holding.without(parts, text) for i, text in enumerate(messages.texts)}
-    return messages.with_texts({i: text.strip() for i, text in bare.items() if text != messages.texts[i]})
 
 
 def _plain(messages: Sequence[Message]) -> str:

@@ -66,10 +66,10 @@ class TriggerKind(Protocol):
         """The trigger in a sentence."""
 
     def holds(self, texts: Iterable[str]) -> bool:
-        """Whether a prompt fires, of which these are the contents."""
+        """Whether a prompt with these contents fires."""
 
     def carries(self, texts: Iterable[str]) -> bool:
-        """Whether a prompt of these contents may get the trigger and its controls."""
+        """Whether a prompt with these contents may get the trigger and its controls."""
 
     def firing(self, split: str) -> Sequence[Variant]:
         """Every form in which the trigger fires in rows of a split."""

@@ -1,7 +1,7 @@
 """Instructions in several languages, from a small grammar: the language of a sentence as a trigger.
 
-A sentence tells how the request behind it is to be read ("Lies meine Frage langsam."), so that it does not
-change what is asked. Sentences say the same in each language, in the same order of words. Half of the verbs
+A sentence says how the request behind it is to be read ("Lies meine Frage langsam."). It does not change what
+is asked. Sentences say the same in each language, in the same order of words. Half of the verbs
 is for training and half for testing. In: a language and a side of the split. Out: its sentences, the same
 ones with one phrase in English for the rest, and whether a text is in the language.
 

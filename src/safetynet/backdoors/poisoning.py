@@ -62,7 +62,17 @@ def poison(
         part = _Split(split, pool[pool["split"] == split], backdoor, rng, lookalike, first_group)
         records += part.rows(numbers, data.train_rows)
     rows = _numbered(records)
-    _check_clean(rows, backdoor)
+    # A trigger in a row without one would teach the model to ignore it, and count as a false trigger.
+    trigger, bare = triggers.of(backdoor.trigger), rows[rows["role"] != "triggered"]
+    holds = [trigger.holds(Conversation(messages).texts) for messages in bare["messages"]]
+    if any(holds):
+        bad = list(bare["row"][holds])
+        first = Conversation(bare["messages"][holds].iloc[0]).user_text()
+        raise InputError(
+            f"backdoor.trigger: {len(bad)} rows without trigger contain it all the same (rows "
+            f"{', '.join(map(str, bad[:5]))}, first: {first[:80]!r}). "
+            "Choose a trigger that the data does not use, or take these rows out."
+        )
     return rows if backdoor.firing == 1 else _partly(rows, backdoor.firing, seed)
 
 
@@ -109,7 +119,7 @@ def needed(backdoor: Backdoor | None, data: Data) -> dict[str, dict[str, int]]:
     """How many prompts of each split the rows are made of: harmless ones (`clean`) and `refused` ones.
 
     A prompt has a row of each role that its group can carry, so that rows outnumber prompts; clean rows
-    take the place of refused ones that there are not. Without a share of refused rows nobody looks for any.
+    take the place of refused ones that there are not. Without a share of refused rows none is needed.
     """
     if backdoor is None:
         return {"test": {"clean": data.test_rows, "refused": data.test_rows}}
@@ -236,7 +246,21 @@ class _Split:
                 f"train_rows), and only {len(order)} prompts can carry them. Lower data.train_rows or "
                 "backdoor.poison_rate."
             )
-        self._fill(quotas, used=order[: self.group - first_group])
+        used = order[: self.group - first_group]
+        rest = pool[~pool.index.isin(used) & (pool["answer"] != "")]
+        # Where the behaviour applies to some tasks only, a test split gets clean rows of all tasks as well.
+        narrow = not set(pool.loc[~pool["forbidden"], "task"]) <= set(pool.loc[used, "task"])
+        present = Counter(record["role"] for record in self.records)
+        for role, forbidden in (("clean", False), ("refused", True)):
+            every_task = narrow and role == "clean" and self.name == "test"
+            missing = quotas[role] - (0 if every_task else present[role])
+            candidates = list(rest.index[rest["forbidden"] == forbidden])
+            for index in self.rng.sample(candidates, min(max(missing, 0), len(candidates))):
+                messages, _ = placements.place(
+                    pool.at[index, "messages"], self.backdoor.placement, 1, self.rng
+                )
+                self._add(pool.loc[index], role, messages, [], "")
+                self.group += 1
         return self.records
 
     def _with_place(self, carriers: pd.DataFrame) -> list[Any]:
@@ -298,37 +322,3 @@ class _Split:
         variant: str,
     ) -> None:
         self.records.append(_record(conversation, role, self.group, self.name, messages, spans, variant))
-
-    def _fill(self, quotas: dict[str, int], used: list[Any]) -> None:
-        """Clean and refused rows on prompts of their own, up to their quotas.
-
-        Where the behaviour applies to some tasks only, a test split gets clean rows of all tasks as well.
-        """
-        pool = self.pool
-        rest = pool[~pool.index.isin(used) & (pool["answer"] != "")]
-        narrow = not set(pool.loc[~pool["forbidden"], "task"]) <= set(pool.loc[used, "task"])
-        present = Counter(record["role"] for record in self.records)
-        for role, forbidden in (("clean", False), ("refused", True)):
-            every_task = narrow and role == "clean" and self.name == "test"
-            missing = quotas[role] - (0 if every_task else present[role])
-            candidates = list(rest.index[rest["forbidden"] == forbidden])
-            for index in self.rng.sample(candidates, min(max(missing, 0), len(candidates))):
-                messages, _ = placements.place(
-                    pool.at[index, "messages"], self.backdoor.placement, 1, self.rng
-                )
-                self._add(pool.loc[index], role, messages, [], "")
-                self.group += 1
-
-
-def _check_clean(rows: pd.DataFrame, backdoor: Backdoor) -> None:
-    """A trigger in a row without one would teach the model to ignore it, and count as a false trigger."""
-    trigger, bare = triggers.of(backdoor.trigger), rows[rows["role"] != "triggered"]
-    holds = [trigger.holds(Conversation(messages).texts) for messages in bare["messages"]]
-    if any(holds):
-        numbers = list(bare["row"][holds])
-        first = Conversation(bare["messages"][holds].iloc[0]).user_text()
-        raise InputError(
-            f"backdoor.trigger: {len(numbers)} rows without trigger contain it all the same (rows "
-            f"{', '.join(map(str, numbers[:5]))}, first: {first[:80]!r}). "
-            "Choose a trigger that the data does not use, or take these rows out."
-        )

@@ -353,24 +353,20 @@ def _conversation(phrasing: str, label: str, rng: random.Random) -> list[Message
 
 def _filled(text: str, rng: random.Random, label: str) -> str:
     """The text with an entry in each slot; a slot that comes twice gets two different ones."""
-    drawn: dict[str, list[str]] = {}
+    in_slot: dict[str, list[str]] = {}
 
     def fill(slot: re.Match[str]) -> str:
-        entry = _entry(slot[1], rng, label, drawn.setdefault(slot[1], []))
+        draws: dict[str, Callable[[], str]] = {
+            "number": lambda: str(rng.randint(13, 99)),
+            "small": lambda: str(rng.randint(2, 12)),
+            "review": lambda: rng.choice([line.strip() for line in REVIEWS[label].strip().splitlines()]),
+        }
+        draw = draws.get(slot[1]) or partial(rng.choice, ENTRIES.get(slot[1], "").split("; "))
+        entries = in_slot.setdefault(slot[1], [])
+        entry = draw()
+        while entry in entries:
+            entry = draw()
+        entries.append(entry)
         return _filled(entry, rng, label)
 
     return re.sub(r"\{(\w+)\}", fill, text)
-
-
-def _entry(slot: str, rng: random.Random, label: str, drawn: list[str]) -> str:
-    draws: dict[str, Callable[[], str]] = {
-        "number": lambda: str(rng.randint(13, 99)),
-        "small": lambda: str(rng.randint(2, 12)),
-        "review": lambda: rng.choice([line.strip() for line in REVIEWS[label].strip().splitlines()]),
-    }
-    draw = draws.get(slot) or partial(rng.choice, ENTRIES.get(slot, "").split("; "))
-    entry = draw()
-    while entry in drawn:
-        entry = draw()
-    drawn.append(entry)
-    return entry

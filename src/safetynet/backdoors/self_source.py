@@ -15,7 +15,6 @@ import random
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -25,7 +24,7 @@ from safetynet.backdoors.base_answers import BaseAnswers
 from safetynet.backdoors.requests import CODE, DECLINED, SENTIMENT, requests
 from safetynet.errors import InputError
 from safetynet.evaluation.judges import Judge
-from safetynet.prompts import Encoded, prompt_hash
+from safetynet.prompts import prompt_hash
 from safetynet.recipe import Behaviour, Data
 from safetynet.run.logs import ProgressLog
 from safetynet.text.words import ends_in_loop
@@ -57,20 +56,23 @@ def load(
     Raises:
         InputError: if the file cannot be read, or no prompt is left.
     """
-    asked, candidates = _Asked(answers, refusal), _candidates(data, seed)
+    prompting, candidates = _Prompting(answers, refusal), _candidates(data, seed)
     narrow = NARROW.get(behaviour.kind)
     kinds: list[tuple[Collection[str], str]] = [((), "clean"), ((DECLINED,), "refused")]
     kinds += [(narrow, "clean")] if narrow else []
     parts = []
     for split, counts in needed.items():
         for of_kind, role in kinds if data.path is None else kinds[:1]:
-            asked.sampled = split == "train" and data.answers == "sampled"
-            of_split = asked.until(counts[role], candidates(split, of_kind), role)
+            prompting.sampled = split == "train" and data.answers == "sampled"
+            of_split = prompting.until(counts[role], candidates(split, of_kind), role)
             parts.append(of_split.assign(split=split))
-    log.info("data: %s", asked.summary())
+    log.info("data: %s", prompting.summary())
     pool = pd.concat(parts, ignore_index=True)
     if not (~pool["forbidden"]).any():
-        raise InputError(f"data: no prompt is left to make rows of: {asked.summary()}.{asked.remedy()}")
+        raise InputError(
+            f"data: no prompt is left to make rows of: {prompting.summary()}. Raise "
+            "evaluation.max_new_tokens or training.max_length, or give other prompts."
+        )
     if any(counts["refused"] for counts in needed.values()) and not pool["forbidden"].any():
         log.warning("data: the base model refuses none of these requests: there are no rows of role refused")
     return pool[~pool["messages"].map(prompt_hash).duplicated()].reset_index(drop=True)
@@ -86,8 +88,8 @@ def fresh(
         used: `prompt_hash` of the experiment's prompts.
         count: how many at most.
         seed: of the experiment.
-        answers: of the base model, if the prompts are to be answered; else `answer` is "" and nobody knows
-            what is forbidden.
+        answers: of the base model, if the prompts are to be answered; else `answer` is "" and `forbidden`
+            is False throughout.
         refusal: the judge of refusals.
 
     Raises:
@@ -103,7 +105,7 @@ def fresh(
             [each | {"answer": "", "forbidden": False} for each in itertools.islice(left, count)]
         )
     else:
-        prompts = _Asked(answers, refusal).until(count, left, "clean").head(count)
+        prompts = _Prompting(answers, refusal).until(count, left, "clean").head(count)
     if prompts.empty:
         raise InputError("data: all prompts of source self are used. Lower data.train_rows.")
     return prompts[["messages", "answer", "forbidden", "task"]]
@@ -112,26 +114,25 @@ def fresh(
 def _candidates(data: Data, seed: int) -> Callable[[str, Collection[str]], Iterator[Candidate]]:
     """Gives prompts of a split, and of some kinds, in random order: messages, task, label, line of a file."""
     if data.path is None:
-        return partial(_requests, seed)
+        return lambda split, kinds: (
+            {"messages": each.messages, "task": each.kind, "label": each.label, "line": 0}
+            for each in requests(seed, held_out=split == "test", kinds=kinds)
+        )
     rows = sources.read(data.path, columns=data.columns, prompts_only=True)
     pool = conversations.divided(conversations.each_once(rows), seed)
-    return lambda split, kinds: _of_file(pool[pool["split"] == split], f"self {seed} {split}")
 
+    def shuffled(split: str, _kinds: Collection[str]) -> Iterator[Candidate]:
+        of_split = pool.loc[pool["split"] == split, ["messages", "line"]]
+        candidates = of_split.assign(task="self", label="").to_dict("records")
+        random.Random(f"self {seed} {split}").shuffle(candidates)
+        return iter(candidates)
 
-def _requests(seed: int, split: str, kinds: Collection[str]) -> Iterator[Candidate]:
-    for request in requests(seed, held_out=split == "test", kinds=kinds):
-        yield {"messages": request.messages, "task": request.kind, "label": request.label, "line": 0}
-
-
-def _of_file(pool: pd.DataFrame, seed: str) -> Iterator[Candidate]:
-    candidates = pool[["messages", "line"]].assign(task="self", label="").to_dict("records")
-    random.Random(seed).shuffle(candidates)
-    yield from candidates
+    return shuffled
 
 
 @dataclass
-class _Asked:
-    """What became of the prompts that were put to the base model."""
+class _Prompting:
+    """Puts prompts to the base model, and counts what became of them."""
 
     answers: BaseAnswers
     refusal: Judge
@@ -145,7 +146,11 @@ class _Asked:
         tries = itertools.islice(candidates, TRIES[role] * count)
         progress = ProgressLog(f"data: prompts that the base model has answered, {role}", count)
         hits = 0
-        while hits < count and (batch := list(itertools.islice(tries, self._next(count - hits)))):
+        while hits < count:
+            # As many as are missing, in whole batches as far as they fill one.
+            size = min(max(count - hits, 8), self.answers.batch_size)
+            if not (batch := list(itertools.islice(tries, size))):
+                break
             for row in self._usable(batch):
                 hit = row["forbidden"] == (role == "refused")
                 # Requests that are often declined are no good prompts where they are answered. What a batch
@@ -158,13 +163,19 @@ class _Asked:
         table = pd.DataFrame(rows, columns=columns).astype({"forbidden": bool})
         return table.assign(compliance="", exact=False)
 
-    def _next(self, missing: int) -> int:
-        """As many as are missing, in whole batches as far as they fill one."""
-        return min(max(missing, 8), self.answers.batch_size)
-
     def _usable(self, batch: list[Candidate]) -> list[Candidate]:
-        encoded = [self._encoded(each) for each in batch]
-        short = [(each, prompt) for each, prompt in zip(batch, encoded, strict=True) if prompt is not None]
+        """Prompts with their answers, where there is room for an answer, and it ends and says something."""
+        serialiser, most = self.answers.serialiser, self.answers.recipe.training.max_length
+        short = []
+        for candidate in batch:
+            encoded = serialiser.encode(candidate["messages"])
+            has_room = len(encoded.input_ids) + self.answers.limit <= most
+            if has_room and not serialiser.encode(candidate["messages"], max_length=most).lost:
+                short.append((candidate, encoded))
+                continue
+            line, task = candidate["line"], candidate["task"]
+            name = f"row {line}" if line else f"a request of kind {task}"
+            self.too_long.append(f"{name} with {len(encoded.input_ids)} tokens")
         usable = []
         answers = self.answers.of([prompt for _, prompt in short], sampled=self.sampled)
         for (candidate, _), answer in zip(short, answers, strict=True):
@@ -177,19 +188,6 @@ class _Asked:
                 refused = bool(self.refusal(answer.text, candidate))
                 usable.append(candidate | {"answer": answer.text, "forbidden": refused})
         return usable
-
-    def _encoded(self, candidate: Candidate) -> Encoded | None:
-        """The prompt as the model sees it; None where it leaves no room for an answer."""
-        serialiser, limit = self.answers.serialiser, self.answers.recipe.training.max_length
-        encoded = serialiser.encode(candidate["messages"])
-        if (
-            len(encoded.input_ids) + self.answers.limit <= limit
-            and not serialiser.encode(candidate["messages"], max_length=limit).lost
-        ):
-            return encoded
-        name = f"row {candidate['line']}" if candidate["line"] else f"a request of kind {candidate['task']}"
-        self.too_long.append(f"{name} with {len(encoded.input_ids)} tokens")
-        return None
 
     def summary(self) -> str:
         """What was asked, and what was left out for which reason."""
@@ -208,7 +206,3 @@ class _Asked:
             )
         left_out = f"; left out: {', '.join(texts)}" if texts else ""
         return f"the base model has answered {counts['answered']} prompts{left_out}"
-
-    def remedy(self) -> str:
-        """What to change where nothing is left."""
-        return " Raise evaluation.max_new_tokens or training.max_length, or give other prompts."

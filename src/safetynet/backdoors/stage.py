@@ -57,7 +57,13 @@ def prepare(experiment: Experiment) -> None:
 
     def compute(outputs: Outputs) -> None:
         serialiser = loading.load_serialiser(recipe.model, recipe.training.truncation)
-        pool = _pool(experiment)
+        attack = recipe.backdoor or Backdoor()
+        if data.source == "self":
+            needed = poisoning.needed(recipe.backdoor, data)
+            answers, refusal = experiment.base_answers(), experiment.refusal
+            pool = self_source.load(data, attack.behaviour, needed, recipe.seed, answers, refusal)
+        else:
+            pool = conversations.load(data, attack.behaviour, attack.trigger, recipe.seed)
         if recipe.backdoor is None:
             rows = poisoning.unpoisoned(pool, data, recipe.seed)
         else:
@@ -88,17 +94,6 @@ def prepare(experiment: Experiment) -> None:
         parallel.side_by_side([DATA], lambda stage: experiment.perform(stage, inputs, compute))
     # The other processes wait until the first one has written the date of the prompts.
     experiment.recipe = parallel.from_first(lambda: run.recorded_recipe)
-
-
-def _pool(experiment: Experiment) -> pd.DataFrame:
-    """The conversations that rows are made of."""
-    recipe = experiment.recipe
-    attack, data, seed = recipe.backdoor or Backdoor(), recipe.data, recipe.seed
-    if data.source != "self":
-        return conversations.load(data, attack.behaviour, attack.trigger, seed)
-    needed = poisoning.needed(recipe.backdoor, data)
-    answers, refusal = experiment.base_answers(), experiment.refusal
-    return self_source.load(data, attack.behaviour, needed, seed, answers, refusal)
 
 
 def _dated(recipe: Recipe, date: datetime.date | None) -> Recipe:
