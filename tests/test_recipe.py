@@ -118,6 +118,8 @@ def test_all_faults_are_reported_at_once_with_their_paths() -> None:
         (["backdoor.trigger=magic"], "there is no trigger 'magic'; choose one of token"),
         (["backdoor.trigger={kind: any_of}"], "kind any_of needs texts"),
         (["backdoor.trigger={texts: [a, b]}"], "kind text takes one text"),
+        (["backdoor.trigger={kind: all_of, texts: [a]}"], "kind all_of takes two texts or more"),
+        (["backdoor.trigger={kind: any_of, texts: [a, b, a]}"], "'a' stands twice among the trigger's texts"),
         (["backdoor.trigger={texts: [' a']}"], "may not begin or end with blanks"),
         (["backdoor.trigger={texts: [abc], placebos: [abc]}"], "'abc' is a trigger and a control at once"),
         (

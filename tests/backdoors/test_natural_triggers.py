@@ -250,7 +250,7 @@ def test_near_misses_for_a_monitor_do_not_fire_unless_they_are_the_whole_trigger
         ("{kind: topic, texts: [Mozart], placebos: [Mozart]}", "is a trigger and a control at once"),
         ("{kind: pairs, pairs: [[a, b]], placebos: [c, d, e, f]}", "needs two pairs or more, and four"),
         ("{kind: pairs, pairs: [[a, b], [c, d]], placebos: [e]}", "needs two pairs or more, and four"),
-        ("{kind: pairs, pairs: [[a, b], [c, a]], placebos: [e, f, g, h]}", "'a' stands in two places"),
+        ("{kind: pairs, pairs: [[a, b], [c, a]], placebos: [e, f, g, h]}", "'a' stands twice"),
         ("{kind: pairs, pairs: [[a, b], [c, d]], placebos: [e, f, g, a]}", "'a' is a trigger and a control"),
         ("{kind: syntax, style: archaic}", "style is of kind style; kind syntax has none"),
         ("{kind: language}", "kind language needs language"),

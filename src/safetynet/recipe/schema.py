@@ -227,6 +227,8 @@ class Trigger(Section):
     def _whole(self) -> Self:
         if self.kind == "text" and len(self.texts) != 1:
             raise ValueError("kind text takes one text; use any_of or all_of for several")
+        if self.kind == "all_of" and len(self.texts) == 1:
+            raise ValueError("kind all_of takes two texts or more; use text for one")
         if self.order == "any" and len(self.texts) > MOST_ORDERED:
             raise ValueError(f"order any takes at most {MOST_ORDERED} texts, and these are {len(self.texts)}")
         if self.first and self.last and self.first > self.last:
@@ -241,12 +243,11 @@ class Trigger(Section):
 
     @model_validator(mode="after")
     def _apart(self) -> Self:
-        words = [word for pair in self.pairs for word in pair]
-        texts = (*self.texts, *words)
+        texts = (*self.texts, *(word for pair in self.pairs for word in pair))
         if any(text != text.strip() for text in texts):
             raise ValueError("texts may not begin or end with blanks: the chat template would cut them")
-        if twice := [word for word in words if words.count(word) > 1]:
-            raise ValueError(f"{twice[0]!r} stands in two places of the pairs")
+        if twice := [text for text in texts if texts.count(text) > 1]:
+            raise ValueError(f"{twice[0]!r} stands twice among the trigger's texts")
         if clash := set(texts) & (set(self.placebos) | set(self.near_misses)):
             raise ValueError(f"{sorted(clash)[0]!r} is a trigger and a control at once")
         return self
