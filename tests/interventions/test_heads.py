@@ -1,5 +1,4 @@
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 
@@ -16,7 +15,6 @@ from safetynet.interventions.heads import (
     head_means,
     random_heads,
     rank_heads,
-    top_heads,
 )
 
 
@@ -69,14 +67,6 @@ def test_effect_is_the_metrics_gain_under_a_plain_hook(model, rows, swapped):
                 gains.append(float((after - before)[target] - (after - before)[instead]))
             own = table[(table["layer"] == layer) & (table["head"] == head)].iloc[0]
             np.testing.assert_allclose(own[column], np.mean(gains), atol=1e-4)
-
-
-def test_first_heads_are_those_with_most_effect_beyond_the_control():
-    table = pd.DataFrame(
-        {"layer": [0, 0, 1], "head": [1, 2, 3], "effect": [9.0, 5, 1], "control": [9.0, 1, 0]}
-    )
-    assert top_heads(table, 2) == [Site("head", 0, 2), Site("head", 1, 3)]
-    assert top_heads(table.assign(control=np.nan), 1) == [Site("head", 0, 1)]
 
 
 def test_metric_sees_the_groups_own_rows_whatever_the_batch(build, rows, swapped, monkeypatch):

@@ -86,16 +86,6 @@ def rank_heads(
     return table.sort_values("effect", ascending=False, kind="stable", ignore_index=True)
 
 
-def top_heads(table: pd.DataFrame, count: int) -> list[Site]:
-    """The first heads of a table of `rank_heads`, by what their effect exceeds the control's.
-
-    Some heads move the answer whatever is put in their place; where a control was measured, they drop out.
-    """
-    excess = table["effect"] - table["control"].fillna(0)
-    leading = table.loc[excess.sort_values(ascending=False, kind="stable").index[:count]]
-    return [Site("head", int(row.layer), int(row.head)) for row in leading.itertuples()]
-
-
 def backdoor_vector(model: CausalLM, means: Tensor, heads: Sequence[Site]) -> Tensor:
     """What some heads together write into the residual stream, by their mean outputs.
 
