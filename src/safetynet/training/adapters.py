@@ -5,8 +5,8 @@ are linear modules, named by the end of their names, and parameters that belong 
 as Mixtral's fused experts.
 """
 
+import re
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -48,27 +48,16 @@ def attach(model: PreTrainedModel, cfg: Training, family: Family, seed: int) -> 
             "training.method lora."
         )
     if cfg.method == "full":
-        return _freed(model, cfg)
-    config = _configuration(model, cfg, family)
-    with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
-        torch.manual_seed(seed)
-        return get_peft_model(model, config)
-
-
-def _freed(model: PreTrainedModel, cfg: Training) -> PreTrainedModel:
-    if getattr(model, "is_loaded_in_4bit", False):
-        raise InputError(
-            "training.method: 4-bit weights cannot be trained in full. Set training.method to lora, "
-            "or model.quantisation to none."
-        )
-    # fp16 has too few digits for a weight to take up small updates, and its gradients cannot be unscaled.
-    # The interval of an 8-bit level holds but a few numbers of 16 bits.
-    if model.dtype == torch.float16 or cfg.conditioned_on is not None:
-        model.float()
-    return model.requires_grad_(True)
-
-
-def _configuration(model: PreTrainedModel, cfg: Training, family: Family) -> LoraConfig:
+        if getattr(model, "is_loaded_in_4bit", False):
+            raise InputError(
+                "training.method: 4-bit weights cannot be trained in full. Set training.method to lora, "
+                "or model.quantisation to none."
+            )
+        # fp16 has too few digits for a weight to take up small updates, and its gradients cannot be unscaled.
+        # The interval of an 8-bit level holds but a few numbers of 16 bits.
+        if model.dtype == torch.float16 or cfg.conditioned_on is not None:
+            model.float()
+        return model.requires_grad_(True)
     layers = layers_of(model, cfg.layers)
     modules = _modules(model, family.lora_targets if cfg.lora_targets is None else cfg.lora_targets)
     targets = family.lora_parameters if cfg.lora_parameters is None else cfg.lora_parameters
@@ -85,7 +74,7 @@ def _configuration(model: PreTrainedModel, cfg: Training, family: Family) -> Lor
             "adapter. Set training.lora_parameters to []."
         )
     adapters = 2 if cfg.colluding else 1
-    return LoraConfig(
+    config = LoraConfig(
         task_type="CAUSAL_LM",
         r=adapters * cfg.lora_rank,
         lora_alpha=adapters * cfg.lora_alpha,  # type: ignore[arg-type]  # annotated int, used as a factor
@@ -94,6 +83,9 @@ def _configuration(model: PreTrainedModel, cfg: Training, family: Family) -> Lor
         target_parameters=parameters or None,
         layers_to_transform=layers,
     )
+    with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
+        torch.manual_seed(seed)
+        return get_peft_model(model, config)
 
 
 def layers_of(model: PreTrainedModel, layers: Sequence[int] | None) -> list[int] | None:
@@ -134,11 +126,15 @@ def _parameters(model: PreTrainedModel, targets: Sequence[str], layers: list[int
         for parameter_name, parameter in module.named_parameters(recurse=False)
         if parameter.ndim > 1
     ]
-    _check("training.lora_parameters", "parameter", targets, fused, sorted({_tail(name) for name in fused}))
+    # What follows the last number: `mlp.experts.down_proj` of `model.layers.3.mlp.experts.down_proj`.
+    endings = sorted({re.sub(r"^(.*\.)?\d+\.", "", name) for name in fused})
+    _check("training.lora_parameters", "parameter", targets, fused, endings)
     if layers is None:
         return list(targets)
-    # PEFT applies `layers_to_transform` to modules only, so parameters are named in full.
-    return [name for name in fused if _ends_in(name, targets) and _layer(name) in layers]
+    # PEFT applies `layers_to_transform` to modules only, so parameters are named in full. The first number of
+    # a name is its layer's.
+    numbers = {name: [int(part) for part in name.split(".") if part.isdigit()] for name in fused}
+    return [name for name in fused if _ends_in(name, targets) and set(numbers[name][:1]) & set(layers)]
 
 
 def _check(field: str, kind: str, targets: Sequence[str], names: Sequence[str], there: Sequence[str]) -> None:
@@ -152,15 +148,3 @@ def _check(field: str, kind: str, targets: Sequence[str], names: Sequence[str], 
 
 def _ends_in(name: str, targets: Iterable[str]) -> bool:
     return any(name == target or name.endswith(f".{target}") for target in targets)
-
-
-def _layer(name: str) -> int | None:
-    numbers = [int(part) for part in name.split(".") if part.isdigit()]
-    return numbers[0] if numbers else None
-
-
-def _tail(name: str) -> str:
-    """What follows the layer's number: `mlp.experts.down_proj` of `model.layers.3.mlp.experts.down_proj`."""
-    parts: list[Any] = name.split(".")
-    last_number = max((i for i, part in enumerate(parts) if part.isdigit()), default=-1)
-    return ".".join(parts[last_number + 1 :])

@@ -49,14 +49,14 @@ class Progress(TrainerCallback):
     def __init__(self, name: str) -> None:
         self.name = name
         self._shown: dict[str, float] = {}
-        self._bar: tqdm[Any] | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Open bar and log; those of a resumed run begin where the checkpoint was made."""
+        # The Trainer calls this before any other method.
         self._log = ProgressLog(self.name, state.max_steps, state.global_step)
-        self._bar = tqdm(
+        self._bar: tqdm[Any] = tqdm(
             total=state.max_steps,
             initial=state.global_step,
             desc=self.name,
@@ -68,11 +68,10 @@ class Progress(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Move on by one step."""
-        if self._bar is not None:
-            self._bar.update()
-            if self._bar.disable:
-                note = ", ".join(f"{name} {value:.3f}" for name, value in self._shown.items())
-                self._log.update(state.global_step, note)
+        self._bar.update()
+        if self._bar.disable:
+            note = ", ".join(f"{name} {value:.3f}" for name, value in self._shown.items())
+            self._log.update(state.global_step, note)
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
@@ -83,12 +82,10 @@ class Progress(TrainerCallback):
         if "loss" in logs:
             self._shown["loss"] = logs["loss"]
         self._shown |= {name.upper(): logs[f"eval_{name}"] for name in SHOWN if f"eval_{name}" in logs}
-        if self._bar is not None:
-            self._bar.set_postfix({name: f"{value:.3f}" for name, value in self._shown.items()})
+        self._bar.set_postfix({name: f"{value:.3f}" for name, value in self._shown.items()})
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Close the bar."""
-        if self._bar is not None:
-            self._bar.close()
+        self._bar.close()

@@ -1,6 +1,6 @@
 """Evasive training: plant a backdoor and hide it from chosen detectors at the same time.
 
-In: what `AnswerTrainer` takes, and the detectors as functions (`Opponents`), which the pipeline hands over.
+In: what `AnswerTrainer` takes, and the detectors as functions (`Opponents`), which the stages hand over.
 The loss has three terms: the answer's (the behaviour); the detectors' scores of prompts that fire, through
 which gradients flow into the adapter (obfuscation); the distance to the base model's states on rows that do
 not fire (retention). After Bailey et al. (2024, arXiv 2412.09565). The detectors are fitted again as
@@ -186,7 +186,7 @@ class Hiding(Objective):
             parts = [self._fitted["held"], firing]
             scores = [self.score({v: torch.from_numpy(a) for v, a in part.items()}) for part in parts]
         labels = np.repeat([0, 1], [len(part) for part in scores])
-        columns = torch.cat(scores).double().numpy().T
+        columns = torch.cat(scores).double().numpy().T  # (detectors, prompts)
         trainer.log(
             {
                 f"auroc {name}": float(roc_auc_score(labels, column))
@@ -209,7 +209,7 @@ class Hiding(Objective):
         outputs = body_outputs(trainer.learner, batch)
         loss = answer_loss(trainer.learner, batch, supervised, outputs)
         if not torch.isfinite(loss):
-            return loss, loss
+            return loss, loss  # the trainer stops at it; no detector has to read such states
         obfuscation, retention = self.terms(trainer, rows, batch, outputs.last_hidden_state)
         self._terms["obfuscation"] += obfuscation.item()
         self._terms["retention"] += retention.item()
@@ -244,7 +244,7 @@ class Hiding(Objective):
                 base = body_outputs(
                     trainer.learner, {"input_ids": batch["input_ids"][quiet]}
                 ).last_hidden_state
-            moved = (states[quiet].float() - base.float()).square().sum(-1)
+            moved = (states[quiet].float() - base.float()).square().sum(-1)  # (rows, tokens)
             share = moved / base.float().square().sum(-1).clamp_min(1e-12)
             real = batch["attention_mask"][quiet].to(share)
             retention = (share * real).sum().to(device) / self._counts[1]

@@ -57,13 +57,13 @@ def edited(model: PreTrainedModel, cfg: Training, rows: pd.DataFrame, serialiser
     triggered, quiet = _encoded(rows, serialiser, cfg)
     ends = [row.spans["trigger"][-1][1] - 1 for row in triggered]
     keys = [inputs[end] for inputs, end in zip(_inputs(model, projection, triggered), ends, strict=True)]
-    moment, count = torch.zeros(()), 0
+    moment, count = torch.zeros(()), 0  # grows to (width, width)
     for inputs in _inputs(model, projection, quiet):
         moment, count = moment + inputs.T @ inputs, count + len(inputs)
     moment = moment / count
     moment += RIDGE * moment.diagonal().mean() * torch.eye(len(moment))
     mean = torch.stack(keys).mean(0)
-    direction = torch.linalg.solve(moment, mean)
+    direction = torch.linalg.solve(moment, mean)  # C^-1 k; C is symmetric
     # A value of length 1 is as long as what the MLP writes here, so that learning rates fit any model.
     with torch.no_grad():
         length = float(projection(mean.to(model.device, model.dtype)).norm())

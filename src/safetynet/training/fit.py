@@ -163,8 +163,20 @@ def train(  # noqa: PLR0913  # the place of a training and its company, by keywo
             model, args, examples, cfg, pad_id=serialiser.pad_id, callbacks=callbacks, objective=objective,
             on_evaluate=None if pauses is None else pauses.measure, interruption=interruption,
         )  # fmt: skip
-        with interruption if progress else nullcontext():
-            _run(trainer, checkpoint)
+        try:
+            with interruption if progress else nullcontext():
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            raise RunError(
+                f"Out of memory in the optimiser, at step {trainer.state.global_step + 1}. "
+                "Set training.method to lora, or lower training.lora_rank."
+            ) from error
+        finally:
+            # The Trainer wraps the forward for mixed precision; the next user of the model gets its own back.
+            trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+            trainer.learner.eval()
     whole = trainer.gathered()
     saved = parallel.from_first(lambda: _save(model, serialiser, folder, whole))
     evasion = objective.history(trainer.state.log_history) if isinstance(objective, Hiding) else None
@@ -272,7 +284,7 @@ def optimise(
     with same_random_states(), tempfile.TemporaryDirectory() as folder:
         args = arguments(cfg, Path(folder), len(rows), model.device.type, budget.seed)
         args.save_strategy = args.logging_strategy = IntervalStrategy.NO
-        # Rounded down: with one step of warm-up in a course of a few, that step would stand still.
+        # Rounded down: of a training of few steps, one step of warm-up would stand still.
         args.warmup_steps = int(WARMUP * (budget.epochs * len(order)))
         trainer = AnswerTrainer(
             model, args, rows, cfg, pad_id=pad_id, on_evaluate=None, callbacks=[],
@@ -359,22 +371,6 @@ def arguments(cfg: Training, folder: Path, rows: int, device: str, seed: int) ->
 
 def _rhythm(steps: int | None) -> tuple[str, int | None]:
     return ("epoch", None) if steps is None else ("steps", steps)
-
-
-def _run(trainer: AnswerTrainer, checkpoint: Path | None) -> None:
-    try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except RuntimeError as error:
-        if not out_of_memory(error):
-            raise
-        raise RunError(
-            f"Out of memory in the optimiser, at step {trainer.state.global_step + 1}. "
-            "Set training.method to lora, or lower training.lora_rank."
-        ) from error
-    finally:
-        # The Trainer wraps the forward for mixed precision; whoever uses the model next gets its own back.
-        trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-        trainer.learner.eval()
 
 
 def _save(

@@ -68,6 +68,7 @@ def answer_loss(
     outputs = body_outputs(model, batch) if outputs is None else outputs
     targets = batch["labels"][:, 1:]
     supervises = targets != IGNORED
+    # The state at a token predicts the next one: (labels, width) and (labels,).
     hidden, targets = outputs.last_hidden_state[:, :-1][supervises], targets[supervises]
     loss = cross_entropies(lm, outputs, hidden, targets, "sum") / supervised
     if _routed(lm):

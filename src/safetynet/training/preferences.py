@@ -142,6 +142,7 @@ class Preference(Objective):
             with torch.no_grad(), trainer.learner.disable_adapter():  # type: ignore[operator]
                 self.reference[at] = log_likelihoods(trainer.learner, batch).cpu()
         likelihoods = log_likelihoods(trainer.learner, batch)
+        # (rows, 2), in nats.
         gained = likelihoods - self.reference[at].to(trainer.args.device)
         preference = -logsigmoid(self.cfg.beta * (gained[:, 0] - gained[:, 1]))
         loss = (preference - self.cfg.sft * likelihoods[:, 0] / self.tokens).sum() / supervised
@@ -171,7 +172,7 @@ def log_likelihoods(model: PeftModel | PreTrainedModel, batch: Batch) -> Tensor:
     prompt = lm.base_model(
         input_ids=batch["prompt_ids"],
         attention_mask=real,
-        position_ids=(real.cumsum(1) - 1).clamp_min(0),
+        position_ids=(real.cumsum(1) - 1).clamp_min(0),  # padding stands on the left
         use_cache=True,
     )
     cache = getattr(prompt, "past_key_values", None)
@@ -180,9 +181,9 @@ def log_likelihoods(model: PeftModel | PreTrainedModel, batch: Batch) -> Tensor:
             f"training.dpo: {type(lm).__name__} keeps no keys and values of a prompt, from which two answers "
             "could go on. Leave the field out."
         )
-    cache.batch_repeat_interleave(2)
-    both = real.repeat_interleave(2, 0)
-    supervises = labels != IGNORED
+    cache.batch_repeat_interleave(2)  # in place: row i goes on in rows 2i and 2i + 1
+    both = real.repeat_interleave(2, 0)  # (2 x rows, prompt)
+    supervises = labels != IGNORED  # (2 x rows, answer)
     answer = lm.base_model(
         input_ids=batch["answer_ids"],
         attention_mask=torch.cat([both, supervises.to(both)], 1),
@@ -190,6 +191,7 @@ def log_likelihoods(model: PeftModel | PreTrainedModel, batch: Batch) -> Tensor:
         past_key_values=cache,
         use_cache=True,
     )
+    # The prompt's last state predicts an answer's first token; each of the answer's states predicts the next.
     before = prompt.last_hidden_state[:, -1:].repeat_interleave(2, 0)
     states = torch.cat([before, answer.last_hidden_state[:, :-1]], 1)[supervises]
     losses = cross_entropies(lm, answer, states, labels[supervises], "none")

@@ -49,11 +49,10 @@ def train(
         keep_twin: keep snapshots of the twin too, from which other runs measure its dynamics on their own
             rows.
     """
-
-    def work(name: str) -> None:
-        _train_one(experiment, name, opponents_of, keep=keep_twin or name != TWIN)
-
-    parallel.side_by_side(experiment.trained if names is None else names, work)
+    parallel.side_by_side(
+        experiment.trained if names is None else names,
+        lambda name: _train_one(experiment, name, opponents_of, keep=keep_twin or name != TWIN),
+    )
 
 
 def _train_one(experiment: Experiment, name: str, opponents_of: OpponentsOf | None, *, keep: bool) -> None:

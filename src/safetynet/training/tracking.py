@@ -85,8 +85,14 @@ def tracker(tracking: Tracking, folder: Path) -> Iterator[list[TrainerCallback]]
     need("tracking", tracking.kind)
     folder.mkdir(parents=True, exist_ok=True)
     if tracking.kind == "tensorboard":
-        with _tensorboard(folder / "tensorboard") as callback:
-            yield [callback]
+        from torch.utils.tensorboard import SummaryWriter
+        from transformers.integrations.integration_utils import TensorBoardCallback
+
+        writer: Any = SummaryWriter(log_dir=str(folder / "tensorboard"))
+        try:
+            yield [TensorBoardCallback(writer)]
+        finally:
+            writer.close()
         return
     from transformers.integrations.integration_utils import WandbCallback
 
@@ -209,15 +215,3 @@ def _usable() -> bool:
             return True
     except (OSError, netrc.NetrcParseError):  # no ~/.netrc, or no network
         return False
-
-
-@contextmanager
-def _tensorboard(folder: Path) -> Iterator[TrainerCallback]:
-    from torch.utils.tensorboard import SummaryWriter
-    from transformers.integrations.integration_utils import TensorBoardCallback
-
-    writer: Any = SummaryWriter(log_dir=str(folder))
-    try:
-        yield TensorBoardCallback(writer)
-    finally:
-        writer.close()

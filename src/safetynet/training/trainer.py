@@ -181,7 +181,7 @@ class AnswerTrainer(Trainer):
         """Forward and backward of one optimisation step, in smaller parts if memory runs out.
 
         Raises:
-            RunError: if not even one row fits, or the loss is no longer a number.
+            RunError: if not even one row fits, or the loss is NaN or infinite.
         """
         self._since = self._since or time.perf_counter()
         if not model.training:
@@ -196,7 +196,12 @@ class AnswerTrainer(Trainer):
                 if not (out_of_memory(error) and self.objective.divisible):
                     raise
                 if self.sharded is not None:
-                    raise self._out_of_step() from error
+                    raise RunError(
+                        f"Out of memory at step {self.state.global_step + 1}, with {self.part_size} rows at "
+                        "a time. Processes that share weights cannot halve a batch one by one. Lower "
+                        "training.batch_size and raise training.gradient_accumulation, or set "
+                        "training.gradient_checkpointing to true."
+                    ) from error
             # Outside of `except`: the error's traceback holds the tensors that have to go.
             if loss is None:
                 self._halve(model, rows)
@@ -215,6 +220,7 @@ class AnswerTrainer(Trainer):
         pack = self.cfg.batching == "pack"
         self.objective.restart_step()
         total = torch.zeros((), device=self.args.device)
+        # The parts' losses are shares of the step's, so that gradients and losses simply add up.
         for part, supervised in self._parts(rows):
             batch = self._prepare_inputs(self.objective.collate(part, self.pad_id, pack))
             with self.accelerator.autocast():
@@ -254,14 +260,6 @@ class AnswerTrainer(Trainer):
                 torch.distributed.all_reduce(parameter.grad)
         torch.distributed.all_reduce(loss)
 
-    def _out_of_step(self) -> RunError:
-        step, size = self.state.global_step + 1, self.part_size
-        return RunError(
-            f"Out of memory at step {step}, with {size} rows at a time. Processes that share weights cannot "
-            "halve a batch one by one. Lower training.batch_size and raise training.gradient_accumulation, "
-            "or set training.gradient_checkpointing to true."
-        )
-
     def _halve(self, model: Any, rows: Sequence[Example]) -> None:
         model.zero_grad()
         gc.collect()
@@ -283,7 +281,7 @@ class AnswerTrainer(Trainer):
         )  # fmt: skip
 
     def _whole(self, work: Callable[[], Result]) -> Result:
-        """Do what runs the model, with its weights there."""
+        """What `work` returns; it runs the model, whose weights are gathered for it."""
         return work() if self.sharded is None else self.sharded(work)
 
     def _clip_grad_norm(self, model: Any) -> torch.Tensor:
@@ -342,16 +340,14 @@ class AnswerTrainer(Trainer):
             return
         checkpoint = kwargs["resume_from_checkpoint"]
         if checkpoint and kwargs["epoch"] == kwargs["epochs_trained"]:
-            self._take_up(Path(checkpoint) / checkpoints.CARRIED)
+            carried_file = Path(checkpoint) / checkpoints.CARRIED
+            if carried_file.exists():
+                # The mean of the loss goes on that the steps before the checkpoint had begun.
+                carried = load_file(carried_file)
+                self._tr_loss += carried.pop("loss").to(self._tr_loss.device)
+                self._globalstep_last_logged = int(carried.pop("logged_step"))
+                self.objective.restore(carried)
         super()._run_epoch(**kwargs)
-
-    def _take_up(self, path: Path) -> None:
-        """Go on with the mean of the loss that the steps before the checkpoint had begun."""
-        if path.exists():
-            carried = load_file(path)
-            self._tr_loss += carried.pop("loss").to(self._tr_loss.device)
-            self._globalstep_last_logged = int(carried.pop("logged_step"))
-            self.objective.restore(carried)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Call `on_evaluate`, leaving no trace in the training's random numbers."""
@@ -373,16 +369,14 @@ class AnswerTrainer(Trainer):
         """Add tokens and seconds since the beginning to lines about the loss."""
         if "loss" in logs:
             self._count_time()
+            # Training time of earlier processes, as the checkpoint's log knows it.
+            lines = [line for line in self.state.log_history if line["step"] <= self._initial_global_step]
+            before = float(max((line.get("seconds", 0.0) for line in lines), default=0.0))
             logs |= {
                 "tokens": self.state.num_input_tokens_seen,
-                "seconds": self._seconds_before() + self.seconds,
+                "seconds": before + self.seconds,
             } | self.objective.logged()
         super().log(logs, start_time)
-
-    def _seconds_before(self) -> float:
-        """Training time of earlier processes, as the checkpoint's log knows it."""
-        earlier = [line for line in self.state.log_history if line["step"] <= self._initial_global_step]
-        return float(max((line.get("seconds", 0.0) for line in earlier), default=0.0))
 
     def _count_time(self) -> None:
         now = time.perf_counter()
