@@ -12,11 +12,13 @@ EXTRAS = {
     "figures": ("joblib", "matplotlib", "PIL", "plotly"),
     "inspect": ("inspect_ai",),
     "lm-eval": ("lm_eval",),
+    "mlflow": ("alembic", "mlflow", "sqlalchemy"),
     "runs": ("datasets", "pyarrow"),
     "scan": ("sklearn",),
     "tracking": ("tensorboard", "wandb"),
 }
-"""Modules by the extra that brings them. `runs` brings `figures` and `scan` as well; `all` is everything."""
+"""Modules by the extra that brings them. `runs` brings `figures` and `scan` as well; `all` is everything
+but `mlflow`, whose 85 MB no analysis needs."""
 
 
 def need(what: str, *modules: str) -> None:

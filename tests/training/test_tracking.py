@@ -2,19 +2,22 @@ import json
 import struct
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 from typing import Any
+from urllib.parse import urlsplit
 
 import pandas as pd
 import pytest
+import yaml
 
 from safetynet.errors import InputError
 from safetynet.training.tracking import Tracking, report
 
 WANDB = Tracking("wandb")
-RATES = Tracking(job="evaluate")
+RATES = Tracking("wandb", "evaluate")
 
 
 def carry_on(model: Any, step: int, epoch: float) -> dict[str, float]:
@@ -117,6 +120,60 @@ def test_a_key_that_wandb_refuses_does_not_stop_the_training(fit, tmp_path, monk
     server.shutdown()
     assert "Weights & Biases refuses" in caplog.text and result.folder.exists()
     assert list((tmp_path / "run" / "tracking").glob("wandb/offline-run-*/*.wandb"))
+
+
+@pytest.fixture
+def mlflow(tmp_path, monkeypatch):
+    """MLflow with nothing chosen; its own defaults would write into the working folder."""
+    module = pytest.importorskip("mlflow", reason="pip install 'safetynet-llm[mlflow]'")
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    return module
+
+
+@pytest.mark.slow
+def test_mlflow_holds_training_rates_tables_and_recipe_in_a_file_below_the_results(
+    fit, mlflow, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("MLFLOW_RUN_ID", "of-somebody")  # this is the main run's alone
+    config = {"seed": 3, "training": {"lora_rank": 4}}
+    job = Tracking("mlflow", "clean_twin", "qwen/task", config, main=False, results=tmp_path / "results")
+    fit(measure=carry_on, more={"tracking": job})
+    table = pd.DataFrame({"metric": ["asr", "ftr"], "value": [0.5, 0.0]})
+    rates, tables = {"backdoored/asr/triggered": 0.5}, {"rates": table}
+    report(tmp_path, replace(job, job="evaluate"), rates, tables, {"data": "d6"})
+    assert not mlflow.is_tracking_uri_set() and mlflow.active_run() is None
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "results"}
+
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/results/mlflow.db")
+    [experiment] = [one for one in client.search_experiments() if one.name == "qwen/task"]
+    runs = {run.data.tags["job"]: run for run in client.search_runs([experiment.experiment_id])}
+    twin, evaluate = runs["clean_twin"], runs["evaluate"]
+    assert len(client.get_metric_history(twin.info.run_id, "loss")) == 6
+    assert twin.data.metrics["eval_asr"] == 6 and twin.data.params["recipe.training.lora_rank"] == "4"
+    assert evaluate.data.metrics == {"backdoored/asr/triggered": 0.5}
+    assert evaluate.data.tags["inputs/data"] == "d6" and evaluate.info.status == "FINISHED"
+    kept = Path(urlsplit(evaluate.info.artifact_uri).path)
+    assert json.loads((kept / "rates.json").read_text())["data"] == [["asr", 0.5], ["ftr", 0.0]]
+    assert yaml.safe_load((kept / "recipe.yaml").read_text()) == config
+
+
+@pytest.mark.parametrize(
+    ("store", "fault"),
+    [
+        ("http://127.0.0.1:9", r"no server answers at http://127.0.0.1:9 .*MLFLOW_TRACKING_URI"),
+        ("nonsense://x", "nonsense://x refuses: "),
+    ],
+)
+def test_a_store_of_mlflow_that_does_not_answer_is_refused_before_training_and_costs_no_rates(
+    store, fault, fit, mlflow, monkeypatch, caplog
+):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+    with pytest.raises(InputError, match=fault):
+        fit(more={"tracking": Tracking("mlflow")})
+    report(Path(), Tracking("mlflow", "evaluate"), {"asr": 0.5}, {}, {})
+    assert "These rates are in the run's tables alone" in caplog.text
 
 
 def test_a_tracker_that_is_not_installed_is_named(fit, monkeypatch):

@@ -57,6 +57,7 @@ def perform(task: Task, *_: Any) -> Done:
     os.chdir(task.folder)
     # An agent of Weights & Biases starts a sweep of one point at a time: all of them are its sweep's.
     os.environ.setdefault("WANDB_RUN_GROUP", os.environ.get("WANDB_SWEEP_ID", task.group))
+    os.environ.setdefault("MLFLOW_EXPERIMENT_NAME", task.group)
     if task.recipe.model.id == "miniature":
         loading.use_one_thread()
     experiment = Experiment.create(task.recipe)

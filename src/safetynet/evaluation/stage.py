@@ -191,7 +191,7 @@ def _warn_of_cuts(recipe: Recipe, responses: pd.DataFrame) -> None:
 
 def _report(experiment: Experiment, tables: dict[str, pd.DataFrame]) -> None:
     """Send rates and damage to the tracker that was named."""
-    if experiment.recipe.tracking != "wandb" or not parallel.is_first():
+    if experiment.recipe.tracking not in ("wandb", "mlflow") or not parallel.is_first():
         return
     from safetynet.training.tracking import Tracking, report
 

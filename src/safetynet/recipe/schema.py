@@ -639,7 +639,7 @@ class Recipe(Section):
     report: Report = Report()
     stages: tuple[RunStage, ...] = ("evaluate", "intervene", "figures")
     """What `safetynet run` does after training: evaluate, intervene, detect, mitigate, persist, figures."""
-    tracking: Literal["none", "wandb", "tensorboard"] = "none"
+    tracking: Literal["none", "wandb", "mlflow", "tensorboard"] = "none"
     output: Output = Output()
 
     @model_validator(mode="after")

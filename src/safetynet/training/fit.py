@@ -119,7 +119,7 @@ def train(  # noqa: PLR0913  # the place of a training and its company, by keywo
         seed: of the order of rows and of dropout.
         device: `cpu` or `cuda`; by default where the model is.
         pauses: measures the model on the way.
-        tracking: Weights & Biases or TensorBoard, and what they show.
+        tracking: Weights & Biases, MLflow or TensorBoard, and what they show.
         progress: of a training that another call may go on with: a bar on a terminal, or a line now and then,
             and where it goes on; SIGTERM and Ctrl-C wait for the end of the step and its checkpoint.
         opponents: the detectors to hide from, where `cfg.evasion` is given; `rows` then need `role`.

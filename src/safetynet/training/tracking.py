@@ -1,8 +1,8 @@
-"""Experiment trackers: Weights & Biases and TensorBoard; neither asks questions or needs a network.
+"""Experiment trackers: Weights & Biases, MLflow and TensorBoard; none asks questions or needs a network.
 
 On Weights & Biases all runs of one experiment are one group, and what each of them does is its job type:
 `backdoored`, `clean_twin`, `evaluate`. A sweep sets the group of all its points (WANDB_RUN_GROUP), and is
-one page.
+one page. On MLflow the group is an experiment (MLFLOW_EXPERIMENT_NAME), and the job a tag.
 """
 
 import importlib.util
@@ -37,6 +37,9 @@ MODES = ("online", "offline", "disabled", "shared", "dryrun", "run")
 AGENT = ("WANDB_SWEEP_ID", "WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH")
 """What an agent of a sweep on Weights & Biases sets: the one run that it waits for."""
 
+LOCAL_STORE = "mlflow.db"
+"""MLflow's store below the results' root, unless MLFLOW_TRACKING_URI names another."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -45,21 +48,26 @@ class Tracking:
     """Which tracker a training reports to, and what it shows besides the training's numbers."""
 
     kind: str = "none"
-    """`none`, `wandb` or `tensorboard`."""
+    """`none`, `wandb`, `mlflow` or `tensorboard`."""
     job: str = ""
     """What the run does in its experiment: `backdoored`, `clean_twin`, `evaluate`."""
     experiment: str = ""
-    """The group of its runs, unless WANDB_RUN_GROUP names another; begins the name of each."""
+    """The group of its runs, unless WANDB_RUN_GROUP or MLFLOW_EXPERIMENT_NAME names another; begins the name
+    of each."""
     config: Mapping[str, Any] = field(default_factory=dict)
     """Shown beside the numbers; the recipe, for one."""
     main: bool = True
-    """Whether this run is the one that an agent of a sweep on Weights & Biases waits for."""
+    """Whether this run is the one that an agent of a sweep on Weights & Biases waits for, or MLFLOW_RUN_ID
+    names."""
+    results: Path = Path()
+    """Where MLflow's local store lies."""
 
     @classmethod
     def of(cls, recipe: Recipe, job: str, *, main: bool) -> "Tracking":
         """How trackers call a job of this recipe's experiment."""
         experiment = f"{recipe.model_name}/{recipe.task}"
-        return cls(recipe.tracking, job, experiment, recipe.model_dump(mode="json"), main)
+        config = recipe.model_dump(mode="json")
+        return cls(recipe.tracking, job, experiment, config, main, recipe.output.results)
 
 
 UNTRACKED = Tracking()
@@ -77,12 +85,19 @@ def tracker(tracking: Tracking, folder: Path) -> Iterator[list[TrainerCallback]]
         The Trainer's callbacks for it.
 
     Raises:
-        InputError: if the package is not installed, or WANDB_MODE is none of wandb's modes.
+        InputError: if the package is not installed, WANDB_MODE is none of wandb's modes, or MLflow's
+            server or store does not answer.
     """
-    if tracking.kind == "none" or (tracking.kind == "wandb" and _requested_mode() == "disabled"):
+    if _disabled(tracking.kind):
         yield []
         return
     need("tracking", tracking.kind)
+    if tracking.kind == "mlflow":
+        with _mlflow(tracking):
+            from transformers.integrations.integration_utils import MLflowCallback
+
+            yield [MLflowCallback()]
+        return
     folder.mkdir(parents=True, exist_ok=True)
     if tracking.kind == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
@@ -107,17 +122,29 @@ def report(
     tables: Mapping[str, pd.DataFrame],
     inputs: Mapping[str, str],
 ) -> None:
-    """Show final rates on Weights & Biases, as the summary of a run of their own; else as `tracker`.
+    """Show final rates on Weights & Biases or MLflow, in a run of their own; else as `tracker`.
+
+    Where MLflow does not answer, a warning says so: what has been measured is not lost for it.
 
     Args:
         folder: as in `tracker`.
         tracking: as in `tracker`.
-        rates: the summary.
-        tables: shown in full, and logged again as one artifact of type `results`.
-        inputs: digests of what each stage of the run was made from, the artifact's metadata: two runs whose
-            digests are equal have measured the same.
+        rates: the summary, or metrics.
+        tables: shown in full, and on Weights & Biases logged again as one artifact of type `results`.
+        inputs: digests of what each stage of the run was made from, the artifact's metadata, or tags: two
+            runs whose digests are equal have measured the same.
     """
-    if _requested_mode() == "disabled":
+    if _disabled(tracking.kind):
+        return
+    if tracking.kind == "mlflow":
+        try:
+            with _mlflow(tracking) as client, _refusals("MLflow"):
+                client.log_metrics(dict(rates))
+                client.set_tags({f"inputs/{stage}": digest for stage, digest in inputs.items()})
+                for name, table in tables.items():
+                    client.log_table(table, f"{name}.json")
+        except InputError as error:
+            logger.warning("%s These rates are in the run's tables alone.", error)
         return
     import wandb
 
@@ -178,6 +205,112 @@ def _apart_from_agent(tracking: Tracking) -> Iterator[None]:
     finally:
         os.environ.update(removed)
         wandb.teardown()
+
+
+@contextmanager
+def _mlflow(tracking: Tracking) -> Iterator[Any]:
+    """MLflow with an active run, which holds the recipe; what MLflow keeps for a process is put back."""
+    # It tells its makers of every import otherwise.
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    configured = mlflow.is_tracking_uri_set()  # by MLFLOW_TRACKING_URI, or in Python
+    store = mlflow.get_tracking_uri() if configured else _local_store(tracking.results)
+    _check_answers(store)
+    run_id = None if tracking.main else os.environ.pop("MLFLOW_RUN_ID", None)
+    mlflow.set_tracking_uri(store)
+    try:
+        with _refusals(store):
+            name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or tracking.experiment or PROJECT
+            artifacts = None if configured else (tracking.results / "mlflow-artifacts").absolute().as_uri()
+            mlflow.start_run(
+                experiment_id=_experiment(name, artifacts),
+                run_name=f"{tracking.experiment} {tracking.job}".strip(),
+                tags={"job": tracking.job},
+                nested=True,  # within somebody's own run this one becomes its child
+            )
+        status = "FAILED"
+        try:
+            with _refusals(store):
+                # The Trainer's own parameters have names without dots.
+                mlflow.log_params(_flat("recipe", tracking.config))
+                mlflow.log_dict(dict(tracking.config), "recipe.yaml")
+            yield mlflow
+            status = "FINISHED"
+        finally:
+            try:
+                mlflow.end_run(status)
+            except MlflowException as error:  # a server that went away takes no training with it
+                logger.warning("MLflow: the run could not be ended (%s).", str(error).splitlines()[0])
+    finally:
+        if not configured:
+            mlflow.set_tracking_uri(None)
+        if run_id is not None:
+            os.environ["MLFLOW_RUN_ID"] = run_id
+
+
+@contextmanager
+def _refusals(store: str) -> Iterator[None]:
+    """What MLflow refuses is said in one sentence."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except MlflowException as error:
+        raise InputError(f"tracking: mlflow: {store} refuses: {str(error).splitlines()[0]}") from error
+
+
+def _local_store(results: Path) -> str:
+    need("tracking: mlflow without a server", "alembic", "sqlalchemy")
+    results.mkdir(parents=True, exist_ok=True)
+    return f"sqlite:///{(results / LOCAL_STORE).absolute()}"
+
+
+def _check_answers(store: str) -> None:
+    """Refuse a server that is not there at once; MLflow itself tries for minutes."""
+    url = urlsplit(store)
+    if url.scheme not in ("http", "https"):
+        return
+    try:
+        port = url.port or (80 if url.scheme == "http" else 443)
+        socket.create_connection((str(url.hostname), port), NETWORK_TIMEOUT_S).close()
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"tracking: mlflow: no server answers at {store} ({error}). Start it, name another in "
+            "MLFLOW_TRACKING_URI, or unset that to record in a file below the results."
+        ) from error
+
+
+def _experiment(name: str, artifacts: str | None) -> str:
+    """The id of MLflow's experiment of this name, which is made where there is none."""
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    if (there := mlflow.get_experiment_by_name(name)) is not None:
+        return str(there.experiment_id)
+    try:
+        return str(mlflow.create_experiment(name, artifacts))
+    except MlflowException:  # another process has made it since
+        if (there := mlflow.get_experiment_by_name(name)) is None:
+            raise
+        return str(there.experiment_id)
+
+
+def _flat(prefix: str, value: Any) -> dict[str, Any]:
+    """Nested fields by dotted names: `recipe.training.lora_rank`."""
+    if not isinstance(value, Mapping) or not value:
+        return {prefix: value}
+    return {
+        name: leaf for key, part in value.items() for name, leaf in _flat(f"{prefix}.{key}", part).items()
+    }
+
+
+def _disabled(kind: str) -> bool:
+    """Whether nothing is tracked: none is named, or its own switch is off."""
+    if kind == "mlflow":  # a switch of transformers, which refuses its callback then
+        return os.environ.get("DISABLE_MLFLOW_INTEGRATION", "").upper() == "TRUE"
+    return kind == "none" or (kind == "wandb" and _requested_mode() == "disabled")
 
 
 def _requested_mode() -> str | None:
