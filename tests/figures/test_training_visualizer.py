@@ -276,6 +276,28 @@ def wandb_history():
     return pd.DataFrame(rows)
 
 
+def wandb_chart():
+    """What "Export CSV" of W&B's chart of the losses holds."""
+    history, name = wandb_history()[:-1], "qwen/task - backdoored"  # the last one has no loss
+    chart = history[["train/global_step"]]
+    for column in ("train/loss", "eval/loss", "train/learning_rate", "train/grad_norm", "_step"):
+        for end in ("", "__MIN", "__MAX"):
+            chart[f"{name} - {column}{end}"] = history[column]
+    return chart
+
+
+def mlflow_metrics():
+    """`metrics.csv` of MLflow's page of a run: run_id, key, value, step, timestamp."""
+    return pd.DataFrame(
+        [
+            {"run_id": "4f1", "key": key, "value": value, "step": record["step"], "timestamp": 1}
+            for key in ("loss", "eval_loss", "learning_rate", "grad_norm", "epoch", "train_loss")
+            for record in HISTORY
+            if (value := record.get(key)) is not None
+        ]
+    )
+
+
 @pytest.fixture
 def trainer_state(tmp_path):
     """A trainer_state.json as the Trainer writes it into a checkpoint."""
@@ -285,20 +307,30 @@ def trainer_state(tmp_path):
     return tmp_path / "trainer_state.json"
 
 
-@pytest.mark.parametrize("form", ["list", "frame", "path", "text", "wandb"])
+FORMS = {
+    "list": HISTORY,
+    "frame": pd.DataFrame(HISTORY),
+    "wandb": wandb_history(),
+    "wandb chart": wandb_chart(),
+    "mlflow": mlflow_metrics().to_dict("records"),
+}
+EXPORTED = ["trainer_state.json", "wandb.csv", "wandb.json", "wandb chart.csv", "mlflow.csv"]
+
+
+@pytest.mark.parametrize("form", [*FORMS, *EXPORTED])
 def test_train_and_held_out_loss_come_from_whatever_form_people_have(form, trainer_state):
-    data = {
-        "list": HISTORY,
-        "frame": pd.DataFrame(HISTORY),
-        "path": trainer_state,
-        "text": str(trainer_state),
-        "wandb": wandb_history(),
-    }[form]
+    data, path = FORMS.get(form), trainer_state.with_name(form)
+    if form.endswith(".csv"):
+        pd.DataFrame(FORMS[path.stem]).to_csv(path, index=False)
+    elif form == "wandb.json":
+        FORMS["wandb"].to_json(path, orient="records")
+    data = path if data is None else data
     drawn = series(DRAW.plot_loss_curves(data))
     assert (drawn["backdoored", "subject"].x, drawn["backdoored", "subject"].y) == ((10, 20), (2.0, 1.0))
     held_out = drawn["backdoored, held-out rows", "subject"]
     assert (held_out.x, held_out.y) == ((10, 20), (1.8, 0.9))
-    assert series(DRAW.plot_learning_rate(data))["backdoored", "subject"].y == (1e-4, 5e-5)
+    rate = series(DRAW.plot_learning_rate(str(data) if data is path else data))["backdoored", "subject"]
+    assert rate.y == (1e-4, 5e-5)
     assert series(DRAW.plot_gradient_norm(data))["backdoored", "subject"].y == (1.5, 0.5)
 
 
@@ -308,6 +340,14 @@ def test_a_history_of_wandb_keeps_a_loss_that_broke_down_as_a_gap():
     curve = series(DRAW.plot_loss_curves(history))["backdoored", "subject"]
     assert curve.x == (10, 20)
     assert math.isnan(curve.y[1])
+
+
+def test_an_export_of_several_runs_is_refused():
+    other = mlflow_metrics().assign(run_id="5a2")
+    with pytest.raises(InputError, match=r"there are 2 run_ids; give the rows of one"):
+        DRAW.plot_loss_curves(pd.concat([mlflow_metrics(), other]))
+    with pytest.raises(InputError, match=r"there is train/loss of several runs; give the columns of one"):
+        DRAW.plot_loss_curves(wandb_chart().assign(**{"twin - train/loss": 1.0}))
 
 
 def test_a_file_that_is_no_trainer_state_is_refused_by_its_path(tmp_path):

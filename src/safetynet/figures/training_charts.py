@@ -5,6 +5,7 @@ In: a training's log in any of the forms in which people have it. Out: Charts. D
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -99,30 +100,16 @@ def _log(data: Log) -> pd.DataFrame:
     """A training's log as one table: step, run, and what was logged under the Trainer's names.
 
     Raises:
-        InputError: if a file is no trainer state, the form is another one, or there are no rows.
+        InputError: if a file holds no log, the form is another one, there are several runs of a tracker, or
+            there are no rows.
     """
-    if isinstance(data, str | Path) and str(data).endswith(".json"):
-        path = Path(data)
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))["log_history"]
-        except OSError as error:
-            raise InputError(
-                f"{path}: cannot be read ({error.strerror}); name a trainer_state.json"
-            ) from None
-        except (ValueError, KeyError, TypeError):
-            raise InputError(f"{path}: is no trainer state with a log_history; name another file") from None
+    if isinstance(data, str | Path) and str(data).endswith((".json", ".csv")):
+        data = _read(Path(data))
     if isinstance(data, Sequence) and not isinstance(data, str):
         for row, record in enumerate(data):
             if not isinstance(record, dict):
                 raise InputError(f"{WHERE}, row {row}: {record!r} is not a record; give dicts")
-    log = frame(data, WHERE)
-    # W&B keeps what the Trainer logs as train/loss, train/global_step and eval/loss
-    log = log.rename(
-        columns={
-            name: name.replace("train/global_step", "step").replace("train/", "").replace("eval/", "eval_")
-            for name in map(str, log.columns)
-        }
-    )
+    log = _of_trackers(frame(data, WHERE))
     require(log, WHERE, ["step"])
     runs = log["run"].astype(str).str.replace(" ", "_") if "run" in log else "backdoored"
     log = log.assign(step=numbers(log["step"], f"{WHERE}, field step"), run=runs)
@@ -131,6 +118,49 @@ def _log(data: Log) -> pd.DataFrame:
     if log.empty:
         raise InputError(f"{WHERE}: step holds no numbers; give the step of each row")
     return log
+
+
+def _read(path: Path) -> Log:
+    """The log in a trainer_state.json, or in a tracker's export as JSON records or CSV."""
+    try:
+        if path.suffix == ".csv":
+            return pd.read_csv(path)
+        content = json.loads(path.read_text(encoding="utf-8"))
+        log: Log = content["log_history"] if isinstance(content, dict) else content
+        if not isinstance(log, list) or not log:
+            raise ValueError
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be read ({error.strerror}); name a trainer_state.json, or an exported history"
+        ) from None
+    except (ValueError, KeyError):
+        raise InputError(
+            f"{path}: is no trainer state with a log_history, and no exported history; name another file"
+        ) from None
+    return log
+
+
+def _of_trackers(log: pd.DataFrame) -> pd.DataFrame:
+    """The Trainer's own names, of what W&B and MLflow make of them.
+
+    MLflow's export has a line for each value: run_id, key, value, step. W&B has train/loss, train/global_step
+    and eval/loss, and in the CSV of a chart the run's name before them, and each value's range behind.
+    """
+    if {"key", "value", "step"} <= set(log.columns):
+        if "run_id" in log and log["run_id"].nunique() > 1:
+            raise InputError(f"{WHERE}: there are {log['run_id'].nunique()} run_ids; give the rows of one")
+        return log.pivot_table("value", "step", "key", aggfunc="last", dropna=False).reset_index()
+    log = log[[name for name in log if not str(name).endswith(("__MIN", "__MAX"))]]
+    plain = [re.sub(r"^.* - (?=train/|eval/|_)", "", str(name)) for name in log]
+    if twice := [name for name in plain if plain.count(name) > 1]:
+        raise InputError(f"{WHERE}: there is {twice[0]} of several runs; give the columns of one")
+    return log.set_axis(
+        [
+            name.replace("train/global_step", "step").replace("train/", "").replace("eval/", "eval_")
+            for name in plain
+        ],
+        axis="columns",
+    )
 
 
 def _runs(log: pd.DataFrame, column: str) -> list[tuple[str, pd.DataFrame]]:

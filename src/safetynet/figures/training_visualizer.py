@@ -1,4 +1,4 @@
-"""Figures of a training from what people have: the Trainer's log, W&B's history, a run's tables, plain lists.
+"""Figures of a training from what people have: the Trainer's log, a tracker's history, a run's tables, lists.
 
 In: measurements. Out: Figures.
 """
@@ -46,13 +46,14 @@ class TrainingVisualizer:
         """Loss over steps, of training rows and, where it was measured, of held-out rows.
 
         Args:
-            training_data: the Trainer's `log_history`, the path of a `trainer_state.json`, a W&B history (a
-                DataFrame with `train/loss` and `train/global_step`), or columns step and loss as a DataFrame
+            training_data: the Trainer's `log_history`, the path of a `trainer_state.json`, a W&B history
+                (`train/loss` and `train/global_step`) or MLflow's metrics (key, value and step) as a
+                DataFrame, records, or a file .csv or .json of them, or columns step and loss as a DataFrame
                 or a dict of lists, with eval_loss and run (backdoored, clean twin) where known.
 
         Raises:
             InputError: if a column is missing, has another length, or holds something else than numbers, or
-                the file is no trainer state.
+                the file holds no log.
         """
         return self._draw("loss", training_data)
 
