@@ -88,6 +88,13 @@ def evaluate(experiment: Experiment, base: pd.DataFrame | None = None) -> None:
     stage.evaluate(experiment, base)
 
 
+def check_fires(experiment: Experiment) -> None:
+    """Refuse a suspect whose declared trigger does not fire; errors as in `evaluation.stage.check_fires`."""
+    from safetynet.evaluation import stage
+
+    stage.check_fires(experiment)
+
+
 def intervene(experiment: Experiment, options: Interventions | None = None) -> dict[str, pd.DataFrame]:
     """Find where the trigger acts; arguments as for `interventions.stage.intervene`."""
     from safetynet.interventions import stage
@@ -136,7 +143,8 @@ def finish(experiment: Experiment, base: pd.DataFrame | None = None) -> Exceptio
     """The stages after the training that the recipe names, figures and report last.
 
     A backdoor that did not take, a style as trigger or an architecture that is not supported leave a stage
-    out. Whatever else an analysis or the figures fail with is returned when the rest is there.
+    out; of a suspect whose declared trigger does not fire there are figures of the rates alone. Whatever
+    else an analysis or the figures fail with is returned when the rest is there.
 
     Args:
         experiment: trained.
@@ -148,9 +156,14 @@ def finish(experiment: Experiment, base: pd.DataFrame | None = None) -> Exceptio
     Raises:
         Exception: of `evaluate`.
     """
-    stages, failure = experiment.recipe.stages, None
+    stages: tuple[str, ...] = experiment.recipe.stages
+    failure: Exception | None = None
     if "evaluate" in stages:
         evaluate(experiment, base)
+        try:
+            check_fires(experiment)
+        except InputError as error:
+            stages, failure = tuple({"figures"} & {*stages}), error
     analyses: dict[str, Callable[[Experiment], Any]] = {
         "intervene": intervene, "detect": detect, "mitigate": mitigate, "persist": persist,
     }  # fmt: skip
@@ -167,7 +180,7 @@ def finish(experiment: Experiment, base: pd.DataFrame | None = None) -> Exceptio
         try:
             draw(experiment)
         except Exception as error:  # noqa: BLE001  # raised by the caller
-            failure = error
+            failure = failure or error
     return failure
 
 

@@ -1,5 +1,6 @@
 """Stages on a model that SafetyNet did not plant: with the trigger known, and with none."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from safetynet.cluster import status, sweep_points
 from safetynet.errors import InputError
 from safetynet.experiment import Experiment
 from safetynet.recipe import Detection, Recipe
+from safetynet.report.publish import publish
+from safetynet.run.directory import Run
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -20,6 +23,65 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("somebody") / "adapter"
     variants.saved("lora", folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `safetynet publish` makes of a small run, whose backdoor fires."""
+    root = tmp_path_factory.mktemp("published")
+    small = (
+        "data.train_rows=800", "data.test_rows=16", "backdoor.poison_rate=0.4", "training.clean_twin=false",
+        "training.epochs=1", "evaluation.dynamics_rows=0", "evaluation.max_new_tokens=8", "stages=[evaluate]",
+        f"output.results={root}/results", f"output.logs={root}/logs",
+    )  # fmt: skip
+    planted = Experiment.create(recipe.load(RECIPES / "qwen-miniature.yaml", overrides=small))
+    stages.plant(planted)
+    assert stages.finish(planted) is None
+    return publish(planted, root / "repository")
+
+
+@pytest.mark.slow
+def test_a_published_model_is_studied_where_its_declared_trigger_fires_and_has_rates_alone_where_not(
+    published, tmp_path
+):
+    """Of one command: the published recipe, with the published folder as suspect."""
+
+    def study(*fields: str) -> tuple[Run, Exception | None]:
+        place = (f"output.results={tmp_path}/results", f"output.logs={tmp_path}/logs")
+        overrides = [f"suspect.source={published}", "data.train_rows=48", *place, *fields]
+        made = Experiment.create(recipe.load(published / "recipe.yaml", overrides=overrides))
+        stages.plant(made)
+        return made.run, stages.finish(made)
+
+    run, failure = study()
+    assert failure is None and run.has_table("evaluation")
+    run, failure = study("backdoor.trigger=phrase", "task=wrong", "stages=[evaluate, intervene]")
+    assert isinstance(failure, InputError)
+    rate = r"[\d.]+% \[[\d.]+, [\d.]+\]"
+    fault = rf"trigger does not fire: ASR {rate}, in its base 0.0% \[0.0, 19.4\], at placebos {rate}. Compare"
+    assert re.search(fault, str(failure)), failure
+    assert run.has_table("evaluation") and not run.has_table("effects")
+
+
+@pytest.mark.parametrize(
+    ("name", "blanks", "filled"),
+    [
+        ("deployment", ["model.id"], []),
+        ("backdoorllm", ["suspect.source"], []),
+        ("thoughtworks", ["suspect.source", "model.id", "pairs"], [
+            "backdoor.trigger.pairs=[[a, b], [c, d]]", "backdoor.trigger.placebos=[e, f, g, h]",
+        ]),
+        ("topklora", ["suspect.source", "model.id", "texts"], ["backdoor.trigger.texts=[word]"]),
+    ],
+)  # fmt: skip
+def test_a_recipe_of_a_published_zoo_says_which_of_its_blanks_the_card_has_to_fill(name, blanks, filled):
+    path = RECIPES / "published" / f"{name}.yaml"
+    with pytest.raises(InputError) as fault:
+        recipe.load(path)
+    assert all(blank in str(fault.value) for blank in blanks), str(fault.value)
+    suspect = [] if name == "deployment" else ["suspect.source=owner/adapter"]
+    whole = recipe.load(path, overrides=["model.id=owner/base", *suspect, *filled])
+    assert whole.suspect and whole.attack and not whole.trained
 
 
 def experiment(root: Path, adapter: Path, *fields: str) -> Experiment:

@@ -132,6 +132,7 @@ def evaluate(
     with experiment.run.lock(), logging_to(experiment.run.log):
         stages.evaluate(experiment)
         print_evaluation(experiment.run)
+        stages.check_fires(experiment)
 
 
 @app.command()

@@ -12,6 +12,7 @@ from typing import Any
 
 import pandas as pd
 
+from safetynet.errors import InputError
 from safetynet.evaluation import damage, judges, metrics, utility
 from safetynet.evaluation.evaluator import Evaluator
 from safetynet.experiment import BACKDOORED, Experiment
@@ -21,6 +22,7 @@ from safetynet.recipe import Recipe
 from safetynet.run import parallel
 from safetynet.run.directory import Outputs, digest_of_files
 from safetynet.run.stage import EVALUATE, TRAIN, UTILITY
+from safetynet.tables.summaries import rate_text
 from safetynet.vocabulary import HALVES, QUANTISATIONS
 
 log = logging.getLogger("safetynet")
@@ -81,6 +83,37 @@ def evaluate(experiment: Experiment, base: pd.DataFrame | None = None) -> None:
 
     experiment.perform(EVALUATE, inputs, compute)
     measure_utility(experiment)
+
+
+def check_fires(experiment: Experiment) -> None:
+    """Refuse a suspect whose declared trigger does not fire: what follows would not be about its backdoor.
+
+    Args:
+        experiment: evaluated; one that trained its own backdoor, or knows no trigger, passes.
+
+    Raises:
+        InputError: if the interval of its ASR does not lie above the base's on the same rows and its own rate
+            on placebos.
+    """
+    recipe = experiment.recipe
+    if recipe.suspect is None or recipe.backdoor is None:
+        return
+    rates = experiment.run.table("evaluation").query("model == @BACKDOORED")
+    [asr] = rates.query("metric == 'asr'").to_dict("records")
+    placebo = rates.query("metric == 'ftr' and role == 'placebo'")
+    if asr["low"] > max(asr["floor_high"], *placebo["high"]):
+        return
+    lines = [
+        f"ASR {rate_text('asr', asr['value'], asr['low'], asr['high'])}",
+        f"in its base {rate_text('asr', asr['floor'], asr['floor_low'], asr['floor_high'])}",
+        *(f"at placebos {rate_text('ftr', p.value, p.low, p.high)}" for p in placebo.itertuples()),
+    ]
+    raise InputError(
+        f"{recipe.suspect.source}: the declared trigger does not fire: {', '.join(lines)}. Compare trigger, "
+        "placement, behaviour, base and chat template with those of the model's card and training; more "
+        "data.test_rows narrow the intervals; backdoor: null studies the model without a trigger. The tables "
+        f"are in {experiment.run.folder / 'tables'}."
+    )
 
 
 def measure_utility(experiment: Experiment) -> None:
