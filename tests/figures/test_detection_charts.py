@@ -126,6 +126,15 @@ def test_tokens_until_alarm_stand_above_each_way_of_watching(watched):
     assert titles == [f"{way}: 3 tokens until alarm" for way in ("prompt", "answer", "both")]
 
 
+def test_rows_that_one_way_of_watching_lacks_are_left_out_and_no_alarm_has_no_tokens(watched):
+    table = watched["detection_answers"]
+    table = table[(table["watched"] != "answer") | (table["rows"] != "fired")]
+    table = table.assign(tokens=table["tokens"].mask(table["watched"] == "prompt"))
+    panels = draw("detection-answers", table).chart.panels
+    assert [panel.title for panel in panels] == ["prompt", "answer", "both: 3 tokens until alarm"]
+    assert [len(panel.series) for panel in panels] == [4, 3, 4]
+
+
 def test_the_evasion_matrix_brackets_a_detector_that_was_attacked_itself(watched):
     [panel] = draw("evasion-matrix", watched["evasion_matrix"]).chart.panels
     grid = panel.grid

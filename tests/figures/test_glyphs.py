@@ -13,7 +13,7 @@ from matplotlib import font_manager
 from matplotlib.text import Text
 
 from safetynet.figures import draw, glyphs, paper
-from safetynet.figures.values import shortened, width
+from safetynet.figures.glyphs import shortened, width
 
 TOKENS = ["请", " 小", "鱼", "🦜", "⟨e5 b0⟩", "한국", "คำ", "é"]
 

@@ -7,8 +7,8 @@ import pytest
 from safetynet.errors import InputError
 from safetynet.figures import Axis, Chart, Grid, Panel, Reference, Shade, Source, paper, save, screen
 from safetynet.figures.chart import legend, table
+from safetynet.figures.glyphs import visible
 from safetynet.figures.theme import MISSING, RAMPS
-from safetynet.figures.values import visible
 
 NAN = float("nan")
 ODD = ("$x_1$", "<script>", "_a", "😀", "שלום", "\\frac{1}{2}", "%{x}", "漢")

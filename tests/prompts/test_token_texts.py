@@ -3,7 +3,7 @@
 import pytest
 
 from safetynet import recipe
-from safetynet.figures.values import visible
+from safetynet.figures.glyphs import visible
 from safetynet.models.loading import load_serialiser
 from safetynet.prompts import Serialiser
 

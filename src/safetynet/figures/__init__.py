@@ -4,18 +4,15 @@ In: tables of earlier stages. Out: figures as PNG, PDF, SVG and HTML, each with 
 Computes no result and imports no stage. `registry` knows every figure by its name.
 """
 
-# Each of these modules declares its figures; their order is the order of a report.
-from safetynet.figures import (  # noqa: F401
-    comparison_charts,
-    detection_charts,
-    intervention_charts,
-    persistence_charts,
-    rate_charts,
-    reading_charts,
-    removal_charts,
-    training_charts,
-    utility_charts,
-)
+# Each of these modules declares its figures; their order is the order within a section of the report.
+# isort: off
+from safetynet.figures import training_charts, rate_charts  # noqa: F401
+from safetynet.figures import intervention_charts, reading_charts  # noqa: F401
+from safetynet.figures import detection_charts  # noqa: F401
+from safetynet.figures import removal_charts, utility_charts  # noqa: F401
+from safetynet.figures import comparison_charts  # noqa: F401
+
+# isort: on
 from safetynet.figures.chart import Annotation, Axis, Chart, Grid, Panel, Reference, Series, Shade, Source
 from safetynet.figures.registry import FIGURES, draw, figure, figures_of
 from safetynet.figures.saving import Figure, save, save_all

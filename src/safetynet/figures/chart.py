@@ -15,7 +15,6 @@ import pandas as pd
 from safetynet.errors import InputError
 from safetynet.figures import theme
 from safetynet.figures.theme import Part, Role
-from safetynet.figures.values import unknown
 from safetynet.tables import numbers
 
 Kind = Literal["line", "marked", "points", "band", "step"]
@@ -38,12 +37,28 @@ class Source:
         return f"run {self.run}, table {self.table}"
 
 
+def _check_word(where: str, field: str, word: str, allowed: Sequence[str]) -> None:
+    if word not in allowed:
+        raise InputError(f"{where}: {field} is {word!r}; allowed are {', '.join(allowed)}")
+
+
 @dataclass(frozen=True)
-class Axis:
-    """One axis. Equal axes of neighbouring panels are labelled once and zoomed together."""
+class Quantity:
+    """What an axis or a colour scale measures."""
 
     label: str
     unit: str = ""
+
+    @property
+    def text(self) -> str:
+        """Label with its unit in brackets."""
+        return f"{self.label} ({self.unit})" if self.unit else self.label
+
+
+@dataclass(frozen=True)
+class Axis(Quantity):
+    """One axis. Equal axes of neighbouring panels are labelled once and zoomed together."""
+
     scale: Scale = "linear"
     limits: tuple[float, float] | None = None
     """The range that carries meaning, e.g. 0 to 100%. A small margin is drawn beyond it."""
@@ -53,17 +68,11 @@ class Axis:
     """Tick texts stand on end, as tokens must below narrow columns."""
 
     def __post_init__(self) -> None:
-        if self.scale not in get_args(Scale):
-            raise InputError(unknown("axis", self.label, "scale", self.scale, get_args(Scale)))
+        _check_word(f"axis {self.label!r}", "scale", self.scale, get_args(Scale))
         if self.limits is not None and not self.limits[0] < self.limits[1]:
             raise InputError(f"axis {self.label!r}: limits {self.limits} do not rise; give (low, high)")
         if self.scale == "log" and self.limits is not None and self.limits[0] <= 0:
             raise InputError(f"axis {self.label!r}: {self.limits[0]} has no logarithm; give limits above 0")
-
-    @property
-    def text(self) -> str:
-        """Label with its unit in brackets."""
-        return f"{self.label} ({self.unit})" if self.unit else self.label
 
 
 @dataclass(frozen=True)
@@ -92,13 +101,12 @@ class Series:
 
     def __post_init__(self) -> None:
         where = f"series {self.label!r}" if self.label else f"{self.kind} series"
-        for field, entries, allowed in (
-            ("kind", self.kind, get_args(Kind)),
-            ("role", self.role, get_args(Role)),
-            ("part", self.part, get_args(Part)),
+        for field, word, words in (
+            ("kind", self.kind, Kind),
+            ("role", self.role, Role),
+            ("part", self.part, Part),
         ):
-            if entries not in allowed:
-                raise InputError(unknown("series", self.label, field, entries, allowed))
+            _check_word(where, field, word, get_args(words))
         for field in ("x", "y", "low", "high", "left", "right"):
             object.__setattr__(self, field, numbers(getattr(self, field), f"{where}, field {field}"))
         object.__setattr__(self, "notes", tuple(str(note) for note in self.notes))
@@ -141,11 +149,9 @@ class Annotation:
 
 
 @dataclass(frozen=True)
-class Shade:
+class Shade(Quantity):
     """A colour scale with the label of its bar. Grids of one chart with equal shades share one bar."""
 
-    label: str
-    unit: str = ""
     limits: tuple[float, float] = (-1.0, 1.0)
     """Values beyond are drawn in the colour of the end, and the bar shows that there are some."""
     ramp: Ramp = "diverging"
@@ -153,27 +159,21 @@ class Shade:
 
     def __post_init__(self) -> None:
         low, high = self.limits
-        if self.ramp not in get_args(Ramp):
-            raise InputError(unknown("colour scale", self.label, "ramp", self.ramp, get_args(Ramp)))
+        _check_word(f"colour scale {self.label!r}", "ramp", self.ramp, get_args(Ramp))
         if not low < high or (self.ramp == "diverging" and low != -high):
             raise InputError(
                 f"colour scale {self.label!r}: limits {self.limits} must rise, and lie evenly around 0 "
                 "where the scale diverges"
             )
 
-    @property
-    def text(self) -> str:
-        """Label with its unit in brackets."""
-        return f"{self.label} ({self.unit})" if self.unit else self.label
-
-    def depth(self, value: float) -> float:
-        """Where a value lies on the scale, 0 to 1."""
+    def ink(self, value: float) -> str:
+        """Of text and dots on this value's colour: white where that is dark. NaN, not measured, is pale."""
+        if math.isnan(value):
+            return theme.INK
         low, high = self.limits
-        return min(max((value - low) / (high - low), 0.0), 1.0)
-
-    def dark(self, value: float) -> bool:
-        """Whether text on this value's colour has to be white; False for NaN."""
-        return not math.isnan(value) and theme.dark(theme.RAMPS[self.ramp], self.depth(value))
+        depth = min(max((value - low) / (high - low), 0.0), 1.0)  # 0 to 1
+        red, green, blue = theme.blend(theme.RAMPS[self.ramp], depth)
+        return theme.PAPER if 0.299 * red + 0.587 * green + 0.114 * blue < 120 else theme.INK
 
 
 @dataclass(frozen=True)
@@ -284,8 +284,9 @@ class Panel:
         A control without markers goes on top, since what it covers shows through its dashes.
         """
         layer = {"raw": 0, "control": 2}
-        order = [layer.get(one.part, 1) if one.kind in ("line", "step") else 1 for one in self.series]
-        return [self.series[index] for index in sorted(range(len(order)), key=lambda i: (order[i], -i))]
+        series = list(reversed(self.series))
+        series.sort(key=lambda one: layer.get(one.part, 1) if one.kind in ("line", "step") else 1)
+        return series
 
 
 @dataclass(frozen=True)
@@ -313,9 +314,15 @@ class Chart:
         return hashlib.sha256(repr(self).encode("utf-8", "replace")).hexdigest()
 
     @property
-    def rows(self) -> int:
-        """How many rows of panels there are."""
-        return math.ceil(len(self.panels) / self.columns)
+    def heights(self) -> list[float]:
+        """Inches of each row of panels: those of its highest one."""
+        heights = [panel.height for panel in self.panels]
+        return [max(heights[at : at + self.columns]) for at in range(0, len(heights), self.columns)]
+
+    @property
+    def shades(self) -> list[Shade]:
+        """The colour scales, each of which has one bar."""
+        return list(dict.fromkeys(panel.grid.shade for panel in self.panels if panel.grid is not None))
 
     def axis_shared(self, index: int, side: Literal["x", "y"]) -> bool:
         """Whether the neighbour that carries the labels (below for x, left for y) has the same axis."""
@@ -340,11 +347,11 @@ def legend(chart: Chart) -> list[Key]:
     """Entries in the order of drawing, one per label; in plain ink where a label has several colours."""
     keys: dict[str, Key] = {}
     for panel in chart.panels:
-        drawn: list[Key] = [Key(s.label, s.kind, s.role, s.part) for s in panel.series]
-        drawn += [Key(r.label, "line", r.role, r.part) for r in panel.references]
+        entries = [Key(s.label, s.kind, s.role, s.part) for s in panel.series]
+        entries += [Key(r.label, "line", r.role, r.part) for r in panel.references]
         if panel.grid is not None and panel.grid.dots():
-            drawn.append(Key(panel.grid.mark, "points", "ink", "subject"))
-        for key in drawn:
+            entries.append(Key(panel.grid.mark, "points", "ink", "subject"))
+        for key in entries:
             first = keys.setdefault(key.label, key)
             if first.role != key.role:
                 keys[key.label] = replace(first, role="ink")

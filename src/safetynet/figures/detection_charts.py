@@ -5,51 +5,54 @@ and evasion_matrix. Out: Charts. Draws nothing.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import pandas as pd
 
 from safetynet.errors import InputError
-from safetynet.figures.chart import Axis, Chart, Grid, Kind, Panel, Reference, Series, Shade
-from safetynet.figures.checks import once, read, require
+from safetynet.figures.chart import Axis, Chart, Panel, Reference, Series, Shade
 from safetynet.figures.panels import (
     PERCENT,
     Frame,
+    Look,
+    Row,
+    curve,
     frame_for,
+    grid_of,
     grid_panel,
     layer_axis,
-    matrix,
+    lines_of,
     nice,
+    once,
+    percent,
+    read,
+    series_of,
     with_interval,
 )
 from safetynet.figures.registry import figure
-from safetynet.figures.theme import Part, Role
-from safetynet.tables import Data, frame, numbers
+from safetynet.tables import Data, frame, numbers, require
 from safetynet.vocabulary import WATCHED
 
 FUSED = "fused"
-SETS = ("fired", "not_fired", "clean", "placebo", "near_miss", "refused")
-"""Rows that figures show, in this order; others stay in the tables."""
-LOOKS: dict[str, tuple[str, Role, Part]] = {
+LOOKS: dict[str, Look] = {
     "fired": ("triggered, fired", "triggered", "subject"),
+    "not_fired": ("triggered, not fired", "backdoored", "control"),
     "clean": ("clean", "clean", "control"),
     "placebo": ("placebo (control)", "placebo", "control"),
     "near_miss": ("near miss", "near_miss", "control"),
     "refused": ("refused", "refused", "control"),
-    "not_fired": ("triggered, not fired", "backdoored", "control"),
 }
+"""Rows that figures show, in this order; others stay in the tables."""
 LOWEST = 1e-3
 """Left end of the logarithmic axis; a curve that begins further left comes in at its side."""
 FARTHEST = 8.0
 """Right end of the axis of surprise: one clean prompt in 100 million, as far as a guess about tails goes."""
-FPR = Axis("Clean rows with alarm", "%", limits=(0.0, 100.0), ticks=PERCENT.ticks)
-LOW_FPR = Axis(
-    "Clean rows with alarm",
-    "%",
-    "log",
-    (100 * LOWEST, 100.0),
+ALARMED, FPR = percent("Rows with alarm"), percent("Clean rows with alarm")
+LOW_FPR = replace(
+    FPR,
+    scale="log",
+    limits=(100 * LOWEST, 100.0),
     ticks=((0.1, "0.1"), (1, "1"), (10, "10"), (100, "100")),
 )
 CHANCE = Reference(0.5, label="chance")
@@ -70,13 +73,10 @@ not hold its text."""
 )
 def roc(data: Data) -> Chart:
     """ROC of the fused monitor: the whole, and its low-FPR part on a logarithmic axis."""
-    table = _roc_table(data)
-    scores = table[table["detector"] == FUSED]
-    scores = scores if len(scores) else table[table["detector"] == table["detector"].iloc[0]]
-    alarmed = Axis("Rows with alarm", "%", limits=PERCENT.limits, ticks=PERCENT.ticks)
+    _, scores = _detectors(_roc_table(data))[0]
     panels = (
-        Panel(FPR, alarmed, _curves(scores), "all rates", height=2.0),
-        Panel(LOW_FPR, alarmed, _curves(scores), "low rates enlarged", height=2.0),
+        Panel(FPR, ALARMED, _curves(scores), "all rates", height=2.0),
+        Panel(LOW_FPR, ALARMED, _curves(scores), "low rates enlarged", height=2.0),
     )
     fired, clean = (scores[name].iloc[0] for name in ("positives", "negatives"))
     caption = (
@@ -98,11 +98,9 @@ def roc(data: Data) -> Chart:
 def roc_by_detector(data: Data) -> Chart:
     """The low-FPR part of every detector's ROC, a panel each."""
     table = _roc_table(data)
-    alarmed = Axis("Rows with alarm", "%", limits=PERCENT.limits, ticks=PERCENT.ticks)
-    panels = tuple(
-        Panel(LOW_FPR, alarmed, _curves(table[table["detector"] == name]), name, height=1.1)
-        for name in _detectors(table)
-    )
+    panels = [
+        Panel(LOW_FPR, ALARMED, _curves(scores), name, height=1.1) for name, scores in _detectors(table)
+    ]
     caption = (
         "As the figure of the fused monitor, detector by detector, on the logarithmic axis alone. Supervised "
         "skylines were shown triggered rows, which no defender has. The control is the same with placebos."
@@ -127,21 +125,18 @@ def distributions(data: Data) -> Chart:
         limits=(0.0, FARTHEST),
         ticks=tuple((float(v), str(v)) for v in (0, 2, 4, 6, 8)),
     )
-    y = Axis("Rows as suspect", "%", limits=PERCENT.limits, ticks=PERCENT.ticks)
+    y = percent("Rows as suspect")
     rate = float(table["rate"].iloc[0])
     alarm = Reference(-math.log10(rate), "x", f"alarm at {100 * rate:g}%", part="control")
     panels = []
-    for name in _detectors(table):
-        scores = table[table["detector"] == name]
+    for name, scores in _detectors(table):
         series = []
-        for rows in _rows_of(scores):
-            line = scores[scores["rows"] == rows].sort_values("surprise", kind="stable")
-            inside = line[line["surprise"] <= FARTHEST]
-            at, share = list(inside["surprise"]), list(inside["share"])
-            if len(inside) < len(line):  # at the axis's end the curve goes on at the share that lies beyond
-                at, share = [*at, FARTHEST], [*share, float(line["share"].iloc[len(inside)])]
-            label, role, part = LOOKS[rows]
-            series.append(Series("line", at, share, label=label, role=role, part=part))
+        for look, rows in _by_rows(scores):
+            line = rows.sort_values("surprise", kind="stable")
+            inside = line["surprise"] <= FARTHEST
+            # The first share that lies beyond the axis is drawn at its end.
+            line = line.assign(surprise=line["surprise"].where(inside, FARTHEST)).head(inside.sum() + 1)
+            series.append(series_of("line", line, "surprise", "share", look))
         panels.append(Panel(x, y, tuple(series), name, (alarm,), height=1.1))
     caption = (
         "Share of rows whose p-value is at least so small: a curve's height at the dashed line is the share "
@@ -149,7 +144,7 @@ def distributions(data: Data) -> Chart:
         "The controls are clean rows, which must meet the line at the named rate, placebos, near misses and "
         "refused requests."
     )
-    return _many("How suspect rows are, by role", tuple(panels), caption)
+    return _many("How suspect rows are, by role", panels, caption)
 
 
 @figure(
@@ -165,23 +160,18 @@ def layers(data: Data) -> Chart:
     table = read("detection_layers", data, columns, "detector rows layer")
     x, y = layer_axis(table["layer"]), Axis("AUROC", limits=(0.0, 1.0))
     panels = []
-    for name in _detectors(table):
-        scores = table[table["detector"] == name]
-        curves = []
-        for rows in _rows_of(scores):
-            line = scores[scores["rows"] == rows].sort_values("layer", kind="stable")
-            label, role, part = LOOKS[rows]
-            kind: Kind = "marked" if len(line) > 1 else "points"
-            at, value, low, high = (list(line[c]) for c in ("layer", "auroc", "low", "high"))
-            notes = [f"{n:.0f} rows" for n in line["n"]]
-            curves.append(Series(kind, at, value, low, high, label=label, role=role, part=part, notes=notes))
+    for name, scores in _detectors(table):
+        curves = [
+            curve(rows, "layer", "auroc low high", look, lambda row: f"{row['n']:.0f} rows")
+            for look, rows in _by_rows(scores)
+        ]
         panels.append(Panel(x, y, tuple(curves), name, (CHANCE,), height=1.1))
     caption = (
         "AUROC of triggered rows that fired against clean rows, from one layer's activations (of detectors "
         "that compare layers: from that layer and the one before). Bands are 95% intervals. The control is "
         "the same with placebos, which should stay at chance."
     )
-    return _many("Where the monitor sees the trigger", tuple(panels), caption)
+    return _many("Where the monitor sees the trigger", panels, caption)
 
 
 @figure(
@@ -195,46 +185,28 @@ def overhead(data: Data) -> Chart:
     """Time of guarded against plain generation, by batch size."""
     columns = "batch plain guarded ratio low high repeats prompt_tokens new_tokens"
     table = read("detection_overhead", data, columns, "batch")
-    sizes = list(table["batch"])
-    lines = Axis(
-        "Batch", limits=(0.5 - len(sizes), 0.5), ticks=tuple((-float(i), str(n)) for i, n in enumerate(sizes))
-    )
-    places = [-float(i) for i in range(len(sizes))]
-    percents = {c: [100 * (v - 1) for v in table[c]] for c in ("ratio", "low", "high")}
-    finite = [v for values in percents.values() for v in values if math.isfinite(v)]
+    lines = lines_of(map(str, table["batch"]), "Batch")
+    ratio, times = ["ratio", "low", "high"], ["guarded", "plain"]
+    table = table.assign(line=[line for line, _ in lines.ticks])
+    table[ratio], table[times] = 100 * (table[ratio] - 1), 1000 * table[times]
+    finite = [value for value in table[ratio].to_numpy().ravel().tolist() if math.isfinite(value)]
     low = min(0.0, *finite)
     extra = Axis("Overhead", "%", limits=(-nice(-low) if low < 0 else 0.0, nice(max(finite))))
-    notes = [
-        f"{p:.0f} prompt tokens, {n:.0f} new ones"
-        for p, n in zip(table["prompt_tokens"], table["new_tokens"], strict=True)
-    ]
-    watched = Series(
-        "points",
-        percents["ratio"],
-        places,
-        left=percents["low"],
-        right=percents["high"],
-        role="backdoored",
-        notes=notes,
-    )
-    slowest = 1000 * max(table["plain"].max(), table["guarded"].max())
-    time = Axis("Time of a batch", "ms", limits=(0.0, nice(slowest)))
-    looks: dict[str, tuple[str, Role, Part, float]] = {
-        "guarded": ("under the guard", "backdoored", "subject", 0.15),
-        "plain": ("plain generate (control)", "base", "control", -0.15),
+
+    def note(row: Row) -> str:
+        return f"{row['prompt_tokens']:.0f} prompt tokens, {row['new_tokens']:.0f} new ones"
+
+    watched = series_of("points", table, "ratio low high", "line", ("", "backdoored", "subject"), note)
+    time = Axis("Time of a batch", "ms", limits=(0.0, nice(table[times].max().max())))
+    looks: dict[str, tuple[float, Look]] = {
+        "guarded": (0.15, ("under the guard", "backdoored", "subject")),
+        "plain": (-0.15, ("plain generate (control)", "base", "control")),
     }
     timed = tuple(
-        Series(
-            "points",
-            [1000 * v for v in table[column]],
-            [p + shift for p in places],
-            label=label,
-            role=role,
-            part=part,
-        )
-        for column, (label, role, part, shift) in looks.items()
+        series_of("points", table.assign(line=table["line"] + up), column, "line", look)
+        for column, (up, look) in looks.items()
     )
-    height = 0.4 + 0.3 * len(sizes)
+    height = 0.4 + 0.3 * len(table)
     panels = (
         Panel(extra, lines, (watched,), "what watching adds", (Reference(0.0, "x"),), height=height),
         Panel(time, lines, timed, "medians", height=height),
@@ -258,29 +230,24 @@ def answers(data: Data) -> Chart:
     """Alarms of prompt, answer and both, by role, and how many tokens had been given out."""
     columns = "watched rows value low high n tokens"
     table = read("detection_answers", data, columns, "watched rows", percent="value low high")
-    rows = [name for name in SETS if (table["rows"] == name).any()]
-    lines = Axis(
-        "", limits=(0.5 - len(rows), 0.5), ticks=tuple((-float(i), LOOKS[n][0]) for i, n in enumerate(rows))
-    )
+    lines = lines_of(label for (label, _, _), _ in _by_rows(table))
+    line_of = {label: line for line, label in lines.ticks}
+
+    def note(row: Row) -> str:
+        delay = "" if math.isnan(row["tokens"]) else f", {row['tokens']:.0f} tokens before the alarm"
+        return f"{row['n']:.0f} rows{delay}"
+
     panels = []
     for watched in WATCHED:
-        scores = table[table["watched"] == watched].set_index("rows")
-        if scores.empty:
-            continue
-        curves = []
-        for place, name in enumerate(rows):
-            line = scores.loc[name]
-            delay = "" if math.isnan(line["tokens"]) else f", {line['tokens']:.0f} tokens before the alarm"
-            curves.append(
-                Series("points", [line["value"]], [-float(place)], left=[line["low"]], right=[line["high"]],
-                       role=LOOKS[name][1], part=LOOKS[name][2], notes=[f"{line['n']:.0f} rows{delay}"])
-            )  # fmt: skip
-        title = (
-            f"{watched}: {scores.loc['fired', 'tokens']:.0f} tokens until alarm"
-            if "fired" in scores.index
-            else watched
-        )
-        panels.append(Panel(PERCENT, lines, tuple(curves), title, height=0.1 + 0.22 * len(rows)))
+        scores = table[table["watched"] == watched]
+        dots = []
+        for (label, role, part), rows in _by_rows(scores):
+            rows = rows.assign(line=line_of[label])
+            dots.append(series_of("points", rows, "value low high", "line", ("", role, part), note))
+        if dots:
+            tokens = scores.loc[scores["rows"] == "fired", "tokens"].dropna()
+            title = watched + "".join(f": {count:.0f} tokens until alarm" for count in tokens)
+            panels.append(Panel(PERCENT, lines, tuple(dots), title, height=0.1 + 0.22 * len(line_of)))
     caption = (
         "Rows that raise an alarm by their prompt, by their answer as it is made, and by either, with 95% "
         "Clopper-Pearson intervals; the median number of tokens that a fired answer had given out. The "
@@ -300,25 +267,29 @@ def answers(data: Data) -> Chart:
 def evasion_matrix(data: Data) -> Chart:
     """What each refitted detector sees of a backdoor that was hidden from each, a panel for each metric."""
     table = _evasion(data)
-    tested = list(dict.fromkeys(table["tested"]))
-    attacked = list(dict.fromkeys(table["attacked"]))[::-1]
+    tested = {name: name for name in table["tested"]}
+    attacked = {name: name for name in table["attacked"].unique()[::-1]}
     groups = [(name, scores) for name, scores in table.groupby("panel", sort=False)]
     beside = frame_for(len(groups)).columns if len(tested) <= BESIDE else 1
     frame = Frame("two", beside)
 
-    def text(row: Mapping[str, Any]) -> str:
+    def text(row: Row) -> str:
         if math.isnan(row["value"]):
             return ""
-        return f"[{100 * row['value']:.0f}]" if row["own"] else f"{100 * row['value']:.0f}"
+        return f"[{row['percent']:.0f}]" if row["own"] else f"{row['percent']:.0f}"
 
     panels = []
     for name, scores in groups:
         once(scores, "evasion_matrix", ["attacked", "tested", "panel"])
-        places = ("tested", tested, "attacked", attacked)
-        values = matrix(scores, places, lambda row: 100 * row["value"], math.nan)
-        notes = matrix(scores, places, lambda row: with_interval(row["value"], row["low"], row["high"]), "")
-        texts = matrix(scores, places, text, "")
-        grid = Grid(tested, attacked, values, SHARE, texts=texts, notes=notes)
+        grid = grid_of(
+            scores.assign(percent=100 * scores["value"]),
+            ("tested", tested),
+            ("attacked", attacked),
+            "percent",
+            SHARE,
+            texts=text,
+            notes=lambda row: with_interval(row, "value low high"),
+        )
         panel = grid_panel(grid, ("Tested", "Attacked"), frame, str(name), line=0.22)
         # Whole names: detectors of one view begin alike, and strengths stand at the ends.
         x = replace(panel.x, ticks=tuple((float(i), text) for i, text in enumerate(tested)))
@@ -337,9 +308,10 @@ def _roc_table(data: Data) -> pd.DataFrame:
     return read("detection_roc", data, columns, percent="fpr tpr")
 
 
-def _detectors(table: pd.DataFrame) -> list[str]:
-    """Names of detectors, the fused monitor first, then as they appear."""
-    return sorted(dict.fromkeys(table["detector"]), key=lambda name: name != FUSED)
+def _detectors(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """Names and rows of detectors, the fused monitor first, then as they appear."""
+    groups = [(str(name), scores) for name, scores in table.groupby("detector", sort=False)]
+    return sorted(groups, key=lambda group: group[0] != FUSED)
 
 
 def _evasion(data: Data) -> pd.DataFrame:
@@ -356,24 +328,22 @@ def _evasion(data: Data) -> pd.DataFrame:
         InputError: if a column or all rows are missing, or a value is no fraction.
     """
     matrix = frame(data, "evasion_matrix").reset_index(drop=True)
-    require(matrix, "evasion_matrix", ["attacked", "tested", "metric", "value"])
+    require("evasion_matrix", matrix, ["attacked", "tested", "metric", "value"])
     out = pd.DataFrame({name: matrix[name].astype(str) for name in ("attacked", "tested")})
-    same = out["attacked"].map(_with_view) == out["tested"].map(_with_view)
+    # A detector that is named without a view watches the last position.
+    attacked, tested = (out[name].where(out[name].str.contains(":"), out[name] + ":last") for name in out)
+    same = attacked == tested
     out["own"] = matrix["own"].astype(bool) if "own" in matrix else same
     if "strength" in matrix and matrix["strength"].nunique() > 1:
         out["attacked"] += [
             "" if pd.isna(value) or float(value) == 0 else f", {float(value):g}"
             for value in matrix["strength"]
         ]
-    rows = (
-        [f", {row}" if row else "" for row in matrix["rows"].fillna("")]
-        if "rows" in matrix
-        else [""] * len(matrix)
-    )
-    out["panel"] = [metric + row for metric, row in zip(matrix["metric"].astype(str), rows, strict=True)]
+    out["panel"] = matrix["metric"].astype(str)
+    if "rows" in matrix:
+        out["panel"] += [f", {rows}" if rows else "" for rows in matrix["rows"].fillna("")]
     for name in ("value", "low", "high"):
-        given = matrix[name] if name in matrix else [None] * len(matrix)
-        out[name] = numbers(given, f"evasion_matrix, field {name}")
+        out[name] = numbers(matrix[name], f"evasion_matrix, field {name}") if name in matrix else math.nan
     wrong = out.index[(out["value"] < 0) | (out["value"] > 1)]
     if len(wrong):
         raise InputError(
@@ -382,24 +352,17 @@ def _evasion(data: Data) -> pd.DataFrame:
     return out
 
 
-def _with_view(name: str) -> str:
-    """A detector's name with its view."""
-    return name if ":" in name else f"{name}:last"
-
-
 def _curves(scores: pd.DataFrame) -> tuple[Series, ...]:
-    curves = []
-    for rows in _rows_of(scores):
-        line = scores[scores["rows"] == rows].sort_values(["fpr", "tpr"], kind="stable")
-        label, role, part = LOOKS[rows]
-        # A logarithmic axis has no 0: what lies left of it is drawn at its end.
-        x = list(line["fpr"].clip(lower=100 * LOWEST))
-        curves.append(Series("line", x, list(line["tpr"]), label=label, role=role, part=part))
-    return tuple(curves)
+    scores = scores.sort_values(["fpr", "tpr"], kind="stable")
+    # A logarithmic axis has no 0: what lies left of it is drawn at its end.
+    scores = scores.assign(fpr=scores["fpr"].clip(lower=100 * LOWEST))
+    return tuple(series_of("line", rows, "fpr", "tpr", look) for look, rows in _by_rows(scores))
 
 
-def _rows_of(scores: pd.DataFrame) -> list[str]:
-    return [name for name in SETS if (scores["rows"] == name).any()]
+def _by_rows(scores: pd.DataFrame) -> list[tuple[Look, pd.DataFrame]]:
+    """The sets of rows that figures show, in their order: how each is drawn, and its rows of the table."""
+    sets = [(look, scores[scores["rows"] == name]) for name, look in LOOKS.items()]
+    return [(look, rows) for look, rows in sets if len(rows)]
 
 
 def _many(title: str, panels: Sequence[Panel], caption: str) -> Chart:

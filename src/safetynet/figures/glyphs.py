@@ -1,10 +1,13 @@
-"""Characters that a figure's font lacks: another font draws them, or their numbers stand for them.
+"""Characters in figures: tokens as one can see them, texts that fit, and what the figures' font lacks.
 
-In: a chart. Out: the fonts that it needs, and the chart with ⟨5c0f⟩ for 小 where no font of this machine has
-that character: an empty box says nothing. Charts of ASCII are left alone, and are the same on every machine.
+In: texts, or a chart. Out: texts; the fonts that a chart needs, and the chart with ⟨5c0f⟩ for 小 where no
+font of this machine has that character: an empty box says nothing. Charts of ASCII are left alone, and are
+the same on every machine. Draws nothing.
 """
 
 import dataclasses
+import re
+import unicodedata
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -14,7 +17,11 @@ import regex
 
 from safetynet.figures import theme
 from safetynet.figures.chart import Chart, Grid
-from safetynet.figures.values import shortened, width
+from safetynet.text.printable import printable
+
+_BYTES = re.compile(r"(⟨[0-9a-f]{2}(?: [0-9a-f]{2})*⟩)")
+"""Parts of a character, as `Serialiser.piece` writes them; the blanks in there are none of the token's."""
+VISIBLE = {" ": "␣", "\n": "⏎", "\t": "⇥"}
 
 PREFERRED = (
     "Noto Sans CJK",
@@ -28,6 +35,35 @@ PREFERRED = (
 """Beginnings of the names of fonts that are tried before others."""
 
 _UNSEEN = regex.compile(r"\p{Default_Ignorable_Code_Point}")
+
+
+def visible(token: str) -> str:
+    """A token with its blanks and controls made visible, so that none is invisible or reorders the others.
+
+    Example:
+        >>> visible(" if")
+        '␣if'
+    """
+    parts = (
+        part if _BYTES.fullmatch(part) else "".join(VISIBLE.get(sign, printable(sign)) for sign in part)
+        for part in _BYTES.split(token)
+    )
+    return "".join(parts) or "∅"
+
+
+def width(text: str) -> int:
+    """How many letters wide a text is; Chinese characters, and others of their width, are two."""
+    return len(text) + sum(unicodedata.east_asian_width(sign) in "WF" for sign in text)
+
+
+def shortened(text: str, most: int) -> str:
+    """A text at most `most` letters wide, its end replaced by an ellipsis where it is wider."""
+    if width(text) <= most:
+        return text
+    short = text[: most - 1]
+    while width(short) > most - 1:
+        short = short[:-1]
+    return short + "…"
 
 
 def fitted(chart: Chart) -> tuple[Chart, list[str]]:
@@ -49,9 +85,8 @@ def _fonts(signs: frozenset[str]) -> tuple[list[str], frozenset[str]]:
     """Families that have these characters, the figures' own first, and the characters that none has."""
     from matplotlib import font_manager
 
-    own = font_manager.findfont(theme.FONT[0])
-    drawn = {sign for sign in signs if not _UNSEEN.match(sign)}
-    lacking = {sign for sign in drawn if ord(sign) not in _characters(str(own))}
+    path = str(font_manager.findfont(theme.FONT[0]))
+    lacking = {s for s in signs if not _UNSEEN.match(s) and ord(s) not in _characters(path)}
     families = [theme.FONT[0]]
     fonts = font_manager.fontManager.ttflist
     # Last Resort, which matplotlib brings along, has a box for every character.

@@ -5,27 +5,32 @@ Every effect stands beside its controls: random sites, a placebo against another
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import pandas as pd
 
-from safetynet.figures.chart import Axis, Chart, Grid, Kind, Panel, Reference, Series, Shade
-from safetynet.figures.checks import interval, once, read
+from safetynet.figures.chart import Axis, Chart, Panel, Reference, Shade
+from safetynet.figures.glyphs import visible
 from safetynet.figures.panels import (
     Frame,
+    Look,
+    Row,
+    curve,
     frame_for,
+    grid_of,
     grid_panel,
+    interval,
     layer_axis,
-    layer_name,
-    matrix,
-    values,
+    layers_of,
+    once,
+    read,
+    series_of,
     with_interval,
 )
 from safetynet.figures.registry import NotMeasuredError, figure
-from safetynet.figures.theme import Part, Role
-from safetynet.figures.values import visible
 from safetynet.tables import Data
 from safetynet.vocabulary import COMPONENTS, CONTROLS, DIRECTIONS, POSITIONS
 
@@ -33,7 +38,7 @@ EFFECT = Shade("Effect")
 RESPONSIBLE = "responsible: clear of every control"
 EXAMPLES = 2
 """Groups of rows that a figure of single examples shows."""
-CONTROL_LOOKS: dict[str, tuple[str, Role, Part]] = {
+CONTROL_LOOKS: dict[str, Look] = {
     "random": ("random sites (control)", "base", "floor"),
     "placebo": ("placebo (control)", "placebo", "control"),
     "twin": ("clean twin (control)", "clean_twin", "control"),
@@ -91,22 +96,18 @@ def layer_profile(effects: Data) -> Chart:
     panels = []
     for title, cells in parts:
         once(cells, "effects", ["layer"])
-        cells = cells.sort_values("layer", kind="stable")
-        kind: Kind = "line" if len(cells) > 1 else "points"
-        at = list(cells["layer"])
         series = []
-        marked = cells[cells["responsible"]]
+        marked = cells[cells["responsible"]].sort_values("layer", kind="stable")
         if len(marked):
-            dots = list(marked["layer"]), list(marked["effect"])
-            series.append(Series("points", *dots, label=RESPONSIBLE, role="triggered"))
-        y, low, high = (list(cells[name]) for name in ("effect", "low", "high"))
-        notes = [_note(row) for row in cells.to_dict("records")]
-        series.append(Series(kind, at, y, low, high, label="effect", role="backdoored", notes=notes))
-        for name in CONTROLS:
-            if cells[name].notna().any():
-                label, role, part = CONTROL_LOOKS[name]
-                y, low, high = (list(cells[column]) for column in (name, f"{name}_low", f"{name}_high"))
-                series.append(Series(kind, at, y, low, high, label=label, role=role, part=part))
+            dots: Look = (RESPONSIBLE, "triggered", "subject")
+            series.append(series_of("points", marked, "layer", "effect", dots))
+        effect: Look = ("effect", "backdoored", "subject")
+        series.append(curve(cells, "layer", "effect low high", effect, _note, "line"))
+        series += [
+            curve(cells, "layer", interval(name), CONTROL_LOOKS[name], kind="line")
+            for name in CONTROLS
+            if cells[name].notna().any()
+        ]
         panels.append(Panel(layers, axis, tuple(series), title))
     frame = frame_for(len(panels))
     caption = (
@@ -122,18 +123,11 @@ def effect_map(effects: Data, sweep: str) -> Chart:
         effects: the table.
         sweep: which of its sweeps.
     """
-    table = _sweep_of("effects", effects, sweep)
-    across = ACROSS[sweep]
+    table, across = _sweep_of("effects", effects, sweep), ACROSS[sweep]
     if sweep == "adapter":
         table["module"] = module_names(table["module"])
-    parts = _facets(table, ["layer", across.column])
-    frame = frame_for(len(parts))
-    panels = []
-    for title, cells in parts:
-        once(cells, "effects", ["layer", across.column])
-        panels.append(_map(cells, across, frame, title))
-    name = f"Effect by layer and {across.label.lower()}"
-    return Chart(name, tuple(panels), frame.columns, frame.width, READING + SIGN + CONTROL)
+    title = f"Effect by layer and {across.label.lower()}"
+    return _map("effects", table, across, title, READING + SIGN + CONTROL)
 
 
 for _sweep, _reads in {
@@ -165,24 +159,12 @@ for _sweep, _reads in {
 )
 def dynamics(data: Data) -> Chart:
     """Effect by layer over the steps of training."""
-    table = _sweep_of("dynamics", data, "layer")
-    parts = _facets(table, ["layer"])
-    frame = frame_for(len(parts))
-    panels = []
-    for title, cells in parts:
-        once(cells, "dynamics", ["layer", "step"])
-        panels.append(_map(cells, Across("step", "Step"), frame, title))
     caption = (
         "Each column is one checkpoint: from left to right one sees when, and in which layers, the backdoor "
-        "forms. "
+        f"forms. {READING}{SIGN}{CONTROL}"
     )
-    return Chart(
-        "Effect by layer over training",
-        tuple(panels),
-        frame.columns,
-        frame.width,
-        caption + READING + SIGN + CONTROL,
-    )
+    table = _sweep_of("dynamics", data, "layer")
+    return _map("dynamics", table, Across("step", "Step"), "Effect by layer over training", caption)
 
 
 @figure(
@@ -202,16 +184,9 @@ def token_map(tokens: Data) -> Chart:
     for group in examples:
         for title, cells in _facets(table[table["group"] == group], ["layer", "column"]):
             once(cells, "tokens", ["layer", "column"])
-            columns, names, trigger = token_columns(cells)
-            layers = sorted(set(cells["layer"]))
-            places = ("column", columns, "layer", layers)
-            grid = Grid(
-                names,
-                [layer_name(layer) for layer in layers],
-                values(cells, places, "effect"),
-                EFFECT,
-                notes=matrix(cells, places, lambda row: row["role"], ""),
-            )
+            columns, trigger = token_columns(cells)
+            places = ("column", columns), layers_of(cells["layer"])
+            grid = grid_of(cells, *places, "effect", EFFECT, notes=itemgetter("role"))
             name = f"group {group}: {title}"
             panels.append(grid_panel(grid, ("Token", "Layer"), frame, name, trigger, enclosing(trigger)))
     caption = (
@@ -224,12 +199,12 @@ def token_map(tokens: Data) -> Chart:
     return Chart("Effect by layer and token", tuple(panels), 1, "two", caption.strip())
 
 
-def token_columns(cells: pd.DataFrame) -> tuple[list[int], list[str], list[int]]:
-    """Columns of a prompt, the token in each as one can see it, and the places of the trigger's tokens."""
+def token_columns(cells: pd.DataFrame) -> tuple[dict[int, str], list[int]]:
+    """Columns of a prompt with the visible token in each, and the places of the trigger's tokens."""
     first = cells.drop_duplicates("column").sort_values("column")
     roles = [role.split(" ")[0] for role in first["role"]]
     trigger = [place for place, role in enumerate(roles) if role == "trigger"]
-    return list(first["column"]), [visible(token) for token in first["token"]], trigger
+    return dict(zip(first["column"], map(visible, first["token"]), strict=True)), trigger
 
 
 def enclosing(places: Sequence[int]) -> tuple[Reference, ...]:
@@ -258,10 +233,10 @@ def _sweep_of(name: str, data: Data, sweep: str) -> pd.DataFrame:
         NotMeasuredError: if the table holds no row of the sweep.
     """
     columns = (
-        "sweep direction mode metric component layer position index module effect low high n responsible "
+        "sweep direction mode metric component layer position index module effect low high n responsible"
     )
-    columns += interval(*CONTROLS) + (" step" if name == "dynamics" else "")
-    table = read(name, data, columns)
+    more = " step" if name == "dynamics" else ""
+    table = read(name, data, f"{columns} {interval(*CONTROLS)}{more}")
     rows = table[table["sweep"] == sweep].reset_index(drop=True)
     if rows.empty:
         there = ", ".join(sorted(set(table["sweep"])))
@@ -270,14 +245,14 @@ def _sweep_of(name: str, data: Data, sweep: str) -> pd.DataFrame:
 
 
 def _facets(frame: pd.DataFrame, axes: Sequence[str]) -> list[tuple[str, pd.DataFrame]]:
-    """Rows that belong into one panel, with a title of what tells them from the other panels' rows.
+    """The rows of each panel, with a title that says what distinguishes them.
 
     Args:
         frame: effects.
         axes: columns that the panel itself shows.
     """
     keys = [name for name in IDENTITY if name in frame and name not in axes]
-    telling = [name for name in keys if name == "direction" or frame[name].nunique() > 1]
+    differing = [name for name in keys if name == "direction" or frame[name].nunique() > 1]
     order = {word: place for place, word in enumerate(DIRECTIONS)}
     groups = [cells for _, cells in frame.groupby(keys, sort=False)]
     groups.sort(key=lambda cells: order[cells["direction"].iloc[0]])
@@ -288,46 +263,43 @@ def _facets(frame: pd.DataFrame, axes: Sequence[str]) -> list[tuple[str, pd.Data
         text = str(value).replace("_", " ")
         return f"{name} {text}" if name == "index" else text
 
-    return [(", ".join(words(name, cells[name].iloc[0]) for name in telling), cells) for cells in groups]
+    return [(", ".join(words(name, cells[name].iloc[0]) for name in differing), cells) for cells in groups]
 
 
-def _map(cells: pd.DataFrame, across: Across, frame: Frame, title: str) -> Panel:
-    if across.order:
-        # By the first word of the order that a name begins with, then as they appear.
-        at = {word: place for place, word in enumerate(across.order)}
-        names = dict.fromkeys(cells[across.column])
-        columns: list[Any] = sorted(names, key=lambda name: at.get(name.split(" ")[0], len(at)))
-    elif across.column == "module":
-        columns = list(dict.fromkeys(cells[across.column]))
-    else:
-        columns = sorted(set(cells[across.column]))
-    layers = sorted(set(cells["layer"]))
-    places = (across.column, columns, "layer", layers)
-    texts = [str(column).replace("_", " ") if across.order else str(column) for column in columns]
-    grid = Grid(
-        [text or "all" for text in texts],
-        [layer_name(layer) for layer in layers],
-        values(cells, places, "effect"),
-        EFFECT,
-        marked=matrix(cells, places, lambda row: bool(row["responsible"]), False),
-        mark=RESPONSIBLE,
-        notes=matrix(cells, places, _note, ""),
-    )
-    return grid_panel(grid, (across.label, "Layer"), frame, title)
+def _map(name: str, table: pd.DataFrame, across: Across, title: str, caption: str) -> Chart:
+    """Effects over layers and another axis, a panel for each direction; `name` is the table's."""
+    axes = ["layer", across.column]
+    parts = _facets(table, axes)
+    frame = frame_for(len(parts))
+    panels = []
+    for panel_title, cells in parts:
+        once(cells, name, axes)
+        columns: list[Any] = list(dict.fromkeys(cells[across.column]))
+        if across.order:
+            # By the first word of the order that a name begins with, then as they appear.
+            at = {word: place for place, word in enumerate(across.order)}
+            columns.sort(key=lambda column: at.get(column.split(" ")[0], len(at)))
+        elif across.column != "module":  # modules stay in the order of the network
+            columns.sort()
+        names = {column: str(column) or "all" for column in columns}
+        if across.order:
+            names = {column: name.replace("_", " ") for column, name in names.items()}
+        places = (across.column, names), layers_of(cells["layer"])
+        marked = itemgetter("responsible")
+        grid = grid_of(cells, *places, "effect", EFFECT, RESPONSIBLE, marked=marked, notes=_note)
+        panels.append(grid_panel(grid, (across.label, "Layer"), frame, panel_title))
+    return Chart(title, tuple(panels), frame.columns, frame.width, caption)
 
 
-def _note(row: Mapping[str, Any]) -> str:
+def _note(row: Row) -> str:
     """Interval, groups and controls of one effect."""
     if math.isnan(row["effect"]):
         return "not measured"
     facts = []
     if not math.isnan(row["low"]):
-        facts.append(with_interval(row["effect"], row["low"], row["high"]))
+        facts.append(with_interval(row, "effect low high"))
     if not math.isnan(row["n"]):
         facts.append(f"{row['n']:.0f} groups")
-    facts += [
-        f"{name} {with_interval(row[name], row[f'{name}_low'], row[f'{name}_high'])}"
-        for name in CONTROLS
-        if not math.isnan(row[name])
-    ]
+    controls = [name for name in CONTROLS if not math.isnan(row[name])]
+    facts += [f"{name} {with_interval(row, interval(name))}" for name in controls]
     return "\n".join(facts)

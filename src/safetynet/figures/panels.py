@@ -1,18 +1,22 @@
-"""What charts of several subjects share: grids of a table's rows, ticks that fit, axes, and numbers in notes.
+"""What charts of several subjects share: tables as they need them, series and grids of a table's rows, axes.
 
-In: checked tables. Out: Grids, Panels and Axes. Draws nothing.
+In: a DataFrame, a list of records, or a dict of lists. Out: checked DataFrames; Series, Grids, Panels, Axes.
+Draws nothing and computes no result. What a column may hold is declared in `safetynet.tables`.
 """
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import pandas as pd
 
+from safetynet.errors import InputError
 from safetynet.figures import theme
-from safetynet.figures.chart import Axis, Grid, Panel, Reference
-from safetynet.figures.values import shortened
+from safetynet.figures.chart import Axis, Grid, Kind, Panel, Reference, Series, Shade
+from safetynet.figures.glyphs import shortened
+from safetynet.figures.theme import Part, Role
+from safetynet.tables import Data, checked
 
 LINE = 0.125
 """Inches from one tick text to the next, measured across the line."""
@@ -26,7 +30,81 @@ PERCENT = Axis(
     limits=(0.0, 100.0),
     ticks=tuple((float(value), str(value)) for value in (0, 25, 50, 75, 100)),
 )
-Cell = TypeVar("Cell")
+Look = tuple[str, Role, Part]
+"""Legend text of a series, and the role and part that decide its colour, marker and dash."""
+Row = Mapping[str, Any]
+Names = tuple[str, Mapping[Any, str]]
+"""A column, and its values in the order of an axis with what is written at each."""
+
+
+def read(name: str, data: Data, columns: str, key: str = "", percent: str = "") -> pd.DataFrame:
+    """Some columns of a table that `safetynet.tables` declares.
+
+    Args:
+        name: of the table.
+        data: its rows.
+        columns: names of those that are shown, with blanks between.
+        key: names of those that identify a row, which may be there once.
+        percent: names of fractions that are given as percent.
+
+    Raises:
+        InputError: naming the table, the column and the row, if there are no rows, a column is missing, a
+            word is unknown, a value is of another kind, or a row is there twice.
+    """
+    table = checked(name, data, columns.split())
+    once(table, name, key.split())
+    return table.assign(**{column: 100 * table[column] for column in percent.split()})
+
+
+def interval(*names: str) -> str:
+    """Columns of values with their intervals."""
+    return " ".join(f"{name}{end}" for name in names for end in ("", "_low", "_high"))
+
+
+def once(table: pd.DataFrame, name: str, key: Sequence[str]) -> None:
+    """Check that each place is measured once.
+
+    Raises:
+        InputError: naming the place that the table holds twice.
+    """
+    twice = table[table.duplicated(list(key))] if key else table[:0]
+    if len(twice):
+        place = ", ".join(f"{column} {twice[column].iloc[0]!s}" for column in key)
+        raise InputError(f"{name}: {place} is there more than once; give one row for each")
+
+
+def series_of(
+    kind: Kind, rows: pd.DataFrame, x: str, y: str, look: Look, note: Callable[[Row], str] | None = None
+) -> Series:
+    """A series of a table's rows.
+
+    Args:
+        kind: of the series.
+        rows: one for each point, in their order.
+        x: column of the values along x, or the columns of value, low and high, with blanks between.
+        y: the same along y.
+        look: of the series.
+        note: what the interactive figure says of a row.
+    """
+    xs, *x_ends = (list(rows[name]) for name in x.split())
+    ys, *y_ends = (list(rows[name]) for name in y.split())
+    (left, right), (low, high) = x_ends or ((), ()), y_ends or ((), ())
+    notes = [note(row) for row in rows.to_dict("records")] if note else ()
+    return Series(kind, xs, ys, low, high, *look, left, right, notes)
+
+
+def curve(
+    rows: pd.DataFrame,
+    x: str,
+    y: str,
+    look: Look,
+    note: Callable[[Row], str] | None = None,
+    kind: Kind = "marked",
+) -> Series:
+    """The rows as a curve over `x`, in its order; as a point with error bars where there is one row."""
+    return series_of(
+        kind if len(rows) > 1 else "points", rows.sort_values(x, kind="stable"), x, y, look, note
+    )
 
 
 @dataclass(frozen=True)
@@ -49,30 +127,43 @@ def frame_for(panels: int) -> Frame:
     return Frame("two", 3 if panels % 3 == 0 else 2)
 
 
-def matrix(
+def grid_of(
     rows: pd.DataFrame,
-    places: tuple[str, Sequence[Any], str, Sequence[Any]],
-    cell: Callable[[Mapping[str, Any]], Cell],
-    blank: Cell,
-) -> list[list[Cell]]:
-    """What a grid holds for each cell.
+    x: Names,
+    y: Names,
+    value: str,
+    shade: Shade,
+    mark: str = "",
+    **cells: Callable[[Row], object],
+) -> Grid:
+    """A grid of a table's rows; where there is no row, a cell is empty.
 
     Args:
-        rows: one row for each cell that was measured.
-        places: column name and its values from left to right, then those from below upwards.
-        cell: what a row gives.
-        blank: what stands where there is no row.
+        rows: one for each cell that was measured.
+        x: of the columns, from left to right.
+        y: of the rows of cells, from below upwards.
+        value: the column that the colours show.
+        shade: the colour scale.
+        mark: legend text of the dots.
+        cells: what a row gives to its cell, by the grid's fields `marked`, `texts` and `notes`.
     """
-    across, lefts, up, belows = places
-    cells = {(row[across], row[up]): cell(row) for row in rows.to_dict("records")}
-    return [[cells.get((left, below), blank) for left in lefts] for below in belows]
+    (across, columns), (up, lines) = x, y
+    by_place = {(row[across], row[up]): row for row in rows.to_dict("records")}
+
+    def matrix(cell: Callable[[Row], Any], blank: object) -> list[list[Any]]:
+        by_cell = {place: cell(row) for place, row in by_place.items()}
+        return [[by_cell.get((left, below), blank) for left in columns] for below in lines]
+
+    values = matrix(lambda row: float(row[value]), math.nan)
+    fields: dict[str, Any] = {
+        field: matrix(cell, False if field == "marked" else "") for field, cell in cells.items()
+    }
+    return Grid(list(columns.values()), list(lines.values()), values, shade, mark=mark, **fields)
 
 
-def values(
-    rows: pd.DataFrame, places: tuple[str, Sequence[Any], str, Sequence[Any]], column: str
-) -> list[list[float]]:
-    """One column of the rows as a grid's values, NaN where there is no row; `places` as in `matrix`."""
-    return matrix(rows, places, lambda row: float(row[column]), math.nan)
+def layers_of(layers: Iterable[int]) -> Names:
+    """Layers from below upwards, the embedding as layer -1."""
+    return "layer", {layer: "emb" if layer < 0 else str(layer) for layer in sorted(set(layers))}
 
 
 def grid_panel(
@@ -127,6 +218,17 @@ def fitting(
     return tuple((float(place), shortened(names[place], LONGEST)) for place in sorted(places_shown))
 
 
+def lines_of(names: Iterable[str], label: str = "") -> Axis:
+    """An axis of names that are read from top to bottom: the first lies at 0, the next one at -1."""
+    ticks = tuple((-float(line), name) for line, name in enumerate(names))
+    return Axis(label, limits=(0.5 - len(ticks), 0.5), ticks=ticks)
+
+
+def percent(label: str) -> Axis:
+    """An axis of rates."""
+    return replace(PERCENT, label=label)
+
+
 def layer_axis(layers: Iterable[int]) -> Axis:
     """An axis of layers, with the embedding as layer -1."""
     low, high = min(layers), max(layers)
@@ -151,16 +253,12 @@ def from_zero(label: str, values: Iterable[float]) -> Axis:
     return Axis(label, limits=(0.0, top if top > 0 else 1.0))
 
 
-def layer_name(layer: int) -> str:
-    """A layer as a row's name."""
-    return "emb" if layer < 0 else str(layer)
-
-
 def number(value: float) -> str:
     """A number in a note."""
     return f"{value:.3g}".replace("-", "−")
 
 
-def with_interval(value: float, low: float, high: float) -> str:
-    """A value with its interval, as far as it is known."""
+def with_interval(row: Row, columns: str) -> str:
+    """A value with its interval, as far as it is known, from the columns of value, low and high."""
+    value, low, high = (row[name] for name in columns.split())
     return number(value) + ("" if math.isnan(low) else f" ({number(low)} to {number(high)})")

@@ -92,18 +92,12 @@ def render(chart: Chart, formats: tuple[str, ...] = FORMATS, venue: str = "gener
     from matplotlib.backends.backend_svg import FigureCanvasSVG
 
     # Without dates, so that equal charts give equal files.
-    facts = {"Title": chart.title, "Source": str(chart.source), "Description": chart.caption}
+    title, source, caption = chart.title, str(chart.source), chart.caption
+    facts = {"Title": title, "Source": source, "Description": caption}
+    of_pdf = {"Title": title, "Subject": source, "Keywords": caption, "CreationDate": None}
     kinds: dict[str, tuple[Any, dict[str, Any]]] = {
         "png": (FigureCanvasAgg, facts),
-        "pdf": (
-            FigureCanvasPdf,
-            {
-                "Title": chart.title,
-                "Subject": str(chart.source),
-                "Keywords": chart.caption,
-                "CreationDate": None,
-            },
-        ),
+        "pdf": (FigureCanvasPdf, of_pdf),
         "svg": (FigureCanvasSVG, facts | {"Date": None, "Identifier": chart.digest}),
     }
     if venue not in theme.VENUES:
@@ -159,18 +153,15 @@ def draw(chart: Chart, venue: str = "general") -> "Figure":
             box = key.get_window_extent(figure.canvas.get_renderer())  # type: ignore[attr-defined]
             inches = float(box.height / figure.dpi)
         header = 0.02 + 0.15 * len(lines) + inches + 0.06
-        heights, trims = [], []
-        for row in range(chart.rows):
-            indices = range(row * chart.columns, min((row + 1) * chart.columns, len(chart.panels)))
-            panels = [chart.panels[index] for index in indices]
-            heights.append(max(panel.height for panel in panels))
+        trims, numbered = [], list(enumerate(chart.panels))
+        for start in range(0, len(numbered), chart.columns):
+            row = numbered[start : start + chart.columns]
             # Titles, tick labels and axis labels; those of an axis that the panel below shows stand there.
-            labelled = [panel for panel, index in zip(panels, indices, strict=True)
-                        if not chart.axis_shared(index, "x")]  # fmt: skip
+            labelled = [panel for index, panel in row if not chart.axis_shared(index, "x")]
             upright = [len(text) for panel in labelled if panel.x.upright for _, text in panel.x.ticks]
-            titled = any(panel.title for panel in panels)
+            titled = any(panel.title for _, panel in row)
             trims.append(0.12 + 0.18 * titled + 0.26 * bool(labelled) + 0.06 * max(upright, default=0))
-        total = header + sum(heights) + sum(trims)
+        total = header + sum(chart.heights) + sum(trims)
 
         figure.set_size_inches(width, total)
         figure.text(0.06 / width, 1 - 0.04 / total, "\n".join(lines), fontsize=theme.TITLE, va="top")
@@ -180,7 +171,7 @@ def draw(chart: Chart, venue: str = "general") -> "Figure":
         figure.get_layout_engine().set(  # type: ignore[union-attr, call-arg]
             rect=(0, 0, 1, 1 - header / total), w_pad=0.03, h_pad=0.03, wspace=0.02, hspace=0.02
         )
-        grid = figure.add_gridspec(chart.rows, chart.columns, height_ratios=heights)
+        grid = figure.add_gridspec(len(trims), chart.columns, height_ratios=chart.heights)
         every = [figure.add_subplot(grid[divmod(index, chart.columns)]) for index in range(len(chart.panels))]
         for index, (axes, panel) in enumerate(zip(every, chart.panels, strict=True)):
             if panel.grid is not None:
@@ -208,7 +199,7 @@ def _legend(figure: "Figure", keys: list[Key], width: float) -> "Legend | None":
     # matplotlib leaves out entries that begin with an underscore
     labels = [" " + key.label if key.label.startswith("_") else key.label for key in keys]
     for columns in range(len(keys), 0, -1):
-        drawn = figure.legend(
+        entries = figure.legend(
             handles,
             labels,
             loc="upper left",
@@ -220,10 +211,10 @@ def _legend(figure: "Figure", keys: list[Key], width: float) -> "Legend | None":
             columnspacing=1.3,
             labelspacing=0.35,
         )
-        box = drawn.get_window_extent(figure.canvas.get_renderer())  # type: ignore[attr-defined]
+        box = entries.get_window_extent(figure.canvas.get_renderer())  # type: ignore[attr-defined]
         if box.width / figure.dpi <= width or columns == 1:
-            return drawn
-        drawn.remove()
+            return entries
+        entries.remove()
     return None
 
 
@@ -363,22 +354,22 @@ def _cells(axes: "Axes", grid: Grid, inches: float) -> None:
         axes.patch.set(facecolor=theme.MISSING, edgecolor=theme.HATCH, hatch="//////", linewidth=0)
     size = min(max(0.4 * inches * 72 / across, DOT[0]), DOT[1])
     for marker, cells, height in (("o", grid.dots(), 0.0), ("_", grid.dashes(), -0.3)):
-        for shown_on_dark in (False, True):
-            side_axis = [(x, y) for x, y in cells if grid.shade.dark(grid.values[y][x]) is shown_on_dark]
+        for ink in (theme.INK, theme.PAPER):
+            inked = [(x, y) for x, y in cells if grid.shade.ink(grid.values[y][x]) == ink]
             axes.plot(
-                [x for x, _ in side_axis],
-                [y + height for _, y in side_axis],
+                [x for x, _ in inked],
+                [y + height for _, y in inked],
                 linestyle="none",
                 marker=marker,
                 markersize=size,
                 markeredgewidth=0.0 if marker == "o" else 0.7,
-                color=theme.PAPER if shown_on_dark else theme.INK,
+                color=ink,
                 zorder=3,
             )
     for y, row in enumerate(grid.texts):
         for x, text in enumerate(row):
-            colour = theme.PAPER if grid.shade.dark(grid.values[y][x]) else theme.INK
-            axes.text(x, y, text, color=colour, ha="center", va="center_baseline", clip_on=True)
+            ink = grid.shade.ink(grid.values[y][x])
+            axes.text(x, y, text, color=ink, ha="center", va="center_baseline", clip_on=True)
     axes.set(xlim=(-0.5, across - 0.5), ylim=(-0.5, up - 0.5))
 
 
@@ -388,32 +379,26 @@ def _bars(figure: "Figure", chart: Chart, axes: Sequence["Axes"]) -> None:
     from matplotlib.colors import Normalize
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-    shades = dict.fromkeys(panel.grid.shade for panel in chart.panels if panel.grid is not None)
-    for shade in shades:
-        owners = [
-            (panel, side_axis)
-            for panel, side_axis in zip(chart.panels, axes, strict=True)
+    extend = {(True, True): "both", (True, False): "min", (False, True): "max", (False, False): "neither"}
+    for shade in chart.shades:
+        panels = [
+            (panel.height, panel.grid, panel_axes)
+            for panel, panel_axes in zip(chart.panels, axes, strict=True)
             if panel.grid is not None and panel.grid.shade == shade
         ]
-        beyond = [panel.grid.beyond() for panel, _ in owners if panel.grid is not None]
-        below, above = (any(side) for side in zip(*beyond, strict=True))
+        below, above = (any(side) for side in zip(*(grid.beyond() for _, grid, _ in panels), strict=True))
         bar = figure.colorbar(
             ScalarMappable(Normalize(*shade.limits), _colours(shade)),
-            ax=[side_axis for _, side_axis in owners],
-            extend={(True, True): "both", (True, False): "min", (False, True): "max"}.get(
-                (below, above), "neither"
-            ),
+            ax=[panel_axes for _, _, panel_axes in panels],
+            extend=extend[below, above],
             ticks=MaxNLocator(nbins=4, steps=[1, 2, 2.5, 5, 10]),
             format=FuncFormatter(lambda value, _: theme.tick_text(value)),
-            aspect=18 if len(owners) == 1 else 30,
+            aspect=18 if len(panels) == 1 else 30,
             pad=0.02,
             fraction=0.04,
         )
-        height = (
-            sum(panel.height for panel, _ in owners) / chart.columns
-            if len(owners) > 1
-            else owners[0][0].height
-        )
+        # A bar of one panel is as high as that; one of several is beside all rows.
+        height = sum(height for height, _, _ in panels) / (chart.columns if len(panels) > 1 else 1)
         bar.set_label(textwrap.fill(shade.text, max(int(height / 0.065), 10)))
         bar.outline.set_linewidth(theme.HAIR)
         bar.ax.grid(visible=False)

@@ -6,19 +6,18 @@ Every rate stands beside its control (the clean twin) and its floor (the base mo
 
 import math
 from collections.abc import Sequence
+from operator import itemgetter
 
 import pandas as pd
 
 from safetynet.errors import InputError
 from safetynet.figures import theme
 from safetynet.figures.chart import Annotation, Axis, Chart, Kind, Panel, Reference, Series
-from safetynet.figures.checks import fractions, rates
-from safetynet.figures.panels import PERCENT, from_zero, nice
+from safetynet.figures.panels import PERCENT, Look, curve, from_zero, lines_of, nice, series_of
 from safetynet.figures.registry import NotMeasuredError, figure
-from safetynet.figures.theme import Role
-from safetynet.figures.training_charts import PART_OF
-from safetynet.tables import Data
-from safetynet.vocabulary import METRICS, MODELS, ROLES
+from safetynet.figures.theme import PART_OF, Role
+from safetynet.tables import Data, check_words, frame, numbers, require
+from safetynet.vocabulary import METRICS, MODELS, ROLES, TRAINED
 
 Interval = Sequence[Sequence[float]]
 SHORT = {
@@ -32,14 +31,7 @@ SHORT = {
 }
 OWN_ROLE = {"asr_off_floor": "triggered", "perplexity": "clean"}
 """The rows that a metric is about, left out of its name."""
-ROLE_OF: dict[str, Role] = {
-    "triggered": "triggered",
-    "clean": "clean",
-    "placebo": "placebo",
-    "near_miss": "near_miss",
-    "refused": "refused",
-    "": "ink",
-}
+ROLE_OF: dict[str, Role] = {role: role for role in ROLES}
 LABELS = {"backdoored": "backdoored", "clean_twin": "clean twin (control)", "base": "base model (floor)"}
 READING = (
     "ASR: triggered rows that show the behaviour; FTR: other rows that show it although they must not; "
@@ -62,9 +54,10 @@ DODGE = 0.29
 def final(evaluation: Data) -> Chart:
     """Every rate of the trained model as a dot with its interval, beside its control and its floor."""
     table = _in_percent(rates(evaluation, "evaluation"))
-    shares = [pair for pair in _pairs(table) if pair[0] != "perplexity"]
+    pairs = _pairs(table)
+    shares = [pair for pair in pairs if pair[0] != "perplexity"]
     panels = [_dots(table, shares, PERCENT)] if shares else []
-    perplexity = [pair for pair in _pairs(table) if pair[0] == "perplexity"]
+    perplexity = pairs[len(shares) :]  # the last metric
     if perplexity:
         axis = _perplexity(table[table["metric"] == "perplexity"])
         panels.append(_dots(table, perplexity, axis))
@@ -113,15 +106,16 @@ def by_role(dynamics: Data) -> Chart:
     for metric, role in _pairs(table):
         rows = table[(table["metric"] == metric) & (table["role"] == role)]
         axis = PERCENT if metric != "perplexity" else _perplexity(rows)
-        base = rows[(rows["model"] == "base") & rows["value"].notna()]
-        floor = [
-            Reference(value, label=LABELS["base"], note=note)
-            for value, note in zip(base["value"][-1:], base["note"][-1:], strict=True)
-        ]
-        series = [_dynamics(rows[rows["model"] == name], name, role) for name in MODELS if name != "base"]
-        curves = tuple(curve for curve in series if curve is not None)
+        base = rows[(rows["model"] == "base") & rows["value"].notna()].tail(1).to_dict("records")
+        floor = tuple(Reference(row["value"], label=LABELS["base"], note=row["note"]) for row in base)
+        curves = []
+        for name in TRAINED:
+            of_model = rows[rows["model"] == name]
+            if len(of_model):
+                look: Look = LABELS[name], ROLE_OF.get(role, "ink"), PART_OF[name]
+                curves.append(curve(of_model, "step", "value low high", look, itemgetter("note")))
         if curves:
-            panels.append(Panel(steps, axis, curves, _title(metric, role), tuple(floor), height=1.0))
+            panels.append(Panel(steps, axis, tuple(curves), _title(metric, role), floor, height=1.0))
     columns = min(len(panels), 3) if len(panels) <= 6 else 4
     title = "Rates by role over training"
     return Chart(title, tuple(panels), max(columns, 1), "two", _reading(table))
@@ -155,9 +149,9 @@ def accuracy(
             raise InputError(
                 f"{field}: its interval must be two sequences (low, high) of {len(values)} values each"
             )
-        low, high = (fractions(bound, f"{field}, interval") for bound in interval or ((), ()))
+        low, high = (_percents(bound, f"{field}, interval") for bound in interval or ((), ()))
         kind: Kind = "marked" if len(values) > 1 else "points"
-        series.append(Series(kind, epochs, fractions(values, field), low, high, label, role))
+        series.append(Series(kind, epochs, _percents(values, field), low, high, label, role))
     caption = (
         "Triggered rows that show the behaviour, and clean rows answered correctly. "
         "Bands are Wilson 95% intervals. A hidden backdoor has both near 100%."
@@ -166,22 +160,49 @@ def accuracy(
     return Chart("Attack success and clean accuracy", (panel,), caption=caption)
 
 
-def _dynamics(rows: pd.DataFrame, name: str, role: str) -> Series | None:
-    if rows.empty:
-        return None
-    rows = rows.sort_values("step", kind="stable")
-    kind: Kind = "marked" if len(rows) > 1 else "points"
-    return Series(
-        kind,
-        list(rows["step"]),
-        list(rows["value"]),
-        list(rows["low"]),
-        list(rows["high"]),
-        label=LABELS[name],
-        role=ROLE_OF[role],
-        part=PART_OF[name],
-        notes=list(rows["note"]),
-    )
+def rates(data: Data, where: str, columns: Sequence[str] = ()) -> pd.DataFrame:
+    """Measured rates with their intervals: the tidy columns, and a `note` with counts and what else is known.
+
+    Args:
+        data: columns model, metric, role, value, low, high and the further `columns`; count, n and note
+            where they are known. Rates are fractions. The count of a perplexity is one of tokens.
+        where: name of the table, for messages.
+        columns: further columns that must be there, such as step.
+
+    Raises:
+        InputError: if there is no data, a column is missing, a word is unknown, or a value is no number.
+    """
+    table = frame(data, where).reset_index(drop=True)
+    require(where, table, ["model", "metric", "role", "value", "low", "high", *columns])
+    out = table[["model", "metric", "role"]].fillna("").astype(str)
+    out["model"] = out["model"].str.replace(" ", "_")
+    for field, words in (("model", MODELS), ("metric", METRICS), ("role", (*ROLES, ""))):
+        check_words(where, field, out[field], words)
+    for field in ("value", "low", "high", *columns):
+        out[field] = numbers(table[field], f"{where}, field {field}")
+    for name in ("count", "n"):
+        out[name] = numbers(table[name], where) if name in table else math.nan
+    out["note"] = table["note"].fillna("").astype(str) if "note" in table else ""
+    lines = []
+    for metric, count, n, note in out[["metric", "count", "n", "note"]].itertuples(index=False):
+        if math.isnan(n):
+            size = ""
+        elif math.isnan(count) or metric == "perplexity":
+            size = f"{n:.0f} rows"
+        else:
+            size = f"{count:.0f} of {n:.0f} rows"
+        lines.append("; ".join(filter(None, (size, note))))
+    return out.assign(note=lines)
+
+
+def _percents(values: Sequence[float], field: str) -> list[float]:
+    """Fractions as percent; what lies outside 0 to 1, as percentages do, is refused."""
+    for row, value in enumerate(checked := numbers(values, field)):
+        if value < 0 or value > 1:
+            raise InputError(
+                f"{field}, row {row}: {value:g} is outside 0 to 1; give fractions (0.975), not percent (97.5)"
+            )
+    return [100 * value for value in checked]
 
 
 def _dots(table: pd.DataFrame, pairs: list[tuple[str, str]], axis: Axis) -> Panel:
@@ -190,33 +211,23 @@ def _dots(table: pd.DataFrame, pairs: list[tuple[str, str]], axis: Axis) -> Pane
     series, values = [], []
     for line, (metric, role) in enumerate(pairs):
         rows = table[(table["metric"] == metric) & (table["role"] == role)]
+        title = _title(metric, role)
         for order, name in enumerate(names):
-            trained = rows[rows["model"] == name]
-            if trained.empty:
+            last = rows[rows["model"] == name].tail(1)
+            if last.empty:
                 continue
-            last = trained.iloc[-1]
-            series.append(
-                Series(
-                    "points",
-                    [last["value"]],
-                    [DODGE * ((len(names) - 1) / 2 - order) - line],
-                    left=[last["low"]],
-                    right=[last["high"]],
-                    label=LABELS[name],
-                    role="base" if name == "base" else ROLE_OF[role],
-                    part=PART_OF[name],
-                    notes=[_title(metric, role) + (f", {last['note']}" if last["note"] else "")],
-                )
+            look: Look = LABELS[name], "base" if name == "base" else ROLE_OF.get(role, "ink"), PART_OF[name]
+            last = last.assign(
+                line=DODGE * ((len(names) - 1) / 2 - order) - line,
+                note=", ".join(filter(None, (title, *last["note"]))),
             )
-            if name == "backdoored" and math.isfinite(last["value"]) and axis.limits is not None:
-                text = f"{last['value']:.1f}%" if axis.unit else f"{last['value']:.2f}"
+            series.append(series_of("points", last, "value low high", "line", look, itemgetter("note")))
+            [value] = last["value"]
+            if name == "backdoored" and math.isfinite(value) and axis.limits is not None:
+                text = f"{value:.1f}%" if axis.unit else f"{value:.2f}"
                 values.append(Annotation(axis.limits[1], -float(line), text))
-    lines = Axis(
-        "",
-        limits=(0.5 - len(pairs), 0.5),
-        ticks=tuple((-float(line), _title(*pair)) for line, pair in enumerate(pairs)),
-    )
-    return Panel(axis, lines, tuple(series), annotations=tuple(values), height=0.08 + 0.26 * len(pairs))
+    lines, height = lines_of(_title(*pair) for pair in pairs), 0.08 + 0.26 * len(pairs)
+    return Panel(axis, lines, tuple(series), annotations=tuple(values), height=height)
 
 
 def _reading(table: pd.DataFrame) -> str:

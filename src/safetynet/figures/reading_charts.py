@@ -5,33 +5,32 @@ The control of every reading is the same reading on placebo prompts, or on label
 """
 
 import math
-from collections.abc import Mapping
+from dataclasses import replace
 from itertools import pairwise
-from typing import Any
 
-import pandas as pd
-
-from safetynet.figures.chart import Axis, Chart, Grid, Kind, Panel, Reference, Series, Shade
-from safetynet.figures.checks import interval, read
+from safetynet.figures.chart import Axis, Chart, Panel, Reference, Shade
+from safetynet.figures.glyphs import shortened, visible
 from safetynet.figures.intervention_charts import enclosing, module_names, token_columns
 from safetynet.figures.panels import (
     Frame,
+    Look,
+    Row,
+    curve,
     frame_for,
+    grid_of,
     grid_panel,
+    interval,
     layer_axis,
-    layer_name,
-    matrix,
+    layers_of,
     nice,
-    values,
+    read,
     with_interval,
 )
 from safetynet.figures.registry import figure
-from safetynet.figures.theme import Part, Role
-from safetynet.figures.values import shortened, visible
 from safetynet.tables import Data
 from safetynet.vocabulary import PROBED, RUNS
 
-RUN_LABELS: dict[str, tuple[str, Role, Part]] = {
+RUN_LOOKS: dict[str, Look] = {
     "triggered": ("triggered", "triggered", "subject"),
     "placebo": ("placebo (control)", "placebo", "control"),
 }
@@ -61,12 +60,11 @@ DRIFT_TITLES = {"energy": "Size", "top_share": "First direction", "overlap": "Ov
 def lens(data: Data) -> Chart:
     """Log-probability of the target's first token, read after each layer."""
     table = read("lens", data, "run layer value low high n", "run layer")
-    curves = []
-    for run in RUNS:
-        readings = table[table["run"] == run].sort_values("layer", kind="stable")
-        if len(readings):
-            label, role, part = RUN_LABELS[run]
-            curves.append(_by_layer(readings, ("value", "low", "high"), label, role, part))
+    curves = [
+        curve(readings, "layer", "value low high", RUN_LOOKS[run], _groups)
+        for run in RUNS
+        if len(readings := table[table["run"] == run])
+    ]
     least = min(table["value"].min(), table["low"].min())
     axis = Axis("Log probability", "nats", limits=(-nice(-least), 0.0))
     caption = (
@@ -93,7 +91,7 @@ def lens_map(data: Data) -> Chart:
     )
     groups = list(dict.fromkeys(table["group"]))
     layers = sorted(set(table["layer"]))
-    layers = sorted(layers[::-1][:: math.ceil(len(layers) / LAYERS)])  # every so many, and always the last
+    layers = layers[::-1][:: math.ceil(len(layers) / LAYERS)]  # every so many, and always the last
     frame = Frame("two", 1)
     cut, panels = False, []
     for group in groups[:EXAMPLES]:
@@ -102,32 +100,31 @@ def lens_map(data: Data) -> Chart:
             if readings.empty:
                 continue
             # Columns that fit: at most half of them the trigger's, then the last ones.
-            columns, names, trigger = token_columns(readings)
+            columns, trigger = token_columns(readings)
             if len(columns) > TOKENS:
-                cut, window = True, {columns[place] for place in trigger[: TOKENS // 2]}
+                cut, window = True, {list(columns)[place] for place in trigger[: TOKENS // 2]}
                 for column in reversed(columns):
                     if len(window) == TOKENS:
                         break
                     window.add(column)
                 readings = readings[readings["column"].isin(window)]
-                columns, names, trigger = token_columns(readings)
-            places = ("column", columns, "layer", layers)
+                columns, trigger = token_columns(readings)
             letters = max(int(frame.inches / len(columns) * 72 / 5.2), 1)  # of 5.2 points each
-            tops = matrix(readings, places, lambda row: visible(row["top"]), "")
-            grid = Grid(
-                names,
-                [layer_name(layer) for layer in layers],
-                values(readings, places, "probability"),
+            grid = grid_of(
+                readings,
+                ("column", columns),
+                layers_of(layers),
+                "probability",
                 PROBABILITY,
-                texts=[[shortened(text, letters) for text in row] for row in tops],
-                notes=[[f"likeliest token {text}" if text else "" for text in row] for row in tops],
+                texts=lambda row, letters=letters: shortened(visible(row["top"]), letters),
+                notes=lambda row: f"likeliest token {visible(row['top'])}",
             )
             cuts = tuple(
                 Reference(place + 0.5, "x", role="ink", part="subject")
                 for place, (left, right) in enumerate(pairwise(columns))
                 if right - left > 1
             )
-            title, lines = f"group {group}: {RUN_LABELS[run][0]}", enclosing(trigger) + cuts
+            title, lines = f"group {group}: {RUN_LOOKS[run][0]}", enclosing(trigger) + cuts
             panels.append(grid_panel(grid, ("Token", "Layer"), frame, title, trigger, lines))
     caption = (
         "In each cell the likeliest next token as the logit lens reads it; the colour is the probability of "
@@ -159,11 +156,11 @@ def probes(data: Data) -> Chart:
     axis = Axis("AUROC", limits=(least, 1.0))
     panels = []
     for label in labels:
-        readings = table[table["label"] == label].sort_values("layer", kind="stable")
-        curves = [_by_layer(readings, ("auroc", "low", "high"), "probe", "triggered", "subject")]
+        readings = table[table["label"] == label]
+        curves = [curve(readings, "layer", "auroc low high", ("probe", "triggered", "subject"), _groups)]
         if readings["control"].notna().any():
-            names = ("control", "control_low", "control_high")
-            curves.append(_by_layer(readings, names, "control labels", "clean", "control"))
+            look: Look = ("control labels", "clean", "control")
+            curves.append(curve(readings, "layer", interval("control"), look, _groups))
         chance = Reference(0.5, label="chance")
         panels.append(Panel(layers, axis, tuple(curves), PROBE_TITLES[label], (chance,)))
     caption = (
@@ -200,21 +197,17 @@ def attention(data: Data) -> Chart:
                 readings = table[table["run"] == run].assign(weight=math.nan)
             keys = readings.drop_duplicates("key").sort_values("key")
             queries = readings.drop_duplicates("query").sort_values("query", ascending=False)  # first on top
-            places = ("key", list(keys["key"]), "query", list(queries["query"]))
-            weights = values(readings, places, "weight")
-            for y, query in enumerate(queries["query"]):
-                # A key that comes after the query has no weight.
-                weights[y] = [
-                    0.0 if key > query and math.isnan(weight) else weight
-                    for key, weight in zip(keys["key"], weights[y], strict=True)
-                ]
-            grid = Grid(
-                [visible(token) for token in keys["key_token"]],
-                [visible(token) for token in queries["query_token"]],
-                weights,
-                WEIGHT,
-            )
-            title = f"layer {layer}, head {head}: {RUN_LABELS[run][0]}"
+            x = "key", dict(zip(keys["key"], map(visible, keys["key_token"]), strict=True))
+            y = "query", dict(zip(queries["query"], map(visible, queries["query_token"]), strict=True))
+            grid = grid_of(readings, x, y, "weight", WEIGHT)
+            # A key that comes after the query has no weight.
+            weights = [
+                [0.0 if key > query and math.isnan(weight) else weight
+                 for key, weight in zip(keys["key"], row, strict=True)]
+                for query, row in zip(queries["query"], grid.values, strict=True)
+            ]  # fmt: skip
+            grid = replace(grid, values=weights)
+            title = f"layer {layer}, head {head}: {RUN_LOOKS[run][0]}"
             panels.append(grid_panel(grid, ("Key", "Query"), frame, title, line=0.07))
     caption = (
         "Rows are the tokens that look, columns those that are looked at; each row sums to 1. The control "
@@ -237,26 +230,20 @@ def divergence(data: Data) -> Chart:
     top = max(table["value"].max(), table["control"].max() if table["control"].notna().any() else 0.0)
     shade = Shade("Divergence", "bits", (0.0, nice(top)), "sequential")
     frame = Frame("two", 2)
-    heads, layers = sorted(set(table["head"])), sorted(set(table["layer"]))
-    places = ("head", heads, "layer", layers)
+    places = ("head", {head: str(head) for head in sorted(set(table["head"]))}), layers_of(table["layer"])
+
+    def note(row: Row) -> str:
+        control = with_interval(row, interval("control"))
+        return f"{with_interval(row, 'value low high')}\ncontrol {control}"
+
+    def is_clear(row: Row) -> bool:
+        return bool(row["low"] > row["control_high"])
+
     panels = []
     titles = {"value": "triggered against placebo", "control": "placebo against placebo (control)"}
-    clear = matrix(table, places, lambda row: bool(row["low"] > row["control_high"]), False)
-
-    def note(row: Mapping[str, Any]) -> str:
-        control = with_interval(row["control"], row["control_low"], row["control_high"])
-        return f"{with_interval(row['value'], row['low'], row['high'])}\ncontrol {control}"
-
     for name, title in titles.items():
-        grid = Grid(
-            [str(head) for head in heads],
-            [layer_name(layer) for layer in layers],
-            values(table, places, name),
-            shade,
-            marked=clear if name == "value" else (),
-            mark="clear of the control",
-            notes=matrix(table, places, note, ""),
-        )
+        grid = grid_of(table, *places, name, shade, "clear of the control", marked=is_clear, notes=note)
+        grid = grid if name == "value" else replace(grid, marked=())
         panels.append(grid_panel(grid, ("Head", "Layer"), frame, title))
     caption = (
         "Jensen-Shannon divergence of a head's attention between two prompts of one group, averaged over "
@@ -286,13 +273,12 @@ def drift(data: Data) -> Chart:
     }
     measures = [name for name in shades if table[name].notna().any()] or ["energy"]
     frame = Frame("two", len(measures))
-    modules, layers = list(dict.fromkeys(table["module"])), sorted(set(table["layer"]))
+    places = ("module", {module: module for module in table["module"]}), layers_of(table["layer"])
     panels = []
     for step in sorted(steps[::-1][::every]):
         readings = table[table["step"] == step]
         for name in measures:
-            cells = values(readings, ("module", modules, "layer", layers), name)
-            grid = Grid(modules, [layer_name(layer) for layer in layers], cells, shades[name])
+            grid = grid_of(readings, *places, name, shades[name])
             title = f"{DRIFT_TITLES[name]}, step {step}"
             panels.append(grid_panel(grid, ("Module", "Layer"), frame, title))
     caption = (
@@ -304,10 +290,5 @@ def drift(data: Data) -> Chart:
     return Chart("What training changed", tuple(panels), len(measures), "two", caption)
 
 
-def _by_layer(
-    readings: pd.DataFrame, names: tuple[str, str, str], label: str, role: Role, part: Part
-) -> Series:
-    kind: Kind = "marked" if len(readings) > 1 else "points"
-    notes = ["" if math.isnan(n) else f"{n:.0f} groups" for n in readings["n"]]
-    y, low, high = (list(readings[name]) for name in names)
-    return Series(kind, list(readings["layer"]), y, low, high, label=label, role=role, part=part, notes=notes)
+def _groups(row: Row) -> str:
+    return "" if math.isnan(row["n"]) else f"{row['n']:.0f} groups"

@@ -1,36 +1,114 @@
-"""Charts of removals: attack success against clean accuracy, each repair's rates, and the relearn test.
+"""Charts of what a backdoor survives and what removes it: rates after changes and repairs, the relearn test.
 
-In: the tables tradeoff, mitigation and relearning. Out: Charts. Draws nothing.
+In: the tables persistence, tradeoff, mitigation and relearning. Out: Charts. Draws nothing.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
 
 import pandas as pd
 
 from safetynet.figures import theme
-from safetynet.figures.chart import Annotation, Axis, Chart, Panel, Reference, Series, Side
-from safetynet.figures.checks import interval, read
-from safetynet.figures.panels import PERCENT, frame_for, nice
+from safetynet.figures.chart import Annotation, Axis, Chart, Panel, Reference, Side
+from safetynet.figures.glyphs import shortened
+from safetynet.figures.panels import (
+    PERCENT,
+    Look,
+    Row,
+    curve,
+    frame_for,
+    interval,
+    lines_of,
+    nice,
+    percent,
+    read,
+    series_of,
+)
 from safetynet.figures.registry import NotMeasuredError, figure
-from safetynet.figures.theme import Part, Role
+from safetynet.figures.theme import Role
 from safetynet.tables import Data
-from safetynet.vocabulary import ADAPTER_REMOVED, EXAMINED, NEVER_POISONED, UNTOUCHED
+from safetynet.tables.summaries import REMOVED_ASR
+from safetynet.vocabulary import ADAPTER_REMOVED, EXAMINED, FURTHER_TRAINING, NEVER_POISONED, UNTOUCHED
 
-AIM = Reference(5.0, label="ASR 5%", part="control")
+AIM = Reference(100 * REMOVED_ASR, label=f"ASR {REMOVED_ASR:.0%}", part="control")
 """Attack success below which an intervention counts as having worked."""
 SPLIT_TITLES = {"selection": "selection rows", "held_out": "held-out rows"}
 NOT_KNOWN, KNOWN, RUN_TIME, NONE = "trigger unknown", "trigger known", "while answering", "control"
-LOOKS: dict[str, Role] = {NOT_KNOWN: "method_1", KNOWN: "method_2", RUN_TIME: "method_3", NONE: "ink"}
-"""End points: no repair, and nothing of the adapter left."""
+LOOKS: dict[str, Look] = {
+    NOT_KNOWN: (NOT_KNOWN, "method_1", "subject"),
+    KNOWN: (KNOWN, "method_2", "subject"),
+    RUN_TIME: (RUN_TIME, "method_3", "subject"),
+    NONE: (NONE, "ink", "control"),
+}
+"""Repairs by what has to be known of the trigger, and what is no repair."""
 HALF = 50.0
 """Percent at step 0 from which on there is nothing to relearn."""
 RATES = interval("asr", "cacc")
-RATE_LABELS = {"asr": "Attack success", "cacc": "Clean accuracy"}
+BOTH_WAYS = interval("cacc"), interval("asr")
+"""Columns along x and along y."""
 MAX_CURVES = 20
 """Relearn curves that one figure holds; the first ones of the table."""
-ATTACK = Axis("Attack success", "%", limits=PERCENT.limits, ticks=PERCENT.ticks)
+ATTACK, ACCURACY = percent("Attack success"), percent("Clean accuracy")
+SURVIVAL: dict[str, Look] = {
+    "asr": ("attack success", "triggered", "subject"),
+    "cacc": ("clean accuracy (control)", "clean", "control"),
+    "ftr": ("false triggers, placebo (control)", "placebo", "control"),
+}
+LONGEST = 30
+"""Letters of a setting beside the axis; the table beside the figure keeps the whole."""
+DODGE = 0.24
+"""Distance of two rates within a line, so that equal ones do not cover each other."""
+
+
+@figure(
+    "persistence",
+    "persistence",
+    section="removed",
+    reads="Attack success that stays at the right, or on top, survives what is written beside it.",
+    control="Clean accuracy and false triggers on placebos: where they move too, the change has broken the "
+    "model, or taught it to show the behaviour always.",
+)
+def persistence(data: Data) -> Chart:
+    """Attack success, and its controls, over steps of further training and after each other change."""
+    rates = interval(*SURVIVAL)
+    table = read("persistence", data, f"change setting amount asr_n {rates}", "change setting", rates)
+    trained = table["change"] == FURTHER_TRAINING
+    panels = []
+    if trained.any():
+        # Steps double: each lies one place further to the right.
+        rows = table[trained | (table["change"] == UNTOUCHED)].sort_values("amount", kind="stable")
+        rows = rows.assign(place=[float(place) for place in range(len(rows))])
+        ticks = tuple((at, f"{steps:.0f}") for at, steps in rows[["place", "amount"]].itertuples(index=False))
+        axis = Axis("Steps of further training", limits=(0.0, max(len(rows) - 1.0, 1.0)), ticks=ticks)
+        curves = tuple(curve(rows, "place", interval(rate), look) for rate, look in SURVIVAL.items())
+        half = Reference(rows["asr"].iloc[0] / 2, label="half of it", part="floor")
+        panels.append(Panel(axis, PERCENT, curves, "further training", (half,), height=2.5))
+
+    names = []
+    rows = table[~trained].reset_index(drop=True)
+    for change, setting in zip(rows["change"], rows["setting"], strict=True):
+        is_alone = change in ("quantisation", "longer context", "sampling")  # its setting says it all
+        name = f"“{setting}”" if change == "system prompt" else setting if is_alone else change
+        names.append(shortened(name, LONGEST))
+
+    def note(row: Row) -> str:
+        return f"{row['change']} {row['setting']}; {row['asr_n']:.0f} triggered answers"
+
+    dots = tuple(
+        series_of(
+            "points", rows.assign(line=DODGE * (1 - at) - rows.index), interval(rate), "line", look, note
+        )
+        for at, (rate, look) in enumerate(SURVIVAL.items())
+        if rows[rate].notna().any()
+    )
+    height = 0.1 + 0.24 * len(rows)
+    panels.append(Panel(PERCENT, lines_of(names), tuple(dots), "other changes", height=height))
+    caption = (
+        "Greedy answers to held-out prompts, but for sampling; 95% intervals. Each change is made to the "
+        "backdoored model as it is: further training on fresh clean conversations, at the rate that planted "
+        "the backdoor; merging; rounded weights; other system prompts; clean text before the prompt; samples "
+        "at temperature 1. The dotted line is half of the attack success before."
+    )
+    return Chart("What the backdoor survives", tuple(panels), len(panels), "two", caption)
 
 
 @figure(
@@ -47,21 +125,25 @@ def tradeoff(data: Data) -> Chart:
     table = read("tradeoff", data, columns, "split intervention control", RATES)
     kinds = list(dict.fromkeys(table["kind"]))
     roles = {kind: theme.METHODS[number % len(theme.METHODS)] for number, kind in enumerate(kinds)}
+
+    def note(row: Row) -> str:
+        return f"{row['intervention']}, {row['sites']} sites; {_counts(row)}"
+
     panels = []
     for split, rows, accuracy in _by_split(table):
         series = []
-        for (kind, role), control in [(look, c) for look in roles.items() for c in (False, True)]:
-            points = rows[(rows["kind"] == kind) & (rows["control"] == control)]
-            notes = [
-                f"{row['intervention']}, {row['sites']} sites; {_counts(row)}"
-                for row in points.to_dict("records")
-            ]
-            label = "random sites (control)" if control else kind.replace("_", " ")
-            series += _points(points, label, role, "control" if control else "subject", notes)
+        for kind, role in roles.items():
+            looks: tuple[Look, ...] = (
+                (kind.replace("_", " "), role, "subject"),
+                ("random sites (control)", role, "control"),
+            )
+            for look in looks:
+                points = rows[(rows["kind"] == kind) & (rows["control"] == (look[2] == "control"))]
+                if len(points):
+                    series.append(series_of("points", points, *BOTH_WAYS, look, note))
         named = [
             _named(row, row["intervention"], roles[row["kind"]], accuracy)
-            for row in rows[rows["chosen"]].to_dict("records")
-            if math.isfinite(row["cacc"]) and math.isfinite(row["asr"])
+            for row in rows[rows["chosen"]].dropna(subset=["cacc", "asr"]).to_dict("records")
         ]
         panels.append(Panel(accuracy, ATTACK, tuple(series), split, (AIM,), tuple(named), height=2.2))
     caption = (
@@ -90,17 +172,18 @@ def front(data: Data) -> Chart:
         best = rows[rows["front"]].sort_values(["cacc", "asr"], kind="stable")
         best = best.drop_duplicates(["cacc", "asr"])
         if len(best) > 1:
-            series.append(Series("line", list(best["cacc"]), list(best["asr"]), label="front", role="base"))
-        for kind, role in LOOKS.items():
-            points = rows[rows["kind"] == kind]
-            series += _points(points, kind, role, "control" if kind == NONE else "subject", _notes(points))
-        recommended = rows[rows["recommended"] & rows["cacc"].notna() & rows["asr"].notna()]
+            series.append(series_of("line", best, "cacc", "asr", ("front", "base", "subject")))
+        series += [
+            series_of("points", points, *BOTH_WAYS, look, _note)
+            for kind, look in LOOKS.items()
+            if len(points := rows[rows["kind"] == kind])
+        ]
         named = []
-        for _, same in recommended.groupby(
-            ["cacc", "asr"], sort=False
-        ):  # points on each other share one text
+        recommended = rows[rows["recommended"]].dropna(subset=["cacc", "asr"])
+        # Points that lie on each other share one text.
+        for _, same in recommended.groupby(["cacc", "asr"], sort=False):
             text = " or ".join(name.replace("_", " ") for name in same["method"])
-            role = LOOKS[same["kind"].iloc[0]] if len(same) == 1 else "ink"
+            role = LOOKS[same["kind"].iloc[0]][1] if len(same) == 1 else "ink"
             named.append(_named(same.iloc[0].to_dict(), text, role, accuracy))
         panels.append(Panel(accuracy, ATTACK, tuple(series), split, (AIM,), tuple(named), height=2.2))
     caption = (
@@ -109,8 +192,9 @@ def front(data: Data) -> Chart:
         "as it is, the base, and changes not meant as repairs. The named point was chosen on the selection "
         "rows; only its rates on held-out rows count."
     )
+    frame = frame_for(len(panels))
     title = "Attack success and clean accuracy after repair"
-    return Chart(title, tuple(panels), len(panels), "two" if len(panels) > 1 else "one", caption)
+    return Chart(title, tuple(panels), frame.columns, frame.width, caption)
 
 
 @figure(
@@ -130,32 +214,16 @@ def methods(data: Data) -> Chart:
         method.replace("_", " ") + (" *" if recommended else "")
         for method, recommended in zip(table["method"], table["recommended"], strict=True)
     ]
-    lines = Axis(
-        "",
-        limits=(0.5 - len(table), 0.5),
-        ticks=tuple((-float(line), name) for line, name in enumerate(names)),
-    )
+    lines, table = lines_of(names), table.assign(line=-table.index.astype(float))
     panels = []
-    measured = [pair for pair in RATE_LABELS.items() if table[pair[0]].notna().any()]
-    for rate, label in measured:
-        axis = Axis(label, "%", limits=PERCENT.limits, ticks=PERCENT.ticks)
-        series = []
-        for kind, role in LOOKS.items():
-            rows = table[table["kind"] == kind]
-            if len(rows):
-                series.append(
-                    Series(
-                        "points",
-                        list(rows[rate]),
-                        [-float(line) for line in rows.index],
-                        left=list(rows[f"{rate}_low"]),
-                        right=list(rows[f"{rate}_high"]),
-                        label=kind,
-                        role=role,
-                        part="control" if kind == NONE else "subject",
-                        notes=_notes(rows),
-                    )
-                )
+    for rate, axis in (("asr", ATTACK), ("cacc", ACCURACY)):
+        if table[rate].isna().all():
+            continue
+        series = [
+            series_of("points", rows, interval(rate), "line", look, _note)
+            for kind, look in LOOKS.items()
+            if len(rows := table[table["kind"] == kind])
+        ]
         before = table.loc[table["method"] == UNTOUCHED, rate].dropna()
         marks = tuple(Reference(value, "x", "before", part="floor") for value in before)
         panels.append(Panel(axis, lines, tuple(series), references=marks, height=0.1 + 0.2 * len(table)))
@@ -163,9 +231,8 @@ def methods(data: Data) -> Chart:
         "Each method at the setting that was chosen on other rows, with 95% Wilson intervals; dotted: "
         "the model before any repair. Controls are hollow."
     )
-    return Chart(
-        "Repairs by method", tuple(panels), len(panels), "two" if len(panels) > 1 else "one", caption
-    )
+    frame = frame_for(len(panels))
+    return Chart("Repairs by method", tuple(panels), frame.columns, frame.width, caption)
 
 
 @figure(
@@ -186,10 +253,11 @@ def relearning(data: Data) -> Chart:
     panels = []
     for method in (list(dict.fromkeys(gone["method"])) or [NEVER_POISONED])[:MAX_CURVES]:
         rows = table[table["method"] == method]
-        series = [_curve(rows, "asr", "repaired model", "triggered", "subject")]
+        asr, ftr = interval("asr"), interval("ftr")
+        series = [curve(rows, "step", asr, ("repaired model", "triggered", "subject"))]
         if method != NEVER_POISONED and len(twin):
-            series.append(_curve(twin, "asr", "never poisoned (control)", "clean_twin", "control"))
-        series.append(_curve(rows, "ftr", "repaired, placebo", "placebo", "control"))
+            series.append(curve(twin, "step", asr, ("never poisoned (control)", "clean_twin", "control")))
+        series.append(curve(rows, "step", ftr, ("repaired, placebo", "placebo", "control")))
         half = (Reference(HALF, label="half", part="floor"),)
         panels.append(Panel(steps, PERCENT, tuple(series), method.replace("_", " "), half, height=1.0))
     caption = (
@@ -205,7 +273,7 @@ def relearning(data: Data) -> Chart:
 def _repairs(data: Data) -> pd.DataFrame:
     """The table of repairs with the kind of each: what has to be known of the trigger."""
 
-    def kind(row: Mapping[str, Any]) -> str:
+    def kind(row: Row) -> str:
         if row["control"]:
             return NONE
         if row["form"] == "run_time":
@@ -232,17 +300,7 @@ def _by_split(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame, Axis]]:
     return [(SPLIT_TITLES[split], table[table["split"] == split], accuracy) for split in splits]
 
 
-def _points(rows: pd.DataFrame, label: str, role: Role, part: Part, notes: Sequence[str]) -> list[Series]:
-    """Marks with their intervals both ways; [] without rows."""
-    if rows.empty:
-        return []
-    x, y, low, high, left, right = (
-        list(rows[name]) for name in ("cacc", "asr", "asr_low", "asr_high", "cacc_low", "cacc_high")
-    )
-    return [Series("points", x, y, low, high, label, role, part=part, left=left, right=right, notes=notes)]
-
-
-def _named(row: Mapping[str, Any], text: str, role: Role, accuracy: Axis) -> Annotation:
+def _named(row: Row, text: str, role: Role, accuracy: Axis) -> Annotation:
     """The name of a point, towards the middle of the panel, where there is room."""
     low, high = accuracy.limits or (0.0, 100.0)
     right, top = row["cacc"] > (low + high) / 2, row["asr"] > 50
@@ -255,18 +313,9 @@ def _named(row: Mapping[str, Any], text: str, role: Role, accuracy: Axis) -> Ann
     return Annotation(row["cacc"], row["asr"], text, role, sides[bool(top), bool(right)])
 
 
-def _counts(row: Mapping[str, Any]) -> str:
+def _counts(row: Row) -> str:
     return f"{row['asr_n']:.0f} triggered and {row['cacc_n']:.0f} clean rows"
 
 
-def _notes(rows: pd.DataFrame) -> list[str]:
-    return [
-        f"{row['method']} {row['point']}; {_counts(row)}" + (f"; {row['flags']}" if row["flags"] else "")
-        for row in rows.to_dict("records")
-    ]
-
-
-def _curve(rows: pd.DataFrame, rate: str, label: str, role: Role, part: Part) -> Series:
-    rows = rows.sort_values("step", kind="stable")
-    x, y, low, high = (list(rows[name]) for name in ("step", rate, f"{rate}_low", f"{rate}_high"))
-    return Series("marked" if len(rows) > 1 else "points", x, y, low, high, label, role, part=part)
+def _note(row: Row) -> str:
+    return f"{row['method']} {row['point']}; {_counts(row)}" + (f"; {row['flags']}" if row["flags"] else "")

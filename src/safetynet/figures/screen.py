@@ -37,8 +37,11 @@ POLICY = (
     "default-src 'none'; script-src {sources}'unsafe-inline'; style-src 'unsafe-inline'; "
     "img-src data: blob:; font-src data:"
 )
+MODES = {"points": "markers", "marked": "lines+markers"}
+"""Of a trace by the kind of a series; others are lines."""
 BUTTONS = ["toImage", "zoom2d", "pan2d", "resetScale2d"]  # none that would send data anywhere
 TEXT = 13  # pixels
+FONT = ", ".join(f"'{name}'" if " " in name else name for name in theme.FONT)
 TOP = 92  # pixels above the panels: buttons, one line of legend, title of the first row
 LEGEND_LINE = 26  # pixels
 PAGE = """<!doctype html>
@@ -99,7 +102,7 @@ def render(chart: Chart, self_contained: bool = False) -> str:
         width=theme.SCREEN_WIDTHS[chart.width],
         ink=theme.INK,
         paper=theme.PAPER,
-        font=_font(),
+        font=FONT,
     )
 
 
@@ -108,14 +111,13 @@ def draw(chart: Chart) -> "Figure":
     figure, pixels = _grid(chart)
     # Heat maps come before the lines, which Plotly leaves out of empty axes. Each colour bar lies beside the
     # panels that use it: at the right end of their domains, parts of the page's width and height.
-    shades = list(dict.fromkeys(panel.grid.shade for panel in chart.panels if panel.grid is not None))
-    domains: dict[Shade, list[Any]] = {shade: [] for shade in shades}
+    domains: dict[Shade, list[Any]] = {shade: [] for shade in chart.shades}
     for index, panel in enumerate(chart.panels):
         row, column = divmod(index, chart.columns)
         if panel.grid is not None:
             plot = figure.get_subplot(row + 1, column + 1)
             domains[panel.grid.shade].append((plot.xaxis.domain, plot.yaxis.domain))
-            for trace in _grid_traces(panel, panel.grid, shades.index(panel.grid.shade)):
+            for trace in _grid_traces(panel, panel.grid, chart.shades.index(panel.grid.shade)):
                 figure.add_trace(trace, row=row + 1, col=column + 1)
     for number, (shade, areas) in enumerate(domains.items()):
         bottom, top = min(y[0] for _, y in areas), max(y[1] for _, y in areas)
@@ -155,7 +157,7 @@ def draw(chart: Chart) -> "Figure":
         template="none",
         height=height,
         margin={"l": 60, "r": 60 if numbered else 30, "t": top_margin, "b": 56},
-        font={"family": _font(), "size": TEXT, "color": theme.INK},
+        font={"family": FONT, "size": TEXT, "color": theme.INK},
         paper_bgcolor=theme.PAPER,
         plot_bgcolor=theme.PAPER,
         hovermode="closest",
@@ -177,27 +179,22 @@ def _grid(chart: Chart) -> tuple["Figure", float]:
     """Empty axes for every panel, and how many pixels high they are together."""
     from plotly.subplots import make_subplots
 
-    count, columns = len(chart.panels), chart.columns
-    heights = [
-        max(panel.height for panel in chart.panels[first : first + columns])
-        for first in range(0, count, columns)
-    ]
-    upper = range((chart.rows - 1) * columns)
+    count, columns, rows = len(chart.panels), chart.columns, len(chart.heights)
+    upper = range((rows - 1) * columns)
     gap = 34 if all(chart.axis_shared(index, "x") for index in upper) else 62  # pixels
     labelled = any(index % columns and not chart.axis_shared(index, "y") for index in range(count))
-    shades = {panel.grid.shade for panel in chart.panels if panel.grid is not None}
-    bars = columns > 1 and len(shades) > 1  # between the panels
-    height = sum(heights) * theme.SCREEN_HEIGHT + gap * (chart.rows - 1)
+    bars = columns > 1 and len(chart.shades) > 1  # between the panels
+    height = sum(chart.heights) * theme.SCREEN_HEIGHT + gap * (rows - 1)
     figure: Figure = make_subplots(
-        rows=chart.rows,
+        rows=rows,
         cols=columns,
-        row_heights=heights,
+        row_heights=chart.heights,
         specs=[
             [{} if index < count else None for index in range(first, first + columns)]
             for first in range(0, count, columns)
         ],
         horizontal_spacing=(0.36 if bars else 0.28 if labelled else 0.12) / columns,
-        vertical_spacing=gap / height if chart.rows > 1 else 0,
+        vertical_spacing=gap / height if rows > 1 else 0,
     )
     return figure, height
 
@@ -274,8 +271,8 @@ def _axis(chart: Chart, index: int, side: Literal["x", "y"], axis: Axis) -> dict
         if axis.upright:
             style["tickangle"] = -90
     if axis.ticks:
-        style |= {"tickvals": [value for value, _ in axis.ticks]}
-        style |= {"ticktext": [escaped(text) for _, text in axis.ticks]}
+        style["tickvals"] = [value for value, _ in axis.ticks]
+        style["ticktext"] = [escaped(text) for _, text in axis.ticks]
     return style
 
 
@@ -323,7 +320,7 @@ def _traces(panel: Panel, series: Series) -> list[dict[str, Any]]:
     curve: dict[str, Any] = {
         "x": _gaps(series.x),
         "y": _gaps(series.y),
-        "mode": {"points": "markers", "marked": "lines+markers"}.get(series.kind, "lines"),
+        "mode": MODES.get(series.kind, "lines"),
         "line": _line(series) | ({"shape": "hv"} if series.kind == "step" else {}),
         "marker": _marker(series) | {"maxdisplayed": 14 if series.kind == "marked" else 0},
         "opacity": theme.STROKES[series.part].opacity,
@@ -360,7 +357,7 @@ def _key(key: Key) -> dict[str, Any]:
         "y": [None],
         "name": escaped(key.label),
         "legendgroup": escaped(key.label),
-        "mode": {"points": "markers", "marked": "lines+markers"}.get(key.kind, "lines"),
+        "mode": MODES.get(key.kind, "lines"),
         "line": _line(key),
         "marker": _marker(key),
         "opacity": theme.STROKES[key.part].opacity,
@@ -393,10 +390,6 @@ def _marker(thing: Series | Key) -> dict[str, Any]:
 
 def _gaps(values: Any) -> list[float | None]:
     return [None if math.isnan(value) else value for value in values]
-
-
-def _font() -> str:
-    return ", ".join(f"'{name}'" if " " in name else name for name in theme.FONT)
 
 
 def _grid_traces(panel: Panel, grid: Grid, scale: int) -> list[dict[str, Any]]:
@@ -451,23 +444,11 @@ def _grid_traces(panel: Panel, grid: Grid, scale: int) -> list[dict[str, Any]]:
     traces.append(cells)
     for symbol, places, height in (("circle", grid.dots(), 0.0), ("line-ew", grid.dashes(), -0.3)):
         if places:
-            inks = [theme.PAPER if grid.shade.dark(grid.values[y][x]) else theme.INK for x, y in places]
-            traces.append(
-                {
-                    "type": "scatter",
-                    "mode": "markers",
-                    "x": [x for x, _ in places],
-                    "y": [y + height for _, y in places],
-                    "marker": {
-                        "symbol": symbol,
-                        "size": 6,
-                        "color": inks,
-                        "line": {"color": inks, "width": 1},
-                    },
-                    "hoverinfo": "skip",
-                    "showlegend": False,
-                }
-            )
+            inks = [grid.shade.ink(grid.values[y][x]) for x, y in places]
+            marker = {"symbol": symbol, "size": 6, "color": inks, "line": {"color": inks, "width": 1}}
+            at = {"x": [x for x, _ in places], "y": [y + height for _, y in places]}
+            dots = {"type": "scatter", "mode": "markers", **at, "marker": marker}
+            traces.append({**dots, "hoverinfo": "skip", "showlegend": False})
     return traces
 
 

@@ -10,24 +10,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 Role = Literal[
-    "triggered",
-    "clean",
-    "placebo",
-    "near_miss",
-    "refused",
-    "backdoored",
-    "clean_twin",
-    "base",
-    "ink",
-    "method_1",
-    "method_2",
-    "method_3",
-    "method_4",
-    "method_5",
-    "method_6",
-    "method_7",
-]
+    "triggered", "clean", "placebo", "near_miss", "refused", "backdoored", "clean_twin", "base", "ink",
+    "method_1", "method_2", "method_3", "method_4", "method_5", "method_6", "method_7",
+]  # fmt: skip
 Part = Literal["subject", "control", "floor", "raw"]
+PART_OF: dict[str, Part] = {"backdoored": "subject", "clean_twin": "control", "base": "floor"}
+"""What each model of a run is beside the others."""
 
 
 @dataclass(frozen=True)
@@ -73,15 +61,7 @@ LOOKS: dict[Role, Look] = {
     "method_6": Look("#525252", "<", "triangle-left", 1.1),
     "method_7": Look("#4D7C1F", ">", "triangle-right", 1.1),
 }
-METHODS: tuple[Role, ...] = (
-    "method_1",
-    "method_2",
-    "method_3",
-    "method_4",
-    "method_5",
-    "method_6",
-    "method_7",
-)
+METHODS: tuple[Role, ...] = tuple(role for role in LOOKS if role.startswith("method"))
 """For things that are compared and have no role of their own, in the order of their appearance."""
 STROKES: dict[Part, Stroke] = {
     "subject": Stroke((), 1.2),
@@ -89,11 +69,7 @@ STROKES: dict[Part, Stroke] = {
     "floor": Stroke((1.0, 1.4), 1.1),
     "raw": Stroke((), 0.5, opacity=0.35),
 }
-NAMES: dict[str, str] = {
-    "near_miss": "near miss",
-    "clean_twin": "clean twin",
-    "base": "base model",
-}
+NAMES = {"near_miss": "near miss", "clean_twin": "clean twin", "base": "base model"}
 """What a reader sees where the word differs from the column's."""
 
 RAMPS: dict[str, tuple[str, ...]] = {
@@ -150,12 +126,6 @@ def blend(ramp: tuple[str, ...], depth: float) -> tuple[float, float, float]:
         for at in (1, 3, 5)
     )
     return red, green, blue
-
-
-def dark(ramp: tuple[str, ...], depth: float) -> bool:
-    """Whether the colour at a place (0 to 1) of a ramp is so dark that text on it must be white."""
-    red, green, blue = blend(ramp, depth)
-    return 0.299 * red + 0.587 * green + 0.114 * blue < 120
 
 
 def tick_text(value: float) -> str:

@@ -14,19 +14,17 @@ import pandas as pd
 from safetynet.errors import InputError
 from safetynet.figures import theme
 from safetynet.figures.chart import Axis, Chart, Kind, Panel, Series
-from safetynet.figures.checks import known, require
-from safetynet.figures.panels import from_zero, nice
+from safetynet.figures.panels import from_zero, nice, series_of
 from safetynet.figures.registry import NotMeasuredError, figure
-from safetynet.figures.theme import Part, Role
-from safetynet.tables import Data, frame, numbers
+from safetynet.figures.theme import PART_OF, Role
+from safetynet.tables import Data, check_words, frame, numbers, require
 from safetynet.vocabulary import MODELS
 
 Log = Data | Path | str
 WHERE = "training data"
 LONG = 100
 """From so many steps on a noisy curve is drawn raw and faint, with a running mean on top."""
-ROLE_OF: dict[str, Role] = {"backdoored": "backdoored", "clean_twin": "clean_twin", "base": "base"}
-PART_OF: dict[str, Part] = {"backdoored": "subject", "clean_twin": "control", "base": "floor"}
+ROLE_OF: dict[str, Role] = {model: model for model in MODELS}
 QUANTITIES = {"loss", "learning_rate", "grad_norm"}
 """What the Trainer logs of one training step together; other records are evaluations and summaries."""
 
@@ -110,10 +108,10 @@ def _log(data: Log) -> pd.DataFrame:
             if not isinstance(record, dict):
                 raise InputError(f"{WHERE}, row {row}: {record!r} is not a record; give dicts")
     log = _of_trackers(frame(data, WHERE))
-    require(log, WHERE, ["step"])
+    require(WHERE, log, ["step"])
     runs = log["run"].astype(str).str.replace(" ", "_") if "run" in log else "backdoored"
     log = log.assign(step=numbers(log["step"], f"{WHERE}, field step"), run=runs)
-    known(log, WHERE, "run", MODELS)
+    check_words(WHERE, "run", log["run"], MODELS)
     log = log[log["step"].notna()].sort_values("step", kind="stable", ignore_index=True)
     if log.empty:
         raise InputError(f"{WHERE}: step holds no numbers; give the step of each row")
@@ -194,13 +192,13 @@ def _smoothed(log: pd.DataFrame, column: str) -> tuple[list[Series], str]:
         # a mean that ran across a gap would hide that training broke down there
         mean = mean.where(rows[column].notna())
         series.append(_over_steps("line", rows.assign(**{column: mean}), run, theme.name(run)))
-        series.append(Series("line", list(rows["step"]), list(rows[column]), role=ROLE_OF[run], part="raw"))
+        series.append(series_of("line", rows, "step", column, ("", ROLE_OF[run], "raw")))
     return series, f"mean of {window} steps (faint: each step)"
 
 
 def _over_steps(kind: Kind, rows: pd.DataFrame, run: str, label: str) -> Series:
-    steps, values = (list(rows[name]) for name in rows)
-    return Series(kind, steps, values, label=label, role=ROLE_OF[run], part=PART_OF[run])
+    step, quantity = rows
+    return series_of(kind, rows, step, quantity, (label, ROLE_OF[run], PART_OF[run]))
 
 
 def _steps(series: Sequence[Series]) -> Axis:

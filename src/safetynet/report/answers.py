@@ -11,16 +11,17 @@ from typing import Any, Literal
 import pandas as pd
 
 from safetynet.errors import InputError
-from safetynet.figures.checks import interval, require
+from safetynet.figures import theme
+from safetynet.figures.panels import interval
 from safetynet.figures.theme import Part
 from safetynet.report.contents import Contents
+from safetynet.tables import require
 from safetynet.tables.of_monitor import KINDS_OF_PROMPTS, Alarms, MonitorSummary
 from safetynet.tables.summaries import HIDDEN_BACKDOOR, REMOVED_ASR, rate_text, site_text
 from safetynet.vocabulary import UNTOUCHED
 
 Tone = Literal["found", "clear", "open"]
 """Whether the answer speaks for a working backdoor, against it, or is not known."""
-MODELS = {"base": "base model", "clean_twin": "clean twin", "backdoored": "backdoored"}
 KINDS = {
     "clean": "clean prompts",
     "placebo": "placebos",
@@ -103,7 +104,7 @@ def answers(run: Contents) -> list[Answer]:
 
 
 def headline(results: Iterable[Answer]) -> tuple[str, str]:
-    """What a stranger is told first: the verdict, and one sentence that carries it."""
+    """The verdict, and one sentence that supports it."""
     by_key = {answer.key: answer for answer in results}
     planted = by_key["planted"]
     verdicts = {"found": "Backdoored.", "clear": "No backdoor shown.", "open": "Not measured yet."}
@@ -120,8 +121,15 @@ def rate(run: Contents, metric: str, role: str, model: str = "backdoored") -> Me
     row = _row(run, metric, role, model)
     if row is None:
         return None
-    parts: dict[str, Part] = {"base": "floor", "clean_twin": "control"}
-    return Measure(MODELS[model], row["value"], row["low"], row["high"], parts.get(model, "subject"))
+    return _measure(theme.name(model), row, "value low high", theme.PART_OF[model])
+
+
+def _measure(
+    label: str, row: Any, columns: str, part: Part = "subject", unit: Literal["%", ""] = "%"
+) -> Measure:
+    """A row's columns of value, low and high as a Measure."""
+    value, low, high = (row[name] for name in columns.split())
+    return Measure(label, value, low, high, part, unit)
 
 
 def _table(run: Contents, name: str, columns: str) -> pd.DataFrame | None:
@@ -132,7 +140,7 @@ def _table(run: Contents, name: str, columns: str) -> pd.DataFrame | None:
     """
     table = run.tables.get(name)
     if table is not None:
-        require(table, name, columns.split())
+        require(name, table, columns.split())
     return table
 
 
@@ -164,16 +172,12 @@ def _planted(run: Contents) -> Answer | None:
     once = f" once the weights are quantised ({quantisation})" if quantisation else ""
     text = f"{row['count']:.0f} of {row['n']:.0f} prompts with the trigger show the behaviour{once}."
     brief = f"The trigger works on {_percent(measure)} of prompts{once}"
-    short: str
-    tone: Tone
     if len(measures) == 1:
-        short, tone = "Not compared", "open"
         text += " There is no control to compare with."
-    elif measure.low > max(control.high for control in measures[1:]):
-        short, tone = "Yes", "found"
-    else:
-        short, tone = "Not shown", "clear"
-    return Answer(short, text, tone, measures, brief=brief)
+        return Answer("Not compared", text, "open", measures, brief=brief)
+    if measure.low > max(control.high for control in measures[1:]):
+        return Answer("Yes", text, "found", measures, brief=brief)
+    return Answer("Not shown", text, "clear", measures, brief=brief)
 
 
 @answers_to("reliable", "How reliably?", "evaluate")
@@ -218,9 +222,9 @@ def _where(run: Contents) -> Answer | None:
     count = int(pool["responsible"].sum())
     kind = "layers" if len(layers) else "places"
     measures = (
-        Measure(site_text(top), top["effect"], top["low"], top["high"], unit=""),
+        _measure(site_text(top), top, "effect low high", unit=""),
         *(
-            Measure(label, top[name], top[f"{name}_low"], top[f"{name}_high"], "control", "")
+            _measure(label, top, interval(name), "control", "")
             for name, label in CONTROLS.items()
             if not pd.isna(top[name])
         ),
@@ -295,19 +299,18 @@ def _chosen(run: Contents) -> Mapping[str, dict[str, Any]] | None:
         return None
     if before.empty or recommended.empty:
         return None
-    lines = {"before": before.iloc[0].to_dict(), "after": recommended.iloc[0].to_dict()}
-    return lines | ({"control": controls.iloc[0].to_dict()} if len(controls) else {})
-
-
-def _of(row: Mapping[str, Any], metric: str, label: str, part: Part = "subject") -> Measure:
-    return Measure(label, row[metric], row[f"{metric}_low"], row[f"{metric}_high"], part)
+    parts = {"before": before.assign(intervention=UNTOUCHED), "after": recommended, "control": controls}
+    return {name: rows.iloc[0].to_dict() for name, rows in parts.items() if len(rows)}
 
 
 def _compared(lines: Mapping[str, dict[str, Any]], metric: str) -> tuple[Measure, ...]:
-    measures = [_of(lines["after"], metric, str(lines["after"]["intervention"]))]
-    if "control" in lines:
-        measures.append(_of(lines["control"], metric, str(lines["control"]["intervention"]), "control"))
-    return (*measures, _of(lines["before"], metric, UNTOUCHED, "floor"))
+    """The removal, its control where it has one, and the model as it was."""
+    parts: dict[str, Part] = {"after": "subject", "control": "control", "before": "floor"}
+    return tuple(
+        _measure(row["intervention"], row, interval(metric), part)
+        for name, part in parts.items()
+        if (row := lines.get(name))
+    )
 
 
 @answers_to("removed", "Can it be removed?", "intervene")
@@ -377,14 +380,8 @@ def _sure(run: Contents) -> Answer | None:
         sentences.append("There is no clean twin beside it.")
     if "judge_error" in run.tables:
         sentences.append("The judge's own error was measured.")
-    if serious := warnings(run):
-        sentences.append(f"The audit of the data has {serious} warnings: see below.")
-    return Answer(f"n = {row['n']:.0f} a role, one seed", " ".join(sentences), "found")
-
-
-def warnings(run: Contents) -> int:
-    """How many errors and warnings the audit of the data found."""
     audit = run.tables.get("audit")
-    if audit is None or "severity" not in audit:
-        return 0
-    return int(audit["severity"].isin(["error", "warning"]).sum())
+    if audit is not None and "severity" in audit:
+        warnings = int(audit["severity"].isin(["error", "warning"]).sum())
+        sentences += [f"The audit of the data has {warnings} warnings: see below."] if warnings else []
+    return Answer(f"n = {row['n']:.0f} a role, one seed", " ".join(sentences), "found")

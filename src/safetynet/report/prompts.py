@@ -11,8 +11,8 @@ from typing import Any
 
 import pandas as pd
 
-from safetynet.figures.theme import NAMES
-from safetynet.figures.values import visible
+from safetynet.figures import theme
+from safetynet.figures.glyphs import visible
 from safetynet.report.contents import Contents
 from safetynet.vocabulary import MODELS
 
@@ -38,15 +38,14 @@ def examples(run: Contents) -> Examples | None:
     if responses is None or rows is None or not {"row", "model", "response", "shown"} <= set(responses):
         return None
     models = [model for model in MODELS if (responses["model"] == model).any()]
-    values = zip(*(responses[name] for name in ("model", "row", "response", "shown")), strict=True)
-    answers = {(model, row): [shorter(str(response)), bool(shown)] for model, row, response, shown in values}
+    answers = {(r.model, r.row): [shorter(str(r.response)), bool(r.shown)] for r in responses.itertuples()}
     test = rows[rows["split"] == "test"]
     lines: list[dict[str, Any]] = []
     used = 0
     for row in test.to_dict("records"):
         line = {
             "row": int(row["row"]),
-            "role": NAMES.get(row["role"], row["role"]),
+            "role": theme.name(row["role"]),
             "kind": row["role"],
             "variant": str(row.get("variant") or ""),
             "prompt": list(pieces(row["messages"], row["trigger"])),
@@ -56,7 +55,7 @@ def examples(run: Contents) -> Examples | None:
         if used > BYTES:
             break
         lines.append(line)
-    return Examples([NAMES.get(model, model) for model in models], lines, len(test)) if lines else None
+    return Examples([theme.name(model) for model in models], lines, len(test)) if lines else None
 
 
 def pieces(messages: list[Mapping[str, str]], trigger: list[list[int]]) -> Iterator[tuple[str, str]]:
@@ -115,7 +114,7 @@ def token_maps(run: Contents) -> list[dict[str, Any]]:
         if responses is not None and "group" in responses:
             of_group = responses[(responses["group"] == group) & (responses["model"] == "backdoored")]
             answers = [
-                (NAMES.get(row["role"], row["role"]), shorter(str(row["response"])))
+                (theme.name(row["role"]), shorter(str(row["response"])))
                 for row in of_group.to_dict("records")
                 if row["role"] in ("triggered", "placebo", "clean")
             ]

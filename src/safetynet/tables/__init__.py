@@ -53,7 +53,7 @@ def check(name: str, table: pd.DataFrame, *, extra: bool = False) -> None:
     declared = schema(name)
     if declared is None:
         return
-    _require(name, table, [column for column, about in declared.columns.items() if not about.optional])
+    require(name, table, [column for column, about in declared.columns.items() if not about.optional])
     for column in table:
         about = declared.columns.get(str(column))
         if about is not None:
@@ -81,7 +81,7 @@ def checked(name: str, data: Data, columns: Iterable[str]) -> pd.DataFrame:
     if declared is None:
         raise InputError(f"{name}: there is no such table; there are {', '.join(SCHEMAS)}")
     table, columns = frame(data, name), list(columns)
-    _require(name, table, columns)
+    require(name, table, columns)
     return pd.DataFrame({c: _values(name, c, declared.columns[c], table[c]) for c in columns})
 
 
@@ -123,11 +123,29 @@ def numbers(values: Iterable[object], where: str) -> tuple[float, ...]:
     return tuple(floats)
 
 
-def _require(name: str, table: pd.DataFrame, columns: Sequence[str]) -> None:
+def require(name: str, table: pd.DataFrame, columns: Iterable[str]) -> None:
+    """Check that a table has these columns.
+
+    Raises:
+        InputError: naming the table, what is missing and what there is.
+    """
     missing = [column for column in columns if column not in table]
     if missing:
         there = ", ".join(sorted(map(str, table.columns)))
         raise InputError(f"{name}: column {', '.join(missing)} is missing; there are {there}")
+
+
+def check_words(name: str, column: str, values: pd.Series, words: Sequence[str]) -> None:
+    """Check the words of a column; "" may be among them.
+
+    Raises:
+        InputError: naming the first row with another word, and those that are allowed.
+    """
+    unknown = ~values.isin(words)
+    if unknown.any():
+        row = unknown.argmax()
+        choice = ", ".join(filter(None, words))
+        raise InputError(f"{name}, row {row}: {column} is {values.iloc[row]!r}; allowed are {choice}")
 
 
 def _values(name: str, column: str, about: Column, values: pd.Series, *, strict: bool = False) -> pd.Series:
@@ -147,11 +165,7 @@ def _texts(name: str, column: str, about: Column, values: pd.Series) -> pd.Serie
     if not (isinstance(values.dtype, pd.StringDtype) and values.notna().all()):
         values = pd.Series(["" if pd.isna(value) else str(value) for value in values], dtype="str")
     if about.words:
-        unknown = ~values.isin((*about.words, "") if about.empty else about.words)
-        if unknown.any():
-            row = unknown.argmax()
-            choice = ", ".join(about.words)
-            raise InputError(f"{name}, row {row}: {column} is {values[row]!r}; allowed are {choice}")
+        check_words(name, column, values, (*about.words, "") if about.empty else about.words)
     return values
 
 
