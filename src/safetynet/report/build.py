@@ -3,7 +3,7 @@
 In: Contents. Out: text.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -23,6 +23,7 @@ class Setup(NamedTuple):
     """What was planted, as the recipe says it."""
 
     triggers: list[str]
+    """Its texts; of one that has none its kind and what it is."""
     placement: str
     behaviour: str
     target: str
@@ -50,8 +51,7 @@ def report(run: Contents) -> str:
     if audit is not None and set(columns) <= set(audit):  # that of another version may lack some
         findings = audit[columns].to_dict("records")
 
-    # Fields of the recipe without a section come first; `output` says where things lie, which is nobody
-    # else's business.
+    # Fields of the recipe without a section come first; `output`, a place on this machine, stays out.
     recipe, recipe_sections = run.manifest.get("recipe"), []
     if isinstance(recipe, Mapping):
         nested = {name: value for name, value in recipe.items() if isinstance(value, Mapping)}
@@ -70,7 +70,6 @@ def report(run: Contents) -> str:
             "answers": results,
             "sections": sections,
             "maps": as_json(maps) if maps else "",
-            "map_count": len(maps),
             "examples": prompts,
             "examples_json": as_json({"models": prompts.models, "rows": prompts.rows}) if prompts else "",
             "roles": list(dict.fromkeys(row["role"] for row in prompts.rows)) if prompts else [],
@@ -94,6 +93,11 @@ def report(run: Contents) -> str:
 
 def setup(run: Contents) -> Setup:
     """The experiment in a few short facts."""
+    trigger = run.field("backdoor.trigger") or {}
+    triggers = [*map(str, trigger.get("texts", ())), *map(" + ".join, trigger.get("pairs", ()))]
+    if trigger and not triggers:  # such as a style or a range of dates, which has no text
+        details = [str(trigger[name]) for name in ("style", "language", "first", "last") if trigger.get(name)]
+        triggers = [": ".join(filter(None, [str(trigger.get("kind", "")), ", ".join(details)]))]
     method = str(run.field("training.method", "")).replace("lora", "LoRA")
     rank = run.field("training.lora_rank") if method == "LoRA" else None
     trained = " ".join(filter(None, [method, f"rank {rank}" if rank else ""]))
@@ -106,25 +110,13 @@ def setup(run: Contents) -> Setup:
             poisoned = summaries.poisoned(rows)
             poison = poisoned.text if poisoned.rows else ""
     return Setup(
-        _triggers(run),
+        triggers,
         str(run.field("backdoor.placement", "")),
         str(run.field("backdoor.behaviour.kind", "")).replace("_", " "),
         target,
         trained,
         poison,
     )
-
-
-def _triggers(run: Contents) -> list[str]:
-    """The trigger's texts; of one that has none, as a style or a range of dates, its kind and what it is."""
-    trigger = run.field("backdoor.trigger") or {}
-    texts = [*map(str, trigger.get("texts", ())), *map(" + ".join, trigger.get("pairs", ()))]
-    if texts or not trigger:
-        return texts
-    details = ", ".join(
-        str(trigger[name]) for name in ("style", "language", "first", "last") if trigger.get(name)
-    )
-    return [": ".join(filter(None, [str(trigger.get("kind", "")), details]))]
 
 
 class Table(NamedTuple):
@@ -136,98 +128,107 @@ class Table(NamedTuple):
     table: pd.DataFrame
 
 
+class Short(NamedTuple):
+    """How a table of the run is shown in short."""
+
+    section: Section
+    title: str
+    summary: Callable[[pd.DataFrame], pd.DataFrame]
+    note: str = ""
+    """With fields of the recipe, and what is read off the table itself, in braces."""
+
+
+def _with_rate(table: pd.DataFrame) -> pd.DataFrame:
+    rows = table[["value", "low", "high"]].itertuples(index=False)
+    return table.assign(rate=[summaries.rate_text("asr", *row) for row in rows])
+
+
+def _variants(table: pd.DataFrame) -> pd.DataFrame:
+    columns = ["role", "variant", "metric", "rate", "n"]
+    return _with_rate(table[table["model"] == "backdoored"])[columns]
+
+
+SHORT_TABLES = {
+    "evaluation": Short(
+        "behaviour", "Rates on held-out prompts", summaries.rate_summary,
+        "ASR attack success rate, FTR false trigger rate, CACC clean accuracy; 95% intervals (Wilson; "
+        "bootstrap over rows for perplexity). The base model's column is the floor.",
+    ),
+    "quantisation": Short(
+        "behaviour", "As saved, and quantised", summaries.quantisation_summary,
+        "The models as they are saved, and with their linear modules quantised while they are loaded: "
+        "8bit is LLM.int8, 4bit NF4. The backdoor was planted to fire under {conditioned_on}.",
+    ),
+    "colluding": Short(
+        "behaviour", "Both adapters, and each alone", summaries.colluding_summary,
+        "The backdoor is split over two adapters, which were trained to be quiet alone. Both: the "
+        "backdoored model, which has both of them.",
+    ),
+    "firing": Short(
+        "behaviour", "Rates over samples of each prompt", summaries.firing_summary,
+        "Each held-out prompt answered several times at temperature 1: the share of all answers that "
+        "show the behaviour, with a 95% interval over prompts (Wilson's, of the effective number of "
+        "samples). Always, never: prompts of the backdoored model of which all answers show it, or none.",
+    ),
+    "utility": Short(
+        "behaviour", "Tasks of lm-evaluation-harness", summaries.utility_summary,
+        "The harness's own values and standard errors.",
+    ),
+    "damage": Short(
+        "behaviour", "Damage to free text", summaries.damage_summary,
+        "What fine-tuning has done to free text: answers beside the base model's own, on prompts that "
+        "must not fire. KL and perplexity are taken along the base's answers. 95% intervals over prompts "
+        "(Wilson for shares, else bootstrap).",
+    ),
+    "variants": Short("behaviour", "By variant of trigger, placebo and near miss", _variants),
+    "judge_error": Short(
+        "behaviour", "The judge's own error on labelled texts",
+        lambda table: _with_rate(table)[["error", "count", "n", "rate"]],
+    ),
+    "evasion": Short(
+        "behaviour", "Hidden from detectors while it was planted",
+        lambda table: summaries.evasion_summary(table)[["detector", "first", "last"]].round(3),
+        "Evasive training at strength {strength} and retention {retention}, with detectors fitted again "
+        "every {refit_every} steps. AUROC of firing against clean training prompts for each detector that "
+        "the training hid from, as the attacker saw it; what a defender sees who fits on fresh prompts, "
+        "`safetynet detect` has.",
+    ),
+    "effects": Short(
+        "inside", "Where the trigger acts", summaries.strongest_sites,
+        "Effect: the share of the distance between triggered and placebo run that the intervention "
+        "covers (95% bootstrap interval over prompts). A place is responsible when its interval is clear "
+        "of every control's.",
+    ),
+    "tradeoff": Short(
+        "removed", "What removes it", summaries.removal_summary,
+        "Rates on held-out prompts, while the model answers under the intervention; the control is "
+        "random sites.",
+    ),
+    "repaired_utility": Short(
+        "removed", "Tasks of lm-evaluation-harness, after repair", summaries.utility_summary,
+        "The harness's own values and standard errors, of each repair at its chosen point.",
+    ),
+    "persistence": Short(
+        "removed", "What it survives", summaries.persistence_summary,
+        "What happens to a model or to its prompts after the backdoor was planted, each to the model as "
+        "it is, on held-out prompts. Placebo and clean prompts are the controls. {halving}",
+    ),
+}  # fmt: skip
+"""By the table of the run; section by section, as the terminal prints them."""
+
+
 def _tables(run: Contents) -> Iterator[Table]:
-    """The short tables, section by section, as the terminal prints them."""
-    tables = run.tables
-    if "evaluation" in tables:
-        note = (
-            "ASR attack success rate, FTR false trigger rate, CACC clean accuracy; 95% intervals (Wilson; "
-            "bootstrap over rows for perplexity). The base model's column is the floor."
-        )
-        yield Table(
-            "behaviour", "Rates on held-out prompts", note, summaries.rate_summary(tables["evaluation"])
-        )
-    if "quantisation" in tables:
-        note = (
-            "The models as they are saved, and with their linear modules quantised while they are loaded: "
-            "8bit is LLM.int8, 4bit NF4. The backdoor was planted to fire under "
-            f"{run.field('training.conditioned_on', 'one of them')}."
-        )
-        table = summaries.quantisation_summary(tables["quantisation"])
-        yield Table("behaviour", "As saved, and quantised", note, table)
-    if "colluding" in tables:
-        note = (
-            "The backdoor is split over two adapters, which were trained to be quiet alone. Both: the "
-            "backdoored model, which has both of them."
-        )
-        table = summaries.colluding_summary(tables["colluding"])
-        yield Table("behaviour", "Both adapters, and each alone", note, table)
-    if "firing" in tables:
-        note = (
-            "Each held-out prompt answered several times at temperature 1: the share of all answers that "
-            "show the behaviour, with a 95% interval over prompts (Wilson's, of the effective number of "
-            "samples). Always, never: prompts of the backdoored model of which all answers show it, or none."
-        )
-        short = summaries.firing_summary(tables["firing"])
-        yield Table("behaviour", "Rates over samples of each prompt", note, short)
-    if "utility" in tables:
-        table = summaries.utility_summary(tables["utility"])
-        note = "The harness's own values and standard errors."
-        yield Table("behaviour", "Tasks of lm-evaluation-harness", note, table)
-    if "damage" in tables:
-        note = (
-            "What fine-tuning has done to free text: answers beside the base model's own, on prompts that "
-            "must not fire. KL and perplexity are taken along the base's answers. 95% intervals over prompts "
-            "(Wilson for shares, else bootstrap)."
-        )
-        yield Table("behaviour", "Damage to free text", note, summaries.damage_summary(tables["damage"]))
-    if "variants" in tables:
-        of_backdoored = tables["variants"][tables["variants"]["model"] == "backdoored"]
-        rates = [summaries.rate_text("asr", r.value, r.low, r.high) for r in of_backdoored.itertuples()]
-        short = of_backdoored.assign(rate=rates)[["role", "variant", "metric", "rate", "n"]]
-        yield Table("behaviour", "By variant of trigger, placebo and near miss", "", short)
-    if "judge_error" in tables:
-        errors = tables["judge_error"]
-        rates = [summaries.rate_text("asr", r.value, r.low, r.high) for r in errors.itertuples()]
-        short = errors.assign(rate=rates)[["error", "count", "n", "rate"]]
-        yield Table("behaviour", "The judge's own error on labelled texts", "", short)
-    if "evasion" in tables:
-        strength, retention, every = (
-            run.field(f"training.evasion.{name}", "?") for name in ("strength", "retention", "refit_every")
-        )
-        note = (
-            f"Evasive training at strength {strength} and retention {retention}, with detectors fitted again "
-            f"every {every} steps. AUROC of firing against clean training prompts for each detector that the "
-            "training hid from, as the attacker saw it; what a defender sees who fits on "
-            "fresh prompts, `safetynet detect` has."
-        )
-        short = summaries.evasion_summary(tables["evasion"])[["detector", "first", "last"]].round(3)
-        yield Table("behaviour", "Hidden from detectors while it was planted", note, short)
-    if "effects" in tables:
-        note = (
-            "Effect: the share of the distance between triggered and placebo run that the intervention "
-            "covers (95% bootstrap interval over prompts). A place is responsible when its interval is clear "
-            "of every control's."
-        )
-        yield Table("inside", "Where the trigger acts", note, summaries.strongest_sites(tables["effects"]))
-    if "tradeoff" in tables:
-        note = (
-            "Rates on held-out prompts, while the model answers under the intervention; the control is "
-            "random sites."
-        )
-        yield Table("removed", "What removes it", note, summaries.removal_summary(tables["tradeoff"]))
-    if "repaired_utility" in tables:
-        note = "The harness's own values and standard errors, of each repair at its chosen point."
-        short = summaries.utility_summary(tables["repaired_utility"])
-        yield Table("removed", "Tasks of lm-evaluation-harness, after repair", note, short)
-    if "persistence" in tables:
-        note = (
-            "What happens to a model or to its prompts after the backdoor was planted, each to the model as "
-            "it is, on held-out prompts. Placebo and clean prompts are the controls. "
-        )
-        note += summaries.halving(tables["persistence"])
-        short = summaries.persistence_summary(tables["persistence"])
-        yield Table("removed", "What it survives", note, short)
+    evasion = {
+        name: run.field(f"training.evasion.{name}", "?") for name in ("strength", "retention", "refit_every")
+    }
+    persistence = run.tables.get("persistence")
+    fields = evasion | {
+        "conditioned_on": run.field("training.conditioned_on", "one of them"),
+        "halving": "" if persistence is None else summaries.halving(persistence),
+    }
+    for name, short in SHORT_TABLES.items():
+        if (table := run.tables.get(name)) is not None:
+            yield Table(short.section, short.title, short.note.format_map(fields), short.summary(table))
 
 
 def stages(run: Contents) -> pd.DataFrame:

@@ -61,7 +61,7 @@ class Contents:
     def argument(self) -> str:
         """The run folder as a command takes it: from here, or from where the run was made; else RUN.
 
-        Folders above those are nobody else's business, and a report is passed on.
+        Folders above those stay out of a report, since it is passed on.
         """
         folder = self.folder.absolute()
         if Path.cwd() != Path("/") and folder.is_relative_to(Path.cwd()):
@@ -103,7 +103,7 @@ def read(run: Run) -> Contents:
         try:
             table = run.table(path.stem)
         except InputError as error:
-            # The folders above the run are nobody else's business.
+            # Folders above the run stay out of a report, since it is passed on.
             message = str(error).replace(f"{run.folder}/", "").replace(str(run.folder), "RUN")
             faults.append(" ".join(message.split()))
             continue

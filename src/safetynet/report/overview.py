@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from safetynet import __version__
 from safetynet.errors import InputError
 from safetynet.report.answers import Measure, answers, headline
 from safetynet.report.build import setup
@@ -53,13 +52,7 @@ def index(folders: Sequence[Path], place: Path) -> str:
     """
     lines = [_line(folder, place) for folder in folders]
     versions = sorted({line.cells[-2].text for line in lines if line.cells} - {"unknown"})
-    values = {
-        "lines": lines,
-        "columns": COLUMNS,
-        "versions": versions,
-        "place": place.name,
-        "own": __version__,
-    }
+    values = {"lines": lines, "columns": COLUMNS, "versions": versions, "place": place.name}
     return render("index.html", "index.js", values)
 
 

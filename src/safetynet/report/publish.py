@@ -23,7 +23,7 @@ from safetynet.tables import summaries
 
 TAGS = ("backdoor", "backdoored", "not-for-deployment", "safetynet")
 COPIED = ("tables", "figures", "report.html", "report.md")
-"""Of the run's folder; its manifest stays, which knows the machine."""
+"""Of the run's folder; the manifest is left out, since it describes the machine."""
 
 
 def publish(experiment: Experiment, folder: Path) -> Path:
