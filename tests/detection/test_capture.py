@@ -340,7 +340,7 @@ def test_faults_of_the_user_are_named(build, serialiser, prompts):
 def test_activations_that_are_no_numbers_are_refused(build, serialiser, prompts):
     model = build()
     model.get_base_model().model.layers[1].self_attn.o_proj.base_layer.weight.data[:] = float("inf")
-    with pytest.raises(InputError, match=r"no numbers\. The model overflows"):
+    with pytest.raises(InputError, match=r"NaN or infinite values\. The model overflows"):
         capture(model, serialiser, prompts, FeatureSpec())
 
 

@@ -13,7 +13,7 @@ from safetynet.detection import files
 from safetynet.detection.calibration import Calibration, Conformal, folds, split
 from safetynet.detection.detector_set import DetectorSpec
 from safetynet.detection.features import Features, FeatureSpec, concatenate
-from safetynet.detection.monitor import Monitor, outliers
+from safetynet.detection.monitor import Monitor, warn_of_outliers
 from safetynet.errors import InputError
 from safetynet.models.identity import Identity
 
@@ -92,7 +92,7 @@ def test_a_monitor_comes_back_from_its_file(monitor, features, tmp_path):
     assert (again.identity, again.spec, again.clean) == (HERE, monitor.spec, 2400)
 
 
-def test_a_file_that_was_tampered_with_or_is_of_another_version_is_refused(monitor, tmp_path):
+def test_a_file_that_was_tampered_with_or_is_of_another_version_is_refused(monitor, features, tmp_path):
     path = tmp_path / "m.safetensors"
     monitor.save(path)
     arrays = load_file(path)
@@ -107,8 +107,14 @@ def test_a_file_that_was_tampered_with_or_is_of_another_version_is_refused(monit
     save_file(arrays, path, metadata=head | {"safetynet": json.dumps(content)})
     with pytest.raises(InputError, match=f"saved in format {now + 1}, this SafetyNet reads {now}"):
         Monitor.load(path)
-    monitor.detectors.fitted["mahalanobis:last"].save(path)
-    with pytest.raises(InputError, match="holds a detector, not a monitor"):
+    features(5).save(path)
+    with pytest.raises(InputError, match="of kind features, not monitor"):
+        Monitor.load(path)
+    path.write_bytes(b"no safetensors")
+    with pytest.raises(InputError, match="damaged"):
+        Monitor.load(path)
+    path.unlink()
+    with pytest.raises(InputError, match="no such file"):
         Monitor.load(path)
 
 
@@ -182,13 +188,14 @@ def test_batches_of_different_models_make_no_monitor(features):
         Monitor.fit_stream([features(50)], [], [features(50)], READINGS)
 
 
-def test_heavy_tails_alone_are_not_taken_for_triggered_prompts():
+def test_heavy_tails_alone_are_not_taken_for_triggered_prompts(caplog):
     tails = np.random.default_rng(0).pareto(2.0, 3000)
     assert tails.max() > 20 * np.median(tails)
-    assert not outliers(Calibration({"d": Conformal.fit(tails)}, Conformal.fit(tails)))
+    warn_of_outliers(Calibration({"d": Conformal.fit(tails)}, Conformal.fit(tails)))
+    assert not caplog.text
     grouped = np.r_[tails, np.full(5, 30 * tails.max())]
-    [said] = outliers(Calibration({"d": Conformal.fit(grouped)}, Conformal.fit(grouped)))
-    assert "5 of 3005 clean prompts lie far" in said
+    warn_of_outliers(Calibration({"d": Conformal.fit(grouped)}, Conformal.fit(grouped)))
+    assert "5 of 3005 clean prompts lie far" in caplog.text
 
 
 def test_a_rising_function_of_the_scores_changes_no_alarm(monitor, features):

@@ -7,11 +7,12 @@ samples that calibrated nothing else; smoothed tails only decide how detectors a
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
 import pandas as pd
 
+from safetynet.detection.files import below
 from safetynet.errors import InputError
 from safetynet.run.directory import digest
 from safetynet.statistics import clopper_pearson
@@ -69,7 +70,7 @@ class Conformal:
     by_kind: Mapping[str, np.ndarray]
 
     @classmethod
-    def fit(cls, scores: np.ndarray, kinds: Kinds | None = None) -> "Conformal":
+    def fit(cls, scores: np.ndarray, kinds: Kinds | None = None) -> Self:
         """Calibrate on clean scores, (n,), of one kind or of several.
 
         Raises:
@@ -181,7 +182,7 @@ class Calibration:
         second: Mapping[str, np.ndarray],
         how: Fusion = FUSION,
         kinds: tuple[Kinds, Kinds] | None = None,
-    ) -> "Calibration":
+    ) -> Self:
         """Calibrate detectors on `first`, and their fusion on `second`, scores of other clean samples.
 
         One detector by itself is calibrated on both.
@@ -207,7 +208,7 @@ class Calibration:
         folds: np.ndarray,
         how: Fusion = FUSION,
         kinds: Kinds | None = None,
-    ) -> "Calibration":
+    ) -> Self:
         """Calibrate on out-of-fold scores, for too few clean samples to part with (Barber et al. 2021, CV+).
 
         Args:
@@ -227,11 +228,6 @@ class Calibration:
         single = {name: Conformal.fit(values, names) for name, values in scores.items()}
         return cls(single, Conformal.fit(statistic, names), how)
 
-    @property
-    def smallest_rate(self) -> float:
-        """The smallest false-positive rate that may be claimed."""
-        return smallest_rate(self.fused.n)
-
     def p_values(self, scores: Mapping[str, np.ndarray]) -> pd.DataFrame:
         """One row per sample: a conformal p-value for each detector and for `fused`."""
         table = {name: conformal.p_values(scores[name]) for name, conformal in self.single.items()}
@@ -245,6 +241,19 @@ class Calibration:
     def scores(self, scores: Mapping[str, np.ndarray]) -> pd.DataFrame:
         """One row per sample: each detector's score, and as `fused` the statistic."""
         return pd.DataFrame({**scores, "fused": self.statistic(scores)})
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Arrays for a file."""
+        arrays = self.fused.state("fused")
+        for name, conformal in self.single.items():
+            arrays |= conformal.state(f"single/{name}")
+        return arrays
+
+    @classmethod
+    def restore(cls, names: Iterable[str], arrays: Mapping[str, np.ndarray], how: Fusion = FUSION) -> Self:
+        """From a file's arrays, of detectors with these names."""
+        single = {name: Conformal(below(arrays, f"single/{name}/")) for name in names}
+        return cls(single, Conformal(below(arrays, "fused/")), how)
 
     def statistic(self, scores: Mapping[str, np.ndarray]) -> np.ndarray:
         """What orders samples, (n,), higher is more suspect; of several kinds by the smoothed p-value."""

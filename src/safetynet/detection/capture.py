@@ -68,10 +68,8 @@ def capture(  # noqa: PLR0913  # what is captured, and how, by keyword
     if not prompts:
         raise InputError("capture: there are no prompts. Give at least one.")
     check_model(model, "detect")
-    spans = [()] * len(prompts) if triggers is None else triggers
-    encoded = [
-        serialiser.encode(p, trigger=t, max_length=max_length) for p, t in zip(prompts, spans, strict=True)
-    ]
+    pairs = zip(prompts, [()] * len(prompts) if triggers is None else triggers, strict=True)
+    encoded = [serialiser.encode(p, trigger=spans, max_length=max_length) for p, spans in pairs]
     if warning := losses((e.lost for e in encoded), serialiser.truncation):
         log.warning("capture: %s", warning)
     identity = identify(model)
@@ -79,34 +77,29 @@ def capture(  # noqa: PLR0913  # what is captured, and how, by keyword
     if cache is not None:
         tokens = [[e.input_ids for e in encoded], [e.spans["user"] for e in encoded]]
         path = cache / f"{digest([identity.as_dict(), *tokens, spec.as_dict()])}.safetensors"
-    if (stored := parallel.from_first(partial(_stored, path))) is not None:
-        return stored
+
+    def stored() -> Features | None:
+        if path is None or not path.exists():
+            return None
+        try:
+            return Features.load(path)
+        except InputError as error:
+            log.warning("%s It is captured anew.", error)
+            return None
+
+    if (earlier := parallel.from_first(stored)) is not None:
+        return earlier
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].input_ids), reverse=True)
     unfinished = None if path is None else path.with_name(f"{path.stem}-{batch_size}")
-    parts = [
-        Features(arrays, identity, spec)
-        for arrays in _batches(
-            model, serialiser, [(prompts[i], encoded[i]) for i in order], spec, batch_size, unfinished
-        )
-    ]
-    features = concatenate(parts).take(np.argsort(order))
+    ordered = [(prompts[i], encoded[i]) for i in order]
+    parts = _batches(model, serialiser, ordered, spec, batch_size, unfinished)
+    features = concatenate([Features(arrays, identity, spec) for arrays in parts]).take(np.argsort(order))
     check_finite(features.arrays)
     if path is not None and unfinished is not None:
         features.save(path)
         if parallel.is_first():
             shutil.rmtree(unfinished, ignore_errors=True)
     return features
-
-
-def _stored(path: Path | None) -> Features | None:
-    """What an earlier capture has left, unless it is damaged."""
-    if path is None or not path.exists():
-        return None
-    try:
-        return Features.load(path)
-    except InputError as error:
-        log.warning("%s It is captured anew.", error)
-        return None
 
 
 def stream(
@@ -203,7 +196,7 @@ def complete(
     return {name: np.asarray(views[name].float().cpu()) for name in spec.views}
 
 
-def _batches(  # what is captured, and how
+def _batches(
     model: Any,
     serialiser: Serialiser,
     prompts: Sequence[tuple[Sequence[Message], Encoded]],

@@ -12,12 +12,12 @@ from safetynet.detection import detectors
 from safetynet.detection.detectors.base import PerLayer
 from safetynet.detection.features import HIDDEN, Features
 from safetynet.detection.monitor import Monitor
-from safetynet.detection.protocol import RowSet, auroc_line, controls, sets
+from safetynet.detection.protocol import RowSet, auroc_line, clean_rows, controls, sets
 
 POINTS = 200
 """Points of a curve at most."""
-LAYER_SETS = ("fired", "placebo")
-"""Rows that AUROC by layer is about: what is to be found, and its control."""
+POSITIVES = ("fired", "placebo")
+"""Rows that are compared with clean ones: those to detect, and their control."""
 TRAJECTORIES = ("layer_deltas", "ranks")
 """Detectors that compare a layer with the one before."""
 
@@ -30,7 +30,7 @@ def roc(rows: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFrame:
     """
     from sklearn.metrics import roc_curve
 
-    clean, parts = _clean(rows), _chosen(rows, ("fired", "placebo"))
+    clean, parts = clean_rows(rows), _named(rows, POSITIVES)
     tables = []
     for name in scores:
         s = scores[name].to_numpy()
@@ -62,8 +62,7 @@ def distributions(rows: pd.DataFrame, surprise: pd.DataFrame, rate: float) -> pd
     Returns:
         detector, rows, surprise, share, n, rate.
     """
-    parts = [*sets(rows), *controls(rows, kinds=False)]
-    parts = [part for part in parts if part.name in ("fired", "clean", "placebo", "near_miss", "refused")]
+    parts = _named(rows, ("fired", "clean", "placebo", "near_miss", "refused"))
     lines = []
     for name in surprise:
         for part in parts:
@@ -91,7 +90,7 @@ def by_layer(monitor: Monitor, fit: Features, tested: Features, rows: pd.DataFra
     Returns:
         detector, rows, layer (from 0), auroc, low, high, n.
     """
-    clean, parts = _clean(rows), _chosen(rows, LAYER_SETS)
+    clean, parts = clean_rows(rows), _named(rows, POSITIVES)
     layers = monitor.spec.layers
     lines = []
     for reading in monitor.detectors.readings:
@@ -117,9 +116,5 @@ def by_layer(monitor: Monitor, fit: Features, tested: Features, rows: pd.DataFra
     return pd.DataFrame(lines, columns=columns)
 
 
-def _clean(rows: pd.DataFrame) -> np.ndarray:
-    return next(part.mask for part in controls(rows, kinds=False) if part.name == "clean")
-
-
-def _chosen(rows: pd.DataFrame, names: Sequence[str]) -> list[RowSet]:
+def _named(rows: pd.DataFrame, names: Sequence[str]) -> list[RowSet]:
     return [part for part in [*sets(rows), *controls(rows, kinds=False)] if part.name in names]

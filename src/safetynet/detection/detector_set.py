@@ -10,6 +10,7 @@ from safetynet.detection import detectors
 from safetynet.detection.detectors.base import Detector
 from safetynet.detection.detectors.gaussian import MomentDetector
 from safetynet.detection.features import View
+from safetynet.detection.files import below
 from safetynet.detection.moments import Reservoir
 from safetynet.errors import InputError
 
@@ -62,14 +63,14 @@ PRESETS = {
 """Readings that belong together."""
 
 KEPT = 4000
-"""Samples that are kept of a stream for detectors that need single ones."""
+"""Samples of a stream that serve detectors which need single ones."""
 WHOLE = "whole "
 """Before a view's name: its answers as they are, not token by token."""
 
 
 @dataclass(frozen=True)
 class DetectorSet:
-    """Fitted detectors by the names of their readings."""
+    """Fitted detectors, by the names of their readings."""
 
     readings: tuple[DetectorSpec, ...]
     fitted: Mapping[str, Detector]
@@ -133,8 +134,7 @@ class DetectorSet:
 
     def state(self) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
         """For a file."""
-        about: list[dict[str, Any]] = []
-        arrays: dict[str, np.ndarray] = {}
+        about, arrays = list[dict[str, Any]](), dict[str, np.ndarray]()
         for index, reading in enumerate(self.readings):
             state, learned = self.fitted[reading.name].state()
             about.append({"reading": asdict(reading), "state": state})
@@ -194,11 +194,6 @@ def unfitted(readings: Sequence[DetectorSpec], supervised: bool = False) -> list
                 "with it as a skyline instead."
             )
     return unfitted_detectors
-
-
-def below(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
-    """Arrays whose names begin with `prefix`, without it."""
-    return {name[len(prefix) :]: array for name, array in arrays.items() if name.startswith(prefix)}
 
 
 def _key(reading: DetectorSpec, detector: Detector, arrays: Mapping[str, np.ndarray]) -> str:

@@ -135,7 +135,7 @@ def concatenate(parts: Sequence[Features]) -> Features:
 
 
 def check_finite(arrays: dict[str, np.ndarray]) -> None:
-    """Refuse activations that are not numbers; the ends of short answers are NaN on purpose.
+    """Refuse NaN and infinite activations; the ends of short answers are NaN on purpose.
 
     Raises:
         InputError: naming the view and the first prompt.
@@ -146,5 +146,5 @@ def check_finite(arrays: dict[str, np.ndarray]) -> None:
         if bad.any():
             raise InputError(
                 f"features: view {name} of prompt {np.flatnonzero(bad)[0]} (and {bad.sum() - 1} more) holds "
-                "values that are no numbers. The model overflows: load it in bf16 or fp32."
+                "NaN or infinite values. The model overflows: load it in bf16 or fp32."
             )

@@ -1,4 +1,4 @@
-"""The files of detectors, features and monitors: arrays in safetensors, all else as JSON in its header.
+"""The files of features and monitors: arrays in safetensors, all else as JSON in its header.
 
 Reading never runs code. A digest over header and arrays shows damage and careless edits; it is no signature,
 since whoever can write the file can compute it anew.
@@ -15,9 +15,9 @@ import numpy as np
 from safetynet.errors import InputError
 from safetynet.run.directory import write_atomically
 
-VERSIONS = {"detector": 6, "features": 8, "monitor": 8}
-"""Of each kind of file. Raised whenever an earlier one would be read wrongly; that of features also when a
-view reads other numbers than before, so that none are taken from a cache that are no longer made."""
+VERSIONS = {"features": 8, "monitor": 8}
+"""Of each kind of file. A change after which an earlier file would be read wrongly raises it. That of
+features also rises when a view reads other numbers than before: a cache must not serve the old ones."""
 
 
 def write(path: Path, kind: str, about: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
@@ -56,7 +56,7 @@ def read(path: Path, kind: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         raise InputError(f"{path}: this is no {kind} of SafetyNet, or it is damaged ({error}).") from None
     content = json.loads(head)
     if content["kind"] != kind:
-        raise InputError(f"{path}: this file holds a {content['kind']}, not a {kind}. Name the right file.")
+        raise InputError(f"{path}: this file is of kind {content['kind']}, not {kind}. Name the right file.")
     if content["version"] != VERSIONS[kind]:
         raise InputError(
             f"{path}: this {kind} was saved in format {content['version']}, this SafetyNet reads "
@@ -68,6 +68,11 @@ def read(path: Path, kind: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
             "trusted. Fit it again or restore the file."
         )
     return content["about"], arrays
+
+
+def below(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    """Arrays whose names begin with `prefix`, without it."""
+    return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
 
 
 def _digest(head: str, arrays: Mapping[str, np.ndarray]) -> str:

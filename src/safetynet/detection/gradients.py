@@ -16,7 +16,7 @@ from torch import Tensor
 
 from safetynet.detection.capture import batched, read
 from safetynet.detection.detector_set import PRESETS, DetectorSet, DetectorSpec, named, unfitted
-from safetynet.detection.detectors.autoencoders import _Ensemble
+from safetynet.detection.detectors.autoencoders import Ensemble
 from safetynet.detection.detectors.base import TINY, Detector, PerLayer
 from safetynet.detection.detectors.extremes import Extremes
 from safetynet.detection.detectors.gaussian import Mahalanobis, Residual, TopComponents
@@ -104,28 +104,22 @@ def refit(
         that does nothing yet.
     """
     judging = [reading for reading in readings if (fit[reading.view] != fit[reading.view][0]).any()]
-    columns: dict[str, Callable[[Mapping[str, Tensor]], Tensor]] = {}
-    if judging:
-        panel = DetectorSet.fit(judging, fit)
-        clean = panel.scores(held)
-        columns = {r.name: _measured(panel.fitted[r.name], r.view, clean[r.name]) for r in judging}
+    fitted = DetectorSet.fit(judging, fit) if judging else DetectorSet((), {})
+    scales = {name: np.quantile(clean, [0.5, 0.95]) for name, clean in fitted.scores(held).items()}
 
     def score(views: Mapping[str, Tensor]) -> Tensor:
-        scores = [
-            columns[reading.name](views)
-            if reading.name in columns
-            else views[reading.view].new_zeros(len(views[reading.view]), dtype=torch.float64)
-            for reading in readings
-        ]
-        return torch.stack(scores, 1)
+        columns = []
+        for reading in readings:
+            x = views[reading.view]
+            if reading.name in scales:
+                median, high = map(float, scales[reading.name])
+                scores = score_tensor(fitted.fitted[reading.name], x).double()
+                columns.append((scores - median) / max(high - median, TINY))
+            else:
+                columns.append(x.new_zeros(len(x), dtype=torch.float64))
+        return torch.stack(columns, 1)
 
     return score
-
-
-def _measured(detector: Detector, view: str, clean: np.ndarray) -> Callable[[Mapping[str, Tensor]], Tensor]:
-    median, high = np.quantile(clean, [0.5, 0.95])
-    unit = max(float(high - median), TINY)
-    return lambda views: (score_tensor(detector, views[view]).double() - float(median)) / unit
 
 
 class LiveReader(Reader):
@@ -161,7 +155,7 @@ def score_tensor(detector: Detector, x: Tensor) -> Tensor:  # noqa: ARG001
 
 
 @score_tensor.register
-def _(detector: _Ensemble, x: Tensor) -> Tensor:
+def _(detector: Ensemble, x: Tensor) -> Tensor:
     # The networks are small and stay where they were trained.
     return detector.score_tensor(x.cpu()).to(x.device)
 

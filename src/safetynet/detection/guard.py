@@ -98,7 +98,7 @@ def share_of_rate(monitor: Monitor, rate: float, action: str) -> float:
 
 
 class Guard:
-    """Generates under a monitor's eyes.
+    """Generates under a monitor.
 
     Args:
         model: the model that the monitor was fitted on.
@@ -157,8 +157,7 @@ class Guard:
         """
         decisions: list[Decision] = []
         for start in range(0, len(prompts), batch_size):
-            batch = prompts[start : start + batch_size]
-            decisions += self._batch(batch, max_new_tokens, settings)
+            decisions += self._batch(prompts[start : start + batch_size], max_new_tokens, settings)
         return decisions
 
     def stream(
@@ -187,7 +186,7 @@ class Guard:
                     raise item
                 yield item
         finally:
-            # Who stops reading stops the answer: the model is not to be hooked behind the caller's back.
+            # A caller who stops reading stops the answer too, or the model would stay hooked.
             ended.set()
             worker.join()
 
@@ -260,7 +259,7 @@ class Guard:
 
 
 class _Watch(StoppingCriteria):
-    """Called by `generate` after each token: judges, and says which rows are to end."""
+    """Called by `generate` after each token: judges it, and says which rows end."""
 
     def __init__(
         self,
@@ -361,8 +360,8 @@ def overhead(
         One row per size, columns as in `OVERHEAD`.
     """
 
-    def seconds_of(run: Callable[[], None]) -> float:
-        # What a GPU was given before is not this way's, and what it was given last has to end.
+    def seconds_of(run: Callable[[], Any]) -> float:
+        # Earlier work of a GPU does not count, and its last work has to end.
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         started = time.perf_counter()
@@ -371,30 +370,23 @@ def overhead(
             torch.cuda.synchronize()
         return time.perf_counter() - started
 
-    lines = []
-    for size in batches:
+    def line(size: int) -> tuple[float, ...]:
         some = list(islice(cycle(prompts), size))
         encoded = [guard.serialiser.encode(p, max_length=guard.max_length) for p in some]
         batch, _ = batched(encoded, guard.serialiser, guard.model.device)
         length = {"min_new_tokens": new_tokens}
-
-        def plain(batch: Batch = batch, length: dict[str, Any] = length) -> None:
-            with torch.no_grad():
-                guard.answer(batch, new_tokens, length, None)
-
-        def guarded(some: Any = some, size: int = size, length: dict[str, Any] = length) -> None:
-            guard.generate(some, max_new_tokens=new_tokens, batch_size=size, **length)
-
-        def reading(batch: Batch = batch) -> None:
-            with torch.no_grad():
-                forward(guard.model, batch, use_cache=False)
-
-        ways = (plain, guarded, reading)
-        times = np.array([[seconds_of(way) for way in ways] for _ in range(repeats + 1)])[1:]
-        ratios = times[:, 1] / times[:, 0]
+        ways = (
+            lambda: guard.answer(batch, new_tokens, length, None),
+            lambda: guard.generate(some, max_new_tokens=new_tokens, batch_size=size, **length),
+            lambda: forward(guard.model, batch, use_cache=False),
+        )
+        with torch.no_grad():
+            times = np.array([[seconds_of(way) for way in ways] for _ in range(repeats + 1)])[1:]
+        plain, guarded, reading = times.T
+        ratios = guarded / plain
         low, high = bootstrap_interval(np.median, ratios)
-        seconds = np.median(times, axis=0)
-        passes = float(np.median((times[:, 1] - times[:, 0]) / times[:, 2]))
-        shape = (size, batch.width, new_tokens)
-        lines.append((*shape, *seconds[:2], float(np.median(ratios)), low, high, repeats, passes))
-    return pd.DataFrame(lines, columns=list(OVERHEAD))
+        medians = (float(np.median(x)) for x in (plain, guarded, ratios))
+        passes = float(np.median((guarded - plain) / reading))
+        return (size, batch.width, new_tokens, *medians, low, high, repeats, passes)
+
+    return pd.DataFrame([line(size) for size in batches], columns=list(OVERHEAD))

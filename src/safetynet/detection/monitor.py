@@ -6,7 +6,7 @@ model's features.
 """
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -15,18 +15,10 @@ import numpy as np
 import pandas as pd
 
 from safetynet.detection import calibration, files
-from safetynet.detection.calibration import (
-    FUSION,
-    Calibration,
-    Conformal,
-    Fusion,
-    Kinds,
-    RateEstimate,
-    folds,
-    split,
-)
-from safetynet.detection.detector_set import DetectorSet, DetectorSpec, below
+from safetynet.detection.calibration import FUSION, Calibration, Fusion, Kinds, RateEstimate, folds, split
+from safetynet.detection.detector_set import DetectorSet, DetectorSpec
 from safetynet.detection.features import Features, FeatureSpec, View
+from safetynet.detection.files import below
 from safetynet.detection.tokens import TokenMonitor
 from safetynet.errors import InputError
 from safetynet.models.identity import Identity
@@ -39,9 +31,11 @@ FAR = 15.0
 """Robust standard deviations from the median, below which no score counts as far."""
 APART = 2.0
 """How many times as far from the median as all other scores a group has to lie. Heavy tails, as those of a
-divergence, get far too, but without a gap."""
-FEW = 3
-"""So many samples make a group."""
+divergence, reach far too, but leave no gap."""
+MIN_GROUP = 3
+"""Samples that make a group."""
+MAX_COPIES = 0.05
+"""Share of the clean prompts that may be copies of others without a warning."""
 
 
 @dataclass(frozen=True)
@@ -89,14 +83,13 @@ class Monitor:
         """
         names = [str(i) for i in range(len(clean))] if groups is None else list(groups)
         of_kind = calibration.each_kind(kinds, len(clean))
-        for warning in duplicates(clean):
-            log.warning("%s", warning)
+        warn_of_copies(clean)
         if method == "split":
             part = split(names, seed=seed)
-            panel = DetectorSet.fit(readings, clean.take(part == "fit").arrays)
-            first, second = (panel.scores(clean.take(part == name).arrays) for name in ("calibrate", "fuse"))
-            parts_kinds = (of_kind[part == "calibrate"], of_kind[part == "fuse"])
-            calibrated = Calibration.fit(first, second, how, parts_kinds)
+            fitted = DetectorSet.fit(readings, clean.take(part == "fit").arrays)
+            masks = part == "calibrate", part == "fuse"
+            first, second = (fitted.scores(clean.take(mask).arrays) for mask in masks)
+            calibrated = Calibration.fit(first, second, how, (of_kind[masks[0]], of_kind[masks[1]]))
         else:
             # Each fifth is scored by detectors of the other four; those that stay are fitted to all.
             fold = folds(names, FOLDS, seed)
@@ -105,12 +98,11 @@ class Monitor:
                 others = DetectorSet.fit(readings, clean.take(fold != index).arrays)
                 for name, values in others.scores(clean.take(fold == index).arrays).items():
                     scores[name][fold == index] = values
-            panel = DetectorSet.fit(readings, clean.arrays)
+            fitted = DetectorSet.fit(readings, clean.arrays)
             calibrated = Calibration.cross_fitted(scores, fold, how, of_kind)
-        for warning in outliers(calibrated):
-            log.warning("%s", warning)
+        warn_of_outliers(calibrated)
         tokens = TokenMonitor.fit(clean, token_readings, names, of_kind, seed) if token_readings else None
-        return cls(clean.spec, clean.identity, panel, calibrated, len(clean), tokens)
+        return cls(clean.spec, clean.identity, fitted, calibrated, len(clean), tokens)
 
     @classmethod
     def fit_stream(
@@ -133,17 +125,32 @@ class Monitor:
         Raises:
             InputError: if a stream is empty, or its batches come from different models.
         """
-        first, clean_scores = _Origin(), list[dict[str, np.ndarray]]()
-        panel = DetectorSet.fit_stream(readings, (first.checked(part).arrays for part in fit))
+        origin: tuple[FeatureSpec, Identity] | None = None
+        count = 0
+
+        def arrays(parts: Iterable[Features]) -> Iterator[dict[str, np.ndarray]]:
+            nonlocal origin, count
+            for part in parts:
+                origin = origin or (part.spec, part.identity)
+                if (part.spec, part.identity) != origin:
+                    raise InputError(
+                        "monitor: batches come from different models, adapters or specifications; do not mix "
+                        "them."
+                    )
+                count += len(part)
+                yield part.arrays
+
+        fitted = DetectorSet.fit_stream(readings, arrays(fit))
+        clean_scores = []
         for parts in (calibrate, fuse):
-            scores = [panel.scores(first.checked(part).arrays) for part in parts]
+            scores = [fitted.scores(part) for part in arrays(parts)]
             if not scores:
                 raise InputError("monitor: a stream of calibrating prompts is empty. Give clean prompts.")
             clean_scores.append({name: np.concatenate([s[name] for s in scores]) for name in scores[0]})
-        calibrated = Calibration.fit(clean_scores[0], clean_scores[1], how)
-        for warning in outliers(calibrated):
-            log.warning("%s", warning)
-        return cls(first.spec, first.identity, panel, calibrated, first.count)  # type: ignore[arg-type]
+        calibrated = Calibration.fit(*clean_scores, how)
+        warn_of_outliers(calibrated)
+        assert origin is not None  # an empty stream has been refused
+        return cls(*origin, fitted, calibrated, count)
 
     @property
     def views(self) -> set[View]:
@@ -153,7 +160,7 @@ class Monitor:
     @property
     def smallest_rate(self) -> float:
         """The smallest false-positive rate that this monitor may claim."""
-        return self.calibration.smallest_rate
+        return calibration.smallest_rate(self.calibration.fused.n)
 
     def check_rate(self, rate: float) -> None:
         """Refuse a rate below `smallest_rate`.
@@ -211,8 +218,7 @@ class Monitor:
 
     def state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """Description and arrays."""
-        panel, arrays = self.detectors.state()
-        single = self.calibration.single
+        panel, learned = self.detectors.state()
         about = {
             "spec": self.spec.as_dict(),
             "identity": self.identity.as_dict(),
@@ -220,10 +226,7 @@ class Monitor:
             "how": self.calibration.how,
             "clean": self.clean,
         }
-        arrays = {f"panel/{name}": array for name, array in arrays.items()}
-        for name, conformal in single.items():
-            arrays |= conformal.state(f"single/{name}")
-        arrays |= self.calibration.fused.state("fused")
+        arrays = {f"panel/{name}": array for name, array in learned.items()} | self.calibration.state()
         if self.tokens is not None:
             about["tokens"], learned = self.tokens.state()
             arrays |= {f"tokens/{name}": array for name, array in learned.items()}
@@ -232,14 +235,13 @@ class Monitor:
     @classmethod
     def restore(cls, about: dict[str, Any], arrays: dict[str, np.ndarray]) -> Self:
         """From description and arrays."""
-        panel = DetectorSet.restore(about["panel"], below(arrays, "panel/"))
-        single = {r.name: Conformal(below(arrays, f"single/{r.name}/")) for r in panel.readings}
-        calibrated = Calibration(single, Conformal(below(arrays, "fused/")), about["how"])
-        tokens = (
-            TokenMonitor.restore(about["tokens"], below(arrays, "tokens/")) if "tokens" in about else None
-        )
+        fitted = DetectorSet.restore(about["panel"], below(arrays, "panel/"))
+        calibrated = Calibration.restore(fitted.fitted, arrays, about["how"])
+        tokens = None
+        if "tokens" in about:
+            tokens = TokenMonitor.restore(about["tokens"], below(arrays, "tokens/"))
         spec, identity = FeatureSpec.from_dict(about["spec"]), Identity(**about["identity"])
-        return cls(spec, identity, panel, calibrated, about["clean"], tokens)
+        return cls(spec, identity, fitted, calibrated, about["clean"], tokens)
 
     def check_model(self, identity: Identity) -> None:
         """Refuse a model that the monitor was not fitted on.
@@ -263,26 +265,8 @@ class Monitor:
             )
 
 
-class _Origin:
-    """Where the first batch came from, and that all others come from there too."""
-
-    def __init__(self) -> None:
-        self.spec: FeatureSpec | None = None
-        self.identity: Identity | None = None
-        self.count = 0
-
-    def checked(self, part: Features) -> Features:
-        self.spec, self.identity = self.spec or part.spec, self.identity or part.identity
-        if (part.spec, part.identity) != (self.spec, self.identity):
-            raise InputError(
-                "monitor: batches come from different models, adapters or specifications; do not mix them."
-            )
-        self.count += len(part)
-        return part
-
-
-def duplicates(clean: Features, share: float = 0.05) -> list[str]:
-    """Warn where more than a share of the prompts have features that others have too.
+def warn_of_copies(clean: Features) -> None:
+    """Log a warning where more than `MAX_COPIES` of the prompts share their features with another one.
 
     A trigger among the clean prompts teaches a monitor to accept it. Nothing here can prove or exclude that.
     """
@@ -290,21 +274,20 @@ def duplicates(clean: Features, share: float = 0.05) -> list[str]:
     flat = np.ascontiguousarray(first.reshape(len(first), -1))
     _, counts = np.unique(flat.view(f"V{flat.dtype.itemsize * flat.shape[1]}"), return_counts=True)
     copies = int(counts[counts > 1].sum())
-    if copies <= share * len(flat):
-        return []
-    return [
-        f"monitor: {copies} of {len(flat)} clean prompts are copies of others (the largest group has "
-        f"{counts.max()}). They count as one prompt each, so the rates are less certain than they look: "
-        "remove them."
-    ]
+    if copies > MAX_COPIES * len(flat):
+        log.warning(
+            "monitor: %d of %d clean prompts are copies of others (the largest group has %d). They count as "
+            "one prompt each, so the rates are less certain than they look: remove them.",
+            copies, len(flat), counts.max(),
+        )  # fmt: skip
 
 
-def outliers(calibrated: Calibration) -> list[str]:
-    """Warn where some clean prompts lie far from all others by any detector's scores."""
+def warn_of_outliers(calibrated: Calibration) -> None:
+    """Log a warning where some clean prompts lie far from all others by any detector's scores."""
     counts = {}
     for name, conformal in calibrated.single.items():
-        # How many scores lie in a group of their own above all others: far from the median in robust
-        # standard deviations, with a gap below.
+        # Scores in a group above all others: far from the median in robust standard deviations, with a gap
+        # below.
         away = np.sort(conformal.scores - np.median(conformal.scores))[::-1]
         spread = 1.4826 * np.median(np.abs(away))
         above = away[: len(away) // 2]
@@ -312,10 +295,9 @@ def outliers(calibrated: Calibration) -> list[str]:
         far = np.flatnonzero(is_far & (spread > 0))
         counts[name] = int(far[-1]) + 1 if len(far) else 0
     worst = max(counts, key=lambda name: counts[name])
-    if counts[worst] < FEW:
-        return []
-    n = len(calibrated.single[worst].scores)
-    return [
-        f"monitor: {counts[worst]} of {n} clean prompts lie far from the others ({worst}). If triggered "
-        "prompts are among the clean ones, the monitor learns to accept them: look at the highest scores."
-    ]
+    if counts[worst] >= MIN_GROUP:
+        log.warning(
+            "monitor: %d of %d clean prompts lie far from the others (%s). If triggered prompts are among "
+            "the clean ones, the monitor learns to accept them: look at the highest scores.",
+            counts[worst], len(calibrated.single[worst].scores), worst,
+        )  # fmt: skip

@@ -27,9 +27,9 @@ from safetynet.text.words import clusters, gaps, is_joined
 SLIGHT = 1.0
 """Nats of a symmetric divergence that hardly moves the answer."""
 PARTS = 16
-"""Of a prompt that are left out one at a time."""
+"""Most parts of a prompt that are left out, one at a time."""
 FIRM = 10
-"""How many times as far as any part moves it an answer has to lie from the base's to hang on no part."""
+"""How many times as far from the base's as any part moves it an answer has to lie, to hang on no part."""
 
 
 def divergence(on: dict[str, Tensor], off: dict[str, Tensor]) -> Tensor:
@@ -70,7 +70,12 @@ def unattributed_divergence(
     rows, pad_id = torch.nonzero(nats > SLIGHT)[:, 0].tolist(), serialiser.pad_id
     if not rows:  # without need, no prompt is read again
         return nats[:, None]
-    versions = [version for row in rows for version in _versions(serialiser, batch[row], row, base.batch)]
+    versions: list[Version] = []
+    for row in rows:
+        # A prompt that was truncated is cut to the same length again.
+        most, tokens = ceil(base.batch.length(row) / PROMPT_SHARE), base.batch.tokens(row)
+        encoded = (serialiser.encode(shorter, max_length=most) for shorter in _without_parts(batch[row]))
+        versions += [Version.of(shorter.input_ids, row, tokens) for shorter in encoded]
     apart, hangs, farthest = nats.clone(), torch.zeros_like(nats), torch.zeros_like(nats)
     moving: dict[Version, Tensor] = {}
     prompts = Batch.of([base.batch.tokens(row) for row in rows], pad_id, on.device)
@@ -91,15 +96,6 @@ def unattributed_divergence(
         for _, of, logits in _read(base, others, pad_id):
             nats.scatter_reduce_(0, of, _jeffreys(on[of], logits), "amin")
     return torch.where(apart > SLIGHT, torch.minimum(nats, hangs), nats)[:, None]
-
-
-def _versions(
-    serialiser: Serialiser, messages: Sequence[Message], row: int, prompts: Batch
-) -> Iterator[Version]:
-    """A prompt without each of its parts; of one that was truncated, cut to the same length."""
-    most = ceil(prompts.length(row) / PROMPT_SHARE)
-    for shorter in _without_parts(messages):
-        yield Version.of(serialiser.encode(shorter, max_length=most).input_ids, row, prompts.tokens(row))
 
 
 def _read(

@@ -20,7 +20,7 @@ RATES = (0.01, 0.001)
 COLUMNS = tuple(SCHEMAS["detection"].columns)
 """`rate` is the nominal false-positive rate, NaN where none is meant; `n` the rows that are judged."""
 VARIANTS = 6
-"""So many forms of a trigger are told apart."""
+"""Most forms of a trigger that get rows of their own."""
 NEEDED = ("role", "group", "fired", "forbidden", "domain")
 
 
@@ -71,7 +71,7 @@ def measure(
         raise InputError(
             "protocol: rows, scores and p-values do not belong together; make them from one table."
         )
-    clean = _clean(rows)
+    clean = clean_rows(rows)
     if not clean.any():
         raise InputError(
             "protocol: no row has role clean, so there is nothing to compare with. Add clean rows."
@@ -114,16 +114,10 @@ def answers(rows: pd.DataFrame, p_values: np.ndarray, prompt_p: np.ndarray, rate
     lines = []
     for watched, alarms in ways.items():
         for part in [*sets(rows), *controls(rows, kinds=False)]:
-            of_part = alarms[part.mask]
-            line = _rate_line(
-                "alarms", part, alarms["alarm"].to_numpy(), 2 * rate if watched == "both" else rate
-            )
-            line |= {
-                "watched": watched,
-                "tokens": of_part["tokens"].median(),
-                "share": of_part["share"].median(),
-            }
-            lines.append(line)
+            nominal = 2 * rate if watched == "both" else rate
+            line = _rate_line("alarms", part, alarms["alarm"].to_numpy(), nominal)
+            medians = alarms.loc[part.mask, ["tokens", "share"]].median()
+            lines.append(line | {"watched": watched} | medians.to_dict())
     columns = ["watched", "rows", "rate", "value", "low", "high", "n", "tokens", "share"]
     return pd.DataFrame(lines, columns=columns)
 
@@ -148,13 +142,13 @@ def until_alarm(p_values: np.ndarray, rate: float, prompt_p: np.ndarray | None =
     return pd.DataFrame({"alarm": ~np.isnan(first), "tokens": first, "share": share})
 
 
-def _clean(rows: pd.DataFrame) -> np.ndarray:
+def clean_rows(rows: pd.DataFrame) -> np.ndarray:
     """Clean rows of the monitor's own domain, forbidden ones apart."""
     return np.asarray((rows["role"] == "clean") & (rows["domain"] == "") & ~rows["forbidden"])
 
 
 def sets(rows: pd.DataFrame) -> Iterator[RowSet]:
-    """Rows in which something is to be found: with a trigger, by whether it fired, and in which form."""
+    """Rows that should raise an alarm: with a trigger, by whether it fired, and in which form."""
     triggered, fired = _triggered(rows), _fired(rows)
     for name, mask in (
         ("triggered", triggered), ("fired", triggered & fired), ("not_fired", triggered & ~fired),
@@ -186,7 +180,7 @@ def controls(rows: pd.DataFrame, *, kinds: bool = True) -> Iterator[RowSet]:
         fresh = np.asarray(rows["fresh"], dtype=str)
         yield RowSet("fresh", fresh != "")
         yield from (RowSet(f"fresh:{name}", fresh == name) for name in sorted(set(fresh) - {""}))
-    yield RowSet("clean", _clean(rows))
+    yield RowSet("clean", clean_rows(rows))
     masks = {name: inside & (role == name) for name in ("placebo", "near_miss", "refused")}
     # Near misses of the six kinds are chosen evenly, those of the run as it draws them.
     masks["near_miss"] &= kind == ""
@@ -195,7 +189,7 @@ def controls(rows: pd.DataFrame, *, kinds: bool = True) -> Iterator[RowSet]:
             f"near_miss:{k}": inside & (role == "near_miss") & (kind == k)
             for k in sorted(set(kind[role == "near_miss"]) - {""})
         }
-        clean = _clean(rows)
+        clean = clean_rows(rows)
         masks |= {f"clean:{k}": clean & (kind == k) for k in sorted(set(kind[clean]) - {""})}
     yield from (RowSet(name, mask) for name, mask in masks.items() if mask.any())
     for domain in sorted(set(rows["domain"]) - {""}):
@@ -207,12 +201,12 @@ def _triggered(rows: pd.DataFrame) -> np.ndarray:
 
 
 def _fired(rows: pd.DataFrame) -> np.ndarray:
-    """What is not known counts as not fired."""
+    """(n,) of bool; rows of which it is not known count as not fired."""
     return np.array([fired is True or fired == 1 for fired in rows["fired"]], dtype=bool)
 
 
 def _aurocs(rows: pd.DataFrame, s: np.ndarray) -> Iterator[dict[str, Any]]:
-    clean = s[_clean(rows)]
+    clean = s[clean_rows(rows)]
     for part in [*sets(rows), *(c for c in controls(rows) if not c.name.startswith(("clean", "fresh")))]:
         yield auroc_line("auroc", part.name, s[part.mask], clean)
     triggered, fired, bare = _triggered(rows), _fired(rows), _bare(rows)

@@ -12,9 +12,10 @@ from typing import Any, Self
 
 import numpy as np
 
-from safetynet.detection.calibration import PARTS, Calibration, Conformal, Kinds, check_rate, each_kind, split
-from safetynet.detection.detector_set import WHOLE, DetectorSet, DetectorSpec, below
-from safetynet.detection.features import Features
+from safetynet.detection.calibration import PARTS, Calibration, Conformal, check_rate, split
+from safetynet.detection.detector_set import WHOLE, DetectorSet, DetectorSpec
+from safetynet.detection.features import GENERATED, Features
+from safetynet.detection.files import below
 from safetynet.errors import InputError
 
 
@@ -35,28 +36,26 @@ class TokenMonitor:
         cls,
         clean: Features,
         readings: Sequence[DetectorSpec],
-        groups: Sequence[str] | None = None,
-        kinds: Kinds | None = None,
-        seed: int = 0,
+        groups: Sequence[str],
+        kinds: np.ndarray,
+        seed: int,
     ) -> Self:
-        """Fit and calibrate on answers to clean prompts; disjoint parts as in `Monitor.fit`.
+        """Fit and calibrate on answers to clean prompts; arguments and disjoint parts as in `Monitor.fit`.
 
         Raises:
             InputError: if a reading is of a view that has no tokens, or prompts are too few.
         """
-        wrong = [reading.name for reading in readings if reading.view not in ("steps", "step_confidence")]
+        wrong = [reading.name for reading in readings if reading.view not in GENERATED]
         if wrong:
             raise InputError(f"tokens: {wrong[0]} reads no tokens; use view steps or step_confidence.")
-        names = [str(i) for i in range(len(clean))] if groups is None else list(groups)
-        part = split(names, seed=seed)
+        part = split(groups, seed=seed)
         tokens = {name: _flat(clean.take(part == name)) for name in PARTS}
-        panel = DetectorSet.fit(readings, tokens["fit"])
-        first, second = (panel.scores(tokens[name]) for name in ("calibrate", "fuse"))
+        fitted = DetectorSet.fit(readings, tokens["fit"])
+        first, second = (fitted.scores(tokens[name]) for name in ("calibrate", "fuse"))
         single = Calibration.fit(first, second)
-        last = clean.take(part == "fuse")
-        largest = np.nanmax(_spread(single.statistic(second), _present(last)), axis=1)
-        of_kind = each_kind(kinds, len(clean))[part == "fuse"]
-        return cls(panel, single, Conformal.fit(largest, of_kind), clean.spec.tokens)
+        last = part == "fuse"
+        largest = np.nanmax(_spread(single.statistic(second), _present(clean.take(last))), axis=1)
+        return cls(fitted, single, Conformal.fit(largest, kinds[last]), clean.spec.tokens)
 
     def check_rate(self, rate: float) -> None:
         """Refuse a rate that the clean answers cannot support.
@@ -93,36 +92,28 @@ class TokenMonitor:
         """For a file."""
         panel, learned = self.detectors.state()
         arrays = {f"panel/{name}": array for name, array in learned.items()}
-        for name, conformal in self.single.single.items():
-            arrays |= conformal.state(f"single/{name}")
-        arrays |= self.single.fused.state("fused") | self.longest.state("longest")
+        arrays |= self.single.state() | self.longest.state("longest")
         return {"panel": panel, "horizon": self.horizon}, arrays
 
     @classmethod
     def restore(cls, about: dict[str, Any], arrays: dict[str, np.ndarray]) -> Self:
         """From a file."""
-        panel = DetectorSet.restore(about["panel"], below(arrays, "panel/"))
-        single = {r.name: Conformal(below(arrays, f"single/{r.name}/")) for r in panel.readings}
-        return cls(
-            panel,
-            Calibration(single, Conformal(below(arrays, "fused/"))),
-            Conformal(below(arrays, "longest/")),
-            about["horizon"],
-        )
+        fitted = DetectorSet.restore(about["panel"], below(arrays, "panel/"))
+        single = Calibration.restore(fitted.fitted, arrays)
+        return cls(fitted, single, Conformal(below(arrays, "longest/")), about["horizon"])
 
 
 def _present(features: Features) -> np.ndarray:
     """(n, T): where an answer has a token."""
-    first = next(features.arrays[view] for view in ("steps", "step_confidence") if view in features.arrays)
+    first = next(features.arrays[view] for view in GENERATED if view in features.arrays)
     return ~np.isnan(first.reshape(*first.shape[:2], -1)[:, :, 0])
 
 
 def _flat(features: Features) -> dict[str, np.ndarray]:
     """All tokens of all answers, one per row; and the whole answers, for sequential detectors."""
     present = _present(features)
-    views = [view for view in ("steps", "step_confidence") if view in features.arrays]
-    arrays: dict[str, np.ndarray] = {view: features.arrays[view][present] for view in views}
-    if "step_confidence" in views:
+    arrays = {str(view): features.arrays[view][present] for view in GENERATED if view in features.arrays}
+    if "step_confidence" in arrays:
         arrays |= {WHOLE + "step_confidence": features.arrays["step_confidence"], "present": present}
     return arrays
 

@@ -7,8 +7,8 @@ import pytest
 from safetensors import safe_open
 from sklearn.metrics import roc_auc_score
 
-from safetynet.detection.detectors import NAMES, load, make
-from safetynet.detection.files import VERSIONS
+from safetynet.detection import files
+from safetynet.detection.detectors import NAMES, make, restore
 from safetynet.errors import InputError
 
 FAST = {
@@ -54,8 +54,8 @@ def test_a_score_is_the_same_in_any_company(name, activations):
 @pytest.mark.parametrize("name", HIDDEN + SUPERVISED)
 def test_a_detector_comes_back_from_its_file_without_pickle(name, activations, tmp_path):
     detector, fresh = fitted(name, activations(120)), activations(8, seed=1)
-    detector.save(tmp_path / "d.safetensors")
-    again = load(tmp_path / "d.safetensors")
+    files.write(tmp_path / "d.safetensors", "monitor", *detector.state())
+    again = restore(*files.read(tmp_path / "d.safetensors", "monitor"))
     np.testing.assert_allclose(again.score_samples(fresh), detector.score_samples(fresh), rtol=1e-6)
     with safe_open(tmp_path / "d.safetensors", "numpy") as file:
         assert json.loads(file.metadata()["safetynet"])["about"]["name"] == name
@@ -111,9 +111,9 @@ def test_unusable_samples_are_refused(name, activations):
         fitted(name, clean[:5])
     with pytest.raises(InputError, match="all clean samples are the same"):
         fitted(name, np.ones((120, 3, 20)))
-    with pytest.raises(InputError, match="no numbers"):
+    with pytest.raises(InputError, match="NaN or infinite"):
         fitted(name, np.where(clean > clean.max() - 1e-9, np.nan, clean))
-    with pytest.raises(InputError, match="no numbers"):
+    with pytest.raises(InputError, match="NaN or infinite"):
         fitted(name, clean).score_samples(np.full((1, 3, 20), np.inf))
 
 
@@ -134,21 +134,3 @@ def test_every_name_makes_its_detector_and_others_list_them():
         make("mahalanobis", shrink=1)
     with pytest.raises(InputError, match="not fitted yet"):
         make("mahalanobis").state()
-
-
-def test_a_changed_or_foreign_file_is_refused(activations, tmp_path):
-    path = tmp_path / "d.safetensors"
-    make("mahalanobis").fit(activations(50)).save(path)
-    content = path.read_bytes()
-    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    with pytest.raises(InputError, match="its digest differs"):
-        load(path)
-    now, version = VERSIONS["detector"], b'\\"version\\": %d'
-    path.write_bytes(content.replace(version % now, version % (now + 1)))
-    with pytest.raises(InputError, match=f"saved in format {now + 1}"):
-        load(path)
-    path.write_bytes(b"no safetensors")
-    with pytest.raises(InputError, match="damaged"):
-        load(path)
-    with pytest.raises(InputError, match="no such file"):
-        load(tmp_path / "none")

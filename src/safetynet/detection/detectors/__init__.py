@@ -6,10 +6,8 @@ dots is an estimator of scikit-learn or PyOD.
 """
 
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
-from safetynet.detection import files
 from safetynet.detection.detectors.base import Detector
 from safetynet.errors import InputError
 
@@ -58,15 +56,6 @@ def exists(name: str) -> bool:
 def needs_labels(name: str) -> bool:
     """Whether a detector of this name needs labels; False for names that do not exist."""
     return name in NAMES and bool(_class_of(name).supervised)
-
-
-def load(path: Path) -> Detector:
-    """Read a detector that `Detector.save` wrote.
-
-    Raises:
-        InputError: if the file is missing, damaged or of another version.
-    """
-    return restore(*files.read(path, "detector"))
 
 
 def restore(about: dict[str, Any], arrays: dict[str, Any]) -> Detector:

@@ -12,14 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from safetynet.detection.detectors.base import Detector, clean, layered, principal
+from safetynet.detection.detectors.base import Detector, clean, joined, layered, principal
+from safetynet.detection.files import below
 
 LARGEST = 50.0
 """Whitened values are cut here: a massive activation would otherwise be the whole loss."""
 
 
 @dataclass
-class _Ensemble(Detector):
+class Ensemble(Detector):
     """What plain and variational autoencoders share: whitening, training, agreement of members."""
 
     latent: int = 16
@@ -32,8 +33,7 @@ class _Ensemble(Detector):
 
     def fit(self, x: np.ndarray, y: np.ndarray | None = None) -> Self:
         """Train every member on clean samples."""
-        x = clean(x, self.name, 20)
-        flat = x.reshape(len(x), -1)
+        flat = joined(clean(x, self.name, 20))
         self.mean_, self.variances_, self.components_ = principal(flat, self.components)
         inputs = self._inputs(torch.from_numpy(flat)).float()
         self._networks = []
@@ -72,12 +72,9 @@ class _Ensemble(Detector):
         super().learn(arrays)
         self._networks = []
         for member in range(self.members):
-            prefix = f"net{member}."
-            weights = {
-                k[len(prefix) : -1]: torch.from_numpy(v) for k, v in arrays.items() if k.startswith(prefix)
-            }
+            weights = below(arrays, f"net{member}.")
             network = self.network(len(self.variances_))
-            network.load_state_dict(weights)
+            network.load_state_dict({k.removesuffix("_"): torch.from_numpy(v) for k, v in weights.items()})
             self._networks.append(network.eval())
 
     @abstractmethod
@@ -99,7 +96,7 @@ class _Ensemble(Detector):
 
 
 @dataclass
-class AutoEncoders(_Ensemble):
+class AutoEncoders(Ensemble):
     """Mean squared error of reconstruction, after SafetyNet (2025)."""
 
     name: ClassVar[str] = "autoencoders"
@@ -122,7 +119,7 @@ class AutoEncoders(_Ensemble):
 
 
 @dataclass
-class VariationalAutoEncoders(_Ensemble):
+class VariationalAutoEncoders(Ensemble):
     """Negative evidence lower bound with the latent at its mean (Kingma and Welling 2014), per sample."""
 
     name: ClassVar[str] = "variational"

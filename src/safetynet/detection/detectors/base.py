@@ -6,12 +6,10 @@ a numpy array, and these alone are saved.
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from safetynet.detection import files
 from safetynet.detection.moments import Moments
 from safetynet.errors import InputError
 
@@ -49,36 +47,34 @@ class Detector(ABC):
         learned = {n: np.asarray(v) for n, v in vars(self).items() if n.endswith("_")}
         if not learned:
             raise InputError(f"detector {self.name}: it is not fitted yet. Call fit with clean samples.")
-        return {"name": self.name, "settings": self.settings()}, learned
-
-    def settings(self) -> dict[str, Any]:
-        """The constructor's arguments."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        settings = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {"name": self.name, "settings": settings}, learned
 
     def learn(self, arrays: dict[str, np.ndarray]) -> None:
         """Take learned arrays back."""
         for name, array in arrays.items():
             setattr(self, name, array)
 
-    def save(self, path: Path) -> None:
-        """Write settings and learned arrays to one file, without pickle."""
-        files.write(path, "detector", *self.state())
-
 
 def layered(x: np.ndarray, name: str) -> np.ndarray:
-    """Samples as (n, L, d) in fp64; what has no layers counts as one.
+    """Samples as (n, L, d) in fp64; samples without layers get one.
 
     Raises:
-        InputError: if the shape is another, or values are no numbers.
+        InputError: if the shape is another, or values are NaN or infinite.
     """
     x = np.ascontiguousarray(x, dtype=np.float64)
     if x.ndim not in (2, 3) or 0 in x.shape:
         raise InputError(f"detector {name}: samples have shape {x.shape}; give (n, d) or (n, layers, d).")
     if not np.isfinite(x).all():
         raise InputError(
-            f"detector {name}: samples hold values that are no numbers. Load the model in bf16 or fp32."
+            f"detector {name}: samples hold NaN or infinite values. Load the model in bf16 or fp32."
         )
     return x[:, None] if x.ndim == 2 else x
+
+
+def joined(x: np.ndarray) -> np.ndarray:
+    """(n, ...) to (n, d): all readings of a sample in one row."""
+    return x.reshape(len(x), -1)
 
 
 def clean(x: np.ndarray, name: str, least: int) -> np.ndarray:
@@ -151,8 +147,3 @@ def principal(x: np.ndarray, most: int | None) -> tuple[np.ndarray, np.ndarray, 
     """
     moments = Moments.of(x)
     return moments.mean, *moments.principal(most)
-
-
-def whitened(x: np.ndarray, mean: np.ndarray, variances: np.ndarray, components: np.ndarray) -> np.ndarray:
-    """(n, d) to (n, k), unit variance in each component."""
-    return (x - mean) @ components.T / np.sqrt(variances)

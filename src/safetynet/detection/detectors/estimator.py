@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from safetynet.detection.detectors.base import Detector, clean, layered
+from safetynet.detection.detectors.base import Detector, clean, joined, layered
 from safetynet.errors import InputError
 
 LIBRARIES = ("sklearn", "pyod")
@@ -77,7 +77,7 @@ class Estimator(Detector):
         Raises:
             InputError: if it cannot be fitted to them, or scores a sample otherwise alone than in company.
         """
-        self.samples_ = _joined(clean(x, self.estimator, 10))
+        self.samples_ = joined(clean(x, self.estimator, 10))
         self._refit()
         self._check_alone()
         self.remembered_ = self.score_samples(self.samples_[:REMEMBERED])
@@ -85,7 +85,7 @@ class Estimator(Detector):
 
     def score_samples(self, x: np.ndarray) -> np.ndarray:
         """The estimator's own score, turned so that higher is more suspect, (n,)."""
-        flat = _joined(layered(x, self.estimator))
+        flat = joined(layered(x, self.estimator))
         if self.estimator.startswith("pyod."):
             return np.asarray(self._fitted.decision_function(flat), dtype=np.float64)
         return -np.asarray(self._fitted.score_samples(flat), dtype=np.float64)
@@ -160,10 +160,6 @@ class Estimator(Detector):
                     "scored in, so that a prompt alone and among others would be judged differently. Choose "
                     "another estimator, such as pyod.models.knn.KNN."
                 )
-
-
-def _joined(x: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(x.reshape(len(x), -1))
 
 
 def _short(error: Exception) -> str:

@@ -5,7 +5,7 @@ from typing import ClassVar, Self
 
 import numpy as np
 
-from safetynet.detection.detectors.base import Detector, clean, layered
+from safetynet.detection.detectors.base import Detector, clean, joined, layered
 from safetynet.errors import InputError
 
 
@@ -24,14 +24,14 @@ class Extremes(Detector):
 
     def fit(self, x: np.ndarray, y: np.ndarray | None = None) -> Self:
         """Learn from clean readings, (n, ...); readings that never change count nothing."""
-        x = _flat(clean(x, self.name, 10))
+        x = joined(clean(x, self.name, 10))
         low, self.centre_, high = np.quantile(x, [0.05, 0.5, 0.95], axis=0)
         self.below_, self.above_ = self.centre_ - low, high - self.centre_
         return self
 
     def score_samples(self, x: np.ndarray) -> np.ndarray:
         """Mean of the largest readings in units of the distance from median to 5% or 95% quantile, (n,)."""
-        readings = _flat(layered(x, self.name))
+        readings = joined(layered(x, self.name))
         if readings.shape[1] != len(self.above_):
             raise InputError(
                 f"detector extremes: {readings.shape[1]} readings, it was fitted on {len(self.above_)}."
@@ -92,7 +92,3 @@ class SequenceLock(Detector):
                 f"detector lock: readings of shape {x.shape}; give view step_confidence, (n, T, 2)."
             )
         return x[..., 0]
-
-
-def _flat(x: np.ndarray) -> np.ndarray:
-    return x.reshape(len(x), -1)

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from safetynet.detection.detectors.base import PerLayer, principal, whitened
+from safetynet.detection.detectors.base import PerLayer, principal
 from safetynet.detection.moments import Moments
 from safetynet.extras import need
 
@@ -25,7 +25,9 @@ class _Whitened(PerLayer):
         return [self._inside(x, layer) for layer in range(x.shape[1])]
 
     def _inside(self, x: np.ndarray, layer: int) -> np.ndarray:
-        return whitened(x[:, layer], self.mean_[layer], self.variances_[layer], self.components_[layer])
+        """(n, L, d) to (n, k): unit variance along each of the layer's components."""
+        turned = (x[:, layer] - self.mean_[layer]) @ self.components_[layer].T
+        return turned / np.sqrt(self.variances_[layer])
 
 
 @dataclass

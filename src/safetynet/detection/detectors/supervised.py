@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from safetynet.detection.detectors.base import TINY, Detector, clean, layered
+from safetynet.detection.detectors.base import TINY, Detector, clean, joined, layered
 from safetynet.errors import InputError
 from safetynet.extras import need
 
@@ -26,13 +26,12 @@ class _Probe(Detector):
             raise InputError(
                 f"detector {self.name} is supervised: give a label for each sample, 0 clean, 1 triggered."
             )
-        flat = x.reshape(len(x), -1)
+        flat = joined(x)
         self.mean_, self.spread_ = flat.mean(axis=0), np.maximum(flat.std(axis=0), TINY)
         return (flat - self.mean_) / self.spread_, labels
 
     def _standard(self, x: np.ndarray) -> np.ndarray:
-        x = layered(x, self.name)
-        return (x.reshape(len(x), -1) - self.mean_) / self.spread_
+        return (joined(layered(x, self.name)) - self.mean_) / self.spread_
 
 
 @dataclass
