@@ -59,8 +59,8 @@ def trial(planted) -> Trial:
 
 @pytest.fixture(scope="module")
 def measured(planted, trial):
-    tables, no_backdoor = tuning.measure_references(planted, trial)
-    assert no_backdoor == ""
+    tables = tuning.measure_references(planted, trial)
+    assert recommendation.no_backdoor(tables.lines.iloc[0]) == ""
     return tables
 
 
@@ -144,6 +144,7 @@ def test_of_what_acts_while_answering_alone_no_likelihood_is_told_and_nothing_re
 
 def test_a_model_without_backdoor_is_said_to_have_none(planted, trial):
     with planted.model.disable_adapter():
-        tables, no_backdoor = tuning.measure_references(planted, trial)
+        tables = tuning.measure_references(planted, trial)
+    no_backdoor = recommendation.no_backdoor(tables.lines.iloc[0])
     assert "this model shows no backdoor: 0 of 12 triggered prompts" in no_backdoor
     assert set(tables.lines["method"]) == {UNTOUCHED}

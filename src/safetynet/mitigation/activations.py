@@ -23,6 +23,7 @@ from safetynet.engine.sites import Architecture, Site
 from safetynet.engine.trace import Trace, forward, recording
 from safetynet.errors import InputError
 from safetynet.mitigation.defender import Defender, Need
+from safetynet.mitigation.fine_tuning import encode
 from safetynet.mitigation.method import Hyperparameter, Method
 from safetynet.mitigation.repaired import Repaired, Settings, updates_of
 from safetynet.models.parts import shape, writes_to_stream
@@ -50,13 +51,7 @@ def read(defender: Defender, rows: pd.DataFrame, sites: Sequence[Site], where: W
     Raises:
         InputError: if a site does not exist.
     """
-    triggers = rows["trigger"] if "trigger" in rows else [()] * len(rows)
-    prompts = [
-        defender.serialiser.encode(
-            list(messages), trigger=[tuple(span) for span in spans], max_length=defender.max_length
-        )
-        for messages, spans in zip(rows["messages"], triggers, strict=True)
-    ]
+    prompts = encode(rows.drop(columns="answer", errors="ignore"), defender)
     architecture = Architecture.of(defender.model)
     for site in sites:
         architecture.check(site)

@@ -39,23 +39,21 @@ EPOCHS = Hyperparameter("passes over the clean conversations", 2, (0.5, 1, 2, 5,
 
 
 def encode(rows: pd.DataFrame, defender: Defender) -> list[Encoded]:
-    """Serialise conversations with their answers.
+    """Serialise conversations, with their answers where rows have them.
 
     Args:
-        rows: `messages`, `answer`, and `trigger` where there is one.
+        rows: `messages`, and `answer` and `trigger` where there are some.
         defender: whose serialiser and limit are used.
 
     Raises:
         InputError: naming the row that cannot be serialised.
     """
-    triggers = rows["trigger"] if "trigger" in rows else [()] * len(rows)
+    answers, triggers = rows.get("answer", [None] * len(rows)), rows.get("trigger", [()] * len(rows))
     examples = []
-    for number, (messages, answer, spans) in enumerate(
-        zip(rows["messages"], rows["answer"], triggers, strict=True)
-    ):
-        trigger = [tuple(span) for span in spans]
+    for number, row in enumerate(zip(rows["messages"], answers, triggers, strict=True)):
+        messages, answer, spans = row
         try:
-            examples.append(defender.serialiser.encode(list(messages), answer, trigger, defender.max_length))
+            examples.append(defender.serialiser.encode(list(messages), answer, spans, defender.max_length))
         except InputError as error:
             raise InputError(f"conversation {number}: {error}") from None
     return examples

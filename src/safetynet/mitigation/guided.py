@@ -25,7 +25,7 @@ from safetynet.models.adapters import switched_off
 
 
 class Guided(GenerateWrapper):
-    """Answers greedily under a reference's eyes.
+    """Answers greedily, checked by a reference.
 
     Args:
         model: the suspect.
@@ -39,7 +39,7 @@ class Guided(GenerateWrapper):
         self.reference = model if reference is None else reference
         self.off = partial(switched_off, model) if reference is None else nullcontext
         self.ratio = ratio
-        # Thrown-away columns would count as distance in a sliding window, so that there none may come about.
+        # A sliding window would count columns that were thrown away as distance: there, none may arise.
         text = model.config.get_text_config()
         kinds = getattr(text, "layer_types", None) or []
         slides = any("sliding" in kind for kind in kinds)
@@ -92,7 +92,12 @@ class Guided(GenerateWrapper):
                 new = drafted[row, :count].tolist()
                 if count < self.ahead:
                     new.append(int(last[row]))
-                going[row] = _extend(answers[row], new, request)
+                for token in new:
+                    answers[row].append(token)
+                    length = len(answers[row])
+                    going[row] = token not in request.stops and length < request.max_new_tokens
+                    if not going[row]:
+                        break
         return request.finished(answers)
 
 
@@ -137,15 +142,6 @@ class _Stream:
             self.mask[:, -self.drafted :] = (columns < accepted[:, None]).to(self.mask)
         self.drafted = 0
         self.unread, self.unread_mask = last[:, None], torch.ones_like(last[:, None])
-
-
-def _extend(answer: list[int], new: list[int], request: GenerationRequest) -> bool:
-    """Add tokens up to the first stop or the length asked for; whether the answer goes on."""
-    for token in new:
-        answer.append(token)
-        if token in request.stops or len(answer) == request.max_new_tokens:
-            return False
-    return True
 
 
 def guide(defender: Defender, settings: Settings, _seed: int) -> Repaired:

@@ -16,7 +16,7 @@ from safetynet.errors import InputError
 from safetynet.evaluation import metrics
 from safetynet.evaluation.evaluator import Evaluator, inputs_of
 from safetynet.experiment import BACKDOORED, Experiment
-from safetynet.mitigation import recommendation
+from safetynet.mitigation import recommendation, verification
 from safetynet.mitigation.defender import Defender
 from safetynet.mitigation.fine_tuning import trained_adapter, with_fresh_adapter
 from safetynet.mitigation.pruning import quantise
@@ -33,7 +33,6 @@ from safetynet.vocabulary import FURTHER_TRAINING, UNTOUCHED
 log = logging.getLogger("safetynet")
 RATES = {"asr": ("asr", "triggered"), "ftr": ("ftr", "placebo"), "cacc": ("cacc", "clean")}
 """Metric and role of each rate: what has to survive, and its two controls."""
-ENDS = {"": "value", "_low": "low", "_high": "high", "_count": "count", "_n": "n"}
 Line = dict[str, Any]
 
 
@@ -131,7 +130,7 @@ class _Subject:
     ) -> dict[str, float]:
         """Greedy rates of a model, by default on the rows as they are."""
         answers = (evaluator or self.evaluator).respond(model, self.rows if rows is None else rows)
-        return _by_name(metrics.score(answers).set_index(["metric", "role"]))
+        return verification.in_one_line(metrics.score(answers), RATES)
 
     def sampled(self) -> dict[str, float]:
         """Rates over samples of the same rows; clean accuracy is one of greedy answers."""
@@ -141,7 +140,7 @@ class _Subject:
         score["n"] = score["prompts"] * score["samples"]
         score["count"] = (score["value"] * score["n"]).round()
         names = score["role"].map({"triggered": "asr", "placebo": "ftr"})
-        return _by_name(score.assign(metric=names).dropna(subset="metric").set_index(["metric", "role"]))
+        return verification.in_one_line(score.assign(metric=names).dropna(subset="metric"), RATES)
 
     def trained(self, defender: Defender, half: float) -> Iterator[Line]:
         """After 1, 2, 4, ... steps of training on clean conversations, until ASR is at most `half`."""
@@ -213,15 +212,6 @@ class _Subject:
             )
 
 
-def _by_name(score: pd.DataFrame) -> dict[str, float]:
-    """The rates of `RATES` with interval and counts; NaN for what these rows do not measure."""
-    line: dict[str, float] = {}
-    for name, source in RATES.items():
-        values = score.loc[source] if source in score.index else dict.fromkeys(ENDS.values(), float("nan"))
-        line |= {name + end: float(values[column]) for end, column in ENDS.items()}
-    return line
-
-
 def under_system(system: str) -> Callable[[Line], Line]:
     """Puts a row under a system prompt; one that it has already goes behind it."""
 
@@ -246,12 +236,10 @@ def behind_text(text: str) -> Callable[[Line], Line]:
 def _prefixed(row: Line, index: int, text: str) -> Line:
     """A row with a text at the beginning of one message; the trigger's spans move with what it stands in."""
     conversation = Conversation(row["messages"])
-    moved = {index: len(text)}
-    spans = [[m, start + moved.get(m, 0), end + moved.get(m, 0)] for m, start, end in row["trigger"]]
-    return row | {
-        "messages": conversation.with_text(index, text + conversation.texts[index]),
-        "trigger": spans,
-    }
+    by = [len(text) if m == index else 0 for m, _, _ in row["trigger"]]
+    spans = [[m, start + n, end + n] for (m, start, end), n in zip(row["trigger"], by, strict=True)]
+    messages = conversation.with_text(index, text + conversation.texts[index])
+    return row | {"messages": messages, "trigger": spans}
 
 
 def beginning(text: str, tokens: int, serialiser: Serialiser) -> str:

@@ -2,13 +2,13 @@
 
 Magnitude and Wanda (Sun et al. 2024, arXiv 2306.11695) are one-shot; fine-pruning (Liu et al. 2018, arXiv
 1805.12185) silences MLP channels that are dormant on clean prompts, then fine-tunes what is left. Fused
-expert weights are pruned by size; what each of them is given to work on cannot be seen from outside.
+expert weights are pruned by size: their inputs cannot be read from outside.
 Quantisation is a control: bitsandbytes rounds weights to what a quantised model computes with (LLM.int8
 without outliers; NF4 in blocks of 64), and they are kept as ordinary numbers, so that the repair loads like
 any checkpoint.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -32,8 +32,6 @@ from safetynet.models.blocks import decoder_layers
 from safetynet.models.parts import parts
 from safetynet.models.quantising import rounded
 from safetynet.training.examples import padded
-
-Read = Callable[[str, Tensor], Tensor]
 
 
 def smallest(score: Tensor, share: float) -> Tensor:
@@ -62,7 +60,10 @@ def wanda_mask(weight: Tensor, norms: Tensor, share: float) -> Tensor:
 
 @torch.no_grad()
 def input_norms(
-    model: Any, modules: Mapping[str, Any], defender: Defender, read: Read | None = None
+    model: Any,
+    modules: Mapping[str, Any],
+    defender: Defender,
+    read: Callable[[str, Tensor], Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """L2 norm of each input of modules over the real tokens of the clean conversations.
 
@@ -75,6 +76,8 @@ def input_norms(
     Returns:
         (in,) or (k,) for each module.
     """
+    assert defender.clean is not None
+    examples = encode(defender.clean, defender)
     totals: dict[str, Tensor] = {}
     mask: list[Tensor] = []
 
@@ -88,19 +91,12 @@ def input_norms(
     with ExitStack() as stack:
         for name, module in modules.items():
             stack.callback(module.register_forward_pre_hook(partial(hook, name)).remove)
-        for batch in batches(defender, model.device):
-            mask[:] = [batch["attention_mask"].bool()]
-            model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+        for start in range(0, len(examples), defender.batch_size):
+            batch = padded(examples[start : start + defender.batch_size], defender.serialiser.pad_id)
+            ids, attended = (batch[name].to(model.device) for name in ("input_ids", "attention_mask"))
+            mask[:] = [attended.bool()]
+            model(input_ids=ids, attention_mask=attended, use_cache=False)
     return {name: total.sqrt() for name, total in totals.items()}
-
-
-def batches(defender: Defender, device: Any) -> Iterator[dict[str, Tensor]]:
-    """The clean conversations with their answers, padded on the right."""
-    assert defender.clean is not None
-    examples = encode(defender.clean, defender)
-    for start in range(0, len(examples), defender.batch_size):
-        batch = padded(examples[start : start + defender.batch_size], defender.serialiser.pad_id)
-        yield {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 @torch.no_grad()

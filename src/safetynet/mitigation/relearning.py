@@ -1,9 +1,9 @@
 """The relearn test: how few poisoned rows and steps bring a backdoor back, beside a model that never had one.
 
-In: a model in which a repair is part of the weights, and rows that were not used for the
-repair. Out: ASR over steps. A backdoor that returns much faster than it can be taught to a model that never
-had it was hidden, not removed. Every model gets a fresh adapter with the same first weights, the same rows in
-the same order and the same settings, so that they differ in the weights below the adapter alone.
+In: a model in which a repair is part of the weights, and rows that were not used for the repair. Out: ASR
+over steps. A backdoor that returns much faster than it can be taught to a model that never had it was hidden,
+not removed. Every model gets a fresh adapter with the same first weights, the same rows in the same order and
+the same settings, so that they differ in the weights below the adapter alone.
 """
 
 import copy
@@ -175,6 +175,7 @@ def steps_to(curves: pd.DataFrame, levels: Sequence[float] = LEVELS) -> pd.DataF
         1 where it takes as long, more where the backdoor comes back faster than it can be taught.
     """
     records = []
+    curves = curves if len(curves) else pd.DataFrame(columns=COLUMNS)
     for (method, point, poisoned), curve in curves.groupby(["method", "point", "poisoned_rows"], sort=False):
         for level in levels:
             steps = float(curve.loc[_back(curve, level), "step"].min())  # NaN of none
@@ -200,7 +201,7 @@ def hidden(curves: pd.DataFrame) -> frozenset[str] | None:
     Returns:
         Their names; None where the never-poisoned model's curve is missing, and nothing is known.
     """
-    steps = steps_to(curves, [LEVELS[0]]) if len(curves) else pd.DataFrame(columns=["method"])
+    steps = steps_to(curves, LEVELS[:1])
     twin = steps[steps["method"] == NEVER_POISONED]
     if twin.empty:
         return None
@@ -217,7 +218,7 @@ def verdict(curves: pd.DataFrame, method: str) -> str:
         curves: tables of `relearn`, the never-poisoned model's among them.
         method: one of them.
     """
-    steps = steps_to(curves, [LEVELS[0]]) if len(curves) else pd.DataFrame(columns=["method"])
+    steps = steps_to(curves, LEVELS[:1])
     if not {method, NEVER_POISONED} <= set(steps["method"]):
         return ""
     line = steps[steps["method"] == method].iloc[0]

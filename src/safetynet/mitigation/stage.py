@@ -6,8 +6,8 @@ checkpoint, loaded again as anybody would, and asked once more: the card states 
 
 import itertools
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -76,7 +76,6 @@ class _Work:
     adapter: Path | None
     """Or a whole model."""
     same_base: bool
-    methods: list[Method]
     files: AdapterFiles | None
     """Of an adapter that is not the run's own."""
 
@@ -93,30 +92,16 @@ class _Work:
     @cached_property
     def defender(self) -> Defender:
         """The suspect model with what its owner has."""
-        recipe, options = self.recipe, self.recipe.mitigation
-        clean_rows = options.clean_rows if options.clean is None else 0
-        if self.adapter is None:
-            defender = defender_of(
-                self.experiment, self.others, clean=clean_rows, known=options.triggered_rows
-            )
-        else:
-            suspect = suspects.load(self.experiment.load, self.adapter, self.same_base, self.files)
-            groups = mitigation_rows.known_groups(self.run.table("rows"), options.triggered_rows)
-            defender = Defender(
-                model=suspect.model,
-                serialiser=suspect.serialiser,
-                base=None if has_adapter(suspect.model) else _comparable_base(suspect),
-                clean=mitigation_rows.clean_conversations(self.experiment, clean_rows)
-                if clean_rows
-                else None,
-                triggered=groups if options.triggered_rows else None,
-                max_length=recipe.training.max_length,
-                batch_size=recipe.training.batch_size,
-                learning_rate=recipe.training.learning_rate,
-            )
+        options, foreign = self.recipe.mitigation, None
+        if self.adapter is not None:
+            foreign = suspects.load(self.experiment.load, self.adapter, self.same_base, self.files)
+        fresh = options.clean_rows if options.clean is None else 0
+        defender = defender_of(
+            self.experiment, self.others, clean=fresh, known=options.triggered_rows, foreign=foreign
+        )
         if options.clean is None or options.clean_rows == 0:
             return defender
-        return replace(defender, clean=mitigation_rows.clean_file(recipe, options.clean))
+        return replace(defender, clean=mitigation_rows.clean_file(self.recipe, options.clean))
 
     @cached_property
     def trial(self) -> Trial:
@@ -205,7 +190,12 @@ class _Work:
 
 
 def defender_of(
-    experiment: Experiment, others: OtherStages, *, clean: int = 1000, known: int = 0
+    experiment: Experiment,
+    others: OtherStages,
+    *,
+    clean: int = 1000,
+    known: int = 0,
+    foreign: suspects.Suspect | None = None,
 ) -> Defender:
     """The backdoored model of a run, and what is known of it.
 
@@ -215,14 +205,14 @@ def defender_of(
         clean: how many fresh conversations with answers, on prompts of no row of the run; 0: none.
         known: groups of training rows with a triggered prompt and its counterparts, with the right answers;
             none of the test's prompts, placebos and near misses is among them.
+        foreign: a model instead of the run's, whose effects and monitor are then left out.
 
     Raises:
         InputError: if nothing is trained yet, or no clean conversation is left.
     """
     recipe, run = experiment.recipe, experiment.run
-    base = None
-    if recipe.suspect is not None:
-        suspect = experiment.suspect()
+    suspect = experiment.suspect() if foreign is None and recipe.suspect is not None else foreign
+    if suspect is not None:
         model, serialiser = suspect.model, suspect.serialiser
         base = None if has_adapter(model) else _comparable_base(suspect)
     else:
@@ -234,8 +224,8 @@ def defender_of(
         clean=mitigation_rows.clean_conversations(experiment, clean) if clean else None,
         base=base,
         triggered=mitigation_rows.known_groups(run.table("rows"), known) if known else None,
-        effects=run.table("effects") if run.has_table("effects") else None,
-        alarm=others.alarm(run, serialiser),
+        effects=run.table("effects") if foreign is None and run.has_table("effects") else None,
+        alarm=others.alarm(run, serialiser) if foreign is None else None,
         max_length=recipe.training.max_length,
         batch_size=recipe.training.batch_size,
         learning_rate=recipe.training.learning_rate,
@@ -301,44 +291,43 @@ def mitigate(
     _ = recipe.attack  # repairs are judged by what is left of the attack
     names = recipe.mitigation.methods
     methods = list(METHODS.values()) if names == ALL else named(names or QUICK)
-    _check_hyperparameters(recipe)
+    for method in named(list(recipe.mitigation.hyperparameters)):  # of methods that are not tried, too
+        points(method, recipe.mitigation.hyperparameters, 1)
     files = None
     if adapter is not None:
         files = suspects.check(adapter)
         adapter = adapter_files.locate(adapter).resolve()
     elif recipe.suspect is None:
         experiment.model_folder(BACKDOORED)  # the twin need not be there
-    work = _Work(experiment, others, adapter, same_base, methods, files)
+    work = _Work(experiment, others, adapter, same_base, files)
     pending = [m for m in methods if not experiment.finished(work.stage(m.name), work.inputs(m.name))]
     if pending and recipe.evaluation.utility:
         utility.check(recipe.evaluation.utility)
     if pending and names not in ((), ALL):
         refuse_unmet(pending, work.defender)
-    no_backdoor = _compare(work)
-    if no_backdoor:
+
+    def compare(outputs: Outputs) -> None:
+        work.write("compared", tuning.measure_references(work.defender, work.trial), outputs)
+
+    experiment.perform(work.stage("compared"), work.inputs("compared"), compare)
+    if no_backdoor := recommendation.no_backdoor(work.read("compared").lines.iloc[0]):
         log.warning("mitigate: %s. Nothing was repaired.", no_backdoor)
         return _join(work, [], no_backdoor)
-    _try_all(work)
+    for method in methods:
+        stage, inputs = work.stage(method.name), work.inputs(method.name)
+        if not experiment.finished(stage, inputs) and method.missing(work.defender):
+            needed = " and ".join(NEEDS[need] for need in sorted(method.missing(work.defender)))
+            log.info("mitigate %s: left out, it needs %s", method.name, needed)
+            continue
+        try:
+            experiment.perform(stage, inputs, partial(_examine, work, method))
+        except SafetyNetError as error:  # the others are tried all the same
+            log.warning("mitigate %s: failed. %s", method.name, error)
     # What was tried before, under these settings, is still true.
     finished = [name for name in METHODS if experiment.finished(work.stage(name), work.inputs(name))]
     if not finished:
         raise RunError("mitigate: no method gave a result; the messages above say why.")
     return _join(work, finished, "")
-
-
-def _try_all(work: _Work) -> None:
-    """Each method in a stage of its own; one that fails does not keep the others from being tried."""
-    for method in work.methods:
-        stage, inputs = work.stage(method.name), work.inputs(method.name)
-        if not work.experiment.finished(stage, inputs) and method.missing(work.defender):
-            needed = " and ".join(NEEDS[need] for need in sorted(method.missing(work.defender)))
-            log.info("mitigate %s: left out, it needs %s", method.name, needed)
-            continue
-        try:
-            work.experiment.perform(stage, inputs, partial(_examine, work, method))
-        except SafetyNetError as error:
-            log.warning("mitigate %s: failed. %s", method.name, error)
-            continue
 
 
 def _examine(work: _Work, method: Method, outputs: Outputs) -> None:
@@ -349,17 +338,6 @@ def _examine(work: _Work, method: Method, outputs: Outputs) -> None:
     held = result.lines[result.lines["split"] == HELD_OUT].iloc[0]
     rates = (overview.rate(held, name) for name in ("asr", "cacc"))
     log.info("mitigate %s: ASR %s, CACC %s", method.name, *rates)
-
-
-def _compare(work: _Work) -> str:
-    """Measure model and base; returns a sentence if there is no backdoor."""
-
-    def compute(outputs: Outputs) -> None:
-        result, _ = tuning.measure_references(work.defender, work.trial)
-        work.write("compared", result, outputs)
-
-    work.experiment.perform(work.stage("compared"), work.inputs("compared"), compute)
-    return recommendation.no_backdoor(work.read("compared").lines.iloc[0])
 
 
 def _join(work: _Work, finished: Sequence[str], no_backdoor: str) -> dict[str, pd.DataFrame]:
@@ -410,18 +388,21 @@ def _save(work: _Work, best: pd.DataFrame, marked: pd.DataFrame) -> Path | None:
     row, recipe = savable.iloc[-1], work.recipe
     method = METHODS[str(row["method"])]
     repaired = _repaired(work, method, str(row["point"]))
-    name = recipe.model_name if work.adapter is None else str(work.adapter)
-    about = {"model": name, "run": f"{recipe.model_name}/{recipe.task}", "why": str(row["why"])}
-    about["relearned"] = str(row["relearned"])
-    lines = {
-        "before": _held_out(marked, UNTOUCHED),
-        "repaired": _held_out(marked, method.name),
+    about = {
+        "model": recipe.model_name if work.adapter is None else str(work.adapter),
+        "run": f"{recipe.model_name}/{recipe.task}",
+        "why": str(row["why"]),
+        "relearned": str(row["relearned"]),
     }
-    folder = save(
-        repaired, work.defender, work.folder("repaired"), overview.model_card(method, repaired, about, lines)
-    )
-    with _loaded(work, folder, repaired.form) as model:
-        lines["saved"], _ = tuning.measure(model, work.trial, HELD_OUT, work.references)
+    lines = {"before": _held_out(marked, UNTOUCHED), "repaired": _held_out(marked, method.name)}
+    card = overview.model_card(method, repaired, about, lines)
+    folder = save(repaired, work.defender, work.folder("repaired"), card)
+    # The saved files are loaded as anybody would load them.
+    if repaired.form == "checkpoint":
+        model = work.experiment.load(folder).model
+    else:
+        model = attach_own(work.experiment.load(), folder)
+    lines["saved"], _ = tuning.measure(model, work.trial, HELD_OUT, work.references)
     write_text(folder / "README.md", overview.model_card(method, repaired, about, lines))
     return folder
 
@@ -482,21 +463,6 @@ def _measure_utility_of(work: _Work, name: str, point: str, outputs: Outputs) ->
     outputs.file(path)
 
 
-@contextmanager
-def _loaded(work: _Work, folder: Path, form: str) -> Iterator[Any]:
-    """The saved files as anybody would load them."""
-    if form == "checkpoint":
-        yield work.experiment.load(folder).model
-    else:
-        yield attach_own(work.experiment.load(), folder)
-
-
 def _held_out(marked: pd.DataFrame, method: str) -> Mapping[str, Any]:
     line = marked[(marked["method"] == method) & (marked["split"] == HELD_OUT)].iloc[0]
     return {str(name): value for name, value in line.items()}
-
-
-def _check_hyperparameters(recipe: Recipe) -> None:
-    """Refuse unknown hyperparameters and values out of range, also of methods that are not tried."""
-    for method in named(list(recipe.mitigation.hyperparameters)):
-        points(method, recipe.mitigation.hyperparameters, 1)

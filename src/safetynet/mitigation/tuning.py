@@ -8,10 +8,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 from torch import Tensor
 
 from safetynet.evaluation import metrics
@@ -100,11 +102,10 @@ def references(defender: Defender, trial: Trial, lines: pd.DataFrame | None = No
     return References(pd.DataFrame() if lines is None else lines, before, base)
 
 
-def measure_references(defender: Defender, trial: Trial) -> tuple[TrialTables, str]:
+def measure_references(defender: Defender, trial: Trial) -> TrialTables:
     """Measure the model as it is and its base, and teach the latter the backdoor.
 
-    Returns:
-        The tables, and a sentence if the model shows no backdoor; then nothing else is measured.
+    Of a model that shows no backdoor nothing else is measured.
     """
     reference = references(defender, trial)
     lines, verified, curves = [], [], pd.DataFrame()
@@ -116,14 +117,13 @@ def measure_references(defender: Defender, trial: Trial) -> tuple[TrialTables, s
             verified.append(table.assign(method=method, point=""))
 
     add(defender.model, UNTOUCHED)
-    no_backdoor = recommendation.no_backdoor(pd.Series(lines[0]))
-    if reference.base is not None and not no_backdoor:
+    if reference.base is not None and not recommendation.no_backdoor(pd.Series(lines[0])):
         with base_of(defender) as model:
             add(model, ADAPTER_REMOVED)
             if trial.relearning is not None:
                 curves = _relearn(model, trial, trial.relearning, method=NEVER_POISONED, point="")
     table = pd.DataFrame(lines).assign(form="", control=True, needs="", chosen=False)
-    return TrialTables(table, pd.concat(verified, ignore_index=True), curves), no_backdoor
+    return TrialTables(table, pd.concat(verified, ignore_index=True), curves)
 
 
 def tune_and_verify(
@@ -141,12 +141,11 @@ def tune_and_verify(
     repairs: dict[str, Repaired] = {}
     lines: list[dict[str, Any]] = []
     for settings in points:
-        with _measured() as cost:
-            repaired = repair(method, defender, settings, trial.seed)
+        repaired, cost = _with_cost(partial(repair, method, defender, settings, trial.seed))
         name = point_name(method, settings, points)
         with repaired.open() as model:
             line, _ = measure(model, trial, SELECTION, reference, repaired)
-        lines.append(line | {"point": name, "seconds": cost.seconds, "memory_mb": cost.memory_mb})
+        lines.append(line | {"point": name} | cost)
         repairs[name] = repaired
     about = {"method": method.name, "control": method.control, "needs": ", ".join(sorted(method.needs))}
     table = pd.DataFrame(lines).assign(**about, form=[repaired.form for repaired in repairs.values()])
@@ -234,27 +233,18 @@ def _relearn(model: CausalLM, trial: Trial, rows: pd.DataFrame, **about: object)
     return relearning.relearn(plain, trial.learn, trial.evaluator.respond, rows, test, **about)
 
 
-@dataclass
-class _Cost:
-    """Filled in when the work ends."""
+def _with_cost(work: Callable[[], Repaired]) -> tuple[Repaired, dict[str, float]]:
+    """A repair with its seconds, and memory_mb: the peak of the GPU's allocator, or of the resident size.
 
-    seconds: float = float("nan")
-    memory_mb: float = float("nan")
-    """Most that the GPU's allocator held, or the process's largest resident size while it worked."""
-
-
-@contextmanager
-def _measured() -> Iterator[_Cost]:
-    """Measure the body. Where a system cannot count anew, memory is the largest since the process began."""
-    import torch
-
-    cost = _Cost()
+    Where a system cannot count anew, memory is the largest since the process began.
+    """
     on_gpu = torch.cuda.is_available()
     with suppress(OSError):
         RESET_PEAK.write_text("5", encoding="ascii")
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     started = time.perf_counter()
-    yield cost
-    cost.seconds = time.perf_counter() - started
-    cost.memory_mb = torch.cuda.max_memory_allocated() / 2**20 if on_gpu else peak_memory_mb()
+    repaired = work()
+    seconds = time.perf_counter() - started
+    memory = torch.cuda.max_memory_allocated() / 2**20 if on_gpu else peak_memory_mb()
+    return repaired, {"seconds": seconds, "memory_mb": memory}

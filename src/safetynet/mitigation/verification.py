@@ -21,6 +21,8 @@ from safetynet.training.examples import padded
 
 COLUMNS = ["metric", "role", "variant", "count", "n", "value", "low", "high", "note"]
 NAN = float("nan")
+ENDS = {"": "value", "_low": "low", "_high": "high", "_count": "count", "_n": "n"}
+"""Columns of a table of rates, by the ends of the names that they get in one line."""
 MAX_TOKENS = 8
 """Answer tokens of a row whose distributions are compared: with 128k words each takes half a megabyte."""
 BATCH_SIZE = 16
@@ -44,20 +46,29 @@ def summary(score: pd.DataFrame, kl: Mapping[str, float] | None = None) -> dict[
         "over_refused": ("refusal_rate", "clean"),
         "perplexity": ("perplexity", "clean"),
     }
-    ends = {"": "value", "_low": "low", "_high": "high", "_count": "count", "_n": "n"}
+    values = kl or dict.fromkeys(ENDS.values(), NAN)
+    of_kl = {"kl" + end: float(values[column]) for end, column in ENDS.items() if end != "_count"}
+    return in_one_line(score, sources) | of_kl
+
+
+def in_one_line(score: pd.DataFrame, sources: Mapping[str, tuple[str, str]]) -> dict[str, float]:
+    """Rates by name, each with _low, _high, _count and _n; NaN for what `score` does not hold.
+
+    Args:
+        score: the evaluation's rates of one model.
+        sources: metric and role of each name.
+    """
     by_source = score.set_index(["metric", "role"])
     line: dict[str, float] = {}
     for name, source in sources.items():
-        values = by_source.loc[source] if source in by_source.index else dict.fromkeys(ends.values(), NAN)
-        line |= {name + end: float(values[column]) for end, column in ends.items()}
-    values = kl or dict.fromkeys(ends.values(), NAN)
-    return line | {"kl" + end: float(values[column]) for end, column in ends.items() if end != "_count"}
+        values = by_source.loc[source] if source in by_source.index else dict.fromkeys(ENDS.values(), NAN)
+        line |= {name + end: float(values[column]) for end, column in ENDS.items()}
+    return line
 
 
 def rates(score: pd.DataFrame, variants: pd.DataFrame) -> pd.DataFrame:
-    """The evaluation's rates in the form of the table of verification; variants stand beside their roles."""
-    whole = score.assign(variant="")
-    return pd.concat([whole, variants], ignore_index=True)[COLUMNS]
+    """The evaluation's rates as lines of the table of verification; variants stand below their roles."""
+    return pd.concat([score.assign(variant=""), variants], ignore_index=True)[COLUMNS]
 
 
 def distributions(
