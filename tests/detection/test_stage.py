@@ -38,25 +38,26 @@ def found(build, serialiser, clean, rows, tmp_path_factory):
 
 
 def test_a_monitor_is_made_and_measured(found):
+    table = found.tables["detection"]
     assert list(found.estimates) == ["plain", "random words"]
     assert {estimate.n for estimate in found.estimates.values()} == {75}
     # prompt and answer have half of 0.2 each
     assert {estimate.nominal for estimate in found.estimates.values()} == {0.1}
     assert found.monitor.clean == 450
-    assert {"auroc", "tpr", "tpr_oracle", "fpr", "fpr_worst", "auroc_pair"} <= set(found.table["metric"])
+    assert {"auroc", "tpr", "tpr_oracle", "fpr", "fpr_worst", "auroc_pair"} <= set(table["metric"])
     scores = found.tables["detection_scores"]
     assert len(scores) == 150 + 60 + 6 * PER_DOMAIN
-    fused = found.table[(found.table["detector"] == "fused") & (found.table["rows"] == "fresh")]
+    fused = table[(table["detector"] == "fused") & (table["rows"] == "fresh")]
     assert set(fused["metric"]) == {"fpr"} and set(fused["n"]) == {150}
-    assert {"ood:code", "ood:languages", "ood:long"} <= set(found.table["rows"])
+    assert {"ood:code", "ood:languages", "ood:long"} <= set(table["rows"])
     words = scores["kind"].eq("random words")
     assert words.sum() == 75 and set(scores["fresh"][words]) == {"random words"}
-    assert {"clean:random words", "fresh:plain", "fresh:random words"} <= set(found.table["rows"])
+    assert {"clean:random words", "fresh:plain", "fresh:random words"} <= set(table["rows"])
     assert {"score fused", "p fused", "p pca_residual:mean"} <= set(scores)
 
 
 def test_supervised_probes_are_measured_as_skylines_and_stay_out_of_the_monitor(found):
-    assert "skyline linear_probe:last" in set(found.table["detector"])
+    assert "skyline linear_probe:last" in set(found.tables["detection"]["detector"])
     assert [r.name for r in found.monitor.detectors.readings] == ["mahalanobis:last", "pca_residual:mean"]
     assert set(found.tables["detection_distribution"]["detector"]) == {
         "fused", "mahalanobis:last", "pca_residual:mean",

@@ -9,7 +9,7 @@ import numpy as np
 from safetynet.detection import detectors
 from safetynet.detection.detectors.base import Detector
 from safetynet.detection.detectors.gaussian import MomentDetector
-from safetynet.detection.features import View
+from safetynet.detection.features import View, view_of
 from safetynet.detection.files import below
 from safetynet.detection.moments import Reservoir
 from safetynet.errors import InputError
@@ -83,7 +83,7 @@ class DetectorSet:
             InputError: if there is no reading, one twice, a supervised detector, or a view that is missing.
         """
         fitted = {
-            reading.name: detector.fit(_view(arrays, _key(reading, detector, arrays)))
+            reading.name: detector.fit(view_of(arrays, _key(reading, detector, arrays)))
             for reading, detector in zip(readings, unfitted(readings), strict=True)
         }
         return cls(tuple(readings), fitted)
@@ -103,9 +103,9 @@ class DetectorSet:
         for arrays in parts:
             for reading, detector in zip(readings, unfitted_detectors, strict=True):
                 if isinstance(detector, MomentDetector):
-                    detector.partial_fit(_view(arrays, reading.view))
+                    detector.partial_fit(view_of(arrays, reading.view))
             reservoir = reservoir or Reservoir(KEPT)
-            reservoir.add({reading.view: _view(arrays, reading.view) for reading in readings})
+            reservoir.add({reading.view: view_of(arrays, reading.view) for reading in readings})
         if reservoir is None:
             raise InputError("detectors: the stream of clean samples is empty. Give clean prompts.")
         fitted = {
@@ -126,7 +126,7 @@ class DetectorSet:
             detector = self.fitted[reading.name]
             key = _key(reading, detector, arrays)
             scores[reading.name] = (
-                detector.score_samples(_view(arrays, key))
+                detector.score_samples(view_of(arrays, key))
                 if key == reading.view
                 else detector.score_steps(arrays[key])[arrays["present"]]
             )
@@ -200,11 +200,3 @@ def _key(reading: DetectorSpec, detector: Detector, arrays: Mapping[str, np.ndar
     """Name of what a detector reads: whole answers where it is sequential and they are there."""
     whole = WHOLE + reading.view
     return whole if detector.sequential and whole in arrays else reading.view
-
-
-def _view(arrays: Mapping[str, np.ndarray], view: str) -> np.ndarray:
-    if view not in arrays:
-        raise InputError(
-            f"detectors: view {view!r} was not captured (there are: {', '.join(arrays)}). Add it to views."
-        )
-    return arrays[view]

@@ -15,7 +15,7 @@ steps            (n, T, L, d)  residual stream that chose each generated token; 
 step_confidence  (n, T, 2)     as confidence, for each generated token
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
@@ -88,12 +88,7 @@ class Features:
         return len(next(iter(self.arrays.values())))
 
     def __getitem__(self, view: str) -> np.ndarray:
-        if view not in self.arrays:
-            raise InputError(
-                f"features: view {view!r} was not captured (there are: {', '.join(self.arrays)}). "
-                "Add it to FeatureSpec.views."
-            )
-        return self.arrays[view]
+        return view_of(self.arrays, view)
 
     def take(self, rows: Any) -> "Features":
         """The rows chosen by an index or mask."""
@@ -114,6 +109,20 @@ class Features:
         """
         about, arrays = files.read(path, "features")
         return cls(arrays, Identity(**about["identity"]), FeatureSpec.from_dict(about["spec"]))
+
+
+def view_of(arrays: Mapping[str, np.ndarray], view: str) -> np.ndarray:
+    """The array of a view.
+
+    Raises:
+        InputError: if it was not captured.
+    """
+    if view not in arrays:
+        raise InputError(
+            f"features: view {view!r} was not captured (there are: {', '.join(arrays)}). Add it to "
+            "FeatureSpec.views."
+        )
+    return arrays[view]
 
 
 def concatenate(parts: Sequence[Features]) -> Features:

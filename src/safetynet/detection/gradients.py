@@ -42,15 +42,12 @@ def hideable(names: Sequence[str]) -> tuple[DetectorSpec, ...]:
         InputError: for a detector or a view that does not exist, or has no gradient; it names all of them.
     """
     of_presets = {reading.name: reading for preset in PRESETS.values() for reading in preset}
-    by_name: dict[str, DetectorSpec] = {}
-    for reading in named(names):
-        by_name[reading.name] = of_presets.get(reading.name, reading)
-    readings = list(by_name.values())
-    detectors = unfitted(readings)
+    by_name = {reading.name: of_presets.get(reading.name, reading) for reading in named(names)}
+    readings = tuple(by_name.values())
     _ = FeatureSpec(tuple(reading.view for reading in readings))
     blind = [
         r.name
-        for r, detector in zip(readings, detectors, strict=True)
+        for r, detector in zip(readings, unfitted(readings), strict=True)
         if score_tensor.dispatch(type(detector)) is score_tensor.dispatch(object) or r.view not in VIEWS
     ]
     if blind:
@@ -59,7 +56,7 @@ def hideable(names: Sequence[str]) -> tuple[DetectorSpec, ...]:
             f"training.evasion.detectors: {', '.join(blind)} cannot be hidden from by training: no gradient "
             f"leads through it. " + (f"Name the others alone: {', '.join(rest)}." if rest else "Name others.")
         )
-    return tuple(readings)
+    return readings
 
 
 def observer(

@@ -7,6 +7,7 @@ column.
 """
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -52,20 +53,19 @@ class Reader:
         self.reading = False
 
     def __enter__(self) -> Self:
-        hidden = {"last", "mean", "steps", "divergence"}
-        self.eager = eagerly()
-        self.eager.__enter__()
-        self.handles = [m.layer.register_forward_hook(self._adapter_hook(m)) for m in self.adapters]
-        if self.views & hidden:
-            self.handles += [layer.register_forward_hook(self._hidden) for layer in self.layers]
+        hooks = [(module.layer, self._adapter_hook(module)) for module in self.adapters]
+        if self.views & {"last", "mean", "steps", "divergence"}:
+            hooks += [(layer, self._hidden) for layer in self.layers]
         if self.views & {"confidence", "step_confidence", *COMPARED}:
-            self.handles.append(self.head.register_forward_hook(self._logits))
+            hooks.append((self.head, self._logits))
+        self.hooked = ExitStack()
+        self.hooked.enter_context(eagerly())
+        for module, hook in hooks:
+            self.hooked.callback(module.register_forward_hook(hook).remove)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for handle in self.handles:
-            handle.remove()
-        self.eager.__exit__(None, None, None)
+        self.hooked.close()
 
     def begin(self, user: Tensor | None) -> None:
         """Expect a pass.

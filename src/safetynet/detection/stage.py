@@ -176,15 +176,10 @@ class Measured:
     """Realised false-positive rate on clean prompts that the monitor has not seen, `PLAIN` and with
     `RANDOM_WORDS`."""
 
-    @property
-    def table(self) -> pd.DataFrame:
-        """What is caught and what is not."""
-        return self.tables["detection"]
-
 
 @dataclass(frozen=True)
 class Subject:
-    """The model under suspicion, and how prompts come to it."""
+    """The suspect model, and how prompts reach it."""
 
     model: Any
     serialiser: Serialiser

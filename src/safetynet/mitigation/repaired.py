@@ -47,11 +47,6 @@ class Repaired:
     details: Mapping[str, Any] = field(default_factory=dict)
     """What was done, in numbers and words for the model card."""
 
-    @property
-    def savable(self) -> bool:
-        """Whether it can be saved as a normal adapter or checkpoint."""
-        return self.form != "run_time"
-
 
 def adapter_state(model: Any) -> State:
     """Copies of the active adapter's parameters."""
@@ -147,7 +142,7 @@ def save(repaired: Repaired, defender: Defender, folder: Path, card: str) -> Pat
     Raises:
         InputError: if the method acts at run time, so that there are no weights to save.
     """
-    if not repaired.savable:
+    if repaired.form == "run_time":
         raise InputError(
             f"{repaired.method}: it acts while the model answers, so there are no weights to save. "
             "Serve the model under it, or take a method of form adapter or checkpoint."
