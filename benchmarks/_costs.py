@@ -20,7 +20,7 @@ def overheads(models: dict[str, Any], serialiser: Any, prompts: pd.DataFrame, re
     from safetynet.detection.detector_set import PRESETS
     from safetynet.detection.guard import Guard, overhead
     from safetynet.detection.monitor import Monitor
-    from safetynet.detection.plan import Plan
+    from safetynet.detection.stage import Plan
 
     tables = []
     for (size, each), name in product(models.items(), ("activations", "adapter", "behaviour")):

@@ -29,7 +29,7 @@ def ask(
         detector, placebo (the share with alarm) and n.
     """
     from safetynet.detection import stage
-    from safetynet.detection.plan import Plan
+    from safetynet.detection.stage import Plan
 
     plan = Plan.of(detectors.split(","), rate, seed=seed, max_length=run.recipe.training.max_length)
     read = reader(model, serialiser, run, plan.spec)

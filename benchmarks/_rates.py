@@ -59,7 +59,7 @@ def of_many_monitors(
     from safetynet.detection.capture import capture
     from safetynet.detection.detector_set import PRESETS
     from safetynet.detection.monitor import Monitor
-    from safetynet.detection.plan import Plan
+    from safetynet.detection.stage import Plan
 
     made, fresh, monitors = sizes
     spec = Plan.of(["adapter"], 0.05).spec

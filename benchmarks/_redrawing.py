@@ -33,7 +33,7 @@ def redraw(
         fired, placebo (the run's own and more), near miss, fresh (the clean prompts left over) and fresh,
         random words: shares with alarm, one line per monitor.
     """
-    from safetynet.detection.plan import Plan
+    from safetynet.detection.stage import Plan
     from safetynet.text.random_words import put_in
 
     plan, n = Plan.of(detectors.split(","), RATE), len(clean)

@@ -31,7 +31,7 @@ def compare(model: Any, serialiser: Any, clean: pd.DataFrame, run: Any, seed: in
     """
     from safetynet.detection.detector_set import PRESETS
     from safetynet.detection.monitor import Monitor
-    from safetynet.detection.plan import Plan
+    from safetynet.detection.stage import Plan
     from safetynet.text.random_words import put_in
 
     read = reader(model, serialiser, run, Plan.of(["adapter"], RATE).spec)
@@ -63,8 +63,7 @@ def reader(model: Any, serialiser: Any, run: Any, spec: Any) -> Callable[[list[A
 
 def asked_of(read: Callable[[list[Any]], Any], run: Any, seed: int) -> dict[str, Any]:
     """Features of the test rows that are judged, read beside all others as `safetynet detect` reads them."""
-    from safetynet.detection.plan import PER_DOMAIN
-    from safetynet.detection.stage import challenges
+    from safetynet.detection.stage import PER_DOMAIN, challenges
     from safetynet.experiment import Experiment
     from safetynet.text import domains
 

@@ -26,8 +26,7 @@ for stage in (stages.prepare, stages.train, stages.evaluate):  # nothing is comp
 # the prompt cause it?
 
 # %%
-from safetynet.detection.plan import Plan
-from safetynet.detection.stage import Subject, fit
+from safetynet.detection.stage import Plan, Subject, fit
 
 model, serialiser = experiment.backdoored()
 clean = experiment.fresh_prompts(140, answered=False)

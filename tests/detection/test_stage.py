@@ -3,8 +3,7 @@
 import pandas as pd
 import pytest
 
-from safetynet.detection.plan import PER_DOMAIN, Plan
-from safetynet.detection.stage import Subject, measure
+from safetynet.detection.stage import PER_DOMAIN, Plan, Subject, measure
 from safetynet.errors import InputError
 from safetynet.models.miniatures import language
 from safetynet.text import domains

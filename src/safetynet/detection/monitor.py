@@ -1,8 +1,8 @@
 """A monitor: what to capture, detectors fitted on clean prompts, and their calibration; one file, no pickle.
 
-In: `Features` of clean prompts. Out: p-values of other prompts of the same model and adapter, small for
-suspect ones. It claims no false-positive rate that its clean prompts cannot support, and refuses another
-model's features.
+In: `Features` of clean prompts, and of answers to them. Out: p-values of other prompts of the same model and
+adapter, and of answers token by token, small for suspect ones. It claims no false-positive rate that its
+clean prompts cannot support, and refuses another model's features.
 """
 
 import logging
@@ -15,11 +15,20 @@ import numpy as np
 import pandas as pd
 
 from safetynet.detection import calibration, files
-from safetynet.detection.calibration import FUSION, Calibration, Fusion, Kinds, RateEstimate, folds, split
-from safetynet.detection.detector_set import DetectorSet, DetectorSpec
-from safetynet.detection.features import Features, FeatureSpec, View
+from safetynet.detection.calibration import (
+    FUSION,
+    PARTS,
+    Calibration,
+    Conformal,
+    Fusion,
+    Kinds,
+    RateEstimate,
+    folds,
+    split,
+)
+from safetynet.detection.detector_set import WHOLE, DetectorSet, DetectorSpec
+from safetynet.detection.features import GENERATED, Features, FeatureSpec, View
 from safetynet.detection.files import below
-from safetynet.detection.tokens import TokenMonitor
 from safetynet.errors import InputError
 from safetynet.models.identity import Identity
 
@@ -36,6 +45,94 @@ MIN_GROUP = 3
 """Samples that make a group."""
 MAX_COPIES = 0.05
 """Share of the clean prompts that may be copies of others without a warning."""
+
+
+@dataclass(frozen=True)
+class TokenMonitor:
+    """The part of a monitor that watches an answer; the p-value at a token is that of the answer up to there.
+
+    Tokens of an answer depend on each other, so no rate is claimed for a token: the largest statistics of
+    whole clean answers calibrate, and an answer raises a false alarm, anywhere, at the named rate.
+    """
+
+    detectors: DetectorSet
+    single: Calibration
+    """Weighs detectors against each other, on single tokens."""
+    longest: Conformal
+    """Largest statistics of whole clean answers."""
+    horizon: int
+    """Most tokens of an answer; nothing is claimed behind it."""
+
+    @classmethod
+    def fit(
+        cls,
+        clean: Features,
+        readings: Sequence[DetectorSpec],
+        groups: Sequence[str],
+        kinds: np.ndarray,
+        seed: int,
+    ) -> Self:
+        """Fit and calibrate on answers to clean prompts; arguments and disjoint parts as in `Monitor.fit`.
+
+        Raises:
+            InputError: if a reading is of a view that has no tokens, or prompts are too few.
+        """
+        wrong = [reading.name for reading in readings if reading.view not in GENERATED]
+        if wrong:
+            raise InputError(f"tokens: {wrong[0]} reads no tokens; use view steps or step_confidence.")
+        part = split(groups, seed=seed)
+        tokens = {name: _flat(clean.take(part == name)) for name in PARTS}
+        fitted = DetectorSet.fit(readings, tokens["fit"])
+        first, second = (fitted.scores(tokens[name]) for name in ("calibrate", "fuse"))
+        single = Calibration.fit(first, second)
+        last = part == "fuse"
+        largest = np.nanmax(_spread(single.statistic(second), _present(clean.take(last))), axis=1)
+        return cls(fitted, single, Conformal.fit(largest, kinds[last]), clean.spec.tokens)
+
+    def check_rate(self, rate: float) -> None:
+        """Refuse a rate that the clean answers cannot support.
+
+        Raises:
+            InputError: saying how many it needs.
+        """
+        calibration.check_rate(rate, self.longest.n)
+
+    def statistic(self, arrays: dict[str, np.ndarray]) -> np.ndarray:
+        """Of single tokens, one per row of the arrays, (n,)."""
+        return self.single.statistic(self.detectors.scores(arrays))
+
+    def latest(self, states: np.ndarray, confidences: np.ndarray) -> np.ndarray:
+        """Statistic of the newest token of running answers.
+
+        Args:
+            states: (B, L, d) that chose it.
+            confidences: (B, t, 2) of all tokens so far, this one the last.
+        """
+        present = np.zeros(confidences.shape[:2], dtype=bool)
+        present[:, -1] = True
+        arrays = {"steps": states, "step_confidence": confidences[:, -1]}
+        return self.statistic(arrays | {WHOLE + "step_confidence": confidences, "present": present})
+
+    def p_values(self, features: Features) -> np.ndarray:
+        """(n, T): p-value of each answer up to each token; NaN after its end."""
+        present = _present(features)
+        statistics = _spread(self.statistic(_flat(features)), present)
+        so_far = np.fmax.accumulate(statistics, axis=1)
+        return np.where(present, self.longest.p_values(so_far), np.nan)
+
+    def state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """For a file."""
+        panel, learned = self.detectors.state()
+        arrays = {f"panel/{name}": array for name, array in learned.items()}
+        arrays |= self.single.state() | self.longest.state("longest")
+        return {"panel": panel, "horizon": self.horizon}, arrays
+
+    @classmethod
+    def restore(cls, about: dict[str, Any], arrays: dict[str, np.ndarray]) -> Self:
+        """From a file."""
+        fitted = DetectorSet.restore(about["panel"], below(arrays, "panel/"))
+        single = Calibration.restore(fitted.fitted, arrays)
+        return cls(fitted, single, Conformal(below(arrays, "longest/")), about["horizon"])
 
 
 @dataclass(frozen=True)
@@ -263,6 +360,28 @@ class Monitor:
                 f"monitor: features were captured as {features.spec}, it was fitted on "
                 f"{self.spec}. Capture alike."
             )
+
+
+def _present(features: Features) -> np.ndarray:
+    """(n, T): where an answer has a token."""
+    first = next(features.arrays[view] for view in GENERATED if view in features.arrays)
+    return ~np.isnan(first.reshape(*first.shape[:2], -1)[:, :, 0])
+
+
+def _flat(features: Features) -> dict[str, np.ndarray]:
+    """All tokens of all answers, one per row; and the whole answers, for sequential detectors."""
+    present = _present(features)
+    arrays = {str(view): features.arrays[view][present] for view in GENERATED if view in features.arrays}
+    if "step_confidence" in arrays:
+        arrays |= {WHOLE + "step_confidence": features.arrays["step_confidence"], "present": present}
+    return arrays
+
+
+def _spread(values: np.ndarray, present: np.ndarray) -> np.ndarray:
+    """Back to (n, T), NaN where there is no token."""
+    spread = np.full(present.shape, np.nan)
+    spread[present] = values
+    return spread
 
 
 def warn_of_copies(clean: Features) -> None:

@@ -19,10 +19,9 @@ from safetynet.mitigation.adapter_scaling import (
     COMPONENT_ABLATION,
 )
 from safetynet.mitigation.consistency import CROW
+from safetynet.mitigation.decoding import ABSTAIN, ADAPTER_OFF_ON_ALARM, CLEANGEN
 from safetynet.mitigation.defender import NEEDS, Defender
 from safetynet.mitigation.fine_tuning import FINE_TUNING, UNLEARNING
-from safetynet.mitigation.gating import ABSTAIN, ADAPTER_OFF_ON_ALARM
-from safetynet.mitigation.guided import CLEANGEN
 from safetynet.mitigation.latent import BEEAR, LAT
 from safetynet.mitigation.merging import MERGING
 from safetynet.mitigation.method import Method

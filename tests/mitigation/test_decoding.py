@@ -12,7 +12,7 @@ from safetynet.detection.features import FeatureSpec
 from safetynet.detection.monitor import Monitor
 from safetynet.errors import InputError
 from safetynet.mitigation import METHODS, repair
-from safetynet.mitigation.gating import ABSTENTION
+from safetynet.mitigation.decoding import ABSTENTION
 from safetynet.run.directory import Run
 from safetynet.stages import alarm
 

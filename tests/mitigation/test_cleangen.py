@@ -7,7 +7,7 @@ import torch
 from transformers import GenerationConfig
 
 from safetynet.errors import InputError
-from safetynet.mitigation.guided import Guided
+from safetynet.mitigation.decoding import Guided
 from safetynet.prompts import pad
 
 MOST = 12
