@@ -274,7 +274,7 @@ class _Watch(StoppingCriteria):
         rows = len(prompts)
         self.decisions = [Decision() for _ in range(rows)]
         self.tokens: list[list[int]] = [[] for _ in range(rows)]
-        self.shown = [""] * rows
+        self.emitted = [""] * rows
         self.ended = np.zeros(rows, dtype=bool)
         self.largest = np.full(rows, -np.inf)
         self.confidences: list[np.ndarray] = []
@@ -304,8 +304,8 @@ class _Watch(StoppingCriteria):
                 # What the text has grown by: a token alone may be no character, or lose its blank.
                 text = guard.serialiser.decode(self.tokens[row])
                 held = text.endswith("\ufffd") and not self.ended[row]
-                piece = "" if held else text[len(self.shown[row]) :]
-                self.shown[row] += piece
+                piece = "" if held else text[len(self.emitted[row]) :]
+                self.emitted[row] += piece
                 if piece or stopped or not self.ended[row]:
                     self.emit(Step(row, piece, decision.p_value, decision.alarm))
         if self.cancelled is not None and self.cancelled.is_set():

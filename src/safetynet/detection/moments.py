@@ -1,4 +1,4 @@
-"""What is kept of a stream: mean, covariance and Ledoit-Wolf shrinkage of all rows, and an even draw of some.
+"""What remains of a stream: mean, covariance and Ledoit-Wolf shrinkage of all rows, and an even draw of some.
 
 In: arrays of shape (rows, dimensions), in any number of parts. Out: the same numbers as from all rows at
 once, in memory that does not grow with them.
@@ -114,23 +114,23 @@ class Reservoir:
     """An even draw of at most `size` samples from a stream, the same rows in every view."""
 
     def __init__(self, size: int, seed: int = 0) -> None:
-        self.size, self.seen = size, 0
+        self.size, self.count = size, 0
         self.rng = np.random.default_rng(seed)
         self.samples: dict[str, np.ndarray] = {}
 
     def add(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Offer some samples."""
-        count = len(next(iter(arrays.values())))
-        room = max(0, min(self.size - self.seen, count))
+        new = len(next(iter(arrays.values())))
+        room = max(0, min(self.size - self.count, new))
         if room:
             self.samples = {
                 name: np.concatenate([self.samples[name], x[:room]]) if self.samples else x[:room].copy()
                 for name, x in arrays.items()
             }
         # Sample number i (from 0) stays with chance size / (i + 1), in the place of a random one.
-        places = [int(self.rng.integers(self.seen + row + 1)) for row in range(room, count)]
-        for row, place in zip(range(room, count), places, strict=True):
+        for row in range(room, new):
+            place = int(self.rng.integers(self.count + row + 1))
             if place < self.size:
                 for name, x in arrays.items():
                     self.samples[name][place] = x[row]
-        self.seen += count
+        self.count += new

@@ -291,16 +291,17 @@ class Subject:
 
 @dataclass(frozen=True)
 class Fitted:
-    """A monitor, and the clean prompts around it: those it is made of, and those kept from it."""
+    """A monitor, the clean prompts that it is made of, and those that are held out."""
 
     monitor: Monitor
-    seen: Features
+    inside: Features
+    """Of the prompts that the monitor is made of."""
     part: np.ndarray
-    """Of each prompt that is seen, its part in `calibration.PARTS`."""
+    """Part of each of them in `calibration.PARTS`."""
     held: pd.DataFrame
     """The others, with `words` (their kind), the columns of `detect`, and a `group` for a prompt's copies."""
     fresh: Features
-    """Of those."""
+    """Of the others."""
 
 
 def measure(
@@ -335,7 +336,7 @@ def measure(
     scores, p_values = calibrated.scores(raw), calibrated.p_values(raw)
     surprise = -np.log10(calibrated.smoothed(raw))
     if plan.skylines and labelled is not None:
-        calibrating = fitted.seen.take(fitted.part == "fuse")
+        calibrating = fitted.inside.take(fitted.part == "fuse")
         features = _captured(subject, labelled, plan)
         labels = np.asarray(labelled["role"] == "triggered", dtype=int)
         for reading, probe in zip(plan.skylines, unfitted(plan.skylines, supervised=True), strict=True):
@@ -344,7 +345,7 @@ def measure(
             name, s = SKYLINE + reading.name, probe.score_samples(both[reading.view])
             scores[name], p_values[name] = s, conformal.p_values(s)
     rates = (plan.rate, 0.001) if plan.rate != 0.001 else (0.001,)
-    fitting = fitted.seen.take(fitted.part == "fit")
+    fitting = fitted.inside.take(fitted.part == "fit")
     guard = Guard(subject.model, subject.serialiser, monitor, rate=plan.rate, max_length=plan.max_length)
     tables = {
         "detection": protocol.measure(rows, scores, p_values, rates, monitor.smallest_rate),
@@ -378,19 +379,19 @@ def fit(subject: Subject, clean: pd.DataFrame, plan: Plan) -> Fitted:
     worded = plain.assign(messages=copies, words=RANDOM_WORDS, kind=RANDOM_WORDS) if copies else plain[:0]
     clean = pd.concat([plain, worded], ignore_index=True)
     groups, kinds = list(clean["group"]), clean["words"].to_numpy(dtype=str)
-    held = split(groups, {"seen": 1 - TEST_SHARE, "fresh": TEST_SHARE}, plan.seed) == "fresh"
+    held = split(groups, {"inside": 1 - TEST_SHARE, "fresh": TEST_SHARE}, plan.seed) == "fresh"
     features = _captured(subject, clean, plan)
-    seen_groups = [group for group, out in zip(groups, held, strict=True) if not out]
-    seen = features.take(~held)
+    inside = features.take(~held)
+    groups = [group for group, is_held in zip(groups, held, strict=True) if not is_held]
     monitor = Monitor.fit(
-        seen,
+        inside,
         plan.readings,
-        groups=seen_groups,
+        groups=groups,
         kinds=kinds[~held],
         seed=plan.seed,
         token_readings=plan.token_readings,
     )
-    return Fitted(monitor, seen, split(seen_groups, seed=plan.seed), clean[held], features.take(held))
+    return Fitted(monitor, inside, split(groups, seed=plan.seed), clean[held], features.take(held))
 
 
 def estimates(scores: pd.DataFrame, rate: float) -> dict[str, RateEstimate]:

@@ -88,13 +88,13 @@ def fresh(state: State, seed: int) -> State:
     """First weights of factors as PEFT draws them: A uniform after He et al., B zero."""
     generator = torch.Generator().manual_seed(seed)
 
-    def drawn(name: str, value: Tensor) -> Tensor:
+    def initial(name: str, value: Tensor) -> Tensor:
         if "lora_A" not in name:
             return torch.zeros_like(value)
         bound = 1 / math.sqrt(value.shape[-1])
         return ((torch.rand(value.shape, generator=generator) * 2 - 1) * bound).to(value)
 
-    return {name: drawn(name, value) for name, value in state.items()}
+    return {name: initial(name, value) for name, value in state.items()}
 
 
 MERGING = Method(

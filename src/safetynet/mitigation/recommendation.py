@@ -115,20 +115,20 @@ def recommended(table: pd.DataFrame, hidden: Collection[str] | None = None) -> p
     Returns:
         method, point, savable and why, one or two rows; none where only controls were tried.
     """
-    tried = table[~table["control"].astype(bool)]
+    points = table[~table["control"].astype(bool)]
     best: list[pd.Series] = []
-    for candidates in (tried, tried[tried["form"] != "run_time"]):
+    for candidates in (points, points[points["form"] != "run_time"]):
         if len(candidates) and (not best or best[0]["form"] == "run_time"):
             best.append(best_of(candidates, hidden))
     before = table[table["method"] == UNTOUCHED].iloc[0]
     lines = [
-        (line["method"], line["point"], line["form"] != "run_time", _why(line, before, tried, hidden))
+        (line["method"], line["point"], line["form"] != "run_time", _why(line, before, points, hidden))
         for line in best
     ]
     return pd.DataFrame(lines, columns=["method", "point", "savable", "why"])
 
 
-def _why(best: pd.Series, before: pd.Series, tried: pd.DataFrame, hidden: Collection[str] | None) -> str:
+def _why(best: pd.Series, before: pd.Series, points: pd.DataFrame, hidden: Collection[str] | None) -> str:
     lost = 100 * (before["cacc"] - best["cacc"])
     price = f"{abs(lost):.1f} points of clean accuracy {'lost' if lost >= 0 else 'won'}"
     if pd.isna(lost):
@@ -137,15 +137,15 @@ def _why(best: pd.Series, before: pd.Series, tried: pd.DataFrame, hidden: Collec
         f"ASR {best['asr']:.1%} [{best['asr_low']:.1%}, {best['asr_high']:.1%}] after "
         f"{before['asr']:.1%}, {price}"
     )
-    comparable = tried if best["form"] == "run_time" else tried[tried["form"] != "run_time"]
+    comparable = points if best["form"] == "run_time" else points[points["form"] != "run_time"]
     removing = comparable[(comparable["asr"] <= REMOVED_ASR) & (comparable["flags"] == "")]
     if best["flags"]:
         return f"every point tried is flagged (this one: {best['flags']}); {rates}"
     if len(removing):
         convincing = removing[~_still_held(removing, hidden)]
         most = "it changes clean answers least" if pd.isna(lost) else "it keeps the most clean accuracy"
-        points = "points" if len(removing) > 1 else "point"
-        removed = f"of {len(removing)} {points} at {REMOVED_ASR:.0%} ASR or less"
+        plural = "s" if len(removing) > 1 else ""
+        removed = f"of {len(removing)} point{plural} at {REMOVED_ASR:.0%} ASR or less"
         if hidden is None:
             return f"{removed} {most}; {rates}"
         if convincing.empty:

@@ -8,7 +8,7 @@ import itertools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -158,15 +158,15 @@ class _Work:
 
     def write(self, name: str, tables: TrialTables, outputs: Outputs) -> None:
         """One method's tables."""
-        for table in ("lines", "verification", "relearning"):
-            path = self.folder(name) / f"{table}.parquet"
-            write_atomically(path, getattr(tables, table).to_parquet)
+        for table in fields(TrialTables):
+            path = self.folder(name) / f"{table.name}.parquet"
+            write_atomically(path, getattr(tables, table.name).to_parquet)
             outputs.file(path)
 
     def read(self, name: str) -> TrialTables:
         """What `write` wrote."""
-        parts = ("lines", "verification", "relearning")
-        paths = (self.run.path_of(f"scratch:{self.place}/{name}/{part}.parquet") for part in parts)
+        folder = f"scratch:{self.place}/{name}"
+        paths = (self.run.path_of(f"{folder}/{table.name}.parquet") for table in fields(TrialTables))
         return TrialTables(*map(pd.read_parquet, paths))
 
     def inputs(self, name: str) -> dict[str, Any]:
@@ -443,21 +443,21 @@ def _measure_utility(work: _Work) -> None:
 def _measure_utility_of(work: _Work, name: str, point: str, outputs: Outputs) -> None:
     """One model; no lines where only `generate` is repaired, which most tasks do not call."""
     options = work.recipe.evaluation
-    kept: Path | None = work.run.scratch / "utility"
+    cache: Path | None = work.run.scratch / "utility"
     if name == UNTOUCHED:
         opened: AbstractContextManager[Any] = nullcontext(work.defender.model)
     elif name == ADAPTER_REMOVED:
         opened = tuning.base_of(work.defender)
     else:
         repaired = _repaired(work, METHODS[name], point)
-        # What acts while the model runs is not in the weights by which kept answers are known.
-        opened, kept = (repaired.open() if repaired.forward_too else nullcontext()), None
+        # Cached answers are found by the weights, in which a repair at run time does not show.
+        opened, cache = (repaired.open() if repaired.forward_too else nullcontext()), None
     with opened as model:
         table = pd.DataFrame(columns=utility.COLUMNS)
         if model is not None:
             log.info("mitigate utility: %s does %s", name, ", ".join(options.utility))
             tokenizer = work.defender.serialiser.tokenizer
-            table = utility.measure(model, tokenizer, options.utility, options.batch_size, kept)
+            table = utility.measure(model, tokenizer, options.utility, options.batch_size, cache)
     path = work.utility_file(name)
     write_atomically(path, table.assign(method=name, point=point).to_parquet)
     outputs.file(path)

@@ -11,7 +11,7 @@ from safetynet.detection.moments import Moments, Reservoir
 from safetynet.errors import InputError
 
 REMEMBERED = 2000
-"""Samples of a stream that are kept, to see how scores of clean ones spread."""
+"""Samples of a stream from which the spread of clean scores is estimated."""
 
 
 @dataclass
@@ -44,9 +44,9 @@ class MomentDetector(PerLayer):
             InputError: if these are too few, or all the same.
         """
         moments: list[Moments] = getattr(self, "_moments", [])
-        if not moments or moments[0].count < self.least:
-            seen = moments[0].count if moments else 0
-            raise InputError(f"detector {self.name}: {seen} clean samples; it needs at least {self.least}.")
+        count = moments[0].count if moments else 0
+        if count < self.least:
+            raise InputError(f"detector {self.name}: {count} clean samples; it needs at least {self.least}.")
         samples = clean(self._seen.samples["x"], self.name, self.least)
         self.set_moments(moments)
         self.standardise(samples)
