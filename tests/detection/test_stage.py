@@ -97,6 +97,9 @@ def test_a_plan_is_a_preset_or_detectors():
     assert [r.name for r in both.readings][-1] == "ranks:last"
     assert [r.name for r in both.token_readings] == ["lock:step_confidence"]
     assert [r.name for r in both.skylines] == ["mlp_probe:last"]
+    # A supervised probe's view is captured as well, so that its refused request is looked for.
+    assert Plan.of(["ranks", "mlp_probe:probe"], 0.01, probe="No?").spec.views == ("last", "probe")
+    assert "probe" in Plan.of(["ranks", "mlp_probe:probe"], 0.01).views
     for preset, clean in (("behaviour", 2000), ("adapter", 4000)):
         plan = Plan.of([preset], 0.01)
         assert plan.clean == clean

@@ -20,7 +20,7 @@ from safetynet.detection import curves, detectors, protocol
 from safetynet.detection.calibration import PARTS, Conformal, RateEstimate, check_rate, fpr_estimate, split
 from safetynet.detection.capture import capture
 from safetynet.detection.detector_set import PRESETS, DetectorSpec, named, unfitted
-from safetynet.detection.features import GENERATED, Features, FeatureSpec, concatenate
+from safetynet.detection.features import GENERATED, Features, FeatureSpec, View, concatenate
 from safetynet.detection.guard import Guard, overhead, share_of_rate
 from safetynet.detection.monitor import Monitor
 from safetynet.errors import InputError
@@ -88,7 +88,7 @@ def detect(experiment: Experiment, options: Detection | None = None) -> dict[str
     experiment.check_models(BACKDOORED)  # a missing training is reported before prompts are made
     count = options.clean or plan.clean
     prompts = experiment.fresh_prompts(count, answered=False)
-    if plan.reads_probe:
+    if "probe" in plan.views:
         refused = prompts[prompts["forbidden"]]
         if refused.empty:
             raise InputError(
@@ -229,20 +229,19 @@ class Plan:
         return 2000 if self.is_alone else 4000
 
     @property
-    def spec(self) -> FeatureSpec:
-        """What is to be captured; InputError where a view does not exist."""
+    def views(self) -> tuple[View, ...]:
+        """Views that the detectors read; `probe` needs a refused request."""
         every = (*self.readings, *self.token_readings, *self.skylines)
-        views = tuple(dict.fromkeys(reading.view for reading in every))
-        return FeatureSpec(
-            views,
-            tokens=self.tokens if self.token_readings else 0,
-            probe=self.probe if "probe" in views else None,
-        )
+        return tuple(dict.fromkeys(reading.view for reading in every))
 
     @property
-    def reads_probe(self) -> bool:
-        """Whether a refused request is needed."""
-        return any(reading.view == "probe" for reading in self.readings)
+    def spec(self) -> FeatureSpec:
+        """What is to be captured; InputError where a view does not exist."""
+        return FeatureSpec(
+            self.views,
+            tokens=self.tokens if self.token_readings else 0,
+            probe=self.probe if "probe" in self.views else None,
+        )
 
     def check(self, clean: int) -> None:
         """Refuse what is wrong before a model is loaded and thousands of prompts are read with it.

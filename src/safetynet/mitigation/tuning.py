@@ -145,10 +145,10 @@ def tune_and_verify(
         name = point_name(method, settings, points)
         with repaired.open() as model:
             line, _ = measure(model, trial, SELECTION, reference, repaired)
-        lines.append(line | {"point": name} | cost)
+        lines.append(line | {"point": name, "form": repaired.form} | cost)
         repairs[name] = repaired
     about = {"method": method.name, "control": method.control, "needs": ", ".join(sorted(method.needs))}
-    table = pd.DataFrame(lines).assign(**about, form=[repaired.form for repaired in repairs.values()])
+    table = pd.DataFrame(lines).assign(**about)
     before = reference.lines.query("split == @SELECTION")
     marked = recommendation.marked(pd.concat([before, table], ignore_index=True), trial.floor)
     point = str(recommendation.best_of(marked[marked["method"] == method.name])["point"])
