@@ -244,7 +244,7 @@ class Monitor:
             if not scores:
                 raise InputError("monitor: a stream of calibrating prompts is empty. Give clean prompts.")
             clean_scores.append({name: np.concatenate([s[name] for s in scores]) for name in scores[0]})
-        calibrated = Calibration.fit(*clean_scores, how)
+        calibrated = Calibration.fit(clean_scores[0], clean_scores[1], how)
         warn_of_outliers(calibrated)
         assert origin is not None  # an empty stream has been refused
         return cls(*origin, fitted, calibrated, count)

@@ -130,7 +130,7 @@ Fallback = Callable[[Any, GenerationRequest], list[list[int]]]
 class Gated(GenerateWrapper):
     """Answers greedily; the fallback answers rows whose prompt raises an alarm."""
 
-    method = "gating"
+    method: ClassVar[str] = "gating"
 
     def __init__(self, model: Any, alarm: Alarm, rate: float, fallback: Fallback) -> None:
         super().__init__(model)
@@ -184,7 +184,7 @@ class Guided(GenerateWrapper):
         ahead: tokens that the suspect drafts before they are checked.
     """
 
-    method = "cleangen"
+    method: ClassVar[str] = "cleangen"
 
     def __init__(self, model: Any, reference: Any, ratio: float, ahead: int) -> None:
         super().__init__(model)

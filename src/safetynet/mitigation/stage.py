@@ -92,7 +92,8 @@ class _Work:
     @cached_property
     def defender(self) -> Defender:
         """The suspect model with what its owner has."""
-        options, foreign = self.recipe.mitigation, None
+        options = self.recipe.mitigation
+        foreign: suspects.Suspect | None = None
         if self.adapter is not None:
             foreign = suspects.load(self.experiment.load, self.adapter, self.same_base, self.files)
         fresh = options.clean_rows if options.clean is None else 0
