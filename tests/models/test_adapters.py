@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, TrainableTokensConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tests.models import variants
 from transformers import AutoModelForCausalLM
@@ -18,6 +18,7 @@ from safetynet import recipe
 from safetynet.errors import InputError
 from safetynet.models import adapter_files, adapters, loading, miniatures, support
 from safetynet.models.identity import identify
+from safetynet.training import checkpoints
 
 IDS = torch.tensor([[5, 6, 7, 300, 22, 17, 90]])
 FAST = (
@@ -384,6 +385,24 @@ def test_an_adapter_is_exchanged_for_one_of_its_own_configuration_only(tmp_path:
             adapters.exchanged(model, tmp_path / name),
         ):
             pass
+
+
+def test_token_rows_of_tied_embeddings_are_exchanged_though_their_file_holds_them_once(
+    tmp_path: Path,
+) -> None:
+    first, second = (
+        get_peft_model(base_of().model, TrainableTokensConfig(token_indices=[22])).eval() for _ in range(2)
+    )
+    for seed, model in enumerate((first, second)):
+        torch.manual_seed(seed)
+        torch.nn.init.normal_(next(p for p in model.parameters() if p.requires_grad))
+    checkpoints.save_weights(second, tmp_path)
+    assert len(load_file(tmp_path / "adapter_model.safetensors")) == 1, "head and embeddings are not tied"
+    before = logits(first)
+    with adapters.exchanged(first, tmp_path) as now:
+        torch.testing.assert_close(logits(now), logits(second))
+    assert torch.equal(logits(first), before)
+    assert not torch.allclose(logits(second), before)
 
 
 def test_a_model_whose_base_is_not_known_is_not_switched_off() -> None:

@@ -110,13 +110,17 @@ def lens_map(data: Data) -> Chart:
                 readings = readings[readings["column"].isin(window)]
                 columns, trigger = token_columns(readings)
             letters = max(int(frame.inches / len(columns) * 72 / 5.2), 1)  # of 5.2 points each
+
+            def fitting(row: Row, letters: int = letters) -> str:
+                return shortened(visible(row["top"]), letters)
+
             grid = grid_of(
                 readings,
                 ("column", columns),
                 layers_of(layers),
                 "probability",
                 PROBABILITY,
-                texts=lambda row, letters=letters: shortened(visible(row["top"]), letters),
+                texts=fitting,
                 notes=lambda row: f"likeliest token {visible(row['top'])}",
             )
             cuts = tuple(

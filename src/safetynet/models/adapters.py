@@ -190,7 +190,13 @@ def exchanged(model: Any, folder: Path) -> Iterator[Any]:
             "model, by which its weights would then act. Attach it to a base model of its own."
         )
     weights = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-    before = {key: weight.clone() for key, weight in weights.items()}
+    # What the model ties, such as new rows of embeddings and head, stands once in a file.
+    tied = {weights[key].data_ptr() for key in weights.keys() & files.tensors.keys()}
+    before = {
+        key: weight.clone()
+        for key, weight in weights.items()
+        if key in files.tensors or weight.data_ptr() not in tied
+    }
     check_complete(folder, list(before.keys() - files.tensors), list(files.tensors.keys() - before.keys()))
     set_peft_model_state_dict(model, dict(files.tensors), name)
     try:
