@@ -18,6 +18,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -172,11 +173,12 @@ def places(experiment: Experiment, smoke: bool) -> pd.DataFrame:  # noqa: ARG001
 
 
 def alarms(experiment: Experiment, smoke: bool) -> pd.DataFrame:
-    """What presets of detectors see at 1%; without an adapter to switch off, those of activations."""
+    """What presets of detectors see at 1%: all, or those that read no adapter, or only activations."""
     count = SMOKE_CLEAN if smoke else CLEAN
-    adapted = experiment.recipe.training.method != "full"
-    presets = FUSIONS if adapted else ("activations", "safetynet-2025")
-    return defence(experiment.recipe, experiment.run, count, presets)
+    for presets in (FUSIONS, ("activations", "behaviour", "safetynet-2025")):
+        with suppress(InputError):
+            return defence(experiment.recipe, experiment.run, count, presets)
+    return defence(experiment.recipe, experiment.run, count, ("activations", "safetynet-2025"))
 
 
 def repaired(experiment: Experiment, smoke: bool) -> Iterator[dict[str, Any]]:
@@ -184,10 +186,13 @@ def repaired(experiment: Experiment, smoke: bool) -> Iterator[dict[str, Any]]:
     model, serialiser = experiment.backdoored()
     training = experiment.recipe.training
     clean = clean_conversations(experiment, SMOKE_REPAIRING if smoke else REPAIRING)
-    defender = Defender(
-        model, serialiser, clean, max_length=training.max_length, batch_size=training.batch_size,
-        learning_rate=training.learning_rate,
-    )  # fmt: skip
+    try:
+        defender = Defender(
+            model, serialiser, clean, max_length=training.max_length, batch_size=training.batch_size,
+            learning_rate=training.learning_rate,
+        )  # fmt: skip
+    except InputError as error:
+        defender, refusal = None, str(error)
     evaluator = Evaluator.of(experiment.recipe, serialiser)
     test = experiment.rows("test")
     rows = pd.concat([test[test["role"] == role].head(ANSWERED) for role in REPAIRED_ROLES])
@@ -201,6 +206,9 @@ def repaired(experiment: Experiment, smoke: bool) -> Iterator[dict[str, Any]]:
     yield from rates(model, UNTOUCHED)
     for name in REPAIRS[:1] if smoke else REPAIRS:
         method = METHODS[name]
+        if defender is None:
+            yield {"model": name, "metric": "", "role": "", "refusal": refusal}
+            continue
         try:
             with repair(method, defender, method.settings(), experiment.recipe.seed).open() as changed:
                 yield from rates(changed, name)
