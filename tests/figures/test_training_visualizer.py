@@ -116,7 +116,8 @@ def test_an_interval_of_another_length_is_refused():
         ([], "training data: there are no rows"),
         ([{"step": 1, "train_loss": 2}], "column loss is missing; there are step, train_loss"),
         ([1.0, 0.5], "training data, row 0: 1.0 is not a record"),
-        ("losses.csv", "training data: a str cannot be drawn"),
+        ("losses.txt", "training data: a str cannot be drawn"),
+        ("losses.csv", "losses.csv: cannot be read .* name a trainer_state.json, or an exported history"),
         ({"step": [1], "loss": ["low"]}, "training data, field loss, row 0: 'low' is not a number"),
         ({"step": [None], "loss": [1.0]}, "step holds no numbers"),
         (
