@@ -170,3 +170,14 @@ def test_grids_with_one_scale_share_a_bar_and_others_have_their_own(grid):
     assert layout.coloraxis.colorbar.title.text == "Effect (share)"
     assert layout.coloraxis2.colorbar.title.text == "Weight"
     assert [key.label for key in legend(chart)] == ["responsible"]
+
+
+def test_upright_labels_stand_above_the_row_below(grid):
+    def gap(label):
+        rows = [Axis("Token", ticks=((0.0, f"{label}{row}"),), upright=True) for row in range(2)]
+        layout = screen.draw(Chart("Effects", tuple(Panel(x, Axis("Layer"), grid=grid) for x in rows))).layout
+        pixels = layout.height - layout.margin.t - layout.margin.b
+        return (layout.yaxis.domain[0] - layout.yaxis2.domain[1]) * pixels
+
+    short, long = gap("a"), gap("<|im_start|>assistant")
+    assert long - short > 7 * len("<|im_start|>assistan"), "a letter is more than seven pixels wide"

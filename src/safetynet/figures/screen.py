@@ -41,6 +41,7 @@ MODES = {"points": "markers", "marked": "lines+markers"}
 """Of a trace by the kind of a series; others are lines."""
 BUTTONS = ["toImage", "zoom2d", "pan2d", "resetScale2d"]  # none that would send data anywhere
 TEXT = 13  # pixels
+LETTER, LINE = 8, 16  # pixels that a letter of a label is wide, and a line of them high
 FONT = ", ".join(f"'{name}'" if " " in name else name for name in theme.FONT)
 TOP = 92  # pixels above the panels: buttons, one line of legend, title of the first row
 LEGEND_LINE = 26  # pixels
@@ -180,8 +181,14 @@ def _grid(chart: Chart) -> tuple["Figure", float]:
     from plotly.subplots import make_subplots
 
     count, columns, rows = len(chart.panels), chart.columns, len(chart.heights)
-    upper = range((rows - 1) * columns)
-    gap = 34 if all(chart.axis_shared(index, "x") for index in upper) else 62  # pixels
+    labelled_above = [
+        panel.x
+        for index, panel in enumerate(chart.panels[: (rows - 1) * columns])
+        if not chart.axis_shared(index, "x")
+    ]
+    # Pixels between rows: for the title below, else also for labels and axis title; upright labels take more.
+    upright = max((len(text) for axis in labelled_above if axis.upright for _, text in axis.ticks), default=0)
+    gap = 62 + max(LETTER * upright - LINE, 0) if labelled_above else 34
     labelled = any(index % columns and not chart.axis_shared(index, "y") for index in range(count))
     bars = columns > 1 and len(chart.shades) > 1  # between the panels
     height = sum(chart.heights) * theme.SCREEN_HEIGHT + gap * (rows - 1)
