@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 import pandas as pd
 from transformers import TrainerCallback
@@ -24,6 +24,7 @@ from transformers.utils.import_utils import ENV_VARS_TRUE_VALUES
 from safetynet.errors import InputError
 from safetynet.extras import need
 from safetynet.recipe import Recipe
+from safetynet.recipe.loading import flat
 
 PROJECT = "safetynet"
 """Project on Weights & Biases, unless WANDB_PROJECT names another."""
@@ -234,7 +235,7 @@ def _mlflow(tracking: Tracking) -> Iterator[Any]:
         try:
             with _refusals(store):
                 # The Trainer's own parameters have names without dots.
-                mlflow.log_params(_flat("recipe", tracking.config))
+                mlflow.log_params(flat(tracking.config, "recipe."))
                 mlflow.log_dict(dict(tracking.config), "recipe.yaml")
             yield mlflow
             status = "FINISHED"
@@ -273,8 +274,7 @@ def _check_answers(store: str) -> None:
     if url.scheme not in ("http", "https"):
         return
     try:
-        port = url.port or (80 if url.scheme == "http" else 443)
-        socket.create_connection((str(url.hostname), port), NETWORK_TIMEOUT_S).close()
+        _connect(url)
     except (OSError, ValueError) as error:
         raise InputError(
             f"tracking: mlflow: no server answers at {store} ({error}). Start it, name another in "
@@ -295,15 +295,6 @@ def _experiment(name: str, artifacts: str | None) -> str:
         if (there := mlflow.get_experiment_by_name(name)) is None:
             raise
         return str(there.experiment_id)
-
-
-def _flat(prefix: str, value: Any) -> dict[str, Any]:
-    """Nested fields by dotted names: `recipe.training.lora_rank`."""
-    if not isinstance(value, Mapping) or not value:
-        return {prefix: value}
-    return {
-        name: leaf for key, part in value.items() for name, leaf in _flat(f"{prefix}.{key}", part).items()
-    }
 
 
 def _disabled(kind: str) -> bool:
@@ -337,14 +328,19 @@ def _requested_mode() -> str | None:
     return None if saved == "online" else saved
 
 
+def _connect(url: SplitResult) -> None:
+    """Reach a server once; raises OSError where none answers, ValueError for a port that is none."""
+    port = url.port or (80 if url.scheme == "http" else 443)
+    socket.create_connection((str(url.hostname), port), NETWORK_TIMEOUT_S).close()
+
+
 def _usable() -> bool:
     """Whether there is a key for the server, and a network to it."""
     url = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
-    host, port = str(url.hostname), url.port or (80 if url.scheme == "http" else 443)
     try:
-        if not os.environ.get("WANDB_API_KEY") and netrc.netrc().authenticators(host) is None:
+        if not os.environ.get("WANDB_API_KEY") and netrc.netrc().authenticators(str(url.hostname)) is None:
             return False
-        with socket.create_connection((host, port), NETWORK_TIMEOUT_S):
-            return True
+        _connect(url)
+        return True
     except (OSError, netrc.NetrcParseError):  # no ~/.netrc, or no network
         return False
