@@ -26,14 +26,14 @@ import pandas as pd
 import planting
 from _running import ROOT, markdown, percent
 from evasion import FUSIONS, defence
+from firing import defender_of
 
 from safetynet import recipe, scan, stages
 from safetynet.errors import InputError
 from safetynet.evaluation import metrics
 from safetynet.evaluation.evaluator import Evaluator
 from safetynet.experiment import Experiment
-from safetynet.mitigation import METHODS, Defender, repair
-from safetynet.mitigation.rows import clean_conversations
+from safetynet.mitigation import METHODS, repair
 from safetynet.models import loading
 from safetynet.vocabulary import HALVES, UNTOUCHED
 
@@ -184,15 +184,6 @@ def alarms(experiment: Experiment, smoke: bool) -> pd.DataFrame:
 def repaired(experiment: Experiment, smoke: bool) -> Iterator[dict[str, Any]]:
     """Rates of the model as it is and after each of `REPAIRS`, on the same test rows; or why it refuses."""
     model, serialiser = experiment.backdoored()
-    training = experiment.recipe.training
-    clean = clean_conversations(experiment, SMOKE_REPAIRING if smoke else REPAIRING)
-    try:
-        defender = Defender(
-            model, serialiser, clean, max_length=training.max_length, batch_size=training.batch_size,
-            learning_rate=training.learning_rate,
-        )  # fmt: skip
-    except InputError as error:
-        defender, refusal = None, str(error)
     evaluator = Evaluator.of(experiment.recipe, serialiser)
     test = experiment.rows("test")
     rows = pd.concat([test[test["role"] == role].head(ANSWERED) for role in REPAIRED_ROLES])
@@ -204,11 +195,14 @@ def repaired(experiment: Experiment, smoke: bool) -> Iterator[dict[str, Any]]:
             yield line | {"refusal": ""}
 
     yield from rates(model, UNTOUCHED)
+    try:
+        defender = defender_of(experiment, model, serialiser, SMOKE_REPAIRING if smoke else REPAIRING)
+    except InputError as error:  # what was trained is no LoRA
+        for name in REPAIRS:
+            yield {"model": name, "metric": "", "role": "", "refusal": str(error)}
+        return
     for name in REPAIRS[:1] if smoke else REPAIRS:
         method = METHODS[name]
-        if defender is None:
-            yield {"model": name, "metric": "", "role": "", "refusal": refusal}
-            continue
         try:
             with repair(method, defender, method.settings(), experiment.recipe.seed).open() as changed:
                 yield from rates(changed, name)

@@ -28,6 +28,7 @@ from safetynet.figures import Axis, Chart, Figure, Panel, Reference, Series
 from safetynet.mitigation import METHODS, Defender, repair
 from safetynet.mitigation.rows import clean_conversations
 from safetynet.models import loading
+from safetynet.prompts import Serialiser
 from safetynet.run import directory as runs
 from safetynet.statistics import wilson
 from safetynet.vocabulary import UNTOUCHED
@@ -96,17 +97,22 @@ def measured(experiment: Experiment, samples: int, clean: int) -> list[dict[str,
     evaluator = Evaluator.of(recipe, serialiser)
     rows = experiment.rows("test")
     rows = rows[rows["role"].isin(ROLES)].reset_index(drop=True)
-    defender = Defender(
-        model, serialiser, clean_conversations(experiment, clean),
-        max_length=recipe.training.max_length, batch_size=recipe.training.batch_size,
-        learning_rate=recipe.training.learning_rate,
-    )  # fmt: skip
+    defender = defender_of(experiment, model, serialiser, clean)
     lines = rates_of(evaluator, model, rows, samples, UNTOUCHED)
     for name in REPAIRS:
         method = METHODS[name]
         with repair(method, defender, method.settings(), recipe.seed).open() as repaired:
             lines += rates_of(evaluator, repaired, rows, samples, name)
     return lines
+
+
+def defender_of(experiment: Experiment, model: Any, serialiser: Serialiser, clean: int) -> Defender:
+    """Who has the run's model and so many fresh clean conversations, and knows no trigger."""
+    training = experiment.recipe.training
+    return Defender(
+        model, serialiser, clean_conversations(experiment, clean), max_length=training.max_length,
+        batch_size=training.batch_size, learning_rate=training.learning_rate,
+    )  # fmt: skip
 
 
 def rates_of(
