@@ -3,6 +3,7 @@ import math
 
 import pandas as pd
 import pytest
+import wandb
 
 from safetynet.errors import InputError
 from safetynet.figures import TrainingVisualizer, figures_of, save_all
@@ -316,6 +317,51 @@ FORMS = {
     "mlflow": mlflow_metrics().to_dict("records"),
 }
 EXPORTED = ["trainer_state.json", "wandb.csv", "wandb.json", "wandb chart.csv", "mlflow.csv"]
+
+
+@pytest.fixture(scope="module")
+def wandb_offline(tmp_path_factory):
+    """The folder of a run that wandb recorded offline: the Trainer's log, and a table longer than a block."""
+    folder = tmp_path_factory.mktemp("tracker")
+    run = wandb.init(project="p", mode="offline", dir=str(folder), settings=wandb.Settings(silent=True))
+    for record in wandb_history().drop(columns=["_step", "_runtime", "_timestamp"]).to_dict("records"):
+        run.log({name: value for name, value in record.items() if not math.isnan(value)})
+    run.log({"train/loss": math.nan, "train/global_step": 30, "answers": "x" * 100_000})
+    run.finish()
+    wandb.teardown()  # only now is the log written
+    [recorded] = (folder / "wandb").glob("offline-run-*")
+    return recorded
+
+
+def test_a_run_that_wandb_recorded_offline_is_read_from_its_folder(wandb_offline):
+    for folder in (wandb_offline, str(wandb_offline.with_name("latest-run"))):
+        drawn = series(DRAW.plot_loss_curves(folder))
+        loss = drawn["backdoored", "subject"]
+        assert (loss.x, loss.y[:2]) == ((10, 20, 30), (2.0, 1.0))
+        assert math.isnan(loss.y[2])  # broke down, and is a gap
+        assert drawn["backdoored, held-out rows", "subject"].y == (1.8, 0.9)
+
+
+def test_an_offline_run_that_is_cut_gives_what_is_whole_and_a_damaged_one_is_refused(wandb_offline, tmp_path):
+    [log] = wandb_offline.glob("*.wandb")
+    whole = log.read_bytes()
+    copy = tmp_path / "run-1.wandb"
+    copy.write_bytes(whole[:50_000])  # within the long text, in its second block
+    assert series(DRAW.plot_loss_curves(tmp_path))["backdoored", "subject"].y == (2.0, 1.0)
+    copy.write_bytes(whole[:60_000].replace(b"xxxx", b"xxxy", 1) + whole[60_000:])
+    with pytest.raises(InputError, match=r"run-1\.wandb: is damaged at byte \d+; copy it again"):
+        DRAW.plot_loss_curves(tmp_path)
+    copy.write_bytes(whole[:7])
+    with pytest.raises(InputError, match=r"no value is logged in it"):
+        DRAW.plot_loss_curves(tmp_path)
+    copy.write_bytes(b"PK")
+    with pytest.raises(InputError, match=r"is no log of Weights & Biases"):
+        DRAW.plot_loss_curves(tmp_path)
+
+
+def test_a_folder_without_one_run_of_wandb_names_those_that_it_holds(wandb_offline):
+    with pytest.raises(InputError, match=r"wandb: there are 0 files \*\.wandb; .* one of offline-run-"):
+        DRAW.plot_loss_curves(wandb_offline.parent)
 
 
 @pytest.mark.parametrize("form", [*FORMS, *EXPORTED])

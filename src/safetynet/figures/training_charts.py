@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 
 from safetynet.errors import InputError
-from safetynet.figures import theme
+from safetynet.figures import theme, wandb_log
 from safetynet.figures.chart import Axis, Chart, Kind, Panel, Series
 from safetynet.figures.panels import from_zero, nice, series_of
 from safetynet.figures.registry import NotMeasuredError, figure
@@ -101,7 +101,7 @@ def _log(data: Log) -> pd.DataFrame:
         InputError: if a file holds no log, the form is another one, there are several runs of a tracker, or
             there are no rows.
     """
-    if isinstance(data, str | Path) and str(data).endswith((".json", ".csv")):
+    if isinstance(data, str | Path) and (str(data).endswith((".json", ".csv")) or Path(data).is_dir()):
         data = _read(Path(data))
     if isinstance(data, Sequence) and not isinstance(data, str):
         for row, record in enumerate(data):
@@ -119,7 +119,9 @@ def _log(data: Log) -> pd.DataFrame:
 
 
 def _read(path: Path) -> Log:
-    """The log in a trainer_state.json, or in a tracker's export as JSON records or CSV."""
+    """The log in a trainer_state.json, in a tracker's export as JSON records or CSV, or of W&B offline."""
+    if path.is_dir():
+        return wandb_log.history(path)
     try:
         if path.suffix == ".csv":
             return pd.read_csv(path)

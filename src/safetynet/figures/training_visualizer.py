@@ -48,8 +48,9 @@ class TrainingVisualizer:
         Args:
             training_data: the Trainer's `log_history`, the path of a `trainer_state.json`, a W&B history
                 (`train/loss` and `train/global_step`) or MLflow's metrics (key, value and step) as a
-                DataFrame, records, or a file .csv or .json of them, or columns step and loss as a DataFrame
-                or a dict of lists, with eval_loss and run (backdoored, clean twin) where known.
+                DataFrame, records, or a file .csv or .json of them, the folder of a W&B run that was recorded
+                offline, or columns step and loss as a DataFrame or a dict of lists, with eval_loss and run
+                (backdoored, clean twin) where known.
 
         Raises:
             InputError: if a column is missing, has another length, or holds something else than numbers, or
