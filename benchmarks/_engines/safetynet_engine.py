@@ -14,7 +14,7 @@ from safetynet.engine.trace import trace
 
 from .workload import Sweep
 
-PACKAGES = ("safetynet",)
+PACKAGES = ("safetynet-llm",)
 
 
 def prepare(model: Any, _tokenizer: Any) -> Any:

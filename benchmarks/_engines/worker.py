@@ -24,9 +24,7 @@ import torch
 import transformers
 
 from . import ENGINES
-from .workload import FULL, LARGE, SMALL, TOKENS, Sweep, build_model, build_prompts, build_tokenizer, sweeps
-
-SHAPES = {"small": SMALL, "full": FULL, "large": LARGE}
+from .workload import SHAPES, TOKENS, Sweep, build_model, build_prompts, build_tokenizer, sweeps
 
 
 def peak_mb() -> float:

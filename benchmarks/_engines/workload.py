@@ -23,14 +23,18 @@ class Shape:
     hidden: int = 512
     intermediate: int = 1376
     heads: int = 8
+    key_heads: int = 8
     vocabulary: int = 32_000
     length: int = 64
     pairs: int = 32  # of the sweep `batch`
 
 
-FULL = Shape()
-LARGE = Shape(layers=16, hidden=2048, intermediate=5632, heads=16)
-SMALL = Shape(layers=2, hidden=64, intermediate=172, heads=4, vocabulary=500, length=12, pairs=4)
+SHAPES = {
+    "full": Shape(),
+    "large": Shape(layers=16, hidden=2048, intermediate=5632, heads=16, key_heads=16),
+    "smollm2": Shape(layers=30, hidden=576, intermediate=1536, heads=9, key_heads=3, vocabulary=49_152),
+    "small": Shape(2, 64, intermediate=172, heads=4, key_heads=4, vocabulary=500, length=12, pairs=4),
+}
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,7 @@ def sweeps(shape: Shape) -> dict[str, Sweep]:
         Sweep("heads", shape, "heads"),
         Sweep("batch", shape, "eight", pairs=shape.pairs),
         Sweep("late", shape, "all", late=True),
+        Sweep("late-8", shape, "eight", late=True),
     )
     return {sweep.name: sweep for sweep in found}
 
@@ -100,7 +105,7 @@ def build_model(shape: Shape, device: str) -> Any:
         intermediate_size=shape.intermediate,
         num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads,
-        num_key_value_heads=shape.heads,
+        num_key_value_heads=shape.key_heads,
         max_position_embeddings=256,
         tie_word_embeddings=False,
         use_cache=False,  # nobody reads it, so nobody pays for it
