@@ -6,7 +6,6 @@ the base can be undone.
 """
 
 import logging
-import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -102,7 +101,7 @@ def put_on(model: Any, files: AdapterFiles) -> Any:
                     "does dt_proj and embeddings do a tied head. An adapter that began by changing them is "
                     "no update of the base, and is not measured."
                 )
-        with _plainly_off(adapted) if is_plain(files.config) and not record else switched_off(adapted):
+        with switched_off(adapted):
             before.check(_Probe.of(adapted), files)
     except BaseException as error:
         if adapted is None:
@@ -140,10 +139,15 @@ def switched_off(model: Any) -> Iterator[Any]:
     """
     if not has_adapter(model):
         raise InputError("model: it has no adapter that could be switched off. Give the base model itself.")
+    config = model.active_peft_config
     with ExitStack() as stack:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of biases, which are put back below
+        if config.is_prompt_learning or config.is_adaption_prompt:
             stack.enter_context(model.disable_adapter())
+        else:
+            stack.enter_context(_layers_off(model))
+            # Layers that are put back below may be none of the adapter's, and the model says that it is off.
+            stack.callback(setattr, model, "_adapters_disabled", model._adapters_disabled)
+            model._adapters_disabled = True
         stack.enter_context(_base_in_place(model))
         yield model
 
@@ -160,7 +164,7 @@ def merged(model: Any) -> Iterator[None]:
     weights = [layer.get_base_layer().weight for layer in layers]
     before = [weight.data for weight in weights]
     try:
-        with torch.no_grad(), _plainly_off(model) if layers else nullcontext():
+        with torch.no_grad(), _layers_off(model) if layers else nullcontext():
             for layer, weight in zip(layers, weights, strict=True):
                 weight.data = weight + update_of(layer, model.active_adapter).product()[0]
             yield
@@ -331,21 +335,21 @@ def _mergeable(model: Any) -> list[Any]:
 
 
 @contextmanager
-def _plainly_off(model: Any) -> Iterator[None]:
-    """`switched_off` of an adapter that is updates alone, as far as a pass sees it.
+def _layers_off(model: Any) -> Iterator[None]:
+    """Every layer of an adapter, and every module that it saves, lets its input through to the base's.
 
-    PEFT's switch also takes gradients from every module and gives them back, which takes as long as the pass.
+    PEFT's own switch also asks all modules for their state, takes gradients from them and gives them back,
+    which takes as long as a pass of a small model.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
 
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    for layer in layers:
-        layer._disable_adapters = True
-    try:
+    with ExitStack() as stack:
+        for module in model.modules():
+            if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+                stack.callback(setattr, module, "_disable_adapters", module._disable_adapters)
+                module._disable_adapters = True
         yield
-    finally:
-        for layer in layers:
-            layer._disable_adapters = False
 
 
 @contextmanager
