@@ -45,7 +45,7 @@ def history(folder: Path) -> list[dict[str, float]]:
             + (f", such as one of {runs}" if runs else "")
         )
     need(str(folder), "wandb")
-    from wandb.proto.wandb_internal_pb2 import Record
+    from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]  # made by protobuf
 
     steps = []
     for record in map(Record.FromString, _records(logs[0])):
