@@ -87,7 +87,7 @@ def project_out(direction: Tensor, centre: Tensor | None = None, share: float = 
     def change(x: Tensor) -> Tensor:
         along = unit.to(x)
         off = x if centre is None else x - centre.to(x)
-        return x - share * (off @ along)[:, None] * along
+        return x - share * (off @ along)[:, None] * along  # (k, 1) lengths times (width,)
 
     return change
 
@@ -149,7 +149,7 @@ def low_rank(components: Tensor, mean: Tensor) -> Change:
 
     def change(x: Tensor) -> Tensor:
         basis, centre = components.to(x), mean.to(x)
-        return centre + (x - centre) @ basis.T @ basis
+        return centre + (x - centre) @ basis.T @ basis  # (k, width) to (k, r) and back
 
     return change
 
@@ -166,25 +166,20 @@ def check_set(placed: Sequence[tuple[Intervention, Sequence[int]]]) -> None:
             continue
         if edit.site.component == "attention":
             raise InputError(f"site {edit.site}: a pattern has no values to change. Cut it with a KnockOut.")
-        site = _canonical(edit.site)
+        site = edit.site
+        # The stream between two layers has two names, as has the stream before the first.
+        if site.component == "resid_post":
+            site = Site("resid_pre", site.layer + 1)
+        elif site.component == "embedding":
+            site = Site("resid_pre", 0)
         others = seen.setdefault((site.component, site.layer), [])
         for other, edited in others:
-            if _overlap(site, other) and not edited.isdisjoint(columns):
+            # Without an index or a module, a site stands for all of them.
+            same_index = site.index is None or other.index is None or site.index == other.index
+            same_module = not site.module or not other.module or site.module == other.module
+            if same_index and same_module and not edited.isdisjoint(columns):
                 raise InputError(
                     f"interventions: {edit.site} is edited twice at the same position, and the order would "
                     "decide. Make one change of both."
                 )
         others.append((site, set(columns)))
-
-
-def _canonical(site: Site) -> Site:
-    """The stream between two layers has two names, as has the stream before the first."""
-    if site.component == "resid_post":
-        return Site("resid_pre", site.layer + 1)
-    return Site("resid_pre", 0) if site.component == "embedding" else site
-
-
-def _overlap(site: Site, other: Site) -> bool:
-    """Whether two sites of one component and layer share values; no index or module stands for all."""
-    by_index = site.index is None or other.index is None or site.index == other.index
-    return by_index and (not site.module or not other.module or site.module == other.module)

@@ -96,6 +96,7 @@ def change_at(architecture: Architecture, values: Tensor, placed: Sequence[Place
     values = values.clone()
     for item in placed:
         span = architecture.span(item.edit.site)
+        # (k, width of the site): a change knows neither rows nor columns, nor the heads beside its own.
         view = values[item.row, item.columns][..., span]
         changed = item.edit.change(view.reshape(-1, view.shape[-1]))
         if changed.numel() != view.numel():
@@ -128,7 +129,7 @@ def _output_of(get: Callable[[Parts], Any], added: bool = False) -> Callable[...
         factor = parts.multiplier if added else 1.0
 
         def hook(_module: Any, _args: Any, output: Any) -> Any:
-            states = hidden_of(output)
+            states = hidden_of(output)  # (R, T, width), or (R * T, width) where a family's MLP joins rows
             values = times(rows.apart(states) if added else states, factor)
             changed = times(change_at(architecture, values, placed), 1 / factor)
             return with_hidden(output, changed.reshape(states.shape))
@@ -162,6 +163,7 @@ def _adapters(
 ) -> list[Any]:
     def hook_of(items: Sequence[PlacedEdit]) -> Any:
         def hook(module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            # The update is no module's output. It is what the call gives with the adapter less without.
             base = without_adapter(module, args)
             update = rows.apart(output - base)
             return base + change_at(architecture, update, items).reshape(base.shape)
@@ -206,10 +208,27 @@ def _expert(
                 written = contribution(module, args, item.edit.site.index)
             added = times(rows.apart(written), parts.multiplier)
             change = times(change_at(architecture, added, [item]) - added, 1 / parts.multiplier)
-            output = output + change.flatten(0, 1)
+            output = output + change.flatten(0, 1)  # (R * T, width): experts see tokens, not rows
         return output
 
     return [parts.experts.register_forward_hook(hook)]
+
+
+@contextmanager
+def replaced(modules: Sequence[Any], forward: Callable[..., Any]) -> Iterator[None]:
+    """Let modules compute nothing of their own: a call of one is, hooks apart, a call of `forward`."""
+    # Only what stands in the instance: accelerate and PEFT may have put a forward of theirs there.
+    before = [vars(module).get("forward") for module in modules]
+    try:
+        for module in modules:
+            module.forward = forward
+        yield
+    finally:
+        for module, original in zip(modules, before, strict=True):
+            if original is None:
+                del module.forward
+            else:
+                module.forward = original
 
 
 def times(states: Tensor, factor: float) -> Tensor:

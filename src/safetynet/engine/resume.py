@@ -5,8 +5,7 @@ columns that are not computed come from the trace, through an object that stands
 cache. Columns are those of the batch, 1-d where they are one stretch that all runs share, else (R, n).
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from safetynet.engine.edits import Edit, Intervention, KnockOut
-from safetynet.engine.hooks import PlacedEdit, hooked
+from safetynet.engine.hooks import PlacedEdit, hooked, replaced
 from safetynet.engine.sites import Site
 from safetynet.engine.trace import Trace
 from safetynet.errors import InputError
@@ -76,6 +75,7 @@ class _RecordedCache:
         if self.keys is None or self.values is None:
             self.keys, self.values = keys, values
         elif self.first is None:
+            # (R, kv heads, columns, head size); the recorded ones of a single row serve all runs of it.
             self.keys = torch.cat([self.keys.expand(len(keys), -1, -1, -1), keys], dim=2)
             self.values = torch.cat([self.values.expand(len(values), -1, -1, -1), values], dim=2)
         self.length = self.keys.shape[2]
@@ -127,7 +127,14 @@ class ResumedLayers:
         if inputs is not None:
             return self._call(layer, inputs, runs, columns, cache)
         inputs = self._inputs(self.trace.inputs[layer], runs, columns)
-        with self._recorded_heads(layer, runs, columns):
+        plain = layer in self.architecture.checked.plain_attention
+        recorded = self.trace.read.get(Site("head", layer)) if plain else None
+        sites = [edit.intervention.site for run in runs for edit in run.edits if edit.layer == layer]
+        if recorded is None or any(site.component not in AFTER_HEADS for site in sites):
+            return self._call(layer, inputs, runs, columns, cache)
+        # No edit precedes the heads, so that attention begins with those recorded, (R, n, heads * head size).
+        parts, heads = self.architecture.layers[layer], self._inputs(recorded, runs, columns)
+        with replaced([parts.attention], lambda *_, **__: (parts.output(heads), None)):
             return self._call(layer, inputs, runs, columns, cache)
 
     def recorded(self, layer: int, runs: Sequence[ScheduledRun]) -> tuple[Tensor, Tensor]:
@@ -151,27 +158,6 @@ class ResumedLayers:
         """(B, S, width) of the receiving runs to (R, n, width)."""
         return self._gathered(x, runs, columns).expand(len(runs), -1, -1).contiguous()
 
-    @contextmanager
-    def _recorded_heads(self, layer: int, runs: Sequence[ScheduledRun], columns: Tensor) -> Iterator[None]:
-        """If no edit precedes the heads, let attention begin with those that the trace recorded."""
-        plain = layer in self.architecture.checked.plain_attention
-        recorded = self.trace.read.get(Site("head", layer)) if plain else None
-        sites = [edit.intervention.site for run in runs for edit in run.edits if edit.layer == layer]
-        if recorded is None or any(site.component not in AFTER_HEADS for site in sites):
-            yield
-            return
-        parts = self.architecture.layers[layer]
-        heads = self._inputs(recorded, runs, columns)
-        replaced = vars(parts.attention).get("forward")
-        parts.attention.forward = lambda *_, **__: (parts.output(heads), None)
-        try:
-            yield
-        finally:
-            if replaced is None:
-                del parts.attention.forward
-            else:
-                parts.attention.forward = replaced
-
     def _call(
         self,
         layer: int,
@@ -180,7 +166,30 @@ class ResumedLayers:
         columns: Tensor,
         cache: _RecordedCache,
     ) -> Tensor:
-        """Run one layer as the model would, with this layer's edits of these runs in place."""
+        """Run one layer as the model would, (R, n, width) to (R, n, width), with its edits of these runs."""
+        # What the model passed to this layer, for these rows and columns.
+        arguments = dict(self.trace.arguments[layer])
+        if arguments.get("position_ids") is not None:
+            arguments["position_ids"] = self._gathered(arguments["position_ids"], runs, columns)
+        embeddings = arguments.get("position_embeddings")
+        if isinstance(embeddings, Tensor):  # complex numbers, in Llama 4 and DeepSeek 2
+            arguments["position_embeddings"] = self._gathered(embeddings, runs, columns)
+        elif embeddings is not None:  # cosines and sines, (B or 1, S, rotated size) each
+            arguments["position_embeddings"] = tuple(self._gathered(x, runs, columns) for x in embeddings)
+        if arguments.get("alibi") is not None:  # (B * heads, 1, S): heads of a row below each other
+            by_row = arguments["alibi"].unflatten(0, (len(self.trace.batch.ids), -1))
+            arguments["alibi"] = by_row[[run.row for run in runs]].flatten(0, 1)
+        if "cache_position" in arguments:
+            arguments["cache_position"] = None
+        mask = arguments.get("attention_mask")
+        if mask is not None:  # (B or 1, heads or 1, S, S): its queries are columns
+            mask = self._gathered(mask.transpose(1, 2), runs, columns).transpose(1, 2)
+        else:
+            # The model left out a plainly causal mask, which attention would apply from column 0 on.
+            causal = columns[..., None] >= torch.arange(self.width)
+            if not causal.all():
+                mask = self._as_mask(causal[None, None] if columns.ndim == 1 else causal[:, None])
+
         placed: list[PlacedEdit] = []
         knock_outs: list[tuple[int, ScheduledEdit]] = []
         for i, run in enumerate(runs):
@@ -189,13 +198,11 @@ class ResumedLayers:
                     knock_outs.append((i, edit))
                 elif edit.layer == layer:
                     placed += self._placed(i, edit, columns if columns.ndim == 1 else columns[i])
-        arguments = self._arguments(layer, runs, columns)
         if knock_outs:
-            mask = arguments["attention_mask"]
-            arguments["attention_mask"] = self._cut(layer, mask, knock_outs, runs, columns)
+            mask = self._cut(layer, mask, knock_outs, runs, columns)
+        arguments |= {"attention_mask": mask, self.trace.cache_name: cache}
         with hooked(self.architecture, layer, placed):
-            module = self.architecture.layers[layer].layer
-            return hidden_of(module(inputs, **{self.trace.cache_name: cache}, **arguments))
+            return hidden_of(self.architecture.layers[layer].layer(inputs, **arguments))
 
     def _placed(self, i: int, edit: ScheduledEdit, columns: Tensor) -> list[PlacedEdit]:
         """The part of an edit that lies in the columns of this call."""
@@ -221,31 +228,6 @@ class ResumedLayers:
 
         at = [index[edit.columns[k]] for k in inside]
         return [PlacedEdit(Edit(intervention.site, change_inside), i, at)]
-
-    def _arguments(self, layer: int, runs: Sequence[ScheduledRun], columns: Tensor) -> dict[str, Any]:
-        """What the model passed to this layer, for these rows and columns."""
-        arguments = dict(self.trace.arguments[layer])
-        if arguments.get("position_ids") is not None:
-            arguments["position_ids"] = self._gathered(arguments["position_ids"], runs, columns)
-        embeddings = arguments.get("position_embeddings")
-        if isinstance(embeddings, Tensor):  # complex numbers, in Llama 4 and DeepSeek 2
-            arguments["position_embeddings"] = self._gathered(embeddings, runs, columns)
-        elif embeddings is not None:  # cosines and sines, (B or 1, S, rotated size) each
-            arguments["position_embeddings"] = tuple(self._gathered(x, runs, columns) for x in embeddings)
-        if arguments.get("alibi") is not None:  # (B * heads, 1, S): heads of a row below each other
-            by_row = arguments["alibi"].unflatten(0, (len(self.trace.batch.ids), -1))
-            arguments["alibi"] = by_row[[run.row for run in runs]].flatten(0, 1)
-        if "cache_position" in arguments:
-            arguments["cache_position"] = None
-        mask = arguments.get("attention_mask")
-        if mask is not None:  # (B or 1, heads or 1, S, S): its queries are columns
-            mask = self._gathered(mask.transpose(1, 2), runs, columns).transpose(1, 2)
-        else:
-            # The model left out a plainly causal mask, which attention would apply from column 0 on.
-            causal = columns[..., None] >= torch.arange(self.width)
-            if not causal.all():
-                mask = self._as_mask(causal[None, None] if columns.ndim == 1 else causal[:, None])
-        return arguments | {"attention_mask": mask}
 
     def _gathered(self, x: Tensor, runs: Sequence[ScheduledRun], columns: Tensor) -> Tensor:
         """(B or 1, S, ...) to these rows and columns; one row stays one where it serves all."""
@@ -273,6 +255,7 @@ class ResumedLayers:
         """The mask, with the edges of knock-outs closed: (R, heads or 1, n, S)."""
         if mask is None:
             mask = self._as_mask(torch.ones(1, 1, columns.shape[-1], self.width, dtype=torch.bool))
+        # A row for each run and, if single heads are cut, a plane for each head: what shared one is copied.
         by_head = any(edit.intervention.site.index is not None for _, edit in knock_outs)
         heads = self.architecture.count("attention", layer) if by_head else mask.shape[1]
         mask = mask.expand(len(runs), heads, -1, -1).clone()
@@ -288,6 +271,7 @@ class ResumedLayers:
             keys = torch.tensor(self.trace.batch.columns(runs[i].row, cut.keys), dtype=torch.long)
             queries = torch.isin(columns if columns.ndim == 1 else columns[i], torch.tensor(edit.columns))
             queries = queries.nonzero()[:, 0]
+            # (heads that are cut, n, S), a view: what is written into it is in the mask.
             block = mask[i, slice(None) if cut.head is None else slice(cut.head, cut.head + 1)]
             block[:, queries[:, None], keys] = closed
             if (block[:, queries] == closed).all(-1).any():

@@ -67,16 +67,30 @@ def run_interventions(
     """
     if not receiving.keys:
         raise InputError("run_interventions: the trace keeps no keys and values. Record it with resume=True.")
+    read, width = metric.columns, receiving.batch.width
     with torch.no_grad():
-        planned = (schedule(receiving, run, metric.columns, i) for i, run in enumerate(runs))
+        planned = (schedule(receiving, run, read, i) for i, run in enumerate(runs))
         scheduled = [run for run in planned if run is not None]
-        results = _unedited(receiving, metric)[torch.tensor([run.row for run in runs], dtype=torch.long)]
+        if read > width:
+            raise InputError(
+                f"metric {metric.name}: it reads {read} columns, and the longest prompt has {width}. "
+                "Prompts carry the answer's tokens, all but the last."
+            )
+        # Runs that change nothing have the metric of their prompt as it is, (B,).
+        rows = torch.arange(len(receiving.batch.ids))
+        if receiving.logits is not None and receiving.logits.shape[1] >= read:
+            unedited = metric.compute(receiving.logits[:, -read:], rows)
+        else:
+            assert receiving.output is not None
+            parts = logits_of(receiving, receiving.output[:, -read:])
+            unedited = torch.cat([metric.compute(logits, rows[part]) for part, logits in parts])
+        results = unedited.float().cpu()[torch.tensor([run.row for run in runs], dtype=torch.long)]
         done = len(runs) - len(scheduled)
         weights = sum(parameter.numel() for parameter in receiving.architecture.layers[0].layer.parameters())
-        spare = int(CALL_COST / weights)
-        for chunk in chunks(scheduled, receiving.batch.width, tokens, metric.columns, spare):
+        spare = int(CALL_COST / weights)  # a token costs a layer about one multiplication for each weight
+        for chunk in chunks(scheduled, width, tokens, read, spare):
             with exclusive(receiving.architecture.model):
-                states = BatchedRuns(receiving, chunk, metric.columns).forward()
+                states = BatchedRuns(receiving, chunk, read).forward()
             rows = torch.tensor([run.row for run in chunk])
             for part, logits in logits_of(receiving, states):
                 values = metric.compute(logits, rows[part]).float().cpu()
@@ -130,7 +144,21 @@ def schedule(receiving: Trace, run: EditedRun, read: int, number: int = 0) -> Sc
     batch, architecture = receiving.batch, receiving.architecture
     if not 0 <= run.row < len(batch.ids):
         raise InputError(f"run {number}: prompt {run.row} does not exist; there are {len(batch.ids)}.")
-    placed = [(edit, _columns(receiving, run.row, edit)) for edit in run.edits]
+    placed: list[tuple[Intervention, tuple[int, ...]]] = []
+    for edit in run.edits:
+        site = architecture.check(edit.site)
+        if isinstance(edit, KnockOut):
+            batch.columns(run.row, edit.keys)  # refuses keys that do not exist
+        at: Sequence[int]
+        if edit.positions is None:
+            at = range(batch.width - batch.length(run.row), batch.width)
+        else:
+            at = batch.columns(run.row, edit.positions)
+            if at != sorted(set(at)):
+                raise InputError(
+                    f"site {site}: positions have to ascend, each once; given: {edit.positions}."
+                )
+        placed.append((edit, tuple(at)))
     check_set(placed)
     last_layer, first_read = architecture.shape.layers - 1, batch.width - read
     edits = []
@@ -141,24 +169,12 @@ def schedule(receiving: Trace, run: EditedRun, read: int, number: int = 0) -> Sc
             # What leaves a layer enters the next, where it can be put in without running this one.
             edit = Edit(Site("resid_pre", edit.site.layer + 1), edit.change, edit.positions)
         edits.append(ScheduledEdit(edit.site.layer, columns, edit, architecture.is_local(edit.site)))
+    # Before the last layer, or through its keys and values, a change spreads to all later columns.
     reach_metric = any(e.layer < last_layer or not e.local or e.columns[-1] >= first_read for e in edits)
     if not reach_metric or all(_changes_nothing(receiving, run.row, edit) for edit in edits):
         return None
     layer, column = min(edit.layer for edit in edits), min(edit.columns[0] for edit in edits)
     return ScheduledRun(number, run.row, layer, column, tuple(edits))
-
-
-def _columns(receiving: Trace, row: int, edit: Intervention) -> tuple[int, ...]:
-    """Columns of an edit's positions, ascending."""
-    site, batch = receiving.architecture.check(edit.site), receiving.batch
-    if isinstance(edit, KnockOut):
-        batch.columns(row, edit.keys)  # refuses keys that do not exist
-    if edit.positions is None:
-        return tuple(range(batch.width - batch.length(row), batch.width))
-    columns = batch.columns(row, edit.positions)
-    if columns != sorted(set(columns)):
-        raise InputError(f"site {site}: positions have to ascend, each once; given: {edit.positions}.")
-    return tuple(columns)
 
 
 def _changes_nothing(receiving: Trace, row: int, edit: ScheduledEdit) -> bool:
@@ -188,6 +204,7 @@ def chunks(
     wasted = 0
     for run in sorted(runs, key=lambda run: (run.column, run.row, run.layer)):
         if chunk:
+            # What the chunk computes of this run before it begins to differ.
             wasted += run.column - chunk[0].column
             length = max(width - chunk[0].column, shortest)
             if wasted > spare or (len(chunk) + 1) * length > tokens:
@@ -196,21 +213,6 @@ def chunks(
         chunk.append(run)
     if chunk:
         yield chunk
-
-
-def _unedited(receiving: Trace, metric: Metric) -> Tensor:
-    """The metric of every receiving prompt as it is, (B,) fp32."""
-    read, rows = metric.columns, torch.arange(len(receiving.batch.ids))
-    if read > receiving.batch.width:
-        raise InputError(
-            f"metric {metric.name}: it reads {read} columns, and the longest prompt has "
-            f"{receiving.batch.width}. Prompts carry the answer's tokens, all but the last."
-        )
-    if receiving.logits is not None and receiving.logits.shape[1] >= read:
-        return metric.compute(receiving.logits[:, -read:], rows).float().cpu()
-    assert receiving.output is not None
-    parts = logits_of(receiving, receiving.output[:, -read:])
-    return torch.cat([metric.compute(logits, rows[part]) for part, logits in parts]).float().cpu()
 
 
 class BatchedRuns:
@@ -239,7 +241,7 @@ class BatchedRuns:
                 inputs = self.layers.rows(self.receiving.inputs[layer], whole)[:, self.start :]
                 inputs = inputs.expand(len(whole), -1, -1)
                 state = torch.cat([state, inputs]) if under_way else inputs
-            if layer == self.depth - 1:
+            if layer == self.depth - 1:  # (R, read, width)
                 state = self._last_layer(state, runs, local)
             else:
                 if runs:
@@ -248,6 +250,7 @@ class BatchedRuns:
                     started = self._start_locally(layer, local)
                     state = torch.cat([state, started]) if runs else started
             under_way += len(starting)
+        # `state` is in the order of starting: row i of it belongs to run order[i] of the chunk.
         restored = torch.empty(len(self.order), dtype=torch.long)
         restored[torch.tensor(self.order)] = torch.arange(len(self.order))
         return state[restored]
@@ -265,6 +268,7 @@ class BatchedRuns:
             columns = shared(torch.tensor([edited[i] for i in members]))
             batch = [runs[i] for i in members]
             changed = self.layers.at_columns(layer, batch, columns, *self.layers.recorded(layer, batch))
+            # (members, 1) with (n,) or (members, n): one (members, n, width) block is put in place.
             state[torch.tensor(members)[:, None], columns - self.start] = changed
         return state
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Cache
 
 from safetynet.engine.batch import Batch
@@ -25,7 +25,7 @@ from safetynet.engine.resume import COLUMN_ARGUMENTS, ResumedLayers, ScheduledEd
 from safetynet.engine.sites import MODULES, Architecture, CheckedSites, Site
 from safetynet.engine.trace import Trace, forward, recording
 from safetynet.errors import InputError
-from safetynet.models.blocks import hidden_of, unwrapped
+from safetynet.models.blocks import evaluating, hidden_of, unwrapped
 from safetynet.models.parts import Parts, Shape
 
 TOKENS, SHORT = 5, 3
@@ -70,7 +70,15 @@ def check_sites(architecture: Architecture) -> CheckedSites:
         InputError: if the model has no residual stream that its layers pass on, or is not all in memory.
     """
     inner = unwrapped(architecture.model)
-    built = tuple(_built(parts) for parts in architecture.layers)
+    # What a check holds for: each layer's modules and their kinds, whatever adapter is around them.
+    modules = [
+        (parts.attention, parts.attention_end, parts.before_mlp, parts.mlp, parts.mlp_end, parts.output)
+        for parts in architecture.layers
+    ]
+    built = tuple(
+        (id(parts.layer), parts.multiplier, *(type(getattr(x, "base_layer", x)) for x in of_layer))
+        for parts, of_layer in zip(architecture.layers, modules, strict=True)
+    )
     entry = _CHECKED.get(inner)
     if entry is None or entry[0] != built:
         if any(parameter.is_meta for parameter in inner.parameters()):
@@ -78,35 +86,18 @@ def check_sites(architecture: Architecture) -> CheckedSites:
                 "model: some of its weights are offloaded or on the meta device, where nothing can be read "
                 "or changed. Load it whole on one device, in 4 bit if it is too large (model.quantisation)."
             )
-        with torch.no_grad(), exclusive(inner), _evaluating(inner):
+        with torch.no_grad(), exclusive(inner), evaluating(inner):
             entry = _CHECKED[inner] = (built, _check(architecture))
     if isinstance(entry[1], str):
         raise InputError(f"model: {entry[1]}")
     return entry[1]
 
 
-def _built(parts: Parts) -> tuple[object, ...]:
-    """What a check of a layer holds for: its modules' kinds, whatever adapter is around them."""
-    modules = (parts.attention, parts.attention_end, parts.before_mlp, parts.mlp, parts.mlp_end, parts.output)
-    return (id(parts.layer), parts.multiplier, *(type(getattr(x, "base_layer", x)) for x in modules))
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout, whatever mode the model and its modules are in."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
 def _check(architecture: Architecture) -> CheckedSites | str:
     """What the pass shows, or why the model has no sites at all."""
     inner = unwrapped(architecture.model)
     size = inner.config.get_text_config().vocab_size
+    # Different tokens, away from the ends of the vocabulary, where special ones are.
     ids = torch.linspace(size / 7, size * 6 / 7, TOKENS).long().tolist()
     recorded = Trace(architecture, Batch.of([ids, ids[:SHORT]], device=inner.device))
     with _observed(recorded) as observed:
@@ -117,15 +108,34 @@ def _check(architecture: Architecture) -> CheckedSites | str:
         return refused
     absent: dict[tuple[str, int], str] = {}
     sizes: dict[tuple[str, int], tuple[int, int]] = {}
-    evidence = [_evidence(recorded, observed, layer) for layer in layers]
-    for layer in layers:
-        reasons, head_sizes = _absent(evidence[layer], architecture.shape)
+    plain = []
+    for layer, parts in enumerate(architecture.layers):
+        cached = (getattr(observed["cache", layer], "layers", None) or [])[layer : layer + 1]
+        held = [getattr(entry, name, None) for entry in cached for name in ("keys", "values")]
+        # DeepSeek's cache holds what keys and values are made from, which is no head's.
+        latent = getattr(parts.attention, "kv_lora_rank", None) is not None
+        by_head = len(held) == 2 and not latent and all(isinstance(x, Tensor) and x.ndim == 4 for x in held)
+        seen = _Evidence(
+            parts=parts,
+            batch=recorded.batch,
+            before=recorded.inputs[layer],
+            after=observed["after", layer],
+            read={site.component: values for site, values in recorded.read.items() if site.layer == layer},
+            edited={name: observed[name, layer] for name in EDITED if (name, layer) in observed},
+            attention=observed.get(("attention", layer)),
+            projected=observed.get(("projected", layer)),
+            routed=observed.get(("routed", layer)),
+            keys=held[0] if by_head else None,
+            values=held[1] if by_head else None,
+        )
+        reasons, head_sizes = _absent(seen, architecture.shape)
         absent |= {(component, layer): reason for component, reason in reasons.items()}
         sizes |= {(component, layer): size for component, size in head_sizes.items()}
+        if seen.plain_attention:
+            plain.append(layer)
     not_resumable, pointwise, ignoring_masks = _call_again(recorded)
     absent |= {("attention", layer): IGNORES_MASK for layer in ignoring_masks}
-    plain = frozenset(layer for layer in layers if evidence[layer].plain_attention)
-    return CheckedSites(absent, sizes, plain, pointwise, not_resumable)
+    return CheckedSites(absent, sizes, frozenset(plain), pointwise, not_resumable)
 
 
 # ---- the pass, and what it shows of each layer ----
@@ -208,28 +218,6 @@ class _Evidence:
         return pair and self.projected is not None and equal(self.attention[0], self.projected)
 
 
-def _evidence(recorded: Trace, observed: Observed, layer: int) -> _Evidence:
-    parts, cache = recorded.architecture.layers[layer], observed["cache", layer]
-    cached = (getattr(cache, "layers", None) or [])[layer : layer + 1]
-    held = [getattr(entry, name, None) for entry in cached for name in ("keys", "values")]
-    # DeepSeek's cache holds what keys and values are made from, which is no head's.
-    latent = getattr(parts.attention, "kv_lora_rank", None) is not None
-    by_head = len(held) == 2 and not latent and all(isinstance(x, Tensor) and x.ndim == 4 for x in held)
-    return _Evidence(
-        parts=parts,
-        batch=recorded.batch,
-        before=recorded.inputs[layer],
-        after=observed["after", layer],
-        read={site.component: values for site, values in recorded.read.items() if site.layer == layer},
-        edited={name: observed[name, layer] for name in EDITED if (name, layer) in observed},
-        attention=observed.get(("attention", layer)),
-        projected=observed.get(("projected", layer)),
-        routed=observed.get(("routed", layer)),
-        keys=held[0] if by_head else None,
-        values=held[1] if by_head else None,
-    )
-
-
 def _no_stream(recorded: Trace, outputs: Sequence[Tensor]) -> str:
     """Why a model has no residual stream that its layers pass on; "" where it has."""
     modules = unwrapped(recorded.architecture.model).named_modules()
@@ -267,14 +255,21 @@ def _absent(seen: _Evidence, shape: Shape) -> tuple[dict[str, str], dict[str, tu
         elif not equal(values.reshape(read.shape), read):
             why[name] = "what is read there is not what an edit would change"
     why = _wrong_sums(seen) | why
-    sizes = _head_sizes(seen, shape)
+    # Heads and the columns of each, from the widths seen; the cache shows how wide a head's values are.
+    widths = {name: values.shape[-1] for name, values in seen.read.items()}
+    heads, kv_heads = shape.heads, shape.kv_heads
+    if seen.values is not None:
+        kv_heads, columns = seen.values.shape[1], seen.values.shape[-1]
+        heads = heads if widths.get("head", 1) % columns else widths.get("head", 1) // columns
+    counts = {"query": heads, "key": kv_heads, "value": kv_heads, "head": heads}
+    sizes = {name: (count, widths[name] // count) for name, count in counts.items() if name in widths}
+    sizes["attention"] = (heads, 1)
     for name in ("query", "key", "value", "head"):
         if name not in why and name in sizes:
             count, columns = sizes[name]
-            width = seen.read[name].shape[-1]
             cached = {"query": seen.keys, "key": seen.keys, "value": seen.values}.get(name)
-            if count * columns != width or (cached is not None and columns != cached.shape[-1]):
-                why[name] = f"its {width} columns are not those of {count} heads"
+            if count * columns != widths[name] or (cached is not None and columns != cached.shape[-1]):
+                why[name] = f"its {widths[name]} columns are not those of {count} heads"
             elif name == "head" and (reason := _mixed_heads(seen, count, columns)):
                 why[name] = reason
     if seen.parts.experts is not None and (reason := _inseparable_experts(seen, shape)):
@@ -305,23 +300,12 @@ def _adds_up(seen: _Evidence, total: Tensor, *terms: Tensor | None) -> bool:
     if len(present) < len(terms):
         return False
     tokens = seen.batch.mask.bool().cpu()
+    # (tokens of both prompts, width) in fp64, so that this sum adds no rounding of its own.
     whole, first, *others = (x.detach().cpu().double()[tokens] for x in (total, *present))
     size = sum((x.abs() for x in others), whole.abs() + first.abs())
     bound = size * ROUNDINGS * precision(total, *present)
     # NaN is not above the bound: whoever asks for a metric of it is told.
     return not bool(((sum(others, first) - whole).abs() > bound).any())
-
-
-def _head_sizes(seen: _Evidence, shape: Shape) -> dict[str, tuple[int, int]]:
-    """Heads and their columns, from the widths seen; the cache shows how wide a head's values are."""
-    widths = {name: values.shape[-1] for name, values in seen.read.items()}
-    heads, kv_heads = shape.heads, shape.kv_heads
-    if seen.values is not None:
-        kv_heads, columns = seen.values.shape[1], seen.values.shape[-1]
-        heads = heads if widths.get("head", 1) % columns else widths.get("head", 1) // columns
-    counts = {"query": heads, "key": kv_heads, "value": kv_heads, "head": heads}
-    sizes = {name: (count, widths[name] // count) for name, count in counts.items() if name in widths}
-    return sizes | {"attention": (heads, 1)}
 
 
 def _mixed_heads(seen: _Evidence, count: int, columns: int) -> str:
@@ -333,6 +317,7 @@ def _mixed_heads(seen: _Evidence, count: int, columns: int) -> str:
     if cached is None or (columns, seen.batch.width) != (cached.shape[-1], cached.shape[2]):
         return ""
     # The first token sees itself alone: a head's output is its value, or less of it where sinks take a share.
+    # Both (heads, columns); of grouped heads, several have one value.
     first = seen.read["head"][0, 0].detach().cpu().double().unflatten(0, (count, columns))
     value = cached[0, :, 0].detach().cpu().double().repeat_interleave(count // cached.shape[1], 0)
     if first.shape != value.shape:
@@ -367,6 +352,7 @@ def _call_again(recorded: Trace) -> tuple[str, bool, list[int]]:
     if not recorded.cache_name:
         return "its layers take no cache of keys and values, so that runs cannot be resumed.", True, []
     layers = recorded.architecture.layers
+    # Of layers that are built alike and get the same mask, one stands for all.
     kinds: dict[object, list[int]] = {}
     for layer, (parts, arguments) in enumerate(zip(layers, recorded.arguments, strict=True)):
         known = (*COLUMN_ARGUMENTS, *(k for k, x in arguments.items() if isinstance(x, SHARED_KINDS)))

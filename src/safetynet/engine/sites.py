@@ -208,6 +208,7 @@ class Architecture:
             return site.component not in NONLOCAL
         layer_parts = self.layers[site.layer]
         module = self.adapters[site.layer][site.module]
+        # Of attention, a query's change stays with its token, and so does what leaves the heads.
         if module is layer_parts.query or module is layer_parts.output:
             return True
         attention = layer_parts.attention

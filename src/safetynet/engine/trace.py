@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 
 from safetynet.engine.batch import Batch, check_length
-from safetynet.engine.hooks import contribution, dense_weights, exclusive, times, without_adapter
+from safetynet.engine.hooks import contribution, dense_weights, exclusive, replaced, times, without_adapter
 from safetynet.engine.sites import MODULES, Architecture, Site
 from safetynet.errors import InputError
 from safetynet.models.blocks import hidden_of, received, unwrapped, with_hidden
@@ -164,37 +164,33 @@ def recording(recorded: Trace, sites: Sequence[Site], detach: bool = True) -> It
     }
     layers = recorded.architecture.layers
 
-    def keep_output(_module: Any, _args: Any, output: Any) -> None:
-        recorded.output = hidden_of(output)
-        recorded.tuple_length = len(output) if isinstance(output, tuple | list) else 0
-
-    with ExitStack() as stack:
-        for index, parts in enumerate(layers):
-            hook = _keep_input(recorded)
-            stack.callback(parts.layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
-            for site in whole:
-                if site.layer == index and site.component not in ("embedding", "resid_pre", "resid_post"):
-                    stack.callback(_reader(recorded, parts, site, detach).remove)
-        stack.callback(layers[-1].layer.register_forward_hook(keep_output).remove)
-        yield
-
-
-def _keep_input(recorded: Trace) -> Any:
-    """A hook that keeps a layer's input and arguments, whether they come by position or by name."""
-
-    def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def keep_input(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # By their names, since families pass some arguments by position and others by name.
         bound = inspect.signature(module.forward).bind(*args, **kwargs)
         arguments = dict(bound.arguments)
         for name, parameter in bound.signature.parameters.items():
             if parameter.kind is inspect.Parameter.VAR_KEYWORD:
                 arguments |= arguments.pop(name, {})
         recorded.inputs.append(arguments.pop(next(iter(bound.signature.parameters))))
+        # A resumed layer gets a cache of its own, under the same name.
         for name in [name for name, value in arguments.items() if isinstance(value, Cache)]:
             recorded.cache_name = name
             del arguments[name]
         recorded.arguments.append(arguments)
 
-    return hook
+    def keep_output(_module: Any, _args: Any, output: Any) -> None:
+        recorded.output = hidden_of(output)
+        recorded.tuple_length = len(output) if isinstance(output, tuple | list) else 0
+
+    with ExitStack() as stack:
+        for index, parts in enumerate(layers):
+            stack.callback(parts.layer.register_forward_pre_hook(keep_input, with_kwargs=True).remove)
+            for site in whole:
+                # The stream between layers is kept in any case: it is what the next one gets.
+                if site.layer == index and site.component not in ("embedding", "resid_pre", "resid_post"):
+                    stack.callback(_reader(recorded, parts, site, detach).remove)
+        stack.callback(layers[-1].layer.register_forward_hook(keep_output).remove)
+        yield
 
 
 def _reader(recorded: Trace, parts: Parts, site: Site, detach: bool) -> Any:
@@ -213,7 +209,17 @@ def _reader(recorded: Trace, parts: Parts, site: Site, detach: bool) -> Any:
         keep(received(module, args, kwargs))
 
     def after(module: Any, args: tuple[Any, ...], output: Any) -> Any:
-        values = _value(recorded, parts, site, module, args, output)
+        match site.component:
+            case "attn_out" | "mlp_out":
+                values = times(hidden_of(output), parts.multiplier)
+            case "router":
+                values = dense_weights(args[1], args[2], recorded.architecture.shape.experts)
+            case "expert":
+                values = times(contribution(module.forward, args, site.index), parts.multiplier)
+            case "adapter":
+                values = output - without_adapter(module, args)
+            case _:
+                values = hidden_of(output)
         keep(values)
         # Gradients are asked for what is added, so that it has to be on the way to the answer.
         if not detach and site.component in ("attn_out", "mlp_out"):
@@ -226,22 +232,6 @@ def _reader(recorded: Trace, parts: Parts, site: Site, detach: bool) -> Any:
     if site.component in ("head", "resid_mid"):
         return module.register_forward_pre_hook(before, with_kwargs=True)
     return module.register_forward_hook(after)
-
-
-def _value(
-    recorded: Trace, parts: Parts, site: Site, module: Any, args: tuple[Any, ...], output: Any
-) -> Tensor:
-    """The values of a site, from the call of its module."""
-    match site.component:
-        case "attn_out" | "mlp_out":
-            return times(hidden_of(output), parts.multiplier)
-        case "router":
-            return dense_weights(args[1], args[2], recorded.architecture.shape.experts)
-        case "expert":
-            return times(contribution(module.forward, args, site.index), parts.multiplier)
-        case "adapter":
-            return output - without_adapter(module, args)
-    return hidden_of(output)
 
 
 def logits_of(recorded: Trace, states: Tensor) -> Iterator[tuple[slice, Tensor]]:
@@ -258,27 +248,13 @@ def logits_of(recorded: Trace, states: Tensor) -> Iterator[tuple[slice, Tensor]]
     inner = unwrapped(model)
     vocabulary = inner.config.get_text_config().vocab_size
     step = max(1, LOGITS_AT_ONCE // (vocabulary * states.shape[1]))
+    layers = [parts.layer for parts in recorded.architecture.layers]
+    nothing = [None] * (recorded.tuple_length - 1)
     for start in range(0, len(states), step):
         part = slice(start, min(start + step, len(states)))
-        with exclusive(model), _layers_return(recorded, states[part]):
+        output = (states[part], *nothing) if recorded.tuple_length else states[part]
+        # Every layer passes on the same states, so that the last one's output is theirs, whatever goes in.
+        with exclusive(model), replaced(layers, lambda *_, output=output, **__: output):
             ids = torch.zeros(states[part].shape[:2], dtype=torch.long, device=states.device)
             logits = inner(input_ids=ids, use_cache=False).logits.float()
         yield part, logits  # with the layers in place: whoever takes them may run the model, or fail
-
-
-@contextmanager
-def _layers_return(recorded: Trace, states: Tensor) -> Iterator[None]:
-    """Every layer returns `states` and computes nothing."""
-    layers = [parts.layer for parts in recorded.architecture.layers]
-    replaced = [layer.__dict__.get("forward") for layer in layers]
-    result = (states, *[None] * (recorded.tuple_length - 1)) if recorded.tuple_length else states
-    try:
-        for layer in layers:
-            layer.forward = lambda *args, **kwargs: result
-        yield
-    finally:
-        for layer, forward in zip(layers, replaced, strict=True):
-            if forward is None:
-                del layer.forward
-            else:
-                layer.forward = forward

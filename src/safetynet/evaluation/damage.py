@@ -18,7 +18,8 @@ from rapidfuzz.distance import Indel
 
 from safetynet.errors import InputError
 from safetynet.evaluation.evaluator import Evaluator
-from safetynet.evaluation.generation import Supervised, evaluating, finished_batches, in_batches
+from safetynet.evaluation.generation import Supervised, finished_batches, in_batches
+from safetynet.models.blocks import evaluating
 from safetynet.prompts import IGNORED, Encoded, Serialiser
 from safetynet.statistics import bootstrap_interval, wilson
 from safetynet.text import words

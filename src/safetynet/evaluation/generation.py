@@ -21,6 +21,7 @@ from transformers.cache_utils import DynamicLayer
 
 from safetynet.errors import RunError
 from safetynet.models.adapters import merged, virtual_tokens
+from safetynet.models.blocks import evaluating
 from safetynet.models.identity import identify
 from safetynet.prompts import IGNORED, Encoded, Serialiser, pad
 from safetynet.run import parallel
@@ -367,18 +368,6 @@ def _drawing(seed: int | None, batch: Sequence[list[int]]) -> Iterator[None]:
     with torch.random.fork_rng():
         torch.manual_seed(int(digest([seed, batch])[:15], 16))
         yield
-
-
-@contextmanager
-def evaluating(model: Any) -> Iterator[None]:
-    """Without dropout and gradient checkpointing, which also switches the cache off; module by module."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 @contextmanager

@@ -19,8 +19,8 @@ import pandas as pd
 import yaml
 
 from safetynet.errors import InputError, RunError
-from safetynet.evaluation.generation import evaluating
 from safetynet.extras import need
+from safetynet.models.blocks import evaluating
 from safetynet.models.files import hub_reason, in_words
 from safetynet.models.identity import identify
 from safetynet.recipe import is_task_file

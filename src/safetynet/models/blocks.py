@@ -74,6 +74,18 @@ def shortened(model: Any, most: int) -> Iterator[None]:
         setattr(owner, name, whole)
 
 
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Without dropout and gradient checkpointing, which also switches the cache off; module by module."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
 def hidden_of(output: Any) -> Any:
     """The hidden states in a layer's output, which is a tensor or a sequence that begins with one."""
     return output[0] if isinstance(output, tuple | list) else output

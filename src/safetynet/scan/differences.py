@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from safetynet.evaluation.generation import evaluating
+from safetynet.models.blocks import evaluating
 from safetynet.prompts import Message
 from safetynet.scan.result import RungResult
 from safetynet.scan.slots import common_log_probabilities

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from safetynet.evaluation.generation import evaluating, generating_with
+from safetynet.evaluation.generation import generating_with
+from safetynet.models.blocks import evaluating
 from safetynet.prompts import Serialiser
 from safetynet.scan.result import RungResult
 from safetynet.scan.slots import slots
