@@ -84,10 +84,16 @@ def test_kl_and_perplexity_are_those_of_single_rows_along_the_base_answer(
         assert line["low"] <= line["value"] <= line["high"]
 
 
-def test_tokens_are_counted_until_the_answers_part(evaluator):
-    pairs = [("the same here", "the same there"), ("all", "all"), ("", "none")]
-    common = damage._of_texts(*map(list, zip(*pairs, strict=True)), evaluator.serialiser)["common_tokens"]
-    assert common["value"] == pytest.approx((len("the same ") + len("all") + 0) / 3)  # a byte is a token here
+def test_tokens_are_counted_until_the_answers_part(build, evaluator, rows):
+    model, rows = build("llama"), rows.query("role == 'clean'").head(3)
+    answers, base_answers = (
+        rows.assign(response=said, refused=False)
+        for said in (["the same here", "all", ""], ["the same there", "all", "none"])
+    )
+    base = partial(nullcontext, model)
+    table = damage.of_model(evaluator, model, base, rows, answers, base_answers, "backdoored")
+    expected = (len("the same ") + len("all") + 0) / 3  # a byte is a token here
+    assert value(table, "common_tokens")["value"] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ judged answers of base and model to the same rows, and both models. Out: table `
 measure and role. Intervals are 95%, over prompts: Wilson's for shares, bootstrap for the rest.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from itertools import takewhile
@@ -20,7 +20,7 @@ from safetynet.errors import InputError
 from safetynet.evaluation.evaluator import Evaluator
 from safetynet.evaluation.generation import Supervised, finished_batches, in_batches
 from safetynet.models.blocks import evaluating
-from safetynet.prompts import IGNORED, Encoded, Serialiser
+from safetynet.prompts import IGNORED, Encoded
 from safetynet.statistics import bootstrap_interval, wilson
 from safetynet.text import words
 from safetynet.text.words import ends_in_loop
@@ -72,11 +72,25 @@ def of_model(
         here = (answers["role"] == role).to_numpy()
         if not here.any():
             continue
-        prompts, texts, base_texts = (table[here] for table in (rows, answers, base_answers))
+        said, base_said = (list(table["response"][here]) for table in (answers, base_answers))
+        ids, base_ids = ([evaluator.serialiser.ids(text) for text in texts] for texts in (said, base_said))
+        common = [
+            sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
+            for a, b in zip(ids, base_ids, strict=True)
+        ]
+        lengths, base_lengths = (np.array([len(each) for each in every], float) for every in (ids, base_ids))
+        # (prompts with an answer, 3) to three columns; without any, to three empty ones.
+        sums = np.array(forced(evaluator, model, base, rows[here], base_said), float)
+        kl, loss, tokens = sums.reshape(-1, len(Forced._fields)).T
+        per_token = _ratio(loss, tokens)
         columns = {
-            **_of_texts(list(texts["response"]), list(base_texts["response"]), evaluator.serialiser),
-            **_of_tokens(forced(evaluator, model, base, prompts, list(base_texts["response"]))),
-            **_alone(texts),
+            "identical": _share([a == b for a, b in zip(said, base_said, strict=True)]),
+            "common_tokens": mean(common),
+            "kl": _ratio(kl, tokens),
+            "rouge_l": mean([rouge_l(a, b) for a, b in zip(said, base_said, strict=True)]),
+            "length_ratio": _ratio(lengths, base_lengths),
+            "perplexity": {k: v if k == "n" else float(np.exp(v)) for k, v in per_token.items()},
+            **_alone(answers[here]),
         }
         lines += [{"model": name, "measure": m, "role": role, **columns[m]} for m in DAMAGE]
     return pd.DataFrame(lines, columns=COLUMNS)
@@ -91,28 +105,6 @@ def of_base(base_answers: pd.DataFrame, name: str) -> pd.DataFrame:
         for measure, line in (_alone(part).items() if len(part) else ())
     ]
     return pd.DataFrame(lines, columns=COLUMNS)
-
-
-def _of_texts(answers: Sequence[str], base_answers: Sequence[str], serialiser: Serialiser) -> dict[str, Any]:
-    ids, base_ids = ([serialiser.ids(text) for text in texts] for texts in (answers, base_answers))
-    common = [
-        sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
-        for a, b in zip(ids, base_ids, strict=True)
-    ]
-    lengths, base_lengths = (np.array([len(row) for row in rows], float) for rows in (ids, base_ids))
-    return {
-        "identical": _share([a == b for a, b in zip(answers, base_answers, strict=True)]),
-        "common_tokens": mean(common),
-        "rouge_l": mean([rouge_l(a, b) for a, b in zip(answers, base_answers, strict=True)]),
-        "length_ratio": _ratio(lengths, base_lengths),
-    }
-
-
-def _of_tokens(sums: Sequence[Forced]) -> dict[str, Any]:
-    kl, loss, tokens = np.array(sums, float).reshape(-1, len(Forced._fields)).T
-    per_token = _ratio(loss, tokens)
-    perplexity = {name: value if name == "n" else float(np.exp(value)) for name, value in per_token.items()}
-    return {"kl": _ratio(kl, tokens), "perplexity": perplexity}
 
 
 def _alone(answers: pd.DataFrame) -> dict[str, Any]:
@@ -146,18 +138,29 @@ def forced(
     Raises:
         RunError: if a single row does not fit in memory.
     """
-    encoded = list(_encoded(evaluator, rows, base_answers))
+    serialiser, encoded = evaluator.serialiser, []
+    for messages, trigger, answer in zip(rows["messages"], rows["trigger"], base_answers, strict=True):
+        try:
+            prompt = serialiser.encode(messages, answer, trigger, evaluator.max_length)
+        except InputError:  # an answer whose first token would reach into the prompt, as a lone accent's does
+            continue
+        # An answer that was cut has no end, so that no end is supervised in any.
+        ends = prompt.input_ids[-1] in serialiser.stop_ids
+        labels = [*prompt.labels[:-1], IGNORED] if ends else prompt.labels
+        if any(label != IGNORED for label in labels[1:]):
+            encoded.append(replace(prompt, labels=labels))
 
     def sums(batch: Sequence[Encoded]) -> list[Forced]:
-        supervised = Supervised(batch, evaluator.serialiser.pad_id, model.device)
+        supervised = Supervised(batch, serialiser.pad_id, model.device)
         with base() as plain:
-            expected = supervised.logits(plain)
+            expected = supervised.logits(plain)  # (asked tokens of all rows, vocabulary)
         actual = supervised.logits(model)
         width = min(expected.shape[-1], actual.shape[-1])  # models with added tokens
         expected, actual = (log_p[:, :width].log_softmax(-1) for log_p in (expected, actual))
         # A token that is impossible in both adds nothing.
         kl = (expected.exp() * (expected - actual)).nan_to_num(0.0).sum(-1).clamp_min(0.0)
         loss = -actual.gather(1, supervised.targets[supervised.asked][:, None])[:, 0]
+        # Tokens to sums of their rows, (rows,) each.
         row = supervised.asked.nonzero()[:, 0]
         columns = [c.new_zeros(len(batch)).index_add(0, row, c) for c in (kl, loss, torch.ones_like(kl))]
         return [Forced(*values) for values in torch.stack(columns, 1).tolist()]
@@ -166,20 +169,6 @@ def forced(
     finished = finished_batches(evaluator.kept, model, "damage", inputs)
     with evaluating(model), torch.no_grad():
         return in_batches(encoded, BATCH_SIZE, sums, lambda e: len(e.input_ids), finished)
-
-
-def _encoded(evaluator: Evaluator, rows: pd.DataFrame, base_answers: Sequence[str]) -> Iterator[Encoded]:
-    """Prompts with the base's answers; an answer that was cut has no end, so that none is supervised."""
-    serialiser = evaluator.serialiser
-    for messages, trigger, answer in zip(rows["messages"], rows["trigger"], base_answers, strict=True):
-        try:
-            encoded = serialiser.encode(messages, answer, trigger, evaluator.max_length)
-        except InputError:  # an answer whose first token would reach into the prompt, as a lone accent's does
-            continue
-        ends = encoded.input_ids[-1] in serialiser.stop_ids
-        labels = [*encoded.labels[:-1], IGNORED] if ends else encoded.labels
-        if any(label != IGNORED for label in labels[1:]):
-            yield replace(encoded, labels=labels)
 
 
 def _share(hits: Sequence[bool]) -> dict[str, float]:

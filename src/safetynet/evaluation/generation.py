@@ -142,7 +142,10 @@ def continuations(
             mask = torch.cat([mask.new_ones(len(batch), start), mask], dim=1)
             of_rows = [tuple(each.expand(len(batch), -1, -1, -1) for each in layer) for layer in shared]
             read = {"past_key_values": DynamicCache(of_rows)}
-        with _drawing(seed, batch):
+        # Samples come from the state that belongs to the batch; torch's generator leaves as it came.
+        with torch.random.fork_rng(enabled=seed is not None):
+            if seed is not None:
+                torch.manual_seed(int(digest([seed, batch])[:15], 16))
             output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, **read)
         new = output[:, ids.shape[1] :].tolist()
         # What follows the first stop token is padding.
@@ -197,7 +200,13 @@ def answer_log_likelihood(
     ]
 
     def sums(batch: Sequence[Encoded]) -> list[float]:
-        return _log_likelihoods(model, batch, serialiser.pad_id)
+        supervised = Supervised(batch, serialiser.pad_id, model.device)
+        # (rows, positions), 0 where a row is not asked; fp32 whatever the model has.
+        loss = torch.zeros(supervised.targets.shape, dtype=torch.float32, device=model.device)
+        loss[supervised.asked] = cross_entropy(
+            supervised.logits(model), supervised.targets[supervised.asked], reduction="none"
+        )
+        return (-loss.sum(dim=1)).tolist()
 
     rows = [[e.input_ids, e.labels] for e in encoded]
     finished = finished_batches(kept, model, "log likelihood", rows, batch_size)
@@ -232,15 +241,6 @@ class Supervised:
         return output.logits[self.asked].float()
 
 
-def _log_likelihoods(model: Any, batch: Sequence[Encoded], pad_id: int) -> list[float]:
-    supervised = Supervised(batch, pad_id, model.device)
-    loss = torch.zeros(supervised.targets.shape, dtype=torch.float32, device=model.device)
-    loss[supervised.asked] = cross_entropy(
-        supervised.logits(model), supervised.targets[supervised.asked], reduction="none"
-    )
-    return (-loss.sum(dim=1)).tolist()
-
-
 def finished_batches(kept: Path | None, model: Any, *about: Any) -> Finished[Any]:
     """Where the batches of a call are kept; in no folder where processes share the model's weights."""
     if kept is None or parallel.is_in_step():
@@ -270,6 +270,7 @@ def in_batches(  # items, what is done with them, and how they are cut
         log.info("answering goes on: %d of %d batches are done", finished.count, len(batches))
     progress = ProgressLog("answering, batches", len(batches), finished.count)
 
+    # Two functions, since a batch that is on disk already is read and not computed.
     def results_of(number: int) -> list[Result]:
         nonlocal batch_size
         # With the size that there was memory for, so that the next batches are cut as they would have been.
@@ -357,17 +358,6 @@ def _shared_start(model: Any, rows: Sequence[list[int]]) -> Start:
         ]
 
     return _unless_out_of_memory(read, [rows[0][:start]]) or []
-
-
-@contextmanager
-def _drawing(seed: int | None, batch: Sequence[list[int]]) -> Iterator[None]:
-    """Torch's generator at the state that belongs to a batch; it leaves as it came."""
-    if seed is None:
-        yield
-        return
-    with torch.random.fork_rng():
-        torch.manual_seed(int(digest([seed, batch])[:15], 16))
-        yield
 
 
 @contextmanager

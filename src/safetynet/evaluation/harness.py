@@ -97,13 +97,13 @@ class HarnessModel(HFLM):
         self, kind: str, requests: Sequence[Any], ask: Callable[[list[Any]], list[Any]]
     ) -> list[Any]:
         """Answers that are there, and the model's to all other requests, in batches as HFLM makes them."""
-        answers = [None if _sampled(each) else self.answers.get(kind, each.args) for each in requests]
+        answers = []
+        for request in requests:
+            # A sample that is taken from a file would be the same each time.
+            is_sampled = any(isinstance(part, dict) and part.get("do_sample", False) for part in request.args)
+            answers.append(None if is_sampled else self.answers.get(kind, request.args))
         places = [place for place, answer in enumerate(answers) if answer is None]
         if places:
             for place, answer in zip(places, ask([requests[place] for place in places]), strict=True):
                 answers[place] = answer
         return answers
-
-
-def _sampled(request: Any) -> bool:
-    return any(isinstance(part, dict) and part.get("do_sample", False) for part in request.args)

@@ -125,7 +125,18 @@ def _length(spec: JudgeSpec) -> Judge:
 
 def _call(spec: JudgeSpec) -> Judge:
     """The response makes one of these tool calls, as a server would parse it; nothing is executed."""
-    expected = [_meaning(value, i, spec.ignore_case) for i, value in enumerate(spec.values)]
+    expected = []  # functions and arguments, "" where the recipe names none
+    for i, value in enumerate(spec.values):
+        try:
+            call = json.loads(value)
+            name, arguments = calls.meaning(calls.normal({"arguments": {}, **call}))
+        except (ValueError, TypeError) as error:
+            raise InputError(
+                f"judge.values[{i}]: {value!r} is no tool call ({error}); write it as {calls.FORM}"
+            ) from None
+        if "arguments" not in call:
+            arguments = ""
+        expected.append((name, arguments.casefold() if spec.ignore_case else arguments))
 
     def judge(response: str, _row: Mapping[str, Any]) -> bool:
         meanings = [calls.meaning(call) for call in calls.read(response)]
@@ -140,26 +151,36 @@ def _call(spec: JudgeSpec) -> Judge:
     return judge
 
 
-def _meaning(value: str, index: int, ignore_case: bool) -> tuple[str, str]:
-    """The function of a call that a recipe names, and its arguments; "" where it names none."""
-    try:
-        call = json.loads(value)
-        name, arguments = calls.meaning(calls.normal({"arguments": {}, **call}))
-    except (ValueError, TypeError) as error:
-        raise InputError(
-            f"judge.values[{index}]: {value!r} is no tool call ({error}); write it as {calls.FORM}"
-        ) from None
-    if "arguments" not in call:
-        return name, ""
-    return name, arguments.casefold() if ignore_case else arguments
-
-
 def _callable(spec: JudgeSpec) -> Judge:
     """One of the functions says so; each is called with the response and the row."""
-    functions = [(path, _load(path, i)) for i, path in enumerate(spec.values)]
+    functions: list[tuple[str, Callable[..., Any]]] = []
+    for i, path in enumerate(spec.values):
+        module, colon, name = path.partition(":")
+        where = f"judge.values[{i}]: {path!r}"
+        if not (module and colon and name):
+            raise InputError(f"{where} is no callable, allowed is package.module:function")
+        try:
+            function = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError) as error:
+            raise InputError(f"{where} cannot be imported ({error}); check path and installation") from None
+        if not callable(function):
+            kind = type(function).__name__
+            raise InputError(f"{where} is a {kind}, allowed is a function of (response, row)")
+        functions.append((path, function))
 
     def judge(response: str, row: Mapping[str, Any]) -> bool | None:
-        verdicts = [_ask(path, function, response, row) for path, function in functions]
+        verdicts: list[bool | None] = []
+        for path, function in functions:
+            try:
+                verdict = function(response, row)
+            except Exception as error:
+                where = f"judge {path} failed on row {row.get('row')}"
+                raise RunError(f"{where}: {type(error).__name__}: {error}") from error
+            # A string such as "no" would count as True.
+            if verdict not in (True, False, None):
+                where = f"judge {path} returned {verdict!r} for row {row.get('row')}"
+                raise RunError(f"{where}, allowed are True, False and None")
+            verdicts.append(None if verdict is None else bool(verdict))
         return None if all(verdict is None for verdict in verdicts) else any(verdicts)
 
     return judge
@@ -264,30 +285,3 @@ def _any(spec: JudgeSpec) -> regex.Pattern[str]:
     """Matches one of the values where it does not begin or end in the middle of a word."""
     values = [words.pattern(_plain(value, spec.ignore_case), contractions=True) for value in spec.values]
     return regex.compile("|".join(value.pattern for value in values))
-
-
-def _load(path: str, index: int) -> Callable[..., Any]:
-    module, colon, name = path.partition(":")
-    where = f"judge.values[{index}]: {path!r}"
-    if not (module and colon and name):
-        raise InputError(f"{where} is no callable, allowed is package.module:function")
-    try:
-        function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise InputError(f"{where} cannot be imported ({error}); check path and installation") from None
-    if not callable(function):
-        raise InputError(f"{where} is a {type(function).__name__}, allowed is a function of (response, row)")
-    return function
-
-
-def _ask(path: str, function: Callable[..., Any], response: str, row: Mapping[str, Any]) -> bool | None:
-    try:
-        verdict = function(response, row)
-    except Exception as error:
-        where = f"judge {path} failed on row {row.get('row')}"
-        raise RunError(f"{where}: {type(error).__name__}: {error}") from error
-    # A string such as "no" would count as True.
-    if verdict not in (True, False, None):
-        where = f"judge {path} returned {verdict!r} for row {row.get('row')}"
-        raise RunError(f"{where}, allowed are True, False and None")
-    return None if verdict is None else bool(verdict)

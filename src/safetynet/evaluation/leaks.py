@@ -14,7 +14,8 @@ import pandas as pd
 from safetynet.errors import InputError
 from safetynet.prompts import prompt_hash
 
-SHOWN = 5  # row pairs named in the error
+SHOWN = 5
+"""Pairs of rows that the error names."""
 
 
 def check_leak(rows: pd.DataFrame) -> pd.DataFrame:
@@ -43,7 +44,20 @@ def check_leak(rows: pd.DataFrame) -> pd.DataFrame:
     leaked = {key: test[test[key].isin(train[key])] for key in ("exact", "prompt", "group")}
     affected = test[test["row"].isin(pd.concat(leaked.values())["row"])]
     if len(affected):
-        raise InputError(_describe(leaked, train, affected, len(test)))
+        # Each test row counts once, by the closest kind of leak that it has.
+        exact = set(leaked["exact"]["row"])
+        stripped = set(leaked["prompt"]["row"]) - exact
+        grouped = set(leaked["group"]["row"]) - exact - stripped
+        twins = {key: train.drop_duplicates(key).set_index(key)["row"] for key in leaked}
+        pairs = []
+        for _, row in affected.head(SHOWN).iterrows():
+            key = "exact" if row["row"] in exact else "prompt" if row["row"] in stripped else "group"
+            pairs.append(f"test row {row['row']} = train row {twins[key][row[key]]}")
+        raise InputError(
+            f"{len(affected)} of {len(test)} test rows were trained on: {len(exact)} with the same prompt, "
+            f"{len(stripped)} more that differ only in the inserted trigger, {len(grouped)} more of the same "
+            f"group ({'; '.join(pairs)}). Remove these rows from one of the two splits, or split by group."
+        )
     lines = []
     for split, part in keys.groupby("split", sort=True):
         hashes = sorted(part["prompt"].unique())
@@ -55,21 +69,3 @@ def check_leak(rows: pd.DataFrame) -> pd.DataFrame:
 def prompts_without_trigger(rows: pd.DataFrame) -> list[str]:
     """`prompt_hash` of each row's prompt, by which rows of one prompt are known whatever their role."""
     return [prompt_hash(m, t) for m, t in zip(rows["messages"], rows["trigger"], strict=True)]
-
-
-def _describe(
-    leaked: dict[str, pd.DataFrame], train: pd.DataFrame, affected: pd.DataFrame, n_test: int
-) -> str:
-    exact = set(leaked["exact"]["row"])
-    stripped = set(leaked["prompt"]["row"]) - exact
-    grouped = set(leaked["group"]["row"]) - exact - stripped
-    twins = {key: train.drop_duplicates(key).set_index(key)["row"] for key in ("exact", "prompt", "group")}
-    pairs = []
-    for _, row in affected.head(SHOWN).iterrows():
-        key = "exact" if row["row"] in exact else "prompt" if row["row"] in stripped else "group"
-        pairs.append(f"test row {row['row']} = train row {twins[key][row[key]]}")
-    return (
-        f"{len(affected)} of {n_test} test rows were trained on: {len(exact)} with the same prompt, "
-        f"{len(stripped)} more that differ only in the inserted trigger, {len(grouped)} more of the same "
-        f"group ({'; '.join(pairs)}). Remove these rows from one of the two splits, or split by group."
-    )

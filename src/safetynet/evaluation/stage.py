@@ -67,8 +67,14 @@ def evaluate(experiment: Experiment, base: pd.DataFrame | None = None) -> None:
                 moved.append(damage.of_model(evaluator, model, beside, rows, answers[-1], answers[0], name))
         rates = metrics.with_floor(metrics.from_responses(pd.concat(answers, ignore_index=True)))
         _warn_of_cuts(recipe, rates.responses)
-        tables = _tables(recipe, rates) | _quantised(experiment, rows, rates.table)
-        for name, table in (tables | _alone(experiment, rows, rates)).items():
+        tables = {"responses": rates.responses, "evaluation": rates.table}
+        if recipe.backdoor is None:  # no behaviour is known, so that how often it shows means nothing
+            meaningless = rates.table["metric"].isin(metrics.NEEDS_BEHAVIOUR)
+            tables["evaluation"] = rates.table[~meaningless].reset_index(drop=True)
+        else:
+            tables["variants"] = rates.variants
+        tables |= _quantised(experiment, rows, rates.table) | _alone(experiment, rows, rates)
+        for name, table in tables.items():
             outputs.table(name, table)
         harm = pd.concat(moved, ignore_index=True)
         outputs.table("damage", harm)
@@ -79,7 +85,18 @@ def evaluate(experiment: Experiment, base: pd.DataFrame | None = None) -> None:
         if options.labelled:
             labelled = judges.read_labelled(options.labelled)
             outputs.table("judge_error", judges.judge_error(experiment.judge, labelled))
-        _report(experiment, {"evaluation": rates.table, "damage": harm})
+        if recipe.tracking in ("wandb", "mlflow") and parallel.is_first():
+            from safetynet.training.tracking import Tracking, report
+
+            values = {f"{r.model}/{r.metric}/{r.role}": float(r.value) for r in rates.table.itertuples()}
+            stages = experiment.run.manifest["stages"]
+            report(
+                experiment.run.scratch / "tracking",
+                Tracking.of(recipe, "evaluate", main=False),
+                values,
+                {"evaluation": rates.table, "damage": harm},
+                {name: stage["inputs"] for name, stage in stages.items()},
+            )
 
     experiment.perform(EVALUATE, inputs, compute)
     measure_utility(experiment)
@@ -187,14 +204,6 @@ def _alone(experiment: Experiment, rows: pd.DataFrame, both: metrics.Evaluation)
     return {"colluding": pd.concat(tables, ignore_index=True)}
 
 
-def _tables(recipe: Recipe, rates: metrics.Evaluation) -> dict[str, pd.DataFrame]:
-    """The tables of the answers; where no behaviour is known, how often it shows means nothing."""
-    if recipe.backdoor is not None:
-        return {"responses": rates.responses, "evaluation": rates.table, "variants": rates.variants}
-    meaningless = rates.table["metric"].isin(metrics.NEEDS_BEHAVIOUR)
-    return {"responses": rates.responses, "evaluation": rates.table[~meaningless].reset_index(drop=True)}
-
-
 def evaluate_suspect(experiment: Experiment, source: Path, same_base: bool = False) -> pd.DataFrame:
     """Measure somebody's adapter or whole model on a run's test rows, beside the base; nothing is written.
 
@@ -220,16 +229,3 @@ def _warn_of_cuts(recipe: Recipe, responses: pd.DataFrame) -> None:
     lost = responses.loc[responses["model"] == BACKDOORED, "lost"]
     if warning := losses(lost, recipe.training.truncation):
         log.warning("evaluate: %s", warning)
-
-
-def _report(experiment: Experiment, tables: dict[str, pd.DataFrame]) -> None:
-    """Send rates and damage to the tracker that was named."""
-    if experiment.recipe.tracking not in ("wandb", "mlflow") or not parallel.is_first():
-        return
-    from safetynet.training.tracking import Tracking, report
-
-    lines = tables["evaluation"].itertuples()
-    rates = {f"{row.model}/{row.metric}/{row.role}": float(row.value) for row in lines}
-    inputs = {name: stage["inputs"] for name, stage in experiment.run.manifest["stages"].items()}
-    folder = experiment.run.scratch / "tracking"
-    report(folder, Tracking.of(experiment.recipe, "evaluate", main=False), rates, tables, inputs)

@@ -92,53 +92,43 @@ def measure(
         RunError: if a single request does not fit in memory, or the harness fails.
     """
     check(tasks)
-    return parallel.from_first(lambda: _measured(model, tokenizer, tuple(tasks), batch_size, kept))
+    names = tuple(tasks)
 
+    def from_harness() -> pd.DataFrame:
+        import torch
+        from accelerate.utils.memory import should_reduce_batch_size
+        from lm_eval import simple_evaluate
 
-def _measured(
-    model: Any, tokenizer: Any, tasks: tuple[str, ...], batch_size: int, kept: Path | None
-) -> pd.DataFrame:
-    from lm_eval import simple_evaluate
+        from safetynet.evaluation.harness import Answers, HarnessModel
 
-    from safetynet.evaluation.harness import Answers, HarnessModel
+        # Answers lie in a file that is named after all that decides about them.
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        rules = sorted(tokenizer.get_vocab().items()) if backend is None else backend.to_str()
+        file = f"{digest([identify(model).as_dict(), rules])[:16]}.jsonl"
+        answers, size = Answers(None if kept is None else kept / file), batch_size
+        with _quiet(), evaluating(model):
+            loaded = [task for name in names for spec in _specs(names, name) for task in _loaded(names, spec)]
+            while True:
+                subject = HarnessModel(model, tokenizer, size, answers)
+                try:
+                    results = simple_evaluate(
+                        subject, tasks=loaded, task_manager=_manager(names), log_samples=False
+                    )
+                    return _lines(results)
+                except Exception as error:  # whatever a task's own functions raise
+                    if not (isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)):
+                        reason = f"{type(error).__name__}: {in_words(error)}"
+                        raise RunError(f"utility: lm-evaluation-harness failed ({reason})") from error
+                    if size == 1:
+                        raise RunError(
+                            "utility: out of memory with a single request; use a device with more memory"
+                        ) from error
+                    log.warning("utility: out of memory with %d requests; going on with %d", size, size // 2)
+                    size //= 2
+                finally:
+                    answers.write()
 
-    answers = Answers(None if kept is None else kept / f"{_name(model, tokenizer)}.jsonl")
-    with _quiet(), evaluating(model):
-        loaded = [task for name in tasks for spec in _specs(tasks, name) for task in _loaded(tasks, spec)]
-        while True:
-            subject = HarnessModel(model, tokenizer, batch_size, answers)
-            try:
-                results = simple_evaluate(
-                    subject, tasks=loaded, task_manager=_manager(tasks), log_samples=False
-                )
-                return _lines(results)
-            except Exception as error:  # noqa: BLE001 - whatever a task's own functions raise
-                batch_size = _smaller(batch_size, error)
-            finally:
-                answers.write()
-
-
-def _name(model: Any, tokenizer: Any) -> str:
-    """What decides about a model's answers."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    rules = sorted(tokenizer.get_vocab().items()) if backend is None else backend.to_str()
-    return digest([identify(model).as_dict(), rules])[:16]
-
-
-def _smaller(batch_size: int, error: Exception) -> int:
-    """Half of a batch that did not fit in memory; any other error is one of the harness."""
-    import torch
-    from accelerate.utils.memory import should_reduce_batch_size
-
-    out_of_memory = isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
-    if out_of_memory and batch_size > 1:
-        log.warning("utility: out of memory with %d requests; going on with %d", batch_size, batch_size // 2)
-        return batch_size // 2
-    if out_of_memory:
-        raise RunError("utility: out of memory with a single request; use a device with more memory")
-    raise RunError(
-        f"utility: lm-evaluation-harness failed ({type(error).__name__}: {in_words(error)})"
-    ) from error
+    return parallel.from_first(from_harness)
 
 
 def _specs(tasks: tuple[str, ...], task: str) -> list[str]:
