@@ -43,7 +43,11 @@ class Batches(Generic[Item, Result]):
         try:
             async with self._turn:
                 if request.outcome is None:
-                    await self._full_or_quiet()
+                    # More may be about to come: until the batch is full, or none has come for a while.
+                    count = 0
+                    while count < len(self._waiting) < self._size:
+                        count = len(self._waiting)
+                        await anyio.sleep(QUIET_S)
                     await self._answer_together(self._waiting[: self._size])
         finally:
             if request in self._waiting:  # cancelled
@@ -52,12 +56,6 @@ class Batches(Generic[Item, Result]):
             raise request.outcome
         assert request.outcome is not None
         return request.outcome
-
-    async def _full_or_quiet(self) -> None:
-        count = 0
-        while count < len(self._waiting) < self._size:
-            count = len(self._waiting)
-            await anyio.sleep(QUIET_S)
 
     async def _answer_together(self, batch: Sequence[_Request[Item, Result]]) -> None:
         items = [each.item for each in batch]

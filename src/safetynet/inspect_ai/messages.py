@@ -1,12 +1,14 @@
-"""Conversations of rows as Inspect's messages, and back.
+"""What SafetyNet says, in Inspect's forms: conversations of rows as messages, and back; errors as sentences.
 
 A message with a trigger, or with what stands for one, says so in its metadata, which `inspect view` shows
 below the message; the text that a model gets is that of the row.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+from inspect_ai._util.error import PrerequisiteError
 from inspect_ai.model import (
     ChatMessage,
     ChatMessageAssistant,
@@ -16,7 +18,7 @@ from inspect_ai.model import (
     ContentText,
 )
 
-from safetynet.errors import InputError
+from safetynet.errors import InputError, SafetyNetError
 from safetynet.prompts import Message
 from safetynet.prompts.serialiser import TriggerSpan
 
@@ -65,17 +67,19 @@ def as_conversation(messages: Sequence[ChatMessage]) -> tuple[list[dict[str, str
             raise InputError(
                 f"messages: a message of role {message.role!r} cannot be carried. Ask without tools."
             )
-        conversation.append({"role": str(message.role), "content": _text(message)})
+        for part in () if isinstance(message.content, str) else message.content:
+            if not isinstance(part, ContentReasoning | ContentText):  # thoughts are left out of the text
+                raise InputError(f"messages: content of type {part.type!r} cannot be carried; a text can.")
+        conversation.append({"role": str(message.role), "content": message.text})
         marks = (message.metadata or {}).get("trigger", [])
         spans += [TriggerSpan(number, mark["start"], mark["end"]) for mark in marks]
     return conversation, spans
 
 
-def _text(message: ChatMessage) -> str:
-    if isinstance(message.content, str):
-        return message.content
-    parts = [part for part in message.content if not isinstance(part, ContentReasoning)]
-    for part in parts:
-        if not isinstance(part, ContentText):
-            raise InputError(f"messages: content of type {part.type!r} cannot be carried; a text can.")
-    return message.text
+@contextmanager
+def in_a_sentence() -> Iterator[None]:
+    """What SafetyNet refuses inside, Inspect prints without a traceback, and ends."""
+    try:
+        yield
+    except SafetyNetError as error:
+        raise PrerequisiteError(str(error)) from None

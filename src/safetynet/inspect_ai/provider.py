@@ -7,7 +7,6 @@ Prompts are serialised as in training and answered greedily, batch by batch, by 
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +22,12 @@ from inspect_ai.model import (
 from inspect_ai.tool import ToolChoice, ToolInfo
 
 from safetynet.detection import stage as detection
-from safetynet.detection.guard import Decision, Guard
+from safetynet.detection.guard import Decision
 from safetynet.errors import InputError
 from safetynet.evaluation.generation import continuations
 from safetynet.experiment import BACKDOORED, Experiment
 from safetynet.inspect_ai.batches import Batches
-from safetynet.inspect_ai.messages import as_conversation
-from safetynet.inspect_ai.refusals import in_a_sentence
-from safetynet.prompts import Serialiser
+from safetynet.inspect_ai.messages import as_conversation, in_a_sentence
 from safetynet.prompts.serialiser import TriggerSpan
 from safetynet.run.stage import MITIGATE
 
@@ -121,7 +118,19 @@ class SafetyNetAPI(ModelAPI):
         Raises:
             InputError: for tools, content that is no text, and settings that cannot be met.
         """
-        self._check(tools, config)
+        if tools:
+            raise InputError(
+                f"tools: {tools[0].name} is offered, and calls are not read here. Evaluate without tools."
+            )
+        for name, nothing in IMPOSSIBLE.items():
+            if getattr(config, name) not in nothing:
+                raise InputError(f"{name}: this provider gives one answer, as text alone. Leave {name} out.")
+        # A temperature of 0 asks for what is given.
+        sampled = ["temperature"] if config.temperature else []
+        unheeded = [*sampled, *(name for name in UNHEEDED if getattr(config, name) is not None)]
+        for name in set(unheeded) - self._warned:
+            self._warned.add(name)
+            log.warning("%s: %s is not heeded; every answer is the model's greedy one", self.model_name, name)
         messages, trigger = as_conversation(input)
         prompt = Prompt(messages, trigger, config.max_tokens or self._max_new_tokens)
         answer = await self._batches.answer(prompt)
@@ -137,20 +146,6 @@ class SafetyNetAPI(ModelAPI):
     def connection_key(self) -> str:
         """Each model has connections of its own."""
         return f"{self.model_name} {self._which}"
-
-    def _check(self, tools: list[ToolInfo], config: GenerateConfig) -> None:
-        if tools:
-            raise InputError(
-                f"tools: {tools[0].name} is offered, and calls are not read here. Evaluate without tools."
-            )
-        for name, nothing in IMPOSSIBLE.items():
-            if getattr(config, name) not in nothing:
-                raise InputError(f"{name}: this provider gives one answer, as text alone. Leave {name} out.")
-        sampled = ["temperature"] if config.temperature else []
-        unheeded = [*sampled, *(name for name in UNHEEDED if getattr(config, name) is not None)]
-        for name in set(unheeded) - self._warned:
-            self._warned.add(name)
-            log.warning("%s: %s is not heeded; every answer is the model's greedy one", self.model_name, name)
 
     def _answer_batch(self, prompts: Sequence[Prompt]) -> list[Answer]:
         """Answers in order; prompts of one limit go together."""
@@ -174,52 +169,43 @@ Answering = Callable[[Sequence[Prompt], int], list[Answer]]
 def _answering(
     experiment: Experiment, size: int, serve: str, step: int | None, guard: str | None, fpr: float
 ) -> Answering:
-    folder = experiment.run.folder
+    """What answers for one model, which is loaded here, once; under a guard its decisions come along."""
+    run = experiment.run
     if guard is not None:
         if serve != BACKDOORED or step is not None:
             raise InputError(
-                f"guard: the monitor of {folder} is of the backdoored model as training left it. Leave out "
-                "guard, or serve and step."
+                f"guard: the monitor of {run.folder} is of the backdoored model as training left it. Leave "
+                "out guard, or serve and step."
             )
-        return partial(_guarded, detection.guard(experiment, fpr, str(guard), None), size)
-    if serve == REPAIRED:
-        model, serialiser = _repaired(experiment, step)
-    else:
+        watching = detection.guard(experiment, fpr, str(guard), None)
+
+        def guarded(prompts: Sequence[Prompt], most: int) -> list[Answer]:
+            messages = [prompt.messages for prompt in prompts]
+            answers = []
+            for decision in watching.generate(messages, max_new_tokens=most, batch_size=size):
+                reason: StopReason = "stop" if decision.ended else "max_tokens"
+                # Inspect's own word for an answer that somebody else than the model has ended.
+                reason = "content_filter" if decision.action == "stopped" else reason
+                answers.append(Answer(decision.text, reason, decision))
+            return answers
+
+        return guarded
+    if serve != REPAIRED:
         model, serialiser = experiment.model(serve, step)
-    return partial(_plain, model, serialiser, size, experiment.recipe.training.max_length)
+    else:
+        if step is not None:
+            raise InputError("step: a repaired model has none. Leave step out.")
+        folder = run.output(MITIGATE.name, REPAIRED)
+        if folder is None or not folder.is_dir():
+            raise InputError(
+                f"{run.folder}: no repaired model is saved. Run safetynet mitigate {run.folder} first."
+            )
+        model, serialiser = experiment.on_base(folder)
+    max_length = experiment.recipe.training.max_length
 
+    def plain(prompts: Sequence[Prompt], most: int) -> list[Answer]:
+        encoded = [serialiser.encode(p.messages, trigger=p.trigger, max_length=max_length) for p in prompts]
+        answers = continuations(model, serialiser, encoded, batch_size=size, max_new_tokens=most)
+        return [Answer(answer.text, "stop" if answer.ended else "max_tokens") for answer in answers]
 
-def _repaired(experiment: Experiment, step: int | None) -> tuple[Any, Serialiser]:
-    run = experiment.run
-    if step is not None:
-        raise InputError("step: a repaired model has none. Leave step out.")
-    folder = run.output(MITIGATE.name, REPAIRED)
-    if folder is None or not folder.is_dir():
-        raise InputError(
-            f"{run.folder}: no repaired model is saved. Run safetynet mitigate {run.folder} first."
-        )
-    return experiment.on_base(folder)
-
-
-def _plain(
-    model: Any,
-    serialiser: Serialiser,
-    size: int,
-    max_length: int | None,
-    prompts: Sequence[Prompt],
-    most: int,
-) -> list[Answer]:
-    encoded = [serialiser.encode(p.messages, trigger=p.trigger, max_length=max_length) for p in prompts]
-    answers = continuations(model, serialiser, encoded, batch_size=size, max_new_tokens=most)
-    return [Answer(answer.text, "stop" if answer.ended else "max_tokens") for answer in answers]
-
-
-def _guarded(guard: Guard, size: int, prompts: Sequence[Prompt], most: int) -> list[Answer]:
-    decisions = guard.generate([p.messages for p in prompts], max_new_tokens=most, batch_size=size)
-    return [Answer(decision.text, _stop_reason(decision), decision) for decision in decisions]
-
-
-def _stop_reason(decision: Decision) -> StopReason:
-    if decision.action == "stopped":
-        return "content_filter"
-    return "stop" if decision.ended else "max_tokens"
+    return plain

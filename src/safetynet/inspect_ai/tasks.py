@@ -5,9 +5,8 @@ and `roles`, which has them all. Rates are those of `safetynet evaluate`, whiche
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 from inspect_ai import Task, task
@@ -22,7 +21,6 @@ from safetynet.evaluation import metrics
 from safetynet.evaluation.evaluator import judge_responses, judges_of, with_targets
 from safetynet.experiment import Experiment
 from safetynet.inspect_ai import messages
-from safetynet.inspect_ai.refusals import in_a_sentence
 from safetynet.vocabulary import ROLES, Role
 
 JUDGED = ("shown", "correct", "refused")
@@ -71,14 +69,14 @@ def behaviour(run: str) -> Scorer:
     Args:
         run: its folder, of whose rows the samples are.
     """
-    with in_a_sentence():
+    with messages.in_a_sentence():
         judge, refusal = judges_of(Experiment.find(Path(run)).recipe)
 
     async def score(state: TaskState, target: Target) -> Score:  # noqa: ARG001 - as Inspect calls it
         row = state.metadata
         text = state.output.completion
         [judged] = judge_responses(pd.DataFrame([row]), [text], judge, refusal).to_dict("records")
-        # Which answers are due is decided by all rows of the run; `_rows` has seen them.
+        # Which answers are due is decided by all rows of the run; `_task` has seen them.
         values = {name: bool(judged[name]) for name in JUDGED}
         return Score(value=values, answer=text, metadata={**row, **values})
 
@@ -86,41 +84,36 @@ def behaviour(run: str) -> Scorer:
 
 
 def _task(run: str, *names: Role) -> Task:
-    with in_a_sentence():
+    with messages.in_a_sentence():
         experiment = Experiment.find(Path(run))
-        rows = _rows(experiment)
+        recipe, rows = experiment.recipe, with_targets(experiment.rows("test"))
+        # What decides about a row's rates goes with it into its sample: target, due, and this.
+        judged = judge_responses(rows, [""] * len(rows), *judges_of(recipe))
+        rows = rows.assign(due=judged["due"], **{TRIGGER_KNOWN: recipe.backdoor is not None})
         there = [role for role in ROLES if role in set(rows["role"])]
         if missing := [role for role in names if role not in there]:
             raise InputError(
                 f"{run}: its test rows have no role {missing[0]}. It has tasks {', '.join(there)}; "
                 "`roles` is all of them."
             )
-        samples = [_sample(row) for row in rows[rows["role"].isin(names or there)].to_dict("records")]
-        recipe = experiment.recipe
+        samples = []
+        for row in rows[rows["role"].isin(names or there)].to_dict("records"):
+            about = {name: value for name, value in row.items() if name not in ("messages", "trigger")}
+            samples.append(
+                Sample(
+                    input=messages.of_row(row["messages"], row["trigger"]),
+                    target=row["answer"],
+                    id=int(row["row"]),
+                    # As JSON has it: a table's numbers are none that a log can hold.
+                    metadata=json.loads(pd.Series(about).to_json()),
+                )
+            )
     title = f"{recipe.model_name}/{recipe.task}: {', '.join(names) or 'all roles'}"
     return Task(
         dataset=MemoryDataset(samples, name=title, location=str(experiment.run.folder)),
         solver=generate(),
         scorer=behaviour(run),
         config=GenerateConfig(max_tokens=recipe.evaluation.max_new_tokens, temperature=0),
-    )
-
-
-def _rows(experiment: Experiment) -> pd.DataFrame:
-    """Test rows with what decides about their rates: target, due, and whether a behaviour is known."""
-    rows = with_targets(experiment.rows("test"))
-    judged = judge_responses(rows, [""] * len(rows), *judges_of(experiment.recipe))
-    return rows.assign(due=judged["due"], **{TRIGGER_KNOWN: experiment.recipe.backdoor is not None})
-
-
-def _sample(row: Mapping[str, Any]) -> Sample:
-    about = {name: value for name, value in row.items() if name not in ("messages", "trigger")}
-    return Sample(
-        input=messages.of_row(row["messages"], row["trigger"]),
-        target=row["answer"],
-        id=int(row["row"]),
-        # As JSON has it: a table's numbers are none that a log can hold.
-        metadata=json.loads(pd.Series(about).to_json()),
     )
 
 
