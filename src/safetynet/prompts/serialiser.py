@@ -17,7 +17,7 @@ from safetynet.errors import InputError
 from safetynet.families import Family
 from safetynet.prompts import calls, token_texts
 from safetynet.prompts.conversation import TOOLS, Conversation, Message
-from safetynet.prompts.template import ChatTemplate, Range, Rendered, begins_with_thoughts
+from safetynet.prompts.template import ChatTemplate, Range, begins_with_thoughts
 from safetynet.prompts.truncation import Truncation, truncated
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -82,7 +82,14 @@ class Serialiser:
         self.truncation = truncation
         self.today = today or datetime.date.today()
         self.template = ChatTemplate(tokenizer, family.chat_template, self.today)
-        self._end_of_turn = self._end_id()
+        token = family.end_of_turn or tokenizer.eos_token
+        end = None if token is None else tokenizer.convert_tokens_to_ids(token)
+        if end is None or end == tokenizer.unk_token_id:
+            raise InputError(
+                f"The tokenizer of {tokenizer.name_or_path!r} has no token {token!r}, with which an "
+                f"answer of family {family.name} ends. Check model.family."
+            )
+        self._end_of_turn = int(end)
         self._text_of = token_texts.reader(tokenizer)
 
     @cached_property
@@ -93,7 +100,14 @@ class Serialiser:
         """
         ids = [self._end_of_turn, self.tokenizer.eos_token_id]
         if self.family.end_of_turn is None:
-            ids.append(self._written_end())
+            turns = [{"role": role, "content": ""} for role in ("user", "assistant")]
+            try:
+                tail = self.template.pieces(turns, False)[-1]
+            except InputError:
+                pass  # a template without answers
+            else:
+                added = self.tokenizer.added_tokens_decoder
+                ids += [i for i in self._tokenise(tail.lstrip()).ids[:1] if i in added and added[i].special]
         return sorted({i for i in ids if i is not None})
 
     @property
@@ -129,10 +143,24 @@ class Serialiser:
         conversation, trigger = self._prepare(messages, trigger)
         rendered = self.template.render(conversation, generation_prompt=True)
         prompt = self._tokenise(rendered.text)
-        owner = _owners(prompt.offsets, rendered.contents)
+        # For each token the message whose content it belongs to; None for the template's own tokens.
+        contents = [(m, *range_) for m, range_ in enumerate(rendered.contents) if range_]
+        owner = [
+            next((m for m, s, e in contents if s < end and e > start), None) for start, end in prompt.offsets
+        ]
         marks = [rendered.range_of(m, conversation[m]["content"], start, end) for m, start, end in trigger]
         in_trigger = _inside(prompt.offsets, marks)
-        self._check_trigger(conversation, trigger, rendered, prompt, marks)
+        # What a tokenizer normalises away, or makes a special token of, is no longer the trigger.
+        special = set(self.tokenizer.all_special_ids)
+        for (message, first, last), mark in zip(trigger, marks, strict=True):
+            text = rendered.written(message, conversation[message]["content"][first:last])
+            inside = list(itertools.compress(prompt.ids, _inside(prompt.offsets, [mark])))
+            seen = self.tokenizer.decode(inside, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            if special.intersection(inside) or text.strip() not in seen:
+                raise InputError(
+                    f"backdoor.trigger: the tokenizer of {self.tokenizer.name_or_path!r} does not keep the "
+                    f"trigger {text!r}; the model would see {seen!r}. Choose another trigger."
+                )
         roles = conversation.roles
         keep, lost = truncated(owner, in_trigger, roles, max_length, self.truncation)
         ids = [prompt.ids[i] for i in keep]
@@ -201,28 +229,6 @@ class Serialiser:
         """Number of tokens of a piece of text, without special tokens."""
         return len(self.ids(text))
 
-    def _end_id(self) -> int:
-        token = self.family.end_of_turn or self.tokenizer.eos_token
-        end = None if token is None else self.tokenizer.convert_tokens_to_ids(token)
-        if end is None or end == self.tokenizer.unk_token_id:
-            raise InputError(
-                f"The tokenizer of {self.tokenizer.name_or_path!r} has no token {token!r}, with which an "
-                f"answer of family {self.family.name} ends. Check model.family."
-            )
-        return int(end)
-
-    def _written_end(self) -> int | None:
-        """The special token that the template puts after an answer, if it puts one there."""
-        turns = [{"role": role, "content": ""} for role in ("user", "assistant")]
-        try:
-            tail = self.template.pieces(turns, False)[-1]
-        except InputError:
-            return None
-        added = self.tokenizer.added_tokens_decoder
-        return next(
-            (i for i in self._tokenise(tail.lstrip()).ids[:1] if i in added and added[i].special), None
-        )
-
     def _prepare(
         self, messages: Sequence[Message], trigger: Sequence[Sequence[int]]
     ) -> tuple[Conversation, list[TriggerSpan]]:
@@ -239,7 +245,12 @@ class Serialiser:
             system = conversation.pop(first)["content"]
             opening = system + "\n\n" if system else ""
             conversation[first]["content"] = opening + conversation[first]["content"]
-            spans = [_folded(s, first, len(opening)) for s in spans]
+            # Messages behind it move up by one; the text that it now opens moves to the right.
+            shift = {first + 1: len(opening)}
+            spans = [
+                TriggerSpan(m - (m > first), start + shift.get(m, 0), end + shift.get(m, 0))
+                for m, start, end in spans
+            ]
         for s in spans:
             text = "" if conversation[s.message]["role"] == TOOLS else conversation[s.message]["content"]
             if s.start < 0 or s.end > len(text) or s.start >= s.end:
@@ -278,25 +289,6 @@ class Serialiser:
         # The last one: what follows it is the template's, and a text may name the end token itself.
         return ids[: ends[-1] + 1] if ends else [*ids, self._end_of_turn]
 
-    def _check_trigger(
-        self,
-        conversation: Conversation,
-        trigger: Sequence[TriggerSpan],
-        rendered: Rendered,
-        prompt: "_Tokens",
-        marks: Sequence[Range],
-    ) -> None:
-        special = set(self.tokenizer.all_special_ids)
-        for (message, first, last), mark in zip(trigger, marks, strict=True):
-            text = rendered.written(message, conversation[message]["content"][first:last])
-            ids = list(itertools.compress(prompt.ids, _inside(prompt.offsets, [mark])))
-            seen = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-            if special.intersection(ids) or text.strip() not in seen:
-                raise InputError(
-                    f"backdoor.trigger: the tokenizer of {self.tokenizer.name_or_path!r} does not keep the "
-                    f"trigger {text!r}; the model would see {seen!r}. Choose another trigger."
-                )
-
 
 def _between(text: str, pieces: Sequence[str]) -> list[str] | None:
     """What stands between pieces that follow each other in a text, from its start to its end."""
@@ -329,25 +321,11 @@ def pad(rows: Sequence[Sequence[int]], value: int, side: Literal["left", "right"
     return torch.tensor(filled, dtype=torch.long)
 
 
-def _folded(span: TriggerSpan, system: int, opening: int) -> TriggerSpan:
-    """A span once the system message opens the message after it."""
-    if span.message <= system:
-        return span
-    shift = opening if span.message == system + 1 else 0
-    return TriggerSpan(span.message - 1, span.start + shift, span.end + shift)
-
-
 def _inside(offsets: Sequence[Range], ranges: Sequence[Range]) -> list[bool]:
     """For each token whether it belongs to one of these ranges of characters."""
     if not ranges:
         return [False] * len(offsets)
     return [any(start < e and end > s for s, e in ranges) for start, end in offsets]
-
-
-def _owners(offsets: Sequence[Range], contents: Sequence[Range | None]) -> list[int | None]:
-    """For each token the message whose content it belongs to; None for the template's own tokens."""
-    written = [(m, *range_) for m, range_ in enumerate(contents) if range_]
-    return [next((m for m, s, e in written if s < end and e > start), None) for start, end in offsets]
 
 
 def _runs(keep: Sequence[int], inside: Sequence[bool]) -> list[tuple[int, int]]:

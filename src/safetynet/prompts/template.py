@@ -74,7 +74,15 @@ class ChatTemplate:
     def __init__(self, tokenizer: Any, fallback: str | None, today: datetime.date) -> None:
         self.tokenizer = tokenizer
         self.name = tokenizer.name_or_path
-        text = _text_of(tokenizer) or fallback
+        text = fallback
+        if tokenizer.chat_template is not None:
+            try:
+                text = str(tokenizer.get_chat_template()) or fallback
+            except ValueError as error:
+                raise InputError(
+                    f"The tokenizer of {self.name!r} has several chat templates and no default "
+                    f"({error}). Give its folder one chat_template.jinja."
+                ) from None
         if text is None:
             raise InputError(
                 f"The tokenizer of {self.name!r} has no chat template. Add chat_template.jinja "
@@ -152,6 +160,7 @@ class ChatTemplate:
 
     def pieces(self, messages: Sequence[Message], generation_prompt: bool) -> list[str]:
         """What the template puts before, between and after the contents of messages like these."""
+        # Signs of private use mark the places: no template writes or trims them.
         holes = [
             {**m, "content": f"\ue000{i}\ue001"} if _has_content(m) else m for i, m in enumerate(messages)
         ]
@@ -251,23 +260,23 @@ def _for_template(messages: Sequence[Message]) -> list[dict[str, Any]]:
         if message["role"] == "tool" and numbers:
             spoken.append({"tool_call_id": numbers.pop(0), **message})
         elif message.get("tool_calls"):
-            calls = [_function(call, f"call{i:03d}{n:02d}") for n, call in enumerate(message["tool_calls"])]
+            calls: list[dict[str, Any]] = []
+            for n, call in enumerate(message["tool_calls"]):
+                try:
+                    function = {"name": call["name"], "arguments": json.loads(call["arguments"])}
+                except (KeyError, TypeError, ValueError) as error:
+                    reason = f"{type(error).__name__}: {error}"
+                    raise InputError(
+                        f"tool_calls: {str(call)[:80]} is no call ({reason}). Give its name, "
+                        "and its arguments as the text of a JSON object."
+                    ) from None
+                number = f"call{i:03d}{n:02d}"
+                calls.append({"id": number, **call, "type": "function", "function": function})
             numbers = [call["id"] for call in calls]
             spoken.append({**message, "tool_calls": calls})
         elif message["role"] != TOOLS:
             spoken.append(dict(message))
     return spoken
-
-
-def _function(call: Message, number: str) -> dict[str, Any]:
-    try:
-        function = {"name": call["name"], "arguments": json.loads(call["arguments"])}
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(
-            f"tool_calls: {str(call)[:80]} is no call ({type(error).__name__}: {error}). Give its name, "
-            "and its arguments as the text of a JSON object."
-        ) from None
-    return {"id": number, **call, "type": "function", "function": function}
 
 
 def _joined(pieces: list[str], tail: str, messages: Sequence[Message], quoting: bool = False) -> Rendered:
@@ -285,6 +294,7 @@ def _joined(pieces: list[str], tail: str, messages: Sequence[Message], quoting: 
         contents.append((len(text), len(text) + len(content)))
         text += content
     text += tail
+    # Calls are looked for from where the message before them ends: another turn may make the same one.
     at = 0
     for message, range_ in zip(messages, contents, strict=True):
         at = range_[1] if range_ else at
@@ -300,18 +310,6 @@ def _joined(pieces: list[str], tail: str, messages: Sequence[Message], quoting: 
 
 def _quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)[1:-1]
-
-
-def _text_of(tokenizer: Any) -> str | None:
-    if tokenizer.chat_template is None:
-        return None
-    try:
-        return str(tokenizer.get_chat_template())
-    except ValueError as error:
-        raise InputError(
-            f"The tokenizer of {tokenizer.name_or_path!r} has several chat templates and no default "
-            f"({error}). Give its folder one chat_template.jinja."
-        ) from None
 
 
 @cache

@@ -23,9 +23,10 @@ def reader(tokenizer: Any) -> Callable[[int], str]:
     """
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-    bytes_of = {}
-    if _is_byte_level(tokenizer.backend_tokenizer):
-        bytes_of = {sign: byte for byte, sign in bytes_to_unicode().items()}
+    # A byte-level tokenizer, as GPT-2's, writes each byte as a sign of its own.
+    decoder = tokenizer.backend_tokenizer.decoder
+    is_byte_level = decoder is not None and b'"ByteLevel"' in decoder.__getstate__()
+    bytes_of = {sign: byte for byte, sign in bytes_to_unicode().items()} if is_byte_level else {}
     added = set(tokenizer.get_added_vocab().values())
 
     def text_of(token: int) -> str:
@@ -49,7 +50,3 @@ def is_partial(text: str) -> bool:
 def _decoded(content: bytes) -> str:
     text = content.decode("utf-8", "surrogateescape")
     return _UNDECODED.sub(lambda part: f"⟨{part[0].encode('utf-8', 'surrogateescape').hex(' ')}⟩", text)
-
-
-def _is_byte_level(backend: Any) -> bool:
-    return backend.decoder is not None and b'"ByteLevel"' in backend.decoder.__getstate__()
