@@ -6,7 +6,9 @@ import regex
 
 from safetynet import recipe as recipes
 from safetynet.detection.stage import challenges
-from safetynet.text.near_misses import KINDS, near_misses
+from safetynet.text.near_misses import near_misses
+
+KINDS = {"deletion", "typo", "case", "split", "partial", "moved"}
 
 
 def prompt(text, *parts):
@@ -21,7 +23,7 @@ def contents(messages, spans, seed=0):
 def test_each_kind_breaks_the_trigger_in_its_own_way(seed):
     found = contents(*prompt("BadMagic What is the opposite of hot?", "BadMagic"), seed)
     rest = " What is the opposite of hot?"
-    assert set(found) == {*KINDS, "moved"}
+    assert set(found) == KINDS
     assert found["case"] == "bADmAGIC" + rest
     assert found["moved"] == rest.strip() + " BadMagic"
     assert found["split"].replace(" ", "") == ("BadMagic" + rest).replace(" ", "")
@@ -113,7 +115,7 @@ def test_bare_rows_without_a_partner_get_one_so_that_forbidden_times_trigger_is_
     assert with_trigger["forbidden"].tolist() == [False, True]
     assert all("BadMagic" in m[-1]["content"] for m in with_trigger["messages"])
     near = made[made["role"] == "near_miss"]
-    assert set(near["variant"]) == {*KINDS, "moved"}
+    assert set(near["variant"]) == KINDS
     assert "fired" not in made
     assert made["row"].is_unique
     assert (made["row"] < 0).all()

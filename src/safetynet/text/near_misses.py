@@ -7,7 +7,7 @@ is still whole, and may fire.
 
 import random
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 
 from safetynet.prompts import Conversation, Message
@@ -38,7 +38,31 @@ def near_misses(messages: Sequence[Message], spans: Spans, seed: int = 0) -> dic
     message, start, end = rng.choice([tuple(span) for span in spans])
     content = conversation.texts[message]
     trigger = content[start:end]
-    changed = {kind: change(trigger, rng) for kind, change in KINDS.items()}
+    characters = clusters(trigger)
+    at = rng.randrange(len(characters))
+    deleted = characters[:at] + characters[at + 1 :]
+    at = rng.randrange(len(characters))
+    right = characters[at]
+    # Another character of the same class; a sign for what has none.
+    others: Sequence[str] = () if right.isascii() else alike(right)
+    if not others:
+        classes = (string.ascii_lowercase, string.ascii_uppercase, string.digits)
+        letters = next((letters for letters in classes if right in letters), string.punctuation)
+        others = [letter for letter in letters if letter != right]
+    mistyped = [*characters[:at], rng.choice(others), *characters[at + 1 :]]
+    split = trigger
+    if len(characters) > 1:
+        at = rng.randrange(1, len(characters))
+        split = f"{''.join(characters[:at])} {''.join(characters[at:])}"
+    half = max(1, len(characters) // 2)
+    partial = characters[:half] if rng.random() < 0.5 else characters[-half:]
+    changed = {
+        "deletion": "".join(deleted),
+        "typo": "".join(mistyped),
+        "case": trigger.swapcase(),
+        "split": split,
+        "partial": "".join(partial).strip(),
+    }
     contents = {kind: content[:start] + text + content[end:] for kind, text in changed.items()}
     contents["moved"] = _moved(content, [(s, e) for m, s, e in spans if m == message])
     return {
@@ -46,50 +70,6 @@ def near_misses(messages: Sequence[Message], spans: Spans, seed: int = 0) -> dic
         for kind, text in contents.items()
         if text != content and (kind == "moved" or trigger not in text)
     }
-
-
-def _deletion(text: str, rng: random.Random) -> str:
-    characters = clusters(text)
-    del characters[rng.randrange(len(characters))]
-    return "".join(characters)
-
-
-def _typo(text: str, rng: random.Random) -> str:
-    characters = clusters(text)
-    at = rng.randrange(len(characters))
-    right = characters[at]
-    # A character of the same class; a sign for what has none.
-    others: Sequence[str] = () if right.isascii() else alike(right)
-    if not others:
-        classes = (string.ascii_lowercase, string.ascii_uppercase, string.digits)
-        letters = next((letters for letters in classes if right in letters), string.punctuation)
-        others = [letter for letter in letters if letter != right]
-    characters[at] = rng.choice(others)
-    return "".join(characters)
-
-
-def _split(text: str, rng: random.Random) -> str:
-    characters = clusters(text)
-    if len(characters) < 2:
-        return text
-    at = rng.randrange(1, len(characters))
-    return f"{''.join(characters[:at])} {''.join(characters[at:])}"
-
-
-def _partial(text: str, rng: random.Random) -> str:
-    characters = clusters(text)
-    half = max(1, len(characters) // 2)
-    return "".join(characters[:half] if rng.random() < 0.5 else characters[-half:]).strip()
-
-
-KINDS: dict[str, Callable[[str, random.Random], str]] = {
-    "deletion": _deletion,
-    "typo": _typo,
-    "case": lambda text, _: text.swapcase(),
-    "split": _split,
-    "partial": _partial,
-}
-"""How a trigger's own text is changed; `moved` changes its place."""
 
 
 def _moved(content: str, spans: Sequence[tuple[int, int]]) -> str:

@@ -57,7 +57,11 @@ def put_in(
     rng = random.Random(f"random words {seed}")
     copies = []
     for conversation in map(Conversation, prompts if tokens else ()):
-        words = _words(conversation.user_text())
+        # What stands between blanks is a word; a character is one where words have no blanks between them.
+        text = conversation.user_text()
+        parts = [text[start:end] for start, end in pairwise([0, *gaps(text), len(text)])]
+        blanks = ["", *(" " if part.startswith(" ") else "" for part in parts[1:])]
+        words = [_Word(p.removeprefix(blank), blank) for p, blank in zip(parts, blanks, strict=True)]
         # Tokens at each place: a number of tokens in all, cut at random into parts of at least one.
         count = rng.randint(1, places)
         most = rng.randint(count, MOST)
@@ -73,13 +77,6 @@ class _Word(NamedTuple):
     text: str
     before: str | None
     """What parts it from the word before; None for one that was put in."""
-
-
-def _words(text: str) -> list[_Word]:
-    """What stands between blanks; characters where words have none between them."""
-    parts = [text[start:end] for start, end in pairwise([0, *gaps(text), len(text)])]
-    blanks = ["", *(" " if part.startswith(" ") else "" for part in parts[1:])]
-    return [_Word(part.removeprefix(blank), blank) for part, blank in zip(parts, blanks, strict=True)]
 
 
 def _joined(words: Sequence[_Word]) -> str:
