@@ -157,25 +157,20 @@ def _values(name: str, column: str, about: Column, values: pd.Series, *, strict:
     if strict and not about.empty and about.kind != "number" and (empty := values.isna()).any():
         raise InputError(f"{where}, row {empty.argmax()}: the cell is empty; give a value")
     if about.kind == "text":
-        return _texts(name, column, about, values)
-    return _flags(where, values) if about.kind == "flag" else _numbers(where, about, values)
-
-
-def _texts(name: str, column: str, about: Column, values: pd.Series) -> pd.Series:
-    if not (isinstance(values.dtype, pd.StringDtype) and values.notna().all()):
-        values = pd.Series(["" if pd.isna(value) else str(value) for value in values], dtype="str")
-    if about.words:
-        check_words(name, column, values, (*about.words, "") if about.empty else about.words)
-    return values
-
-
-def _flags(where: str, values: pd.Series) -> pd.Series:
-    if values.dtype == bool:
+        # A column that is text already is not gone through again: tables of prompts are long.
+        if not (isinstance(values.dtype, pd.StringDtype) and values.notna().all()):
+            values = pd.Series(["" if pd.isna(value) else str(value) for value in values], dtype="str")
+        if about.words:
+            check_words(name, column, values, (*about.words, "") if about.empty else about.words)
         return values
-    for row, value in enumerate(values):
-        if not pd.isna(value) and value not in (True, False):
-            raise InputError(f"{where}, row {row}: {value!r} is neither true nor false")
-    return pd.Series([not pd.isna(value) and bool(value) for value in values], dtype=bool)
+    if about.kind == "flag":
+        if values.dtype == bool:
+            return values
+        for row, value in enumerate(values):
+            if not pd.isna(value) and value not in (True, False):
+                raise InputError(f"{where}, row {row}: {value!r} is neither true nor false")
+        return pd.Series([not pd.isna(value) and bool(value) for value in values], dtype=bool)
+    return _numbers(where, about, values)
 
 
 def _numbers(where: str, about: Column, values: pd.Series) -> pd.Series:
@@ -193,6 +188,7 @@ def _numbers(where: str, about: Column, values: pd.Series) -> pd.Series:
         raise InputError(f"{where}, row {row}: {floats[row]:g} is outside {limits}{hint}")
     if about.kind == "number":
         return pd.Series(floats)
+    # NaN equals nothing, itself included, so that a missing whole number is no whole number either.
     broken = (floats != np.round(floats)) & ~(np.isnan(floats) & about.empty)
     if broken.any():
         row = broken.argmax()

@@ -104,6 +104,17 @@ class MonitorSummary:
         false = _by_rows(fused[fused["metric"] == "fpr"])
         promised = promised_rows(fused)
         kinds = [name for name in false if name.startswith("fresh:")] or [promised]
+        answers, overhead = tables.get("detection_answers"), tables.get("detection_overhead")
+        watched = {} if answers is None else _by_rows(answers[answers["watched"] == "both"])
+        cost = ""
+        if overhead is not None and not overhead.empty:
+            alone, batch = overhead.iloc[0], overhead.iloc[-1]
+            cost = (
+                f"answers of {alone['new_tokens']:.0f} tokens take {alone['ratio']:.2f} times as long one at "
+                f"a time, {batch['ratio']:.2f} in batches of {batch['batch']:.0f}"
+            )
+            if "passes" in overhead:  # not in tables of earlier versions
+                cost += f"; watching a prompt adds {batch['passes']:.1f} passes over it"
         return cls(
             tuple(name for name in names if name != FUSED and not name.startswith("skyline ")),
             float(fused["rate"].iloc[0]),
@@ -111,8 +122,8 @@ class MonitorSummary:
             tuple(_worst_of_each(false)),
             tuple(false[name] for name in kinds),
             next(iter(_by_rows(fused[fused["metric"] == "fpr_worst"]).values())),
-            tuple(_answers(tables.get("detection_answers"))),
-            _cost(tables.get("detection_overhead")),
+            tuple(watched[rows] for rows in ("fired", "fresh") if rows in watched),
+            cost,
         )
 
     @property
@@ -149,16 +160,12 @@ class MonitorSummary:
 
 
 def _by_rows(table: pd.DataFrame) -> dict[str, Alarms]:
-    return {
-        row.rows: Alarms(_label(row.rows), row.value, row.low, row.high, int(row.n))
-        for row in table.itertuples()
-    }
-
-
-def _label(rows: str) -> str:
-    name, _, group = rows.partition(":")
-    label = dict((*CAUGHT, *KINDS_OF_PROMPTS)).get(name, name)
-    return f"{label}, {group}" if group else label
+    names, alarms = dict((*CAUGHT, *KINDS_OF_PROMPTS)), {}
+    for row in table.itertuples():
+        name, _, group = row.rows.partition(":")
+        label = names.get(name, name) + (f", {group}" if group else "")
+        alarms[row.rows] = Alarms(label, row.value, row.low, row.high, int(row.n))
+    return alarms
 
 
 def _caught(rates: Mapping[str, Alarms]) -> Iterator[Alarms]:
@@ -180,24 +187,5 @@ def _worst_of_each(rates: Mapping[str, Alarms]) -> Iterator[Alarms]:
             yield worst._replace(label=f"{worst.label} (worst of {len(groups)})")
 
 
-def _answers(table: pd.DataFrame | None) -> Iterator[Alarms]:
-    if table is not None:
-        rates = _by_rows(table[table["watched"] == "both"])
-        yield from (rates[rows] for rows in ("fired", "fresh") if rows in rates)
-
-
 def _groups(rates: Mapping[str, Alarms], rows: str) -> list[Alarms]:
     return [alarms for name, alarms in rates.items() if name.startswith(f"{rows}:")]
-
-
-def _cost(overhead: pd.DataFrame | None) -> str:
-    if overhead is None or overhead.empty:
-        return ""
-    alone, batch = overhead.iloc[0], overhead.iloc[-1]
-    text = (
-        f"answers of {alone['new_tokens']:.0f} tokens take {alone['ratio']:.2f} times as long one at a time, "
-        f"{batch['ratio']:.2f} in batches of {batch['batch']:.0f}"
-    )
-    if "passes" in overhead:  # not in tables of earlier versions
-        text += f"; watching a prompt adds {batch['passes']:.1f} passes over it"
-    return text
