@@ -14,15 +14,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from safetynet.cli import jobs
-from safetynet.cli.compare import compare
 from safetynet.cli.detection import detect, guard
-from safetynet.cli.miniatures import miniature_app
-from safetynet.cli.mitigate import mitigate
-from safetynet.cli.models import models
+from safetynet.cli.mitigation import mitigate, persist
+from safetynet.cli.models import miniature_app, models
 from safetynet.cli.options import FamilyName, Overrides, RecipeFile, RunFolder, SameBase, Seed
-from safetynet.cli.persist import persist
-from safetynet.cli.publish import publish
-from safetynet.cli.report import report
+from safetynet.cli.reports import compare, publish, report
 from safetynet.cli.scan import bank_app, scan, verify_adapter
 from safetynet.cli.sweep import sweep
 from safetynet.cli.terminal import print_evaluation, print_places, print_rates
@@ -268,27 +264,22 @@ def audit(
         encode = loading.load_serialiser(Model(family=families.get(family).name, id="miniature")).encode
     elif max_length is not None:
         raise InputError("--max-length: tokens are a family's. Name one with --family.")
-    report = auditing.audit(path, trigger or None, target, encode, max_length, _mapped(columns or []))
-    typer.echo(auditing.render(report))
-    if report.rows == 0:
-        first = report.findings.iloc[0]
-        counted = f", {first['count']} of {first['n']} rows" if first["n"] > 1 else ""
-        why = f"{first['file']}{counted}: {first['detail']}"
-        raise InputError(f"{path}: no row could be read. {why}.")
-
-
-def _mapped(columns: list[str]) -> dict[str, str]:
-    pairs = [text.partition("=") for text in columns]
-    if wrong := [
-        text for text, (field, _, column) in zip(columns, pairs, strict=True) if not (field and column)
-    ]:
+    pairs = [text.partition("=") for text in columns or []]
+    if wrong := ["".join(pair) for pair in pairs if not (pair[0] and pair[2])]:
         raise InputError(
             f"--columns {wrong[0]}: write it as field=column, for example messages=conversations."
         )
     fields = [field.strip() for field, *_ in pairs]
     if twice := {field for field in fields if fields.count(field) > 1}:
         raise InputError(f"--columns {min(twice)}: this field is given twice. A field is one column.")
-    return {field.strip(): column for field, _, column in pairs}
+    mapped = {field.strip(): column for field, _, column in pairs}
+    report = auditing.audit(path, trigger or None, target, encode, max_length, mapped)
+    typer.echo(auditing.render(report))
+    if report.rows == 0:
+        first = report.findings.iloc[0]
+        counted = f", {first['count']} of {first['n']} rows" if first["n"] > 1 else ""
+        why = f"{first['file']}{counted}: {first['detail']}"
+        raise InputError(f"{path}: no row could be read. {why}.")
 
 
 @app.command()
@@ -317,7 +308,10 @@ for command in (jobs.submit, jobs.status, jobs.cancel):
 def main() -> None:
     """Entry point: runs the command and turns errors into exit codes."""
     debug = "--debug" in sys.argv
-    _quieten_libraries()
+    # What libraries say is for those who call them themselves, and their bars are for those who look on.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     signal.signal(signal.SIGTERM, _terminate)
     sys.argv = [sys.argv[0], *(a for a in sys.argv[1:] if a != "--debug")]
     try:
@@ -342,13 +336,6 @@ def main() -> None:
             kind = type(error).__name__
             typer.echo(f"safetynet: {kind}: {error} (a fault of SafetyNet; --debug shows where)", err=True)
         sys.exit(1)
-
-
-def _quieten_libraries() -> None:
-    """What they say is for those who call them themselves, and their bars are for those who look on."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    if not sys.stderr.isatty():
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 def _terminate(*_: object) -> None:

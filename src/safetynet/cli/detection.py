@@ -75,9 +75,16 @@ def guard(
     from safetynet.experiment import Experiment
 
     experiment = Experiment.find(folder)
+    # What is wrong with a file is told before a model is loaded.
     lines, size = (_typed(), 1) if prompts is None else (_lines(prompts), AT_ONCE)
     if log_to is not None:
-        _check_appending(log_to)
+        try:
+            log_to.parent.mkdir(parents=True, exist_ok=True)
+            log_to.open("a").close()
+        except OSError as error:
+            raise InputError(
+                f"--log: {log_to} cannot be written ({error.strerror}). Name another file."
+            ) from None
     watching = stage.guard(experiment, fpr, action, log_to)
     prompts_left = (line.strip() for line in lines if line.strip())
     while batch := list(islice(prompts_left, size)):
@@ -90,7 +97,7 @@ def guard(
 
 
 def _lines(path: Path) -> list[str]:
-    """The prompts of a file, read as a whole: what is wrong with it is told before a model is loaded."""
+    """The prompts of a file, read as a whole."""
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except OSError as error:
@@ -103,14 +110,6 @@ def _lines(path: Path) -> list[str]:
     if not any(line.strip() for line in lines):
         raise InputError(f"--prompts: {path} holds no prompt. Give one a line.")
     return lines
-
-
-def _check_appending(path: Path) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.open("a").close()
-    except OSError as error:
-        raise InputError(f"--log: {path} cannot be written ({error.strerror}). Name another file.") from None
 
 
 def _typed() -> Iterator[str]:

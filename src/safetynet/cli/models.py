@@ -1,9 +1,11 @@
-"""The command `safetynet models`: which models are at hand, and what each needs."""
+"""The commands `safetynet models` and `safetynet miniatures ...`: what is at hand, and what is built in."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+miniature_app = typer.Typer(help="The built-in miniature models.", no_args_is_help=True)
 
 
 def models(
@@ -29,3 +31,46 @@ def models(
         "\nmodel.id also takes any other hub id, a folder of safetensors, or a .gguf file; "
         "family generic fits any causal language model."
     )
+
+
+@miniature_app.command("list")
+def list_miniatures() -> None:
+    """List the shipped miniatures and where they lie.
+
+    Example: `safetynet miniatures list`
+    """
+    from safetynet.models import miniatures
+
+    for family in miniatures.FAMILIES:
+        typer.echo(f"{family:9} {miniatures.path(family)}")
+
+
+@miniature_app.command("measure")
+def measure_miniature(family: Annotated[str, typer.Argument(help="Family of the miniature.")]) -> None:
+    """Ask a shipped miniature held-out questions and print its accuracy by task.
+
+    Example: `safetynet miniatures measure qwen`
+    """
+    from safetynet.models import loading, miniatures
+    from safetynet.models.miniatures.measure import measure
+
+    loading.use_one_thread()
+    typer.echo(measure(miniatures.path(family), family).to_string(index=False))
+
+
+@miniature_app.command("build")
+def build_miniature(
+    family: Annotated[str, typer.Argument(help="Family to build.")],
+    out: Annotated[Path, typer.Option(help="Folder to write the model to.")],
+    seed: Annotated[int, typer.Option(help="Seed of weights and data.")] = 0,
+) -> None:
+    """Pretrain a miniature from nothing, about a quarter of an hour on one core, and write its card.
+
+    Example: `safetynet miniatures build qwen --out my-qwen`
+    """
+    from safetynet.models import loading
+    from safetynet.models.miniatures.build import Schedule, build
+
+    loading.use_one_thread()
+    build(family, out, Schedule(seed=seed))
+    typer.echo(f"Written: {out}")

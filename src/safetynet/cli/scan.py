@@ -4,7 +4,6 @@ import logging
 import re
 import sys
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -104,9 +103,15 @@ def scan(  # noqa: PLR0913  # its flags
         raise InputError("--place, --workers: they are for many suspects. Add --each.")
     folder = out or SCANS / "+".join(map(_folder_name, suspect))
     saving.prepare(folder, suspect)
+
+    def control(model: "Model", depth: "Depth") -> dict[str, Any] | None:
+        from safetynet import stages  # loads torch, which --depth files does not need
+
+        return stages.planted_control(folder, model, depth)
+
     try:
         with logging_to(None):
-            result = stage.scan(suspect, base, options, folder=folder, control=partial(_control, folder))
+            result = stage.scan(suspect, base, options, folder=folder, control=control)
     except InputError:
         with suppress(OSError):  # what holds something stays
             folder.rmdir()
@@ -206,12 +211,6 @@ def _folder_name(suspect: str) -> str:
         return re.sub(r"[^\w.-]+", "-", suspect)
     folder = path if path.is_dir() else path.parent
     return f"{folder.parent.name}-{folder.name}" if folder.name == "adapter" else folder.name
-
-
-def _control(folder: Path, model: "Model", depth: "Depth") -> dict[str, Any] | None:
-    from safetynet import stages  # loads torch, which --depth files does not need
-
-    return stages.planted_control(folder, model, depth)
 
 
 @bank_app.command("build")

@@ -2,8 +2,6 @@
 
 import logging
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -53,12 +51,23 @@ def sweep(  # noqa: PLR0913  # one parameter is one option
     where = sweep_place.load(place, workers)
     name = sweep_grid.sweep_name(points)
     folder = (points[0].recipe.output.results / "sweeps" / name).absolute()
+    from tqdm import tqdm
+
     from safetynet.cluster import sweep as sweeping
     from safetynet.cluster import sweep_table
 
     with logging_to(folder / "sweep.log"):
         log.info("sweep %s: %d points in %s", name, len(points), folder)
-        with _told(len(points)) as progress:
+        # A bar on a terminal; in a log or pipe one line for each point.
+        with tqdm(total=len(points), desc="sweep", unit="point", disable=not sys.stderr.isatty()) as bar:
+
+            def progress(outcome: "Outcome", ended: int) -> None:
+                result = f"failed in {outcome.failed}" if outcome.failed else "done"
+                if not outcome.failed and not outcome.computed:
+                    result = "had ended before"
+                log.info("sweep: %d of %d, %s %s", ended, len(points), outcome.point.name, result)
+                bar.update()
+
             outcomes = sweeping.sweep(points, name, folder, where, retries=retries, progress=progress)
         sweep_table.write(folder, outcomes)
         failed = [outcome for outcome in outcomes if outcome.failed]
@@ -66,30 +75,10 @@ def sweep(  # noqa: PLR0913  # one parameter is one option
             log.error(
                 "%s: %s failed. %s (%s)", outcome.point.name, outcome.failed, outcome.reason, outcome.log
             )
-    _show(folder, len(outcomes), len(failed))
-    if failed:
-        raise typer.Exit(1)
-
-
-def _show(folder: Path, points: int, failed: int) -> None:
     typer.echo((folder / "results.md").read_text(encoding="utf-8"))
     typer.echo(f"Results: {folder / 'results.parquet'}, results.csv, results.md")
     if failed:
-        typer.echo(f"{failed} of {points} points failed. The same command tries them again.", err=True)
-
-
-@contextmanager
-def _told(total: int) -> "Iterator[Callable[[Outcome, int], None]]":
-    """A bar on a terminal; in a log or pipe one line for each point."""
-    from tqdm import tqdm
-
-    with tqdm(total=total, desc="sweep", unit="point", disable=not sys.stderr.isatty()) as bar:
-
-        def progress(outcome: "Outcome", ended: int) -> None:
-            result = f"failed in {outcome.failed}" if outcome.failed else "done"
-            if not outcome.failed and not outcome.computed:
-                result = "had ended before"
-            log.info("sweep: %d of %d, %s %s", ended, total, outcome.point.name, result)
-            bar.update()
-
-        yield progress
+        typer.echo(
+            f"{len(failed)} of {len(outcomes)} points failed. The same command tries them again.", err=True
+        )
+        raise typer.Exit(1)

