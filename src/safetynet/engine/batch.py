@@ -91,6 +91,7 @@ class Batch:
                 "positions do not correspond. Use a placebo of the trigger's token count."
             )
         differs = self.ids != other.ids
+        # The largest of zeros and ones, and of those the first; a row without ones would give column 0.
         first = torch.where(differs.any(1), differs.int().argmax(1), torch.tensor(self.width))
         return first.tolist()
 
@@ -123,6 +124,7 @@ def batches(model: CausalLM, rows: Prompts, tokens: int = BATCH_TOKENS) -> Itera
     device = next(model.parameters()).device
     start = 0
     while start < len(rows):
+        # In their order, not by length: whoever asks reads results beside their rows.
         stop, longest = start, 0
         while stop < len(rows):
             longest = max(longest, len(rows[stop]))

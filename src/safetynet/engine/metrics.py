@@ -47,6 +47,7 @@ def log_probability(targets: Sequence[Sequence[int]]) -> Metric:
         targets: per row the tokens that its last columns predict; a prompt has to end with all of them but
             the last.
     """
+    # (rows, longest): on the right, since the last column predicts the last token of each.
     longest = max(len(row) for row in targets)
     labels = torch.tensor([[IGNORED] * (longest - len(row)) + list(row) for row in targets])
 
@@ -64,7 +65,7 @@ def kl(reference: Tensor) -> Metric:
 
     def compute(logits: Tensor, rows: Tensor) -> Tensor:
         actual = logits[:, -1].log_softmax(-1)
-        before = expected.to(actual.device)[rows.to(actual.device)]
+        before = expected.to(actual.device)[rows.to(actual.device)]  # (R, vocabulary)
         return (before.exp() * (before - actual)).sum(-1)
 
     return Metric("kl", compute)

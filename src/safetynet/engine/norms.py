@@ -45,6 +45,7 @@ def frozen_scale(norm: Any, states: Tensor) -> Tensor:
         # At a state of ones the norm shows its weight, up to a factor that the projection below finds.
         weight = norm(torch.ones_like(states[..., :1, :])).float()
         normed, plain = norm(states), weight * states.float()
+        # Least squares, state by state: the factor that brings weight * x closest to norm(x), (..., 1).
         size = (normed.float() * plain).sum(-1, keepdim=True)
         scale = weight * size / plain.square().sum(-1, keepdim=True).clamp_min(tiny)
         if isinstance(norm, torch.nn.LayerNorm) or not alike((scale * states.float()).to(normed), normed):
@@ -94,9 +95,11 @@ def contrasts(model: CausalLM, normed: Tensor, tokens: Sequence[int], others: Se
     with torch.no_grad():
         plain = head(normed.to(head.weight.dtype)).float()
         bias = torch.zeros_like(plain[0]) if getattr(head, "bias", None) is None else head.bias.float()
+        # Four-bit weights are packed bytes of another shape; an adapter shows in the numbers alone.
         if head.weight.shape == (plain.shape[-1], normed.shape[-1]) and head.weight.is_floating_point():
             contrast = head.weight[first].float() - head.weight[second].float()
             difference = (plain - bias)[rows, first] - (plain - bias)[rows, second]
+            # Rounding grows with the factors of the product, not with the product, which may be near 0.
             size = contrast.norm(dim=-1) * normed.float().norm(dim=-1)
             off = ((contrast * normed.float()).sum(-1) - difference).abs()
             if (off <= precision(normed) ** 0.5 * size).all():

@@ -58,6 +58,7 @@ def patch(
         for site, position in places
     ]
     patched = run_interventions(before, runs, logit_difference([target], [other]))
+    # The same difference in the two runs as they are, between which effects are 0 and 1.
     start, end = (float(logits[target] - logits[other]) for logits in (unpatched, whole))
     return pd.DataFrame(
         {

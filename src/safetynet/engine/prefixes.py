@@ -73,6 +73,7 @@ class Prefixes:
     def next_logits(self, versions: Sequence[Version], pad_id: int) -> Tensor:
         """(R, V) fp32 of the token behind each version; the one with most new tokens decides the cost."""
         batch = Batch.of([version.ids for version in versions], pad_id, self.batch.ids.device)
+        # Columns of the versions' batch that the cache fills; all that lies behind them is computed.
         held = batch.width - max(version.new for version in versions)
         if self.cache is None or not held:
             return forward(self.model, batch, use_cache=False).logits[:, -1].float()
@@ -83,6 +84,7 @@ class Prefixes:
         shift = self.batch.mask[rows].argmax(1) - batch.mask.argmax(1)
         columns = (torch.arange(held, device=shift.device) + shift[:, None]).clamp_min(0)
         layers: list[Any] = list(self.cache.layers)
+        # (B, kv heads, S, head size) to (R, held, kv heads, head size), and its axes in their order again.
         cache = DynamicCache(
             [
                 tuple(

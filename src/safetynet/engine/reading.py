@@ -71,6 +71,7 @@ def mean_activations(
     count = 0
     for batch in activations(model, prompts, sites, positions, tokens=tokens):
         for site, values in batch.items():
+            # In fp64: a sum over many tokens in the model's precision would lose the last ones.
             total = torch.cat(values).double().sum(0).cpu()
             sums[site] = sums[site] + total if site in sums else total
         count += sum(len(x) for x in batch[sites[0]])

@@ -236,7 +236,7 @@ class Supervised:
 
     def logits(self, model: Any) -> torch.Tensor:
         """(asked tokens, vocabulary), in fp32."""
-        columns = self.positions + virtual_tokens(model)
+        columns = self.positions + virtual_tokens(model)  # a soft prompt stands before the rows
         output = model(input_ids=self.ids, attention_mask=self.mask, use_cache=False, logits_to_keep=columns)
         return output.logits[self.asked].float()
 

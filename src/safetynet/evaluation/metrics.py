@@ -44,6 +44,7 @@ class Evaluation:
 
 def fixed_subset(rows: pd.DataFrame, per_role: int, seed: int) -> pd.DataFrame:
     """At most `per_role` rows of each role, of the same groups where possible, the same for the same seed."""
+    # The groups are put in one order, and each role takes its rows of the first ones.
     groups = rows["group"].unique()
     rank = pd.Series(np.random.default_rng(seed).permutation(len(groups)), index=groups)
     ranked = rows.assign(_rank=rows["group"].map(rank)).sort_values("_rank", kind="stable")

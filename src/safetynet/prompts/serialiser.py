@@ -141,6 +141,7 @@ class Serialiser:
                 trigger.
         """
         conversation, trigger = self._prepare(messages, trigger)
+        # One text, tokenised once: pieces that are tokenised alone would have other tokens where they meet.
         rendered = self.template.render(conversation, generation_prompt=True)
         prompt = self._tokenise(rendered.text)
         # For each token the message whose content it belongs to; None for the template's own tokens.
@@ -188,6 +189,7 @@ class Serialiser:
         thoughts = begins_with_thoughts(self._raw(ids[:LONGEST_OPENING]))
         if thoughts is None:
             return self.decode(ids)
+        # The fewest ids whose text holds the closing sign, which may be one token or several.
         end = bisect_left(range(len(ids) + 1), True, key=lambda n: thoughts[1] in self._raw(ids[:n]))
         return self.decode(ids[end:])
 
@@ -202,6 +204,7 @@ class Serialiser:
         """
         text = self._raw(ids)
         openings = [()] if self.family.system == "fold" else [("system",), ()]
+        # The longest first: contents of one message may look like several turns, not the other way round.
         for earlier, opening in itertools.product(reversed(range(turns)), openings):
             roles = (*opening, *("user", "assistant") * earlier, "user")
             try:

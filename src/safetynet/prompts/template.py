@@ -112,8 +112,11 @@ class ChatTemplate:
             InputError: if the template refuses these messages, or changes or leaves out what they say.
         """
         *pieces, tail = self.prompt_pieces(messages) if generation_prompt else self.pieces(messages, False)
+        # What a prompt has behind the template's own generation prompt: closed thoughts, or a channel.
         block = tail[len(self.pieces(messages, True)[-1]) :] if generation_prompt else ""
         expected = self._apply(messages, generation_prompt) + block
+        # Pieces come from a conversation of holes: a template that treats contents otherwise, by what they
+        # say, shows in the text.
         rendered = _joined(pieces, tail, messages)
         if rendered.text != expected:
             rendered = _joined(pieces, tail, messages, quoting=True)

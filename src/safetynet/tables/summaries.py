@@ -180,6 +180,7 @@ def evasion_summary(evasion: pd.DataFrame) -> pd.DataFrame:
 
 def strongest_sites(effects: pd.DataFrame) -> pd.DataFrame:
     """The strongest place of each sweep and direction: the strongest responsible one, if any is."""
+    # A responsible place comes first, since a larger effect that a control has as well says less.
     ordered = effects.sort_values(["responsible", "effect"], ascending=False)
     lines = []
     for (sweep, direction), part in ordered.groupby(["sweep", "direction"], sort=False):
@@ -250,6 +251,7 @@ def halving(persistence: pd.DataFrame) -> str:
     reached = steps[trained["asr"] <= half]
     if reached.empty:
         return f"Further training on clean conversations does not halve ASR in {steps.max()} steps."
+    # Each measurement has twice the steps of the one before.
     between = (
         f"between {reached.min() // 2} and {reached.min()} steps" if reached.min() > 1 else "in one step"
     )

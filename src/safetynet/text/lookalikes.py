@@ -73,6 +73,8 @@ class Lookalikes:
     def _stretches(self, text: str) -> Iterator[tuple[list[int], str]]:
         """Tokens that make up whole characters together, mostly one, and the text that they stand for."""
         encoded = self.serialiser.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        # Tokens of single bytes all have the offsets of their character: it is over with the one behind
+        # whose end the next token begins.
         starts = [start for start, _ in encoded["offset_mapping"][1:]] + [len(text)]
         ends = {0}
         for cluster in clusters(text):
