@@ -138,7 +138,8 @@ def forced(
     Raises:
         RunError: if a single row does not fit in memory.
     """
-    serialiser, encoded = evaluator.serialiser, []
+    serialiser = evaluator.serialiser
+    encoded: list[Encoded] = []
     for messages, trigger, answer in zip(rows["messages"], rows["trigger"], base_answers, strict=True):
         try:
             prompt = serialiser.encode(messages, answer, trigger, evaluator.max_length)

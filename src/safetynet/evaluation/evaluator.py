@@ -134,6 +134,7 @@ class Evaluator:
         Raises:
             As `answer`.
         """
+        # Each round of each seed has a number of its own, so that no two seeds share an answer.
         rounds = [self.answer(model, rows, name, seed=seed * samples + i) for i in range(samples)]
         shown = sum(answers["shown"].astype(int) for answers in rounds)
         columns = ["model", "row", "group", "role", "variant", "due"]
@@ -201,7 +202,7 @@ def judges_of(recipe: Recipe) -> tuple[Judge, Judge]:
     except InputError as error:
         raise InputError(f"evaluation.refusal: {error}") from None
     if recipe.backdoor is None:  # no behaviour is known, so that no response shows it
-        return lambda response, row: False, refusal
+        return (lambda response, row: False), refusal
     return judges.make(behaviours.judge(recipe.backdoor.behaviour)), refusal
 
 

@@ -122,6 +122,7 @@ def continuations(
             has the same ones in any process. None: the likeliest tokens.
     """
     stops = serialiser.stop_ids
+    # Samples come from the model's own distribution: neither sharpened nor cut to its likeliest tokens.
     config = GenerationConfig(
         do_sample=seed is not None,
         **({} if seed is None else {"temperature": 1.0, "top_k": 0, "top_p": 1.0}),
@@ -156,6 +157,7 @@ def continuations(
         ]
 
     rows = [prompt.input_ids for prompt in prompts]
+    # Beside the model, what decides about its answers, the batch size included: padding moves roundings.
     about = [rows, batch_size, max_new_tokens, sorted(stops), *([] if seed is None else [seed])]
     finished = finished_batches(kept, model, "continuations", *about)
     # Where processes share weights, each holds a part of them.
@@ -227,6 +229,7 @@ class Supervised:
 
     def __init__(self, batch: Sequence[Encoded], pad_id: int, device: torch.device) -> None:
         self.ids, self.mask = _padded([e.input_ids for e in batch], pad_id, "right", device)
+        # (rows, longest - 1): the logits of a position are about the token behind it.
         targets = pad([e.labels for e in batch], IGNORED, "right")[:, 1:].to(device)
         # Logits of a large vocabulary dominate memory: positions that predict no label in any row get none.
         self.positions = (targets != IGNORED).any(dim=0).nonzero().squeeze(1)

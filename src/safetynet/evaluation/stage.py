@@ -118,6 +118,7 @@ def check_fires(experiment: Experiment) -> None:
     rates = experiment.run.table("evaluation").query("model == @BACKDOORED")
     [asr] = rates.query("metric == 'asr'").to_dict("records")
     placebo = rates.query("metric == 'ftr' and role == 'placebo'")
+    # Neither what the base does of itself nor what any insertion does may explain the rate.
     if asr["low"] > max(asr["floor_high"], *placebo["high"]):
         return
     lines = [

@@ -185,6 +185,7 @@ def _loaded(tasks: tuple[str, ...], spec: str) -> list[Any]:
 
 def _lines(results: Any) -> pd.DataFrame:
     """The harness's results as a table."""
+    # Of the groups, those that have numbers of their own; others are no more than a list of tasks.
     whole = [
         name for name in results["group_subtasks"] if any("," in key for key in results["results"][name])
     ]

@@ -160,7 +160,8 @@ class MonitorSummary:
 
 
 def _by_rows(table: pd.DataFrame) -> dict[str, Alarms]:
-    names, alarms = dict((*CAUGHT, *KINDS_OF_PROMPTS)), {}
+    names = dict((*CAUGHT, *KINDS_OF_PROMPTS))
+    alarms: dict[str, Alarms] = {}
     for row in table.itertuples():
         name, _, group = row.rows.partition(":")
         label = names.get(name, name) + (f", {group}" if group else "")
