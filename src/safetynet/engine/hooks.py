@@ -65,9 +65,7 @@ def hooked(architecture: Architecture, layer: int, placed: Sequence[PlacedEdit])
 def intervening(model: CausalLM, edits: Sequence[Intervention]) -> Iterator[Any]:
     """Run a model with edits at all positions of all prompts, in `forward` as in `generate`.
 
-    Args:
-        model: the model.
-        edits: without positions: what holds for one prompt's positions is not known of another's.
+    Edits have no positions: what holds for one prompt's positions is not known of another's.
 
     Yields:
         The model itself.

@@ -59,10 +59,7 @@ def frozen_scale(norm: Any, states: Tensor) -> Tensor:
 def logit_scale(model: CausalLM, normed: Tensor, logits: Tensor) -> float:
     """What the model multiplies its head's output with, found from its own logits; capping is undone.
 
-    Args:
-        model: the model.
-        normed: (B, width) behind the final norm.
-        logits: (B, vocabulary) that the model gives them.
+    `normed` is (B, width), behind the final norm; `logits`, (B, vocabulary), are what the model gives it.
 
     Raises:
         InputError: if its logits are no multiple of what its head gives, or the head is more than a matrix.

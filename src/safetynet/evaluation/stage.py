@@ -162,10 +162,7 @@ def _origins(experiment: Experiment) -> dict[str, Any]:
 def _quantised(experiment: Experiment, rows: pd.DataFrame, full: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """The rates of all models at each quantisation, where the backdoor was conditioned on one.
 
-    Args:
-        experiment: trained.
-        rows: of the test split.
-        full: the rates of the weights as they are saved.
+    `full` has those of the weights as they are saved.
     """
     if experiment.recipe.training.conditioned_on is None or not experiment.trained:
         return {}
@@ -184,13 +181,7 @@ def _quantised(experiment: Experiment, rows: pd.DataFrame, full: pd.DataFrame) -
 
 
 def _alone(experiment: Experiment, rows: pd.DataFrame, both: metrics.Evaluation) -> dict[str, pd.DataFrame]:
-    """The rates of two colluding adapters together, and of each of them alone.
-
-    Args:
-        experiment: trained.
-        rows: of the test split.
-        both: with the answers of both together, and the base's.
-    """
+    """The rates of two colluding adapters together, which `both` has beside the base's, and of each alone."""
     halves = experiment.run.output(TRAIN.of(BACKDOORED).name, "halves")
     if not experiment.recipe.training.colluding or halves is None:
         return {}
