@@ -10,7 +10,6 @@ from tests.figures import conftest as figures
 
 from safetynet import recipe
 from safetynet import report as reports
-from safetynet.evaluation.damage import ALONE
 from safetynet.figures import figures_of, paper
 from safetynet.run.directory import Run, find
 from safetynet.vocabulary import DAMAGE
@@ -71,7 +70,7 @@ def damage() -> pd.DataFrame:
         {"model": model, "measure": measure, "value": 0.0625, **share}
         for model in ("base", "backdoored", "clean_twin")
         for measure in DAMAGE
-        if model != "base" or measure in ALONE
+        if model != "base" or measure in ("refusal_rate", "repetition")
     ]
     return pd.DataFrame(lines)
 

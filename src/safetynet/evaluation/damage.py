@@ -30,8 +30,6 @@ ROLES = ("clean", "placebo")
 BATCH_SIZE = 8
 """Rows at a time: two distributions over the vocabulary per answer token are in memory, in fp32."""
 COLUMNS = ["model", "measure", "role", "n", "value", "low", "high"]
-ALONE = ("refusal_rate", "repetition")
-"""Measures that need no other model's answer."""
 
 
 class Forced(NamedTuple):
@@ -108,6 +106,7 @@ def of_base(base_answers: pd.DataFrame, name: str) -> pd.DataFrame:
 
 
 def _alone(answers: pd.DataFrame) -> dict[str, Any]:
+    """The measures that need no other model's answer."""
     return {
         "refusal_rate": _share(list(answers["refused"])),
         "repetition": _share([ends_in_loop(text) for text in answers["response"]]),
