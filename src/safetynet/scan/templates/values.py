@@ -20,6 +20,8 @@ COMPARISONS: Mapping[str, When] = {
     "eq": "present", "==": "present", "equalto": "present", "sameas": "present", "in": "present",
     "ne": "absent", "!=": "absent", "notin": "absent",
 }  # fmt: skip
+FEW = 3
+"""Numbers of messages from which on a condition is more than the form of a conversation."""
 MOST_LITERALS = 256
 """That a value holds."""
 MARKUP = frozenset(
@@ -43,6 +45,10 @@ MARKUP = frozenset(
     "documents img".split()
 )
 """Words of which markup is made, in the templates that are published."""
+METADATA = frozenset("role type id tool_call_id name index recipient channel end_turn weight".split())
+"""Fields of messages and of their parts that whoever types a message does not write."""
+STRUCTURE = frozenset("tool_calls function_call function tool_call tool_responses".split())
+"""Fields that hold further fields."""
 DELIMITERS = str.maketrans(dict.fromkeys("｜▁", " "))
 """Characters beyond ASCII that stand in markup, such as DeepSeek's."""
 LIKE_SPACE = "\u00a0"
@@ -178,6 +184,13 @@ def joined(values: Iterable[Value]) -> Value:
     for value in values:
         whole = whole | value
     return whole
+
+
+def written_out(value: Value) -> Value:
+    """A value within a text: messages in it are text, too."""
+    if not value.has("messages", "message"):
+        return value
+    return replace(value, kinds=value.kinds - {"messages", "message"} | TEXT)
 
 
 def compared(values: Iterable[Value]) -> frozenset[str]:
