@@ -2,11 +2,6 @@
 
 In: a suspect beside its base. Out: what differs, by how much and of which rank. `recovery` makes a LoRA of a
 difference of low rank.
-
-W(suspect) - W(base) of a merged LoRA is B A plus what storing the sum has rounded away. That error is known:
-at most half a unit in the last place of each entry. The largest singular value that such errors can have
-together is bounded by the largest row and the largest column of their standard deviations (Bandeira and van
-Handel 2016, arXiv 1408.6185, for independent entries). Singular values above this bound count as rank.
 """
 
 import math
@@ -14,10 +9,10 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from safetynet.errors import InputError
 from safetynet.models import adapters, lora, support
@@ -25,22 +20,20 @@ from safetynet.models.blocks import unwrapped
 from safetynet.models.files import counted, finite, listed
 from safetynet.models.suspect import Suspect
 from safetynet.scan.result import Finding, RungResult
+from safetynet.scan.tensors import (
+    LOW_RANK,
+    STORED,
+    Kind,
+    Pair,
+    Spectrum,
+    pairs,
+    same_bytes,
+    spectrum_of,
+    stored_as,
+)
 
-Kind = Literal["linear", "parameter", "embeddings", "head", "norm", "bias", "buffer"]
-"""Of a tensor: `parameter` is a matrix, or one for each expert, that no linear module holds."""
-LOW_RANK: tuple[Kind, ...] = ("linear", "parameter", "embeddings", "head")
-"""Kinds of tensors that LoRA can change."""
-STORED = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-"""From the coarsest; a tensor is stored in the first that represents all its values."""
 EXACT = 2**25
 """Entries of a tensor up to which it is compared in fp64: of larger ones the copies would be too large."""
-WHOLE_SVD = 256
-"""Smaller side of a matrix up to which all its singular values are computed."""
-FIRST, COMPONENTS, OVERSAMPLING = 32, 256, 8
-"""Of larger ones so many by randomised SVD (Halko et al. 2011), doubled until rounding is reached. An update
-of as many as `COMPONENTS` counts as one of full rank."""
-MARGIN = 1.1
-"""Above the bound of rounding: the bound holds up to a factor that tends to 1 for large matrices."""
 SAME_MODEL = 0.5
 """Median cosine of weight matrices with the base's below which the base is another. Independent weights have
 about 0, fine-tuning leaves it above 0.9."""
@@ -131,36 +124,6 @@ class Identity:
         ]
 
 
-@dataclass(frozen=True, eq=False)
-class Spectrum:
-    """Singular components of W(suspect) - W(base), as the tensor is stored."""
-
-    left: Tensor
-    """(experts or 1, rows, k)"""
-    values: Tensor
-    """(experts or 1, k), falling."""
-    right: Tensor
-    """(experts or 1, k, columns)"""
-    rank: int | None
-    """None where `COMPONENTS` are not all."""
-    energy: float
-
-    def first(self, count: int) -> "Spectrum":
-        """With so many components, copied, so that the others take no memory."""
-        left, right = self.left[..., :count].clone(), self.right[:, :count].clone()
-        return replace(self, left=left, values=self.values[:, :count].clone(), right=right)
-
-
-@dataclass(frozen=True)
-class _Pair:
-    """A tensor of a whole model and the base's in the same place, both as they are in memory."""
-
-    name: str
-    kind: Kind
-    suspect: Tensor
-    base: Tensor
-
-
 @torch.no_grad()
 def identity(suspect: Suspect) -> Identity:
     """Compare a suspect with its base, tensor by tensor.
@@ -171,7 +134,44 @@ def identity(suspect: Suspect) -> Identity:
         InputError: if weights are no finite numbers, if the base is another model (`wrong-base`), or if the
             adapter is no LoRA, so that it has no update of single tensors.
     """
-    return _of_adapter(suspect) if adapters.has_adapter(suspect.model) else compare_whole(suspect)[0]
+    if not adapters.has_adapter(suspect.model):
+        return compare_whole(suspect)[0]
+    model = suspect.model
+    if reason := no_update(model):
+        raise InputError(f"{name_of(suspect)}: {reason}")
+    name = model.active_adapter
+    _check_finite(name_of(suspect), adapters.adapter_parameters(model))
+    changes, head = [], _head_name(model)
+    for tensor, module in lora.adapted_tensors(model, name):
+        # Of e experts or one matrix: weight (e, out, in), singular values (e, r). What fp32 cannot tell from
+        # 0 beside the largest, as `torch.linalg.matrix_rank` reckons it, is no rank.
+        update, weight = lora.update_of(module, name), lora.base_weight(module)
+        values = update.decomposed()[1]
+        floor = values.amax(1, keepdim=True) * torch.finfo(torch.float32).eps * max(weight.shape[1:])
+        rank, norm = int((values > floor).sum(1).max()), float(values.norm())
+        if update.product().any():
+            # DoRA's update has full rank, whatever B A has.
+            low = name not in getattr(module, "lora_magnitude_vector", {})
+            kind: Kind = "head" if tensor == head else kind_of_lora(module)
+            change = _change(tensor, kind, norm, float(weight.norm()))
+            sides = tuple(weight.shape if len(weight) > 1 else weight.shape[1:])
+            changes.append(replace(change, shape=sides, rank=rank if low else None, energy=1.0))
+        if update.bias is not None and update.bias.any():
+            bias = getattr(module.get_base_layer(), "bias", None)
+            size = 0.0 if bias is None else float(bias.detach().float().norm())
+            changes.append(
+                _change(tensor.removesuffix("weight") + "bias", "bias", float(update.bias.norm()), size)
+            )
+    changes += _replaced(model)
+    repeated = bool(getattr(model.active_peft_config, "layer_replication", None))
+    total = sum(1 for _ in adapters.base_parameters(model))
+    touched = {change.tensor for change in changes}
+    return Identity(
+        identical=not changes and not repeated,
+        changed=tuple(sorted(changes, key=lambda each: -each.relative)),
+        untouched=total - len(touched),
+        configuration=("num_hidden_layers",) if repeated else (),
+    )
 
 
 def measure(suspect: Suspect) -> RungResult:
@@ -207,11 +207,13 @@ def measure(suspect: Suspect) -> RungResult:
 
 def is_copy(suspect: Suspect) -> bool:
     """Whether a whole model is its base bit by bit; costs one pass over the weights. Errors as `identity`."""
-    pairs = _pairs(suspect.model, unwrapped(suspect.base.model))
     rows = (model.get_input_embeddings().weight.shape for model in (suspect.model, suspect.base.model))
     configurations = (suspect.model.config, suspect.base.model.config)
     return (
-        all(_same_bytes(pair.suspect, pair.base) for pair in pairs)
+        all(
+            same_bytes(pair.suspect, pair.base)
+            for pair in pairs(suspect.model, unwrapped(suspect.base.model))
+        )
         and len(set(rows)) == 1
         and not _differing_fields(*configurations)
     )
@@ -239,43 +241,6 @@ def kind_of_lora(module: Any) -> Kind:
     if hasattr(module, "parameter_name"):
         return "parameter"
     return "embeddings" if len(module.lora_embedding_A) else "linear"
-
-
-def _of_adapter(suspect: Suspect) -> Identity:
-    """An adapter's updates, and what it has put in place of the base's own tensors."""
-    model = suspect.model
-    if reason := no_update(model):
-        raise InputError(f"{name_of(suspect)}: {reason}")
-    name = model.active_adapter
-    _check_finite(name_of(suspect), adapters.adapter_parameters(model))
-    changes, head = [], _head_name(model)
-    for tensor, module in lora.adapted_tensors(model, name):
-        update, weight = lora.update_of(module, name), lora.base_weight(module)
-        values = update.decomposed()[1]
-        floor = values.amax(1, keepdim=True) * torch.finfo(torch.float32).eps * max(weight.shape[1:])
-        rank, norm = int((values > floor).sum(1).max()), float(values.norm())
-        if update.product().any():
-            low = name not in getattr(module, "lora_magnitude_vector", {})
-            kind: Kind = "head" if tensor == head else kind_of_lora(module)
-            change = _change(tensor, kind, norm, float(weight.norm()))
-            sides = tuple(weight.shape if len(weight) > 1 else weight.shape[1:])
-            changes.append(replace(change, shape=sides, rank=rank if low else None, energy=1.0))
-        if update.bias is not None and update.bias.any():
-            bias = getattr(module.get_base_layer(), "bias", None)
-            size = 0.0 if bias is None else float(bias.detach().float().norm())
-            changes.append(
-                _change(tensor.removesuffix("weight") + "bias", "bias", float(update.bias.norm()), size)
-            )
-    changes += _replaced(model)
-    repeated = bool(getattr(model.active_peft_config, "layer_replication", None))
-    total = sum(1 for _ in adapters.base_parameters(model))
-    touched = {change.tensor for change in changes}
-    return Identity(
-        identical=not changes and not repeated,
-        changed=tuple(sorted(changes, key=lambda each: -each.relative)),
-        untouched=total - len(touched),
-        configuration=("num_hidden_layers",) if repeated else (),
-    )
 
 
 def _replaced(model: Any) -> Iterator[Change]:
@@ -315,9 +280,9 @@ def compare_whole(suspect: Suspect, rank: int | None = 0) -> tuple[Identity, dic
             "base: an adapter is attached to it. Take it off with safetynet.models.adapters.detach."
         )
     _check_finite(name, suspect.model.named_parameters())
-    pairs = list(_pairs(suspect.model, base))
+    tensors = list(pairs(suspect.model, base))
     cosines = []
-    for pair in pairs:
+    for pair in tensors:
         if pair.kind in LOW_RANK:
             cosine = nn.functional.cosine_similarity(
                 pair.suspect.float().flatten(), pair.base.float().flatten(), dim=0
@@ -330,16 +295,16 @@ def compare_whole(suspect: Suspect, rank: int | None = 0) -> tuple[Identity, dic
             "Name its own base with --base."
         )
     changes, spectra, rounded, untouched, identical, stored = [], {}, Counter[str](), 0, True, []
-    for pair in pairs:
+    for pair in tensors:
         counts = pair.kind != "buffer"
-        if _same_bytes(pair.suspect, pair.base):
+        if same_bytes(pair.suspect, pair.base):
             untouched += counts
             continue
         identical = False
-        type_ = _stored(pair.suspect)
+        type_ = stored_as(pair.suspect)
         # A copy that was stored coarser differs by its rounding alone.
         reference = pair.base.to(STORED[type_])
-        if _same_bytes(pair.suspect.to(STORED[type_]), reference):
+        if same_bytes(pair.suspect.to(STORED[type_]), reference):
             untouched += counts
             rounded[type_] += counts
             continue
@@ -362,81 +327,7 @@ def compare_whole(suspect: Suspect, rank: int | None = 0) -> tuple[Identity, dic
     return result, spectra
 
 
-def _pairs(model: Any, base: Any) -> Iterator[_Pair]:
-    """Every tensor of a whole model beside the base's, rows that only one has left out; tied ones once.
-
-    Raises:
-        InputError: if one lacks a tensor of the other, or has it in another shape.
-    """
-    ours, theirs = (
-        dict(each.named_parameters(remove_duplicate=False)) | dict(each.named_buffers())
-        for each in (model, base)
-    )
-    lone = sorted(ours.keys() ^ theirs.keys())
-    seen = set()
-    for name in (name for name in ours if name in theirs):
-        if (place := (id(ours[name]), id(theirs[name]))) in seen:
-            continue
-        seen.add(place)
-        here, there = _dense(model, name, ours[name]), _dense(base, name, theirs[name])
-        if here.shape[1:] == there.shape[1:] and here.ndim and there.ndim:
-            rows = min(len(here), len(there))
-            here, there = here[:rows], there[:rows]
-        if here.shape == there.shape:
-            yield _Pair(name, _kind(model, name, ours[name]), here, there.to(here.device))
-        else:
-            lone.append(name)
-    if lone:
-        raise InputError(
-            f"suspect: wrong-base: {counted(len(lone), 'tensor')} ({listed(lone)}) are not in both models, "
-            f"or of other shapes in {base.name_or_path}. Name its own base with --base."
-        )
-
-
-def _dense(model: Any, name: str, tensor: Any) -> Tensor:
-    """A tensor's values; of a quantised weight the unpacked ones."""
-    if type(tensor).__name__ not in ("Params4bit", "Int8Params"):
-        return tensor.detach()
-    from peft.utils.integrations import dequantize_module_weight
-
-    return dequantize_module_weight(unwrapped(model).get_submodule(name.rpartition(".")[0])).detach()
-
-
-def _kind(model: Any, name: str, tensor: Tensor) -> Kind:
-    """What a tensor of a whole model is, by its module."""
-    from transformers.pytorch_utils import Conv1D
-
-    path, _, last = name.rpartition(".")
-    module = unwrapped(model).get_submodule(path)
-    if not isinstance(tensor, nn.Parameter):
-        return "buffer"
-    if module is model.get_output_embeddings() and tensor.ndim == 2:
-        return "head"
-    if isinstance(module, nn.Embedding):
-        return "embeddings"
-    if tensor.ndim in (2, 3):
-        return "linear" if isinstance(module, nn.Linear | Conv1D) else "parameter"
-    return "bias" if last == "bias" else "norm"
-
-
-def _same_bytes(first: Tensor, second: Tensor) -> bool:
-    """Whether two tensors are one bit by bit; of two number types they are not."""
-    if first.dtype != second.dtype or first.shape != second.shape:
-        return False
-    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[first.dtype.itemsize]
-    return torch.equal(first.contiguous().view(integers), second.contiguous().view(integers))
-
-
-def _stored(tensor: Tensor) -> str:
-    """Coarsest type that represents all values of a tensor."""
-    if not tensor.is_floating_point():
-        return "fp32"
-    return next(
-        (n for n, dtype in STORED.items() if torch.equal(tensor.to(dtype).to(tensor.dtype), tensor)), "fp32"
-    )
-
-
-def _compared(pair: _Pair, stored: str) -> tuple[Change, Spectrum | None]:
+def _compared(pair: Pair, stored: str) -> tuple[Change, Spectrum | None]:
     """How a tensor differs from the base's.
 
     The base was rounded to the suspect's type before the update was added to it, or the sum was: which of the
@@ -450,7 +341,7 @@ def _compared(pair: _Pair, stored: str) -> tuple[Change, Spectrum | None]:
     if pair.kind not in LOW_RANK:
         return _change(pair.name, pair.kind, float((exact - rounded).norm()), float(before.norm())), None
     eps = torch.finfo(STORED[stored]).eps
-    spectra = [_spectrum(exact - reference, exact, eps) for reference in references]
+    spectra = [spectrum_of(exact - reference, exact, eps) for reference in references]
     spectrum = min(spectra, key=lambda each: (each.rank or math.inf, -each.energy))
     delta = exact - references[spectra.index(spectrum)]
     rows = None
@@ -463,46 +354,6 @@ def _compared(pair: _Pair, stored: str) -> tuple[Change, Spectrum | None]:
 
 def _change(tensor: str, kind: Kind, norm: float, size: float, rows: tuple[int, ...] | None = None) -> Change:
     return Change(tensor, kind, norm / size if size else 1.0, norm, size, rows=rows)
-
-
-def _spectrum(delta: Tensor, weight: Tensor, eps: float) -> Spectrum:
-    """Decompose a change, (rows, columns) or one for each expert, and tell its rank from rounding.
-
-    Args:
-        delta: fp64, or fp32 of a large one.
-        weight: the suspect's.
-        eps: spacing of the type that it is stored in, at 1.
-    """
-    delta, weight = (t if t.ndim == 3 else t[None] for t in (delta, weight))
-    # PEFT rounds the product before it adds it, and rounds the sum. An error that is spread evenly over a
-    # unit in the last place has a variance of that unit's square over 12.
-    variance = (_unit(weight, eps) ** 2 + _unit(delta, eps) ** 2) / 12
-    # Largest norm of a row and of a column of the standard deviations: (experts or 1,) each.
-    rounding = MARGIN * (variance.sum(2).amax(1).sqrt() + variance.sum(1).amax(1).sqrt())
-    side, computing = min(delta.shape[1:]), torch.finfo(delta.dtype).eps * math.sqrt(sum(delta.shape[1:]))
-    count = FIRST
-    while True:
-        if side <= max(WHOLE_SVD, 2 * count):
-            left, values, right = torch.linalg.svd(delta, full_matrices=False)
-        else:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
-                left, values, right = torch.svd_lowrank(delta, q=count + OVERSAMPLING, niter=4)
-            left, values, right = left[..., :count], values[..., :count], right.mT[..., :count, :]
-        floor = torch.maximum(rounding.to(values), computing * values[:, 0])  # decomposing rounds, too
-        rank = int((values > floor[:, None]).sum(1).max())
-        if rank < values.shape[1] or count >= min(side, COMPONENTS):
-            break
-        count = min(2 * count, COMPONENTS)
-    total = float((delta**2).sum())
-    energy = float((values[:, :rank] ** 2).sum()) / total if total else 0.0
-    return Spectrum(left, values, right, None if rank >= COMPONENTS and side > rank else rank, energy)
-
-
-def _unit(tensor: Tensor, eps: float) -> Tensor:
-    """Unit in the last place of each value in a type with this spacing at 1."""
-    exponent = torch.frexp(tensor).exponent - 1
-    return torch.where(tensor == 0, 0.0, torch.ldexp(torch.full_like(tensor, eps), exponent))
 
 
 def _check_finite(name: str, tensors: Any) -> None:
@@ -560,7 +411,29 @@ def _findings(suspect: Suspect, result: Identity) -> Iterator[Finding]:
         yield _note(
             "vocabulary-changed", f"The vocabulary has {result.added_rows:+d} rows beside the base's."
         )
-    yield from _by_kind(suspect, result)
+    # Where LoRA seldom changes anything: embeddings, head, norms, biases and buffers.
+    tokenizer = suspect.serialiser.tokenizer
+    for change in result.changed:
+        if change.kind not in ("embeddings", "head"):
+            continue
+        message = f"{change.tensor} differs from the base's by {change.relative:.1%} of its norm."
+        evidence: dict[str, Any] = {"relative": change.relative}
+        if change.rows is not None:
+            tokens = [str(tokenizer.convert_ids_to_tokens(row)) for row in change.rows[:SHOWN]]
+            message = f"{change.tensor} differs from the base's in {counted(len(change.rows), 'row')} alone."
+            evidence |= {"rows": len(change.rows), "tokens": tokens}
+        yield _note(f"{change.kind}-changed", message, change.tensor, **evidence)
+    for kind, plural in (("norm", "norms"), ("bias", "biases"), ("buffer", "buffers")):
+        changes = [change for change in result.changed if change.kind == kind]
+        if changes:
+            names = [change.tensor for change in changes]
+            yield _note(
+                f"{plural}-changed",
+                f"{counted(len(names), 'tensor')} ({listed(names)}) that are no matrices differ from the "
+                f"base's, by at most {changes[0].relative:.1%}.",
+                names[0],
+                relative=changes[0].relative,
+            )
     matrices = [change for change in result.changed if change.kind in LOW_RANK]
     if of_adapter or not matrices:
         return
@@ -586,35 +459,6 @@ def _findings(suspect: Suspect, result: Identity) -> Iterator[Finding]:
         rank=largest,
         matrices=len(matrices),
     )
-
-
-def _by_kind(suspect: Suspect, result: Identity) -> Iterator[Finding]:
-    """Changes where LoRA seldom makes any: in embeddings, head, norms, biases and buffers."""
-    tokenizer = suspect.serialiser.tokenizer
-    for change in (change for change in result.changed if change.kind in ("embeddings", "head")):
-        message = f"{change.tensor} differs from the base's by {change.relative:.1%} of its norm."
-        evidence: dict[str, Any] = {"relative": change.relative}
-        if change.rows is not None:
-            tokens = [str(tokenizer.convert_ids_to_tokens(row)) for row in change.rows[:SHOWN]]
-            message = f"{change.tensor} differs from the base's in {counted(len(change.rows), 'row')} alone."
-            evidence |= {"rows": len(change.rows), "tokens": tokens}
-        yield _note(
-            f"{'embeddings' if change.kind == 'embeddings' else 'head'}-changed",
-            message,
-            change.tensor,
-            **evidence,
-        )
-    for kind, plural in (("norm", "norms"), ("bias", "biases"), ("buffer", "buffers")):
-        changes = [change for change in result.changed if change.kind == kind]
-        if changes:
-            names = [change.tensor for change in changes]
-            yield _note(
-                f"{plural}-changed",
-                f"{counted(len(names), 'tensor')} ({listed(names)}) that are no matrices differ from the "
-                f"base's, by at most {changes[0].relative:.1%}.",
-                names[0],
-                relative=changes[0].relative,
-            )
 
 
 def _note(rule: str, message: str, where: str = "", **evidence: Any) -> Finding:

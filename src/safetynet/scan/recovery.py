@@ -21,16 +21,8 @@ from safetynet.models.loading import LoadedModel
 from safetynet.models.lora import LoraUpdate
 from safetynet.models.parts import shape
 from safetynet.models.suspect import Suspect
-from safetynet.scan.identity import (
-    LOW_RANK,
-    STORED,
-    Identity,
-    Kind,
-    compare_whole,
-    kind_of_lora,
-    name_of,
-    no_update,
-)
+from safetynet.scan.identity import Identity, compare_whole, kind_of_lora, name_of, no_update
+from safetynet.scan.tensors import LOW_RANK, STORED, Kind
 
 log = logging.getLogger("safetynet")
 TOLERANCE = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 5e-2}
@@ -80,11 +72,19 @@ def recover(suspect: Suspect, rank: int | None = None) -> Any:
             left, right = right.mT, left.mT
         update = LoraUpdate.of_components(left.float(), values.float(), right.float())
         lora.put_update(module, NAME, update)
-    try:
-        _check_logits(suspect, model, result, rank)
-    except InputError:
+    # Rounding in the coarsest type of numbers is all that may stand between this model and the suspect.
+    computed = {each.dtype for each in (suspect.model, suspect.base.model)}
+    types = {result.stored, *result.rounded, *(name for name, dtype in STORED.items() if dtype in computed)}
+    coarsest = next(name for name in STORED if name in types)
+    apart, size = logit_distance(suspect.model, model)
+    log.info("recovered a LoRA of rank %d: logits differ by at most %.3g of %.3g", rank, apart, size)
+    if not apart <= TOLERANCE[coarsest] * size:
         adapters.detach(model)
-        raise
+        raise InputError(
+            f"{name_of(suspect)}: recovered as a LoRA of rank {rank} it is another model: logits differ by "
+            f"{apart:.3g}, and {coarsest} allows {TOLERANCE[coarsest] * size:.3g}. Give the adapter itself, "
+            "or a merged model in 32 bits."
+        )
     return model
 
 
@@ -120,9 +120,28 @@ def combine(base: LoadedModel, folders: Sequence[Path | str], *, same_base: bool
         try:
             if part.serialiser is not base.serialiser:
                 serialisers.append(part.serialiser)
-            for name, kind, update in _plain_updates(part.model, folder):
+            # What PEFT computes of several adapters is the sum of their updates only where each is nothing
+            # but updates.
+            config = part.model.active_peft_config
+            reason = no_update(part.model)
+            if not reason and (config.use_dora or getattr(config, "layer_replication", None)):
+                reason = "it is DoRA" if config.use_dora else "it repeats layers"
+            if not reason and (others := adapters.base_counterparts(part.model)):
+                reason = (
+                    f"it replaces {counted(len(others), 'tensor')} of the base ({listed(sorted(others))})"
+                )
+            for name, module in [] if reason else lora.adapted_tensors(part.model, NAME):
+                update = lora.update_of(module, NAME)
+                if update.bias is not None:
+                    reason = "its updates have biases"
+                    break
                 total.setdefault(name, []).append(update)
-                kinds[name] = kind
+                kinds[name] = kind_of_lora(module)
+            if reason:
+                raise InputError(
+                    f"{folder}: {reason.rstrip('.')}. Its sum with other adapters is not what PEFT computes. "
+                    "Merge all of them (merge_and_unload) and give the merged model."
+                )
         finally:
             adapters.detach(part.model)
     if len(serialisers) > 1:
@@ -130,6 +149,7 @@ def combine(base: LoadedModel, folders: Sequence[Path | str], *, same_base: bool
             f"{listed([str(folder) for folder in folders])}: {len(serialisers)} of these adapters bring a "
             "tokenizer or chat template of their own, and a model has one. Take all but one out."
         )
+    # Side by side, up (e, out, r1 + r2) and down (e, r1 + r2, in), the product is the sum of the products.
     joined = {
         name: LoraUpdate(torch.cat([u.up for u in parts], 2), torch.cat([u.down for u in parts], 1))
         for name, parts in total.items()
@@ -138,28 +158,6 @@ def combine(base: LoadedModel, folders: Sequence[Path | str], *, same_base: bool
     for name, module in lora.adapted_tensors(model, NAME):
         lora.put_update(module, NAME, joined[name])
     return Suspect(model, serialisers[0] if serialisers else base.serialiser, base)
-
-
-def _plain_updates(model: Any, folder: Path | str) -> Iterator[tuple[str, Kind, LoraUpdate]]:
-    """Every update of an adapter that is nothing but updates."""
-    config = model.active_peft_config
-    reason = no_update(model)
-    if not reason and (config.use_dora or getattr(config, "layer_replication", None)):
-        reason = "it is DoRA" if config.use_dora else "it repeats layers"
-    if not reason and (others := adapters.base_counterparts(model)):
-        reason = f"it replaces {counted(len(others), 'tensor')} of the base ({listed(sorted(others))})"
-    updates = [] if reason else list(lora.adapted_tensors(model, NAME))
-    for name, module in updates:
-        update = lora.update_of(module, NAME)
-        if update.bias is not None:
-            reason = "its updates have biases"
-            break
-        yield name, kind_of_lora(module), update
-    if reason:
-        raise InputError(
-            f"{folder}: {reason.rstrip('.')}. Its sum with other adapters is not what PEFT computes. Merge "
-            "all of them (merge_and_unload) and give the merged model."
-        )
 
 
 def _obstacles(suspect: Suspect, result: Identity, rank: int | None) -> Iterator[str]:
@@ -216,21 +214,6 @@ def _injected(base: Any, kinds: Mapping[str, Kind], rank: int) -> Any:
         adapters.detach(model)
         reason = f"it changes {listed(sorted(kinds.keys() ^ placed))}"
     raise InputError(f"{base.name_or_path}: PEFT puts no LoRA on what the suspect changes: {reason}.")
-
-
-def _check_logits(suspect: Suspect, recovered: Any, result: Identity, rank: int) -> None:
-    """Refuse a recovered model whose logits are not the suspect's to rounding."""
-    computed = {model.dtype for model in (suspect.model, suspect.base.model)}
-    types = {result.stored, *result.rounded, *(name for name, dtype in STORED.items() if dtype in computed)}
-    coarsest = next(name for name in STORED if name in types)
-    apart, size = logit_distance(suspect.model, recovered)
-    log.info("recovered a LoRA of rank %d: logits differ by at most %.3g of %.3g", rank, apart, size)
-    if not apart <= TOLERANCE[coarsest] * size:
-        raise InputError(
-            f"{name_of(suspect)}: recovered as a LoRA of rank {rank} it is another model: logits differ by "
-            f"{apart:.3g}, and {coarsest} allows {TOLERANCE[coarsest] * size:.3g}. Give the adapter itself, "
-            "or a merged model in 32 bits."
-        )
 
 
 @torch.no_grad()
