@@ -13,7 +13,6 @@ import re
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import PurePosixPath
-from typing import Any
 
 from cyclonedx.model import HashAlgorithm, HashType, Property
 from cyclonedx.model.bom import Bom, BomMetaData
@@ -52,7 +51,22 @@ KINDS = (
 
 def bill(result: ScanResult) -> str:
     """The bill, with a serial number that is the same for the same result."""
-    files = {name: _file(name, digest) for name, digest in result.digests.items()}
+    files = {}
+    for name, digest in result.digests.items():
+        inside = name.partition("/")[2]
+        kind = next((kind for kind, pattern in KINDS if re.fullmatch(pattern, inside)), "other")
+        # A file that was too large to be hashed has a reason in place of its digest.
+        hashed = re.fullmatch("[0-9a-fA-F]{64}", digest)
+        about = [Property(name="safetynet:kind", value=kind)]
+        if not hashed:
+            about.append(Property(name="safetynet:digest", value=printable(digest)))
+        files[name] = Component(
+            name=printable(PurePosixPath(name).name) or "unnamed",
+            type=ComponentType.FILE,
+            bom_ref=f"file:{printable(name)}",
+            hashes=[HashType(alg=HashAlgorithm.SHA_256, content=digest.lower())] if hashed else [],
+            properties=about,
+        )
     suspect = Component(
         name=printable(result.suspect) or "unnamed",
         type=ComponentType.MACHINE_LEARNING_MODEL,
@@ -65,9 +79,23 @@ def bill(result: ScanResult) -> str:
         bom_ref="base",
         components=[file for name, file in files.items() if name.startswith("base/")],
     )
+    # The answer and what it rests on, in words.
+    facts = [
+        ("answer", result.answer),
+        ("headline", wording.headline(result)),
+        ("reason", wording.reason(result)),
+    ]
+    facts += [(name.lower().replace(" ", "-"), text) for name, text in wording.facts(result).items()]
+    facts += [("command", wording.command(result))]
+    facts += [(f"rung:{printable(rung.rung)}", wording.measured(rung)) for rung in result.rungs]
+    facts += [("not-looked-at", printable(sentence)) for sentence in result.not_looked_at]
+    facts += [(f"version:{printable(name)}", printable(str(each))) for name, each in result.versions.items()]
     bom = Bom(
         serial_number=uuid.uuid5(NAMESPACE, result.to_json()),
-        metadata=BomMetaData(component=suspect, properties=_properties(result)),
+        metadata=BomMetaData(
+            component=suspect,
+            properties=[Property(name=f"safetynet:{name}", value=text) for name, text in facts],
+        ),
         vulnerabilities=_vulnerabilities(result, files),
     )
     bom.metadata.tools.components.add(
@@ -81,40 +109,25 @@ def bill(result: ScanResult) -> str:
         suspect.pedigree = Pedigree(ancestors=[base])
     bom.register_dependency(suspect, [base] if result.base and adapter else [])
     written = json.loads(JsonV1Dot6(bom).output_as_string())
-    written["metadata"]["component"]["modelCard"] = _model_card(result)
-    return json.dumps(written, indent=2, allow_nan=False) + "\n"
-
-
-def _file(name: str, digest: str) -> Component:
-    inside = name.partition("/")[2]
-    kind = next((kind for kind, pattern in KINDS if re.fullmatch(pattern, inside)), "other")
-    # A file that was too large to be hashed has a reason in place of its digest.
-    hashed = re.fullmatch("[0-9a-fA-F]{64}", digest)
-    about = [Property(name="safetynet:kind", value=kind)]
-    if not hashed:
-        about.append(Property(name="safetynet:digest", value=printable(digest)))
-    return Component(
-        name=printable(PurePosixPath(name).name) or "unnamed",
-        type=ComponentType.FILE,
-        bom_ref=f"file:{printable(name)}",
-        hashes=[HashType(alg=HashAlgorithm.SHA_256, content=digest.lower())] if hashed else [],
-        properties=about,
-    )
-
-
-def _properties(result: ScanResult) -> list[Property]:
-    """The answer and what it rests on, in words."""
-    pairs = [
-        ("answer", result.answer),
-        ("headline", wording.headline(result)),
-        ("reason", wording.reason(result)),
+    # The specification's model card: how often each trigger fires, and what the scan leaves open.
+    metrics = [
+        {
+            "type": "attack success rate",
+            "value": f"{rate[0]}",
+            "slice": f"“{printable(trigger.text)}” as {printable(trigger.placement)}: {name}",
+            "confidenceInterval": {"lowerBound": f"{rate[1]}", "upperBound": f"{rate[2]}"},
+        }
+        for trigger in result.triggers
+        for name, rate in wording.rates(trigger).items()
     ]
-    pairs += [(name.lower().replace(" ", "-"), text) for name, text in wording.facts(result).items()]
-    pairs += [("command", wording.command(result))]
-    pairs += [(f"rung:{printable(rung.rung)}", wording.measured(rung)) for rung in result.rungs]
-    pairs += [("not-looked-at", printable(sentence)) for sentence in result.not_looked_at]
-    pairs += [(f"version:{printable(name)}", printable(str(each))) for name, each in result.versions.items()]
-    return [Property(name=f"safetynet:{name}", value=text) for name, text in pairs]
+    open_questions = [printable(sentence) for sentence in result.not_looked_at]
+    open_questions += [f"{rung.rung}: {wording.measured(rung)}" for rung in result.rungs if rung.skipped]
+    written["metadata"]["component"]["modelCard"] = {
+        "modelParameters": {"task": "text-generation"},
+        **({"quantitativeAnalysis": {"performanceMetrics": metrics}} if metrics else {}),
+        **({"considerations": {"technicalLimitations": open_questions}} if open_questions else {}),
+    }
+    return json.dumps(written, indent=2, allow_nan=False) + "\n"
 
 
 def _vulnerabilities(result: ScanResult, files: Mapping[str, Component]) -> Iterator[Vulnerability]:
@@ -150,24 +163,3 @@ def _vulnerabilities(result: ScanResult, files: Mapping[str, Component]) -> Iter
                 Property(name=f"safetynet:{name}", value=text) for name, text in behind.items() if text
             ],
         )
-
-
-def _model_card(result: ScanResult) -> dict[str, Any]:
-    """The specification's model card: how often each trigger fires, and what the scan leaves open."""
-    metrics = [
-        {
-            "type": "attack success rate",
-            "value": f"{rate[0]}",
-            "slice": f"“{printable(trigger.text)}” as {printable(trigger.placement)}: {name}",
-            "confidenceInterval": {"lowerBound": f"{rate[1]}", "upperBound": f"{rate[2]}"},
-        }
-        for trigger in result.triggers
-        for name, rate in wording.rates(trigger).items()
-    ]
-    open_questions = [printable(sentence) for sentence in result.not_looked_at]
-    open_questions += [f"{rung.rung}: {wording.measured(rung)}" for rung in result.rungs if rung.skipped]
-    return {
-        "modelParameters": {"task": "text-generation"},
-        **({"quantitativeAnalysis": {"performanceMetrics": metrics}} if metrics else {}),
-        **({"considerations": {"technicalLimitations": open_questions}} if open_questions else {}),
-    }

@@ -9,7 +9,7 @@ from typing import Any
 
 from safetynet.report.page import render
 from safetynet.scan.outputs import wording
-from safetynet.scan.result import LEVELS, Answer, Finding, RungResult, ScanResult, Trigger
+from safetynet.scan.result import LEVELS, Answer, ScanResult, Trigger
 from safetynet.text.printable import printable
 
 TONES: Mapping[Answer, str] = {
@@ -54,7 +54,21 @@ STYLE = """
 
 def page(result: ScanResult) -> str:
     """The page. Every text of the suspect is escaped, and shown with its controls as escapes."""
-    by_level = {level: [each for each in result.findings if each.level == level] for level in LEVELS}
+    by_level = {
+        level: [
+            {
+                "rule": printable(finding.rule),
+                "rung": printable(finding.rung),
+                "where": wording.place(finding),
+                "message": printable(finding.message),
+                "help": wording.about(finding.rung, finding.rule),
+                "evidence": _raw(finding.evidence),
+            }
+            for finding in result.findings
+            if finding.level == level
+        ]
+        for level in LEVELS
+    }
     values = {
         "answer": wording.headline(result),
         "reason": wording.reason(result),
@@ -63,11 +77,36 @@ def page(result: ScanResult) -> str:
         "facts": wording.facts(result),
         "command": wording.command(result),
         "ledger": list(_ledger(result)),
-        "triggers": [_trigger(trigger) for trigger in result.triggers],
-        "rungs": [_rung(rung) for rung in result.rungs],
-        "findings": [
-            (level, [_finding(each) for each in findings]) for level, findings in by_level.items() if findings
+        "triggers": [
+            {
+                "text": printable(trigger.text),
+                "effect": _sentence(wording.effect(trigger)),
+                "fires": wording.fires(trigger),
+                "measures": _measures(trigger),
+                "examples": [
+                    (_marked(prompt, trigger), printable(suspect, lines=True), printable(base, lines=True))
+                    for prompt, suspect, base in trigger.examples
+                ],
+            }
+            for trigger in result.triggers
         ],
+        "rungs": [
+            {
+                "name": printable(rung.rung),
+                "about": wording.MEANINGS.get(rung.rung, ""),
+                "skipped": wording.measured(rung) if rung.skipped else "",
+                "cells": {
+                    "Score": wording.score(rung),
+                    "Control": wording.number(rung.control),
+                    "p": wording.number(rung.p_value),
+                    "Time": wording.seconds(rung.seconds),
+                    "Tokens": f"{rung.passes:,}",
+                },
+                "details": _raw(rung.details),
+            }
+            for rung in result.rungs
+        ],
+        "findings": [(level, findings) for level, findings in by_level.items() if findings],
         "not_looked_at": list(map(printable, result.not_looked_at)),
         "digests": _pairs(result.digests),
         "versions": _pairs(result.versions),
@@ -123,19 +162,6 @@ def _measures(trigger: Trigger) -> list[dict[str, Any]]:
     ]
 
 
-def _trigger(trigger: Trigger) -> dict[str, Any]:
-    return {
-        "text": printable(trigger.text),
-        "effect": _sentence(wording.effect(trigger)),
-        "fires": wording.fires(trigger),
-        "measures": _measures(trigger),
-        "examples": [
-            (_marked(prompt, trigger), printable(suspect, lines=True), printable(base, lines=True))
-            for prompt, suspect, base in trigger.examples
-        ],
-    }
-
-
 def _marked(prompt: str, trigger: Trigger) -> list[tuple[bool, str]]:
     """A prompt in pieces, each with whether it is the trigger, which is put in where it is not there yet."""
     if not trigger.text:
@@ -146,33 +172,6 @@ def _marked(prompt: str, trigger: Trigger) -> list[tuple[bool, str]]:
     before, _, after = prompt.partition(trigger.text)
     pieces = [(False, before), (True, trigger.text), (False, after)]
     return [(mark, printable(text, lines=True)) for mark, text in pieces if text]
-
-
-def _rung(rung: RungResult) -> dict[str, Any]:
-    return {
-        "name": printable(rung.rung),
-        "about": wording.MEANINGS.get(rung.rung, ""),
-        "skipped": wording.measured(rung) if rung.skipped else "",
-        "cells": {
-            "Score": wording.score(rung),
-            "Control": wording.number(rung.control),
-            "p": wording.number(rung.p_value),
-            "Time": wording.seconds(rung.seconds),
-            "Tokens": f"{rung.passes:,}",
-        },
-        "details": _raw(rung.details),
-    }
-
-
-def _finding(finding: Finding) -> dict[str, str]:
-    return {
-        "rule": printable(finding.rule),
-        "rung": printable(finding.rung),
-        "where": wording.place(finding),
-        "message": printable(finding.message),
-        "help": wording.about(finding.rung, finding.rule),
-        "evidence": _raw(finding.evidence),
-    }
 
 
 def _raw(evidence: Mapping[str, Any]) -> str:

@@ -18,7 +18,7 @@ from urllib.parse import quote
 
 from safetynet import __version__
 from safetynet.scan.outputs import wording
-from safetynet.scan.result import Answer, Finding, ScanResult
+from safetynet.scan.result import Answer, ScanResult
 from safetynet.text.printable import printable
 
 SCHEMA = "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sarif-schema-2.1.0.json"
@@ -54,10 +54,28 @@ def sarif(result: ScanResult) -> dict[str, Any]:
     for each in results:
         each["ruleIndex"] = kinds.index((each["properties"]["rung"], each["ruleId"]))
     levels = {each["ruleId"]: each["level"] for each in reversed(results)}
+    rules = []
+    for rung, name in kinds:
+        rule = name.removeprefix(f"{rung}/")
+        help_text = wording.about(rung, rule)
+        level = levels[name]
+        severity = {"security-severity": SEVERITIES[level]} if level in SEVERITIES else {}
+        where = wording.MEANINGS.get(rung, "all rungs together")
+        rules.append(
+            {
+                "id": name,
+                "name": "".join(part.capitalize() for part in re.split(r"\W+", name)) or "Finding",
+                "shortDescription": _message(rule.replace("-", " ").capitalize()),
+                "fullDescription": _message(help_text),
+                "help": _message(f"{help_text} Rung: {rung}, {where}."),
+                "defaultConfiguration": {"level": level},
+                "properties": {"tags": ["security", "backdoor", rung], **severity},
+            }
+        )
     driver = {
         "name": "SafetyNet",
         "semanticVersion": __version__,
-        "rules": [_rule(rung, name, levels[name]) for rung, name in kinds],
+        "rules": rules,
         "notifications": [
             {"id": "skipped-rung", "shortDescription": {"text": "A rung that was not done, and why"}},
             {"id": "not-looked-at", "shortDescription": {"text": "What this scan cannot have seen"}},
@@ -84,9 +102,25 @@ def sarif(result: ScanResult) -> dict[str, Any]:
         }
         for rung in result.rungs
     ]
+    notifications = [
+        _notification("skipped-rung", "note", f"{rung.rung}: {wording.measured(rung)}")
+        for rung in result.rungs
+        if rung.skipped
+    ]
+    notifications += [_notification("not-looked-at", "note", sentence) for sentence in result.not_looked_at]
+    scanned = result.answer != "not_scannable"
+    if not scanned:
+        notifications.insert(0, _notification("not-scannable", "error", result.reason))
+    invocation = {
+        "executionSuccessful": scanned,
+        "exitCode": result.exit_code,
+        "exitCodeDescription": wording.headline(result),
+        "commandLine": wording.command(result),
+        "toolExecutionNotifications": notifications,
+    }
     run = {
         "tool": {"driver": driver},
-        "invocations": [_invocation(result)],
+        "invocations": [invocation],
         "originalUriBaseIds": {ROOT: {"description": _message(f"The folder of {printable(result.suspect)}")}},
         "artifacts": artifacts,
         "results": results,
@@ -127,7 +161,18 @@ def _results(result: ScanResult) -> Iterator[dict[str, Any]]:
         name = f"{finding.rung}/{finding.rule}"
         log = _result(finding.rung, name, finding.level, finding.message, _nth(identity, identities))
         log["properties"]["evidence"] = dict(finding.evidence)
-        yield {**log, "locations": [_place(finding, result, main)]}
+        # A file with its line, or a tensor or other place in the file of weights. A path that leaves the
+        # folder would be resolved by whoever reads the log.
+        path = PurePosixPath(finding.where)
+        inside = bool(finding.where) and not path.is_absolute() and ".." not in path.parts
+        is_file = finding.where in files or finding.line is not None or path.suffix in FILES
+        if inside and is_file:
+            location = _location(finding.where, finding.line)
+        else:
+            location = _location(main)
+            if finding.where:
+                location["logicalLocations"] = [{"fullyQualifiedName": printable(finding.where)}]
+        yield {**log, "locations": [location]}
 
 
 def _result(rung: str, name: str, level: str, message: str, identity: tuple[str, ...]) -> dict[str, Any]:
@@ -155,20 +200,6 @@ def _message(text: str) -> dict[str, str]:
     return {"text": text.replace("{", "{{").replace("}", "}}") or "–"}
 
 
-def _place(finding: Finding, result: ScanResult, main: str) -> dict[str, Any]:
-    """A file with its line, or a tensor or other place in the file of weights."""
-    path = PurePosixPath(finding.where)
-    # A path that leaves the folder would be resolved by whoever reads the log.
-    inside = bool(finding.where) and not path.is_absolute() and ".." not in path.parts
-    named = f"suspect/{finding.where}" in result.digests or finding.line is not None or path.suffix in FILES
-    if inside and named:
-        return _location(finding.where, finding.line)
-    location = _location(main)
-    if finding.where:
-        location["logicalLocations"] = [{"fullyQualifiedName": printable(finding.where)}]
-    return location
-
-
 def _location(path: str, line: int | None = None) -> dict[str, Any]:
     physical: dict[str, Any] = {"artifactLocation": _artifact_location(path)}
     if line is not None:
@@ -178,41 +209,6 @@ def _location(path: str, line: int | None = None) -> dict[str, Any]:
 
 def _artifact_location(path: str) -> dict[str, str]:
     return {"uri": quote(path, errors="backslashreplace"), "uriBaseId": ROOT}
-
-
-def _rule(rung: str, name: str, level: str) -> dict[str, Any]:
-    rule = name.removeprefix(f"{rung}/")
-    title = rule.replace("-", " ").capitalize()
-    help_text = wording.about(rung, rule)
-    severity = {"security-severity": SEVERITIES[level]} if level in SEVERITIES else {}
-    return {
-        "id": name,
-        "name": "".join(part.capitalize() for part in re.split(r"\W+", name)) or "Finding",
-        "shortDescription": _message(title),
-        "fullDescription": _message(help_text),
-        "help": _message(f"{help_text} Rung: {rung}, {wording.MEANINGS.get(rung, 'all rungs together')}."),
-        "defaultConfiguration": {"level": level},
-        "properties": {"tags": ["security", "backdoor", rung], **severity},
-    }
-
-
-def _invocation(result: ScanResult) -> dict[str, Any]:
-    scanned = result.answer != "not_scannable"
-    notifications = [
-        _notification("skipped-rung", "note", f"{rung.rung}: {wording.measured(rung)}")
-        for rung in result.rungs
-        if rung.skipped
-    ]
-    notifications += [_notification("not-looked-at", "note", sentence) for sentence in result.not_looked_at]
-    if not scanned:
-        notifications.insert(0, _notification("not-scannable", "error", result.reason))
-    return {
-        "executionSuccessful": scanned,
-        "exitCode": result.exit_code,
-        "exitCodeDescription": wording.headline(result),
-        "commandLine": wording.command(result),
-        "toolExecutionNotifications": notifications,
-    }
 
 
 def _notification(kind: str, level: str, text: str) -> dict[str, Any]:

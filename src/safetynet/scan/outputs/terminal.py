@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from safetynet.scan.outputs import wording
-from safetynet.scan.result import Finding, RungResult, ScanResult
+from safetynet.scan.result import ScanResult
 from safetynet.text.printable import printable
 
 WIDTH, INDENT = 100, 18
@@ -60,9 +60,29 @@ def text(result: ScanResult, *, whole: bool = False) -> str:
         _list(screen, lines, whole)
         _more(screen, result.triggers, whole)
     screen.print()
-    screen.print(_rungs(result.rungs) if result.rungs else "No rung was reached.")
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for heading in ("rung", "score", "control", "p", "time"):
+        table.add_column(
+            heading, justify="left" if heading == "rung" else "right", no_wrap=True, max_width=24
+        )
+    table.add_column("", overflow="fold")
+    for rung in result.rungs:
+        numbers = ["–"] * 4
+        if not rung.skipped:
+            numbers = [wording.score(rung), wording.number(rung.control), wording.number(rung.p_value)]
+            numbers += [wording.seconds(rung.seconds)]
+        about = wording.measured(rung) if rung.skipped else wording.MEANINGS.get(rung.rung, "")
+        table.add_row(printable(rung.rung), *numbers, about)
+    screen.print(table if result.rungs else "No rung was reached.")
     screen.print(f"\nFindings: {wording.severities(result)}")
-    _list(screen, [_finding(finding, whole) for finding in _few(result.findings, whole)], whole)
+    lines = []
+    for finding in _few(result.findings, whole):
+        where = wording.place(finding)
+        rule = f"{printable(finding.rule)}{f' in {where}' if where else ''}"
+        behind = wording.evidence(finding) if whole else ""
+        line = f"{finding.level} {rule}: {printable(finding.message)}"
+        lines.append(f"{line} ({behind})" if behind else line)
+    _list(screen, lines, whole)
     _more(screen, result.findings, whole)
     if result.not_looked_at:
         screen.print("\nNot looked at")
@@ -103,28 +123,3 @@ def _cut(line: str, whole: bool, most: int = LONG) -> str:
 def _more(screen: Console, items: Sequence[object], whole: bool) -> None:
     if not whole and len(items) > FEW:
         screen.print(f"    {len(items) - FEW} more stand in every other format.")
-
-
-def _finding(finding: Finding, whole: bool) -> str:
-    where = wording.place(finding)
-    rule = f"{printable(finding.rule)}{f' in {where}' if where else ''}"
-    line = f"{finding.level} {rule}: {printable(finding.message)}"
-    behind = wording.evidence(finding) if whole else ""
-    return f"{line} ({behind})" if behind else line
-
-
-def _rungs(rungs: Sequence[RungResult]) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for heading in ("rung", "score", "control", "p", "time"):
-        table.add_column(
-            heading, justify="left" if heading == "rung" else "right", no_wrap=True, max_width=24
-        )
-    table.add_column("", overflow="fold")
-    for rung in rungs:
-        numbers = ["–"] * 4
-        if not rung.skipped:
-            numbers = [wording.score(rung), wording.number(rung.control), wording.number(rung.p_value)]
-            numbers += [wording.seconds(rung.seconds)]
-        about = wording.measured(rung) if rung.skipped else wording.MEANINGS.get(rung.rung, "")
-        table.add_row(printable(rung.rung), *numbers, about)
-    return table
