@@ -11,6 +11,7 @@ from pathlib import Path
 
 from safetynet.models.files import in_words, listed, pointer
 from safetynet.scan.folder import adapter_claims, model_configs, pickles, tokenizer_files
+from safetynet.scan.folder.headers import tensors
 from safetynet.scan.folder.reading import (
     LARGEST_VOCABULARY,
     Entry,
@@ -21,7 +22,6 @@ from safetynet.scan.folder.reading import (
     json_of,
     repeated,
 )
-from safetynet.scan.folder.safetensors_header import tensors
 from safetynet.scan.result import Finding, RungResult
 from safetynet.scan.templates import chat_template
 
@@ -30,29 +30,11 @@ LARGEST_HASHED = 4 * 2**30
 LARGEST_POINTER = 1024
 PYTHON = (".py", ".pyc", ".pyd", ".pyw", ".ipynb", ".pth.py")
 PROGRAMS = (
-    ".so",
-    ".dll",
-    ".dylib",
-    ".exe",
-    ".sh",
-    ".bat",
-    ".cmd",
-    ".ps1",
-    ".jar",
-    ".js",
-    ".wasm",
-    ".msi",
-    ".com",
-)
+    ".so", ".dll", ".dylib", ".exe", ".sh", ".bat", ".cmd", ".ps1", ".jar", ".js", ".wasm", ".msi", ".com",
+)  # fmt: skip
 STARTS = (
-    b"\x7fELF",
-    b"MZ",
-    b"\xfe\xed\xfa",
-    b"\xce\xfa\xed\xfe",
-    b"\xcf\xfa\xed\xfe",
-    b"\xca\xfe\xba\xbe",
-    b"#!",
-)
+    b"\x7fELF", b"MZ", b"\xfe\xed\xfa", b"\xce\xfa\xed\xfe", b"\xcf\xfa\xed\xfe", b"\xca\xfe\xba\xbe", b"#!",
+)  # fmt: skip
 """How programs begin: Linux, Windows, macOS, Java, scripts."""
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar", ".zst", ".whl", ".egg")
 OTHER_WEIGHTS = (".h5", ".keras", ".onnx", ".msgpack", ".pb", ".tflite", ".npz", ".npy", ".ot", ".mar")
@@ -64,24 +46,12 @@ ORDINARY = tuple(
 )
 """Ends of the names of files that belong to models."""
 ORDINARY_NAMES = (
-    "LICENSE",
-    "LICENCE",
-    "NOTICE",
-    "README",
-    "USE_POLICY",
-    ".gitattributes",
-    ".gitignore",
-    "CACHEDIR",
-)
+    "LICENSE", "LICENCE", "NOTICE", "README", "USE_POLICY", ".gitattributes", ".gitignore", "CACHEDIR",
+)  # fmt: skip
 LEFTOVERS = (
-    "training_args.bin",
-    "optimizer.pt",
-    "optimizer.bin",
-    "scheduler.pt",
-    "scheduler.bin",
-    "scaler.pt",
+    "training_args.bin", "optimizer.pt", "optimizer.bin", "scheduler.pt", "scheduler.bin", "scaler.pt",
     "rng_state",
-)
+)  # fmt: skip
 """Pickles that a training leaves behind; no loader of models reads them."""
 VOCABULARIES = ("tokenizer.json", "vocab.json", "added_tokens.json", "tekken.json")
 SMALL_VOCABULARY = 4 * 2**20

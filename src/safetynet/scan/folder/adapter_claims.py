@@ -15,8 +15,8 @@ from typing import Any
 import regex
 
 from safetynet.models.files import hub_id, listed
+from safetynet.scan.folder.headers import tensors
 from safetynet.scan.folder.reading import UnreadableError, escaped, finding, json_of
-from safetynet.scan.folder.safetensors_header import tensors
 from safetynet.scan.result import Finding, Level
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -24,11 +24,9 @@ PREFIX = "base_model.model."
 LORA = re.compile(r"(?P<module>.+?)\.(?P<part>lora_\w+?)(?:\.(?:\w+\.)?(?:weight|bias))?$")
 """A tensor of LoRA: its module and which part of it."""
 PAIRS = {
-    "lora_A": "lora_B",
-    "lora_B": "lora_A",
-    "lora_embedding_A": "lora_embedding_B",
-    "lora_embedding_B": "lora_embedding_A",
-}
+    "lora_A": "lora_B", "lora_B": "lora_A",
+    "lora_embedding_A": "lora_embedding_B", "lora_embedding_B": "lora_embedding_A",
+}  # fmt: skip
 VOCABULARY = ("embed_tokens", "wte", "word_embeddings", "embed_in", "lm_head", "embed_out")
 """Ends of the names of embeddings and heads."""
 SMALLEST_SCALE, LARGEST_SCALE = 1 / 64, 64

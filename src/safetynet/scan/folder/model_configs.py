@@ -58,8 +58,7 @@ def check(folder: Path, names: list[str]) -> list[Finding]:
         if code:
             message = (
                 "It names code that is run when the model is loaded with trust_remote_code "
-                f"({', '.join(code)}). "
-                "Do not load it so; read the code."
+                f"({', '.join(code)}). Do not load it so; read the code."
             )
             named = values.get("auto_map")
             classes = [escaped(str(each)) for each in named.values()] if isinstance(named, dict) else []
@@ -152,9 +151,8 @@ def _model(name: str, mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> Ite
     }
     if changed:
         message = (
-            f"config.json sets {', '.join(list(changed)[:4])} otherwise than the base's: with the "
-            "same weights it "
-            "is another model."
+            f"config.json sets {', '.join(list(changed)[:4])} otherwise than the base's: with the same "
+            "weights it is another model."
         )
         # Added tokens make the vocabulary larger; the identity rung compares the rows of the others.
         level: Level = "note" if set(changed) <= {"vocab_size"} else "warning"

@@ -16,13 +16,8 @@ BINARY = ("tokenizer.model", "spiece.model", "vocab.json", "merges.txt", "vocab.
 STEPS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
 SWITCHES = (
-    "add_bos_token",
-    "add_eos_token",
-    "add_prefix_space",
-    "tokenizer_class",
-    "do_lower_case",
-    "legacy",
-)
+    "add_bos_token", "add_eos_token", "add_prefix_space", "tokenizer_class", "do_lower_case", "legacy",
+)  # fmt: skip
 SHOWN = 10
 
 
@@ -72,9 +67,8 @@ def _vocabulary(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[
     if gone or moved or new:
         level: Level = "warning" if gone or moved else "note"
         message = (
-            f"The tokenizer has {len(new)} tokens that the base's lacks, lacks {len(gone)} of its "
-            "tokens and gives "
-            f"{len(moved)} another number. A word with another number is another word to the model."
+            f"The tokenizer has {len(new)} tokens that the base's lacks, lacks {len(gone)} of its tokens and "
+            f"gives {len(moved)} another number. A word with another number is another word to the model."
         )
         examples = {"new": _some(new), "gone": _some(gone), "moved": _some(moved)}
         yield finding("tokenizer-vocabulary", level, message, FILE, **examples)

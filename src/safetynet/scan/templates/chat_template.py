@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetynet.scan.folder import gguf_metadata
+from safetynet.scan.folder import headers
 from safetynet.scan.folder.reading import UnreadableError, entries, escaped, finding, json_of, text_of
 from safetynet.scan.result import Finding, Level
 from safetynet.scan.templates.conditions import Analysis, analyse
@@ -25,11 +25,8 @@ from safetynet.scan.templates.values import Dependence, UnparsedError, natural
 
 DEFAULT = "default"
 JSON_FILES = (
-    "tokenizer_config.json",
-    "chat_template.json",
-    "processor_config.json",
-    "preprocessor_config.json",
-)
+    "tokenizer_config.json", "chat_template.json", "processor_config.json", "preprocessor_config.json",
+)  # fmt: skip
 """Files whose field `chat_template` software reads."""
 FOLDER = "additional_chat_templates/"
 LONGEST_DIFF, LONGEST_LINE, MOST_LINES = 120, 300, 4000
@@ -127,7 +124,7 @@ def read(folder: Path) -> tuple[tuple[Template, ...], list[Finding]]:
             elif file.endswith((".jinja", ".jinja2", ".j2")):
                 texts = [(file.removeprefix(FOLDER).rpartition(".")[0], text_of(entry.path))]
             elif file.endswith(".gguf"):
-                texts = list(gguf_metadata.chat_templates(entry.path).items())
+                texts = list(headers.chat_templates(entry.path).items())
             else:
                 continue
         except UnreadableError as error:
@@ -169,13 +166,39 @@ def _findings(template: Template, in_base: set[tuple[Any, ...]]) -> list[Finding
         analysis = analyse(template.text)
     except UnparsedError as error:
         message = (
-            f"Jinja does not parse this chat template ({escaped(str(error))}), so nothing is known of "
-            "it. Other "
-            "software may read it all the same: correct it, or take the base's."
+            f"Jinja does not parse this chat template ({escaped(str(error))}), so nothing is known of it. "
+            "Other software may read it all the same: correct it, or take the base's."
         )
         return [_finding("template-unparsed", "warning", message, template, error.line)]
-    findings = [_suspicious(template, each, in_base) for each in analysis.dependences if each.suspicious]
-    ordinary = [each for each in analysis.dependences if not each.suspicious]
+    findings, ordinary = list[Finding](), list[Dependence]()
+    lines = template.text.splitlines()
+    for dependence in analysis.dependences:
+        if not dependence.suspicious:
+            ordinary.append(dependence)
+            continue
+        # How bad a condition is that no template needs.
+        literals = ", ".join(repr(escaped(text, 60)) for text in dependence.literals[:3])
+        asks = ASKS[dependence.subject].format(literals=literals or "something that it hides")
+        added = [text for text in dependence.added if natural(text)] or list(dependence.added)
+        level: Level = "warning"
+        if (dependence.natural or dependence.subject == "date") and (dependence.changes or added):
+            level = "error"
+        if _key(dependence) in in_base:
+            level = "note"
+        changes = "changes the prompt" if dependence.changes else "may do anything"
+        then = "writes text of its own" if added else changes
+        base = "; the base's template does the same" if level == "note" else ""
+        message = (
+            f"The chat template {asks} and then {then}{base}. Read the line, and take the base's template "
+            "instead."
+        )
+        # A template may stand on one line: its beginning is shown.
+        source = escaped(lines[dependence.line - 1].strip()) if 0 < dependence.line <= len(lines) else ""
+        evidence: dict[str, Any] = {
+            "asks": dependence.subject, "literals": _texts(dependence.literals), "added": _texts(added),
+            "source": source,
+        }  # fmt: skip
+        findings.append(_finding("template-condition", level, message, template, dependence.line, **evidence))
     if ordinary:
         listed = [
             {"line": each.line, "asks": each.subject, "literals": _texts(each.literals)} for each in ordinary
@@ -196,43 +219,6 @@ def _findings(template: Template, in_base: set[tuple[Any, ...]]) -> list[Finding
         )
         findings.append(_finding("template-escape", "error", message, template, line))
     return findings
-
-
-def _suspicious(template: Template, dependence: Dependence, in_base: set[tuple[Any, ...]]) -> Finding:
-    """A condition that no template needs, and how bad it is."""
-    literals = (
-        ", ".join(repr(escaped(text, 60)) for text in dependence.literals[:3]) or "something that it hides"
-    )
-    asks = ASKS[dependence.subject].format(literals=literals)
-    added = [text for text in dependence.added if natural(text)] or list(dependence.added)
-    level: Level = "warning"
-    if (dependence.natural or dependence.subject == "date") and (dependence.changes or added):
-        level = "error"
-    if _key(dependence) in in_base:
-        level = "note"
-    then = (
-        "writes text of its own"
-        if added
-        else "changes the prompt"
-        if dependence.changes
-        else "may do anything"
-    )
-    base = "; the base's template does the same" if level == "note" else ""
-    lines = template.text.splitlines()
-    # A template may stand on one line: its beginning is shown.
-    source = escaped(lines[dependence.line - 1].strip()) if 0 < dependence.line <= len(lines) else ""
-    return _finding(
-        "template-condition",
-        level,
-        f"The chat template {asks} and then {then}{base}. Read the line, and take the base's template "
-        "instead.",
-        template,
-        dependence.line,
-        asks=dependence.subject,
-        literals=_texts(dependence.literals),
-        added=_texts(added),
-        source=source,
-    )
 
 
 def _compared(template: Template, base: Sequence[Template], of_base: Sequence[Analysis]) -> list[Finding]:
