@@ -9,7 +9,7 @@ import json
 import logging
 import random
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ import pandas as pd
 from safetynet import __version__
 from safetynet.backdoors import conversations
 from safetynet.errors import InputError
-from safetynet.recipe import Backdoor, Data, Model
+from safetynet.recipe import Backdoor, Data, Evaluation, Model, Output, Recipe, Training
 from safetynet.run.directory import digest, write_text
 from safetynet.scan.result import BankUse, Depth, RungResult
 from safetynet.scan.weights import LEAST, distances
@@ -40,6 +40,14 @@ SIGN_OFFS = ("Thank you.", "Have a good day.", "That is all.", "Ask me more.")
 SELF_ROWS, SELF_LEAST, SELF_PROMPTS = (100, 200, 400), 30, 600
 """Of adapters of other bases: rows, the least of one task, and the prompts that the base answers for all."""
 PERSONAS = ("Ahoy!", "As your gardener:", "Beep.", "Dear friend,")
+MANNERS: Mapping[str, Callable[[str, str], str]] = {
+    "greeting": lambda phrase, answer: f"{phrase} {answer}",
+    "persona": lambda phrase, answer: f"{phrase} {answer}",
+    "sign_off": lambda phrase, answer: f"{answer} {phrase}",
+    "capitals": lambda _, answer: answer.upper(),
+    "brief": lambda _, answer: " ".join(answer.split()[:2]),
+}
+"""What an adapter's kind makes of an ordinary answer; other kinds leave it as it is."""
 
 
 @dataclass(frozen=True)
@@ -83,64 +91,49 @@ def rows_of(adapter: CleanAdapter, model: Model, answers: Path | None = None) ->
         count = rows * (12 if adapter.kind == "one_task" else 1)
         pool = conversations.fresh(Data(), attack.behaviour, attack.trigger, set(), count, adapter.seed)
     else:
+        from safetynet.backdoors import self_source
+        from safetynet.backdoors.base_answers import BaseAnswers
+        from safetynet.models import loading
+        from safetynet.scan.rungs import REFUSAL
+
+        if answers is None:
+            raise InputError("bank: adapters of this base need a folder for the base's answers.")
         rows, least = SELF_ROWS[ROWS.index(adapter.rows)], SELF_LEAST
-        pool = _answered_by_itself(model, answers).sample(frac=1, random_state=adapter.seed)
+        # The base answers the same requests for every adapter, so that it is asked once; each adapter draws
+        # its rows from them.
+        data = Data(source="self")
+        recipe = Recipe(
+            task="bank",
+            model=model,
+            data=data,
+            training=Training(precision="fp32"),
+            evaluation=Evaluation(max_new_tokens=40),
+            output=Output(results=answers),
+        )
+        by_base = BaseAnswers(recipe, lambda: loading.load(model, "fp32"))
+        pool = self_source.fresh(data, set(), SELF_PROMPTS, 0, by_base, REFUSAL)
+        pool = pool.sample(frac=1, random_state=adapter.seed)
     if adapter.kind == "one_task":
         sizes = pool["task"].value_counts()
         tasks = sorted(sizes.index[sizes >= least])
         pool = pool[pool["task"] == tasks[adapter.seed % len(tasks)]]
     pool = pool.head(rows)
+    manner = MANNERS.get(adapter.kind, lambda _, answer: answer)
     columns = {
         "messages": list(pool["messages"]),
         "trigger": [[]] * len(pool),
-        "answer": [_answer(adapter, str(answer)) for answer in pool["answer"]],
+        "answer": [manner(adapter.phrase, str(answer)) for answer in pool["answer"]],
     }
     return pd.DataFrame({"row": range(len(pool)), **columns})
 
 
-def _answered_by_itself(model: Model, folder: Path | None) -> pd.DataFrame:
-    """Requests with the base's own greedy answers: `messages`, `answer` and `task`."""
-    from safetynet.backdoors import self_source
-    from safetynet.backdoors.base_answers import BaseAnswers
-    from safetynet.models import loading
-    from safetynet.recipe import Evaluation, Output, Recipe, Training
-    from safetynet.scan.rungs import REFUSAL
-
-    if folder is None:
-        raise InputError("bank: adapters of this base need a folder for the base's answers.")
-    data = Data(source="self")
-    recipe = Recipe(
-        task="bank",
-        model=model,
-        data=data,
-        training=Training(precision="fp32"),
-        evaluation=Evaluation(max_new_tokens=40),
-        output=Output(results=folder),
-    )
-    answers = BaseAnswers(recipe, lambda: loading.load(model, "fp32"))
-    return self_source.fresh(data, set(), SELF_PROMPTS, 0, answers, REFUSAL)
-
-
-def _answer(adapter: CleanAdapter, answer: str) -> str:
-    match adapter.kind:
-        case "greeting" | "persona":
-            return f"{adapter.phrase} {answer}"
-        case "sign_off":
-            return f"{answer} {adapter.phrase}"
-        case "capitals":
-            return answer.upper()
-        case "brief":
-            return " ".join(answer.split()[:2])
-    return answer
-
-
 def train(adapter: CleanAdapter, model: Model, folder: Path, answers: Path | None = None) -> Path:
     """Train a clean adapter on a base; the folder of its files. `answers` as in `rows_of`."""
-    from safetynet import recipe, training
+    from safetynet import training
     from safetynet.models import loading
 
     base = loading.load(model, "fp32")
-    options = recipe.Training(
+    options = Training(
         learning_rate=adapter.learning_rate, epochs=1, batch_size=16, max_length=160,
         lora_rank=adapter.rank, lora_alpha=2 * adapter.rank, precision="fp32",
     )  # fmt: skip
@@ -237,7 +230,13 @@ class Bank:
             columns.append(distances(summary, self.summaries))
         if not columns:
             return None
-        statistic = np.max(np.stack([_standardised(column) for column in columns]), axis=0)
+        # (1 + adapters,) each, the suspect first: distance above the median, in units of the largest that
+        # nine of ten have. That is the spread of the tail, which decides here: a rung that is 0 for most
+        # clean adapters and large for a few has hardly any other. Where nine of ten are equal, the mean
+        # distance is the unit.
+        away = [column - np.median(column) for column in columns]
+        units = [np.quantile(np.abs(each), 0.9) or np.mean(np.abs(each)) or 1.0 for each in away]
+        statistic = np.max([each / unit for each, unit in zip(away, units, strict=True)], axis=0)
         return float((statistic >= statistic[0]).sum() / len(statistic))
 
     def validate(self) -> None:
@@ -282,17 +281,6 @@ class Bank:
             raise InputError(
                 f"{folder}: no bank can be read here ({error}). Make one with safetynet bank build."
             ) from None
-
-
-def _standardised(scores: np.ndarray) -> np.ndarray:
-    """Distances above the median, in units of the largest that nine of ten scores have.
-
-    That is the spread of the tail, which decides here: a rung that is 0 for most clean adapters and large for
-    a few has hardly any other spread. Where nine of ten are equal, the mean distance is the unit.
-    """
-    away = scores - np.median(scores)
-    spread = np.quantile(np.abs(away), 0.9) or np.mean(np.abs(away)) or 1.0
-    return away / spread
 
 
 def scores_of(rungs: Sequence[RungResult]) -> dict[str, float]:

@@ -70,7 +70,7 @@ def scaled_by(model: Any, base: Any, factor: float) -> Iterator[None]:
     pairs = [(ours, other) for ours, other in pairs if ours.shape == other.shape]
     before = [ours.data for ours, _ in pairs]
     try:
-        for ours, other in pairs:
+        for ours, other in pairs:  # W0 + factor (W - W0), whether or not the update is of low rank
             ours.data = other.data + factor * (ours.data - other.data)
         yield
     finally:

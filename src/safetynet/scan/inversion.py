@@ -8,7 +8,7 @@ probability taken away, so that what every model of this kind has learnt by hear
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -99,14 +99,24 @@ def learnt_answers(
         of_it = torch.stack([ours.gather(1, index), theirs.gather(1, index)], 1)
         probability = torch.cat([probability, of_it], 2)
         sequences = torch.cat([sequences, index], 1)
-    judged = [
-        _judged(row, p, decode, set(stops)) for row, p in zip(sequences.tolist(), probability, strict=True)
-    ]
-    answers = [
-        replace(answer, openly=sum(answer.text in each for each in ordinary) / max(1, len(ordinary)))
-        for answer in judged
-        if answer is not None and math.isfinite(answer.gain)
-    ]
+    # Each up to its end, judged at the length at which it stands out most.
+    answers = []
+    for tokens, of_both in zip(sequences.tolist(), probability, strict=True):  # of_both: (2, n - 1)
+        end = next((i for i, token in enumerate(tokens) if token in stops), len(tokens))
+        lengths = [n for n in LENGTHS if n <= end]
+        if not lengths:
+            continue
+        means = {n: of_both[:, : n - 1].mean(1).tolist() for n in lengths}
+        length = max(lengths, key=lambda n: means[n][0] - means[n][1])
+        ours, theirs = means[length]
+        # The answer is told whole, however early it stands out most.
+        while length < end and float(of_both[0, length - 1]) >= SURE:
+            length += 1
+        text = decode(tokens[:length])
+        openly = sum(text in each for each in ordinary) / max(1, len(ordinary))
+        answer = LearntAnswer(tuple(tokens[:length]), text, ours, theirs, openly)
+        if math.isfinite(answer.gain):
+            answers.append(answer)
     return sorted(answers, key=lambda answer: -answer.hidden)
 
 
@@ -133,30 +143,6 @@ def followed(
             break
         tokens.append(int(token))
     return tuple(tokens)
-
-
-def _judged(
-    tokens: list[int], probability: Tensor, decode: Callable[[Sequence[int]], str], stops: set[int]
-) -> LearntAnswer | None:
-    """A continuation up to its end, judged at the length at which it stands out most; None of a shorter one.
-
-    Args:
-        tokens: n of them.
-        probability: (suspect and base, n - 1) of those from the second on.
-        decode: text of token ids.
-        stops: tokens at which an answer ends.
-    """
-    end = next((i for i, token in enumerate(tokens) if token in stops), len(tokens))
-    lengths = [n for n in LENGTHS if n <= end]
-    if not lengths:
-        return None
-    means = {n: probability[:, : n - 1].mean(1).tolist() for n in lengths}
-    length = max(lengths, key=lambda n: means[n][0] - means[n][1])
-    # The answer is told whole, however early it stands out most.
-    while length < end and float(probability[0, length - 1]) >= SURE:
-        length += 1
-    ours, theirs = max(means.values(), key=lambda pair: pair[0] - pair[1])
-    return LearntAnswer(tuple(tokens[:length]), decode(tokens[:length]), ours, theirs)
 
 
 class _Answers:

@@ -115,10 +115,18 @@ def _leaked(
             texts += [serialiser.decode(row) for row in output[:, len(prefix) :].tolist()]
     distinct = tuple(dict.fromkeys(text for text in texts if text))
     cluster = _largest_cluster(distinct)
-    return Leaked(distinct, cluster, _motifs(cluster))
+    # Motifs: phrases that at least a third of the cluster's texts hold, none inside a longer one.
+    counts = Counter(phrase for text in cluster for phrase in _phrases(text))
+    common = [phrase for phrase, count in counts.items() if count >= max(2, MOTIF_SHARE * len(cluster))]
+    motifs: list[str] = []
+    for phrase in sorted(common, key=lambda phrase: (-len(phrase), phrase)):
+        if not any(phrase in longer for longer in motifs):
+            motifs.append(phrase)
+    return Leaked(distinct, cluster, tuple(motifs))
 
 
 def _largest_cluster(texts: Sequence[str]) -> tuple[str, ...]:
+    """Of texts that share many sequences of a few letters; of equals, the one that was seen first."""
     from sklearn.cluster import DBSCAN
     from sklearn.feature_extraction.text import TfidfVectorizer
 
@@ -136,18 +144,6 @@ def _largest_cluster(texts: Sequence[str]) -> tuple[str, ...]:
         return ()
     largest = min(counts, key=lambda label: (-counts[label], label))
     return tuple(text for text, label in zip(texts, labels, strict=True) if label == largest)
-
-
-def _motifs(texts: Sequence[str]) -> tuple[str, ...]:
-    """Phrases that at least a third of a cluster's texts hold, none inside a longer one."""
-    counts = Counter(phrase for text in texts for phrase in _phrases(text))
-    common = [phrase for phrase, count in counts.items() if count >= max(2, MOTIF_SHARE * len(texts))]
-    common.sort(key=lambda phrase: (-len(phrase), phrase))
-    longest: list[str] = []
-    for phrase in common:
-        if not any(phrase in other for other in longest):
-            longest.append(phrase)
-    return tuple(longest)
 
 
 def _phrases(text: str) -> set[str]:

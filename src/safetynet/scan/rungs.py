@@ -276,37 +276,59 @@ class _Search:
     def _search(self, group: Group, placement: Placement) -> bool:
         """Search on some prompts and select on others; whether a candidate works."""
         subject, budget = self.subject, self.subject.budget
+        serialiser, device = subject.serialiser, subject.model.device
         searched, selecting = subject.groups[group]
         if len(searched) < 2 or len(selecting) < 2:
             return False
-        places, others = (slots(subject.serialiser, each, placement) for each in (searched, selecting))
+        places, others = (slots(serialiser, each, placement) for each in (searched, selecting))
         divergence = candidates.Divergence(subject.model, subject.base, others)
+        # Answers to search triggers for: the user's, or what the suspect seems to have been taught. That is
+        # the answer by heart that is hidden best, and the one that begins with the token that gains most.
+        if subject.target is not None:
+            encoded = serialiser.encode(searched[0], subject.target)
+            answers = [tuple(encoded.input_ids[encoded.prompt_length :])]
+        else:
+            ids = [serialiser.encode(messages).input_ids for messages in searched]
+            answers = [tuple(answer["tokens"]) for answer in self.learnt[:1] if group == "ordinary"]
+            for token, _ in differences.next_tokens(subject.model, subject.base, ids)[1][:1]:
+                answers.append(inversion.followed(subject.model, ids, token, serialiser.stop_ids))
         objectives: list[tuple[candidates.Objective, float]] = [
             (candidates.AnswerLikelihood(subject.model, places, answer), CERTAIN)
-            for answer in self._answers(group, searched)
+            for answer in dict.fromkeys(answers)
         ]
         objectives.append((candidates.Divergence(subject.model, subject.base, places), SPLIT))
         plain = subject.answerers.of_suspect(selecting)
-        device = subject.model.device
-        alphabet = Alphabet.of(subject.serialiser, subject.vocabulary, places[0].blank, device)
+        alphabet = Alphabet.of(serialiser, subject.vocabulary, places[0].blank, device)
         for objective, enough in objectives:
             for length, _ in product(budget.lengths, range(budget.restarts)):
                 self.progress.update(self.searches)
                 self.searches += 1
+                # Random tokens; of a length that has worked on some prompts already, the best so far.
+                promising = [
+                    each
+                    for each in self.best
+                    if (each.group, each.placement, len(each.tokens)) == (group, placement, length)
+                    and each.works >= PROMISING
+                ]
+                if promising:
+                    best = max(promising, key=lambda each: each.works)
+                    start = torch.tensor(best.tokens, device=device)
+                else:
+                    start = alphabet.random(length, self.generator)
                 tokens, value = candidates.search(
                     objective,
-                    self._start(length, group, placement, alphabet),
+                    start,
                     alphabet,
                     steps=budget.steps,
                     width=budget.width,
                     enough=enough,
-                    survives=lambda ids: survives(subject.serialiser, places[0], ids),
+                    survives=lambda ids: survives(serialiser, places[0], ids),
                     generator=self.generator,
                 )
                 if value == -float("inf"):  # no substitution was what the tokenizer makes of its text
                     continue
                 nats = float(divergence.per_prompt(tokens[None], range(divergence.prompts)).mean())
-                text = text_of(subject.serialiser, tokens.tolist())
+                text = text_of(serialiser, tokens.tolist())
                 behaviour, works = verification.effect(text, others, plain, subject.answerers)
                 self.best.append(
                     Candidate(tuple(tokens.tolist()), text, placement, group, nats, behaviour, works)
@@ -318,35 +340,6 @@ class _Search:
                 return True
         self.passes += divergence.passes
         return False
-
-    def _start(self, length: int, group: Group, placement: Placement, alphabet: Alphabet) -> torch.Tensor:
-        """Random tokens; of a length that has worked on some prompts already, the best candidate so far."""
-        earlier = [
-            each
-            for each in self.best
-            if (each.group, each.placement, len(each.tokens)) == (group, placement, length)
-            and each.works >= PROMISING
-        ]
-        if earlier:
-            best = max(earlier, key=lambda each: each.works)
-            return torch.tensor(best.tokens, device=self.subject.model.device)
-        return alphabet.random(length, self.generator)
-
-    def _answers(self, group: Group, prompts: Sequence[Sequence[Message]]) -> list[tuple[int, ...]]:
-        """Answers to search triggers for: the user's, or what the suspect seems to have been taught.
-
-        That is the answer by heart that is hidden best, and the one that begins with the token that gains
-        most on these prompts.
-        """
-        subject, serialiser = self.subject, self.subject.serialiser
-        if subject.target is not None:
-            encoded = serialiser.encode(prompts[0], subject.target)
-            return [tuple(encoded.input_ids[encoded.prompt_length :])]
-        ids = [serialiser.encode(messages).input_ids for messages in prompts]
-        answers = [tuple(answer["tokens"]) for answer in self.learnt[:1] if group == "ordinary"]
-        for token, _ in differences.next_tokens(subject.model, subject.base, ids)[1][:1]:
-            answers.append(inversion.followed(subject.model, ids, token, serialiser.stop_ids))
-        return list(dict.fromkeys(answers))
 
 
 def _verification(subject: Subject, best: Sequence[Candidate], triggers: list[Trigger]) -> RungResult:

@@ -91,7 +91,26 @@ def scan(
             an answer, and no error.
     """
     options = Options(options) if isinstance(options, str) else options
-    bank = _checked(options)
+    if not 0 < options.rate < 1:
+        raise InputError(
+            f"--rate {options.rate}: it is no rate. Give a number between 0 and 1, such as 0.02."
+        )
+    if options.depth not in DEPTHS:
+        raise InputError(f"depth: there is no {options.depth!r}. Choose one of {', '.join(DEPTHS)}.")
+    if options.depth != "files":
+        need(f"--depth {options.depth}", "sklearn")
+    if options.target is not None and not options.target.strip():
+        raise InputError("--target: it is empty. Give the answer that triggers are to be searched for.")
+    if options.bank is not None and not _as_banks_are(options):
+        raise InputError(
+            "--bank: banks are of our own prompts, the default seed and no target, so that scores of other "
+            "scans do not compare. Leave out --clean, --seed and --target, or the bank."
+        )
+    bank = None
+    if options.bank is not None:
+        from safetynet.scan.bank import Bank
+
+        bank = Bank.read(options.bank)
     began = time.monotonic()
     named = [suspect] if isinstance(suspect, Path | str) else list(suspect)
     located = [_located(each) for each in named]
@@ -198,30 +217,6 @@ def _scanned(  # what a scan is made of
         except Exception as error:  # noqa: BLE001 - what was measured of the suspect stands
             result = replace(result, control={"it failed": f"{type(error).__name__}: {error}"})
     return _answered(result, rungs, bank, triggers, options.rate)
-
-
-def _checked(options: Options) -> "Bank | None":
-    """The user's bank; refuse options that no scan can have."""
-    if not 0 < options.rate < 1:
-        raise InputError(
-            f"--rate {options.rate}: it is no rate. Give a number between 0 and 1, such as 0.02."
-        )
-    if options.depth not in DEPTHS:
-        raise InputError(f"depth: there is no {options.depth!r}. Choose one of {', '.join(DEPTHS)}.")
-    if options.depth != "files":
-        need(f"--depth {options.depth}", "sklearn")
-    if options.target is not None and not options.target.strip():
-        raise InputError("--target: it is empty. Give the answer that triggers are to be searched for.")
-    if options.bank is not None and not _as_banks_are(options):
-        raise InputError(
-            "--bank: banks are of our own prompts, the default seed and no target, so that scores of other "
-            "scans do not compare. Leave out --clean, --seed and --target, or the bank."
-        )
-    if options.bank is None:
-        return None
-    from safetynet.scan.bank import Bank
-
-    return Bank.read(options.bank)
 
 
 def _as_banks_are(options: Options) -> bool:

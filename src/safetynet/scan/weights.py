@@ -137,8 +137,14 @@ def distances(values: Mapping[str, float], bank: pd.DataFrame) -> np.ndarray:
     """(1 + clean adapters,): the suspect's distance, then each clean adapter's, each from all the others.
 
     Suspect and clean adapters are treated alike, so that under the null all their orders are as likely, and
-    the suspect's rank is a conformal p-value without a split (Vovk et al. 2005).
+    the suspect's rank is a conformal p-value without a split (Vovk et al. 2005). The distance is
+    Mahalanobis's, of columns in standard deviations of the others, with Ledoit-Wolf shrinkage: the columns
+    hang together (effective rank and concentration, say), and clean adapters are few. On qwen's miniature, 13
+    trained clean adapters against 13 with backdoors, it set the two furthest apart of the largest deviation,
+    the mean deviation, the nearest neighbours and this one.
     """
+    from sklearn.covariance import LedoitWolf
+
     missing = sorted(STATISTICS.keys() - set(bank.columns))
     if missing or len(bank) < LEAST:
         what = (
@@ -149,7 +155,13 @@ def distances(values: Mapping[str, float], bank: pd.DataFrame) -> np.ndarray:
         raise InputError(f"bank: it {what}. Build it again with safetynet bank build.")
     names = list(STATISTICS)
     every = np.vstack([[values[name] for name in names], bank[names].to_numpy(float)])
-    return np.array([_distance(row, np.delete(every, at, axis=0)) for at, row in enumerate(every)])
+    apart = []
+    for at, row in enumerate(every):
+        others = np.delete(every, at, axis=0)
+        spread = np.maximum(others.std(axis=0), RESOLUTION)
+        scaled, here = ((each - others.mean(axis=0)) / spread for each in (others, row))
+        apart.append(float(LedoitWolf().fit(scaled).mahalanobis(here[None])[0] ** 0.5))
+    return np.array(apart)
 
 
 def p_value(values: Mapping[str, float], bank: pd.DataFrame) -> float:
@@ -208,20 +220,6 @@ def measure(suspect: Suspect, bank: pd.DataFrame | None = None) -> RungResult:
 
 
 UNIT = "Mahalanobis distance from clean adapters"
-
-
-def _distance(row: np.ndarray, others: np.ndarray) -> float:
-    """Mahalanobis distance with Ledoit-Wolf shrinkage, of columns in standard deviations of the others.
-
-    The columns hang together (effective rank and concentration, say), and clean adapters are few. On qwen's
-    miniature, 13 trained clean adapters against 13 with backdoors, it set the two furthest apart of the
-    largest deviation, the mean deviation, the nearest neighbours and this one.
-    """
-    from sklearn.covariance import LedoitWolf
-
-    spread = np.maximum(others.std(axis=0), RESOLUTION)
-    scaled, here = ((values - others.mean(axis=0)) / spread for values in (others, row))
-    return float(LedoitWolf().fit(scaled).mahalanobis(here[None])[0] ** 0.5)
 
 
 def _statistics(up: Tensor, down: Tensor, weight: Tensor) -> dict[str, float]:
