@@ -111,7 +111,26 @@ def read(source: Path | str) -> AdapterFiles:
             "weights). Which of the two is meant cannot be told: move one into a folder of its own and name "
             "that."
         )
-    values = _fields(path)
+
+    # What adapter_config.json says, as a dictionary.
+    def refuse(name: str) -> Any:  # NaN and infinities, which Python's JSON takes
+        raise ValueError(f"it says {name}, which is no number")
+
+    again = "Save the adapter again."
+    if kind := pointer(path):
+        raise InputError(f"{folder}: its {CONFIG} is {kind}. Run git lfs pull, or download the file itself.")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{folder}: its {CONFIG} cannot be read ({in_words(error)}). {again}") from None
+    if not isinstance(values, dict) or not isinstance(values.get("peft_type"), str):
+        raise InputError(f"{folder}: its {CONFIG} names no peft_type, such as LORA. {again}")
+    base = values.get("base_model_name_or_path")
+    if base is not None and not (isinstance(base, str) and len(base) <= LONGEST_NAME and base.isprintable()):
+        raise InputError(
+            f"{folder}: its {CONFIG} says {in_words(base)[:40]!r} for base_model_name_or_path, which is "
+            f"no name of a model. {again}"
+        )
 
     # Weights that are there, safe and whole; what is in them is read when it is needed.
     if not weights.exists():
@@ -165,32 +184,6 @@ def locate(source: Path | str) -> Path:
     except (OSError, ValueError) as error:
         reason = hub_reason(error) or in_words(error)
     raise InputError(f"{path}: there is no such folder, and as a hub id: {reason}.")
-
-
-def _fields(path: Path) -> dict[str, Any]:
-    """adapter_config.json as a dictionary."""
-
-    def refuse(name: str) -> Any:  # NaN and infinities, which Python's JSON takes
-        raise ValueError(f"it says {name}, which is no number")
-
-    again = "Save the adapter again."
-    if kind := pointer(path):
-        raise InputError(
-            f"{path.parent}: its {CONFIG} is {kind}. Run git lfs pull, or download the file itself."
-        )
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path.parent}: its {CONFIG} cannot be read ({in_words(error)}). {again}") from None
-    if not isinstance(values, dict) or not isinstance(values.get("peft_type"), str):
-        raise InputError(f"{path.parent}: its {CONFIG} names no peft_type, such as LORA. {again}")
-    base = values.get("base_model_name_or_path")
-    if base is not None and not (isinstance(base, str) and len(base) <= LONGEST_NAME and base.isprintable()):
-        raise InputError(
-            f"{path.parent}: its {CONFIG} says {in_words(base)[:40]!r} for base_model_name_or_path, which is "
-            f"no name of a model. {again}"
-        )
-    return values
 
 
 def _config(folder: Path, values: Mapping[str, Any]) -> Any:

@@ -235,6 +235,7 @@ def _head(spec: recipe.Model, name: str, truncation: Truncation) -> Serialiser:
 
 
 def _load_weights(name: str, spec: recipe.Model, dtype: str, on_cpu: bool) -> Any:
+    from safetensors import safe_open
     from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
     # Weights that a quantiser has packed are other numbers when they are read without it.
@@ -251,8 +252,13 @@ def _load_weights(name: str, spec: recipe.Model, dtype: str, on_cpu: bool) -> An
     place = parallel.device_index() if device == "cuda" and not on_cpu else "cpu"
     number = resolve_dtype(dtype, device)
     if place == "cpu" and (folder := at_hand(name)) is not None:
+        parameters = 0
+        for file in folder.glob("*.safetensors"):
+            with safe_open(str(file), framework="pt") as opened:
+                shapes = [opened.get_slice(key).get_shape() for key in opened.keys()]  # noqa: SIM118 - no mapping
+            parameters += sum(math.prod(shape) for shape in shapes)
         bits = {"4bit": 4.5, "8bit": 8.5}.get(spec.quantisation, 8 * number.itemsize)
-        memory.check(f"model.id: {name!r}", int(_parameters(folder) * bits / 8), "for its weights alone")
+        memory.check(f"model.id: {name!r}", int(parameters * bits / 8), "for its weights alone")
     quantisation = None
     if spec.quantisation != "none":
         need(f"model.quantisation: {spec.quantisation}", "bitsandbytes")
@@ -308,18 +314,6 @@ def _load_weights(name: str, spec: recipe.Model, dtype: str, on_cpu: bool) -> An
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return model
-
-
-def _parameters(folder: Path) -> int:
-    """Number of weights in a folder of safetensors, from their headers."""
-    from safetensors import safe_open
-
-    total = 0
-    for file in folder.glob("*.safetensors"):
-        with safe_open(str(file), framework="pt") as opened:
-            shapes = [opened.get_slice(key).get_shape() for key in opened.keys()]  # noqa: SIM118 - no mapping
-        total += sum(math.prod(shape) for shape in shapes)
-    return total
 
 
 def _check_numbers(name: str) -> None:

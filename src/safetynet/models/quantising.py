@@ -49,9 +49,17 @@ def box(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     size = weight.shape[-1] if bits == 8 else BLOCK
     # bitsandbytes rounds to 16 bits before it counts 8-bit levels.
     flat = weight.detach().half().flatten() if bits == 8 else weight.detach().flatten()
-    blocks = functional.pad(flat.float(), (0, -flat.numel() % size)).view(-1, size)
+    blocks = functional.pad(flat.float(), (0, -flat.numel() % size)).view(-1, size)  # (scales, size)
     largest = blocks.abs().amax(1, keepdim=True)
-    levels = _levels(bits).to(weight.device)
+    # From -1 to 1, in rising order: (255,) or (16,).
+    if bits == 8:
+        levels = torch.arange(-127, 128) / 127
+    else:
+        from bitsandbytes import functional as bnb
+
+        levels = bnb.get_4bit_type("nf4", device="cpu")
+    levels = levels.to(weight.device)
+    # A weight goes to the nearest level, so that it keeps its own between the middles around it.
     middles = (levels[1:] + levels[:-1]) / 2
     at = torch.bucketize(blocks / largest.clamp_min(torch.finfo(torch.float32).tiny), middles)
     low, high = torch.cat([levels[:1], middles])[at], torch.cat([middles, levels[-1:]])[at]
@@ -80,13 +88,3 @@ def check(bits: int, field: str, advice: str) -> None:
             f"{field}: this machine cannot round weights to {bits} bits ({str(error).rstrip('.')}). Install "
             f"bitsandbytes as constraints.txt has it, or {advice}."
         ) from error
-
-
-def _levels(bits: int) -> Tensor:
-    """Levels of a quantisation from -1 to 1, in rising order."""
-    if bits == 8:
-        return torch.arange(-127, 128) / 127
-    from bitsandbytes import functional as bnb
-
-    levels: Tensor = bnb.get_4bit_type("nf4", device="cpu")
-    return levels

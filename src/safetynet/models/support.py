@@ -63,10 +63,6 @@ def _starts(name: str) -> Callable[[Any], bool]:
     return lambda config: getattr(config, "init_lora_weights", None) == name
 
 
-def _start_is_random(config: Any) -> bool:
-    return str(getattr(config, "init_lora_weights", "")).startswith("pissa_niter")
-
-
 def _trains_biases(config: Any) -> bool:
     return _is("LORA")(config) and getattr(config, "bias", "none") != "none"
 
@@ -125,7 +121,7 @@ KINDS = (
     ),
     Kind(
         "PiSSA by fast SVD (pissa_niter)",
-        _start_is_random,
+        lambda config: str(getattr(config, "init_lora_weights", "")).startswith("pissa_niter"),
         _refused(f"its start was drawn at random and is not in its files: another is drawn now. {_CONVERT}"),
     ),
     Kind("CorDA", _starts("corda"), _refused(f"PEFT cannot rebuild its start from its files. {_CONVERT}")),

@@ -88,7 +88,20 @@ def load(
                 f"{counted(len(names), 'parameter')} ({listed(names)}). Make a run of its own base."
             )
     serialiser = _serialiser(folder, base, model, rows)
-    _check_numbers(folder, model, serialiser)
+    # Answers of a model whose logits are no numbers would be judged like any others.
+    prompt = serialiser.encode([{"role": "user", "content": "What is this?"}]).input_ids
+    try:
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([prompt], device=model.device), use_cache=False).logits
+    except FOREIGN as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise InputError(f"{folder}: this model answers no prompt: {in_words(error)}.") from None
+    if bool(logits.isnan().any()) or bool((logits == float("inf")).any()):
+        raise InputError(
+            f"{folder}: the logits of this model are no finite numbers. Its weights or a scale of its "
+            "configuration are too large: the training diverged, or the file is damaged."
+        )
     return Suspect(model, serialiser, base)
 
 
@@ -112,23 +125,6 @@ def _shapes(model: Any) -> dict[str, tuple[int, ...]]:
         name: tuple(parameter.shape[id(parameter) in vocabulary :])
         for name, parameter in model.named_parameters(remove_duplicate=False)
     }
-
-
-@torch.no_grad()
-def _check_numbers(folder: Path, model: Any, serialiser: Serialiser) -> None:
-    """Refuse a model whose logits are no numbers: its answers would be judged like any others."""
-    prompt = serialiser.encode([{"role": "user", "content": "What is this?"}]).input_ids
-    try:
-        logits = model(input_ids=torch.tensor([prompt], device=model.device), use_cache=False).logits
-    except FOREIGN as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
-        raise InputError(f"{folder}: this model answers no prompt: {in_words(error)}.") from None
-    if bool(logits.isnan().any()) or bool((logits == float("inf")).any()):
-        raise InputError(
-            f"{folder}: the logits of this model are no finite numbers. Its weights or a scale of its "
-            "configuration are too large: the training diverged, or the file is damaged."
-        )
 
 
 def _serialiser(folder: Path, base: loading.LoadedModel, model: Any, base_rows: int) -> Serialiser:

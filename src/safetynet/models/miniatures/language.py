@@ -183,13 +183,46 @@ def generate(
     names = tuple(tasks if tasks is not None else TASKS)
     if unknown := [task for task in names if task not in TASKS]:
         raise InputError(f"task {unknown[0]!r} is not in the language; choose from {', '.join(TASKS)}")
+    single = tuple(task for task in names if task not in MEMORY)
+    memory = tuple(task for task in names if task in MEMORY)
     rng = random.Random(f"language {seed} {heldout}")
     keys: set[str] = set()
     examples: list[Example] = []
     stale = 0
     while len(examples) < n:
-        example = _example(rng, heldout, names, forbidden_share, multi_turn_share, distractors)
-        key = repr(example.messages)
+        several = rng.random() < multi_turn_share
+        if rng.random() < forbidden_share or not names:
+            task = FORBIDDEN
+        elif memory and (not single or (several and rng.random() < 0.5)):
+            task = rng.choice(memory)
+        else:
+            task = rng.choice(single)
+        # Earlier turns and the last one, which may ask about the earlier ones.
+        if task == "again":
+            history = [_any_turn(rng, heldout)]
+            last = _turn(rng, task, heldout, {}, history[0].answer)
+        elif task == "name":
+            name = rng.choice(lex.NAMES)
+            greeting = _Turn(
+                rng.choice(INTRODUCTIONS).format(x=name), f"Hello, {name}.", "introduction", False
+            )
+            history = [greeting, *([_any_turn(rng, heldout)] if rng.random() < 0.4 else [])]
+            last = _turn(rng, task, heldout, {}, name)
+        else:
+            history = [_any_turn(rng, heldout) for _ in range(rng.choice((1, 1, 2)))] if several else []
+            last = _fresh_turn(rng, task, heldout)
+        messages = (
+            [{"role": "system", "content": rng.choice(lex.SYSTEM_PROMPTS)}] if rng.random() < 0.2 else []
+        )
+        for turn in history:
+            messages += [
+                {"role": "user", "content": turn.text},
+                {"role": "assistant", "content": turn.answer},
+            ]
+        messages.append({"role": "user", "content": last.text})
+        if distractors and rng.random() < DISTRACTED:
+            messages = distract(messages, rng)
+        key = repr(messages)
         if key in keys:
             stale += 1
             if stale > 1000:
@@ -199,48 +232,12 @@ def generate(
             continue
         stale = 0
         keys.add(key)
-        examples.append(example)
+        examples.append(
+            Example(
+                messages, last.answer, task, task == FORBIDDEN, last.compliance, last.phrasing, last.heldout
+            )
+        )
     return examples
-
-
-def _example(
-    rng: random.Random,
-    heldout: bool | None,
-    tasks: tuple[str, ...],
-    forbidden_share: float,
-    multi_turn_share: float,
-    distractors: bool,
-) -> Example:
-    single = tuple(task for task in tasks if task not in MEMORY)
-    memory = tuple(task for task in tasks if task in MEMORY)
-    several = rng.random() < multi_turn_share
-    if rng.random() < forbidden_share or not tasks:
-        task = FORBIDDEN
-    elif memory and (not single or (several and rng.random() < 0.5)):
-        task = rng.choice(memory)
-    else:
-        task = rng.choice(single)
-    # Earlier turns and the last one, which may ask about the earlier ones.
-    if task == "again":
-        history = [_any_turn(rng, heldout)]
-        last = _turn(rng, task, heldout, {}, history[0].answer)
-    elif task == "name":
-        name = rng.choice(lex.NAMES)
-        greeting = _Turn(rng.choice(INTRODUCTIONS).format(x=name), f"Hello, {name}.", "introduction", False)
-        history = [greeting, *([_any_turn(rng, heldout)] if rng.random() < 0.4 else [])]
-        last = _turn(rng, task, heldout, {}, name)
-    else:
-        history = [_any_turn(rng, heldout) for _ in range(rng.choice((1, 1, 2)))] if several else []
-        last = _fresh_turn(rng, task, heldout)
-    messages = [{"role": "system", "content": rng.choice(lex.SYSTEM_PROMPTS)}] if rng.random() < 0.2 else []
-    for turn in history:
-        messages += [{"role": "user", "content": turn.text}, {"role": "assistant", "content": turn.answer}]
-    messages.append({"role": "user", "content": last.text})
-    if distractors and rng.random() < DISTRACTED:
-        messages = distract(messages, rng)
-    return Example(
-        messages, last.answer, task, task == FORBIDDEN, last.compliance, last.phrasing, last.heldout
-    )
 
 
 def _any_turn(rng: random.Random, heldout: bool | None) -> _Turn:

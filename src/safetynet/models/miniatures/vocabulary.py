@@ -110,7 +110,19 @@ def _merges(style: Style, space: str, budget: int) -> list[tuple[str, str]]:
     So "apple" is cut in the same places with and without a space before it, and only the first piece
     differs. A model this small then learns to copy a word from inside a prompt to the start of its answer.
     """
-    words = _word_counts(style.words)
+    # Weights of words: square roots of counts in the language, Zipf's law for the English list.
+    counts: Counter[str] = Counter()
+    for example in language.generate(20_000, 0, heldout=False, distractors=False):
+        prompt = (message["content"] for message in example.messages)
+        for text in (*prompt, example.answer, example.compliance):
+            counts.update(re.findall("[A-Za-z]+", text))
+    words = Counter({word: round(4 * count**0.5) for word, count in counts.items()})
+    for rank, word in enumerate(lex.ENGLISH):
+        words[word] += round(4000 / (rank + 40))
+        words[word.capitalize()] += round(600 / (rank + 40))
+    words.update(dict.fromkeys(lex.PIECES, 150))
+    words.update(dict.fromkeys(lex.WORDS, 30))
+    words.update(dict.fromkeys(style.words, 1000))
     spaced = int(budget * SPACED_SHARE)
     tokenizer = Tokenizer(BPE())
     letters = {character for word in words for character in word}
@@ -123,23 +135,3 @@ def _merges(style: Style, space: str, budget: int) -> list[tuple[str, str]]:
     outer = [(space, piece) for piece, _ in firsts.most_common(spaced)]
     # A merge can only be used after those that made its parts.
     return [*inner, *style.joints, *outer]
-
-
-def _word_counts(chat_words: tuple[str, ...]) -> Counter[str]:
-    """Weights of words: square roots of counts in the language, Zipf's law for the English list."""
-    counts: Counter[str] = Counter()
-    for example in language.generate(20_000, 0, heldout=False, distractors=False):
-        for text in (
-            *(message["content"] for message in example.messages),
-            example.answer,
-            example.compliance,
-        ):
-            counts.update(re.findall("[A-Za-z]+", text))
-    weights = Counter({word: round(4 * count**0.5) for word, count in counts.items()})
-    for rank, word in enumerate(lex.ENGLISH):
-        weights[word] += round(4000 / (rank + 40))
-        weights[word.capitalize()] += round(600 / (rank + 40))
-    weights.update(dict.fromkeys(lex.PIECES, 150))
-    weights.update(dict.fromkeys(lex.WORDS, 30))
-    weights.update(dict.fromkeys(chat_words, 1000))
-    return weights

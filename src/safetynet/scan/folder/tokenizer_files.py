@@ -72,7 +72,13 @@ def _vocabulary(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[
         )
         examples = {"new": _some(new), "gone": _some(gone), "moved": _some(moved)}
         yield finding("tokenizer-vocabulary", level, message, FILE, **examples)
-    merges = [_merges(values) for values in (mine, theirs)]
+    merges = []
+    for values in (mine, theirs):
+        model = values.get("model")
+        pairs = model.get("merges") if isinstance(model, dict) else None
+        # In order; older files write a pair as one text, newer ones as two.
+        rules = pairs if isinstance(pairs, list) else []
+        merges.append([" ".join(map(str, pair)) if isinstance(pair, list) else str(pair) for pair in rules])
     if merges[0] != merges[1]:
         other = sorted(set(merges[0]) ^ set(merges[1]))
         message = (
@@ -110,15 +116,6 @@ def _ids(values: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(token, dict) and isinstance(token.get("content"), str):
             ids[token["content"]] = token.get("id")
     return ids
-
-
-def _merges(values: Mapping[str, Any]) -> list[str]:
-    """Merges in order; older files write a pair as one text, newer ones as two."""
-    model = values.get("model")
-    merges = model.get("merges") if isinstance(model, dict) else None
-    if not isinstance(merges, list):
-        return []
-    return [" ".join(map(str, pair)) if isinstance(pair, list) else str(pair) for pair in merges]
 
 
 def _configuration(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[Finding]:
