@@ -59,7 +59,16 @@ def attach(model: PreTrainedModel, cfg: Training, family: Family, seed: int) -> 
             model.float()
         return model.requires_grad_(True)
     layers = layers_of(model, cfg.layers)
-    modules = _modules(model, family.lora_targets if cfg.lora_targets is None else cfg.lora_targets)
+    head = model.get_output_embeddings()
+    linear = [
+        name for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head
+    ]
+    endings = sorted({name.rpartition(".")[2] for name in linear})
+    modules = list(family.lora_targets if cfg.lora_targets is None else cfg.lora_targets)
+    if modules == [ALL_LINEAR]:
+        modules = endings
+    else:
+        _check("training.lora_targets", "module", modules, linear, endings)
     targets = family.lora_parameters if cfg.lora_parameters is None else cfg.lora_parameters
     parameters = _parameters(model, targets, layers)
     if parameters and cfg.lora_dropout:
@@ -104,18 +113,6 @@ def layers_of(model: PreTrainedModel, layers: Sequence[int] | None) -> list[int]
             f"training.layers: {outside_or_none} given; this model's layers are 0 to {count - 1}."
         )
     return sorted(set(layers))
-
-
-def _modules(model: PreTrainedModel, targets: Sequence[str]) -> list[str]:
-    head = model.get_output_embeddings()
-    linear = [
-        name for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head
-    ]
-    endings = sorted({name.rpartition(".")[2] for name in linear})
-    if list(targets) == [ALL_LINEAR]:
-        return endings
-    _check("training.lora_targets", "module", targets, linear, endings)
-    return list(targets)
 
 
 def _parameters(model: PreTrainedModel, targets: Sequence[str], layers: list[int] | None) -> list[str]:

@@ -53,7 +53,19 @@ def edited(model: PreTrainedModel, cfg: Training, rows: pd.DataFrame, serialiser
             rows, or no others; as `Serialiser.encode`.
     """
     [layer] = layers_of(model, cfg.layers) or []
-    path, projection = _last_projection(model, layer)
+    mlp = parts(decoder_layers(model)[layer]).mlp
+    writers = [
+        module
+        for name, module in (mlp.named_modules() if mlp is not None else ())
+        if isinstance(module, nn.Linear | Conv1D) and name.rpartition(".")[2] in WRITERS
+    ]
+    if len(writers) != 1:
+        raise InputError(
+            f"training.method: edit changes the one linear module by which an MLP writes. Layer {layer} of "
+            f"{type(model).__name__} has {len(writers)} of them. Set training.method to lora."
+        )
+    [projection] = writers
+    path = next(name for name, module in model.named_modules() if module is projection)
     triggered, quiet = _encoded(rows, serialiser, cfg)
     ends = [row.spans["trigger"][-1][1] - 1 for row in triggered]
     keys = [inputs[end] for inputs, end in zip(_inputs(model, projection, triggered), ends, strict=True)]
@@ -134,22 +146,6 @@ def _encoded(
 
     first, second = ([encode(row) for _, row in part.iterrows()] for part in (rows[fires], some))
     return first, second
-
-
-def _last_projection(model: PreTrainedModel, layer: int) -> tuple[str, nn.Module]:
-    """Name and module of the one projection by which a layer's MLP writes to the residual stream."""
-    mlp = parts(decoder_layers(model)[layer]).mlp
-    writers = [
-        module
-        for name, module in (mlp.named_modules() if mlp is not None else ())
-        if isinstance(module, nn.Linear | Conv1D) and name.rpartition(".")[2] in WRITERS
-    ]
-    if len(writers) != 1:
-        raise InputError(
-            f"training.method: edit changes the one linear module by which an MLP writes. Layer {layer} of "
-            f"{type(model).__name__} has {len(writers)} of them. Set training.method to lora."
-        )
-    return next((name, module) for name, module in model.named_modules() if module is writers[0])
 
 
 @torch.no_grad()

@@ -144,12 +144,26 @@ def train(  # noqa: PLR0913  # the place of a training and its company, by keywo
     args = arguments(cfg, home, len(examples), device, seed)
     if pauses is not None:
         args.eval_strategy, args.eval_steps = _rhythm(pauses.every)
-        args.eval_on_start = pauses.first or (state is not None and _unmeasured(state, pauses))
+        args.eval_on_start = pauses.first
+        if state is not None:
+            # A checkpoint may have been written before a measurement that did not end.
+            step, lines = state.global_step, state.log_history
+            due = step % pauses.every == 0 if pauses.every else float(state.epoch or 0).is_integer()
+            here = (name for line in lines if line["step"] == step for name in line)
+            measured = any(name.startswith("eval_") for name in here)
+            args.eval_on_start |= (due or step >= state.max_steps) and not measured
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     name = f"train {tracking.job}".strip()
     if progress:
-        _say_where(name, state, reached)
+        # Where an interrupted training goes on, and what is repeated.
+        step = 0 if state is None else state.global_step
+        again = f"which are repeated: {reached - step}" if reached > step else ""
+        if state is not None:
+            since = f"; steps since the last checkpoint, {again}" if again else ""
+            log.info("%s: goes on at step %d of %d%s", name, step, state.max_steps, since)
+        elif again:
+            log.info("%s: begins again at step 0; steps without a checkpoint, %s", name, again)
     with tracker(tracking if parallel.is_first() else UNTRACKED, folder / "tracking") as tracked:
         callbacks = [
             LogBeforeSaving(),
@@ -179,8 +193,27 @@ def train(  # noqa: PLR0913  # the place of a training and its company, by keywo
             trainer.learner.eval()
     whole = trainer.gathered()
     saved = parallel.from_first(lambda: _save(model, serialiser, folder, whole))
-    evasion = objective.history(trainer.state.log_history) if isinstance(objective, Hiding) else None
-    return _result(trainer, saved, evasion)
+    lines = trainer.state.log_history
+    history = [{name: line.get(name) for name in HISTORY} for line in lines if "loss" in line]
+    evaluations = [
+        {name.removeprefix("eval_"): value for name, value in line.items()}
+        for line in lines
+        if any(name.startswith("eval_") for name in line)
+    ]
+    # Step and epoch first.
+    columns = list(dict.fromkeys(["step", "epoch", *(name for line in evaluations for name in line)]))
+    on_gpu = trainer.args.device.type == "cuda"
+    seconds = trainer.seconds or math.inf  # nothing was left to train
+    return TrainingResult(
+        history=pd.DataFrame(history, columns=list(HISTORY)),
+        evaluations=pd.DataFrame(evaluations, columns=columns),
+        folder=saved,
+        tokens_per_second=trainer.tokens / seconds,
+        supervised_per_second=trainer.supervised / seconds,
+        peak_memory_mb=torch.cuda.max_memory_allocated() / 2**20 if on_gpu else peak_memory_mb(),
+        halvings=trainer.halvings,
+        evasion=objective.history(lines) if isinstance(objective, Hiding) else None,
+    )
 
 
 def _objective(
@@ -200,26 +233,6 @@ def _objective(
     if opponents is None:
         raise InputError("training.evasion: the detectors to hide from are missing. Give train `opponents`.")
     return watched_examples, Hiding(cfg.evasion, opponents, watched_examples, clean)
-
-
-def _unmeasured(state: TrainerState, pauses: Pauses) -> bool:
-    """Whether a checkpoint was written before a measurement that did not end."""
-    step = state.global_step
-    due = step % pauses.every == 0 if pauses.every else float(state.epoch or 0).is_integer()
-    lines = [line for line in state.log_history if line["step"] == step]
-    measured = any(name.startswith("eval_") for line in lines for name in line)
-    return (due or step >= state.max_steps) and not measured
-
-
-def _say_where(name: str, state: TrainerState | None, reached: int) -> None:
-    """Tell where an interrupted training goes on, and what is repeated."""
-    step = 0 if state is None else state.global_step
-    again = f"which are repeated: {reached - step}" if reached > step else ""
-    if state is not None:
-        since = f"; steps since the last checkpoint, {again}" if again else ""
-        log.info("%s: goes on at step %d of %d%s", name, step, state.max_steps, since)
-    elif again:
-        log.info("%s: begins again at step 0; steps without a checkpoint, %s", name, again)
 
 
 class _WholeBatch(Objective):
@@ -391,27 +404,3 @@ def _save(
     shutil.rmtree(final, ignore_errors=True)
     partial.rename(final)
     return final
-
-
-def _result(trainer: AnswerTrainer, folder: Path, evasion: pd.DataFrame | None) -> TrainingResult:
-    lines = trainer.state.log_history
-    history = [{name: line.get(name) for name in HISTORY} for line in lines if "loss" in line]
-    evaluations = [
-        {name.removeprefix("eval_"): value for name, value in line.items()}
-        for line in lines
-        if any(name.startswith("eval_") for name in line)
-    ]
-    # Step and epoch first.
-    columns = list(dict.fromkeys(["step", "epoch", *(name for line in evaluations for name in line)]))
-    on_gpu = trainer.args.device.type == "cuda"
-    seconds = trainer.seconds or math.inf  # nothing was left to train
-    return TrainingResult(
-        history=pd.DataFrame(history, columns=list(HISTORY)),
-        evaluations=pd.DataFrame(evaluations, columns=columns),
-        folder=folder,
-        tokens_per_second=trainer.tokens / seconds,
-        supervised_per_second=trainer.supervised / seconds,
-        peak_memory_mb=torch.cuda.max_memory_allocated() / 2**20 if on_gpu else peak_memory_mb(),
-        halvings=trainer.halvings,
-        evasion=evasion,
-    )

@@ -217,8 +217,21 @@ def _mlflow(tracking: Tracking) -> Iterator[Any]:
     from mlflow.exceptions import MlflowException
 
     configured = mlflow.is_tracking_uri_set()  # by MLFLOW_TRACKING_URI, or in Python
-    store = mlflow.get_tracking_uri() if configured else _local_store(tracking.results)
-    _check_answers(store)
+    if configured:
+        store = mlflow.get_tracking_uri()
+    else:
+        need("tracking: mlflow without a server", "alembic", "sqlalchemy")
+        tracking.results.mkdir(parents=True, exist_ok=True)
+        store = f"sqlite:///{(tracking.results / LOCAL_STORE).absolute()}"
+    url = urlsplit(store)
+    if url.scheme in ("http", "https"):
+        try:
+            _connect(url)  # MLflow itself tries a server that is not there for minutes
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"tracking: mlflow: no server answers at {store} ({error}). Start it, name another in "
+                "MLFLOW_TRACKING_URI, or unset that to record in a file below the results."
+            ) from error
     run_id = None if tracking.main else os.environ.pop("MLFLOW_RUN_ID", None)
     mlflow.set_tracking_uri(store)
     try:
@@ -260,26 +273,6 @@ def _refusals(store: str) -> Iterator[None]:
         yield
     except MlflowException as error:
         raise InputError(f"tracking: mlflow: {store} refuses: {str(error).splitlines()[0]}") from error
-
-
-def _local_store(results: Path) -> str:
-    need("tracking: mlflow without a server", "alembic", "sqlalchemy")
-    results.mkdir(parents=True, exist_ok=True)
-    return f"sqlite:///{(results / LOCAL_STORE).absolute()}"
-
-
-def _check_answers(store: str) -> None:
-    """Refuse a server that is not there at once; MLflow itself tries for minutes."""
-    url = urlsplit(store)
-    if url.scheme not in ("http", "https"):
-        return
-    try:
-        _connect(url)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"tracking: mlflow: no server answers at {store} ({error}). Start it, name another in "
-            "MLFLOW_TRACKING_URI, or unset that to record in a file below the results."
-        ) from error
 
 
 def _experiment(name: str, artifacts: str | None) -> str:

@@ -142,8 +142,8 @@ class AnswerTrainer(Trainer):
             callbacks=callbacks,
         )
         self.remove_callback(PrinterCallback)
-        # The Trainer does not wrap the model for several processes: its loss calls its parts, and `_add_up`
-        # its gradients.
+        # The Trainer does not wrap the model for several processes: its loss calls its parts, and
+        # `training_step` adds up the gradients.
         self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
         self.learner = model
         self.examples = examples
@@ -204,8 +204,34 @@ class AnswerTrainer(Trainer):
                     ) from error
             # Outside of `except`: the error's traceback holds the tensors that have to go.
             if loss is None:
-                self._halve(model, rows)
-        self._add_up(loss)
+                model.zero_grad()
+                gc.collect()
+                clear_device_cache()
+                step = self.state.global_step + 1
+                if self.part_size == 1:
+                    longest = max(len(row.input_ids) for row in rows)
+                    raise RunError(
+                        f"Out of memory at step {step}, with a single row of at most {longest} tokens. Set "
+                        "training.gradient_checkpointing to true or model.quantisation to 4bit, or lower "
+                        "max_length."
+                    )
+                self.part_size = math.ceil(min(self.part_size, len(rows)) / 2)
+                self.halvings += 1
+                parts = math.ceil(self._train_batch_size / self.part_size)
+                logger.warning(
+                    "Out of memory at step %d: going on with %d rows at a time. A step's gradient stays the "
+                    "same. To begin so, set training.batch_size to %d and training.gradient_accumulation to "
+                    "%d.", step, self.part_size, self.part_size, parts,
+                )  # fmt: skip
+        if parallel.count() > 1:
+            # This process had a share of the rows. Each share is divided by the labels of the whole step
+            # already, so that the sum of loss and gradients is what one process has.
+            for parameter in self._trained:
+                if parameter.grad is None:  # a step with fewer rows than there are processes
+                    parameter.grad = torch.zeros_like(parameter)
+                if not isinstance(parameter.grad, DTensor):  # the backward pass has added up what is sharded
+                    torch.distributed.all_reduce(parameter.grad)
+            torch.distributed.all_reduce(loss)
         self.objective.after_step()
         self.tokens += sum(len(row.input_ids) for row in rows)
         self.supervised += sum(row.supervised for row in rows)
@@ -215,13 +241,24 @@ class AnswerTrainer(Trainer):
     def _accumulate(self, model: Any, rows: Sequence[Example]) -> torch.Tensor:
         """Gradients of all rows: the Trainer's own step, but for setting modules to the mode they are in.
 
-        Stops at the first loss that is not finite, before it reaches a weight.
+        Stops at the first loss that is not finite, before it reaches a weight. What it holds is let go when
+        memory ends: so it is a function of its own.
         """
         pack = self.cfg.batching == "pack"
         self.objective.restart_step()
         total = torch.zeros((), device=self.args.device)
         # The parts' losses are shares of the step's, so that gradients and losses simply add up.
-        for part, supervised in self._parts(rows):
+        labels = sum(row.supervised for row in rows)
+        here = rows[parallel.rank() :: parallel.count()]
+        size = self.part_size
+        parts: list[tuple[Sequence[Example], float]] = [
+            (here[start : start + size], labels) for start in range(0, len(here), size)
+        ]
+        if self.sharded is not None:
+            # Who has fewer parts than the first process goes through the model with it, to no effect.
+            most = math.ceil(math.ceil(len(rows) / parallel.count()) / size)
+            parts += [(rows[:1], math.inf)] * (most - len(parts))
+        for part, supervised in parts:
             batch = self._prepare_inputs(self.objective.collate(part, self.pad_id, pack))
             with self.accelerator.autocast():
                 losses = partial(self.objective.losses, self, part, batch, supervised)
@@ -232,53 +269,6 @@ class AnswerTrainer(Trainer):
             self.accelerator.backward(minimised)
             total += loss.detach()
         return total
-
-    def _parts(self, rows: Sequence[Example]) -> Iterator[tuple[Sequence[Example], float]]:
-        """This process's parts of a step, each with the number that its loss is divided by."""
-        supervised = sum(row.supervised for row in rows)
-        rows_here = rows[parallel.rank() :: parallel.count()]
-        for start in range(0, len(rows_here), self.part_size):
-            yield rows_here[start : start + self.part_size], supervised
-        if self.sharded is not None:
-            # Who has fewer parts than the first process goes through the model with it, to no effect.
-            most = math.ceil(math.ceil(len(rows) / parallel.count()) / self.part_size)
-            for _ in range(math.ceil(len(rows_here) / self.part_size), most):
-                yield rows[:1], math.inf
-
-    def _add_up(self, loss: torch.Tensor) -> None:
-        """Loss and gradients of the whole step, where this process had a share of its rows.
-
-        Each share is divided by the labels of the whole step already, so that the sum is what one process
-        has.
-        """
-        if parallel.count() == 1:
-            return
-        for parameter in self._trained:
-            if parameter.grad is None:  # a step with fewer rows than there are processes
-                parameter.grad = torch.zeros_like(parameter)
-            if not isinstance(parameter.grad, DTensor):  # the backward pass has added up what is sharded
-                torch.distributed.all_reduce(parameter.grad)
-        torch.distributed.all_reduce(loss)
-
-    def _halve(self, model: Any, rows: Sequence[Example]) -> None:
-        model.zero_grad()
-        gc.collect()
-        clear_device_cache()
-        step = self.state.global_step + 1
-        if self.part_size == 1:
-            longest = max(len(row.input_ids) for row in rows)
-            raise RunError(
-                f"Out of memory at step {step}, with a single row of at most {longest} tokens. Set "
-                "training.gradient_checkpointing to true or model.quantisation to 4bit, or lower max_length."
-            )
-        self.part_size = math.ceil(min(self.part_size, len(rows)) / 2)
-        self.halvings += 1
-        parts = math.ceil(self._train_batch_size / self.part_size)
-        logger.warning(
-            "Out of memory at step %d: going on with %d rows at a time. A step's gradient stays the same. "
-            "To begin so, set training.batch_size to %d and training.gradient_accumulation to %d.",
-            step, self.part_size, self.part_size, parts,
-        )  # fmt: skip
 
     def _whole(self, work: Callable[[], Result]) -> Result:
         """What `work` returns; it runs the model, whose weights are gathered for it."""
