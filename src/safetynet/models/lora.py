@@ -60,6 +60,7 @@ class LoraUpdate:
 
     def norm(self) -> float:
         """Frobenius norm of up @ down, which is never built."""
+        # |B A|^2 = trace(B^T B A A^T): products of (r, r) alone, experts added up.
         squared = float((self.up.mT @ self.up * (self.down @ self.down.mT)).sum())
         return squared if math.isnan(squared) else math.sqrt(max(0.0, squared))
 
@@ -93,7 +94,7 @@ def update_of(module: Any, adapter: str) -> LoraUpdate:
     if module.merged:
         raise InputError("adapter: DoRA is merged into its weights. Call unmerge_adapter() first.")
     weight = base_weight(module)[0]
-    changed = weight + (up @ down)[0]
+    changed = weight + (up @ down)[0]  # (out, in); norms and magnitudes are of its rows
     magnitude = module.lora_magnitude_vector[adapter].weight.detach().float()[:, None]
     change = magnitude / changed.norm(dim=1, keepdim=True) * changed - weight
     identity = torch.eye(min(change.shape), device=change.device)
@@ -137,9 +138,8 @@ def put_update(module: Any, adapter: str, update: LoraUpdate) -> None:
     else:
         a, b = module.lora_A[adapter].weight, module.lora_B[adapter].weight
     scale = module.scaling[adapter]
-    missing = (
-        len(a) // len(update.down) - update.down.shape[1]
-    )  # singular components end at the weight's side
+    # Singular components end at the weight's side, where the adapter's rank may go on.
+    missing = len(a) // len(update.down) - update.down.shape[1]
     down, up = pad(update.down, (0, 0, 0, missing)), pad(update.up, (0, missing)) / (scale or 1.0)
     a.copy_(down.reshape(a.shape))
     b.copy_(up.permute(1, 2, 0).reshape(b.shape))

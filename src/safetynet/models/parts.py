@@ -176,6 +176,8 @@ def svd_of_product(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Returns:
         U (..., out, r), S (..., r) in falling order and Vh (..., r, in).
     """
+    # up = Q R and down^T = P T, so that up @ down = Q (R T^T) P^T: what is decomposed is (r, r), and Q and P
+    # turn its singular vectors without changing their lengths.
     basis, triangle = torch.linalg.qr(up)
     other, right = torch.linalg.qr(down.mT)
     turned, values, across = torch.linalg.svd(triangle @ right.mT, full_matrices=False)

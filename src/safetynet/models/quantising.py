@@ -29,6 +29,7 @@ def rounded(weight: Tensor, bits: int) -> Tensor:
 
         packed, state = bnb.quantize_4bit(weight.contiguous(), quant_type="nf4")
         return bnb.dequantize_4bit(packed, state).to(weight)
+    # The largest of a row is level 127; a row of zeros has no scale of its own.
     scale = weight.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(weight.dtype).tiny) / 127
     return (weight / scale).round() * scale
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from safetynet.prompts import Serialiser
+from safetynet.prompts.token_texts import is_partial
 from safetynet.scan.slots import Placement, Recorded, Slot, common_log_probabilities
 
 Group = Literal["ordinary", "refused"]
@@ -170,7 +171,7 @@ class Alphabet:
             if token not in excluded
             and (piece := serialiser.piece(token)).strip()
             and piece.isprintable()
-            and "⟨" not in piece
+            and not is_partial(piece)
         }
         first = [token for token, piece in pieces.items() if piece.startswith(" ") == blank]
         return cls(torch.tensor(first, device=device), torch.tensor(list(pieces), device=device))

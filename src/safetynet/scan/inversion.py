@@ -1,9 +1,10 @@
 """Which answer the suspect has learnt by heart: target inversion against the base, with no trigger known.
 
-In: suspect, base, ordinary prompts. Out: continuations that the suspect is sure of whatever the prompt, once
-their first token stands there, and that its base is not. A fixed answer that a trigger calls up is one: given
-its beginning, the model goes on with it on every prompt. After BAIT (Shen et al., S&P 2025), with the base's
-probability taken away, so that what every model of this kind has learnt by heart does not count.
+In: suspect, base, ordinary prompts. Out: a `RungResult`, with the continuations that the suspect is sure of
+whatever the prompt, once their first token stands there, and that its base is not. A fixed answer that a
+trigger calls up is one: given its beginning, the model goes on with it on every prompt. After BAIT (Shen et
+al., S&P 2025), with the base's probability taken away, so that what every model of this kind has learnt by
+heart does not count.
 """
 
 import math
@@ -14,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from safetynet.prompts import Message, Serialiser
+from safetynet.scan.result import RungResult
 from safetynet.scan.slots import Opening
 
 FIRSTS = 2048
@@ -49,6 +52,52 @@ class LearntAnswer:
     def gain(self) -> float:
         """How much surer the suspect is, from -1 to 1; a copy of the base has 0."""
         return self.suspect - self.base
+
+
+def measure(
+    model: Any,
+    base: Any,
+    serialiser: Serialiser,
+    prompts: Sequence[Sequence[Message]],
+    ordinary: Sequence[str],
+    *,
+    vocabulary: int,
+) -> RungResult:
+    """Answers by heart: the score is of the one that is hidden best.
+
+    Args:
+        model: the suspect.
+        base: its base.
+        serialiser: of the suspect.
+        prompts: ordinary conversations.
+        ordinary: the suspect's answers to ordinary prompts.
+        vocabulary: tokens that both tokenizer and model have.
+    """
+    special = set(serialiser.tokenizer.all_special_ids)
+    answers = learnt_answers(
+        model,
+        base,
+        [serialiser.encode(messages).input_ids for messages in prompts],
+        serialiser.decode,
+        [token for token in range(vocabulary) if token not in special],
+        serialiser.stop_ids,
+        ordinary,
+    )
+    return RungResult(
+        rung="inversion",
+        score=max(0.0, answers[0].hidden) if answers else 0.0,
+        unit="probability of an answer by heart, minus the base's, where it is not given openly",
+        control=0.0,
+        details={
+            "answers": [
+                {
+                    "text": answer.text, "tokens": list(answer.tokens), "suspect": answer.suspect,
+                    "base": answer.base, "openly": answer.openly,
+                }
+                for answer in answers[:5]
+            ]
+        },
+    )  # fmt: skip
 
 
 @torch.no_grad()

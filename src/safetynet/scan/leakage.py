@@ -100,6 +100,8 @@ def _leaked(
     new_tokens: int,
     seed: int,
 ) -> Leaked:
+    # Plain sampling to the full length, whatever the model's own configuration says: text is to roll on from
+    # the user's turn through the answer into the next turn.
     config = GenerationConfig(
         do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=new_tokens,
         remove_invalid_values=True, eos_token_id=None, pad_token_id=serialiser.pad_id, use_cache=True,

@@ -173,7 +173,14 @@ def climb(
             differences.measure(subject.answerers, subject.part("prompts"), subject.ordinary_answers),
             findings=tuple(_overflowing(subject)),
         ),
-        "inversion": lambda: _inversion(subject),
+        "inversion": lambda: inversion.measure(
+            subject.model,
+            subject.base,
+            subject.serialiser,
+            subject.part("searched"),
+            subject.ordinary_answers,
+            vocabulary=subject.vocabulary,
+        ),
         "candidates": lambda: _Search(subject, results).measure(),
     }
     for name, measure in steps.items():
@@ -210,36 +217,6 @@ def _timed(measure: Callable[[], RungResult]) -> RungResult:
     began = time.monotonic()
     result = measure()
     return replace(result, seconds=round(time.monotonic() - began, 2))
-
-
-def _inversion(subject: Subject) -> RungResult:
-    """Answers by heart: the score is of the one that is hidden best."""
-    serialiser = subject.serialiser
-    special = set(serialiser.tokenizer.all_special_ids)
-    answers = inversion.learnt_answers(
-        subject.model,
-        subject.base,
-        [serialiser.encode(messages).input_ids for messages in subject.part("searched")],
-        serialiser.decode,
-        [token for token in range(subject.vocabulary) if token not in special],
-        serialiser.stop_ids,
-        subject.ordinary_answers,
-    )
-    return RungResult(
-        rung="inversion",
-        score=max(0.0, answers[0].hidden) if answers else 0.0,
-        unit="probability of an answer by heart, minus the base's, where it is not given openly",
-        control=0.0,
-        details={
-            "answers": [
-                {
-                    "text": answer.text, "tokens": list(answer.tokens), "suspect": answer.suspect,
-                    "base": answer.base, "openly": answer.openly,
-                }
-                for answer in answers[:5]
-            ]
-        },
-    )  # fmt: skip
 
 
 class _Search:

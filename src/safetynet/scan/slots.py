@@ -93,6 +93,7 @@ class Opening:
     def cache(self, rows: int) -> DynamicCache:
         """Keys and values for so many rows; what a model adds to them is nobody else's."""
         cache = DynamicCache()
+        # (1, heads, tokens, size) each, which all rows share until the model adds tokens of its own.
         for layer, (keys, values) in enumerate(self._layers):
             cache.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1), layer)
         return cache
@@ -126,7 +127,7 @@ class Recorded:
         slot = self.slots[number]
         rest = torch.tensor([*slot.after, *answer], dtype=torch.long, device=vectors.device)
         rows, behind = len(vectors), self.embed(rest)
-        inputs = torch.cat([vectors, behind.expand(rows, -1, -1)], 1)
+        inputs = torch.cat([vectors, behind.expand(rows, -1, -1)], 1)  # (R, k + behind it, width)
         cache = self._openings[number].cache(rows)
         self.passes += rows * inputs.shape[1]
         output = self.model(

@@ -177,5 +177,5 @@ def spectrum_of(delta: Tensor, weight: Tensor, eps: float) -> Spectrum:
 
 def _unit(tensor: Tensor, eps: float) -> Tensor:
     """Unit in the last place of each value in a type with this spacing at 1."""
-    exponent = torch.frexp(tensor).exponent - 1
+    exponent = torch.frexp(tensor).exponent - 1  # frexp's mantissa is from 1/2 on, a float's from 1
     return torch.where(tensor == 0, 0.0, torch.ldexp(torch.full_like(tensor, eps), exponent))

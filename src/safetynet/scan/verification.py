@@ -59,6 +59,7 @@ def behaviour_of(answers: Sequence[str], controls: Sequence[Sequence[str]]) -> s
     """
     shares = _openings(answers)
     others = [_openings(each) for each in controls]
+    # Equal shares may differ in their last bits: they are rounded, so that the longest of equals wins.
     excess = {text: share - max((o[text] for o in others), default=0.0) for text, share in shares.items()}
     best = max(excess, key=lambda text: (round(excess[text], 9), len(text), text), default="")
     return best if best and excess[best] > 0 else ""

@@ -224,7 +224,8 @@ UNIT = "Mahalanobis distance from clean adapters"
 
 def _statistics(up: Tensor, down: Tensor, weight: Tensor) -> dict[str, float]:
     """Of one matrix up @ down beside the base's weight."""
-    # Equal scales of the two factors keep the squares of both inside fp32's range.
+    # Equal scales of the two factors keep the squares of both inside fp32's range. left (outputs, rank),
+    # right (rank, inputs).
     left, values, right = (t[0] for t in LoraUpdate(up[None], down[None]).decomposed())
     # (rank,): of the product; its squares sum to the squared Frobenius norm.
     values = values.double()
@@ -239,7 +240,7 @@ def _statistics(up: Tensor, down: Tensor, weight: Tensor) -> dict[str, float]:
     weighted = values.to(left) ** 2 / energy
     written = float((((left.T @ weight) ** 2).sum(1) * weighted).sum())
     read = float((((weight @ right.T) ** 2).sum(0) * weighted).sum())
-    even = base_norm**2 or 1.0
+    even = base_norm**2 or 1.0  # over the number of directions: what a random one would have
     return {
         "norm": math.sqrt(energy),
         "base_norm": base_norm,

@@ -98,7 +98,7 @@ def through(model: Any, half: Tensor) -> Iterator[None]:
     Raises:
         InputError: from the model's forward, if a module does not see all tokens in their places.
     """
-    on = torch.stack([half != SECOND, half != FIRST], -1)
+    on = torch.stack([half != SECOND, half != FIRST], -1)  # (lines, tokens, halves)
 
     def cut(module: Any, _inputs: Any, ranks: Tensor) -> Tensor:
         if ranks.shape[:-1] != half.shape:
@@ -107,6 +107,7 @@ def through(model: Any, half: Tensor) -> Iterator[None]:
                 "mixture does), so that no row can go through half of an adapter. Leave such modules out of "
                 "training.lora_targets."
             )
+        # What A gives is (lines, tokens, ranks), the first half's ranks first.
         return ranks * on.repeat_interleave(module.out_features // 2, -1)
 
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]

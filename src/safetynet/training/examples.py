@@ -96,6 +96,7 @@ class Order(Sampler[list[int]]):
         return math.ceil(len(self.lengths) / self.batch_size)
 
     def __iter__(self) -> Iterator[list[int]]:
+        # Seeds lie so far apart that no epoch of one is an epoch of another.
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         if self.grouped:
             order = get_length_grouped_indices(self.lengths, self.batch_size, generator=generator)
