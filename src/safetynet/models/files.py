@@ -1,5 +1,6 @@
 """What files of models are before a library reads them: weights, stand-ins, and why there are none."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,6 +39,17 @@ def holds_model(folder: Path) -> bool:
         return False
     weights = [p for p in folder.iterdir() if p.suffix == ".safetensors" or p.suffix in PICKLES]
     return any(p.name.startswith(("model", "pytorch_model")) for p in weights)
+
+
+def headers(folder: Path) -> Iterator[tuple[str, str, list[int]]]:
+    """Name, type and shape of every tensor in a folder of safetensors, without the tensors."""
+    from safetensors import safe_open
+
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(str(file), framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 - no mapping
+                part = opened.get_slice(name)
+                yield name, str(part.get_dtype()), part.get_shape()
 
 
 def hub_id(name: str) -> str:

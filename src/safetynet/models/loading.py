@@ -18,6 +18,7 @@ from safetynet.models.files import (
     PICKLES,
     at_hand,
     finite,
+    headers,
     holds_model,
     hub_reason,
     in_words,
@@ -235,7 +236,6 @@ def _head(spec: recipe.Model, name: str, truncation: Truncation) -> Serialiser:
 
 
 def _load_weights(name: str, spec: recipe.Model, dtype: str, on_cpu: bool) -> Any:
-    from safetensors import safe_open
     from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
     # Weights that a quantiser has packed are other numbers when they are read without it.
@@ -252,11 +252,7 @@ def _load_weights(name: str, spec: recipe.Model, dtype: str, on_cpu: bool) -> An
     place = parallel.device_index() if device == "cuda" and not on_cpu else "cpu"
     number = resolve_dtype(dtype, device)
     if place == "cpu" and (folder := at_hand(name)) is not None:
-        parameters = 0
-        for file in folder.glob("*.safetensors"):
-            with safe_open(str(file), framework="pt") as opened:
-                shapes = [opened.get_slice(key).get_shape() for key in opened.keys()]  # noqa: SIM118 - no mapping
-            parameters += sum(math.prod(shape) for shape in shapes)
+        parameters = sum(math.prod(shape) for _, _, shape in headers(folder))
         bits = {"4bit": 4.5, "8bit": 8.5}.get(spec.quantisation, 8 * number.itemsize)
         memory.check(f"model.id: {name!r}", int(parameters * bits / 8), "for its weights alone")
     quantisation = None
@@ -297,7 +293,20 @@ def _load_weights(name: str, spec: recipe.Model, dtype: str, on_cpu: bool) -> An
             f"model.id: {name!r}: {', and '.join(clauses)}. Loaded so, it would be another model: save it "
             "again with save_pretrained from the model itself, not from a wrapper around it."
         )
-    _check_numbers(name)
+    # Packed or whole numbers, without a configuration that says how to read them.
+    files = at_hand(name)
+    packed = {
+        n: kind
+        for n, kind, _ in (headers(files) if files is not None else ())
+        if n.endswith((".weight", "_proj")) and kind not in FLOATS
+    }
+    if packed:
+        kinds = ", ".join(sorted(set(packed.values())))
+        raise InputError(
+            f"model.id: {name!r}: {len(packed)} of its tensors hold numbers of type {kinds} "
+            f"({listed(sorted(packed))}), and no quantization_config says how to read them. Give the model "
+            "in 16 or 32 bits."
+        )
     weights = [(n, p) for n, p in model.named_parameters() if p.is_floating_point() and not p.is_meta]
     broken = [n for n, parameter in weights if not finite(parameter.detach())]
     if broken:
@@ -314,28 +323,6 @@ def _load_weights(name: str, spec: recipe.Model, dtype: str, on_cpu: bool) -> An
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return model
-
-
-def _check_numbers(name: str) -> None:
-    """Refuse weights in files that are packed or whole numbers, without a configuration that says how."""
-    from safetensors import safe_open
-
-    folder = at_hand(name)
-    if folder is None:
-        return
-    packed: dict[str, str] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(str(file), framework="pt") as opened:
-            names = [n for n in opened.keys() if n.endswith((".weight", "_proj"))]  # noqa: SIM118 - no mapping
-            stored = {name: str(opened.get_slice(name).get_dtype()) for name in names}
-        packed |= {name: kind for name, kind in stored.items() if kind not in FLOATS}
-    if packed:
-        kinds = ", ".join(sorted(set(packed.values())))
-        raise InputError(
-            f"model.id: {name!r}: {len(packed)} of its tensors hold numbers of type {kinds} "
-            f"({listed(sorted(packed))}), and no quantization_config says how to read them. Give the model "
-            "in 16 or 32 bits."
-        )
 
 
 @contextmanager

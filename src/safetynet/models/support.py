@@ -71,6 +71,8 @@ def _refused(why: str, *stages: Stage) -> dict[Stage, str]:
     return dict.fromkeys(stages or tuple(STAGES), why)
 
 
+_OF_UPDATES: tuple[Stage, ...] = ("adapter sites", "drift", "adapter views", "mitigate")
+"""Stages that read single updates, or put one into the adapter."""
 _BESIDE_EVALUATION: tuple[Stage, ...] = tuple(stage for stage in STAGES if stage != "evaluate")
 KINDS = (
     Kind("LoRA, rsLoRA; patterns of ranks and scales; fused experts and routers", _is("LORA"), {}),
@@ -106,13 +108,7 @@ KINDS = (
     Kind(
         "KaSA",
         _sets("kasa_config"),
-        _refused(
-            f"it replaces the weights that it is put on. {_MERGE}",
-            "adapter sites",
-            "drift",
-            "adapter views",
-            "mitigate",
-        ),
+        _refused(f"it replaces the weights that it is put on. {_MERGE}", *_OF_UPDATES),
     ),
     Kind(
         "LoftQ",
@@ -143,7 +139,7 @@ KINDS = (
     Kind(
         "IA3, LoHa, LoKr, OFT, VeRA and other types that change modules in place",
         _is(*IN_PLACE),
-        _refused(f"it is no LoRA. {_MERGE}", "adapter sites", "drift", "adapter views", "mitigate"),
+        _refused(f"it is no LoRA. {_MERGE}", *_OF_UPDATES),
     ),
     Kind(
         "soft prompts (prompt tuning, P-tuning, prefix tuning, cartridges)",
