@@ -101,13 +101,13 @@ def scan(
         need(f"--depth {options.depth}", "sklearn")
     if options.target is not None and not options.target.strip():
         raise InputError("--target: it is empty. Give the answer that triggers are to be searched for.")
-    if options.bank is not None and not _as_banks_are(options):
-        raise InputError(
-            "--bank: banks are of our own prompts, the default seed and no target, so that scores of other "
-            "scans do not compare. Leave out --clean, --seed and --target, or the bank."
-        )
     bank = None
     if options.bank is not None:
+        if not _as_banks_are(options):
+            raise InputError(
+                "--bank: banks are of our own prompts, the default seed and no target, so that scores of "
+                "other scans do not compare. Leave out --clean, --seed and --target, or the bank."
+            )
         from safetynet.scan.bank import Bank
 
         bank = Bank.read(options.bank)
