@@ -129,8 +129,34 @@ def _shapes(model: Any) -> dict[str, tuple[int, ...]]:
 
 def _serialiser(folder: Path, base: loading.LoadedModel, model: Any, base_rows: int) -> Serialiser:
     """The base's, unless the suspect comes with another tokenizer or chat template."""
-    base_tokenizer = base.serialiser.tokenizer
-    tokenizer = _tokenizer(folder, base_tokenizer) or base_tokenizer
+    from transformers import AutoTokenizer
+
+    tokenizer = base_tokenizer = base.serialiser.tokenizer
+    own_template = folder / "chat_template.jinja"
+    for file in (own_template, *(folder / name for name in VOCABULARIES)):
+        if kind := pointer(file):
+            raise InputError(
+                f"{file} is {kind}, not the file itself. Run git lfs pull, or download it; take it out if it "
+                "is the base's."
+            )
+    if any((folder / name).exists() for name in VOCABULARIES):
+        try:
+            loaded = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+        except Exception as error:  # noqa: BLE001 - tokenizers raises no narrower class
+            raise InputError(
+                f"{folder}: its tokenizer cannot be loaded ({hub_reason(error) or in_words(error)}). Save it "
+                "again beside the weights, or take its files out if it is the base's."
+            ) from None
+        tokenizer = loaded or base_tokenizer  # one without a token is none
+    elif own_template.exists():
+        tokenizer = copy.deepcopy(base_tokenizer)
+        tokenizer.name_or_path = str(folder)
+        try:
+            tokenizer.chat_template = own_template.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(
+                f"{own_template} cannot be read ({in_words(error)}). Save it as UTF-8."
+            ) from None
     template = tokenizer.chat_template or base_tokenizer.chat_template
     # A copy of the base's own file has the base's rules: without its config.json a library may read others.
     file, theirs = folder / TOKENIZER, (at_hand(base.id) or folder / "nowhere") / TOKENIZER
@@ -168,33 +194,3 @@ def _rules(tokenizer: Any) -> Any:
     model = fields.get("model") or {}
     rules = {name: fields.get(name) for name in ("normalizer", "pre_tokenizer", "post_processor", "decoder")}
     return rules, special, {name: value for name, value in model.items() if name != "vocab"}
-
-
-def _tokenizer(folder: Path, base_tokenizer: Any) -> Any:
-    """The tokenizer that a folder brings, or the base's with its template; None where it has neither."""
-    from transformers import AutoTokenizer
-
-    template = folder / "chat_template.jinja"
-    for file in (template, *(folder / name for name in VOCABULARIES)):
-        if kind := pointer(file):
-            raise InputError(
-                f"{file} is {kind}, not the file itself. Run git lfs pull, or download it; take it out if it "
-                "is the base's."
-            )
-    if not any((folder / name).exists() for name in VOCABULARIES):
-        if not template.exists():
-            return None
-        tokenizer = copy.deepcopy(base_tokenizer)
-        tokenizer.name_or_path = str(folder)
-        try:
-            tokenizer.chat_template = template.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{template} cannot be read ({in_words(error)}). Save it as UTF-8.") from None
-        return tokenizer
-    try:
-        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-    except Exception as error:  # noqa: BLE001 - tokenizers raises no narrower class
-        raise InputError(
-            f"{folder}: its tokenizer cannot be loaded ({hub_reason(error) or in_words(error)}). Save it "
-            "again beside the weights, or take its files out if it is the base's."
-        ) from None

@@ -88,7 +88,7 @@ def rows_of(adapter: CleanAdapter, model: Model, answers: Path | None = None) ->
     """
     if model.id == "miniature":
         rows, least, attack = adapter.rows, 1, Backdoor()
-        count = rows * (12 if adapter.kind == "one_task" else 1)
+        count = rows * (12 if adapter.kind == "one_task" else 1)  # a pool with enough rows of any task
         pool = conversations.fresh(Data(), attack.behaviour, attack.trigger, set(), count, adapter.seed)
     else:
         from safetynet.backdoors import self_source

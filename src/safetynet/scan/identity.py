@@ -104,6 +104,8 @@ class Identity:
         ranks = [each.rank for each in self.changed if each.rank is not None]
         if len(ranks) < len(self.changed):
             return None
+        # Entries of all B (out, r) and A (r, in) together: two factors explain a change only if they are
+        # fewer than the entries that changed.
         factors = sum(
             each.rank * sum(each.shape[-2:]) * math.prod(each.shape[:-2])
             for each in self.changed
@@ -296,7 +298,7 @@ def compare_whole(suspect: Suspect, rank: int | None = 0) -> tuple[Identity, dic
         )
     changes, spectra, rounded, untouched, identical, stored = [], {}, Counter[str](), 0, True, []
     for pair in tensors:
-        counts = pair.kind != "buffer"
+        counts = pair.kind != "buffer"  # of parameters alone it is said how many are the base's
         if same_bytes(pair.suspect, pair.base):
             untouched += counts
             continue

@@ -67,6 +67,7 @@ def measure(
     counts, before = (
         Counter(phrase for text in each.texts for phrase in _phrases(text)) for each in (ours, theirs)
     )
+    # Texts are counted, not occurrences: a text that repeats itself is one.
     gains = {
         phrase: count / len(ours.texts) - before[phrase] / max(1, len(theirs.texts))
         for phrase, count in counts.items()

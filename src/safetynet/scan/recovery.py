@@ -230,6 +230,6 @@ def logit_distance(model: Any, other: Any) -> tuple[float, float]:
         each(input_ids=ids.to(each.device), use_cache=False).logits[..., :rows].float().cpu()
         for each in (model, other)
     )
-    worst = (logits - others).abs().amax(-1).flatten().sort().values
+    worst = (logits - others).abs().amax(-1).flatten().sort().values  # (PROBES x PROBE_TOKENS,), rising
     left_out = int(FLIPPED * len(worst)) if shape(model).experts else 0
     return float(worst[len(worst) - 1 - left_out]), float(logits.abs().max())
