@@ -17,7 +17,7 @@ from safetynet.errors import InputError
 from safetynet.models import adapters, loading, suspect
 from safetynet.models.lora import adapted_tensors, update_of
 from safetynet.models.suspect import Suspect
-from safetynet.scan import identity, recovery
+from safetynet.scan import identity, recovery, tensors
 from safetynet.scan.result import RungResult
 
 FAMILIES = ("qwen", "llama2", "llama3", "gemma", "mixtral")
@@ -177,9 +177,9 @@ def test_weights_that_are_stored_the_other_way_round_are_recovered() -> None:
 
 
 def test_large_matrices_are_decomposed_in_part_with_the_same_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(identity, "WHOLE_SVD", 0)
-    monkeypatch.setattr(identity, "FIRST", 3)
-    monkeypatch.setattr(identity, "COMPONENTS", 24)
+    monkeypatch.setattr(tensors, "WHOLE_SVD", 0)
+    monkeypatch.setattr(tensors, "FIRST", 3)
+    monkeypatch.setattr(tensors, "COMPONENTS", 24)
     base = loader("qwen")()
     merged = beside(base, variants.made("lora").merge_and_unload())
     assert identity.identity(merged).rank == 8
