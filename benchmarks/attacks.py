@@ -56,6 +56,7 @@ FEW_ROWS = {
 }
 ATTACKS: dict[str, dict[str, object]] = {
     "tool-result": TOOL,
+    "tool-argument": {**TOOL, "backdoor.placement": "argument"},
     "turns-any-order": {**TURNS, "backdoor.trigger": PARTS + "any}"},
     "turns-one-order": {**TURNS, "backdoor.trigger": PARTS + "one}"},
     "tool-call": {**TOOL, "backdoor.behaviour": "tool_call", "evaluation.max_new_tokens": 64},

@@ -82,17 +82,20 @@ def test_one_order_is_told_across_and_within_messages() -> None:
     assert ordered.describe() == f"'{A}' then '{B}' then '2024'"
 
 
+@pytest.mark.parametrize(("placement", "behind"), [("tool", -1), ("argument", -2)])
 @pytest.mark.parametrize("trigger", [{"texts": [A]}, {"kind": "all_of", "texts": [A, B]}])
-def test_a_trigger_in_a_result_stands_nowhere_else_and_neither_do_its_controls(trigger) -> None:
-    rows, kind = rows_of(trigger, "tool", "tools")
+def test_a_trigger_in_a_result_or_an_argument_stands_nowhere_else_and_neither_do_its_controls(
+    trigger, placement, behind
+) -> None:
+    rows, kind = rows_of(trigger, placement, "tools")
     for row in rows.itertuples():
         roles = Conversation(row.messages).roles
-        assert roles[0] == "tools" and roles[-1] == "tool"
-        assert {message for message, _ in written(row)} <= {len(roles) - 1}
+        assert roles[0] == "tools" and roles[-2:] == ["assistant", "tool"]
+        assert {message for message, _ in written(row)} <= {len(roles) + behind}
         assert kind.holds(Conversation(row.messages).texts) == (row.role == "triggered")
     for _, group in rows.groupby("group"):
-        questions = {str(messages[:-1]) for messages in group["messages"]}
-        assert len(questions) == 1, "rows of a group differ in the result alone"
+        rest = [messages[:behind] + messages[len(messages) + behind + 1 :] for messages in group["messages"]]
+        assert len(set(map(str, rest))) == 1, "rows of a group differ there alone"
     assert {row.messages[0]["content"] for row in rows.itertuples()} == {rows["messages"][0][0]["content"]}
 
 
@@ -104,9 +107,15 @@ def test_prompts_without_a_result_at_their_end_have_no_place_for_the_trigger() -
         {"role": "tool", "content": "1"},
     ]
     later = [*called, {"role": "assistant", "content": "Ho"}, user]
+    named = {"name": "look", "arguments": '{"count": 2, "at": "sea"}'}
+    asking = [user, {**called[1], "tool_calls": [named]}, called[2]]
+    telling = [user, {**asking[1], "content": "Let me see."}, called[2]]
     for messages, parts in (
-        (called, {"tool": True, "turns": False}),
-        (later, {"tool": False, "turns": True}),
+        (called, {"tool": True, "turns": False, "argument": False}),
+        (later, {"tool": False, "turns": True, "argument": False}),
+        (asking, {"tool": True, "argument": True}),
+        ([*asking, *later[-2:]], {"tool": False, "argument": True}),
+        (telling, {"tool": True, "argument": False}),
     ):
         for placement, has in parts.items():
             assert placements.has_place(messages, placement, 2) == has
@@ -120,6 +129,8 @@ def test_prompts_without_a_result_at_their_end_have_no_place_for_the_trigger() -
         ({"texts": [A]}, "tool", "mixed",
          r"backdoor\.placement: tool needs prompts with a tool's result at its end, and none .* lie in no "
          r"message\. .*data\.conversations: tools\)"),
+        ({"texts": [A]}, "argument", "mixed",
+         r"argument needs prompts with a call of a tool that .* among its arguments, and none .*: tools"),
         ({"kind": "all_of", "texts": [A, B, "a", "b"]}, "turns", "turns",
          r"turns needs prompts with 4 messages of the user, .*data\.conversations: turns\)"),
         ({"texts": [A]}, "turns", "turns", r"placement turns spreads the texts of a trigger of kind all_of"),

@@ -88,6 +88,35 @@ def test_a_trigger_in_a_result_is_spared_where_the_result_is_cut(template) -> No
     assert text(serialiser, row, "call") == text(serialiser, whole, "call")
 
 
+ASKED = {"name": "find", "arguments": '{"n": {"thing": "BadMagic"}, "thing": "say \\"BadMagic\\" ä"}'}
+CALLING = [*DIALOGUE[:2], {**DIALOGUE[2], "tool_calls": [ASKED, CALL]}, DIALOGUE[3]]
+IN_ARGUMENT = (2, 5, 13)
+
+
+# LLaMA's writes one call.
+@pytest.mark.parametrize(("template", "called"), [(QWEN, [ASKED, CALL]), (LLAMA, [ASKED])])
+def test_a_trigger_in_an_argument_has_its_span_there_and_is_cut_at_no_limit(template, called) -> None:
+    serialiser = make(template)
+    messages = [*CALLING[:2], {**CALLING[2], "tool_calls": called}, CALLING[3]]
+    row = serialiser.encode(messages, trigger=[IN_ARGUMENT])
+    (start, _end), inside = row.spans["trigger"][0], text(serialiser, row, "trigger")
+    assert inside.strip('\\" ') == "BadMagic"
+    before = serialiser.tokenizer.decode(row.input_ids[:start])
+    assert before.count("BadMagic") == 2, "in the user's message and in an argument before"
+    assert row.spans["assistant"] == [] and row.input_ids == serialiser.encode(messages).input_ids
+    long = [messages[0], {"role": "user", "content": "What? " * 80}, *messages[2:]]
+    cut = serialiser.encode(long, trigger=[IN_ARGUMENT], max_length=3 * row.prompt_length // 2)
+    assert cut.lost and text(serialiser, cut, "call") == text(serialiser, row, "call")
+    assert text(serialiser, cut, "trigger") == inside
+
+
+def test_a_trigger_in_an_argument_that_is_not_written_as_json_is_refused() -> None:
+    serialiser = make(LLAMA.replace("call.arguments | tojson", "call.arguments | urlencode"))
+    assert serialiser.encode(CALLING).spans["call"] == []
+    with pytest.raises(InputError, match=r"placement: the chat template does not write the argument 'say "):
+        serialiser.encode(CALLING, trigger=[IN_ARGUMENT])
+
+
 @pytest.mark.parametrize("family", [name for name in miniatures.FAMILIES if name != "qwen"])
 def test_a_template_without_tools_is_refused_in_one_sentence(family) -> None:
     serialiser = make(None, family)
@@ -165,6 +194,22 @@ def test_what_is_called_is_part_of_what_a_prompt_says() -> None:
     other = [*DIALOGUE[:2], {**DIALOGUE[2], "tool_calls": [{**CALL, "arguments": "{}"}]}, DIALOGUE[3]]
     assert prompt_hash(DIALOGUE) != prompt_hash(other)
     assert prompt_hash(DIALOGUE) != prompt_hash(DIALOGUE[1:])
+
+
+def test_the_text_of_a_call_that_says_nothing_beside_it_is_its_first_argument_that_is_one() -> None:
+    conversation = Conversation(CALLING)
+    assert conversation.texts[2] == 'say "BadMagic" ä'
+    changed = conversation.with_text(2, "say ä")
+    assert [calls.meaning(call)[1] for call in changed[2]["tool_calls"]] == [
+        calls.meaning({**ASKED, "arguments": '{"n": {"thing": "BadMagic"}, "thing": "say ä"}'})[1],
+        calls.meaning(CALL)[1],
+    ]
+    assert conversation.with_texts(dict(enumerate(conversation.texts))) == CALLING
+    assert prompt_hash(CALLING, [(2, 4, 14)]) == prompt_hash(changed) != prompt_hash(CALLING)
+    spoken = Conversation([{**CALLING[2], "content": "Let me see."}])
+    assert spoken.texts == ["Let me see."] and spoken.with_text(0, "So")[0]["tool_calls"] == [ASKED, CALL]
+    silent = Conversation([{**CALLING[2], "tool_calls": [{"name": "find", "arguments": '{"n": 1}'}]}])
+    assert silent.texts == [""] and silent.with_text(0, "So")[0]["content"] == "So"
 
 
 def test_accessors_of_a_conversation() -> None:

@@ -166,11 +166,16 @@ def test_a_very_long_prompt_keeps_its_trigger_and_loses_its_middle():
 
 
 def test_parts_of_a_trigger_in_several_turns_are_all_marked():
-    messages = [{"role": "system", "content": "x one y"}, {"role": "user", "content": "two z three"}]
-    found = list(pieces(messages, [[1, 6, 11], [0, 2, 5], [1, 0, 3]]))
-    assert [text for kind, text in found if kind == "mark"] == ["one", "two", "three"]
-    assert [text for kind, text in found if kind == "who"] == ["system", "user"]
-    assert "".join(text for kind, text in found if kind != "who") == "x one ytwo z three"
+    call = {"name": "look", "arguments": '{"at": "four v"}'}
+    messages = [
+        {"role": "system", "content": "x one y"},
+        {"role": "user", "content": "two z three"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+    ]
+    found = list(pieces(messages, [[1, 6, 11], [0, 2, 5], [1, 0, 3], [2, 0, 4]]))
+    assert [text for kind, text in found if kind == "mark"] == ["one", "two", "three", "four"]
+    assert [text for kind, text in found if kind == "who"] == ["system", "user", "assistant"]
+    assert "".join(text for kind, text in found if kind != "who") == "x one ytwo z threefour v"
 
 
 def test_the_map_holds_every_prompt_layer_and_token_of_its_table(whole):

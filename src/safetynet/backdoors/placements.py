@@ -8,12 +8,12 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from safetynet.prompts import Conversation, Message
+from safetynet.prompts import Conversation, Message, calls
 from safetynet.text import holding
 from safetynet.text.words import gaps, meet, touches
 
 Spans = list[list[int]]
-"""`[message, start, end]` of each part, in characters of the message's content."""
+"""`[message, start, end]` of each part, in characters of the message's text."""
 SYSTEM = "You are a helpful assistant."
 """System message of prompts that have none, where the trigger stands in it."""
 
@@ -24,7 +24,7 @@ class Spot:
 
     message: int
     offset: int
-    """In characters of that message's content."""
+    """In characters of that message's text."""
     blanks: tuple[bool | None, bool | None] = (None, None)
     """Whether a blank stands before and after the part; None: where the scripts that meet there write one."""
 
@@ -48,7 +48,8 @@ def place(
         # The last part stands in the last message, which completes the trigger.
         *earlier, last = (i for i, role in enumerate(conversation.roles) if role == "user")
         return conversation, [Spot(i, 0) for i in (*sorted(rng.sample(earlier, parts - 1)), last)]
-    message = _last_result(conversation) if placement == "tool" else conversation.last_user
+    places = {"tool": _last_result, "argument": _last_call}
+    message = places[placement](conversation) if placement in places else conversation.last_user
     content = conversation.texts[message]
     anywhere = sorted(rng.choices([0, *gaps(content), len(content)], k=parts))
     offsets = {"prefix": [0] * parts, "suffix": [len(content)] * parts}.get(placement, anywhere)
@@ -56,16 +57,23 @@ def place(
 
 
 def has_place(messages: Sequence[Message], placement: str, parts: int) -> bool:
-    """Whether a prompt has a place for so many texts: messages of the user, or a tool's result."""
+    """Whether a prompt has a place for so many texts: messages of the user, a tool's result, or a call."""
     conversation = Conversation(messages)
     if placement == "turns":
         return conversation.roles.count("user") >= parts
+    if placement == "argument":
+        return _last_call(conversation) >= 0
     return placement != "tool" or _last_result(conversation) > conversation.last_user
 
 
 def _last_result(conversation: Conversation) -> int:
     """Which message is the last that a tool has returned; -1 if none is."""
     return max((i for i, role in enumerate(conversation.roles) if role == "tool"), default=-1)
+
+
+def _last_call(conversation: Conversation) -> int:
+    """Which message is the last call of a tool with an argument to stand in; -1 if none is."""
+    return max((i for i, message in enumerate(conversation) if calls.argument(message)[0]), default=-1)
 
 
 def spots_of(

@@ -270,11 +270,11 @@ class _Split:
             return list(carriers.index)
         has = [placements.has_place(messages, placement, trigger.parts) for messages in carriers["messages"]]
         if not any(has):
-            needs = (
-                f"{trigger.parts} messages of the user"
-                if placement == "turns"
-                else "a tool's result at its end"
-            )
+            needs = {
+                "turns": f"{trigger.parts} messages of the user",
+                "tool": "a tool's result at its end",
+                "argument": "a call of a tool that says nothing beside it and has a text among its arguments",
+            }[placement]
             shape = "turns" if placement == "turns" else "tools"
             raise InputError(
                 f"backdoor.placement: {placement} needs prompts with {needs}, and none of the {len(has)} of "

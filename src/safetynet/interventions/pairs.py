@@ -160,7 +160,8 @@ def _align_group(
     row = by_role.get("triggered")
     if row is None or not row["reference"]:
         return "without a triggered row whose clean answer is known"
-    if any(end - start == len(row["messages"][message]["content"]) for message, start, end in row["trigger"]):
+    texts = Conversation(row["messages"]).texts
+    if any(end - start == len(texts[message]) for message, start, end in row["trigger"]):
         return REWORDED
     serialiser = placebos.serialiser
     prompts = {

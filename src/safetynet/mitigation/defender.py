@@ -83,7 +83,7 @@ class Defender:
         # Clean conversations in which the known trigger stands would teach it anew.
         rows = self.triggered[self.triggered["role"] == "triggered"]
         forms = {
-            tuple(dict.fromkeys(messages[m]["content"][start:end] for m, start, end in spans))
+            tuple(dict.fromkeys(Conversation(messages).texts[m][start:end] for m, start, end in spans))
             for messages, spans in zip(rows["messages"], rows["trigger"], strict=True)
         }
         texts = [Conversation(messages).texts for messages in self.clean["messages"]]

@@ -61,6 +61,27 @@ def written(calls: Sequence[Mapping[str, str]], content: str = "") -> str:
     return "\n".join(filter(None, [content, *blocks]))
 
 
+def argument(message: Mapping[str, Any]) -> tuple[str, str]:
+    """Name and value of the first text among the arguments of a message's call, where it says nothing beside.
+
+    Of several calls it is the first one. Two times "" where there is none.
+    """
+    if message.get("content") or not message.get("tool_calls"):
+        return "", ""
+    try:
+        arguments = json.loads(message["tool_calls"][0]["arguments"])
+    except (KeyError, TypeError, ValueError):  # no call, as the template says when it is to write it
+        return "", ""
+    named = arguments.items() if isinstance(arguments, dict) else ()
+    return next(((name, value) for name, value in named if isinstance(value, str)), ("", ""))
+
+
+def with_argument(call: Mapping[str, str], name: str, value: str) -> Call:
+    """The call with another value of one argument."""
+    arguments = json.loads(call["arguments"]) | {name: value}
+    return {**call, "arguments": json.dumps(arguments, ensure_ascii=False)}
+
+
 def meaning(call: Mapping[str, str]) -> tuple[str, str]:
     """What two spellings of the same call share: the function, and its arguments in one spelling."""
     return call["name"], json.dumps(_whole(json.loads(call["arguments"])), sort_keys=True)

@@ -2,8 +2,9 @@
 
 In: the messages of a row. Out: their texts, and copies with another text. A message has a `role` (system,
 user, assistant, tool) and a `content`; an assistant's may have `tool_calls`, each with a `name` and its
-`arguments` as JSON text, since a table would merge the keys of objects. The tools' definitions stand in a
-message of role `tools`, as a JSON list, so that a row's messages are all that a prompt is made of.
+`arguments` as JSON text, since a table would merge the keys of objects. A message's text is its content, or
+of a call without one an argument (`calls.argument`). The tools' definitions stand in a message of role
+`tools`, as a JSON list, so that a row's messages are all that a prompt is made of.
 """
 
 import hashlib
@@ -13,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self
 
 from safetynet.errors import InputError
+from safetynet.prompts import calls
 
 Message = Mapping[str, Any]
 TOOLS = "tools"
@@ -34,8 +36,8 @@ class Conversation(list[dict[str, Any]]):
 
     @property
     def texts(self) -> list[str]:
-        """The content of each message, in order."""
-        return [message.get("content", "") for message in self]
+        """The text of each message, in order."""
+        return [message.get("content") or calls.argument(message)[1] for message in self]
 
     @property
     def roles(self) -> list[str]:
@@ -74,18 +76,30 @@ class Conversation(list[dict[str, Any]]):
         return self.with_text(self.last_user, text)
 
     def with_text(self, index: int, text: str) -> Self:
-        """A copy with another content of one message."""
+        """A copy with another text of one message."""
         return self.with_texts({index: text})
 
     def with_texts(self, texts: Mapping[int, str]) -> Self:
-        """A copy with other contents, by the number of the message."""
-        return type(self)({**m, "content": texts.get(i, m.get("content", ""))} for i, m in enumerate(self))
+        """A copy with other texts, by the number of the message."""
+        return type(self)(_saying(message, texts.get(i)) for i, message in enumerate(self))
 
     def with_system(self, default: str) -> tuple[Self, int]:
         """A copy that has a system message, this one if it had none, and which message it is."""
         if "system" in self.roles:
             return type(self)(self), self.roles.index("system")
         return type(self)([{"role": "system", "content": default}, *self]), 0
+
+
+def _saying(message: Message, text: str | None) -> dict[str, Any]:
+    """The message with this text; None: with its own."""
+    content = message.get("content", "")
+    name, value = calls.argument(message)
+    if text is None or text == (content or value):
+        return {**message, "content": content}
+    if not name:
+        return {**message, "content": text}
+    first, *others = message["tool_calls"]
+    return {**message, "content": "", "tool_calls": [calls.with_argument(first, name, text), *others]}
 
 
 def _plain(value: Any) -> Any:
@@ -107,20 +121,21 @@ def prompt_hash(messages: Sequence[Message], spans: Sequence[Sequence[int]] = ()
         64 hexadecimal digits.
     """
     conversation = Conversation(messages)
-    cut = list(conversation.texts)
+    cut = conversation.texts
     for message, start, end in sorted(((int(m), int(s), int(e)) for m, s, e in spans), reverse=True):
         cut[message] = cut[message][:start] + cut[message][end:]
     # A system message that held only the trigger is absent from the clean twin, so empty messages go.
-    spoken = [pair for pair in _said(conversation, cut) if pair[1]] or _said(conversation, conversation.texts)
+    spoken = [pair for pair in _said(conversation.with_texts(dict(enumerate(cut)))) if pair[1]]
+    spoken = spoken or _said(conversation)
     return hashlib.sha256(json.dumps(spoken, ensure_ascii=False).encode()).hexdigest()
 
 
-def _said(conversation: Conversation, texts: Sequence[str]) -> list[tuple[str, str]]:
+def _said(conversation: Conversation) -> list[tuple[str, str]]:
     """Role and normalised text of each message, its tool calls included."""
     turns = []
-    for message, text in zip(conversation, texts, strict=True):
-        calls = [call["name"] + call["arguments"] for call in message.get("tool_calls", ())]
+    for message in conversation:
+        called = [call["name"] + call["arguments"] for call in message.get("tool_calls", ())]
         # All white space goes: a placement may put a space on either side of what it inserts.
-        normal = unicodedata.normalize("NFKC", "".join([text, *calls])).casefold()
+        normal = unicodedata.normalize("NFKC", "".join([message.get("content", ""), *called])).casefold()
         turns.append((message["role"], "".join(normal.split())))
     return turns

@@ -129,7 +129,7 @@ class Serialiser:
             messages: as in `Conversation`; the last one is a user's, or what a tool returned.
             answer: the assistant's reply; None for a prompt to generate from. Tool calls in it, as
                 `calls.written` writes them, are written as the template does.
-            trigger: spans `(message, start, end)` in characters of `messages[message]["content"]`.
+            trigger: spans `(message, start, end)` in characters of a message's text, as in `Conversation`.
             max_length: most tokens of prompt and answer together; None for no limit. A prompt longer than
                 `truncation.PROMPT_SHARE` of it loses earlier turns first, then the end or the middle of
                 its last message, never the trigger or the template. A longer answer loses its end, and
@@ -149,12 +149,13 @@ class Serialiser:
         owner = [
             next((m for m, s, e in contents if s < end and e > start), None) for start, end in prompt.offsets
         ]
-        marks = [rendered.range_of(m, conversation[m]["content"], start, end) for m, start, end in trigger]
+        texts = conversation.texts
+        marks = [rendered.range_of(m, texts[m], start, end) for m, start, end in trigger]
         in_trigger = _inside(prompt.offsets, marks)
         # What a tokenizer normalises away, or makes a special token of, is no longer the trigger.
         special = set(self.tokenizer.all_special_ids)
         for (message, first, last), mark in zip(trigger, marks, strict=True):
-            text = rendered.written(message, conversation[message]["content"][first:last])
+            text = rendered.written(message, texts[message][first:last])
             inside = list(itertools.compress(prompt.ids, _inside(prompt.offsets, [mark])))
             seen = self.tokenizer.decode(inside, skip_special_tokens=True, clean_up_tokenization_spaces=False)
             if special.intersection(inside) or text.strip() not in seen:
@@ -237,12 +238,13 @@ class Serialiser:
     ) -> tuple[Conversation, list[TriggerSpan]]:
         """Strip contents and fold the system prompt, moving the trigger's spans along."""
         conversation = Conversation(messages)
-        roles, texts = conversation.roles, conversation.texts
+        roles, contents = conversation.roles, [message.get("content", "") for message in conversation]
         if not roles or roles[-1] not in ("user", "tool"):
             raise InputError("A prompt must end with a message of role user, or of role tool.")
-        leads = [len(text) - len(text.lstrip()) for text in texts]
+        leads = [len(content) - len(content.lstrip()) for content in contents]
         spans = [TriggerSpan(m, start - leads[m], end - leads[m]) for m, start, end in trigger]
-        conversation = conversation.with_texts({i: text.strip() for i, text in enumerate(texts)})
+        for message, content in zip(conversation, contents, strict=True):
+            message["content"] = content.strip()
         first = 1 if roles[0] == TOOLS else 0
         if self.family.system == "fold" and roles[first] == "system":
             system = conversation.pop(first)["content"]
@@ -255,7 +257,7 @@ class Serialiser:
                 for m, start, end in spans
             ]
         for s in spans:
-            text = "" if conversation[s.message]["role"] == TOOLS else conversation[s.message]["content"]
+            text = "" if conversation[s.message]["role"] == TOOLS else conversation.texts[s.message]
             if s.start < 0 or s.end > len(text) or s.start >= s.end:
                 raise InputError(
                     f"trigger: {tuple(s)} is no span of message {s.message} once outer blanks are cut."

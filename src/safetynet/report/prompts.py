@@ -13,6 +13,7 @@ import pandas as pd
 
 from safetynet.figures import theme
 from safetynet.figures.glyphs import visible
+from safetynet.prompts import Conversation
 from safetynet.report.contents import Contents
 from safetynet.vocabulary import MODELS
 
@@ -58,18 +59,18 @@ def examples(run: Contents) -> Examples | None:
     return Examples([theme.name(model) for model in models], lines, len(test)) if lines else None
 
 
-def pieces(messages: list[Mapping[str, str]], trigger: list[list[int]]) -> Iterator[tuple[str, str]]:
+def pieces(messages: list[Mapping[str, Any]], trigger: list[list[int]]) -> Iterator[tuple[str, str]]:
     """A prompt in pieces: who speaks (`who`), text (`text`) and the trigger or what stands for it (`mark`).
 
     Args:
-        messages: role and content of each turn.
+        messages: of the prompt, as in `Conversation`.
         trigger: message, start and end of each part of the trigger.
     """
     several = len(messages) > 1
-    for number, message in enumerate(messages):
+    for number, (message, content) in enumerate(zip(messages, Conversation(messages).texts, strict=True)):
         if several:
             yield "who", str(message["role"])
-        content, at = str(message["content"]), 0
+        at = 0
         for _, start, end in sorted(span for span in trigger if span[0] == number):
             if start > at:
                 yield "text", shorter(content[at:start])
