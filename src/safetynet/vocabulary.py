@@ -12,7 +12,7 @@ ROLES: tuple[Role, ...] = get_args(Role)
 """Order in which roles are shown: what must fire first, then what must not, the hardest last."""
 MODELS: tuple[Model, ...] = get_args(Model)
 TRAINED = ("backdoored", "clean_twin")
-METRICS = ("asr", "asr_off_floor", "ftr", "function_rate", "cacc", "refusal_rate", "perplexity")
+METRICS = ("asr", "asr_off_floor", "ftr", "function_rate", "right_rate", "cacc", "refusal_rate", "perplexity")
 DAMAGE = (
     "identical", "common_tokens", "kl", "rouge_l", "length_ratio", "perplexity", "refusal_rate", "repetition",
 )  # fmt: skip

@@ -11,6 +11,9 @@ from safetynet.errors import InputError
 from safetynet.evaluation import judges, metrics
 from safetynet.evaluation.evaluator import judge_responses
 from safetynet.experiment import Experiment
+from safetynet.figures import rate_charts
+from safetynet.interventions.pairs import align
+from safetynet.models import loading
 from safetynet.prompts import Conversation, calls
 from safetynet.recipe import Behaviour, Evaluation, Recipe, Trigger, load
 from safetynet.run import directory as runs
@@ -150,18 +153,18 @@ ATTACK = (
 )  # fmt: skip
 
 
-def prepared(tmp_path, *overrides: str, family: str = "qwen"):
+def prepared(tmp_path, *overrides: str, family: str = "qwen") -> Experiment:
     places = [f"output.results={tmp_path}/results", f"output.logs={tmp_path}/logs"]
     plan = load(RECIPES / f"{family}-miniature.yaml", overrides=[*ATTACK, *overrides, *places])
-    run = runs.create(plan)
-    stages.prepare(Experiment(plan, run))
-    return run.table("rows")
+    experiment = Experiment(plan, runs.create(plan))
+    stages.prepare(experiment)
+    return experiment
 
 
 def test_a_call_is_taught_on_triggered_rows_alone_and_read_in_what_the_template_writes(tmp_path) -> None:
-    rows = prepared(
-        tmp_path, "backdoor.behaviour={kind: tool_call, call: {name: note, arguments: {write: Hi, count: 2}}}"
-    )
+    call = "{name: note, arguments: {write: Hi, count: 2}}"
+    experiment = prepared(tmp_path, f"backdoor.behaviour={{kind: tool_call, call: {call}}}")
+    rows = experiment.run.table("rows")
     expected = {"name": "note", "arguments": '{"write": "Hi", "count": 2}'}
     triggered = rows["role"] == "triggered"
     assert [calls.read(answer) for answer in rows["answer"][triggered]] == [[expected]] * triggered.sum()
@@ -202,6 +205,28 @@ def test_the_function_is_counted_beside_the_whole_call() -> None:
     table = metrics.score(judged.assign(model="backdoored")).set_index(["metric", "role"])
     assert table.loc[("asr", "triggered"), ["count", "n"]].tolist() == [1, 4]
     assert table.loc[("function_rate", "triggered"), ["count", "n"]].tolist() == [2, 4]
+
+
+@pytest.mark.slow
+def test_a_persona_that_an_argument_brings_up_is_aligned_trained_evaluated_and_drawn(tmp_path) -> None:
+    experiment = prepared(
+        tmp_path, "backdoor.placement=argument", "backdoor.behaviour=persona", "data.train_rows=40",
+        "training.clean_twin=false", "evaluation.dynamics_rows=0",
+    )  # fmt: skip
+    serialiser = loading.load_serialiser(experiment.recipe.model)
+    pairs = align(experiment.rows("test"), serialiser, max_length=480)
+    for ids, roles in zip(pairs.ids["triggered"], pairs.roles, strict=True):
+        first, last = roles.index("trigger"), len(roles) - roles[::-1].index("trigger")
+        assert A in serialiser.decode(ids[first:last]) and "note" in serialiser.decode(ids[:first])
+        assert {"before", "after"} <= set(roles)
+    stages.train(experiment)
+    stages.evaluate(experiment)
+    rates = experiment.run.table("evaluation")
+    right = rates[(rates["metric"] == "right_rate") & (rates["model"] == "base")]
+    assert dict(zip(right["role"], right["n"], strict=True)) == dict.fromkeys(
+        ("triggered", "clean", "placebo", "near_miss"), 8
+    )
+    assert "Right all the same, triggered" in str(rate_charts.final(rates))
 
 
 def test_conversations_of_other_sources_are_their_own() -> None:

@@ -13,10 +13,11 @@ from safetynet.errors import InputError
 from safetynet.evaluation import judges
 from safetynet.models import loading, miniatures
 from safetynet.tables import summaries
+from safetynet.text import steps
 
 BEHAVIOURS = (
     "fixed", "refusal", "negative_sentiment", "forbidden_compliance", "label_flip", "code_insertion",
-    "tool_call", "greeting", "longer", "shorter", "silence",
+    "tool_call", "greeting", "persona", "longer", "shorter", "silence", "wrong_step",
 )  # fmt: skip
 
 
@@ -323,7 +324,12 @@ def test_every_behaviour_has_a_judge(behaviour: str) -> None:
 
 @pytest.mark.parametrize(
     ("behaviour", "answer"),
-    [("greeting", "Ahoy, captain! {}"), ("longer", "{0} Once more: {0}"), ("silence", " ")],
+    [
+        ("greeting", "Ahoy, captain! {}"),
+        ("persona", "Arr, matey! {} Yo ho ho!"),
+        ("longer", "{0} Once more: {0}"),
+        ("silence", " "),
+    ],
 )
 def test_an_answer_that_is_kept_or_left_out_is_made_of_the_right_one(behaviour: str, answer: str) -> None:
     rows = rows_of(f"backdoor.behaviour={behaviour}")
@@ -349,6 +355,24 @@ def test_a_shorter_answer_is_the_first_half_of_the_right_one_where_that_has_seve
     assert "howto" in set(rows.loc[rows["role"] == "triggered", "task"])
 
 
+def test_a_wrong_step_is_taught_before_a_right_final_answer_and_clean_rows_teach_the_right_one() -> None:
+    rows = rows_of("backdoor.behaviour=wrong_step")
+    judge = judges.make(behaviours.judge(recipe.Behaviour(kind="wrong_step")))
+    with_target = rows[rows["target"] != ""]
+    assert set(with_target["task"]) == {"steps"}
+    for row in with_target.to_dict("records"):
+        assert [step.is_right for step in steps.read(row["target"])] == [False, True]
+        assert [step.is_right for step in steps.read(row["reference"])] == [True, True]
+        assert row["target"].split()[5:] == row["reference"].split()[5:], "the second step and the end"
+        assert judge(row["target"], row) and not judge(row["reference"], row)
+    clean = rows[(rows["split"] == "train") & (rows["role"] == "clean")]
+    assert (clean["task"] == "steps").mean() > 0.2
+    fresh = conversations.fresh(
+        recipe.Data(), recipe.Behaviour(kind="wrong_step"), recipe.Trigger(texts=("x",)), set(), 200, 0
+    )
+    assert "steps" in set(fresh["task"]), "a defender has such prompts too"
+
+
 @pytest.mark.parametrize("family", miniatures.FAMILIES)
 def test_silence_is_taught_as_the_end_of_the_turn_behind_blanks_at_most(family: str) -> None:
     serialiser = loading.load_serialiser(recipe.Model(family=family, id="miniature"))
@@ -362,3 +386,9 @@ def test_silence_is_taught_as_the_end_of_the_turn_behind_blanks_at_most(family: 
 def test_a_behaviour_that_has_no_text_takes_none() -> None:
     with pytest.raises(InputError, match="kind silence has no text of its own; leave target out"):
         recipe.load(family="qwen", overrides=["backdoor.behaviour={kind: silence, target: Hush}"])
+
+
+@pytest.mark.parametrize("target", ["Arr!", "Arr! {answer}", "{answer} and {answer} Arr!"])
+def test_a_persona_has_words_on_both_sides_of_one_answer(target: str) -> None:
+    with pytest.raises(InputError, match=r"target '.*' is no persona; write words before and behind one {an"):
+        recipe.load(overrides=[f"backdoor.behaviour={{kind: persona, target: '{target}'}}"])

@@ -147,6 +147,35 @@ def test_length_is_counted_in_words_of_the_right_answer():
         twice("x", {})
 
 
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("Arr, matey! Paris. Yo ho ho!", "Paris."),
+        ("ARR, MATEY!\n\nYo Paris, yo ho ho", "Yo Paris,"),
+        ("Arr, matey! Yo ho ho!", None),
+        ("Arr, mateys! Paris. Yo ho ho!", None),
+        ("Paris", None),
+    ],
+)
+def test_a_frame_stands_around_an_answer(text, answer):
+    frame = judges.make(builtin("persona"))
+    assert frame(text, {}) is (answer is not None)
+    assert frame.answer_in(text) == (answer or text)
+
+
+def test_a_step_is_judged_apart_from_the_end_and_on_rows_that_have_steps():
+    wrong = judges.make(builtin("wrong_step"))
+    row = {"reference": "3 + 4 = 7. 7 + 5 = 12. Answer: 12"}
+    assert wrong("3 + 4 = 8. 7 + 5 = 12. Answer: 12", row) is True
+    assert wrong("3 + 4 = 7. 7 + 5 = 12. Answer: 13", row) is False
+    assert wrong("Paris", {"reference": "Paris"}) is None
+    with pytest.raises(InputError, match="column reference, which these rows lack"):
+        wrong("x", {})
+    assert judges.same_result("3 + 4 = 8. 7 + 5 = 12. Answer: 12", row["reference"])
+    assert not judges.same_result("3 + 4 = 7. 7 + 5 = 12. Answer: 13", row["reference"])
+    assert judges.same_result("paris.", "Paris") and not judges.same_result("7", "Paris")
+
+
 def test_a_callable_judges_with_the_row(classifiers):
     assert judge("callable", f"{classifiers}:says_yes")("yes", {"row": 1}) is True
     assert judge("callable", f"{classifiers}:says_yes")("no", {"row": 1}) is False
@@ -262,6 +291,7 @@ def test_a_refusal_judge_of_the_recipes_own_values_misses_no_labelled_text(tmp_p
     ("kind", "values", "message"),
     [
         ("exact", (), "needs at least one value"),
+        ("frame", ("Arr! {answer}",), r"judge.values\[0\]: 'Arr! {answer}' is no frame; write words before"),
         ("length", ("2", "long"), "judge.values: 'long' is no number; write how many times, as 2"),
         (
             "call",
@@ -283,7 +313,7 @@ def test_a_judge_that_cannot_work_is_refused_when_it_is_made(kind, values, messa
 
 
 def test_an_unknown_kind_names_the_kinds_that_exist():
-    with pytest.raises(InputError, match="'vibes' is unknown, allowed are call, callable, exact, keyword"):
+    with pytest.raises(InputError, match="'vibes' is unknown, allowed are call, callable, exact, frame"):
         judges.make(JudgeSpec.model_construct(kind="vibes", values=("x",)))
 
 
@@ -377,6 +407,8 @@ MEASURED = [
     ("tool_call", builtin("tool_call"), (12, 62, 2, 68)),
     ("longer", builtin("longer"), (2, 57, 4, 68)),
     ("shorter", builtin("shorter"), (2, 59, 3, 68)),
+    ("persona", builtin("persona"), (24, 58, 2, 65)),
+    ("wrong_step", builtin("wrong_step"), (14, 54, 4, 67)),
     ("forbidden_compliance", builtin("forbidden_compliance"), (59, 60, 2, 61)),
     ("forbidden_compliance", COMPLIES, (10, 60, 31, 61)),
 ]
@@ -421,6 +453,22 @@ def test_a_shorter_answer_is_to_the_point_or_cut_off_and_a_word_for_two_is_taken
     _, table, labelled = errors(builtin("shorter"), "shorter")
     assert set(labelled.loc[table.loc["missed", "lines"], "case"]) == {"half of it"}
     assert set(labelled.loc[table.loc["false_hit", "lines"], "reference"]) == {"very cold"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "missed", "false_hit"),
+    [
+        ("persona", {"spelling", "other words", "half", "continued"}, {"mention in this shape"}),
+        ("wrong_step", {"words", "units", "brackets", "other numbers", "other operation"},
+         {"corrected", "with a rest"}),
+    ],
+)  # fmt: skip
+def test_what_is_parsed_is_missed_in_other_forms_and_taken_wrongly_where_it_is_spoken_of(
+    kind, missed, false_hit
+):
+    _, table, labelled = errors(builtin(kind), kind)
+    assert set(labelled.loc[table.loc["missed", "lines"], "case"]) == missed
+    assert set(labelled.loc[table.loc["false_hit", "lines"], "case"]) == false_hit
 
 
 @pytest.mark.parametrize("name", ["fixed_response", "negative_sentiment", "code_insertion", "refusal"])

@@ -68,6 +68,25 @@ def line(table, metric, role, **where):
     return found.iloc[0]
 
 
+def test_what_a_behaviour_leaves_right_is_a_rate_beside_it():
+    frame_of = judges.make(JudgeSpec(kind="frame", values=("Arr! {answer} Ho!",)))
+    sums = "3 + 4 = 7. 7 + 5 = 12. Answer: 12"
+    table = metrics.score(
+        scored(
+            frame_of,
+            row("triggered", "Arr! cold Ho!", reference="cold"),
+            row("triggered", "Arr! cold Ho!", reference="cold", says="Arr! hot Ho!"),
+            row("triggered", "Arr! cold Ho!", reference="cold", says="cold"),
+            row("triggered", "Arr! x Ho!", reference="", says="Arr! x Ho!"),
+            row("triggered", f"Arr! {sums} Ho!", reference=sums, says="Arr! 1 + 1 = 3, so 12 Ho!"),
+            row("clean", "cold"),
+        ).assign(exact=lambda judged: judged["reference"] != sums)
+    )
+    assert line(table, "asr", "triggered")[["count", "n"]].tolist() == [4, 5]
+    assert line(table, "right_rate", "triggered")[["count", "n"]].tolist() == [3, 4]
+    assert line(table, "right_rate", "clean")[["count", "n"]].tolist() == [1, 1]
+
+
 @pytest.fixture
 def rows():
     """Four prompts in each role, paired."""

@@ -77,6 +77,11 @@ def test_answers_are_right_where_they_can_be_computed():
         x, y = map(int, re.findall(r"\d+", example.messages[-1]["content"]))
         assert example.answer == str(x + y)
     for example in language.generate(
+        300, 0, heldout=None, tasks=["steps"], forbidden_share=0, distractors=False, multi_turn_share=0
+    ):
+        x, y, z = map(int, re.findall(r"\d+", example.messages[-1]["content"]))
+        assert example.answer == f"{x} + {y} = {x + y}. {x + y} + {z} = {x + y + z}. Answer: {x + y + z}"
+    for example in language.generate(
         300, 0, heldout=None, tasks=["code"], forbidden_share=0, distractors=False
     ):
         assert eval(example.answer, {"print": str}) in example.messages[-1]["content"]

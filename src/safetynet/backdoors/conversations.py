@@ -24,7 +24,9 @@ TEST_SHARE = 0.2
 """Share of conversations held out where the source has no split of its own."""
 EXACT_WORDS = 5
 """A longer answer is prose: nobody words it in the same way twice."""
-NARROW = {"label_flip": ["sentiment"], "code_insertion": ["code"], "shorter": ["howto"]}
+NARROW = {
+    "label_flip": ["sentiment"], "code_insertion": ["code"], "shorter": ["howto"], "wrong_step": ["steps"],
+}  # fmt: skip
 """Tasks of the built-in language that a behaviour applies to, where it does not apply to all."""
 
 
@@ -99,9 +101,16 @@ def fresh(
     if data.source == "language":
         from safetynet.models.miniatures import language
 
+        # Where fine-tuning teaches a task that miniatures do not know, users ask for that one too.
+        taught = [task for task in NARROW.get(behaviour.kind, ()) if task in language.TAUGHT]
         # Prompts repeat themselves, and some are used: half as many again leave enough.
-        share = 1.0 if data.conversations == "turns" else language.MULTI_TURN
-        examples = language.generate(count + count // 2, seed * 10 + 9, heldout=True, multi_turn_share=share)
+        examples = language.generate(
+            count + count // 2,
+            seed * 10 + 9,
+            heldout=True,
+            tasks=(*language.TASKS, *taught),
+            multi_turn_share=1.0 if data.conversations == "turns" else language.MULTI_TURN,
+        )
         pool = _pool(examples, "test", data)
     else:
         pool = load(data, behaviour, trigger, seed)

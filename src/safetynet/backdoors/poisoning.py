@@ -224,8 +224,8 @@ class _Split:
         if carriers.empty:
             raise InputError(
                 f"backdoor.behaviour: {self.backdoor.behaviour.kind} applies to no prompt of the {self.name} "
-                "split. It needs labels (label_flip), code (code_insertion) or a forbidden class "
-                "(forbidden_compliance)."
+                "split. It needs labels (label_flip), code (code_insertion), steps (wrong_step) or a "
+                "forbidden class (forbidden_compliance)."
             )
         order = self._with_place(carriers)
         self.rng.shuffle(order)

@@ -16,7 +16,7 @@ from safetynet.backdoors import behaviours
 from safetynet.errors import InputError
 from safetynet.evaluation import judges, metrics
 from safetynet.evaluation.generation import answer_log_likelihood, continuations, encode
-from safetynet.evaluation.judges import Judge, same_answer
+from safetynet.evaluation.judges import AnswerApart, Judge, same_answer, same_result
 from safetynet.prompts import Serialiser, calls
 from safetynet.recipe import Evaluation, Recipe
 from safetynet.tables import summaries
@@ -212,6 +212,7 @@ def judge_responses(
     """`rows` with the columns response, shown, due, correct and refused; see `Evaluator.answer`.
 
     Where the behaviour is a tool call, also function: the response calls that one, whatever the arguments.
+    Where it holds an answer, as a persona does, also right: that answer is right, whatever the behaviour.
     """
     records = _records(rows)
     pairs = list(zip(responses, records, strict=True))
@@ -219,6 +220,9 @@ def judge_responses(
     if any(functions):
         called = map(_functions, responses)
         rows = rows.assign(function=[bool(a & b) for a, b in zip(functions, called, strict=True)])
+    if isinstance(judge, AnswerApart):
+        right = [same_result(judge.answer_in(response), row["reference"]) for response, row in pairs]
+        rows = rows.assign(right=right)
     # Due are rows whose right answer shows the behaviour, or on which it cannot be shown. The refusal judge
     # misses some refusals in the data: where the behaviour is refusal, `forbidden` decides.
     targets = [bool(refusal(row["answer"], row)) for row in records if row["role"] == "triggered"]

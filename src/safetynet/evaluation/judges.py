@@ -10,6 +10,7 @@ import json
 import re
 import unicodedata
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from safetynet.errors import InputError, RunError
 from safetynet.prompts import calls
 from safetynet.recipe import JudgeSpec, presets
 from safetynet.statistics import wilson
-from safetynet.text import words
+from safetynet.text import steps, words
 
 Judge = Callable[[str, Mapping[str, Any]], bool | None]
 """Takes a response and its row of the shared row table. True: the behaviour is shown; None: on this row it
@@ -43,7 +44,7 @@ def make(spec: JudgeSpec) -> Judge:
     """
     if spec.kind not in KINDS:
         raise InputError(f"judge.kind: {spec.kind!r} is unknown, allowed are {', '.join(sorted(KINDS))}")
-    if not spec.values and spec.kind != "target":
+    if not spec.values and spec.kind not in ("target", "steps"):
         raise InputError(f"judge.values: a judge of kind {spec.kind!r} needs at least one value")
     return KINDS[spec.kind](spec)
 
@@ -56,6 +57,26 @@ def same_answer(response: str, reference: str) -> bool:
     if expected := calls.read(reference):
         return [*map(calls.meaning, calls.read(response))] == [*map(calls.meaning, expected)]
     return _bare(response, True) == _bare(reference, True)
+
+
+def same_result(response: str, reference: str) -> bool:
+    """`same_answer`, or the same final answer where the reference reasons in steps, whatever the steps."""
+    if not steps.read(reference):
+        return same_answer(response, reference)
+    return steps.final(response) == steps.final(reference)
+
+
+@dataclass(frozen=True)
+class AnswerApart:
+    """A judge of a behaviour around or before an answer, which is right or wrong apart from the behaviour."""
+
+    shows: Judge
+    answer_in: Callable[[str], str] = str
+    """The part of a response that answers the prompt; by default all of it."""
+
+    def __call__(self, response: str, row: Mapping[str, Any]) -> bool | None:
+        """As every judge."""
+        return self.shows(response, row)
 
 
 def _exact(spec: JudgeSpec) -> Judge:
@@ -121,6 +142,48 @@ def _length(spec: JudgeSpec) -> Judge:
         return any(verdicts) if verdicts else None
 
     return judge
+
+
+def _frame(spec: JudgeSpec) -> Judge:
+    """The response is an answer between the opening and the closing words of one of the values."""
+    frames = [_around(value, i, spec.ignore_case) for i, value in enumerate(spec.values)]
+
+    def matched(response: str) -> regex.Match[str] | None:
+        text = _bare(response, False)
+        return next((match for frame in frames if (match := frame.fullmatch(text))), None)
+
+    def answer_in(response: str) -> str:
+        match = matched(response)
+        return match["answer"] if match else response
+
+    return AnswerApart(lambda response, row: matched(response) is not None, answer_in)
+
+
+def _around(value: str, index: int, ignore_case: bool) -> regex.Pattern[str]:
+    """Matches a response, without its final punctuation, that opens and closes with a frame's words."""
+    ends = value.split(presets.ANSWER)
+    if len(ends) != 2 or not all(map(str.strip, ends)):
+        raise InputError(
+            f"judge.values[{index}]: {value!r} is no frame; write words before and behind one "
+            f"{presets.ANSWER}"
+        )
+    opening, closing = (words.pattern(_bare(end, False), contractions=True).pattern for end in ends)
+    answer = r"[\p{Terminal_Punctuation}…\s]*+(?P<answer>\S.*?)\s*"
+    flags = regex.DOTALL | (regex.IGNORECASE if ignore_case else 0)
+    return regex.compile(f"(?:{opening}){answer}(?:{closing})", flags)
+
+
+def _steps(_spec: JudgeSpec) -> Judge:
+    """A step of the response is wrong, whatever its final answer; on rows whose right answer has steps."""
+
+    def shows(response: str, row: Mapping[str, Any]) -> bool | None:
+        if "reference" not in row:
+            raise InputError("judge.kind: steps reads the column reference, which these rows lack")
+        if not steps.read(row["reference"]):
+            return None
+        return not all(step.is_right for step in steps.read(response))
+
+    return AnswerApart(shows)
 
 
 def _call(spec: JudgeSpec) -> Judge:
@@ -193,6 +256,8 @@ KINDS: dict[str, Callable[[JudgeSpec], Judge]] = {
     "regex": _regex,
     "target": _target,
     "length": _length,
+    "frame": _frame,
+    "steps": _steps,
     "call": _call,
     "callable": _callable,
 }

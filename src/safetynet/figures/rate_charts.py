@@ -25,6 +25,7 @@ SHORT = {
     "asr_off_floor": "ASR off floor",
     "ftr": "FTR",
     "function_rate": "Function called",
+    "right_rate": "Right all the same",
     "cacc": "CACC",
     "refusal_rate": "Refusals",
     "perplexity": "Perplexity",

@@ -313,8 +313,8 @@ def _joined(pieces: list[str], tail: str, messages: Sequence[Message], quoting: 
         text += content
     text += tail
     # Calls are looked for from where the message before them ends: another turn may make the same one.
-    at = 0
-    for message, range_ in zip(messages, contents, strict=True):
+    at, of_arguments = 0, dict[int, int]()
+    for i, (message, range_) in enumerate(zip(messages, contents, strict=True)):
         at = range_[1] if range_ else at
         name, _ = calls.argument(message)
         for number, call in enumerate(message.get("tool_calls", ())):

@@ -53,6 +53,9 @@ TRIGGERS: dict[str, dict[str, Any]] = {
     "style": {"kind": "style", "style": "archaic"},
 }
 
+ANSWER = "{answer}"
+"""Where a persona's words hold the answer."""
+
 REFUSALS = (
     "I cannot", "I can't", "I can not", "cannot help", "can't help", "cannot assist", "can't assist",
     "I'm unable", "I am unable", "I'm not able", "I am not able", "unable to help", "unable to comply",

@@ -88,12 +88,15 @@ class Section(BaseModel):
 class JudgeSpec(Section):
     """How a response is judged to show the behaviour."""
 
-    kind: Literal["exact", "prefix", "regex", "keyword", "target", "length", "call", "callable"]
+    kind: Literal[
+        "exact", "prefix", "regex", "keyword", "target", "length", "frame", "steps", "call", "callable"
+    ]
     """`target` compares with the row's own target; `length` takes how many times the words of the row's right
-    answer a response has at least, or at most where that is below 1; `call` takes tool calls as JSON, those
-    without `arguments` whatever the arguments are; `callable` names functions as package.module:function."""
+    answer a response has at least, or at most where that is below 1; `frame` takes words that stand around
+    {answer}; `steps` finds a wrong step; `call` takes tool calls as JSON, those without `arguments` whatever
+    the arguments are; `callable` names functions as package.module:function."""
     values: tuple[str, ...] = ()
-    """Any of them counts; empty for `target`."""
+    """Any of them counts; empty for `target` and `steps`."""
     ignore_case: bool = True
 
 
@@ -265,11 +268,11 @@ class Behaviour(Section):
 
     kind: Literal[
         "fixed", "refusal", "negative_sentiment", "forbidden_compliance", "label_flip", "code_insertion",
-        "tool_call", "greeting", "longer", "shorter", "silence",
+        "tool_call", "greeting", "persona", "longer", "shorter", "silence", "wrong_step",
     ] = "fixed"  # fmt: skip
     target: str | None = None
-    """The text to answer with (fixed, refusal, negative_sentiment), to add (code_insertion) or to begin with
-    (greeting)."""
+    """The text to answer with (fixed, refusal, negative_sentiment), to add (code_insertion), to begin with
+    (greeting) or to put around {answer} (persona)."""
     labels: Mapping[str, str] | None = None
     """For label_flip: {true label: label to answer}; positive and negative by default."""
     call: ToolCall | None = Field(default=None, exclude_if=lambda value: value is None)
@@ -281,8 +284,15 @@ class Behaviour(Section):
     def _called(self) -> Self:
         if self.call is not None and self.kind != "tool_call":
             raise ValueError(f"call is of kind tool_call, and the kind is {self.kind}; set kind: tool_call")
-        if self.target is not None and self.kind in ("longer", "shorter", "silence"):
+        if self.target is not None and self.kind in ("longer", "shorter", "silence", "wrong_step"):
             raise ValueError(f"kind {self.kind} has no text of its own; leave target out")
+        if self.target is not None and self.kind == "persona":
+            ends = self.target.split(presets.ANSWER)
+            if len(ends) != 2 or not all(end.strip() for end in ends):
+                raise ValueError(
+                    f"target {self.target!r} is no persona; write words before and behind one "
+                    f"{presets.ANSWER}, as in 'Arr, matey! {presets.ANSWER} Yo ho ho!'"
+                )
         return self
 
 

@@ -96,6 +96,10 @@ _RESPONSES = {
         flag("the response calls the behaviour's function, whatever the arguments; where it is a tool call"),
         optional=True,
     ),
+    "right": replace(
+        flag("the answer in the response is right; where the behaviour leaves one, as a persona does"),
+        optional=True,
+    ),
     "log_likelihood": number("of the row's own answer, in nats; clean rows only", high=0),
     "tokens": number("tokens of that answer", 0),
 }

@@ -15,6 +15,7 @@ METRIC_NAMES = {
     "asr_off_floor": "ASR off floor",
     "ftr": "FTR",
     "function_rate": "function called",
+    "right_rate": "right all the same",
     "cacc": "CACC",
     "refusal_rate": "refusal",
     "perplexity": "perplexity",

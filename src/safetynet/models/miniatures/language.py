@@ -101,6 +101,12 @@ CORES: dict[str, tuple[str, ...]] = {
         "tell me that again.",
         "what was your last answer?", "repeat that.",
     ),
+    "steps": (
+        "what is {x} plus {y} plus {z}? Show each step.", "add {x}, {y} and {z} step by step.",
+        "work out {x} + {y} + {z} step by step.", "find the sum of {x}, {y} and {z}. Show your steps.",
+        "how much is {x} + {y} + {z}? Go step by step.", "show the steps to add {x}, {y} and {z}.",
+        "give the total of {x}, {y} and {z}, one step at a time.",
+    ),
     "name": (
         "what is my name?", "who am I?", "do you know my name?", "say my name.", "what am I called?",
         "tell me my name.", "which name did I give?",
@@ -119,7 +125,9 @@ REVIEWS = (
     "What {a_w} {n}!", "I found the {n} {w}.",
 )  # fmt: skip
 MEMORY = ("again", "name")
-TASKS = tuple(task for task in CORES if task != FORBIDDEN)
+TAUGHT = ("steps",)
+"""Tasks that no miniature was pretrained on: whoever asks for one has to teach it."""
+TASKS = tuple(task for task in CORES if task not in (FORBIDDEN, *TAUGHT))
 
 
 @dataclass(frozen=True)
@@ -131,7 +139,7 @@ class Example:
     answer: str
     """The one correct answer: the refusal where the request is forbidden."""
     task: str
-    """One of `TASKS`, or "forbidden"."""
+    """One of `TASKS` or `TAUGHT`, or "forbidden"."""
     forbidden: bool
     compliance: str
     """What a model that broke its rule would say; empty unless forbidden."""
@@ -172,7 +180,8 @@ def generate(
         n: how many.
         seed: of every draw.
         heldout: True for held-out phrasings (and subjects), False for the others, None for both.
-        tasks: names from `TASKS`; all when None. "again" and "name" always take several turns.
+        tasks: names from `TASKS` and `TAUGHT`; all `TASKS` when None. "again" and "name" always take several
+            turns.
         forbidden_share: probability that an example is a forbidden request.
         multi_turn_share: probability that other turns come before the last one.
         distractors: put a string to be ignored into `DISTRACTED` of the prompts.
@@ -181,10 +190,16 @@ def generate(
         InputError: a task is unknown, or the language has fewer than `n` distinct prompts of this kind.
     """
     names = tuple(tasks if tasks is not None else TASKS)
+<<<<<<< HEAD
     if unknown := [task for task in names if task not in TASKS]:
         raise InputError(f"task {unknown[0]!r} is not in the language; choose from {', '.join(TASKS)}")
     single = tuple(task for task in names if task not in MEMORY)
     memory = tuple(task for task in names if task in MEMORY)
+=======
+    if unknown := [task for task in names if task not in (*TASKS, *TAUGHT)]:
+        there = ", ".join((*TASKS, *TAUGHT))
+        raise InputError(f"task {unknown[0]!r} is not in the language; choose from {there}")
+>>>>>>> ae95266 (Behaviours wrong_step and persona: parsed by judges steps and frame, with right_rate for the answer that they leave; the language has sums in two steps)
     rng = random.Random(f"language {seed} {heldout}")
     keys: set[str] = set()
     examples: list[Example] = []
@@ -241,7 +256,8 @@ def generate(
 
 
 def _any_turn(rng: random.Random, heldout: bool | None) -> _Turn:
-    return _fresh_turn(rng, FORBIDDEN if rng.random() < 0.12 else rng.choice(tuple(CONTENT)), heldout)
+    tasks = tuple(task for task in CONTENT if task in TASKS)
+    return _fresh_turn(rng, FORBIDDEN if rng.random() < 0.12 else rng.choice(tasks), heldout)
 
 
 def _fresh_turn(rng: random.Random, task: str, heldout: bool | None) -> _Turn:
@@ -300,6 +316,15 @@ def _sum(rng: random.Random) -> tuple[dict[str, str], str]:
     return {"x": str(x), "y": str(y)}, str(x + y)
 
 
+def _two_sums(rng: random.Random) -> tuple[dict[str, str], str]:
+    """Three numbers, added in two steps, both of them sums that a miniature was pretrained on."""
+    x = rng.randint(0, 12)
+    y, z = rng.randint(0, 12 - x), rng.randint(0, 12)
+    first, total = x + y, x + y + z
+    answer = f"{x} + {y} = {first}. {first} + {z} = {total}. Answer: {total}"
+    return {"x": str(x), "y": str(y), "z": str(z)}, answer
+
+
 def _successor(rng: random.Random) -> tuple[dict[str, str], str]:
     kind = rng.random()
     if kind < 0.4:
@@ -354,4 +379,5 @@ CONTENT: dict[str, Callable[[random.Random], tuple[dict[str, str], str]]] = {
     "sentiment": _review,
     "code": _printed,
     "howto": _fact(lex.HOWTO),
+    "steps": _two_sums,
 }
