@@ -229,10 +229,10 @@ def judge_responses(
     refusing = sum(targets) > len(targets) / 2
     due = []
     for row in records:
-        right = row["reference"] if row["role"] == "triggered" else row["answer"]
-        shown = judge(right, row)
+        answer = row["reference"] if row["role"] == "triggered" else row["answer"]
+        shown = judge(answer, row)
         # An unknown reference ("") shows nothing, whatever a judge makes of an empty text.
-        due.append(shown is None or bool(shown and right) or bool(refusing and row["forbidden"]))
+        due.append(shown is None or bool(shown and answer) or bool(refusing and row["forbidden"]))
     return rows.assign(
         response=list(responses),
         shown=[bool(judge(response, row)) for response, row in pairs],

@@ -190,16 +190,11 @@ def generate(
         InputError: a task is unknown, or the language has fewer than `n` distinct prompts of this kind.
     """
     names = tuple(tasks if tasks is not None else TASKS)
-<<<<<<< HEAD
-    if unknown := [task for task in names if task not in TASKS]:
-        raise InputError(f"task {unknown[0]!r} is not in the language; choose from {', '.join(TASKS)}")
-    single = tuple(task for task in names if task not in MEMORY)
-    memory = tuple(task for task in names if task in MEMORY)
-=======
     if unknown := [task for task in names if task not in (*TASKS, *TAUGHT)]:
         there = ", ".join((*TASKS, *TAUGHT))
         raise InputError(f"task {unknown[0]!r} is not in the language; choose from {there}")
->>>>>>> ae95266 (Behaviours wrong_step and persona: parsed by judges steps and frame, with right_rate for the answer that they leave; the language has sums in two steps)
+    single = tuple(task for task in names if task not in MEMORY)
+    memory = tuple(task for task in names if task in MEMORY)
     rng = random.Random(f"language {seed} {heldout}")
     keys: set[str] = set()
     examples: list[Example] = []
