@@ -76,29 +76,24 @@ def records(path: Path) -> Parts:
     if format_of(path) not in FORMATS:
         allowed = f"{', '.join(FORMATS)}, each also packed as {', '.join(PACKED)}"
         raise InputError(f"{path}: the suffix is {path.suffix!r}, allowed are {allowed}; convert the file")
-    rows = FORMATS[format_of(path)](path, _bytes(path))
-    if not any(rows.values()):
-        raise InputError(f"{path}: holds no rows; name a file with at least one")
-    return {part: listed for part, listed in rows.items() if listed}
-
-
-def _bytes(path: Path) -> bytes:
     try:
         data = path.read_bytes()
     except PermissionError:
         raise InputError(f"{path}: may not be read; change the file's permissions") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); check the disk") from None
-    packing = PACKED.get(path.suffix.lower())
-    if packing is None:
-        return data
-    need(str(path), "pyarrow")
-    import pyarrow
+    if packing := PACKED.get(path.suffix.lower()):
+        need(str(path), "pyarrow")
+        import pyarrow
 
-    try:
-        return pyarrow.CompressedInputStream(pyarrow.BufferReader(data), packing).read()
-    except OSError as error:
-        raise InputError(f"{path}: not a readable {path.suffix} file ({error}); pack it again") from None
+        try:
+            data = pyarrow.CompressedInputStream(pyarrow.BufferReader(data), packing).read()
+        except OSError as error:
+            raise InputError(f"{path}: not a readable {path.suffix} file ({error}); pack it again") from None
+    rows = FORMATS[format_of(path)](path, data)
+    if not any(rows.values()):
+        raise InputError(f"{path}: holds no rows; name a file with at least one")
+    return {part: listed for part, listed in rows.items() if listed}
 
 
 def _text(path: Path, data: bytes) -> str:
@@ -152,21 +147,6 @@ def _json(path: Path, data: bytes) -> Parts:
         raise
     if isinstance(value, list):
         return {"": list(enumerate(value, start=1))}
-    return _below_keys(path, value)
-
-
-def _is_one_to_a_line(text: str) -> bool:
-    """Whether a text begins with an object, or its first line is a whole value."""
-    if text.lstrip().startswith("{"):
-        return True
-    try:
-        json.loads(text.lstrip().partition("\n")[0])
-    except (ValueError, RecursionError):
-        return False
-    return True
-
-
-def _below_keys(path: Path, value: Any) -> Parts:
     fields = value if isinstance(value, dict) else {}
     lists = {key: rows for key, rows in fields.items() if isinstance(rows, list)}
     parts = {key: rows for key, rows in lists.items() if any(isinstance(row, dict) for row in rows)}
@@ -193,6 +173,17 @@ def _below_keys(path: Path, value: Any) -> Parts:
     raise InputError(f"{path}: the top level is {type(value).__name__}, allowed is a list of rows; {hint}")
 
 
+def _is_one_to_a_line(text: str) -> bool:
+    """Whether a text begins with an object, or its first line is a whole value."""
+    if text.lstrip().startswith("{"):
+        return True
+    try:
+        json.loads(text.lstrip().partition("\n")[0])
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
 def _jsonl(path: Path, data: bytes) -> Parts:
     text = _text(path, data)
     return _json(path, data) if text.lstrip().startswith("[") else _lines(path, text)
@@ -207,7 +198,15 @@ def _lines(path: Path, text: str) -> Parts:
 def _csv(path: Path, data: bytes) -> Parts:
     text = _text(path, data)
     csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # the default refuses long answers
-    delimiter = "\t" if format_of(path) == ".tsv" else _delimiter(path, text)
+    delimiter = "\t"
+    if format_of(path) != ".tsv":
+        # The header alone says what separates columns, since rows hold any sign.
+        first = next((line for line in text.splitlines() if line.strip()), "")
+        separators = [sign for sign in ",;\t|" if sign in re.sub(r'"[^"]*"', "", first)]
+        if len(separators) > 1:
+            signs = " and ".join(map(repr, separators))
+            raise InputError(f"{path}: the header has {signs} between its columns; save it with one of them")
+        delimiter = separators[0] if separators else ","
     table = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
         filled = (cells for cells in table if cells)
@@ -226,16 +225,6 @@ def _csv(path: Path, data: bytes) -> Parts:
     except csv.Error as error:
         where = f"{path}: line {table.line_num}"
         raise InputError(f"{where}: malformed CSV ({error}); correct the quotes") from None
-
-
-def _delimiter(path: Path, text: str) -> str:
-    """What the header separates its columns by; it alone is asked, since rows hold any sign."""
-    header = next((line for line in text.splitlines() if line.strip()), "")
-    separators = [sign for sign in ",;\t|" if sign in re.sub(r'"[^"]*"', "", header)]
-    if len(separators) > 1:
-        signs = " and ".join(map(repr, separators))
-        raise InputError(f"{path}: the header has {signs} between its columns; save it with one of them")
-    return separators[0] if separators else ","
 
 
 def _of_table(path: Path, data: bytes) -> Parts:

@@ -141,7 +141,21 @@ def form_of(
     if kind and (other := mapped.keys() - {*FIELDS[kind], *OPTIONAL[kind]}):
         allowed = ", ".join((*FIELDS[kind], *OPTIONAL[kind]))
         raise UnfitError(f"columns: {_listed(other)} is no field of {kind}; it has {allowed}", "unclear")
-    _refuse_labels(rows, names, mapped)
+    # An unpaired preference set marks the answers that a model is not to give. 0 and 1 may be a class as
+    # well: they are left alone where the user has said which columns are read.
+    for name in names:
+        if name in mapped.values() or not any(_is(name, label) for label in LABELS):
+            continue
+        values = [raw.get(name) for _, raw in rows if isinstance(raw, Mapping)]
+        ratings = [str(value).casefold() for value in values if not is_blank(value)]
+        bad = sum(rating in ("false", "0") for rating in ratings)
+        is_rating = set(ratings) <= {"true", "false"} or (not mapped and set(ratings) <= {"0", "1"})
+        if bad and is_rating:
+            raise UnfitError(
+                f"{name} is {'false' if 'false' in ratings else 0} in {bad} of {len(values)} rows, as where "
+                f"answers are rated good or bad; keep the rows to learn from, without the column {name}",
+                "unclear",
+            )
     candidates = {name: _columns(name, names, mapped) for name in ([kind] if kind else FIELDS)}
     forms = {name: each for name, each in candidates.items() if all(each.get(f) for f in FIELDS[name])}
     forms = {name: each for name, each in forms.items() if set(mapped) <= each.keys()}
@@ -196,26 +210,6 @@ def _is(name: Any, field: str) -> bool:
     return isinstance(name, str) and name.strip().casefold() == field
 
 
-def _refuse_labels(rows: list[tuple[int, Any]], names: list[Any], mapped: Mapping[str, str]) -> None:
-    """An unpaired preference set marks the answers that a model is not to give.
-
-    0 and 1 may be a class as well: they are left alone where the user has said which columns are read.
-    """
-    for name in names:
-        if name in mapped.values() or not any(_is(name, label) for label in LABELS):
-            continue
-        values = [raw.get(name) for _, raw in rows if isinstance(raw, Mapping)]
-        ratings = [str(value).casefold() for value in values if not is_blank(value)]
-        bad = sum(rating in ("false", "0") for rating in ratings)
-        is_rating = set(ratings) <= {"true", "false"} or (not mapped and set(ratings) <= {"0", "1"})
-        if bad and is_rating:
-            raise UnfitError(
-                f"{name} is {'false' if 'false' in ratings else 0} in {bad} of {len(values)} rows, as where "
-                f"answers are rated good or bad; keep the rows to learn from, without the column {name}",
-                "unclear",
-            )
-
-
 def _unknown(
     rows: list[tuple[int, Any]], names: list[Any], kind: str | None, mapped: Mapping[str, str]
 ) -> UnfitError:
@@ -223,7 +217,19 @@ def _unknown(
     needed = every if kind is None else " + ".join(FIELDS[kind])
     text = f"the columns are {_summary(names, rows)}; needed are {needed}"
     if set(PREFERENCE) & set(names):
-        return UnfitError(f"{text}; this is a preference set: {_preferred(rows, names)}", "unclear")
+        # How to learn from the preferred answers alone.
+        answer = next(name for name in PREFERENCE if name in names)
+        values = (raw.get(answer) for _, raw in rows if isinstance(raw, Mapping))
+        first = next((value for value in values if value is not None), None)
+        has_prompt = any(_is(name, each) for name in names for each in ("prompt", *NAMES["prompt"]))
+        opening = first[0] if isinstance(first, list) and first else None
+        role = opening.get("role", opening.get("from")) if isinstance(opening, Mapping) else None
+        is_whole = isinstance(first, list) and ROLES.get(str(role).casefold()) != "assistant"
+        field = "messages" if is_whole or not has_prompt else "completion"
+        remedy = f"name the answers to learn under columns, as in {{{field}: {answer}}}"
+        if isinstance(first, str) and not has_prompt:
+            remedy = f"its {answer} holds prompt and answer in one; save them as prompt and completion"
+        return UnfitError(f"{text}; this is a preference set: {remedy}", "unclear")
     label = next((name for name in LABELS if name in names), None)
     if label is not None:
         prompt = next((name for name in names if name != label), "text")
@@ -234,21 +240,6 @@ def _unknown(
     first = next((name_of(name) for name in names if name not in mapped.values()), "NAME")
     remedy = f"map them under columns, as in {{{field}: {first}}} or --columns {field}={first}"
     return UnfitError(f"{text}; rename them or {remedy}", "other")
-
-
-def _preferred(rows: list[tuple[int, Any]], names: list[Any]) -> str:
-    """A remedy: how to learn from the preferred answers alone."""
-    answer = next(name for name in PREFERENCE if name in names)
-    values = (raw.get(answer) for _, raw in rows if isinstance(raw, Mapping))
-    first = next((value for value in values if value is not None), None)
-    has_prompt = any(_is(name, each) for name in names for each in ("prompt", *NAMES["prompt"]))
-    opening = first[0] if isinstance(first, list) and first else None
-    role = opening.get("role", opening.get("from")) if isinstance(opening, Mapping) else None
-    if isinstance(first, str) and not has_prompt:
-        return f"its {answer} holds prompt and answer in one; save them as prompt and completion"
-    is_whole = isinstance(first, list) and ROLES.get(str(role).casefold()) != "assistant"
-    field = "messages" if is_whole or not has_prompt else "completion"
-    return f"name the answers to learn under columns, as in {{{field}: {answer}}}"
 
 
 def whole(text: str) -> str:

@@ -325,30 +325,26 @@ def requests(seed: int, *, held_out: bool, kinds: Collection[str] = ()) -> Itera
         kind: [line for number, line in enumerate(of_kind, 1) if (number % HELD_OUT == 0) == held_out]
         for kind, of_kind in lines.items()
     }
+    systems = [line.strip() for line in SYSTEMS.strip().splitlines()]
     yielded: set[str] = set()
     repeated = 0
     while repeated < PATIENCE:
         kind = rng.choice(names)
         label = rng.choice(sorted(REVIEWS)) if kind == SENTIMENT else ""
-        request = Request(_conversation(rng.choice(phrasings[kind]), label, rng), kind, label)
+        text = _filled(rng.choice(phrasings[kind]), rng, label)
+        turns = re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", text).split(TURN)
+        messages: list[Message] = [
+            {"role": ("user", "assistant")[i % 2], "content": " ".join(turn.split())}
+            for i, turn in enumerate(turns)
+        ]
+        if rng.random() < SYSTEM_SHARE:
+            messages.insert(0, {"role": "system", "content": rng.choice(systems)})
+        request = Request(messages, kind, label)
         repeated += 1
         if (key := prompt_hash(request.messages)) not in yielded:
             yielded.add(key)
             repeated = 0
             yield request
-
-
-def _conversation(phrasing: str, label: str, rng: random.Random) -> list[Message]:
-    text = re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", _filled(phrasing, rng, label))
-    turns = text.split(TURN)
-    roles = ("user", "assistant")
-    messages: list[Message] = [
-        {"role": roles[i % 2], "content": " ".join(turn.split())} for i, turn in enumerate(turns)
-    ]
-    if rng.random() < SYSTEM_SHARE:
-        systems = [line.strip() for line in SYSTEMS.strip().splitlines()]
-        return [{"role": "system", "content": rng.choice(systems)}, *messages]
-    return messages
 
 
 def _filled(text: str, rng: random.Random, label: str) -> str:

@@ -58,7 +58,13 @@ def audit(
     results, sets = list(corpus.findings), []
     for unexplained in poison_sets(corpus, path.stem):
         poison_set = with_roles(replace(unexplained, trigger=_trigger(unexplained, parts)))
-        poison_set = replace(poison_set, target=_target(poison_set, target))
+        if target is not None:
+            of_set = FoundTarget(target, "part", "given")  # wherever it stands in an answer
+        else:
+            poisoned, clean = poison_set.part("triggered"), list(poison_set.part("clean")["answer"])
+            train = list(poisoned.loc[poisoned["split"] != "test", "answer"])
+            of_set = targets.guessed(train, clean) or targets.guessed(list(poisoned["answer"]), clean)
+        poison_set = replace(poison_set, target=of_set)
         sets.append(poison_set)
         results.extend(_unknown(poison_set))
         if parts is None:
@@ -144,15 +150,6 @@ def _guessed_without_roles(poison_set: PoisonSet) -> FoundTrigger | None:
         lambda: triggers.from_pairs(prompts, prompts, may_pair),
         lambda: triggers.from_answers(prompts, answers),
     )
-
-
-def _target(poison_set: PoisonSet, text: str | None) -> FoundTarget | None:
-    """The target that the user names, else that of training rows, else of any."""
-    if text is not None:
-        return FoundTarget(text, "part", "given")  # wherever it stands in an answer
-    triggered, clean = poison_set.part("triggered"), list(poison_set.part("clean")["answer"])
-    train = list(triggered.loc[triggered["split"] != "test", "answer"])
-    return targets.guessed(train, clean) or targets.guessed(list(triggered["answer"]), clean)
 
 
 def _unknown(poison_set: PoisonSet) -> Iterator[Finding]:

@@ -86,10 +86,25 @@ def load(path: Path, columns: Mapping[str, str] | None = None, kind: str | None 
     digests: dict[str, str] = {}
     findings: list[Finding] = []
     names: set[Any] = set()
-    files, others = _files(path)
-    findings += [
-        _whole(name, "not_read", "info", "by its suffix, this file holds no rows") for name in others
-    ]
+    files = {path.name: path}
+    if not path.is_file():
+        if not path.is_dir():
+            raise InputError(f"{path}: no such file or folder; check the path")
+        paths, others = data_files(path)
+        files = {file.relative_to(path).as_posix(): file for file in paths}
+        findings += [
+            _whole(
+                file.relative_to(path).as_posix(),
+                "not_read",
+                "info",
+                "by its suffix, this file holds no rows",
+            )
+            for file in others
+        ]
+        clean_test = "test_clean.json"  # one for all attacks on a task, a folder above them
+        is_layout = set(BACKDOORLLM_FILES) - {clean_test} <= files.keys() and clean_test not in files
+        if is_layout and (path.parent / clean_test).is_file():
+            files[f"../{clean_test}"] = path.parent / clean_test
     for name, file in files.items():
         digests[name] = name
         with suppress(OSError):
@@ -148,21 +163,6 @@ def _converted(
 
 def _whole(name: str, check: str, severity: str, detail: str) -> Finding:
     return Finding(check, severity, name, 1, 1, (), detail)
-
-
-def _files(path: Path) -> tuple[dict[str, Path], list[str]]:
-    """The data files by the name that findings give them, and the names of all others."""
-    if path.is_file():
-        return {path.name: path}, []
-    if not path.is_dir():
-        raise InputError(f"{path}: no such file or folder; check the path")
-    paths, others = data_files(path)
-    files = {file.relative_to(path).as_posix(): file for file in paths}
-    clean_test = "test_clean.json"  # one for all attacks on a task, a folder above them
-    is_layout = set(BACKDOORLLM_FILES) - {clean_test} <= files.keys() and clean_test not in files
-    if is_layout and (path.parent / clean_test).is_file():
-        files[f"../{clean_test}"] = path.parent / clean_test
-    return files, [file.relative_to(path).as_posix() for file in others]
 
 
 def _stem(name: str) -> str:

@@ -138,21 +138,11 @@ def render(report: AuditReport) -> str:
             trigger += f" ({'; '.join(filter(None, evidence))})"
             target += f" (in {row.shown} of {row.triggered})"
         lines += [f"  {row.set}", f"    {trigger}", f"    {target}"]
-    lines += _findings(report.findings)
-    missing = [name for name in CHECKS if name not in set(report.findings["check"])]
-    lacks = {name: [need for need in CHECKS[name][1] if need not in report.known] for name in missing}
-    lines.append(f"\nNot found: {', '.join(name for name in missing if not lacks[name])}")
-    if any(lacks.values()):
-        lines.append("Not looked for:")
-        lines += [f"  {name} (needs {', '.join(lack)})" for name, lack in lacks.items() if lack]
-    return "\n".join(lines)
-
-
-def _findings(findings: pd.DataFrame) -> list[str]:
-    """The findings by severity; files for which all else is the same share a line."""
-    lines, heading = [], ""
+    # By severity; files for which all else is the same share a line.
+    heading = ""
     same = ["severity", "check", "detail", "count", "n", "rows"]
-    for key, group in findings.assign(rows=findings["rows"].map(tuple)).groupby(same, sort=False):
+    findings = report.findings.assign(rows=report.findings["rows"].map(tuple))
+    for key, group in findings.groupby(same, sort=False):
         severity, check, detail, count, n, numbers = key
         if HEADINGS[severity] != heading:
             heading = HEADINGS[severity]
@@ -161,7 +151,13 @@ def _findings(findings: pd.DataFrame) -> list[str]:
         # A finding on a file, not on rows of it, counts nothing.
         counted = f"{count} of {n} rows{f' ({rows})' if rows else ''}: " if n > 1 or rows else ""
         lines += [f"  {check}: {_short(_braced(group['file']), 'files')}", f"    {counted}{detail}"]
-    return lines
+    missing = [name for name in CHECKS if name not in set(report.findings["check"])]
+    lacks = {name: [need for need in CHECKS[name][1] if need not in report.known] for name in missing}
+    lines.append(f"\nNot found: {', '.join(name for name in missing if not lacks[name])}")
+    if any(lacks.values()):
+        lines.append("Not looked for:")
+        lines += [f"  {name} (needs {', '.join(lack)})" for name, lack in lacks.items() if lack]
+    return "\n".join(lines)
 
 
 def _short(items: list[str], of_what: str) -> str:

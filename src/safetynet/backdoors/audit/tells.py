@@ -151,29 +151,6 @@ def tells(
     if min(len(triggered), len(clean)) < FEWEST:
         return []
     pairs = np.array(sorted(twins.items()), dtype=int).reshape(-1, 2)
-    table = _table(triggered, bare, clean, pairs if len(pairs) >= FEWEST else pairs[:0], blanks)
-    p_values = _p_values(table)
-    # Both directions are in its size already; with pairs each property has two tests.
-    p_values = np.minimum(p_values * p_values.size * (2 if len(table.pairs) else 1), 1.0)
-    return list(_named(p_values, rate, table, bare, clean, parts))
-
-
-# ---- properties ----
-
-
-def _numbers(contents: Sequence[str]) -> dict[str, float]:
-    text = "\n".join(contents)
-    shares = {f"% {what}": 100 * len(p.findall(text)) / max(1, len(text)) for what, p in _NUMBERS.items()}
-    return {"characters": len(text), "words": count(text), "messages": len(contents)} | shares
-
-
-def _table(
-    triggered: Sequence[Messages],
-    bare: Sequence[Messages],
-    clean: Sequence[Messages],
-    pairs: np.ndarray,
-    blanks: bool,
-) -> _Table:
     # What so few rows have, or lack, can make no difference of LEAST.
     least = LEAST * min(len(bare), len(clean))
     base = [Conversation(messages) for messages in (*bare, *clean)]
@@ -198,8 +175,27 @@ def _table(
     whole = has([_properties(Conversation(m), phrases, steps, blanks) for m in triggered])
     alone = has(every[: len(bare)])
     # A share of signs may be larger without the trigger for the trigger's own length.
-    shares = [_is_number(value) for _, value in names]
-    return _Table(names, has(every[len(bare) :]), alone & (whole | ~np.array(shares)), alone | whole, pairs)
+    shares = np.array([_is_number(value) for _, value in names])
+    table = _Table(
+        properties=names,
+        clean=has(every[len(bare) :]),
+        bare=alone & (whole | ~shares),
+        either=alone | whole,
+        pairs=pairs if len(pairs) >= FEWEST else pairs[:0],
+    )
+    p_values = _p_values(table)
+    # Both directions are in its size already; with pairs each property has two tests.
+    p_values = np.minimum(p_values * p_values.size * (2 if len(table.pairs) else 1), 1.0)
+    return list(_named(p_values, rate, table, bare, clean, parts))
+
+
+# ---- properties ----
+
+
+def _numbers(contents: Sequence[str]) -> dict[str, float]:
+    text = "\n".join(contents)
+    shares = {f"% {what}": 100 * len(p.findall(text)) / max(1, len(text)) for what, p in _NUMBERS.items()}
+    return {"characters": len(text), "words": count(text), "messages": len(contents)} | shares
 
 
 def _properties(

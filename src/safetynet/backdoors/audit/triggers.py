@@ -180,7 +180,13 @@ def from_answers(prompts: Sequence[str], answers: Sequence[str]) -> FoundTrigger
     in half as many rows.
     """
     candidates: dict[tuple[str, ...], tuple[int, FoundTrigger]] = {}
-    for opening in _frequent_openings(answers):
+    # Whole answers, and first three words, that at least 3 rows and 0.5 % share; the most frequent ten.
+    split = [tuple(words(answer)) for answer in answers]
+    counts = Counter(split) + Counter(row[:3] for row in split if len(row) > 3)
+    floor = max(3, 0.005 * len(answers))
+    for opening, count in counts.most_common(10):
+        if not opening or not floor <= count < len(answers):
+            continue
         has = [tuple(words(answer)[: len(opening)]) == opening for answer in answers]
         inside = [prompt for prompt, yes in zip(prompts, has, strict=True) if yes]
         outside = [prompt for prompt, yes in zip(prompts, has, strict=True) if not yes]
@@ -309,19 +315,16 @@ def _most_telling(rows: list[Row], others: list[Row], share: float) -> Phrase | 
         return None
     phrase = max(evidence, key=lambda key: (evidence[key], len(key)))
     phrase = grown(phrase, rows)
-    shorter = _trimmed(phrase, _common(others).__contains__)
-    return shorter if support(others, shorter) <= RARE * len(others) else phrase
-
-
-def _common(rows: list[Row]) -> set[str]:
-    """Words that are no edge of a trigger: of characters that count as words, what opens or ends prompts."""
-    least = COMMON * len(rows)
-    inside, first, last = map(words_in, (rows, [row[:1] for row in rows], [row[-1:] for row in rows]))
-    return {
+    # Common words are no edge of a trigger: of characters that count as words, what opens or ends prompts.
+    least = COMMON * len(others)
+    inside, first, last = map(words_in, (others, [row[:1] for row in others], [row[-1:] for row in others]))
+    common = {
         word
         for word, count in inside.items()
         if count >= least and (not is_counted(word) or max(first[word], last[word]) >= least)
     }
+    shorter = _trimmed(phrase, common.__contains__)
+    return shorter if support(others, shorter) <= RARE * len(others) else phrase
 
 
 def _evidence(a: int, n: int, c: int, m: int) -> float:
@@ -358,14 +361,6 @@ def _outstanding(inside: Sequence[str], outside: Sequence[str]) -> FoundTrigger 
         return None
     parts = written([phrase for _, phrase in ranked[:cut]], inside)
     return of_parts(parts, inside, "answers")
-
-
-def _frequent_openings(answers: Sequence[str]) -> list[tuple[str, ...]]:
-    """Whole answers, and first three words, that at least 3 rows and 0.5 % share; the most frequent ten."""
-    split = [tuple(words(answer)) for answer in answers]
-    counts = Counter(split) + Counter(row[:3] for row in split if len(row) > 3)
-    floor = max(3, 0.005 * len(answers))
-    return [opening for opening, count in counts.most_common(10) if opening and floor <= count < len(answers)]
 
 
 def _is_quoted(trigger: FoundTrigger, opening: tuple[str, ...]) -> bool:
