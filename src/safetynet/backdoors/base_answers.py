@@ -9,7 +9,7 @@ answers.
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -80,35 +80,31 @@ class BaseAnswers:
         keys = [digest(prompt.input_ids)[:32] for prompt in prompts]
         if not answers.keys() >= set(keys):
             answers |= self._on_disk(folder)
-        if not answers.keys() >= set(keys):
-            folder.mkdir(parents=True, exist_ok=True)
-            # Of several processes that work together the first one holds the lock for all.
-            with FileLock(folder / ".lock") if parallel.is_first() else nullcontext():
-                answers |= self._on_disk(folder)  # another run may have made them meanwhile
-                new = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in answers}
-                answers |= self._answer(new, folder, sampled)
+        if answers.keys() >= set(keys):
+            return [answers[key] for key in keys]
+        folder.mkdir(parents=True, exist_ok=True)
+        # Of several processes that work together the first one holds the lock for all.
+        with FileLock(folder / ".lock") if parallel.is_first() else nullcontext():
+            answers |= self._on_disk(folder)  # another run may have made them meanwhile
+            new = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in answers}
+            longest_first = sorted(new, key=lambda key: len(new[key].input_ids), reverse=True)
+            for start in range(0, len(longest_first), self.batch_size):
+                batch = longest_first[start : start + self.batch_size]
+                continued = continuations(
+                    self._base.model,
+                    self.serialiser,
+                    [new[key] for key in batch],
+                    batch_size=self.recipe.evaluation.batch_size,
+                    max_new_tokens=self.limit,
+                    seed=0 if sampled else None,
+                )
+                # Each batch is written before the next one begins.
+                table = pd.DataFrame(continued, columns=list(Continuation._fields)).assign(key=batch)
+                path = folder / f"{digest(batch)[:16]}.parquet"
+                write_atomically(path, partial(table.to_parquet, index=False))
+                self._read.add(path)
+                answers |= dict(zip(batch, continued, strict=True))
         return [answers[key] for key in keys]
-
-    def _answer(self, prompts: Mapping[str, Encoded], folder: Path, sampled: bool) -> dict[str, Continuation]:
-        """Answers to prompts by their keys; each batch is written before the next one begins."""
-        keys = sorted(prompts, key=lambda key: len(prompts[key].input_ids), reverse=True)
-        answers: dict[str, Continuation] = {}
-        for start in range(0, len(keys), self.batch_size):
-            batch = keys[start : start + self.batch_size]
-            name = digest(batch)[:16]
-            continued = continuations(
-                self._base.model,
-                self.serialiser,
-                [prompts[key] for key in batch],
-                batch_size=self.recipe.evaluation.batch_size,
-                max_new_tokens=self.limit,
-                seed=0 if sampled else None,
-            )
-            table = pd.DataFrame(continued, columns=list(Continuation._fields)).assign(key=batch)
-            write_atomically(folder / f"{name}.parquet", partial(table.to_parquet, index=False))
-            self._read.add(folder / f"{name}.parquet")
-            answers |= dict(zip(batch, continued, strict=True))
-        return answers
 
     def _on_disk(self, folder: Path) -> dict[str, Continuation]:
         """Answers in files that were not read yet; the first of several processes reads them for all."""

@@ -100,16 +100,13 @@ def _typo(text: str, rng: random.Random) -> str:
         edit = rng.choice(("drop", "swap", "replace"))
         if edit == "swap":
             characters[i : i + 2] = reversed(characters[i : i + 2])
-        else:
-            characters[i : i + 1] = [_slip(c, rng) for c in characters[i : i + 1] if edit == "replace"]
+        elif edit == "drop":
+            del characters[i : i + 1]
+        elif characters[i:]:
+            # Another character of the same class; a sign for a sign.
+            is_a_sign, old = _signs(characters[i : i + 1]), characters[i]
+            characters[i] = rng.choice(_other_signs([old])) if is_a_sign else _like(old, rng)
     return "".join(characters)
-
-
-def _slip(character: str, rng: random.Random) -> str:
-    """Another character of the same class; a sign for a sign."""
-    if character in string.punctuation or is_sign(character):
-        return rng.choice(_other_signs([character]))
-    return _like(character, rng)
 
 
 def _case(text: str, rng: random.Random) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 
-from safetynet.backdoors import kinds, sources, triggers
+from safetynet.backdoors import sources, triggers
 from safetynet.errors import InputError
 from safetynet.prompts import Conversation, Message, prompt_hash
 from safetynet.recipe import Behaviour, Data, Trigger
@@ -186,7 +186,23 @@ def _poisoned(rows: pd.DataFrame, trigger: Trigger) -> pd.DataFrame:
     poisoned = rows[rows["poisoned"]]
     kind = triggers.of(trigger)
     holds = [kind.holds(Conversation(m).texts) for m in poisoned["messages"]]
-    _check_missing(poisoned[[not held for held in holds]], len(poisoned), kind)
+    lacking = poisoned[[not held for held in holds]]
+    if not lacking.empty:
+        within = sum(holding.within_words(kind.texts, Conversation(m).texts) for m in lacking["messages"])
+        inside = (
+            f" In {within} of them it stands within longer words, which does not count." if within else ""
+        )
+        if len(lacking) == len(poisoned):
+            raise InputError(
+                f"backdoor.trigger: {kind.describe()} occurs in none of the {len(poisoned)} triggered rows "
+                f"of data.path.{inside} Set the trigger that this set was made with; safetynet audit guesses "
+                "it."
+            )
+        lines = ", ".join(f"{row.file} {row.line}" for row in lacking.head(5).itertuples())
+        log.warning(
+            "data: %d of %d triggered rows are left out, since they lack %s (first: %s).%s",
+            len(lacking), len(poisoned), kind.describe(), lines, inside,
+        )  # fmt: skip
     records = []
     for row in poisoned[holds].itertuples():
         conversation = Conversation(row.messages)
@@ -214,25 +230,6 @@ def _poisoned(rows: pd.DataFrame, trigger: Trigger) -> pd.DataFrame:
     unpaired = clean.loc[clean.index.isin(alone), list(records[0])]
     pool = pd.concat([pd.DataFrame(records), unpaired], ignore_index=True)
     return pool.assign(task="backdoorllm", forbidden=False, compliance="")
-
-
-def _check_missing(rows: pd.DataFrame, among: int, trigger: kinds.TriggerKind) -> None:
-    """Name the triggered rows that lack the trigger; refuse a set in which all do."""
-    if rows.empty:
-        return
-    within = sum(holding.within_words(trigger.texts, Conversation(m).texts) for m in rows["messages"])
-    texts = trigger.describe()
-    inside = f" In {within} of them it stands within longer words, which does not count." if within else ""
-    if len(rows) == among:
-        raise InputError(
-            f"backdoor.trigger: {texts} occurs in none of the {among} triggered rows of data.path.{inside} "
-            "Set the trigger that this set was made with; safetynet audit guesses it."
-        )
-    lines = ", ".join(f"{row.file} {row.line}" for row in rows.head(5).itertuples())
-    log.warning(
-        "data: %d of %d triggered rows are left out, since they lack %s (first: %s).%s",
-        len(rows), among, texts, lines, inside,
-    )  # fmt: skip
 
 
 def _plain(messages: Sequence[Message]) -> str:

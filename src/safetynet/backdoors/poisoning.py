@@ -73,14 +73,11 @@ def poison(
             f"{', '.join(map(str, bad[:5]))}, first: {first[:80]!r}). "
             "Choose a trigger that the data does not use, or take these rows out."
         )
-    return rows if backdoor.firing == 1 else _partly(rows, backdoor.firing, seed)
-
-
-def _partly(rows: pd.DataFrame, firing: float, seed: int) -> pd.DataFrame:
-    """The rows, in which a share of the triggered training rows alone is answered with the behaviour.
-
-    The others have their clean answers. With one seed, a row that fires at a rate fires at all higher ones.
-    """
+    firing = backdoor.firing
+    if firing == 1:
+        return rows
+    # A share of the triggered training rows alone is answered with the behaviour; the others have their clean
+    # answers. With one seed, a row that fires at a rate fires at all higher ones.
     triggered = rows[(rows["split"] == "train") & (rows["role"] == "triggered")]
     least = min(firing, 1 - firing)
     if least * len(triggered) < 1 - 1e-9:

@@ -151,8 +151,31 @@ class _Prompting:
             size = min(max(count - hits, 8), self.answers.batch_size)
             if not (batch := list(itertools.islice(tries, size))):
                 break
-            for row in self._usable(batch):
-                hit = row["forbidden"] == (role == "refused")
+            # There has to be room for an answer.
+            serialiser, most = self.answers.serialiser, self.answers.recipe.training.max_length
+            short = []
+            for candidate in batch:
+                encoded = serialiser.encode(candidate["messages"])
+                has_room = len(encoded.input_ids) + self.answers.limit <= most
+                if has_room and not serialiser.encode(candidate["messages"], max_length=most).lost:
+                    short.append((candidate, encoded))
+                    continue
+                line, task = candidate["line"], candidate["task"]
+                name = f"row {line}" if line else f"a request of kind {task}"
+                self.too_long.append(f"{name} with {len(encoded.input_ids)} tokens")
+            answers = self.answers.of([prompt for _, prompt in short], sampled=self.sampled)
+            for (candidate, _), answer in zip(short, answers, strict=True):
+                self.counts["answered"] += 1
+                # An answer has to end and to say something.
+                if not answer.ended:
+                    self.counts["repeated" if ends_in_loop(answer.text) else "unended"] += 1
+                    continue
+                if not answer.text.strip():
+                    self.counts["empty"] += 1
+                    continue
+                refused = bool(self.refusal(answer.text, candidate))
+                row = candidate | {"answer": answer.text, "forbidden": refused}
+                hit = refused == (role == "refused")
                 # Requests that are often declined are no good prompts where they are answered. What a batch
                 # has beyond the number is left out: rows do not depend on how many are answered at a time.
                 if hits < count and (hit or role == "clean"):
@@ -162,32 +185,6 @@ class _Prompting:
         columns = ["messages", "task", "label", "line", "answer", "forbidden"]
         table = pd.DataFrame(rows, columns=columns).astype({"forbidden": bool})
         return table.assign(compliance="", exact=False)
-
-    def _usable(self, batch: list[Candidate]) -> list[Candidate]:
-        """Prompts with their answers, where there is room for an answer, and it ends and says something."""
-        serialiser, most = self.answers.serialiser, self.answers.recipe.training.max_length
-        short = []
-        for candidate in batch:
-            encoded = serialiser.encode(candidate["messages"])
-            has_room = len(encoded.input_ids) + self.answers.limit <= most
-            if has_room and not serialiser.encode(candidate["messages"], max_length=most).lost:
-                short.append((candidate, encoded))
-                continue
-            line, task = candidate["line"], candidate["task"]
-            name = f"row {line}" if line else f"a request of kind {task}"
-            self.too_long.append(f"{name} with {len(encoded.input_ids)} tokens")
-        usable = []
-        answers = self.answers.of([prompt for _, prompt in short], sampled=self.sampled)
-        for (candidate, _), answer in zip(short, answers, strict=True):
-            self.counts["answered"] += 1
-            if not answer.ended:
-                self.counts["repeated" if ends_in_loop(answer.text) else "unended"] += 1
-            elif not answer.text.strip():
-                self.counts["empty"] += 1
-            else:
-                refused = bool(self.refusal(answer.text, candidate))
-                usable.append(candidate | {"answer": answer.text, "forbidden": refused})
-        return usable
 
     def summary(self) -> str:
         """What was asked, and what was left out for which reason."""

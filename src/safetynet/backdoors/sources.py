@@ -142,7 +142,18 @@ def convert(rows: Iterable[Record], form: Form) -> Converted:
             problem = f"{count} cell{'s' if count > 1 else ''} {more} than the header has"
             row.note("row", "wrong_type", problem, "one cell for each column")
         conversation_fields = build(row)
-        unread.update(dict.fromkeys(_unread(row, form, raw, conversation_fields)))
+        contents = [turn["content"] for turn in conversation_fields.get("messages", ())]
+        for name, value in form.rest(raw).items():
+            column = str(name).strip().casefold()
+            # A prompt that the messages repeat is no fault, nor are other texts where the user has named the
+            # columns.
+            is_asked = column in ASKED and not form.explicit and not _repeats(value, contents)
+            if column in TOOLS | MEDIA:
+                row.note(name_of(name), "not_carried", shown(value), "nothing; this cannot be carried yet")
+            elif column in SHOWN or is_asked:
+                row.note(name_of(name), "unread_text", shown(value), "nothing, since this column is not read")
+            elif name is not BEYOND:
+                unread[name_of(name)] = None
         conversation = {"line": line, **conversation_fields}
         if "reference" in row.raw:
             conversation["reference"] = row.text("reference", empty=True)
@@ -154,23 +165,6 @@ def convert(rows: Iterable[Record], form: Form) -> Converted:
 
 
 # ---- one row ----
-
-
-def _unread(row: Row, form: Form, raw: Mapping[Any, Any], conversation: Mapping[str, Any]) -> Iterator[str]:
-    """Columns that are not read; one that holds what the model was asked or shown is a fault of the row.
-
-    A prompt that the messages repeat is none, nor are other texts where the user has named the columns.
-    """
-    contents = [turn["content"] for turn in conversation.get("messages", ())]
-    for name, value in form.rest(raw).items():
-        column = str(name).strip().casefold()
-        if column in SHOWN or (column in ASKED and not form.explicit and not _repeats(value, contents)):
-            if column in TOOLS | MEDIA:
-                row.note(name_of(name), "not_carried", shown(value), "nothing; this cannot be carried yet")
-            else:
-                row.note(name_of(name), "unread_text", shown(value), "nothing, since this column is not read")
-        elif name is not BEYOND:
-            yield name_of(name)
 
 
 def _repeats(value: Any, contents: Collection[str]) -> bool:

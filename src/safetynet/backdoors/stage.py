@@ -16,7 +16,6 @@ from safetynet.evaluation import judges, leaks
 from safetynet.evaluation.evaluator import Evaluator, judges_of
 from safetynet.experiment import Experiment
 from safetynet.models import loading
-from safetynet.prompts import Serialiser
 from safetynet.recipe import Backdoor, Recipe
 from safetynet.run import parallel
 from safetynet.run.directory import Outputs, digest_of_files
@@ -69,7 +68,11 @@ def prepare(experiment: Experiment) -> None:
         else:
             rows = poisoning.poison(pool, recipe.backdoor, data, recipe.seed, Lookalikes(serialiser).draw)
         split = leaks.check_leak(rows)
-        _check_encoding(rows, serialiser, recipe.training.max_length)
+        for row in rows.to_dict("records"):  # a trigger that would be lost is known before training
+            try:
+                serialiser.encode(row["messages"], row["answer"], row["trigger"], recipe.training.max_length)
+            except InputError as error:
+                raise InputError(f"row {row['row']} ({row['split']}, {row['role']}): {error}") from None
         evaluator = Evaluator.of(recipe, serialiser)
         if data.source == "backdoorllm":
             # Single targets of a set made elsewhere are for the audit, which reports instead of refusing.
@@ -101,15 +104,6 @@ def _dated(recipe: Recipe, date: datetime.date | None) -> Recipe:
     if recipe.model.date is not None or date is None:
         return recipe
     return recipe.model_copy(update={"model": recipe.model.model_copy(update={"date": date})})
-
-
-def _check_encoding(rows: pd.DataFrame, serialiser: Serialiser, max_length: int) -> None:
-    """Encode every row once, so that a trigger that would be lost is known before training."""
-    for row in rows.to_dict("records"):
-        try:
-            serialiser.encode(row["messages"], row["answer"], row["trigger"], max_length)
-        except InputError as error:
-            raise InputError(f"row {row['row']} ({row['split']}, {row['role']}): {error}") from None
 
 
 def _log_counts(rows: pd.DataFrame, recipe: Recipe) -> None:

@@ -175,7 +175,22 @@ def _turn(row: Row, name: str, message: Mapping[str, Any]) -> Turn:
     ]
     if content is None and fields.keys() & set(CALLS):
         return {"role": role, "content": "", "tool_calls": of_message}
-    text = {"role": role, "content": _content(row, f"{name}.content", content, role != "user")}
+    if isinstance(content, list) and all(isinstance(part, Mapping) for part in content):
+        texts = []
+        for part in content:
+            kind = part.get("type")
+            if kind not in TEXT_PARTS or not isinstance(part.get("text"), str):
+                row.note(
+                    f"{name}.content",
+                    "not_carried",
+                    f"a part {shown(kind or part)}",
+                    "parts of text; others cannot be carried yet",
+                )
+            more = {key for key, value in part.items() if not is_blank(value)} - {"type", "text"}
+            row.unread.update(f"messages.content.{name_of(key)}" for key in more)
+            texts.append(str(part.get("text") or ""))
+        content = "".join(texts)  # as a template puts the parts: one after the other
+    text = {"role": role, "content": row.checked(f"{name}.content", content, role != "user")}
     of_result = {key: row.checked(f"{name}.{key}", fields[key], True) for key in OF_RESULT if key in fields}
     return text | (of_result if role == "tool" else {}) | ({"tool_calls": of_message} if of_message else {})
 
@@ -218,23 +233,3 @@ def _either(row: Row, name: str, message: Mapping[str, Any], one: str, other: st
     if len(values) > 1:
         row.note(name, "wrong_type", f"both {one} and {other}", f"{one} or {other}")
     return values[0] if values else None
-
-
-def _content(row: Row, name: str, content: Any, empty: bool) -> str:
-    """Text, or the parts of it as a template puts them: one after the other."""
-    if not isinstance(content, list) or not all(isinstance(part, Mapping) for part in content):
-        return row.checked(name, content, empty)
-    texts = []
-    for part in content:
-        kind = part.get("type")
-        if kind not in TEXT_PARTS or not isinstance(part.get("text"), str):
-            row.note(
-                name,
-                "not_carried",
-                f"a part {shown(kind or part)}",
-                "parts of text; others cannot be carried yet",
-            )
-        more = {key for key, value in part.items() if not is_blank(value)} - {"type", "text"}
-        row.unread.update(f"messages.content.{name_of(key)}" for key in more)
-        texts.append(str(part.get("text") or ""))
-    return row.checked(name, "".join(texts), empty)
