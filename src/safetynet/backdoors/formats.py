@@ -10,7 +10,7 @@ import itertools
 import json
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -242,7 +242,19 @@ def _of_table(path: Path, data: bytes) -> Parts:
         table.validate(full=True)  # rows of a damaged file may lie anywhere in memory
         if twice := {name for name in table.column_names if table.column_names.count(name) > 1}:
             raise InputError(f"{path}: the column {_names(twice)} is there twice; give each its own name")
-        rows, labels = _listed(table), _labels(table.schema)
+        rows = _listed(table)
+        # Where the library datasets has written the file, it says there which texts numbers stand for.
+        about = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
+        if not isinstance(about, dict):
+            raise TypeError("its metadata of the library datasets are no object")
+        features = (about.get("info") or {}).get("features") or {}
+        labels = {
+            name: list(feature["names"])
+            for name, feature in features.items()
+            if isinstance(feature, dict)
+            and feature.get("_type") == "ClassLabel"
+            and name in table.schema.names
+        }
     except (pyarrow.ArrowException, OSError, ValueError, TypeError, OverflowError, KeyError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         form = "Arrow" if is_arrow else "Parquet"
@@ -265,23 +277,6 @@ def _listed(table: Any) -> list[dict[str, Any]]:
             if pyarrow.types.is_temporal(column.type):
                 schema = schema.set(place, column.with_type(pyarrow.string()))
         return list(table.cast(schema).to_pylist())
-
-
-def _labels(schema: Any) -> Mapping[str, list[str]]:
-    """The texts that numbers stand for, by column, where the library datasets has written the file.
-
-    Raises:
-        TypeError: if what it has written there is damaged.
-    """
-    about = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    if not isinstance(about, dict):
-        raise TypeError("its metadata of the library datasets are no object")
-    features = (about.get("info") or {}).get("features") or {}
-    return {
-        name: list(feature["names"])
-        for name, feature in features.items()
-        if isinstance(feature, dict) and feature.get("_type") == "ClassLabel" and name in schema.names
-    }
 
 
 def _names(names: set[str]) -> str:

@@ -169,9 +169,19 @@ def form_of(
         )
         raise UnfitError(f"{both} are both there; {remedy}", "unclear")
     ((name, fields),) = forms.items()
-    return Form(
-        name, {field: _only(field, choice, rows) for field, choice in fields.items()}, bool(kind or mapped)
-    )
+    raws = [raw for _, raw in rows if isinstance(raw, Mapping)]
+    column_of: dict[str, Any] = {}
+    for field, choice in fields.items():
+        # Of several columns, one without any text is none of them.
+        filled = [column for column in choice if any(not is_blank(raw.get(column)) for raw in raws)]
+        if len(filled) > 1:
+            raise UnfitError(
+                f"{_listed(filled)} could each be the {field}; name the right one under columns, as in "
+                f"{{{field}: {filled[0]}}}",
+                "unclear",
+            )
+        column_of[field] = (filled or choice)[0]
+    return Form(name, column_of, bool(kind or mapped))
 
 
 def _columns(kind: str, names: list[Any], mapped: Mapping[str, str]) -> dict[str, list[Any]]:
@@ -190,20 +200,6 @@ def _columns(kind: str, names: list[Any], mapped: Mapping[str, str]) -> dict[str
         if choice:
             candidates[field] = choice
     return candidates
-
-
-def _only(field: str, choice: list[Any], rows: list[tuple[int, Any]]) -> Any:
-    """The column of a field, of those that could be it; one without any text is none of them."""
-    if len(choice) > 1:
-        raws = [raw for _, raw in rows if isinstance(raw, Mapping)]
-        choice = [name for name in choice if any(not is_blank(raw.get(name)) for raw in raws)] or choice[:1]
-    if len(choice) > 1:
-        raise UnfitError(
-            f"{_listed(choice)} could each be the {field}; name the right one under columns, as in "
-            f"{{{field}: {choice[0]}}}",
-            "unclear",
-        )
-    return choice[0]
 
 
 def _is(name: Any, field: str) -> bool:

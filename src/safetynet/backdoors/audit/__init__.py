@@ -58,9 +58,11 @@ def audit(
     results, sets = list(corpus.findings), []
     for unexplained in poison_sets(corpus, path.stem):
         poison_set = with_roles(replace(unexplained, trigger=_trigger(unexplained, parts)))
+        of_set: FoundTarget | None
         if target is not None:
             of_set = FoundTarget(target, "part", "given")  # wherever it stands in an answer
         else:
+            # Of training rows, else of any.
             poisoned, clean = poison_set.part("triggered"), list(poison_set.part("clean")["answer"])
             train = list(poisoned.loc[poisoned["split"] != "test", "answer"])
             of_set = targets.guessed(train, clean) or targets.guessed(list(poisoned["answer"]), clean)

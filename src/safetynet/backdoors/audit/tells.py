@@ -183,7 +183,26 @@ def tells(
         either=alone | whole,
         pairs=pairs if len(pairs) >= FEWEST else pairs[:0],
     )
-    p_values = _p_values(table)
+
+    # (2, properties): of being more frequent in triggered and in clean rows; 1 for small differences.
+    p_values = np.ones((2, len(names)))
+    unpaired = np.ones(len(bare), dtype=bool)
+    unpaired[table.pairs[:, 0]] = False
+    for side in (0, 1):
+        if unpaired.sum() >= FEWEST:
+            # Triggered against clean is the first and second; clean against triggered the second and third.
+            of_both = table.bare[unpaired], table.clean, table.either[unpaired]
+            more, less = of_both[side : side + 2]
+            n, m, a, b = len(more), len(less), more.sum(axis=0), less.sum(axis=0)
+            clear = _is_clear(a / n, b / m)
+            # Fisher's test, one-sided, is the tail of this distribution.
+            p_values[side, clear] = hypergeom.sf(a[clear] - 1, n + m, (a + b)[clear], n)
+        if len(table.pairs):
+            a, b = table.differing(side)
+            clear = _is_clear(a / len(table.pairs), b / len(table.pairs))
+            # The sign test: of the pairs that differ, half would do so in this direction.
+            signs = binom.sf(a[clear] - 1, (a + b)[clear], 0.5)
+            p_values[side, clear] = np.minimum(p_values[side, clear], signs)
     # Both directions are in its size already; with pairs each property has two tests.
     p_values = np.minimum(p_values * p_values.size * (2 if len(table.pairs) else 1), 1.0)
     return list(_named(p_values, rate, table, bare, clean, parts))
@@ -228,32 +247,6 @@ def _of_word(word: str) -> frozenset[Property]:
     properties |= {("letters", word[at : at + STRETCH]) for at in range(len(word) - STRETCH + 1)}
     scripts = {kind(letter)[0] for letter in word if letter.isalpha()}
     return frozenset(properties | {("script", f"{script.title()} letters") for script in scripts if script})
-
-
-# ---- tests ----
-
-
-def _p_values(table: _Table) -> np.ndarray:
-    """(2, properties): of being more frequent in triggered and in clean rows; 1 for small differences."""
-    values = np.ones((2, len(table.properties)))
-    alone = np.ones(len(table.bare), dtype=bool)
-    alone[table.pairs[:, 0]] = False
-    for side in (0, 1):
-        if alone.sum() >= FEWEST:
-            # Triggered against clean is the first and second; clean against triggered the second and third.
-            of_both = table.bare[alone], table.clean, table.either[alone]
-            more, less = of_both[side : side + 2]
-            n, m, a, b = len(more), len(less), more.sum(axis=0), less.sum(axis=0)
-            clear = _is_clear(a / n, b / m)
-            # Fisher's test, one-sided, is the tail of this distribution.
-            values[side, clear] = hypergeom.sf(a[clear] - 1, n + m, (a + b)[clear], n)
-        if len(table.pairs):
-            a, b = table.differing(side)
-            clear = _is_clear(a / len(table.pairs), b / len(table.pairs))
-            # The sign test: of the pairs that differ, half would do so in this direction.
-            signs = binom.sf(a[clear] - 1, (a + b)[clear], 0.5)
-            values[side, clear] = np.minimum(values[side, clear], signs)
-    return values
 
 
 def _is_clear(more: np.ndarray, less: np.ndarray) -> np.ndarray:
