@@ -212,23 +212,6 @@ def _expert(
     return [parts.experts.register_forward_hook(hook)]
 
 
-@contextmanager
-def replaced(modules: Sequence[Any], forward: Callable[..., Any]) -> Iterator[None]:
-    """Let modules compute nothing of their own: a call of one is, hooks apart, a call of `forward`."""
-    # Only what stands in the instance: accelerate and PEFT may have put a forward of theirs there.
-    before = [vars(module).get("forward") for module in modules]
-    try:
-        for module in modules:
-            module.forward = forward
-        yield
-    finally:
-        for module, original in zip(modules, before, strict=True):
-            if original is None:
-                del module.forward
-            else:
-                module.forward = original
-
-
 def times(states: Tensor, factor: float) -> Tensor:
     """The states times a number; themselves where that is 1."""
     return states if factor == 1 else states * factor

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from safetynet.engine.edits import Edit, Intervention, KnockOut
-from safetynet.engine.hooks import PlacedEdit, hooked, replaced
+from safetynet.engine.hooks import PlacedEdit, hooked
 from safetynet.engine.sites import Site
 from safetynet.engine.trace import Trace
 from safetynet.errors import InputError
-from safetynet.models.blocks import hidden_of
+from safetynet.models.blocks import hidden_of, replaced
 
 COLUMN_ARGUMENTS = (
     "attention_mask", "position_ids", "position_embeddings", "cache_position", "alibi", "position_bias",

@@ -15,10 +15,10 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 
 from safetynet.engine.batch import Batch, check_length
-from safetynet.engine.hooks import contribution, dense_weights, exclusive, replaced, times, without_adapter
+from safetynet.engine.hooks import contribution, dense_weights, exclusive, times, without_adapter
 from safetynet.engine.sites import MODULES, Architecture, Site
 from safetynet.errors import InputError
-from safetynet.models.blocks import hidden_of, received, unwrapped, with_hidden
+from safetynet.models.blocks import hidden_of, received, replaced, unwrapped, with_hidden
 from safetynet.models.causal_lm import CausalLM
 from safetynet.models.parts import Parts, adapters
 from safetynet.models.support import check_model

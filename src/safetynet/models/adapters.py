@@ -32,7 +32,7 @@ from safetynet.models.adapter_loading import (
     restore,
     unwrap,
 )
-from safetynet.models.blocks import shortened, unwrapped
+from safetynet.models.blocks import evaluating, shortened, unwrapped
 from safetynet.models.files import counted, listed
 from safetynet.models.loading import LoadedModel
 from safetynet.models.lora import factors, include_start, silent, update_of
@@ -368,13 +368,8 @@ def _logits(model: Any) -> Tensor:
     inner = unwrapped(model)
     vocabulary = inner.get_input_embeddings().weight.shape[0]
     ids = torch.arange(PROBE_TOKENS, device=inner.device) * (vocabulary // PROBE_TOKENS)
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
+    with evaluating(model):
         return model(input_ids=ids[None], use_cache=False).logits[0].float()
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 import inspect
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -84,6 +84,23 @@ def evaluating(model: Any) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def replaced(modules: Sequence[Any], forward: Callable[..., Any]) -> Iterator[None]:
+    """Let modules compute nothing of their own: a call of one is, hooks apart, a call of `forward`."""
+    # Only what stands in the instance: accelerate and PEFT may have put a forward of theirs there.
+    before = [vars(module).get("forward") for module in modules]
+    try:
+        for module in modules:
+            module.forward = forward
+        yield
+    finally:
+        for module, original in zip(modules, before, strict=True):
+            if original is None:
+                del module.forward
+            else:
+                module.forward = original
 
 
 def hidden_of(output: Any) -> Any:

@@ -10,12 +10,12 @@ from typing import Any, Literal
 
 import torch
 from peft import PeftModel
-from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from safetynet.errors import InputError
+from safetynet.models.blocks import replaced
 from safetynet.prompts import IGNORED
 
 LOGITS_AT_ONCE = 2**25
@@ -103,16 +103,9 @@ def head(lm: PreTrainedModel, outputs: Any, hidden: torch.Tensor, **inputs: torc
     Returns:
         The model's output, with `logits` of shape (1, n, words).
     """
-    body: nn.Module = lm.base_model
-    replaced = type(outputs)(**{**outputs, "last_hidden_state": hidden[None]})
-    before = body.__dict__.get("forward")
-    body.forward = lambda *_, **__: replaced
-    try:
+    output = type(outputs)(**{**outputs, "last_hidden_state": hidden[None]})
+    with replaced([lm.base_model], lambda *_, **__: output):
         return lm(inputs_embeds=hidden[None], use_cache=False, **inputs)
-    finally:
-        del body.forward
-        if before is not None:  # accelerate's, where a model is split over devices
-            body.forward = before
 
 
 def cross_entropies(
