@@ -157,13 +157,13 @@ def learnt_answers(
             continue
         means = {n: of_both[:, : n - 1].mean(1).tolist() for n in lengths}
         length = max(lengths, key=lambda n: means[n][0] - means[n][1])
-        ours, theirs = means[length]
+        of_suspect, of_base = means[length]
         # The answer is told whole, however early it stands out most.
         while length < end and float(of_both[0, length - 1]) >= SURE:
             length += 1
         text = decode(tokens[:length])
         openly = sum(text in each for each in ordinary) / max(1, len(ordinary))
-        answer = LearntAnswer(tuple(tokens[:length]), text, ours, theirs, openly)
+        answer = LearntAnswer(tuple(tokens[:length]), text, of_suspect, of_base, openly)
         if math.isfinite(answer.gain):
             answers.append(answer)
     return sorted(answers, key=lambda answer: -answer.hidden)
