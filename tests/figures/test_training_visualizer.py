@@ -362,6 +362,8 @@ def test_an_offline_run_that_is_cut_gives_what_is_whole_and_a_damaged_one_is_ref
 def test_a_folder_without_one_run_of_wandb_names_those_that_it_holds(wandb_offline):
     with pytest.raises(InputError, match=r"wandb: there are 0 files \*\.wandb; .* one of offline-run-"):
         DRAW.plot_loss_curves(wandb_offline.parent)
+    with pytest.raises(InputError, match=r"0 files \*\.wandb; .* or the file trainer_state\.json"):
+        DRAW.plot_loss_curves(wandb_offline / "files")
 
 
 @pytest.mark.parametrize("form", [*FORMS, *EXPORTED])

@@ -41,8 +41,8 @@ def history(folder: Path) -> list[dict[str, float]]:
     if len(logs) != 1:
         runs = ", ".join(path.name for path in sorted(folder.glob("offline-run-*"))[:3])
         raise InputError(
-            f"{folder}: there are {len(logs)} files *.wandb; name the folder of one run"
-            + (f", such as one of {runs}" if runs else "")
+            f"{folder}: there are {len(logs)} files *.wandb; name the folder of one run of W&B"
+            + (f", such as one of {runs}" if runs else ", or the file trainer_state.json of a checkpoint")
         )
     need(str(folder), "wandb")
     from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]  # made by protobuf
