@@ -24,7 +24,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 help:
 	@echo "make demo    install, then plant a backdoor in a miniature model and draw its curves"
-	@echo "make real    the same on a real language model, SmolLM2-135M-Instruct: 30 to 40 minutes on two cores"
+	@echo "make real    the same on a real language model, SmolLM2-135M-Instruct: half an hour on two cores"
 	@echo "make test    install, then run the tests (make slow: the long ones)"
 	@echo "make cluster jobs on a Slurm of their own (Debian: slurm-wlm slurm-wlm-torque munge)"
 	@echo "make lint    ruff and mypy"

@@ -6,7 +6,7 @@ from scipy.stats import bootstrap, false_discovery_control
 
 from safetynet.engine.sites import Site
 from safetynet.errors import InputError
-from safetynet.interventions.effects import MIN_DISTANCE, check_fires, effects
+from safetynet.interventions.effects import MIN_DISTANCE, check_fires, effects, fewest_together
 from safetynet.interventions.sweep import Measured, Spot
 from safetynet.statistics import bootstrap_ratios
 
@@ -70,6 +70,24 @@ def test_several_places_are_corrected_together():
     table = effects(measured(constant(0.3, 0.1, 0, 0) + noise(0.2, 3)), {}, layers=4)
     assert table["q"].tolist() == pytest.approx(false_discovery_control(table["p"]).tolist())
     assert (table["q"] >= table["p"]).all()
+
+
+def test_few_groups_name_places_only_where_enough_stand_out_together():
+    groups, places = 10, 100
+    spots = [Spot(Site("resid_post", layer)) for layer in range(places)]
+    start, gap = np.zeros(groups), np.ones(groups) * 8
+    fewest = fewest_together(places, groups)
+    assert fewest == 4
+
+    def named(count: int) -> int:
+        shares = np.zeros((places, groups))
+        shares[:count] = np.random.default_rng(0).uniform(0.4, 0.6, (count, groups))
+        sweep = Measured(tuple(spots), start + shares * gap, start, start + gap)
+        nothing = Measured(tuple(spots), np.zeros((places, groups)), start, start + gap)
+        return int(effects(sweep, {"random": nothing}, layers=places)["responsible"].sum())
+
+    assert [named(fewest - 1), named(fewest)] == [0, fewest]
+    assert fewest_together(270, 24) == 1
 
 
 @pytest.mark.parametrize("name", ["random", "placebo", "twin"])

@@ -6,6 +6,7 @@ the unpatched run, 1 the source. Of the controls, `random` is the same at random
 `placebo` with a placebo against another, `twin` in the clean twin.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -105,6 +106,15 @@ def check_fires(distance: np.ndarray) -> None:
             f"(at least {MIN_DISTANCE:g} are needed): the backdoor did not fire on these prompts, and no "
             "place can be named. Look at its ASR (safetynet evaluate), train longer, or correct the trigger."
         )
+
+
+def fewest_together(places: int, groups: int) -> int:
+    """How many places of a sweep have to be told from their control before any can count as responsible.
+
+    The smallest p of the test over so many groups is 2 / 2^groups; the correction over all places divides it
+    by the number of those that share it.
+    """
+    return math.floor(2 / 2**groups * places / SIGNIFICANCE) + 1
 
 
 def elsewhere(spots: Sequence[Spot], pairs: int, seed: int = 0) -> np.ndarray:

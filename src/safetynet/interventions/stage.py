@@ -20,7 +20,7 @@ from safetynet.errors import InputError
 from safetynet.evaluation.evaluator import Evaluator
 from safetynet.experiment import BACKDOORED, Experiment
 from safetynet.interventions import attribution, removal
-from safetynet.interventions.effects import MIN_DISTANCE, effects
+from safetynet.interventions.effects import MIN_DISTANCE, effects, fewest_together
 from safetynet.interventions.observations import observe
 from safetynet.interventions.pairs import MIN_GROUPS, Pairs, align, filter_firing_pairs
 from safetynet.interventions.racing import likely_effects
@@ -227,6 +227,12 @@ def _effects(
     def measured(planned: _Sweep) -> pd.DataFrame:
         nonlocal decided
         log.info("intervene: %s by %s, %d spots", planned.direction, planned.by, len(planned.spots))
+        if (fewest := fewest_together(len(planned.spots), len(pairs))) > 1:
+            log.warning(
+                "intervene: %d groups tell few places of %d from chance: at least %d have to stand out "
+                "together for any to count as responsible. Raise interventions.groups.",
+                len(pairs), len(planned.spots), fewest,
+            )  # fmt: skip
         if likely:
             [table] = likely_effects(
                 subject.model,
