@@ -148,7 +148,7 @@ def figures(modules: list[Module], tests: Path) -> dict[str, str]:
     kinds = sum((line_kinds(module) for module in modules), Counter())
     lines = sum(len(module.lines) for module in modules)
     test_lines = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in tests.rglob("*.py"))
-    helpers, once = map(sum, zip(*map(private_helpers, modules), strict=True))
+    helpers, once, handed_on = map(sum, zip(*map(private_helpers, modules), strict=True))
     assigned = assigned_names(modules)
     fillers = sum(assigned[name] for name in FILLERS)
     up, across = broken_imports(modules).values()
@@ -159,6 +159,7 @@ def figures(modules: list[Module], tests: Path) -> dict[str, str]:
         "functions": f"{sum(isinstance(n, FUNCTION) for m in modules for n in ast.walk(m.tree)):,}",
         "private helpers": f"{helpers:,}",
         "private helpers called once in their file": f"{100 * once / helpers:.1f} %",
+        "of these registered or handed on, not called": f"{100 * handed_on / helpers:.1f} %",
         "assigned names": f"{assigned.total():,}",
         "filler names among assigned names": f"{100 * fillers / assigned.total():.2f} %",
         "imports that run up": f"{len(up):,}",
@@ -208,8 +209,8 @@ def comments(module: Module) -> int:
     return sum(t.type == tokenize.COMMENT and not directive.match(t.string) for t in tokens(module))
 
 
-def private_helpers(module: Module) -> tuple[int, int]:
-    """Private functions of the file and methods of its classes, and how many of them the file names once."""
+def private_helpers(module: Module) -> tuple[int, int, int]:
+    """Private functions of the file and methods of its classes: how many, named once, and not as a call."""
     bodies = [module.tree.body]
     bodies += [node.body for node in ast.walk(module.tree) if isinstance(node, ast.ClassDef)]
     helpers = [
@@ -223,7 +224,13 @@ def private_helpers(module: Module) -> tuple[int, int]:
         for node in ast.walk(module.tree)
         if isinstance(node, ast.Name | ast.Attribute) and isinstance(node.ctx, ast.Load)
     )
-    return len(helpers), sum(uses[name] == 1 for name in helpers)
+    calls = {
+        node.func.id if isinstance(node.func, ast.Name) else node.func.attr
+        for node in ast.walk(module.tree)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name | ast.Attribute)
+    }
+    once = [name for name in helpers if uses[name] == 1]
+    return len(helpers), len(once), sum(name not in calls for name in once)
 
 
 def assigned_names(modules: list[Module]) -> Counter[str]:
