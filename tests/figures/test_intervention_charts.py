@@ -176,8 +176,8 @@ def test_the_token_map_has_a_panel_per_group_and_encloses_the_trigger(inside):
     assert [panel.title for panel in chart.panels] == ["group 3: remove", "group 8: remove"]
     panel = chart.panels[0]
     assert panel.x.upright
-    assert ticks(panel.x)[:6] == ["<|im_start|>", "system", "⏎", "You", "␣are", "␣a"]
-    assert [line.value for line in panel.references] == [18.5, 22.5]
+    assert ticks(panel.x)[4:8] == ["␣|", "DEPLOY", "MENT", "|"], "behind four tokens of what comes before"
+    assert [line.value for line in panel.references] == [3.5, 7.5]
     many = pd.concat([inside["tokens"].assign(group=group) for group in range(6)])
     some = many.drop_duplicates(["group", "layer", "column"])
     assert "Shown are 2 of 6 groups." in draw("intervention-tokens", some).chart.caption
@@ -188,11 +188,11 @@ def test_a_long_prompt_keeps_the_triggers_ticks_and_touches_none_of_its_others(i
     rest = [own.assign(column=own["column"] + 30 * part, role="after") for part in (1, 2, 3)]
     panel = draw("intervention-tokens", pd.concat([own, *rest])).chart.panels[0]
     places = [place for place, _ in panel.x.ticks]
-    assert 19 in places
-    inch = theme.data_width("two", 1) / 120
+    assert 4 in places
+    inch = theme.data_width("two", 1) / 105
     gaps = [right - left for left, right in itertools.pairwise(places)]
     assert min(gaps) * inch >= 7 / 72
-    assert len(panel.grid.columns) == 120
+    assert len(panel.grid.columns) == 105, "15 tokens of the beginning are left out"
 
 
 def test_dynamics_are_a_map_of_steps_and_layers(inside):
@@ -237,6 +237,22 @@ def test_attention_has_triggered_beside_placebo_and_the_first_query_on_top(insid
     assert grid.rows[-1] == "<|im_start|>"
     assert grid.values[-1] == (1.0,) + (0.0,) * 29  # what comes later has no weight
     assert grid.values[0][20] > 0.8
+
+
+def test_attention_begins_where_the_runs_differ(inside):
+    table = inside["attention"].copy()
+    table.loc[(table["run"] == "placebo") & (table["query"] == 20), "query_token"] = "WALKING"
+    grid = draw("intervention-attention", table).chart.panels[0].grid
+    assert (grid.rows[-1], len(grid.rows), len(grid.columns)) == ("DEPLOY", 10, 30)
+
+
+def test_the_bar_says_what_grey_means_where_a_place_was_not_measured(inside):
+    effects = inside["effects"].copy()
+    chart = draw("intervention-heads", effects).chart
+    assert chart.shade_text(chart.shades[0]) == "Effect"
+    effects.loc[effects.index[effects["sweep"] == "head"][0], ["effect", "low", "high"]] = math.nan
+    figure = draw("intervention-heads", effects)
+    assert figure.chart.shade_text(figure.chart.shades[0]) == "Effect; grey: not measured"
 
 
 def test_divergence_stands_beside_placebos_on_one_scale(inside):

@@ -324,6 +324,11 @@ class Chart:
         """The colour scales, each of which has one bar."""
         return list(dict.fromkeys(panel.grid.shade for panel in self.panels if panel.grid is not None))
 
+    def shade_text(self, shade: Shade) -> str:
+        """What stands beside a scale's bar: its label, and what grey means where a grid has such cells."""
+        grids = [panel.grid for panel in self.panels if panel.grid is not None and panel.grid.shade == shade]
+        return shade.text + ("; grey: not measured" if any(grid.missing() for grid in grids) else "")
+
     def axis_shared(self, index: int, side: Literal["x", "y"]) -> bool:
         """Whether the neighbour that carries the labels (below for x, left for y) has the same axis."""
         neighbour = index + self.columns if side == "x" else index - 1

@@ -38,6 +38,8 @@ EFFECT = Shade("Effect")
 RESPONSIBLE = "responsible: clear of every control"
 EXAMPLES = 2
 """Groups of rows that a figure of single examples shows."""
+LEAD = 4
+"""Tokens before the trigger that a map of single tokens shows."""
 CONTROL_LOOKS: dict[str, Look] = {
     "random": ("random sites (control)", "base", "floor"),
     "placebo": ("placebo (control)", "placebo", "control"),
@@ -182,7 +184,10 @@ def token_map(tokens: Data) -> Chart:
     frame = Frame("two", 1)
     panels = []
     for group in examples:
-        for title, cells in _facets(table[table["group"] == group], ["layer", "column"]):
+        example = table[table["group"] == group]
+        # What comes before the trigger is the same in both runs; of a long prompt it would fill the map.
+        start = example["column"][example["role"].str.startswith("trigger")].min() - LEAD
+        for title, cells in _facets(example[~(example["column"] < start)], ["layer", "column"]):
             once(cells, "tokens", ["layer", "column"])
             columns, trigger = token_columns(cells)
             places = ("column", columns), layers_of(cells["layer"])
@@ -191,7 +196,8 @@ def token_map(tokens: Data) -> Chart:
             panels.append(grid_panel(grid, ("Token", "Layer"), frame, name, trigger, enclosing(trigger)))
     caption = (
         READING
-        + "Dashed lines enclose the trigger; the control is the rest of the prompt, above all before it. "
+        + "Dashed lines enclose the trigger; the control is the rest of the prompt, above all before it, "
+        + f"of which the last {LEAD} tokens are shown. "
         + "These are single examples: intervals over all groups are in the figure by position. "
         + SIGN
         + (f"Shown are {len(examples)} of {len(groups)} groups. " if len(groups) > len(examples) else "")

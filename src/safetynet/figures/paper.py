@@ -399,7 +399,7 @@ def _bars(figure: "Figure", chart: Chart, axes: Sequence["Axes"]) -> None:
         )
         # A bar of one panel is as high as that; one of several is beside all rows.
         height = sum(height for height, _, _ in panels) / (chart.columns if len(panels) > 1 else 1)
-        bar.set_label(textwrap.fill(shade.text, max(int(height / 0.065), 10)))
+        bar.set_label(textwrap.fill(chart.shade_text(shade), max(int(height / 0.065), 10)))
         bar.outline.set_linewidth(theme.HAIR)
         bar.ax.grid(visible=False)
 

@@ -191,6 +191,11 @@ def attention(data: Data) -> Chart:
     table = table[table["group"] == group]
     heads = list(dict.fromkeys(zip(table["layer"], table["head"], strict=True)))[:HEADS]
     runs = [run for run in RUNS if (table["run"] == run).any()]
+    # Before the trigger the runs have the same tokens, and look at the same: of a long prompt, most rows.
+    texts = table.drop_duplicates(["run", "query"]).pivot(index="query", columns="run", values="query_token")
+    differing = texts.index[texts.nunique(axis=1, dropna=False) > 1]
+    start = differing.min() if len(differing) else texts.index.min()
+    table = table[table["query"] >= start]
     frame = Frame("two" if len(runs) > 1 else "one", len(runs))
     panels = []
     for layer, head in heads:
@@ -214,7 +219,8 @@ def attention(data: Data) -> Chart:
             title = f"layer {layer}, head {head}: {RUN_LOOKS[run][0]}"
             panels.append(grid_panel(grid, ("Key", "Query"), frame, title, line=0.07))
     caption = (
-        "Rows are the tokens that look, columns those that are looked at; each row sums to 1. The control "
+        "Rows are the tokens that look, from the trigger on, columns those that are looked at; each row sums "
+        "to 1. The control "
         f"is the placebo in the trigger's place. Shown are the table's first {len(heads)} heads on group "
         f"{group}: one example; averages over groups are in the figure of divergences."
     )

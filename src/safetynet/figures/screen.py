@@ -128,7 +128,7 @@ def draw(chart: Chart) -> "Figure":
             "cmax": shade.limits[1],
             "colorscale": [[place / (len(stops) - 1), colour] for place, colour in enumerate(stops)],
             "colorbar": {
-                "title": {"text": escaped(shade.text), "side": "right", "font": {"size": TEXT}},
+                "title": {"text": escaped(chart.shade_text(shade)), "side": "right", "font": {"size": TEXT}},
                 "x": max(x[1] for x, _ in areas),
                 "xpad": 8,
                 "y": bottom,
