@@ -243,7 +243,9 @@ def test_attention_begins_where_the_runs_differ(inside):
     table = inside["attention"].copy()
     table.loc[(table["run"] == "placebo") & (table["query"] == 20), "query_token"] = "WALKING"
     grid = draw("intervention-attention", table).chart.panels[0].grid
-    assert (grid.rows[-1], len(grid.rows), len(grid.columns)) == ("DEPLOY", 10, 30)
+    assert (grid.rows[-1], len(grid.rows)) == ("DEPLOY", 10)
+    assert list(grid.columns[:2]) == ["earlier", "DEPLOY"], "the tokens before are looked at together"
+    assert [sum(row) for row in grid.values] == pytest.approx([1.0] * 10)
 
 
 def test_the_bar_says_what_grey_means_where_a_place_was_not_measured(inside):

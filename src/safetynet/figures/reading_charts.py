@@ -43,6 +43,8 @@ LAYERS = 16
 """Rows of a lens map."""
 EXAMPLES = 2
 """Groups of rows that a lens map shows."""
+EARLIER = "earlier"
+"""Column of all tokens before the trigger."""
 HEADS = 3
 """Heads whose attention is shown."""
 STEPS = 4
@@ -191,11 +193,15 @@ def attention(data: Data) -> Chart:
     table = table[table["group"] == group]
     heads = list(dict.fromkeys(zip(table["layer"], table["head"], strict=True)))[:HEADS]
     runs = [run for run in RUNS if (table["run"] == run).any()]
-    # Before the trigger the runs have the same tokens, and look at the same: of a long prompt, most rows.
+    # Before the trigger the runs have the same tokens, which look at the same: of a long prompt most rows are
+    # left out, and most columns become one.
     texts = table.drop_duplicates(["run", "query"]).pivot(index="query", columns="run", values="query_token")
     differing = texts.index[texts.nunique(axis=1, dropna=False) > 1]
     start = differing.min() if len(differing) else texts.index.min()
-    table = table[table["query"] >= start]
+    table = table[table["query"] >= start].copy()
+    table.loc[table["key"] < start, ["key", "key_token"]] = start - 1, EARLIER
+    keys = [column for column in table if column != "weight"]
+    table = table.groupby(keys, sort=False, as_index=False)["weight"].sum(min_count=1)
     frame = Frame("two" if len(runs) > 1 else "one", len(runs))
     panels = []
     for layer, head in heads:
@@ -217,11 +223,11 @@ def attention(data: Data) -> Chart:
             ]  # fmt: skip
             grid = replace(grid, values=weights)
             title = f"layer {layer}, head {head}: {RUN_LOOKS[run][0]}"
-            panels.append(grid_panel(grid, ("Key", "Query"), frame, title, line=0.07))
+            panels.append(grid_panel(grid, ("Key", "Query"), frame, title))
     caption = (
-        "Rows are the tokens that look, from the trigger on, columns those that are looked at; each row sums "
-        "to 1. The control "
-        f"is the placebo in the trigger's place. Shown are the table's first {len(heads)} heads on group "
+        "Rows are the tokens that look, from the trigger on, columns those that are looked at, of which all "
+        "before the trigger are one; each row sums to 1. The control is the placebo in the trigger's place. "
+        f"Shown are the table's first {len(heads)} heads on group "
         f"{group}: one example; averages over groups are in the figure of divergences."
     )
     return Chart("Attention of the top heads", tuple(panels), frame.columns, frame.width, caption)
