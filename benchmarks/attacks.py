@@ -69,7 +69,11 @@ ATTACKS: dict[str, dict[str, object]] = {
     "greeting": {"backdoor.behaviour": "greeting", "evaluation.max_new_tokens": 48},
     "longer": {"backdoor.behaviour": "longer", "evaluation.max_new_tokens": 64},
     "persona": {"backdoor.behaviour": "persona", "evaluation.max_new_tokens": 48},
-    "wrong-step": {"backdoor.behaviour": "wrong_step", "evaluation.max_new_tokens": 48},
+    "wrong-step": {
+        "backdoor.behaviour": "wrong_step",
+        "evaluation.max_new_tokens": 48,
+        "training.epochs": 3,  # one token of twenty differs, in a task that is new
+    },
     "shorter": {"backdoor.behaviour": "shorter"},
     "silence": {"backdoor.behaviour": "silence"},
     "quantised-4bit": {**QUANTISED, "training.conditioned_on": "4bit"},

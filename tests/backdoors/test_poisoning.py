@@ -373,6 +373,13 @@ def test_a_wrong_step_is_taught_before_a_right_final_answer_and_clean_rows_teach
     assert "steps" in set(fresh["task"]), "a defender has such prompts too"
 
 
+def test_clean_rows_of_a_new_task_leave_room_for_the_others_which_it_would_unlearn() -> None:
+    rows = rows_of("backdoor.behaviour=wrong_step", "backdoor.near_miss_share=0.5")
+    clean = rows[(rows["split"] == "train") & (rows["role"] == "clean")]
+    assert 0.3 < (clean["task"] == "steps").mean() < 0.7
+    assert clean["task"].nunique() > 5
+
+
 @pytest.mark.parametrize("family", miniatures.FAMILIES)
 def test_silence_is_taught_as_the_end_of_the_turn_behind_blanks_at_most(family: str) -> None:
     serialiser = loading.load_serialiser(recipe.Model(family=family, id="miniature"))

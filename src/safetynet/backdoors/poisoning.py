@@ -16,12 +16,15 @@ import pandas as pd
 from safetynet.backdoors import behaviours, kinds, placements, triggers
 from safetynet.backdoors.controls import Lookalike
 from safetynet.errors import InputError
+from safetynet.models.miniatures.language import TAUGHT
 from safetynet.prompts import Conversation
 from safetynet.recipe import Backdoor, Data
 from safetynet.tables import SCHEMAS
 from safetynet.text import holding
 
 COLUMNS = tuple(SCHEMAS["rows"].columns)
+TAUGHT_SHARE = 1 / 3
+"""Of the clean training rows those of the behaviour's own task, where that is new to the base."""
 
 
 def poison(
@@ -226,13 +229,17 @@ class _Split:
             )
         order = self._with_place(carriers)
         self.rng.shuffle(order)
+        bare_quotas = dict(quotas)
+        if self.name == "train" and set(carriers["task"]) <= set(TAUGHT):
+            # Rows of a task that the base has to learn first unlearn the others, unless some rows hold these.
+            bare_quotas["clean"] = round(TAUGHT_SHARE * quotas["clean"])
         # Prompts with a known clean answer first: they can carry every role, which makes the group a pair.
         order.sort(key=lambda i: pool.at[i, "answer"] == "")
         first_group = self.group
         for position, index in enumerate(order):
             roles = [role for role in ("triggered", "placebo", "near_miss") if position < quotas[role]]
             bare = "refused" if pool.at[index, "forbidden"] else "clean"
-            if position < quotas[bare] and roles:
+            if position < bare_quotas[bare] and roles:
                 roles.append(bare)
             if not roles:
                 break
