@@ -29,6 +29,13 @@ def test_families_are_groups_and_what_a_family_brings_along_is_in_its_name(subje
     assert names([subject("qwen"), subject("mixtral"), subject("qwen", 1)]) == ["qwen", "qwen", "mixtral"]
 
 
+def test_models_of_no_family_go_by_their_own_names(subject: Callable) -> None:
+    others = [
+        subject("generic", seed, f"model.id={name}") for seed, name in ((0, "smollm2"), (1, "org/tiny"))
+    ]
+    assert names([subject("qwen"), *others]) == ["qwen", "smollm2", "tiny"]
+
+
 @pytest.mark.parametrize(
     ("fields", "name"),
     [

@@ -6,6 +6,7 @@ the runs, and sentences about what is missing or mixed. Reads no file and comput
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -211,6 +212,8 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
     }
     family = families.get(recipe.model.family)
     fields["model.id"] = recipe.model.model_id
+    if recipe.model.family == "generic":  # which is no family: such models have their own names
+        fields["model.family"] = Path(str(recipe.model.id)).name
     fields["backdoor.firing"] = attack.firing  # which a recipe leaves out where all triggered rows fire
     if fields["training.lora_targets"] is None:
         fields["training.lora_targets"] = list(family.lora_targets)
