@@ -1,8 +1,7 @@
 """Prompts as the engine holds them: token ids padded on the left, so that their ends stand in one column.
 
-Positions count from a prompt's own first token; columns count in the batch. Batches that come padded,
-on either side, are taken apart and padded anew: the side never changes a number. Many prompts are divided
-into batches of bounded size, so that only one batch's activations exist at a time.
+Positions count from a prompt's own first token; columns count in the batch. Many prompts are divided into
+batches of bounded size, so that only one batch's activations exist at a time.
 """
 
 from collections.abc import Iterator, Sequence
@@ -42,12 +41,6 @@ class Batch:
             raise InputError("prompts: give at least one, each with at least one token.")
         ones = [[1] * len(row) for row in rows]
         return cls(pad(rows, pad_id, "left").to(device), pad(ones, 0, "left").to(device))
-
-    @classmethod
-    def from_padded(cls, ids: Tensor, mask: Tensor) -> "Batch":
-        """Take a batch padded on either side: `ids` and `mask`, both (B, S)."""
-        rows = [row[keep.bool()].tolist() for row, keep in zip(ids, mask, strict=True)]
-        return cls.of(rows, device=ids.device)
 
     @property
     def width(self) -> int:
