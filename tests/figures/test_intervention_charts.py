@@ -281,6 +281,8 @@ def test_drift_shows_each_measure_at_each_checkpoint(inside):
     )
     steps = [panel.title.split()[-1] for panel in draw("intervention-drift", many).chart.panels[::3]]
     assert steps == ["300", "1300", "2300", "3300"]
+    [size, _] = draw("intervention-drift", inside["drift"].assign(step=-1, overlap=None)[:12]).chart.panels
+    assert size.title == "Size, finished adapter"
 
 
 def test_the_tradeoff_has_intervals_both_ways_hollow_controls_and_names_the_chosen(inside):

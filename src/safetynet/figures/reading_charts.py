@@ -293,9 +293,10 @@ def drift(data: Data) -> Chart:
     panels = []
     for step in sorted(steps[::-1][::every]):
         readings = table[table["step"] == step]
+        when = f"step {step}" if step >= 0 else "finished adapter"
         for name in measures:
             grid = grid_of(readings, *places, name, shades[name])
-            title = f"{DRIFT_TITLES[name]}, step {step}"
+            title = f"{DRIFT_TITLES[name]}, {when}"
             panels.append(grid_panel(grid, ("Module", "Layer"), frame, title))
     caption = (
         "Frobenius norm of the adapter's update relative to the weight's; share of its energy in its first "
