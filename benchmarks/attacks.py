@@ -17,9 +17,8 @@ import argparse
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +95,9 @@ SETTINGS = {
 SMALL = {
     "data.train_rows": 600, "data.test_rows": 60, "interventions.groups": 8, "training.epochs": 1,
 }  # fmt: skip
+OF_ADAPTERS = ("adapter", "behaviour")
+"""Presets that not every model has, in the order in which they are left out: the first reads an adapter's
+weights, the second switches it off."""
 REPAIRS = ("fine_tuning", "adapter_scaling", "fine_pruning", "crow", "beear")
 """They need clean conversations or the adapter, and no trigger."""
 CLEAN, REPAIRING = 2800, 200
@@ -180,13 +182,16 @@ def places(experiment: Experiment, smoke: bool) -> pd.DataFrame:  # noqa: ARG001
         return pd.DataFrame([{"refusal": str(error)}])
 
 
-def alarms(experiment: Experiment, smoke: bool) -> pd.DataFrame:
-    """What presets of detectors see at 1%: all, or those that read no adapter, or only activations."""
-    count = SMOKE_CLEAN if smoke else CLEAN
-    for presets in (FUSIONS, ("activations", "behaviour", "safetynet-2025")):
-        with suppress(InputError):
-            return defence(experiment.recipe, experiment.run, count, presets)
-    return defence(experiment.recipe, experiment.run, count, ("activations", "safetynet-2025"))
+def alarms(experiment: Experiment, smoke: bool, presets: Sequence[str] = FUSIONS) -> pd.DataFrame:
+    """What presets of detectors see at 1%, and a line with the reason for each that the model refuses."""
+    try:
+        return defence(experiment.recipe, experiment.run, SMOKE_CLEAN if smoke else CLEAN, presets)
+    except InputError as error:
+        if not (adapted := [preset for preset in OF_ADAPTERS if preset in presets]):
+            raise
+        rest = alarms(experiment, smoke, [preset for preset in presets if preset != adapted[0]])
+        line = {"detector": f"fused {adapted[0]}", "metric": "", "rows": "", "refusal": str(error)}
+        return pd.concat([rest, pd.DataFrame([line])], ignore_index=True)
 
 
 def repaired(experiment: Experiment, smoke: bool) -> Iterator[dict[str, Any]]:
@@ -294,14 +299,18 @@ def by_layer(experiment: Experiment) -> dict[str, str]:
 
 
 def by_preset(experiment: Experiment) -> dict[str, str]:
-    """Alarms at 1% of triggers that fired, and of fresh clean prompts."""
-    table = experiment.run.table("alarms").set_index(["detector", "metric", "rows"])
-    return {
+    """Alarms at 1% of fired triggers and of fresh clean prompts; a dash and the reason where refused."""
+    lines = experiment.run.table("alarms")
+    table = lines.set_index(["detector", "metric", "rows"])
+    line = {
         f"{title}{preset}": percent(table.loc[key]) if key in table.index else "-"
         for title, metric, rows in (("", "tpr", "fired"), ("FPR ", "fpr", "clean"))
         for preset in FUSIONS
         for key in [(f"fused {preset}", metric, rows)]
     }
+    refused = lines[lines["metric"] == ""]
+    reasons = [f"{each.detector.removeprefix('fused ')}: {each.refusal}" for each in refused.itertuples()]
+    return line | ({"refused": "; ".join(reasons)} if reasons else {})
 
 
 def by_repair(experiment: Experiment) -> dict[str, str]:
