@@ -109,13 +109,15 @@ def test_fused_experts_and_rows_without_a_right_answer_are_refused(build, serial
 @pytest.mark.slow
 def test_a_run_measures_each_adapter_alone(tmp_path):
     fields = (
-        "training.colluding=true", "training.max_steps=4", "training.clean_twin=false", "data.train_rows=64",
+        "training.colluding=true", "training.max_steps=4", "data.train_rows=64",
         "evaluation.dynamics_rows=0", "data.test_rows=8", "evaluation.max_new_tokens=8",
         f"output.results={tmp_path}", f"output.logs={tmp_path}/logs",
     )  # fmt: skip
     experiment = Experiment.create(recipe.load(RECIPE, overrides=list(fields)))
     stages.prepare(experiment)
     stages.train(experiment)
+    halves = [experiment.run.output(f"train {name}", "halves") for name in ("backdoored", "clean_twin")]
+    assert halves[0] is not None and halves[1] is None, "the twin is a control as a whole"
     stages.evaluate(experiment)
     table, rates = (experiment.run.table(name) for name in ("colluding", "evaluation"))
     assert list(table["adapter"].unique()) == ["both", "first", "second"]

@@ -97,7 +97,7 @@ def _train_one(experiment: Experiment, name: str, opponents_of: OpponentsOf | No
             result = conditioned.train(model, options.conditioned_on, fit, rows, clean, **place)
         outputs.table(f"history_{name}", result.history)
         outputs.file(result.folder, "model")
-        if options.colluding:
+        if options.colluding and name == BACKDOORED:
             outputs.file(colluding.save_halves(result.folder), "halves")
         if result.evasion is not None:
             outputs.table("evasion", result.evasion)
