@@ -23,6 +23,7 @@ from safetynet import report as reports
 from safetynet.errors import InputError
 from safetynet.evaluation import utility
 from safetynet.evaluation.harness import HarnessModel
+from safetynet.evaluation.stage import measure_utility
 from safetynet.experiment import Experiment
 from safetynet.figures import figures_of
 from safetynet.models import miniatures
@@ -94,9 +95,10 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: place / name for name in ("backdoored", "clean_twin")}
 
 
-def experiment(root: Path, adapters: dict[str, Path], *tasks: str) -> Experiment:
+def experiment(root: Path, adapters: dict[str, Path], *tasks: str, name: str = "run") -> Experiment:
     """A run whose models are these adapters, as if training had just ended."""
     fields = (
+        f"task={name}",
         "data.train_rows=80", "data.test_rows=8", "evaluation.max_new_tokens=8", "evaluation.batch_size=8",
         f"evaluation.utility={json.dumps(tasks)}", f"output.results={root}/results",
         f"output.logs={root}/logs",
@@ -186,6 +188,27 @@ def test_nothing_is_measured_twice_and_another_task_repeats_no_answer(
     pd.testing.assert_frame_equal(one, same)
     assert again.run.manifest["stages"]["evaluate"] == measured.run.manifest["stages"]["evaluate"]
     assert not asked
+
+
+def test_another_run_of_the_results_folder_does_not_ask_the_base_again(
+    measured, folder, adapters, monkeypatch
+):
+    root = measured.recipe.output.results.parent
+    other = experiment(root, adapters, str(folder / "colours.yaml"), name="other")
+    asked, call = set(), HarnessModel._model_call
+
+    def watched(self: Any, *args: Any, **more: Any) -> Any:
+        asked.add(identify(self.model).adapter)
+        return call(self, *args, **more)
+
+    monkeypatch.setattr(HarnessModel, "_model_call", watched)
+    measure_utility(other)
+    assert len(asked) == 2 and "" not in asked, "the adapters alone are asked"
+    first, second = (
+        each.run.table("utility").query("model == 'base' and task == 'colours'").reset_index(drop=True)
+        for each in (measured, other)
+    )
+    pd.testing.assert_frame_equal(first, second)
 
 
 def test_an_interrupted_measurement_goes_on_to_the_same_numbers(folder, tmp_path, monkeypatch):

@@ -7,20 +7,26 @@ quantisation, of a backdoor that is conditioned on one; and colluding, of one th
 """
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from filelock import FileLock
 
+from safetynet.backdoors.base_answers import FOLDER
 from safetynet.errors import InputError
 from safetynet.evaluation import damage, judges, metrics, utility
 from safetynet.evaluation.evaluator import Evaluator
 from safetynet.experiment import BACKDOORED, Experiment
+from safetynet.models import loading
 from safetynet.models import suspect as suspects
 from safetynet.prompts.truncation import losses
 from safetynet.recipe import Recipe
 from safetynet.run import parallel
-from safetynet.run.directory import Outputs, digest_of_files
+from safetynet.run.directory import Outputs, digest, digest_of_files
 from safetynet.run.stage import EVALUATE, TRAIN, UTILITY
 from safetynet.tables.summaries import rate_text
 from safetynet.vocabulary import HALVES, QUANTISATIONS
@@ -141,17 +147,40 @@ def measure_utility(experiment: Experiment) -> None:
     def compute(outputs: Outputs) -> None:
         utility.check(options.utility)  # before a model is loaded
         experiment.check_models()
-        kept, measured = experiment.run.scratch / "utility", []
+        measured = []
         for name, model, serialiser in experiment.models():
             log.info("evaluate utility: %s does %s", name, ", ".join(options.utility))
             tokenizer = serialiser.tokenizer
-            table = utility.measure(model, tokenizer, options.utility, options.batch_size, kept)
+            with _answers_of(experiment, name) as answers:
+                table = utility.measure(model, tokenizer, options.utility, options.batch_size, answers)
             measured.append(table.assign(model=name))
         outputs.table("utility", pd.concat(measured, ignore_index=True))
 
     if options.utility:
         inputs = {"models": _origins(experiment), **utility.inputs(options.utility)}
         experiment.perform(UTILITY, inputs, compute)
+
+
+@contextmanager
+def _answers_of(experiment: Experiment, name: str) -> Iterator[Path]:
+    """The folder of a model's answers to tasks: the base's serves all runs of the results folder.
+
+    One run at a time asks the base; others wait, and then find its answers.
+    """
+    if name != metrics.BASE:
+        yield experiment.run.scratch / "utility"
+        return
+    model = experiment.recipe.model
+    decisive = {
+        "model": loading.fingerprint(model),
+        "quantisation": model.quantisation,
+        "lm_eval": version("lm_eval"),
+    }
+    folder = experiment.recipe.output.results / FOLDER / digest(decisive)[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    # Of several processes that work together the first one asks the model, and holds the lock for all.
+    with FileLock(folder / ".lock") if parallel.is_first() else nullcontext():
+        yield folder
 
 
 def _origins(experiment: Experiment) -> dict[str, Any]:
