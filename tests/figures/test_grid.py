@@ -112,7 +112,7 @@ def test_paper_shows_cells_texts_dots_gaps_and_a_bar_with_its_unit(heat):
     with matplotlib.rc_context(paper.SETTINGS):
         figure = paper.draw(heat)
     data, bar = figure.axes
-    assert bar.get_ylabel() == "Effect (share)"
+    assert bar.get_ylabel().replace("\n", " ") == "Effect (share); grey: not measured"
     assert (data.get_xlim(), data.get_ylim()) == ((-0.5, 7.5), (-0.5, 1.5))  # layer 0 lies at the bottom
     mesh = data.collections[0]
     assert mesh.get_clim() == (-1, 1)
@@ -152,7 +152,11 @@ def test_the_screen_shows_the_same_cells_with_labels_as_typed(heat):
     assert cells.text[0][0] == "&#36;x_1&#36;"
     assert ((dots.x, dots.y), dashes.x) == (((1,), (0,)), (3,))
     scale = figure.layout.coloraxis
-    assert (scale.cmin, scale.cmax, scale.colorbar.title.text) == (-1, 1, "Effect (share)")
+    assert (scale.cmin, scale.cmax, scale.colorbar.title.text) == (
+        -1,
+        1,
+        "Effect (share); grey: not measured",
+    )
     assert list(figure.layout.xaxis.ticktext)[1] == "&lt;script&gt;"
     assert list(figure.layout.xaxis.range) == [-0.5, 7.5]
     assert len(figure.layout.shapes) == 1  # the reference lies above the cells
@@ -167,7 +171,7 @@ def test_grids_with_one_scale_share_a_bar_and_others_have_their_own(grid):
     with matplotlib.rc_context(paper.SETTINGS):
         assert len(paper.draw(chart).axes) == 5
     layout = screen.draw(chart).layout
-    assert layout.coloraxis.colorbar.title.text == "Effect (share)"
+    assert layout.coloraxis.colorbar.title.text == "Effect (share); grey: not measured"
     assert layout.coloraxis2.colorbar.title.text == "Weight"
     assert [key.label for key in legend(chart)] == ["responsible"]
 
