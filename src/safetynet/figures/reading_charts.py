@@ -200,8 +200,8 @@ def attention(data: Data) -> Chart:
     start = differing.min() if len(differing) else texts.index.min()
     table = table[table["query"] >= start].copy()
     table.loc[table["key"] < start, ["key", "key_token"]] = start - 1, EARLIER
-    keys = [column for column in table if column != "weight"]
-    table = table.groupby(keys, sort=False, as_index=False)["weight"].sum(min_count=1)
+    others = [column for column in table if column != "weight"]
+    table = table.groupby(others, sort=False, as_index=False, dropna=False)["weight"].sum(min_count=1)
     frame = Frame("two" if len(runs) > 1 else "one", len(runs))
     panels = []
     for layer, head in heads:
