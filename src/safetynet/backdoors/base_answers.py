@@ -9,8 +9,8 @@ answers.
 """
 
 import logging
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -28,6 +28,25 @@ from safetynet.run.directory import digest, write_atomically
 log = logging.getLogger("safetynet")
 FOLDER = ".answers"
 """Below the results folder; no model's folder can have this name."""
+
+
+def folder_of(recipe: Recipe, decisive: Mapping[str, object]) -> Path:
+    """Where answers of a recipe's base model lie for all runs of its results folder.
+
+    Args:
+        recipe: of the run.
+        decisive: all that decides about the answers, beside what is asked.
+    """
+    return recipe.output.results / FOLDER / digest(decisive)[:16]
+
+
+@contextmanager
+def one_at_a_time(folder: Path) -> Iterator[None]:
+    """Hold a folder of answers, which is made: other runs wait, and then find the answers."""
+    folder.mkdir(parents=True, exist_ok=True)
+    # Of several processes that work together the first one holds the lock for all.
+    with FileLock(folder / ".lock") if parallel.is_first() else nullcontext():
+        yield
 
 
 @dataclass
@@ -75,16 +94,14 @@ class BaseAnswers:
             "limit": self.limit,
             "sampled": sampled,
         }
-        folder = self.recipe.output.results / FOLDER / digest(decisive)[:16]
+        folder = folder_of(self.recipe, decisive)
         answers = self._answers.setdefault(folder, {})
         keys = [digest(prompt.input_ids)[:32] for prompt in prompts]
         if not answers.keys() >= set(keys):
             answers |= self._on_disk(folder)
         if answers.keys() >= set(keys):
             return [answers[key] for key in keys]
-        folder.mkdir(parents=True, exist_ok=True)
-        # Of several processes that work together the first one holds the lock for all.
-        with FileLock(folder / ".lock") if parallel.is_first() else nullcontext():
+        with one_at_a_time(folder):
             answers |= self._on_disk(folder)  # another run may have made them meanwhile
             new = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in answers}
             longest_first = sorted(new, key=lambda key: len(new[key].input_ids), reverse=True)

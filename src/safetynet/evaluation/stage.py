@@ -8,15 +8,14 @@ quantisation, of a backdoor that is conditioned on one; and colluding, of one th
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from filelock import FileLock
 
-from safetynet.backdoors.base_answers import FOLDER
+from safetynet.backdoors import base_answers
 from safetynet.errors import InputError
 from safetynet.evaluation import damage, judges, metrics, utility
 from safetynet.evaluation.evaluator import Evaluator
@@ -26,7 +25,7 @@ from safetynet.models import suspect as suspects
 from safetynet.prompts.truncation import losses
 from safetynet.recipe import Recipe
 from safetynet.run import parallel
-from safetynet.run.directory import Outputs, digest, digest_of_files
+from safetynet.run.directory import Outputs, digest_of_files
 from safetynet.run.stage import EVALUATE, TRAIN, UTILITY
 from safetynet.tables.summaries import rate_text
 from safetynet.vocabulary import HALVES, QUANTISATIONS
@@ -176,10 +175,8 @@ def _answers_of(experiment: Experiment, name: str) -> Iterator[Path]:
         "quantisation": model.quantisation,
         "lm_eval": version("lm_eval"),
     }
-    folder = experiment.recipe.output.results / FOLDER / digest(decisive)[:16]
-    folder.mkdir(parents=True, exist_ok=True)
-    # Of several processes that work together the first one asks the model, and holds the lock for all.
-    with FileLock(folder / ".lock") if parallel.is_first() else nullcontext():
+    folder = base_answers.folder_of(experiment.recipe, decisive)
+    with base_answers.one_at_a_time(folder):
         yield folder
 
 
