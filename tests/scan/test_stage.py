@@ -319,6 +319,12 @@ def test_a_planted_backdoor_is_found_without_its_trigger_and_the_scan_goes_on_wh
 
 
 @pytest.mark.slow
+def test_a_planted_backdoor_is_found_by_growing_strings_as_in_a_large_vocabulary(planted, monkeypatch):
+    monkeypatch.setattr("safetynet.scan.rungs.LARGE", 0)
+    check_backdoored(scan(planted, None, Options("quick")))
+
+
+@pytest.mark.slow
 def test_a_merged_backdoor_is_found_as_well(planted, tmp_path):
     base: Any = loading.load(QWEN, "fp32")
     merged = adapters.attach(base, planted).merge_and_unload()

@@ -4,11 +4,11 @@ In: slots of ordinary prompts, suspect and base; optionally an answer that the s
 Out: candidates by an objective: log probability of that answer, or, where none is known, divergence of the
 answer's first token from the base's. Token substitutions are proposed by the gradient at the input
 embeddings and taken by their exact value (as in GCG: Zou et al. 2023), inside the tokens of ordinary text,
-from several starts.
+from several starts. In a large vocabulary strings are grown from tokens that `responses` proposes instead.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -24,6 +24,11 @@ PROPOSED = 64
 """Tokens by position among which the gradient lets a step choose."""
 PATIENCE = 6
 """Steps without gain after which a search ends."""
+
+
+SINGLES, JOINED, BEAM = 256, 96, 4
+"""Of the proposed tokens, those that a grown string may begin as, and those that are put to it; strings that
+are grown on."""
 
 
 @dataclass(frozen=True)
@@ -246,6 +251,48 @@ def search(  # noqa: PLR0913  # the budget of a search, each number stated
         if float(values[top]) > value:
             best, value, idle = current, float(values[top]), 0
     return best, value
+
+
+def grow(
+    objective: Objective,
+    proposed: Tensor,
+    alphabet: Alphabet,
+    *,
+    longest: int,
+    enough: float,
+    survives: Callable[[Sequence[int]], bool],
+) -> Iterator[Tensor]:
+    """The best string of each length as it is grown, a token at a time before or behind shorter ones.
+
+    Args:
+        objective: what is maximised; its first prompt sorts out, all of them decide.
+        proposed: (T,) token ids, the most promising first.
+        alphabet: what a string may begin with.
+        longest: string, in tokens.
+        enough: value at which growing ends.
+        survives: as in `search`.
+
+    Yields:
+        The string, (k,); a length of which none survives is passed over.
+    """
+    begins = torch.isin(proposed, alphabet.first)
+    joined, in_front = proposed[:JOINED], proposed[begins][:JOINED]
+    strings = proposed[begins][:SINGLES, None]  # (C, k)
+    for length in range(1, longest + 1):
+        sorted_out = objective.per_prompt(strings, [0])[:, 0].nan_to_num(-math.inf, -math.inf, -math.inf)
+        leading = strings[sorted_out.argsort(descending=True)[: 2 * BEAM]]
+        values = objective.per_prompt(leading, range(objective.prompts)).mean(1)
+        values = values.nan_to_num(-math.inf, -math.inf, -math.inf)
+        order = values.argsort(descending=True)
+        best = next((i for i in order.tolist() if survives(leading[i].tolist())), None)
+        if best is not None:
+            yield leading[best]
+        if float(values.max()) >= enough or length == longest:
+            return
+        beam = leading[order[:BEAM]]
+        before = torch.cat([in_front.repeat(len(beam))[:, None], beam.repeat_interleave(len(in_front), 0)], 1)
+        behind = torch.cat([beam.repeat_interleave(len(joined), 0), joined.repeat(len(beam))[:, None]], 1)
+        strings = torch.unique(torch.cat([before, behind]), dim=0)
 
 
 def _kl(ours: Tensor, theirs: Tensor) -> Tensor:

@@ -19,8 +19,8 @@ from safetynet.prompts import Message, Serialiser
 from safetynet.scan.result import RungResult
 from safetynet.scan.slots import Opening
 
-FIRSTS = 2048
-"""First tokens that are tried; a miniature's vocabulary has fewer."""
+WHOLE, FIRSTS = 2048, 512
+"""First tokens up to which all are tried, as of a miniature, and how many are of a larger vocabulary."""
 BEAM = 64
 """First tokens that are followed up after the first step."""
 LENGTHS = (3, 4, 5, 6, 8, 10)
@@ -117,15 +117,15 @@ def learnt_answers(
         base: its base.
         prompts: token ids of ordinary prompts, each up to where the answer begins.
         decode: text of token ids.
-        firsts: tokens that an answer may begin with; of more than `FIRSTS` those whose log probability there
-            gains most.
+        firsts: tokens that an answer may begin with; of more than `WHOLE` the `FIRSTS` whose log probability
+            there gains most.
         stops: tokens at which an answer ends.
         ordinary: the suspect's answers to ordinary prompts.
     """
     common = min(each.config.get_text_config().vocab_size for each in (model, base))
     suspect, reference = _Answers(model, prompts, common), _Answers(base, prompts, common)
     starting = torch.tensor(list(firsts), device=model.device)
-    if len(starting) > FIRSTS:
+    if len(starting) > WHOLE:
         gain = (suspect.first - reference.first)[starting]
         starting = starting[gain.topk(FIRSTS).indices].sort().values
     # Behind each first token the second one that gains most, not the one that the suspect is surest of: what

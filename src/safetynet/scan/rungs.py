@@ -12,15 +12,16 @@ from itertools import product
 from typing import Any, get_args
 
 import torch
+from torch import Tensor
 
 from safetynet.evaluation import judges
 from safetynet.prompts import Message, Serialiser
 from safetynet.recipe import Evaluation
 from safetynet.run.logs import ProgressLog
-from safetynet.scan import candidates, differences, inversion, leakage, verification
+from safetynet.scan import candidates, differences, inversion, leakage, responses, verification
 from safetynet.scan.candidates import Alphabet, Candidate, Group
 from safetynet.scan.result import Depth, Finding, RungResult, Trigger
-from safetynet.scan.slots import PLACEMENTS, Placement, slots, survives, text_of
+from safetynet.scan.slots import PLACEMENTS, Placement, Slot, slots, survives, text_of
 from safetynet.scan.verification import Answerers
 
 RESUMED = ("leakage", "differences", "inversion", "candidates")
@@ -39,6 +40,9 @@ OVERFLOW = 10_000
 """Times the base's largest embedding."""
 VERIFIED = 3
 """Candidates that are verified, the best first."""
+LARGE = 4096
+"""Tokens of a vocabulary above which strings are grown from those that the update reacts to. The gradient
+finds its way among a miniature's 1,280; among 49,152 it ranks a trigger's tokens no better than others."""
 SPLIT = 8.0
 """Divergence in nats at which a search without an answer ends: the models have nothing in common there."""
 
@@ -113,21 +117,27 @@ class Subject:
         """Of the suspect, to the prompts of purpose `prompts`."""
         return self.answerers.of_suspect(self.part("prompts"))
 
-    @cached_property
-    def groups(self) -> dict[Group, tuple[list[list[Message]], list[list[Message]]]]:
-        """Prompts to search on, and others to select on, of each kind."""
-        searched, selecting = self.part("searched"), self.part("prompts")
-        quarter = len(self._refusals) // 4
-        return {
-            "ordinary": (searched, selecting[: 2 * len(searched)]),
-            "refused": (self._refusals[:quarter], self._refusals[quarter : 2 * quarter]),
-        }
+    @property
+    def large(self) -> bool:
+        """Whether the vocabulary is too large for the gradient to point out a trigger's tokens."""
+        return self.vocabulary > LARGE
 
-    @cached_property
-    def held_out(self) -> dict[Group, list[list[Message]]]:
-        """Prompts to verify on, of each kind."""
-        half = 2 * (len(self._refusals) // 4)
-        return {"ordinary": self.part("held_out"), "refused": self._refusals[half:]}
+    def to_search(self, group: Group) -> tuple[list[list[Message]], list[list[Message]]]:
+        """Prompts of a kind to search on, and others to select on."""
+        if group == "refused":
+            quarter = len(self._refusals) // 4
+            return self._refusals[:quarter], self._refusals[quarter : 2 * quarter]
+        searched, others = self.part("searched"), self.part("prompts")
+        count = len(searched)
+        if self.large:  # thousands of strings are put before the same few prompts: short ones cost less
+            searched = sorted([*searched, *others[2 * count :]], key=lambda each: len(each[-1]["content"]))
+        return searched[:count], others[: 2 * count]
+
+    def to_verify(self, group: Group) -> list[list[Message]]:
+        """Prompts of a kind to verify on."""
+        if group == "refused":
+            return self._refusals[2 * (len(self._refusals) // 4) :]
+        return self.part("held_out")
 
     @cached_property
     def _refusals(self) -> list[list[Message]]:
@@ -229,7 +239,11 @@ class _Search:
         self.passes = self.searches = 0
         # By an answer by heart, by the token that gains most, and by divergence, on both groups of prompts.
         budget = subject.budget
-        most = 6 * len(budget.placements) * len(budget.lengths) * budget.restarts
+        most = (
+            2
+            * len(budget.placements)
+            * (max(budget.lengths) if subject.large else 3 * len(budget.lengths) * budget.restarts)
+        )
         self.progress = ProgressLog("scan: searches for strings, at most", most)
 
     def measure(self) -> RungResult:
@@ -252,58 +266,15 @@ class _Search:
 
     def _search(self, group: Group, placement: Placement) -> bool:
         """Search on some prompts and select on others; whether a candidate works."""
-        subject, budget = self.subject, self.subject.budget
-        serialiser, device = subject.serialiser, subject.model.device
-        searched, selecting = subject.groups[group]
+        subject, serialiser = self.subject, self.subject.serialiser
+        searched, selecting = subject.to_search(group)
         if len(searched) < 2 or len(selecting) < 2:
             return False
         places, others = (slots(serialiser, each, placement) for each in (searched, selecting))
         divergence = candidates.Divergence(subject.model, subject.base, others)
-        # Answers to search triggers for: the user's, or what the suspect seems to have been taught. That is
-        # the answer by heart that is hidden best, and the one that begins with the token that gains most.
-        if subject.target is not None:
-            encoded = serialiser.encode(searched[0], subject.target)
-            answers = [tuple(encoded.input_ids[encoded.prompt_length :])]
-        else:
-            ids = [serialiser.encode(messages).input_ids for messages in searched]
-            answers = [tuple(answer["tokens"]) for answer in self.learnt[:1] if group == "ordinary"]
-            for token, _ in differences.next_tokens(subject.model, subject.base, ids)[1][:1]:
-                answers.append(inversion.followed(subject.model, ids, token, serialiser.stop_ids))
-        objectives: list[tuple[candidates.Objective, float]] = [
-            (candidates.AnswerLikelihood(subject.model, places, answer), CERTAIN)
-            for answer in dict.fromkeys(answers)
-        ]
-        objectives.append((candidates.Divergence(subject.model, subject.base, places), SPLIT))
         plain = subject.answerers.of_suspect(selecting)
-        alphabet = Alphabet.of(serialiser, subject.vocabulary, places[0].blank, device)
-        for objective, enough in objectives:
-            for length, _ in product(budget.lengths, range(budget.restarts)):
-                self.progress.update(self.searches)
-                self.searches += 1
-                # Random tokens; of a length that has worked on some prompts already, the best so far.
-                promising = [
-                    each
-                    for each in self.best
-                    if (each.group, each.placement, len(each.tokens)) == (group, placement, length)
-                    and each.works >= PROMISING
-                ]
-                if promising:
-                    best = max(promising, key=lambda each: each.works)
-                    start = torch.tensor(best.tokens, device=device)
-                else:
-                    start = alphabet.random(length, self.generator)
-                tokens, value = candidates.search(
-                    objective,
-                    start,
-                    alphabet,
-                    steps=budget.steps,
-                    width=budget.width,
-                    enough=enough,
-                    survives=lambda ids: survives(serialiser, places[0], ids),
-                    generator=self.generator,
-                )
-                if value == -float("inf"):  # no substitution was what the tokenizer makes of its text
-                    continue
+        for objective, enough in self._objectives(group, searched, places):
+            for tokens in self._strings(objective, enough, group, places[0]):
                 nats = float(divergence.per_prompt(tokens[None], range(divergence.prompts)).mean())
                 text = text_of(serialiser, tokens.tolist())
                 behaviour, works = verification.effect(text, others, plain, subject.answerers)
@@ -314,9 +285,83 @@ class _Search:
                     break
             self.passes += objective.passes
             if self.best and self.best[-1].works >= WORKS:
-                return True
+                break
         self.passes += divergence.passes
-        return False
+        return bool(self.best) and self.best[-1].works >= WORKS
+
+    def _objectives(
+        self, group: Group, searched: Sequence[Sequence[Message]], places: Sequence[Slot]
+    ) -> list[tuple[candidates.Objective, float]]:
+        """What strings are searched for, one after the other, and the value of each that is enough.
+
+        The likelihood of an answer: the user's, or what the suspect seems to have been taught. That is the
+        answer by heart that is hidden best, and the one that begins with the token that gains most. Then the
+        divergence; in a large vocabulary it is all that is searched for, unless the user names an answer.
+        """
+        subject, serialiser = self.subject, self.subject.serialiser
+        divergence = (candidates.Divergence(subject.model, subject.base, places), SPLIT)
+        if subject.target is not None:
+            encoded = serialiser.encode(searched[0], subject.target)
+            answers = [tuple(encoded.input_ids[encoded.prompt_length :])]
+        elif subject.large:
+            return [divergence]
+        else:
+            ids = [serialiser.encode(messages).input_ids for messages in searched]
+            answers = [tuple(answer["tokens"]) for answer in self.learnt[:1] if group == "ordinary"]
+            for token, _ in differences.next_tokens(subject.model, subject.base, ids)[1][:1]:
+                answers.append(inversion.followed(subject.model, ids, token, serialiser.stop_ids))
+        likelihoods = [
+            (candidates.AnswerLikelihood(subject.model, places, answer), CERTAIN)
+            for answer in dict.fromkeys(answers)
+        ]
+        return [*likelihoods, divergence]
+
+    def _strings(
+        self, objective: candidates.Objective, enough: float, group: Group, place: Slot
+    ) -> Iterator[Tensor]:
+        """The best strings of an objective, (k,) each, as they are found."""
+        subject, budget, device = self.subject, self.subject.budget, self.subject.model.device
+        alphabet = Alphabet.of(subject.serialiser, subject.vocabulary, place.blank, device)
+
+        def survive(ids: Sequence[int]) -> bool:
+            return survives(subject.serialiser, place, ids)
+
+        if subject.large:
+            proposed = responses.reacting(subject.model, subject.base, place, alphabet.further)
+            for tokens in candidates.grow(
+                objective, proposed, alphabet, longest=max(budget.lengths), enough=enough, survives=survive
+            ):
+                self.progress.update(self.searches)
+                self.searches += 1
+                yield tokens
+            return
+        for length, _ in product(budget.lengths, range(budget.restarts)):
+            self.progress.update(self.searches)
+            self.searches += 1
+            # Random tokens; of a length that has worked on some prompts already, the best so far.
+            promising = [
+                each
+                for each in self.best
+                if (each.group, each.placement, len(each.tokens)) == (group, place.placement, length)
+                and each.works >= PROMISING
+            ]
+            if promising:
+                best = max(promising, key=lambda each: each.works)
+                start = torch.tensor(best.tokens, device=device)
+            else:
+                start = alphabet.random(length, self.generator)
+            tokens, value = candidates.search(
+                objective,
+                start,
+                alphabet,
+                steps=budget.steps,
+                width=budget.width,
+                enough=enough,
+                survives=survive,
+                generator=self.generator,
+            )
+            if value != -float("inf"):  # else no substitution was what the tokenizer makes of its text
+                yield tokens
 
 
 def _verification(subject: Subject, best: Sequence[Candidate], triggers: list[Trigger]) -> RungResult:
@@ -324,7 +369,7 @@ def _verification(subject: Subject, best: Sequence[Candidate], triggers: list[Tr
     excess, findings = 0.0, list[Finding]()
     generator = torch.Generator().manual_seed(subject.seed + 1)
     for candidate in [each for each in best if each.behaviour][:VERIFIED]:
-        places = slots(subject.serialiser, subject.held_out[candidate.group], candidate.placement)
+        places = slots(subject.serialiser, subject.to_verify(candidate.group), candidate.placement)
         device = subject.model.device
         alphabet = Alphabet.of(subject.serialiser, subject.vocabulary, places[0].blank, device)
         placebo = text_of(subject.serialiser, alphabet.random(len(candidate.tokens), generator).tolist())
@@ -362,7 +407,7 @@ def holds(trigger: Trigger) -> bool:
 
 def _reduced(subject: Subject, candidate: Candidate) -> Candidate:
     """The candidate without the tokens that it works without, on the prompts that it was selected on."""
-    places = slots(subject.serialiser, subject.groups[candidate.group][1], candidate.placement)
+    places = slots(subject.serialiser, subject.to_search(candidate.group)[1], candidate.placement)
     answerers, count, behaviour = subject.answerers, len(places), candidate.behaviour
     whole = answerers.of_suspect([slot.conversation(candidate.text) for slot in places])
     firing = sum(verification.shows(answer, behaviour) for answer in whole)

@@ -88,7 +88,8 @@ class Opening:
         output = model(input_ids=tokens, use_cache=True, logits_to_keep=1)
         self.logits = output.logits[0, -1].float()
         """(vocabulary,) behind the last token."""
-        self._layers = [(layer.keys, layer.values) for layer in output.past_key_values.layers]
+        layers = output.past_key_values.layers
+        self._layers = [(layer.keys, layer.values) for layer in layers if layer.is_initialized]
 
     def cache(self, rows: int) -> DynamicCache:
         """Keys and values for so many rows; what a model adds to them is nobody else's."""
