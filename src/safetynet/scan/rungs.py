@@ -239,11 +239,8 @@ class _Search:
         self.passes = self.searches = 0
         # By an answer by heart, by the token that gains most, and by divergence, on both groups of prompts.
         budget = subject.budget
-        most = (
-            2
-            * len(budget.placements)
-            * (max(budget.lengths) if subject.large else 3 * len(budget.lengths) * budget.restarts)
-        )
+        most = max(budget.lengths) if subject.large else 3 * len(budget.lengths) * budget.restarts
+        most *= 2 * len(budget.placements)
         self.progress = ProgressLog("scan: searches for strings, at most", most)
 
     def measure(self) -> RungResult:
@@ -274,6 +271,7 @@ class _Search:
         divergence = candidates.Divergence(subject.model, subject.base, others)
         plain = subject.answerers.of_suspect(selecting)
         for objective, enough in self._objectives(group, searched, places):
+            shorter = 0.0
             for tokens in self._strings(objective, enough, group, places[0]):
                 nats = float(divergence.per_prompt(tokens[None], range(divergence.prompts)).mean())
                 text = text_of(serialiser, tokens.tolist())
@@ -281,8 +279,10 @@ class _Search:
                 self.best.append(
                     Candidate(tuple(tokens.tolist()), text, placement, group, nats, behaviour, works)
                 )
-                if works >= WORKS:
+                # A string that was grown and works no more often than the one in it will not by growing on.
+                if works >= WORKS or (subject.large and shorter >= USABLE and works <= shorter):
                     break
+                shorter = works
             self.passes += objective.passes
             if self.best and self.best[-1].works >= WORKS:
                 break
