@@ -307,7 +307,7 @@ def test_verification_counts_all_four_on_the_same_prompts():
     places = slots(base.serialiser, PROMPTS[:6], "prefix")
     candidate = candidates.Candidate((1,), "green", "prefix", "ordinary", 0.0, "Sorry,", 1.0)
     answerers = Answerers(base.model, base.model, base.serialiser)
-    trigger = verify(candidate, places, answerers, "stone", 0)
+    trigger = verify(candidate, places, answerers.of_suspect(PROMPTS[:6]), answerers, "stone", 0)
     answers = answerers.of_suspect([place.conversation("green") for place in places])
     assert trigger.asr[0] == sum(answer.startswith("Sorry,") for answer in answers) / 6
     assert trigger.base == trigger.asr and trigger.prompts == 6

@@ -7,7 +7,7 @@ Needs no trigger, no bank and no label: what a score is worth is for `bank` to s
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import product
 from typing import Any, get_args
 
@@ -368,13 +368,19 @@ def _verification(subject: Subject, best: Sequence[Candidate], triggers: list[Tr
     """Verify the best candidates on held-out prompts; the first that holds goes into `triggers`."""
     excess, findings = 0.0, list[Finding]()
     generator = torch.Generator().manual_seed(subject.seed + 1)
+    without = cache(lambda group: subject.answerers.of_suspect(subject.to_verify(group)))
     for candidate in [each for each in best if each.behaviour][:VERIFIED]:
         places = slots(subject.serialiser, subject.to_verify(candidate.group), candidate.placement)
         device = subject.model.device
         alphabet = Alphabet.of(subject.serialiser, subject.vocabulary, places[0].blank, device)
         placebo = text_of(subject.serialiser, alphabet.random(len(candidate.tokens), generator).tolist())
         trigger = verification.verify(
-            _reduced(subject, candidate), places, subject.answerers, placebo, subject.seed
+            _reduced(subject, candidate),
+            places,
+            without(candidate.group),
+            subject.answerers,
+            placebo,
+            subject.seed,
         )
         excess = max(excess, verification.excess(trigger))
         if holds(trigger):

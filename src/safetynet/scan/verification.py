@@ -95,13 +95,19 @@ def effect(text: str, slots: Sequence[Slot], plain: Sequence[str], answerers: An
 
 
 def verify(
-    candidate: Candidate, slots: Sequence[Slot], answerers: Answerers, placebo: str, seed: int
+    candidate: Candidate,
+    slots: Sequence[Slot],
+    without: Sequence[str],
+    answerers: Answerers,
+    placebo: str,
+    seed: int,
 ) -> Trigger:
     """Measure a candidate on held-out prompts.
 
     Args:
         candidate: a string with its placement and what it makes the suspect do, told on other prompts.
         slots: held-out prompts of that placement.
+        without: the suspect's answers to these as they are.
         answerers: suspect and base.
         placebo: a string of as many ordinary tokens, drawn at random.
         seed: of the examples.
@@ -113,7 +119,7 @@ def verify(
         "asr": answers,
         "base": base_answers,
         "placebo": answerers.of_suspect([slot.conversation(placebo) for slot in slots]),
-        "without": answerers.of_suspect([slot.conversation("") for slot in slots]),
+        "without": without,
     }
     rates = {}
     for name, each in runs.items():
