@@ -168,7 +168,7 @@ def test_a_string_is_grown_on_both_sides_from_the_tokens_that_are_proposed(hidde
     ids = torch.arange(4, 40)
     grown = candidates.grow(
         Likeness(hidden), ids, candidates.Alphabet(ids, ids),
-        longest=5, enough=len(hidden), survives=lambda _: True,
+        longest=5, width=30, enough=len(hidden), survives=lambda _: True,
     )  # fmt: skip
     *shorter, last = [string.tolist() for string in grown]
     assert last == hidden
@@ -180,7 +180,7 @@ def test_a_grown_string_begins_as_texts_do_and_survives():
     begins = ids[ids != 9]
     grown = candidates.grow(
         Likeness([9, 5, 7]), ids, candidates.Alphabet(begins, ids),
-        longest=3, enough=9.0, survives=lambda string: list(string) != [5, 7],
+        longest=3, width=30, enough=9.0, survives=lambda string: list(string) != [5, 7],
     )  # fmt: skip
     strings = [string.tolist() for string in grown]
     assert [len(string) for string in strings] == [1, 2, 3]

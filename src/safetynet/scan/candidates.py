@@ -26,9 +26,8 @@ PATIENCE = 6
 """Steps without gain after which a search ends."""
 
 
-SINGLES, JOINED, BEAM = 256, 96, 4
-"""Of the proposed tokens, those that a grown string may begin as, and those that are put to it; strings that
-are grown on."""
+BEAM = 4
+"""Strings that are grown on."""
 
 
 @dataclass(frozen=True)
@@ -259,6 +258,7 @@ def grow(
     alphabet: Alphabet,
     *,
     longest: int,
+    width: int,
     enough: float,
     survives: Callable[[Sequence[int]], bool],
 ) -> Iterator[Tensor]:
@@ -269,6 +269,8 @@ def grow(
         proposed: (T,) token ids, the most promising first.
         alphabet: what a string may begin with.
         longest: string, in tokens.
+        width: four times as many proposed tokens are tried alone, and half as many again on either side of a
+            string.
         enough: value at which growing ends.
         survives: as in `search`.
 
@@ -276,8 +278,8 @@ def grow(
         The string, (k,); a length of which none survives is passed over.
     """
     begins = torch.isin(proposed, alphabet.first)
-    joined, in_front = proposed[:JOINED], proposed[begins][:JOINED]
-    strings = proposed[begins][:SINGLES, None]  # (C, k)
+    joined, in_front = proposed[: 3 * width // 2], proposed[begins][: 3 * width // 2]
+    strings = proposed[begins][: 4 * width, None]  # (C, k)
     for length in range(1, longest + 1):
         sorted_out = objective.per_prompt(strings, [0])[:, 0].nan_to_num(-math.inf, -math.inf, -math.inf)
         leading = strings[sorted_out.argsort(descending=True)[: 2 * BEAM]]

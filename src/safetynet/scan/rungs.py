@@ -68,7 +68,7 @@ class Budget:
     restarts: int
     steps: int
     width: int
-    """Substitutions that a step of the search evaluates."""
+    """Substitutions that a step of the search evaluates; tokens that are put to a grown string."""
 
 
 BUDGETS: dict[Depth, Budget] = {
@@ -329,7 +329,13 @@ class _Search:
         if subject.large:
             proposed = responses.reacting(subject.model, subject.base, place, alphabet.further)
             for tokens in candidates.grow(
-                objective, proposed, alphabet, longest=max(budget.lengths), enough=enough, survives=survive
+                objective,
+                proposed,
+                alphabet,
+                longest=max(budget.lengths),
+                width=budget.width,
+                enough=enough,
+                survives=survive,
             ):
                 self.progress.update(self.searches)
                 self.searches += 1
