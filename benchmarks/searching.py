@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,16 +72,19 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         if args.smoke:
             args.suspect = str(copy_of_base(args.base, Path(temporary) / "suspect"))
-        found = {"SafetyNet": searched(args, "ours", None)}
-        limit = args.factor * found["SafetyNet"][1]
+        own = searched(args, "ours", None)
+        lines = [line(args, "SafetyNet", *own)]
+        print(lines[0], file=sys.stderr)
         for tokens in args.tokens:
             args.tokens = [tokens]
-            found[f"nanoGCG, {tokens} tokens"] = searched(args, "nanogcg", limit)
-        print(markdown(pd.DataFrame([line(args, name, *of_it) for name, of_it in found.items()])))
+            peer = searched(args, "nanogcg", args.factor * own[1])
+            lines.append(line(args, f"nanoGCG, {tokens} tokens", *peer))
+            print(lines[-1], file=sys.stderr)
+        print(markdown(pd.DataFrame(lines)))
 
 
-def searched(args: argparse.Namespace, part: str, limit: float | None) -> tuple[str, float, bool]:
-    """What one search found best, its seconds, and whether it ended by itself."""
+def searched(args: argparse.Namespace, part: str, limit: float | None) -> tuple[list[str], float, bool]:
+    """The best strings of one search as they changed, its seconds, and whether it ended by itself."""
     began = time.monotonic()
     process = subprocess.Popen(
         words(args, part), stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
@@ -95,7 +98,7 @@ def searched(args: argparse.Namespace, part: str, limit: float | None) -> tuple[
     if ended and process.returncode:
         sys.exit(f"{part}: exit {process.returncode}")
     strings = [text.removeprefix(BEST) for text in output.splitlines() if text.startswith(BEST)]
-    return json.loads(strings[-1]) if strings else "", seconds, ended
+    return [json.loads(text) for text in strings], seconds, ended
 
 
 def words(args: argparse.Namespace, part: str, *more: str) -> list[str]:
@@ -105,9 +108,11 @@ def words(args: argparse.Namespace, part: str, *more: str) -> list[str]:
     return [sys.executable, __file__, *given, "--part", part, *more]
 
 
-def line(args: argparse.Namespace, name: str, string: str, seconds: float, ended: bool) -> dict[str, Any]:
+def line(
+    args: argparse.Namespace, name: str, strings: Sequence[str], seconds: float, ended: bool
+) -> dict[str, Any]:
     """A search's row of the table."""
-    rate = "-"
+    rate, string = "-", strings[-1] if strings else ""
     if string:
         done = subprocess.run(
             words(args, "judge", "--string", string), stdout=subprocess.PIPE, text=True, check=True
@@ -119,6 +124,7 @@ def line(args: argparse.Namespace, name: str, string: str, seconds: float, ended
         "search": name,
         "seconds": round(seconds),
         "ended by itself": "yes" if ended else "no",
+        "best strings told": len(strings),
         "string": f"`{string}`" if string else "none",
         "answers that begin with the target": rate,
     }

@@ -284,7 +284,8 @@ class _Search:
                     break
                 shorter = works
             self.passes += objective.passes
-            if self.best and self.best[-1].works >= WORKS:
+            # Another objective would cost minutes in a large vocabulary, and seconds in a small one.
+            if any(each.works >= (USABLE if subject.large else WORKS) for each in self.best[-1:]):
                 break
         self.passes += divergence.passes
         return bool(self.best) and self.best[-1].works >= WORKS
