@@ -138,6 +138,7 @@ def test_the_token_that_training_has_changed_is_among_the_first_to_be_proposed(f
         noise = 0.1 * lengths * torch.randn(embeddings.shape, generator=torch.Generator())
         noise[changed] *= 3
         embeddings += noise
+        embeddings[int(tokens[0])] = float("nan")  # one that is no number blinds nothing else
     proposed = responses.reacting(suspect, base.model, place, tokens)
     assert changed in proposed[: len(tokens) // 10 if family == "mixtral" else 1].tolist()
     assert sorted(proposed.tolist()) == sorted(tokens.tolist())

@@ -48,8 +48,8 @@ def reactions(model: Any, base: Any, slot: Slot, tokens: Tensor) -> Tensor:
     distances = []
     pairs = zip(_states(model, slot, tokens), _states(base, slot, tokens), strict=True)
     for ours, theirs in pairs:  # (T, width) each
-        reaction = (ours - theirs) / theirs.norm(dim=1, keepdim=True)
-        reaction = (reaction - reaction.mean(0)).nan_to_num(0.0, 0.0, 0.0)
+        reaction = ((ours - theirs) / theirs.norm(dim=1, keepdim=True)).nan_to_num(0.0, 0.0, 0.0)
+        reaction = reaction - reaction.mean(0)
         variances, directions = torch.linalg.eigh(reaction.T @ reaction / len(tokens))  # rising
         kept = variances[-DIRECTIONS:].clamp_min(torch.finfo(torch.float32).tiny)
         distances.append(((reaction @ directions[:, -DIRECTIONS:]) ** 2 / kept).sum(1))
