@@ -140,18 +140,18 @@ def subject_of(args: argparse.Namespace) -> Subject:
 
 
 def ranks(subject: Subject, trigger: str) -> Iterator[pd.DataFrame]:
-    """Ranks of a trigger's two tokens, from 1: by the update's reaction, by the gradient of the divergence.
+    """Ranks of a trigger's tokens, from 1: by the update's reaction, by the gradient of the divergence.
 
     The gradient is the mean of two prompts, in strings of two tokens of which the other one is the trigger's
-    or both are random. The last table has the divergence of these strings in nats, mean of six prompts.
+    or both are random; of triggers of two tokens alone. The last table has the divergence of these strings in
+    nats, mean of six prompts.
     """
     for model in (subject.model, subject.base):
         model.requires_grad_(False)
     places = slots(subject.serialiser, subject.part("searched"), "prefix")
     alphabet = Alphabet.of(subject.serialiser, subject.vocabulary, places[0].blank)
     ids = subject.serialiser.ids(trigger)
-    if len(ids) != 2 or not all(token in alphabet.further for token in ids):
-        sys.exit(f"--ranks {trigger}: it is not two tokens that a search tries.")
+    ids = [token for token in ids if token in alphabet.further]  # no blanks by themselves
     began = time.monotonic()
     found = reactions(subject.model, subject.base, places[0], alphabet.further)
     by_layer = found.argsort(1, descending=True).argsort(1)
@@ -165,6 +165,8 @@ def ranks(subject: Subject, trigger: str) -> Iterator[pd.DataFrame]:
             for layer, rank in [*enumerate(by_layer, 1), (f"best of them, {seconds} s", best)]
         ]
     ).assign(of=len(alphabet.further))
+    if len(ids) != 2:
+        return
     divergence = Divergence(subject.model, subject.base, places)
     draws = torch.randint(len(alphabet.first), (40,), generator=torch.Generator().manual_seed(0))
     lines = []
