@@ -40,8 +40,8 @@ def safetynet(*words: str, name: str) -> int:
     return done.returncode
 
 
-def program(*words: str, cwd: Path | None = None) -> None:
-    """Run a Python program with one thread; where it fails, this one ends with its last words."""
+def program(*words: str, cwd: Path | None = None) -> str:
+    """What a Python program with one thread prints; where it fails, this one ends with its last words."""
     done = subprocess.run(
         [sys.executable, *words],
         cwd=cwd,
@@ -52,6 +52,7 @@ def program(*words: str, cwd: Path | None = None) -> None:
     )
     if done.returncode:
         sys.exit(done.stderr[-2000:])
+    return done.stdout
 
 
 def markdown(table: pd.DataFrame) -> str:

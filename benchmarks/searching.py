@@ -10,8 +10,8 @@ ends by itself. nanoGCG has its defaults (20 tokens, 512 substitutions a step) o
 --tokens says, ends at its own success, and is stopped after FACTOR times our seconds; what it has best then
 counts. It takes no cache of the prompt's beginning, a third of its arithmetic: version 0.3.0 asks for
 transformers up to 4.47, and its cache does not run under ours. Both strings are then judged on the same 64
-prompts that neither was searched on. The table goes to standard output as Markdown; docs/results/smollm2.md
-quotes it.
+prompts that neither was searched on. Tables go to standard output as Markdown; docs/results/scan.md quotes
+that of searches, docs/results/smollm2.md those of ranks.
 """
 
 import argparse
@@ -28,19 +28,19 @@ from typing import Any
 
 import pandas as pd
 import torch
-from _running import markdown
+from _running import markdown, program
+from scan import SMOKE
 
 from safetynet.models.named import model_of
 from safetynet.scan import rungs, stage, verification
 from safetynet.scan.candidates import Alphabet, Divergence
-from safetynet.scan.responses import reactions
+from safetynet.scan.responses import ranks_of, reactions
 from safetynet.scan.result import RungResult
 from safetynet.scan.rungs import BUDGETS, Budget, Subject
 from safetynet.scan.slots import slots
 from safetynet.statistics import wilson
 
 DEPTH = "quick"
-SMOKE = Budget(6, 2, 6, 12, 6, 8, ("prefix",), (1,), 1, 2, 8)
 BEST = "best string: "
 
 
@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--string", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.smoke:
-        BUDGETS[DEPTH] = SMOKE
+        BUDGETS[DEPTH] = Budget(*SMOKE)
         args.base, args.factor = "qwen-miniature", 1
     if args.part:
         part(args)
@@ -87,7 +87,10 @@ def searched(args: argparse.Namespace, part: str, limit: float | None) -> tuple[
     """The best strings of one search as they changed, its seconds, and whether it ended by itself."""
     began = time.monotonic()
     process = subprocess.Popen(
-        words(args, part), stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        [sys.executable, *words(args, part)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     try:
         output, ended = process.communicate(timeout=limit)[0], True
@@ -102,10 +105,10 @@ def searched(args: argparse.Namespace, part: str, limit: float | None) -> tuple[
 
 
 def words(args: argparse.Namespace, part: str, *more: str) -> list[str]:
-    """The command line of one part."""
+    """What Python is told to run one part."""
     given = ["--suspect", args.suspect, "--base", args.base, "--target", args.target]
     given += ["--tokens", *map(str, args.tokens), *(["--smoke"] if args.smoke else [])]
-    return [sys.executable, __file__, *given, "--part", part, *more]
+    return [__file__, *given, "--part", part, *more]
 
 
 def line(
@@ -114,10 +117,7 @@ def line(
     """A search's row of the table."""
     rate, string = "-", strings[-1] if strings else ""
     if string:
-        done = subprocess.run(
-            words(args, "judge", "--string", string), stdout=subprocess.PIPE, text=True, check=True
-        )
-        count, n = json.loads(done.stdout.splitlines()[-1])
+        count, n = json.loads(program(*words(args, "judge", "--string", string)).splitlines()[-1])
         low, high = wilson(count, n)
         rate = f"{count} of {n} [{low:.1%}, {high:.1%}]"
     return {
@@ -153,8 +153,7 @@ def ranks(subject: Subject, trigger: str) -> Iterator[pd.DataFrame]:
     ids = subject.serialiser.ids(trigger)
     ids = [token for token in ids if token in alphabet.further]  # no blanks by themselves
     began = time.monotonic()
-    found = reactions(subject.model, subject.base, places[0], alphabet.further)
-    by_layer = found.argsort(1, descending=True).argsort(1)
+    by_layer = ranks_of(reactions(subject.model, subject.base, places[0], alphabet.further))
     best = by_layer.amin(0).argsort(stable=True).argsort()
     seconds = round(time.monotonic() - began)
     names = [subject.serialiser.piece(token) for token in ids]

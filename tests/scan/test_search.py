@@ -160,9 +160,6 @@ class Likeness:
         ]
         return torch.tensor(values)[:, None].expand(-1, len(list(numbers)))
 
-    def gradient(self, candidate: torch.Tensor, numbers: Any) -> torch.Tensor:
-        raise NotImplementedError
-
 
 @pytest.mark.parametrize("hidden", [[5], [5, 9], [9, 5, 7], [7, 9, 5, 8]])
 def test_a_string_is_grown_on_both_sides_from_the_tokens_that_are_proposed(hidden):

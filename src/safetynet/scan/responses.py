@@ -27,8 +27,12 @@ def reacting(model: Any, base: Any, slot: Slot, tokens: Tensor) -> Tensor:
 
     A token counts by its best rank among the layers. Arguments as `reactions`.
     """
-    ranks = reactions(model, base, slot, tokens).argsort(1, descending=True).argsort(1)
-    return tokens[ranks.amin(0).argsort(stable=True)]
+    return tokens[ranks_of(reactions(model, base, slot, tokens)).amin(0).argsort(stable=True)]
+
+
+def ranks_of(reactions: Tensor) -> Tensor:
+    """Each token's rank behind each layer, from 0, the most unusual reaction first; both (LAYERS, T)."""
+    return reactions.argsort(1, descending=True).argsort(1)
 
 
 @torch.no_grad()

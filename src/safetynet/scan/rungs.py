@@ -270,9 +270,17 @@ class _Search:
         places, others = (slots(serialiser, each, placement) for each in (searched, selecting))
         divergence = candidates.Divergence(subject.model, subject.base, others)
         plain = subject.answerers.of_suspect(selecting)
+        place, works = places[0], 0.0
+        alphabet = Alphabet.of(serialiser, subject.vocabulary, place.blank, subject.model.device)
+        proposed = (
+            responses.reacting(subject.model, subject.base, place, alphabet.further)
+            if subject.large
+            else None
+        )
         for objective, enough in self._objectives(group, searched, places):
-            shorter = 0.0
-            for tokens in self._strings(objective, enough, group, places[0]):
+            works = 0.0
+            for tokens in self._strings(objective, enough, group, place, alphabet, proposed):
+                shorter = works
                 nats = float(divergence.per_prompt(tokens[None], range(divergence.prompts)).mean())
                 text = text_of(serialiser, tokens.tolist())
                 behaviour, works = verification.effect(text, others, plain, subject.answerers)
@@ -282,13 +290,12 @@ class _Search:
                 # A string that was grown and works no more often than the one in it will not by growing on.
                 if works >= WORKS or (subject.large and shorter >= USABLE and works <= shorter):
                     break
-                shorter = works
             self.passes += objective.passes
             # Another objective would cost minutes in a large vocabulary, and seconds in a small one.
-            if any(each.works >= (USABLE if subject.large else WORKS) for each in self.best[-1:]):
+            if works >= (USABLE if subject.large else WORKS):
                 break
         self.passes += divergence.passes
-        return bool(self.best) and self.best[-1].works >= WORKS
+        return works >= WORKS
 
     def _objectives(
         self, group: Group, searched: Sequence[Sequence[Message]], places: Sequence[Slot]
@@ -318,17 +325,21 @@ class _Search:
         return [*likelihoods, divergence]
 
     def _strings(
-        self, objective: candidates.Objective, enough: float, group: Group, place: Slot
+        self,
+        objective: candidates.Objective,
+        enough: float,
+        group: Group,
+        place: Slot,
+        alphabet: Alphabet,
+        proposed: Tensor | None,
     ) -> Iterator[Tensor]:
-        """The best strings of an objective, (k,) each, as they are found."""
+        """The best strings of an objective, (k,) each, as they are found; grown of `proposed`, if given."""
         subject, budget, device = self.subject, self.subject.budget, self.subject.model.device
-        alphabet = Alphabet.of(subject.serialiser, subject.vocabulary, place.blank, device)
 
         def survive(ids: Sequence[int]) -> bool:
             return survives(subject.serialiser, place, ids)
 
-        if subject.large:
-            proposed = responses.reacting(subject.model, subject.base, place, alphabet.further)
+        if proposed is not None:
             for tokens in candidates.grow(
                 objective,
                 proposed,
